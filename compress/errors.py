@@ -1,0 +1,120 @@
+"""Every error raised on purpose, one tree.
+
+CompressError
+├── UsageError            an argument or option that cannot be right
+│   └── UnknownNameError  a name that is not among the known ones
+├── MissingPackageError   an optional package was asked for and is not installed
+├── RecipeError           a recipe cannot be read or does not validate
+├── ModelError            a network or its weights cannot be loaded or run
+├── DataError             images or labels are missing, damaged or do not fit
+├── PlanError             a pruning plan cannot be made, read or applied
+├── TrainingError         training cannot go on
+├── ExportError           a network cannot be written as ONNX
+├── QuantizationError     a graph cannot be quantized
+├── EngineError           an engine cannot be built, loaded or run
+└── RunError              a run folder is not what it should be
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CompressError(Exception):
+    """An error that the user can mend; the command line prints it and exits with code 2.
+
+    Args:
+        what: What is wrong, with the offending value.
+        where: File, key path, layer or stage it is about.
+        expected: The choices or the range that would have been right.
+        fix: What to do about it.
+    """
+
+    def __init__(self, what: str, *, where: str = "", expected: str = "", fix: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.expected = expected
+        self.fix = fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        """Return the parts as one message: where, what, expected, fix."""
+        parts = [f"{self.where}: {self.what}" if self.where else self.what]
+        if self.expected:
+            parts.append(f"Expected {self.expected}")
+        if self.fix:
+            parts.append(self.fix)
+        return " ".join(part if part.endswith((".", "?", ")")) else f"{part}." for part in parts)
+
+    def within(self, place: str) -> CompressError:
+        """Return this error with ``place`` put before its location; raise it ``from None``."""
+        self.where = f"{place}: {self.where}" if self.where else place
+        return self
+
+
+class UsageError(CompressError):
+    """An argument or option that cannot be right."""
+
+
+class UnknownNameError(UsageError):
+    """A name that is not among the known ones; the message says which one was probably meant."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, where: str = "") -> None:
+        choices = sorted(known)
+        super().__init__(
+            f"no such {kind} {name!r}{did_you_mean(name, choices)}",
+            where=where,
+            fix=f"Known: {', '.join(choices) or 'none'}",
+        )
+
+
+class MissingPackageError(CompressError):
+    """An optional package was asked for and is not installed."""
+
+
+class RecipeError(CompressError):
+    """A recipe cannot be read or does not validate."""
+
+
+class ModelError(CompressError):
+    """A network or its weights cannot be loaded or run."""
+
+
+class DataError(CompressError):
+    """Images or labels are missing, damaged or do not fit."""
+
+
+class PlanError(CompressError):
+    """A pruning plan cannot be made, read or applied."""
+
+
+class TrainingError(CompressError):
+    """Training cannot go on."""
+
+
+class ExportError(CompressError):
+    """A network cannot be written as ONNX."""
+
+
+class QuantizationError(CompressError):
+    """A graph cannot be quantized."""
+
+
+class EngineError(CompressError):
+    """An engine cannot be built, loaded or run."""
+
+
+class RunError(CompressError):
+    """A run folder is not what it should be."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to ``count`` of ``known`` that look most like ``name``, best first."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ". Did you mean 'x'?" for the likeliest of ``known``, or an empty string."""
+    close = nearest(name, known, count=1)
+    return f". Did you mean {close[0]!r}?" if close else ""

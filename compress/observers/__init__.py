@@ -1,0 +1,1 @@
+"""From what was seen of a tensor to the range it is quantized to."""

@@ -1,0 +1,45 @@
+"""Optional packages: imported where they are used, and named with their extra when absent."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+
+from compress.errors import MissingPackageError
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import and return ``module``.
+
+    Args:
+        module: Dotted import name, ``"openvino"``.
+        extra: The extra of this package that installs it, ``"openvino"``.
+        purpose: What needs it, as the subject of a sentence: ``"runtime 'openvino'"``.
+
+    Raises:
+        MissingPackageError: it is not installed; the message holds the command that installs it.
+    """
+    if not is_installed(module):
+        raise MissingPackageError(
+            f"{purpose} needs the package {module!r}, which is not installed",
+            fix=f"Install it with: pip install 'compress[{extra}]'",
+        )
+    return importlib.import_module(module)
+
+
+def is_installed(module: str) -> bool:
+    """Return whether ``module`` can be found, without importing it."""
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name is absent
+        return False
+
+
+def version(distribution: str) -> str | None:
+    """Return the installed version of ``distribution``, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

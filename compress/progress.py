@@ -1,0 +1,129 @@
+"""Progress of long work: a bar with time left on a terminal, a plain line now and then elsewhere.
+
+Silent unless somebody asks: the command line wraps its work in ``with shown():``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from contextvars import ContextVar
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+LINE_EVERY_S = 10.0  # seconds between two plain lines
+
+
+class Task(Protocol):
+    """One piece of work whose progress is shown."""
+
+    def advance(self, count: float = 1.0, note: str = "") -> None:
+        """Count ``count`` more units as done; ``note`` is shown beside the bar."""
+
+
+class _Silent:
+    def advance(self, count: float = 1.0, note: str = "") -> None:
+        """Show nothing."""
+
+
+class _Lines:
+    """Plain lines on stderr, for logs: at most one every ``LINE_EVERY_S`` seconds, and the last."""
+
+    def __init__(self, description: str, total: float | None) -> None:
+        self.description, self.total, self.done = description, total, 0.0
+        self.start = self.last = time.monotonic()
+
+    def advance(self, count: float = 1.0, note: str = "") -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.last >= LINE_EVERY_S:
+            self.last = now
+            self._print(now, note)
+
+    def _print(self, now: float, note: str) -> None:
+        spent = now - self.start
+        of = ""
+        if self.total:
+            left = spent * (self.total - self.done) / max(self.done, 1e-9)
+            of = f" of {self.total:g}, {left:.0f} s left"
+        tail = f", {note}" if note else ""
+        sys.stderr.write(f"{self.description}: {self.done:g}{of}{tail}\n")
+
+    def finish(self) -> None:
+        spent = time.monotonic() - self.start
+        sys.stderr.write(f"{self.description}: done in {spent:.1f} s\n")
+
+
+class _Bar:
+    def __init__(self, bars: Any, identity: Any) -> None:
+        self.bars, self.identity = bars, identity
+
+    def advance(self, count: float = 1.0, note: str = "") -> None:
+        self.bars.update(self.identity, advance=count, note=note)
+
+
+_bars: ContextVar[Any] = ContextVar("compress_progress", default=None)
+
+
+@contextlib.contextmanager
+def shown() -> Iterator[None]:
+    """Show the progress of everything inside on stderr."""
+    if not sys.stderr.isatty():
+        token = _bars.set("lines")
+        try:
+            yield
+        finally:
+            _bars.reset(token)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        token = _bars.set(bars)
+        try:
+            yield
+        finally:
+            _bars.reset(token)
+
+
+@contextlib.contextmanager
+def task(description: str, total: float | None = None) -> Iterator[Task]:
+    """Show one piece of work of ``total`` units while the block runs; yields its counter."""
+    bars = _bars.get()
+    if bars is None:
+        yield _Silent()
+    elif bars == "lines":
+        lines = _Lines(description, total)
+        yield lines
+        lines.finish()
+    else:
+        yield _Bar(bars, bars.add_task(description, total=total, note=""))
+
+
+def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
+    """Yield ``items`` one by one and show how far it got."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with task(description, total) as counter:
+        for item in items:
+            yield item
+            counter.advance()

@@ -29,7 +29,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def names(kind: str) -> list[str]:
-    """Return the names of all plug-ins of ``kind`` ("criteria", "losses", ...), sorted; imports none."""
+    """Return the names of all plug-ins of a folder, sorted, without importing any."""
     if kind not in KINDS:
         raise UnknownNameError("kind of plug-in", kind, KINDS)
     files = (_PACKAGE / kind).glob("[!_]*.py")

@@ -1,0 +1,172 @@
+"""What a recipe may say: one frozen class for each of its parts, with every default in the project."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
+Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
+RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pytorch"]
+TargetName = Literal["onnxruntime", "openvino", "tensorrt"]
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+class Settings(BaseModel):
+    """A part of a recipe: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(Settings):
+    """The network to start from."""
+
+    name: str = Field(description="MODEL reference: torchvision:resnet18, path/file.py:factory, ...")
+    weights: str | None = Field(None, description="Weight file, or the name of published weights")
+    num_classes: int | None = Field(None, ge=2, description="Classes, where the data does not say")
+    options: dict[str, Any] = Field({}, description="Further arguments of the constructor")
+
+
+class DataSettings(Settings):
+    """The images, how they are prepared, and how they are split."""
+
+    name: str = Field(description="DATA kind: digits, npz, cifar10, imagefolder, ...")
+    root: str | None = Field(None, description="Folder or file the images are in")
+    image_size: int | None = Field(None, ge=4, description="Side of the network's input, pixels")
+    channels: Literal[1, 3] | None = Field(None, description="Grey is repeated, colour averaged")
+    mean: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
+    std: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
+    batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
+    workers: int = Field(0, ge=0, description="Processes that decode images read from files")
+    calibration: int = Field(512, ge=8, description="Images, from train, that ranges are taken from")
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of train held back to choose checkpoints and passes by"
+    )
+
+
+class AugmentSettings(Settings):
+    """Random changes of training images; each is off unless asked for."""
+
+    crop_padding: int = Field(0, ge=0, description="Pixels of padding before a random crop")
+    flip: bool = Field(False, description="Mirror half of the images left to right")
+    rotation_degrees: float = Field(0.0, ge=0, le=180, description="Random rotation up to this angle")
+    scale: tuple[float, float] | None = Field(None, description="Range of random zoom factors")
+    randaugment: int = Field(0, ge=0, description="RandAugment operations for each image")
+    erasing: float = Field(0.0, ge=0, le=1, description="Probability of random erasing")
+    mixup: float = Field(0.0, ge=0, description="Alpha of mixup's Beta distribution; 0 = off")
+    cutmix: float = Field(0.0, ge=0, description="Alpha of cutmix's Beta distribution; 0 = off")
+
+
+class TrainSettings(Settings):
+    """The training loop, whatever the loss."""
+
+    epochs: int = Field(1, ge=0)
+    batch_size: int = Field(128, ge=1, description="Images in a step, over all processes")
+    accumulate: int = Field(1, ge=1, description="Parts a batch is computed in, to save memory")
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    lr: float = Field(0.05, gt=0, description="Peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = True
+    weight_decay: float = Field(5e-4, ge=0, description="L2, on weights; not on biases and norms")
+    l1: float = Field(0.0, ge=0, description="Weight of the L1 norm of the weights in the loss")
+    schedule: Literal["constant", "cosine", "step", "one-cycle"] = "cosine"
+    warmup_epochs: float = Field(0.0, ge=0)
+    step_epochs: tuple[float, ...] = Field((), description="Epochs at which 'step' cuts the rate")
+    step_factor: float = Field(0.1, gt=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    clip_norm: float | None = Field(None, gt=0, description="Largest gradient norm")
+    ema: float | None = Field(None, gt=0, lt=1, description="Decay of the averaged weights")
+    patience: int | None = Field(None, ge=1, description="Epochs without gain before it stops early")
+    keep: Literal["best", "last"] = Field("last", description="Which checkpoint is the result")
+    augment: AugmentSettings = AugmentSettings()
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    deterministic: bool = False
+    compile: bool = False
+    sync_batchnorm: bool = False
+    freeze_until: str | None = Field(None, description="Layers before this one are not trained")
+    layer_lr: dict[str, float] = Field({}, description="Factors of the rate, by prefix of layer name")
+
+
+class DistillSettings(TrainSettings):
+    """Training towards a teacher."""
+
+    teacher: str | None = Field(None, description="MODEL reference; the recipe's original if absent")
+    teacher_weights: str | None = None
+    teacher_num_classes: int | None = Field(None, ge=2)
+    losses: tuple[Plugin, ...] = Field(("dkd",), description="Distillation losses, in a weighted sum")
+    hard: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the true labels")
+    loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs over which the losses fade in")
+    control: bool = Field(False, description="Also train without the teacher, briefly, and compare")
+    cache_teacher: bool = Field(False, description="Keep the teacher's answers on disk")
+
+
+class PruneSettings(Settings):
+    """What to cut, by what measure, and how far."""
+
+    criterion: Plugin = "l2"
+    keep_macs: Fraction | None = None
+    keep_params: Fraction | None = None
+    keep_channels: Fraction | dict[str, Fraction] | None = None
+    latency_ms: float | None = Field(None, gt=0, description="Latency to reach, on `runtime`")
+    runtime: RuntimeName = "onnxruntime"
+    ranking: Literal["global", "uniform"] = "global"
+    normalize: Literal["none", "mean", "max", "gaussian"] = Field(
+        "mean", description="How scores are made comparable across groups"
+    )
+    round_to: int = Field(1, ge=1, description="Keep channels in multiples of this")
+    min_channels: int = Field(1, ge=1, description="Keep at least so many of every group")
+    max_cut: Fraction = Field(1.0, description="Largest share of a group's channels that is cut")
+    exclude: tuple[str, ...] = Field((), description="Layers that are not cut")
+    rounds: int = Field(1, ge=1, description="Cut in so many steps, training a little between")
+    round_training: TrainSettings | None = Field(None, description="Training between the rounds")
+    sparsity_training: TrainSettings | None = Field(
+        None, description="Group-sparsity training before the first cut"
+    )
+    sparsity_strength: float = Field(1e-4, gt=0)
+    recalibrate_batches: int = Field(16, ge=0, description="Batches BatchNorm is re-estimated on")
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> PruneSettings:
+        given = [
+            name
+            for name in ("keep_macs", "keep_params", "keep_channels", "latency_ms")
+            if getattr(self, name) is not None
+        ]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of keep_macs, keep_params, keep_channels, latency_ms; "
+                f"here: {', '.join(given) or 'none'}"
+            )
+        return self
+
+
+class QuantizeSettings(Settings):
+    """How int8 ranges are found and corrected."""
+
+    method: str = "auto"
+    observer: Plugin | None = Field(None, description="Overrides the method's own choice")
+    samples: int = Field(512, ge=8, description="Calibration images")
+    max_drop_pct: float | None = Field(None, ge=0, description="Largest loss of top-1, in points")
+    qat: TrainSettings | None = Field(None, description="Quantization-aware training, if given")
+    learned_scales: bool = Field(False, description="LSQ: train the scales in qat as well")
+    exclude: tuple[str, ...] = Field((), description="ONNX nodes that stay in float")
+
+
+class Target(Settings):
+    """Where the result must run."""
+
+    runtime: RuntimeName
+    precision: Precision = "int8"
+    batch: int = Field(1, ge=1)
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
+
+
+class Gates(Settings):
+    """What the result must reach, or the command exits with code 1."""
+
+    top1_drop_pct: float | None = Field(None, description="Largest loss of top-1, in points")
+    speedup: float | None = Field(None, gt=0, description="Smallest speed-up over the original")
+    size_ratio: float | None = Field(None, gt=0, description="Smallest original/result file size")
+    worst_class_drop_pct: float | None = Field(None, description="Largest loss of any class, points")

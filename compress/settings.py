@@ -1,4 +1,4 @@
-"""What a recipe may say: one frozen class for each of its parts, with every default in the project."""
+"""What a recipe may say: one frozen class for each of its parts, with every default."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Settings(BaseModel):
 class ModelSettings(Settings):
     """The network to start from."""
 
-    name: str = Field(description="MODEL reference: torchvision:resnet18, path/file.py:factory, ...")
+    name: str = Field(description="MODEL, e.g. torchvision:resnet18 or path/file.py:factory")
     weights: str | None = Field(None, description="Weight file, or the name of published weights")
-    num_classes: int | None = Field(None, ge=2, description="Classes, where the data does not say")
+    num_classes: int | None = Field(None, ge=2, description="Classes; the data's if absent")
     options: dict[str, Any] = Field({}, description="Further arguments of the constructor")
 
 
@@ -39,7 +39,7 @@ class DataSettings(Settings):
     std: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
-    calibration: int = Field(512, ge=8, description="Images, from train, that ranges are taken from")
+    calibration: int = Field(512, ge=8, description="Images of train that ranges come from")
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of train held back to choose checkpoints and passes by"
     )
@@ -50,7 +50,7 @@ class AugmentSettings(Settings):
 
     crop_padding: int = Field(0, ge=0, description="Pixels of padding before a random crop")
     flip: bool = Field(False, description="Mirror half of the images left to right")
-    rotation_degrees: float = Field(0.0, ge=0, le=180, description="Random rotation up to this angle")
+    rotation_degrees: float = Field(0.0, ge=0, le=180, description="Largest random rotation")
     scale: tuple[float, float] | None = Field(None, description="Range of random zoom factors")
     randaugment: int = Field(0, ge=0, description="RandAugment operations for each image")
     erasing: float = Field(0.0, ge=0, le=1, description="Probability of random erasing")
@@ -77,7 +77,7 @@ class TrainSettings(Settings):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     clip_norm: float | None = Field(None, gt=0, description="Largest gradient norm")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of the averaged weights")
-    patience: int | None = Field(None, ge=1, description="Epochs without gain before it stops early")
+    patience: int | None = Field(None, ge=1, description="Epochs without gain before stopping")
     keep: Literal["best", "last"] = Field("last", description="Which checkpoint is the result")
     augment: AugmentSettings = AugmentSettings()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -86,18 +86,18 @@ class TrainSettings(Settings):
     compile: bool = False
     sync_batchnorm: bool = False
     freeze_until: str | None = Field(None, description="Layers before this one are not trained")
-    layer_lr: dict[str, float] = Field({}, description="Factors of the rate, by prefix of layer name")
+    layer_lr: dict[str, float] = Field({}, description="Factors of the rate, by layer prefix")
 
 
 class DistillSettings(TrainSettings):
     """Training towards a teacher."""
 
-    teacher: str | None = Field(None, description="MODEL reference; the recipe's original if absent")
+    teacher: str | None = Field(None, description="MODEL; the recipe's original if absent")
     teacher_weights: str | None = None
     teacher_num_classes: int | None = Field(None, ge=2)
-    losses: tuple[Plugin, ...] = Field(("dkd",), description="Distillation losses, in a weighted sum")
+    losses: tuple[Plugin, ...] = Field(("dkd",), description="Distillation losses, summed")
     hard: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the true labels")
-    loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs over which the losses fade in")
+    loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the losses fade in")
     control: bool = Field(False, description="Also train without the teacher, briefly, and compare")
     cache_teacher: bool = Field(False, description="Keep the teacher's answers on disk")
 
@@ -168,5 +168,7 @@ class Gates(Settings):
 
     top1_drop_pct: float | None = Field(None, description="Largest loss of top-1, in points")
     speedup: float | None = Field(None, gt=0, description="Smallest speed-up over the original")
-    size_ratio: float | None = Field(None, gt=0, description="Smallest original/result file size")
-    worst_class_drop_pct: float | None = Field(None, description="Largest loss of any class, points")
+    size_ratio: float | None = Field(None, gt=0, description="Smallest original : result file size")
+    worst_class_drop_pct: float | None = Field(
+        None, description="Largest loss of a class, in points"
+    )

@@ -1,0 +1,169 @@
+"""Small CNNs for small images: the networks that the recipes train and the benchmarks measure."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.padding = out_channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's feature, (B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self._shortcut(x))
+
+    def _shortcut(self, x: Tensor) -> Tensor:
+        if self.stride == 1 and self.padding == 0:
+            return x
+        before = self.padding // 2
+        strided = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(strided, (0, 0, 0, 0, before, self.padding - before))
+
+
+class CifarResNet(nn.Module):
+    """Residual network for small images, with option A shortcuts (strided, zero-padded).
+
+    Source: He et al., Deep Residual Learning for Image Recognition, CVPR 2016,
+    https://arxiv.org/abs/1512.03385, section 4.2.
+    """
+
+    def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
+        super().__init__()
+        if (depth - 2) % 6:
+            raise ValueError(f"depth {depth} is not 6n + 2")
+        blocks = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, blocks, stride=1)
+        self.layer2 = _stage(width, 2 * width, blocks, stride=2)
+        self.layer3 = _stage(2 * width, 4 * width, blocks, stride=2)
+        self.linear = nn.Linear(4 * width, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (B, C, H, W) -> (B, K)."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # type: ignore[no-any-return]
+
+
+class SqueezeExcite(nn.Module):
+    """Weigh channels by what all of them show on average.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, CVPR 2018, https://arxiv.org/abs/1709.01507.
+    """
+
+    def __init__(self, channels: int, reduced: int) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(channels, reduced, 1)
+        self.expand = nn.Conv2d(reduced, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with every channel scaled by its gate, (B, C, H, W)."""
+        gate = F.adaptive_avg_pool2d(x, 1)
+        gate = F.hardsigmoid(self.expand(F.relu(self.reduce(gate))))
+        return x * gate
+
+
+class InvertedResidual(nn.Module):
+    """Widen, filter each channel, weigh, narrow; with a shortcut where shapes allow."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        hidden = in_channels * expansion
+        self.expand = nn.Sequential(
+            nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish()
+        )
+        self.filter = nn.Sequential(
+            nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.Hardswish(),
+        )
+        self.gate = SqueezeExcite(hidden, max(8, hidden // 4))
+        self.project = nn.Sequential(
+            nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
+        )
+        self.has_shortcut = stride == 1 and in_channels == out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's feature, (B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        out = self.project(self.gate(self.filter(self.expand(x))))
+        return x + out if self.has_shortcut else out
+
+
+class CifarMobileNet(nn.Module):
+    """Depthwise network with squeeze-excite and hard-swish for small images: hard for int8.
+
+    Source: Howard et al., Searching for MobileNetV3, ICCV 2019, https://arxiv.org/abs/1905.02244;
+    strides are moved to suit images of 32 x 32 pixels.
+    """
+
+    def __init__(self, num_classes: int, in_channels: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.Hardswish()
+        )
+        # in, out, stride, expansion
+        rows = ((16, 24, 1, 3), (24, 24, 1, 3), (24, 40, 2, 4), (40, 40, 1, 4), (40, 80, 2, 4))
+        self.blocks = nn.Sequential(*(InvertedResidual(*row) for row in (*rows, (80, 80, 1, 4))))
+        self.head = nn.Sequential(
+            nn.Conv2d(80, 240, 1, bias=False), nn.BatchNorm2d(240), nn.Hardswish()
+        )
+        self.linear = nn.Linear(240, num_classes)
+        _initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, (B, C, H, W) -> (B, K)."""
+        out = self.head(self.blocks(self.stem(x)))
+        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # type: ignore[no-any-return]
+
+
+def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """Return a ResNet-8 for small images; ``width`` channels in its first stage."""
+    return CifarResNet(8, num_classes, in_channels, width)
+
+
+def resnet14(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """Return a ResNet-14 for small images; ``width`` channels in its first stage."""
+    return CifarResNet(14, num_classes, in_channels, width)
+
+
+def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """Return a ResNet-20 for small images; ``width`` channels in its first stage."""
+    return CifarResNet(20, num_classes, in_channels, width)
+
+
+def resnet56(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """Return a ResNet-56 for small images; ``width`` channels in its first stage."""
+    return CifarResNet(56, num_classes, in_channels, width)
+
+
+def mobilenet(num_classes: int = 10, in_channels: int = 3) -> CifarMobileNet:
+    """Return a depthwise network with squeeze-excite and hard-swish for small images."""
+    return CifarMobileNet(num_classes, in_channels)
+
+
+def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_channels, out_channels, stride)
+    rest = (BasicBlock(out_channels, out_channels, 1) for _ in range(blocks - 1))
+    return nn.Sequential(first, *rest)
+
+
+@torch.no_grad()
+def _initialize(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.kaiming_normal_(module.weight)

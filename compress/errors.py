@@ -45,7 +45,7 @@ class CompressError(Exception):
             parts.append(f"Expected {self.expected}")
         if self.fix:
             parts.append(self.fix)
-        return " ".join(part if part.endswith((".", "?", ")")) else f"{part}." for part in parts)
+        return " ".join(part if part.endswith((".", "?")) else f"{part}." for part in parts)
 
     def within(self, place: str) -> CompressError:
         """Return this error with ``place`` put before its location; raise it ``from None``."""

@@ -57,7 +57,8 @@ class CifarResNet(nn.Module):
         """Return logits, (B, C, H, W) -> (B, K)."""
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # type: ignore[no-any-return]
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
 
 
 class SqueezeExcite(nn.Module):
@@ -100,7 +101,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's feature, (B, C, H, W) -> (B, C', H / stride, W / stride)."""
-        out = self.project(self.gate(self.filter(self.expand(x))))
+        out: Tensor = self.project(self.gate(self.filter(self.expand(x))))
         return x + out if self.has_shortcut else out
 
 
@@ -128,7 +129,8 @@ class CifarMobileNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, (B, C, H, W) -> (B, K)."""
         out = self.head(self.blocks(self.stem(x)))
-        return self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))  # type: ignore[no-any-return]
+        logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
+        return logits
 
 
 def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:

@@ -23,7 +23,9 @@ KINDS = {
     "losses": "loss",
     "observers": "observer",
     "runtimes": "runtime",
+    "data": "kind of data",
 }
+_HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
 
 _PACKAGE = Path(__file__).parent
 
@@ -33,12 +35,7 @@ def names(kind: str) -> list[str]:
     if kind not in KINDS:
         raise UnknownNameError("kind of plug-in", kind, KINDS)
     files = (_PACKAGE / kind).glob("[!_]*.py")
-    return sorted(spoken(file.stem) for file in files)
-
-
-def spoken(stem: str) -> str:
-    """Return the name of a plug-in as users write it; only runtimes carry a hyphen."""
-    return stem.replace("tensorrt_rtx", "tensorrt-rtx")
+    return sorted(_spoken(kind, file.stem) for file in files)
 
 
 def documentation(kind: str, name: str) -> str:
@@ -79,7 +76,7 @@ def create(kind: str, reference: str | Mapping[str, Any], **supplied: Any) -> An
     """Return an instance of the plug-in that ``reference`` names.
 
     Args:
-        kind: "criteria", "losses", "observers" or "runtimes".
+        kind: Folder of the plug-in: "criteria", "losses", "observers", "runtimes", "data".
         reference: A name, or one name with its options: ``{"kd": {"temperature": 4.0}}``.
         supplied: Options that the caller fills in; ``reference`` wins over them.
 
@@ -122,9 +119,13 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
 def _stem(kind: str, name: str) -> str:
     known = names(kind)
     stem = name.replace("-", "_")
-    if spoken(stem) not in known:
+    if _spoken(kind, stem) not in known:
         raise UnknownNameError(KINDS[kind], name, known)
     return stem
+
+
+def _spoken(kind: str, stem: str) -> str:
+    return stem.replace("_", "-") if kind in _HYPHENATED else stem
 
 
 def _class_name(stem: str) -> str:

@@ -168,7 +168,5 @@ class Gates(Settings):
 
     top1_drop_pct: float | None = Field(None, description="Largest loss of top-1, in points")
     speedup: float | None = Field(None, gt=0, description="Smallest speed-up over the original")
-    size_ratio: float | None = Field(None, gt=0, description="Smallest original : result file size")
-    worst_class_drop_pct: float | None = Field(
-        None, description="Largest loss of a class, in points"
-    )
+    size_ratio: float | None = Field(None, gt=0, description="Smallest original : result size")
+    worst_class_drop_pct: float | None = Field(None, description="Largest loss of a class, points")

@@ -1,0 +1,90 @@
+"""A folder of images, one folder for each class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.errors import DataError
+from compress.images import FileImages, Images
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+DEFAULT_SIZE = 224
+LARGEST_IN_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Imagefolder:
+    """A folder of images: train/CLASS/*.jpg and val, validation or test/CLASS/*.jpg.
+
+    The short side is resized and the centre cropped to ``image_size`` (224 if absent). With both
+    a validation and a test folder the first is used to choose, the second to judge; with one of
+    them that one is the test set. Sets that fit in 1 GiB once decoded are kept in memory.
+    """
+
+    root: str
+    image_size: int | None = None
+    channels: int | None = None
+    workers: int = 0
+
+    def load(self) -> Source:
+        """Return the images.
+
+        Raises:
+            DataError: a folder is missing or empty, a class is absent, or an image is corrupt.
+        """
+        root = Path(self.root)
+        validation, test = self._folder(root, "val", "validation"), self._folder(root, "test")
+        train = self._folder(root, "train")
+        if train is None or (validation is None and test is None):
+            raise DataError(
+                "no such folder" if not root.is_dir() else "lacks its train or its test images",
+                where=str(root),
+                expected="the folders train and val, validation or test",
+            )
+        classes = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
+        return Source(
+            self._images(train, classes),
+            self._images(test or validation or train, classes),
+            classes,
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+            validation=self._images(validation, classes) if test and validation else None,
+        )
+
+    @staticmethod
+    def _folder(root: Path, *names: str) -> Path | None:
+        return next((root / name for name in names if (root / name).is_dir()), None)
+
+    def _images(self, folder: Path, classes: tuple[str, ...]) -> Images:
+        paths: list[Path] = []
+        labels: list[int] = []
+        unknown = {path.name for path in folder.iterdir() if path.is_dir()} - set(classes)
+        if unknown:
+            raise DataError(
+                f"classes that train has not: {', '.join(sorted(unknown)[:5])}", where=str(folder)
+            )
+        for label, name in enumerate(classes):
+            found = sorted(
+                path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS
+            )
+            paths += found
+            labels += [label] * len(found)
+        if not paths:
+            raise DataError(
+                "holds no images",
+                where=str(folder),
+                expected=f"CLASS/*{', *'.join(sorted(ENDINGS))}",
+            )
+        images = FileImages(
+            tuple(paths),
+            np.array(labels, dtype=np.int64),
+            self.image_size or DEFAULT_SIZE,
+            self.channels or 3,
+            self.workers,
+        )
+        bytes_decoded = len(images) * np.prod(images.shape)
+        return images.in_memory() if bytes_decoded <= LARGEST_IN_MEMORY_BYTES else images

@@ -1,0 +1,121 @@
+"""Arrays in a NumPy archive."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.errors import DataError
+from compress.images import MemoryImages, from_array
+
+REQUIRED = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclass(frozen=True)
+class Npz:
+    """Arrays in a NumPy archive: x_train, y_train, x_test, y_test.
+
+    Images are uint8, (N, H, W, C) or (N, H, W); labels are integers from 0. Optional: x_validation
+    and y_validation; ``classes``, the names; ``group_test``, a subgroup for each test image.
+    """
+
+    root: str
+    image_size: int | None = None
+    channels: int | None = None
+
+    def load(self) -> Source:
+        """Return the images of the archive.
+
+        Raises:
+            DataError: no such file, no archive, an array is missing or of the wrong kind.
+        """
+        path = locate(Path(self.root))
+        arrays = _read(path)
+        splits = {
+            split: self._images(path, arrays, split)
+            for split in ("train", "validation", "test")
+            if f"x_{split}" in arrays
+        }
+        channels = splits["test"].shape[0]
+        return Source(
+            splits["train"],
+            splits["test"],
+            _classes(path, arrays),
+            mean=IMAGENET_MEAN if channels == 3 else (0.5,),
+            std=IMAGENET_STD if channels == 3 else (0.5,),
+            validation=splits.get("validation"),
+            test_groups=arrays.get("group_test"),
+        )
+
+    def _images(self, path: Path, arrays: dict[str, NDArray[Any]], split: str) -> MemoryImages:
+        pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        if pixels.dtype != np.uint8 or pixels.ndim not in {3, 4}:
+            raise DataError(
+                f"x_{split} is {pixels.dtype} of shape {pixels.shape}",
+                where=str(path),
+                expected="uint8 of shape (N, H, W, C) or (N, H, W)",
+            )
+        if len(pixels) != labels.size or not len(pixels):
+            raise DataError(
+                f"x_{split} has {len(pixels)} images and y_{split} has {labels.size} labels",
+                where=str(path),
+                expected="one label for each image, and at least one image",
+            )
+        return from_array(pixels, labels, size=self.image_size, channels=self.channels)
+
+
+def locate(path: Path, name: str = "*.npz") -> Path:
+    """Return ``path`` if it is a file, or the one file called ``name`` in that folder.
+
+    Raises:
+        DataError: there is no such file, or several.
+    """
+    if path.is_file():
+        return path
+    found = sorted(path.glob(name)) if path.is_dir() else []
+    if len(found) != 1:
+        raise DataError(
+            f"holds {len(found)} archives" if path.is_dir() else "no such file or folder",
+            where=str(path),
+            expected="an .npz file, or a folder with one in it",
+        )
+    return found[0]
+
+
+def _read(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        raise DataError(f"is not a readable NumPy archive ({error})", where=str(path)) from None
+    missing = [name for name in REQUIRED if name not in arrays]
+    if missing:
+        raise DataError(
+            f"lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}",
+            where=str(path),
+            expected=", ".join(REQUIRED),
+        )
+    return arrays
+
+
+def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
+    labels = np.concatenate([arrays["y_train"].reshape(-1), arrays["y_test"].reshape(-1)])
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise DataError("labels are not integers from 0", where=str(path))
+    count = int(labels.max()) + 1
+    names = tuple(str(name) for name in arrays.get("classes", np.arange(count)))
+    if len(names) < count:
+        raise DataError(
+            f"{len(names)} class names for labels up to {count - 1}",
+            where=str(path),
+            expected=f"{count} names",
+        )
+    if len(np.unique(labels)) < 2:
+        names = names[:1]
+    return names

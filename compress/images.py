@@ -1,0 +1,209 @@
+"""Labelled images: in memory as uint8, or decoded from files when they are asked for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Indices = Sequence[int] | NDArray[np.int64]
+RESIZE_MARGIN = 256 / 224  # short side over crop, as ImageNet networks are evaluated
+
+
+class Hash(Protocol):
+    """What hashlib's objects offer."""
+
+    def update(self, data: bytes, /) -> None:
+        """Add ``data`` to the hash."""
+
+
+class Images(Protocol):
+    """Labelled images of one shape."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each image, (N,)."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        ...
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        ...
+
+    def take(self, indices: Indices) -> Tensor:
+        """Return the images at ``indices``, (B, C, H, W) uint8."""
+        ...
+
+    def update_hash(self, digest: Hash) -> None:
+        """Add what identifies these images to ``digest``."""
+
+
+@dataclass(frozen=True)
+class MemoryImages:
+    """Images held as one uint8 tensor, (N, C, H, W)."""
+
+    pixels: Tensor
+    labels: NDArray[np.int64]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        _, channels, height, width = self.pixels.shape
+        return channels, height, width
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.labels)
+
+    def take(self, indices: Indices) -> Tensor:
+        """Return the images at ``indices``, (B, C, H, W) uint8."""
+        return self.pixels[torch.as_tensor(np.asarray(indices, dtype=np.int64))]
+
+    def update_hash(self, digest: Hash) -> None:
+        """Add every pixel to ``digest``."""
+        digest.update(self.pixels.numpy().tobytes())
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some of the images of another set."""
+
+    images: Images
+    indices: NDArray[np.int64]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Class of each image, (N,)."""
+        return self.images.labels[self.indices]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return self.images.shape
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.indices)
+
+    def take(self, indices: Indices) -> Tensor:
+        """Return the images at ``indices``, (B, C, H, W) uint8."""
+        return self.images.take(self.indices[np.asarray(indices, dtype=np.int64)])
+
+    def update_hash(self, digest: Hash) -> None:
+        """Add what identifies these images to ``digest``."""
+        self.images.update_hash(digest)
+        digest.update(self.indices.tobytes())
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """Images decoded from files: resized, then cropped at the centre to ``size`` x ``size``."""
+
+    paths: tuple[Path, ...]
+    labels: NDArray[np.int64]
+    size: int
+    channels: int
+    workers: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        return self.channels, self.size, self.size
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.paths)
+
+    def take(self, indices: Indices) -> Tensor:
+        """Return the images at ``indices``, (B, C, H, W) uint8.
+
+        Raises:
+            DataError: a file is no readable image; the message names it.
+        """
+        paths = [self.paths[int(index)] for index in indices]
+        with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:  # decoders free the GIL
+            return torch.stack(list(pool.map(self._decode, paths)))
+
+    def in_memory(self) -> MemoryImages:
+        """Return the same images, all decoded."""
+        return MemoryImages(self.take(range(len(self))), self.labels)
+
+    def update_hash(self, digest: Hash) -> None:
+        """Add name and size of every file to ``digest``; their content would take too long."""
+        for path in self.paths:
+            digest.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
+
+    def _decode(self, path: Path) -> Tensor:
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                pixels = _fit(image.convert("L" if self.channels == 1 else "RGB"), self.size)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(
+                f"is not a readable image ({error})", where=str(path), fix="Replace or remove it"
+            ) from None
+        return pixels
+
+
+def _fit(image: Image.Image, size: int) -> Tensor:
+    """Return ``image`` resized by its short side, cropped at its centre, (C, size, size)."""
+    from PIL import Image as Pillow
+
+    short = round(size * RESIZE_MARGIN)
+    width, height = image.size
+    scale = short / min(width, height)
+    resized = image.resize(
+        (max(short, round(width * scale)), max(short, round(height * scale))),
+        Pillow.Resampling.BILINEAR,
+    )
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    pixels = np.array(resized.crop((left, top, left + size, top + size)), dtype=np.uint8)
+    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
+
+
+def from_array(
+    pixels: NDArray[np.uint8],
+    labels: NDArray[Any],
+    *,
+    size: int | None,
+    channels: int | None,
+) -> MemoryImages:
+    """Return (N, H, W) or (N, H, W, C) uint8 pixels as images of the wanted size and channels."""
+    if pixels.ndim == 3:
+        pixels = pixels[..., None]
+    tensor = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    if channels == 3 and tensor.shape[1] == 1:
+        tensor = tensor.expand(-1, 3, -1, -1).contiguous()
+    elif channels == 1 and tensor.shape[1] == 3:
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        tensor = (tensor * luma).sum(1, keepdim=True).round().to(torch.uint8)
+    if size is not None and tuple(tensor.shape[2:]) != (size, size):
+        tensor = _resized(tensor, size)
+    return MemoryImages(tensor, np.asarray(labels, dtype=np.int64).reshape(-1))
+
+
+def _resized(tensor: Tensor, size: int) -> Tensor:
+    from torchvision.transforms.v2 import functional
+
+    parts = (
+        functional.resize(part, [size, size], antialias=True) for part in torch.split(tensor, 1024)
+    )
+    return torch.cat(list(parts))

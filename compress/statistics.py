@@ -1,0 +1,210 @@
+"""Intervals and tests behind every claim of a difference: pure functions of arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import UsageError
+
+Floats = NDArray[np.floating[Any]]
+Interval = tuple[float, float]
+
+RESAMPLES = 2000  # bootstrap draws: the ends of a 95 % interval move by about 2 % of its width
+
+
+def wilson_interval(successes: int, total: int, level: float = 0.95) -> Interval:
+    """Return the Wilson score interval of a proportion, both ends in [0, 1].
+
+    Stays inside [0, 1] and keeps its coverage at proportions near 0 and 1, where the normal
+    approximation does not.
+
+    Raises:
+        UsageError: no trials, or more successes than trials.
+
+    Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference,
+    JASA 22, 1927.
+    """
+    if not 0 <= successes <= total or total < 1:
+        raise UsageError(f"{successes} of {total} is no proportion", expected="0 <= k <= n, n >= 1")
+    z = _normal_quantile(level)
+    share = successes / total
+    denominator = 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / denominator
+    half = z / denominator * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
+    low = 0.0 if successes == 0 else centre - half  # exact, where rounding would leave 1e-17
+    high = 1.0 if successes == total else centre + half
+    return low, high
+
+
+def mcnemar(only_reference: int, only_candidate: int, *, mid_p: bool = True) -> float:
+    """Return the two-sided p-value of McNemar's test on paired right/wrong answers.
+
+    Under the null hypothesis each image on which exactly one of the two is right falls to either
+    side like a fair coin. The exact binomial test is too careful when such images are few; mid-p
+    counts half of the observed outcome's own probability and is the better default.
+
+    Args:
+        only_reference: Images that only the reference gets right.
+        only_candidate: Images that only the candidate gets right.
+        mid_p: Mid-p; else the exact conditional test.
+
+    Source: Fagerland, Lydersen, Laake, The McNemar test for binary matched-pairs data: mid-p and
+    asymptotic are better than exact conditional, BMC Medical Research Methodology 13:91, 2013.
+    """
+    from scipy.stats import binom
+
+    discordant = only_reference + only_candidate
+    if discordant == 0:
+        return 1.0
+    fewer = min(only_reference, only_candidate)
+    coin = binom(discordant, 0.5)
+    exact = min(1.0, 2 * float(coin.cdf(fewer)))
+    if not mid_p:
+        return exact
+    if only_reference == only_candidate:
+        return 1.0 - float(coin.pmf(fewer)) / 2
+    return exact - float(coin.pmf(fewer))
+
+
+def accuracy_change_interval(
+    reference_correct: NDArray[np.bool_],
+    candidate_correct: NDArray[np.bool_],
+    *,
+    level: float = 0.95,
+    resamples: int = 20 * RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return the paired bootstrap interval of candidate less reference accuracy, in [-1, 1].
+
+    Images are drawn with replacement, each with both its answers. As an image can only contribute
+    -1, 0 or +1, drawing N of them is one multinomial draw of three counts.
+
+    Args:
+        reference_correct: Whether the reference is right, (N,).
+        candidate_correct: Whether the candidate is right, (N,), in the same order.
+        level: Coverage.
+        resamples: Bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        UsageError: no images, or not the same number of them.
+
+    Source: Efron, Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3 (percentile).
+    """
+    if len(reference_correct) != len(candidate_correct) or len(reference_correct) == 0:
+        raise UsageError(
+            f"{len(reference_correct)} and {len(candidate_correct)} answers are no pairs",
+            expected="as many answers of the one as of the other, at least one",
+        )
+    change = candidate_correct.astype(np.int8) - reference_correct.astype(np.int8)
+    total = len(change)
+    lost, won = int((change < 0).sum()), int((change > 0).sum())
+    shares = np.array([lost, total - lost - won, won]) / total
+    drawn = np.random.default_rng(seed).multinomial(total, shares, size=resamples)
+    return _ends((drawn[:, 2] - drawn[:, 0]) / total, level)
+
+
+def median_interval(
+    blocks: Floats, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """Return the block bootstrap interval of the median of all values.
+
+    Args:
+        blocks: Values, (R, n): R rounds of n. Rounds are drawn whole, because values within one
+            are not independent of each other.
+        level: Coverage.
+        resamples: Bootstrap draws.
+        seed: Of the draws.
+    """
+    drawn = _draws(len(blocks), resamples, seed)
+    return _ends(_medians(blocks, drawn), level)
+
+
+def ratio_interval(
+    reference: Floats,
+    candidate: Floats,
+    *,
+    level: float = 0.95,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Return the paired block bootstrap interval of median(reference) / median(candidate).
+
+    Round i of the one was timed beside round i of the other, so rounds are drawn in pairs: what
+    slows the machine down for a while hits both and leaves the ratio alone.
+
+    Args:
+        reference: Positive values, (R, n).
+        candidate: Positive values, (R, m).
+        level: Coverage.
+        resamples: Bootstrap draws.
+        seed: Of the draws.
+
+    Raises:
+        UsageError: the number of rounds differs or is zero, or a value is not positive.
+
+    Source: Davison, Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.
+    """
+    if len(reference) != len(candidate) or reference.size == 0 or candidate.size == 0:
+        raise UsageError(f"{len(reference)} and {len(candidate)} rounds are no pairs of rounds")
+    if min(reference.min(), candidate.min()) <= 0:
+        raise UsageError("a ratio needs positive values", expected="values > 0")
+    drawn = _draws(len(reference), resamples, seed)
+    return _ends(_medians(reference, drawn) / _medians(candidate, drawn), level)
+
+
+def calibration_error(confidence: Floats, correct: NDArray[np.bool_], *, bins: int = 15) -> float:
+    """Return the expected calibration error, in [0, 1]: how far confidence is from being right.
+
+    Answers are sorted into ``bins`` equal parts of (0, 1] by their confidence; the error is the
+    mean over answers of the distance between a part's accuracy and its mean confidence.
+
+    Args:
+        confidence: Probability of the given answer, (N,), in [0, 1].
+        correct: Whether the answer is right, (N,).
+        bins: Parts.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017,
+    https://arxiv.org/abs/1706.04599, equation 3.
+    """
+    if len(confidence) == 0:
+        raise UsageError("a calibration error needs at least one answer")
+    edges = np.linspace(0, 1, bins + 1)
+    part = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    surplus = np.bincount(part, confidence - correct.astype(np.float64), minlength=bins)
+    return float(np.abs(surplus).sum() / len(confidence))
+
+
+def excludes(interval: Interval, value: float) -> bool:
+    """Return whether ``value`` lies outside ``interval``: whether there is a difference."""
+    return not interval[0] <= value <= interval[1]
+
+
+def _draws(rounds: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    return np.random.default_rng(seed).integers(0, rounds, size=(resamples, rounds))
+
+
+def _medians(blocks: Floats, drawn: NDArray[np.int64]) -> Floats:
+    """Return the median of each draw of rounds, (resamples,), in bounded memory."""
+    step = max(1, 4_000_000 // max(1, blocks.size))
+    parts = [
+        np.median(blocks[drawn[at : at + step]].reshape(-1, drawn.shape[1] * blocks.shape[1]), 1)
+        for at in range(0, len(drawn), step)
+    ]
+    return np.concatenate(parts)
+
+
+def _ends(values: Floats, level: float) -> Interval:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _normal_quantile(level: float) -> float:
+    from statistics import NormalDist
+
+    if not 0 < level < 1:
+        raise UsageError(f"{level} is no level of confidence", expected="between 0 and 1")
+    return NormalDist().inv_cdf((1 + level) / 2)

@@ -1,0 +1,160 @@
+"""Statistics against scipy, statsmodels, torchmetrics and repeated sampling."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compress import statistics
+from compress.errors import UsageError
+
+
+@pytest.mark.parametrize(("successes", "total"), [(0, 10), (1, 10), (9173, 10_000), (500, 500)])
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_wilson_interval_equals_statsmodels(successes: int, total: int, level: float) -> None:
+    from statsmodels.stats.proportion import proportion_confint
+
+    expected = proportion_confint(successes, total, alpha=1 - level, method="wilson")
+    assert statistics.wilson_interval(successes, total, level) == pytest.approx(expected, abs=1e-12)
+
+
+@given(st.integers(1, 500), st.data())
+def test_wilson_interval_holds_the_proportion_and_stays_in_the_unit(
+    total: int, data: st.DataObject
+) -> None:
+    successes = data.draw(st.integers(0, total))
+    low, high = statistics.wilson_interval(successes, total)
+    assert 0 <= low <= successes / total <= high <= 1
+
+
+@pytest.mark.parametrize(("successes", "total"), [(1, 0), (-1, 5), (6, 5)])
+def test_wilson_interval_refuses_what_is_no_proportion(successes: int, total: int) -> None:
+    with pytest.raises(UsageError, match=r"is no proportion.*Expected 0 <= k <= n"):
+        statistics.wilson_interval(successes, total)
+
+
+def test_level_of_confidence_is_checked() -> None:
+    with pytest.raises(UsageError, match=r"95 is no level of confidence"):
+        statistics.wilson_interval(1, 2, level=95)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (3, 9), (9, 3), (5, 5), (0, 1), (40, 61)])
+def test_exact_mcnemar_equals_statsmodels(lost: int, won: int) -> None:
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    expected = mcnemar([[100, lost], [won, 10]], exact=True).pvalue
+    assert statistics.mcnemar(lost, won, mid_p=False) == pytest.approx(min(1.0, expected))
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+def test_mid_p_mcnemar_is_the_exact_one_less_half_of_each_tail_outcome(lost: int, won: int) -> None:
+    from scipy.stats import binom
+
+    outcomes = np.arange(lost + won + 1)
+    probability = binom.pmf(outcomes, lost + won, 0.5)
+    distance = np.abs(outcomes - (lost + won) / 2)
+    observed = abs(lost - (lost + won) / 2)
+    weight = np.where(distance > observed, 1.0, np.where(distance == observed, 0.5, 0.0))
+    expected = float((weight * probability).sum())
+    if lost + won == 0:
+        expected = 1.0
+    assert statistics.mcnemar(lost, won) == pytest.approx(expected)
+
+
+def test_paired_bootstrap_equals_scipy() -> None:
+    from scipy.stats import bootstrap
+
+    generator = np.random.default_rng(0)
+    reference = generator.random(1000) < 0.9
+    candidate = np.where(generator.random(1000) < 0.05, ~reference, reference)
+    low, high = statistics.accuracy_change_interval(reference, candidate)
+    change = candidate.astype(float) - reference.astype(float)
+    expected = bootstrap(
+        (change,), np.mean, method="percentile", n_resamples=9999, rng=generator
+    ).confidence_interval
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1.5e-3)
+
+
+def test_paired_bootstrap_of_equal_answers_is_zero() -> None:
+    correct = np.array([True, False, True])
+    assert statistics.accuracy_change_interval(correct, correct) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 4)])
+def test_paired_bootstrap_refuses_what_is_not_paired(first: int, second: int) -> None:
+    with pytest.raises(UsageError, match=r"are no pairs"):
+        statistics.accuracy_change_interval(np.ones(first, bool), np.ones(second, bool))
+
+
+def test_median_interval_equals_scipy_for_blocks_of_one() -> None:
+    from scipy.stats import bootstrap
+
+    values = np.random.default_rng(1).lognormal(size=(300, 1))
+    ours = statistics.median_interval(values, resamples=9999)
+    expected = bootstrap(
+        (values[:, 0],), np.median, method="percentile", n_resamples=9999, rng=2
+    ).confidence_interval
+    assert ours == pytest.approx((expected.low, expected.high), rel=0.02)
+
+
+def test_ratio_interval_covers_the_truth_as_often_as_it_claims() -> None:
+    generator = np.random.default_rng(3)
+    hits = 0
+    for trial in range(200):
+        drift = generator.lognormal(sigma=0.3, size=(40, 1))  # a noisy machine, the same for both
+        reference = 2.0 * drift * generator.lognormal(sigma=0.05, size=(40, 5))
+        candidate = 1.0 * drift * generator.lognormal(sigma=0.05, size=(40, 5))
+        low, high = statistics.ratio_interval(reference, candidate, resamples=400, seed=trial)
+        hits += low <= 2.0 <= high
+    assert hits >= 176  # 95 % of 200 is 190; fewer than 176 has probability 1e-5
+
+
+def test_ratio_interval_is_narrower_for_paired_rounds() -> None:
+    generator = np.random.default_rng(4)
+    drift = generator.lognormal(sigma=0.5, size=(50, 1))
+    reference, candidate = 2 * drift, 1 * drift
+    paired = statistics.ratio_interval(reference, candidate)
+    shuffled = statistics.ratio_interval(reference, generator.permutation(candidate))
+    assert paired == pytest.approx((2.0, 2.0))
+    assert shuffled[1] - shuffled[0] > 0.1
+
+
+def test_intervals_of_constant_timings_are_points() -> None:
+    constant = np.full((10, 4), 3.0)
+    assert statistics.median_interval(constant) == (3.0, 3.0)
+    assert statistics.ratio_interval(2 * constant, constant) == (2.0, 2.0)
+
+
+def test_ratio_interval_refuses_unpaired_and_non_positive_values() -> None:
+    with pytest.raises(UsageError, match=r"10 and 9 rounds are no pairs"):
+        statistics.ratio_interval(np.ones((10, 1)), np.ones((9, 1)))
+    with pytest.raises(UsageError, match=r"positive values"):
+        statistics.ratio_interval(np.ones((2, 1)), np.zeros((2, 1)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.sampled_from([5, 15]))
+def test_calibration_error_equals_torchmetrics(seed: int, total: int, bins: int) -> None:
+    import torch
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    generator = np.random.default_rng(seed)
+    confidence = generator.random(total)
+    correct = generator.random(total) < confidence
+    expected = binary_calibration_error(
+        torch.from_numpy(confidence), torch.from_numpy(correct.astype(np.int64)), n_bins=bins
+    )
+    ours = statistics.calibration_error(confidence, correct, bins=bins)
+    assert ours == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_calibration_error_of_nothing_is_an_error() -> None:
+    with pytest.raises(UsageError, match="at least one answer"):
+        statistics.calibration_error(np.zeros(0), np.zeros(0, bool))
+
+
+def test_excludes_tells_a_difference_from_none() -> None:
+    assert statistics.excludes((1.1, 1.3), 1.0)
+    assert not statistics.excludes((0.9, 1.0), 1.0)

@@ -1,0 +1,281 @@
+"""Accuracy of anything that maps a batch of images to logits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compress import statistics
+from compress.artifact import replacing
+from compress.errors import DataError, EngineError
+
+Run = Callable[[Tensor], Any]  # images float32 (B, C, H, W) -> logits (B, K), as tensor or array
+Batches = Iterable[tuple[Tensor, Tensor]]  # of images float32 (B, C, H, W) and labels int64 (B,)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a network answered to N images, and what would have been right."""
+
+    logits: NDArray[np.float32]  # (N, K)
+    labels: NDArray[np.int64]  # (N,)
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 2 or self.labels.shape != self.logits.shape[:1]:
+            raise DataError(
+                f"logits {self.logits.shape} and labels {self.labels.shape} do not fit together",
+                expected="logits (N, K) and labels (N,)",
+            )
+        if len(self.labels) == 0:
+            raise DataError("there are no images to evaluate on", expected="at least one image")
+        if not 0 <= self.labels.min() <= self.labels.max() < self.logits.shape[1]:
+            raise DataError(
+                f"labels reach from {self.labels.min()} to {self.labels.max()}, but the network "
+                f"tells {self.logits.shape[1]} classes apart",
+                expected=f"labels from 0 to {self.logits.shape[1] - 1}",
+                fix="Give the data the network was trained for, or set --num-classes",
+            )
+
+    @cached_property
+    def answers(self) -> NDArray[np.int64]:
+        """The class of the largest logit, (N,)."""
+        answers: NDArray[np.int64] = np.argmax(self.logits, axis=1)
+        return answers
+
+    @cached_property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether the answer is the label, (N,)."""
+        return np.equal(self.answers, self.labels)
+
+    @cached_property
+    def probabilities(self) -> NDArray[np.float64]:
+        """Softmax of the logits, (N, K)."""
+        shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
+        exponentials = np.exp(shifted)
+        softmax: NDArray[np.float64] = exponentials / exponentials.sum(1, keepdims=True)
+        return softmax
+
+    @cached_property
+    def confidence(self) -> NDArray[np.float64]:
+        """Probability of the given answer, (N,)."""
+        confidence: NDArray[np.float64] = np.max(self.probabilities, axis=1)
+        return confidence
+
+    def save(self, path: Path) -> None:
+        """Write to an .npz file, whole or not at all."""
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, logits=self.logits, labels=self.labels)
+
+    @classmethod
+    def load(cls, path: Path) -> Predictions:
+        """Read what ``save`` wrote.
+
+        Raises:
+            DataError: the file is absent, damaged or something else.
+        """
+        try:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
+                return cls(stored["logits"], stored["labels"])
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+            raise DataError(f"holds no predictions: {error}", where=str(path)) from None
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """How one class fares. A share of nothing (no such image, no such answer) is None."""
+
+    name: str
+    images: int
+    precision_pct: float | None
+    recall_pct: float | None
+    f1_pct: float | None
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How right a network is, with 95 % intervals."""
+
+    images: int
+    top1_pct: float
+    top1_ci95: tuple[float, float]  # percent, Wilson
+    top5_pct: float | None  # None where there are five classes or fewer
+    ece_pct: float  # expected calibration error, 15 bins
+    confusion: tuple[tuple[int, ...], ...]  # (K, K), row = label, column = answer
+    per_class: tuple[ClassAccuracy, ...]
+    per_subgroup: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this accuracy as JSON-able data, without what was not measured."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def predict(run: Any, batches: Batches) -> Predictions:
+    """Return what ``run`` answers to all images of ``batches``, in their order.
+
+    Args:
+        run: A module (evaluated in eval mode, without gradients, on its own device, and left as it
+            was), a session of a runtime, or a function of a batch. Its first output counts.
+        batches: Pairs of images float32 (B, C, H, W) and labels int64 (B,). A session of one
+            fixed batch size gets batches of that size; the last is filled up and the filling's
+            answers are dropped.
+
+    Raises:
+        DataError: there are no images, or a label is out of range.
+        EngineError: the answers are not finite numbers of shape (B, K).
+    """
+    logits: list[NDArray[np.float32]] = []
+    labels: list[NDArray[np.int64]] = []
+    with _runnable(run) as answer:
+        for images, target in batches:
+            logits.append(_checked(answer(images), len(images), sum(map(len, labels))))
+            labels.append(target.numpy().astype(np.int64))
+    if not logits:
+        raise DataError("there are no images to evaluate on", expected="at least one batch")
+    return Predictions(np.concatenate(logits), np.concatenate(labels))
+
+
+def accuracy(
+    predictions: Predictions,
+    classes: Sequence[str] | None = None,
+    subgroups: Sequence[str] | None = None,
+) -> Accuracy:
+    """Return how right ``predictions`` are.
+
+    **Method:** top-1 is the share of images whose largest logit is the label; its interval is
+    Wilson's, so it says how far another sample of as many images might differ, not how the
+    network would do on other kinds of images. Top-5 counts a label whose logit has fewer than five
+    larger ones.
+
+    Args:
+        predictions: Of N images and K classes.
+        classes: K names; numbers where absent.
+        subgroups: For each image the subgroup it belongs to, (N,), where the data has that.
+
+    Raises:
+        DataError: the number of names or subgroups does not fit.
+    """
+    total, count = predictions.logits.shape
+    names = tuple(classes) if classes is not None else tuple(str(k) for k in range(count))
+    if len(names) != count:
+        raise DataError(f"{len(names)} class names, but the network tells {count} classes apart")
+    right = int(predictions.correct.sum())
+    confusion = np.bincount(
+        predictions.labels * count + predictions.answers, minlength=count * count
+    ).reshape(count, count)
+    return Accuracy(
+        images=total,
+        top1_pct=100 * right / total,
+        top1_ci95=_percent(statistics.wilson_interval(right, total)),
+        top5_pct=100 * _top(predictions, 5) if count > 5 else None,
+        ece_pct=100 * statistics.calibration_error(predictions.confidence, predictions.correct),
+        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
+        per_class=tuple(_class_accuracy(confusion, k, name) for k, name in enumerate(names)),
+        per_subgroup=_per_subgroup(predictions, subgroups) if subgroups is not None else {},
+    )
+
+
+def _per_subgroup(predictions: Predictions, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
+    if len(subgroups) != len(predictions.labels):
+        raise DataError(
+            f"{len(subgroups)} subgroups for {len(predictions.labels)} images",
+            expected="one subgroup for each image",
+        )
+    member = np.asarray(subgroups)
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(set(subgroups)):
+        correct = predictions.correct[member == name]
+        right, images = int(correct.sum()), len(correct)
+        interval = _percent(statistics.wilson_interval(right, images))
+        found[name] = {"images": images, "top1_pct": 100 * right / images, "top1_ci95": interval}
+    return found
+
+
+def _class_accuracy(confusion: NDArray[Any], k: int, name: str) -> ClassAccuracy:
+    hit, images, answers = confusion[k, k], confusion[k].sum(), confusion[:, k].sum()
+    return ClassAccuracy(
+        name=name,
+        images=int(images),
+        precision_pct=float(100 * hit / answers) if answers else None,
+        recall_pct=float(100 * hit / images) if images else None,
+        f1_pct=float(200 * hit / (images + answers)) if images + answers else None,
+    )
+
+
+def _top(predictions: Predictions, k: int) -> float:
+    own = np.take_along_axis(predictions.logits, predictions.labels[:, None], 1)
+    larger = (predictions.logits > own).sum(1)
+    return float((larger < k).mean())
+
+
+def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+@contextlib.contextmanager
+def _runnable(run: Any) -> Iterator[Run]:
+    """Yield a function of a batch for a module, a session or a function."""
+    if isinstance(run, nn.Module):
+        with _evaluation(run) as answer:
+            yield answer
+    elif hasattr(run, "run"):
+        yield lambda images: _run_session(run, images.numpy())
+    else:
+        yield run
+
+
+@contextlib.contextmanager
+def _evaluation(model: nn.Module) -> Iterator[Run]:
+    """Put ``model`` and each part of it in eval mode; leave all modes as they were found."""
+    modes = {module: module.training for module in model.modules()}
+    parameter = next(model.parameters(), None)
+    device = parameter.device if parameter is not None else torch.device("cpu")
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield lambda images: model(images.to(device))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    fixed = session.inputs[0].shape[0]
+    if not isinstance(fixed, int) or fixed < 1 or fixed == len(images):
+        first: NDArray[np.float32] = session.run(images)[0]
+        return first
+    filling = -len(images) % fixed
+    padded = np.concatenate([images, np.repeat(images[-1:], filling, axis=0)])
+    parts = [session.run(padded[at : at + fixed])[0] for at in range(0, len(padded), fixed)]
+    return np.concatenate(parts)[: len(images)]
+
+
+def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:
+    """Return ``output`` as finite float32 logits (images, K), or say what is wrong with it."""
+    if isinstance(output, list | tuple):
+        output = output[0]
+    if isinstance(output, Tensor):
+        output = output.detach().float().cpu().numpy()
+    logits = np.asarray(output, dtype=np.float32)
+    if logits.ndim != 2 or len(logits) != images:
+        raise EngineError(
+            f"answered {images} images with an output of shape {logits.shape}",
+            expected=f"logits of shape ({images}, classes)",
+        )
+    broken = np.flatnonzero(~np.isfinite(logits).all(1))
+    if len(broken):
+        raise EngineError(
+            f"gave answers that are not finite numbers for {len(broken)} of {images} images, the "
+            f"first of them image {before + broken[0]}",
+            fix="A half-precision network overflows so; keep its widest layers in fp32",
+        )
+    return logits

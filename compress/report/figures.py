@@ -1,0 +1,73 @@
+"""Numbers as people read them: significant digits, units, intervals; the same in every format."""
+
+from __future__ import annotations
+
+from compress.report.schema import Interval, Result, Variant
+
+ABSENT = "–"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return ``value`` with about ``digits`` significant digits and no exponent, or a dash."""
+    if value is None:
+        return ABSENT
+    if value == 0:
+        return "0"
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
+    places = max(0, digits - 1 - exponent)
+    return f"{value:,.{places}f}"
+
+
+def count(value: float | None) -> str:
+    """Return a count with a unit prefix: 272,474 is "272 k", 40.6e6 is "40.6 M"."""
+    if value is None:
+        return ABSENT
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size * 0.9995:
+            return f"{number(value / size)} {unit}"
+    return f"{value:,.0f}"
+
+
+def points(value: float | None) -> str:
+    """Return a difference in percentage points with its sign: "-0.3", "+0.12", "0.0"."""
+    if value is None:
+        return ABSENT
+    places = 2 if abs(value) < 1 else 1
+    text = f"{value:+.{places}f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def percent(value: float | None) -> str:
+    """Return a percentage with two decimals and no sign for it."""
+    return ABSENT if value is None else f"{value:.2f}"
+
+
+def interval(bounds: Interval | None, form: str = "number") -> str:
+    """Return "low..high", or an empty string; ``form`` is number, points or percent."""
+    if bounds is None:
+        return ""
+    write = {"number": number, "points": points, "percent": percent}[form]
+    return f"{write(bounds[0])}..{write(bounds[1])}"
+
+
+def factor(value: float | None) -> str:
+    """Return a ratio: "3.91x"."""
+    return ABSENT if value is None else f"{number(value)}x"
+
+
+def reason(field: str, result: Result | None, variant: Variant) -> str:
+    """Return why ``field`` is absent: the most specific reason that the report gives."""
+    group = next((name for name, fields in _GROUPS.items() if field.startswith(fields)), field)
+    places = [result.skipped] if result else []
+    for skipped in (*places, variant.skipped):
+        for key in (field, group, result.runtime if result else field):
+            if key in skipped:
+                return skipped[key]
+    return "no reason was recorded"
+
+
+_GROUPS = {
+    "latency": ("latency", "throughput", "speedup"),
+    "memory": ("peak_memory", "memory"),
+    "accuracy": ("top1", "top5", "agreement", "flip", "ece", "worst_class", "sqnr"),
+}

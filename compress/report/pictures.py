@@ -1,0 +1,30 @@
+"""Images as small PNG data URIs, the only form in which the report holds pictures."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+
+def thumbnail(image: NDArray[np.uint8], side: int = 64) -> str:
+    """Return ``image`` as PNG data URI, its longer side ``side`` pixels.
+
+    Args:
+        image: uint8, (H, W), (H, W, 1) or (H, W, 3) RGB.
+        side: Pixels of the longer side; smaller images are kept as they are.
+    """
+    flat = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+    picture = Image.fromarray(np.ascontiguousarray(flat))
+    picture.thumbnail((side, side))
+    return png(picture)
+
+
+def png(picture: Image.Image) -> str:
+    """Return a picture as PNG data URI."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + b64encode(file.getvalue()).decode("ascii")

@@ -1,0 +1,338 @@
+"""What report.json holds: frozen records; what was not measured is absent, with the reason."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+SCHEMA = 1  # later versions only add keys
+
+Interval = tuple[float, float]  # a 95 % confidence interval: low, high
+Reasons = dict[str, str]  # name of what was not measured -> "not measured because ..." it
+
+
+def _check_png(value: object) -> object:
+    if isinstance(value, str) and not value.startswith("data:image/png;base64,"):
+        raise ValueError("an image must be a PNG as data URI (data:image/png;base64,...)")
+    return value
+
+
+Png = Annotated[
+    str,
+    Field(pattern=r"^data:image/png;base64,[A-Za-z0-9+/]+={0,2}$"),
+    BeforeValidator(_check_png),
+]
+
+
+class Record(BaseModel):
+    """A part of the report: immutable, finite, and keeping keys of newer versions as they are."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="allow",
+        allow_inf_nan=False,
+        populate_by_name=True,
+        protected_namespaces=(),
+    )
+
+
+class Result(Record):
+    """One variant on one runtime at one batch size and thread count."""
+
+    runtime: str
+    precision: Literal["fp32", "fp16", "int8"]
+    device: str
+    batch: int = Field(ge=1)
+    threads: int | None = None
+
+    latency_ms_p50: float | None = None
+    latency_ms_p50_ci95: Interval | None = None
+    latency_ms_p90: float | None = None
+    latency_ms_p99: float | None = None
+    latency_ms_p99_ci95: Interval | None = None
+    latency_ms_mean: float | None = None
+    throughput_ips: float | None = None  # images per second
+    speedup: float | None = None  # original's p50 / this p50, same runtime, batch and threads
+    speedup_ci95: Interval | None = None  # bootstrap of the ratio
+
+    peak_memory_mib: float | None = None
+    memory_mib: dict[str, float] = {}  # every further memory number, by name: load, activations...
+
+    images: int | None = None  # labelled images the accuracy is taken over
+    top1_pct: float | None = None
+    top1_ci95: Interval | None = None
+    top5_pct: float | None = None
+    top5_ci95: Interval | None = None
+    top1_change_pct: float | None = None  # this top-1 minus the original's, same images, points
+    top1_change_ci95: Interval | None = None  # paired
+    top1_p_value: float | None = None  # McNemar, against the original
+    agreement_pct: float | None = None  # images with the same answer as the original
+    agreement_ci95: Interval | None = None
+    flip_pct: float | None = None  # images the original had right and this has wrong
+    sqnr_db: float | None = None  # of the logits, against the original
+    ece_pct: float | None = None  # expected calibration error
+    worst_class_drop_pct: float | None = None  # largest loss of recall of any class, points
+    worst_class: str | None = None
+
+    int8_macs_pct: float | None = None  # MACs that run in int8 kernels
+    skipped: Reasons = {}  # field (or "latency", "memory", "accuracy") -> why it is absent
+
+
+class Variant(Record):
+    """One network of the run: the original, or what a stage made of it."""
+
+    name: str
+    stage: str
+    artifact: str | None = None  # path relative to the run folder
+    sha256: str | None = None
+    parent: str | None = None  # name of the variant it was made from
+    params: int | None = None
+    macs: int | None = None  # for one image
+    size_mib: float | None = None  # of the artifact
+    results: tuple[Result, ...] = ()
+    skipped: Reasons = {}  # field or runtime -> why it is absent
+
+
+class Gate(Record):
+    """A limit of the recipe, and what was measured against it."""
+
+    name: str
+    limit: float
+    measured: float | None = None
+    passed: bool
+    variant: str | None = None
+    runtime: str | None = None
+    batch: int | None = None
+    reason: str | None = None  # why it could not be measured: then it is not passed
+
+
+class Line(Record):
+    """One line of a chart."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Line:
+        if len(self.x) != len(self.y):
+            raise ValueError(f"line {self.name!r} has {len(self.x)} x and {len(self.y)} y values")
+        return self
+
+
+class Curve(Record):
+    """A chart of lines: learning curves of a stage, or sensitivity of layers."""
+
+    title: str
+    x_label: str  # with its unit
+    y_label: str  # with its unit
+    lines: tuple[Line, ...]
+    variant: str | None = None
+
+
+class Channels(Record):
+    """Channels of one layer before and after pruning."""
+
+    layer: str
+    before: int
+    after: int
+
+
+class TensorRange(Record):
+    """How one tensor is quantized."""
+
+    tensor: str
+    kind: Literal["weight", "activation", "bias"]
+    bits: int
+    low: float  # of the real values the codes cover
+    high: float
+    layer: str | None = None
+    variant: str | None = None
+    saturated_pct: float | None = None
+    sqnr_db: float | None = None
+
+
+class Island(Record):
+    """Operations that stay in float between quantized ones."""
+
+    nodes: tuple[str, ...]
+    reason: str | None = None
+    macs: int | None = None
+
+
+class Coverage(Record):
+    """How much of a variant really runs in int8 on a runtime."""
+
+    variant: str
+    runtime: str
+    int8_macs_pct: float | None = None
+    int8_nodes: int | None = None
+    float_nodes: int | None = None
+    reformats: int | None = None
+    islands: tuple[Island, ...] = ()
+
+
+class ClassScores(Record):
+    """Precision, recall and F1 of every class, in the order of ``Details.classes``."""
+
+    variant: str
+    runtime: str | None = None
+    images: tuple[int, ...]  # of each class
+    precision_pct: tuple[float | None, ...]  # None: never predicted
+    recall_pct: tuple[float | None, ...]  # None: no image of the class
+    f1_pct: tuple[float | None, ...]
+
+
+class Confusion(Record):
+    """A confusion matrix by its non-zero cells."""
+
+    variant: str
+    runtime: str | None = None
+    cells: tuple[tuple[int, int, int], ...]  # true class, predicted class, images
+
+
+class Flip(Record):
+    """An image whose answer changed from right to wrong."""
+
+    index: int  # in the test split
+    label: int  # classes are positions in Details.classes
+    before: int
+    after: int
+    before_confidence_pct: float | None = None
+    after_confidence_pct: float | None = None
+    variant: str | None = None
+    runtime: str | None = None
+    thumbnail: Png | None = None
+
+
+class Subgroup(Record):
+    """Accuracy of one variant on the images with one value of a column of the data."""
+
+    column: str
+    value: str
+    variant: str
+    images: int
+    top1_pct: float
+    top1_ci95: Interval | None = None
+
+
+class Calibration(Record):
+    """Confidence against accuracy of one variant, in bins of confidence."""
+
+    variant: str
+    runtime: str | None = None
+    ece_pct: float
+    confidence_pct: tuple[float, ...] = ()  # mean of each bin that holds images
+    accuracy_pct: tuple[float, ...] = ()
+    images: tuple[int, ...] = ()
+
+
+class Attribution(Record):
+    """What the original and a variant looked at in one image."""
+
+    index: int  # in the test split
+    method: str
+    label: int
+    before: int  # answer of the original
+    after: int
+    variant: str
+    similarity: float | None = None  # of the two maps, -1 to 1
+    image: Png
+    before_map: Png
+    after_map: Png
+
+
+class Similarity(Record):
+    """Mean similarity of attribution maps of the original and a variant over a sample."""
+
+    method: str
+    variant: str
+    mean: float  # -1 to 1
+    ci95: Interval | None = None
+    images: int
+    measure: str = "Spearman rank correlation"
+
+
+class ArtifactRecord(Record):
+    """One file of the run and what it was made from."""
+
+    path: str  # relative to the run folder
+    sha256: str
+    stage: str
+    parent: str | None = None  # sha256
+    settings: dict[str, Any] = {}
+    bytes: int | None = None
+
+
+class Details(Record):
+    """What changed inside, what was lost and for whom; each part is optional."""
+
+    classes: tuple[str, ...] = ()
+    channels: tuple[Channels, ...] = ()
+    frozen: dict[str, str] = {}  # layer -> why it could not be cut
+    ranges: tuple[TensorRange, ...] = ()
+    coverage: tuple[Coverage, ...] = ()
+    learning: tuple[Curve, ...] = ()
+    sensitivity: tuple[Curve, ...] = ()
+    class_scores: tuple[ClassScores, ...] = ()  # the original first
+    confusions: tuple[Confusion, ...] = ()  # the original first
+    flips: tuple[Flip, ...] = ()
+    subgroups: tuple[Subgroup, ...] = ()
+    calibration: tuple[Calibration, ...] = ()
+    attributions: tuple[Attribution, ...] = ()
+    similarities: tuple[Similarity, ...] = ()
+    artifacts: tuple[ArtifactRecord, ...] = ()
+    methods: dict[str, str] = {}  # quantity -> how it was measured, and what the number is not
+    skipped: Reasons = {}  # name of a part above -> why it is absent
+
+
+class DataRecord(Record):
+    """The images a run used."""
+
+    name: str
+    fingerprint: str
+    images: dict[str, int] = {}  # of each split
+    calibration_sha256: str | None = None  # of the sorted calibration images
+
+
+class Provenance(Record):
+    """Everything needed to judge the numbers and to make them again."""
+
+    created: str | None = None  # ISO 8601, UTC
+    seconds: float | None = None  # the run took
+    command: str | None = None  # reproduces the run
+    commit: str | None = None
+    seed: int | None = None
+    settings: dict[str, Any] = {}  # resolved
+    data: DataRecord | None = None
+    device: dict[str, str | int | float] = {}  # cpu, cores, gpu, clocks, ...
+    versions: dict[str, str] = {}
+
+
+class Report(Record):
+    """The content of report.json."""
+
+    schema_version: int = Field(SCHEMA, alias="schema")
+    name: str = "run"
+    recipe: dict[str, Any] = {}
+    provenance: Provenance = Provenance()
+    variants: tuple[Variant, ...] = ()  # the original first, each stage after it
+    gates: tuple[Gate, ...] = ()
+    verdict: str = ""  # filled by `write` when empty
+    details: Details = Details()
+    skipped: Reasons = {}  # runtime, stage or anything else -> why it is absent
+    incomplete: tuple[str, ...] = ()  # what is missing or wrong in the run folder itself
+
+    @property
+    def original(self) -> Variant | None:
+        """The variant everything is compared with: the one called original, else the first."""
+        return self.variant("original") or (self.variants[0] if self.variants else None)
+
+    def variant(self, name: str) -> Variant | None:
+        """Return the variant of that name, or None."""
+        return next((variant for variant in self.variants if variant.name == name), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able data; what was not measured is absent."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -1,0 +1,142 @@
+"""The report in a terminal: one table, the gates, the verdict, and where the files are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.report import figures
+from compress.report.schema import Gate, Report, Result, Variant
+from compress.report.verdict import accuracy_of, speed_differs
+
+Setting = tuple[str, str, int, int | None]  # runtime, device, batch, threads
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+
+def summary(report: Report, folder: Path | str | None = None) -> RenderableType:
+    """Return what the command line prints after a run, for ``rich.print``.
+
+    Args:
+        report: The report; its verdict is printed as it is.
+        folder: Where the report files are; named in the last line.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
+    parts: list[RenderableType] = [*_tables(report)]
+    parts += [Text(line, style="dim") for line in missing(report)]
+    parts += [_gate_line(gate) for gate in report.gates]
+    parts += [Text(f"! {line}", style="yellow") for line in report.incomplete]
+    if report.verdict:
+        parts.append(Text(report.verdict, style="bold"))
+    if folder is not None:
+        parts.append(Text(f"Report: {Path(folder) / 'report.html'}  (.md, .json beside it)"))
+    return Group(*parts)
+
+
+def missing(report: Report) -> list[str]:
+    """Return one line for each thing that was not measured, with the reason."""
+    found: dict[str, str] = {}
+    for name, why in report.skipped.items():
+        found[name] = why
+    for variant in report.variants:
+        for name, why in variant.skipped.items():
+            found[f"{variant.name}, {name}"] = why
+        for result in variant.results:
+            for name, why in result.skipped.items():
+                found[f"{variant.name}, {result.runtime} batch {result.batch}, {name}"] = why
+    return [f"not measured: {name}: {why}" for name, why in found.items()]
+
+
+def settings(report: Report) -> list[Setting]:
+    """Return every (runtime, device, batch, threads) that has results, in order of appearance."""
+    results = [result for variant in report.variants for result in variant.results]
+    return list(dict.fromkeys(map(setting_of, results)))
+
+
+def setting_of(result: Result) -> Setting:
+    """Return what two results must share to be compared in speed."""
+    return (result.runtime, result.device, result.batch, result.threads)
+
+
+def setting_name(setting: Setting) -> str:
+    """Return a setting in words: "onnxruntime cpu, batch 1, 2 threads"."""
+    runtime, device, batch, threads = setting
+    many = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    return f"{runtime} {device}, batch {batch}{many}"
+
+
+def _tables(report: Report) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    for setting in settings(report):
+        yield Text(setting_name(setting), style="dim")
+        yield _table(report, setting)
+    if any(not variant.results for variant in report.variants):
+        yield Text("not run", style="dim")
+        yield _table(report, None)
+
+
+def _table(report: Report, setting: Setting | None) -> Table:
+    """Return the rows of one setting; None: the variants without results."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1))
+    longest = max(len(variant.name) for variant in report.variants)
+    table.add_column("variant", overflow="fold", min_width=min(longest, 16))
+    for name in ("top-1 %", "params", "MACs", "file MiB", "peak MiB", "p50 ms", "speed-up"):
+        table.add_column(name, justify="right", no_wrap=True, min_width=6)
+    for variant in report.variants:
+        chosen: list[Result | None] = [r for r in variant.results if setting_of(r) == setting]
+        if setting is None and not variant.results:
+            chosen = [None]
+        for result in chosen:
+            table.add_row(Text(variant.name), *_numbers(variant, result))
+    return table
+
+
+def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
+    accuracy = accuracy_of(variant, result) if result else None
+    return (
+        figures.percent(accuracy.top1_pct if accuracy else None),
+        figures.count(variant.params),
+        figures.count(variant.macs),
+        figures.number(variant.size_mib),
+        figures.number(result.peak_memory_mib if result else None),
+        figures.number(result.latency_ms_p50 if result else None),
+        _speedup(result) if result else figures.ABSENT,
+    )
+
+
+def _speedup(result: Result) -> str:
+    sign = "=" if speed_differs(result) is False else ""  # no significant difference
+    return f"{sign}{figures.factor(result.speedup)}"
+
+
+def _gate_line(gate: Gate) -> RenderableType:
+    from rich.text import Text
+
+    return Text(
+        f"{'✓' if gate.passed else '✗'} {gate_sentence(gate)}",
+        style="green" if gate.passed else "red",
+    )
+
+
+def gate_sentence(gate: Gate) -> str:
+    """Return a gate in words: "top1_drop_pct at most 1: measured 0.3, passed"."""
+    side = "at most" if gate.name.endswith("drop_pct") else "at least"
+    measured = (
+        f"not measured because {gate.reason or 'no reason was recorded'}"
+        if gate.measured is None
+        else f"measured {figures.number(gate.measured)}"
+    )
+    place = " ".join(str(part) for part in (gate.variant, gate.runtime) if part)
+    outcome = "passed" if gate.passed else "failed"
+    about = f" ({place})" if place else ""
+    return f"{gate.name} {side} {gate.limit:g}{about}: {measured}, {outcome}"

@@ -1,0 +1,170 @@
+"""The outcome in one sentence: the last variant against the original, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from compress.report.figures import factor, interval, number, points
+from compress.report.schema import Interval, Report, Result, Variant
+
+LEVEL = 0.05  # of significance
+
+
+def verdict(report: Report) -> str:
+    """Return one sentence about the first target of the recipe that could be measured.
+
+    It compares the last variant that ran on that runtime with the original on the same runtime,
+    batch and threads, and says "no significant difference" where the intervals say so.
+    """
+    sentences = verdicts(report)
+    if sentences:
+        return next(iter(sentences.values()))
+    if report.original is None:
+        return "Nothing was measured: the run has no variants."
+    if len(report.variants) == 1:
+        return "Only the original network was measured: there is nothing to compare it with."
+    return "Not measured: no runtime has results of both the original and a compressed network."
+
+
+def verdicts(report: Report) -> dict[str, str]:
+    """Return one sentence for each runtime that can be compared, targets of the recipe first."""
+    return {
+        before.runtime: _sentence(report, variant, before, after)
+        for variant, before, after in comparisons(report)
+    }
+
+
+def comparisons(report: Report) -> Iterator[tuple[Variant, Result, Result]]:
+    """Yield (last variant, original's result, its result) for each runtime, smallest batch."""
+    original = report.original
+    if original is None:
+        return
+    for runtime in _runtimes(report):
+        for variant in reversed([v for v in report.variants if v is not original]):
+            pair = _same_setting(original, variant, runtime)
+            if pair:
+                yield variant, *pair
+                break
+
+
+def speed_differs(result: Result) -> bool | None:
+    """Return whether the speed differs from the original's; None when no interval says."""
+    return None if result.speedup_ci95 is None else not _holds(result.speedup_ci95, 1.0)
+
+
+def accuracy_differs(result: Result) -> bool | None:
+    """Return whether top-1 differs from the original's; None when nothing says."""
+    if result.top1_p_value is not None:
+        return result.top1_p_value < LEVEL
+    if result.top1_change_ci95 is not None:
+        return not _holds(result.top1_change_ci95, 0.0)
+    return None
+
+
+def change_of_top1(before: Result | None, after: Result) -> float | None:
+    """Return the change of top-1 in points, from the paired figure if there is one."""
+    if after.top1_change_pct is not None:
+        return after.top1_change_pct
+    if before is None or before.top1_pct is None or after.top1_pct is None:
+        return None
+    return after.top1_pct - before.top1_pct
+
+
+def matching(variant: Variant, result: Result) -> Result | None:
+    """Return the result of ``variant`` in the setting of ``result``, or None."""
+    setting = (result.runtime, result.batch, result.threads)
+    found = (r for r in variant.results if (r.runtime, r.batch, r.threads) == setting)
+    return next(found, None)
+
+
+def accuracy_of(variant: Variant, result: Result) -> Result:
+    """Return the result that holds the accuracy of ``variant`` on that runtime.
+
+    Accuracy depends on the runtime, not on the batch: where it was taken at one batch size only,
+    that result speaks for the others.
+    """
+    if result.top1_pct is not None:
+        return result
+    same = [r for r in variant.results if r.runtime == result.runtime and r.top1_pct is not None]
+    return next((r for r in same if r.precision == result.precision), result)
+
+
+def _runtimes(report: Report) -> list[str]:
+    targets = report.recipe.get("targets") or []
+    named = [t["runtime"] for t in targets if isinstance(t, dict) and "runtime" in t]
+    found = [result.runtime for variant in report.variants for result in variant.results]
+    return [name for name in dict.fromkeys([*named, *found]) if name in found]
+
+
+def _same_setting(
+    original: Variant, variant: Variant, runtime: str
+) -> tuple[Result, Result] | None:
+    after = sorted((r for r in variant.results if r.runtime == runtime), key=lambda r: r.batch)
+    pairs = ((matching(original, result), result) for result in after)
+    return next(((before, result) for before, result in pairs if before), None)
+
+
+def _sentence(report: Report, variant: Variant, before: Result, after: Result) -> str:
+    parts = [part for part in (_speed(before, after), _size(report, variant)) if part]
+    text = " and ".join(parts) or "speed and size not measured"
+    place = f"on {after.runtime} {after.device}, batch {after.batch}"
+    sentence = f"{text} {_accuracy(variant, before, after)} {place}"
+    remark = _better(report, variant, after)
+    return f"{sentence[0].upper()}{sentence[1:]}{remark}."
+
+
+def _speed(before: Result, after: Result) -> str:
+    speedup = after.speedup
+    if speedup is None and before.latency_ms_p50 and after.latency_ms_p50:
+        speedup = before.latency_ms_p50 / after.latency_ms_p50
+    if speedup is None:
+        return ""
+    if speed_differs(after) is False:
+        return f"no significant difference in speed ({factor(speedup)}{_ci(after.speedup_ci95)})"
+    if speedup >= 1:
+        return f"{factor(speedup)} faster"
+    return f"{factor(1 / speedup)} slower"
+
+
+def _size(report: Report, variant: Variant) -> str:
+    original = report.original
+    if original is None or not original.size_mib or not variant.size_mib:
+        return ""
+    ratio = original.size_mib / variant.size_mib
+    return f"{factor(ratio)} smaller" if ratio >= 1 else f"{factor(1 / ratio)} larger"
+
+
+def _accuracy(variant: Variant, before: Result, after: Result) -> str:
+    measured = accuracy_of(variant, after)
+    change = change_of_top1(before, measured)
+    if change is None:
+        return "with accuracy not measured"
+    bounds = _ci(measured.top1_change_ci95, "points")
+    if accuracy_differs(measured) is False:
+        return f"with no significant difference in top-1 ({points(change)} points{bounds})"
+    return f"at {points(change)} points of top-1 ({bounds[2:] or 'no interval measured'})"
+
+
+def _better(report: Report, variant: Variant, after: Result) -> str:
+    """Name the fastest variant within the accuracy gate where the last variant is not it."""
+    limit = next((g.limit for g in report.gates if g.name == "top1_drop_pct"), None)
+    rivals = []
+    for rival in report.variants:
+        result = matching(rival, after)
+        if result is None or result.latency_ms_p50 is None:
+            continue
+        change = accuracy_of(rival, result).top1_change_pct
+        if rival is report.original or limit is None or (change or 0.0) >= -limit:
+            rivals.append((result.latency_ms_p50, rival.name))
+    if not rivals or min(rivals)[1] == variant.name:
+        return ""
+    within = "" if limit is None else f" that loses at most {number(limit)} points"
+    return f"; the fastest variant{within} is {min(rivals)[1]} ({number(min(rivals)[0])} ms)"
+
+
+def _ci(bounds: Interval | None, form: str = "number") -> str:
+    return f", 95 % CI {interval(bounds, form)}" if bounds else ""
+
+
+def _holds(bounds: Interval, value: float) -> bool:
+    return bounds[0] <= value <= bounds[1]

@@ -1,0 +1,210 @@
+"""Schema, verdict, figures, Markdown and the terminal: the report without a browser."""
+
+import io
+import json
+
+import made_up
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from compress.report import Report, summary, verdict, write
+from compress.report.figures import count, factor, interval, number, points, reason
+from compress.report.markdown import markdown, plain
+from compress.report.schema import Flip, Gate, Line, Result, Variant
+from compress.report.verdict import verdicts
+
+OTHER = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
+
+
+def pair(report_gates=(), **after) -> Report:
+    """An original of 10 ms, 90 % and 8 MiB, and a variant whose figures are given."""
+    before = Result(**OTHER, latency_ms_p50=10.0, top1_pct=90.0)
+    small = Result(**OTHER, **after)
+    return Report(
+        variants=(
+            Variant(name="original", stage="train", size_mib=8.0, results=(before,)),
+            Variant(name="small", stage="prune", size_mib=2.0, results=(small,)),
+        ),
+        gates=report_gates,
+    )
+
+
+def rendered(report: Report, width: int = 80) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width).print(summary(report, "runs/x"))
+    return file.getvalue()
+
+
+def test_written_report_reads_back_as_the_same_report(tmp_path):
+    written = write(made_up.report(), tmp_path)
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert Report.model_validate(content) == written
+    assert content["schema"] == 1
+    assert {"recipe", "provenance", "variants", "gates", "verdict"} <= set(content)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "report.html"}
+
+
+def test_what_was_not_measured_is_absent_and_not_null():
+    content = Report(variants=(Variant(name="a", stage="s", results=(Result(**OTHER),)),)).to_json()
+    result = content["variants"][0]["results"][0]
+    assert result == {**OTHER, "memory_mib": {}, "skipped": {}}
+    assert "params" not in content["variants"][0]
+
+
+def test_keys_of_newer_versions_survive():
+    content = made_up.report().to_json()
+    content["variants"][0]["results"][0]["energy_mj_p50"] = 3.5
+    again = Report.model_validate(content).to_json()
+    assert again["variants"][0]["results"][0]["energy_mj_p50"] == 3.5
+
+
+def test_infinite_numbers_are_refused():
+    with pytest.raises(ValidationError, match="finite number"):
+        Result(**OTHER, latency_ms_p50=float("nan"))
+
+
+def test_a_picture_that_would_be_fetched_is_refused():
+    with pytest.raises(ValidationError, match="PNG as data URI"):
+        Flip(index=0, label=0, before=0, after=1, thumbnail="https://example.com/x.png")
+    with pytest.raises(ValidationError, match="pattern"):
+        Flip(index=0, label=0, before=0, after=1, thumbnail='data:image/png;base64,"onload=')
+
+
+def test_lines_have_as_many_x_as_y():
+    with pytest.raises(ValidationError, match=r"line 'a' has 2 x and 1 y"):
+        Line(name="a", x=(1, 2), y=(1,))
+
+
+def test_verdict_tells_gain_loss_intervals_and_place():
+    report = pair(
+        latency_ms_p50=2.56, speedup=3.9, speedup_ci95=(3.7, 4.1), top1_pct=88.0,
+        top1_change_pct=-2.0, top1_change_ci95=(-2.5, -1.5),
+    )  # fmt: skip
+    assert verdict(report) == (
+        "3.90x faster and 4.00x smaller at −2.0 points of top-1 (95 % CI −2.5..−1.5) "
+        "on onnxruntime cpu, batch 1."
+    )
+
+
+def test_verdict_says_no_significant_difference_where_the_intervals_do():
+    report = pair(
+        latency_ms_p50=9.9, speedup=1.01, speedup_ci95=(0.97, 1.05), top1_pct=89.8,
+        top1_change_pct=-0.2, top1_change_ci95=(-0.5, 0.1),
+    )  # fmt: skip
+    assert verdict(report) == (
+        "No significant difference in speed (1.01x, 95 % CI 0.970..1.05) and 4.00x smaller "
+        "with no significant difference in top-1 (−0.20 points, 95 % CI −0.50..+0.10) "
+        "on onnxruntime cpu, batch 1."
+    )
+
+
+def test_mcnemar_decides_over_the_interval_of_the_change():
+    report = pair(top1_change_pct=-0.2, top1_change_ci95=(-0.4, 0.0), top1_p_value=0.03)
+    assert "at −0.20 points of top-1" in verdict(report)
+
+
+def test_verdict_of_a_slower_variant_names_the_fastest_within_the_accuracy_gate():
+    gate = Gate(name="top1_drop_pct", limit=1.0, measured=0.1, passed=True)
+    report = pair((gate,), latency_ms_p50=12.0, speedup=0.833, top1_change_pct=-0.1)
+    assert verdict(report).startswith("1.20x slower and 4.00x smaller at −0.10 points")
+    assert verdict(report).endswith(
+        "; the fastest variant that loses at most 1.00 points is original (10.0 ms)."
+    )
+
+
+def test_a_faster_variant_beyond_the_accuracy_gate_is_not_recommended():
+    gate = Gate(name="top1_drop_pct", limit=1.0, measured=5.0, passed=False)
+    report = pair((gate,), latency_ms_p50=2.0, speedup=5.0, top1_change_pct=-5.0)
+    assert "the fastest variant that loses at most 1.00 points is original" in verdict(report)
+
+
+def test_verdict_compares_the_last_variant_of_each_runtime():
+    sentences = verdicts(made_up.report())
+    assert list(sentences) == ["onnxruntime", "openvino"]
+    assert sentences["onnxruntime"].startswith("3.91x faster and 7.39x smaller")
+    assert sentences["openvino"].startswith("1.72x faster and 2.19x smaller")
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (Report(), "the run has no variants"),
+        (Report(variants=(Variant(name="original", stage="train"),)), "Only the original"),
+        (
+            Report(variants=(Variant(name="a", stage="s"), Variant(name="b", stage="s"))),
+            "no runtime has results of both",
+        ),
+        (pair(), "with accuracy not measured"),
+    ],
+)
+def test_verdict_of_what_cannot_be_compared_says_so(report, words):
+    assert words in verdict(report)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (number(0.7263), "0.726"),
+        (number(1234.5), "1,234"),
+        (number(99.96), "100"),
+        (number(-2.0), "-2.00"),
+        (number(0), "0"),
+        (number(None), "–"),
+        (count(272_474), "272 k"),
+        (count(40_813_184), "40.8 M"),
+        (count(999_900), "1.00 M"),
+        (count(17), "17"),
+        (points(-0.004), "0.00"),
+        (points(0.1), "+0.10"),
+        (points(-12.34), "−12.3"),
+        (factor(3.906), "3.91x"),
+        (interval((1.0, 2.5)), "1.00..2.50"),
+        (interval(None), ""),
+    ],
+)
+def test_figures(text, expected):
+    assert text == expected
+
+
+def test_reason_prefers_the_most_specific():
+    variant = Variant(name="a", stage="s", skipped={"onnxruntime": "of the variant"})
+    plain_result = Result(**OTHER)
+    assert reason("latency_ms_p50", plain_result, variant) == "of the variant"
+    told = Result(**OTHER, skipped={"latency": "of the result", "top1_pct": "of the field"})
+    assert reason("latency_ms_p99", told, variant) == "of the result"
+    assert reason("top1_pct", told, variant) == "of the field"
+    assert reason("params", None, Variant(name="a", stage="s")) == "no reason was recorded"
+
+
+def test_terminal_has_the_same_facts_and_fits_80_columns():
+    text = rendered(made_up.report(variants=4))
+    assert max(map(len, text.splitlines())) <= 80
+    for fact in ("91.39", "272 k", "40.8 M", "0.142", "50.5", "0.726", "3.91x", "runs/x"):
+        assert fact in text
+    assert "✗ worst_class_drop_pct at most 2: measured 2.21, failed" in text
+    assert "not measured: tensorrt-rtx: no NVIDIA GPU was found" in text
+
+
+def test_terminal_shows_markup_in_names_as_it_is():
+    report = Report(variants=(Variant(name="[red]x[/red]", stage="s"),))
+    assert "[red]x[/red]" in rendered(report)
+
+
+def test_gate_that_could_not_be_measured_says_why():
+    gate = Gate(name="speedup", limit=2.0, passed=False, reason="no GPU")
+    text = rendered(Report(gates=(gate,), variants=(Variant(name="a", stage="s"),)))
+    assert "speedup at least 2: not measured because no GPU, failed" in text
+
+
+def test_markdown_escapes_what_markdown_or_html_would_read():
+    assert plain("<script>|*a*\nb") == r"\<script\>\|\*a\* b"
+    report = made_up.report().model_copy(update={"name": "<b>x</b>"})
+    assert "<b>" not in markdown(report)
+
+
+def test_markdown_tables_have_equal_columns():
+    lines = [line for line in markdown(made_up.report()).splitlines() if line.startswith("|")]
+    widths = {line.count("|") for line in lines if "variant | stage" in line or "train" in line}
+    assert len(widths) == 1
+    assert any("no significant difference" in line for line in lines)

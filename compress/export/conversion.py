@@ -1,0 +1,211 @@
+"""What the dynamo exporter makes of a module, without its noise and its local paths."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ExportError
+
+DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
+OPSETS = range(18, 24)  # what torch writes and the three runtimes read
+SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs of one forward pass, positional or by name, and what the ONNX file calls them."""
+
+    args: tuple[Tensor, ...]
+    kwargs: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, given: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]) -> Example:
+        """Return ``given`` as an Example on the CPU, in fp32.
+
+        Raises:
+            ExportError: it holds something that is no tensor with a batch dimension.
+        """
+        args: tuple[Tensor, ...]
+        kwargs: dict[str, Tensor]
+        if isinstance(given, Mapping):
+            args, kwargs = (), dict(given)
+        else:
+            args, kwargs = given if isinstance(given, tuple) else (given,), {}
+        for tensor in (*args, *kwargs.values()):
+            if not isinstance(tensor, Tensor) or tensor.dim() == 0 or not tensor.numel():
+                raise ExportError(
+                    f"the example input holds {_described(tensor)}",
+                    expected="tensors whose first dimension is the batch, as in (1, 3, 224, 224)",
+                )
+        return cls(tuple(map(_plain, args)), {key: _plain(t) for key, t in kwargs.items()})
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors in the order of the ONNX inputs."""
+        return (*self.args, *self.kwargs.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the ONNX inputs."""
+        count = len(self.tensors)
+        return ["input"] if count == 1 else [f"input_{i}" for i in range(count)]
+
+    def replaced(self, tensors: tuple[Tensor, ...]) -> Example:
+        """Return this example with other values, in the same order."""
+        count = len(self.args)
+        return Example(tensors[:count], dict(zip(self.kwargs, tensors[count:], strict=True)))
+
+    def of_batch(self, size: int) -> Example:
+        """Return this example repeated or cut to ``size`` rows."""
+        return self.replaced(tuple(_rows(tensor, size) for tensor in self.tensors))
+
+
+def checked_opset(opset: int | None) -> int:
+    """Return ``opset``, or the default.
+
+    Raises:
+        ExportError: torch or a runtime does not know it.
+    """
+    if opset is None:
+        return DEFAULT_OPSET
+    if opset not in OPSETS:
+        raise ExportError(
+            f"opset {opset} cannot be written", expected=f"{OPSETS[0]} to {OPSETS[-1]}"
+        )
+    return opset
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of ``model`` on the CPU, in fp32 and eval mode, out of any wrapper."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+
+
+def convert(
+    module: nn.Module, example: Example, opset: int, *, dynamic_batch: bool
+) -> torch.onnx.ONNXProgram:
+    """Return the dynamo exporter's program of ``module``.
+
+    Raises:
+        ExportError: the module cannot be traced; the message names the line of its code.
+    """
+    if dynamic_batch and example.tensors[0].shape[0] < 2:
+        example = example.of_batch(2)  # a batch of one would be taken for a constant
+    shapes: Any = None
+    if dynamic_batch:
+        batch = {0: torch.export.Dim("batch")}
+        shapes = (*(batch for _ in example.args),) or dict.fromkeys(example.kwargs, batch)
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module,
+                example.args,
+                kwargs=example.kwargs,
+                input_names=example.names,
+                output_names=_output_names(module, example),
+                opset_version=opset,
+                dynamic_shapes=shapes,
+                dynamo=True,
+                optimize=True,
+                verbose=False,
+            )
+        except Exception as error:  # whatever the user's code raises
+            raise _cannot_trace(error, dynamic_batch) from error
+    if program is None:
+        raise ExportError("the exporter returned nothing")
+    return program
+
+
+def keep_scopes_only(graph: ir.Model) -> None:
+    """Remove everything the exporter wrote about its machine; keep module paths of nodes."""
+    graph.doc_string = graph.graph.doc_string = None
+    graph.graph.metadata_props.clear()
+    for node in graph.graph.all_nodes():
+        scopes = node.metadata_props.get(SCOPES)
+        node.metadata_props.clear()
+        node.doc_string = None
+        if scopes:
+            node.metadata_props[SCOPES] = scopes
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()):
+        value.metadata_props.clear()
+        value.doc_string = None
+
+
+def outputs_of(module: nn.Module, example: Example) -> list[Tensor]:
+    """Return what ``module`` answers, as a flat list of tensors."""
+    with torch.inference_mode():
+        answer = module(*example.args, **example.kwargs)
+    leaves = torch.utils._pytree.tree_leaves(answer)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _output_names(module: nn.Module, example: Example) -> list[str]:
+    count = len(outputs_of(module, example))
+    return ["logits"] if count == 1 else [f"output_{i}" for i in range(count)]
+
+
+def _cannot_trace(error: Exception, dynamic_batch: bool) -> ExportError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = str(cause).strip()
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(cause).__name__]
+    user = re.findall(r'File "([^"]+)", line (\d+), in \w+\s*\n\s*(.+)', text)
+    where = f"{user[-1][0]}:{user[-1][1]}: {user[-1][2].strip()}" if user else ""
+    return ExportError(
+        f"torch cannot trace this network: {lines[0]}",
+        where=where,
+        fix="Python that depends on the values of tensors must become torch.where or a module "
+        "attribute"
+        + ("; if it depends on the batch size, export with dynamic_batch=False" * dynamic_batch),
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what the exporter prints, warns and logs, and leave the RNG as found."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            torch.random.fork_rng(devices=[]),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _rows(tensor: Tensor, size: int) -> Tensor:
+    repeats = -(-size // tensor.shape[0])
+    return tensor.repeat(repeats, *(1 for _ in tensor.shape[1:]))[:size].contiguous()
+
+
+def _described(thing: object) -> str:
+    if isinstance(thing, Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}"
+    return f"a {type(thing).__name__}"

@@ -1,0 +1,235 @@
+"""The proof that an ONNX file answers as torch does, and where it stops doing so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ExportError
+from compress.export.conversion import Example, outputs_of
+from compress.export.ends import Preprocess
+
+TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output
+SLACK = 10.0  # how many times torch's own fp32 rounding error ONNX Runtime may be off
+NODE_TOLERANCE = 1e-3
+
+
+def check(
+    path: Path,
+    module: nn.Module,
+    example: Example,
+    traced: torch.export.ExportedProgram | None,
+    *,
+    images: Tensor | None = None,
+) -> None:
+    """Compare the ONNX file with ``module`` on the example, random inputs and ``images``.
+
+    Raises:
+        ExportError: they differ; the message names the first node that does.
+    """
+    session = _session(path)
+    for label, inputs in _trials(example, images, dynamic=_is_dynamic(session)):
+        reference = _answers(module, inputs, label)
+        answers = _run(session, inputs, label)
+        worst = difference(answers, reference)
+        if worst <= TOLERANCE or _is_rounding(module, inputs, answers, reference):
+            continue
+        raise ExportError(
+            f"ONNX Runtime differs from torch by {worst:.2g} of the output's magnitude on {label}"
+            f"{_first_divergence(path, traced, inputs)}",
+            expected=f"at most {TOLERANCE:g}",
+            fix="Please report this network; as a way around it, another opset may convert it well",
+        )
+
+
+def check_ends(
+    path: Path,
+    module: nn.Module,
+    example: Example,
+    preprocess: Preprocess | None,
+    *,
+    softmax: bool,
+) -> None:
+    """Compare the file with its ends attached with torch doing the same in front and behind.
+
+    Raises:
+        ExportError: they differ.
+    """
+    inputs = example.tensors[0]
+    feed = inputs
+    if preprocess is not None:
+        size, channels, height, width = inputs.shape
+        generator = torch.Generator().manual_seed(0)
+        feed = torch.randint(
+            0, 256, (size, height, width, channels), dtype=torch.uint8, generator=generator
+        )
+        inputs = preprocess(feed)
+    reference = outputs_of(module, Example((inputs,), {}))
+    if softmax:
+        reference = [reference[0].softmax(1)]
+    answers = [torch.from_numpy(a) for a in _session(path).run(None, {"input": feed.numpy()})]
+    worst = difference(answers, reference)
+    if worst > TOLERANCE:
+        raise ExportError(
+            f"with preprocessing or softmax in the graph ONNX Runtime differs from torch by "
+            f"{worst:.2g} of the output's magnitude",
+            expected=f"at most {TOLERANCE:g}",
+        )
+
+
+def difference(answers: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
+    """Return the largest difference over all outputs, relative to each output's magnitude."""
+    worst = 0.0
+    for answer, expected in zip(answers, reference, strict=True):
+        if answer.shape != expected.shape:
+            return float("inf")
+        scale = max(float(expected.abs().max()), 1e-6)
+        gap = float((answer.double() - expected.double()).abs().max()) / scale
+        worst = max(worst, gap if np.isfinite(gap) else float("inf"))
+    return worst
+
+
+def _trials(
+    example: Example, images: Tensor | None, *, dynamic: bool
+) -> Iterable[tuple[str, Example]]:
+    yield "the example input", example
+    generator = torch.Generator().manual_seed(0)
+    sizes = (1, 3) if dynamic else (example.tensors[0].shape[0],)
+    for size in sizes:
+        rows = example.of_batch(size)
+        drawn = tuple(_random_like(tensor, generator) for tensor in rows.tensors)
+        yield f"random inputs of batch {size}", rows.replaced(drawn)
+    if images is not None:
+        size = example.tensors[0].shape[0]
+        some = images[:8].detach().cpu().float()
+        rows = example.replaced((some,))
+        yield "the given images", rows if dynamic else rows.of_batch(size)
+
+
+def _answers(module: nn.Module, inputs: Example, label: str) -> list[Tensor]:
+    try:
+        return outputs_of(module, inputs)
+    except Exception as error:  # noqa: BLE001 - the network is the user's code
+        raise ExportError(
+            f"the network itself fails on {label}: {str(error).splitlines()[0]}",
+            fix="Export with dynamic_batch=False if it works for one batch size only",
+        ) from error
+
+
+def _run(session: Any, inputs: Example, label: str) -> list[Tensor]:
+    feeds = {
+        entry.name: tensor.numpy()
+        for entry, tensor in zip(_declared(session, inputs), inputs.tensors, strict=True)
+    }
+    try:
+        return [torch.from_numpy(answer) for answer in session.run(None, feeds)]
+    except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+        raise ExportError(
+            f"ONNX Runtime fails on {label}: {str(error).splitlines()[0]}",
+            fix="Export with dynamic_batch=False if the network works for one batch size only",
+        ) from error
+
+
+def _declared(session: Any, inputs: Example) -> list[Any]:
+    entries: list[Any] = session.get_inputs()
+    if len(entries) != len(inputs.tensors):
+        unused = sorted(set(inputs.names) - {entry.name for entry in entries})
+        raise ExportError(
+            f"the network does not use {', '.join(unused)}",
+            fix="Leave it out of the example input",
+        )
+    return entries
+
+
+def _is_rounding(
+    module: nn.Module, inputs: Example, answers: list[Tensor], reference: list[Tensor]
+) -> bool:
+    """Return whether ONNX Runtime is about as near to the float64 truth as torch's fp32 is."""
+    exact = copy.deepcopy(module).double()
+    doubled = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
+    try:
+        truth = outputs_of(exact, inputs.replaced(doubled))
+    except RuntimeError:  # the network casts to float32 inside
+        return False
+    return difference(answers, truth) <= SLACK * difference(reference, truth)
+
+
+def _first_divergence(
+    path: Path, traced: torch.export.ExportedProgram | None, inputs: Example
+) -> str:
+    """Return ``", first at node ..."``, found by running both graphs value by value."""
+    if traced is None:
+        return ""
+    expected = _traced_values(traced, inputs)
+    model = onnx.load(str(path))
+    present = {output.name for output in model.graph.output}
+    for node in model.graph.node:
+        for name in node.output:
+            if name in expected and name not in present:
+                model.graph.output.append(onnx.ValueInfoProto(name=name))
+    session = _session(model.SerializeToString(), plain=True)
+    feeds = {
+        entry.name: tensor.numpy()
+        for entry, tensor in zip(session.get_inputs(), inputs.tensors, strict=True)
+    }
+    names = [output.name for output in session.get_outputs()]
+    values = dict(zip(names, session.run(None, feeds), strict=True))
+    for node in model.graph.node:
+        for name in set(node.output) & set(values) & set(expected):
+            gap = difference([torch.from_numpy(np.asarray(values[name]))], [expected[name]])
+            if gap > NODE_TOLERANCE:
+                return (
+                    f"; the first node that differs is {node.name} ({node.op_type}), by {gap:.2g}"
+                )
+    return (
+        "; every node agrees with the traced program, so the trace itself differs from the module"
+    )
+
+
+def _traced_values(traced: torch.export.ExportedProgram, inputs: Example) -> dict[str, Tensor]:
+    class Recorder(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            value = super().run_node(n)
+            if isinstance(value, Tensor) and value.is_floating_point():
+                values[n.name] = value.detach().clone()
+            return value
+
+    values: dict[str, Tensor] = {}
+    with torch.no_grad():
+        Recorder(traced.module()).run(*inputs.tensors)
+    return values
+
+
+def _is_dynamic(session: Any) -> bool:
+    return isinstance(session.get_inputs()[0].shape[0], str)
+
+
+def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    spread = float(tensor.std()) if tensor.numel() > 1 else 1.0
+    drawn = torch.randn(tensor.shape, generator=generator)
+    return drawn * (spread or 1.0) + float(tensor.mean())
+
+
+def _session(source: Path | bytes, *, plain: bool = False) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if plain:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    model = source if isinstance(source, bytes) else str(source)
+    try:
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+        raise ExportError(
+            f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}"
+        ) from error

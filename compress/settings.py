@@ -25,6 +25,7 @@ class ModelSettings(Settings):
     name: str = Field(description="MODEL, e.g. torchvision:resnet18 or path/file.py:factory")
     weights: str | None = Field(None, description="Weight file, or the name of published weights")
     num_classes: int | None = Field(None, ge=2, description="Classes; the data's if absent")
+    replace_head: bool = Field(False, description="Weights of other classes: start a new head")
     options: dict[str, Any] = Field({}, description="Further arguments of the constructor")
 
 
@@ -56,6 +57,7 @@ class AugmentSettings(Settings):
     erasing: float = Field(0.0, ge=0, le=1, description="Probability of random erasing")
     mixup: float = Field(0.0, ge=0, description="Alpha of mixup's Beta distribution; 0 = off")
     cutmix: float = Field(0.0, ge=0, description="Alpha of cutmix's Beta distribution; 0 = off")
+    fixed: bool = Field(False, description="The same change of an image in every epoch")
 
 
 class TrainSettings(Settings):
@@ -64,6 +66,7 @@ class TrainSettings(Settings):
     epochs: int = Field(1, ge=0)
     batch_size: int = Field(128, ge=1, description="Images in a step, over all processes")
     accumulate: int = Field(1, ge=1, description="Parts a batch is computed in, to save memory")
+    halve_batch: bool = Field(False, description="Out of memory: compute batches in more parts")
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
     lr: float = Field(0.05, gt=0, description="Peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -95,6 +98,13 @@ class DistillSettings(TrainSettings):
     teacher: str | None = Field(None, description="MODEL; the recipe's original if absent")
     teacher_weights: str | None = None
     teacher_num_classes: int | None = Field(None, ge=2)
+    teacher_classes: tuple[str, ...] | None = Field(
+        None, description="Its class names, in its order"
+    )
+    teacher_device: str | None = Field(None, description="Where the teacher runs, if elsewhere")
+    teacher_image_size: int | None = Field(
+        None, ge=4, description="Side of its input, if different"
+    )
     losses: tuple[Plugin, ...] = Field(("dkd",), description="Distillation losses, summed")
     hard: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the true labels")
     loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the losses fade in")
@@ -161,6 +171,7 @@ class Target(Settings):
     precision: Precision = "int8"
     batch: int = Field(1, ge=1)
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
+    when_installed: bool = Field(False, description="Leave it out, and say so, where it is absent")
 
 
 class Gates(Settings):
@@ -170,3 +181,68 @@ class Gates(Settings):
     speedup: float | None = Field(None, gt=0, description="Smallest speed-up over the original")
     size_ratio: float | None = Field(None, gt=0, description="Smallest original : result size")
     worst_class_drop_pct: float | None = Field(None, description="Largest loss of a class, points")
+
+
+class MeasureSettings(Settings):
+    """How variants are timed and what the report looks into."""
+
+    rounds: int = Field(20, ge=3, description="Interleaved rounds of the latency measurement")
+    round_ms: float = Field(50.0, gt=0, description="Time each variant is run for in a round")
+    test_images: int | None = Field(None, ge=1, description="Judge on so many test images only")
+    explain_images: int = Field(0, ge=0, description="Images with attribution maps in the report")
+
+
+class Stage(Settings):
+    """One verb of a recipe with its settings: exactly one of the keys."""
+
+    train: TrainSettings | None = Field(None, description="Train; the result is the original")
+    prune: PruneSettings | None = Field(None, description="Cut channels")
+    distill: DistillSettings | None = Field(None, description="Train towards a teacher")
+    finetune: TrainSettings | None = Field(None, description="Train on the labels alone")
+    quantize: QuantizeSettings | None = Field(None, description="Write int8 graphs")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_verb(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {value: {}}
+        if isinstance(value, dict):
+            if len(value) != 1:
+                raise ValueError(
+                    f"a stage is one verb; here: {', '.join(map(str, value)) or 'none'}"
+                )
+            return {verb: {} if given is None else given for verb, given in value.items()}
+        return value
+
+    @property
+    def verb(self) -> str:
+        """The one key that is given."""
+        return next(iter(self.model_fields_set))
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of that verb."""
+        settings: Settings = getattr(self, self.verb)
+        return settings
+
+
+class Recipe(Settings):
+    """The whole job: a network, images, what is done to it, where it must run, how good."""
+
+    name: str = Field("", description="Name of the run; the file's name if absent")
+    model: ModelSettings
+    data: DataSettings
+    seed: int = Field(0, ge=0)
+    stages: tuple[Stage, ...] = ()
+    targets: tuple[Target, ...] = ()
+    gates: Gates = Gates()
+    measure: MeasureSettings = MeasureSettings()
+
+    @model_validator(mode="after")
+    def _order(self) -> Recipe:
+        verbs = [stage.verb for stage in self.stages]
+        if "quantize" in verbs[:-1]:
+            raise ValueError("quantize must be the last stage: what follows it would train floats")
+        if any(target.precision == "int8" for target in self.targets) and "quantize" not in verbs:
+            raise ValueError("a target asks for int8 and no stage is quantize")
+        return self

@@ -1,0 +1,222 @@
+"""YAML to a frozen, validated Recipe; every problem is reported at once, with its key path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from compress import plugins
+from compress.errors import RecipeError, UsageError, did_you_mean
+from compress.settings import Recipe
+
+PLUGIN_KEYS = {"criterion": "criteria", "losses": "losses", "observer": "observers"}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in a YAML file.
+
+    Args:
+        path: The file.
+        overrides: ``key.path=value`` each, the value as YAML; items of lists by their number:
+            ``stages.0.prune.keep_macs=0.4``.
+
+    Raises:
+        RecipeError: it cannot be read, is no YAML, or does not validate; all problems are listed.
+    """
+    path = Path(path)
+    content = _read(path)
+    for override in overrides:
+        apply_override(content, override)
+    content.setdefault("name", path.stem)
+    return validate(content, where=str(path))
+
+
+def validate(content: Any, *, where: str) -> Recipe:
+    """Return ``content`` as a Recipe.
+
+    Raises:
+        RecipeError: it is none; every problem is one line of the message.
+    """
+    problems = list(_unknown_plugins(content))
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [*(_explain(details) for details in error.errors()), *problems]
+    if problems:
+        raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
+    return recipe
+
+
+def apply_override(content: dict[str, Any], override: str) -> None:
+    """Set one value in ``content`` in place, as ``--set`` does.
+
+    Raises:
+        UsageError: it is not ``key.path=value``, or a list has no such item.
+    """
+    path, equals, text = override.partition("=")
+    keys = path.replace("[", ".").replace("]", "").split(".")
+    if not equals or not all(keys):
+        raise UsageError(f"--set {override}: is not an assignment", expected="KEY.PATH=VALUE")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    place: Any = content
+    for key in keys[:-1]:
+        place = _step(place, key, override)
+    if isinstance(place, list):
+        place[_index(place, keys[-1], override)] = value
+    else:
+        place[keys[-1]] = value
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe, for editors."""
+    return Recipe.model_json_schema()
+
+
+def dump(recipe: Recipe) -> str:
+    """Return ``recipe`` as YAML with every default filled in."""
+    content = json.loads(recipe.model_dump_json())
+    content["stages"] = [
+        {verb: given for verb, given in stage.items() if given is not None}
+        for stage in content["stages"]
+    ]
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return text
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A YAML loader that refuses a key given twice; the second would win in silence."""
+
+
+def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.MarkedYAMLError(
+                problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RecipeError(f"the recipe cannot be read: {reason}", where=str(path)) from None
+    try:
+        content = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"is no valid YAML: {error}", where=str(path)) from None
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"holds {type(content).__name__}, not a recipe",
+            where=str(path),
+            expected="the keys model, data and stages",
+        )
+    return content
+
+
+def _step(place: Any, key: str, override: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, key, override)]
+    if not isinstance(place, dict):
+        raise UsageError(f"--set {override}: {key!r} is below a plain value")
+    if place.get(key) is None:
+        place[key] = {}
+    return place[key]
+
+
+def _index(place: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise UsageError(
+            f"--set {override}: the list has no item {key!r}",
+            expected=f"a number from 0 to {len(place) - 1}",
+        )
+    return int(key)
+
+
+def _explain(details: ErrorDetails) -> str:
+    path = _key_path(details["loc"])
+    value = details["input"]
+    if details["type"] == "extra_forbidden":
+        known = _known_keys(details["loc"][:-1])
+        name = str(details["loc"][-1])
+        hint = did_you_mean(name, known) or "."
+        return f"{path}: no such key{hint} Known: {', '.join(known)}."
+    if details["type"] == "missing":
+        return f"{path}: this key is required."
+    if details["type"] == "literal_error":
+        hint = did_you_mean(str(value), _choices(details))
+        return (
+            f"{path}: {value!r} is none of the choices{hint}. Known: {details['ctx']['expected']}."
+        )
+    message = details["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(value, (dict, list)) or details["type"] == "value_error" else value
+    return f"{path}: {f'{shown!r}: ' if shown != '' else ''}{message}."
+
+
+def _choices(details: ErrorDetails) -> list[str]:
+    expected: str = details["ctx"]["expected"]
+    return [part.strip(" '") for part in expected.replace(" or ", ", ").split(",")]
+
+
+def _key_path(location: Iterable[int | str]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".") or "(the whole recipe)"
+
+
+def _known_keys(location: Iterable[int | str]) -> list[str]:
+    """Return the keys that may stand at ``location``, following the classes of the recipe."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            inner = _model_in(model.model_fields[part].annotation)
+            model = inner or model
+    return sorted(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(argument) for argument in getattr(annotation, "__args__", ()))
+    return next((model for model in found if model is not None), None)
+
+
+def _unknown_plugins(content: dict[str, Any]) -> Iterable[str]:
+    """Yield what is wrong with the names of plug-ins; content of a wrong form is passed over."""
+    for path, kind, reference in _plugin_references(content):
+        try:
+            name, _ = plugins.parse(kind, reference)
+            plugins.documentation(kind, name)
+        except UsageError as error:
+            yield f"{path}: {error}"
+
+
+def _plugin_references(content: dict[str, Any]) -> Iterable[tuple[str, str, Any]]:
+    data = content.get("data")
+    if isinstance(data, dict) and isinstance(data.get("name"), str):
+        yield "data.name", "data", data["name"]
+    stages = content.get("stages")
+    for number, stage in enumerate(stages if isinstance(stages, list) else []):
+        for verb, given in stage.items() if isinstance(stage, dict) else []:
+            for key, kind in PLUGIN_KEYS.items():
+                value = given.get(key) if isinstance(given, dict) else None
+                for each in value if isinstance(value, list) else [value]:
+                    if isinstance(each, (str, dict)):
+                        yield f"stages[{number}].{verb}.{key}", kind, each

@@ -1,0 +1,140 @@
+"""An ONNX graph with its edges indexed: who makes a tensor, who reads it, what is constant."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import NodeProto, numpy_helper
+
+ACTIVATIONS = frozenset({"Relu", "Clip"})  # what a runtime computes together with the op before
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+class Graph:
+    """A view of ``model``; build a new one after changing its nodes."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        self.nodes: Sequence[NodeProto] = model.graph.node
+        self.initializers = {t.name: t for t in model.graph.initializer}
+        self.inputs = [i.name for i in model.graph.input if i.name not in self.initializers]
+        self.outputs = {o.name for o in model.graph.output}
+        self.producer: dict[str, NodeProto] = {}
+        self.readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
+        for node in self.nodes:
+            for name in node.output:
+                self.producer[name] = node
+            for position, name in enumerate(node.input):
+                if name:
+                    self.readers[name].append((node, position))
+        self.shapes = {v.name: _dims(v) for v in (*model.graph.input, *model.graph.value_info)}
+        self.types = {
+            v.name: v.type.tensor_type.elem_type
+            for v in (*model.graph.input, *model.graph.value_info, *model.graph.output)
+        }
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        """Return the value of an initializer, or None if ``name`` is none."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
+    def is_constant(self, name: str) -> bool:
+        """Return whether ``name`` is an initializer."""
+        return name in self.initializers
+
+    def data_inputs(self, node: NodeProto) -> list[str]:
+        """Return the inputs of ``node`` that depend on the images."""
+        return [name for name in node.input if name and name not in self.initializers]
+
+    def only_reader(self, name: str) -> NodeProto | None:
+        """Return the node that alone reads ``name``, or None."""
+        readers = self.readers.get(name, [])
+        return readers[0][0] if len(readers) == 1 and name not in self.outputs else None
+
+    def activation_after(self, node: NodeProto) -> NodeProto | None:
+        """Return the Relu or Clip that alone reads the output of ``node``, or None."""
+        reader = self.only_reader(node.output[0])
+        return reader if reader is not None and reader.op_type in ACTIVATIONS else None
+
+    def weight(self, node: NodeProto) -> str | None:
+        """Return the constant float weight of a weighted op, or None."""
+        if node.op_type not in WEIGHTED or len(node.input) < 2:
+            return None
+        tensor = self.initializers.get(node.input[1])
+        is_float = tensor is not None and tensor.data_type == onnx.TensorProto.FLOAT
+        return node.input[1] if is_float and not self.is_constant(node.input[0]) else None
+
+    def rank(self, name: str) -> int | None:
+        """Return the number of dimensions of a tensor, or None where it is unknown."""
+        shape = self.shapes.get(name)
+        return None if shape is None else len(shape)
+
+
+def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+    """Return the value of an attribute of ``node``."""
+    for found in node.attribute:
+        if found.name == name:
+            return onnx.helper.get_attribute_value(found)
+    return default
+
+
+def channel_axis(node: NodeProto) -> int:
+    """Return which dimension of the weight of ``node`` is its output channel.
+
+    A grouped ConvTranspose shares one slice of dimension 1 among its groups.
+    """
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1
+    if node.op_type == "Gemm":
+        return 0 if attribute(node, "transB", 0) else 1
+    return -1  # MatMul: (..., in, out)
+
+
+def replace_nodes(model: onnx.ModelProto, nodes: Iterable[NodeProto]) -> None:
+    """Make ``nodes`` the nodes of ``model``."""
+    kept = list(nodes)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
+def set_constant(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> None:
+    """Add the initializer ``name``, or give it another value."""
+    tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    for existing in model.graph.initializer:
+        if existing.name == name:
+            existing.CopyFrom(tensor)
+            return
+    model.graph.initializer.append(tensor)
+
+
+def fresh_name(taken: set[str], wish: str) -> str:
+    """Return ``wish``, numbered if taken, and take it."""
+    name, number = wish, 1
+    while name in taken:
+        number += 1
+        name = f"{wish}_{number}"
+    taken.add(name)
+    return name
+
+
+def all_names(model: onnx.ModelProto) -> set[str]:
+    """Return every name of a tensor or node."""
+    graph = model.graph
+    names = {v.name for v in (*graph.input, *graph.output, *graph.initializer)}
+    for node in graph.node:
+        names |= {node.name, *node.input, *node.output}
+    return names
+
+
+def _dims(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
+    kind = value.type.tensor_type
+    if not kind.HasField("shape"):
+        return None
+    return tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)

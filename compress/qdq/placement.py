@@ -1,0 +1,262 @@
+"""Where each target wants its Q/DQ pairs: which tensors, for which readers, with whose scale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import onnx
+from onnx import NodeProto
+
+from compress.qdq.graph import ACTIVATIONS, WEIGHTED, Graph, attribute
+
+SAME_SCALE = frozenset(  # what comes out was in what went in
+    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
+    | {"Gather", "DepthToSpace", "SpaceToDepth", "Resize"}
+)
+ELEMENTWISE = frozenset({"Add", "Mul"})
+_CHAIN = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
+Reader = tuple[str, int]  # name of the node, position among its inputs
+
+
+@dataclass
+class Placement:
+    """Q/DQ pairs of one graph for one target.
+
+    Args:
+        readers: Of each quantized tensor, the readers that get the dequantized value.
+        scale_of: The tensor whose range serves for another; absent = its own.
+        joined: Tensors that share one range that holds all of theirs.
+        weights: Weighted nodes whose weight is quantized.
+        left_float: Weighted nodes left in float, and why.
+    """
+
+    readers: dict[str, set[Reader]] = field(default_factory=dict)
+    scale_of: dict[str, str] = field(default_factory=dict)
+    joined: list[set[str]] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    left_float: dict[str, str] = field(default_factory=dict)
+
+    def source(self, tensor: str) -> str:
+        """Return the tensor whose range ``tensor`` uses."""
+        while tensor in self.scale_of:
+            tensor = self.scale_of[tensor]
+        return tensor
+
+
+def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = None) -> Placement:
+    """Return where the Q/DQ pairs go.
+
+    Args:
+        graph: A prepared graph, after the rewriting for this target.
+        target: "onnxruntime", "openvino" or "tensorrt".
+        float_nodes: Nodes to leave in float, and why.
+    """
+    placement = Placement()
+    refused = dict(float_nodes or {})
+    for node in graph.nodes:
+        if node.op_type in WEIGHTED:
+            why = refused.get(node.name) or _why_float(graph, node, target)
+            if why:
+                placement.left_float[node.name] = refused[node.name] = why
+            else:
+                placement.weights.append(node.name)
+    rules: dict[str, Callable[[Graph, Placement, Mapping[str, str]], None]] = {
+        "onnxruntime": _place_everywhere,
+        "openvino": _place_everywhere,
+        "tensorrt": _place_on_weighted,
+    }
+    rules[target](graph, placement, refused)
+    return placement
+
+
+def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
+    if graph.weight(node) is None:
+        return "its weight is no float constant"
+    if not _is_float(graph, node.input[0]):
+        return "its input is no float tensor"
+    if node.op_type == "Gemm":
+        odd = attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0
+        if odd or attribute(node, "beta", 1.0) != 1.0:
+            return "this Gemm is scaled or transposes its input"
+    weight_rank = len(graph.initializers[node.input[1]].dims)
+    if node.op_type == "MatMul" and weight_rank != 2:
+        return "its weight is not a matrix"
+    if target == "onnxruntime" and node.op_type == "ConvTranspose":
+        return "ONNX Runtime has no int8 ConvTranspose"
+    if target == "tensorrt" and _in_squeeze_excite(graph, node):
+        return "squeeze-excite is faster in half precision"
+    return ""
+
+
+def _is_float(graph: Graph, tensor: str) -> bool:
+    kind: int = graph.types.get(tensor, onnx.TensorProto.FLOAT)
+    return kind == onnx.TensorProto.FLOAT
+
+
+def _in_squeeze_excite(graph: Graph, node: NodeProto) -> bool:
+    """Return whether ``node`` sees 1x1 images only and ends in a gate."""
+    shape = graph.shapes.get(node.input[0])
+    pooled = shape is not None and len(shape) == 4 and shape[2:] == (1, 1)
+    if node.op_type != "Conv" or not pooled:
+        return False
+    name = node.output[0]
+    for _ in range(8):  # conv, activation, conv, gate
+        readers = graph.readers.get(name, [])
+        kinds = {reader.op_type for reader, _ in readers}
+        if kinds & {"Sigmoid", "HardSigmoid"} and "Mul" not in kinds:
+            return True
+        if len(readers) == 1 and "Mul" in kinds:  # a gate of some other form, or the end of SiLU
+            name = readers[0][0].output[0]
+            continue
+        if kinds == {"Sigmoid", "Mul"}:  # SiLU
+            name = next(r for r, _ in readers if r.op_type == "Mul").output[0]
+            continue
+        if len(readers) != 1 or next(iter(kinds)) not in (*ACTIVATIONS, "Conv", "HardSwish"):
+            return False
+        name = readers[0][0].output[0]
+    return False
+
+
+def _place_everywhere(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> None:
+    """ONNX Runtime and OpenVINO: pairs around every op of the chain that has an int8 kernel."""
+    tail = _tail(graph)
+    chosen = {
+        node.name
+        for node in graph.nodes
+        if node.name in placement.weights
+        or (node.name not in refused and node.name not in tail and _has_kernel(graph, node))
+    }
+    inner = {
+        node.output[0]
+        for node in graph.nodes
+        if node.name in chosen
+        and graph.activation_after(node) is not None
+        and node.op_type not in SAME_SCALE
+    }
+    for node in graph.nodes:
+        if node.name not in chosen:
+            continue
+        for tensor in _image_inputs(graph, node):
+            _quantize(graph, placement, tensor)
+        last = graph.activation_after(node) if node.output[0] in inner else node
+        for tensor in (last or node).output:
+            if tensor not in graph.outputs and graph.readers.get(tensor):
+                _quantize(graph, placement, tensor)
+        if node.op_type in SAME_SCALE:
+            for tensor in node.output:
+                placement.scale_of[tensor] = node.input[0]
+
+
+def _image_inputs(graph: Graph, node: NodeProto) -> list[str]:
+    names = node.input[:1] if node.op_type not in (*ELEMENTWISE, "Concat") else node.input
+    return [name for name in names if not graph.is_constant(name)]
+
+
+def _quantize(graph: Graph, placement: Placement, tensor: str) -> None:
+    readers = {(node.name, position) for node, position in graph.readers[tensor]}
+    placement.readers.setdefault(tensor, set()).update(readers)
+
+
+def _has_kernel(graph: Graph, node: NodeProto) -> bool:
+    if node.op_type not in (*_CHAIN, *ELEMENTWISE, *SAME_SCALE):
+        return False
+    if not all(_is_float(graph, name) for name in (node.input[0], *node.output)):
+        return False
+    if node.op_type in ELEMENTWISE and len(set(graph.data_inputs(node))) < 2:
+        return False
+    if node.op_type == "Concat" and len(graph.data_inputs(node)) < len(node.input):
+        return False
+    if node.op_type == "Resize" and attribute(node, "mode", b"nearest") != b"nearest":
+        return False
+    if node.op_type == "MaxPool" and len(node.output) > 1:
+        return False
+    return not graph.is_constant(node.input[0]) and _near_weights(graph, node)
+
+
+def _near_weights(graph: Graph, node: NodeProto) -> bool:
+    """Return whether images reach ``node`` through a weighted op or leave it into one."""
+    return True
+
+
+def _tail(graph: Graph) -> set[str]:
+    """Return the nodes behind the last weighted ops: their precision is that of the answer."""
+    tail: set[str] = set()
+    for node in reversed(list(graph.nodes)):
+        if node.op_type in WEIGHTED:
+            continue
+        readers = [r for name in node.output for r, _ in graph.readers.get(name, [])]
+        if all(reader.name in tail for reader in readers):
+            tail.add(node.name)
+    return tail
+
+
+def _place_on_weighted(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> None:
+    """TensorRT: pairs on what weighted ops read, and on the identity side of a residual Add."""
+    weighted = set(placement.weights)
+    for node in graph.nodes:
+        if node.name in weighted:
+            placement.readers.setdefault(node.input[0], set()).add((node.name, 0))
+        elif node.op_type == "Add" and node.name not in refused:
+            position = _identity_side(graph, node, weighted)
+            if position is not None:
+                name = node.input[position]
+                placement.readers.setdefault(name, set()).add((node.name, position))
+    _pass_through(graph, placement)
+
+
+def _pass_through(graph: Graph, placement: Placement) -> None:
+    """Let pools and concats between two pairs move integers: equal scales, so that pairs cancel."""
+    for node in graph.nodes:
+        inputs = [name for name in _image_inputs(graph, node) if name in placement.readers]
+        out = node.output[0]
+        if node.op_type == "MaxPool" and inputs and out in placement.readers:
+            placement.readers[inputs[0]].add((node.name, 0))
+            placement.scale_of[out] = inputs[0]
+        elif node.op_type == "Concat" and inputs and out in placement.readers:
+            placement.joined.append({*inputs, out})
+
+
+def _identity_side(graph: Graph, add: NodeProto, weighted: set[str]) -> int | None:
+    """Return which input of a residual Add is quantized; the other fuses into its kernel."""
+    if len(graph.data_inputs(add)) != 2 or add.input[0] == add.input[1]:
+        return None
+    fuses = [_is_conv_output(graph, name, weighted) for name in add.input]
+    if fuses == [False, False]:
+        return None
+    if fuses != [True, True]:
+        return fuses.index(False)
+    depths = [_ancestors(graph, name) for name in add.input]
+    common = depths[0].keys() & depths[1].keys()
+    lengths = [max((d[name] for name in common), default=0) for d in depths]
+    nearest = [min((d[name] for name in common), default=0) for d in depths]
+    return 0 if (nearest[0], lengths[0]) < (nearest[1], lengths[1]) else 1
+
+
+def _is_conv_output(graph: Graph, tensor: str, weighted: set[str]) -> bool:
+    producer = graph.producer.get(tensor)
+    alone = graph.only_reader(tensor) is not None
+    return producer is not None and producer.name in weighted and alone
+
+
+def _ancestors(graph: Graph, tensor: str, limit: int = 64) -> dict[str, int]:
+    """Return tensors before ``tensor``, with the fewest weighted ops on the way."""
+    found = {tensor: 0}
+    edge = [tensor]
+    for _ in range(limit):
+        edge = list(_step_back(graph, edge, found))
+        if not edge:
+            break
+    return found
+
+
+def _step_back(graph: Graph, edge: Iterable[str], found: dict[str, int]) -> Iterable[str]:
+    for tensor in edge:
+        node = graph.producer.get(tensor)
+        if node is None:
+            continue
+        cost = found[tensor] + (node.op_type in WEIGHTED)
+        for name in graph.data_inputs(node):
+            if name not in found or cost < found[name]:
+                found[name] = cost
+                yield name

@@ -1,0 +1,185 @@
+"""The decision of how a graph is quantized, as data: saved, printed, diffed, edited, replayed."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.artifact import read_json, write_json
+from compress.errors import QuantizationError, UnknownNameError
+
+TARGETS = ("onnxruntime", "openvino", "tensorrt")
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class ActivationRange:
+    """What of one tensor's values is kept; a target makes its own scale and zero point of it.
+
+    Args:
+        low: Lower end of the asymmetric range, at most 0.
+        high: Upper end of the asymmetric range, at least 0.
+        limit: The symmetric range is [-limit, limit]; positive.
+        observer: What chose it.
+        seen: Smallest and largest value of the calibration images.
+    """
+
+    low: float
+    high: float
+    limit: float
+    observer: str = ""
+    seen: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class WeightScales:
+    """Symmetric scales of one weight; its integers lie in [-127, 127].
+
+    Args:
+        axis: Dimension with a scale of its own for each index; None = one scale for all.
+        scales: One for each index along ``axis``, positive.
+        codes: The integers themselves (``pack_codes``), where rounding to nearest was improved on.
+    """
+
+    axis: int | None
+    scales: tuple[float, ...]
+    codes: str | None = None
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """Outputs of ``producer`` divided by ``factors``, inputs of ``consumer`` multiplied."""
+
+    producer: str  # node names
+    consumer: str
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """How one fp32 graph is quantized. Tensors and nodes are named as in the prepared graph.
+
+    Args:
+        target: The runtime its corrections were matched for; its ranges serve any.
+        method: What made it.
+        activations: Range of each tensor that may be quantized.
+        weights: Scales of each weight; the largest magnitude / 127 where absent.
+        biases: Corrected biases, by node.
+        equalization: Rescalings between neighbouring layers, applied in this order.
+        float_nodes: Nodes left in float, and why.
+        notes: What was tried, and what it brought.
+    """
+
+    target: str
+    method: str = ""
+    activations: Mapping[str, ActivationRange] = field(default_factory=dict)
+    weights: Mapping[str, WeightScales] = field(default_factory=dict)
+    biases: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    equalization: tuple[Equalization, ...] = ()
+    float_nodes: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown target."""
+        if self.target not in TARGETS:
+            raise UnknownNameError("target", self.target, TARGETS)
+
+    def changed(self, **fields: Any) -> QuantPlan:
+        """Return a copy with some fields replaced."""
+        return dataclasses.replace(self, **fields)
+
+    def keep_float(self, nodes: Iterable[str], why: str) -> QuantPlan:
+        """Return a copy that leaves ``nodes`` in float."""
+        return self.changed(float_nodes={**self.float_nodes, **dict.fromkeys(nodes, why)})
+
+    def without_weights(self) -> QuantPlan:
+        """Return a copy that knows nothing of the weights' values, for weights trained since."""
+        return self.changed(weights={}, biases={}, equalization=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this plan as JSON-able data."""
+        return {"version": VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> QuantPlan:
+        """Return the plan that ``to_json`` wrote.
+
+        Raises:
+            QuantizationError: it is not such a plan; the message names the field.
+        """
+        try:
+            return _parse(content)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise QuantizationError(
+                f"is no quantization plan of version {VERSION}: {type(error).__name__}: {error}",
+                fix="Make it again with `compress quantize`",
+            ) from None
+
+    def save(self, path: Path | str) -> None:
+        """Write this plan as JSON."""
+        write_json(Path(path), json.loads(json.dumps(self.to_json())))
+
+    @classmethod
+    def load(cls, path: Path | str) -> QuantPlan:
+        """Read a plan that ``save`` wrote.
+
+        Raises:
+            RunError: the file is absent or no JSON.
+            QuantizationError: it holds no such plan.
+        """
+        content = read_json(Path(path))
+        try:
+            return cls.from_json(content)
+        except QuantizationError as error:
+            raise error.within(str(path)) from None
+
+
+def pack_codes(codes: NDArray[np.int8]) -> str:
+    """Return integers as text: zlib, then base64."""
+    return base64.b64encode(zlib.compress(np.ascontiguousarray(codes).tobytes(), 6)).decode()
+
+
+def unpack_codes(text: str, shape: tuple[int, ...]) -> NDArray[np.int8]:
+    """Return the integers that ``pack_codes`` wrote.
+
+    Raises:
+        QuantizationError: they are damaged or not of this shape.
+    """
+    try:
+        flat = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int8)
+        return flat.reshape(shape)
+    except (ValueError, zlib.error) as error:
+        raise QuantizationError(f"the integers of a weight cannot be read: {error}") from None
+
+
+def _parse(content: Mapping[str, Any]) -> QuantPlan:
+    values = dict(content)
+    if (version := values.pop("version")) != VERSION:
+        raise ValueError(f"version {version!r}")
+    ranges = {name: ActivationRange(**r) for name, r in values["activations"].items()}
+    scales = {name: WeightScales(**w) for name, w in values["weights"].items()}
+    values |= {
+        "activations": {n: dataclasses.replace(r, seen=_pair(r.seen)) for n, r in ranges.items()},
+        "weights": {n: dataclasses.replace(w, scales=tuple(w.scales)) for n, w in scales.items()},
+        "biases": {name: tuple(bias) for name, bias in values["biases"].items()},
+        "equalization": tuple(
+            Equalization(e["producer"], e["consumer"], tuple(e["factors"]))
+            for e in values["equalization"]
+        ),
+        "notes": tuple(values["notes"]),
+    }
+    return QuantPlan(**values)
+
+
+def _pair(values: Iterable[float]) -> tuple[float, float]:
+    low, high = values
+    return low, high

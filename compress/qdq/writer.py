@@ -1,0 +1,290 @@
+"""The one writer of Q/DQ graphs: a QuantPlan and the rules of a target in, an ONNX model out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper
+
+from compress.errors import QuantizationError, UnknownNameError
+from compress.qdq.graph import (
+    Graph,
+    all_names,
+    channel_axis,
+    fresh_name,
+    replace_nodes,
+)
+from compress.qdq.placement import Placement, place
+from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
+from compress.qdq.prepare import prepare
+from compress.qdq.rewrite import apply_corrections, rewrite_for
+
+_BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
+_SMALLEST_SCALE = 1e-12
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """Scale and zero point of one tensor: code = round(value / scale) + zero_point."""
+
+    scale: np.float32
+    zero_point: NDArray[Any]  # a scalar, uint8 or int8
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a target wants its numbers to be."""
+
+    unsigned: bool  # activations as uint8
+    asymmetric: bool  # with a zero point that fits the range
+    int32_bias: bool
+
+
+RULES: Mapping[str, Rules] = {
+    "onnxruntime": Rules(unsigned=True, asymmetric=True, int32_bias=True),
+    "openvino": Rules(unsigned=True, asymmetric=True, int32_bias=False),
+    "tensorrt": Rules(unsigned=False, asymmetric=False, int32_bias=False),
+}
+
+
+def write_qdq(
+    model: ModelProto, plan: QuantPlan, target: str | None = None, *, float_bias: bool = False
+) -> ModelProto:
+    """Return the Q/DQ graph of ``model`` for ``target``.
+
+    Args:
+        model: The fp32 graph the plan was made for, prepared or not. Not modified.
+        plan: Ranges, scales, corrections, and what stays in float.
+        target: The runtime that will run it; the plan's own if absent.
+        float_bias: Leave biases in float where the target would have them as int32.
+
+    Raises:
+        QuantizationError: the plan does not fit the graph; the message names the tensor or node.
+        UnknownNameError: there is no such target.
+    """
+    target = target or plan.target
+    if target not in RULES:
+        raise UnknownNameError("target", target, RULES)
+    prepared = prepare(model)
+    apply_corrections(prepared, plan)
+    rewrite_for(prepared, target)
+    graph = Graph(prepared)
+    writer = _Writer(graph, plan, target, place(graph, target, plan.float_nodes), float_bias)
+    written = writer.write()
+    del written.graph.value_info[:]
+    written = onnx.shape_inference.infer_shapes(written, data_prop=True)
+    onnx.checker.check_model(written, full_check=True)
+    return written
+
+
+def quantizer(found: ActivationRange, target: str) -> Quantizer:
+    """Return scale and zero point of a range on ``target``; the scale is positive."""
+    rules = RULES[target]
+    low, high = min(found.low, 0.0), max(found.high, 0.0)
+    if rules.unsigned and (rules.asymmetric or low == 0.0):
+        scale = (high - low) / 255 or 1 / 255
+        zero = np.clip(round(-low / scale), 0, 255)
+        return Quantizer(_positive(scale), np.asarray(zero, np.uint8))
+    return Quantizer(_positive(found.limit / 127 or 1 / 127), np.asarray(0, np.int8))
+
+
+def default_scales(weight: NDArray[Any], axis: int | None) -> NDArray[np.float32]:
+    """Return the largest magnitude / 127 along ``axis``, (C,) or (1,); 1/127 for a dead channel."""
+    if axis is None:
+        largest = np.abs(weight).max(keepdims=True).reshape(1)
+    else:
+        largest = np.abs(np.moveaxis(weight, axis, 0)).reshape(weight.shape[axis], -1).max(1)
+    return np.where(largest > 0, largest / 127, 1 / 127).astype(np.float32)
+
+
+def encode(weight: NDArray[Any], scales: NDArray[Any], axis: int | None) -> NDArray[np.int8]:
+    """Return the nearest integers in [-127, 127]."""
+    codes = np.rint(weight / along(scales, axis, weight.ndim))
+    nearest: NDArray[np.int8] = np.clip(codes, -127, 127).astype(np.int8)
+    return nearest
+
+
+def along(values: NDArray[Any], axis: int | None, rank: int) -> NDArray[Any]:
+    """Return ``values``, (C,), shaped to broadcast along ``axis`` of a tensor of ``rank``."""
+    shape = [1] * rank
+    if axis is not None:
+        shape[axis] = -1
+    return values.reshape(shape)
+
+
+def scale_axis(node: NodeProto, rank: int) -> int | None:
+    """Return the dimension of the weight of ``node`` that has scales of its own."""
+    if node.op_type == "ConvTranspose":  # runtimes disagree on its axis
+        return None
+    return channel_axis(node) % rank
+
+
+class _Writer:
+    def __init__(
+        self, graph: Graph, plan: QuantPlan, target: str, placement: Placement, float_bias: bool
+    ) -> None:
+        self.graph, self.plan, self.target, self.placement = graph, plan, target, placement
+        self.int32_bias = RULES[target].int32_bias and not float_bias
+        self.taken = all_names(graph.model)
+        self.joined = {name: group for group in placement.joined for name in group}
+        self.dequantized: dict[str, str] = {}  # tensor -> what its readers read
+        self.weights: dict[tuple[str, bytes], str] = {}  # (weight, scales) -> dequantized
+        self.weighted = set(placement.weights)
+
+    def write(self) -> ModelProto:
+        nodes: list[NodeProto] = []
+        for name in self.graph.inputs:
+            nodes.extend(self._pair(name))
+        for node in self.graph.nodes:
+            copy = NodeProto()
+            copy.CopyFrom(node)
+            for position, name in enumerate(node.input):
+                if (node.name, position) in self.placement.readers.get(name, ()):
+                    copy.input[position] = self.dequantized[name]
+            if node.name in self.weighted:
+                nodes.extend(self._weight(node, copy))
+            nodes.append(copy)
+            for name in node.output:
+                nodes.extend(self._pair(name))
+        replace_nodes(self.graph.model, nodes)
+        self._drop_unread()
+        return self.graph.model
+
+    def quantizer_of(self, tensor: str) -> Quantizer:
+        source = self.placement.source(tensor)
+        ranges = [self._range(name) for name in self.joined.get(source, {source})]
+        return quantizer(_widest(ranges), self.target)
+
+    def _range(self, tensor: str) -> ActivationRange:
+        try:
+            return self.plan.activations[tensor]
+        except KeyError:
+            raise QuantizationError(
+                f"the plan has no range for tensor {tensor!r}, which {self.target} needs quantized",
+                expected="the plan that was made for this graph",
+                fix="Calibrate again, or check that the plan and the ONNX file belong together",
+            ) from None
+
+    def _pair(self, tensor: str) -> list[NodeProto]:
+        """Return Q and DQ of ``tensor``, if it is to have them."""
+        if tensor not in self.placement.readers:
+            return []
+        found = self.quantizer_of(tensor)
+        scale = self._constant(f"{tensor}_scale", np.asarray(found.scale, np.float32))
+        zero = self._constant(f"{tensor}_zero_point", found.zero_point)
+        codes, back = (self._name(f"{tensor}_{end}") for end in ("quantized", "dequantized"))
+        self.dequantized[tensor] = back
+        make = helper.make_node
+        return [
+            make("QuantizeLinear", [tensor, scale, zero], [codes], name=self._name(f"{tensor}_q")),
+            make("DequantizeLinear", [codes, scale, zero], [back], name=self._name(f"{tensor}_dq")),
+        ]
+
+    def _weight(self, node: NodeProto, copy: NodeProto) -> list[NodeProto]:
+        """Return the DQ nodes of weight and bias of ``node`` and let ``copy`` read them."""
+        name = node.input[1]
+        weight = self.graph.constant(name)
+        if weight is None:
+            raise TypeError(f"{node.name} has no constant weight")
+        axis = scale_axis(node, weight.ndim)
+        planned = self.plan.weights.get(name)
+        scales = self._scales(planned, weight, axis, name)
+        bias = self.graph.constant(node.input[2]) if len(node.input) > 2 else None
+        incoming = self.quantizer_of(node.input[0]).scale
+        if bias is not None and self.int32_bias:
+            floor = np.abs(bias.reshape(-1)).astype(np.float64) / _BIAS_LIMIT / incoming
+            scales = np.maximum(scales, floor if axis is not None else floor.max())
+        scales = np.maximum(scales, _SMALLEST_SCALE).astype(np.float32)
+        nodes = []
+        key = (name, scales.tobytes())
+        if key not in self.weights:
+            codes = self._codes(planned, weight, scales, axis)
+            nodes.append(self._dequantize(name, codes, scales, axis))
+            self.weights[key] = nodes[-1].output[0]
+        copy.input[1] = self.weights[key]
+        if bias is not None and self.int32_bias:
+            unit = scales.astype(np.float64) * incoming
+            codes32 = np.rint(bias.reshape(-1) / unit).astype(np.int32)
+            bias_axis = 0 if axis is not None else None
+            nodes.append(
+                self._dequantize(f"{node.name}_bias", codes32, unit.astype(np.float32), bias_axis)
+            )
+            copy.input[2] = nodes[-1].output[0]
+        return nodes
+
+    def _scales(
+        self, planned: WeightScales | None, weight: NDArray[Any], axis: int | None, name: str
+    ) -> NDArray[Any]:
+        if planned is None:
+            return default_scales(weight, axis)
+        expected = 1 if axis is None else weight.shape[axis]
+        if planned.axis != axis or len(planned.scales) != expected:
+            raise QuantizationError(
+                f"the plan has {len(planned.scales)} scales along axis {planned.axis} for it",
+                where=f"weight {name!r}",
+                expected=f"{expected} along axis {axis}",
+                fix="Make the plan again, or drop this entry from it",
+            )
+        return np.asarray(planned.scales, np.float32)
+
+    def _codes(
+        self,
+        planned: WeightScales | None,
+        weight: NDArray[Any],
+        scales: NDArray[Any],
+        axis: int | None,
+    ) -> NDArray[np.int8]:
+        codes = encode(weight, scales, axis)
+        if planned is None or planned.codes is None:
+            return codes
+        kept = np.asarray(planned.scales, np.float32) == scales  # not raised for the bias
+        return np.where(
+            along(kept, axis, weight.ndim), unpack_codes(planned.codes, weight.shape), codes
+        )
+
+    def _dequantize(
+        self, name: str, codes: NDArray[Any], scales: NDArray[Any], axis: int | None
+    ) -> NodeProto:
+        if axis is None:
+            scales = scales.reshape(())
+        inputs = [
+            self._constant(f"{name}_quantized", codes),
+            self._constant(f"{name}_scale", scales.astype(np.float32)),
+            self._constant(f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)),
+        ]
+        out = self._name(f"{name}_dequantized")
+        node = helper.make_node("DequantizeLinear", inputs, [out], name=self._name(f"{name}_dq"))
+        if axis is not None:
+            node.attribute.append(helper.make_attribute("axis", axis))
+        return node
+
+    def _constant(self, wish: str, value: NDArray[Any]) -> str:
+        name = self._name(wish)
+        self.graph.model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+        return name
+
+    def _name(self, wish: str) -> str:
+        return fresh_name(self.taken, wish)
+
+    def _drop_unread(self) -> None:
+        graph = self.graph.model.graph
+        read = {name for node in graph.node for name in node.input} | self.graph.outputs
+        kept = [tensor for tensor in graph.initializer if tensor.name in read]
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+
+def _widest(ranges: Iterable[ActivationRange]) -> ActivationRange:
+    found = list(ranges)
+    return ActivationRange(
+        min(r.low for r in found), max(r.high for r in found), max(r.limit for r in found)
+    )
+
+
+def _positive(scale: float) -> np.float32:
+    return np.float32(max(scale, _SMALLEST_SCALE))

@@ -1,0 +1,1 @@
+"""Post-training int8: ranges from one pass over calibration images, corrections, Q/DQ graphs."""

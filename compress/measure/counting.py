@@ -1,0 +1,253 @@
+"""Parameters, multiply-accumulates and bytes: what can be counted without a clock."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+
+from compress.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+MIB = 2**20
+
+# Which inputs of an operator are the data and the weights of a product.
+_PRODUCTS = {
+    "Conv": (0, 1),
+    "ConvInteger": (0, 1),
+    "QLinearConv": (0, 3),
+    "ConvTranspose": (0, 1),
+    "Gemm": (0, 1),
+    "QGemm": (0, 3),
+    "MatMul": (0, 1),
+    "MatMulInteger": (0, 1),
+    "QLinearMatMul": (0, 3),
+}
+_QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
+
+
+@dataclass(frozen=True)
+class Count:
+    """The work and the weights of a network."""
+
+    params: int
+    macs: int  # multiply-accumulates of one forward pass
+
+    def to_json(self) -> dict[str, int]:
+        """Return this count as JSON-able data."""
+        return asdict(self)
+
+
+def count(model: nn.Module, example_input: Any) -> Count:
+    """Return the parameters of ``model`` and the MACs of one forward pass.
+
+    **Method:** parameters are the elements of all parameters, shared ones once, buffers not at all.
+    MACs are half of what ``torch.utils.flop_counter`` counts in a forward pass of a copy on the
+    meta device: products of convolutions, matrices and attention, padding included. Additions of
+    biases, normalization, activations and pooling are not counted. It is work to do, not time: two
+    networks of equal MACs can differ severalfold in latency.
+
+    Args:
+        model: Left as it is.
+        example_input: A tensor (B, C, H, W), or a tuple or dict of tensors for several inputs; MACs
+            are those of this whole batch, so give a batch of one.
+
+    Raises:
+        ModelError: the forward pass fails.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    clone = copy.deepcopy(model).eval()
+    place = torch.device("cpu")
+    if all(p.device == place for p in clone.parameters()):
+        place = torch.device("meta")
+    try:
+        flops = _flops(clone, example_input, place, FlopCounterMode)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError):
+        # Tensors that are no buffers stay behind, and values that steer the forward pass are
+        # unknown on meta: such a network is counted where it lives.
+        flops = _flops_in_place(copy.deepcopy(model).eval(), example_input, FlopCounterMode)
+    return Count(params=sum(p.numel() for p in model.parameters()), macs=flops // 2)
+
+
+def _flops_in_place(model: nn.Module, example_input: Any, counter: Any) -> int:
+    import torch
+
+    parameter = next(model.parameters(), torch.empty(0))
+    try:
+        return _flops(model, example_input, parameter.device, counter)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"the forward pass fails: {error}", fix="Check the shape of the example input"
+        ) from error
+
+
+def _flops(model: nn.Module, example_input: Any, device: Any, counter: Any) -> int:
+    import torch
+
+    arguments: tuple[Tensor, ...] = ()
+    named: dict[str, Tensor] = {}
+    if isinstance(example_input, Mapping):
+        named = {name: tensor.to(device) for name, tensor in example_input.items()}
+    else:
+        several = isinstance(example_input, tuple | list)
+        arguments = tuple(t.to(device) for t in (example_input if several else (example_input,)))
+    model.to(device)
+    with torch.no_grad(), counter(display=False) as mode:
+        model(*arguments, **named)
+    return int(mode.get_total_flops())
+
+
+def count_onnx(source: Path | onnx.ModelProto) -> Count:
+    """Return the parameters of an ONNX graph and the MACs of one image.
+
+    **Method:** parameters are the elements of all constants except integers of shape arithmetic and
+    the scales and zero points of quantizers; BatchNorm that the export folded is gone from them,
+    so the number is smaller than that of the module. MACs are counted as in ``count``, from
+    inferred shapes, with a free batch dimension set to 1.
+
+    Raises:
+        ModelError: the file is no ONNX graph, or a shape that is needed cannot be inferred.
+    """
+    model = _read(source)
+    return Count(params=_onnx_params(model.graph), macs=sum(node_macs(model).values()))
+
+
+def node_macs(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the MACs of one image of each convolution and matrix product.
+
+    Returns:
+        The name of a node's first output -> MACs, in graph order. Other nodes are absent.
+
+    Raises:
+        ModelError: a shape that is needed cannot be inferred.
+    """
+    shapes = _shapes(model)
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [shapes.get(v.name, ()) for v in model.graph.input if v.name not in constants]
+    images = (inputs[0][0] if inputs and inputs[0] else 1) or 1
+    return {
+        node.output[0]: _macs(node, shapes) // images
+        for node in model.graph.node
+        if node.op_type in _PRODUCTS
+    }
+
+
+def size_mib(path: Path) -> float:
+    """Return the size of an artifact on disk, MiB.
+
+    **Method:** bytes of the file, of the files of external data that an ONNX graph names, and of
+    the ``.bin`` that belongs to an OpenVINO ``.xml``; of all files in a folder.
+
+    Raises:
+        ModelError: it does not exist.
+    """
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / MIB
+    if not path.is_file():
+        raise ModelError("does not exist", where=str(path))
+    parts = {path}
+    if path.suffix == ".xml" and path.with_suffix(".bin").is_file():
+        parts.add(path.with_suffix(".bin"))
+    if path.suffix == ".onnx":
+        parts |= _external_files(path)
+    return sum(part.stat().st_size for part in parts) / MIB
+
+
+def _external_files(path: Path) -> set[Path]:
+    graph = _read(path, load_external_data=False).graph
+    names = {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return {path.parent / name for name in names if (path.parent / name).is_file()}
+
+
+def _read(source: Path | onnx.ModelProto, *, load_external_data: bool = True) -> onnx.ModelProto:
+    if isinstance(source, onnx.ModelProto):
+        return source
+    try:
+        return onnx.load(source, load_external_data=load_external_data)
+    except Exception as error:  # noqa: BLE001 - protobuf raises what its build happens to raise
+        raise ModelError(f"is no ONNX graph: {error}", where=str(source)) from None
+
+
+def _onnx_params(graph: onnx.GraphProto) -> int:
+    constants = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
+    for node in graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Constant" and attribute.name == "value":
+                constants[node.output[0]] = (attribute.t.data_type, list(attribute.t.dims))
+    ranges = {name for node in graph.node for name in _range_inputs(node)}
+    shape_types = {onnx.TensorProto.INT64, onnx.TensorProto.BOOL, onnx.TensorProto.STRING}
+    return sum(
+        math.prod(dims)
+        for name, (kind, dims) in constants.items()
+        if kind not in shape_types and name not in ranges
+    )
+
+
+def _range_inputs(node: onnx.NodeProto) -> list[str]:
+    """Return the inputs of ``node`` that are scales and zero points."""
+    if node.op_type in _QUANTIZERS:
+        return list(node.input[1:3])
+    if node.op_type in {"QLinearConv", "QLinearMatMul"}:
+        return [node.input[i] for i in (1, 2, 4, 5, 6, 7)]
+    return []
+
+
+def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
+    """Return the shape of each tensor that has one; None for a size that is not known."""
+    fixed = onnx.ModelProto()
+    fixed.CopyFrom(model)
+    known = {tensor.name for tensor in fixed.graph.initializer}
+    for value in fixed.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name not in known and dims and not dims[0].HasField("dim_value"):
+            dims[0].dim_value = 1
+    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    shapes: dict[str, tuple[int | None, ...]] = {
+        tensor.name: tuple(tensor.dims) for tensor in inferred.initializer
+    }
+    for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        if value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = tuple(
+                dim.dim_value if dim.HasField("dim_value") else None
+                for dim in value.type.tensor_type.shape.dim
+            )
+    return shapes
+
+
+def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int | None, ...]]) -> int:
+    data, weight = (_known(node, node.input[index], shapes) for index in _PRODUCTS[node.op_type])
+    if node.op_type == "ConvTranspose":
+        return math.prod(data) * math.prod(weight[1:])
+    output = _known(node, node.output[0], shapes)
+    if "Conv" in node.op_type:
+        return math.prod(output) * math.prod(weight[1:])
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return math.prod(output) * (data[0] if transposed else data[-1])
+
+
+def _known(
+    node: onnx.NodeProto, name: str, shapes: Mapping[str, tuple[int | None, ...]]
+) -> tuple[int, ...]:
+    shape = shapes.get(name)
+    sizes = tuple(size for size in shape or () if size is not None)
+    if shape is None or len(sizes) != len(shape):
+        raise ModelError(
+            f"the shape of {name!r} is not known: {shape or 'none inferred'}",
+            where=f"{node.op_type} {node.name or node.output[0]!r}",
+            fix="Export the network with a fixed image size; only the batch may be free",
+        )
+    return sizes

@@ -90,6 +90,8 @@ class TrainSettings(Settings):
     sync_batchnorm: bool = False
     freeze_until: str | None = Field(None, description="Layers before this one are not trained")
     layer_lr: dict[str, float] = Field({}, description="Factors of the rate, by layer prefix")
+    checkpoint_minutes: float = Field(10.0, ge=0, description="Longest time between checkpoints")
+    track: Literal["tensorboard", "mlflow"] | None = Field(None, description="Also log there")
 
 
 class DistillSettings(TrainSettings):

@@ -1,0 +1,227 @@
+"""Random changes of whole batches of images: pure functions of a row of chances per image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress.settings import AugmentSettings
+
+ERASED_AREA = (0.02, 0.33)  # shares of the image, as in the paper on random erasing
+ERASED_ASPECT = (0.3, 1 / 0.3)
+
+
+class Chance(IntEnum):
+    """What each column of a matrix of chances decides."""
+
+    CROP_Y = 0
+    CROP_X = 1
+    FLIP = 2
+    ANGLE = 3
+    ZOOM = 4
+    RANDAUGMENT = 5
+    ERASE = 6
+    ERASE_AREA = 7
+    ERASE_ASPECT = 8
+    ERASE_Y = 9
+    ERASE_X = 10
+    MIX_KIND = 11
+    MIX_SHARE = 12
+    CUT_Y = 13
+    CUT_X = 14
+
+
+CHANCES = len(Chance)
+
+
+def is_random(settings: AugmentSettings) -> bool:
+    """Return whether ``settings`` change an image differently from one epoch to the next."""
+    return not settings.fixed and settings != AugmentSettings()
+
+
+def augment(
+    images: Tensor,
+    chances: Tensor,
+    settings: AugmentSettings,
+    normalize: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return ``images`` changed at random and normalized.
+
+    Args:
+        images: (B, C, H, W) uint8. Not modified.
+        chances: (B, CHANCES) uniform numbers in [0, 1); row i decides all about image i.
+        settings: Which changes, and how far.
+        normalize: Maps (B, C, H, W) in 0..255 to what the network wants, float32.
+
+    Returns:
+        (B, C, H, W) float32.
+    """
+    if settings.crop_padding:
+        images = cropped(images, chances, settings.crop_padding)
+    if settings.flip:
+        images = flipped(images, chances)
+    if settings.randaugment:
+        images = randaugmented(images, chances, settings.randaugment)
+    if settings.rotation_degrees or settings.scale:
+        images = turned(images, chances, settings.rotation_degrees, settings.scale or (1.0, 1.0))
+    images = normalize(images)
+    if settings.erasing:
+        images = erased(images, chances, settings.erasing)
+    return images
+
+
+def cropped(images: Tensor, chances: Tensor, padding: int) -> Tensor:
+    """Return windows of the original size from images padded with black, (B, C, H, W)."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (padding,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view, (B, C, Y, X, H, W)
+    rows = (chances[:, Chance.CROP_Y] * (2 * padding + 1)).long()
+    columns = (chances[:, Chance.CROP_X] * (2 * padding + 1)).long()
+    each = torch.arange(len(images), device=images.device)
+    return windows[each, :, rows, columns]
+
+
+def flipped(images: Tensor, chances: Tensor) -> Tensor:
+    """Return images, about half of them mirrored left to right, (B, C, H, W)."""
+    mirror = (chances[:, Chance.FLIP] < 0.5).view(-1, 1, 1, 1)
+    return torch.where(mirror, images.flip(3), images)
+
+
+def randaugmented(images: Tensor, chances: Tensor, operations: int) -> Tensor:
+    """Return images after ``operations`` random operations each, (B, C, H, W) uint8.
+
+    Source: Cubuk et al., RandAugment, CVPRW 2020, https://arxiv.org/abs/1909.13719.
+    """
+    from torchvision.transforms import v2
+
+    change = v2.RandAugment(num_ops=operations)
+    seeds = (chances[:, Chance.RANDAUGMENT].double() * 2**24).long().tolist()
+    with torch.random.fork_rng(devices=[]):
+        out = []
+        for image, seed in zip(images, seeds, strict=True):
+            torch.default_generator.manual_seed(seed)  # leaves those of GPUs alone
+            out.append(change(image))
+    return torch.stack(out)
+
+
+def turned(images: Tensor, chances: Tensor, degrees: float, scale: tuple[float, float]) -> Tensor:
+    """Return images rotated by up to ``degrees`` either way and zoomed, (B, C, H, W) float32."""
+    height, width = images.shape[2:]
+    angle = torch.deg2rad((2 * chances[:, Chance.ANGLE] - 1) * degrees)
+    zoom = scale[0] + chances[:, Chance.ZOOM] * (scale[1] - scale[0])
+    cos, sin, none = angle.cos() / zoom, angle.sin() / zoom, torch.zeros_like(angle)
+    tall = height / width  # grid coordinates are relative to each side
+    rows = (
+        torch.stack([cos, -sin * tall, none], 1),
+        torch.stack([sin / tall, cos, none], 1),
+    )
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images.float(), grid, align_corners=False)
+
+
+def erased(images: Tensor, chances: Tensor, probability: float) -> Tensor:
+    """Return images, a share of them with one rectangle set to 0, the mean, (B, C, H, W).
+
+    Source: Zhong et al., Random Erasing Data Augmentation, AAAI 2020,
+    https://arxiv.org/abs/1708.04896.
+    """
+    height, width = images.shape[2:]
+    area = _between(chances[:, Chance.ERASE_AREA], *ERASED_AREA) * height * width
+    low, high = (torch.tensor(value).log().item() for value in ERASED_ASPECT)
+    aspect = _between(chances[:, Chance.ERASE_ASPECT], low, high).exp()
+    tall = (area * aspect).sqrt().round().clamp(1, height)
+    wide = (area / aspect).sqrt().round().clamp(1, width)
+    wanted = chances[:, Chance.ERASE] < probability
+    box = _boxes(
+        (chances[:, Chance.ERASE_Y] * (height - tall + 1)).floor(),
+        (chances[:, Chance.ERASE_X] * (width - wide + 1)).floor(),
+        tall * wanted,
+        wide,
+        (height, width),
+    )
+    return images.masked_fill(box, 0.0)
+
+
+def mixed(
+    images: Tensor, target: Tensor, chances: Tensor, settings: AugmentSettings, classes: int
+) -> tuple[Tensor, Tensor]:
+    """Return images mixed in pairs of neighbours by mixup or cutmix, and their soft targets.
+
+    The order of a batch is random, so neighbours are random pairs; the last image of an odd batch
+    stays alone. With both asked for, each pair takes either with equal chances.
+
+    Args:
+        images: (B, C, H, W) float32, normalized. Not modified.
+        target: (B,) int64.
+        chances: (B, CHANCES) in [0, 1); the first of a pair decides.
+        settings: Alphas of the Beta distributions of the shares.
+        classes: K.
+
+    Returns:
+        Images (B, C, H, W) and class probabilities (B, K) float32; the given ones where neither
+        is asked for.
+
+    Source: Zhang et al., mixup, ICLR 2018, https://arxiv.org/abs/1710.09412; Yun et al., CutMix,
+    ICCV 2019, https://arxiv.org/abs/1905.04899.
+    """
+    if not settings.mixup and not settings.cutmix:
+        return images, target
+    each = torch.arange(len(images), device=images.device)
+    partner = torch.where((each ^ 1) < len(images), each ^ 1, each)
+    chances = chances[each - each % 2]
+    if settings.mixup and settings.cutmix:
+        cut = chances[:, Chance.MIX_KIND] < 0.5
+    else:
+        cut = torch.full_like(chances[:, 0], bool(settings.cutmix), dtype=torch.bool)
+    blended = _beta(chances[:, Chance.MIX_SHARE], settings.mixup)
+    box, uncut = _cut(chances, settings.cutmix, images.shape)
+    share = torch.where(cut, uncut, blended)  # of the image itself
+    weight = blended.view(-1, 1, 1, 1)
+    other = images[partner]
+    out = torch.where(
+        cut.view(-1, 1, 1, 1),
+        torch.where(box, other, images),
+        weight * images + (1 - weight) * other,
+    )
+    hot = F.one_hot(target, classes).float()
+    return out, share[:, None] * hot + (1 - share[:, None]) * hot[partner]
+
+
+def _cut(chances: Tensor, alpha: float, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Return cutmix's rectangles, (B, 1, H, W) bool, and the shares left outside, (B,)."""
+    height, width = shape[2:]
+    side = (1 - _beta(chances[:, Chance.MIX_SHARE], alpha)).sqrt()
+    y, x = chances[:, Chance.CUT_Y] * height, chances[:, Chance.CUT_X] * width  # centres
+    top = (y - side * height / 2).floor().clamp(min=0)
+    left = (x - side * width / 2).floor().clamp(min=0)
+    bottom = (y + side * height / 2).floor().clamp(max=height)
+    right = (x + side * width / 2).floor().clamp(max=width)
+    box = _boxes(top, left, bottom - top, right - left, (height, width))
+    return box, 1 - box.float().mean((1, 2, 3))
+
+
+def _boxes(top: Tensor, left: Tensor, tall: Tensor, wide: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return masks of one rectangle each, (B, 1, H, W) bool."""
+    rows = torch.arange(size[0], device=top.device)
+    columns = torch.arange(size[1], device=top.device)
+    inside_y = (rows >= top[:, None]) & (rows < (top + tall)[:, None])  # (B, H)
+    inside_x = (columns >= left[:, None]) & (columns < (left + wide)[:, None])  # (B, W)
+    return (inside_y[:, :, None] & inside_x[:, None, :])[:, None]
+
+
+def _between(chance: Tensor, low: float, high: float) -> Tensor:
+    return low + chance * (high - low)
+
+
+def _beta(chance: Tensor, alpha: float) -> Tensor:
+    """Return the quantile of Beta(alpha, alpha) at ``chance``; 1 where alpha is 0."""
+    if not alpha:
+        return torch.ones_like(chance)
+    from scipy.stats import beta
+
+    quantiles = beta.ppf(chance.cpu().numpy(), alpha, alpha)
+    return torch.as_tensor(quantiles, dtype=torch.float32, device=chance.device)

@@ -1,0 +1,129 @@
+"""Which images make up each step, for every process: a pure function of seed, epoch and step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.augment import CHANCES
+from compress.data import Dataset
+from compress.errors import TrainingError
+from compress.images import Images
+from compress.settings import TrainSettings
+
+PREFETCHED = 4  # batches that each decoding process works ahead
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The share of one process in a step."""
+
+    images: Tensor  # (B, C, H, W) uint8, as stored
+    target: Tensor  # (B,) int64
+    index: Tensor  # (B,) int64, positions in the train split
+    chances: Tensor  # (B, CHANCES) uniform numbers in [0, 1) that augmentation reads
+    total: int  # images in this step over all processes
+
+
+def steps_in_epoch(dataset: Dataset, settings: TrainSettings) -> int:
+    """Return the steps of an epoch; images left over for less than a whole batch sit it out."""
+    return max(1, len(dataset.splits["train"]) // settings.batch_size)
+
+
+def train_batches(
+    dataset: Dataset,
+    settings: TrainSettings,
+    epoch: int,
+    seed: int,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    skip: int = 0,
+) -> Iterator[Batch]:
+    """Yield the batches of one epoch that fall to process ``rank`` of ``world``.
+
+    A step takes the same images, changed in the same way, however many processes share it.
+
+    Args:
+        dataset: Where the images of split "train" are taken from.
+        settings: Batch size over all processes, and whether augmentation is fixed.
+        epoch: Counted from 0; decides the order.
+        seed: Of the whole training.
+        rank: Of this process.
+        world: Number of processes.
+        skip: Steps of the epoch that are done already.
+
+    Raises:
+        TrainingError: there are fewer images in a step than processes.
+    """
+    images = dataset.splits["train"]
+    steps = steps_in_epoch(dataset, settings)
+    order = permutation(len(images), seed, epoch)
+    size = min(settings.batch_size, len(order))
+    if size < world:
+        raise TrainingError(
+            f"{size} images in a step cannot be shared by {world} processes",
+            where="batch_size",
+            expected=f"at least {world}",
+        )
+    fixed = _chances(len(images), seed) if settings.augment.fixed else None
+    wholes = [order[step * size : (step + 1) * size] for step in range(skip, steps)]
+    parts = [np.array_split(whole, world)[rank] for whole in wholes]
+    for step, (part, pixels) in enumerate(zip(parts, _taken(images, parts), strict=True), skip):
+        if fixed is None:
+            chances = _chances(size, seed, epoch, step)
+            chances = torch.tensor_split(chances, world)[rank]
+        else:
+            chances = fixed[torch.from_numpy(part)]
+        target = torch.from_numpy(images.labels[part])
+        yield Batch(pixels, target, torch.from_numpy(part), chances, size)
+
+
+def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the order of images in an epoch, (N,)."""
+    return np.random.default_rng([seed, epoch, 0]).permutation(count)
+
+
+def seed_of(*numbers: int) -> int:
+    """Return one seed for a position such as (seed, epoch, step, rank)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _chances(count: int, *position: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed_of(*position))
+    return torch.rand((count, CHANCES), generator=generator)
+
+
+def _taken(images: Images, parts: list[NDArray[np.int64]]) -> Iterable[Tensor]:
+    """Return the images of every part in turn, decoded ahead by processes where asked for."""
+    workers = getattr(images, "workers", 0) or getattr(
+        getattr(images, "images", None), "workers", 0
+    )
+    if not workers:
+        return (images.take(part) for part in parts)
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        _Taking(images, parts),  # type: ignore[arg-type]  # a map from position to batch
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=PREFETCHED,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+@dataclass(frozen=True)
+class _Taking:
+    images: Images
+    parts: list[NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, position: int) -> Tensor:
+        return self.images.take(self.parts[position])

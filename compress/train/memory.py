@@ -1,0 +1,27 @@
+"""Running out of memory: how it looks, and what to say."""
+
+from __future__ import annotations
+
+import torch
+
+from compress.errors import TrainingError
+from compress.settings import TrainSettings
+
+MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")  # of the allocators
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether ``error`` says that memory ran out."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
+
+
+def too_large(images: int, parts: int, step: int, settings: TrainSettings) -> TrainingError:
+    """Return the error for a batch that does not fit into memory."""
+    return TrainingError(
+        f"out of memory at step {step}, {images} images in {parts} part{'s' if parts > 1 else ''}",
+        where="train",
+        fix=f"Set accumulate: {2 * parts} to compute a batch in more parts"
+        + ("" if settings.halve_batch else ", or halve_batch: true to do so when needed"),
+    )

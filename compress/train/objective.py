@@ -1,0 +1,104 @@
+"""What training minimizes: the contract, and plain cross-entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AUXILIARY_WEIGHT = 0.3  # of the heads that GoogLeNet and Inception train beside the last one
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where training stands when an objective is called."""
+
+    epoch: float  # epochs done, with the fraction of the current one
+    index: Tensor  # (B,) int64: positions of the images in the train split
+    training: nn.Module  # the network that is trained, as the caller gave it
+
+
+class Objective(Protocol):
+    """Maps a batch to the scalar that training minimizes.
+
+    Any of the methods of :class:`Informed` and :class:`Stateful` may be there as well.
+    """
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        """Return the mean loss of a batch, a scalar.
+
+        Args:
+            model: The network; in training mode, perhaps compiled.
+            images: (B, C, H, W) float32, augmented and normalized.
+            target: (B,) int64, or (B, K) probabilities where images are mixed.
+        """
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield what is trained beside the network and thrown away afterwards."""
+        ...
+
+    def close(self) -> None:
+        """Leave everything as it was found; called once, also after an error."""
+
+
+@runtime_checkable
+class Informed(Protocol):
+    """An objective that wants to know which images come next."""
+
+    def before(self, moment: Moment) -> None:
+        """Take note of the batch that the next call is about."""
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """An objective whose state belongs into checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and plain data."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Go on from ``state``."""
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Cross-entropy with the labels; heads beside the main one count a little."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        """Return the mean cross-entropy of a batch, a scalar."""
+        logits, *auxiliary = outputs_of(model(images))
+        loss = self.of(logits, target)
+        for extra in auxiliary:
+            loss = loss + AUXILIARY_WEIGHT * self.of(extra, target)
+        return loss
+
+    def of(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the mean cross-entropy of ``logits``, (B, K), a scalar."""
+        return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield nothing: there are no adapters."""
+        return iter(())
+
+    def close(self) -> None:
+        """Leave everything as it is."""
+
+
+def outputs_of(output: Any) -> list[Tensor]:
+    """Return the logits of a network, the main head's first.
+
+    Raises:
+        TypeError: the network returns something else.
+    """
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, (tuple, list)) and output:
+        return [part for part in output if isinstance(part, Tensor)]
+    raise TypeError(f"the network returns {type(output).__name__}, not a tensor of logits")

@@ -1,0 +1,100 @@
+"""Optimizers and what each parameter is trained with: rate, decay, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.errors import UnknownNameError, UsageError
+from compress.settings import TrainSettings
+
+
+def make_optimizer(
+    model: nn.Module, extra: Iterable[nn.Parameter], settings: TrainSettings
+) -> torch.optim.Optimizer:
+    """Return an optimizer over what is trained.
+
+    Weights (two dimensions or more) decay; biases and the scales and shifts of norms do not.
+
+    Args:
+        model: The network; parameters without ``requires_grad`` are left out.
+        extra: Further parameters, trained at the full rate.
+        settings: Optimizer, rate, decay, and factors of the rate by prefix of layer name.
+
+    Raises:
+        UnknownNameError: ``settings.layer_lr`` names a layer that is not there.
+        UsageError: nothing is left to train.
+    """
+    for prefix in settings.layer_lr:
+        _check_layer(model, prefix, "layer_lr")
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (_rate_factor(name, settings.layer_lr), parameter.ndim > 1)
+            groups.setdefault(key, []).append(parameter)
+    for parameter in extra:
+        groups.setdefault((1.0, parameter.ndim > 1), []).append(parameter)
+    if not groups:
+        raise UsageError(
+            "no parameter is left to train",
+            where=f"freeze_until: {settings.freeze_until}",
+            fix="Freeze fewer layers",
+        )
+    rows = [
+        {
+            "params": parameters,
+            "lr": settings.lr * rate,
+            "rate": rate,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for (rate, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    return _optimizer(rows, settings)
+
+
+def _optimizer(rows: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
+    lr = settings.lr
+    if settings.optimizer == "sgd":
+        nesterov = settings.nesterov and settings.momentum > 0
+        return torch.optim.SGD(
+            rows, lr=lr, momentum=settings.momentum, nesterov=nesterov, fused=True
+        )
+    if settings.optimizer == "adam":
+        return torch.optim.Adam(rows, lr=lr, fused=True)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(rows, lr=lr, fused=True)
+    return torch.optim.RMSprop(rows, lr=lr, momentum=settings.momentum)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group to its share of ``rate``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+
+
+def frozen_layers(model: nn.Module, until: str | None) -> list[str]:
+    """Return the modules that come before the one named ``until``, in the order of definition.
+
+    Raises:
+        UnknownNameError: there is no such layer.
+    """
+    if until is None:
+        return []
+    _check_layer(model, until, "freeze_until")
+    names = [name for name, _ in model.named_modules() if name]
+    before = names[: names.index(until)]
+    return [name for name in before if not until.startswith(f"{name}.")]
+
+
+def _check_layer(model: nn.Module, name: str, key: str) -> None:
+    known = [layer for layer, _ in model.named_modules() if layer]
+    if name not in known:
+        raise UnknownNameError("layer", name, known, where=key)
+
+
+def _rate_factor(name: str, factors: dict[str, float]) -> float:
+    fitting = [prefix for prefix in factors if name.startswith(f"{prefix}.") or name == prefix]
+    return factors[max(fitting, key=len)] if fitting else 1.0

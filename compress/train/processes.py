@@ -1,0 +1,167 @@
+"""The processes that share a training: one, or as many as torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from compress.errors import CompressError, TrainingError
+
+FAILURE_KEY = "compress/failure"
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process and those beside it."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of ``values`` over all processes; the same in each."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def join_processes(device: str = "auto") -> Processes:
+    """Return this process's place among those that torchrun started, or alone.
+
+    Args:
+        device: "auto", or where a training in one process runs: "cpu", "cuda:1".
+    """
+    from accelerate import PartialState
+
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if device != "auto" and alone:
+        return Processes(torch.device(device))
+    state = PartialState()
+    return Processes(state.device, state.process_index, state.num_processes)
+
+
+@contextlib.contextmanager
+def failing_together(processes: Processes) -> Iterator[None]:
+    """Tell the other processes why this one fails, and say why they did when they fail first.
+
+    Raises:
+        TrainingError: another process died; the message holds its reason.
+    """
+    if processes.world == 1:
+        yield
+        return
+    store = dist.distributed_c10d._get_default_store()  # the one place all processes can read
+    try:
+        yield
+    except Exception as error:
+        reason = _reason_of_others(store, error)
+        if reason is not None:
+            raise TrainingError(
+                f"another process stopped: {reason}", where=f"process {processes.rank}"
+            ) from None
+        with contextlib.suppress(RuntimeError):  # the store may be gone with its process
+            store.set(FAILURE_KEY, f"process {processes.rank}: {error}")
+        _tell_torchrun(error)
+        raise
+
+
+def _reason_of_others(store: Any, error: Exception) -> str | None:
+    """Return why another process failed where ``error`` is only a consequence of that."""
+    if isinstance(error, CompressError) or not isinstance(error, RuntimeError):
+        return None
+    if isinstance(error, torch.OutOfMemoryError):
+        return None
+    try:
+        if store.check([FAILURE_KEY]):
+            return str(store.get(FAILURE_KEY).decode())
+    except RuntimeError:
+        pass
+    lost = isinstance(error, dist.DistError) or "onnection" in str(error)
+    return "it died without a word (killed, or out of memory)" if lost else None
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Write the error to where torchrun looks for the reason that it prints."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+
+
+class SyncedBatchNorm(TorchFunctionMode):
+    """While active, BatchNorm in training takes its statistics over all processes.
+
+    Works on CPUs and GPUs and leaves the network's modules as they are: it replaces the function
+    that they call.
+
+    Source: Ioffe and Szegedy, Batch Normalization, ICML 2015, https://arxiv.org/abs/1502.03167,
+    with mean and variance of the whole batch.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Replace ``F.batch_norm``; pass everything else on."""
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            return _synced_batch_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _synced_batch_norm(  # noqa: PLR0913  # the arguments of F.batch_norm
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    from torch.distributed.nn.functional import all_reduce  # passes gradients on
+
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    whole = x.float()
+    count = x.numel() / x.shape[1]
+    sums = torch.cat([whole.sum(axes), whole.square().sum(axes), whole.new_tensor([count])])
+    sums = all_reduce(sums)  # type: ignore[no-untyped-call]
+    channels = x.shape[1]
+    total = sums[-1].detach()
+    mean = sums[:channels] / total
+    variance = (sums[channels:-1] / total - mean.square()).clamp(min=0)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            unbiased = variance * (total / (total - 1).clamp(min=1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    shape = [1, channels] + [1] * (x.ndim - 2)
+    scale = (variance + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    out: Tensor = whole * scale.view(shape) + shift.view(shape)
+    return out.to(x.dtype)

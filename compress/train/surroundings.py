@@ -1,0 +1,74 @@
+"""Everything that training changes around the weights, put back when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from compress.settings import TrainSettings
+from compress.train.optimizers import frozen_layers
+
+
+@contextlib.contextmanager
+def left_as_found(
+    model: nn.Module, settings: TrainSettings, device: torch.device
+) -> Iterator[list[nn.Module]]:
+    """Prepare a network for training; undo everything but the weights on the way out.
+
+    Modes, ``requires_grad``, device, memory format, global random state and flags of torch are
+    as before afterwards.
+
+    Yields:
+        The modules that ``settings.freeze_until`` freezes; they stay in evaluation mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    home = next((tensor.device for tensor in model.parameters()), device)
+    frozen = [model.get_submodule(name) for name in frozen_layers(model, settings.freeze_until)]
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _flags(settings.deterministic, device):
+        try:
+            for module in frozen:
+                module.requires_grad_(False)
+            last = settings.channels_last and device.type != "mps"
+            form = torch.channels_last if last else torch.preserve_format
+            model.to(device).to(memory_format=form)
+            yield frozen
+        finally:
+            form = torch.contiguous_format if settings.channels_last else torch.preserve_format
+            model.to(home).to(memory_format=form)
+            for module, training in modes.items():
+                module.training = training
+            for parameter, requires_grad in wanted.items():
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = None
+
+
+def set_training(model: nn.Module, frozen: list[nn.Module]) -> None:
+    """Put a network into training mode, but for frozen modules: their statistics stay."""
+    model.train()
+    for module in frozen:
+        module.eval()
+
+
+@contextlib.contextmanager
+def _flags(deterministic: bool, device: torch.device) -> Iterator[None]:
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)

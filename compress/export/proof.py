@@ -116,7 +116,7 @@ def _trials(
 def _answers(module: nn.Module, inputs: Example, label: str) -> list[Tensor]:
     try:
         return outputs_of(module, inputs)
-    except Exception as error:  # noqa: BLE001 - the network is the user's code
+    except Exception as error:
         raise ExportError(
             f"the network itself fails on {label}: {str(error).splitlines()[0]}",
             fix="Export with dynamic_batch=False if it works for one batch size only",
@@ -130,7 +130,7 @@ def _run(session: Any, inputs: Example, label: str) -> list[Tensor]:
     }
     try:
         return [torch.from_numpy(answer) for answer in session.run(None, feeds)]
-    except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+    except Exception as error:
         raise ExportError(
             f"ONNX Runtime fails on {label}: {str(error).splitlines()[0]}",
             fix="Export with dynamic_batch=False if the network works for one batch size only",
@@ -229,7 +229,7 @@ def _session(source: Path | bytes, *, plain: bool = False) -> Any:
     model = source if isinstance(source, bytes) else str(source)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+    except Exception as error:
         raise ExportError(
             f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}"
         ) from error

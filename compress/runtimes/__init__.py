@@ -1,1 +1,222 @@
-"""Where a network runs."""
+"""Where a network runs: one file per runtime, all with the same few verbs.
+
+A runtime is a dataclass whose fields are its options. It has an ``extension`` (of the files it
+builds), and::
+
+    available() -> str | None              why it cannot run on this machine, or None
+    build(source, out, request) -> dict    write an engine for the ONNX file; facts for its record
+    open(path) -> RawSession               load an artifact
+
+``open_session`` puts one wrapper around every session, which checks inputs, so that no runtime
+repeats that. ``build_engine`` writes a record (``NAME.json``) beside every engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+
+import numpy as np
+from torch import nn
+
+from compress import plugins
+from compress.artifact import read_json, sha256, write_json
+from compress.errors import EngineError, UsageError
+from compress.runtimes._session import BuildRequest, CheckedSession, RawSession, TensorSpec
+
+__all__ = [
+    "BuildRequest",
+    "RawSession",
+    "Runtime",
+    "Session",
+    "TensorSpec",
+    "build_engine",
+    "build_record",
+    "open_session",
+    "unavailable",
+]
+
+
+@runtime_checkable
+class Session(Protocol):
+    """A loaded artifact that answers batches."""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` takes, in order."""
+        ...
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What ``run`` returns, in order."""
+        ...
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Return one array for each output."""
+        ...
+
+    def close(self) -> None:
+        """Free what the session holds; a second call does nothing."""
+        ...
+
+    def __enter__(self) -> Self:
+        """Return the session."""
+        ...
+
+    def __exit__(self, *_: object) -> None:
+        """Close the session."""
+        ...
+
+
+class Runtime(Protocol):
+    """What a file in this folder offers."""
+
+    extension: ClassVar[str]
+
+    def available(self) -> str | None:
+        """Return why this runtime cannot run anything on this machine, or None if it can."""
+        ...
+
+    def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
+        """Write an engine for the ONNX file ``source`` to ``out``; return facts about it."""
+        ...
+
+    def open(self, path: Path) -> RawSession:
+        """Load an artifact."""
+        ...
+
+
+def open_session(
+    path: str | Path | nn.Module,
+    runtime: str | Mapping[str, Any] = "onnxruntime",
+    *,
+    threads: int | None = None,
+    device: str = "auto",
+    **options: Any,
+) -> Session:
+    """Load an artifact and return a session that checks what it is given.
+
+    Args:
+        path: An ONNX file, an engine, or for ``pytorch`` a stage folder or a module.
+        runtime: Name of a runtime, or one name with its options.
+        threads: CPU threads; all cores if absent. Runtimes of GPUs have no use for it.
+        device: "cpu", "cuda", or "auto": a GPU where the runtime finds one.
+        options: Further options of the runtime, as ``compress show runtimes/NAME`` lists them.
+
+    Raises:
+        MissingPackageError: the runtime's package is not installed.
+        EngineError: the artifact is damaged, made for something else, or cannot be loaded.
+    """
+    _check_threads(threads)
+    name, given = plugins.parse("runtimes", runtime)
+    plugin = plugins.create(
+        "runtimes", {name: given | options}, **_given(threads=threads, device=device)
+    )
+    source = path if isinstance(path, nn.Module) else Path(path)
+    where = type(path).__name__ if isinstance(path, nn.Module) else str(path)
+    if isinstance(source, Path):
+        check_kind(source, name)
+    return CheckedSession(plugin.open(source), where)
+
+
+def build_engine(
+    path: str | Path,
+    out: str | Path,
+    *,
+    runtime: str | Mapping[str, Any] = "onnxruntime",
+    batch: int | tuple[int, int, int] = (1, 1, 8),
+    precision: str | None = None,
+    **options: Any,
+) -> Path:
+    """Build an engine from an ONNX file, and its record ``OUT.json`` beside it.
+
+    Args:
+        path: The ONNX file; fp32, or with Q/DQ nodes.
+        out: The engine to write. The extension is the caller's choice.
+        runtime: Name of a runtime, or one name with its options.
+        batch: Smallest, usual and largest batch the engine must answer, or one for all three.
+        precision: "fp32", "fp16" (the graph is converted first) or "int8" (the graph must hold
+            Q/DQ nodes). The graph as it is, if absent.
+        options: Further options of the runtime, as ``compress show runtimes/NAME`` lists them.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        MissingPackageError: the runtime's package is not installed.
+        EngineError: the graph is damaged, holds what the runtime does not know, or does not fit.
+    """
+    source, target = Path(path), Path(out)
+    name, given = plugins.parse("runtimes", runtime)
+    plugin = plugins.create("runtimes", {name: given | options})
+    request = BuildRequest.checked(batch, precision)
+    facts = plugin.build(source, target, request)
+    record = {
+        "runtime": name,
+        "batch": list(request.batch),
+        "precision": precision,
+        "source_sha256": sha256(source),
+        "sha256": sha256(target),
+        "bytes": target.stat().st_size,
+        **facts,
+    }
+    write_json(record_path(target), record)
+    return target
+
+
+def build_record(path: str | Path) -> dict[str, Any]:
+    """Return what ``build_engine`` noted about the engine ``path``; empty if it has no record."""
+    file = record_path(Path(path))
+    if not file.is_file():
+        return {}
+    record: dict[str, Any] = read_json(file)
+    return record
+
+
+def record_path(engine: Path) -> Path:
+    """Return where the record of ``engine`` lies."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def unavailable(runtime: str) -> str | None:
+    """Return why nothing can run on ``runtime`` on this machine, or None if it can."""
+    reason: str | None = plugins.create("runtimes", runtime).available()
+    return reason
+
+
+def check_kind(path: Path, runtime: str) -> None:
+    """Check that ``path`` is an artifact that ``runtime`` opens.
+
+    Raises:
+        EngineError: it is absent, or an engine of another runtime; the message says which.
+    """
+    if not path.exists():
+        raise EngineError("no such file", where=str(path))
+    built_for = kind_of(path)
+    if built_for is not None and built_for != runtime:
+        raise EngineError(
+            f"is an engine of {built_for}, and {runtime} was asked to open it",
+            where=str(path),
+            fix=f"Open it with runtime {built_for!r}",
+        )
+
+
+def kind_of(path: Path) -> str | None:
+    """Return the runtime that an engine file belongs to, by its first bytes; None for others."""
+    if path.is_dir():
+        return "pytorch"
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic in (b"ftrt", b"vtrt"):
+        return "tensorrt" if magic == b"ftrt" else "tensorrt-rtx"
+    return "openvino" if path.suffix == ".xml" else None
+
+
+def _check_threads(threads: int | None) -> None:
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}", expected="1 or more")
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}

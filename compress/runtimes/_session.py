@@ -1,0 +1,185 @@
+"""What sessions of all runtimes share: what they take and give, and the one check of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+import numpy as np
+
+from compress.errors import EngineError, UsageError
+
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of a session."""
+
+    name: str
+    shape: tuple[int | str, ...] | None  # a name stands for a free dimension; None: not known
+    dtype: str | None  # numpy's name, "float32"; None: not known
+    batch: tuple[int, int] | None = None  # smallest and largest, where an engine limits it
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What an engine must be good for."""
+
+    batch: tuple[int, int, int]
+    precision: str | None
+
+    @classmethod
+    def checked(cls, batch: int | tuple[int, int, int], precision: str | None) -> BuildRequest:
+        """Return a request.
+
+        Raises:
+            UsageError: the batches are not in order, or the precision has no such name.
+        """
+        sizes = (batch,) * 3 if isinstance(batch, int) else tuple(batch)
+        if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+            raise UsageError(
+                f"batch {batch} cannot be built for",
+                expected="MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX",
+            )
+        if precision is not None and precision not in PRECISIONS:
+            raise UsageError(
+                f"no such precision {precision!r}", expected=f"one of {', '.join(PRECISIONS)}"
+            )
+        return cls((sizes[0], sizes[1], sizes[2]), precision)
+
+
+class RawSession(Protocol):
+    """What a runtime returns from ``open``: inputs reach it only when they fit."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def run(self, arrays: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        """Return one array for each output."""
+        ...
+
+    def close(self) -> None:
+        """Free everything; called once."""
+        ...
+
+
+class CheckedSession:
+    """A session that refuses what its engine would misread, in a message that says what fits."""
+
+    def __init__(self, raw: RawSession, where: str) -> None:
+        self.inputs = raw.inputs
+        self.outputs = raw.outputs
+        self._raw: RawSession | None = raw
+        self._where = where
+        self._expected = [
+            (spec.dtype and np.dtype(spec.dtype), _tail(spec), _range(spec)) for spec in raw.inputs
+        ]
+
+    @property
+    def raw(self) -> RawSession:
+        """The runtime's own session.
+
+        Raises:
+            EngineError: the session is closed.
+        """
+        if self._raw is None:
+            raise EngineError("the session is closed", where=self._where)
+        return self._raw
+
+    def run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Return one array for each output.
+
+        Args:
+            arrays: One for each input, of its dtype, the batch first. Not modified.
+
+        Raises:
+            EngineError: an array does not fit its input, or the runtime fails on it.
+        """
+        raw = self.raw
+        if len(arrays) != len(self._expected):
+            names = ", ".join(spec.name for spec in self.inputs)
+            raise EngineError(
+                f"{len(arrays)} arrays given", where=self._where, expected=f"one each for {names}"
+            )
+        for array, (dtype, tail, (low, high)) in zip(arrays, self._expected, strict=True):
+            fits = (
+                type(array) is np.ndarray
+                and array.ndim > 0
+                and (dtype is None or array.dtype == dtype)
+                and (tail is None or array.shape[1:] == tail)
+                and low <= array.shape[0] <= high
+            )
+            if not fits:
+                self._check_slowly(arrays)
+                break
+        return raw.run(arrays)
+
+    def close(self) -> None:
+        """Free what the session holds; a second call does nothing."""
+        raw, self._raw = self._raw, None
+        if raw is not None:
+            raw.close()
+
+    def __enter__(self) -> Self:
+        """Return this session."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close this session."""
+        self.close()
+
+    def _check_slowly(self, arrays: tuple[np.ndarray, ...]) -> None:
+        for array, spec in zip(arrays, self.inputs, strict=True):
+            where = f"{self._where}: input {spec.name!r}"
+            if not isinstance(array, np.ndarray) or not array.ndim:
+                raise EngineError(
+                    f"a {type(array).__name__} without a batch dimension"
+                    if isinstance(array, np.ndarray)
+                    else f"a {type(array).__name__}",
+                    where=where,
+                    expected="a numpy array, the batch first",
+                )
+            if spec.dtype is not None and array.dtype != np.dtype(spec.dtype):
+                raise EngineError(
+                    f"an array of {array.dtype}",
+                    where=where,
+                    expected=spec.dtype,
+                    fix=f"Pass array.astype(numpy.{spec.dtype})"
+                    if spec.dtype.startswith("float")
+                    else "Pass the image as it is, not normalized",
+                )
+            if spec.shape is not None and not _matches(array.shape, spec.shape):
+                shown = ", ".join(map(str, spec.shape))
+                raise EngineError(
+                    f"an array of shape {array.shape}", where=where, expected=f"shape ({shown})"
+                )
+            low, high = _range(spec)
+            if not array.shape[0]:
+                raise EngineError("a batch of 0", where=where, expected="at least one row")
+            if not low <= array.shape[0] <= high:
+                raise EngineError(
+                    f"a batch of {array.shape[0]} is outside what this engine was built for",
+                    where=where,
+                    expected=f"{low} to {high}",
+                    fix=f"Build it again with --batch {low},{low},{max(high, array.shape[0])}",
+                )
+
+
+def _matches(shape: tuple[int, ...], expected: tuple[int | str, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=True)
+    )
+
+
+def _tail(spec: TensorSpec) -> tuple[int | str, ...] | None:
+    """Return the shape behind the batch; with a free dimension in it the slow check decides."""
+    return None if spec.shape is None else spec.shape[1:]
+
+
+def _range(spec: TensorSpec) -> tuple[int, int]:
+    """Return the smallest and largest batch that fits."""
+    if spec.batch is not None:
+        return spec.batch
+    first = spec.shape[0] if spec.shape else "batch"
+    return (1, 2**31) if isinstance(first, str) else (first, first)

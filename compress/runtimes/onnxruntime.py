@@ -1,0 +1,201 @@
+"""ONNX Runtime: the CPU everywhere, CUDA and TensorRT where the installed build has them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+
+from compress import onnx_file
+from compress.artifact import replacing
+from compress.errors import EngineError, UsageError
+from compress.packages import require
+from compress.runtimes import _graph
+from compress.runtimes._session import BuildRequest, TensorSpec
+
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+LEVELS = {
+    "none": "ORT_DISABLE_ALL",
+    "basic": "ORT_ENABLE_BASIC",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "all": "ORT_ENABLE_ALL",
+}
+DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
+@dataclass(frozen=True)
+class Onnxruntime:
+    """ONNX Runtime on the CPU, or on a GPU where the installed build has its provider.
+
+    Opens ONNX files. ``build`` writes the optimized graph as ONNX, which loads faster and shows
+    what was fused.
+
+    Options: ``threads`` (all cores if absent); ``device`` ("cpu", "cuda", "tensorrt" or "auto":
+    the CPU); ``batch`` fixes a free batch dimension; ``optimization`` ("none", "basic",
+    "extended", "all"): with "none", Q/DQ nodes are computed one by one in float, which is the
+    arithmetic that TensorRT follows.
+    """
+
+    threads: int | None = None
+    device: str = "auto"
+    batch: int | None = None
+    optimization: str = "all"
+
+    extension: ClassVar[str] = ".onnx"
+
+    def __post_init__(self) -> None:
+        if self.optimization not in LEVELS:
+            raise UsageError(
+                f"no such optimization {self.optimization!r}",
+                where="runtime 'onnxruntime'",
+                expected=f"one of {', '.join(LEVELS)}",
+            )
+
+    def available(self) -> str | None:
+        """Return why nothing can run here, or None."""
+        return None  # a core dependency, and it has the CPU
+
+    def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
+        """Write the graph as ONNX Runtime optimizes it for any CPU.
+
+        Raises:
+            EngineError: the graph is damaged or holds an operator ONNX Runtime does not know.
+        """
+        model = _graph.of_precision(source, request.precision)
+        options = self._options()
+        ort = _package()
+        if self.optimization == "all":  # the last level is for the CPU it was made on only
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        with replacing(out) as temporary:
+            options.optimized_model_filepath = str(temporary)
+            converted = request.precision == "fp16"
+            self._session(model.SerializeToString() if converted else str(source), options, source)
+            nodes = len(onnx.load(str(temporary), load_external_data=False).graph.node)
+        return {"version": ort.__version__, "nodes": nodes, "inputs": _graph.inputs(model)}
+
+    def open(self, path: Path) -> OnnxruntimeSession:
+        """Load an ONNX file.
+
+        Raises:
+            EngineError: it is damaged or holds an operator ONNX Runtime does not know.
+        """
+        onnx_file.check(path)
+        return OnnxruntimeSession(self._session(str(path), self._options(), path))
+
+    def _options(self) -> Any:
+        ort = _package()
+        options = ort.SessionOptions()
+        options.log_severity_level = 3  # errors; they are raised as well
+        options.graph_optimization_level = getattr(
+            ort.GraphOptimizationLevel, LEVELS[self.optimization]
+        )
+        options.inter_op_num_threads = 1
+        if self.threads is not None:
+            options.intra_op_num_threads = self.threads
+        if self.batch is not None:
+            options.add_free_dimension_override_by_name("batch", self.batch)
+        return options
+
+    def _session(self, model: str | bytes, options: Any, path: Path) -> Any:
+        ort = _package()
+        try:
+            return ort.InferenceSession(model, options, providers=self._providers())
+        except Exception as error:  # onnxruntime has no common error class
+            raise explained(error, path) from error
+
+    def _providers(self) -> list[str]:
+        device = "cpu" if self.device == "auto" else self.device
+        if device not in PROVIDERS:
+            raise UsageError(
+                f"no such device {self.device!r}",
+                where="runtime 'onnxruntime'",
+                expected=f"one of auto, {', '.join(PROVIDERS)}",
+            )
+        present = _package().get_available_providers()
+        if PROVIDERS[device] not in present:
+            raise EngineError(
+                f"this build of onnxruntime has no {PROVIDERS[device]}",
+                expected=f"one of {', '.join(k for k, v in PROVIDERS.items() if v in present)}",
+                fix="Install onnxruntime-gpu instead of onnxruntime",
+            )
+        return [PROVIDERS[device]] + ([PROVIDERS["cpu"]] if device != "cpu" else [])
+
+
+class OnnxruntimeSession:
+    """A loaded ONNX file."""
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        self.inputs = tuple(_spec(entry) for entry in session.get_inputs())
+        self.outputs = tuple(_spec(entry) for entry in session.get_outputs())
+        self._input_names = [spec.name for spec in self.inputs]
+        self._output_names = [spec.name for spec in self.outputs]
+
+    def run(self, arrays: tuple[np.ndarray, ...]) -> list[np.ndarray]:
+        """Return one array for each output."""
+        feeds = dict(zip(self._input_names, arrays, strict=True))
+        try:
+            answers: list[np.ndarray] = self.session.run(self._output_names, feeds)
+        except Exception as error:  # onnxruntime has no common error class
+            raise explained(error, None) from error
+        return answers
+
+    def close(self) -> None:
+        """Free the session."""
+        self.session = None
+
+
+def explained(error: Exception, path: Path | None) -> EngineError:
+    """Return an error of ONNX Runtime as one of ours, with the node and a remedy where known."""
+    text = str(error)
+    where = str(path) if path else ""
+    missing = re.search(r'In Node, \("(\S*?)", (\w+),.*No Op registered for', text)
+    kernel = re.search(
+        r"Could not find an implementation for (\w+)\(\d+\) node with name '(.*?)'", text
+    )
+    custom = re.search(r"error: (\S+?)\(-?\d+\) is not a registered function/op", text)
+    if missing or kernel or custom:
+        node, op = (
+            (missing[1], missing[2])
+            if missing
+            else (kernel[2], kernel[1])
+            if kernel
+            else ("", custom[1] if custom else "")
+        )
+        return EngineError(
+            f"ONNX Runtime has no operator {op}" + (f" (node {node!r})" if node else ""),
+            where=where,
+            fix="Replace the layer that makes it by standard ones, or export with another opset",
+        )
+    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text.splitlines()[0])
+    return EngineError(f"ONNX Runtime: {reason}", where=where)
+
+
+def _spec(entry: Any) -> TensorSpec:
+    shape = tuple(
+        size if isinstance(size, int) else str(size or f"free_{axis}")
+        for axis, size in enumerate(entry.shape)
+    )
+    return TensorSpec(entry.name, shape, DTYPES.get(entry.type))
+
+
+def _package() -> ModuleType:
+    return require("onnxruntime", extra="onnxruntime", purpose="runtime 'onnxruntime'")

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import inspect
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.errors import ModelError, PlanError, UnknownNameError, UsageError, nearest
-from compress.packages import require
+from compress.constructors import build
+from compress.errors import ModelError, PlanError
+from compress.head import classifier_layers
 from compress.surgery import PrunePlan, apply_pruning
 from compress.weights import fit, is_weight_file, read_safetensors, read_weights, write_safetensors
 
@@ -36,6 +33,7 @@ def load_model(
     num_classes: int | None = None,
     *,
     options: Mapping[str, Any] | None = None,
+    new_head: bool = False,
 ) -> nn.Module:
     """Return the network that ``reference`` names, in eval mode on the CPU.
 
@@ -46,6 +44,8 @@ def load_model(
             downloaded, as they were asked for by name). Random weights if absent.
         num_classes: Outputs of the classifier; the constructor's default if absent.
         options: Further keyword arguments of the constructor.
+        new_head: Leave the classifier's random weights as they are: ``weights`` are of a network
+            for other classes, and this one is going to be trained.
 
     Raises:
         UsageError: the reference is of no known form.
@@ -69,34 +69,10 @@ def load_model(
         if published:
             weights = None
     if weights is not None:
-        fit(model, read_weights(Path(weights)), where=str(weights))
+        state = read_weights(Path(weights))
+        kept = _head_of(model) if new_head else {}
+        fit(model, {**state, **kept}, where=str(weights))
     return model.eval()
-
-
-def build(
-    reference: str,
-    num_classes: int | None,
-    options: Mapping[str, Any],
-    *,
-    published: str | None = None,
-) -> nn.Module:
-    """Return what the constructor of ``reference`` returns, with its own or published weights."""
-    scheme, _, name = reference.partition(":")
-    given = dict(options) | ({} if num_classes is None else {"num_classes": num_classes})
-    if scheme == "torchvision":
-        return _torchvision(name, given, published)
-    if scheme == "timm":
-        return _timm(name, given, published)
-    if published is not None:
-        raise ModelError(f"no such weight file {published!r}", where=reference)
-    source, _, factory = reference.rpartition(":")
-    if not source or not factory:
-        raise UsageError(
-            f"{reference!r} is no reference to a network",
-            expected="torchvision:NAME, timm:NAME, package.module:factory, path/file.py:factory, "
-            "a run or stage folder, or FILE.onnx",
-        )
-    return _call(reference, _factory(source, factory), given)
 
 
 def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
@@ -251,128 +227,11 @@ def _infer_classes(
     )
 
 
-def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
-    from torchvision import models
-
-    known = models.list_models()
-    if name not in known:
-        raise UnknownNameError("torchvision network", name, nearest(name, known, 8) or known)
-    if published is None:
-        return _call(f"torchvision:{name}", models.get_model, {"name": name, **given})
-    try:
-        chosen = models.get_model_weights(name)[published]
-    except KeyError:
-        names = [weights.name for weights in models.get_model_weights(name)]
-        raise UnknownNameError("weight file or published weights", published, names) from None
-    classes = given.pop("num_classes", None)
-    model = _call(
-        f"torchvision:{name}", models.get_model, {"name": name, "weights": chosen, **given}
-    )
-    return _with_classes(model, classes, len(chosen.meta["categories"]))
-
-
-def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
-    timm = require("timm", extra="timm", purpose=f"network 'timm:{name}'")
-    if not timm.is_model(name):
-        raise UnknownNameError("timm network", name, nearest(name, timm.list_models(), 8))
-    tag = f"{name}.{published}" if published not in {None, "pretrained"} else name
-    return _call(
-        f"timm:{name}",
-        timm.create_model,
-        {"model_name": tag, "pretrained": published is not None, **given},
-    )
-
-
-def _with_classes(model: nn.Module, wanted: int | None, classes: int) -> nn.Module:
-    if wanted is None or wanted == classes:
-        return model
-    return replace_head(model, wanted)
-
-
-def replace_head(model: nn.Module, num_classes: int) -> nn.Module:
-    """Replace the last linear or 1x1 convolution of ``model`` by a new one; returns ``model``.
-
-    Raises:
-        ModelError: the network ends in neither.
-    """
-    layers = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d))
-    ]
-    name, last = layers[-1] if layers else ("", None)
-    new: nn.Module
-    if isinstance(last, nn.Linear):
-        new = nn.Linear(last.in_features, num_classes, bias=last.bias is not None)
-    elif isinstance(last, nn.Conv2d) and last.kernel_size == (1, 1):
-        new = nn.Conv2d(last.in_channels, num_classes, 1, bias=last.bias is not None)
-    else:
-        raise ModelError(
-            "its last layer is no linear layer or 1x1 convolution, so its head cannot be replaced",
-            where=type(model).__name__,
-        )
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, new)
-    return model
-
-
-def _factory(source: str, name: str) -> Callable[..., nn.Module]:
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise UnknownNameError("network", name, known, where=source)
-    found: Callable[..., nn.Module] = factory
-    return found
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ModelError("no such file", where=str(path))
-    name = f"compress_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ModelError("cannot be imported", where=str(path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling of classes look it up
-    sys.path.insert(0, str(path.resolve().parent))  # for the imports of neighbouring files
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ModelError(f"importing it fails: {error!r}", where=str(path)) from error
-    finally:
-        sys.path.pop(0)
-    return module
-
-
-def _import_module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ModelError(f"cannot be imported: {error}", where=name) from None
-
-
-def _call(reference: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> nn.Module:
-    parameters = inspect.signature(factory).parameters
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    unknown = [key for key in given if key not in parameters and not takes_any]
-    if unknown:
-        raise ModelError(
-            f"its constructor takes no {', '.join(unknown)}",
-            where=reference,
-            expected=f"one of: {', '.join(parameters) or 'nothing'}",
-        )
-    try:
-        model = factory(**given)
-    except Exception as error:
-        raise ModelError(f"cannot be built: {error!r}", where=reference) from error
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"returned a {type(model).__name__}", where=reference, expected="a torch.nn.Module"
-        )
-    return model
-
-
 def _leaves(output: Any) -> list[Tensor]:
     values = output.values() if isinstance(output, Mapping) else output
     return [value for value in values if isinstance(value, Tensor)]
+
+
+def _head_of(model: nn.Module) -> dict[str, Tensor]:
+    names = classifier_layers(model)
+    return {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] in names}

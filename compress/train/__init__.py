@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.train.head import replace_head
+from compress.head import replace_head
 from compress.train.loop import TrainResult, train
 from compress.train.objective import CrossEntropy, Moment, Objective
 

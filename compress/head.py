@@ -9,41 +9,52 @@ from torch import nn
 from compress.errors import ModelError
 
 
-def replace_head(model: nn.Module, num_classes: int) -> nn.Module:
-    """Return a copy of a network whose last layer tells ``num_classes`` classes apart.
-
-    The last linear layer or 1x1 convolution is replaced, and with it the auxiliary heads (names
-    with "aux") of as many classes; new layers start from their default initialization. Weights
-    that fit already are kept.
+def classifier_layers(model: nn.Module) -> list[str]:
+    """Return the names of the classifier and of the auxiliary ones with as many outputs.
 
     Raises:
         ModelError: the network has no layer that could be a classifier.
     """
-    model = copy.deepcopy(model)
-    heads = [
+    layers = [
         (name, layer)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear)
         or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.groups == 1)
     ]
-    main = [(name, layer) for name, layer in heads if "aux" not in name.lower()]
+    main = [(name, layer) for name, layer in layers if "aux" not in name.lower()]
     if not main:
         raise ModelError(
             "no linear layer or 1x1 convolution that could be the classifier",
             where=type(model).__name__,
-            fix=f"Build the network with {num_classes} classes yourself",
+            fix="Build the network with the right number of classes yourself",
         )
-    last = main[-1]
-    classes = _outputs(last[1])
+    last, head = main[-1]
+    auxiliary = [
+        name
+        for name, layer in layers
+        if "aux" in name.lower() and _outputs(layer) == _outputs(head)
+    ]
+    return [last, *auxiliary]
+
+
+def replace_head(model: nn.Module, num_classes: int) -> nn.Module:
+    """Return a copy of a network whose last layer tells ``num_classes`` classes apart.
+
+    With the last linear layer or 1x1 convolution the auxiliary heads (names with "aux") of as many
+    classes are replaced; new layers start from their default initialization. Weights that fit
+    already are kept.
+
+    Raises:
+        ModelError: the network has no layer that could be a classifier.
+    """
+    model = copy.deepcopy(model)
+    names = classifier_layers(model)
+    classes = _outputs(model.get_submodule(names[0]))
     if classes == num_classes:
         return model
-    siblings = [
-        (name, layer)
-        for name, layer in heads
-        if "aux" in name.lower() and _outputs(layer) == classes
-    ]
-    for name, layer in [last, *siblings]:
+    for name in names:
         parent, _, child = name.rpartition(".")
+        layer = model.get_submodule(name)
         setattr(model.get_submodule(parent), child, _with_outputs(layer, num_classes))
     if getattr(model, "num_classes", None) == classes:
         model.num_classes = num_classes  # type: ignore[assignment]  # a plain int of the user's

@@ -1,0 +1,149 @@
+"""References to networks in code: torchvision, timm, a module or a file of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress.errors import ModelError, UnknownNameError, UsageError, nearest
+from compress.head import replace_head
+from compress.packages import require
+
+
+def accepts(reference: str, option: str) -> bool:
+    """Return whether the constructor of ``reference`` takes the keyword argument ``option``."""
+    scheme, _, _ = reference.partition(":")
+    if scheme in {"torchvision", "timm"}:
+        return option == "num_classes"
+    source, _, factory = reference.rpartition(":")
+    if not source or not factory:  # a folder: its constructor's arguments are stored in it
+        return False
+    return _takes(_factory(source, factory), option)
+
+
+def build(
+    reference: str,
+    num_classes: int | None,
+    options: Mapping[str, Any],
+    *,
+    published: str | None = None,
+) -> nn.Module:
+    """Return what the constructor of ``reference`` returns, with its own or published weights."""
+    scheme, _, name = reference.partition(":")
+    given = dict(options) | ({} if num_classes is None else {"num_classes": num_classes})
+    if scheme == "torchvision":
+        return _torchvision(name, given, published)
+    if scheme == "timm":
+        return _timm(name, given, published)
+    if published is not None:
+        raise ModelError(f"no such weight file {published!r}", where=reference)
+    source, _, factory = reference.rpartition(":")
+    if not source or not factory:
+        raise UsageError(
+            f"{reference!r} is no reference to a network",
+            expected="torchvision:NAME, timm:NAME, package.module:factory, path/file.py:factory, "
+            "a run or stage folder, or FILE.onnx",
+        )
+    return _call(reference, _factory(source, factory), given)
+
+
+def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
+    from torchvision import models
+
+    known = models.list_models()
+    if name not in known:
+        raise UnknownNameError("torchvision network", name, nearest(name, known, 8) or known)
+    if published is None:
+        return _call(f"torchvision:{name}", models.get_model, {"name": name, **given})
+    try:
+        chosen = models.get_model_weights(name)[published]
+    except KeyError:
+        names = [weights.name for weights in models.get_model_weights(name)]
+        raise UnknownNameError("weight file or published weights", published, names) from None
+    classes = given.pop("num_classes", None)
+    model = _call(
+        f"torchvision:{name}", models.get_model, {"name": name, "weights": chosen, **given}
+    )
+    return model if classes is None else replace_head(model, classes)
+
+
+def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
+    timm = require("timm", extra="timm", purpose=f"network 'timm:{name}'")
+    if not timm.is_model(name):
+        raise UnknownNameError("timm network", name, nearest(name, timm.list_models(), 8))
+    tag = f"{name}.{published}" if published not in {None, "pretrained"} else name
+    return _call(
+        f"timm:{name}",
+        timm.create_model,
+        {"model_name": tag, "pretrained": published is not None, **given},
+    )
+
+
+def _factory(source: str, name: str) -> Callable[..., nn.Module]:
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        known = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise UnknownNameError("network", name, known, where=source)
+    found: Callable[..., nn.Module] = factory
+    return found
+
+
+def _import_file(path: Path) -> Any:
+    if not path.is_file():
+        raise ModelError("no such file", where=str(path))
+    name = f"compress_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ModelError("cannot be imported", where=str(path))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling of classes look it up
+    sys.path.insert(0, str(path.resolve().parent))  # for the imports of neighbouring files
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ModelError(f"importing it fails: {error!r}", where=str(path)) from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _import_module(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(f"cannot be imported: {error}", where=name) from None
+
+
+def _call(reference: str, factory: Callable[..., Any], given: Mapping[str, Any]) -> nn.Module:
+    unknown = [key for key in given if not _takes(factory, key)]
+    if unknown:
+        parameters = inspect.signature(factory).parameters
+        raise ModelError(
+            f"its constructor takes no {', '.join(unknown)}",
+            where=reference,
+            expected=f"one of: {', '.join(parameters) or 'nothing'}",
+        )
+    try:
+        model = factory(**given)
+    except Exception as error:
+        raise ModelError(f"cannot be built: {error!r}", where=reference) from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"returned a {type(model).__name__}", where=reference, expected="a torch.nn.Module"
+        )
+    return model
+
+
+def _takes(factory: Callable[..., Any], option: str) -> bool:
+    parameters = inspect.signature(factory).parameters
+    if option in parameters:
+        return True
+    return any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())

@@ -1,0 +1,103 @@
+"""The folder of a run: one folder a stage, what is finished, and every file with its hash."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import artifact
+from compress.artifact import Artifact
+from compress.errors import RunError
+from compress.settings import Recipe
+
+SCHEMA = 1
+RUN_FILE = "run.json"
+DONE_FILE = "metrics.json"  # written last: a stage folder that holds it is finished
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk. Every file in it is written whole or not at all."""
+
+    root: Path
+
+    @classmethod
+    def open(cls, root: Path, recipe: Recipe, *, fresh: bool = False) -> RunFolder:
+        """Return the folder of a run of ``recipe``, new or continued.
+
+        Args:
+            root: Where it is, or will be.
+            recipe: What is run; a folder that was begun with another recipe is refused.
+            fresh: Start over: what an earlier run of any recipe left there is removed.
+
+        Raises:
+            RunError: the folder belongs to another recipe, or holds something that is no run.
+        """
+        folder = cls(root)
+        if root.exists() and any(root.iterdir()):
+            if not (root / RUN_FILE).is_file():
+                raise RunError(
+                    "the folder is not empty and holds no run",
+                    where=str(root),
+                    fix="Give another folder with --out",
+                )
+            if fresh:
+                folder._clear()
+        wanted = json.loads(recipe.model_dump_json())
+        if (root / RUN_FILE).is_file():
+            folder._check_recipe(wanted)
+        else:
+            folder.write_description({"recipe": wanted, "artifacts": []})
+        return folder
+
+    def description(self) -> dict[str, Any]:
+        """Return what run.json holds."""
+        content: dict[str, Any] = artifact.read_json(self.root / RUN_FILE)
+        return content
+
+    def write_description(self, content: Mapping[str, Any]) -> None:
+        """Replace run.json."""
+        artifact.write_json(self.root / RUN_FILE, {"schema": SCHEMA} | dict(content))
+
+    def stage(self, number: int, verb: str) -> Path:
+        """Return the folder of stage ``number``; it need not exist."""
+        return self.root / f"{number:02d}-{verb}"
+
+    def result(self, stage: Path) -> dict[str, Any] | None:
+        """Return what a finished stage recorded; None if it is not finished."""
+        path = stage / DONE_FILE
+        if not path.is_file():
+            return None
+        content: dict[str, Any] = artifact.read_json(path)
+        return content
+
+    def finish(self, stage: Path, result: Mapping[str, Any], artifacts: Iterable[Artifact]) -> None:
+        """Record ``result`` of a stage and its files; from now on it is not run again."""
+        description = self.description()
+        replaced = [a for a in description["artifacts"] if a["stage"] != stage.name]
+        new = [each.to_json() for each in artifacts]
+        self.write_description(description | {"artifacts": replaced + new})
+        artifact.write_json(stage / DONE_FILE, dict(result))
+
+    def _check_recipe(self, wanted: dict[str, Any]) -> None:
+        stored = self.description().get("recipe", {})
+        if stored != wanted:
+            changed = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
+            raise RunError(
+                f"the folder belongs to another recipe; these keys differ: {', '.join(changed)}",
+                where=str(self.root),
+                fix="Give another folder with --out, or start over with --fresh",
+            )
+
+    def _clear(self) -> None:
+        """Remove what a run wrote, and nothing else."""
+        for path in self.root.iterdir():
+            is_stage = path.is_dir() and path.name[:2].isdigit() and path.name[2:3] == "-"
+            if is_stage:
+                shutil.rmtree(path)
+            elif path.name in {RUN_FILE, "report.html", "report.md", "report.json"}:
+                path.unlink()

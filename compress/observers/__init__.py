@@ -1,1 +1,22 @@
 """From what was seen of a tensor to the range it is quantized to."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from compress.observers._histogram import BINS, Histogram
+
+__all__ = ["BINS", "Histogram", "Observer"]
+
+
+class Observer(Protocol):
+    """What a file of this folder holds: a dataclass whose fields are its options."""
+
+    def __call__(self, seen: Histogram, *, symmetric: bool) -> tuple[float, float]:
+        """Return the range, low <= 0 <= high, that is kept of a tensor.
+
+        Args:
+            seen: The values of the calibration images.
+            symmetric: The range must be [-limit, limit], for 127 codes on each side of zero;
+                otherwise 256 codes lie between low and high.
+        """

@@ -297,7 +297,7 @@ def _is_per_channel(value: NDArray[Any], rank: int) -> bool:
     if value.size == 1:
         return value.ndim <= rank
     padded = (1,) * (rank - value.ndim) + value.shape
-    return len(padded) == rank and rank in (2, 4) and bool(padded[1] == value.size)
+    return bool(len(padded) == rank and rank in (2, 4) and padded[1] == value.size)
 
 
 def _fold(
@@ -327,7 +327,8 @@ def _fold(
 def _plain(node: NodeProto) -> bool:
     if node.op_type != "Gemm":
         return True
-    return attribute(node, "alpha", 1.0) == 1.0 == attribute(node, "beta", 1.0)
+    alpha, beta = (float(attribute(node, name, 1.0)) for name in ("alpha", "beta"))
+    return alpha == 1.0 == beta
 
 
 def _channels(node: NodeProto, weight: NDArray[Any]) -> int:

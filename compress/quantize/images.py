@@ -1,0 +1,204 @@
+"""Calibration images: checked against the graph's inputs, put into an order of their own."""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from compress.errors import QuantizationError
+from compress.qdq.graph import Graph
+
+Feed = dict[str, NDArray[Any]]  # by input name
+Batch = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[str, NDArray[Any]]
+Batches = Sequence[Batch] | Callable[[], Iterable[Batch]]
+
+FEWEST = 8
+_LARGEST_NORMALIZED = 16.0  # a standardized pixel is hardly ever further out
+
+
+@dataclass(frozen=True)
+class Image:
+    """One row of one batch."""
+
+    batch: int
+    row: int
+
+
+class Images:
+    """The calibration images of a graph.
+
+    A list of batches is read in an order made of the images' contents, so that the order in which
+    they were given does not matter. A function that returns an iterator is read as it comes,
+    once for each pass, and never held in memory.
+
+    Args:
+        graph: The graph they are for.
+        batches: float32 arrays (B, C, H, W); several inputs as dicts by input name, or sequences.
+
+    Raises:
+        QuantizationError: too few, or of a type or shape that does not fit.
+    """
+
+    def __init__(self, graph: Graph, batches: Batches) -> None:
+        self.inputs = {v.name: v for v in graph.model.graph.input if v.name in graph.inputs}
+        self.fixed_batch = _fixed_batch(graph)
+        self.stream = batches if callable(batches) else None
+        self.batches: list[Feed] = []
+        if callable(batches):
+            return
+        self.batches = [self._feed(batch, index) for index, batch in enumerate(batches)]
+        rows = [_size(feed) for feed in self.batches]
+        _check_count(sum(rows))
+        _warn_if_unusual(self.batches)
+        images = [Image(b, r) for b, count in enumerate(rows) for r in range(count)]
+        self.order = sorted(images, key=self._digest)
+
+    def feeds(self, size: int, limit: int | None = None) -> Iterator[Feed]:
+        """Yield all images in batches of ``size``, the last one smaller; at most ``limit``."""
+        if self.stream is None:
+            for chosen in _chunks(self.order[:limit], size):
+                yield self._gather(chosen)
+            return
+        seen = 0
+        for index, batch in enumerate(self.stream()):
+            feed = self._feed(batch, index)
+            if index == 0:
+                _warn_if_unusual([feed])
+            for start in range(0, _size(feed), size):
+                part = {name: array[start : start + size] for name, array in feed.items()}
+                if limit is not None and seen >= limit:
+                    return
+                seen += _size(part)
+                yield part
+        _check_count(seen)
+
+    def split(self, count: int, held_back: int) -> tuple[Feed, Feed]:
+        """Return ``count`` images to fit corrections to and ``held_back`` others to judge them by.
+
+        The second part is smaller where there are too few images; both are spread over all images.
+        """
+        if self.stream is None:
+            total = len(self.order)
+            judged = min(held_back, total // 4)
+            fitted = min(count, total - judged)
+            return self._gather(self.order[judged : judged + fitted]), self._gather(
+                self.order[:judged]
+            )
+        parts: list[Feed] = list(self.feeds(1, limit=count + held_back))
+        judged = min(held_back, len(parts) // 4)
+        return _join(parts[judged:]), _join(parts[:judged])
+
+    def _gather(self, chosen: Sequence[Image]) -> Feed:
+        return {
+            name: np.stack([self.batches[i.batch][name][i.row] for i in chosen])
+            for name in self.inputs
+        }
+
+    def _digest(self, image: Image) -> tuple[int, ...]:
+        rows = (self.batches[image.batch][name][image.row] for name in sorted(self.inputs))
+        return tuple(zlib.crc32(np.ascontiguousarray(row).data) for row in rows)
+
+    def _feed(self, batch: Batch, index: int) -> Feed:
+        feed = self._by_name(batch, index)
+        for name, value in self.inputs.items():
+            _check_array(feed[name], value, f"calibration batch {index}, input {name!r}")
+        if len({len(array) for array in feed.values()}) > 1:
+            raise QuantizationError(
+                "its inputs hold different numbers of images", where=f"calibration batch {index}"
+            )
+        return feed
+
+    def _by_name(self, batch: Batch, index: int) -> Feed:
+        if isinstance(batch, Mapping):
+            feed = dict(batch)
+        elif isinstance(batch, np.ndarray):
+            feed = {next(iter(self.inputs)): batch} if len(self.inputs) == 1 else {}
+        else:
+            feed = dict(zip(self.inputs, batch, strict=False))
+        if set(feed) != set(self.inputs):
+            raise QuantizationError(
+                f"has inputs {', '.join(sorted(feed)) or 'without names'}",
+                where=f"calibration batch {index}",
+                expected=f"a dict with {', '.join(self.inputs)}",
+            )
+        return {name: np.asarray(array) for name, array in feed.items()}
+
+
+def _check_array(array: NDArray[Any], value: onnx.ValueInfoProto, where: str) -> None:
+    kind = value.type.tensor_type
+    wanted = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    if array.dtype != wanted:
+        raise QuantizationError(
+            f"holds {array.dtype}",
+            where=where,
+            expected=f"{wanted}, prepared as in training",
+            fix="Normalize the images as the network was trained and convert them",
+        )
+    dims = [d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim]
+    fits = array.ndim == len(dims) and all(
+        want in (None, got) for want, got in zip(dims[1:], array.shape[1:], strict=True)
+    )
+    if not fits or array.shape[0] == 0:
+        shape = ", ".join("any" if d is None or i == 0 else str(d) for i, d in enumerate(dims))
+        raise QuantizationError(
+            f"has shape {array.shape}", where=where, expected=f"a batch of shape ({shape})"
+        )
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise QuantizationError(
+            "holds NaN or infinity", where=where, fix="Find the damaged image and leave it out"
+        )
+
+
+def _check_count(count: int) -> None:
+    if count < FEWEST:
+        raise QuantizationError(
+            f"{count} calibration images are too few",
+            expected=f"at least {FEWEST}; some hundreds are better",
+            fix="Give more images, as the network will see them",
+        )
+
+
+def _warn_if_unusual(batches: Sequence[Feed]) -> None:
+    for name in batches[0]:
+        if batches[0][name].dtype.kind != "f" or batches[0][name].ndim != 4:
+            continue
+        low = min(float(feed[name].min()) for feed in batches)
+        high = max(float(feed[name].max()) for feed in batches)
+        if max(-low, high) > _LARGEST_NORMALIZED:
+            guess = "They look like pixels from 0 to 255 that were not normalized"
+        elif high - low < 0.05:
+            guess = "They look divided by 255 twice, or constant"
+        else:
+            continue
+        warnings.warn(
+            f"calibration images of input {name!r} range from {low:.4g} to {high:.4g}, far from"
+            f" what normalization gives (about -3 to 3). {guess}; ranges found on them will be"
+            " wrong unless the network was trained so.",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+def _fixed_batch(graph: Graph) -> int | None:
+    shape = graph.shapes.get(graph.inputs[0]) if graph.inputs else None
+    return shape[0] if shape else None
+
+
+def _size(feed: Feed) -> int:
+    return len(next(iter(feed.values())))
+
+
+def _join(parts: Sequence[Feed]) -> Feed:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _chunks(items: Sequence[Image], size: int) -> Iterator[Sequence[Image]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -1,0 +1,203 @@
+"""One pass of calibration images through the fp32 graph: a running histogram of each tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from compress import progress
+from compress.errors import QuantizationError
+from compress.observers import Histogram
+from compress.qdq.graph import Graph
+from compress.qdq.placement import place
+from compress.qdq.plan import TARGETS
+from compress.qdq.prepare import prepare
+from compress.qdq.rewrite import rewrite_for
+from compress.quantize.images import Batches, Feed, Images
+
+SAMPLE = 16_384  # values counted of each tensor of each image; the smallest and largest are of all
+_ELEMENTS = 4_000_000  # of all observed tensors together, in one batch of the pass
+
+
+@dataclass
+class Statistics:
+    """What was seen of each tensor.
+
+    Args:
+        tensors: Histograms, by tensor of the prepared graph.
+        images: Number of images seen.
+        counted: Whether values were counted, or only the smallest and the largest kept.
+    """
+
+    tensors: dict[str, Histogram] = field(default_factory=dict)
+    images: int = 0
+    counted: bool = True
+
+
+def calibrate(
+    model: ModelProto,
+    batches: Batches | Images,
+    *,
+    targets: Iterable[str] = TARGETS,
+    histograms: bool = True,
+    threads: int | None = None,
+) -> Statistics:
+    """Return what the images do to every tensor that one of ``targets`` quantizes.
+
+    The graph runs once over all images, in batches that keep memory flat; of each tensor the
+    extremes of all values and a histogram of evenly spaced ones are kept.
+
+    Args:
+        model: An fp32 graph, prepared or not.
+        batches: float32 arrays (B, C, H, W), or as ``Images`` takes them.
+        targets: Whose tensors to observe.
+        histograms: False keeps extremes only, for the minmax observer, and is cheaper.
+        threads: CPU threads; all cores if absent.
+
+    Raises:
+        QuantizationError: the images do not fit, or a value is NaN or infinite; the message names
+            the node that made it.
+    """
+    prepared = prepare(model)
+    graph = Graph(prepared)
+    images = batches if isinstance(batches, Images) else Images(graph, batches)
+    names = observed_tensors(prepared, targets)
+    statistics = Statistics({name: Histogram() for name in names}, counted=histograms)
+    runner = _Runner(prepared, names, threads)
+    total = len(images.order) if images.stream is None else None
+    with progress.task("Calibrating", total) as counter:
+        size = images.fixed_batch or runner.batch_size(next(images.feeds(1)))
+        for feed in images.feeds(size):
+            count = len(next(iter(feed.values())))
+            for name, values in runner.run(feed, images.fixed_batch).items():
+                _observe(statistics.tensors[name], values, count, graph, name, histograms)
+            statistics.images += count
+            counter.advance(count)
+    return statistics
+
+
+def observed_tensors(prepared: ModelProto, targets: Iterable[str]) -> list[str]:
+    """Return every tensor whose range one of ``targets`` needs, in the order of the graph."""
+    wanted: set[str] = set()
+    for target in targets:
+        copy = ModelProto()
+        copy.CopyFrom(prepared)
+        rewrite_for(copy, target)
+        placement = place(Graph(copy), target)
+        wanted |= {placement.source(name) for name in placement.readers}
+        wanted |= {name for group in placement.joined for name in group}
+    graph = Graph(prepared)
+    order = [*graph.inputs, *(name for node in graph.nodes for name in node.output)]
+    return [name for name in order if name in wanted]
+
+
+class _Runner:
+    """Runs the graph with the observed tensors as outputs, into buffers that are used again."""
+
+    def __init__(self, prepared: ModelProto, names: list[str], threads: int | None) -> None:
+        import onnxruntime as ort
+
+        inputs = {value.name for value in prepared.graph.input}
+        self.inputs = [name for name in names if name in inputs]
+        self.names = [name for name in names if name not in inputs]
+        self.session = ort.InferenceSession(
+            with_outputs(prepared, self.names).SerializeToString(),
+            session_options(threads),
+            providers=["CPUExecutionProvider"],
+        )
+        self.buffers: dict[int, dict[str, NDArray[Any]]] = {}
+
+    def batch_size(self, feed: Feed) -> int:
+        """Return how many images fit in one run, from a run of one."""
+        elements = sum(array.size for array in self._first(feed).values())
+        return int(np.clip(_ELEMENTS // max(elements, 1), 1, 32))
+
+    def run(self, feed: Feed, fixed_batch: int | None) -> Mapping[str, NDArray[Any]]:
+        """Return the observed tensors for a batch; they are overwritten by the next run."""
+        count = len(next(iter(feed.values())))
+        if fixed_batch and count < fixed_batch:
+            feed = {
+                name: np.concatenate([array, np.repeat(array[-1:], fixed_batch - count, 0)])
+                for name, array in feed.items()
+            }
+        size = len(next(iter(feed.values())))
+        if size not in self.buffers:
+            self.buffers[size] = self._first(feed)
+        buffers = self.buffers[size]
+        binding = self.session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, buffer in buffers.items():
+            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        seen = {name: feed[name] for name in self.inputs} | buffers
+        if size == count:
+            return seen
+        return {
+            name: array[:count] if array.shape[0] == size else array for name, array in seen.items()
+        }
+
+    def _first(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        values = self.session.run(self.names, feed)
+        return {
+            name: np.ascontiguousarray(value)
+            for name, value in zip(self.names, values, strict=True)
+        }
+
+
+def _observe(
+    histogram: Histogram,
+    values: NDArray[Any],
+    images: int,
+    graph: Graph,
+    name: str,
+    counted: bool,
+) -> None:
+    low, high = float(values.min()), float(values.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        node = graph.producer.get(name)
+        maker = f"node {node.name!r} ({node.op_type})" if node is not None else "the input"
+        raise QuantizationError(
+            f"tensor {name!r}, made by {maker}, is NaN or infinite on calibration images",
+            expected="finite values",
+            fix="Check the weights of that node and the normalization of the images",
+        )
+    if not counted:
+        histogram.see(low, high)
+        return
+    per_image = values.size // images
+    stride = per_image // SAMPLE + 1
+    while stride > 1 and any(stride % prime == 0 for prime in (2, 3, 5, 7)):
+        stride += 1  # walk over all columns and channels
+    whole = per_image * images == values.size
+    rows = values.reshape(images if whole else 1, -1)
+    histogram.add(rows[:, ::stride].reshape(-1), low, high)
+
+
+def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
+    """Return a copy of ``model`` that has ``names`` as outputs, after its own."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    present = {output.name for output in copy.graph.output}
+    for name in names:
+        if name not in present:
+            copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
+    return copy
+
+
+def session_options(threads: int | None = None) -> Any:
+    """Return options of an ONNX Runtime session that is quiet."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    return options

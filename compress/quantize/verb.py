@@ -1,0 +1,81 @@
+"""The verb: an fp32 ONNX file and images in, the Q/DQ file of one target out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from compress.artifact import replacing
+from compress.errors import QuantizationError, UnknownNameError
+from compress.qdq.graph import Graph
+from compress.qdq.plan import TARGETS, QuantPlan
+from compress.qdq.prepare import prepare, read_onnx
+from compress.qdq.writer import write_qdq
+from compress.quantize.images import Batches, Images
+from compress.quantize.planning import make_plan
+from compress.quantize.statistics import calibrate
+
+
+def quantize_onnx(
+    path: Path | str,
+    batches: Batches,
+    out: Path | str,
+    target: str = "onnxruntime",
+    method: str = "auto",
+    observer: str | Mapping[str, Any] | None = None,
+    *,
+    exclude: Iterable[str] = (),
+) -> QuantPlan:
+    """Quantize an fp32 ONNX file for one target and return the plan it was written from.
+
+    Args:
+        path: An fp32 ONNX file, from any exporter. Not modified.
+        batches: Calibration images as the network sees them: a list of float32 (B, C, H, W) arrays,
+            or of dicts by input name; or a function that returns an iterator over them.
+        out: Where the Q/DQ file goes; the dimension of the batch stays as it was.
+        target: "onnxruntime", "openvino" or "tensorrt".
+        method: "auto" tries corrections and keeps what helps.
+        observer: A plug-in of ``compress/observers``; the method's own choice if absent.
+        exclude: Names of nodes to leave in float.
+
+    Raises:
+        QuantizationError: the file or the images cannot be used; nothing is written.
+        UnknownNameError: there is no such target, method, observer or node.
+    """
+    if target not in TARGETS:
+        raise UnknownNameError("target", target, TARGETS)
+    try:
+        model = read_onnx(path)
+        prepared = prepare(model)
+        graph = Graph(prepared)
+        excluded = excluded_nodes(graph, exclude)
+        images = Images(graph, batches)
+        statistics = calibrate(prepared, images, targets=[target])
+        plan = make_plan(statistics, target=target, observer=observer or "mse", exclude=excluded)
+        written = write_qdq(prepared, plan)
+    except QuantizationError as error:
+        raise error if str(path) in error.where else error.within(str(path)) from None
+    save(written, Path(out))
+    return plan
+
+
+def excluded_nodes(graph: Graph, names: Iterable[str]) -> dict[str, str]:
+    """Return the reason for each excluded node.
+
+    Raises:
+        UnknownNameError: the graph has no such node.
+    """
+    known = {node.name for node in graph.nodes}
+    for name in names:
+        if name not in known:
+            raise UnknownNameError("node", name, known)
+    return dict.fromkeys(names, "excluded by the user")
+
+
+def save(model: onnx.ModelProto, path: Path) -> None:
+    """Write ``model`` to ``path``, whole or not at all."""
+    with replacing(path) as temporary:
+        onnx.save(model, str(temporary))

@@ -125,9 +125,9 @@ def predict(run: Any, batches: Batches) -> Predictions:
     Args:
         run: A module (evaluated in eval mode, without gradients, on its own device, and left as it
             was), a session of a runtime, or a function of a batch. Its first output counts.
-        batches: Pairs of images float32 (B, C, H, W) and labels int64 (B,). A session of one
-            fixed batch size gets batches of that size; the last is filled up and the filling's
-            answers are dropped.
+        batches: Pairs of images float32 (B, C, H, W) and labels int64 (B,). A session of a fixed
+            or limited batch size gets batches it takes; a last one that is too small is filled up
+            and the filling's answers are dropped.
 
     Raises:
         DataError: there are no images, or a label is out of range.
@@ -249,14 +249,17 @@ def _evaluation(model: nn.Module) -> Iterator[Run]:
 
 
 def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    fixed = session.inputs[0].shape[0]
-    if not isinstance(fixed, int) or fixed < 1 or fixed == len(images):
-        first: NDArray[np.float32] = session.run(images)[0]
-        return first
-    filling = -len(images) % fixed
-    padded = np.concatenate([images, np.repeat(images[-1:], filling, axis=0)])
-    parts = [session.run(padded[at : at + fixed])[0] for at in range(0, len(padded), fixed)]
-    return np.concatenate(parts)[: len(images)]
+    """Return the first output for all images, in batches that the session takes."""
+    spec = session.inputs[0]
+    fixed = spec.shape[0] if spec.shape else None
+    low, high = (fixed, fixed) if isinstance(fixed, int) else spec.batch or (1, len(images))
+    parts = []
+    for at in range(0, len(images), high):
+        part = images[at : at + high]
+        filling = np.repeat(part[-1:], max(0, low - len(part)), axis=0)
+        padded = np.concatenate([part, filling]) if len(filling) else part
+        parts.append(session.run(padded)[0][: len(part)])
+    return np.concatenate(parts)
 
 
 def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:

@@ -20,13 +20,14 @@ class Spec:
     name: str
     shape: tuple[Any, ...]
     dtype: str = "float32"
+    batch: tuple[int, int] | None = None
 
 
 class FixedSession:
     """A session of one batch size that takes the mean of each channel as a logit."""
 
-    def __init__(self, batch: int | str) -> None:
-        self.inputs = (Spec("input", (batch, 3, 4, 4)),)
+    def __init__(self, batch: int | str, limits: tuple[int, int] | None = None) -> None:
+        self.inputs = (Spec("input", (batch, 3, 4, 4), batch=limits),)
         self.seen: list[int] = []
 
     def run(self, images: np.ndarray) -> list[np.ndarray]:
@@ -181,6 +182,14 @@ def test_a_session_of_any_batch_size_answers_every_image_once(batch: int | str) 
     assert np.array_equal(predictions.labels, torch.cat([target for _, target in data]).numpy())
     if isinstance(batch, int):
         assert set(session.seen) == {batch}
+
+
+def test_a_session_with_limits_gets_batches_within_them() -> None:
+    session = FixedSession("batch", limits=(2, 4))
+    data = batches([7, 1])
+    expected = torch.cat([images.mean((2, 3)) for images, _ in data]).numpy()
+    assert np.allclose(predict(session, data).logits, expected, atol=1e-6)
+    assert session.seen == [4, 3, 2]
 
 
 def test_a_function_may_return_several_outputs() -> None:

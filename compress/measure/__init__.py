@@ -2,15 +2,21 @@
 
 from compress.measure.counting import Count, count, count_onnx, node_macs, size_mib
 from compress.measure.latency import Bench, Latency, Timing, bench
+from compress.measure.memory import METHODS, Memory, activations_mib, memory, weights_mib
 
 __all__ = [
+    "METHODS",
     "Bench",
     "Count",
     "Latency",
+    "Memory",
     "Timing",
+    "activations_mib",
     "bench",
     "count",
     "count_onnx",
+    "memory",
     "node_macs",
     "size_mib",
+    "weights_mib",
 ]

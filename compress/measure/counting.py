@@ -130,7 +130,7 @@ def node_macs(model: onnx.ModelProto) -> dict[str, int]:
     Raises:
         ModelError: a shape that is needed cannot be inferred.
     """
-    shapes = _shapes(model)
+    shapes, _ = shapes_of(model)
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [shapes.get(v.name, ()) for v in model.graph.input if v.name not in constants]
     images = (inputs[0][0] if inputs and inputs[0] else 1) or 1
@@ -206,26 +206,33 @@ def _range_inputs(node: onnx.NodeProto) -> list[str]:
     return []
 
 
-def _shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
-    """Return the shape of each tensor that has one; None for a size that is not known."""
+def shapes_of(
+    model: onnx.ModelProto, batch: int = 1
+) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
+    """Return shape and element type of each tensor, as inferred with a free batch set to ``batch``.
+
+    A size that is not known is None; a tensor of which nothing is known is absent.
+    """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
     known = {tensor.name for tensor in fixed.graph.initializer}
     for value in fixed.graph.input:
         dims = value.type.tensor_type.shape.dim
         if value.name not in known and dims and not dims[0].HasField("dim_value"):
-            dims[0].dim_value = 1
+            dims[0].dim_value = batch
     inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
     shapes: dict[str, tuple[int | None, ...]] = {
         tensor.name: tuple(tensor.dims) for tensor in inferred.initializer
     }
+    kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
+        kinds[value.name] = value.type.tensor_type.elem_type
         if value.type.tensor_type.HasField("shape"):
             shapes[value.name] = tuple(
                 dim.dim_value if dim.HasField("dim_value") else None
                 for dim in value.type.tensor_type.shape.dim
             )
-    return shapes
+    return shapes, kinds
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int | None, ...]]) -> int:

@@ -1,0 +1,170 @@
+"""The fresh process that ``memory`` starts: load one artifact, run it, tell the peak, end.
+
+Reads a request as JSON from standard input and writes what it found as JSON to standard output.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MIB = 2**20
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def main() -> None:
+    """Carry out one request."""
+    from compress.errors import CompressError
+
+    request = json.load(sys.stdin)
+    try:
+        found = measured(request)
+    except CompressError as error:
+        found = {"error": str(error)}
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+def measured(request: dict[str, Any]) -> dict[str, Any]:
+    """Return resident memory before and at its peak, times, and GPU memory that was taken."""
+    from compress.runtimes import open_session
+
+    runtime, options = request["runtime"], request["options"]
+    _run_one_layer(runtime, options)
+    _forget_peak()
+    baseline, device_before = resident_mib()[0], _device_used_mib()
+    start = time.perf_counter()
+    with open_session(request["path"], runtime, **options) as session:
+        loaded = time.perf_counter()
+        arrays = inputs_for(session, request["batch"], request["shapes"])
+        begun = time.perf_counter()
+        session.run(*arrays)
+        answered = time.perf_counter()
+        for _ in range(request["calls"] - 1):
+            session.run(*arrays)
+        device_after = _device_used_mib()
+        return {
+            "baseline_rss_mib": baseline,
+            "peak_rss_mib": resident_mib()[1],
+            "load_ms": 1000 * (loaded - start),
+            "first_call_ms": 1000 * (answered - begun),
+            "peak_device_mib": None
+            if device_before is None or device_after is None
+            else device_after - device_before,
+            **_told_by(session),
+        }
+
+
+def inputs_for(session: Any, batch: int, shapes: Any = None) -> list[np.ndarray]:
+    """Return arrays that ``session`` takes, of random values.
+
+    Raises:
+        EngineError: a free dimension other than the batch, or an input of unknown shape.
+    """
+    from compress.errors import EngineError
+
+    generator = np.random.default_rng(0)
+    arrays = []
+    for index, spec in enumerate(session.inputs):
+        shape = tuple(shapes[index]) if shapes else spec.shape
+        if shape is None or any(isinstance(size, str) for size in shape[1:]):
+            raise EngineError(
+                f"the shape of input {spec.name!r} is not known: {shape}",
+                fix="Give the shapes of the inputs",
+            )
+        dims = (batch if isinstance(shape[0], str) else shape[0], *shape[1:])
+        values = (
+            generator.normal(size=dims)
+            if "int" not in (spec.dtype or "float32")
+            else (generator.integers(0, 128, size=dims))
+        )
+        arrays.append(values.astype(spec.dtype or "float32"))
+    return arrays
+
+
+def resident_mib() -> tuple[float, float]:
+    """Return the resident memory of this process now and at its highest, MiB.
+
+    The high-water mark belongs to this program: unlike ``ru_maxrss``, Linux's VmHWM starts anew
+    with it instead of with the size of the process that started it.
+    """
+    if _STATUS.is_file():
+        lines = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            now, peak = (float(lines[key].split()[0]) / 1024 for key in ("VmRSS", "VmHWM"))
+            return now, peak
+    import psutil
+
+    info = psutil.Process().memory_info()
+    highest: int | None = getattr(info, "peak_wset", None)
+    if highest is not None:  # Windows
+        return info.rss / MIB, highest / MIB
+    import resource
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return info.rss / MIB, largest / (MIB if sys.platform == "darwin" else 1024)
+
+
+def _forget_peak() -> None:
+    """Let the high-water mark start from here, where the system can do that."""
+    try:
+        _CLEAR.write_text("5")
+    except OSError:  # no such file, or no right to it: the peak of the imports counts as well
+        return
+
+
+def _run_one_layer(runtime: Any, options: dict[str, Any]) -> None:
+    """Import the runtime and let it set up what it holds for any network."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from compress.errors import CompressError
+    from compress.runtimes import open_session
+
+    weight = numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "w")
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["input", "w"], ["logits"])],
+        "one layer",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 4, 8, 8])],
+        [weight],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "one-layer.onnx"
+        onnx.save(model, path)
+        try:
+            with open_session(path, runtime, **options) as session:
+                session.run(np.zeros((1, 3, 8, 8), np.float32))
+        except CompressError:  # opens engines or folders only; its package is imported by now
+            return
+
+
+def _device_used_mib() -> float | None:
+    """Return the memory of the first GPU that is taken, MiB; None without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return float(total - free) / MIB
+
+
+def _told_by(session: Any) -> dict[str, float]:
+    """Return what an engine says of its own weights and scratch memory, bytes as MiB."""
+    raw = getattr(session, "raw", session)
+    told = {"weights_mib": "weight_bytes", "activations_mib": "scratch_bytes"}
+    return {
+        name: getattr(raw, attribute) / MIB
+        for name, attribute in told.items()
+        if getattr(raw, attribute, None) is not None
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import hashlib
+from base64 import b64encode
+from importlib import resources
+from typing import TYPE_CHECKING, Any
 
-from compress.report import figures
-from compress.report.markdown import with_ci
-from compress.report.schema import Report
+from compress.report import figures, lost
+from compress.report.charts import lines, reliability
+from compress.report.pareto_chart import pareto_charts
+from compress.report.schema import Details, Report
+from compress.report.tables import accuracies, compact, sizes, speeds
 from compress.report.terminal import gate_sentence, missing
-from compress.report.verdict import accuracy_differs, accuracy_of, speed_differs, verdicts
+from compress.report.verdict import comparisons, verdicts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+FLIPS, ATTRIBUTIONS = 48, 12  # shown at most; report.json holds all
+PICTURES = 600_000  # characters of each kind of pictures, at most
+ROWS = 400  # of tables about layers, at most
+
 
 def html(report: Report) -> str:
     """Return the whole page; every name that comes from data is escaped."""
-    page = _environment().get_template("report.html.j2")
-    return page.render(report=report, details=report.details, verdicts=verdicts(report))
+    return render(
+        "report.html.j2",
+        title=f"{report.name}: compression report",
+        report=report,
+        details=report.details,
+        sentences=[text for text in verdicts(report).values() if text != report.verdict],
+        headline=next(comparisons(report), None),
+        charts=pareto_charts([report]),
+        tables=[compact(accuracies(report)), compact(speeds(report)), compact(sizes(report))],
+        rows_limit=ROWS,
+        **_lost(report.details),
+        **_looking(report.details),
+    )
+
+
+def render(template: str, **content: Any) -> str:
+    """Return a page made from one of the templates of this package."""
+    from markupsafe import Markup
+
+    folder = resources.files("compress.report") / "templates"
+    script = (folder / "script.js").read_text(encoding="utf-8")
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            script=Markup(script),
+            script_hash=b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            style=Markup((folder / "style.css").read_text(encoding="utf-8")),
+            **content,
+        )
+    )
+
+
+def _lost(details: Details) -> dict[str, Any]:
+    flips = details.flips[:FLIPS]
+    shown = lost.within_budget([(flip.thumbnail,) for flip in flips], PICTURES)
+    bins = [(c.variant, c.confidence_pct, c.accuracy_pct) for c in details.calibration]
+    return {
+        "class_tables": lost.class_tables(details),
+        "matrices": lost.matrices(details),
+        "confused": lost.grown_confusions(details),
+        "subgroups": lost.subgroup_table(details),
+        "flips": flips[:shown],
+        "reliability": reliability(bins) if any(points for _, points, _ in bins) else None,
+    }
+
+
+def _looking(details: Details) -> dict[str, Any]:
+    maps = details.attributions[:ATTRIBUTIONS]
+    shown = lost.within_budget([(m.image, m.before_map, m.after_map) for m in maps], PICTURES)
+    return {"attributions": maps[:shown]}
 
 
 def _environment() -> Environment:
@@ -31,12 +89,11 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        accuracy_differs=accuracy_differs,
-        accuracy_of=accuracy_of,
+        class_name=lost.class_name,
         gate_sentence=gate_sentence,
+        place_lines=lines,
         missing=missing,
-        speed_differs=speed_differs,
-        with_ci=with_ci,
+        plain_json=plain_json,
     )
     environment.filters.update(
         count=figures.count,
@@ -47,3 +104,10 @@ def _environment() -> Environment:
         points=figures.points,
     )
     return environment
+
+
+def plain_json(value: Any) -> str:
+    """Return settings as indented JSON for reading."""
+    import json
+
+    return json.dumps(value, indent=2, ensure_ascii=False)

@@ -113,6 +113,7 @@ class Line(Record):
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
+    is_reference: bool = False  # drawn in the background: a diagonal, a limit
 
     @model_validator(mode="after")
     def _same_length(self) -> Line:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.report import figures
+from compress.report.places import Setting, setting_name, setting_of, settings
 from compress.report.schema import Gate, Report, Result, Variant
 from compress.report.verdict import accuracy_of, speed_differs
-
-Setting = tuple[str, str, int, int | None]  # runtime, device, batch, threads
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -50,24 +49,6 @@ def missing(report: Report) -> list[str]:
             for name, why in result.skipped.items():
                 found[f"{variant.name}, {result.runtime} batch {result.batch}, {name}"] = why
     return [f"not measured: {name}: {why}" for name, why in found.items()]
-
-
-def settings(report: Report) -> list[Setting]:
-    """Return every (runtime, device, batch, threads) that has results, in order of appearance."""
-    results = [result for variant in report.variants for result in variant.results]
-    return list(dict.fromkeys(map(setting_of, results)))
-
-
-def setting_of(result: Result) -> Setting:
-    """Return what two results must share to be compared in speed."""
-    return (result.runtime, result.device, result.batch, result.threads)
-
-
-def setting_name(setting: Setting) -> str:
-    """Return a setting in words: "onnxruntime cpu, batch 1, 2 threads"."""
-    runtime, device, batch, threads = setting
-    many = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
-    return f"{runtime} {device}, batch {batch}{many}"
 
 
 def _tables(report: Report) -> Iterator[RenderableType]:

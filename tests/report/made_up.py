@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from base64 import b64encode
 
@@ -34,6 +35,11 @@ from compress.report.schema import (
 
 NAMES = ("original", "pruned", "distilled", "int8-onnxruntime")
 CIFAR = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
+
+
+def hashed(number: int) -> str:
+    """A hash that stands for a file."""
+    return hashlib.sha256(str(number).encode()).hexdigest()
 
 
 def result(variant: int, runtime: str, batch: int, *, top1: float = 91.7) -> Result:
@@ -123,7 +129,7 @@ def _variant(position: int, name: str, named: list[str]) -> Variant:
         name=name,
         stage=stages[min(position, 3)],
         artifact=f"{position:02d}-{stages[min(position, 3)]}/model.onnx",
-        sha256=f"{position:064x}",
+        sha256=hashed(position),
         parent=named[position - 1] if position else None,
         params=(272_474, 121_006, 121_006)[min(position, 2)],
         macs=(40_813_184, 20_202_000, 20_202_000)[min(position, 2)],
@@ -192,8 +198,8 @@ def _details(named: list[str], labels: tuple[str, ...], rng: np.random.Generator
         ),
         artifacts=tuple(
             ArtifactRecord(
-                path=f"{i:02d}-stage/model.onnx", sha256=f"{i:064x}", stage=name,
-                parent=f"{i - 1:064x}" if i else None, bytes=1_101_004,
+                path=f"{i:02d}-{name}/model.onnx", sha256=hashed(i), stage=name,
+                parent=hashed(i - 1) if i else None, bytes=1_101_004,
             )
             for i, name in enumerate(named)
         ),

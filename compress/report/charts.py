@@ -1,0 +1,287 @@
+"""Where everything in a chart goes: scales, ticks, points and labels; templates draw them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from compress.report.schema import Curve, Interval, Line
+
+WIDE, NARROW = (1000.0, 400.0), (360.0, 320.0)  # pixels; the narrow one is for phones
+LETTER = 6.6  # mean width of a letter of the labels, pixels
+LINE = 14.0  # height of a label, pixels
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values in [low, high] to pixels from ``start`` to ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """Return the pixel of ``value``; values beyond the ends are put on them."""
+        inside = min(max(value, self.low), self.high)
+        if self.is_log:
+            share = math.log(inside / self.low) / math.log(self.high / self.low)
+        else:
+            share = (inside - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
+
+    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
+        """Return about ``count`` round values inside the range, as (pixel, text)."""
+        values = _log_ticks(self.low, self.high) if self.is_log else []
+        if len(values) < 3:
+            values = round_values(self.low, self.high, count)
+        return [(self(value), f"{value:,g}") for value in values]
+
+
+def scale(
+    values: Iterable[float], start: float, end: float, *, is_log: bool = False, margin: float = 0.08
+) -> Scale:
+    """Return a scale that holds ``values`` with some margin; logarithmic only if all are > 0."""
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    if is_log and low > 0:
+        room = (high / low) ** margin if high > low else 1.5
+        return Scale(low / room, high * room, start, end, is_log=True)
+    room = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
+    return Scale(low - room, high + room, start, end)
+
+
+def round_values(low: float, high: float, count: int) -> list[float]:
+    """Return multiples of 1, 2 or 5 x 10^n in [low, high], at most about ``count``."""
+    raw = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [round(step * number, 10) for number in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return [round(value, 10) for value in values if low <= value <= high]
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One measured network in the chart of accuracy against latency."""
+
+    name: str
+    x: float  # latency, ms
+    y: float  # top-1, %
+    x_ci: Interval | None = None
+    y_ci: Interval | None = None
+    facts: tuple[str, ...] = ()
+    series: int = 0  # of the run it belongs to
+    is_original: bool = False
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A dot in pixels, with its label beside it and its interval bars."""
+
+    dot: Dot
+    x: float
+    y: float
+    label: tuple[float, float, str] | None  # x, y, text-anchor
+    across: tuple[float, float] | None
+    upright: tuple[float, float] | None
+    is_best: bool  # on the Pareto front
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """The chart of accuracy against latency at one size."""
+
+    size: tuple[float, float]
+    frame: tuple[float, float, float, float]  # left, top, right, bottom
+    dots: tuple[Placed, ...]
+    front: str  # of the SVG path through the Pareto-optimal dots, or ""
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+
+
+def pareto(dots: Sequence[Dot]) -> list[Dot]:
+    """Return the dots that no other beats in both latency and accuracy, fastest first."""
+    best: list[Dot] = []
+    for dot in sorted(dots, key=lambda dot: (dot.x, -dot.y)):
+        if not best or dot.y > best[-1].y:
+            best.append(dot)
+    return best
+
+
+def scatter(
+    dots: Sequence[Dot],
+    size: tuple[float, float] = WIDE,
+    within: Sequence[Dot] | None = None,
+) -> Scatter:
+    """Place dots, their intervals and labels, and the Pareto front.
+
+    Args:
+        dots: At least one.
+        size: Width and height in pixels.
+        within: Dots that the axes shall hold as well, to give several charts the same scales.
+    """
+    left, top, right, bottom = 52.0, 14.0, size[0] - 14, size[1] - 42
+    held = [*dots, *(within or ())]
+    wide = max(d.x for d in held) > 6 * min(d.x for d in held) > 0
+    across = scale((v for d in held for v in (d.x, *(d.x_ci or ()))), left, right, is_log=wide)
+    upright = scale((v for d in held for v in (d.y, *(d.y_ci or ()))), bottom, top)
+    best = pareto(dots)
+    placed = _labelled(
+        [
+            Placed(
+                dot,
+                across(dot.x),
+                upright(dot.y),
+                None,
+                _ends(dot.x_ci, across),
+                _ends(dot.y_ci, upright),
+                dot in best,
+            )
+            for dot in dots
+        ],
+        (left, top, right, bottom),
+    )
+    steps = [f"{across(dot.x)} {upright(dot.y)}" for dot in best]
+    return Scatter(
+        size,
+        (left, top, right, bottom),
+        tuple(placed),
+        f"M{'L'.join(steps)}" if len(steps) > 1 else "",
+        tuple(across.ticks(8 if size[0] > 500 else 4)),
+        tuple(upright.ticks()),
+    )
+
+
+def _ends(bounds: Interval | None, along: Scale) -> tuple[float, float] | None:
+    return None if bounds is None else (along(bounds[0]), along(bounds[1]))
+
+
+Box = tuple[float, float, float, float]
+
+
+def _labelled(placed: Sequence[Placed], frame: Box) -> list[Placed]:
+    """Give each dot a label beside it where there is room; crowded ones go without."""
+    taken: list[Box] = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in placed]
+    labelled = []
+    for place in sorted(placed, key=lambda p: (not p.dot.is_original, not p.is_best)):
+        width = LETTER * len(place.dot.name)
+        for x, y, anchor in _beside(place.x, place.y):
+            start = x if anchor == "start" else x - width if anchor == "end" else x - width / 2
+            box = (start, y - LINE + 3, start + width, y + 3)
+            inside = frame[0] < box[0] and box[2] < frame[2] and frame[1] < box[1] < frame[3] - LINE
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                labelled.append(replace(place, label=(round(x, 1), round(y, 1), anchor)))
+                break
+        else:
+            labelled.append(place)
+    return labelled
+
+
+def _beside(x: float, y: float) -> list[tuple[float, float, str]]:
+    return [
+        (x + 11, y - 8, "start"),
+        (x - 11, y - 8, "end"),
+        (x + 11, y + 17, "start"),
+        (x - 11, y + 17, "end"),
+        (x, y - 16, "middle"),
+        (x, y + 26, "middle"),
+        (x + 14, y - 24, "start"),
+        (x - 14, y + 34, "end"),
+    ]
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
+    return not apart
+
+
+@dataclass(frozen=True)
+class Path:
+    """A line of a chart in pixels."""
+
+    name: str
+    d: str  # of the SVG path
+    end: tuple[float, float]
+    style: int  # 0 to 3: drawn in full, the first in the accent colour; -1: in the background
+    label_y: float | None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A chart of lines at one size."""
+
+    size: tuple[float, float]
+    frame: Box
+    paths: tuple[Path, ...]
+    x_label: str
+    y_label: str
+    x_ticks: tuple[tuple[float, str], ...]
+    y_ticks: tuple[tuple[float, str], ...]
+
+
+FOREMOST = 5  # lines with a label; of more, those that fall the lowest are labelled
+
+
+def lines(curve: Curve, size: tuple[float, float] = (560.0, 300.0)) -> Lines | None:
+    """Place the lines of ``curve``; None when it holds no point."""
+    drawn = [line for line in curve.lines if line.x]
+    if not drawn:
+        return None
+    longest = max(len(line.name) for line in drawn)
+    room = min(LETTER * longest + 12, size[0] * 0.34)
+    left, top, right, bottom = 52.0, 14.0, size[0] - room, size[1] - 42
+    across = scale((x for line in drawn for x in line.x), left, right, margin=0.0)
+    upright = scale((y for line in drawn for y in line.y), bottom, top)
+    if len(drawn) > FOREMOST:
+        drawn = sorted(drawn, key=lambda line: min(line.y))
+    ends = [(across(line.x[-1]), upright(line.y[-1])) for line in drawn]
+    labels = _spread([end[1] for end in ends[:FOREMOST]], top, bottom)
+    paths = tuple(
+        Path(
+            line.name,
+            "M"
+            + "L".join(f"{across(x)} {upright(y)}" for x, y in zip(line.x, line.y, strict=True)),
+            end,
+            position if position < FOREMOST and not line.is_reference else -1,
+            labels[position] if position < FOREMOST else None,
+        )
+        for position, (line, end) in enumerate(zip(drawn, ends, strict=True))
+    )
+    ticks = tuple(across.ticks(5)), tuple(upright.ticks())
+    frame = (left, top, right, bottom)
+    return Lines(size, frame, paths, curve.x_label, curve.y_label, *ticks)
+
+
+def _spread(wanted: Sequence[float], top: float, bottom: float) -> list[float]:
+    """Return label heights near those wanted, in the same order, at least a line apart."""
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    placed = list(wanted)
+    for before, after in itertools.pairwise(order):
+        placed[after] = max(placed[after], placed[before] + LINE)
+    excess = max(0.0, placed[order[-1]] - bottom) if order else 0.0
+    for position in reversed(order):
+        placed[position] = max(top, placed[position] - excess)
+    return [round(height, 1) for height in placed]
+
+
+def reliability(points: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> Curve:
+    """Return confidence against accuracy of several networks as a curve with its diagonal."""
+    measured = tuple(Line(name=name, x=tuple(x), y=tuple(y)) for name, x, y in points)
+    diagonal = Line(name="perfect", x=(0.0, 100.0), y=(0.0, 100.0), is_reference=True)
+    return Curve(
+        title="Confidence against accuracy",
+        x_label="confidence, %",
+        y_label="accuracy, %",
+        lines=(*measured, diagonal),
+    )

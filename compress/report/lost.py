@@ -1,0 +1,218 @@
+"""What was lost, and for whom: classes, confusions, flipped images and subgroups, for display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from compress.report import figures
+from compress.report.pictures import png
+from compress.report.schema import ClassScores, Confusion, Details
+from compress.report.tables import Cell, Column, Table
+
+GRID_CLASSES = 20  # a confusion matrix of more classes is drawn as a picture
+MANY_CLASSES = 100  # of more, the table of classes is about the last variant only
+PAIRS = 10  # confusions listed
+PICTURE_SIDE = 250  # pixels of a drawn confusion matrix, at most
+INK = (11, 102, 195)  # the accent colour, in light and dark alike
+
+
+def class_tables(details: Details) -> list[Table]:
+    """Return precision, recall and F1 of each class, the original beside each other variant."""
+    if len(details.class_scores) < 2:
+        return [_single(details, scores) for scores in details.class_scores]
+    before, *others = details.class_scores
+    chosen = others if len(details.classes) <= MANY_CLASSES else others[-1:]
+    return [_side_by_side(details, before, after) for after in chosen]
+
+
+def _single(details: Details, scores: ClassScores) -> Table:
+    columns = (
+        Column("Class", is_number=False),
+        *(Column(name, unit) for name, unit in (("Images", ""), *_SCORES)),
+    )
+    rows = tuple(
+        (
+            Cell(class_name(details, position)),
+            Cell(f"{images:,}", images),
+            *(
+                _percent(column[position])
+                for column in (scores.precision_pct, scores.recall_pct, scores.f1_pct)
+            ),
+        )
+        for position, images in enumerate(scores.images)
+    )
+    return Table(f"classes-{scores.variant}", scores.variant, columns, rows)
+
+
+_SCORES = (("Precision", "%"), ("Recall", "%"), ("F1", "%"))
+
+
+def _side_by_side(details: Details, before: ClassScores, after: ClassScores) -> Table:
+    heads = [(f"{name} {when}", unit) for name, unit in _SCORES for when in ("before", "after")]
+    columns = (
+        Column("Class", is_number=False),
+        Column("Images"),
+        Column("Recall change", "points"),
+        *(Column(name, unit) for name, unit in heads),
+    )
+    rows = []
+    for position, images in enumerate(after.images):
+        scores = [
+            scores[position]
+            for pair in (
+                (before.precision_pct, after.precision_pct),
+                (before.recall_pct, after.recall_pct),
+                (before.f1_pct, after.f1_pct),
+            )
+            for scores in pair
+        ]
+        change = _change(scores[2], scores[3])
+        rows.append(
+            (
+                Cell(class_name(details, position)),
+                Cell(f"{images:,}", images),
+                Cell(figures.points(change), change),
+                *map(_percent, scores),
+            )
+        )
+    rows.sort(key=lambda row: (row[2].sort is None, row[2].sort or 0.0))
+    return Table(
+        f"classes-{after.variant}", f"{before.variant} and {after.variant}", columns, tuple(rows)
+    )
+
+
+def _percent(value: float | None) -> Cell:
+    return Cell(figures.percent(value), value)
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def class_name(details: Details, position: int) -> str:
+    """Return the name of a class, or its number where there is none."""
+    return details.classes[position] if position < len(details.classes) else str(position)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A confusion matrix for display: rows of (count, share of its row), or a picture."""
+
+    title: str
+    rows: tuple[tuple[tuple[int, float], ...], ...]
+    picture: str | None
+
+
+def matrices(details: Details) -> list[Matrix]:
+    """Return the confusion matrices, each as numbers, or as a picture if the classes are many."""
+    return [_matrix(details, confusion) for confusion in details.confusions]
+
+
+def _matrix(details: Details, confusion: Confusion) -> Matrix:
+    counts = _dense(confusion, len(details.classes))
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    title = " on ".join(part for part in (confusion.variant, confusion.runtime) if part)
+    if len(counts) > GRID_CLASSES:
+        return Matrix(title, (), _picture(shares))
+    rows = tuple(
+        tuple((int(count), round(float(share), 3)) for count, share in zip(line, part, strict=True))
+        for line, part in zip(counts, shares, strict=True)
+    )
+    return Matrix(title, rows, None)
+
+
+def _dense(confusion: Confusion, classes: int) -> NDArray[np.int64]:
+    cells = np.array(confusion.cells, dtype=np.int64).reshape(-1, 3)
+    size = max(classes, int(cells[:, :2].max(initial=0)) + 1)
+    counts = np.zeros((size, size), dtype=np.int64)
+    counts[cells[:, 0], cells[:, 1]] = cells[:, 2]
+    return counts
+
+
+def _picture(shares: NDArray[np.float64]) -> str:
+    """Draw shares (K, K) as a picture in which each pixel is the largest share it stands for."""
+    step = -(-len(shares) // PICTURE_SIDE)
+    edges = np.arange(0, len(shares), step)
+    pooled = np.maximum.reduceat(np.maximum.reduceat(shares, edges, axis=0), edges, axis=1)
+    image = np.zeros((*pooled.shape, 4), dtype=np.uint8)
+    image[..., :3] = INK
+    image[..., 3] = np.round(255 * np.sqrt(np.clip(pooled, 0, 1)))
+    picture = Image.fromarray(image)
+    zoom = max(1, PICTURE_SIDE // len(pooled))
+    return png(picture.resize((zoom * len(pooled),) * 2, Image.Resampling.NEAREST))
+
+
+def grown_confusions(details: Details) -> Table | None:
+    """Return the pairs of classes confused more often by the last variant than by the original."""
+    if len(details.confusions) < 2:
+        return None
+    before, after = (
+        {(a, b): n for a, b, n in confusion.cells if a != b}
+        for confusion in (details.confusions[0], details.confusions[-1])
+    )
+    grown = sorted(after, key=lambda pair: (before.get(pair, 0) - after[pair], pair))
+    rows = tuple(
+        (
+            Cell(class_name(details, pair[0])),
+            Cell(class_name(details, pair[1])),
+            Cell(str(before.get(pair, 0)), before.get(pair, 0)),
+            Cell(str(after[pair]), after[pair]),
+            Cell(f"+{after[pair] - before.get(pair, 0)}", after[pair] - before.get(pair, 0)),
+        )
+        for pair in grown[:PAIRS]
+        if after[pair] > before.get(pair, 0)
+    )
+    columns = (
+        Column("Is", is_number=False),
+        Column("Taken for", is_number=False),
+        Column("Before", "images"),
+        Column("After", "images"),
+        Column("Change", "images"),
+    )
+    return Table("confused", "Confused more often than before", columns, rows) if rows else None
+
+
+def subgroup_table(details: Details) -> Table | None:
+    """Return top-1 of each subgroup for each variant that was measured on it."""
+    if not details.subgroups:
+        return None
+    variants = list(dict.fromkeys(row.variant for row in details.subgroups))
+    found = {(row.column, row.value, row.variant): row for row in details.subgroups}
+    keys = list(dict.fromkeys((row.column, row.value) for row in details.subgroups))
+    columns = (
+        Column("Column", is_number=False),
+        Column("Value", is_number=False),
+        Column("Images"),
+        *(Column(variant, "top-1, %") for variant in variants),
+    )
+    rows = []
+    for key in keys:
+        groups = [found.get((*key, variant)) for variant in variants]
+        images = max(group.images for group in groups if group)
+        cells = [
+            Cell(figures.ABSENT, reason="this variant was not measured on it")
+            if group is None
+            else Cell(
+                figures.percent(group.top1_pct),
+                group.top1_pct,
+                figures.interval(group.top1_ci95, "percent"),
+            )
+            for group in groups
+        ]
+        rows.append((Cell(key[0]), Cell(key[1]), Cell(f"{images:,}", images), *cells))
+    return Table("subgroups", "Subgroups", columns, tuple(rows))
+
+
+def within_budget(pictures: Sequence[Sequence[str | None]], limit: int) -> int:
+    """Return how many of the first items fit into ``limit`` characters of pictures."""
+    spent = 0
+    for position, item in enumerate(pictures):
+        spent += sum(len(picture) for picture in item if picture)
+        if spent > limit:
+            return position
+    return len(pictures)

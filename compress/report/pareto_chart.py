@@ -1,0 +1,93 @@
+"""Accuracy against latency: one chart for every runtime, batch and thread count of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from compress.report import figures
+from compress.report.charts import NARROW, WIDE, Dot, Scatter, pareto, scatter
+from compress.report.places import Setting, place_name, setting_name, setting_of, settings
+from compress.report.schema import Report, Result, Variant
+from compress.report.verdict import accuracy_of
+
+
+@dataclass(frozen=True)
+class ParetoChart:
+    """The chart of one setting, at both sizes, and in words for those who cannot see it."""
+
+    setting: Setting
+    title: str
+    wide: Scatter
+    narrow: Scatter
+    description: str
+
+    @property
+    def place(self) -> str:
+        """The setting but for the batch: "onnxruntime cpu, 2 threads"."""
+        return place_name(self.setting)
+
+
+def pareto_charts(reports: Sequence[Report]) -> list[ParetoChart]:
+    """Return a chart for each setting in which at least one variant was measured."""
+    found = dict.fromkeys(setting for report in reports for setting in settings(report))
+    drawn = {setting: _dots(reports, setting) for setting in found}
+    return [_chart(setting, dots) for setting, dots in drawn.items() if dots]
+
+
+def _chart(setting: Setting, dots: list[Dot]) -> ParetoChart:
+    best = ", ".join(_words(dot) for dot in pareto(dots))
+    return ParetoChart(
+        setting,
+        setting_name(setting),
+        scatter(dots, WIDE),
+        scatter(dots, NARROW),
+        f"Top-1 against median latency of {len(dots)} networks on {setting_name(setting)}. "
+        f"Not beaten in both: {best}.",
+    )
+
+
+def _words(dot: Dot) -> str:
+    return f"{dot.name} ({figures.number(dot.x)} ms, {figures.percent(dot.y)} %)"
+
+
+def _dots(reports: Sequence[Report], setting: Setting) -> list[Dot]:
+    return [
+        dot
+        for series, report in enumerate(reports)
+        for variant in report.variants
+        for result in variant.results
+        if setting_of(result) == setting
+        and (dot := _dot(report, variant, result, series if len(reports) > 1 else None))
+    ]
+
+
+def _dot(report: Report, variant: Variant, result: Result, series: int | None) -> Dot | None:
+    accuracy = accuracy_of(variant, result)
+    if result.latency_ms_p50 is None or accuracy.top1_pct is None:
+        return None
+    return Dot(
+        name=variant.name if series is None else f"{report.name} {variant.name}",
+        x=result.latency_ms_p50,
+        y=accuracy.top1_pct,
+        x_ci=result.latency_ms_p50_ci95,
+        y_ci=accuracy.top1_ci95,
+        facts=tuple(_facts(variant, result, accuracy)),
+        series=series or 0,
+        is_original=variant is report.original,
+    )
+
+
+def _facts(variant: Variant, result: Result, accuracy: Result) -> list[str]:
+    named = (
+        ("p50", figures.number(result.latency_ms_p50), "ms", result.latency_ms_p50_ci95, "number"),
+        ("top-1", figures.percent(accuracy.top1_pct), "%", accuracy.top1_ci95, "percent"),
+        ("speed-up", figures.factor(result.speedup), "", result.speedup_ci95, "number"),
+        ("file", figures.number(variant.size_mib), "MiB", None, "number"),
+        ("peak memory", figures.number(result.peak_memory_mib), "MiB", None, "number"),
+    )
+    return [
+        f"{name} {value} {unit}".rstrip() + (f" ({figures.interval(ci, form)})" if ci else "")
+        for name, value, unit, ci, form in named
+        if value != figures.ABSENT
+    ]

@@ -1,0 +1,255 @@
+"""The tables of the report, once for every format: what each column holds, and every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from compress.report import figures
+from compress.report.places import place_name, setting_of
+from compress.report.schema import Interval, Report, Result, Variant
+from compress.report.verdict import accuracy_differs, accuracy_of, speed_differs
+
+SAME = "no significant difference"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, what it is sorted by, its interval and remark, or why it is empty."""
+
+    text: str
+    sort: float | str | None = None
+    bounds: str = ""  # of the 95 % interval
+    remark: str = ""
+    reason: str = ""  # why it was not measured
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: heading, unit, and what it means."""
+
+    name: str
+    unit: str = ""
+    about: str = ""
+    is_number: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table whose first column names its rows."""
+
+    key: str
+    title: str
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    notes: tuple[str, ...] = ()  # "column: why nothing of it was measured"
+
+
+def sizes(report: Report) -> Table:
+    """Return what each variant is made of: parameters, MACs and file size."""
+    original = report.original
+    columns = (
+        Column("Variant", is_number=False),
+        Column("Stage", is_number=False),
+        Column("Parameters"),
+        Column("MACs", about="multiply-accumulate operations for one image"),
+        Column("File", "MiB"),
+        Column("Smaller by", about="size of the original's file over this one's"),
+        Column("Artifact", is_number=False),
+    )
+    return Table("sizes", "Size", columns, tuple(_size(v, original) for v in report.variants))
+
+
+def accuracies(report: Report) -> Table:
+    """Return how right each variant is on each runtime, and how far from the original."""
+    columns = (*_PLACE, *(column for column, _ in _ACCURACY))
+    rows = []
+    for variant in report.variants:
+        for result in variant.results:
+            source = accuracy_of(variant, result)
+            cells = (_measured(variant, source, fill) for _, fill in _ACCURACY)
+            rows.append((*_place(variant, source), *cells))
+    return Table(
+        "accuracy", "Accuracy", columns, tuple(dict.fromkeys(rows))
+    )  # once for all batches
+
+
+def speeds(report: Report) -> Table:
+    """Return latency, throughput and memory of each variant, runtime and batch size."""
+    kinds = _memory_kinds(report)
+    columns = (
+        *_PLACE,
+        Column("Batch"),
+        *(column for column, _ in _SPEED),
+        *(Column(f"{kind.replace('_', ' ').capitalize()} memory", "MiB") for kind in kinds),
+    )
+    rows = []
+    for variant in report.variants:
+        for result in variant.results:
+            rows.append(
+                (
+                    *_place(variant, result),
+                    Cell(str(result.batch), result.batch),
+                    *(_measured(variant, result, fill) for _, fill in _SPEED),
+                    *(_memory(variant, result, kind) for kind in kinds),
+                )
+            )
+    return Table("speed", "Speed and memory", columns, tuple(rows))
+
+
+_PLACE = (
+    Column("Variant", is_number=False),
+    Column("Runtime", is_number=False),
+)
+
+
+def _place(variant: Variant, result: Result) -> tuple[Cell, ...]:
+    where = place_name(setting_of(result)).removeprefix(result.runtime).strip()
+    return (Cell(variant.name), Cell(f"{result.runtime} {result.precision}", remark=where))
+
+
+def _size(variant: Variant, original: Variant | None) -> tuple[Cell, ...]:
+    ratio = None
+    if original is not None and original.size_mib and variant.size_mib:
+        ratio = original.size_mib / variant.size_mib
+    numbers = (
+        ("params", variant.params, figures.count),
+        ("macs", variant.macs, figures.count),
+        ("size_mib", variant.size_mib, figures.number),
+        ("size_mib", ratio, figures.factor),
+    )
+    return (
+        Cell(variant.name),
+        Cell(variant.stage),
+        *(
+            _absent(variant, None, field) if value is None else Cell(write(value), value)
+            for field, value, write in numbers
+        ),
+        Cell(variant.artifact or figures.ABSENT),
+    )
+
+
+Fill = Callable[[Result], tuple[str, float | None, str, Interval | None, bool | None]]
+
+
+def _fill(
+    field: str,
+    form: str = "number",
+    bounds: str | None = None,
+    differs: Callable[[Result], bool | None] | None = None,
+) -> Fill:
+    """Return what reads a field of a result, its interval and whether it differs."""
+
+    def fill(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+        interval = getattr(result, bounds) if bounds else None
+        return field, getattr(result, field), form, interval, differs and differs(result)
+
+    return fill
+
+
+_ACCURACY: tuple[tuple[Column, Fill], ...] = (
+    (Column("Top-1", "%"), _fill("top1_pct", "percent", "top1_ci95")),
+    (
+        Column("Change", "points", "of top-1 against the original, on the same images"),
+        _fill("top1_change_pct", "points", "top1_change_ci95", accuracy_differs),
+    ),
+    (Column("Top-5", "%"), _fill("top5_pct", "percent", "top5_ci95")),
+    (
+        Column("Agreement", "%", "images that get the original's answer"),
+        _fill("agreement_pct", "percent", "agreement_ci95"),
+    ),
+    (
+        Column("Flips", "%", "images the original has right and this has wrong"),
+        _fill("flip_pct", "percent"),
+    ),
+    (
+        Column("Worst class", "points lost", "largest loss of recall of any class"),
+        _fill("worst_class_drop_pct", "percent"),
+    ),
+    (Column("ECE", "%", "expected calibration error"), _fill("ece_pct", "percent")),
+    (Column("SQNR", "dB", "of the logits, against the original"), _fill("sqnr_db")),
+)
+
+_SPEED: tuple[tuple[Column, Fill], ...] = (
+    (Column("p50", "ms"), _fill("latency_ms_p50", "number", "latency_ms_p50_ci95")),
+    (Column("p99", "ms"), _fill("latency_ms_p99", "number", "latency_ms_p99_ci95")),
+    (Column("Throughput", "images/s"), _fill("throughput_ips")),
+    (
+        Column("Speed-up", "", "the original's p50 over this one's, in the same setting"),
+        _fill("speedup", "factor", "speedup_ci95", speed_differs),
+    ),
+    (Column("Peak memory", "MiB"), _fill("peak_memory_mib")),
+)
+
+
+def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
+    field, value, form, bounds, differs = fill(result)
+    if value is None:
+        return _absent(variant, result, field)
+    write = {
+        "number": figures.number,
+        "percent": figures.percent,
+        "points": figures.points,
+        "factor": figures.factor,
+    }[form]
+    remark = SAME if differs is False else ""
+    if field == "worst_class_drop_pct" and result.worst_class:
+        remark = result.worst_class
+    spelled = figures.interval(bounds, "number" if form == "factor" else form)
+    return Cell(write(value), value, spelled, remark)
+
+
+def _memory(variant: Variant, result: Result, kind: str) -> Cell:
+    value = result.memory_mib.get(kind)
+    if value is None:
+        return _absent(variant, result, "memory_mib")
+    return Cell(figures.number(value), value)
+
+
+def _memory_kinds(report: Report) -> list[str]:
+    results = [result for variant in report.variants for result in variant.results]
+    return list(dict.fromkeys(kind for result in results for kind in result.memory_mib))
+
+
+_AGAINST_ITSELF = {
+    "top1_change_pct",
+    "agreement_pct",
+    "flip_pct",
+    "worst_class_drop_pct",
+    "sqnr_db",
+}
+
+
+def _absent(variant: Variant, result: Result | None, field: str) -> Cell:
+    if field in _AGAINST_ITSELF and variant.name == "original":
+        return Cell(figures.ABSENT, None, remark="", reason="")
+    return Cell(figures.ABSENT, None, reason=figures.reason(field, result, variant))
+
+
+def compact(table: Table) -> Table:
+    """Return ``table`` without number columns that hold nothing; its notes say why they do."""
+    empty = [
+        position
+        for position, column in enumerate(table.columns)
+        if column.is_number and all(row[position].text in _EMPTY for row in table.rows)
+    ]
+    kept = [position for position in range(len(table.columns)) if position not in empty]
+    return Table(
+        table.key,
+        table.title,
+        tuple(table.columns[position] for position in kept),
+        tuple(tuple(row[position] for position in kept) for row in table.rows),
+        tuple(
+            f"{table.columns[position].name}: {'; '.join(why)}"
+            for position in empty
+            if (why := reasons(row[position] for row in table.rows))
+        ),
+    )
+
+
+_EMPTY = (figures.ABSENT, "")
+
+
+def reasons(cells: Iterable[Cell]) -> list[str]:
+    """Return the distinct reasons of the empty cells, in order: the notes below a table."""
+    return list(dict.fromkeys(cell.reason for cell in cells if cell.reason))

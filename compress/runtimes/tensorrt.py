@@ -1,0 +1,103 @@
+"""TensorRT 10 and 11: engines for one NVIDIA GPU, built on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from compress import onnx_file
+from compress.errors import UsageError
+from compress.runtimes._session import BuildRequest
+from compress.runtimes._trt import TENSORRT, gpu_name
+from compress.runtimes._trt_build import Build, BuildSettings
+from compress.runtimes._trt_session import TrtSession, load
+
+
+@dataclass(frozen=True)
+class Tensorrt:
+    """TensorRT 10 or 11: builds on the GPU it is for, and runs there.
+
+    Networks are strongly typed: fp16 and int8 are in the graph, not in flags.
+
+    Options: ``workspace_mib`` limits scratch memory; ``optimization_level`` (0 to 5) trades build
+    time for speed; ``tf32`` lets fp32 layers use tensor cores; ``hardware_compatible`` engines run
+    on any GPU from Ampere on; ``version_compatible`` engines load in later versions;
+    ``timing_cache``: a file, "none", or "auto": one in ~/.cache/compress for this GPU, driver,
+    version and these flags; ``cuda_graph`` records an execution once for each shape and replays it.
+    """
+
+    workspace_mib: int | None = None
+    optimization_level: int | None = None
+    tf32: bool = True
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    timing_cache: str = "auto"
+    cuda_graph: bool = False
+
+    extension: ClassVar[str] = ".engine"
+
+    def __post_init__(self) -> None:
+        level = self.optimization_level
+        if level is not None and not 0 <= level <= 5:
+            raise UsageError(
+                f"optimization_level is {level}", where="runtime 'tensorrt'", expected="0 to 5"
+            )
+
+    def available(self) -> str | None:
+        """Return why engines cannot run here, or None."""
+        return TENSORRT.unavailable()
+
+    def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
+        """Write an engine for the ONNX file ``source``.
+
+        Raises:
+            EngineError: the graph is damaged, or TensorRT cannot take it.
+        """
+        onnx_file.check(source)
+        settings = BuildSettings(
+            workspace_mib=self.workspace_mib,
+            optimization_level=self.optimization_level,
+            tf32=self.tf32,
+            hardware_compatible=self.hardware_compatible,
+            version_compatible=self.version_compatible,
+            timing_cache=self._timing_cache(),
+        )
+        return Build(TENSORRT, settings, source, request).run(out)
+
+    def open(self, path: Path) -> TrtSession:
+        """Load an engine; it needs the GPU it was built for.
+
+        Raises:
+            EngineError: it is damaged, made for something else, or there is no GPU.
+        """
+        return load(TENSORRT, path, cuda_graph=self.cuda_graph)
+
+    def _timing_cache(self) -> Path | None:
+        if self.timing_cache == "none" or gpu_name() is None:
+            return None
+        if self.timing_cache != "auto":
+            return Path(self.timing_cache)
+        flags = f"{self.tf32:d}{self.hardware_compatible:d}{self.version_compatible:d}"
+        parts = (
+            torch.cuda.get_device_name(),
+            driver_version(),
+            TENSORRT.package().__version__,
+            f"{self.optimization_level}-{flags}",
+        )
+        name = "-".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
+        return Path.home() / ".cache" / "compress" / f"{name}.timing"
+
+
+def driver_version() -> str:
+    """Return the version of the NVIDIA driver, or "unknown"."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version: str | bytes = pynvml.nvmlSystemGetDriverVersion()
+        return version if isinstance(version, str) else version.decode()
+    except Exception:  # noqa: BLE001 - absent package or driver: the cache is keyed less finely
+        return "unknown"

@@ -1,0 +1,62 @@
+"""TensorRT-RTX: engines for RTX GPUs, built ahead of time, on any machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from compress import onnx_file
+from compress.runtimes._session import BuildRequest
+from compress.runtimes._trt import TENSORRT_RTX
+from compress.runtimes._trt_build import Build, BuildSettings
+from compress.runtimes._trt_session import TrtSession, load
+
+
+@dataclass(frozen=True)
+class TensorrtRtx:
+    """TensorRT-RTX: builds engines without a GPU, for GPUs that are elsewhere.
+
+    An engine is built for the named compute capabilities and finished on the GPU when it is first
+    loaded there. Running needs such a GPU. It keeps no timing cache: nothing is timed in a build.
+
+    Options: ``capabilities`` ("SM75", "SM80", "SM86", "SM89", "SM120", "SM121" or "current"; all
+    from SM80 on if empty); ``workspace_mib`` limits scratch memory; ``tf32`` lets fp32 layers use
+    tensor cores; ``version_compatible`` engines load in later versions; ``cuda_graph`` records an
+    execution once for each shape and replays it.
+    """
+
+    capabilities: tuple[str, ...] = ()
+    workspace_mib: int | None = None
+    tf32: bool = True
+    version_compatible: bool = False
+    cuda_graph: bool = False
+
+    extension: ClassVar[str] = ".engine"
+
+    def available(self) -> str | None:
+        """Return why engines cannot run here, or None."""
+        return TENSORRT_RTX.unavailable()
+
+    def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
+        """Write an engine for the ONNX file ``source``.
+
+        Raises:
+            EngineError: the graph is damaged, or TensorRT-RTX cannot take it.
+        """
+        onnx_file.check(source)
+        settings = BuildSettings(
+            capabilities=tuple(self.capabilities),
+            workspace_mib=self.workspace_mib,
+            tf32=self.tf32,
+            version_compatible=self.version_compatible,
+        )
+        return Build(TENSORRT_RTX, settings, source, request).run(out)
+
+    def open(self, path: Path) -> TrtSession:
+        """Load an engine; it needs a GPU.
+
+        Raises:
+            EngineError: it is damaged, made for something else, or there is no GPU.
+        """
+        return load(TENSORRT_RTX, path, cuda_graph=self.cuda_graph)

@@ -92,12 +92,15 @@ class EngineHeader:
     """
 
     tag: bytes
-    bytes_in_all: int
     version: str  # "10.8.0.43", of the library that built it
 
     @classmethod
-    def read(cls, path: Path) -> EngineHeader:
+    def read(cls, path: Path, *, expected_bytes: int | None = None) -> EngineHeader:
         """Return the header of an engine file.
+
+        Args:
+            path: The engine.
+            expected_bytes: Its size by its record; TensorRT-RTX also writes it in the header.
 
         Raises:
             EngineError: the file is no engine, or only a part of one.
@@ -111,14 +114,15 @@ class EngineHeader:
                 where=str(path),
                 fix="Build one: compress build FILE.onnx --runtime tensorrt --out FILE",
             )
-        tag, _, total, *version = _HEADER.unpack(start)
+        tag, _, written, *version = _HEADER.unpack(start)
+        total = expected_bytes or (written if tag == TENSORRT_RTX.tag else 0)
         if present < total:
             raise EngineError(
                 f"is only a part of an engine: {present} of {total} bytes",
                 where=str(path),
                 fix="Copy it again, or build it again",
             )
-        return cls(tag, total, ".".join(map(str, version)))
+        return cls(tag, ".".join(map(str, version)))
 
 
 def gpu_name() -> str | None:

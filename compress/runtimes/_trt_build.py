@@ -13,7 +13,6 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
-from compress import onnx_file
 from compress.artifact import replacing, write_json
 from compress.errors import EngineError, UsageError
 from compress.runtimes import _graph, _trt_layers
@@ -105,8 +104,11 @@ class Build:
         error = parser.get_error(0)
         node, operator = error.node_name(), error.node_operator()
         place = f"node {node!r} ({operator}): " if operator else ""
+        reason = error.desc().strip()
+        if "Plugin not found" in reason:
+            reason = f"it has no operator {operator}"
         return EngineError(
-            f"{place}{self.flavour.name} cannot take it: {error.desc().strip()}",
+            f"{place}{self.flavour.name} cannot take it: {reason}",
             where=str(self.source),
             fix="Replace the layer that makes it by standard ones, or run compress lint --target "
             "tensorrt --fix first",
@@ -219,7 +221,7 @@ class Build:
         }
 
     def _built_for(self) -> list[str]:
-        chosen = [name.upper() for name in self.settings.capabilities]
+        chosen = [spoken(name) for name in self.settings.capabilities]
         here = gpu_capability()
         if chosen == ["CURRENT"] and here:
             return [here]
@@ -239,16 +241,20 @@ def capabilities(trt: ModuleType, names: tuple[str, ...]) -> list[Any]:
     known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")] + ["CURRENT"]
     found = []
     for name in names:
-        spoken = name.upper().replace(".", "")
-        spoken = f"SM{spoken}" if spoken.isdigit() else spoken
-        if spoken not in known:
+        if spoken(name) not in known:
             raise UsageError(
                 f"no such compute capability {name!r}",
                 where="runtime 'tensorrt-rtx'",
                 expected=f"one of {', '.join(known)}",
             )
-        found.append(getattr(trt.ComputeCapability, spoken))
+        found.append(getattr(trt.ComputeCapability, spoken(name)))
     return found
+
+
+def spoken(capability: str) -> str:
+    """Return the one name of a compute capability: "SM89" for "8.9", "sm89" and "SM89"."""
+    name = capability.upper().replace(".", "")
+    return f"SM{name}" if name.isdigit() else name
 
 
 def check_quantization(model: ModelProto, path: Path) -> None:
@@ -279,11 +285,6 @@ def check_quantization(model: ModelProto, path: Path) -> None:
                 expected="symmetric int8 Q/DQ nodes",
                 fix="Quantize with --target tensorrt, or run compress lint --target tensorrt --fix",
             )
-
-
-def check_source(path: Path) -> None:
-    """Check the ONNX file before the package is loaded."""
-    onnx_file.check(path)
 
 
 def _said(log: Log, pattern: str) -> int | None:

@@ -40,7 +40,8 @@ CHANCES = len(Chance)
 
 def is_random(settings: AugmentSettings) -> bool:
     """Return whether ``settings`` change an image differently from one epoch to the next."""
-    return not settings.fixed and settings != AugmentSettings()
+    mixes = settings.mixup > 0 or settings.cutmix > 0  # with whatever image comes next
+    return mixes or (not settings.fixed and settings != AugmentSettings())
 
 
 def augment(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.head import replace_head
+from compress.objective import CrossEntropy, Moment, Objective
 from compress.train.loop import TrainResult, train
-from compress.train.objective import CrossEntropy, Moment, Objective
 
 __all__ = ["CrossEntropy", "Moment", "Objective", "TrainResult", "replace_head", "train"]

@@ -18,13 +18,13 @@ from compress import progress
 from compress.augment import augment, mixed
 from compress.data import Dataset
 from compress.errors import TrainingError
+from compress.objective import CrossEntropy, Informed, Moment, Movable, Objective, Stateful
 from compress.settings import TrainSettings
 from compress.train import checkpoints
 from compress.train.average import Average
 from compress.train.batches import Batch, seed_of, steps_in_epoch, train_batches
 from compress.train.journal import Journal, Row
 from compress.train.memory import is_out_of_memory, too_large
-from compress.train.objective import CrossEntropy, Informed, Moment, Objective, Stateful
 from compress.train.optimizers import make_optimizer, set_rate
 from compress.train.precision import autocast, chosen_precision
 from compress.train.processes import Processes, SyncedBatchNorm, failing_together, join_processes
@@ -134,6 +134,8 @@ class Run:
         self.folder, self.seed = folder, seed
         self.steps = steps_in_epoch(dataset, settings)
         self.precision = chosen_precision(settings.precision, processes.device)
+        if isinstance(objective, Movable):
+            objective.to(processes.device)
         task = Task(model, objective, settings.compile).to(processes.device)
         self.task: nn.Module = DistributedDataParallel(task) if processes.world > 1 else task
         self.optimizer = make_optimizer(model, task.adapters, settings)
@@ -441,5 +443,5 @@ class Run:
             images_per_second=speeds[math.floor(len(speeds) / 2)] if speeds else None,
             precision=self.precision,
             stopped_early=self.epoch < self.settings.epochs and self.stopped_early,
-            notes=tuple(self.notes),
+            notes=(*getattr(self.objective, "notes", ()), *self.notes),
         )

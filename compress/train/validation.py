@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data import Dataset
-from compress.train.objective import outputs_of
+from compress.objective import outputs_of
 from compress.train.precision import autocast
 from compress.train.processes import Processes
 

@@ -1,4 +1,4 @@
-"""What training minimizes: the contract, and plain cross-entropy."""
+"""What training minimizes: the contract of every objective, and plain cross-entropy."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +25,8 @@ class Moment:
 class Objective(Protocol):
     """Maps a batch to the scalar that training minimizes.
 
-    Any of the methods of :class:`Informed` and :class:`Stateful` may be there as well.
+    It may be :class:`Informed`, :class:`Movable` or :class:`Stateful` as well, and have ``notes``:
+    sentences for the result of the training.
     """
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
@@ -51,6 +53,14 @@ class Informed(Protocol):
 
     def before(self, moment: Moment) -> None:
         """Take note of the batch that the next call is about."""
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """An objective with tensors that must be beside the images."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move them to ``device``."""
 
 
 @runtime_checkable

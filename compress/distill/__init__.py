@@ -1,0 +1,9 @@
+"""Distillation: any student, any teacher, any weighted sum of losses, as one objective."""
+
+from __future__ import annotations
+
+from compress.distill.build import build_objective
+from compress.distill.control import Control, compare_without_teacher
+from compress.distill.objective import DistillObjective
+
+__all__ = ["Control", "DistillObjective", "build_objective", "compare_without_teacher"]

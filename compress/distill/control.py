@@ -1,0 +1,68 @@
+"""Does the teacher help? A short training with it, the same without, compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+SHARE = 0.2  # of the epochs, for each of the two trainings
+CONFIDENCE_Z = 1.96  # 95 %
+
+
+@dataclass(frozen=True)
+class Control:
+    """What two short trainings, alike but for the teacher, reached on validation images."""
+
+    with_teacher_top1_pct: float
+    without_teacher_top1_pct: float
+    images: int  # validation images
+    epochs: int  # of each training
+
+    @property
+    def difference_ci95(self) -> tuple[float, float]:
+        """Interval of what the teacher gains, in points of top-1; unpaired, so rather wide."""
+        shares = (self.with_teacher_top1_pct / 100, self.without_teacher_top1_pct / 100)
+        error = math.sqrt(sum(p * (1 - p) for p in shares) / self.images)
+        gain = 100 * (shares[0] - shares[1])
+        return gain - 100 * CONFIDENCE_Z * error, gain + 100 * CONFIDENCE_Z * error
+
+    @property
+    def verdict(self) -> str:
+        """One of "helps", "hurts" and "no difference seen"."""
+        low, high = self.difference_ci95
+        if low > 0:
+            return "helps"
+        return "hurts" if high < 0 else "no difference seen"
+
+    def __str__(self) -> str:
+        """Return the finding in one sentence."""
+        return (
+            f"control of {self.epochs} epochs: {self.with_teacher_top1_pct:.2f} % with the "
+            f"teacher, {self.without_teacher_top1_pct:.2f} % without, on {self.images} images: "
+            f"{self.verdict}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this finding as JSON-able data."""
+        return {
+            **asdict(self),
+            "difference_ci95": list(self.difference_ci95),
+            "verdict": self.verdict,
+        }
+
+
+def compare_without_teacher(
+    run: Callable[[bool, int], float], *, epochs: int, images: int
+) -> Control:
+    """Train shortly with and without the teacher.
+
+    Args:
+        run: Trains a fresh copy of the student, with the teacher or without, for so many epochs
+            with a whole schedule, and returns its top-1 on validation images in percent.
+        epochs: Of the training that is to be judged.
+        images: Validation images.
+    """
+    short = max(1, round(SHARE * epochs))
+    return Control(run(True, short), run(False, short), images, short)

@@ -1,0 +1,130 @@
+"""Taps, losses and a teacher as one objective that training minimizes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.distill.pairing import Pair
+from compress.distill.taps import Tap, tapped
+from compress.distill.teachers import Teacher
+from compress.losses import Taps
+from compress.objective import CrossEntropy, Moment, outputs_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One distillation loss of a weighted sum, and the layers that it compares."""
+
+    name: str
+    loss: Any  # see compress.losses
+    weight: float
+    pairs: tuple[Pair, ...] = ()
+
+
+class DistillObjective:
+    """Cross-entropy with the labels plus a weighted sum of losses towards a teacher.
+
+    Args:
+        terms: The losses.
+        teacher: Whoever answers.
+        order: Teacher's output of each class of the student, (K,); None where they agree.
+        hard: Cross-entropy.
+        hard_weight: Its weight.
+        warmup_epochs: Epochs over which the losses fade in.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        teacher: Teacher,
+        order: Tensor | None,
+        *,
+        hard: CrossEntropy,
+        hard_weight: float,
+        warmup_epochs: float,
+    ) -> None:
+        self.terms, self.teacher, self.hard = tuple(terms), teacher, hard
+        self.hard_weight, self.warmup_epochs = hard_weight, warmup_epochs
+        self.teacher_top1_pct: float | None = None
+        self.student_top1_pct: float | None = None  # before training
+        self.notes: list[str] = []
+        self._order = order
+        self._moment: Moment | None = None
+        pairs = [pair for term in terms for pair in term.pairs]
+        self._student_taps = tuple(dict.fromkeys(pair.student for pair in pairs))
+        self._teacher_taps = tuple(dict.fromkeys(pair.teacher for pair in pairs))
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        """Return the weighted sum, a scalar."""
+        index = self._moment.index if self._moment is not None else None
+        answer, theirs = self.teacher(images, index, self._teacher_taps)
+        answer = self._ordered(answer)
+        with tapped(getattr(model, "_orig_mod", model), self._student_taps) as mine:
+            logits = outputs_of(model(images))[0]
+        loss = self.hard_weight * self.hard.of(logits, target)
+        labels = target if target.ndim == 1 else target.argmax(1)
+        fade = self._fade()
+        for term in self.terms:
+            student = Taps(logits, _at(mine, [p.student for p in term.pairs]), index)
+            teacher = Taps(answer, _at(theirs, [p.teacher for p in term.pairs]), index)
+            loss = loss + fade * term.weight * term.loss(student, teacher, labels)
+        return loss
+
+    def answer(self, images: Tensor) -> Tensor:
+        """Return the teacher's logits in the student's class order, (B, K)."""
+        return self._ordered(self.teacher(images, None, ())[0])
+
+    def before(self, moment: Moment) -> None:
+        """Take note of which images come next, and how far training is."""
+        self._moment = moment
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights of all adapters."""
+        for module in self._adapters():
+            yield from module.parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all adapters, tensors only."""
+        return {str(i): module.state_dict() for i, module in enumerate(self._adapters())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the state of all adapters."""
+        for i, module in enumerate(self._adapters()):
+            module.load_state_dict(state[str(i)])
+
+    def close(self) -> None:
+        """Leave the teacher as it was found."""
+        self._moment = None
+        self.teacher.close()
+
+    def pairing(self) -> list[str]:
+        """Return which layers each loss compares, one line each."""
+        return [f"{term.name}: {pair}" for term in self.terms for pair in term.pairs]
+
+    def to(self, device: torch.device) -> None:
+        """Move adapters and their memories to ``device``."""
+        for module in self._adapters():
+            module.to(device)
+
+    def _ordered(self, answer: Tensor) -> Tensor:
+        return answer if self._order is None else answer[:, self._order.to(answer.device)]
+
+    def _adapters(self) -> list[nn.Module]:
+        return [term.loss for term in self.terms if isinstance(term.loss, nn.Module)]
+
+    def _fade(self) -> float:
+        if not self.warmup_epochs or self._moment is None:
+            return 1.0
+        return min(1.0, self._moment.epoch / self.warmup_epochs)
+
+
+def _at(seen: dict[Tap, Tensor], taps: Sequence[Tap]) -> tuple[Tensor, ...]:
+    return tuple(seen[tap] for tap in taps)

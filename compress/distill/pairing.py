@@ -1,0 +1,105 @@
+"""Which layers of student and teacher are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from compress.distill.taps import Feature, Survey, Tap
+from compress.errors import TrainingError, UnknownNameError
+from compress.losses import Layers, Needs
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One place in the student and the place in the teacher that it is compared with."""
+
+    student: Tap
+    teacher: Tap
+    shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # without the batch
+
+    def __str__(self) -> str:
+        """Return the pair as people read it."""
+        if self.shapes is None:
+            return f"input of {self.student.layer} - input of {self.teacher.layer}"
+        mine, theirs = ("x".join(map(str, shape)) for shape in self.shapes)
+        return f"{self.student.layer} ({mine}) - {self.teacher.layer} ({theirs})"
+
+
+def pair_layers(
+    student: Survey, teacher: Survey, layers: Layers, needs: Needs, loss: str
+) -> tuple[Pair, ...]:
+    """Return the pairs of layers that a loss compares, shallow to deep.
+
+    "auto" pairs stages: the last layer at each spatial size. Stages of equal size belong together;
+    where input sizes differ, or no sizes agree, they are paired from the deepest backwards.
+
+    Args:
+        student: What the student computes.
+        teacher: What the teacher computes.
+        layers: "auto", names that both have, or {student: teacher}.
+        needs: What the loss compares where ``layers`` is "auto".
+        loss: Its name, for messages.
+
+    Raises:
+        UnknownNameError: a named layer is not there.
+        TrainingError: nothing can be paired.
+    """
+    if layers != "auto":
+        names = layers if isinstance(layers, Mapping) else {name: name for name in layers}
+        if isinstance(layers, str) or not names:
+            raise TrainingError(
+                f"layers: {layers!r} names no layers",
+                where=f"loss {loss!r}",
+                expected='"auto", a list of names, or {student: teacher}',
+            )
+        return tuple(_named(student, teacher, mine, theirs) for mine, theirs in names.items())
+    if needs == "embedding" and student.head is not None and teacher.head is not None:
+        return (Pair(student.head, teacher.head),)
+    pairs = _paired_stages(student, teacher)
+    if not pairs:
+        raise TrainingError(
+            "no features of student and teacher can be paired",
+            where=f"loss {loss!r}",
+            fix="Name them: layers: {student layer: teacher layer}",
+        )
+    return pairs if needs == "stages" else pairs[-1:]
+
+
+def stages(seen: Survey) -> tuple[Feature, ...]:
+    """Return the last feature at each spatial size, shallow to deep; vectors are left out."""
+    last: dict[tuple[int, ...], Feature] = {}
+    for feature in seen.features:
+        if len(feature.shape) == 4 and max(feature.shape[2:]) > 1:
+            last.pop(feature.shape[2:], None)
+            last[feature.shape[2:]] = feature
+    return tuple(last.values())
+
+
+def _paired_stages(student: Survey, teacher: Survey) -> tuple[Pair, ...]:
+    mine, theirs = stages(student), stages(teacher)
+    by_size = {feature.shape[2:]: feature for feature in theirs}
+    equal = [(f, by_size[f.shape[2:]]) for f in mine if f.shape[2:] in by_size]
+    if student.image_size == teacher.image_size and equal:
+        chosen = equal
+    else:
+        chosen = list(zip(mine[::-1], theirs[::-1], strict=False))[::-1]
+    return tuple(_pair(a, b) for a, b in chosen)
+
+
+def _named(student: Survey, teacher: Survey, mine: str, theirs: str) -> Pair:
+    return _pair(
+        _find(student.features, mine, "the student"), _find(teacher.features, theirs, "the teacher")
+    )
+
+
+def _find(features: Sequence[Feature], name: str, place: str) -> Feature:
+    for feature in features:
+        if feature.layer == name:
+            return feature
+    known = [feature.layer for feature in features]
+    raise UnknownNameError("layer that returns one tensor", name, known, where=place)
+
+
+def _pair(mine: Feature, theirs: Feature) -> Pair:
+    return Pair(Tap(mine.layer), Tap(theirs.layer), (mine.shape[1:], theirs.shape[1:]))

@@ -1,0 +1,136 @@
+"""What a network computes on the way, seen through hooks that never stay."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UnknownNameError
+from compress.objective import outputs_of
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place in a network: what a layer returns, or what it is given."""
+
+    layer: str
+    side: Literal["output", "input"] = "output"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A tensor that a layer returned in a dry run."""
+
+    layer: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a network computes for one image."""
+
+    features: tuple[Feature, ...]  # in the order of execution; layers called once only
+    classes: int
+    head: Tap | None  # what is given to the layer that returns the logits
+    image_size: tuple[int, int]
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]:
+    """Collect what passes at ``taps`` while the block runs; the last call of a layer counts.
+
+    Raises:
+        UnknownNameError: a tap names a layer that is not there.
+    """
+    seen: dict[Tap, Tensor] = {}
+    handles: list[Any] = []
+    try:
+        for tap in taps:
+            layer = layer_of(model, tap.layer)
+            handles.append(_hook(layer, tap, seen))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def layer_of(model: nn.Module, name: str) -> nn.Module:
+    """Return a layer by name.
+
+    Raises:
+        UnknownNameError: it is not there; the message lists the known ones.
+    """
+    layers: dict[str, nn.Module] = dict(model.named_modules())
+    if not name or name not in layers:
+        known = [layer for layer in layers if layer]
+        raise UnknownNameError("layer", name, known, where=type(model).__name__)
+    return layers[name]
+
+
+def survey(model: nn.Module, example: Tensor) -> Survey:
+    """Run ``model`` on one image and return what its layers compute.
+
+    The network's modes and hooks are left as found.
+
+    Args:
+        model: Any network of images.
+        example: (1, C, H, W), on the network's device.
+    """
+    calls: list[tuple[str, tuple[int, ...], int, int | None]] = []
+    alive: list[Any] = []  # so that no identity is used twice
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                alive.extend([given, output])
+                source = id(given[0]) if given and isinstance(given[0], Tensor) else None
+                calls.append((name, tuple(output.shape), id(output), source))
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(record(name)) for name, layer in model.named_modules() if name
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            logits = outputs_of(model(example))[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, *_ in calls]
+    features = tuple(Feature(name, shape) for name, shape, *_ in calls if names.count(name) == 1)
+    heads = [name for name, _, identity, _ in calls if identity == id(logits)]
+    head = Tap(heads[0], "input") if heads else None  # the innermost is called first
+    size = (int(example.shape[2]), int(example.shape[3]))
+    return Survey(features, logits.shape[1], head, size)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode while the block runs."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _hook(layer: nn.Module, tap: Tap, seen: dict[Tap, Tensor]) -> Any:
+    if tap.side == "input":
+
+        def take_input(_: nn.Module, given: tuple[Any, ...]) -> None:
+            seen[tap] = given[0]
+
+        return layer.register_forward_pre_hook(take_input)
+
+    def take_output(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        seen[tap] = output
+
+    return layer.register_forward_hook(take_output)

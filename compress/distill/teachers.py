@@ -1,0 +1,236 @@
+"""Whoever answers for the student to learn from: a network, an ONNX file or an engine, a cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.distill.taps import Survey, Tap, survey, tapped
+from compress.errors import TrainingError
+from compress.objective import outputs_of
+
+FEATURES = dict[Tap, Tensor]
+
+
+class Teacher(Protocol):
+    """Answers batches; takes images as the student gets them."""
+
+    survey: Survey | None  # None where only the logits can be seen
+    classes: int
+
+    def __call__(
+        self, images: Tensor, index: Tensor | None, taps: Sequence[Tap]
+    ) -> tuple[Tensor, FEATURES]:
+        """Return logits (B, K) in the teacher's class order, and the features at ``taps``."""
+        ...
+
+    def close(self) -> None:
+        """Leave everything as it was found."""
+
+
+class TorchTeacher:
+    """A network, in evaluation mode while it teaches.
+
+    Args:
+        model: The network; left as found by :meth:`close`.
+        example: One image as the student gets it, (1, C, H, W).
+        image_size: Side of the teacher's own input; the student's if None.
+        device: Where it runs; beside the student if None.
+    """
+
+    def __init__(
+        self, model: nn.Module, example: Tensor, image_size: int | None, device: str | None
+    ) -> None:
+        self.model, self.image_size = model, image_size
+        self.device = torch.device(device) if device is not None else None
+        self._modes = {module: module.training for module in model.modules()}
+        self._home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.survey: Survey | None = survey(model, self._resized(example.to(self._home)))
+        self.classes = self.survey.classes
+        self._placed: torch.device | None = None
+
+    def __call__(
+        self, images: Tensor, index: Tensor | None, taps: Sequence[Tap]
+    ) -> tuple[Tensor, FEATURES]:
+        """Return logits (B, K) and the features at ``taps``, beside the images."""
+        device = self.device or images.device
+        if self._placed != device:
+            self.model.to(device).to(memory_format=torch.channels_last).eval()
+            self._placed = device
+        with torch.no_grad(), tapped(self.model, taps) as seen:
+            logits = outputs_of(self.model(self._resized(images.to(device))))[0]
+        here = {tap: value.to(images.device) for tap, value in seen.items()}
+        return logits.to(images.device), here
+
+    def close(self) -> None:
+        """Put the network back: device, memory format and modes."""
+        if self._placed is not None:
+            self.model.to(self._home).to(memory_format=torch.contiguous_format)
+            self._placed = None
+        for module, training in self._modes.items():
+            module.training = training
+
+    def fingerprint(self) -> str:
+        """Return a hash of every weight."""
+        digest = hashlib.sha256()
+        for name, value in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def _resized(self, images: Tensor) -> Tensor:
+        return resized(images, self.image_size)
+
+
+class SessionTeacher:
+    """An ONNX file or engine in any runtime: logits only.
+
+    Args:
+        session: Open session; closed by :meth:`close` if ``owned``.
+        example: One image as the student gets it, (1, C, H, W).
+        image_size: Side of the teacher's own input; the student's if None.
+        name: What to call it.
+        owned: Whether to close the session at the end.
+    """
+
+    survey: Survey | None = None
+
+    def __init__(
+        self, session: Any, example: Tensor, image_size: int | None, name: str, owned: bool
+    ) -> None:
+        self.session, self.image_size, self.name, self._owned = session, image_size, name, owned
+        batch = session.inputs[0].shape[0]
+        self._batch = batch if isinstance(batch, int) and batch > 0 else None
+        self.classes = int(self(example.cpu(), None, ())[0].shape[1])
+
+    def __call__(
+        self, images: Tensor, index: Tensor | None, taps: Sequence[Tap]
+    ) -> tuple[Tensor, FEATURES]:
+        """Return logits (B, K) beside the images; there are no features."""
+        array = resized(images.float(), self.image_size).detach().cpu().contiguous().numpy()
+        answers = [self._answer(part) for part in self._parts(array)]
+        return torch.from_numpy(np.concatenate(answers)[: len(array)]).to(images.device), {}
+
+    def close(self) -> None:
+        """Close the session if it was opened for this teacher."""
+        if self._owned:
+            self.session.close()
+
+    def fingerprint(self) -> str:
+        """Return a hash of the file, or of its name where there is none."""
+        path = Path(self.name)
+        content = path.read_bytes() if path.is_file() else self.name.encode()
+        return hashlib.sha256(content).hexdigest()
+
+    def _parts(self, array: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """Split a batch into those of a fixed size that the engine wants, the last one padded."""
+        if self._batch is None:
+            return [array]
+        missing = -len(array) % self._batch
+        padded = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
+        return list(padded.reshape(-1, self._batch, *array.shape[1:]))
+
+    def _answer(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
+        output: NDArray[np.float32] = self.session.run(np.ascontiguousarray(array))[0]
+        return output.astype(np.float32)
+
+
+class CachedTeacher:
+    """Remembers the logits of every training image on disk; answers repeated images from there.
+
+    Only right where an image is the same each time. A file belongs to one teacher, data set and
+    augmentation; a row that was not written completely is computed again.
+
+    Args:
+        teacher: Asked for images that are not known yet.
+        path: File of (N, K) float32, shared by the processes of one machine.
+        images: N.
+    """
+
+    survey: Survey | None = None
+
+    def __init__(self, teacher: Teacher, path: Path, images: int) -> None:
+        self.teacher, self.classes = teacher, teacher.classes
+        self._rows = _open_rows(path, (images, self.classes))
+
+    def __call__(
+        self, images: Tensor, index: Tensor | None, taps: Sequence[Tap]
+    ) -> tuple[Tensor, FEATURES]:
+        """Return logits (B, K) beside the images; there are no features."""
+        if index is None:
+            return self.teacher(images, None, ())
+        places = index.cpu().numpy()
+        unknown = np.isnan(self._rows[places]).any(1)
+        if unknown.any():
+            missing = torch.from_numpy(unknown.nonzero()[0]).to(images.device)
+            answers = self.teacher(images[missing], None, ())[0]
+            self._rows[places[unknown]] = answers.float().cpu().numpy()
+        return torch.from_numpy(self._rows[places]).to(images.device), {}
+
+    def close(self) -> None:
+        """Write what is left, and close the teacher."""
+        self._rows.flush()
+        self.teacher.close()
+
+
+def resized(images: Tensor, side: int | None) -> Tensor:
+    """Return images at another size where one is asked for, (B, C, side, side)."""
+    if side is None or images.shape[2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def class_order(
+    student: Sequence[str], teacher: Sequence[str] | None, classes: int
+) -> NDArray[np.int64] | None:
+    """Return the teacher's output for each class of the student, (K,); None where they agree.
+
+    Args:
+        student: Class names, in the order of the student's outputs.
+        teacher: Class names of the teacher, in its order, where known.
+        classes: Outputs of the teacher.
+
+    Raises:
+        TrainingError: the counts differ and nothing says which is which, or a class is missing.
+    """
+    if teacher is None:
+        if classes != len(student):
+            raise TrainingError(
+                f"the teacher tells {classes} classes apart, the student {len(student)}",
+                where="distill",
+                fix="Give the teacher's class names in its order, teacher_classes: [...], so that "
+                "classes can be mapped by name",
+            )
+        return None
+    if len(teacher) != classes:
+        raise TrainingError(
+            f"{len(teacher)} names for {classes} outputs of the teacher", where="teacher_classes"
+        )
+    missing = [name for name in student if name not in teacher]
+    if missing:
+        raise TrainingError(
+            f"the teacher does not know {', '.join(missing[:5])}",
+            where="teacher_classes",
+            expected=f"all of: {', '.join(student[:20])}",
+        )
+    if list(student) == list(teacher):
+        return None
+    return np.array([list(teacher).index(name) for name in student])
+
+
+def _open_rows(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        from compress import artifact
+
+        with artifact.replacing(path) as temporary, temporary.open("wb") as file:
+            np.save(file, np.full(shape, np.nan, dtype=np.float32))
+    return np.lib.format.open_memmap(path, mode="r+")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -69,6 +69,34 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Follower:
+    """An attribute of a module that the surgery sets: ``scale`` x the kept among ``units``."""
+
+    module: str
+    attribute: (
+        str  # "a", "a.0" for an item of a list, "a.<n>" for a variable a function closes over
+    )
+    units: Positions  # (P,) number of the unit over all groups, -1 for channels that stay
+    numerator: int  # the attribute = kept positions x denominator / numerator
+    denominator: int
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """An op that looks across channels which can be cut: it sees the kept ones only.
+
+    ``inputs`` maps the position of a tensor argument to {dimension: units}, ``outputs`` that of an
+    output. With ``mask_only`` the inputs are zeroed at cut positions, else they are left out.
+    """
+
+    op: str
+    occurrence: int  # the how manieth call of this op in one forward
+    inputs: Mapping[int, Mapping[int, Positions]]
+    outputs: Mapping[int, Mapping[int, Positions]]
+    mask_only: bool
+
+
+@dataclass(frozen=True)
 class Network:
     """A traced network: what can be cut, what cannot and why, and what each layer costs."""
 
@@ -76,7 +104,57 @@ class Network:
     layers: Mapping[str, Layer]  # by name of the weight
     frozen: Mapping[str, str]  # layer -> why its outputs stay, with the line of the user's code
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor of the state dict
-    parameters: frozenset[str] = field(default_factory=frozenset)  # names that count as parameters
+    parameters: frozenset[str]  # names of ``shapes`` that count as parameters
+    followers: tuple[Follower, ...] = ()
+    reductions: tuple[Reduction, ...] = ()
+
+    def kept_units(self, keep: Mapping[str, Positions]) -> npt.NDArray[np.bool_]:
+        """Return, for the units of all groups in a row, which are kept, (sum of sizes,).
+
+        Args:
+            keep: Group name -> kept units; groups left out stay whole.
+        """
+        rows = []
+        for group in self.groups:
+            row = np.ones(group.size, bool)
+            if group.name in keep:
+                row[:] = False
+                row[keep[group.name]] = True
+            rows.append(row)
+        return np.concatenate(rows) if rows else np.zeros(0, bool)
+
+    def kept_positions(self, keep: Mapping[str, Positions]) -> dict[str, dict[int, Positions]]:
+        """Return, for every tensor and dimension that loses something, the positions that stay."""
+        stays: dict[tuple[str, int], npt.NDArray[np.bool_]] = {}
+        for group in self.groups:
+            gone = np.ones(group.size, bool)
+            gone[keep.get(group.name, slice(None))] = False
+            if not gone.any():
+                continue
+            for part in group.slices:
+                key = (part.tensor, part.dim)
+                if key not in stays:
+                    stays[key] = np.ones(self.shapes[part.tensor][part.dim], bool)
+                stays[key][part.index[gone].ravel()] = False
+        kept: dict[str, dict[int, Positions]] = {}
+        for (tensor, dim), mask in stays.items():
+            kept.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
+        return kept
+
+    def attributes(self, kept: npt.NDArray[np.bool_]) -> dict[str, dict[str, int]]:
+        """Return the attributes to rewrite: module -> attribute -> new value.
+
+        Args:
+            kept: Which units stay, as ``kept_units`` returns it.
+        """
+        new: dict[str, dict[str, int]] = {}
+        for follower in self.followers:
+            stay = follower.units < 0
+            stay[~stay] = kept[follower.units[~stay]]
+            if not stay.all():
+                value = int(stay.sum()) * follower.denominator // follower.numerator
+                new.setdefault(follower.module, {})[follower.attribute] = value
+        return new
 
     @property
     def macs(self) -> int:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
-from compress.groups.network import Network
+from compress.errors import PlanError
+from compress.groups.attributes import conflicts, followers
+from compress.groups.copying import meta_copy, named_tensors
+from compress.groups.counts import tag_attributes
+from compress.groups.cutting import cut
+from compress.groups.labels import Components, Ledger
+from compress.groups.network import Layer, Network, Positions, Reduction
+from compress.groups.replay import Mismatch, Replay
+from compress.groups.rules import RULES, freeze_all
+from compress.groups.tracer import Axes, CallWatcher, Record, Tracer
+from compress.groups.units import Units, find_units, layer_name
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+_ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
 
 def trace(model: nn.Module, example_input: Example) -> Network:
@@ -23,4 +39,242 @@ def trace(model: nn.Module, example_input: Example) -> Network:
     Raises:
         PlanError: the network cannot be run on the example, or nothing in it can be cut.
     """
-    raise RuntimeError("being written")
+    distrusted: dict[str, str] = {}
+    for number in range(_ROUNDS):
+        traced = _Traced(model, example_input, distrusted)
+        mismatch = traced.probe(seed=number)
+        if mismatch is None:
+            break
+        distrusted[traced.culprit(mismatch, distrusted)] = mismatch.why
+    else:
+        raise PlanError("the network's program depends on channel counts in too many places")
+    network = traced.network
+    if not network.groups:
+        reasons = "; ".join(f"{layer}: {why}" for layer, why in list(network.frozen.items())[:5])
+        raise PlanError(
+            "nothing in this network can be cut",
+            where=type(model).__name__,
+            fix=reasons or "It has no convolution or linear layer with a weight",
+        )
+    return network
+
+
+def inputs_of(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments for a call with ``example_input``."""
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if isinstance(example_input, Tensor):
+        return (example_input,), {}
+    return tuple(example_input), {}
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No gradients, and the random number generators afterwards as they were before."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        yield
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """One traced forward and the mode it was made in."""
+
+    training: bool
+    record: Record
+
+
+class _Traced:
+    """One attempt: trace, merge, find units; ``probe`` then tries a cut."""
+
+    def __init__(
+        self, model: nn.Module, example_input: Example, distrusted: Mapping[str, str]
+    ) -> None:
+        self._model = meta_copy(model)
+        args, kwargs = inputs_of(example_input)
+        self._inputs = tree_map(_to_meta, (args, kwargs))
+        self._ledger = Ledger()
+        self._named = self._label_tensors()
+        tagged = meta_copy(self._model)
+        tag_attributes(tagged)
+        self._forwards = [self._forward(tagged, distrusted, training=False)]
+        if self._unused():
+            with contextlib.suppress(PlanError):
+                self._forwards.append(self._forward(tagged, distrusted, training=True))
+        self._components = self._merged()
+        self._layers = self._find_layers()
+        order = self._order()
+        self.units = find_units(self._components, self._ledger.produced, order, self._layers)
+        self.network = self._network()
+
+    def _label_tensors(self) -> dict[str, Axes]:
+        fresh = self._ledger.fresh
+        return {
+            name: tuple(fresh(size) if size > 1 else None for size in tensor.shape)
+            for name, tensor in named_tensors(self._model)
+        }
+
+    def _forward(
+        self, model: nn.Module, distrusted: Mapping[str, str], *, training: bool
+    ) -> _Forward:
+        model.train(training)
+        named = [(t, name, self._named[name]) for name, t in named_tensors(model)]
+        tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted)
+        outputs = run_traced(model, self._inputs, tracer)
+        for tensor in tree_leaves(outputs):
+            if isinstance(tensor, Tensor):
+                for axis in tracer.axes(tensor):
+                    self._ledger.freeze(axis, "its channels are an output of the network")
+        return _Forward(training, tracer.record)
+
+    def _unused(self) -> bool:
+        touched = self._forwards[0].record.touched
+        return any(name not in touched for name, _ in self._model.named_parameters())
+
+    def _order(self) -> list[tuple[str, Axes]]:
+        touched = {name: None for f in self._forwards for name in f.record.touched}
+        return [(name, self._named[name]) for name in touched]
+
+    def _merged(self) -> Components:
+        components = self._ledger.solve()
+        while bad := conflicts(components):
+            for use, why in bad:
+                self._ledger.freeze(use.labels, why)
+            components = self._ledger.solve()
+        return components
+
+    def _find_layers(self) -> dict[str, Layer]:
+        shapes = {name: tuple(t.shape) for name, t in named_tensors(self._model)}
+        batch = _batch_size(self._inputs)
+        layers: dict[str, Layer] = {}
+        for use in self._forwards[0].record.uses:
+            shape, axes = shapes[use.weight], self._named[use.weight]
+            size = int(np.prod(shape, dtype=np.int64))
+            before = layers[use.weight].macs if use.weight in layers else 0
+            each = round((use.macs / batch + before) / size)
+            output, taken = _dim_of(axes, use.output, 0), _dim_of(axes, use.input, 1)
+            layers[use.weight] = Layer(use.weight, shape, each, output, taken)
+        return layers
+
+    def _network(self) -> Network:
+        parameters = frozenset(name for name, _ in self._model.named_parameters())
+        return Network(
+            groups=self.units.groups,
+            layers=self._layers,
+            frozen=self._frozen(),
+            shapes={name: tuple(t.shape) for name, t in named_tensors(self._model)},
+            parameters=parameters,
+            followers=followers(self._components, self.units),
+            reductions=self._reductions(),
+        )
+
+    def _frozen(self) -> dict[str, str]:
+        frozen: dict[str, str] = {}
+        for name, layer in self._layers.items():
+            axis = self._named[name][layer.output_dim]
+            if axis is None:
+                frozen[layer_name(name)] = "it has a single output channel"
+                continue
+            stays = axis[self.units.of[axis] < 0]
+            if len(stays):
+                part = f"{len(stays)} of {len(axis)} channels: " if len(stays) < len(axis) else ""
+                frozen[layer_name(name)] = part + self._reason(stays[0])
+        touched = {name for f in self._forwards for name in f.record.touched}
+        for name, _ in self._model.named_parameters():
+            if name not in touched and name.endswith(".weight"):
+                frozen[layer_name(name)] = "it does not run on the example input"
+        return frozen
+
+    def _reason(self, label: int) -> str:
+        component = int(self._components.of[label])
+        return self._components.reasons.get(component, "no layer makes its channels")
+
+    def _reductions(self) -> tuple[Reduction, ...]:
+        found = []
+        for item in self._forwards[0].record.restricted:
+            inputs = {i: self._axis_units(axes) for i, axes in item.inputs}
+            outputs = {i: self._axis_units(axes) for i, axes in enumerate(item.outputs)}
+            inputs = {i: dims for i, dims in inputs.items() if dims}
+            if inputs:
+                outputs = {i: dims for i, dims in outputs.items() if dims}
+                found.append(Reduction(item.op, item.occurrence, inputs, outputs, item.mask_only))
+        return tuple(found)
+
+    def _axis_units(self, axes: Axes) -> dict[int, Positions]:
+        rows = {d: self.units.of[axis] for d, axis in enumerate(axes) if axis is not None}
+        return {d: row for d, row in rows.items() if (row >= 0).any()}
+
+    def culprit(self, mismatch: Mismatch, known: Mapping[str, str]) -> str:
+        """Return the op to freeze: where it went wrong, or the last before it not yet frozen."""
+        calls: dict[str, int] = {}
+        key = mismatch.key
+        for step in self._forwards[mismatch.forward].record.steps[: mismatch.step + 1]:
+            calls[step.name] = calls.get(step.name, 0) + 1
+            if (candidate := f"{step.name}#{calls[step.name]}") not in known and any(
+                axis is not None
+                for axes in (*step.inputs, *(a for _, a in step.outputs))
+                for axis in axes
+            ):
+                key = candidate
+        return key
+
+    def probe(self, seed: int) -> Mismatch | None:
+        """Cut a random part of every group of a copy and replay it; return what went wrong."""
+        rng = np.random.default_rng(seed)
+        keep = {}
+        for group in self.units.groups:
+            count = max(1, int(group.size * rng.uniform(0.4, 0.9)))
+            keep[group.name] = np.sort(rng.permutation(group.size)[:count])
+        kept = self.network.kept_units(keep)
+        stays = np.ones(len(self.units.of), bool)
+        cuttable = self.units.of >= 0
+        stays[cuttable] = kept[self.units.of[cuttable]]
+        model = self._model
+        cut(model, self.network.kept_positions(keep), self.network.attributes(kept))
+        for number, forward in enumerate(self._forwards):
+            replay = Replay(forward.record.steps, stays)
+            model.train(forward.training)
+            try:
+                run_traced(model, self._inputs, replay)
+                replay.check_finished()
+            except (PlanError, Mismatch) as error:
+                mismatch = replay.failure(error)
+                mismatch.forward = number
+                return mismatch
+        return None
+
+
+def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> Any:
+    """Return what ``model`` answers while ``mode`` watches.
+
+    Raises:
+        PlanError: the network raised an error; Mismatch: a replay went another way.
+    """
+    args, kwargs = inputs
+    watcher = CallWatcher(mode) if isinstance(mode, Tracer) else contextlib.nullcontext()
+    try:
+        with undisturbed(), mode, watcher:
+            return model(*args, **kwargs)
+    except Mismatch:
+        raise
+    except Exception as error:  # noqa: BLE001 (any error of the user's program)
+        raise PlanError(
+            f"the network does not run on the example input: {type(error).__name__}: {error}",
+            where=type(model).__name__,
+            expected="an example that the network accepts",
+        ) from error
+
+
+def _to_meta(value: Any) -> Any:
+    return value.detach().to("meta") if isinstance(value, Tensor) else value
+
+
+def _batch_size(inputs: Any) -> int:
+    first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), None)
+    return int(first.shape[0]) if first is not None else 1
+
+
+def _dim_of(axes: Axes, axis: Any, default: int) -> int:
+    for dim, own in enumerate(axes):
+        if own is not None and own is axis:
+            return dim
+    return min(default, max(len(axes) - 1, 0))

@@ -1,0 +1,190 @@
+"""Integers that remember where they came from: an attribute of a module, or a traced shape.
+
+Python code often hard-codes channel counts (``split(x, [8, 8])``, ``view(b, self.groups, ...)``).
+While a network is traced its integer attributes and the shapes of its tensors are replaced by
+``Count``: an int that computes like any other and keeps its origin through arithmetic, so a rule
+can tell a constant from a number that follows the shape or that the surgery can rewrite.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, cast
+
+import numpy as np
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An integer kept by a module: ``name`` may be ``a``, ``a.0`` (item) or ``a.<n>`` (closure)."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Extent:
+    """The size of a traced dimension; it follows the cut by itself."""
+
+    labels: np.ndarray[Any, np.dtype[np.int32]]
+
+
+Origin = Attribute | Extent
+
+
+class Count(int):
+    """An int with an origin: ``self == scale x origin``; no origin means a mixture of several."""
+
+    origin: Origin | None
+    scale: Fraction
+
+    def __new__(cls, value: int, origin: Origin | None, scale: Fraction | None = None) -> Count:
+        """Return ``value`` with its origin."""
+        count = super().__new__(cls, value)
+        count.origin = origin
+        count.scale = Fraction(1) if scale is None else scale
+        return count
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Count:
+        return self
+
+    def _mixed(self, value: Any) -> Any:
+        return Count(value, None) if isinstance(value, int) else value
+
+    def __mul__(self, other: Any) -> Any:
+        value = int.__mul__(self, other)
+        if type(other) is int and self.origin is not None and other:
+            return Count(value, self.origin, self.scale * other)
+        return self._mixed(value)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        value = int.__floordiv__(self, other)
+        if type(other) is int and self.origin is not None and value * other == self:
+            return Count(value, self.origin, self.scale / other)
+        return self._mixed(value)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._mixed(int.__rfloordiv__(self, other))
+
+    def __add__(self, other: Any) -> Any:
+        value = int.__add__(self, other)
+        same = isinstance(other, Count) and other.origin is not None and other.origin == self.origin
+        if same:
+            return Count(value, self.origin, self.scale + other.scale)
+        return self if type(other) is int and other == 0 else self._mixed(value)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        value = int.__sub__(self, other)
+        same = isinstance(other, Count) and other.origin is not None and other.origin == self.origin
+        if same and self.scale != other.scale:
+            return Count(value, self.origin, self.scale - other.scale)
+        return self if type(other) is int and other == 0 else self._mixed(value)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._mixed(int.__rsub__(self, other))
+
+    def __neg__(self) -> Count:
+        return Count(int.__neg__(self), self.origin, -self.scale)
+
+
+def origin_of(value: Any) -> Origin | None | int:
+    """Return the origin of a Count, None if it is a mixture, or the value itself if a constant."""
+    return value.origin if isinstance(value, Count) else int(value)
+
+
+def tag_attributes(model: nn.Module) -> None:
+    """Replace, in place, the integers that the modules of ``model`` keep by Counts.
+
+    Plain ints, items of lists and tuples of ints, and variables that a function kept by a module
+    closes over. Of PyTorch's own modules only ``groups`` is tagged: the cut knows the others.
+    """
+    for path, module in model.named_modules():
+        own = type(module).__module__.startswith("torch.nn.")
+        for name, value in list(module.__dict__.items()):
+            if name.startswith("_") or name == "training" or (own and name != "groups"):
+                continue
+            module.__dict__[name] = _tagged(value, Attribute(path, name))
+
+
+def _tagged(value: Any, at: Attribute) -> Any:
+    if type(value) is int:
+        return Count(value, at)
+    if type(value) in {list, tuple} and value and all(type(item) is int for item in value):
+        items = [
+            Count(item, Attribute(at.module, f"{at.name}.{i}")) for i, item in enumerate(value)
+        ]
+        return type(value)(items)
+    if isinstance(value, types.FunctionType) and value.__closure__:
+        return with_closure(
+            value,
+            lambda name, inner: (
+                Count(inner, Attribute(at.module, f"{at.name}.<{name}>"))
+                if type(inner) is int
+                else inner
+            ),
+        )
+    return value
+
+
+def with_closure(
+    function: types.FunctionType, change: Callable[[str, Any], Any]
+) -> types.FunctionType:
+    """Return a copy of ``function`` with ``change(name, value)`` for each closed-over variable."""
+    cells = tuple(
+        types.CellType(change(name, value)) if value is not _EMPTY else types.CellType()
+        for name, value in _closed_over(function)
+    )
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    return copy
+
+
+_EMPTY = object()
+
+
+def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # a cell that was never filled
+            yield name, _EMPTY
+
+
+def read_attribute(module: nn.Module, name: str) -> Any:
+    """Return the value that an Attribute's name stands for."""
+    head, _, rest = name.partition(".")
+    value = getattr(module, head)
+    if rest.startswith("<"):
+        return dict(_closed_over(cast(types.FunctionType, value)))[rest[1:-1]]
+    return value[int(rest)] if rest else value
+
+
+def write_attribute(module: nn.Module, name: str, new: int) -> None:
+    """Set the integer that an Attribute's name stands for; lists and functions are copied first."""
+    head, _, rest = name.partition(".")
+    if not rest:
+        setattr(module, head, new)
+        return
+    value = getattr(module, head)
+    if rest.startswith("<"):
+        variable = rest[1:-1]
+        value = with_closure(value, lambda n, inner: new if n == variable else inner)
+    else:
+        items = list(value)
+        items[int(rest)] = new
+        value = type(value)(items)
+    setattr(module, head, value)

@@ -1,0 +1,112 @@
+"""The cut itself: shorten tensors in place, then let the modules' attributes follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import PlanError
+from compress.groups.copying import named_tensors
+from compress.groups.counts import write_attribute
+from compress.groups.network import Positions
+
+Kept = Mapping[str, Mapping[int, Positions]]  # tensor -> dim -> positions kept
+
+
+def cut(model: nn.Module, kept: Kept, attributes: Mapping[str, Mapping[str, int]]) -> None:
+    """Keep only the given positions of tensors and set attributes, in place.
+
+    Args:
+        model: A copy that may be changed.
+        kept: For each tensor to cut: dimension -> positions that stay.
+        attributes: Module -> attribute (or item, or closure variable) -> new value.
+    """
+    modules = dict(model.named_modules())
+    for path, values in attributes.items():
+        for name, value in values.items():
+            write_attribute(modules[path], name, value)
+    tensors = dict(named_tensors(model))
+    swaps = {id(tensors[name]): _shortened(tensors[name], dims) for name, dims in kept.items()}
+    for module in modules.values():
+        if _swap(module, swaps):
+            _follow(module)
+
+
+def _shortened(tensor: Tensor, dims: Mapping[int, Positions]) -> Tensor:
+    values = tensor.detach()
+    for dim, positions in dims.items():
+        values = values.index_select(dim, torch.from_numpy(positions).to(values.device))
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, tensor.requires_grad)
+    return values
+
+
+def _swap(module: nn.Module, swaps: Mapping[int, Tensor]) -> bool:
+    changed = False
+    for own in (module._parameters, module._buffers):
+        for name, tensor in own.items():
+            if tensor is not None and (new := swaps.get(id(tensor))) is not None:
+                own[name] = new  # type: ignore[assignment]
+                changed = True
+    return changed
+
+
+def _follow(module: nn.Module) -> None:
+    """Set the attributes of PyTorch's modules (and classes made from them) to the new shapes."""
+    for kind, update in _FOLLOWERS:
+        if isinstance(module, kind):
+            update(module)
+            return
+
+
+def _conv(module: nn.Module) -> None:
+    weight, groups = _weight(module), int(module.groups)  # type: ignore[arg-type]
+    transposed = bool(getattr(module, "transposed", False))
+    module.in_channels = weight.shape[0] if transposed else weight.shape[1] * groups  # type: ignore[assignment]
+    module.out_channels = weight.shape[1] * groups if transposed else weight.shape[0]  # type: ignore[assignment]
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Return the weight, or what a reparametrization computes it from, by its shape."""
+    for owner in (module, getattr(getattr(module, "parametrizations", None), "weight", None)):
+        for name in ("weight", "weight_v", "weight_orig", "original", "original1"):
+            tensor = owner._parameters.get(name) if isinstance(owner, nn.Module) else None
+            if tensor is not None:
+                return tensor
+    raise PlanError("the layer has no weight to read its size from", where=type(module).__name__)
+
+
+def _linear(module: nn.Module) -> None:
+    weight = _weight(module)
+    module.out_features, module.in_features = weight.shape  # type: ignore[assignment]
+
+
+def _batch_norm(module: nn.Module) -> None:
+    vectors = (module.running_mean, module.weight)
+    module.num_features = next(len(v) for v in vectors if isinstance(v, Tensor))  # type: ignore[assignment]
+
+
+def _layer_norm(module: nn.Module) -> None:
+    if isinstance(module.weight, Tensor):
+        module.normalized_shape = tuple(module.weight.shape)  # type: ignore[assignment]
+
+
+def _group_norm(module: nn.Module) -> None:
+    if isinstance(module.weight, Tensor):
+        module.num_channels = len(module.weight)  # type: ignore[assignment]
+
+
+def _prelu(module: nn.Module) -> None:
+    module.num_parameters = module.weight.numel()  # type: ignore[operator, union-attr, assignment]
+
+
+_FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
+    (nn.modules.conv._ConvNd, _conv),
+    (nn.Linear, _linear),
+    (nn.modules.batchnorm._NormBase, _batch_norm),
+    (nn.LayerNorm, _layer_norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.PReLU, _prelu),
+)

@@ -1,0 +1,148 @@
+"""Run one op on the meta device, quickly: shapes of the most frequent ops are known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+_NAMES: dict[OpOverload, str] = {}
+_POINTWISE: dict[OpOverload, bool] = {}
+# Integers that these ops take describe shapes, which a cut changes: they are checked as shapes.
+_SHAPE_OPS = frozenset(
+    "view _unsafe_view reshape expand repeat split split_with_sizes slice convolution constant_pad_nd "
+    "native_group_norm native_layer_norm zeros ones full empty rand randn new_zeros new_ones new_full "
+    "new_empty arange empty_strided new_empty_strided unsafe_split unsafe_split_with_sizes "
+    "as_strided narrow unfold select linspace unbind".split()
+)
+
+
+def op_name(func: OpOverload) -> str:
+    """Return the name of an op without namespace, overload and in-place mark: ``add``."""
+    name = _NAMES.get(func)
+    if name is None:
+        name = str(func._schema.name).removeprefix("aten::")
+        if name.endswith("_") and not name.endswith("__"):
+            name = name[:-1]
+        _NAMES[func] = name
+    return name
+
+
+def is_pointwise(func: OpOverload) -> bool:
+    """Say whether PyTorch tags ``func`` as pointwise."""
+    found = _POINTWISE.get(func)
+    if found is None:
+        found = _POINTWISE[func] = torch.Tag.pointwise in func.tags
+    return found
+
+
+def pointwise_rule(func: OpOverload, rules: Mapping[str, Any], fallback: Any) -> Any:
+    """Return the rule of pointwise ops if ``func`` is one, else ``fallback``."""
+    return rules["pointwise"] if is_pointwise(func) else fallback
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results, one level of lists deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def scalars_in(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the numbers an op was given that a cut must not change."""
+    shapes = name in _SHAPE_OPS
+    found: list[float] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, float) or (not shapes and isinstance(value, int)):
+            found.append(float(value))
+        elif not shapes and isinstance(value, list | tuple):
+            found.extend(float(v) for v in value if isinstance(v, int | float))
+    return tuple(found)
+
+
+def run(func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the result of an op; tensors that the program made on the CPU are taken along."""
+    fast = _FAST.get(name)
+    if fast is not None and not kwargs:
+        result = fast(func, args)
+        if result is not NotImplemented:
+            return result
+    if name in _FACTORIES and not any(True for _ in tensors_in(args)):
+        kwargs = {**kwargs, "device": torch.device("meta")}
+    else:
+        args = _same_device(args)
+    return func(*args, **kwargs)
+
+
+_FACTORIES = frozenset(
+    "zeros ones full empty rand randn arange linspace eye scalar_tensor randint randperm "
+    "empty_strided".split()
+)
+
+
+def _same_device(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    devices = {t.device.type for t in tensors_in(args) if t.ndim}
+    if len(devices) < 2 or "meta" not in devices:
+        return args
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to("meta") if value.ndim and value.device.type != "meta" else value
+        return type(value)(move(v) for v in value) if type(value) in {tuple, list} else value
+
+    return tuple(move(value) for value in args)
+
+
+def _same_shape(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    """Unary and same-shape binary ops: nothing to compute on the meta device."""
+    first = args[0]
+    if (
+        not isinstance(first, Tensor)
+        or first.device.type != "meta"
+        or not first.is_floating_point()
+    ):
+        return NotImplemented
+    for other in args[1:]:
+        if isinstance(other, Tensor) and (
+            other.shape != first.shape or other.dtype != first.dtype or other.device != first.device
+        ):
+            return NotImplemented
+    return first if func._schema.is_mutable else torch.empty_like(first)
+
+
+def _batch_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x, training = args[0], args[5]
+    if training or x.device.type != "meta":
+        return NotImplemented
+    none = torch.empty(0, device="meta")
+    return torch.empty_like(x), none, none
+
+
+def _convolution(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    if transposed or x.device.type != "meta" or x.ndim != weight.ndim:
+        return NotImplemented
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return NotImplemented  # let PyTorch say what is wrong
+    sizes = []
+    for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        s, p, d = (row[i if len(row) > 1 else 0] for row in (stride, padding, dilation))
+        sizes.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
+    if min(sizes) < 1:
+        return NotImplemented
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes))
+
+
+_FAST: dict[str, Callable[[OpOverload, tuple[Any, ...]], Any]] = {
+    "native_batch_norm": _batch_norm,
+    "convolution": _convolution,
+    **dict.fromkeys(
+        "relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish add mul".split(),
+        _same_shape,
+    ),
+}

@@ -1,0 +1,112 @@
+"""Run a pruned copy on the meta device against the record of the original, op by op."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compress.groups import kernels
+from compress.groups.labels import Axis
+from compress.groups.tracer import Step, here
+
+Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
+
+
+class Mismatch(Exception):
+    """The pruned network did something else than the record says it must.
+
+    Args:
+        step: Number of the op.
+        key: Name of the op and which of its calls it was, ``view#3``.
+        why: What was different, with the line of the user's code.
+    """
+
+    def __init__(self, step: int, key: str, why: str) -> None:
+        super().__init__(why)
+        self.step = step
+        self.key = key
+        self.why = why
+        self.forward = 0  # which of the traced forwards it was, set by who ran them
+
+
+class Replay(TorchDispatchMode):
+    """Compares every op with its step in the record: name, numbers and expected shapes.
+
+    Args:
+        steps: What the original did.
+        stays: Which labels are kept.
+    """
+
+    def __init__(self, steps: list[Step], stays: Stays) -> None:
+        super().__init__()
+        self._steps = steps
+        self._stays = stays
+        self._done = 0
+        self._calls: dict[str, int] = {}
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one op and compare it."""
+        name = kernels.op_name(func)
+        self._calls[name] = self._calls.get(name, 0) + 1
+        if self._done >= len(self._steps):
+            raise self._mismatch("the pruned network does more than the original")
+        step = self._steps[self._done]
+        if step.name != name:
+            raise self._mismatch(f"the pruned network calls {name} where the original {step.name}")
+        scalars = kernels.scalars_in(name, args, kwargs or {})
+        if scalars != step.scalars:
+            raise self._mismatch(f"{name} is given a number that depends on the channel count")
+        result = kernels.run(func, name, args, kwargs or {})
+        shapes = [tuple(out.shape) for out in kernels.tensors_in(result)]
+        expected = [self._expected(shape, axes) for shape, axes in step.outputs]
+        if shapes != expected:
+            found = f"{name} gives {_write(shapes)} where {_write(expected)} should remain"
+            raise self._mismatch(f"channel counts written in the program: {found}")
+        self._done += 1
+        return result
+
+    def failure(self, error: Exception) -> Mismatch:
+        """Return what an exception in the middle of the replay means."""
+        if isinstance(error, Mismatch):
+            return error
+        text = str(error).split("\n")[0]
+        return self._mismatch(f"channel counts written in the program: {text}", line=False)
+
+    def check_finished(self) -> None:
+        """Raise Mismatch unless all steps of the record were seen."""
+        if self._done < len(self._steps):
+            raise self._mismatch("the pruned network does less than the original")
+
+    def _mismatch(self, why: str, *, line: bool = True) -> Mismatch:
+        at = min(self._done, len(self._steps) - 1)
+        name = self._steps[at].name
+        occurrence = sum(step.name == name for step in self._steps[: at + 1])
+        place = f" at {here()}" if line else ""
+        return Mismatch(at, f"{name}#{occurrence}", why + place)
+
+    def _expected(self, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> tuple[int, ...]:
+        return tuple(
+            size if axis is None else self._kept(axis)
+            for size, axis in zip(shape, axes, strict=True)
+        )
+
+    def _kept(self, axis: npt.NDArray[np.int32]) -> int:
+        found = self._sizes.get(id(axis))
+        if found is None:
+            found = self._sizes[id(axis)] = int(self._stays[axis].sum())
+        return found
+
+
+def _write(shapes: list[tuple[int, ...]]) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes) or "nothing"

@@ -1,0 +1,247 @@
+"""Views: the same values under another shape or order of dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from compress.groups.counts import Attribute, Count, Extent
+from compress.groups.labels import Axis, Labels
+from compress.groups.tracer import Axes, Call, Rule, Tracer
+
+_AUTOMATIC = -1  # the size follows from the shape: nothing in the program fixes it
+_SIZED = {"view", "reshape", "unflatten", "_reshape_alias"}
+
+
+def permute(tracer: Tracer, call: Call) -> None:
+    """Dimensions in another order."""
+    axes = tracer.axes(call.args[0])
+    tracer.label(call.outputs[0], [axes[d] for d in call.args[1]])
+
+
+def transpose(tracer: Tracer, call: Call) -> None:
+    """Two dimensions change places."""
+    axes = list(tracer.axes(call.args[0]))
+    first, second = call.argument(1, 0), call.argument(2, 1)
+    if len(axes) > 1:
+        axes[first], axes[second] = axes[second], axes[first]
+    tracer.label(call.outputs[0], axes)
+
+
+def unsqueeze(tracer: Tracer, call: Call) -> None:
+    """A dimension of size one more."""
+    out = call.outputs[0]
+    axes = list(tracer.axes(call.args[0]))
+    axes.insert(call.args[1] % out.ndim, None)
+    tracer.label(out, axes)
+
+
+def squeeze(tracer: Tracer, call: Call) -> None:
+    """Dimensions of size one less."""
+    x, out = call.args[0], call.outputs[0]
+    dims = call.argument(1)
+    chosen = range(x.ndim) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % x.ndim for d in chosen if x.ndim and x.shape[d] == 1}
+    tracer.label(out, [a for d, a in enumerate(tracer.axes(x)) if d not in gone])
+
+
+def view(tracer: Tracer, call: Call) -> None:
+    """Dimensions split and merged: each block of dimensions with equal products on its own."""
+    x, out = call.args[0], call.outputs[0]
+    axes = tracer.axes(x)
+    if all(axis is None for axis in axes):
+        return
+    sizes = _program_sizes(call, out)
+    result: list[Axis] = [None] * out.ndim
+    for before, after in blocks(tuple(x.shape), tuple(out.shape)):
+        _view_block(tracer, (x, axes, before), (out, result, after), sizes)
+    tracer.label(out, result)
+
+
+def _program_sizes(call: Call, out: Tensor) -> Sequence[int]:
+    """Return each output dimension's size as the program gave it; Counts kept, -1 if it did not."""
+    raw = call.raw
+    if raw.name not in _SIZED:
+        return (_AUTOMATIC,) * out.ndim
+    given = raw.args[2 if raw.name == "unflatten" else 1 :] or tuple(raw.kwargs.values())
+    if len(given) == 1 and isinstance(given[0], Sequence):
+        given = tuple(given[0])
+    if raw.name == "unflatten":
+        start = raw.argument(1, "dim", 0) % call.args[0].ndim
+        rest = out.ndim - start - len(given)
+        given = (*(_AUTOMATIC,) * start, *given, *(_AUTOMATIC,) * rest)
+    return given if len(given) == out.ndim else (_AUTOMATIC,) * out.ndim
+
+
+def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
+    """Return matching runs of dimensions of two shapes with equal products, as short as can be."""
+    found = []
+    i = j = 0
+    while i < len(before) or j < len(after):
+        start_i, start_j = i, j
+        left = right = 1
+        while True:
+            if left == right and left > 1:
+                break
+            if left <= right and i < len(before):
+                left, i = left * before[i], i + 1
+            elif j < len(after):
+                right, j = right * after[j], j + 1
+            else:
+                left, i = left * before[i], i + 1
+            if left == right and (left > 1 or (i == len(before) and j == len(after))):
+                break
+        found.append((range(start_i, i), range(start_j, j)))
+    return found
+
+
+def _view_block(
+    tracer: Tracer,
+    source: tuple[Tensor, Axes, range],
+    target: tuple[Tensor, list[Axis], range],
+    sizes: Sequence[int],
+) -> None:
+    x, axes, before = source
+    out, result, after = target
+    labelled = [d for d in before if axes[d] is not None]
+    if not labelled:
+        return
+    wide = [d for d in after if out.shape[d] > 1]
+    if len(labelled) > 1 or not wide:
+        for d in labelled:
+            tracer.freeze(axes[d], "a view merges it with another dimension that can be cut")
+        return
+    labels = axes[labelled[0]]
+    if labels is None:
+        return
+    grid = _grid(labels, [x.shape[d] for d in before], labelled[0] - before.start)
+    grid = grid.reshape([out.shape[d] for d in wide])
+    at = _carrier(grid, [sizes[d] for d in wide])
+    if at is None:
+        tracer.freeze(labels, "a view has the number of channels written in the program")
+        return
+    carried = np.moveaxis(grid, at, 0).reshape(grid.shape[at], -1)
+    if carried.shape[1] > 1 and (carried != carried[:, :1]).any():
+        tracer.ledger.unify(carried.ravel(), np.repeat(carried[:, 0], carried.shape[1]))
+    result[wide[at]] = first = np.ascontiguousarray(carried[:, 0])
+    _follow(tracer, sizes[wide[at]], first)
+
+
+def _grid(labels: Labels, shape: Sequence[int], dim: int) -> Labels:
+    row = labels.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+    return np.broadcast_to(row, shape)
+
+
+def _carrier(grid: Labels, sizes: Sequence[int]) -> int | None:
+    """Return the dimension of ``grid`` along which channels are cut.
+
+    The first of: the only one; one across which nothing new is tied; one whose size follows the
+    shape; one whose size is an attribute that can be rewritten. None if all sizes are constants.
+    """
+    free = [d for d, size in enumerate(sizes) if isinstance(size, Count) or size == _AUTOMATIC]
+    if not free:
+        return None
+    for d in free:
+        moved = np.moveaxis(grid, d, 0).reshape(grid.shape[d], -1)
+        if (moved == moved[:, :1]).all():
+            return d
+    follows = [d for d in free if not isinstance(sizes[d], Count) or _follows(sizes[d])]
+    if follows:
+        return max(follows, key=lambda d: grid.shape[d])
+    return max(free, key=lambda d: grid.shape[d])
+
+
+def _follows(count: int) -> bool:
+    return isinstance(count, Count) and not isinstance(count.origin, Attribute)
+
+
+def _follow(tracer: Tracer, size: int, labels: Labels) -> None:
+    if isinstance(size, Count) and isinstance(size.origin, Attribute):
+        use = tracer.use_attribute(size, labels)
+        tracer.ledger.uses.extend([use] if use else [])
+
+
+def expand(tracer: Tracer, call: Call) -> None:
+    """Size-one dimensions repeated: new channels, all alike, if the program's size can follow."""
+    x, out = call.args[0], call.outputs[0]
+    given = _repeated(call, out)
+    axes: list[Axis] = [None] * out.ndim
+    offset = out.ndim - x.ndim
+    for dim, size in enumerate(out.shape):
+        old = x.shape[dim - offset] if dim >= offset else 1
+        if old == size:
+            axes[dim] = tracer.axes(x)[dim - offset] if dim >= offset else None
+        else:
+            axes[dim] = copies(tracer, given[dim], size)
+    tracer.label(out, axes)
+
+
+def _repeated(call: Call, out: Tensor) -> Sequence[int]:
+    raw = call.raw
+    if raw.name == "expand_as":
+        return [Count(size, None) for size in out.shape]
+    if raw.name not in {"expand", "repeat", "tile", "broadcast_to"}:
+        return tuple(out.shape)
+    given = raw.args[1:] or tuple(raw.kwargs.values())
+    if len(given) == 1 and isinstance(given[0], Sequence):
+        given = tuple(given[0])
+    return given if len(given) == out.ndim else tuple(out.shape)
+
+
+def copies(tracer: Tracer, size: int, count: int) -> Axis:
+    """Return labels for ``count`` equal positions, None if the program's ``size`` is a constant."""
+    if not isinstance(size, Count) or count == 1:
+        return None
+    labels = tracer.ledger.fresh(count)
+    if isinstance(size.origin, Extent) and len(size.origin.labels) == count:
+        tracer.ledger.unify(labels, size.origin.labels)
+    use = tracer.use_attribute(size, labels)
+    tracer.ledger.uses.extend([use] if use else [])
+    return labels
+
+
+def repeat(tracer: Tracer, call: Call) -> None:
+    """Dimensions tiled: each copy of a channel goes with it."""
+    x, out = call.args[0], call.outputs[0]
+    given = _repeated(call, out)
+    axes: list[Axis] = []
+    offset = out.ndim - x.ndim
+    for dim, times in enumerate(call.args[1]):
+        old = tracer.axes(x)[dim - offset] if dim >= offset else None
+        if old is not None:
+            axes.append(old if times == 1 else np.tile(old, times))
+        elif dim >= offset and x.shape[dim - offset] > 1:
+            axes.append(None)
+        else:
+            axes.append(copies(tracer, given[dim], out.shape[dim]))
+    tracer.label(out, axes)
+
+
+def repeat_interleave(tracer: Tracer, call: Call) -> None:
+    """Each channel several times in a row."""
+    x, out = call.args[0], call.outputs[0]
+    axes: list[Axis] = list(tracer.axes(x))
+    times, dim = call.args[1], call.kwargs.get("dim", call.argument(2))
+    if isinstance(times, int) and dim is not None:
+        axis = axes[dim]
+        axes[dim] = None if axis is None else np.repeat(axis, times)
+        tracer.label(out, axes)
+    else:
+        for axis in axes:
+            tracer.freeze(axis, "repeat_interleave with a tensor of counts")
+
+
+RULES: dict[str, Rule] = {
+    "permute": permute,
+    "transpose": transpose,
+    "t": transpose,
+    "swapaxes": transpose,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    **dict.fromkeys("view _unsafe_view reshape _reshape_alias unflatten".split(), view),
+    "expand": expand,
+    "repeat": repeat,
+    "repeat_interleave": repeat_interleave,
+}

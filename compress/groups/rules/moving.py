@@ -1,0 +1,300 @@
+"""Concatenation, splitting, slicing, indexing and tensors made in the forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from compress.groups.counts import Attribute, Count, Extent
+from compress.groups.labels import Axis, Labels
+from compress.groups.rules.layout import copies
+from compress.groups.tracer import Call, Rule, Tracer
+
+_CONSTANT = "has channel counts written in the program"
+
+
+def cat(tracer: Tracer, call: Call) -> None:
+    """Channels one after another; other dimensions are tied."""
+    tensors = [t for t in call.args[0] if t.ndim > 1 or t.numel()]
+    out = call.outputs[0]
+    dim = call.argument(1, 0) % out.ndim
+    rows = [tracer.axes(t) for t in tensors]
+    axes: list[Axis] = []
+    for d in range(out.ndim):
+        if d != dim:
+            axes.append(_tie(tracer, [row[d] for row in rows], "cat lines it up with a fixed one"))
+        elif all(row[d] is None for row in rows):
+            axes.append(None)
+        else:
+            axes.append(
+                np.concatenate(
+                    [_filled(r[d], t.shape[d]) for r, t in zip(rows, tensors, strict=True)]
+                )
+            )
+    tracer.label(out, axes)
+
+
+def _filled(axis: Axis, size: int) -> Labels:
+    return np.zeros(size, np.int32) if axis is None else axis
+
+
+def _tie(tracer: Tracer, axes: Sequence[Axis], why: str) -> Axis:
+    first = axes[0]
+    for axis in axes[1:]:
+        if axis is not first:
+            first = tracer.unify(first, axis, why)
+    return first
+
+
+def stack(tracer: Tracer, call: Call) -> None:
+    """A new dimension; all others are tied."""
+    out = call.outputs[0]
+    rows = [tracer.axes(t) for t in call.args[0]]
+    axes = [
+        _tie(tracer, column, "stack lines it up with a fixed one")
+        for column in zip(*rows, strict=True)
+    ]
+    axes.insert(call.argument(1, 0) % out.ndim, None)
+    tracer.label(out, axes)
+
+
+def split(tracer: Tracer, call: Call) -> None:
+    """Parts of one size: their positions are tied, so that they stay equally long."""
+    x, dim = call.args[0], call.argument(2, 0)
+    axis = tracer.axes(x)[dim]
+    if axis is not None:
+        size = call.args[1]
+        given = (
+            size
+            if call.raw.name in {"chunk", "tensor_split"}
+            else call.raw.argument(1, "split_size")
+        )
+        fixed = given is not None and not isinstance(given, Count) and call.raw.name == "split"
+        if len(axis) % size or fixed:
+            tracer.freeze(axis, f"split {_CONSTANT}" if fixed else "it is split into unequal parts")
+        else:
+            rows = axis.reshape(-1, size)
+            tracer.ledger.unify(rows.ravel(), np.tile(rows[0], len(rows)))
+            _follow(tracer, given, rows[0])
+    _parts(tracer, call, dim)
+
+
+def split_with_sizes(tracer: Tracer, call: Call) -> None:
+    """Parts of given sizes: free where the program's numbers can follow, fixed where they cannot."""
+    x, sizes, dim = call.args[0], call.args[1], call.argument(2, 0)
+    axis = tracer.axes(x)[dim]
+    if axis is not None:
+        given = call.raw.argument(1, "split_size_or_sections") or call.raw.kwargs.get("split_size")
+        given = given if isinstance(given, Sequence) and len(given) == len(sizes) else sizes
+        starts = np.cumsum([0, *sizes])
+        parts = [axis[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        halves = [g for g in given if isinstance(g, Count) and _of(g, axis)]
+        if halves and len(set(sizes)) == 1:
+            for part in parts[1:]:
+                tracer.ledger.unify(part, parts[0])
+        for part, count in zip(parts, given, strict=True):
+            if not isinstance(count, Count) or (count in halves and len(set(sizes)) > 1):
+                tracer.freeze(part, f"split {_CONSTANT}")
+            else:
+                _follow(tracer, count, part)
+    _parts(tracer, call, dim)
+
+
+def _of(count: Count, axis: Labels) -> bool:
+    return isinstance(count.origin, Extent) and count.origin.labels is axis
+
+
+def _follow(tracer: Tracer, count: Any, labels: Labels) -> None:
+    if isinstance(count, Count) and isinstance(count.origin, Attribute):
+        use = tracer.use_attribute(count, labels)
+        tracer.ledger.uses.extend([use] if use else [])
+
+
+def _parts(tracer: Tracer, call: Call, dim: int) -> None:
+    axes = list(tracer.axes(call.args[0]))
+    axis, start = axes[dim], 0
+    for out in call.outputs:
+        if axis is not None:
+            axes[dim] = axis[start : start + out.shape[dim]]
+            start += out.shape[dim]
+        tracer.label(out, axes)
+
+
+def slicing(tracer: Tracer, call: Call) -> None:
+    """``x[:, a:b:s]``: positions before a bound must keep their number, or the bound must follow."""
+    x, out = call.args[0], call.outputs[0]
+    dim = call.argument(1, 0) % x.ndim
+    axes = list(tracer.axes(x))
+    axis = axes[dim]
+    if axis is not None:
+        size, step = len(axis), call.argument(4, 1)
+        start, stop, _ = slice(call.argument(2), call.argument(3)).indices(size)
+        given = _bounds(call, dim, x.ndim)
+        if given is None and call.raw.name == "tensor_split":
+            _couple(tracer, axis, size // max(out.shape[dim], 1))
+        else:
+            for bound, value in zip(given or (None, None), (start, stop), strict=True):
+                if 0 < value < size:
+                    _bound(tracer, axis, value, bound)
+        if step > 1:
+            _stepped(tracer, axis[start:stop], step)
+        axes[dim] = axis[start:stop:step]
+    tracer.label(out, axes)
+
+
+def _bounds(call: Call, dim: int, ndim: int) -> tuple[Any, Any] | None:
+    """Return start and stop of a slice as the program wrote them."""
+    raw = call.raw
+    if raw.name == "narrow":
+        start, length = raw.argument(2, "start"), raw.argument(3, "length")
+        return start, length if start == 0 else start + length
+    if raw.name != "__getitem__" or len(raw.args) < 2:
+        return None
+    index = raw.args[1] if isinstance(raw.args[1], tuple) else (raw.args[1],)
+    used = [i for i in index if i is not None and i is not Ellipsis]
+    position = 0
+    for item in index:
+        if item is Ellipsis:
+            position += raw.args[0].ndim - len(used)
+        elif item is not None:
+            # Integers before this slice were applied already: the sliced tensor has fewer dimensions.
+            shift = raw.args[0].ndim - ndim
+            if position - shift == dim and isinstance(item, slice):
+                return item.start, item.stop
+            position += 1
+    return None
+
+
+def _bound(tracer: Tracer, axis: Labels, value: int, given: Any) -> None:
+    if not isinstance(given, Count):
+        negative = isinstance(given, int) and given < 0
+        tracer.freeze(axis[value:] if negative else axis[:value], f"a slice {_CONSTANT}")
+    elif _of(given, axis) and given.scale not in {0, 1}:
+        _couple(tracer, axis, given.scale.denominator)
+    else:
+        _follow(tracer, given, axis[value:] if given < 0 else axis[:value])
+
+
+def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
+    """Tie the same positions of ``parts`` equal parts."""
+    if parts < 2 or len(axis) % parts:
+        tracer.freeze(axis, "it is sliced into unequal parts")
+        return
+    rows = axis.reshape(parts, -1)
+    tracer.ledger.unify(rows.ravel(), np.tile(rows[0], parts))
+
+
+def _stepped(tracer: Tracer, axis: Labels, step: int) -> None:
+    if len(axis) % step:
+        tracer.freeze(axis, f"a slice takes one in {step} channels")
+    else:
+        rows = axis.reshape(-1, step)
+        tracer.ledger.unify(rows.ravel(), np.repeat(rows[:, 0], step))
+
+
+def select(tracer: Tracer, call: Call) -> None:
+    """One position of a dimension: that dimension must stay as it is."""
+    x, dim = call.args[0], call.argument(1, 0)
+    axes = list(tracer.axes(x))
+    tracer.freeze(axes[dim], f"{call.name} takes channels by number")
+    del axes[dim]
+    for out in call.outputs:
+        tracer.label(out, axes)
+
+
+def index_select(tracer: Tracer, call: Call) -> None:
+    """Positions by a tensor of numbers: that dimension must stay."""
+    x, dim = call.args[0], call.args[1]
+    axes = list(tracer.axes(x))
+    tracer.freeze(axes[dim], "channels are taken by number")
+    axes[dim] = None
+    tracer.label(call.outputs[0], axes)
+
+
+def index(tracer: Tracer, call: Call) -> None:
+    """Advanced indexing: indexed dimensions must stay, the others go on where that is simple."""
+    x, indices = call.args[0], call.args[1]
+    out = call.outputs[0]
+    axes = list(tracer.axes(x))
+    used = [d for d, i in enumerate(indices) if i is not None]
+    for tensor in indices:
+        if tensor is not None:
+            for axis in tracer.axes(tensor):
+                tracer.freeze(axis, "it is used as an index")
+    for d in used:
+        tracer.freeze(axes[d], "channels are taken by number")
+    if len(used) == 1 and indices[used[0]].ndim == 1 and out.ndim == x.ndim:
+        axes[used[0]] = None
+        tracer.label(out, axes)
+    else:
+        for axis in axes:
+            tracer.freeze(axis, "it is indexed by tensors")
+
+
+def unbind(tracer: Tracer, call: Call) -> None:
+    """One output for each position of a dimension, which must stay."""
+    select(tracer, call)
+
+
+def made(tracer: Tracer, call: Call) -> None:
+    """Zeros, ones and the like: channels that can be cut if the program's size can follow."""
+    out = call.outputs[0]
+    given = call.raw.args[1 if call.name.startswith("new_") else 0 :] or (
+        call.raw.kwargs.get("size"),
+    )
+    if len(given) >= 1 and isinstance(given[0], Sequence):
+        given = tuple(given[0])
+    if len(given) < out.ndim or call.name.removeprefix("new_") not in call.raw.name:
+        return
+    tracer.label(out, [copies(tracer, given[d], size) for d, size in enumerate(out.shape)])
+
+
+def flip(tracer: Tracer, call: Call) -> None:
+    """Positions in reverse order."""
+    axes = list(tracer.axes(call.args[0]))
+    for d in call.args[1]:
+        axis = axes[d]
+        axes[d] = None if axis is None else np.ascontiguousarray(axis[::-1])
+    tracer.label(call.outputs[0], axes)
+
+
+def roll(tracer: Tracer, call: Call) -> None:
+    """Positions shifted by a constant: only along dimensions that stay."""
+    x = call.args[0]
+    axes = list(tracer.axes(x))
+    for d in call.argument(2, []) or range(x.ndim):
+        tracer.freeze(axes[d], "channels are shifted by a number")
+        axes[d] = None
+    tracer.label(call.outputs[0], axes)
+
+
+def nothing(tracer: Tracer, call: Call) -> None:
+    """Outputs carry no channels."""
+
+
+RULES: dict[str, Rule] = {
+    "cat": cat,
+    "concat": cat,
+    "stack": stack,
+    "split": split,
+    "unsafe_split": split,
+    "split_with_sizes": split_with_sizes,
+    "unsafe_split_with_sizes": split_with_sizes,
+    "slice": slicing,
+    "narrow": slicing,
+    "select": select,
+    "unbind": unbind,
+    "index_select": index_select,
+    "index": index,
+    "flip": flip,
+    "roll": roll,
+    **dict.fromkeys(
+        "zeros ones full empty rand randn new_zeros new_ones new_full new_empty".split(), made
+    ),
+    **dict.fromkeys(
+        "arange linspace eye scalar_tensor randint randperm empty_strided numel sym_size".split(),
+        nothing,
+    ),
+}

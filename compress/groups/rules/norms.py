@@ -1,0 +1,148 @@
+"""Normalizations, reductions and softmax: ops that look across positions.
+
+Where they look across channels that can be cut, the pruned network computes over the kept ones
+only; that is another function than zeroing channels, and the masked twin is told to do the same.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import Tensor
+
+from compress.groups.labels import Axis
+from compress.groups.tracer import Call, Rule, Tracer
+
+
+def batch_norm(tracer: Tracer, call: Call) -> None:
+    """Every vector follows the channels; statistics of the batch reduce over all else."""
+    x, training = call.args[0], "no_training" not in call.name and call.args[5]
+    axes = list(tracer.axes(x))
+    for vector in call.args[1:5]:
+        if isinstance(vector, Tensor):
+            axis = tracer.axes(vector)[0]
+            axes[1] = tracer.unify(axes[1], axis, "a normalization ties it to fixed statistics")
+    tracer.label(call.outputs[0], axes)
+    for out in call.outputs[1:]:
+        tracer.label(out, (axes[1],) if out.shape == x.shape[1:2] else (None,) * out.ndim)
+    if training and any(axis is not None for i, axis in enumerate(axes) if i != 1):
+        tracer.restrict(call)
+
+
+def layer_norm(tracer: Tracer, call: Call) -> None:
+    """Weight and bias follow the normalized dimensions."""
+    x, shape = call.args[0], call.args[1]
+    axes = list(tracer.axes(x))
+    start = x.ndim - len(shape)
+    for vector in call.args[2:4]:
+        if isinstance(vector, Tensor):
+            for i, axis in enumerate(tracer.axes(vector)):
+                if x.shape[start + i] > 1:
+                    why = "a normalization ties it to fixed weights"
+                    axes[start + i] = tracer.unify(axes[start + i], axis, why)
+    tracer.label(call.outputs[0], axes)
+    for out in call.outputs[1:]:
+        tracer.label(out, [*axes[:start], *(None,) * (out.ndim - start)])
+    if any(axis is not None for axis in axes[start:]):
+        tracer.restrict(call)
+
+
+def group_norm(tracer: Tracer, call: Call) -> None:
+    """The same positions of every group are tied; the number of groups stays."""
+    x, groups = call.args[0], call.args[6]
+    batch, channels, *space = tracer.axes(x)
+    for vector in call.args[1:3]:
+        if isinstance(vector, Tensor):
+            why = "a normalization ties it to fixed weights"
+            channels = tracer.unify(channels, tracer.axes(vector)[0], why)
+    if channels is not None:
+        if groups == len(channels) and groups > 1:
+            tracer.freeze(channels, "a group normalization has one channel in each group")
+        rows = channels.reshape(groups, -1)
+        tracer.ledger.unify(rows.ravel(), np.tile(rows[0], groups))
+        tracer.restrict(call)
+    tracer.label(call.outputs[0], (batch, channels, *space))
+
+
+def reduction(tracer: Tracer, call: Call) -> None:
+    """Reduced dimensions go (or have size one); where they could be cut the twin is told."""
+    x = call.args[0]
+    axes = tracer.axes(x)
+    dims = _reduced(call, x)
+    if any(axes[d] is not None for d in dims):
+        tracer.restrict(call)
+    for out in call.outputs:
+        if out.ndim == x.ndim:
+            tracer.label(out, [None if d in dims else a for d, a in enumerate(axes)])
+        else:
+            tracer.label(out, [a for d, a in enumerate(axes) if d not in dims])
+
+
+def _reduced(call: Call, x: Tensor) -> set[int]:
+    if x.ndim == 0:
+        return set()
+    position = 2 if call.name in {"linalg_vector_norm", "norm"} else 1
+    given = call.kwargs.get("dim", call.argument(position))
+    if isinstance(given, bool) or given is None or given == []:
+        return set(range(x.ndim))
+    dims = given if isinstance(given, list | tuple) else [given]
+    return {d % x.ndim for d in dims}
+
+
+def along(tracer: Tracer, call: Call) -> None:
+    """Softmax and cumulative sums: shape and labels stay, values mix along one dimension."""
+    x, dim = call.args[0], call.args[1]
+    axes = tracer.axes(x)
+    tracer.label(call.outputs[0], axes)
+    if axes[dim % x.ndim] is not None:
+        tracer.restrict(call)
+
+
+def ordering(tracer: Tracer, call: Call) -> None:
+    """Sorting and picking by value: positions along the dimension lose their names."""
+    x = call.args[0]
+    at = 2 if call.name in {"topk", "kthvalue"} else 1
+    dim = call.kwargs.get("dim", call.argument(at, -1))
+    dims = range(x.ndim) if dim is None else (dim % max(x.ndim, 1),)
+    axes: list[Axis] = list(tracer.axes(x))
+    for d in dims:
+        tracer.freeze(axes[d], f"{call.name} picks channels by their value")
+        axes[d] = None
+    for out in call.outputs:
+        if out.ndim == x.ndim:
+            tracer.label(out, axes)
+        else:
+            tracer.label(out, [a for d, a in enumerate(axes) if d not in set(dims)])
+
+
+def weight_norm(tracer: Tracer, call: Call) -> None:
+    """``g * v / |v|``: the norm is over every dimension but one."""
+    v, g, dim = call.args[0], call.args[1], call.argument(2, 0)
+    axes: list[Axis] = list(tracer.axes(v))
+    if g.ndim and v.shape[dim] > 1:
+        at = dim if g.ndim == v.ndim else 0
+        axes[dim] = tracer.unify(axes[dim], tracer.axes(g)[at], "its weight norm is fixed")
+    tracer.label(call.outputs[0], axes)
+    for out in call.outputs[1:]:
+        tracer.label(out, [axes[dim] if i == dim else None for i in range(out.ndim)])
+    tracer.restrict(call)
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(
+        "native_batch_norm batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
+        "_native_batch_norm_legit_no_training _batch_norm_no_update "
+        "_batch_norm_with_update".split(),
+        batch_norm,
+    ),
+    "native_layer_norm": layer_norm,
+    "native_group_norm": group_norm,
+    **dict.fromkeys(
+        "mean sum var std var_mean std_mean amax amin max min prod any all logsumexp norm "
+        "linalg_vector_norm nansum".split(),
+        reduction,
+    ),
+    **dict.fromkeys("_softmax _log_softmax _safe_softmax softmax cumsum cumprod".split(), along),
+    **dict.fromkeys("topk sort argsort argmax argmin kthvalue median".split(), ordering),
+    "_weight_norm_interface": weight_norm,
+    "_weight_norm": weight_norm,
+}

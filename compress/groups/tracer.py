@@ -1,0 +1,298 @@
+"""The tracing modes: one eager forward during which every op passes its labels on."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from compress.groups import kernels
+from compress.groups.counts import Attribute, Count, Extent
+from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
+
+Axes = tuple[Axis, ...]
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+_SHAPE = torch.Tensor.shape
+_SIZERS = {torch.Tensor.size}
+
+
+@dataclass(frozen=True)
+class RawCall:
+    """A call as the program wrote it, before PyTorch turned it into ops: Counts are still Counts."""
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Return the function's own name: ``view``, ``chunk``, ``__getitem__``."""
+        return str(getattr(self.function, "__name__", ""))
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """Return an argument given by position or by name."""
+        if position < len(self.args):
+            return self.args[position]
+        return self.kwargs.get(name, default)
+
+
+NO_CALL = RawCall(None, (), {})
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one op did in the traced forward; a replay is compared with it."""
+
+    name: str
+    outputs: tuple[tuple[tuple[int, ...], Axes], ...]  # shape and labels of each output
+    scalars: tuple[float, ...]
+    inputs: tuple[Axes, ...]
+
+
+@dataclass(frozen=True)
+class Restricted:
+    """An op that mixes channels which can be cut: the masked twin computes it on kept ones only."""
+
+    op: str
+    occurrence: int  # among the calls of this op in one forward
+    inputs: tuple[tuple[int, Axes], ...]  # position of a tensor argument, its labels
+    outputs: tuple[Axes, ...]
+    mask_only: bool  # zero the first operand instead of leaving positions out
+
+
+@dataclass(frozen=True)
+class Use:
+    """One matrix product or convolution with a weight: what the layer's cost is made of."""
+
+    weight: str
+    macs: int  # of the whole batch
+    output: Axis
+    input: Axis
+
+
+@dataclass
+class Call:
+    """One op on its way through the rules."""
+
+    name: str
+    func: OpOverload
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[Tensor, ...]
+    raw: RawCall
+
+    def argument(self, position: int, default: Any = None) -> Any:
+        """Return the positional argument, or ``default`` where the op got fewer."""
+        return self.args[position] if position < len(self.args) else default
+
+
+Rule = Callable[["Tracer", Call], None]
+
+
+@dataclass
+class Record:
+    """Everything one forward left behind."""
+
+    steps: list[Step] = field(default_factory=list)
+    restricted: list[Restricted] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use
+    occurrences: dict[str, int] = field(default_factory=dict)
+
+
+class Tracer(TorchDispatchMode):
+    """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
+
+    Args:
+        ledger: Collects what belongs together.
+        named: Tensor of the model -> (name, labels for each dimension).
+        rules: Op name -> rule.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        named: Sequence[tuple[Tensor, str, Axes]],
+        rules: Mapping[str, Rule],
+        fallback: Rule,
+        distrusted: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.ledger = ledger
+        self.record = Record()
+        self.raw: list[RawCall] = [NO_CALL]
+        self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
+        self._origin: dict[int, str] = {id(t): name for t, name, _ in named}
+        self._own = dict(self._origin)
+        self._alive: list[Tensor] = [t for t, _, _ in named]
+        self._rules = rules
+        self._fallback = fallback
+        self._distrusted = distrusted
+
+    def axes(self, tensor: Tensor) -> Axes:
+        """Return the labels of each dimension of ``tensor``."""
+        found = self._axes.get(id(tensor))
+        return found if found is not None else (None,) * tensor.ndim
+
+    def label(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
+        """Give an output its labels."""
+        self._axes[id(tensor)] = tuple(axes)
+
+    def origin(self, tensor: Tensor) -> str | None:
+        """Return the weight that ``tensor`` is, or was computed from alone; None otherwise."""
+        return self._origin.get(id(tensor))
+
+    def is_own(self, tensor: Tensor) -> bool:
+        """Say whether ``tensor`` is a parameter or buffer of the model itself."""
+        return id(tensor) in self._own
+
+    def freeze(self, labels: Axis, why: str) -> None:
+        """Keep channels for a reason that the user reads, with the line of their code."""
+        self.ledger.freeze(labels, lambda: f"{why} at {here()}")
+
+    def unify(self, first: Axis, second: Axis, why: str) -> Axis:
+        """Tie two axes of equal length together; where one cannot be cut the other cannot."""
+        if first is None or second is None:
+            self.freeze(first if second is None else second, why)
+            return None
+        self.ledger.unify(first, second)
+        return first
+
+    def use_attribute(self, count: Count, labels: Labels) -> AttributeUse | None:
+        """Return the fact that ``count`` must follow ``labels``; None unless it is an attribute."""
+        if not isinstance(count.origin, Attribute):
+            return None
+        scale = count.scale
+        return AttributeUse(count.origin, labels, scale.numerator, scale.denominator, here())
+
+    def restrict(self, call: Call, *, mask_only: bool = False) -> None:
+        """Note that the twin must compute this op on the kept channels only."""
+        tensors = [(i, a) for i, a in enumerate(call.args) if isinstance(a, Tensor)]
+        self.record.restricted.append(
+            Restricted(
+                str(call.func),
+                self.record.occurrences[call.name] - 1,
+                tuple((i, self.axes(a)) for i, a in tensors),
+                tuple(self.axes(out) for out in call.outputs),
+                mask_only,
+            )
+        )
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one op, then its rule."""
+        kwargs = kwargs or {}
+        name = kernels.op_name(func)
+        result = kernels.run(func, name, args, kwargs)
+        outputs = tuple(kernels.tensors_in(result))
+        call = Call(name, func, args, kwargs, outputs, self.raw[-1])
+        inputs = [t for t in kernels.tensors_in(args)]
+        self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
+        self._apply(call, inputs)
+        self._note(call, inputs)
+        return result
+
+    def _apply(self, call: Call, inputs: list[Tensor]) -> None:
+        rule = self._rules.get(call.name)
+        if rule is None:
+            rule = kernels.pointwise_rule(call.func, self._rules, self._fallback)
+        rule(self, call)
+        if (why := self._distrusted.get(self._step_key(call.name))) is not None:
+            for tensor in (*inputs, *call.outputs):
+                for axis in self.axes(tensor):
+                    self.ledger.freeze(axis, why)
+
+    def _step_key(self, name: str) -> str:
+        return f"{name}#{self.record.occurrences[name]}"
+
+    def _note(self, call: Call, inputs: list[Tensor]) -> None:
+        origins = [self._origin.get(id(t)) for t in inputs if t.ndim]
+        for tensor in inputs:
+            if (own := self._own.get(id(tensor))) is not None:
+                self.record.touched.setdefault(own)
+        if origins and all(origins):
+            largest = max((t for t in inputs if t.ndim), key=Tensor.numel)
+            for out in call.outputs:
+                self._origin.setdefault(id(out), str(self._origin[id(largest)]))
+        self._alive.extend(call.outputs)
+        self._alive.extend(inputs)
+        self.record.steps.append(
+            Step(
+                call.name,
+                tuple((tuple(out.shape), self.axes(out)) for out in call.outputs),
+                kernels.scalars_in(call.name, call.args, call.kwargs),
+                tuple(self.axes(t) for t in inputs),
+            )
+        )
+
+
+class CallWatcher(TorchFunctionMode):
+    """Remembers the program's own calls for the rules, and turns shapes into Counts."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one call of the program."""
+        kwargs = kwargs or {}
+        if getattr(func, "__self__", None) is _SHAPE:
+            return torch.Size(self._shape(args[0]))
+        if func in _SIZERS:
+            return self._size(args[0], *args[1:], **kwargs)
+        raw = self._tracer.raw
+        raw.append(RawCall(func, args, kwargs))
+        try:
+            return func(*args, **kwargs)
+        finally:
+            raw.pop()
+
+    def _shape(self, tensor: Tensor) -> Iterator[int]:
+        for size, axis in zip(tensor.size(), self._tracer.axes(tensor), strict=True):
+            yield size if axis is None else Count(size, Extent(axis))
+
+    def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
+        sizes = tuple(self._shape(tensor))
+        return torch.Size(sizes) if dim is None else sizes[dim]
+
+
+def here() -> str:
+    """Return file, line and text of the user's code that is running now."""
+    frame = sys._getframe(1)
+    inner = frame
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OURS) and frame.f_code.co_name == "run_traced":
+            break
+        if not file.startswith((_TORCH, _OURS, "<")):
+            return _place(file, frame.f_lineno)
+        if file.startswith(_TORCH) and inner.f_code.co_filename.startswith(_OURS):
+            inner = frame
+        frame = frame.f_back  # type: ignore[assignment]
+    return _place(inner.f_code.co_filename, inner.f_lineno)
+
+
+def _place(file: str, line: int) -> str:
+    text = linecache.getline(file, line).strip()
+    return f"{'/'.join(Path(file).parts[-2:])}:{line} ({text})"

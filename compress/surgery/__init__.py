@@ -1,0 +1,8 @@
+"""Cut a network by a plan: the plan as data, the cut, its masked twin, and the proof."""
+
+from compress.surgery.cut import apply_pruning
+from compress.surgery.mask import mask_pruning
+from compress.surgery.plan import KeptOnly, PrunePlan, make_plan
+from compress.surgery.proof import prove
+
+__all__ = ["KeptOnly", "PrunePlan", "apply_pruning", "make_plan", "mask_pruning", "prove"]

@@ -1,0 +1,359 @@
+"""What to cut, as data: made from kept units, saved as JSON, composed, replayed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress import artifact
+from compress.errors import PlanError, RunError, UnknownNameError
+from compress.groups import Network, Positions
+from compress.groups.network import Reduction
+from compress.surgery.positions import from_text, to_text
+
+_SCHEMA = 1
+Dims = Mapping[int, Positions]
+
+
+@dataclass(frozen=True)
+class KeptOnly:
+    """An op that looks across cut channels: the masked twin computes it over kept ones only.
+
+    ``inputs`` maps the position of a tensor argument to {dimension: kept positions}, ``outputs``
+    that of an output. With ``mask_only`` inputs are zeroed at cut positions, not left out.
+    """
+
+    op: str
+    occurrence: int  # which call of this op in one forward, counted from 0
+    inputs: Mapping[int, Dims]
+    outputs: Mapping[int, Dims]
+    sizes: Mapping[int, Mapping[int, int]]  # of the inputs before the cut: argument -> dim -> size
+    output_sizes: Mapping[int, Mapping[int, int]]
+    mask_only: bool = False
+
+
+@dataclass(frozen=True)
+class PrunePlan:
+    """What to cut, exactly: JSON-able, the same for the same network, settings and seed."""
+
+    groups: Mapping[str, Positions]  # group -> units kept, ascending
+    group_sizes: Mapping[str, int]
+    tensors: Mapping[str, Dims]  # tensor -> dimension -> positions kept; only those that lose some
+    shapes: Mapping[str, tuple[int, ...]]  # of those tensors before the cut
+    attributes: Mapping[str, Mapping[str, int]]  # module -> attribute -> new value
+    kept_only: tuple[KeptOnly, ...]
+    macs_before: int
+    macs_after: int
+    params_before: int
+    params_after: int
+    frozen: Mapping[str, str]  # layer -> why it could not be cut
+    about: Mapping[str, Any] = field(default_factory=dict)  # criterion, settings, seed
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-able data; rows of positions are text like ``0-3,5``."""
+        return {
+            "schema": _SCHEMA,
+            "about": dict(self.about),
+            "macs": {"before": self.macs_before, "after": self.macs_after},
+            "params": {"before": self.params_before, "after": self.params_after},
+            "groups": {
+                name: {"size": self.group_sizes[name], "kept": to_text(kept)}
+                for name, kept in self.groups.items()
+            },
+            "tensors": {
+                name: {"shape": list(self.shapes[name]), "kept": _write_dims(dims)}
+                for name, dims in self.tensors.items()
+            },
+            "attributes": {module: dict(values) for module, values in self.attributes.items()},
+            "kept_only": [_write_kept_only(item) for item in self.kept_only],
+            "frozen": dict(self.frozen),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PrunePlan:
+        """Return the plan that ``to_json`` wrote.
+
+        Raises:
+            PlanError: a key is absent, of another kind, or its positions make no sense.
+        """
+        try:
+            if data["schema"] != _SCHEMA:
+                raise PlanError(f"schema {data['schema']!r} is not known", expected=f"{_SCHEMA}")
+            return _read(data)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise PlanError(
+                f"not a pruning plan: {type(error).__name__} {error}",
+                expected="the JSON that PrunePlan.save writes",
+            ) from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON in one step; the same plan gives the same bytes."""
+        artifact.write_json(Path(path), self.to_json())
+
+    @classmethod
+    def load(cls, path: str | Path) -> PrunePlan:
+        """Return the plan in a file.
+
+        Raises:
+            PlanError: the file is absent, no JSON, or no plan.
+        """
+        try:
+            return cls.from_json(artifact.read_json(Path(path)))
+        except RunError as error:
+            raise PlanError(error.what, where=error.where) from None
+        except PlanError as error:
+            raise error.within(str(path)) from None
+
+    def then(self, later: PrunePlan) -> PrunePlan:
+        """Return the one plan that does what this plan and then ``later`` do.
+
+        Args:
+            later: A plan made for the network that this plan leaves behind.
+
+        Raises:
+            PlanError: ``later`` was made for another network.
+        """
+        return _compose(self, later)
+
+
+def make_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> PrunePlan:
+    """Turn kept units into a plan; groups that ``keep`` leaves out stay whole.
+
+    Args:
+        network: What ``trace`` returned.
+        keep: Group name -> indices of kept units, in any order, at least one each.
+        about: What the plan should remember: criterion, settings, seed. JSON-able.
+
+    Raises:
+        PlanError: indices out of range or repeated, nothing kept, ``about`` is not JSON-able.
+        UnknownNameError: no such group.
+    """
+    chosen = {name: _checked(network, name, kept) for name, kept in keep.items()}
+    chosen = {g.name: chosen.get(g.name, np.arange(g.size)) for g in network.groups}
+    try:
+        remembered = json.loads(json.dumps(about, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"what the plan should remember is not JSON: {error}") from None
+    units = network.kept_units(chosen)
+    tensors = network.kept_positions(chosen)
+    return PrunePlan(
+        groups=chosen,
+        group_sizes={g.name: g.size for g in network.groups},
+        tensors=tensors,
+        shapes={name: network.shapes[name] for name in tensors},
+        attributes=network.attributes(units),
+        kept_only=tuple(
+            kept for r in network.reductions if (kept := _kept_only(r, units)) is not None
+        ),
+        macs_before=network.macs,
+        macs_after=_macs(network, tensors),
+        params_before=network.params,
+        params_after=_params(network, tensors),
+        frozen=dict(network.frozen),
+        about=remembered,
+    )
+
+
+def _checked(network: Network, name: str, kept: Any) -> Positions:
+    sizes = {group.name: (group.size, group.multiple) for group in network.groups}
+    if name not in sizes:
+        raise UnknownNameError("group", name, sizes)
+    size, multiple = sizes[name]
+    row = np.sort(np.asarray(kept, np.int64).ravel())
+    if not len(row):
+        raise PlanError("no channel would be left", where=name, expected=f"1 to {size} units")
+    if row[0] < 0 or row[-1] >= size or (np.diff(row) == 0).any():
+        raise PlanError(
+            "kept units are repeated or out of range", where=name, expected=f"some of 0..{size - 1}"
+        )
+    if len(row) % multiple:
+        raise PlanError(f"cannot keep {len(row)} units", where=name, expected=f"n x {multiple}")
+    return row
+
+
+def _kept_only(reduction: Reduction, kept: Any) -> KeptOnly | None:
+    def positions(dims: Mapping[int, Positions]) -> dict[int, Positions]:
+        return {d: np.flatnonzero((row < 0) | kept[row]) for d, row in dims.items()}
+
+    inputs = {i: positions(dims) for i, dims in reduction.inputs.items()}
+    sizes = {i: {d: len(row) for d, row in dims.items()} for i, dims in reduction.inputs.items()}
+    if all(len(inputs[i][d]) == size for i, dims in sizes.items() for d, size in dims.items()):
+        return None
+    return KeptOnly(
+        reduction.op,
+        reduction.occurrence,
+        inputs,
+        {i: positions(dims) for i, dims in reduction.outputs.items()},
+        sizes,
+        {i: {d: len(row) for d, row in dims.items()} for i, dims in reduction.outputs.items()},
+        reduction.mask_only,
+    )
+
+
+def _size_after(shape: tuple[int, ...], dims: Dims) -> int:
+    kept = [len(dims[d]) if d in dims else size for d, size in enumerate(shape)]
+    return int(np.prod(kept, dtype=np.int64))
+
+
+def _macs(network: Network, tensors: Mapping[str, Dims]) -> int:
+    return sum(
+        _size_after(layer.shape, tensors.get(name, {})) * layer.macs_per_element
+        for name, layer in network.layers.items()
+    )
+
+
+def _params(network: Network, tensors: Mapping[str, Dims]) -> int:
+    return sum(
+        _size_after(network.shapes[name], tensors.get(name, {})) for name in network.parameters
+    )
+
+
+def _write_dims(dims: Dims) -> dict[str, str]:
+    return {str(dim): to_text(row) for dim, row in sorted(dims.items())}
+
+
+def _write_kept_only(item: KeptOnly) -> dict[str, Any]:
+    def sides(kept: Mapping[int, Dims], sizes: Mapping[int, Mapping[int, int]]) -> dict[str, Any]:
+        return {
+            str(i): {str(d): [sizes[i][d], to_text(row)] for d, row in dims.items()}
+            for i, dims in kept.items()
+        }
+
+    return {
+        "op": item.op,
+        "occurrence": item.occurrence,
+        "mask_only": item.mask_only,
+        "inputs": sides(item.inputs, item.sizes),
+        "outputs": sides(item.outputs, item.output_sizes),
+    }
+
+
+def _read(data: Mapping[str, Any]) -> PrunePlan:
+    shapes = {name: tuple(map(int, t["shape"])) for name, t in data["tensors"].items()}
+    return PrunePlan(
+        groups={n: from_text(g["kept"], g["size"]) for n, g in data["groups"].items()},
+        group_sizes={n: int(g["size"]) for n, g in data["groups"].items()},
+        tensors={
+            name: {int(d): from_text(row, shapes[name][int(d)]) for d, row in t["kept"].items()}
+            for name, t in data["tensors"].items()
+        },
+        shapes=shapes,
+        attributes={
+            module: {name: int(value) for name, value in values.items()}
+            for module, values in data["attributes"].items()
+        },
+        kept_only=tuple(_read_kept_only(item) for item in data["kept_only"]),
+        macs_before=int(data["macs"]["before"]),
+        macs_after=int(data["macs"]["after"]),
+        params_before=int(data["params"]["before"]),
+        params_after=int(data["params"]["after"]),
+        frozen={str(layer): str(why) for layer, why in data["frozen"].items()},
+        about=dict(data["about"]),
+    )
+
+
+def _read_kept_only(item: Mapping[str, Any]) -> KeptOnly:
+    def sizes(side: Mapping[str, Any]) -> dict[int, dict[int, int]]:
+        return {int(i): {int(d): int(r[0]) for d, r in dims.items()} for i, dims in side.items()}
+
+    def kept(side: Mapping[str, Any]) -> dict[int, dict[int, Positions]]:
+        return {
+            int(i): {int(d): from_text(r[1], int(r[0])) for d, r in dims.items()}
+            for i, dims in side.items()
+        }
+
+    return KeptOnly(
+        str(item["op"]),
+        int(item["occurrence"]),
+        kept(item["inputs"]),
+        kept(item["outputs"]),
+        sizes(item["inputs"]),
+        sizes(item["outputs"]),
+        bool(item["mask_only"]),
+    )
+
+
+def _compose(first: PrunePlan, later: PrunePlan) -> PrunePlan:
+    for name, shape in later.shapes.items():
+        between = first.shapes.get(name)
+        dims = first.tensors.get(name, {})
+        if between is not None and shape != tuple(
+            len(dims[d]) if d in dims else size for d, size in enumerate(between)
+        ):
+            raise PlanError(
+                "the later plan was made for another network",
+                where=name,
+                expected="a plan for the network that the first plan leaves behind",
+            )
+    tensors = {name: dict(dims) for name, dims in first.tensors.items()}
+    for name, dims in later.tensors.items():
+        mine = tensors.setdefault(name, {})
+        for dim, row in dims.items():
+            mine[dim] = mine[dim][row] if dim in mine else row
+    attributes = {module: dict(values) for module, values in first.attributes.items()}
+    for module, values in later.attributes.items():
+        attributes.setdefault(module, {}).update(values)
+    groups, sizes = _compose_groups(first, later)
+    return PrunePlan(
+        groups=groups,
+        group_sizes=sizes,
+        tensors=tensors,
+        shapes={**later.shapes, **first.shapes},
+        attributes=attributes,
+        kept_only=_compose_kept_only(first.kept_only, later.kept_only),
+        macs_before=first.macs_before,
+        macs_after=later.macs_after,
+        params_before=first.params_before,
+        params_after=later.params_after,
+        frozen=dict(later.frozen),
+        about={**later.about, "after": dict(first.about)},
+    )
+
+
+def _compose_groups(
+    first: PrunePlan, later: PrunePlan
+) -> tuple[dict[str, Positions], dict[str, int]]:
+    """Return units of the first plan's groups that both keep; a regrouped one is kept as it was."""
+    groups = dict(first.groups)
+    for name, row in later.groups.items():
+        if name in groups and len(groups[name]) == later.group_sizes[name]:
+            groups[name] = groups[name][row]
+    return groups, dict(first.group_sizes)
+
+
+def _compose_kept_only(
+    first: tuple[KeptOnly, ...], later: tuple[KeptOnly, ...]
+) -> tuple[KeptOnly, ...]:
+    found = {(item.op, item.occurrence): item for item in first}
+    for item in later:
+        key = (item.op, item.occurrence)
+        before = found.get(key)
+        if before is None:
+            found[key] = item
+            continue
+        found[key] = KeptOnly(
+            item.op,
+            item.occurrence,
+            _through(before.inputs, item.inputs),
+            _through(before.outputs, item.outputs),
+            before.sizes,
+            before.output_sizes,
+            item.mask_only,
+        )
+    return tuple(found.values())
+
+
+def _through(
+    first: Mapping[int, Dims], later: Mapping[int, Dims]
+) -> dict[int, dict[int, Positions]]:
+    result = {i: dict(dims) for i, dims in first.items()}
+    for i, dims in later.items():
+        for d, row in dims.items():
+            mine = result.setdefault(i, {})
+            mine[d] = mine[d][row] if d in mine else row
+    return result

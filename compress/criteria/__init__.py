@@ -1,1 +1,182 @@
-"""How much a channel matters."""
+"""How much a channel matters: one file for each criterion, and what a criterion is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from compress.groups import Group, Slice
+
+Need = Literal["gradients", "hessian", "activations"]
+Reduction = Literal["mean", "sum", "max", "min", "product"]
+Weights = Literal["filters", "columns", "both"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a network showed on the user's images; only what the criterion ``needs`` is filled.
+
+    Everything is kept per position along one dimension of one parameter (D positions), so that it
+    stays small whatever the network.
+    """
+
+    # Sum of weight x gradient over all other dimensions, batch by batch: (batches, D).
+    products: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    # Half the sum of curvature x weight squared over all other dimensions: (D,).
+    curvatures: Mapping[tuple[str, int], Tensor] = field(default_factory=dict)
+    # Of the channels entering a layer, by its weight: "mean_abs", "mean_square" and "nonzero" (the
+    # share of values that are not zero); each (D,).
+    activations: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+
+class ChannelGroup:
+    """The C units of one group and every parameter entry they own, as a criterion sees them.
+
+    Args:
+        group: Its name, size and slices.
+        tensors: The parameters by name, detached. Not modified.
+        norm_scales: Names of the parameters that scale a normalized channel (BatchNorm's weight).
+        evidence: What the network showed on data.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        tensors: Mapping[str, Tensor],
+        norm_scales: frozenset[str] = frozenset(),
+        evidence: Evidence | None = None,
+    ) -> None:
+        self.name: str = group.name
+        self.size: int = group.size
+        self.evidence = evidence or Evidence()
+        self._tensors = tensors
+        self._norm_scales = norm_scales
+        self._slices = [piece for piece in group.slices if piece.tensor in tensors]
+
+    def filters(self) -> list[Tensor]:
+        """Return the weights that produce the channels: (C, fan_in) for each producing layer."""
+        return [self._values(piece) for piece in self._of("output")]
+
+    def columns(self) -> list[Tensor]:
+        """Return the weights that read the channels: (C, fan_out) for each consuming layer."""
+        return [self._values(piece) for piece in self._of("input")]
+
+    def scales(self) -> list[Tensor]:
+        """Return the scales of the norms over the channels: (C, k), k = 1 almost always."""
+        return [
+            self._values(piece)
+            for piece in self._of("channel")
+            if piece.tensor in self._norm_scales
+        ]
+
+    def weights(self, which: Weights) -> list[Tensor]:
+        """Return filters, columns or both; filters where nothing reads the channels."""
+        chosen = [] if which == "filters" else self.columns()
+        return chosen + self.filters() if which != "columns" or not chosen else chosen
+
+    def loss_changes(self) -> Tensor:
+        """Return the first-order change of the loss without each channel: (batches, C).
+
+        It is the sum of weight x gradient over the weights that read the channel. Where no weight
+        reads it, it is the sum over its producers and their norms.
+        """
+        changes = self._products("input") or self._products("channel") or self._products("output")
+        return torch.stack(changes).sum(0)
+
+    def curvatures(self) -> list[Tensor]:
+        """Return half the sum of curvature x weight squared: (C,) for each layer."""
+        table = self.evidence.curvatures
+        return [
+            self._gathered(table[piece.tensor, piece.dim], piece)
+            for piece in self._of("output") + self._of("input")
+            if (piece.tensor, piece.dim) in table
+        ]
+
+    def activations(self, statistic: str) -> list[Tensor]:
+        """Return a statistic of the channels as they enter each consuming layer: (C, k) each."""
+        return [
+            self.evidence.activations[piece.tensor][statistic][torch.as_tensor(piece.index)]
+            for piece in self._readers()
+        ]
+
+    def contributions(self) -> list[Tensor]:
+        """Return, for each consumer, the size of what the channels add to its output: (C,).
+
+        The root of the mean square of each value times the squared norm of the weights reading it.
+        """
+        sizes = []
+        for piece in self._readers():
+            weight = self._tensors[piece.tensor].movedim(piece.dim, 0).flatten(1)  # (D, fan)
+            squares = self.evidence.activations[piece.tensor]["mean_square"]  # (D,)
+            sizes.append(self._gathered(squares * weight.square().sum(1), piece).sqrt())
+        return sizes
+
+    def _products(self, role: str) -> list[Tensor]:
+        table = self.evidence.products
+        return [
+            self._gathered(table[piece.tensor, piece.dim], piece)
+            for piece in self._of(role)
+            if (piece.tensor, piece.dim) in table
+        ]
+
+    def _readers(self) -> list[Slice]:
+        """Return the consuming slices whose inputs were seen."""
+        return [p for p in self._of("input") if p.tensor in self.evidence.activations]
+
+    def _of(self, role: str) -> list[Slice]:
+        return [piece for piece in self._slices if piece.role == role]
+
+    def _values(self, piece: Slice) -> Tensor:
+        """Return the entries of one slice, unit by unit: (C, entries)."""
+        tensor = self._tensors[piece.tensor].movedim(piece.dim, 0)
+        index = torch.as_tensor(piece.index)
+        if index.shape[1] == 1 and index.shape[0] == tensor.shape[0] and is_ramp(index):
+            return tensor.reshape(self.size, -1)
+        return tensor[index.to(tensor.device)].reshape(self.size, -1)
+
+    def _gathered(self, per_position: Tensor, piece: Slice) -> Tensor:
+        """Sum (..., D) over the positions that each unit owns: (..., C)."""
+        return per_position[..., torch.as_tensor(piece.index)].sum(-1)
+
+
+@runtime_checkable
+class Criterion(Protocol):
+    """A measure of importance.
+
+    A data-driven one also says what it ``needs: ClassVar[Need]``, and may say from how many images
+    each gradient is taken: ``images_per_gradient: int``.
+    """
+
+    def __call__(self, group: ChannelGroup) -> Tensor:
+        """Return the importance of each channel, (C,), finite, higher = keep."""
+
+
+def is_ramp(index: Tensor) -> bool:
+    """Return whether ``index`` counts 0, 1, 2, ... ."""
+    flat = index.flatten()
+    return bool((flat == torch.arange(len(flat), device=flat.device)).all())
+
+
+def reduced(scores: list[Tensor], how: Reduction) -> Tensor:
+    """Combine the scores that several layers give the same channels, each (C,), into one (C,)."""
+    stacked = torch.stack(scores)
+    ways: dict[str, Callable[[int], Tensor]] = {
+        "mean": stacked.mean,
+        "sum": stacked.sum,
+        "max": stacked.amax,
+        "min": stacked.amin,
+        "product": stacked.prod,
+    }
+    return ways[how](0)
+
+
+def check_option(name: str, value: str, kind: Any) -> None:
+    """Raise ValueError unless ``value`` is one of the strings of the Literal ``kind``."""
+    choices = get_args(kind)
+    if value not in choices:
+        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+        raise ValueError(f"{name} must be {listed}, not {value!r}")

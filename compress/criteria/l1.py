@@ -1,0 +1,37 @@
+"""L1 norm of the weights of each channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
+
+
+@dataclass(frozen=True)
+class L1:
+    """Score a channel by the summed magnitude of its weights.
+
+    Args:
+        weights: "filters" (that produce the channel), "columns" (that read it), or "both".
+        reduce: How the scores of several layers of a group are combined.
+
+    Source: Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017,
+    https://arxiv.org/abs/1608.08710, section 3.1.
+    """
+
+    weights: Weights = "filters"
+    reduce: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        check_option("weights", self.weights, Weights)
+        check_option("reduce", self.reduce, Reduction)
+
+    def __call__(self, group: ChannelGroup) -> Tensor:
+        """Return importance, (C,), higher = keep."""
+        norms = [
+            torch.linalg.vector_norm(w, 1, dim=1) for w in group.weights(self.weights)
+        ]  # w: (C, fan)
+        return reduced(norms, self.reduce)

@@ -1,0 +1,35 @@
+"""L2 norm of the weights of each channel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
+
+
+@dataclass(frozen=True)
+class L2:
+    """Score a channel by the Euclidean norm of its weights.
+
+    Args:
+        weights: "filters" (that produce the channel), "columns" (that read it), or "both".
+        reduce: How the scores of several layers of a group are combined.
+
+    Source: He et al., Soft Filter Pruning for Accelerating Deep CNNs, IJCAI 2018,
+    https://arxiv.org/abs/1808.06866, section 3.2. The columns of the consumers are an addition.
+    """
+
+    weights: Weights = "both"
+    reduce: Reduction = "mean"
+
+    def __post_init__(self) -> None:
+        check_option("weights", self.weights, Weights)
+        check_option("reduce", self.reduce, Reduction)
+
+    def __call__(self, group: ChannelGroup) -> Tensor:
+        """Return importance, (C,), higher = keep."""
+        norms = [torch.linalg.vector_norm(w, dim=1) for w in group.weights(self.weights)]
+        return reduced(norms, self.reduce)

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
-from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -16,78 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import statistics
-from compress.artifact import replacing
 from compress.errors import DataError, EngineError
+from compress.predictions import Predictions
+
+__all__ = ["Accuracy", "ClassAccuracy", "Predictions", "accuracy", "predict"]
 
 Run = Callable[[Tensor], Any]  # images float32 (B, C, H, W) -> logits (B, K), as tensor or array
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images float32 (B, C, H, W) and labels int64 (B,)
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a network answered to N images, and what would have been right."""
-
-    logits: NDArray[np.float32]  # (N, K)
-    labels: NDArray[np.int64]  # (N,)
-
-    def __post_init__(self) -> None:
-        if self.logits.ndim != 2 or self.labels.shape != self.logits.shape[:1]:
-            raise DataError(
-                f"logits {self.logits.shape} and labels {self.labels.shape} do not fit together",
-                expected="logits (N, K) and labels (N,)",
-            )
-        if len(self.labels) == 0:
-            raise DataError("there are no images to evaluate on", expected="at least one image")
-        if not 0 <= self.labels.min() <= self.labels.max() < self.logits.shape[1]:
-            raise DataError(
-                f"labels reach from {self.labels.min()} to {self.labels.max()}, but the network "
-                f"tells {self.logits.shape[1]} classes apart",
-                expected=f"labels from 0 to {self.logits.shape[1] - 1}",
-                fix="Give the data the network was trained for, or set --num-classes",
-            )
-
-    @cached_property
-    def answers(self) -> NDArray[np.int64]:
-        """The class of the largest logit, (N,)."""
-        answers: NDArray[np.int64] = np.argmax(self.logits, axis=1)
-        return answers
-
-    @cached_property
-    def correct(self) -> NDArray[np.bool_]:
-        """Whether the answer is the label, (N,)."""
-        return np.equal(self.answers, self.labels)
-
-    @cached_property
-    def probabilities(self) -> NDArray[np.float64]:
-        """Softmax of the logits, (N, K)."""
-        shifted = self.logits.astype(np.float64) - self.logits.max(1, keepdims=True)
-        exponentials = np.exp(shifted)
-        softmax: NDArray[np.float64] = exponentials / exponentials.sum(1, keepdims=True)
-        return softmax
-
-    @cached_property
-    def confidence(self) -> NDArray[np.float64]:
-        """Probability of the given answer, (N,)."""
-        confidence: NDArray[np.float64] = np.max(self.probabilities, axis=1)
-        return confidence
-
-    def save(self, path: Path) -> None:
-        """Write to an .npz file, whole or not at all."""
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, logits=self.logits, labels=self.labels)
-
-    @classmethod
-    def load(cls, path: Path) -> Predictions:
-        """Read what ``save`` wrote.
-
-        Raises:
-            DataError: the file is absent, damaged or something else.
-        """
-        try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-                return cls(stored["logits"], stored["labels"])
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
-            raise DataError(f"holds no predictions: {error}", where=str(path)) from None
 
 
 @dataclass(frozen=True)
@@ -109,7 +41,9 @@ class Accuracy:
     top1_pct: float
     top1_ci95: tuple[float, float]  # percent, Wilson
     top5_pct: float | None  # None where there are five classes or fewer
+    top5_ci95: tuple[float, float] | None
     ece_pct: float  # expected calibration error, 15 bins
+    calibration: dict[str, list[float]]  # confidence_pct, accuracy_pct, images of each bin in use
     confusion: tuple[tuple[int, ...], ...]  # (K, K), row = label, column = answer
     per_class: tuple[ClassAccuracy, ...]
     per_subgroup: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -169,6 +103,8 @@ def accuracy(
     if len(names) != count:
         raise DataError(f"{len(names)} class names, but the network tells {count} classes apart")
     right = int(predictions.correct.sum())
+    near = _among_top(predictions, 5) if count > 5 else None
+    bins = statistics.calibration_bins(predictions.confidence, predictions.correct)
     confusion = np.bincount(
         predictions.labels * count + predictions.answers, minlength=count * count
     ).reshape(count, count)
@@ -176,8 +112,14 @@ def accuracy(
         images=total,
         top1_pct=100 * right / total,
         top1_ci95=_percent(statistics.wilson_interval(right, total)),
-        top5_pct=100 * _top(predictions, 5) if count > 5 else None,
-        ece_pct=100 * statistics.calibration_error(predictions.confidence, predictions.correct),
+        top5_pct=None if near is None else 100 * near / total,
+        top5_ci95=None if near is None else _percent(statistics.wilson_interval(near, total)),
+        ece_pct=100 * bins.error,
+        calibration={
+            "confidence_pct": [100 * value for value in bins.confidence],
+            "accuracy_pct": [100 * value for value in bins.accuracy],
+            "images": list(bins.answers),
+        },
         confusion=tuple(tuple(int(n) for n in row) for row in confusion),
         per_class=tuple(_class_accuracy(confusion, k, name) for k, name in enumerate(names)),
         per_subgroup=_per_subgroup(predictions, subgroups) if subgroups is not None else {},
@@ -211,10 +153,11 @@ def _class_accuracy(confusion: NDArray[Any], k: int, name: str) -> ClassAccuracy
     )
 
 
-def _top(predictions: Predictions, k: int) -> float:
+def _among_top(predictions: Predictions, k: int) -> int:
+    """Return how many labels have fewer than ``k`` larger logits."""
     own = np.take_along_axis(predictions.logits, predictions.labels[:, None], 1)
     larger = (predictions.logits > own).sum(1)
-    return float((larger < k).mean())
+    return int((larger < k).sum())
 
 
 def _percent(interval: tuple[float, float]) -> tuple[float, float]:

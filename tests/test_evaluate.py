@@ -226,3 +226,9 @@ def test_what_cannot_be_evaluated_is_explained(attempt: Any, message: str) -> No
     with pytest.raises(CompressError, match=message) as caught:
         attempt()
     assert isinstance(caught.value, DataError | EngineError)
+
+
+def test_calibration_bins_tell_every_image_once() -> None:
+    measured = accuracy(random_predictions(200, 10))
+    assert sum(measured.calibration["images"]) == 200
+    assert len(set(map(len, measured.calibration.values()))) == 1

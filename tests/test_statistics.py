@@ -92,11 +92,20 @@ def test_median_interval_equals_scipy_for_blocks_of_one() -> None:
     from scipy.stats import bootstrap
 
     values = np.random.default_rng(1).lognormal(size=(300, 1))
-    ours = statistics.median_interval(values, resamples=9999)
+    ours = statistics.quantile_interval(values, 0.5, resamples=9999)
     expected = bootstrap(
         (values[:, 0],), np.median, method="percentile", n_resamples=9999, rng=2
     ).confidence_interval
     assert ours == pytest.approx((expected.low, expected.high), rel=0.02)
+
+
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.5, 0.99, 1.0])
+def test_quantiles_of_draws_equal_numpy(q: float) -> None:
+    blocks = np.random.default_rng(5).lognormal(size=(7, 3))
+    drawn = statistics._draws(7, 50, seed=6)
+    assert (drawn.sum(1) == 7).all()
+    expected = [np.quantile(np.repeat(blocks, counts, axis=0), q) for counts in drawn]
+    assert statistics._quantiles(blocks, drawn, q) == pytest.approx(expected)
 
 
 def test_ratio_interval_covers_the_truth_as_often_as_it_claims() -> None:
@@ -123,7 +132,7 @@ def test_ratio_interval_is_narrower_for_paired_rounds() -> None:
 
 def test_intervals_of_constant_timings_are_points() -> None:
     constant = np.full((10, 4), 3.0)
-    assert statistics.median_interval(constant) == (3.0, 3.0)
+    assert statistics.quantile_interval(constant, 0.5) == (3.0, 3.0)
     assert statistics.ratio_interval(2 * constant, constant) == (2.0, 2.0)
 
 
@@ -146,13 +155,14 @@ def test_calibration_error_equals_torchmetrics(seed: int, total: int, bins: int)
     expected = binary_calibration_error(
         torch.from_numpy(confidence), torch.from_numpy(correct.astype(np.int64)), n_bins=bins
     )
-    ours = statistics.calibration_error(confidence, correct, bins=bins)
-    assert ours == pytest.approx(float(expected), abs=1e-6)
+    ours = statistics.calibration_bins(confidence, correct, bins=bins)
+    assert sum(ours.answers) == total
+    assert ours.error == pytest.approx(float(expected), abs=1e-6)
 
 
 def test_calibration_error_of_nothing_is_an_error() -> None:
     with pytest.raises(UsageError, match="at least one answer"):
-        statistics.calibration_error(np.zeros(0), np.zeros(0, bool))
+        statistics.calibration_bins(np.zeros(0), np.zeros(0, bool))
 
 
 def test_excludes_tells_a_difference_from_none() -> None:

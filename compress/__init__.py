@@ -1,1 +1,70 @@
-"""Prune, distill and quantize trained CNNs, export them to engines, and prove what it did."""
+"""Prune, distill and quantize trained CNNs, export them to engines, and prove what it did.
+
+The names below are the public interface. Each is imported from its module when it is first used, so
+that ``import compress`` takes no time and loads no runtime.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.errors import CompressError
+    from compress.export import export_onnx
+    from compress.lint import lint_onnx
+    from compress.models import load_model, save_model
+    from compress.pipeline import run
+    from compress.prune import plan_pruning
+    from compress.quantize import QuantPlan, quantize_onnx
+    from compress.report import Report
+    from compress.runtimes import build_engine, open_session
+    from compress.surgery import PrunePlan, apply_pruning, mask_pruning
+
+__all__ = [
+    "CompressError",
+    "PrunePlan",
+    "QuantPlan",
+    "Report",
+    "apply_pruning",
+    "build_engine",
+    "export_onnx",
+    "lint_onnx",
+    "load_model",
+    "mask_pruning",
+    "open_session",
+    "plan_pruning",
+    "quantize_onnx",
+    "run",
+    "save_model",
+]
+
+_HOMES = {
+    "CompressError": "compress.errors",
+    "PrunePlan": "compress.surgery",
+    "QuantPlan": "compress.quantize",
+    "Report": "compress.report",
+    "apply_pruning": "compress.surgery",
+    "build_engine": "compress.runtimes",
+    "export_onnx": "compress.export",
+    "lint_onnx": "compress.lint",
+    "load_model": "compress.models",
+    "mask_pruning": "compress.surgery",
+    "open_session": "compress.runtimes",
+    "plan_pruning": "compress.prune",
+    "quantize_onnx": "compress.quantize",
+    "run": "compress.pipeline",
+    "save_model": "compress.models",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compress' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

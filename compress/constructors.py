@@ -8,6 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -22,10 +23,25 @@ def accepts(reference: str, option: str) -> bool:
     scheme, _, _ = reference.partition(":")
     if scheme in {"torchvision", "timm"}:
         return option == "num_classes"
-    source, _, factory = reference.rpartition(":")
-    if not source or not factory:  # a folder: its constructor's arguments are stored in it
+    if ":" not in reference:  # a folder: its constructor's arguments are stored in it
         return False
-    return _takes(_factory(source, factory), option)
+    return _takes(_own(reference), option)
+
+
+def check(reference: str) -> None:
+    """Check that ``reference`` names a constructor, without calling it.
+
+    Raises:
+        UsageError: it is of no known form.
+        ModelError: its file or module cannot be imported.
+    """
+    scheme, _, name = reference.partition(":")
+    if scheme == "torchvision":
+        _known_torchvision(name)
+    elif scheme == "timm":
+        _known_timm(name)
+    else:
+        _own(reference)
 
 
 def build(
@@ -44,22 +60,13 @@ def build(
         return _timm(name, given, published)
     if published is not None:
         raise ModelError(f"no such weight file {published!r}", where=reference)
-    source, _, factory = reference.rpartition(":")
-    if not source or not factory:
-        raise UsageError(
-            f"{reference!r} is no reference to a network",
-            expected="torchvision:NAME, timm:NAME, package.module:factory, path/file.py:factory, "
-            "a run or stage folder, or FILE.onnx",
-        )
-    return _call(reference, _factory(source, factory), given)
+    return _call(reference, _own(reference), given)
 
 
 def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
     from torchvision import models
 
-    known = models.list_models()
-    if name not in known:
-        raise UnknownNameError("torchvision network", name, nearest(name, known, 8) or known)
+    _known_torchvision(name)
     if published is None:
         return _call(f"torchvision:{name}", models.get_model, {"name": name, **given})
     try:
@@ -75,15 +82,39 @@ def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.
 
 
 def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
-    timm = require("timm", extra="timm", purpose=f"network 'timm:{name}'")
-    if not timm.is_model(name):
-        raise UnknownNameError("timm network", name, nearest(name, timm.list_models(), 8))
+    timm = _known_timm(name)
     tag = f"{name}.{published}" if published not in {None, "pretrained"} else name
     return _call(
         f"timm:{name}",
         timm.create_model,
         {"model_name": tag, "pretrained": published is not None, **given},
     )
+
+
+def _known_torchvision(name: str) -> None:
+    from torchvision import models
+
+    known = models.list_models()
+    if name not in known:
+        raise UnknownNameError("torchvision network", name, nearest(name, known, 8) or known)
+
+
+def _known_timm(name: str) -> ModuleType:
+    timm = require("timm", extra="timm", purpose=f"network 'timm:{name}'")
+    if not timm.is_model(name):
+        raise UnknownNameError("timm network", name, nearest(name, timm.list_models(), 8))
+    return timm
+
+
+def _own(reference: str) -> Callable[..., nn.Module]:
+    source, _, factory = reference.rpartition(":")
+    if not source or not factory:
+        raise UsageError(
+            f"{reference!r} is no reference to a network",
+            expected="torchvision:NAME, timm:NAME, package.module:factory, path/file.py:factory, "
+            "a run or stage folder, or FILE.onnx",
+        )
+    return _factory(source, factory)
 
 
 def _factory(source: str, name: str) -> Callable[..., nn.Module]:

@@ -1,0 +1,236 @@
+"""Build every engine a recipe asks for and measure it: accuracy, latency and memory of variants.
+
+Accuracy is that of the artifact that ships, taken through the runtime that runs it; all variants of
+a target are timed side by side in one sitting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress import compare, evaluate, measure, plugins, progress
+from compress.errors import CompressError, EngineError, MissingPackageError
+from compress.evaluate import Predictions
+from compress.measure import Timing
+from compress.runtimes import Session, build_engine, open_session, unavailable
+from compress.settings import Target
+from compress.steps import INT8_FORM, Job, Variant
+
+EVALUATION_BATCH = 64  # images; accuracy does not depend on it, only the time it takes
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One variant on one target: the file that the runtime opens."""
+
+    variant: Variant
+    precision: str
+    path: Path
+    target: Target
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All results of a run, by variant, and why others are missing."""
+
+    results: dict[str, list[dict[str, Any]]]
+    skipped: dict[str, str]
+    engines: tuple[Path, ...]
+    conditions: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return {
+            "results": self.results,
+            "skipped": self.skipped,
+            "conditions": self.conditions,
+        }
+
+
+def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measured:
+    """Build and measure every variant on every target of the recipe.
+
+    Args:
+        job: The run.
+        variants: All variants, the original first.
+        stage: Folder where the answers of each variant to the test images are kept.
+
+    Returns:
+        Results by variant; targets that cannot be built or run here are under "skipped".
+    """
+    results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    skipped: dict[str, str] = {}
+    engines: list[Path] = []
+    conditions: dict[str, Any] = {}
+    for target in _distinct(job.recipe.targets):
+        label = f"{target.runtime}, batch {target.batch}"
+        try:
+            rivals = _build(job, variants, target)
+        except MissingPackageError as error:
+            if not target.when_installed:
+                raise
+            skipped[label] = str(error)
+            continue
+        engines += [rival.path for rival in rivals if rival.path != job.path(rival.variant)]
+        reason = unavailable(target.runtime)
+        if reason is not None:
+            skipped[label] = f"the engines are built; they cannot run here: {reason}"
+            continue
+        rows, seen = _measure(job, rivals, stage)
+        conditions[label] = seen
+        for rival, row in zip(rivals, rows, strict=True):
+            results[rival.variant.name].append(row)
+    return Measured(results, skipped, tuple(engines), conditions)
+
+
+def answers_path(stage: Path, variant: str, runtime: str, precision: str) -> Path:
+    """Return where the answers of a variant to the test images are kept."""
+    return stage / f"{variant}.{runtime}.{precision}.npz"
+
+
+def _distinct(targets: Sequence[Target]) -> list[Target]:
+    """Return ``targets``, one for each place: a float and an int8 target of one place are one."""
+    places: dict[tuple[Any, ...], Target] = {}
+    for target in targets:
+        key = (target.runtime, target.batch, target.threads, target.precision == "fp16")
+        places.setdefault(key, target)
+    return list(places.values())
+
+
+def _build(job: Job, variants: Sequence[Variant], target: Target) -> list[Rival]:
+    form = INT8_FORM.get(target.runtime, target.runtime)
+    chosen = [variant for variant in variants if variant.target in {None, form}]
+    if target.runtime == "pytorch":
+        chosen = [variant for variant in chosen if variant.target is None]
+    rivals = []
+    for variant in progress.track(chosen, f"build {target.runtime}"):
+        precision = variant.precision
+        half = target.precision == "fp16" and variant is not chosen[0]
+        if half and precision == "fp32":
+            precision = "fp16"
+        rivals.append(Rival(variant, precision, _engine(job, variant, target, precision), target))
+    return rivals
+
+
+def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
+    source = job.path(variant)
+    extension = plugins.load("runtimes", target.runtime).extension
+    if target.runtime == "pytorch":
+        return job.run.root / variant.stage
+    if extension == source.suffix and precision != "fp16":
+        return source
+    form = "" if precision == "fp32" else f".{precision}"
+    out = source.with_name(f"{source.stem}{form}.{target.runtime}-b{target.batch}{extension}")
+    largest = max(target.batch, EVALUATION_BATCH)
+    return build_engine(
+        source,
+        out,
+        runtime=target.runtime,
+        batch=(1, target.batch, largest),
+        precision=precision if precision == "fp16" else None,
+    )
+
+
+def _measure(
+    job: Job, rivals: Sequence[Rival], stage: Path
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Return one row of results for each of ``rivals``, and the state of the machine."""
+    answers = [_answers(job, rival, stage) for rival in rivals]
+    latency = _latency(job, rivals)
+    rows = []
+    for rival, own in zip(rivals, answers, strict=True):
+        row: dict[str, Any] = {
+            "runtime": rival.target.runtime,
+            "precision": rival.precision,
+            "device": "cpu",
+            "batch": rival.target.batch,
+            "threads": rival.target.threads,
+            "skipped": {},
+        }
+        row |= _accuracy(job, answers[0], own)
+        if rival.variant.name in latency:
+            row |= latency[rival.variant.name].to_json()
+        else:
+            row["skipped"]["latency"] = latency.skipped[rival.variant.name]
+        row |= _memory(rival, row["skipped"])
+        rows.append(row)
+    return rows, latency.conditions
+
+
+def _answers(job: Job, rival: Rival, stage: Path) -> Predictions:
+    """Return the answers to the test images, from disk if they were taken before."""
+    path = answers_path(stage, rival.variant.name, rival.target.runtime, rival.precision)
+    if path.is_file():
+        return Predictions.load(path)
+    test = job.dataset.batches("test", EVALUATION_BATCH, job.recipe.measure.test_images)
+    images = len(job.dataset.splits["test"])
+    total = min(images, job.recipe.measure.test_images or images) / EVALUATION_BATCH
+    name = f"{rival.variant.name} on {rival.target.runtime}"
+    with open_session(rival.path, rival.target.runtime, threads=rival.target.threads) as session:
+        predictions = evaluate.predict(session, progress.track(test, name, -(-total // 1)))
+    predictions.save(path)
+    return predictions
+
+
+def _accuracy(job: Job, reference: Predictions, own: Predictions) -> dict[str, Any]:
+    accuracy = evaluate.accuracy(own, job.dataset.classes)
+    row = {
+        "images": accuracy.images,
+        "top1_pct": accuracy.top1_pct,
+        "top1_ci95": accuracy.top1_ci95,
+        "top5_pct": accuracy.top5_pct,
+        "ece_pct": accuracy.ece_pct,
+    }
+    if own is not reference:
+        row |= compare.against(reference, own, job.dataset.classes)
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
+    settings = job.recipe.measure
+    timing = Timing(
+        seconds=settings.rounds * settings.round_ms / 1000,
+        block_seconds=settings.round_ms / 1000,
+        min_rounds=settings.rounds,
+    )
+    batch = _real_images(job, rivals[0].target.batch)
+    with contextlib.ExitStack() as stack:
+        sessions = {
+            rival.variant.name: stack.enter_context(_timed_session(rival)) for rival in rivals
+        }
+        return measure.bench(sessions, [batch], timing=timing)
+
+
+def _timed_session(rival: Rival) -> Session:
+    """Open ``rival`` for its batch size alone, where the runtime can make use of that."""
+    runtime, target = rival.target.runtime, rival.target
+    fixed: dict[str, Any] = (
+        {"batch": target.batch} if "batch" in plugins.options("runtimes", runtime) else {}
+    )
+    return open_session(rival.path, runtime, threads=target.threads, **fixed)
+
+
+def _real_images(job: Job, count: int) -> NDArray[np.float32]:
+    images = job.dataset.splits["test"]
+    chosen = np.arange(count) % len(images)
+    batch: NDArray[np.float32] = job.dataset.normalize(images.take(chosen)).numpy()
+    return batch
+
+
+def _memory(rival: Rival, skipped: dict[str, str]) -> dict[str, Any]:
+    target = rival.target
+    try:
+        memory = measure.memory(
+            rival.path, target.runtime, batch=target.batch, threads=target.threads
+        )
+    except (EngineError, CompressError) as error:
+        skipped["memory"] = str(error)
+        return {}
+    return memory.to_json()

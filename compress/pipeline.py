@@ -1,0 +1,126 @@
+"""The whole story: one recipe through its stages to engines and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from compress import artifact, measuring, recipe, report, steps
+from compress.artifact import Artifact
+from compress.assembly import assemble
+from compress.data import load_data
+from compress.errors import CompressError
+from compress.report import Report
+from compress.run_folder import RunFolder
+from compress.settings import Recipe, Settings
+from compress.steps import Job, Outcome, Step, Variant
+from compress.train import join_processes
+
+STEPS: dict[str, Step] = {
+    "original": steps.original,
+    "train": steps.train_original,
+    "prune": steps.prune_channels,
+    "distill": steps.distill_student,
+    "finetune": steps.finetune,
+    "quantize": steps.quantize_graphs,
+}
+NOT_TORCH = {"quantize"}  # from here on one process works, and the others of a torchrun leave
+MEASURE = "measure"
+
+
+def run(
+    source: Recipe | str | Path,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    fresh: bool = False,
+) -> Report | None:
+    """Carry out a recipe and write its report.
+
+    Stages that an earlier, interrupted call has finished are not run again, and a training goes on
+    from its last checkpoint; the report is the same as that of an uninterrupted run.
+
+    Args:
+        source: A recipe, or the YAML file of one.
+        out: Folder of the run; ``runs/NAME`` if absent.
+        overrides: ``key.path=value`` each, over what the file says.
+        fresh: Start over, removing what an earlier run left in ``out``.
+
+    Returns:
+        The report; None in the processes of a torchrun that only help to train.
+
+    Raises:
+        CompressError: something that the user can mend; what was finished stays on disk.
+    """
+    chosen = source if isinstance(source, Recipe) else recipe.load_recipe(source, overrides)
+    processes = join_processes()
+    root = Path(out or Path("runs") / chosen.name)
+    if processes.is_main:
+        RunFolder.open(root, chosen, fresh=fresh)
+    processes.wait()
+    dataset = load_data(chosen.data, chosen.seed)
+    job = Job(chosen, RunFolder(root), dataset, is_main=processes.is_main)
+
+    variants: tuple[Variant, ...] = ()
+    outcomes: list[Outcome] = []
+    for number, (verb, settings) in enumerate(_stages(chosen)):
+        if verb in NOT_TORCH and not processes.is_main:
+            return None
+        stage = job.run.stage(number, verb)
+        outcome = _once(job, stage, STEPS[verb], settings, variants)
+        processes.wait()
+        outcomes.append(outcome or _recorded(job, stage))
+        variants += outcomes[-1].variants
+    if not processes.is_main:
+        return None
+    stage = job.run.stage(len(outcomes), MEASURE)
+    measured = job.run.result(stage)
+    if measured is None:
+        found = measuring.measure_targets(job, variants, stage)
+        measured = found.to_json()
+        job.run.finish(stage, measured, _artifacts(job, stage, found.engines))
+    return report.write(assemble(job, variants, outcomes, measured, stage), root)
+
+
+def _stages(chosen: Recipe) -> list[tuple[str, Settings | None]]:
+    """Return the verbs of a recipe; one that does not begin with training loads its original."""
+    stages: list[tuple[str, Settings | None]] = [
+        (each.verb, each.settings) for each in chosen.stages
+    ]
+    return stages if stages and stages[0][0] == "train" else [("original", None), *stages]
+
+
+def _once(
+    job: Job, stage: Path, step: Step, settings: Settings | None, before: tuple[Variant, ...]
+) -> Outcome | None:
+    """Carry out a step unless an earlier call has; None in processes that only help."""
+    if job.run.result(stage) is not None:
+        return _recorded(job, stage)
+    try:
+        outcome = steps.seeded(step, job.recipe.seed)(job, settings, stage, before)
+    except CompressError as error:
+        raise error.within(f"stage {stage.name}") from None
+    if not job.is_main:
+        return None
+    files = sorted(path for path in stage.iterdir() if path.is_file())
+    job.run.finish(stage, outcome.to_json(), _artifacts(job, stage, files, settings, before))
+    return outcome
+
+
+def _recorded(job: Job, stage: Path) -> Outcome:
+    return Outcome.from_json(job.run.result(stage) or {"variants": [], "facts": {}})
+
+
+def _artifacts(
+    job: Job,
+    stage: Path,
+    files: Iterable[Path],
+    settings: Settings | None = None,
+    before: tuple[Variant, ...] = (),
+) -> list[Artifact]:
+    parent = artifact.sha256(job.path(before[-1])) if before else None
+    facts = {} if settings is None else settings.model_dump(mode="json")
+    return [
+        artifact.describe(path, root=job.run.root, stage=stage.name, parent=parent, settings=facts)
+        for path in files
+    ]

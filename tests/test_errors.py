@@ -1,0 +1,33 @@
+"""Messages say what, where, what was expected and what to do."""
+
+import pytest
+
+from compress import errors
+
+
+def test_a_message_has_its_four_parts_in_order():
+    error = errors.PlanError(
+        "cannot keep 13 of 64 channels",
+        where="layer1.0.conv1",
+        expected="a multiple of 4",
+        fix="Set round_to: 4",
+    )
+    assert str(error) == (
+        "layer1.0.conv1: cannot keep 13 of 64 channels. Expected a multiple of 4. Set round_to: 4."
+    )
+
+
+def test_an_outer_place_is_put_before_the_inner_one():
+    error = errors.PlanError("cannot be cut", where="conv1").within("stage 01-prune")
+    assert str(error) == "stage 01-prune: conv1: cannot be cut."
+
+
+def test_an_unknown_name_lists_the_known_and_guesses():
+    error = errors.UnknownNameError("criterion", "talyor", ["taylor", "l1"])
+    assert str(error) == "no such criterion 'talyor'. Did you mean 'taylor'? Known: l1, taylor."
+
+
+@pytest.mark.parametrize("name", [n for n in vars(errors) if n.endswith("Error")])
+def test_every_error_is_one_family_and_stands_in_the_drawn_tree(name):
+    assert issubclass(getattr(errors, name), errors.CompressError)
+    assert name in (errors.__doc__ or "")

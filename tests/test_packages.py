@@ -1,0 +1,24 @@
+"""Optional packages are asked for by name, and their absence says what to install."""
+
+import pytest
+
+from compress import packages
+from compress.errors import MissingPackageError
+
+
+def test_an_installed_package_is_imported():
+    assert packages.require("json", extra="x", purpose="a test").__name__ == "json"
+
+
+def test_an_absent_package_gives_the_install_line():
+    with pytest.raises(MissingPackageError) as caught:
+        packages.require("absent_package", extra="openvino", purpose="runtime 'openvino'")
+    assert str(caught.value) == (
+        "runtime 'openvino' needs the package 'absent_package', which is not installed. "
+        "Install it with: pip install 'compress[openvino]'."
+    )
+
+
+def test_a_dotted_name_below_an_absent_package_is_absent():
+    assert not packages.is_installed("absent_package.part")
+    assert packages.version("absent-package") is None

@@ -1,0 +1,68 @@
+"""One file is one plug-in: found by its name, documented without being imported."""
+
+import subprocess
+import sys
+
+import pytest
+
+from compress import plugins
+from compress.errors import UnknownNameError, UsageError
+
+ALL = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL, ids="/".join)
+def test_every_plugin_is_documented_and_named_after_its_file(kind, name):
+    assert plugins.documentation(kind, name)
+    assert plugins.load(kind, name).__doc__
+    plugins.options(kind, name)
+
+
+@pytest.mark.parametrize("kind", plugins.KINDS)
+def test_every_folder_holds_plugins(kind):
+    assert plugins.names(kind)
+
+
+def test_listing_imports_nothing_heavy():
+    code = (
+        "import sys; from compress import plugins;"
+        "[plugins.documentation(k, n) for k in plugins.KINDS for n in plugins.names(k)];"
+        "print([m for m in ('torch', 'onnx', 'onnxruntime', 'numpy') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_runtimes_and_data_are_spoken_with_hyphens_and_found_either_way():
+    assert "fashion-mnist" in plugins.names("data")
+    assert plugins.load("data", "fashion_mnist") is plugins.load("data", "fashion-mnist")
+
+
+def test_options_reach_the_plugin_and_the_reference_wins():
+    made = plugins.create("data", {"npz": {"image_size": 8}}, root="x", image_size=4, other=1)
+    assert (made.root, made.image_size) == ("x", 8)
+
+
+def test_an_unknown_plugin_lists_the_known():
+    with pytest.raises(UnknownNameError, match=r"no such kind of data 'digit'. Did you mean 'dig"):
+        plugins.create("data", "digit")
+
+
+def test_an_unknown_kind_lists_the_kinds():
+    with pytest.raises(UnknownNameError, match="no such kind of plug-in 'critera'"):
+        plugins.names("critera")
+
+
+def test_an_unknown_option_lists_the_options():
+    with pytest.raises(UsageError, match=r"'npz' has no option 'rot'. Did you mean 'root'"):
+        plugins.create("data", {"npz": {"rot": "x"}})
+
+
+def test_a_missing_option_is_named():
+    with pytest.raises(UsageError, match="missing 1 required positional argument: 'root'"):
+        plugins.create("data", "npz")
+
+
+def test_a_reference_with_two_names_is_refused():
+    with pytest.raises(UsageError, match="does not name one plug-in"):
+        plugins.create("data", {"npz": {}, "digits": {}})

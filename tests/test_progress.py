@@ -1,0 +1,25 @@
+"""Progress is silent unless shown, and never changes what is iterated."""
+
+from compress import progress
+
+
+def test_nothing_is_shown_unless_asked_for(capsys):
+    assert list(progress.track([1, 2], "work")) == [1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_logs_get_plain_lines_with_time_left(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    with progress.shown():
+        assert list(progress.track(range(2), "work")) == [0, 1]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("work: 1 of 2, ")
+    assert lines[0].endswith(" s left")
+    assert lines[-1].startswith("work: done in ")
+
+
+def test_a_note_stands_beside_the_count(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    with progress.shown(), progress.task("train", 10) as counter:
+        counter.advance(5, "123 images/s")
+    assert "train: 5 of 10" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Recipes: every problem at once, each with its place; overrides; the published recipes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from compress import recipe
+from compress.errors import RecipeError, UsageError
+
+GOOD = {
+    "model": {"name": "compress.networks:resnet8"},
+    "data": {"name": "digits"},
+    "stages": [{"prune": {"keep_macs": 0.5}}, {"distill": {"epochs": 2}}, "quantize"],
+    "targets": [{"runtime": "onnxruntime"}],
+}
+PUBLISHED = sorted(Path("recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(content):
+        path = tmp_path / "mine.yaml"
+        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        return path
+
+    return written
+
+
+def test_a_recipe_is_named_after_its_file_and_frozen(write):
+    loaded = recipe.load_recipe(write(GOOD))
+    assert loaded.name == "mine"
+    assert [stage.verb for stage in loaded.stages] == ["prune", "distill", "quantize"]
+    assert loaded.stages[0].settings.keep_macs == 0.5
+    with pytest.raises(ValueError, match="frozen"):
+        loaded.seed = 1
+
+
+def test_all_problems_are_reported_at_once(write):
+    bad = {
+        "model": {"nam": "x"},
+        "data": {"name": "digit"},
+        "stages": [
+            {"prune": {"criterion": "talyor", "keep_mac": 0.5}},
+            {"distill": {"epochs": -1, "optimizer": "sdg", "losses": ["kdd"]}},
+        ],
+        "targets": [{"runtime": "onnx"}],
+        "seeds": 1,
+    }
+    path = write(bad)
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(path)
+    message = str(caught.value)
+    assert all(line.startswith(f"{path}: ") for line in message.splitlines())
+    for expected in (
+        "model.name: this key is required.",
+        "model.nam: no such key. Did you mean 'name'?",
+        "data.name: no such kind of data 'digit'. Did you mean 'digits'?",
+        "stages[0].prune.criterion: no such criterion 'talyor'. Did you mean 'taylor'?",
+        "stages[0].prune.keep_mac: no such key. Did you mean 'keep_macs'?",
+        "stages[1].distill.epochs: -1: Input should be greater than or equal to 0.",
+        "stages[1].distill.optimizer: 'sdg' is none of the choices. Did you mean 'sgd'?",
+        "stages[1].distill.losses: no such loss 'kdd'",
+        "targets[0].runtime: 'onnx' is none of the choices.",
+        "seeds: no such key. Did you mean 'seed'?",
+    ):
+        assert expected in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"stages": ["quantize", {"prune": {"keep_macs": 0.5}}]}, "quantize must be the last"),
+        ({"stages": []}, "a target asks for int8 and no stage is quantize"),
+        ({"stages": [{"prune": {}}], "targets": []}, "give exactly one of keep_macs"),
+        ({"stages": [{"prune": {"keep_macs": 0.5, "latency_ms": 1}}]}, "here: keep_macs, latency"),
+        ({"stages": [{"prune": {"keep_macs": 1.5}}]}, "1.5: Input should be less than or equal"),
+        ({"stages": [{"prune": {}, "distill": {}}]}, "a stage is one verb; here: distill, prune"),
+        ({"stages": ["squeeze"]}, "stages[0].squeeze: no such key"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_impossible_recipes_are_refused(write, change, message):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(write(GOOD | change))
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match="the recipe cannot be read: No such file"):
+        recipe.load_recipe(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is no valid YAML"),
+        ("- 1", "holds list, not a recipe"),
+        ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+        ("!!python/object/apply:os.system [ls]", "is no valid YAML"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(write, text, message):
+    with pytest.raises(RecipeError) as caught:
+        recipe.load_recipe(write(text))
+    assert message in str(caught.value)
+
+
+def test_overrides_reach_into_lists_and_make_missing_parts(write):
+    loaded = recipe.load_recipe(
+        write(GOOD),
+        ["stages.0.prune.keep_macs=0.25", "gates.speedup=2", "targets[0].batch=8", "seed=7"],
+    )
+    assert loaded.stages[0].settings.keep_macs == 0.25
+    assert (loaded.gates.speedup, loaded.targets[0].batch, loaded.seed) == (2.0, 8, 7)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "is not an assignment. Expected KEY.PATH=VALUE"),
+        ("stages.9.prune.keep_macs=1", "the list has no item '9'. Expected a number from 0 to 2"),
+        ("model.name.x.y=1", "'x' is below a plain value"),
+    ],
+)
+def test_overrides_that_lead_nowhere_are_refused(write, override, message):
+    with pytest.raises(UsageError) as caught:
+        recipe.load_recipe(write(GOOD), [override])
+    assert message in str(caught.value)
+
+
+def test_a_dumped_recipe_is_the_same_recipe(write):
+    loaded = recipe.load_recipe(write(GOOD))
+    assert recipe.load_recipe(write(recipe.dump(loaded))) == loaded
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_published_recipes_validate_and_point_to_the_schema(path):
+    recipe.load_recipe(path)
+    assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
+
+
+def test_the_published_schema_is_current():
+    assert json.loads(Path("recipes/schema.json").read_text()) == recipe.schema()

@@ -1,0 +1,56 @@
+"""A run folder belongs to one recipe and remembers what is finished."""
+
+import pytest
+
+from compress.artifact import Artifact
+from compress.errors import RunError
+from compress.recipe import validate
+from compress.run_folder import RunFolder
+
+
+def recipe(**changes):
+    content = {"name": "x", "model": {"name": "a.b:c"}, "data": {"name": "digits"}}
+    return validate(content | changes, where="test")
+
+
+def test_a_finished_stage_is_remembered_with_its_files(tmp_path):
+    folder = RunFolder.open(tmp_path / "run", recipe())
+    stage = folder.stage(1, "prune")
+    assert folder.result(stage) is None
+    folder.finish(stage, {"a": 1}, [Artifact("01-prune/x", "00", "01-prune")])
+    again = RunFolder.open(tmp_path / "run", recipe())
+    assert again.result(stage) == {"a": 1}
+    assert [each["path"] for each in again.description()["artifacts"]] == ["01-prune/x"]
+
+
+def test_finishing_a_stage_again_replaces_its_files(tmp_path):
+    folder = RunFolder.open(tmp_path, recipe())
+    stage = folder.stage(1, "prune")
+    for name in ("old", "new"):
+        folder.finish(stage, {}, [Artifact(name, "00", "01-prune")])
+    assert [each["path"] for each in folder.description()["artifacts"]] == ["new"]
+
+
+def test_another_recipe_is_refused_and_nothing_is_touched(tmp_path):
+    RunFolder.open(tmp_path, recipe())
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(RunError, match="belongs to another recipe; these keys differ: seed"):
+        RunFolder.open(tmp_path, recipe(seed=1))
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    for fresh in (False, True):
+        with pytest.raises(RunError, match="is not empty and holds no run"):
+            RunFolder.open(tmp_path, recipe(), fresh=fresh)
+    assert (tmp_path / "thesis.tex").read_text() == "x"
+
+
+def test_starting_over_removes_what_the_run_wrote_and_nothing_else(tmp_path):
+    folder = RunFolder.open(tmp_path, recipe())
+    folder.finish(folder.stage(1, "prune"), {}, [])
+    (tmp_path / "notes.txt").write_text("mine")
+    fresh = RunFolder.open(tmp_path, recipe(seed=1), fresh=True)
+    assert fresh.result(fresh.stage(1, "prune")) is None
+    assert (tmp_path / "notes.txt").read_text() == "mine"

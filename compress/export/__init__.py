@@ -70,7 +70,8 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
         program = conversion.convert(module, example, opset, dynamic_batch=dynamic_batch)
         facts = dict(metadata or {}) | {"weights_sha256": files.weights_sha256(module)}
         graph = program.model
-        files.name_dimensions(graph, dynamic_batch)
+        if dynamic_batch:
+            files.name_batch(graph)
         conversion.keep_scopes_only(graph)
         with files.writing(graph, target, facts) as written:
             proof.check(written, module, example, program.exported_program, images=check_images)

@@ -46,10 +46,18 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     }
 
 
-def name_dimensions(model: ir.Model, dynamic_batch: bool) -> None:
-    """Call the batch dimension of every input and output "batch", whatever torch called it."""
-    if not dynamic_batch:
-        return
+def name_batch(model: ir.Model) -> None:
+    """Call the free first dimension of every input and output "batch", whatever torch called it.
+
+    Raises:
+        ExportError: the first dimension of an input is not free: the trace holds for one batch.
+    """
+    for value in model.graph.inputs:
+        if value.shape is not None and isinstance(value.shape[0], int):
+            raise ExportError(
+                f"its code fixes the batch to {value.shape[0]}",
+                fix="Take the batch from x.shape[0], or export with dynamic_batch=False",
+            )
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
             value.shape[0] = ir.SymbolicDim("batch")

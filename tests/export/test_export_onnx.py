@@ -1,0 +1,334 @@
+"""Networks leave torch as ONNX files that answer alike, and say what is wrong when they cannot."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort  # noqa: TID253 - the oracle
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.errors import ExportError
+from compress.export import Preprocess, conversion, ends, export_onnx, files, proof, read_metadata
+from compress.export.conversion import Example
+
+
+class Small(nn.Module):
+    """Conv, BatchNorm with real statistics, residual add, pooling, classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+        nn.init.normal_(self.bn1.running_mean)
+        nn.init.uniform_(self.bn1.running_var, 0.5, 2)
+        nn.init.normal_(self.bn1.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn1(self.conv1(x)))
+        x = torch.relu(self.conv2(x) + x)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def small() -> Small:
+    torch.manual_seed(0)
+    return Small().train()
+
+
+@pytest.fixture(scope="module")
+def image() -> Tensor:
+    return torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def exported(small: Small, image: Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("export") / "small.onnx"
+    return export_onnx(small, image, path, metadata={"labels": ["a", "b"], "lineage": "abc"})
+
+
+def answer(path: Path, array: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"input": array})[0]
+
+
+def test_file_answers_as_torch_for_any_batch(small: Small, exported: Path) -> None:
+    images = torch.randn(7, 3, 8, 8)
+    expected = copy.deepcopy(small).eval()(images).detach().numpy()
+    np.testing.assert_allclose(answer(exported, images.numpy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ends_have_the_promised_names_and_a_free_batch(exported: Path) -> None:
+    graph = onnx.load(str(exported)).graph
+    assert [value.name for value in graph.input] == ["input"]
+    assert [value.name for value in graph.output] == ["logits"]
+    dims = [
+        value.type.tensor_type.shape.dim[0].dim_param for value in (*graph.input, *graph.output)
+    ]
+    assert dims == ["batch", "batch"]
+
+
+def test_batchnorm_is_folded_and_parameter_names_stay(exported: Path) -> None:
+    graph = onnx.load(str(exported)).graph
+    assert "BatchNormalization" not in {node.op_type for node in graph.node}
+    assert {"conv1.weight", "conv2.weight", "fc.weight"} <= {t.name for t in graph.initializer}
+
+
+def test_nothing_of_this_machine_is_left_but_module_scopes_are(exported: Path) -> None:
+    content = exported.read_bytes()
+    assert str(Path(torch.__file__).parent.parent).encode() not in content
+    assert Path(__file__).name.encode() not in content
+    assert b"stack_trace" not in content
+    nodes = onnx.load(str(exported)).graph.node
+    scopes = {
+        entry.key: entry.value
+        for node in nodes
+        if node.op_type == "Gemm"
+        for entry in node.metadata_props
+    }
+    assert list(scopes) == ["pkg.torch.onnx.name_scopes"]
+    assert "'fc'" in scopes["pkg.torch.onnx.name_scopes"]
+
+
+def test_metadata_comes_back(exported: Path) -> None:
+    facts = read_metadata(exported)
+    assert facts["labels"] == ["a", "b"]
+    assert facts["lineage"] == "abc"
+    assert len(facts["weights_sha256"]) == 64
+
+
+def test_weights_hash_follows_the_weights(small: Small, exported: Path) -> None:
+    other = copy.deepcopy(small)
+    assert files.weights_sha256(other) == read_metadata(exported)["weights_sha256"]
+    with torch.no_grad():
+        other.fc.bias[0] += 1e-3
+    assert files.weights_sha256(other) != read_metadata(exported)["weights_sha256"]
+
+
+def test_a_second_export_gives_the_same_bytes_and_leaves_everything_as_found(
+    small: Small, image: Tensor, exported: Path, tmp_path: Path
+) -> None:
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    state, modes = torch.get_rng_state(), [m.training for m in small.modules()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = export_onnx(
+            small, image, tmp_path / "x.onnx", metadata={"labels": ["a", "b"], "lineage": "abc"}
+        )
+    assert again.read_bytes() == exported.read_bytes()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in small.modules()] == modes
+    assert all(torch.equal(tensor, before[name]) for name, tensor in small.state_dict().items())
+    assert all(p.requires_grad for p in small.parameters())
+
+
+def test_fixed_batch_is_fixed(small: Small, tmp_path: Path) -> None:
+    path = export_onnx(small, torch.randn(4, 3, 8, 8), tmp_path / "x.onnx", dynamic_batch=False)
+    dims = onnx.load(str(path)).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [4, 3, 8, 8]
+
+
+def test_preprocess_and_softmax_in_the_graph_equal_torch_around_it(
+    small: Small, image: Tensor, tmp_path: Path
+) -> None:
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    path = export_onnx(
+        small, image, tmp_path / "x.onnx", preprocess=Preprocess(mean, std), softmax=True
+    )
+    raw = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    normal = (raw / 255.0 - np.array(mean)) / np.array(std)
+    logits = copy.deepcopy(small).eval()(torch.tensor(normal).permute(0, 3, 1, 2).float())
+    expected = logits.softmax(1).detach().numpy()
+    np.testing.assert_allclose(answer(path, raw), expected, rtol=1e-4, atol=1e-6)
+    assert read_metadata(path)["layout"] == "NHWC"
+    assert read_metadata(path)["output"] == "probabilities"
+
+
+class TwoEnds(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+        return {"sum": left + right, "product": left * right}
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["tuple", "dict"])
+def test_several_inputs_and_outputs_are_numbered(tmp_path: Path, named: bool) -> None:
+    left, right = torch.randn(2, 4), torch.randn(2, 4)
+    given = {"left": left, "right": right} if named else (left, right)
+    path = export_onnx(TwoEnds(), given, tmp_path / "x.onnx")
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    total, product = session.run(
+        ["output_0", "output_1"], {"input_0": left.numpy(), "input_1": right.numpy()}
+    )
+    np.testing.assert_allclose(total, (left + right).numpy())
+    np.testing.assert_allclose(product, (left * right).numpy())
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            return x
+        return x * 2
+
+
+class OneBatchOnly(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, 12) * 2
+
+
+class Remembers(nn.Module):
+    """Answers differently from what its trace recorded: the trace sees the first value only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * float(self.calls)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "message"),
+    [
+        pytest.param(Branching(), {}, r"if x.sum\(\) > 0.*cannot trace", id="depends on values"),
+        pytest.param(OneBatchOnly(), {}, "dynamic_batch=False", id="one batch only"),
+        pytest.param(Remembers(), {}, "differs.*trace itself", id="hidden state"),
+        pytest.param(nn.Flatten(), {"opset": 99}, "opset 99.*Expected 18 to 23", id="opset"),
+    ],
+)
+def test_what_cannot_be_exported_says_why_and_leaves_no_file(
+    tmp_path: Path, network: nn.Module, options: dict, message: str
+) -> None:
+    with pytest.raises(ExportError, match=f"(?s){message}"):
+        export_onnx(network, torch.randn(2, 3, 2, 2), tmp_path / "x.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def graph_with(inputs: list[list[object]], outputs: list[list[object]]) -> ir.Model:
+    def ends(shapes: list[list[object]], name: str) -> list[ir.Value]:
+        return [
+            ir.Value(name=f"{name}{i}", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(s))
+            for i, s in enumerate(shapes)
+        ]
+
+    graph = ir.Graph(ends(inputs, "i"), ends(outputs, "o"), nodes=[], opset_imports={"": 20})
+    return ir.Model(graph, ir_version=10)
+
+
+IMAGES, LOGITS = ["batch", 3, 8, 8], ["batch", 5]
+
+
+@pytest.mark.parametrize(
+    ("graph", "preprocess", "message"),
+    [
+        pytest.param(
+            graph_with([IMAGES], [LOGITS]), Preprocess((0.5,), (0.5,)), "1 means for", id="channels"
+        ),
+        pytest.param(
+            graph_with([LOGITS], [LOGITS]), Preprocess((0.5,), (0.5,)), "takes images", id="images"
+        ),
+        pytest.param(graph_with([IMAGES], [IMAGES]), None, "is for classifiers", id="classifier"),
+        pytest.param(graph_with([IMAGES], [LOGITS] * 2), None, "which of them", id="two outputs"),
+    ],
+)
+def test_ends_that_do_not_fit_say_why(
+    graph: ir.Model, preprocess: Preprocess | None, message: str
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        ends.attach(graph, preprocess, softmax=preprocess is None)
+
+
+@pytest.mark.parametrize("example", [torch.tensor(1.0), torch.zeros(0, 3), [1, 2]])
+def test_example_without_batch_is_refused(tmp_path: Path, example: object) -> None:
+    with pytest.raises(ExportError, match="example input holds"):
+        export_onnx(nn.Identity(), example, tmp_path / "x.onnx")  # type: ignore[arg-type]
+
+
+def test_normalization_that_is_none_is_refused() -> None:
+    with pytest.raises(ExportError, match="one positive std"):
+        Preprocess((0.5,), (0.0,))
+
+
+def test_a_wrong_node_is_named_and_the_old_file_stays(
+    small: Small, image: Tensor, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert = conversion.convert
+
+    def damaged(*args: object, **options: object) -> object:
+        program = convert(*args, **options)  # type: ignore[arg-type]
+        weight = program.model.graph.initializers["conv2.weight"]
+        array = weight.const_value.numpy().copy()
+        array[0] += 0.5
+        weight.const_value = ir.tensor(array, name="conv2.weight")
+        return program
+
+    monkeypatch.setattr(conversion, "convert", damaged)
+    target = tmp_path / "x.onnx"
+    target.write_bytes(b"old")
+    with pytest.raises(ExportError, match=r"first node that differs is \S+ \(Conv\)") as caught:
+        export_onnx(small, image, target)
+    convs = [n.name for n in onnx.load(str(exported)).graph.node if n.op_type == "Conv"]
+    assert convs[1] in str(caught.value)
+    assert target.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.onnx"]
+
+
+def test_images_of_the_user_are_checked_too(
+    small: Small, image: Tensor, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    answers = proof._answers
+
+    def recorded(module: nn.Module, inputs: object, label: str) -> object:
+        seen.append(label)
+        return answers(module, inputs, label)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(proof, "_answers", recorded)
+    module = conversion.frozen_copy(small)
+    proof.check(exported, module, Example.of(image), None, images=torch.randn(5, 3, 8, 8))
+    assert seen == [
+        "the example input",
+        "random inputs of batch 1",
+        "random inputs of batch 3",
+        "the given images",
+    ]
+
+
+def test_rounding_of_a_badly_conditioned_network_is_no_mismatch() -> None:
+    class Sensitive(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 1e4 + 0.3 - x * 1e4).sin()
+
+    exact = proof.Example((torch.rand(4, 3),), {})
+    network = Sensitive()
+    reference = [network(exact.args[0])]
+    truth = [network(exact.args[0].double())]
+    nearly = [truth[0] + (reference[0] - truth[0]) * 2]
+    assert proof.difference(nearly, reference) > proof.TOLERANCE
+    assert proof._is_rounding(network, exact, nearly, reference)
+    assert not proof._is_rounding(network, exact, [truth[0] + 1], reference)
+
+
+def test_weights_over_the_limit_lie_beside_the_file(
+    small: Small, image: Tensor, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LARGEST_SINGLE_FILE", 100)
+    path = tmp_path / "x.onnx"
+    with files.writing(ir.load(exported), path, {}):
+        pass
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.onnx", "x.onnx.data"]
+    expected = copy.deepcopy(small).eval()(image).detach().numpy()
+    np.testing.assert_allclose(answer(path, image.numpy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_reading_metadata_of_no_onnx_says_so(tmp_path: Path) -> None:
+    (tmp_path / "x.onnx").write_bytes(b"\xff\xffnot onnx")
+    with pytest.raises(ExportError, match="cannot be read as ONNX"):
+        read_metadata(tmp_path / "x.onnx")

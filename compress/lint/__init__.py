@@ -1,0 +1,86 @@
+"""What in anybody's Q/DQ graph costs accuracy or speed on a target, and how it is mended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+
+from compress.lint.files import load_onnx, save_onnx
+from compress.lint.finding import Finding
+from compress.lint.graph import Graph
+from compress.lint.rules import RULES, TARGETS, Rule, rules_for
+
+__all__ = [
+    "RULES",
+    "TARGETS",
+    "Finding",
+    "Rule",
+    "fix_model",
+    "fix_onnx",
+    "lint_model",
+    "lint_onnx",
+    "load_onnx",
+]
+
+MOST_ROUNDS = 12  # mending one thing can uncover another; three rounds are the rule
+
+
+def lint_onnx(path: str | Path, target: str = "tensorrt") -> list[Finding]:
+    """Return what in an ONNX file costs accuracy or speed on ``target``, worst kinds first.
+
+    Args:
+        path: Any ONNX file with QuantizeLinear and DequantizeLinear nodes.
+        target: "onnxruntime" (on a CPU), "openvino" or "tensorrt" (also TensorRT-RTX).
+
+    Raises:
+        EngineError: the file is absent, cut short, or wants weights from outside its folder.
+        ModelError: it is no valid ONNX.
+        UnknownNameError: there is no such target.
+    """
+    rules = rules_for(target)
+    return lint_model(load_onnx(path), rules=rules)
+
+
+def fix_onnx(path: str | Path, out: str | Path, target: str = "tensorrt") -> list[Finding]:
+    """Mend in ``path`` all that can be mended for ``target`` and write the result to ``out``.
+
+    Returns:
+        What is left: findings that need the float network or calibration images. Ask ``lint_onnx``
+        for what there was before.
+
+    Raises:
+        EngineError: the file is absent, cut short, or wants weights from outside its folder.
+        ModelError: it is no valid ONNX.
+        UnknownNameError: there is no such target.
+    """
+    rules = rules_for(target)
+    fixed = fix_model(load_onnx(path), rules=rules)
+    save_onnx(fixed, out)
+    return lint_model(fixed, rules=rules)
+
+
+def lint_model(model: onnx.ModelProto, *, rules: list[Rule]) -> list[Finding]:
+    """Return the findings of ``rules`` on a model that ``load_onnx`` returned."""
+    graph = Graph(model)
+    return [
+        Finding(rule.name, problem.node, problem.message, problem.mend is not None)
+        for rule in rules
+        for problem in rule.find(graph)
+    ]
+
+
+def fix_model(model: onnx.ModelProto, *, rules: list[Rule]) -> onnx.ModelProto:
+    """Return a copy of ``model`` with every problem mended that its rule can mend."""
+    graph = Graph(model)
+    for _ in range(MOST_ROUNDS):
+        mended = 0
+        for rule in rules:
+            for problem in rule.find(graph):
+                if problem.mend is not None:
+                    problem.mend()
+                    mended += 1
+            graph.sweep()
+        if not mended:
+            break
+    return graph.to_model()

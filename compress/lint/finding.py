@@ -1,0 +1,37 @@
+"""What a rule has to say about one node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that costs accuracy or speed on the target.
+
+    Args:
+        rule: Name of the rule, as in ``compress.lint.RULES``.
+        node: Name of the node it is about.
+        message: What is wrong, what it costs, and what to do.
+        fixable: Whether ``fix_onnx`` mends it.
+    """
+
+    rule: str
+    node: str
+    message: str
+    fixable: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this finding as JSON-able data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A finding as its rule reports it, with the edit of the graph that mends it, if any."""
+
+    node: str
+    message: str
+    mend: Callable[[], None] | None = None

@@ -1,0 +1,303 @@
+"""Rules about the numbers of activations: scales, zero points and integer types."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import onnx
+
+from compress.lint.finding import Problem
+from compress.lint.graph import DType, Graph, Use, attribute, label
+from compress.lint.quantized import (
+    DQ,
+    INT8,
+    MOVING,
+    SMALLEST_SCALE,
+    UINT8,
+    Numbers,
+    Pair,
+    Q,
+    along,
+    is_never_negative,
+    numbers_of,
+    pair_before,
+    pair_of,
+    pairs,
+    set_numbers,
+)
+
+
+def scale_not_constant(graph: Graph) -> Iterator[Problem]:
+    """Scales computed at run time: no runtime makes int8 kernels of them."""
+    for node in graph.of_type(Q, DQ):
+        if graph.constant(node.input[1]) is None:
+            yield Problem(
+                label(node),
+                f"the scale {node.input[1]!r} is computed at run time, so no int8 kernel can be "
+                "chosen; quantize statically, from calibration images",
+            )
+
+
+def scale_not_positive(graph: Graph) -> Iterator[Problem]:
+    """Zero, negative or non-finite scales, as pruned or dead channels leave them."""
+    for node in graph.of_type(Q, DQ):
+        scale = numbers_of(graph, node).scale
+        if scale is None or bool(np.all(scale > 0) and np.all(np.isfinite(scale))):
+            continue
+        finite = bool(np.all(np.isfinite(scale)))
+        bad = int(np.sum(~(scale > 0) | ~np.isfinite(scale)))
+        yield Problem(
+            label(node),
+            f"{bad} of {scale.size} scales are zero, negative or not finite; TensorRT refuses "
+            "them and division by zero gives NaN"
+            + ("" if finite else "; the range was lost, quantize again"),
+            (partial(_make_positive, graph, node)) if finite else None,
+        )
+
+
+def pair_mismatch(graph: Graph) -> Iterator[Problem]:
+    """A DQ whose numbers are not those of the Q it reads: values come back scaled or shifted."""
+    for pair in _constant_pairs(graph):
+        for node in pair.dequantizes:
+            if pair.numbers.equals(numbers_of(graph, node)):
+                continue
+            yield Problem(
+                label(node),
+                f"scale or zero point differ from those of {label(pair.quantize)!r} before it: "
+                "every value comes back wrong",
+                partial(_set_pair, graph, pair, pair.numbers),
+            )
+
+
+def activation_per_channel(graph: Graph) -> Iterator[Problem]:
+    """Activations with a scale for each channel, which no int8 convolution can use."""
+    for pair in _constant_pairs(graph):
+        if pair.numbers.scale is not None and pair.numbers.scale.size > 1:
+            yield Problem(
+                label(pair.quantize),
+                f"{pair.numbers.scale.size} scales on an activation; int8 kernels sum over "
+                "channels and need one",
+                partial(_one_scale, graph, pair),
+            )
+
+
+def unsigned_activation(graph: Graph) -> Iterator[Problem]:
+    """uint8 (or 16-bit) activations, which TensorRT takes for int8 with the same scale."""
+    for pair in _constant_pairs(graph):
+        if pair.numbers.dtype == UINT8:
+            yield Problem(
+                label(pair.quantize),
+                "uint8: TensorRT reads it as int8 with the same scale, so every value above half "
+                "of the range is clipped, without an error; int8 with scale x 255/127 keeps it",
+                partial(_make_symmetric, graph, pair),
+            )
+        elif pair.numbers.dtype != INT8:
+            yield Problem(
+                label(pair.quantize),
+                f"{pair.numbers.dtype} activation: TensorRT has no kernels for it",
+                partial(_make_symmetric, graph, pair),
+            )
+
+
+def activation_zero_point(graph: Graph) -> Iterator[Problem]:
+    """int8 activations with a zero point, where TensorRT knows symmetric ones only."""
+    for pair in _constant_pairs(graph):
+        if pair.numbers.dtype == INT8 and pair.numbers.is_asymmetric:
+            yield Problem(
+                label(pair.quantize),
+                f"zero point {int(pair.numbers.zero.flat[0])}: TensorRT quantizes symmetrically "
+                "and refuses or ignores it",
+                partial(_make_symmetric, graph, pair),
+            )
+
+
+def signed_activation(graph: Graph) -> Iterator[Problem]:
+    """int8 (or 16-bit) activations, which ONNX Runtime on a CPU barely fuses."""
+    for pair in _constant_pairs(graph):
+        if pair.numbers.dtype != UINT8:
+            yield Problem(
+                label(pair.quantize),
+                f"{pair.numbers.dtype} activation: ONNX Runtime's fast kernels take uint8; the "
+                "int8 graph can be slower than fp32",
+                partial(_make_unsigned, graph, pair),
+            )
+
+
+def signed_activation_with_zero_point(graph: Graph) -> Iterator[Problem]:
+    """int8 activations with a zero point, at which OpenVINO falls back to float or fails."""
+    for pair in _constant_pairs(graph):
+        wide = pair.numbers.dtype not in (INT8, UINT8)
+        if wide or (pair.numbers.dtype == INT8 and pair.numbers.is_asymmetric):
+            yield Problem(
+                label(pair.quantize),
+                f"{pair.numbers.dtype} activation with zero point "
+                f"{int(pair.numbers.zero.flat[0])}: OpenVINO fails to compile it or computes in "
+                "float; the same numbers as uint8 are fast",
+                partial(_make_unsigned, graph, pair),
+            )
+
+
+def wasted_range(graph: Graph) -> Iterator[Problem]:
+    """Values that are never negative in a range that reaches below zero."""
+    for pair in _constant_pairs(graph):
+        if pair.numbers.limits[0] < 0 and is_never_negative(graph, pair.source):
+            low, high = pair.numbers.limits
+            yield Problem(
+                label(pair.quantize),
+                f"the range [{low:.4g}, {high:.4g}] holds values that are never negative: "
+                f"{100 * -low / (high - low):.0f} % of the levels are never used"
+                " and the Relu before it is not absorbed",
+                partial(_make_unsigned, graph, pair),
+            )
+
+
+def moved_with_another_scale(graph: Graph) -> Iterator[Problem]:
+    """Pooling or reshaping between two different scales: rounded twice, and not done in int8."""
+    for pair in _constant_pairs(graph):
+        node = graph.maker(pair.source)
+        if node is None or node.op_type not in MOVING:
+            continue
+        before = pair_before(graph, node.input[0])
+        if before is None or before.numbers.equals(pair.numbers) or not _is_usable(before):
+            continue
+        yield Problem(
+            label(pair.quantize),
+            f"{node.op_type} only moves values, yet they are quantized again with another scale: "
+            "one rounding too many, and no int8 kernel",
+            partial(_set_pair, graph, pair, before.numbers),
+        )
+
+
+def concat_scales(graph: Graph) -> Iterator[Problem]:
+    """Concatenated tensors with different scales, each of which is then converted at run time."""
+    for node in graph.of_type("Concat"):
+        joined = [pair_before(graph, value) for value in node.input]
+        around = [p for p in joined if p is not None and _is_usable(p)]
+        if len(around) < len(joined):
+            continue
+        around += [
+            pair
+            for use in graph.readers(node.output[0])
+            if use.node.op_type == Q and _is_usable(pair := pair_of(graph, use.node))
+        ]
+        if all(pair.numbers.equals(around[0].numbers) for pair in around):
+            continue
+        scales = [float(np.max(p.numbers.scale)) for p in around if p.numbers.scale is not None]
+        yield Problem(
+            label(node),
+            f"its inputs and output have scales from {min(scales):.4g} to {max(scales):.4g}; "
+            "with one scale they are joined in place, else each is converted first",
+            partial(_share_scale, graph, around),
+        )
+
+
+def implied_clip(graph: Graph, pair: Pair) -> str:
+    """Return the value that bypasses ``pair``: its source, or the source clipped as Q clipped it.
+
+    A quantizer whose smallest integer stands for zero acts as a Relu; ONNX Runtime's tools delete
+    the Relu itself. Where the quantizer goes, the Relu has to come back.
+    """
+    low, high = pair.numbers.limits
+    if low < 0 or is_never_negative(graph, pair.source):
+        return pair.source
+    like_relu6 = abs(high - 6) < high / 255
+    op = "Clip" if like_relu6 else "Relu"
+    for use in graph.readers(pair.source):
+        if use.node.op_type == op and use.index == 0:
+            return str(use.node.output[0])
+    if not like_relu6:
+        return graph.add("Relu", [pair.source], f"{pair.source}_relu")
+    dtype = pair.numbers.scale.dtype if pair.numbers.scale is not None else np.dtype(np.float32)
+    limits = [graph.add_constant(f"{pair.source}_{v}", np.asarray(v, dtype)) for v in (0, 6)]
+    return graph.add("Clip", [pair.source, *limits], f"{pair.source}_relu6")
+
+
+def _make_symmetric(graph: Graph, pair: Pair) -> None:
+    low, high = pair.numbers.limits
+    clipped = implied_clip(graph, pair)
+    if clipped != pair.source:
+        graph.rewire(Use(pair.quantize, 0), clipped)
+    scale = np.asarray(max(-low, high) / 127, _scale_dtype(pair))
+    _set_pair(graph, pair, Numbers(scale, np.zeros((), np.int64), INT8))
+
+
+def _make_unsigned(graph: Graph, pair: Pair) -> None:
+    low, high = pair.numbers.limits
+    if is_never_negative(graph, pair.source):
+        low = 0.0
+    if pair.numbers.dtype == INT8 and low < 0:  # the same integers, 128 higher
+        shifted = Numbers(pair.numbers.scale, pair.numbers.zero + 128, UINT8)
+        _set_pair(graph, pair, shifted)
+        return
+    scale = max(high - low, SMALLEST_SCALE) / 255
+    zero = np.asarray(round(-low / scale), np.int64)
+    _set_pair(graph, pair, Numbers(np.asarray(scale, _scale_dtype(pair)), zero, UINT8))
+
+
+def _one_scale(graph: Graph, pair: Pair) -> None:
+    low, high = pair.numbers.limits
+    info = np.iinfo(pair.numbers.dtype)
+    if pair.numbers.is_asymmetric or info.min == 0:
+        scale = max(high - low, SMALLEST_SCALE) / (info.max - info.min)
+        zero = round(info.min - low / scale)
+    else:
+        scale, zero = max(-low / -info.min, high / info.max), 0
+    shared = np.asarray(scale, _scale_dtype(pair))
+    _set_pair(graph, pair, Numbers(shared, np.asarray(zero), pair.numbers.dtype))
+
+
+def _share_scale(graph: Graph, around: list[Pair]) -> None:
+    low = min(pair.numbers.limits[0] for pair in around)
+    high = max(pair.numbers.limits[1] for pair in around)
+    dtype = around[0].numbers.dtype
+    if dtype == INT8 and not any(pair.numbers.is_asymmetric for pair in around):
+        scale, zero = max(-low / 128, high / 127), 0
+    else:
+        dtype, scale = UINT8, max(high - low, SMALLEST_SCALE) / 255
+        zero = round(-low / scale)
+    shared = np.asarray(scale, _scale_dtype(around[0]))
+    for pair in around:
+        _set_pair(graph, pair, Numbers(shared, np.asarray(zero), dtype))
+
+
+def _make_positive(graph: Graph, node: onnx.NodeProto) -> None:
+    numbers = numbers_of(graph, node)
+    if numbers.scale is None:
+        return
+    scale = np.where(numbers.scale == 0, SMALLEST_SCALE, np.abs(numbers.scale))
+    scale = scale.astype(numbers.scale.dtype)
+    stored = graph.constant(node.input[0]) if node.op_type == DQ else None
+    if stored is not None:
+        axis = attribute(node, "axis", 1) % stored.ndim if stored.ndim else None
+        sign = along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
+        zero = along(numbers.zero, axis, stored.ndim)
+        integers = (sign * (stored.astype(np.int64) - zero) + zero).astype(stored.dtype)
+        name = graph.add_constant(f"{node.input[0]}_mended", integers)
+        graph.rewire(Use(node, 0), name)
+    graph.rewire(Use(node, 1), graph.add_constant(f"{node.output[0]}_mended_scale", scale))
+
+
+def _set_pair(graph: Graph, pair: Pair, numbers: Numbers) -> None:
+    if numbers.scale is None:
+        return
+    for node in (pair.quantize, *pair.dequantizes):
+        set_numbers(graph, node, numbers.scale, numbers.zero, numbers.dtype)
+
+
+def _constant_pairs(graph: Graph) -> Iterator[Pair]:
+    return (pair for pair in pairs(graph) if _is_usable(pair))
+
+
+def _is_usable(pair: Pair) -> bool:
+    scale = pair.numbers.scale
+    return scale is not None and bool(np.all(np.isfinite(scale))) and _is_integer(pair.numbers)
+
+
+def _is_integer(numbers: Numbers) -> bool:
+    return numbers.dtype in [np.dtype(d) for d in (np.int8, np.uint8, np.int16, np.uint16)]
+
+
+def _scale_dtype(pair: Pair) -> DType:
+    return np.dtype(np.float32) if pair.numbers.scale is None else pair.numbers.scale.dtype

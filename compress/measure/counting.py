@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 
+from compress import onnx_file
 from compress.errors import ModelError
+from compress.onnx_shapes import shapes_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -115,9 +117,10 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
     inferred shapes, with a free batch dimension set to 1.
 
     Raises:
-        ModelError: the file is no ONNX graph, or a shape that is needed cannot be inferred.
+        EngineError: the file is no ONNX graph.
+        ModelError: a shape that is needed cannot be inferred.
     """
-    model = _read(source)
+    model = source if isinstance(source, onnx.ModelProto) else onnx_file.load(source)
     return Count(params=_onnx_params(model.graph), macs=sum(node_macs(model).values()))
 
 
@@ -163,7 +166,7 @@ def size_mib(path: Path) -> float:
 
 
 def _external_files(path: Path) -> set[Path]:
-    graph = _read(path, load_external_data=False).graph
+    graph = onnx_file.load(path, weights=False).graph
     names = {
         entry.value
         for tensor in graph.initializer
@@ -171,15 +174,6 @@ def _external_files(path: Path) -> set[Path]:
         if entry.key == "location"
     }
     return {path.parent / name for name in names if (path.parent / name).is_file()}
-
-
-def _read(source: Path | onnx.ModelProto, *, load_external_data: bool = True) -> onnx.ModelProto:
-    if isinstance(source, onnx.ModelProto):
-        return source
-    try:
-        return onnx.load(source, load_external_data=load_external_data)
-    except Exception as error:  # noqa: BLE001 - protobuf raises what its build happens to raise
-        raise ModelError(f"is no ONNX graph: {error}", where=str(source)) from None
 
 
 def _onnx_params(graph: onnx.GraphProto) -> int:
@@ -204,35 +198,6 @@ def _range_inputs(node: onnx.NodeProto) -> list[str]:
     if node.op_type in {"QLinearConv", "QLinearMatMul"}:
         return [node.input[i] for i in (1, 2, 4, 5, 6, 7)]
     return []
-
-
-def shapes_of(
-    model: onnx.ModelProto, batch: int = 1
-) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
-    """Return shape and element type of each tensor, as inferred with a free batch set to ``batch``.
-
-    A size that is not known is None; a tensor of which nothing is known is absent.
-    """
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
-    known = {tensor.name for tensor in fixed.graph.initializer}
-    for value in fixed.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if value.name not in known and dims and not dims[0].HasField("dim_value"):
-            dims[0].dim_value = batch
-    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
-    shapes: dict[str, tuple[int | None, ...]] = {
-        tensor.name: tuple(tensor.dims) for tensor in inferred.initializer
-    }
-    kinds = {tensor.name: tensor.data_type for tensor in inferred.initializer}
-    for value in (*inferred.input, *inferred.value_info, *inferred.output):
-        kinds[value.name] = value.type.tensor_type.elem_type
-        if value.type.tensor_type.HasField("shape"):
-            shapes[value.name] = tuple(
-                dim.dim_value if dim.HasField("dim_value") else None
-                for dim in value.type.tensor_type.shape.dim
-            )
-    return shapes, kinds
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int | None, ...]]) -> int:

@@ -15,8 +15,10 @@ from typing import Any
 import onnx
 
 import compress
+from compress import onnx_file
 from compress.errors import EngineError
-from compress.measure.counting import MIB, shapes_of, size_mib
+from compress.measure.counting import MIB, size_mib
+from compress.onnx_shapes import shapes_of
 
 METHODS = {
     "file_mib": "bytes on disk, external data included",
@@ -161,7 +163,7 @@ def _static(
     """Return weights, activations, and why one of them is missing."""
     weights, activations = found.get("weights_mib"), found.get("activations_mib")
     if path.suffix == ".onnx":
-        model = onnx.load(path)
+        model = onnx_file.load(path)
         weights, activations = weights_mib(model), activations_mib(model, batch)
     elif path.suffix == ".xml" and path.with_suffix(".bin").is_file():
         weights = path.with_suffix(".bin").stat().st_size / MIB

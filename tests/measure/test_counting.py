@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from compress.errors import ModelError
+from compress.errors import EngineError, ModelError
 from compress.measure import count, count_onnx, node_macs, size_mib
 
 
@@ -204,7 +204,7 @@ def test_free_image_size_is_an_error_that_says_where() -> None:
 
 def test_damaged_onnx_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(b"\xff\xff nothing")
-    with pytest.raises(ModelError, match=r"m\.onnx: is no ONNX graph"):
+    with pytest.raises(EngineError, match=r"m\.onnx: is no ONNX file"):
         count_onnx(tmp_path / "m.onnx")
 
 

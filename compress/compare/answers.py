@@ -1,0 +1,216 @@
+"""What changed for the images: agreement, flips, accuracy and the classes that paid for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress import statistics
+from compress.compare.drift import Drift
+from compress.errors import DataError
+from compress.predictions import Predictions
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Flip:
+    """An image that both answer differently, or with another outcome."""
+
+    index: int  # in the order of the images
+    label: int
+    before: int  # the reference's answer
+    after: int  # the candidate's
+    before_confidence_pct: float
+    after_confidence_pct: float
+
+    @property
+    def kind(self) -> str:
+        """Return "lost" (was right, now wrong), "won" (the reverse) or "other" (wrong twice)."""
+        if self.before == self.label:
+            return "lost"
+        return "won" if self.after == self.label else "other"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this flip as JSON-able data."""
+        return {**self.__dict__, "kind": self.kind}
+
+
+@dataclass(frozen=True)
+class ClassDrop:
+    """What one class lost."""
+
+    name: str
+    images: int
+    drop_pct: float  # recall of the reference less that of the candidate, points
+    drop_ci95: tuple[float, float]  # paired bootstrap over the images of the class
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this drop as JSON-able data."""
+        return dict(self.__dict__)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A candidate against its reference on the same images."""
+
+    images: int
+    agreement_pct: float  # images with the same answer, right or wrong
+    agreement_ci95: tuple[float, float]  # Wilson
+    flip_pct: float  # the reference right and the candidate wrong
+    won_pct: float  # the reverse
+    top1_change_pct: float  # candidate less reference, points
+    top1_change_ci95: tuple[float, float]  # paired bootstrap
+    top1_p_value: float  # McNemar, mid-p
+    ece_change_pct: float  # calibration error, candidate less reference, points
+    logits: Drift
+    class_drops: tuple[ClassDrop, ...]  # of every class that has images, the largest drop first
+    flips: tuple[Flip, ...]  # all images answered differently: lost ones first, surest first
+
+    @property
+    def verdict(self) -> str:
+        """Return "no significant difference", "more accurate" or "less accurate"."""
+        if self.top1_p_value >= SIGNIFICANCE:
+            return "no significant difference"
+        return "more accurate" if self.top1_change_pct > 0 else "less accurate"
+
+    @property
+    def worst(self) -> ClassDrop:
+        """The class that lost most."""
+        return self.class_drops[0]
+
+    def row(self) -> dict[str, Any]:
+        """Return the numbers of this comparison as one flat row, for a report."""
+        return {
+            "agreement_pct": self.agreement_pct,
+            "agreement_ci95": self.agreement_ci95,
+            "flip_pct": self.flip_pct,
+            "won_pct": self.won_pct,
+            "top1_change_pct": self.top1_change_pct,
+            "top1_change_ci95": self.top1_change_ci95,
+            "top1_p_value": self.top1_p_value,
+            "top1_verdict": self.verdict,
+            "ece_change_pct": self.ece_change_pct,
+            "worst_class": self.worst.name,
+            "worst_class_images": self.worst.images,
+            "worst_class_drop_pct": self.worst.drop_pct,
+            "worst_class_drop_ci95": self.worst.drop_ci95,
+            **self.logits.to_json(),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all of it as JSON-able data."""
+        return {
+            "images": self.images,
+            **self.row(),
+            "class_drops": [drop.to_json() for drop in self.class_drops],
+            "flips": [flip.to_json() for flip in self.flips],
+        }
+
+
+def compare(
+    reference: Predictions, candidate: Predictions, classes: Sequence[str] | None = None
+) -> Comparison:
+    """Return what changed from ``reference`` to ``candidate`` on the same images.
+
+    **Method:** both answered the same images in the same order, so all tests are paired: McNemar's
+    mid-p test on the images that exactly one gets right, and a bootstrap over images for the
+    change of accuracy. A change that is not significant may still be real; it only means that
+    this many images cannot tell. The worst of many classes is the most unlucky one as well: mind
+    its interval and its number of images.
+
+    Raises:
+        DataError: the images, their order or the number of classes differ.
+    """
+    _check_pair(reference, candidate)
+    names = classes or [str(k) for k in range(reference.logits.shape[1])]
+    same = int((reference.answers == candidate.answers).sum())
+    images = len(reference.labels)
+    lost = int((reference.correct & ~candidate.correct).sum())
+    won = int((~reference.correct & candidate.correct).sum())
+    change = statistics.accuracy_change_interval(reference.correct, candidate.correct)
+    return Comparison(
+        images=images,
+        agreement_pct=100 * same / images,
+        agreement_ci95=_percent(statistics.wilson_interval(same, images)),
+        flip_pct=100 * lost / images,
+        won_pct=100 * won / images,
+        top1_change_pct=100 * (won - lost) / images,
+        top1_change_ci95=_percent(change),
+        top1_p_value=statistics.mcnemar(lost, won),
+        ece_change_pct=100 * (_calibration_error(candidate) - _calibration_error(reference)),
+        logits=Drift.between(reference.logits, candidate.logits),
+        class_drops=_class_drops(reference, candidate, names),
+        flips=_flips(reference, candidate),
+    )
+
+
+def against(
+    reference: Predictions, candidate: Predictions, classes: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return ``compare`` as one flat row of a report."""
+    return compare(reference, candidate, classes).row()
+
+
+def _check_pair(reference: Predictions, candidate: Predictions) -> None:
+    if reference.logits.shape[1] != candidate.logits.shape[1]:
+        raise DataError(
+            f"the reference tells {reference.logits.shape[1]} classes apart, "
+            f"the candidate {candidate.logits.shape[1]}",
+            expected="two networks for the same classes",
+        )
+    if len(reference.labels) != len(candidate.labels):
+        raise DataError(
+            f"the reference answered {len(reference.labels)} images, "
+            f"the candidate {len(candidate.labels)}",
+            expected="answers to the same images",
+        )
+    differing = np.flatnonzero(reference.labels != candidate.labels)
+    if len(differing):
+        raise DataError(
+            f"image {differing[0]} has label {reference.labels[differing[0]]} for the reference "
+            f"and {candidate.labels[differing[0]]} for the candidate",
+            expected="answers to the same images in the same order",
+        )
+
+
+def _class_drops(
+    reference: Predictions, candidate: Predictions, names: Sequence[str]
+) -> tuple[ClassDrop, ...]:
+    drops = []
+    for k in np.unique(reference.labels):
+        own = reference.labels == k
+        before, after = reference.correct[own], candidate.correct[own]
+        low, high = _percent(statistics.accuracy_change_interval(before, after, resamples=4000))
+        drop = 100 * float(before.mean() - after.mean())
+        drops.append(ClassDrop(names[k], int(own.sum()), drop, (-high, -low)))
+    return tuple(sorted(drops, key=lambda drop: (-drop.drop_pct, drop.name)))
+
+
+def _flips(reference: Predictions, candidate: Predictions) -> tuple[Flip, ...]:
+    changed: NDArray[np.int64] = np.flatnonzero(reference.answers != candidate.answers)
+    flips = [
+        Flip(
+            index=int(i),
+            label=int(reference.labels[i]),
+            before=int(reference.answers[i]),
+            after=int(candidate.answers[i]),
+            before_confidence_pct=100 * float(reference.confidence[i]),
+            after_confidence_pct=100 * float(candidate.confidence[i]),
+        )
+        for i in changed
+    ]
+    rank = {"lost": 0, "won": 1, "other": 2}
+    return tuple(sorted(flips, key=lambda f: (rank[f.kind], -f.after_confidence_pct, f.index)))
+
+
+def _calibration_error(predictions: Predictions) -> float:
+    return statistics.calibration_bins(predictions.confidence, predictions.correct).error
+
+
+def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+SILENT = frozenset({"detach", "alias", "lift_fresh"})  # they come and go without meaning
+
 _NAMES: dict[OpOverload, str] = {}
 _POINTWISE: dict[OpOverload, bool] = {}
 # Integers that these ops take describe shapes, which a cut changes: they are checked as shapes.

@@ -58,6 +58,8 @@ class Replay(TorchDispatchMode):
     ) -> Any:
         """Run one op and compare it."""
         name = kernels.op_name(func)
+        if name in kernels.SILENT:
+            return func(*args, **(kwargs or {}))
         self._calls[name] = self._calls.get(name, 0) + 1
         if self._done >= len(self._steps):
             raise self._mismatch("the pruned network does more than the original")

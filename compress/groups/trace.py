@@ -43,7 +43,7 @@ def trace(model: nn.Module, example_input: Example) -> Network:
     for number in range(_ROUNDS):
         traced = _Traced(model, example_input, distrusted)
         mismatch = traced.probe(seed=number)
-        if mismatch is None:
+        if mismatch is None or not traced.units.groups:
             break
         distrusted[traced.culprit(mismatch, distrusted)] = mismatch.why
     else:
@@ -119,12 +119,21 @@ class _Traced:
         model.train(training)
         named = [(t, name, self._named[name]) for name, t in named_tensors(model)]
         tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted)
-        outputs = run_traced(model, self._inputs, tracer)
+        outputs = run_traced(model, self._inputs_in(training), tracer)
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 for axis in tracer.axes(tensor):
                     self._ledger.freeze(axis, "its channels are an output of the network")
         return _Forward(training, tracer.record)
+
+    def _inputs_in(self, training: bool) -> Any:
+        """Return the inputs; in training mode at least two images, as batch statistics need."""
+        if not training or _batch_size(self._inputs) > 1:
+            return self._inputs
+        return tree_map(
+            lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim and len(t) == 1 else t,
+            self._inputs,
+        )
 
     def _unused(self) -> bool:
         touched = self._forwards[0].record.touched
@@ -234,7 +243,7 @@ class _Traced:
             replay = Replay(forward.record.steps, stays)
             model.train(forward.training)
             try:
-                run_traced(model, self._inputs, replay)
+                run_traced(model, self._inputs_in(forward.training), replay)
                 replay.check_finished()
             except (PlanError, Mismatch) as error:
                 mismatch = replay.failure(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,8 +21,8 @@ from compress.groups.counts import Attribute, Count, Extent
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
 
 Axes = tuple[Axis, ...]
-_TORCH = str(Path(torch.__file__).parent)
-_OURS = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_OURS = str(Path(__file__).parent) + os.sep
 _SHAPE = torch.Tensor.shape
 _SIZERS = {torch.Tensor.size}
 
@@ -138,6 +139,7 @@ class Tracer(TorchDispatchMode):
         self._rules = rules
         self._fallback = fallback
         self._distrusted = distrusted
+        self._restricted: tuple[Call, bool] | None = None
 
     def axes(self, tensor: Tensor) -> Axes:
         """Return the labels of each dimension of ``tensor``."""
@@ -177,6 +179,12 @@ class Tracer(TorchDispatchMode):
 
     def restrict(self, call: Call, *, mask_only: bool = False) -> None:
         """Note that the twin must compute this op on the kept channels only."""
+        self._restricted = (call, mask_only)
+
+    def _write_restricted(self) -> None:
+        if self._restricted is None:
+            return
+        (call, mask_only), self._restricted = self._restricted, None
         tensors = [(i, a) for i, a in enumerate(call.args) if isinstance(a, Tensor)]
         self.record.restricted.append(
             Restricted(
@@ -212,6 +220,7 @@ class Tracer(TorchDispatchMode):
         if rule is None:
             rule = kernels.pointwise_rule(call.func, self._rules, self._fallback)
         rule(self, call)
+        self._write_restricted()
         if (why := self._distrusted.get(self._step_key(call.name))) is not None:
             for tensor in (*inputs, *call.outputs):
                 for axis in self.axes(tensor):
@@ -231,6 +240,8 @@ class Tracer(TorchDispatchMode):
                 self._origin.setdefault(id(out), str(self._origin[id(largest)]))
         self._alive.extend(call.outputs)
         self._alive.extend(inputs)
+        if call.name in kernels.SILENT:
+            return
         self.record.steps.append(
             Step(
                 call.name,

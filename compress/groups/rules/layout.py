@@ -163,6 +163,16 @@ def _follow(tracer: Tracer, size: int, labels: Labels) -> None:
         tracer.ledger.uses.extend([use] if use else [])
 
 
+def as_strided(tracer: Tracer, call: Call) -> None:
+    """The same shape with other strides; anything else is unknown."""
+    x, out = call.args[0], call.outputs[0]
+    if out.shape == x.shape and (len(call.args) < 4 or not call.args[3]):
+        tracer.label(out, tracer.axes(x))
+        return
+    for axis in tracer.axes(x):
+        tracer.freeze(axis, "as_strided addresses memory directly")
+
+
 def expand(tracer: Tracer, call: Call) -> None:
     """Size-one dimensions repeated: new channels, all alike, if the program's size can follow."""
     x, out = call.args[0], call.outputs[0]
@@ -241,6 +251,7 @@ RULES: dict[str, Rule] = {
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
     **dict.fromkeys("view _unsafe_view reshape _reshape_alias unflatten".split(), view),
+    "as_strided": as_strided,
     "expand": expand,
     "repeat": repeat,
     "repeat_interleave": repeat_interleave,

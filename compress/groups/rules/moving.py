@@ -136,7 +136,7 @@ def slicing(tracer: Tracer, call: Call) -> None:
             _couple(tracer, axis, size // max(out.shape[dim], 1))
         else:
             for bound, value in zip(given or (None, None), (start, stop), strict=True):
-                if 0 < value < size:
+                if 0 < value < size and not (step > 1 and value == start < step):
                     _bound(tracer, axis, value, bound)
         if step > 1:
             _stepped(tracer, axis[start:stop], step)

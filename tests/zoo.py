@@ -1,0 +1,828 @@
+"""Tiny networks, each naming one difficulty of pruning, export and quantization.
+
+``build(name)`` gives one with random weights and random normalization statistics (a misaligned
+BatchNorm hides behind fresh ones), ``inputs(name)`` what it takes. Everything that works on
+networks is tested on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """How to build a network and the shapes of its inputs."""
+
+    build: Callable[[], nn.Module]
+    shapes: tuple[tuple[int, ...], ...] = ((2, 3, 16, 16),)
+
+
+ZOO: dict[str, Difficulty] = {}
+
+
+def zoo(*shapes: tuple[int, ...]) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Register a class under its name; without shapes it takes one (2, 3, 16, 16) image batch."""
+
+    def register(kind: type[nn.Module]) -> type[nn.Module]:
+        ZOO[kind.__name__] = Difficulty(kind, shapes or ((2, 3, 16, 16),))
+        return kind
+
+    return register
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    """Return the network in eval mode with random weights, statistics and affines."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ZOO[name].build()
+        randomize(model)
+    return model.eval()
+
+
+def inputs(name: str, seed: int = 1) -> tuple[Tensor, ...]:
+    """Return random inputs of a network."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(shape, generator=generator) for shape in ZOO[name].shapes)
+
+
+def randomize(model: nn.Module) -> None:
+    """Randomize statistics and affines of normalizations, biases and scales, in place."""
+    with torch.no_grad():
+        for module in model.modules():
+            mean, var = (getattr(module, n, None) for n in ("running_mean", "running_var"))
+            if isinstance(mean, Tensor) and isinstance(var, Tensor):
+                mean.normal_(0, 0.3)
+                var.uniform_(0.5, 2)
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.endswith("scale"):
+                parameter.copy_(torch.empty_like(parameter).uniform_(0.4, 1.2))
+                if name.endswith("bias"):
+                    parameter.sub_(0.8)
+
+
+def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """Convolution, BatchNorm, ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Classifier(nn.Module):
+    """A stem, what the subclass calls ``body``, global pooling and a linear layer."""
+
+    def __init__(self, body: nn.Module, inputs: int = 16, outputs: int = 16) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, inputs)
+        self.body = body
+        self.head = nn.Linear(outputs, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+@zoo()
+class Plain(Classifier):
+    """Convolutions in a row."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(conv_bn(16, 24), conv_bn(24, 16, stride=2)))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a shortcut."""
+
+    def __init__(self, channels: int, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, 12, 3, padding=1), nn.BatchNorm2d(12)
+        self.conv2, self.bn2 = nn.Conv2d(12, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        self.activation = activation or nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.bn1(self.conv1(x)))
+        return self.activation(x + self.bn2(self.conv2(y)))
+
+
+@zoo()
+class Residual(Classifier):
+    """Shortcuts tie the outputs of several convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(ResidualBlock(16), ResidualBlock(16, nn.Hardswish())))
+
+
+@zoo()
+class ProjectedResidual(Classifier):
+    """A strided 1x1 convolution on the shortcut."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.main = nn.Sequential(conv_bn(16, 20, stride=2), conv_bn(20, 24))
+            self.shortcut = nn.Conv2d(16, 24, 1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.main(x) + self.shortcut(x))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body(), outputs=24)
+
+
+class PaddingShortcut(nn.Module):
+    """A block with a CIFAR ResNet's parameter-free shortcut (option A)."""
+
+    def __init__(self, inputs: int, planes: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, planes, 3, 2, 1), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, 1, 1), nn.BatchNorm2d(planes)
+        self.shortcut = Lambda(
+            lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4), "constant", 0)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.shortcut(x))
+
+
+class Lambda(nn.Module):
+    """A function as a module; its channel count is a variable it closes over."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+@zoo()
+class OptionAShortcut(Classifier):
+    """Zeros padded to the channels of a shortcut, their number hidden in a closure."""
+
+    def __init__(self) -> None:
+        blocks = nn.Sequential(PaddingShortcut(16, 32), ResidualBlock(32), PaddingShortcut(32, 64))
+        super().__init__(blocks, outputs=64)
+
+
+@zoo()
+class ConcatenatedZeros(Classifier):
+    """The same shortcut by concatenating zeros made in the forward."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv_bn(16, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            b, c, h, w = x.shape
+            zeros = torch.zeros(b, y.shape[1] - c, h, w, device=x.device, dtype=x.dtype)
+            return F.relu(y + torch.cat([x, zeros], 1))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body(), outputs=24)
+
+
+@zoo()
+class Depthwise(Classifier):
+    """Inverted residual: 1x1, depthwise, 1x1, with ReLU6."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expand, self.bn1 = nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32)
+            self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
+            self.bn2 = nn.BatchNorm2d(32)
+            self.project, self.bn3 = nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu6(self.bn1(self.expand(x)))
+            return x + self.bn3(self.project(F.relu6(self.bn2(self.depthwise(y)))))
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(self.Block(), self.Block()))
+
+
+@zoo()
+class DepthMultiplier(Classifier):
+    """A depthwise convolution that makes two outputs of each input."""
+
+    def __init__(self) -> None:
+        body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, groups=16), nn.BatchNorm2d(32), nn.SiLU())
+        super().__init__(body, outputs=32)
+
+
+@zoo()
+class FewGroups(Classifier):
+    """Grouped convolution with two large groups."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(conv_bn(16, 24, groups=2), conv_bn(24, 16)))
+
+
+@zoo()
+class ManyGroups(Classifier):
+    """Grouped convolution with many small groups, as in ResNeXt."""
+
+    def __init__(self) -> None:
+        body = nn.Sequential(conv_bn(16, 32, 1), conv_bn(32, 32, groups=16), conv_bn(32, 16, 1))
+        super().__init__(body)
+
+
+@zoo()
+class Concat(Classifier):
+    """Branches concatenated, then normalized together, as in DenseNet."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv_bn(16, 8), conv_bn(24, 8, 1)
+            self.bn, self.last = nn.BatchNorm2d(32), nn.Conv2d(32, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.cat([x, self.a(x)], 1)
+            y = torch.cat([y, self.b(y)], 1)
+            return self.last(F.relu(self.bn(y)))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class SharedModule(Classifier):
+    """One convolution used twice, at two sizes."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
+            self.last = conv_bn(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.bn(self.conv(x)))
+            return self.last(F.relu(self.bn(self.conv(F.max_pool2d(y, 2)))))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class SharedWeight(nn.Module):
+    """Two layers own one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 16)
+        self.first, self.second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.mix, self.head = conv_bn(16, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x)
+        y = F.relu(self.first(y)) + self.second(y)
+        return self.head(self.mix(y).mean((2, 3)))
+
+
+class SqueezeExcite(nn.Module):
+    """A gate on every channel, computed from all of them."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.reduce, self.expand = nn.Conv2d(channels, 6, 1), nn.Conv2d(6, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.expand(F.relu(self.reduce(F.adaptive_avg_pool2d(x, 1))))
+        return x * torch.sigmoid(gate)
+
+
+@zoo()
+class SqueezeExciteGate(Classifier):
+    """Sigmoid gates: zero channels do not stay zero in them."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(conv_bn(16, 24), SqueezeExcite(24), conv_bn(24, 16)))
+
+
+@zoo()
+class LinearGate(Classifier):
+    """A squeeze-excite gate from linear layers and a view."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = conv_bn(16, 16)
+            self.fc = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 16), nn.Sigmoid())
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.conv(x)
+            b, c, _, _ = x.size()
+            gate = self.fc(F.adaptive_avg_pool2d(x, 1).view(b, c)).view(b, c, 1, 1)
+            return x * gate.expand_as(x)
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class NoBatchNorm(Classifier):
+    """Biases instead of BatchNorm, and activations that are not zero at zero."""
+
+    def __init__(self) -> None:
+        layers = [nn.Conv2d(16, 24, 3, padding=1), nn.ELU(), nn.Conv2d(24, 16, 3, padding=1), nn.Sigmoid()]
+        super().__init__(nn.Sequential(*layers))
+
+
+@zoo()
+class Transposed(nn.Module):
+    """Encoder and decoder with transposed convolutions, one of them grouped, and a skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = conv_bn(3, 16, stride=2)
+        self.deep = conv_bn(16, 24, stride=2)
+        self.up1 = nn.ConvTranspose2d(24, 16, 2, 2)
+        self.up2 = nn.ConvTranspose2d(32, 8, 4, 2, 1, groups=2)
+        self.bn, self.head = nn.BatchNorm2d(8), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.down(x)
+        y = torch.cat([F.relu(self.up1(self.deep(skip))), skip], 1)
+        return self.head(F.relu(self.bn(self.up2(y))))
+
+
+@zoo()
+class TwoHeads(nn.Module):
+    """Several outputs in a dict, one of them features that must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(conv_bn(3, 16), conv_bn(16, 24))
+        self.left, self.right = conv_bn(24, 8), conv_bn(24, 16, 1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.trunk(x)
+        return {"map": self.left(x), "logits": self.head(self.right(x).mean((2, 3)))}
+
+
+@zoo((2, 3, 16, 16), (2, 1, 16, 16))
+class TwoInputs(nn.Module):
+    """Two inputs, each with a stem, joined by addition and by concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(3, 16), conv_bn(1, 16)
+        self.join, self.head = conv_bn(32, 16), nn.Linear(16, 5)
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        a, b = self.a(first), self.b(second)
+        return self.head(self.join(torch.cat([a + b, a * b], 1)).mean((2, 3)))
+
+
+@zoo()
+class Chunked(Classifier):
+    """``chunk`` ties two halves, as in ShuffleNetV2 and gated units."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.last = conv_bn(16, 24), conv_bn(12, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.wide(x).chunk(2, dim=1)
+            return self.last(a * torch.sigmoid(b))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class SplitSizes(Classifier):
+    """``split`` with sizes kept in a list of the module."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sizes = [8, 16]
+            self.wide = conv_bn(16, 24)
+            self.a, self.b = conv_bn(8, 16), conv_bn(16, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = torch.split(self.wide(x), self.sizes, dim=1)
+            return self.a(a) + self.b(b)
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class ConstantSplit(Classifier):
+    """``split`` with sizes written in the program: these channels must stay."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.a, self.b = conv_bn(16, 24), conv_bn(8, 16), conv_bn(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = self.wide(x).split([8, 16], dim=1)
+            return self.a(a) + self.b(b)
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class ChannelShuffle(Classifier):
+    """Grouped 1x1 convolutions with a shuffle between them, as in ShuffleNet."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.groups = 4
+            self.first, self.last = conv_bn(16, 32, 1, groups=4), conv_bn(32, 16, 1, groups=4)
+            self.middle = conv_bn(32, 32, groups=32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            b, c, h, w = x.shape
+            x = x.view(b, self.groups, c // self.groups, h, w).transpose(1, 2).reshape(b, -1, h, w)
+            return self.last(self.middle(x))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class ShuffleNetUnit(Classifier):
+    """Half the channels pass, the other half is computed, then both are shuffled."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Sequential(conv_bn(8, 8, 1), conv_bn(8, 8, groups=8), conv_bn(8, 8, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            passed, worked = x.chunk(2, dim=1)
+            return F.channel_shuffle(torch.cat([passed, self.branch(worked)], 1), 2)
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(self.Body(), self.Body()))
+
+
+@zoo()
+class GroupNormed(Classifier):
+    """GroupNorm: groups keep equal numbers of channels, statistics are over the kept ones."""
+
+    def __init__(self) -> None:
+        body = [nn.Conv2d(16, 24, 3, padding=1), nn.GroupNorm(4, 24), nn.ReLU(), nn.Conv2d(24, 16, 1)]
+        super().__init__(nn.Sequential(*body, nn.GroupNorm(1, 16)))
+
+
+@zoo()
+class LayerNormed(Classifier):
+    """ConvNeXt block: depthwise, channels-last LayerNorm, linear layers, layer scale."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise = nn.Conv2d(16, 16, 5, padding=2, groups=16)
+            self.norm = nn.LayerNorm(16)
+            self.expand, self.project = nn.Linear(16, 32), nn.Linear(32, 16)
+            self.scale = nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+            y = self.scale * self.project(F.gelu(self.expand(y)))
+            return x + y.permute(0, 3, 1, 2)
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(self.Block(), self.Block()))
+
+
+@zoo()
+class HandWrittenNorm(Classifier):
+    """LayerNorm over channels written with mean and pow, and a GRN."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+            self.scale = nn.Parameter(torch.ones(24, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            mean = x.mean(1, keepdim=True)
+            var = (x - mean).pow(2).mean(1, keepdim=True)
+            x = self.scale * (x - mean) / torch.sqrt(var + 1e-6)
+            energy = torch.norm(x, p=2, dim=(2, 3), keepdim=True)
+            return self.b(x * energy / (energy.mean(1, keepdim=True) + 1e-6))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class InstanceNormed(Classifier):
+    """InstanceNorm with affine weights."""
+
+    def __init__(self) -> None:
+        layers = [nn.Conv2d(16, 24, 3, padding=1), nn.InstanceNorm2d(24, affine=True), nn.ReLU()]
+        super().__init__(nn.Sequential(*layers, nn.Conv2d(24, 16, 1)))
+
+
+@zoo()
+class ParametricRelu(Classifier):
+    """PReLU with one slope for each channel."""
+
+    def __init__(self) -> None:
+        layers = [nn.Conv2d(16, 24, 3, padding=1), nn.PReLU(24), nn.Conv2d(24, 16, 1), nn.PReLU()]
+        super().__init__(nn.Sequential(*layers))
+
+
+@zoo()
+class PixelShuffled(nn.Module):
+    """Super-resolution: four channels make one, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = conv_bn(3, 16), nn.Conv2d(16, 48, 3, padding=1)
+        self.shuffle, self.middle = nn.PixelShuffle(2), conv_bn(12, 8)
+        self.unshuffle, self.head = nn.PixelUnshuffle(2), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.unshuffle(self.middle(self.shuffle(self.wide(self.stem(x))))))
+
+
+@zoo()
+class FlattenLinear(nn.Module):
+    """Channels times places become the inputs of a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(conv_bn(3, 12), nn.MaxPool2d(4), conv_bn(12, 10))
+        self.classifier = nn.Sequential(nn.Linear(160, 20), nn.ReLU(), nn.Linear(20, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.features(x), 1))
+
+
+@zoo()
+class Res2NetSlices(Classifier):
+    """Parts of a tensor go through convolutions one after another."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width = 6
+            self.first, self.last = conv_bn(16, 24, 1), conv_bn(24, 16, 1)
+            self.convs = nn.ModuleList(conv_bn(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = torch.split(self.first(x), self.width, 1)
+            done = [parts[0]]
+            for conv, part in zip(self.convs, parts[1:], strict=True):
+                done.append(conv(part + done[-1]))
+            return self.last(torch.cat(done, 1)) + x
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class SlicedHalves(Classifier):
+    """Channels sliced at half their number, as Ghost modules do, and at an attribute."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keep = 10
+            self.wide, self.a, self.b = conv_bn(16, 24), conv_bn(12, 16), conv_bn(12, 16)
+            self.c = conv_bn(10, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x)
+            half = y.shape[1] // 2
+            z = self.a(y[:, :half]) + self.b(y[:, half:])
+            return z + self.c(x[:, : self.keep])
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class HardCodedView(Classifier):
+    """A view with the channel count written in the program: it must stay."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.last = conv_bn(16, 24), conv_bn(24, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x)
+            return self.last(y.view(-1, 24, 256).softmax(-1).view(x.shape[0], 24, 16, 16))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class AttributeView(Classifier):
+    """A view with the channel count in an attribute of the module: it follows."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.channels = 24
+            self.wide, self.last = conv_bn(16, 24), conv_bn(24, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x).view(x.shape[0], self.channels, -1)
+            return self.last(y.view(-1, self.channels, 16, 16))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class ScaledByCount(Classifier):
+    """A number computed from the channel count: every shape is right after a wrong cut."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.last = conv_bn(16, 24), conv_bn(24, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x)
+            return self.last(y * y.shape[1] ** -0.5)
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class WeightNormed(Classifier):
+    """Weight norm by parametrization on a convolution."""
+
+    def __init__(self) -> None:
+        conv = parametrizations.weight_norm(nn.Conv2d(16, 24, 3, padding=1))
+        super().__init__(nn.Sequential(conv, nn.ReLU(), nn.Conv2d(24, 16, 1)))
+
+
+class StandardizedConv(nn.Conv2d):
+    """A convolution whose filters are standardized in the forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(self.weight, dim=(1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / torch.sqrt(var + 1e-5)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+@zoo()
+class WeightStandardized(Classifier):
+    """Filters computed from the weight, reduced over its input channels; sigmoid in between."""
+
+    def __init__(self) -> None:
+        layers = [StandardizedConv(16, 24, 3, padding=1), nn.Sigmoid(), StandardizedConv(24, 16, 1)]
+        super().__init__(nn.Sequential(*layers))
+
+
+@zoo()
+class Interpolated(nn.Module):
+    """Features of two sizes brought together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv_bn(3, 16), conv_bn(16, 16, stride=2), conv_bn(16, 12)
+        self.head = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        b = F.interpolate(self.b(a), size=a.shape[2:], mode="bilinear", align_corners=False)
+        return self.head(self.c(a + b))
+
+
+@zoo()
+class Attention(Classifier):
+    """Channel attention over spatial positions: query and key meet in a product."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key = nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)
+            self.value, self.last = nn.Conv2d(16, 12, 1), nn.Conv2d(12, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, _, h, w = x.shape
+            query, key = self.query(x).flatten(2), self.key(x).flatten(2)
+            weights = torch.bmm(query.transpose(1, 2), key).softmax(-1)
+            value = torch.bmm(self.value(x).flatten(2), weights.transpose(1, 2))
+            return x + self.last(value.view(b, -1, h, w))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class ChannelAttention(Classifier):
+    """ECA: a convolution slides over the channels, which must stay."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.eca = conv_bn(16, 24), nn.Conv1d(1, 1, 3, padding=1)
+            self.last = conv_bn(24, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.wide(x)
+            y = self.eca(x.mean((2, 3), keepdim=True).squeeze(-1).transpose(1, 2))
+            return self.last(x * torch.sigmoid(y.transpose(1, 2).unsqueeze(-1)))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class SelectiveKernel(Classifier):
+    """Branches stacked and mixed by a softmax over the branches."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = conv_bn(16, 16), conv_bn(16, 16, 5)
+            self.fc, self.gates = nn.Linear(16, 8), nn.ModuleList(nn.Linear(8, 16) for _ in "ab")
+
+        def forward(self, x: Tensor) -> Tensor:
+            branches = torch.stack([self.a(x), self.b(x)], 1)
+            z = F.relu(self.fc(branches.sum(1).mean((2, 3))))
+            gates = torch.stack([gate(z) for gate in self.gates], 1).softmax(1)
+            return (branches * gates[..., None, None]).sum(1)
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class SteppedChannels(Classifier):
+    """Every other channel."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.a, self.b = conv_bn(16, 24), conv_bn(12, 16), conv_bn(12, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x)
+            return self.a(y[:, ::2]) + self.b(y[:, 1::2])
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class AuxiliaryHead(nn.Module):
+    """A head that runs in training only must be cut along."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.deep = conv_bn(3, 16), conv_bn(16, 16)
+        self.aux, self.head = nn.Linear(16, 5), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.trunk(x)
+        logits = self.head(self.deep(x).mean((2, 3)))
+        return (logits, self.aux(x.mean((2, 3)))) if self.training else logits
+
+
+@zoo((2, 3, 20))
+class OneDimensional(nn.Module):
+    """Conv1d with BatchNorm1d, pooling and a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 16, 3, padding=1), nn.Conv1d(16, 16, 3, padding=1)
+        self.bn, self.head = nn.BatchNorm1d(16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool1d(F.relu(self.a(x)), 2)
+        return self.head(F.adaptive_avg_pool1d(x + self.bn(self.b(x)), 1).flatten(1))
+
+
+@zoo((1, 2, 6, 8, 8))
+class ThreeDimensional(nn.Module):
+    """Conv3d on a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.bn = nn.Conv3d(2, 12, 3, padding=1), nn.BatchNorm3d(12)
+        self.b, self.head = nn.Conv3d(12, 8, 3, 2, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(F.relu(self.bn(self.a(x)))).mean((2, 3, 4)))

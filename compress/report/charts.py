@@ -75,12 +75,13 @@ class Dot:
     """One measured network in the chart of accuracy against latency."""
 
     name: str
+    label: str  # drawn beside it
     x: float  # latency, ms
     y: float  # top-1, %
     x_ci: Interval | None = None
     y_ci: Interval | None = None
     facts: tuple[str, ...] = ()
-    series: int = 0  # of the run it belongs to
+    series: int | None = None  # the run it belongs to, where there are several
     is_original: bool = False
 
 
@@ -174,7 +175,7 @@ def _labelled(placed: Sequence[Placed], frame: Box) -> list[Placed]:
     taken: list[Box] = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in placed]
     labelled = []
     for place in sorted(placed, key=lambda p: (not p.dot.is_original, not p.is_best)):
-        width = LETTER * len(place.dot.name)
+        width = LETTER * len(place.dot.label)
         for x, y, anchor in _beside(place.x, place.y):
             start = x if anchor == "start" else x - width if anchor == "end" else x - width / 2
             box = (start, y - LINE + 3, start + width, y + 3)
@@ -233,7 +234,10 @@ class Lines:
 FOREMOST = 5  # lines with a label; of more, those that fall the lowest are labelled
 
 
-def lines(curve: Curve, size: tuple[float, float] = (560.0, 300.0)) -> Lines | None:
+LINES_WIDE, LINES_NARROW = (540.0, 300.0), (350.0, 260.0)  # pixels
+
+
+def lines(curve: Curve, size: tuple[float, float] = LINES_WIDE) -> Lines | None:
     """Place the lines of ``curve``; None when it holds no point."""
     drawn = [line for line in curve.lines if line.x]
     if not drawn:
@@ -258,7 +262,7 @@ def lines(curve: Curve, size: tuple[float, float] = (560.0, 300.0)) -> Lines | N
         )
         for position, (line, end) in enumerate(zip(drawn, ends, strict=True))
     )
-    ticks = tuple(across.ticks(5)), tuple(upright.ticks())
+    ticks = tuple(across.ticks(5 if size[0] > 500 else 3)), tuple(upright.ticks())
     frame = (left, top, right, bottom)
     return Lines(size, frame, paths, curve.x_label, curve.y_label, *ticks)
 

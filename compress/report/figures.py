@@ -29,10 +29,10 @@ def count(value: float | None) -> str:
 
 
 def points(value: float | None) -> str:
-    """Return a difference in percentage points with its sign: "-0.3", "+0.12", "0.0"."""
+    """Return a difference in percentage points with its sign: "−0.31", "+0.12", "0.00"."""
     if value is None:
         return ABSENT
-    places = 2 if abs(value) < 1 else 1
+    places = 2 if abs(value) < 9.995 else 1
     text = f"{value:+.{places}f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
 
@@ -48,6 +48,22 @@ def interval(bounds: Interval | None, form: str = "number") -> str:
         return ""
     write = {"number": number, "points": points, "percent": percent}[form]
     return f"{write(bounds[0])}..{write(bounds[1])}"
+
+
+def fact(value: object) -> str:
+    """Return a recorded fact: a plain value, or least, mean and largest of a reading."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value, 4)
+    if isinstance(value, dict):
+        if {"min", "mean", "max"} <= value.keys():
+            low, high = number(value["min"], 4), number(value["max"], 4)
+            return f"{number(value['mean'], 4)} ({low}..{high})"
+        return ", ".join(f"{key} {fact(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(fact, value))
+    return str(value)
 
 
 def factor(value: float | None) -> str:

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from compress.report import figures, lost
-from compress.report.charts import lines, reliability
+from compress.report.charts import LINES_NARROW, lines, reliability
 from compress.report.pareto_chart import pareto_charts
 from compress.report.schema import Details, Report
 from compress.report.tables import accuracies, compact, sizes, speeds
@@ -91,12 +91,13 @@ def _environment() -> Environment:
     environment.globals.update(
         class_name=lost.class_name,
         gate_sentence=gate_sentence,
-        place_lines=lines,
+        place_lines=lambda curve: (lines(curve), lines(curve, LINES_NARROW)),
         missing=missing,
         plain_json=plain_json,
     )
     environment.filters.update(
         count=figures.count,
+        fact=figures.fact,
         factor=figures.factor,
         interval=figures.interval,
         number=figures.number,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from compress.report.figures import fact
 from compress.report.schema import Report
 from compress.report.tables import Cell, Table, accuracies, compact, sizes, speeds
 from compress.report.terminal import gate_sentence, missing
@@ -18,12 +19,12 @@ def markdown(report: Report) -> str:
         f"# {plain(report.name)}",
         f"**{plain(report.verdict)}**",
         _others(report),
-        _bullets(
+        bullets(
             f"{'✅' if gate.passed else '❌'} {plain(gate_sentence(gate))}" for gate in report.gates
         ),
-        _bullets(f"⚠ {plain(line)}" for line in report.incomplete),
-        *(_section(table(report)) for table in (accuracies, speeds, sizes)),
-        _bullets(plain(line) for line in missing(report)),
+        bullets(f"⚠ {plain(line)}" for line in report.incomplete),
+        *(section(table(report)) for table in (accuracies, speeds, sizes)),
+        bullets(plain(line) for line in missing(report)),
         _provenance(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -37,14 +38,16 @@ def plain(text: str) -> str:
 def _others(report: Report) -> str:
     sentences = verdicts(report)
     others = [text for text in sentences.values() if text != report.verdict]
-    return _bullets(plain(text) for text in others)
+    return bullets(plain(text) for text in others)
 
 
-def _bullets(lines: Iterable[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
+    """Return a list of lines that are Markdown already."""
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _section(source: Table) -> str:
+def section(source: Table) -> str:
+    """Return a table below its title, and the notes that belong to it."""
     compacted = compact(source)
     header = [
         plain(f"{column.name}, {column.unit}" if column.unit else column.name)
@@ -54,7 +57,7 @@ def _section(source: Table) -> str:
     rows = [[_cell(cell) for cell in row] for row in compacted.rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
     notes = [plain(f"not measured: {note}") for note in compacted.notes]
-    return f"## {source.title}\n\n" + "\n".join(lines) + ("\n\n" + _bullets(notes) if notes else "")
+    return f"## {source.title}\n\n" + "\n".join(lines) + ("\n\n" + bullets(notes) if notes else "")
 
 
 def _cell(cell: Cell) -> str:
@@ -73,9 +76,9 @@ def _provenance(report: Report) -> str:
             ("commit", facts.commit),
             ("seed", facts.seed),
             ("data", facts.data and f"{facts.data.name} {facts.data.fingerprint}"),
-            ("device", ", ".join(f"{key} {value}" for key, value in facts.device.items())),
+            ("device", ", ".join(f"{key} {fact(value)}" for key, value in facts.device.items())),
             ("versions", ", ".join(f"{key} {value}" for key, value in facts.versions.items())),
         )
         if value not in (None, "")
     ]
-    return "## Provenance\n\n" + _bullets(lines) if lines else ""
+    return "## Provenance\n\n" + bullets(lines) if lines else ""

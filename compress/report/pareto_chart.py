@@ -67,13 +67,14 @@ def _dot(report: Report, variant: Variant, result: Result, series: int | None) -
     if result.latency_ms_p50 is None or accuracy.top1_pct is None:
         return None
     return Dot(
-        name=variant.name if series is None else f"{report.name} {variant.name}",
+        name=variant.name if series is None else f"{report.name}: {variant.name}",
+        label=variant.name,
         x=result.latency_ms_p50,
         y=accuracy.top1_pct,
         x_ci=result.latency_ms_p50_ci95,
         y_ci=accuracy.top1_ci95,
         facts=tuple(_facts(variant, result, accuracy)),
-        series=series or 0,
+        series=series,
         is_original=variant is report.original,
     )
 

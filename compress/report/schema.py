@@ -307,7 +307,8 @@ class Provenance(Record):
     seed: int | None = None
     settings: dict[str, Any] = {}  # resolved
     data: DataRecord | None = None
-    device: dict[str, str | int | float] = {}  # cpu, cores, gpu, clocks, ...
+    device: dict[str, Any] = {}  # cpu, cores, gpu, ...
+    conditions: dict[str, Any] = {}  # clocks, temperature, throttling while it was measured
     versions: dict[str, str] = {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import made_up
 import pytest
 
-from compress.report import Report, write
+from compress.report import Report, compare_runs, write
 
 CHROMIUM = shutil.which("chromium")
 QUIET = (
@@ -282,3 +282,19 @@ def test_a_screen_reader_finds_headings_names_and_alternatives(visit, report):
     assert page.locator("select:not(label select), input:not(label input)").count() == 0
     levels = page.locator("h1, h2, h3").evaluate_all("all => all.map(h => Number(h.tagName[1]))")
     assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+
+
+def test_a_comparison_of_runs_opens_sorts_and_tells_the_runs_apart(visit, tmp_path):
+    first = write(made_up.report(), tmp_path / "a")
+    write(first.model_copy(update={"name": "second"}), tmp_path / "b")
+    compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    page = visit(tmp_path / "out" / "report.html")
+    assert page.problems == []
+    assert page.locator(".chart:visible svg.wide .dot").count() == 8
+    assert page.locator(".chart:visible svg.wide .dot.s1 rect.mark").count() == 3  # one original
+    page.locator("#speed thead th", has_text="Run").first.locator("button").click()
+    runs = cells(page, "speed", 1)
+    assert runs == sorted(runs)
+    assert len(set(runs)) == 2
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    assert page.evaluate(CONTRAST)[0] >= 4.5

@@ -82,7 +82,7 @@ def test_verdict_tells_gain_loss_intervals_and_place():
         top1_change_pct=-2.0, top1_change_ci95=(-2.5, -1.5),
     )  # fmt: skip
     assert verdict(report) == (
-        "3.90x faster and 4.00x smaller at −2.0 points of top-1 (95 % CI −2.5..−1.5) "
+        "3.90x faster and 4.00x smaller at −2.00 points of top-1 (95 % CI −2.50..−1.50) "
         "on onnxruntime cpu, batch 1."
     )
 

@@ -1,0 +1,159 @@
+"""Run folders read back: finished, half-finished, tampered with, or of a newer version."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from compress.artifact import read_json, sha256
+from compress.errors import RunError
+from compress.report.schema import SCHEMA, ArtifactRecord, Details, Provenance, Report, Variant
+from compress.report.verdict import verdict
+
+STAGE = re.compile(r"\d\d-.+")  # name of a stage's folder
+UNFINISHED = "the run was stopped before it was measured"
+
+
+def read_run(folder: Path | str) -> Report:
+    """Return the report of a run folder; ``incomplete`` names what is missing or was changed.
+
+    A folder without report.json is a run that was stopped: what its finished stages left is
+    reported, without figures.
+
+    Raises:
+        RunError: the folder is no run, or was written by a newer version, or its report is broken.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError("there is no such folder", where=str(folder), expected="a run folder")
+    if (folder / "report.json").is_file():
+        report = read_report(folder / "report.json")
+    elif (folder / "run.json").is_file():
+        report = _half_finished(folder)
+    else:
+        raise RunError(
+            "this folder is no run",
+            where=str(folder),
+            expected="a folder with run.json or report.json, as compress run leaves it",
+        )
+    found = [*report.incomplete, *check_files(report, folder)]
+    return report.model_copy(update={"incomplete": tuple(dict.fromkeys(found))})
+
+
+def read_report(path: Path) -> Report:
+    """Return the content of a report.json.
+
+    Raises:
+        RunError: it cannot be read, is of a newer schema, or does not fit the schema.
+    """
+    content = read_json(path)
+    _check_schema(content, path)
+    try:
+        return Report.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise RunError(
+            f"{place}: {first['msg']}",
+            where=str(path),
+            fix="The file was changed or damaged: run the recipe again with --resume",
+        ) from None
+
+
+def check_files(report: Report, folder: Path) -> list[str]:
+    """Return one line for each recorded file that is missing or no longer what was measured."""
+    recorded = {part.path: part.sha256 for part in report.details.artifacts}
+    for variant in report.variants:
+        if variant.artifact and variant.sha256:
+            recorded.setdefault(variant.artifact, variant.sha256)
+    absent = [path for path in recorded if not (folder / path).is_file()]
+    present = {path: digest for path, digest in recorded.items() if path not in absent}
+    wrong = [line for path, digest in present.items() if (line := _check(folder, path, digest))]
+    return [f"files are missing: {', '.join(absent)}", *wrong] if absent else wrong
+
+
+def _check(folder: Path, name: str, digest: str) -> str:
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        return f"{name}: lies outside the run folder and was not checked"
+    found = sha256(path)
+    if found != digest:
+        return (
+            f"{name}: was changed after the run: its SHA-256 is {found[:16]}, "
+            f"recorded is {digest[:16]}; the figures are not about this file"
+        )
+    return ""
+
+
+def _check_schema(content: Any, path: Path) -> None:
+    if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
+        raise RunError("has no schema number", where=str(path), expected=f"schema: 1 to {SCHEMA}")
+    if content["schema"] > SCHEMA:
+        raise RunError(
+            f"was written in schema {content['schema']}, by a newer version",
+            where=str(path),
+            expected=f"schema {SCHEMA} at most",
+            fix="Update compress: pip install --upgrade compress",
+        )
+
+
+def _half_finished(folder: Path) -> Report:
+    description = read_json(folder / "run.json")
+    _check_schema(description, folder / "run.json")
+    recipe = description.get("recipe") or {}
+    try:
+        report = Report(
+            name=str(recipe.get("name") or folder.name),
+            recipe=recipe,
+            provenance=Provenance(seed=recipe.get("seed"), settings=recipe),
+            variants=tuple(_variants(folder)),
+            details=Details(
+                artifacts=tuple(
+                    ArtifactRecord.model_validate(part) for part in description["artifacts"]
+                )
+            ),
+            skipped={"everything": UNFINISHED},
+            incomplete=tuple(_unfinished(folder)),
+        )
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(
+            f"does not describe a run: {str(error).splitlines()[0]}", where=str(folder / "run.json")
+        ) from None
+    return report.model_copy(update={"verdict": f"Not finished: {UNFINISHED}. {verdict(report)}"})
+
+
+def _variants(folder: Path) -> Iterator[Variant]:
+    for stage in _stages(folder):
+        if not (stage / "metrics.json").is_file():
+            continue
+        recorded = read_json(stage / "metrics.json")
+        for entry in recorded.get("variants", []) if isinstance(recorded, dict) else []:
+            known = {key: entry.get(key) for key in ("name", "stage", "parent", "params", "macs")}
+            path = folder / str(entry.get("path"))
+            yield Variant(
+                **known,
+                artifact=entry.get("path"),
+                size_mib=path.stat().st_size / 2**20 if path.is_file() else None,
+                skipped={"results": UNFINISHED},
+            )
+
+
+def _unfinished(folder: Path) -> Iterator[str]:
+    stages = _stages(folder)
+    finished = [stage.name for stage in stages if (stage / "metrics.json").is_file()]
+    begun = [stage.name for stage in stages if stage.name not in finished]
+    yield f"report.json is missing: the run is not finished; finished: {_list(finished)}"
+    if begun:
+        yield f"begun and not finished: {_list(begun)}; compress run with --resume goes on there"
+
+
+def _stages(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and STAGE.fullmatch(path.name))
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names) or "nothing"

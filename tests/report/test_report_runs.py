@@ -1,0 +1,243 @@
+"""Run folders read back, and several runs in one comparison."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import made_up
+import pytest
+from rich.console import Console
+
+from compress.artifact import sha256
+from compress.errors import RunError
+from compress.report import Report, check_files, compare_runs, read_run, write
+from compress.report.schema import ArtifactRecord, DataRecord, Details, Variant
+from compress.report.several import histories, incomparable, named, regressions
+
+
+def with_files(folder: Path, **changes) -> Report:
+    """A finished run whose two artifacts are really there."""
+    records = []
+    for name in ("00-train/model.onnx", "01-prune/model.onnx"):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+        records.append(ArtifactRecord(path=name, sha256=sha256(path), stage=name[:8]))
+    report = made_up.report(3)
+    variants = tuple(v.model_copy(update={"artifact": None}) for v in report.variants)
+    details = report.details.model_copy(update={"artifacts": tuple(records)})
+    return write(
+        report.model_copy(update={"variants": variants, "details": details} | changes), folder
+    )
+
+
+def moved(report: Report, *, name="run", created="2026-11-20", slower=1.0, **provenance) -> Report:
+    """The same run at another time, with other latencies or provenance."""
+    facts = report.provenance.model_copy(update={"created": created} | provenance)
+    variants = tuple(
+        variant.model_copy(
+            update={
+                "results": tuple(
+                    result.model_copy(
+                        update={
+                            "latency_ms_p50": result.latency_ms_p50 * slower,
+                            "latency_ms_p50_ci95": tuple(
+                                end * slower for end in result.latency_ms_p50_ci95
+                            ),
+                        }
+                    )
+                    for result in variant.results
+                )
+            }
+        )
+        for variant in report.variants
+    )
+    return report.model_copy(update={"name": name, "provenance": facts, "variants": variants})
+
+
+def text_of(renderable) -> str:
+    file = io.StringIO()
+    Console(file=file, width=200).print(renderable)
+    return file.getvalue()
+
+
+def test_a_finished_run_reads_back_whole(tmp_path):
+    written = with_files(tmp_path)
+    assert read_run(tmp_path) == written
+    assert check_files(written, tmp_path) == []
+
+
+def test_a_changed_file_is_named_with_both_hashes(tmp_path):
+    written = with_files(tmp_path)
+    (tmp_path / "01-prune/model.onnx").write_bytes(b"other")
+    (tmp_path / "00-train/model.onnx").unlink()
+    first, second = read_run(tmp_path).incomplete
+    assert first == "files are missing: 00-train/model.onnx"
+    assert "01-prune/model.onnx: was changed after the run" in second
+    assert written.details.artifacts[1].sha256[:16] in second
+    assert sha256(tmp_path / "01-prune/model.onnx")[:16] in second
+
+
+def test_a_recorded_path_outside_the_folder_is_not_followed(tmp_path):
+    record = ArtifactRecord(path="../secret", sha256="0" * 64, stage="x")
+    report = Report(details=Details(artifacts=(record,)))
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "run").mkdir()
+    assert check_files(report, tmp_path / "run") == [
+        "../secret: lies outside the run folder and was not checked"
+    ]
+
+
+def test_a_half_finished_run_tells_what_is_there_and_what_is_missing(tmp_path):
+    stage = tmp_path / "00-train"
+    stage.mkdir()
+    (stage / "model.onnx").write_bytes(bytes(2**20))
+    entry = {"name": "original", "path": "00-train/model.onnx", "stage": "00-train", "params": 7}
+    (stage / "metrics.json").write_text(json.dumps({"variants": [entry], "facts": {}}))
+    (tmp_path / "01-prune").mkdir()
+    run = {"schema": 1, "recipe": {"name": "quick", "seed": 3}, "artifacts": []}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    report = read_run(tmp_path)
+    assert report.name == "quick"
+    assert report.variants[0].params == 7
+    assert report.variants[0].size_mib == 1.0
+    assert report.verdict.startswith("Not finished: the run was stopped before it was measured")
+    assert report.incomplete == (
+        "report.json is missing: the run is not finished; finished: 00-train",
+        "begun and not finished: 01-prune; compress run with --resume goes on there",
+    )
+    write(report, tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "begun and not finished: 01-prune" in page
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "this folder is no run"),
+        ({"report.json": "{"}, "cannot be read as JSON"),
+        ({"report.json": "{}"}, "has no schema number"),
+        ({"report.json": '{"schema": 2}'}, "schema 2, by a newer version.*Update compress"),
+        ({"report.json": '{"schema": 1, "variants": [{}]}'}, r"variants\.0\.name: Field required"),
+        ({"run.json": '{"schema": 9}'}, "schema 9, by a newer version"),
+        ({"run.json": '{"schema": 1}'}, "does not describe a run"),
+    ],
+)
+def test_a_folder_that_is_no_run_is_one_clear_error(tmp_path, files, words):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with pytest.raises(RunError, match=words) as error:
+        read_run(tmp_path)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_an_absent_folder_is_an_error(tmp_path):
+    with pytest.raises(RunError, match="there is no such folder"):
+        read_run(tmp_path / "x")
+
+
+def test_runs_get_names_of_their_own_in_order_of_time():
+    report = made_up.report()
+    later, earlier = moved(report, created="2026-02"), moved(report, created="2026-01")
+    runs = named([(Path("b"), later), (Path("a"), earlier)])
+    assert [run.name for run in runs] == ["a", "b"]
+    twins = named([(Path("x/a"), later), (Path("y/a"), earlier)])
+    assert [run.name for run in twins] == ["a (1)", "a (2)"]
+
+
+def test_other_data_devices_or_classes_are_not_comparable():
+    report = made_up.report()
+    data = DataRecord(name="cifar10", fingerprint="sha256:other")
+    cpu = report.provenance.device | {"cpu": "Another"}
+    others = {
+        "different data": moved(report, name="b", data=data),
+        "different devices (cpu: Intel": moved(report, name="b", device=cpu),
+        "data of at least one is not recorded": moved(report, name="b", data=None),
+        "different classes": moved(made_up.report(classes=11), name="b"),
+    }
+    assert incomparable([report, moved(report, name="b")]) == []
+    for words, other in others.items():
+        (line,) = incomparable([report, other])
+        assert words in line
+
+
+def test_a_reading_that_varies_makes_no_other_device():
+    report = made_up.report()
+    warm = report.provenance.device | {"temperature": {"min": 1.0, "mean": 2.0, "max": 3.0}}
+    cold = report.provenance.device | {"temperature": {"min": 0.0, "mean": 1.0, "max": 2.0}}
+    assert incomparable([moved(report, device=warm), moved(report, device=cold)]) == []
+
+
+def test_what_is_not_comparable_is_refused_unless_forced_and_then_marked(tmp_path):
+    report = made_up.report()
+    other = moved(report, name="b", device={"cpu": "Another"})
+    write(report, tmp_path / "a")
+    write(other, tmp_path / "b")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(RunError, match=r"cannot be compared: .*different devices.*--force"):
+        compare_runs(folders, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    text = text_of(compare_runs(folders, tmp_path / "out", force=True))
+    assert "! not comparable" in text
+    assert json.loads((tmp_path / "out/report.json").read_text())["comparable"] is False
+    assert "not comparable" in (tmp_path / "out/report.md").read_text()
+    assert "Not comparable:" in (tmp_path / "out/report.html").read_text()
+
+
+def test_a_slower_run_of_one_recipe_is_marked_as_a_regression(tmp_path):
+    report = made_up.report()
+    runs = [
+        moved(report, name="first", created="2026-01"),
+        moved(report, name="same", created="2026-02", slower=1.02),
+        moved(report, name="slow", created="2026-03", slower=1.3),
+    ]
+    lines = regressions(histories(runs))
+    assert lines == [
+        "slow: p50 on onnxruntime cpu, 2 threads, batch 1 is worse than before (0.944 ms)",
+        "slow: p50 on openvino cpu, 2 threads, batch 1 is worse than before (1.75 ms)",
+    ]
+
+
+def test_runs_of_different_recipes_have_no_common_history():
+    report = made_up.report()
+    other = moved(report, name="b").model_copy(update={"recipe": {"stages": []}})
+    assert histories([report, other]) == []
+
+
+def test_a_worse_accuracy_and_a_larger_file_are_regressions():
+    report = made_up.report()
+    last = report.variants[-1]
+    bad = tuple(
+        r.model_copy(update={"top1_pct": 80.0, "top1_ci95": (79.0, 81.0)}) for r in last.results
+    )
+    worse = last.model_copy(update={"results": bad, "size_mib": last.size_mib * 1.5})
+    later = moved(report, name="later", created="2026-12").model_copy(
+        update={"variants": (*report.variants[:-1], worse)}
+    )
+    lines = regressions(histories([moved(report, name="first", created="2026-01"), later]))
+    assert len(lines) == 2
+    assert "Top-1" in lines[0]
+    assert "File" in lines[1]
+
+
+def test_a_comparison_holds_every_variant_of_every_run(tmp_path):
+    report = made_up.report()
+    for name in ("a", "b"):
+        write(moved(report, name=name), tmp_path / name)
+    compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    content = json.loads((tmp_path / "out/report.json").read_text())
+    assert [run["name"] for run in content["runs"]] == ["a", "b"]
+    assert content["comparable"] is True
+    page = (tmp_path / "out/report.html").read_text()
+    assert page.count('<th scope="row">a</th>') == page.count('<th scope="row">b</th>') > 0
+
+
+def test_a_run_without_figures_can_be_compared(tmp_path):
+    report = made_up.report()
+    bare = report.model_copy(update={"variants": (Variant(name="original", stage="train"),)})
+    write(report, tmp_path / "a")
+    write(bare, tmp_path / "b")
+    compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+    assert "Only the original" in (tmp_path / "out/report.md").read_text()

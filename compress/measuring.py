@@ -159,7 +159,7 @@ def _measure(
             row |= latency[rival.variant.name].to_json()
         else:
             row["skipped"]["latency"] = latency.skipped[rival.variant.name]
-        row |= _memory(rival, row["skipped"])
+        row |= _memory(job, rival, row["skipped"])
         rows.append(row)
     return rows, latency.conditions
 
@@ -224,13 +224,19 @@ def _real_images(job: Job, count: int) -> NDArray[np.float32]:
     return batch
 
 
-def _memory(rival: Rival, skipped: dict[str, str]) -> dict[str, Any]:
+def _memory(job: Job, rival: Rival, skipped: dict[str, str]) -> dict[str, Any]:
     target = rival.target
     try:
         memory = measure.memory(
-            rival.path, target.runtime, batch=target.batch, threads=target.threads
+            rival.path,
+            target.runtime,
+            batch=target.batch,
+            shapes=[(target.batch, *job.dataset.example.shape[1:])],
+            threads=target.threads,
         )
     except (EngineError, CompressError) as error:
         skipped["memory"] = str(error)
         return {}
-    return memory.to_json()
+    told = memory.to_json()
+    skipped.update(told.pop("skipped", {}))
+    return told

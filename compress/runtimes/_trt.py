@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -48,24 +49,28 @@ TENSORRT = Flavour("tensorrt", "tensorrt", b"ftrt", builds_without_gpu=False)
 TENSORRT_RTX = Flavour("tensorrt-rtx", "tensorrt_rtx", b"vtrt", builds_without_gpu=True)
 
 
-@dataclass
+@dataclass(eq=False)
 class Log:
-    """What TensorRT says while it works, kept instead of printed."""
+    """What TensorRT says while it works, kept instead of printed.
 
+    TensorRT knows one logger for a whole process and ignores any later one. So there is one, and it
+    tells every Log that is alive.
+    """
+
+    verbose: bool = True  # False: warnings and errors only, for logs that live long
     messages: list[tuple[str, str]] = field(default_factory=list)  # severity, text
 
     def attached(self, trt: ModuleType) -> Any:
-        """Return a logger of TensorRT that writes here."""
-        messages = self.messages
+        """Return the logger of this process, which from now on writes here as well."""
+        _listening.add(self)
+        if trt.__name__ not in _loggers:
+            _loggers[trt.__name__] = _logger(trt)
+        return _loggers[trt.__name__]
 
-        class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, msg: str) -> None:
-                messages.append((severity.name, msg))
-
-        return Recorder()
+    def hear(self, severity: str, text: str) -> None:
+        """Keep one message."""
+        if self.verbose or severity in _SERIOUS:
+            self.messages.append((severity, text))
 
     def warnings(self) -> list[str]:
         """Return all warnings, each once, in order."""
@@ -73,14 +78,29 @@ class Log:
 
     def errors(self) -> list[str]:
         """Return all errors, each once, in order."""
-        return list(
-            dict.fromkeys(t for level, t in self.messages if level in ("ERROR", "INTERNAL_ERROR"))
-        )
+        return list(dict.fromkeys(text for level, text in self.messages if level in _SERIOUS[:2]))
 
     def last_error(self) -> str:
         """Return the last error, or a plain word that there is none."""
         found = self.errors()
         return found[-1].strip() if found else "it gives no reason"
+
+
+_SERIOUS = ("ERROR", "INTERNAL_ERROR", "WARNING")
+_listening: weakref.WeakSet[Log] = weakref.WeakSet()
+_loggers: dict[str, Any] = {}  # by the name of the module
+
+
+def _logger(trt: ModuleType) -> Any:
+    class Recorder(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, msg: str) -> None:
+            for listener in list(_listening):
+                listener.hear(severity.name, msg)
+
+    return Recorder()
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def load(flavour: Flavour, path: Path, *, cuda_graph: bool) -> TrtSession:
     header = EngineHeader.read(path, expected_bytes=facts.get("bytes"))
     trt = flavour.package()
     check_fits(flavour, path, header, facts, installed=str(trt.__version__))
-    log = Log()
+    log = Log(verbose=False)
     runtime = trt.Runtime(log.attached(trt))
     if facts.get("version_compatible") and hasattr(runtime, "engine_host_code_allowed"):
         runtime.engine_host_code_allowed = True

@@ -115,9 +115,9 @@ class Onnxruntime:
         return options
 
     def _session(self, model: str | bytes, options: Any, path: Path) -> Any:
-        ort = _package()
+        ort, providers = _package(), self._providers()
         try:
-            return ort.InferenceSession(model, options, providers=self._providers())
+            return ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # onnxruntime has no common error class
             raise explained(error, path) from error
 

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -85,3 +86,31 @@ def by_compress(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
 
     statistics = calibrate(model, [images(4, seed) for seed in range(4)])
     return write_qdq(model, make_plan(statistics, target=target))
+
+
+def build_messages(trt: Any, model: onnx.ModelProto) -> list[str]:
+    """Return what parser and builder complain of; the builder needs no GPU."""
+
+    class Logger(trt.ILogger):
+        def __init__(self):
+            super().__init__()
+            self.messages = []
+
+        def log(self, severity, message):
+            if severity <= trt.ILogger.Severity.WARNING:
+                self.messages.append(message)
+
+    logger = Logger()
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(model.SerializeToString()):
+        return [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    profile = builder.create_optimization_profile()
+    profile.set_shape("input", *[(b, 3, SIDE, SIDE) for b in (1, 1, 8)])
+    config.add_optimization_profile(profile)
+    assert builder.build_serialized_network(network, config) is not None
+    return logger.messages

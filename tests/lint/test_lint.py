@@ -126,36 +126,8 @@ def test_fixed_graphs_stay_true_on_every_target(network, request, tool, target):
 def test_fixed_graphs_build_in_tensorrt_rtx_without_a_warning(request, tool):
     trt = pytest.importorskip("tensorrt_rtx")
     graph = request.getfixturevalue(f"{tool}_graph")
-    assert build_messages(trt, graph) != []
-    assert build_messages(trt, fix_model(graph, rules=rules_for("tensorrt"))) == []
-
-
-def build_messages(trt, model: onnx.ModelProto) -> list[str]:
-    """Return what parser and builder complain of; the builder needs no GPU."""
-
-    class Logger(trt.ILogger):
-        def __init__(self):
-            super().__init__()
-            self.messages = []
-
-        def log(self, severity, message):
-            if severity <= trt.ILogger.Severity.WARNING:
-                self.messages.append(message)
-
-    logger = Logger()
-    builder = trt.Builder(logger)
-    network = builder.create_network(0)
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse(model.SerializeToString()):
-        return [parser.get_error(i).desc() for i in range(parser.num_errors)]
-    config = builder.create_builder_config()
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    profile = builder.create_optimization_profile()
-    profile.set_shape("input", *[(b, 3, foreign.SIDE, foreign.SIDE) for b in (1, 1, 8)])
-    config.add_optimization_profile(profile)
-    assert builder.build_serialized_network(network, config) is not None
-    return logger.messages
+    assert foreign.build_messages(trt, graph) != []
+    assert foreign.build_messages(trt, fix_model(graph, rules=rules_for("tensorrt"))) == []
 
 
 @pytest.mark.parametrize("name", ["residual-both-sides", "residual-skip-float"])

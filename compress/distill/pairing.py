@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ def pair_layers(
 ) -> tuple[Pair, ...]:
     """Return the pairs of layers that a loss compares, shallow to deep.
 
-    "auto" pairs stages: the last layer at each spatial size. Stages of equal size belong together;
+    "auto" pairs stages: the last module at each spatial size. Stages of equal size belong together;
     where input sizes differ, or no sizes agree, they are paired from the deepest backwards.
 
     Args:
@@ -67,13 +68,22 @@ def pair_layers(
 
 
 def stages(seen: Survey) -> tuple[Feature, ...]:
-    """Return the last feature at each spatial size, shallow to deep; vectors are left out."""
-    last: dict[tuple[int, ...], Feature] = {}
+    """Return one feature for each spatial size, shallow to deep; vectors are left out.
+
+    It is the last one at that size, of the outermost modules that end there, so that blocks count
+    and not the layers inside the next block.
+    """
+    chosen: dict[tuple[int, ...], Feature] = {}
+    smallest = math.inf
     for feature in seen.features:
-        if len(feature.shape) == 4 and max(feature.shape[2:]) > 1:
-            last.pop(feature.shape[2:], None)
-            last[feature.shape[2:]] = feature
-    return tuple(last.values())
+        size = feature.shape[2:]
+        if len(size) != 2 or max(size) <= 1 or max(size) > smallest:
+            continue  # a vector, or a map that was enlarged
+        smallest = max(size)
+        before = chosen.get(size)
+        if before is None or feature.layer.count(".") <= before.layer.count("."):
+            chosen[size] = feature
+    return tuple(chosen.values())
 
 
 def _paired_stages(student: Survey, teacher: Survey) -> tuple[Pair, ...]:

@@ -36,7 +36,7 @@ class Survey:
 
     features: tuple[Feature, ...]  # in the order of execution; layers called once only
     classes: int
-    head: Tap | None  # what is given to the layer that returns the logits
+    head: Tap | None  # what the classifier is given
     image_size: tuple[int, int]
 
 
@@ -81,15 +81,14 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
         model: Any network of images.
         example: (1, C, H, W), on the network's device.
     """
-    calls: list[tuple[str, tuple[int, ...], int, int | None]] = []
+    calls: list[tuple[str, tuple[int, ...], int]] = []
     alive: list[Any] = []  # so that no identity is used twice
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                alive.extend([given, output])
-                source = id(given[0]) if given and isinstance(given[0], Tensor) else None
-                calls.append((name, tuple(output.shape), id(output), source))
+                alive.append(output)
+                calls.append((name, tuple(output.shape), id(output)))
 
         return hook
 
@@ -103,8 +102,16 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
         for handle in handles:
             handle.remove()
     names = [name for name, *_ in calls]
-    features = tuple(Feature(name, shape) for name, shape, *_ in calls if names.count(name) == 1)
-    heads = [name for name, _, identity, _ in calls if identity == id(logits)]
+    features = tuple(Feature(name, shape) for name, shape, _ in calls if names.count(name) == 1)
+    heads = [name for name, _, identity in calls if identity == id(logits)]
+    if not heads:  # pooled or reshaped after the classifier
+        layers = dict(model.named_modules())
+        heads = [
+            feature.layer
+            for feature in reversed(features)
+            if isinstance(layers[feature.layer], (nn.Linear, nn.Conv2d))
+            and feature.shape[1] == logits.shape[1]
+        ]
     head = Tap(heads[0], "input") if heads else None  # the innermost is called first
     size = (int(example.shape[2]), int(example.shape[3]))
     return Survey(features, logits.shape[1], head, size)

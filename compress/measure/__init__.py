@@ -2,7 +2,8 @@
 
 from compress.measure.counting import Count, count, count_onnx, node_macs, size_mib
 from compress.measure.latency import Bench, Latency, Timing, bench
-from compress.measure.memory import METHODS, Memory, activations_mib, memory, weights_mib
+from compress.measure.memory import Memory, activations_mib, memory, weights_mib
+from compress.measure.methods import METHODS
 
 __all__ = [
     "METHODS",

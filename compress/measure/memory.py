@@ -20,23 +20,6 @@ from compress.errors import EngineError
 from compress.measure.counting import MIB, size_mib
 from compress.onnx_shapes import shapes_of
 
-METHODS = {
-    "file_mib": "bytes on disk, external data included",
-    "weights_mib": "constants of the ONNX graph as stored; what a runtime repacks is in the peak. "
-    "For an engine, what the engine says of itself",
-    "activations_mib": "largest sum of tensors alive at one time, in the order of the ONNX graph; "
-    "a runtime that fuses or works in place needs less. For an engine, the scratch memory it asks "
-    "for",
-    "peak_rss_mib": "largest resident memory of a fresh Python process that imports PyTorch and "
-    "the runtime, loads the artifact and runs it",
-    "peak_memory_mib": "peak_rss_mib less what the same process held after it had imported the "
-    "runtime and run a network of one layer: what the artifact itself costs",
-    "peak_device_mib": "GPU memory that was taken, by any process, between before the artifact "
-    "was loaded and after it had run",
-    "load_ms": "from the path to a session, once, files cached by the operating system or not",
-    "first_call_ms": "the first call after loading",
-}
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -70,8 +53,8 @@ def memory(
 ) -> Memory:
     """Return what an artifact takes on disk, in weights, in activations, and in a fresh process.
 
-    **Method:** see ``METHODS``, one line for each number. The process is a new Python that runs
-    nothing else; its memory is the operating system's own high-water mark, not a sample.
+    **Method:** see ``methods.METHODS``, a sentence for each number. The process is a new Python
+    that runs nothing else; its memory is the operating system's own high-water mark, not a sample.
 
     Args:
         path: The artifact.

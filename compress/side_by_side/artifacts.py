@@ -1,0 +1,138 @@
+"""Artifacts from anywhere, opened on the runtime they are for and fed with what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress import plugins
+from compress.errors import EngineError
+from compress.measure.probe import inputs_for
+from compress.runtimes import Session, kind_of, open_session
+
+if TYPE_CHECKING:
+    from compress.data import Dataset
+
+DEFAULT_RUNTIME = "onnxruntime"
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One artifact on one runtime."""
+
+    name: str  # shown to the user; unique among those side by side
+    path: Path
+    runtime: str
+
+    def open(self, *, threads: int | None = None, batch: int | None = None) -> Session:
+        """Load it; with ``batch``, for this size alone where the runtime can make use of that."""
+        options: dict[str, Any] = {"threads": threads}
+        if batch is not None and "batch" in plugins.options("runtimes", self.runtime):
+            options["batch"] = batch
+        return open_session(self.path, self.runtime, **options)
+
+
+def runtime_of(path: Path) -> str:
+    """Return the runtime that ``path`` is for: an engine's own, ONNX Runtime for ONNX files.
+
+    Raises:
+        EngineError: it does not exist.
+    """
+    if not path.exists():
+        raise EngineError("no such file", where=str(path), expected="an ONNX file or an engine")
+    return kind_of(path) or DEFAULT_RUNTIME
+
+
+def rivals_of(paths: Sequence[Path], runtimes: Sequence[str] = ()) -> list[Rival]:
+    """Return each artifact on each runtime that opens it, the first artifact first.
+
+    Args:
+        paths: ONNX files, engines, stage folders.
+        runtimes: Where ONNX files run, each on all of them; ONNX Runtime if empty. Engines and
+            stage folders run where they belong.
+
+    Raises:
+        UnknownNameError: there is no such runtime.
+        EngineError: a file does not exist.
+    """
+    for name in runtimes:
+        plugins.load("runtimes", name)
+    places = []
+    for path in paths:
+        own = runtime_of(path)
+        is_onnx = path.suffix == ".onnx"
+        places += [(path, name) for name in (runtimes or [own] if is_onnx else [own])]
+    several = len({runtime for _, runtime in places}) > 1
+    labels = _labels([path for path, _ in places])
+    names = [
+        f"{label} on {runtime}" if several else label
+        for label, (_, runtime) in zip(labels, places, strict=True)
+    ]
+    return [
+        Rival(name, path, runtime)
+        for name, (path, runtime) in zip(_distinct(names), places, strict=True)
+    ]
+
+
+def shape_of(dataset: Dataset | None, batch: int) -> list[tuple[int, ...]] | None:
+    """Return the shape of a batch of images, for artifacts that cannot tell what they take."""
+    return None if dataset is None else [(batch, dataset.channels, *dataset.image_size)]
+
+
+def inputs_of(session: Session, batch: int, dataset: Dataset | None) -> list[NDArray[Any]]:
+    """Return arrays for one call: the first test images, or random values without data."""
+    if dataset is None:
+        return inputs_for(session, batch)
+    chosen = np.arange(batch) % len(dataset.splits["test"])
+    return [_prepared(session, dataset, dataset.splits["test"].take(chosen)).numpy()]
+
+
+def batches_of(
+    session: Session, dataset: Dataset, limit: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the test images as ``session`` takes them, and their labels."""
+    images = dataset.splits["test"]
+    end = min(len(images), limit or len(images))
+    for start in range(0, end, EVALUATION_BATCH):
+        indices = np.arange(start, min(start + EVALUATION_BATCH, end))
+        labels = torch.from_numpy(images.labels[indices])
+        yield _prepared(session, dataset, images.take(indices)), labels
+
+
+def _prepared(session: Session, dataset: Dataset, images: Tensor) -> Tensor:
+    """Return uint8 (B, C, H, W) images as the session's first input takes them.
+
+    A graph that takes uint8 normalizes by itself and wants (B, H, W, C).
+    """
+    spec = session.inputs[0]
+    if spec.dtype == "uint8":
+        return images.permute(0, 2, 3, 1).contiguous()
+    normalized = dataset.normalize(images)
+    return normalized.half() if spec.dtype == "float16" else normalized
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Return the shortest ends of ``paths`` that tell different files apart."""
+    for length in range(1, max((len(path.parts) for path in paths), default=1) + 1):
+        labels = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(labels)) == len(set(paths)):
+            return labels
+    return [str(path) for path in paths]
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return ``names`` with a number behind those that occur again: one file given twice."""
+    seen: dict[str, int] = {}
+    distinct = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        distinct.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
+    return distinct

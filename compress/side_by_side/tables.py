@@ -1,0 +1,191 @@
+"""Measurements as tables for the terminal: units in the headers, absence said, never zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from compress.compare import Bisection, Comparison
+    from compress.side_by_side.comparing import Compared
+    from compress.side_by_side.timing import Benched
+
+SHOWN = 5  # flips, classes and tensors listed; --json holds all
+ABSENT = "-"
+
+
+def bench_table(benched: Benched) -> Table:
+    """Return one row for each artifact, runtime and batch size."""
+    table = Table(box=box.SIMPLE_HEAD, caption=_caption(benched), caption_justify="left")
+    table.add_column("artifact", overflow="fold")
+    headers = ["batch", "p50 ms", "p99 ms", "images/s", "speed-up (95 %)", "file MiB", "peak MiB"]
+    has_accuracy = any("top1_pct" in row for row in benched.rows)
+    headers += ["top-1 % (95 %)", "agreement %"] if has_accuracy else []
+    for header in headers:
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in benched.rows:
+        cells = [
+            str(row["batch"]),
+            _number(row, "latency_ms_p50"),
+            _number(row, "latency_ms_p99"),
+            _number(row, "throughput_ips", 0),
+            _speedup(row),
+            _number(row, "file_mib"),
+            _number(row, "peak_memory_mib", 0),
+        ]
+        if has_accuracy:
+            cells += [_with_interval(row, "top1_pct", "top1_ci95"), _number(row, "agreement_pct")]
+        table.add_row(Text(row["artifact"]), *cells)
+    return table
+
+
+def comparison_tables(compared: Compared) -> RenderableType:
+    """Return the facts, the chain, the classes and images that lost, and the first divergence."""
+    parts: list[RenderableType] = [
+        _facts(compared.answers, compared.reference, compared.candidate),
+        _chain(compared),
+    ]
+    if compared.answers.flips:
+        parts += [_classes(compared.answers), _flips(compared)]
+    if compared.outputs:
+        parts.append(_outputs(compared))
+    if compared.bisection is not None:
+        parts.append(_bisection(compared.bisection))
+    return Group(*parts)
+
+
+def _facts(answers: Comparison, reference: str, candidate: str) -> Table:
+    table = _table(f"{candidate} against {reference}, {answers.images} images", "", "value")
+    row = answers.row()
+    low, high = answers.top1_change_ci95
+    change = f"{answers.top1_change_pct:+.2f} points (95 % {low:+.2f} to {high:+.2f})"
+    table.add_row("top-1", f"{change}: {answers.verdict}, p = {answers.top1_p_value:.3g}")
+    table.add_row("same answer", f"{_with_interval(row, 'agreement_pct', 'agreement_ci95')} %")
+    table.add_row("was right, now wrong", f"{answers.flip_pct:.2f} %")
+    table.add_row("was wrong, now right", f"{answers.won_pct:.2f} %")
+    table.add_row("logits, SQNR", f"{row['sqnr_db']:.1f} dB" if "sqnr_db" in row else "equal")
+    table.add_row(
+        "logits, difference",
+        f"{answers.logits.max_abs_diff:.3g} at most, {answers.logits.mean_abs_diff:.3g} on average",
+    )
+    table.add_row("calibration error", f"{answers.ece_change_pct:+.2f} points")
+    return table
+
+
+def _chain(compared: Compared) -> Table:
+    headers = ("top-1 %", "SQNR dB", "agreement %", "SQNR dB so far")
+    table = _table("What each step adds", "step", "error", *headers)
+    for link in compared.links:
+        added, total = (c.row() if c is not None else {} for c in (link.added, link.total))
+        table.add_row(
+            Text(link.name),
+            link.error or "reference",
+            f"{link.top1_pct:.2f}",
+            _sqnr(added),
+            _number(added, "agreement_pct"),
+            _sqnr(total),
+        )
+    return table
+
+
+def _classes(answers: Comparison) -> Table:
+    table = _table("Classes that lost most", "class", "images", "recall lost, points (95 %)")
+    for drop in answers.class_drops[:SHOWN]:
+        low, high = drop.drop_ci95
+        lost = f"{drop.drop_pct:.2f} ({low:.2f} to {high:.2f})"
+        table.add_row(Text(drop.name), str(drop.images), lost)
+    return table
+
+
+def _flips(compared: Compared) -> Table:
+    table = _table("Images answered differently", "image", "label", "before", "after", "outcome")
+    flips, names = compared.answers.flips, compared.classes
+    for flip in flips[:SHOWN]:
+        table.add_row(
+            str(flip.index),
+            Text(names[flip.label]),
+            Text(f"{names[flip.before]} ({flip.before_confidence_pct:.0f} %)"),
+            Text(f"{names[flip.after]} ({flip.after_confidence_pct:.0f} %)"),
+            flip.kind,
+        )
+    if len(flips) > SHOWN:
+        table.caption = f"{SHOWN} of {len(flips)}; --json FILE holds all"
+    return table
+
+
+def _outputs(compared: Compared) -> Table:
+    table = _table("Outputs", "output", "SQNR dB", "largest difference")
+    for name, drift in compared.outputs.items():
+        table.add_row(Text(name), _sqnr(drift.to_json()), f"{drift.max_abs_diff:.3g}")
+    return table
+
+
+def _bisection(found: Bisection) -> Table:
+    first = found.first
+    title = (
+        f"No tensor falls below {found.threshold_db:g} dB"
+        if first is None
+        else f"First tensor below {found.threshold_db:g} dB: {first.name} ({first.op})"
+    )
+    table = _table(title, "tensor", "operator", "SQNR dB", "lost here, dB", "largest difference")
+    for tensor in sorted(found.tensors, key=lambda tensor: -tensor.drop_db)[:SHOWN]:
+        table.add_row(
+            Text(tensor.name),
+            tensor.op,
+            _sqnr(tensor.drift.to_json()),
+            f"{tensor.drop_db:.1f}",
+            f"{tensor.drift.max_abs_diff:.3g}",
+        )
+    return table
+
+
+def _table(title: str, *headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left")
+    for index, header in enumerate(headers):
+        table.add_column(header, overflow="fold", justify="left" if index < 2 else "right")
+    return table
+
+
+def _caption(benched: Benched) -> Text | None:
+    lines = [f"not measured: {name}: {why}" for name, why in benched.skipped.items()]
+    for where, state in benched.conditions.items():
+        hot = [name for name in ("cpu_throttled", "gpu_throttled") if state.get(name)]
+        lines += [
+            f"{where}: {name.replace('_', ' ')}; measure again when it is cool" for name in hot
+        ]
+    unstable = [row["artifact"] for row in benched.rows if not row["warmup_stable"]]
+    lines += [f"{name}: its latency had not settled after the warm-up" for name in unstable]
+    return Text("\n".join(lines)) if lines else None
+
+
+def _speedup(row: Mapping[str, Any]) -> str:
+    if row["verdict"] in {"reference", "not compared"}:
+        return str(row["verdict"])
+    low, high = row["speedup_ci95"]
+    same = ", no difference" if row["verdict"] == "no difference" else ""
+    return f"{row['speedup']:.2f} ({low:.2f}-{high:.2f}){same}"
+
+
+def _with_interval(row: Mapping[str, Any], key: str, bounds: str) -> str:
+    if key not in row:
+        return ABSENT
+    low, high = row[bounds]
+    return f"{row[key]:.2f} ({low:.1f}-{high:.1f})"
+
+
+def _number(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
+    return f"{row[key]:.{digits}f}" if key in row else ABSENT
+
+
+def _sqnr(row: Mapping[str, Any]) -> str:
+    """Return the ratio, or why there is none."""
+    if "sqnr_db" in row:
+        return f"{row['sqnr_db']:.1f}"
+    if row.get("not_finite"):
+        return f"{row['not_finite']} not finite"
+    return "equal" if row.get("max_abs_diff") == 0 else ABSENT

@@ -67,7 +67,9 @@ def randomize(model: nn.Module) -> None:
                     parameter.sub_(0.8)
 
 
-def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+def conv_bn(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     """Convolution, BatchNorm, ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
@@ -141,7 +143,9 @@ class PaddingShortcut(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(inputs, planes, 3, 2, 1), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = nn.Conv2d(planes, planes, 3, 1, 1), nn.BatchNorm2d(planes)
         self.shortcut = Lambda(
-            lambda x: F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4), "constant", 0)
+            lambda x: F.pad(
+                x[:, :, ::2, ::2], (0, 0, 0, 0, planes // 4, planes // 4), "constant", 0
+            )
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +217,9 @@ class DepthMultiplier(Classifier):
     """A depthwise convolution that makes two outputs of each input."""
 
     def __init__(self) -> None:
-        body = nn.Sequential(nn.Conv2d(16, 32, 3, padding=1, groups=16), nn.BatchNorm2d(32), nn.SiLU())
+        body = nn.Sequential(
+            nn.Conv2d(16, 32, 3, padding=1, groups=16), nn.BatchNorm2d(32), nn.SiLU()
+        )
         super().__init__(body, outputs=32)
 
 
@@ -333,7 +339,12 @@ class NoBatchNorm(Classifier):
     """Biases instead of BatchNorm, and activations that are not zero at zero."""
 
     def __init__(self) -> None:
-        layers = [nn.Conv2d(16, 24, 3, padding=1), nn.ELU(), nn.Conv2d(24, 16, 3, padding=1), nn.Sigmoid()]
+        layers = [
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.ELU(),
+            nn.Conv2d(24, 16, 3, padding=1),
+            nn.Sigmoid(),
+        ]
         super().__init__(nn.Sequential(*layers))
 
 
@@ -480,7 +491,12 @@ class GroupNormed(Classifier):
     """GroupNorm: groups keep equal numbers of channels, statistics are over the kept ones."""
 
     def __init__(self) -> None:
-        body = [nn.Conv2d(16, 24, 3, padding=1), nn.GroupNorm(4, 24), nn.ReLU(), nn.Conv2d(24, 16, 1)]
+        body = [
+            nn.Conv2d(16, 24, 3, padding=1),
+            nn.GroupNorm(4, 24),
+            nn.ReLU(),
+            nn.Conv2d(24, 16, 1),
+        ]
         super().__init__(nn.Sequential(*body, nn.GroupNorm(1, 16)))
 
 

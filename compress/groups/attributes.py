@@ -27,7 +27,7 @@ def conflicts(components: Components) -> list[tuple[AttributeUse, str]]:
     for use in components.uses:
         key = (use.attribute.module, use.attribute.name)
         other = first.setdefault(key, use)
-        if other is use or _settled(components, other) and _settled(components, use):
+        if other is use or (_settled(components, other) and _settled(components, use)):
             continue
         if not _agree(components, other, use):
             why = f"{key[0]}.{key[1]} fixes other channels too, at {other.place}"
@@ -42,5 +42,5 @@ def _settled(components: Components, use: AttributeUse) -> bool:
 def _agree(components: Components, first: AttributeUse, second: AttributeUse) -> bool:
     if first.numerator * second.denominator != second.numerator * first.denominator:
         return False
-    rows = [np.sort(components.of[use.labels]) for use in (first, second)]
-    return np.array_equal(*rows)
+    mine, other = (np.sort(components.of[use.labels]) for use in (first, second))
+    return np.array_equal(mine, other)

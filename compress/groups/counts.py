@@ -98,7 +98,7 @@ class Count(int):
         return Count(int.__neg__(self), self.origin, -self.scale)
 
 
-def origin_of(value: Any) -> Origin | None | int:
+def origin_of(value: Any) -> Origin | int | None:
     """Return the origin of a Count, None if it is a mixture, or the value itself if a constant."""
     return value.origin if isinstance(value, Count) else int(value)
 

@@ -29,8 +29,10 @@ def cut(model: nn.Module, kept: Kept, attributes: Mapping[str, Mapping[str, int]
             write_attribute(modules[path], name, value)
     tensors = dict(named_tensors(model))
     swaps = {id(tensors[name]): _shortened(tensors[name], dims) for name, dims in kept.items()}
+    changed = [module for module in modules.values() if _swap(module, swaps)]
     for module in modules.values():
-        if _swap(module, swaps):
+        parametrized = getattr(getattr(module, "parametrizations", None), "weight", None)
+        if any(module is one or parametrized is one for one in changed):
             _follow(module)
 
 
@@ -99,7 +101,7 @@ def _group_norm(module: nn.Module) -> None:
 
 
 def _prelu(module: nn.Module) -> None:
-    module.num_parameters = module.weight.numel()  # type: ignore[operator, union-attr, assignment]
+    module.num_parameters = module.weight.numel()  # type: ignore[operator, assignment]
 
 
 _FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (

@@ -9,16 +9,25 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the names in a line of text."""
+    return tuple(text.split())
+
+
 SILENT = frozenset({"detach", "alias", "lift_fresh"})  # they come and go without meaning
 
 _NAMES: dict[OpOverload, str] = {}
 _POINTWISE: dict[OpOverload, bool] = {}
 # Integers that these ops take describe shapes, which a cut changes: they are checked as shapes.
 _SHAPE_OPS = frozenset(
-    "view _unsafe_view reshape expand repeat split split_with_sizes slice convolution constant_pad_nd "
-    "native_group_norm native_layer_norm zeros ones full empty rand randn new_zeros new_ones new_full "
-    "new_empty arange empty_strided new_empty_strided unsafe_split unsafe_split_with_sizes "
-    "as_strided narrow unfold select linspace unbind".split()
+    words(
+        "view _unsafe_view reshape expand repeat split split_with_sizes slice convolution "
+        "constant_pad_nd native_group_norm native_layer_norm zeros ones full empty rand "
+        "randn new_zeros new_ones new_full new_empty arange empty_strided "
+        "new_empty_strided unsafe_split unsafe_split_with_sizes as_strided narrow unfold "
+        "select linspace unbind"
+    )
 )
 
 
@@ -82,8 +91,10 @@ def run(func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 _FACTORIES = frozenset(
-    "zeros ones full empty rand randn arange linspace eye scalar_tensor randint randperm "
-    "empty_strided".split()
+    words(
+        "zeros ones full empty rand randn arange linspace eye scalar_tensor randint "
+        "randperm empty_strided"
+    )
 )
 
 
@@ -144,7 +155,9 @@ _FAST: dict[str, Callable[[OpOverload, tuple[Any, ...]], Any]] = {
     "native_batch_norm": _batch_norm,
     "convolution": _convolution,
     **dict.fromkeys(
-        "relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish add mul".split(),
+        words(
+            "relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish add mul"
+        ),
         _same_shape,
     ),
 }

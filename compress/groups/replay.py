@@ -11,21 +11,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import kernels
 from compress.groups.labels import Axis
-from compress.groups.tracer import Step, here
+from compress.groups.tracer import Key, Step, describe, here, place_of
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
 
 
-class Mismatch(Exception):
+class MismatchError(Exception):
     """The pruned network did something else than the record says it must.
 
     Args:
         step: Number of the op.
-        key: Name of the op and which of its calls it was, ``view#3``.
+        key: The op and the line of the program it came from.
         why: What was different, with the line of the user's code.
     """
 
-    def __init__(self, step: int, key: str, why: str) -> None:
+    def __init__(self, step: int, key: Key, why: str) -> None:
         super().__init__(why)
         self.step = step
         self.key = key
@@ -78,24 +78,24 @@ class Replay(TorchDispatchMode):
         self._done += 1
         return result
 
-    def failure(self, error: Exception) -> Mismatch:
+    def failure(self, error: Exception) -> MismatchError:
         """Return what an exception in the middle of the replay means."""
-        if isinstance(error, Mismatch):
+        if isinstance(error, MismatchError):
             return error
-        text = str(error).split("\n")[0]
-        return self._mismatch(f"channel counts written in the program: {text}", line=False)
+        cause = error.__cause__ or error
+        text = str(cause).split("\n")[0]
+        why = f"channel counts written in the program: {text} at {describe(place_of(cause))}"
+        return self._mismatch(why, line=False)
 
     def check_finished(self) -> None:
-        """Raise Mismatch unless all steps of the record were seen."""
+        """Raise MismatchError unless all steps of the record were seen."""
         if self._done < len(self._steps):
             raise self._mismatch("the pruned network does less than the original")
 
-    def _mismatch(self, why: str, *, line: bool = True) -> Mismatch:
+    def _mismatch(self, why: str, *, line: bool = True) -> MismatchError:
         at = min(self._done, len(self._steps) - 1)
-        name = self._steps[at].name
-        occurrence = sum(step.name == name for step in self._steps[: at + 1])
-        place = f" at {here()}" if line else ""
-        return Mismatch(at, f"{name}#{occurrence}", why + place)
+        ending = f" at {here()}" if line else ""
+        return MismatchError(at, self._steps[at].key, why + ending)
 
     def _expected(self, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> tuple[int, ...]:
         return tuple(

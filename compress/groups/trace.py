@@ -19,10 +19,10 @@ from compress.groups.counts import tag_attributes
 from compress.groups.cutting import cut
 from compress.groups.labels import Components, Ledger
 from compress.groups.network import Layer, Network, Positions, Reduction
-from compress.groups.replay import Mismatch, Replay
+from compress.groups.replay import MismatchError, Replay
 from compress.groups.rules import RULES, freeze_all
-from compress.groups.tracer import Axes, CallWatcher, Record, Tracer
-from compress.groups.units import Units, find_units, layer_name
+from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer
+from compress.groups.units import find_units, layer_name
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
@@ -39,7 +39,7 @@ def trace(model: nn.Module, example_input: Example) -> Network:
     Raises:
         PlanError: the network cannot be run on the example, or nothing in it can be cut.
     """
-    distrusted: dict[str, str] = {}
+    distrusted: dict[Key, str] = {}
     for number in range(_ROUNDS):
         traced = _Traced(model, example_input, distrusted)
         mismatch = traced.probe(seed=number)
@@ -87,7 +87,7 @@ class _Traced:
     """One attempt: trace, merge, find units; ``probe`` then tries a cut."""
 
     def __init__(
-        self, model: nn.Module, example_input: Example, distrusted: Mapping[str, str]
+        self, model: nn.Module, example_input: Example, distrusted: Mapping[Key, str]
     ) -> None:
         self._model = meta_copy(model)
         args, kwargs = inputs_of(example_input)
@@ -114,7 +114,7 @@ class _Traced:
         }
 
     def _forward(
-        self, model: nn.Module, distrusted: Mapping[str, str], *, training: bool
+        self, model: nn.Module, distrusted: Mapping[Key, str], *, training: bool
     ) -> _Forward:
         model.train(training)
         named = [(t, name, self._named[name]) for name, t in named_tensors(model)]
@@ -212,21 +212,16 @@ class _Traced:
         rows = {d: self.units.of[axis] for d, axis in enumerate(axes) if axis is not None}
         return {d: row for d, row in rows.items() if (row >= 0).any()}
 
-    def culprit(self, mismatch: Mismatch, known: Mapping[str, str]) -> str:
+    def culprit(self, mismatch: MismatchError, known: Mapping[Key, str]) -> Key:
         """Return the op to freeze: where it went wrong, or the last before it not yet frozen."""
-        calls: dict[str, int] = {}
-        key = mismatch.key
-        for step in self._forwards[mismatch.forward].record.steps[: mismatch.step + 1]:
-            calls[step.name] = calls.get(step.name, 0) + 1
-            if (candidate := f"{step.name}#{calls[step.name]}") not in known and any(
-                axis is not None
-                for axes in (*step.inputs, *(a for _, a in step.outputs))
-                for axis in axes
-            ):
-                key = candidate
-        return key
+        steps = self._forwards[mismatch.forward].record.steps[: mismatch.step + 1]
+        for step in reversed(steps):
+            rows = (*step.inputs, *(axes for _, axes in step.outputs))
+            if step.key not in known and any(axis is not None for axes in rows for axis in axes):
+                return step.key
+        return mismatch.key
 
-    def probe(self, seed: int) -> Mismatch | None:
+    def probe(self, seed: int) -> MismatchError | None:
         """Cut a random part of every group of a copy and replay it; return what went wrong."""
         rng = np.random.default_rng(seed)
         keep = {}
@@ -245,7 +240,7 @@ class _Traced:
             try:
                 run_traced(model, self._inputs_in(forward.training), replay)
                 replay.check_finished()
-            except (PlanError, Mismatch) as error:
+            except (PlanError, MismatchError) as error:
                 mismatch = replay.failure(error)
                 mismatch.forward = number
                 return mismatch
@@ -256,16 +251,16 @@ def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> Any:
     """Return what ``model`` answers while ``mode`` watches.
 
     Raises:
-        PlanError: the network raised an error; Mismatch: a replay went another way.
+        PlanError: the network raised an error; MismatchError: a replay went another way.
     """
     args, kwargs = inputs
     watcher = CallWatcher(mode) if isinstance(mode, Tracer) else contextlib.nullcontext()
     try:
         with undisturbed(), mode, watcher:
             return model(*args, **kwargs)
-    except Mismatch:
+    except MismatchError:
         raise
-    except Exception as error:  # noqa: BLE001 (any error of the user's program)
+    except Exception as error:
         raise PlanError(
             f"the network does not run on the example input: {type(error).__name__}: {error}",
             where=type(model).__name__,

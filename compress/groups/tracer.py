@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from compress.groups.counts import Attribute, Count, Extent
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
 
 Axes = tuple[Axis, ...]
+Place = tuple[str, int]  # file and line of the user's program
+Key = tuple[str, str, int]  # an op and its place
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent) + os.sep
 _SHAPE = torch.Tensor.shape
@@ -58,6 +61,12 @@ class Step:
     outputs: tuple[tuple[tuple[int, ...], Axes], ...]  # shape and labels of each output
     scalars: tuple[float, ...]
     inputs: tuple[Axes, ...]
+    place: Place
+
+    @property
+    def key(self) -> Key:
+        """Return the op and the line of the program it came from."""
+        return (self.name, *self.place)
 
 
 @dataclass(frozen=True)
@@ -126,7 +135,7 @@ class Tracer(TorchDispatchMode):
         named: Sequence[tuple[Tensor, str, Axes]],
         rules: Mapping[str, Rule],
         fallback: Rule,
-        distrusted: Mapping[str, str],
+        distrusted: Mapping[Key, str],
     ) -> None:
         super().__init__()
         self.ledger = ledger
@@ -199,7 +208,7 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(
         self,
         func: OpOverload,
-        types: Any,
+        kinds: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -209,7 +218,7 @@ class Tracer(TorchDispatchMode):
         result = kernels.run(func, name, args, kwargs)
         outputs = tuple(kernels.tensors_in(result))
         call = Call(name, func, args, kwargs, outputs, self.raw[-1])
-        inputs = [t for t in kernels.tensors_in(args)]
+        inputs = list(kernels.tensors_in(args))
         self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
         self._apply(call, inputs)
         self._note(call, inputs)
@@ -221,13 +230,10 @@ class Tracer(TorchDispatchMode):
             rule = kernels.pointwise_rule(call.func, self._rules, self._fallback)
         rule(self, call)
         self._write_restricted()
-        if (why := self._distrusted.get(self._step_key(call.name))) is not None:
+        if self._distrusted and (why := self._distrusted.get((call.name, *place()))) is not None:
             for tensor in (*inputs, *call.outputs):
                 for axis in self.axes(tensor):
                     self.ledger.freeze(axis, why)
-
-    def _step_key(self, name: str) -> str:
-        return f"{name}#{self.record.occurrences[name]}"
 
     def _note(self, call: Call, inputs: list[Tensor]) -> None:
         origins = [self._origin.get(id(t)) for t in inputs if t.ndim]
@@ -248,6 +254,7 @@ class Tracer(TorchDispatchMode):
                 tuple((tuple(out.shape), self.axes(out)) for out in call.outputs),
                 kernels.scalars_in(call.name, call.args, call.kwargs),
                 tuple(self.axes(t) for t in inputs),
+                place(),
             )
         )
 
@@ -262,7 +269,7 @@ class CallWatcher(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Any,
-        types: Any,
+        kinds: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
@@ -288,22 +295,54 @@ class CallWatcher(TorchFunctionMode):
         return torch.Size(sizes) if dim is None else sizes[dim]
 
 
-def here() -> str:
-    """Return file, line and text of the user's code that is running now."""
-    frame = sys._getframe(1)
-    inner = frame
+_FOREIGN: dict[types.CodeType, bool] = {}  # code of PyTorch, or ours: not the user's program
+
+
+def _is_foreign(code: types.CodeType) -> bool:
+    found = _FOREIGN.get(code)
+    if found is None:
+        found = _FOREIGN[code] = code.co_filename.startswith((_TORCH, _OURS, "<"))
+    return found
+
+
+def place() -> Place:
+    """Return file and line of the user's program that is running now.
+
+    A network made of PyTorch's modules alone has no program of its own: then it is the line of
+    PyTorch that called the op.
+    """
+    frame: types.FrameType | None = sys._getframe(1)
+    innermost: Place | None = None
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(_OURS) and frame.f_code.co_name == "run_traced":
+        code = frame.f_code
+        if not _is_foreign(code):
+            return code.co_filename, frame.f_lineno
+        if innermost is None and not code.co_filename.startswith(_OURS):
+            innermost = code.co_filename, frame.f_lineno
+        if code.co_name == "run_traced" and code.co_filename.startswith(_OURS):
             break
-        if not file.startswith((_TORCH, _OURS, "<")):
-            return _place(file, frame.f_lineno)
-        if file.startswith(_TORCH) and inner.f_code.co_filename.startswith(_OURS):
-            inner = frame
-        frame = frame.f_back  # type: ignore[assignment]
-    return _place(inner.f_code.co_filename, inner.f_lineno)
+        frame = frame.f_back
+    return innermost or ("", 0)
 
 
-def _place(file: str, line: int) -> str:
+def place_of(error: BaseException) -> Place:
+    """Return file and line of the user's program where an exception passed last."""
+    found: Place = ("", 0)
+    trail = error.__traceback__
+    while trail is not None:
+        if not _is_foreign(trail.tb_frame.f_code) or found == ("", 0):
+            found = trail.tb_frame.f_code.co_filename, trail.tb_lineno
+        trail = trail.tb_next
+    return found
+
+
+def here() -> str:
+    """Return file, line and text of the user's program that is running now."""
+    return describe(place())
+
+
+def describe(at: Place) -> str:
+    """Return a place as text: the end of the file's path, the line, and what it says."""
+    file, line = at
     text = linecache.getline(file, line).strip()
     return f"{'/'.join(Path(file).parts[-2:])}:{line} ({text})"

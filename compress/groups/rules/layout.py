@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from compress.groups.counts import Attribute, Count, Extent
+from compress.groups.counts import Attribute, Count
+from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
 from compress.groups.tracer import Axes, Call, Rule, Tracer
 
@@ -126,7 +128,7 @@ def _view_block(
     if carried.shape[1] > 1 and (carried != carried[:, :1]).any():
         tracer.ledger.unify(carried.ravel(), np.repeat(carried[:, 0], carried.shape[1]))
     result[wide[at]] = first = np.ascontiguousarray(carried[:, 0])
-    _follow(tracer, sizes[wide[at]], first)
+    follow(tracer, sizes[wide[at]], first, labels)
 
 
 def _grid(labels: Labels, shape: Sequence[int], dim: int) -> Labels:
@@ -157,10 +159,27 @@ def _follows(count: int) -> bool:
     return isinstance(count, Count) and not isinstance(count.origin, Attribute)
 
 
-def _follow(tracer: Tracer, size: int, labels: Labels) -> None:
-    if isinstance(size, Count) and isinstance(size.origin, Attribute):
+def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> None:
+    """Note what a size in the program demands of the channels it counts.
+
+    An attribute must be rewritten with them. The shape of another tensor changes by itself, so
+    the channels must be cut where that tensor's are: n positions of it for each of these, the
+    same in each of n parts, as in ``view(b, heads, c // heads)``. The shape of ``source``, which
+    these channels are a part of, demands nothing more.
+    """
+    if not isinstance(size, Count) or size.origin is None:
+        return
+    if isinstance(size.origin, Attribute):
         use = tracer.use_attribute(size, labels)
         tracer.ledger.uses.extend([use] if use else [])
+        return
+    other = size.origin.labels
+    if other is source:
+        return
+    if len(other) % len(labels) == 0:
+        tracer.ledger.unify(other, np.tile(labels, len(other) // len(labels)))
+    elif len(labels) % len(other) == 0:
+        tracer.ledger.unify(np.tile(other, len(labels) // len(other)), labels)
 
 
 def as_strided(tracer: Tracer, call: Call) -> None:
@@ -205,10 +224,7 @@ def copies(tracer: Tracer, size: int, count: int) -> Axis:
     if not isinstance(size, Count) or count == 1:
         return None
     labels = tracer.ledger.fresh(count)
-    if isinstance(size.origin, Extent) and len(size.origin.labels) == count:
-        tracer.ledger.unify(labels, size.origin.labels)
-    use = tracer.use_attribute(size, labels)
-    tracer.ledger.uses.extend([use] if use else [])
+    follow(tracer, size, labels)
     return labels
 
 
@@ -250,7 +266,7 @@ RULES: dict[str, Rule] = {
     "swapaxes": transpose,
     "unsqueeze": unsqueeze,
     "squeeze": squeeze,
-    **dict.fromkeys("view _unsafe_view reshape _reshape_alias unflatten".split(), view),
+    **dict.fromkeys(words("view _unsafe_view reshape _reshape_alias unflatten"), view),
     "as_strided": as_strided,
     "expand": expand,
     "repeat": repeat,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from compress.groups.counts import Attribute, Count, Extent
+from compress.groups.counts import Count, Extent
+from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
-from compress.groups.rules.layout import copies
+from compress.groups.rules.layout import copies, follow
 from compress.groups.tracer import Call, Rule, Tracer
 
 _CONSTANT = "has channel counts written in the program"
@@ -77,7 +79,7 @@ def split(tracer: Tracer, call: Call) -> None:
         else:
             rows = axis.reshape(-1, size)
             tracer.ledger.unify(rows.ravel(), np.tile(rows[0], len(rows)))
-            _follow(tracer, given, rows[0])
+            follow(tracer, given, rows[0], axis)
     _parts(tracer, call, dim)
 
 
@@ -89,7 +91,7 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
         given = call.raw.argument(1, "split_size_or_sections") or call.raw.kwargs.get("split_size")
         given = given if isinstance(given, Sequence) and len(given) == len(sizes) else sizes
         starts = np.cumsum([0, *sizes])
-        parts = [axis[a:b] for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        parts = [axis[a:b] for a, b in itertools.pairwise(starts)]
         halves = [g for g in given if isinstance(g, Count) and _of(g, axis)]
         if halves and len(set(sizes)) == 1:
             for part in parts[1:]:
@@ -98,18 +100,12 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
             if not isinstance(count, Count) or (count in halves and len(set(sizes)) > 1):
                 tracer.freeze(part, f"split {_CONSTANT}")
             else:
-                _follow(tracer, count, part)
+                follow(tracer, count, part, axis)
     _parts(tracer, call, dim)
 
 
 def _of(count: Count, axis: Labels) -> bool:
     return isinstance(count.origin, Extent) and count.origin.labels is axis
-
-
-def _follow(tracer: Tracer, count: Any, labels: Labels) -> None:
-    if isinstance(count, Count) and isinstance(count.origin, Attribute):
-        use = tracer.use_attribute(count, labels)
-        tracer.ledger.uses.extend([use] if use else [])
 
 
 def _parts(tracer: Tracer, call: Call, dim: int) -> None:
@@ -139,7 +135,7 @@ def slicing(tracer: Tracer, call: Call) -> None:
                 if 0 < value < size and not (step > 1 and value == start < step):
                     _bound(tracer, axis, value, bound)
         if step > 1:
-            _stepped(tracer, axis[start:stop], step)
+            _stepped(tracer, axis, (start, stop, step))
         axes[dim] = axis[start:stop:step]
     tracer.label(out, axes)
 
@@ -174,7 +170,7 @@ def _bound(tracer: Tracer, axis: Labels, value: int, given: Any) -> None:
     elif _of(given, axis) and given.scale not in {0, 1}:
         _couple(tracer, axis, given.scale.denominator)
     else:
-        _follow(tracer, given, axis[value:] if given < 0 else axis[:value])
+        follow(tracer, given, axis[value:] if given < 0 else axis[:value], axis)
 
 
 def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
@@ -186,8 +182,9 @@ def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
     tracer.ledger.unify(rows.ravel(), np.tile(rows[0], parts))
 
 
-def _stepped(tracer: Tracer, axis: Labels, step: int) -> None:
-    if len(axis) % step:
+def _stepped(tracer: Tracer, axis: Labels, taken: tuple[int, int, int]) -> None:
+    start, stop, step = taken
+    if start >= step or stop < len(axis) or len(axis) % step:
         tracer.freeze(axis, f"a slice takes one in {step} channels")
     else:
         rows = axis.reshape(-1, step)
@@ -291,10 +288,10 @@ RULES: dict[str, Rule] = {
     "flip": flip,
     "roll": roll,
     **dict.fromkeys(
-        "zeros ones full empty rand randn new_zeros new_ones new_full new_empty".split(), made
+        words("zeros ones full empty rand randn new_zeros new_ones new_full new_empty"), made
     ),
     **dict.fromkeys(
-        "arange linspace eye scalar_tensor randint randperm empty_strided numel sym_size".split(),
+        words("arange linspace eye scalar_tensor randint randperm empty_strided numel sym_size"),
         nothing,
     ),
 }

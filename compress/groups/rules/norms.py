@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
+from compress.groups.kernels import words
 from compress.groups.labels import Axis
 from compress.groups.tracer import Call, Rule, Tracer
 
@@ -129,20 +130,24 @@ def weight_norm(tracer: Tracer, call: Call) -> None:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        "native_batch_norm batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
-        "_native_batch_norm_legit_no_training _batch_norm_no_update "
-        "_batch_norm_with_update".split(),
+        words(
+            "native_batch_norm batch_norm cudnn_batch_norm miopen_batch_norm "
+            "_native_batch_norm_legit _native_batch_norm_legit_no_training "
+            "_batch_norm_no_update _batch_norm_with_update"
+        ),
         batch_norm,
     ),
     "native_layer_norm": layer_norm,
     "native_group_norm": group_norm,
     **dict.fromkeys(
-        "mean sum var std var_mean std_mean amax amin max min prod any all logsumexp norm "
-        "linalg_vector_norm nansum".split(),
+        words(
+            "mean sum var std var_mean std_mean amax amin max min prod any all logsumexp norm "
+            "linalg_vector_norm nansum"
+        ),
         reduction,
     ),
-    **dict.fromkeys("_softmax _log_softmax _safe_softmax softmax cumsum cumprod".split(), along),
-    **dict.fromkeys("topk sort argsort argmax argmin kthvalue median".split(), ordering),
+    **dict.fromkeys(words("_softmax _log_softmax _safe_softmax softmax cumsum cumprod"), along),
+    **dict.fromkeys(words("topk sort argsort argmax argmin kthvalue median"), ordering),
     "_weight_norm_interface": weight_norm,
     "_weight_norm": weight_norm,
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compress.groups.kernels import tensors_in
+from compress.groups.kernels import tensors_in, words
 from compress.groups.labels import Axis
 from compress.groups.tracer import Call, Rule, Tracer
 
@@ -54,14 +54,19 @@ def same(tracer: Tracer, call: Call) -> None:
 RULES: dict[str, Rule] = {
     "pointwise": pointwise,
     **dict.fromkeys(
-        "hardswish _prelu_kernel prelu copy lerp where masked_fill clamp clamp_min clamp_max "
-        "dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub rsub".split(),
+        words(
+            "hardswish _prelu_kernel prelu copy lerp where masked_fill clamp clamp_min "
+            "clamp_max dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub "
+            "rsub"
+        ),
         pointwise,
     ),
     **dict.fromkeys(
-        "detach alias clone contiguous _to_copy lift_fresh lift native_dropout empty_like zeros_like "
-        "ones_like full_like rand_like randn_like bernoulli uniform normal fill zero random "
-        "rrelu_with_noise _local_scalar_dense exponential alpha_dropout".split(),
+        words(
+            "detach alias clone contiguous _to_copy lift_fresh lift native_dropout empty_like "
+            "zeros_like ones_like full_like rand_like randn_like bernoulli uniform normal "
+            "fill zero random rrelu_with_noise _local_scalar_dense exponential alpha_dropout"
+        ),
         same,
     ),
 }

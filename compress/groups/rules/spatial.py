@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from compress.groups.counts import Attribute, Count
+from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
 from compress.groups.tracer import Call, Rule, Tracer
 
@@ -125,24 +126,31 @@ def unfold(tracer: Tracer, call: Call) -> None:
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d".split(), over_last(1)
+        ["avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d"], over_last(1)
     ),
     **dict.fromkeys(
-        "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d "
-        "adaptive_max_pool2d max_unpool2d upsample_nearest2d _upsample_nearest_exact2d "
-        "upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-        "reflection_pad2d replication_pad2d fractional_max_pool2d".split(),
+        words(
+            "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d "
+            "_adaptive_avg_pool2d adaptive_max_pool2d max_unpool2d upsample_nearest2d "
+            "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d "
+            "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d "
+            "replication_pad2d fractional_max_pool2d"
+        ),
         over_last(2),
     ),
     **dict.fromkeys(
-        "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d reflection_pad1d "
-        "replication_pad1d max_unpool1d".split(),
+        words(
+            "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d reflection_pad1d "
+            "replication_pad1d max_unpool1d"
+        ),
         over_last(1),
     ),
     **dict.fromkeys(
-        "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d upsample_nearest3d "
-        "_upsample_nearest_exact3d upsample_trilinear3d reflection_pad3d replication_pad3d "
-        "adaptive_max_pool3d max_pool3d".split(),
+        words(
+            "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d "
+            "upsample_nearest3d _upsample_nearest_exact3d upsample_trilinear3d "
+            "reflection_pad3d replication_pad3d adaptive_max_pool3d max_pool3d"
+        ),
         over_last(3),
     ),
     "constant_pad_nd": constant_pad,

@@ -1,0 +1,243 @@
+"""Tracing: which channels go together, which stay and why, and what layers cost."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from compress.errors import PlanError
+from compress.groups import trace
+
+STAYS = {  # network -> layers, besides those that make an output, of which something must stay
+    "ConstantSplit": {"body.wide.0"},
+    "HardCodedView": {"body.wide.0"},
+    "ScaledByCount": {"body.wide.0"},
+    "ChannelAttention": {"body.wide.0", "body.eca"},
+}
+
+
+def line_of(kind: type, text: str) -> str:
+    """Return "file:line (code)" of the line of a class that contains ``text``."""
+    lines, start = inspect.getsourcelines(kind)
+    number = next(i for i, line in enumerate(lines) if text in line)
+    return f"test_groups.py:{start + number} ({lines[number].strip()})"
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_only_what_must_stay_stays(name: str) -> None:
+    network = trace(zoo.build(name), zoo.inputs(name))
+    stays = {k for k, why in network.frozen.items() if "output of the network" not in why}
+    assert stays == STAYS.get(name, set())
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_every_unit_owns_its_positions_alone(name: str) -> None:
+    network = trace(zoo.build(name), zoo.inputs(name))
+    seen: set[tuple[str, int, int]] = set()
+    for group in network.groups:
+        assert any(part.role == "output" for part in group.slices)
+        for part in group.slices:
+            assert part.index.shape[0] == group.size
+            positions = {(part.tensor, part.dim, int(p)) for p in part.index.ravel()}
+            assert len(positions) == part.index.size
+            assert not positions & seen
+            seen |= positions
+            assert part.index.max() < network.shapes[part.tensor][part.dim]
+
+
+@pytest.mark.parametrize("name", sorted(zoo.ZOO.keys() - {"Attention"}))
+def test_macs_agree_with_pytorchs_flop_counter(name: str) -> None:
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    assert trace(model, inputs).macs * 2 * len(inputs[0]) == counter.get_total_flops()
+
+
+def test_products_of_activations_are_not_a_layers_cost() -> None:
+    network = trace(zoo.build("Attention"), zoo.inputs("Attention"))
+    pixels = 16 * 16
+    by_hand = (3 * 16 * 9 + 16 * (8 + 8 + 12) + 12 * 16) * pixels + 16 * 5
+    assert network.macs == by_hand
+
+
+def test_residual_outputs_are_one_group() -> None:
+    network = trace(zoo.build("Residual"), zoo.inputs("Residual"))
+    stream = network.group("stem.0")
+    made = {part.tensor for part in stream.slices if part.role == "output"}
+    assert made == {"stem.0.weight", "body.0.conv2.weight", "body.1.conv2.weight"}
+    assert {"body.0.bn2.running_mean", "stem.1.bias"} <= {part.tensor for part in stream.slices}
+    assert [group.name for group in network.groups] == ["stem.0", "body.0.conv1", "body.1.conv1"]
+
+
+def test_flattened_channels_take_all_their_places_along() -> None:
+    network = trace(zoo.build("FlattenLinear"), zoo.inputs("FlattenLinear"))
+    last = network.group("features.2.0")
+    taken = next(part for part in last.slices if part.tensor == "classifier.0.weight")
+    assert taken.role == "input"
+    np.testing.assert_array_equal(taken.index[3], np.arange(3 * 16, 4 * 16))
+
+
+def test_many_small_groups_go_whole_and_few_large_ones_stay() -> None:
+    many = trace(zoo.build("ManyGroups"), zoo.inputs("ManyGroups"))
+    assert many.group("body.0.0").width == 2
+    assert [f.attribute for f in many.followers] == ["groups"]
+    few = trace(zoo.build("FewGroups"), zoo.inputs("FewGroups"))
+    assert few.group("body.0.0").size == 12
+    assert not few.followers
+
+
+@pytest.mark.parametrize("name", ["Plain", "ChannelShuffle", "OptionAShortcut", "LayerNormed"])
+def test_batch_and_kind_of_the_example_do_not_matter(name: str) -> None:
+    model = zoo.build(name)
+    pairs = trace(model, torch.zeros(2, 3, 16, 16))
+    one, named = (
+        trace(model, torch.zeros(1, 3, 16, 16)),
+        trace(model, {"x": torch.zeros(3, 3, 16, 16)}),
+    )
+    assert pairs.macs == one.macs == named.macs
+    for other in (one, named):
+        assert [g.name for g in other.groups] == [g.name for g in pairs.groups]
+        for mine, theirs in zip(pairs.groups, other.groups, strict=True):
+            assert [(s.tensor, s.dim, s.role) for s in mine.slices] == [
+                (s.tensor, s.dim, s.role) for s in theirs.slices
+            ]
+            assert all(
+                np.array_equal(a.index, b.index)
+                for a, b in zip(mine.slices, theirs.slices, strict=True)
+            )
+
+
+class Unknown(nn.Module):
+    """An op that has no rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.touched = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.touched(F.relu(self.free(x))).mean((2, 3))
+        return self.head(x.renorm(2, 0, 1.0))
+
+
+class FixedByConstant(nn.Module):
+    """A constant vector with one entry for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.touched = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.touched(F.relu(self.free(x))).mean((2, 3))
+        return self.head(x + torch.arange(6.0))
+
+
+class TakenByNumber(nn.Module):
+    """One channel taken by its number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.touched = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.touched(F.relu(self.free(x))).mean((2, 3))
+        return self.head(x) + x[:, 2:3].sum() + x[:, 3].sum()
+
+
+class CountedOutside(nn.Module):
+    """A factor that depends on the channel count through a float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.free, self.touched = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.touched(F.relu(self.free(x))).mean((2, 3))
+        return self.head(x * (1 / len(x[0])))
+
+
+@pytest.mark.parametrize(
+    ("kind", "why", "text"),
+    [
+        (Unknown, "no rule for the operation renorm at ", "renorm"),
+        (FixedByConstant, "add joins it with channels that are fixed at ", "arange"),
+        (TakenByNumber, "select takes channels by number at ", "x[:, 3]"),
+        (CountedOutside, "mul is given a number that depends on the channel count at ", "len("),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_what_cannot_be_followed_stays_with_reason_and_line(
+    kind: type[nn.Module], why: str, text: str
+) -> None:
+    network = trace(kind(), torch.zeros(2, 3, 9, 9))
+    reason = network.frozen["touched"]
+    assert reason.removeprefix("3 of 6 channels: ").startswith(why) or "a slice" in reason
+    assert line_of(kind, text) in reason or "a slice" in reason
+    assert {group.name for group in network.groups} == {"free"}
+
+
+def test_an_output_of_the_network_is_never_cut() -> None:
+    network = trace(zoo.build("TwoHeads"), zoo.inputs("TwoHeads"))
+    made = {p.tensor for g in network.groups for p in g.slices if p.role == "output"}
+    assert not made & {"left.0.weight", "head.weight"}
+    assert "output of the network" in network.frozen["left.0"]
+
+
+def test_layers_that_run_in_training_only_are_cut_along() -> None:
+    network = trace(zoo.build("AuxiliaryHead"), zoo.inputs("AuxiliaryHead"))
+    assert "aux.weight" in {part.tensor for part in network.group("trunk.0").slices}
+
+
+def test_a_network_without_anything_to_cut_says_why() -> None:
+    with pytest.raises(PlanError, match=r"nothing in this network can be cut.*0: its channels are"):
+        trace(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(PlanError, match="no convolution or linear layer with a weight"):
+        trace(nn.Sequential(nn.ReLU()), torch.zeros(1, 3, 8, 8))
+
+
+def test_an_example_the_network_refuses_is_an_error() -> None:
+    with pytest.raises(PlanError, match="Plain: the network does not run on the example input"):
+        trace(zoo.build("Plain"), torch.zeros(1, 4, 16, 16))
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["runs", "fails"])
+def test_the_callers_network_and_generators_are_left_alone(fails: bool) -> None:
+    model = zoo.build("Depthwise").train()
+    model.body[0].eval()
+    calls: list[int] = []
+    model.stem.register_forward_hook(lambda *_: calls.append(1))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modes = [module.training for module in model.modules()]
+    attributes = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    random, grad = torch.get_rng_state(), torch.is_grad_enabled()
+    if fails:
+        with pytest.raises(PlanError):
+            trace(model, torch.zeros(1, 4, 16, 16))
+    else:
+        trace(model, torch.zeros(1, 3, 16, 16))
+    assert torch.equal(random, torch.get_rng_state()) and torch.is_grad_enabled() == grad
+    assert [module.training for module in model.modules()] == modes
+    after = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    assert {n: set(d) for n, d in after.items()} == {n: set(d) for n, d in attributes.items()}
+    assert type(model.body[0].depthwise.groups) is int
+    assert all(torch.equal(before[n], value) for n, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_same_network_gives_the_same_groups() -> None:
+    first, second = (trace(zoo.build("ShuffleNetUnit"), zoo.inputs("ShuffleNetUnit")) for _ in "ab")
+    assert [g.name for g in first.groups] == [g.name for g in second.groups]
+    for mine, theirs in zip(first.groups, second.groups, strict=True):
+        for a, b in zip(mine.slices, theirs.slices, strict=True):
+            assert (a.tensor, a.dim, a.role) == (b.tensor, b.dim, b.role)
+            np.testing.assert_array_equal(a.index, b.index)

@@ -1,0 +1,315 @@
+"""Cut, masked twin and proof; plans as data."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from compress.errors import PlanError, UnknownNameError
+from compress.groups import Network, trace
+from compress.surgery import PrunePlan, apply_pruning, make_plan, mask_pruning, prove
+
+
+def random_keep(network: Network, seed: int) -> dict[str, np.ndarray]:
+    """Return random units of every group, from one to all of them."""
+    rng = np.random.default_rng(seed)
+    return {g.name: rng.permutation(g.size)[: rng.integers(1, g.size + 1)] for g in network.groups}
+
+
+def random_plan(name: str, seed: int = 0) -> PrunePlan:
+    network = trace(zoo.build(name), zoo.inputs(name))
+    return make_plan(network, random_keep(network, seed), seed=seed)
+
+
+def answers(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        return [t.clone() for t in tree_leaves(model(*inputs)) if isinstance(t, Tensor)]
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_any_cut_equals_its_masked_twin(name: str) -> None:
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    network = trace(model, inputs)
+    for seed in range(4):
+        plan = make_plan(network, random_keep(network, seed))
+        assert prove(model, plan, inputs) < 1e-5, f"plan of seed {seed}"
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_a_cut_changes_the_answers_but_not_their_shapes(name: str) -> None:
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    small = apply_pruning(model, random_plan(name))
+    before, after = answers(model, inputs), answers(small, inputs)
+    assert [t.shape for t in before] == [t.shape for t in after]
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_costs_after_the_cut_are_those_of_the_pruned_network(name: str) -> None:
+    model, inputs, plan = zoo.build(name), zoo.inputs(name), random_plan(name, seed=1)
+    small = apply_pruning(model, plan)
+    assert plan.params_before == sum(p.numel() for p in model.parameters())
+    assert plan.params_after == sum(p.numel() for p in small.parameters())
+    assert plan.macs_after == trace(small, inputs).macs < plan.macs_before
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_modules_know_their_new_sizes(name: str) -> None:
+    small = apply_pruning(zoo.build(name), random_plan(name))
+    for module in small.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            first, second = module.in_channels, module.out_channels
+            shape = (first, second) if module.transposed else (second, first)
+            divided = (shape[0], shape[1] // module.groups)
+            assert tuple(module.weight.shape[:2]) == divided
+            assert module.bias is None or len(module.bias) == module.out_channels
+        elif isinstance(module, nn.Linear):
+            assert module.weight.shape == (module.out_features, module.in_features)
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            assert len(module.weight) == module.num_features
+        elif isinstance(module, nn.LayerNorm):
+            assert module.weight.shape == module.normalized_shape
+        elif isinstance(module, nn.GroupNorm):
+            assert len(module.weight) == module.num_channels
+        elif isinstance(module, nn.PReLU):
+            assert module.weight.numel() == module.num_parameters
+
+
+def _misaligned(plan: PrunePlan, tensor: str) -> PrunePlan:
+    """Return ``plan`` with the positions of one tensor shifted by one: all shapes stay right."""
+    tensors = {name: dict(dims) for name, dims in plan.tensors.items()}
+    size = plan.shapes[tensor][0]
+    tensors[tensor][0] = np.sort((tensors[tensor][0] + 1) % size)
+    return dataclasses.replace(plan, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    ["body.0.bn1.running_mean", "body.0.bn1.weight", "body.0.conv1.bias", "body.0.conv1.weight"],
+)
+def test_a_wrong_cut_fails_the_proof_though_its_shapes_are_right(tensor: str) -> None:
+    model, inputs = zoo.build("Residual"), zoo.inputs("Residual")
+    network = trace(model, inputs)
+    plan = make_plan(network, {"body.0.conv1": np.arange(0, 12, 2)})
+    assert prove(model, plan, inputs) < 1e-5
+    wrong = _misaligned(plan, tensor)
+    assert answers(apply_pruning(model, wrong), inputs)[0].shape == (2, 5)
+    assert prove(model, wrong, inputs) > 1e-3
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_twin_is_zero_where_cut_and_unchanged_elsewhere(name: str) -> None:
+    model, plan = zoo.build(name), random_plan(name, seed=2)
+    before, after = model.state_dict(), mask_pruning(model, plan).state_dict()
+    assert before.keys() == after.keys()
+    shared = {id(t): n for n, t in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    for key, value in before.items():
+        first = shared.get(id(dict(model.named_parameters(remove_duplicate=False)).get(key)), key)
+        expected = value.clone()
+        for dim, kept in plan.tensors.get(first, {}).items():
+            gone = np.setdiff1d(np.arange(value.shape[dim]), kept)
+            expected.index_fill_(dim, torch.from_numpy(gone), 0)
+        assert torch.equal(after[key], expected), key
+
+
+def test_norms_of_the_twin_count_kept_channels_only() -> None:
+    model, inputs = zoo.build("GroupNormed"), zoo.inputs("GroupNormed")
+    network = trace(model, inputs)
+    plan = make_plan(network, {"body.3": np.arange(8)})
+    twin = mask_pruning(model, plan)
+    plain = copy.deepcopy(model)
+    plain.load_state_dict(twin.state_dict())
+    assert (answers(plain, inputs)[0] - answers(twin, inputs)[0]).abs().max() > 1e-3
+    assert prove(model, plan, inputs) < 1e-5
+
+
+@pytest.mark.parametrize("verb", [apply_pruning, mask_pruning], ids=lambda verb: verb.__name__)
+def test_the_callers_network_is_left_alone(verb: Any) -> None:
+    model, plan = zoo.build("LayerNormed").train(), random_plan("LayerNormed")
+    model.stem.eval()
+    before = {n: v.clone() for n, v in model.state_dict().items()}
+    modes, random = [m.training for m in model.modules()], torch.get_rng_state()
+    changed = verb(model, plan)
+    with torch.no_grad():
+        for parameter in (*changed.parameters(), *changed.buffers()):
+            parameter.zero_()
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes == [m.training for m in changed.modules()]
+    assert torch.equal(random, torch.get_rng_state())
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    assert model.body[0].depthwise.groups == 16
+
+
+def test_the_proof_leaves_network_inputs_and_generators_alone() -> None:
+    model, plan, inputs = (
+        zoo.build("Residual").train(),
+        random_plan("Residual"),
+        zoo.inputs("Residual"),
+    )
+    before, given, random = (
+        copy.deepcopy(model.state_dict()),
+        inputs[0].clone(),
+        torch.get_rng_state(),
+    )
+    prove(model, plan, inputs)
+    assert model.training and torch.equal(given, inputs[0])
+    assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_pruning_a_pruned_network_composes_into_one_plan(name: str) -> None:
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    first = random_plan(name, seed=3)
+    middle = apply_pruning(model, first)
+    network = trace(middle, inputs)
+    later = make_plan(network, random_keep(network, 4))
+    assert prove(middle, later, inputs) < 1e-5
+    both = PrunePlan.from_json(first.then(later).to_json())
+    small, direct = apply_pruning(middle, later), apply_pruning(model, both)
+    for mine, theirs in zip(answers(small, inputs), answers(direct, inputs), strict=True):
+        assert torch.equal(mine, theirs)
+    assert prove(model, both, inputs) < 1e-5
+    assert (both.macs_before, both.macs_after) == (first.macs_before, later.macs_after)
+
+
+def test_plans_of_another_network_do_not_compose() -> None:
+    first = random_plan("Residual", seed=1)
+    with pytest.raises(PlanError, match="later plan was made for another network"):
+        first.then(first)
+
+
+@pytest.mark.parametrize("name", ["OptionAShortcut", "Res2NetSlices", "LayerNormed", "ManyGroups"])
+def test_a_plan_survives_the_disk_byte_for_byte(name: str, tmp_path: Path) -> None:
+    plan = random_plan(name)
+    plan.save(tmp_path / "a.json")
+    again = PrunePlan.load(tmp_path / "a.json")
+    again.save(tmp_path / "b.json")
+    random_plan(name).save(tmp_path / "c.json")
+    text = (tmp_path / "a.json").read_bytes()
+    assert text == (tmp_path / "b.json").read_bytes() == (tmp_path / "c.json").read_bytes()
+    assert max(map(len, text.decode().splitlines())) < 400
+    inputs = zoo.inputs(name)
+    mine, theirs = (apply_pruning(zoo.build(name), p) for p in (plan, again))
+    assert torch.equal(answers(mine, inputs)[0], answers(theirs, inputs)[0])
+
+
+def test_a_plan_replays_on_a_fresh_constructor() -> None:
+    plan, inputs = random_plan("OptionAShortcut"), zoo.inputs("OptionAShortcut")
+    trained = apply_pruning(zoo.build("OptionAShortcut", seed=0), plan)
+    fresh = apply_pruning(zoo.build("OptionAShortcut", seed=7), plan)
+    fresh.load_state_dict(trained.state_dict())
+    assert torch.equal(answers(trained, inputs)[0], answers(fresh, inputs)[0])
+
+
+@pytest.mark.parametrize("name", ["Depthwise", "AuxiliaryHead", "WeightNormed", "SharedWeight"])
+def test_a_pruned_network_trains(name: str) -> None:
+    small = apply_pruning(zoo.build(name), random_plan(name)).train()
+    optimizer = torch.optim.SGD(small.parameters(), lr=0.1)
+    out = small(*zoo.inputs(name))
+    sum(t.square().mean() for t in tree_leaves(out)).backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+    optimizer.step()
+    again = copy.deepcopy(small).eval()
+    assert all(torch.isfinite(t).all() for t in answers(again, zoo.inputs(name)))
+
+
+def test_a_shared_weight_stays_shared() -> None:
+    small = apply_pruning(zoo.build("SharedWeight"), random_plan("SharedWeight"))
+    assert small.first.weight is small.second.weight
+
+
+def test_a_masked_twin_can_be_copied_and_left_by_an_exception() -> None:
+    model, inputs, plan = (
+        zoo.build("LayerNormed"),
+        zoo.inputs("LayerNormed"),
+        random_plan("LayerNormed"),
+    )
+    twin = mask_pruning(model, plan)
+    expected = answers(twin, inputs)[0]
+    with pytest.raises(RuntimeError):
+        twin(torch.zeros(1, 4, 16, 16))
+    assert torch.equal(answers(copy.deepcopy(twin), inputs)[0], expected)
+    assert torch.equal(answers(twin, inputs)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ({"stem.0": []}, r"stem\.0: no channel would be left.*1 to 16 units"),
+        ({"stem.0": [0, 16]}, r"stem\.0: .*out of range.*0\.\.15"),
+        ({"stem.0": [3, 3]}, r"stem\.0: .*repeated"),
+        ({"stem.0": [-1]}, r"stem\.0: .*out of range"),
+    ],
+    ids=["nothing", "too high", "repeated", "negative"],
+)
+def test_units_that_cannot_be_kept(keep: dict[str, list[int]], message: str) -> None:
+    network = trace(zoo.build("Plain"), zoo.inputs("Plain"))
+    with pytest.raises(PlanError, match=message):
+        make_plan(network, keep)
+
+
+def test_a_group_that_does_not_exist_is_named_with_its_neighbours() -> None:
+    network = trace(zoo.build("Plain"), zoo.inputs("Plain"))
+    with pytest.raises(UnknownNameError, match=r"no such group 'stem'\. Did you mean 'stem\.0'.*Known: body"):
+        make_plan(network, {"stem": [1]})
+
+
+def test_what_a_plan_remembers_must_be_json() -> None:
+    network = trace(zoo.build("Plain"), zoo.inputs("Plain"))
+    with pytest.raises(PlanError, match="is not JSON"):
+        make_plan(network, {}, criterion=object())
+
+
+@pytest.mark.parametrize("verb", [apply_pruning, mask_pruning], ids=lambda verb: verb.__name__)
+def test_a_plan_of_another_network_is_refused(verb: Any) -> None:
+    plan = random_plan("Residual")
+    with pytest.raises(PlanError, match=r"the network has no such tensor"):
+        verb(zoo.build("Plain"), plan)
+    with pytest.raises(PlanError, match=r"its shape is .* as in the plan"):
+        verb(apply_pruning(zoo.build("Residual"), plan), plan)
+
+
+def _damaged(change: Any) -> Any:
+    data = json.loads(json.dumps(random_plan("Plain").to_json()))
+    change(data)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("tensors"), "not a pruning plan: KeyError 'tensors'"),
+        (lambda d: d.update(schema=9), "schema 9 is not known"),
+        (lambda d: d["groups"]["stem.0"].update(kept="0-99"), "not ascending within"),
+        (lambda d: d["groups"]["stem.0"].update(kept="5,2"), "not ascending within"),
+        (lambda d: d["groups"]["stem.0"].update(kept="all"), "is no row of positions"),
+        (lambda d: d["groups"]["stem.0"].update(kept=""), "is no row of positions"),
+        (lambda d: d.update(macs=3), "not a pruning plan"),
+    ],
+    ids=["key", "schema", "range", "order", "text", "empty", "kind"],
+)
+def test_a_damaged_plan_is_refused(change: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps(_damaged(change)))
+    with pytest.raises(PlanError, match=message) as caught:
+        PrunePlan.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_plan_that_is_absent_or_no_json_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"nowhere\.json: cannot be read as JSON"):
+        PrunePlan.load(tmp_path / "nowhere.json")
+    (tmp_path / "text.json").write_text("{")
+    with pytest.raises(PlanError, match=r"text\.json: cannot be read as JSON"):
+        PrunePlan.load(tmp_path / "text.json")

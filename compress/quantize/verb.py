@@ -15,7 +15,7 @@ from compress.qdq.plan import TARGETS, QuantPlan
 from compress.qdq.prepare import prepare, read_onnx
 from compress.qdq.writer import write_qdq
 from compress.quantize.images import Batches, Images
-from compress.quantize.planning import make_plan
+from compress.quantize.methods import METHODS, Workbench, plan_by
 from compress.quantize.statistics import calibrate
 
 
@@ -37,7 +37,8 @@ def quantize_onnx(
             or of dicts by input name; or a function that returns an iterator over them.
         out: Where the Q/DQ file goes; the dimension of the batch stays as it was.
         target: "onnxruntime", "openvino" or "tensorrt".
-        method: "auto" tries corrections and keeps what helps.
+        method: "auto" tries all corrections and keeps those that help; "plain", "bias-correction",
+            "equalization", "rounding" and "nncf" do one thing.
         observer: A plug-in of ``compress/observers``; the method's own choice if absent.
         exclude: Names of nodes to leave in float.
 
@@ -47,6 +48,8 @@ def quantize_onnx(
     """
     if target not in TARGETS:
         raise UnknownNameError("target", target, TARGETS)
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
     try:
         model = read_onnx(path)
         prepared = prepare(model)
@@ -54,7 +57,8 @@ def quantize_onnx(
         excluded = excluded_nodes(graph, exclude)
         images = Images(graph, batches)
         statistics = calibrate(prepared, images, targets=[target])
-        plan = make_plan(statistics, target=target, observer=observer or "mse", exclude=excluded)
+        bench = Workbench(prepared, images, statistics, target, observer, excluded)
+        plan = plan_by(method, bench)
         written = write_qdq(prepared, plan)
     except QuantizationError as error:
         raise error if str(path) in error.where else error.within(str(path)) from None

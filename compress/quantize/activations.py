@@ -1,0 +1,94 @@
+"""What follows a weighted layer before its output is quantized, as a function of its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from compress.qdq.graph import Graph
+
+Array = NDArray[Any]
+Function = Callable[[Array], Array]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A pointwise function and its derivative.
+
+    Args:
+        output: The tensor that holds its value in the graph.
+        value: The function.
+        slope: Its derivative.
+    """
+
+    output: str
+    value: Function
+    slope: Function
+
+
+def activation_of(graph: Graph, node: NodeProto) -> Activation:
+    """Return what ``node`` is followed by: Relu, Clip, SiLU, hard-swish or nothing."""
+    tensor = node.output[0]
+    readers = [] if tensor in graph.outputs else [r for r, _ in graph.readers.get(tensor, [])]
+    kinds = sorted(reader.op_type for reader in readers)
+    if kinds == ["Relu"]:
+        return _clip(readers[0].output[0], 0.0, np.inf)
+    if kinds == ["Clip"]:
+        low, high = (_bound(graph, readers[0], i) for i in (1, 2))
+        return _clip(
+            readers[0].output[0],
+            -np.inf if low is None else low,
+            np.inf if high is None else high,
+        )
+    if kinds == ["HardSwish"]:
+        return Activation(readers[0].output[0], _hard_swish, _hard_swish_slope)
+    if kinds in (["Mul", "Sigmoid"], ["HardSigmoid", "Mul"]):
+        product, gate = sorted(readers, key=lambda r: r.op_type != "Mul")
+        if set(product.input) == {tensor, gate.output[0]}:
+            smooth = gate.op_type == "Sigmoid"
+            value, slope = (_silu, _silu_slope) if smooth else (_hard_swish, _hard_swish_slope)
+            return Activation(product.output[0], value, slope)
+    return Activation(tensor, identity, np.ones_like)
+
+
+def identity(z: Array) -> Array:
+    """Return ``z``."""
+    return z
+
+
+def _bound(graph: Graph, node: NodeProto, position: int) -> float | None:
+    name = node.input[position] if len(node.input) > position else ""
+    value = graph.constant(name) if name else None
+    return None if value is None else float(value.reshape(-1)[0])
+
+
+def _clip(output: str, low: float, high: float) -> Activation:
+    return Activation(
+        output, lambda z: np.clip(z, low, high), lambda z: ((z > low) & (z < high)).astype(z.dtype)
+    )
+
+
+def _sigmoid(z: Array) -> Array:
+    return np.asarray(1 / (1 + np.exp(-np.clip(z, -60, 60))))
+
+
+def _silu(z: Array) -> Array:
+    return np.asarray(z * _sigmoid(z))
+
+
+def _silu_slope(z: Array) -> Array:
+    gate = _sigmoid(z)
+    return np.asarray(gate * (1 + z * (1 - gate)))
+
+
+def _hard_swish(z: Array) -> Array:
+    return np.asarray(z * np.clip(z / 6 + 0.5, 0, 1))
+
+
+def _hard_swish_slope(z: Array) -> Array:
+    return np.where(z <= -3, 0.0, np.where(z >= 3, 1.0, z / 3 + 0.5)).astype(z.dtype)

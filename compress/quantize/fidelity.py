@@ -1,0 +1,55 @@
+"""How close a quantized graph's answers are to the float graph's, on held-back images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from compress.quantize.images import Feed
+from compress.quantize.statistics import session_options
+
+
+def answers(model: ModelProto, feed: Feed, *, target: str | None = None) -> list[NDArray[Any]]:
+    """Return all outputs for ``feed``.
+
+    Args:
+        model: A float or Q/DQ graph.
+        feed: Images, by input name.
+        target: Of a Q/DQ graph: "onnxruntime" runs the integer kernels that it would run in use;
+            any other computes the Q/DQ arithmetic in float.
+    """
+    import onnxruntime as ort
+
+    options = session_options()
+    if target != "onnxruntime":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    fixed = session.get_inputs()[0].shape[0]
+    batch = fixed if isinstance(fixed, int) else 8
+    count = len(next(iter(feed.values()))) // batch * batch if isinstance(fixed, int) else None
+    parts = []
+    for start in range(0, count or len(next(iter(feed.values()))), batch):
+        part = {name: array[start : start + batch] for name, array in feed.items()}
+        parts.append(session.run(None, part))
+    return [np.concatenate(found) for found in zip(*parts, strict=True)]
+
+
+def sqnr_db(reference: list[NDArray[Any]], candidate: list[NDArray[Any]]) -> float:
+    """Return the ratio of signal to quantization noise over all outputs, decibels.
+
+    Every output weighs the same, whatever its magnitude; the higher the better.
+    """
+    noise = 0.0
+    for want, got in zip(reference, candidate, strict=True):
+        power = float(np.square(want, dtype=np.float64).sum())
+        error = float(np.square(want.astype(np.float64) - got).sum())
+        if not math.isfinite(error):
+            return -math.inf
+        noise += error / max(power, 1e-30) / len(reference)
+    return -10 * math.log10(max(noise, 1e-30))

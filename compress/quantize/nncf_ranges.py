@@ -1,0 +1,84 @@
+"""NNCF as a source of ranges and corrected biases; its graph is not used, our writer writes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from compress.packages import require
+from compress.qdq.graph import Graph
+from compress.qdq.plan import ActivationRange, QuantPlan
+from compress.quantize.images import Feed
+
+
+def import_nncf() -> Any:
+    """Import NNCF with its telemetry off: it would report use over the network."""
+    before = os.environ.get("NNCF_CI")
+    os.environ["NNCF_CI"] = "1"  # read once, while it is imported
+    try:
+        return require("nncf", extra="quantize", purpose="method 'nncf'")
+    finally:
+        if before is None:
+            del os.environ["NNCF_CI"]
+        else:
+            os.environ["NNCF_CI"] = before
+
+
+def quantize_by_nncf(prepared: ModelProto, feed: Feed) -> ModelProto:
+    """Return the graph that NNCF's defaults make, without its workaround for old processors."""
+    import logging
+
+    nncf = import_nncf()
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    count = len(next(iter(feed.values())))
+    items = [{name: array[i : i + 1] for name, array in feed.items()} for i in range(count)]
+    advanced = nncf.AdvancedQuantizationParameters(
+        overflow_fix=nncf.quantization.advanced_parameters.OverflowFix.DISABLE
+    )
+    copy = ModelProto()
+    copy.CopyFrom(prepared)
+    written: ModelProto = nncf.quantize(
+        copy, nncf.Dataset(items), subset_size=count, advanced_parameters=advanced
+    )
+    return written
+
+
+def plan_by_nncf(prepared: ModelProto, feed: Feed, plan: QuantPlan) -> QuantPlan:
+    """Return ``plan`` with the ranges and biases of NNCF where it has any.
+
+    Args:
+        prepared: The fp32 graph.
+        feed: Images, by input name.
+        plan: Ranges of our own, for tensors that NNCF leaves in float and the target does not.
+    """
+    graph = Graph(quantize_by_nncf(prepared, feed))
+    ranges = dict(plan.activations)
+    for node in graph.nodes:
+        if node.op_type == "QuantizeLinear" and node.input[0] in ranges:
+            ranges[node.input[0]] = _range(graph, node.input[1], node.input[2])
+    biases = {}
+    originals = {node.name: node for node in prepared.graph.node}
+    before = Graph(prepared)
+    for node in graph.nodes:
+        original = originals.get(node.name)
+        if original is None or original.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            continue
+        new, old = graph.constant(node.input[2]), before.constant((*original.input, "")[2])
+        if new is not None and (old is None or not np.array_equal(new, old)):
+            biases[node.name] = tuple(float(b) for b in new.reshape(-1))
+    return plan.changed(activations=ranges, biases=biases)
+
+
+def _range(graph: Graph, scale_name: str, zero_name: str) -> ActivationRange:
+    scale, zero = graph.constant(scale_name), graph.constant(zero_name)
+    if scale is None or zero is None:
+        raise TypeError(f"{scale_name} is not constant")
+    step, point = float(scale.item()), int(zero.item())
+    bounds = np.iinfo(zero.dtype)
+    low, high = (bounds.min - point) * step, (bounds.max - point) * step
+    if zero.dtype == np.int8 and point == 0:
+        low = -high
+    return ActivationRange(low, high, max(-low, high), "nncf", (low, high))

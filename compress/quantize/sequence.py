@@ -1,0 +1,162 @@
+"""Runs a Q/DQ graph layer by layer, so that each layer can be corrected before the next sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, helper
+
+from compress.qdq.graph import Graph
+from compress.quantize.images import Feed
+from compress.quantize.statistics import session_options
+
+Values = dict[str, NDArray[Any]]
+
+
+@dataclass
+class Layer:
+    """A weighted node whose input, as the quantized network makes it, is known.
+
+    Args:
+        graph: The Q/DQ graph.
+        node: The weighted node in the Q/DQ graph; its weight may be given another value.
+        incoming: Its dequantized input, (B, C, ...).
+        weight: Its dequantized weight.
+        bias: Its float bias, or None.
+    """
+
+    graph: Graph
+    node: NodeProto
+    incoming: NDArray[Any]
+    weight: NDArray[Any]
+    bias: NDArray[Any] | None
+    outgoing: NDArray[Any] | None = None  # what the rest of the graph is to read
+
+    def run(self, weight: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Return the output of the layer, without its activation, for another weight or its own."""
+        feed = {"x": self.incoming, "w": self.weight if weight is None else weight}
+        if self.bias is not None:
+            feed["b"] = self.bias
+        node = NodeProto()
+        node.CopyFrom(self.node)
+        del node.input[:]
+        node.input.extend(feed)
+        node.output[0] = "y"
+        (value,) = _run(self.graph, [node], feed, ["y"])
+        return value
+
+
+def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[Layer]:
+    """Yield the layers ``names`` of a Q/DQ graph in order, each fed by the ones before.
+
+    What the caller puts in ``outgoing`` is what later layers see. Memory holds the tensors that
+    are still needed, for all images of ``feed`` at once.
+
+    Args:
+        written: A float graph, or a Q/DQ graph with float biases.
+        feed: Images.
+        names: Weighted nodes whose weight is constant or comes from a DequantizeLinear.
+    """
+    graph = Graph(written)
+    wanted = set(names)
+    last_use = _last_uses(graph)
+    values: Values = dict(feed)
+    pending: list[NodeProto] = []
+    for position, node in enumerate(graph.nodes):
+        if node.name not in wanted:
+            pending.append(node)
+            continue
+        values = _advance(graph, pending, values, last_use, position, node)
+        pending = []
+        bias = graph.constant(node.input[2]) if len(node.input) > 2 else None
+        layer = Layer(graph, node, values[node.input[0]], _weight(graph, node), bias)
+        yield layer
+        values[node.output[0]] = layer.run() if layer.outgoing is None else layer.outgoing
+        values = {name: v for name, v in values.items() if last_use.get(name, -1) > position}
+
+
+def _weight(graph: Graph, node: NodeProto) -> NDArray[Any]:
+    constant = graph.constant(node.input[1])
+    if constant is not None:
+        return constant
+    dequantize = graph.producer[node.input[1]]
+    (value,) = _run(graph, [dequantize], {}, [node.input[1]])
+    return value
+
+
+def _advance(
+    graph: Graph,
+    pending: list[NodeProto],
+    values: Values,
+    last_use: dict[str, int],
+    position: int,
+    node: NodeProto,
+) -> Values:
+    made = [name for step in pending for name in step.output if name]
+    wanted = [name for name in made if last_use.get(name, -1) >= position]
+    wanted = [name for name in wanted if name != node.input[1]]
+    if wanted:
+        needed = _needed(pending, wanted)
+        read = {name for step in needed for name in step.input}
+        feed = {name: value for name, value in values.items() if name in read}
+        found = _run(graph, needed, feed, wanted)
+        values = values | dict(zip(wanted, found, strict=True))
+    return {name: value for name, value in values.items() if last_use.get(name, -1) >= position}
+
+
+def _needed(pending: list[NodeProto], wanted: Sequence[str]) -> list[NodeProto]:
+    names, kept = set(wanted), []
+    for node in reversed(pending):
+        if names.intersection(node.output):
+            kept.append(node)
+            names.update(node.input)
+    return kept[::-1]
+
+
+def _last_uses(graph: Graph) -> dict[str, int]:
+    return {name: i for i, node in enumerate(graph.nodes) for name in node.input}
+
+
+def _constants(graph: Graph, nodes: Sequence[NodeProto]) -> list[onnx.TensorProto]:
+    read = {name for node in nodes for name in node.input}
+    return [tensor for name, tensor in graph.initializers.items() if name in read]
+
+
+def _run(
+    graph: Graph,
+    nodes: Sequence[NodeProto],
+    feed: Values,
+    outputs: Sequence[str],
+) -> list[NDArray[Any]]:
+    """Return ``outputs`` of a few nodes, in plain float arithmetic."""
+    import onnxruntime as ort
+
+    inputs = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim
+        )
+        for name, value in feed.items()
+    ]
+    ends = [helper.make_empty_tensor_value_info(name) for name in outputs]
+    part = helper.make_graph(list(nodes), "part", inputs, ends, _constants(graph, nodes))
+    model = helper.make_model(
+        part, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version
+    )
+    options = session_options()
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    found: list[NDArray[Any]] = session.run(list(outputs), feed)
+    return found
+
+
+def channel_means(values: NDArray[Any], axis: int = 1) -> NDArray[np.float64]:
+    """Return the mean of each channel, (C,), over images and space."""
+    others = tuple(d for d in range(values.ndim) if d != axis % values.ndim)
+    return np.asarray(values.mean(axis=others, dtype=np.float64))

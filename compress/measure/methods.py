@@ -23,7 +23,7 @@ METHODS = {
     "activations_mib": "largest sum of tensors alive at one time, in the order of the ONNX graph; "
     "a runtime that fuses or works in place needs less. For an engine, the scratch memory it asks "
     "for",
-    "peak_rss_mib": "largest resident memory of a fresh Python process that imports PyTorch and "
+    "peak_rss_mib": "largest resident memory of a fresh Python process that imports "
     "the runtime, loads the artifact and runs it",
     "peak_memory_mib": "peak_rss_mib less what the same process held after it had imported the "
     "runtime and run a network of one layer: what the artifact itself costs",

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
-from torch import nn
 
 from compress import plugins
 from compress.artifact import read_json, sha256, write_json
 from compress.errors import EngineError, UsageError
 from compress.runtimes._session import BuildRequest, CheckedSession, RawSession, TensorSpec
+
+if TYPE_CHECKING:  # torch takes seconds to import, and most runtimes have no use for it
+    from torch import nn
 
 __all__ = [
     "BuildRequest",
@@ -113,8 +115,8 @@ def open_session(
     plugin = plugins.create(
         "runtimes", {name: given | options}, **_given(threads=threads, device=device)
     )
-    source = path if isinstance(path, nn.Module) else Path(path)
-    where = type(path).__name__ if isinstance(path, nn.Module) else str(path)
+    source = Path(path) if isinstance(path, str | Path) else path
+    where = str(path) if isinstance(path, str | Path) else type(path).__name__
     if isinstance(source, Path):
         check_kind(source, name)
     return CheckedSession(plugin.open(source), where)

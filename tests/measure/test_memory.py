@@ -149,3 +149,12 @@ def test_free_image_size_needs_given_shapes(
 
     assert "shape of input 'input' is not known" in ask()["error"]
     assert ask(shapes=[[2, 4, 8, 8]])["peak_rss_mib"] > 0
+
+
+def test_the_process_imports_no_torch_unless_its_runtime_needs_it() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, compress.measure.probe, compress.runtimes; print('torch' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"

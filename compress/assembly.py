@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import numpy as np
 
 from compress import compare, environment, evaluate, measure, models
 from compress.artifact import sha256
-from compress.errors import RunError
 from compress.evaluate import Predictions
 from compress.measuring import answers_path
 from compress.report import schema
@@ -136,7 +134,7 @@ def _provenance(job: Job, measured: Mapping[str, Any]) -> schema.Provenance:
     description = job.run.description()
     found = environment.describe()
     return schema.Provenance(
-        created=description.get("created") or datetime.now(UTC).isoformat(timespec="seconds"),
+        created=description.get("created"),
         command=_command(job),
         commit=found.pop("commit", None),
         seed=job.recipe.seed,
@@ -258,7 +256,8 @@ def _flips(job: Job, taken: Sequence[tuple[str, str, Predictions]]) -> Iterator[
         return
     reference = taken[0][2]
     name, runtime, candidate = taken[-1]
-    for flip in compare.flips(reference, candidate)[:LARGEST_FLIPS]:
+    lost = [flip for flip in compare.compare(reference, candidate).flips if flip.kind == "lost"]
+    for flip in lost[:LARGEST_FLIPS]:
         image = job.dataset.splits["test"].take([flip.index])[0]
         yield schema.Flip(
             index=flip.index,
@@ -279,15 +278,3 @@ def _calibration(
     for name, runtime, predictions in taken:
         found = evaluate.accuracy(predictions)
         yield schema.Calibration(variant=name, runtime=runtime, ece_pct=found.ece_pct)
-
-
-def run_report(folder: Path) -> schema.Report:
-    """Return the report that a finished run left in ``folder``.
-
-    Raises:
-        RunError: there is none.
-    """
-    path = folder / "report.json"
-    if not path.is_file():
-        raise RunError("holds no report.json", where=str(folder), fix="Finish the run first")
-    return schema.Report.model_validate_json(path.read_text(encoding="utf-8"))

@@ -14,6 +14,8 @@ from compress.errors import CompressError, UsageError
 if TYPE_CHECKING:
     from compress.report import Report
 
+# Of whichever click this typer carries; it has no public name there.
+ClickException: Any = typer.BadParameter.__mro__[2]
 GATE_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
@@ -334,8 +336,6 @@ def doctor(
 
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
-    import click
-
     from compress import progress
 
     try:
@@ -344,10 +344,10 @@ def main() -> None:
     except CompressError as error:
         sys.stderr.write(f"compress: {error}\n")
         code = USER_ERROR
-    except click.ClickException as error:
+    except ClickException as error:
         error.show()
         code = USER_ERROR
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         sys.stderr.write("compress: interrupted; the same command continues where it stopped\n")
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)

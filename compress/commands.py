@@ -12,6 +12,7 @@ from compress.errors import RecipeError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from compress.data import Dataset
     from compress.report import Report
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
@@ -111,14 +112,108 @@ def build(given: Given) -> str:
     return f"{path}: engine for {given['runtime']}, {size_mib(path):.2f} MiB"
 
 
+def bench(given: Given) -> RenderableType:
+    """Measure artifacts side by side."""
+    from compress.side_by_side import bench_artifacts
+
+    found = bench_artifacts(
+        given["artifacts"],
+        runtimes=given["runtime"] or (),
+        batches=[int(part) for part in _floats(given["batch"], "--batch")],
+        threads=given["threads"],
+        dataset=_dataset(given) if given["data"] else None,
+    )
+    _write_json(given["json"], found.to_json())
+    return found.table()
+
+
+def compare(given: Given) -> RenderableType:
+    """Compare two artifacts on real images."""
+    from compress.side_by_side import compare_artifacts
+
+    found = compare_artifacts(
+        Path(given["reference"]),
+        Path(given["candidate"]),
+        _dataset(given),
+        bisect=given["bisect"],
+    )
+    _write_json(given["json"], found.to_json())
+    return found.table()
+
+
+def lint(given: Given) -> tuple[RenderableType, bool]:
+    """Return what an int8 graph suffers from, and whether anything is left that it does.
+
+    With ``--fix`` the mended file is written and what is left in it is returned.
+    """
+    from rich import box
+    from rich.table import Table
+
+    from compress.lint import fix_onnx, lint_onnx
+
+    findings = lint_onnx(given["file"], given["target"])
+    if given["fix"]:
+        if given["out"] is None:
+            raise UsageError("--fix needs a file to write", fix="Give --out FILE")
+        findings = fix_onnx(given["file"], given["out"], given["target"])
+    elif given["out"] is not None:
+        raise UsageError("--out without --fix would write nothing", fix="Give --fix as well")
+    _write_json(given["json"], [finding.to_json() for finding in findings])
+    title = f"{len(findings)} findings for {given['target']}"
+    if given["fix"]:
+        title += f" left in {given['out']}"
+    table = Table("rule", "node", "what it costs", "fixable", title=title, box=box.SIMPLE_HEAD)
+    for finding in findings:
+        table.add_row(finding.rule, finding.node, finding.message, "yes" if finding.fixable else "")
+    return table, bool(findings)
+
+
+def sensitivity(given: Given) -> RenderableType:
+    """Show which layers cannot bear to be pruned or quantized."""
+    raise UsageError("waiting")
+
+
+def verify(run: Path, json: Path | None) -> tuple[RenderableType, bool]:
+    """Return whether the files of a run are those that its stages wrote, as text and as a claim."""
+    from compress.verify import verify as verified
+
+    found = verified(run)
+    _write_json(json, found.to_json())
+    lines = [str(finding) for finding in found.findings]
+    lines.append(f"{len(found.files)} files checked, {len(found.findings)} problems")
+    return "\n".join(lines), found.intact
+
+
+def bundle(run: Path, out: Path) -> str:
+    """Pack a run for a device and say what was written."""
+    from compress.bundle import write_bundle
+
+    return f"{write_bundle(run, out)}: unpack it on the device and run python3 run.py"
+
+
+def doctor(json: Path | None, *, selftest: bool) -> RenderableType:
+    """Show what is installed, and what each missing piece would enable."""
+    from compress import doctor as examined
+
+    found = examined.examine(selftest=selftest)
+    _write_json(json, found.to_json())
+    return found.table()
+
+
+def summary(report: Report) -> RenderableType:
+    """Return what is printed after a run: tables, gates, verdict."""
+    from compress.report import summary as summarized
+
+    return summarized(report)
+
+
 def report(runs: Sequence[Path], out: Path | None, *, force: bool) -> RenderableType:
     """Write the report of one run again, or one comparison of several."""
     from compress import report as reports
-    from compress.assembly import run_report
 
     if len(runs) == 1:
         folder = out or runs[0]
-        return reports.summary(reports.write(run_report(runs[0]), folder), folder)
+        return reports.summary(reports.write(reports.read_run(runs[0]), folder), folder)
     if out is None:
         raise UsageError("several runs need a folder for their comparison", fix="Give --out DIR")
     return reports.compare_runs(runs, out, force=force)
@@ -186,18 +281,12 @@ def content(
     given: Given, name: str, stages: Sequence[Given], targets: Sequence[Given] = DEFAULT_TARGETS
 ) -> dict[str, Any]:
     """Return the recipe that the options of a verb stand for, as it would be in YAML."""
-    kind, _, root = given["data"].partition(":")
-    data: dict[str, Any] = {"name": kind} | ({"root": root} if root else {})
-    data |= _present(given, **{option: option for option in DATA_OPTIONS})
-    for option in ("mean", "std"):
-        if given[option] is not None:
-            data[option] = _floats(given[option], f"--{option}")
     model = {"name": given["model"]}
     model |= _present(given, weights="weights", num_classes="num_classes")
     return {
         "name": name,
         "model": model,
-        "data": data,
+        "data": _data(given),
         "seed": given["seed"],
         "stages": list(stages),
         "targets": list(targets),
@@ -219,6 +308,31 @@ def _verb(
         apply_override(written, override)
     recipe = validate(written, where=f"compress {name}")
     return pipeline.run(recipe, given["out"], fresh=given["fresh"])
+
+
+def _dataset(given: Given) -> Dataset:
+    from compress.data import load_data
+    from compress.settings import DataSettings
+
+    return load_data(DataSettings(**_data(given)))
+
+
+def _data(given: Given) -> dict[str, Any]:
+    """Return the data part of a recipe from ``--data`` and the options beside it."""
+    kind, _, root = given["data"].partition(":")
+    data: dict[str, Any] = {"name": kind} | ({"root": root} if root else {})
+    data |= _present(given, **{option: option for option in DATA_OPTIONS})
+    for option in ("mean", "std"):
+        if given.get(option) is not None:
+            data[option] = _floats(given[option], f"--{option}")
+    return data
+
+
+def _write_json(path: Path | None, numbers: Any) -> None:
+    from compress.artifact import write_json
+
+    if path is not None:
+        write_json(path, numbers)
 
 
 def _int8_target(name: str) -> dict[str, Any]:

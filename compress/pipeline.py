@@ -14,7 +14,7 @@ from compress.report import Report
 from compress.run_folder import RunFolder
 from compress.settings import Recipe, Settings
 from compress.steps import Job, Outcome, Step, Variant
-from compress.train import join_processes
+from compress.train.processes import join_processes
 
 STEPS: dict[str, Step] = {
     "original": steps.original,

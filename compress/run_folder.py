@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ class RunFolder:
         if (root / RUN_FILE).is_file():
             folder._check_recipe(wanted)
         else:
-            folder.write_description({"recipe": wanted, "artifacts": []})
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            folder.write_description({"created": now, "recipe": wanted, "artifacts": []})
         return folder
 
     def description(self) -> dict[str, Any]:

@@ -124,8 +124,8 @@ class PruneSettings(Settings):
     latency_ms: float | None = Field(None, gt=0, description="Latency to reach, on `runtime`")
     runtime: RuntimeName = "onnxruntime"
     ranking: Literal["global", "uniform"] = "global"
-    normalize: Literal["none", "mean", "max", "gaussian"] = Field(
-        "mean", description="How scores are made comparable across groups"
+    normalize: Literal["auto", "per_cost", "none", "mean", "max", "gaussian"] = Field(
+        "auto", description="How scores are made comparable across groups"
     )
     round_to: int = Field(1, ge=1, description="Keep channels in multiples of this")
     min_channels: int = Field(1, ge=1, description="Keep at least so many of every group")

@@ -1,0 +1,242 @@
+"""References become networks, weights are read without running code, saved networks come back."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compress import models
+from compress.constructors import accepts, check
+from compress.errors import ModelError, UnknownNameError, UsageError
+from compress.networks import resnet8, resnet20
+from compress.prune import plan_pruning
+from compress.surgery import apply_pruning
+from compress.weights import read_weights
+
+EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def network_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from torch import nn\n"
+        "def factory(num_classes=5, width=4):\n"
+        "    return nn.Sequential(nn.Conv2d(3, width, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(),\n"
+        "                         nn.Linear(width, num_classes))\n"
+        "def plain():\n    return nn.Linear(2, 2)\n"
+        "def broken():\n    raise ValueError('no such depth')\n"
+        "def text():\n    return 'network'\n"
+    )
+    return path
+
+
+def answers(model):
+    with torch.no_grad():
+        return model.eval()(EXAMPLE)
+
+
+def test_torchvision_networks_are_built_by_name():
+    model = models.load_model("torchvision:squeezenet1_1", num_classes=7)
+    assert not model.training
+    assert models.check_forward(model, torch.zeros(1, 3, 64, 64)) == (1, 7)
+
+
+def test_timm_networks_are_built_by_name():
+    model = models.load_model("timm:resnet10t", num_classes=3)
+    assert models.check_forward(model, torch.zeros(1, 3, 32, 32)) == (1, 3)
+
+
+def test_a_factory_in_a_file_gets_its_options(network_file):
+    model = models.load_model(f"{network_file}:factory", num_classes=3, options={"width": 6})
+    assert (model[0].out_channels, model[3].out_features) == (6, 3)
+    assert accepts(f"{network_file}:factory", "num_classes")
+    assert not accepts(f"{network_file}:plain", "num_classes")
+
+
+@pytest.mark.parametrize(
+    ("reference", "error", "message"),
+    [
+        ("torchvision:resnet81", UnknownNameError, "no such torchvision network 'resnet81'. Did"),
+        ("timm:resnet81", UnknownNameError, "no such timm network 'resnet81'. Did you mean"),
+        ("resnet18", UsageError, "'resnet18' is no reference to a network. Expected torchvision:"),
+        ("no.such.module:net", ModelError, "no.such.module: cannot be imported"),
+        ("none.py:net", ModelError, "none.py: no such file"),
+        ("FILE:facto", UnknownNameError, "no such network 'facto'. Did you mean 'factory'?"),
+        ("FILE:broken", ModelError, "cannot be built: ValueError('no such depth')"),
+        ("FILE:text", ModelError, "returned a str. Expected a torch.nn.Module"),
+        ("x.onnx", ModelError, "an ONNX file is not a network that can be trained or pruned"),
+    ],
+)
+def test_references_that_lead_nowhere_say_so(network_file, reference, error, message):
+    with pytest.raises(error) as caught:
+        models.load_model(reference.replace("FILE", str(network_file)))
+    assert message in str(caught.value)
+
+
+def test_an_option_that_the_constructor_has_not_is_named(network_file):
+    with pytest.raises(ModelError, match=r"takes no depth. Expected one of: num_classes, width"):
+        models.load_model(f"{network_file}:factory", options={"depth": 3})
+
+
+def test_checking_a_reference_does_not_build_it(network_file):
+    check(f"{network_file}:broken")
+    with pytest.raises(UnknownNameError):
+        check("torchvision:resnet81")
+
+
+def test_a_file_that_fails_to_import_is_named(tmp_path):
+    (tmp_path / "bad.py").write_text("import no_such_package")
+    with pytest.raises(ModelError, match=r"bad.py: importing it fails: ModuleNotFoundError"):
+        models.load_model(f"{tmp_path / 'bad.py'}:net")
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+        lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+    ],
+    ids=["plain", "state_dict", "model and module.", "compiled"],
+)
+def test_checkpoints_of_all_forms_fit(tmp_path, wrapped):
+    source = resnet8()
+    torch.save(wrapped(source.state_dict()), tmp_path / "weights.th")
+    model = models.load_model("compress.networks:resnet8", tmp_path / "weights.th")
+    assert torch.equal(answers(model), answers(source))
+
+
+def test_safetensors_fit(tmp_path):
+    from safetensors.torch import save_file
+
+    source = resnet8()
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    model = models.load_model("compress.networks:resnet8", tmp_path / "weights.safetensors")
+    assert torch.equal(answers(model), answers(source))
+
+
+class Payload:
+    """What an attacker would put into a checkpoint."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def test_a_checkpoint_with_code_is_refused_and_names_it(tmp_path):
+    torch.save({"state_dict": {}, "extra": Payload()}, tmp_path / "evil.pth")
+    with pytest.raises(ModelError, match=r"refused: .* would run code \(.*system"):
+        read_weights(tmp_path / "evil.pth")
+
+
+def test_a_plain_pickle_with_code_is_refused(tmp_path):
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ModelError, match="refused"):
+        read_weights(tmp_path / "evil.pt")
+
+
+@pytest.mark.parametrize("name", ["cut.pth", "cut.safetensors"])
+def test_a_truncated_weight_file_is_named(tmp_path, name):
+    from safetensors.torch import save
+
+    whole = tmp_path / "whole.pth"
+    torch.save(resnet8().state_dict(), whole)
+    content = whole.read_bytes() if name.endswith("pth") else save(resnet8().state_dict())
+    (tmp_path / name).write_bytes(content[:1000])
+    with pytest.raises(ModelError, match=f"{name}: is not a readable weight file"):
+        read_weights(tmp_path / name)
+
+
+def test_weights_that_do_not_fit_name_the_first_keys(tmp_path):
+    torch.save(resnet20().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(ModelError) as caught:
+        models.load_model("compress.networks:resnet8", tmp_path / "weights.pth")
+    assert "layer1.1.conv1.weight is not in the network" in str(caught.value)
+    assert "and 69 more" in str(caught.value)
+
+
+def test_a_new_head_keeps_its_own_weights_and_takes_the_rest(tmp_path):
+    source = resnet8(num_classes=10)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    reference = "compress.networks:resnet8"
+    with pytest.raises(ModelError, match=r"linear.weight has shape \(10, 64\), the network \(4"):
+        models.load_model(reference, tmp_path / "weights.pth", 4)
+    model = models.load_model(reference, tmp_path / "weights.pth", 4, new_head=True)
+    assert model.linear.out_features == 4
+    assert torch.equal(model.conv1.weight, source.conv1.weight)
+
+
+def test_a_missing_weight_file_is_named():
+    with pytest.raises(ModelError, match="no such weight file"):
+        models.load_model("compress.networks:resnet8", "none.pth")
+
+
+def test_unknown_published_weights_list_the_known():
+    with pytest.raises(UnknownNameError, match="Known: IMAGENET1K_V1"):
+        models.load_model("torchvision:resnet18", "IMAGENET1K_V9")
+
+
+def test_a_forward_that_fails_says_on_what_and_leaves_the_mode():
+    model = nn.Linear(3, 2).train()
+    with pytest.raises(ModelError, match=r"fails on an input of shape \(1, 3, 8, 8\)"):
+        models.check_forward(model, torch.zeros(1, 3, 8, 8))
+    assert model.training
+
+
+def test_classes_that_do_not_match_are_counted():
+    with pytest.raises(ModelError, match=r"output has shape \(2, 10\) and the data has 7 classes"):
+        models.check_classes(resnet8(), EXAMPLE, 7)
+
+
+def pruned_twice(tmp_path):
+    torch.manual_seed(0)
+    model = resnet8(num_classes=6)
+    first = plan_pruning(model, EXAMPLE[:1], criterion="l1", keep_macs=0.7)
+    small = apply_pruning(model, first)
+    models.save_model(small, tmp_path / "one", plan=first, reference="compress.networks:resnet8")
+    second = plan_pruning(small, EXAMPLE[:1], criterion="l1", keep_macs=0.7)
+    smaller = apply_pruning(small, second)
+    models.save_model(smaller, tmp_path / "two", plan=second, reference=tmp_path / "one")
+    return smaller
+
+
+def test_a_network_pruned_twice_comes_back_in_a_fresh_process_without_pickle(tmp_path):
+    smaller = pruned_twice(tmp_path)
+    np.save(tmp_path / "input.npy", EXAMPLE.numpy())
+    code = (
+        "import sys, numpy as np, torch, compress\n"
+        "root = sys.argv[1]\n"
+        "model = compress.load_model(root + '/two')\n"
+        "out = model(torch.from_numpy(np.load(root + '/input.npy')))\n"
+        "np.save(root + '/output.npy', out.detach().numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    np.testing.assert_allclose(np.load(tmp_path / "output.npy"), answers(smaller), atol=1e-6)
+    assert {path.suffix for path in (tmp_path / "two").iterdir()} == {".json", ".safetensors"}
+
+
+def test_a_run_folder_stands_for_its_last_network(tmp_path):
+    model = resnet8()
+    models.save_model(model, tmp_path / "00-original", reference="compress.networks:resnet8")
+    (tmp_path / "01-quantize").mkdir()
+    assert torch.equal(answers(models.load_model(tmp_path)), answers(model))
+
+
+def test_a_network_that_its_reference_does_not_give_is_not_saved(tmp_path):
+    with pytest.raises(ModelError, match="do not give a network of these shapes"):
+        models.save_model(resnet20(), tmp_path / "x", reference="compress.networks:resnet8")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_saved_network_of_another_format_is_refused(tmp_path):
+    models.save_model(resnet8(), tmp_path, reference="compress.networks:resnet8")
+    path = tmp_path / "model.json"
+    path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
+    with pytest.raises(ModelError, match="was written in format 2"):
+        models.load_model(tmp_path)

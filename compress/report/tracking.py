@@ -1,0 +1,92 @@
+"""The figures of a report in TensorBoard or MLflow, beside the curves of the training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from compress.packages import require
+from compress.report.markdown import markdown
+from compress.report.schema import Report, Result
+
+EXPERIMENT = "compress"
+LONGEST = 500  # characters of a parameter in MLflow
+
+
+def track(report: Report, folder: Path | str, tracker: Literal["tensorboard", "mlflow"]) -> None:
+    """Log every figure of ``report``, its recipe, and the report itself.
+
+    Args:
+        report: What ``write`` wrote to ``folder``.
+        folder: The run folder; event files of TensorBoard go below it.
+        tracker: "tensorboard", or "mlflow" with the server that MLflow is configured for.
+
+    Raises:
+        MissingPackageError: the tracker is not installed.
+    """
+    log = {"tensorboard": _to_tensorboard, "mlflow": _to_mlflow}[tracker]
+    log(report, Path(folder))
+
+
+def metrics(report: Report) -> dict[str, float]:
+    """Return "variant/runtime/batch-n/field" -> value for every figure that was measured."""
+    found: dict[str, float] = {}
+    for variant in report.variants:
+        own = {"params": variant.params, "macs": variant.macs, "size_mib": variant.size_mib}
+        found |= {f"{variant.name}/{key}": float(v) for key, v in own.items() if v is not None}
+        for result in variant.results:
+            place = f"{variant.name}/{result.runtime}/batch-{result.batch}"
+            found |= {f"{place}/{key}": value for key, value in _figures(result)}
+    return found
+
+
+def _figures(result: Result) -> Iterator[tuple[str, float]]:
+    for key in type(result).model_fields:
+        value = getattr(result, key)
+        if isinstance(value, float):
+            yield key, value
+    for key, value in result.memory_mib.items():
+        yield f"{key}_memory_mib", value
+
+
+def settings(report: Report) -> dict[str, str]:
+    """Return the recipe as dotted keys, each value as text."""
+    return dict(_flat("", report.recipe))
+
+
+def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(f"{prefix}{key}.", item)
+    elif isinstance(value, list):
+        for position, item in enumerate(value):
+            yield from _flat(f"{prefix}{position}.", item)
+    elif value is not None:
+        yield prefix[:-1], str(value)[:LONGEST]
+
+
+def _to_tensorboard(report: Report, folder: Path) -> None:
+    require("tensorboard", extra="tracking", purpose="tracker 'tensorboard'")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(folder / "tensorboard" / "report")) as writer:
+        for name, value in metrics(report).items():
+            writer.add_scalar(name, value, 0)
+        writer.add_text("report", markdown(report), 0)
+
+
+def _to_mlflow(report: Report, folder: Path) -> None:
+    mlflow = require("mlflow", extra="tracking", purpose="tracker 'mlflow'")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    identity = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
+    run = client.create_run(identity, run_name=report.name).info.run_id
+    for name, text in settings(report).items():
+        client.log_param(run, name, text)
+    for name, value in metrics(report).items():
+        client.log_metric(run, name, value)
+    client.set_tag(run, "verdict", report.verdict)
+    for name in ("report.html", "report.md", "report.json"):
+        client.log_artifact(run, str(folder / name))
+    client.set_terminated(run)

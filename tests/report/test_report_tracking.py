@@ -1,0 +1,68 @@
+"""The figures of a report in TensorBoard and MLflow, read back with their own readers."""
+
+from __future__ import annotations
+
+import made_up
+import pytest
+
+from compress.errors import MissingPackageError
+from compress.report import write
+from compress.report.tracking import metrics, settings, track
+
+
+def test_every_figure_has_a_name_of_its_own():
+    report = made_up.report()
+    found = metrics(report)
+    assert found["int8-onnxruntime/onnxruntime/batch-1/latency_ms_p50"] == pytest.approx(
+        2.84 / 3.91
+    )
+    assert found["original/params"] == 272_474
+    assert found["pruned/openvino/batch-8/load_memory_mib"] == 11.5
+    assert "original/onnxruntime/batch-1/agreement_pct" not in found
+
+
+def test_the_recipe_is_flattened():
+    found = settings(made_up.report())
+    assert found["stages.0.prune.keep_macs"] == "0.5"
+    assert found["targets.0.runtime"] == "onnxruntime"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_reads_the_figures_back(tmp_path):
+    pytest.importorskip("tensorboard", reason="no tensorboard: pip install 'compress[tracking]'")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    report = write(made_up.report(), tmp_path)
+    track(report, tmp_path, "tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "report"))
+    events.Reload()
+    for name, value in metrics(report).items():
+        assert events.Scalars(name)[0].value == pytest.approx(value, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_mlflow_reads_the_figures_back(tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="no mlflow: pip install 'compress[tracking]'")
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    try:
+        client = mlflow.MlflowClient()
+        client.create_experiment("compress", artifact_location=(tmp_path / "files").as_uri())
+        report = write(made_up.report(), tmp_path / "run")
+        track(report, tmp_path / "run", "mlflow")
+        (run,) = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
+        assert run.data.metrics == pytest.approx(metrics(report))
+        assert run.data.params == settings(report)
+        assert run.info.status == "FINISHED"
+        names = {file.path for file in client.list_artifacts(run.info.run_id)}
+        assert names == {"report.html", "report.md", "report.json"}
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
+def test_an_absent_tracker_names_the_extra(tmp_path, monkeypatch, tracker):
+    monkeypatch.setattr("compress.packages.is_installed", lambda name: False)
+    with pytest.raises(MissingPackageError, match=r"compress\[tracking\]"):
+        track(made_up.report(), tmp_path, tracker)

@@ -1,0 +1,16 @@
+"""Decide which channels to cut: scores and a budget in, a plan out."""
+
+from compress.prune.batchnorm import recalibrate_batchnorm
+from compress.prune.lasso import GroupLasso, WithGroupLasso
+from compress.prune.plan import plan_pruning
+from compress.prune.refit import refit
+from compress.prune.schedule import keep_in_round
+
+__all__ = [
+    "GroupLasso",
+    "WithGroupLasso",
+    "keep_in_round",
+    "plan_pruning",
+    "recalibrate_batchnorm",
+    "refit",
+]

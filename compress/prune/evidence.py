@@ -1,0 +1,213 @@
+"""What data-driven criteria need: gradients, curvature and activations on the user's images."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from compress.criteria import Evidence, Need
+from compress.errors import DataError, UsageError
+from compress.groups import Network
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Place = tuple[str, int]  # a parameter and one of its dimensions
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into eval mode and leave every module's mode as it was found."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def evidence(
+    model: nn.Module,
+    network: Network,
+    need: Need,
+    batches: Batches,
+    *,
+    images_per_gradient: int = 16,
+    seed: int = 0,
+) -> Evidence:
+    """Run ``batches`` through ``model`` and return what a criterion that ``need``s it is shown.
+
+    The model is run in eval mode and is left as it was: parameters, gradients, statistics, modes.
+
+    Args:
+        model: The network to be pruned.
+        network: What ``trace`` returned for it.
+        need: "gradients", "hessian" or "activations".
+        batches: Images, float32 (B, C, H, W), and their classes, int64 (B,).
+        images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
+        seed: Seed of the random signs behind the curvature.
+
+    Raises:
+        UsageError: there is not one batch.
+        DataError: the model's output and the labels do not go together.
+    """
+    device = next(model.parameters()).device
+    chunks = (
+        (images.to(device), target.to(device))
+        for batch in batches
+        for images, target in _chunks(batch, None if need == "activations" else images_per_gradient)
+    )
+    with evaluating(model):
+        if need == "activations":
+            found = _activations(model, network, chunks)
+        elif need == "gradients":
+            found = _products(model, network, chunks)
+        else:
+            found = _curvatures(model, network, chunks, seed)
+    if found is None:
+        raise UsageError("batches holds no images", fix="Give at least one batch")
+    return found
+
+
+def _chunks(batch: tuple[Tensor, Tensor], size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    images, target = batch
+    size = size or len(images)
+    yield from zip(torch.split(images, size), torch.split(target, size), strict=True)
+
+
+def _places(network: Network) -> dict[str, list[int]]:
+    """Return the dimensions of each parameter along which groups cut."""
+    found: dict[str, set[int]] = defaultdict(set)
+    for group in network.groups:
+        for piece in group.slices:
+            if piece.tensor in network.parameters:
+                found[piece.tensor].add(piece.dim)
+    return {tensor: sorted(dims) for tensor, dims in found.items()}
+
+
+def _products(
+    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]]
+) -> Evidence | None:
+    places = _places(network)
+    rows: dict[Place, list[Tensor]] = defaultdict(list)
+    for images, target in chunks:
+        weights, loss = _loss(model, places, images, target)
+        gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
+        for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+            product = (weight * gradient).detach()
+            for dim in places[name]:
+                rows[name, dim].append(_summed(product, dim).cpu())
+    return Evidence(products={key: torch.stack(row) for key, row in rows.items()}) if rows else None
+
+
+def _curvatures(
+    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]], seed: int
+) -> Evidence | None:
+    places = _places(network)
+    generator = torch.Generator().manual_seed(seed)
+    totals: dict[Place, Tensor] = {}
+    samples = 0
+    for images, target in chunks:
+        weights, loss = _loss(model, places, images, target)
+        values = list(weights.values())
+        signs = [(torch.randint(0, 2, v.shape, generator=generator) * 2 - 1).to(v) for v in values]
+        first = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
+        along = torch.stack([(g * z).sum() for g, z in zip(first, signs, strict=True)]).sum()
+        second = torch.autograd.grad(along, values, materialize_grads=True)
+        for (name, weight), z, hz in zip(weights.items(), signs, second, strict=True):
+            cost = (0.5 * weight.square() * z * hz).detach()
+            for dim in places[name]:
+                summed = _summed(cost, dim).cpu()
+                totals[name, dim] = totals[name, dim] + summed if samples else summed
+        samples += 1
+    if not samples:
+        return None
+    return Evidence(curvatures={key: total / samples for key, total in totals.items()})
+
+
+def _loss(
+    model: nn.Module, names: Iterable[str], images: Tensor, target: Tensor
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return parameters that share the model's memory but not its gradients, and the loss."""
+    known = dict(model.named_parameters(remove_duplicate=False))
+    weights = {name: known[name].detach().requires_grad_() for name in names}
+    output = torch.func.functional_call(model, weights, (images,))
+    logits = first_tensor(output)
+    if logits.ndim != 2 or len(logits) != len(target) or int(target.max()) >= logits.shape[1]:
+        raise DataError(
+            f"the network's output {tuple(logits.shape)} does not fit labels "
+            f"{tuple(target.shape)} up to {int(target.max())}",
+            expected="logits (B, K) and labels (B,) below K",
+            fix="Use a criterion that needs no labels, such as l2 or activation",
+        )
+    return weights, F.cross_entropy(logits, target)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """Return the first tensor of what a network returned: a tensor, a sequence or a mapping."""
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values() if hasattr(output, "values") else output))
+    return output
+
+
+def _summed(tensor: Tensor, dim: int) -> Tensor:
+    """Return the sum over all dimensions but ``dim``: (D,)."""
+    return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(1)
+
+
+class _Watch:
+    """Running sums over the values that enter one layer, channel by channel."""
+
+    def __init__(self, length: int, channel_dim: int) -> None:
+        self.length, self.channel_dim = length, channel_dim
+        self.count = 0
+        self.sums = {key: torch.zeros(length) for key in ("mean_abs", "mean_square", "nonzero")}
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Add one batch; the channels of grouped layers are averaged over their groups."""
+        values = inputs[0].detach().movedim(self.channel_dim, 0)
+        if values.shape[0] % self.length:
+            return
+        values = values.reshape(-1, self.length, values[0].numel()).transpose(0, 1).flatten(1)
+        self.count += values.shape[1]
+        self.sums["mean_abs"] += values.abs().sum(1).cpu()
+        self.sums["mean_square"] += values.square().sum(1).cpu()
+        self.sums["nonzero"] += (values != 0).sum(1).cpu()
+
+
+def _activations(
+    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]]
+) -> Evidence | None:
+    modules = dict(model.named_modules())
+    watches: dict[str, _Watch] = {}
+    removals: list[Callable[[], None]] = []
+    seen = False
+    try:
+        for group in network.groups:
+            for piece in group.slices:
+                owner = modules.get(piece.tensor.rpartition(".")[0])
+                if piece.role == "input" and isinstance(owner, _ConvNd | nn.Linear):
+                    dim = -1 if isinstance(owner, nn.Linear) else 1
+                    watch = _Watch(network.shapes[piece.tensor][piece.dim], dim)
+                    if piece.tensor not in watches:
+                        watches[piece.tensor] = watch
+                        removals.append(owner.register_forward_pre_hook(watch).remove)
+        with torch.no_grad():
+            for images, _ in chunks:
+                model(images)
+                seen = True
+    finally:
+        for remove in removals:
+            remove()
+    statistics = {
+        tensor: {key: total / watch.count for key, total in watch.sums.items()}
+        for tensor, watch in watches.items()
+        if watch.count
+    }
+    return Evidence(activations=statistics) if seen else None

@@ -1,0 +1,232 @@
+"""The decision itself: trace, score, select, and write it down as a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+from torch import nn
+
+from compress.criteria import Criterion
+from compress.errors import PlanError, UsageError
+from compress.groups import Network, trace
+from compress.groups.trace import Example
+from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
+from compress.prune.cost import CostModel, Counts, Quantity
+from compress.prune.evidence import Batches
+from compress.prune.scoring import build_criterion, scores, spoken
+from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
+from compress.surgery import PrunePlan, make_plan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must respect besides its budget.
+
+    Args:
+        round_to: Kept channels of a group are a multiple of this (or all of them).
+        min_channels: Channels that every group keeps at least.
+        max_cut: Largest share of a group's channels that may go, in (0, 1].
+        exclude: Layers whose output channels stay.
+    """
+
+    round_to: int = 1
+    min_channels: int = 1
+    max_cut: float = 1.0
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("round_to", "min_channels"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} is {value!r}", expected="a whole number, at least 1")
+        if not isinstance(self.max_cut, int | float) or not 0 < self.max_cut <= 1:
+            raise UsageError(f"max_cut is {self.max_cut!r}", expected="a share above 0, at most 1")
+
+
+def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
+    model: nn.Module,
+    example_input: Example,
+    *,
+    criterion: str | Mapping[str, Any] | Criterion = "l2",
+    keep_macs: float | None = None,
+    keep_params: float | None = None,
+    keep_channels: float | Mapping[str, float] | None = None,
+    latency_ms: float | None = None,
+    runtime: str = "onnxruntime",
+    ranking: Ranking = "global",
+    normalize: Normalize = "auto",
+    round_to: int = 1,
+    min_channels: int = 1,
+    max_cut: float = 1.0,
+    exclude: Iterable[str] = (),
+    batches: Batches | None = None,
+    seed: int = 0,
+) -> PrunePlan:
+    """Decide which channels of ``model`` to cut, so that one budget is kept.
+
+    Args:
+        model: A trained network. Not modified.
+        example_input: An input for one image, (1, C, H, W), or a tuple or dict of several.
+        criterion: Name of a criterion, ``{name: options}``, or a criterion.
+        keep_macs: Share of the multiply-accumulates that is kept at most, in (0, 1].
+        keep_params: Share of the parameters that is kept at most, in (0, 1].
+        keep_channels: Share of the channels of every group, or of the layers named, in (0, 1].
+        latency_ms: Latency of one image to reach on ``runtime``, milliseconds.
+        runtime: Where latency is measured.
+        ranking: "global" compares units of all groups; "uniform" cuts the same share of each.
+        normalize: How scores of different groups are compared. "mean" and "max" divide by the
+            group's mean or maximum, "gaussian" standardizes, "none" compares them as they are,
+            "per_cost" compares score per multiply-accumulate (or parameter) saved. "auto" is
+            "per_cost" for criteria that estimate a change of the loss, "mean" for the others.
+        round_to: Kept channels of a group are a multiple of this, or all of them.
+        min_channels: Channels that every group keeps at least.
+        max_cut: Largest share of a group's channels that may go, in (0, 1].
+        exclude: Layers, or modules holding layers, whose output channels stay.
+        batches: Images (B, C, H, W) and labels (B,), for criteria that need data.
+        seed: Seed of random choices; the same seed gives the same plan.
+
+    Returns:
+        The plan: for ``compress.apply_pruning``, ``compress.mask_pruning`` and ``plan.save``.
+
+    Raises:
+        UsageError: options that cannot be right; the message says which and what would be.
+        PlanError: nothing can be cut, or the budget is below what can be reached.
+    """
+    budget = one_budget(
+        keep_macs=keep_macs,
+        keep_params=keep_params,
+        keep_channels=keep_channels,
+        latency_ms=latency_ms,
+    )
+    limits = Limits(round_to, min_channels, max_cut, _names(exclude))
+    _check_choice("ranking", ranking, get_args(Ranking))
+    _check_choice("normalize", normalize, get_args(Normalize))
+    scorer = build_criterion(criterion, seed)
+    network = trace(model, example_input)
+    excluded = _excluded(model, network, limits.exclude)
+    _check_something_to_cut(network, excluded)
+    way = _normalize(normalize, scorer)
+    found = [normalized(v, way) for v in scores(model, network, scorer, batches, seed)]
+    ladders = _ladders(network, found, limits, excluded)
+    cost = CostModel(network)
+    if budget.kind == "latency_ms":
+        from compress.latency_table import counts_for_latency
+
+        counts = counts_for_latency(model, example_input, network, ladders, budget.share, runtime)
+    elif budget.kind == "channels":
+        counts = _counts_of_channels(model, network, ladders, budget)
+    else:
+        counts = _counts_of_cost(cost, ladders, budget, ranking, way == "per_cost")
+    keep = {
+        group.name: one.kept(int(count))
+        for group, one, count in zip(network.groups, ladders, counts, strict=True)
+    }
+    about = {
+        "criterion": {spoken(scorer): _options(scorer)},
+        "budget": budget.to_json() | ({"runtime": runtime} if latency_ms is not None else {}),
+        "ranking": ranking,
+        "normalize": way,
+        "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
+        "seed": seed,
+    }
+    return make_plan(_with_excluded(network, excluded), keep, **about)
+
+
+def _names(exclude: Iterable[str]) -> tuple[str, ...]:
+    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+
+def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{option} is {value!r}", expected=f"one of: {', '.join(choices)}")
+
+
+def _normalize(normalize: Normalize, criterion: Criterion) -> Normalize:
+    if normalize != "auto":
+        return normalize
+    return "per_cost" if getattr(criterion, "estimates_loss", False) else "mean"
+
+
+def _options(criterion: Criterion) -> dict[str, Any]:
+    names = getattr(type(criterion), "__dataclass_fields__", {})
+    return {name: getattr(criterion, name) for name in names}
+
+
+def _excluded(model: nn.Module, network: Network, names: tuple[str, ...]) -> dict[int, str]:
+    """Return the groups that stay whole because a name in ``names`` says so, and that name."""
+    return {number: name for name in names for number in groups_of(model, network, name, "exclude")}
+
+
+def _with_excluded(network: Network, excluded: Mapping[int, str]) -> Network:
+    frozen = {
+        network.groups[number].name: f"excluded by the name {name!r}"
+        for number, name in excluded.items()
+    }
+    return dataclasses.replace(network, frozen=dict(network.frozen) | frozen)
+
+
+def _check_something_to_cut(network: Network, excluded: Mapping[int, str]) -> None:
+    if len(excluded) < len(network.groups):
+        return
+    reasons = [f"{layer}: {reason}" for layer, reason in network.frozen.items()]
+    reasons += [f"{network.groups[n].name}: excluded as {name!r}" for n, name in excluded.items()]
+    shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if reasons[5:] else "")
+    shown = shown or "it has no convolution or linear layer"
+    raise PlanError(f"no channel of this network can be cut: {shown}")
+
+
+def _ladders(
+    network: Network, found: list[Any], limits: Limits, excluded: Mapping[int, str]
+) -> list[Ladder]:
+    """Return the counts each group may keep; limits are in channels, counts in units."""
+    ladders = []
+    for number, (group, values) in enumerate(zip(network.groups, found, strict=True)):
+        step = math.lcm(limits.round_to // math.gcd(limits.round_to, group.width), group.multiple)
+        at_least = max(
+            math.ceil(limits.min_channels / group.width),
+            math.ceil(group.size * (1 - limits.max_cut) - 1e-9),
+        )
+        at_least = group.size if number in excluded else at_least
+        ladders.append(ladder(values, step=step, at_least=at_least))
+    return ladders
+
+
+def _counts_of_channels(
+    model: nn.Module, network: Network, ladders: list[Ladder], budget: Budget
+) -> Counts:
+    if isinstance(budget.value, Mapping):
+        shares = shares_by_group(model, network, budget.value)
+    else:
+        shares = dict.fromkeys(range(len(ladders)), budget.value)
+    counts = [
+        one.level_at_most(shares.get(number, 1.0) * one.size) for number, one in enumerate(ladders)
+    ]
+    return np.array(counts, dtype=np.int64)
+
+
+def _counts_of_cost(
+    cost: CostModel, ladders: list[Ladder], budget: Budget, ranking: Ranking, per_cost: bool
+) -> Counts:
+    quantity: Quantity = "params" if budget.kind == "params" else "macs"
+    share = budget.share
+    whole = cost.total(quantity, cost.sizes)
+    smallest = cost.total(quantity, np.array([one.levels[0] for one in ladders], dtype=np.int64))
+    if smallest > share * whole:
+        raise PlanError(
+            f"keep_{quantity} = {share:g} cannot be reached: with every group at its smallest, "
+            f"{smallest / whole:.4f} of the {quantity} is left",
+            expected=f"at least {math.ceil(smallest / whole * 1e4) / 1e4:.4f}",
+            fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
+        )
+    return select(
+        ladders,
+        lambda counts: cost.total(quantity, counts),
+        (lambda counts: cost.marginal(quantity, counts)) if per_cost else None,
+        share * whole,
+        ranking,
+    )

@@ -1,0 +1,97 @@
+"""Scores of all units of a network by one criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from compress import plugins
+from compress.criteria import ChannelGroup, Criterion
+from compress.errors import PlanError, UsageError
+from compress.groups import Network
+from compress.prune.cost import Floats
+from compress.prune.evidence import Batches, evidence
+
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def build_criterion(reference: str | Mapping[str, Any] | Criterion, seed: int) -> Criterion:
+    """Return the criterion that ``reference`` names, or ``reference`` if it is one.
+
+    Raises:
+        UnknownNameError: there is no such criterion.
+        UsageError: it has no such option.
+    """
+    if isinstance(reference, str | Mapping):
+        criterion: Criterion = plugins.create("criteria", reference, seed=seed)
+        return criterion
+    return reference
+
+
+def scores(
+    model: nn.Module,
+    network: Network,
+    criterion: Criterion,
+    batches: Batches | None,
+    seed: int,
+) -> list[Floats]:
+    """Return the importance of the units of every group, (C,) each, higher = keep.
+
+    Raises:
+        UsageError: the criterion needs images and ``batches`` is None or empty.
+        PlanError: it gives something else than one finite number for each unit.
+    """
+    seen = None
+    need = getattr(criterion, "needs", None)
+    if need is not None:
+        if batches is None:
+            raise UsageError(
+                f"criterion {spoken(criterion)!r} needs {need} on images, and no images are given",
+                expected="batches of images (B, C, H, W) and labels (B,)",
+                fix="Pass batches=, or use a criterion that needs none, such as l2",
+            )
+        size = getattr(criterion, "images_per_gradient", 16)
+        seen = evidence(model, network, need, batches, images_per_gradient=size, seed=seed)
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    scales = frozenset(
+        f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NORMS)
+    )
+    with torch.no_grad():
+        return [
+            _checked(criterion(ChannelGroup(group, tensors, scales, seen)), group.size, group.name)
+            for group in network.groups
+        ]
+
+
+def spoken(criterion: Criterion) -> str:
+    """Return the name of a criterion as users write it."""
+    module = type(criterion).__module__
+    is_plugin = module.startswith("compress.criteria.")
+    return module.rpartition(".")[2] if is_plugin else type(criterion).__name__
+
+
+def _checked(found: Tensor, size: int, group: str) -> Floats:
+    if tuple(found.shape) != (size,):
+        raise PlanError(
+            f"the criterion gives scores of shape {tuple(found.shape)}",
+            where=group,
+            expected=f"one for each of its {size} channels",
+        )
+    values = found.double().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise PlanError(
+            "the criterion gives scores that are not finite",
+            where=group,
+            fix="Check the weights for NaN or infinity",
+        )
+    return values
+
+
+def group_names(network: Network, numbers: Iterable[int]) -> list[str]:
+    """Return the names of groups by number."""
+    return [network.groups[number].name for number in numbers]

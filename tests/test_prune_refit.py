@@ -1,0 +1,111 @@
+"""Refitting makes the weights that are left take over what the lost channels did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import compress
+from compress.errors import UsageError
+from compress.groups import trace
+from compress.prune import refit
+from compress.surgery import make_plan
+
+
+def twins(first: nn.Conv2d, second: nn.Module, between: nn.Module | None = None) -> nn.Module:
+    """Return a network whose channels 0 and 1 are equal, so that losing one loses nothing."""
+    with torch.no_grad():
+        first.weight[1] = first.weight[0]
+        assert first.bias is not None
+        first.bias[1] = first.bias[0]
+    return nn.Sequential(first, nn.ReLU(), between or nn.Identity(), second).eval()
+
+
+def without_channel_1(model: nn.Module, example: Tensor) -> tuple[nn.Module, compress.PrunePlan]:
+    network = trace(model, example)
+    group = network.groups[0]
+    plan = make_plan(network, {group.name: np.delete(np.arange(group.size), 1)})
+    return compress.apply_pruning(model, plan), plan
+
+
+def images(count: int = 4) -> list[tuple[Tensor]]:
+    draw = torch.Generator().manual_seed(2)
+    return [(torch.randn(16, 3, 9, 9, generator=draw),) for _ in range(count)]
+
+
+CONSUMERS: dict[str, Callable[[], nn.Module]] = {
+    "plain": lambda: nn.Conv2d(6, 5, 3, padding=1),
+    "strided": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=(2, 1), bias=False),
+    "dilated": lambda: nn.Conv2d(6, 5, 3, dilation=2),
+    "same": lambda: nn.Conv2d(6, 5, (3, 1), padding="same"),
+    "reflected": lambda: nn.Conv2d(6, 5, 3, padding=1, padding_mode="reflect"),
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_an_equal_channel_takes_over(consumer: str) -> None:
+    torch.manual_seed(0)
+    model = twins(nn.Conv2d(3, 6, 3), CONSUMERS[consumer]())
+    x = torch.randn(2, 3, 9, 9)
+    pruned, plan = without_channel_1(model, x[:1])
+    before = (pruned(x) - model(x)).abs().max()
+    assert refit(pruned, model, plan, images()) is pruned
+    after = (pruned(x) - model(x)).abs().max()
+    assert after < 0.05 * before  # the pull towards the old weights keeps it from being exactly 0
+
+
+def test_linear_layers_and_depthwise_ones_are_fitted_too() -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    between = nn.Conv2d(6, 6, 3, groups=6, padding=1)
+    with torch.no_grad():
+        between.weight[1] = between.weight[0]
+        assert between.bias is not None
+        between.bias[1] = between.bias[0]
+    model = twins(nn.Conv2d(3, 6, 3), head, between)
+    x = torch.randn(2, 3, 9, 9)
+    pruned, plan = without_channel_1(model, x[:1])
+    before = (pruned(x) - model(x)).abs().max()
+    refit(pruned, model, plan, images(16))
+    assert (pruned(x) - model(x)).abs().max() < 0.1 * before
+
+
+def test_a_network_that_lost_nothing_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, groups=1), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=4))
+    plan = compress.plan_pruning(model, torch.randn(1, 3, 9, 9), keep_channels=1.0)
+    pruned = compress.apply_pruning(model, plan)
+    refit(pruned, model, plan, images())
+    for name, weight in pruned.state_dict().items():
+        torch.testing.assert_close(weight, model.state_dict()[name], atol=1e-4, rtol=1e-3)
+
+
+def test_layers_that_see_too_little_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model = twins(nn.Conv2d(3, 6, 3), nn.Sequential(nn.Flatten(), nn.Linear(6 * 49, 4)))
+    pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
+    weight = pruned.get_submodule("3.1").weight.clone()  # type: ignore[operator, union-attr]
+    refit(pruned, model, plan, images(1))
+    assert torch.equal(weight, pruned.get_submodule("3.1").weight)  # type: ignore[arg-type]
+
+
+def test_the_original_modes_and_hooks_are_left_as_found() -> None:
+    torch.manual_seed(0)
+    model = twins(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3)).train()
+    pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    refit(pruned, model, plan, images())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert model.training
+    assert not any(m._forward_hooks for m in [*model.modules(), *pruned.modules()])
+
+
+def test_no_images_are_refused() -> None:
+    model = twins(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3))
+    pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
+    with pytest.raises(UsageError, match="batches holds no images"):
+        refit(pruned, model, plan, [])

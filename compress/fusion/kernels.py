@@ -1,0 +1,153 @@
+"""What a runtime made of a graph: its kernels, in one shape for all runtimes that can tell."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import ModelProto, TensorProto
+
+from compress.artifact import read_json
+from compress.errors import EngineError
+from compress.fusion.work import Graph
+from compress.runtimes import build_engine, open_session
+
+_INT8 = re.compile(r"^(QLinear|QGemm|ConvInteger|MatMulInteger|DynamicQuantize)")
+_MOVES_DATA = frozenset(
+    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
+    | {"Gather", "Identity", "Pad", "Resize", "Concat", "DepthToSpace", "SpaceToDepth"}
+)
+_REFORMATS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "Cast", "ReorderInput", "ReorderOutput"}
+)
+_TOKEN = re.compile(r"_token_\d+$")  # what ONNX Runtime appends where it changes the layout
+_NO_WORK = frozenset({"Const", "Input", "Output", "shape_call", "signal", "wait", "Constant"})
+_MYELIN_MOVE = re.compile(r"^__myl_(?:Move|Tran|Cast|Repl|Conc|Resh|Slic|Pad)+_myl")
+_KINDS = {"Int8": "int8", "UInt8": "int8", "Half": "fp16", "BFloat16": "bf16", "Float": "fp32"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One thing a runtime executes."""
+
+    name: str
+    precision: str  # "int8", "fp32", "fp16", "bf16", or "" where it does not compute
+    nodes: frozenset[str]  # the ONNX nodes it carries out, as far as they are told
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    is_reformat: bool = False  # only moves, casts or (de)quantizes
+
+
+def of_onnxruntime(model: ModelProto, graph: Graph, threads: int | None) -> list[Kernel]:
+    """Return the nodes of the graph as ONNX Runtime optimizes it for this CPU."""
+    import onnxruntime as ort
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, optimized = Path(folder, "source.onnx"), Path(folder, "optimized.onnx")
+        onnx.save(model, str(source))
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = threads or 0
+        options.optimized_model_filepath = str(optimized)
+        try:
+            ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime has no common error class
+            raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
+        nodes = onnx.load(str(optimized)).graph.node
+    return _followed(nodes, graph)
+
+
+def _followed(nodes: Any, graph: Graph) -> list[Kernel]:
+    """Return kernels of nodes, the precision of data movers following from what they move."""
+    precisions: dict[str, str] = {}
+    kernels = []
+    for node in nodes:
+        name = _TOKEN.sub("", node.name) or node.op_type
+        known = [precisions[source] for source in node.input if source in precisions]
+        if _INT8.match(node.op_type):
+            precision = "int8"
+        elif node.op_type.removeprefix("Nhwc") in _MOVES_DATA and known:
+            precision = known[0]
+        else:
+            kind = graph.tensors.get(node.output[0], TensorProto.FLOAT)
+            precision = "fp16" if kind == TensorProto.FLOAT16 else "fp32"
+        produced = "int8" if node.op_type == "QuantizeLinear" else precision
+        precisions.update(dict.fromkeys(node.output, produced))
+        is_reformat = node.op_type in _REFORMATS or (
+            node.op_type == "Transpose" and name not in graph.nodes
+        )
+        ends = (tuple(node.input), tuple(node.output))
+        kernels.append(Kernel(name, precision, frozenset({name}), *ends, is_reformat))
+    return kernels
+
+
+def of_openvino(path: Path, graph: Graph, threads: int | None) -> list[Kernel]:
+    """Return the nodes of the execution graph of OpenVINO on this CPU."""
+    with open_session(path, "openvino", threads=threads) as session:
+        compiled = session.raw.compiled  # type: ignore[attr-defined]
+        operations = compiled.get_runtime_model().get_ordered_ops()
+        return [kernel for op in operations if (kernel := _of_execution_node(op, graph))]
+
+
+def _of_execution_node(operation: Any, graph: Graph) -> Kernel | None:
+    facts = operation.get_rt_info()
+    kind = facts["layerType"].astype(str)
+    if kind in _NO_WORK:
+        return None
+    primitive = facts["primitiveType"].astype(str)
+    written = facts["outputPrecisions"].astype(str)
+    precision = "int8"
+    if not primitive.upper().endswith("I8") and not written.startswith(("u8", "i8")):
+        last = primitive.rsplit("_", 1)[-1]
+        precision = {"f16": "fp16", "bf16": "bf16"}.get(last, "fp32")
+    names = facts["originalLayersNames"].astype(str).split(",")
+    nodes = {name.split("/")[0] for name in names if name}  # "fc/WithoutBiases" is of "fc"
+    nodes |= {graph.makers[name] for name in nodes if name in graph.makers}  # results, by tensor
+    return Kernel(
+        operation.get_friendly_name(),
+        precision,
+        frozenset(nodes),
+        tuple(source.get_node().get_friendly_name() for source in operation.input_values()),
+        (operation.get_friendly_name(),),
+        is_reformat=kind in ("Reorder", "Convert", "FakeQuantize"),
+    )
+
+
+def of_tensorrt(path: Path, runtime: str, engine: Path | None) -> list[Kernel]:
+    """Return the layers that the builder of TensorRT told of; builds the engine if there is none.
+
+    Raises:
+        EngineError: the engine was built without its layers.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if engine is None:
+            engine = build_engine(path, Path(folder, "engine"), runtime=runtime, batch=1)
+        file = engine.with_name(f"{engine.name}.layers.json")
+        if not file.is_file():
+            raise EngineError(
+                "the layers of this engine are not known",
+                where=str(engine),
+                expected=f"{file.name} beside it, as compress build writes it",
+            )
+        layers = read_json(file)["Layers"]
+    return [_of_layer(layer) for layer in layers if layer["LayerType"] not in _NO_WORK]
+
+
+def _of_layer(layer: dict[str, Any]) -> Kernel:
+    tensors = layer["Inputs"] + layer["Outputs"]
+    kinds = [_KINDS.get(tensor["Datatype"], "") for tensor in tensors]
+    precision = "int8" if "int8" in kinds else next((kind for kind in kinds if kind), "")
+    told = re.findall(r"\[ONNX Layer: ([^\]]+)\]", layer.get("Metadata", ""))
+    nodes = frozenset(told) or frozenset(layer["Name"].split(" + "))
+    return Kernel(
+        layer["Name"],
+        precision,
+        nodes,
+        tuple(tensor["Name"] for tensor in layer["Inputs"]),
+        tuple(tensor["Name"] for tensor in layer["Outputs"]),
+        is_reformat=layer["LayerType"] == "Reformat" or bool(_MYELIN_MOVE.match(layer["Name"])),
+    )

@@ -1,0 +1,157 @@
+"""What a graph has to compute: the multiply-accumulates of every node with weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import onnx
+from onnx import ModelProto, NodeProto
+
+WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+
+
+@dataclass(frozen=True)
+class Work:
+    """One node that multiplies."""
+
+    node: str
+    operator: str
+    macs: int  # for a batch of one
+    doubt: str  # why a runtime could not take it to int8, by the graph; "" if it could
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The nodes of an ONNX graph, by what they are to a runtime that fuses them."""
+
+    work: dict[str, Work]  # by node name
+    adds: tuple[str, ...]  # nodes that add two activations
+    tensors: dict[str, int]  # element type of every tensor that is known
+    nodes: frozenset[str]  # the names of all nodes
+    makers: dict[str, str]  # the node that makes a tensor, by the tensor's name
+
+    @property
+    def macs(self) -> int:
+        """Return all multiply-accumulates, for a batch of one."""
+        return sum(work.macs for work in self.work.values())
+
+
+def named(model: ModelProto) -> ModelProto:
+    """Return a copy in which every node has a name of its own."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    seen: set[str] = set()
+    for index, node in enumerate(copy.graph.node):
+        if not node.name or node.name in seen:
+            node.name = f"{node.op_type}_{index}"
+        seen.add(node.name)
+    return copy
+
+
+def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
+    """Return what ``model`` has to compute.
+
+    Args:
+        model: Every node named. Not modified.
+        needs_quantized_output: Whether the runtime takes a convolution to int8 only with a
+            quantizer behind it, as ONNX Runtime does.
+    """
+    shapes, tensors = _inferred(model)
+    producers = {output: node for node in model.graph.node for output in node.output}
+    constants = _constants(model)
+    work = {
+        node.name: Work(
+            node.name,
+            node.op_type,
+            macs(node, shapes),
+            _doubt(node, producers, _consumers(model), needs_quantized_output),
+        )
+        for node in model.graph.node
+        if node.op_type in WEIGHTED
+    }
+    adds = tuple(
+        node.name
+        for node in model.graph.node
+        if node.op_type in ("Add", "Sum") and not set(node.input) & constants
+    )
+    nodes = frozenset(node.name for node in model.graph.node)
+    makers = {output: node.name for output, node in producers.items()}
+    return Graph(work, adds, tensors, nodes, makers)
+
+
+def macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Return the multiply-accumulates of ``node``; 0 where a shape is not known."""
+    first, second = (shapes.get(name, ()) for name in node.input[:2])
+    answer = shapes.get(node.output[0], ())
+    if not first or not second or not answer:
+        return 0
+    if node.op_type == "Conv":
+        return math.prod(answer) * math.prod(second[1:])
+    if node.op_type == "ConvTranspose":
+        return math.prod(first) * math.prod(second[1:])
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return math.prod(answer) * (first[0] if transposed else first[-1])
+
+
+def _inferred(model: ModelProto) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """Return shapes, with every free dimension 1, and element types of all tensors."""
+    single = ModelProto()
+    single.CopyFrom(model)
+    for value in single.graph.input:
+        for dim in value.type.tensor_type.shape.dim:
+            if not dim.HasField("dim_value"):
+                dim.dim_value = 1
+    del single.graph.value_info[:]
+    for value in single.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
+    values = (*graph.input, *graph.value_info, *graph.output)
+    shapes = {
+        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
+        for value in values
+    }
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    for tensor in graph.initializer:
+        shapes[tensor.name] = tuple(tensor.dims)
+        types[tensor.name] = tensor.data_type
+    return shapes, types
+
+
+def _constants(model: ModelProto) -> set[str]:
+    """Return the names of all tensors that do not depend on the input."""
+    known = {tensor.name for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if set(node.input) - {""} <= known:
+            known.update(node.output)
+    return known
+
+
+def _consumers(model: ModelProto) -> dict[str, list[NodeProto]]:
+    readers: dict[str, list[NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    return readers
+
+
+def _doubt(
+    node: NodeProto,
+    producers: dict[str, NodeProto],
+    consumers: dict[str, list[NodeProto]],
+    needs_quantized_output: bool,
+) -> str:
+    def is_dequantized(name: str) -> bool:
+        return name in producers and producers[name].op_type == "DequantizeLinear"
+
+    if not is_dequantized(node.input[0]):
+        return "its input is not quantized"
+    if not is_dequantized(node.input[1]):
+        return "its weight is not quantized"
+    if needs_quantized_output and node.op_type in ("Conv", "MatMul"):
+        readers = consumers.get(node.output[0], [])
+        if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
+            readers = consumers.get(readers[0].output[0], [])
+        if not readers or any(reader.op_type != "QuantizeLinear" for reader in readers):
+            return "its output is not quantized"
+    return ""

@@ -17,6 +17,8 @@ from compress.errors import EngineError, UsageError
 from compress.measure.conditions import Conditions, EnergyMeter
 from compress.progress import track
 
+DEVICE_CALLS = 20  # timed on the device in each round, beside those timed on the host
+
 Clock = Callable[[], float]  # seconds, monotonic
 
 
@@ -60,6 +62,8 @@ class Latency:
     speedup: float | None  # median of the first session / median of this one
     speedup_ci95: tuple[float, float] | None
     verdict: str  # "reference" | "faster" | "slower" | "no difference" | "not compared"
+    device_latency_ms_p50: float | None  # on the GPU alone, without copies, where it can be timed
+    device_latency_ms_p99: float | None
     energy_mj_per_image: dict[str, float]  # by meter, what the whole chip drew during the calls
     seconds: NDArray[np.float64] = field(repr=False)  # (R, n): every call, for plots and re-tests
 
@@ -180,6 +184,8 @@ class _Entrant:
         self.batch = len(self.arrays[0])
         self.blocks: list[NDArray[np.float64]] = []
         self.energy_mj = dict.fromkeys((meter.name for meter in meters), 0.0)
+        self.device_timer = getattr(getattr(session, "raw", session), "device_latency_ms", None)
+        self.device_ms: list[float] = []
         self.warmup_calls, self.is_stable, self.calls_per_block = 0, False, 1
 
     def call(self) -> float:
@@ -211,6 +217,9 @@ class _Entrant:
         for meter, start in zip(self.meters, before, strict=True):
             self.energy_mj[meter.name] += meter.read_mj() - start
         self.blocks.append(np.array(block))
+        if self.device_timer is not None:
+            calls = min(self.calls_per_block, DEVICE_CALLS)
+            self.device_ms += [self.device_timer(self.arrays) for _ in range(calls)]
 
     def _call_for(self, seconds: float, at_least: int) -> list[float]:
         calls: list[float] = []
@@ -240,6 +249,8 @@ class _Entrant:
             speedup=speedup,
             speedup_ci95=interval,
             verdict=verdict,
+            device_latency_ms_p50=_percentile(self.device_ms, 50),
+            device_latency_ms_p99=_percentile(self.device_ms, 99),
             energy_mj_per_image={name: mj / images for name, mj in self.energy_mj.items()},
             seconds=seconds,
         )
@@ -290,6 +301,10 @@ def _inputs_of(
     if not own or len(own[0]) == 0:
         raise UsageError(f"{name!r} has no inputs to be timed on", expected="at least one array")
     return own
+
+
+def _percentile(values: Sequence[float], q: float) -> float | None:
+    return float(np.percentile(values, q)) if values else None
 
 
 @contextlib.contextmanager

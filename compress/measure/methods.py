@@ -6,6 +6,8 @@ METHODS = {
     "caller on an otherwise idle machine, not a loaded server",
     "latency_ms_ci95": "bootstrap over whole rounds, because calls within a round depend on each "
     "other",
+    "device_latency_ms": "two events of the GPU around one execution, copies left out; what the "
+    "network takes on the device when its input is there already",
     "throughput_ips": "batch size over the mean latency of one caller; not the most a machine can "
     "do with several callers",
     "speedup": "median latency of the original over that of the variant, timed side by side in the "

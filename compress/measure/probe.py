@@ -158,7 +158,7 @@ def _device_used_mib() -> float | None:
 def _told_by(session: Any) -> dict[str, float]:
     """Return what an engine says of its own weights and scratch memory, bytes as MiB."""
     raw = getattr(session, "raw", session)
-    told = {"weights_mib": "weight_bytes", "activations_mib": "scratch_bytes"}
+    told = {"weights_mib": "weights_bytes", "activations_mib": "device_memory_bytes"}
     return {
         name: getattr(raw, attribute) / MIB
         for name, attribute in told.items()

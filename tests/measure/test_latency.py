@@ -262,6 +262,25 @@ def test_energy_of_a_session_is_what_its_own_blocks_drew() -> None:
     assert result["b"].energy_mj_per_image == {"chip": pytest.approx(25.0)}
 
 
+def test_a_device_that_times_itself_is_asked_as_well() -> None:
+    clock = Clock()
+
+    class Raw:
+        def device_latency_ms(self, arrays: tuple[np.ndarray, ...]) -> float:
+            assert len(arrays) == 1
+            clock.now += 100.0  # not within the calls timed on the host
+            return 4.0
+
+    session = Sleeper(clock, repeat(0.01))
+    session.raw = Raw()
+    sessions = {"gpu": session, "cpu": Sleeper(clock, repeat(0.01))}
+    result = bench(sessions, INPUT, timing=QUICK, clock=clock, meters=[])
+    assert result["gpu"].device_latency_ms_p50 == 4.0
+    assert result["gpu"].latency_ms_p99 == pytest.approx(10.0)
+    assert result["cpu"].device_latency_ms_p50 is None
+    assert "device_latency_ms_p50" not in result["cpu"].to_json()
+
+
 def test_json_holds_units_and_no_single_calls() -> None:
     import json
 

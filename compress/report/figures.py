@@ -84,6 +84,6 @@ def reason(field: str, result: Result | None, variant: Variant) -> str:
 
 _GROUPS = {
     "latency": ("latency", "throughput", "speedup"),
-    "memory": ("peak_memory", "memory"),
+    "memory": ("peak_memory", "memory", "peak_rss", "weights", "activations", "load"),
     "accuracy": ("top1", "top5", "agreement", "flip", "ece", "worst_class", "sqnr"),
 }

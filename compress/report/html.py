@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from base64 import b64encode
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,11 @@ def _environment() -> Environment:
 
 
 def plain_json(value: Any) -> str:
-    """Return settings as indented JSON for reading."""
-    import json
+    """Return settings as indented JSON for reading, without what is not set."""
+    return json.dumps(_set(value), indent=2, ensure_ascii=False)
 
-    return json.dumps(value, indent=2, ensure_ascii=False)
+
+def _set(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _set(item) for key, item in value.items() if item is not None}
+    return [_set(item) for item in value] if isinstance(value, list | tuple) else value

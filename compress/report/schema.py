@@ -55,6 +55,12 @@ class Result(Record):
     throughput_ips: float | None = None  # images per second
     speedup: float | None = None  # original's p50 / this p50, same runtime, batch and threads
     speedup_ci95: Interval | None = None  # bootstrap of the ratio
+    verdict: str | None = None  # of the speed: "faster", "slower", "no difference", ...
+    device_latency_ms_p50: float | None = None  # on the GPU alone, without copies
+    device_latency_ms_p99: float | None = None
+    energy_mj_per_image: dict[str, float] = {}  # by meter
+    load_ms: float | None = None
+    first_call_ms: float | None = None
 
     peak_memory_mib: float | None = None
     memory_mib: dict[str, float] = {}  # every further memory number, by name: load, activations...
@@ -67,12 +73,14 @@ class Result(Record):
     top1_change_pct: float | None = None  # this top-1 minus the original's, same images, points
     top1_change_ci95: Interval | None = None  # paired
     top1_p_value: float | None = None  # McNemar, against the original
+    top1_verdict: str | None = None  # "no significant difference", or what it is instead
     agreement_pct: float | None = None  # images with the same answer as the original
     agreement_ci95: Interval | None = None
     flip_pct: float | None = None  # images the original had right and this has wrong
     sqnr_db: float | None = None  # of the logits, against the original
     ece_pct: float | None = None  # expected calibration error
     worst_class_drop_pct: float | None = None  # largest loss of recall of any class, points
+    worst_class_drop_ci95: Interval | None = None
     worst_class: str | None = None
 
     int8_macs_pct: float | None = None  # MACs that run in int8 kernels

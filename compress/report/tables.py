@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from compress.report import figures
 from compress.report.places import place_name, setting_of
 from compress.report.schema import Interval, Report, Result, Variant
-from compress.report.verdict import accuracy_differs, accuracy_of, speed_differs
-
-SAME = "no significant difference"
+from compress.report.verdict import SAME, accuracy_differs, accuracy_of, speed_differs
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,14 @@ def accuracies(report: Report) -> Table:
 
 def speeds(report: Report) -> Table:
     """Return latency, throughput and memory of each variant, runtime and batch size."""
-    kinds = _memory_kinds(report)
+    kinds = _keys(result.memory_mib for v in report.variants for result in v.results)
+    meters = _keys(result.energy_mj_per_image for v in report.variants for result in v.results)
     columns = (
         *_PLACE,
         Column("Batch"),
         *(column for column, _ in _SPEED),
-        *(Column(f"{kind.replace('_', ' ').capitalize()} memory", "MiB") for kind in kinds),
+        *(Column(_spoken(kind), "MiB") for kind in kinds),
+        *(Column(f"Energy, {meter.replace('_', ' ')}", "mJ/image") for meter in meters),
     )
     rows = []
     for variant in report.variants:
@@ -91,7 +91,8 @@ def speeds(report: Report) -> Table:
                     *_place(variant, result),
                     Cell(str(result.batch), result.batch),
                     *(_measured(variant, result, fill) for _, fill in _SPEED),
-                    *(_memory(variant, result, kind) for kind in kinds),
+                    *(_entry(variant, result, result.memory_mib, kind) for kind in kinds),
+                    *(_entry(variant, result, result.energy_mj_per_image, m) for m in meters),
                 )
             )
     return Table("speed", "Speed and memory", columns, tuple(rows))
@@ -164,7 +165,7 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
     ),
     (
         Column("Worst class", "points lost", "largest loss of recall of any class"),
-        _fill("worst_class_drop_pct", "percent"),
+        _fill("worst_class_drop_pct", "percent", "worst_class_drop_ci95"),
     ),
     (Column("ECE", "%", "expected calibration error"), _fill("ece_pct", "percent")),
     (Column("SQNR", "dB", "of the logits, against the original"), _fill("sqnr_db")),
@@ -178,7 +179,11 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
         Column("Speed-up", "", "the original's p50 over this one's, in the same setting"),
         _fill("speedup", "factor", "speedup_ci95", speed_differs),
     ),
-    (Column("Peak memory", "MiB"), _fill("peak_memory_mib")),
+    (Column("p50 on GPU", "ms", "without copies"), _fill("device_latency_ms_p50")),
+    (Column("p99 on GPU", "ms", "without copies"), _fill("device_latency_ms_p99")),
+    (Column("Loading", "ms", "from the path to a session"), _fill("load_ms")),
+    (Column("First call", "ms"), _fill("first_call_ms")),
+    (Column("Peak memory", "MiB", "what the artifact itself costs"), _fill("peak_memory_mib")),
 )
 
 
@@ -199,16 +204,18 @@ def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
     return Cell(write(value), value, spelled, remark)
 
 
-def _memory(variant: Variant, result: Result, kind: str) -> Cell:
-    value = result.memory_mib.get(kind)
-    if value is None:
-        return _absent(variant, result, "memory_mib")
-    return Cell(figures.number(value), value)
+def _entry(variant: Variant, result: Result, values: Mapping[str, float], key: str) -> Cell:
+    if key not in values:
+        return _absent(variant, result, key)
+    return Cell(figures.number(values[key]), values[key])
 
 
-def _memory_kinds(report: Report) -> list[str]:
-    results = [result for variant in report.variants for result in variant.results]
-    return list(dict.fromkeys(kind for result in results for kind in result.memory_mib))
+def _keys(mappings: Iterable[Mapping[str, float]]) -> list[str]:
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
+
+
+def _spoken(kind: str) -> str:
+    return kind.removesuffix("_mib").replace("_", " ").capitalize()
 
 
 _AGAINST_ITSELF = {

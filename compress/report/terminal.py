@@ -38,17 +38,27 @@ def summary(report: Report, folder: Path | str | None = None) -> RenderableType:
 
 
 def missing(report: Report) -> list[str]:
-    """Return one line for each thing that was not measured, with the reason."""
-    found: dict[str, str] = {}
+    """Return one line for each thing that was not measured, with the reason.
+
+    What is missing for one reason in several results is one line that says of how many.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
     for name, why in report.skipped.items():
-        found[name] = why
+        found.setdefault((name, why), [])
     for variant in report.variants:
         for name, why in variant.skipped.items():
-            found[f"{variant.name}, {name}"] = why
+            found.setdefault((name, why), []).append(variant.name)
         for result in variant.results:
             for name, why in result.skipped.items():
-                found[f"{variant.name}, {result.runtime} batch {result.batch}, {name}"] = why
-    return [f"not measured: {name}: {why}" for name, why in found.items()]
+                place = f"{variant.name} on {result.runtime} batch {result.batch}"
+                found.setdefault((name, why), []).append(place)
+    return [f"not measured: {name}{_of(places)}: {why}" for (name, why), places in found.items()]
+
+
+def _of(places: list[str]) -> str:
+    if len(places) > 2:
+        return f" of {len(places)} results"
+    return f" of {' and '.join(places)}" if places else ""
 
 
 def _tables(report: Report) -> Iterator[RenderableType]:

@@ -46,8 +46,9 @@ def _figures(result: Result) -> Iterator[tuple[str, float]]:
         value = getattr(result, key)
         if isinstance(value, float):
             yield key, value
-    for key, value in result.memory_mib.items():
-        yield f"{key}_memory_mib", value
+    yield from result.memory_mib.items()
+    for meter, value in result.energy_mj_per_image.items():
+        yield f"energy_mj_per_image_{meter}", value
 
 
 def settings(report: Report) -> dict[str, str]:

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 from compress.report.figures import factor, interval, number, points
 from compress.report.schema import Interval, Report, Result, Variant
+from compress.statistics import excludes
 
 LEVEL = 0.05  # of significance
+SAME = "no significant difference"
 
 
 def verdict(report: Report) -> str:
@@ -48,16 +50,23 @@ def comparisons(report: Report) -> Iterator[tuple[Variant, Result, Result]]:
 
 
 def speed_differs(result: Result) -> bool | None:
-    """Return whether the speed differs from the original's; None when no interval says."""
-    return None if result.speedup_ci95 is None else not _holds(result.speedup_ci95, 1.0)
+    """Return whether the speed differs from the original's; None when nothing says.
+
+    The measurement's own verdict counts first: it knows how finely the machine can tell.
+    """
+    if result.verdict in {"faster", "slower", "no difference"}:
+        return result.verdict != "no difference"
+    return None if result.speedup_ci95 is None else excludes(result.speedup_ci95, 1.0)
 
 
 def accuracy_differs(result: Result) -> bool | None:
     """Return whether top-1 differs from the original's; None when nothing says."""
+    if result.top1_verdict is not None:
+        return result.top1_verdict != SAME
     if result.top1_p_value is not None:
         return result.top1_p_value < LEVEL
     if result.top1_change_ci95 is not None:
-        return not _holds(result.top1_change_ci95, 0.0)
+        return excludes(result.top1_change_ci95, 0.0)
     return None
 
 
@@ -158,13 +167,9 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
             rivals.append((result.latency_ms_p50, rival.name))
     if not rivals or min(rivals)[1] == variant.name:
         return ""
-    within = "" if limit is None else f" that loses at most {number(limit)} points"
+    within = "" if limit is None else f" that loses at most {limit:g} points"
     return f"; the fastest variant{within} is {min(rivals)[1]} ({number(min(rivals)[0])} ms)"
 
 
 def _ci(bounds: Interval | None, form: str = "number") -> str:
     return f", 95 % CI {interval(bounds, form)}" if bounds else ""
-
-
-def _holds(bounds: Interval, value: float) -> bool:
-    return bounds[0] <= value <= bounds[1]

@@ -48,7 +48,7 @@ def test_written_report_reads_back_as_the_same_report(tmp_path):
 def test_what_was_not_measured_is_absent_and_not_null():
     content = Report(variants=(Variant(name="a", stage="s", results=(Result(**OTHER),)),)).to_json()
     result = content["variants"][0]["results"][0]
-    assert result == {**OTHER, "memory_mib": {}, "skipped": {}}
+    assert result == {**OTHER, "memory_mib": {}, "energy_mj_per_image": {}, "skipped": {}}
     assert "params" not in content["variants"][0]
 
 
@@ -109,14 +109,14 @@ def test_verdict_of_a_slower_variant_names_the_fastest_within_the_accuracy_gate(
     report = pair((gate,), latency_ms_p50=12.0, speedup=0.833, top1_change_pct=-0.1)
     assert verdict(report).startswith("1.20x slower and 4.00x smaller at −0.10 points")
     assert verdict(report).endswith(
-        "; the fastest variant that loses at most 1.00 points is original (10.0 ms)."
+        "; the fastest variant that loses at most 1 points is original (10.0 ms)."
     )
 
 
 def test_a_faster_variant_beyond_the_accuracy_gate_is_not_recommended():
     gate = Gate(name="top1_drop_pct", limit=1.0, measured=5.0, passed=False)
     report = pair((gate,), latency_ms_p50=2.0, speedup=5.0, top1_change_pct=-5.0)
-    assert "the fastest variant that loses at most 1.00 points is original" in verdict(report)
+    assert "the fastest variant that loses at most 1 points is original" in verdict(report)
 
 
 def test_verdict_compares_the_last_variant_of_each_runtime():

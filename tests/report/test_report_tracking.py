@@ -17,7 +17,7 @@ def test_every_figure_has_a_name_of_its_own():
         2.84 / 3.91
     )
     assert found["original/params"] == 272_474
-    assert found["pruned/openvino/batch-8/load_memory_mib"] == 11.5
+    assert found["pruned/openvino/batch-8/activations_mib"] == 12.0
     assert "original/onnxruntime/batch-1/agreement_pct" not in found
 
 

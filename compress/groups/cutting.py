@@ -29,10 +29,10 @@ def cut(model: nn.Module, kept: Kept, attributes: Mapping[str, Mapping[str, int]
             write_attribute(modules[path], name, value)
     tensors = dict(named_tensors(model))
     swaps = {id(tensors[name]): _shortened(tensors[name], dims) for name, dims in kept.items()}
-    changed = [module for module in modules.values() if _swap(module, swaps)]
+    changed = {id(module) for module in modules.values() if _swap(module, swaps)}
     for module in modules.values():
-        parametrized = getattr(getattr(module, "parametrizations", None), "weight", None)
-        if any(module is one or parametrized is one for one in changed):
+        parametrized = getattr(module._modules.get("parametrizations"), "weight", None)
+        if id(module) in changed or id(parametrized) in changed:
             _follow(module)
 
 

@@ -125,15 +125,15 @@ def _same_shape(func: OpOverload, args: tuple[Any, ...]) -> Any:
             other.shape != first.shape or other.dtype != first.dtype or other.device != first.device
         ):
             return NotImplemented
-    return first if func._schema.is_mutable else torch.empty_like(first)
+    return first if func._schema.is_mutable else first.new_empty(first.shape)
 
 
 def _batch_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
     x, training = args[0], args[5]
     if training or x.device.type != "meta":
         return NotImplemented
-    none = torch.empty(0, device="meta")
-    return torch.empty_like(x), none, none
+    none = x.new_empty(0)
+    return x.new_empty(x.shape), none, none
 
 
 def _convolution(func: OpOverload, args: tuple[Any, ...]) -> Any:
@@ -151,9 +151,39 @@ def _convolution(func: OpOverload, args: tuple[Any, ...]) -> Any:
     return x.new_empty((x.shape[0], weight.shape[0], *sizes))
 
 
+def _cat(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    first = tensors[0]
+    shape = list(first.shape)
+    for other in tensors[1:]:
+        alike = (
+            other.device.type == "meta" and other.dtype == first.dtype and other.ndim == len(shape)
+        )
+        if not alike or any(
+            a != b
+            for d, (a, b) in enumerate(zip(shape, other.shape, strict=True))
+            if d != dim % len(shape)
+        ):
+            return NotImplemented
+        shape[dim] += other.shape[dim]
+    return first.new_empty(shape) if first.device.type == "meta" else NotImplemented
+
+
+def _mean(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x = args[0]
+    if len(args) < 2 or not args[1] or x.device.type != "meta" or not x.is_floating_point():
+        return NotImplemented
+    dims = {d % x.ndim for d in args[1]}
+    keep = len(args) > 2 and args[2]
+    sizes = [1 if d in dims else n for d, n in enumerate(x.shape) if keep or d not in dims]
+    return x.new_empty(sizes)
+
+
 _FAST: dict[str, Callable[[OpOverload, tuple[Any, ...]], Any]] = {
     "native_batch_norm": _batch_norm,
     "convolution": _convolution,
+    "cat": _cat,
+    "mean": _mean,
     **dict.fromkeys(
         words(
             "relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish add mul"

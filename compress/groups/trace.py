@@ -75,6 +75,18 @@ def undisturbed() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Undo, afterwards, what happens to plain attributes of modules: tags, and caches of a forward."""
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
 @dataclass(frozen=True)
 class _Forward:
     """One traced forward and the mode it was made in."""
@@ -90,16 +102,18 @@ class _Traced:
         self, model: nn.Module, example_input: Example, distrusted: Mapping[Key, str]
     ) -> None:
         self._model = meta_copy(model)
+        self._tensors = dict(named_tensors(self._model))
+        self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         args, kwargs = inputs_of(example_input)
         self._inputs = tree_map(_to_meta, (args, kwargs))
         self._ledger = Ledger()
         self._named = self._label_tensors()
-        tagged = meta_copy(self._model)
-        tag_attributes(tagged)
-        self._forwards = [self._forward(tagged, distrusted, training=False)]
-        if self._unused():
-            with contextlib.suppress(PlanError):
-                self._forwards.append(self._forward(tagged, distrusted, training=True))
+        with _attributes_restored(self._model):
+            tag_attributes(self._model)
+            self._forwards = [self._forward(distrusted, training=False)]
+            if self._unused():
+                with contextlib.suppress(PlanError):
+                    self._forwards.append(self._forward(distrusted, training=True))
         self._components = self._merged()
         self._layers = self._find_layers()
         order = self._order()
@@ -107,19 +121,27 @@ class _Traced:
         self.network = self._network()
 
     def _label_tensors(self) -> dict[str, Axes]:
+        """Return fresh labels for every dimension that may hold channels; kernels have none."""
+        kernels = {
+            id(weight)
+            for module in self._model.modules()
+            if isinstance(module, nn.modules.conv._ConvNd)
+            for weight in module.parameters()
+        }
         fresh = self._ledger.fresh
         return {
-            name: tuple(fresh(size) if size > 1 else None for size in tensor.shape)
-            for name, tensor in named_tensors(self._model)
+            name: tuple(
+                fresh(size) if size > 1 and (dim < 2 or id(tensor) not in kernels) else None
+                for dim, size in enumerate(tensor.shape)
+            )
+            for name, tensor in self._tensors.items()
         }
 
-    def _forward(
-        self, model: nn.Module, distrusted: Mapping[Key, str], *, training: bool
-    ) -> _Forward:
-        model.train(training)
-        named = [(t, name, self._named[name]) for name, t in named_tensors(model)]
+    def _forward(self, distrusted: Mapping[Key, str], *, training: bool) -> _Forward:
+        self._model.train(training)
+        named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
         tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted)
-        outputs = run_traced(model, self._inputs_in(training), tracer)
+        outputs = run_traced(self._model, self._inputs_in(training), tracer)
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 for axis in tracer.axes(tensor):
@@ -152,11 +174,10 @@ class _Traced:
         return components
 
     def _find_layers(self) -> dict[str, Layer]:
-        shapes = {name: tuple(t.shape) for name, t in named_tensors(self._model)}
         batch = _batch_size(self._inputs)
         layers: dict[str, Layer] = {}
         for use in self._forwards[0].record.uses:
-            shape, axes = shapes[use.weight], self._named[use.weight]
+            shape, axes = self._shapes[use.weight], self._named[use.weight]
             size = int(np.prod(shape, dtype=np.int64))
             before = layers[use.weight].macs if use.weight in layers else 0
             each = round((use.macs / batch + before) / size)
@@ -170,7 +191,7 @@ class _Traced:
             groups=self.units.groups,
             layers=self._layers,
             frozen=self._frozen(),
-            shapes={name: tuple(t.shape) for name, t in named_tensors(self._model)},
+            shapes=self._shapes,
             parameters=parameters,
             followers=followers(self._components, self.units),
             reductions=self._reductions(),

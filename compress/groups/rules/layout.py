@@ -53,13 +53,26 @@ def view(tracer: Tracer, call: Call) -> None:
     """Dimensions split and merged: each block of dimensions with equal products on its own."""
     x, out = call.args[0], call.outputs[0]
     axes = tracer.axes(x)
-    if all(axis is None for axis in axes):
-        return
     sizes = _program_sizes(call, out)
     result: list[Axis] = [None] * out.ndim
-    for before, after in blocks(tuple(x.shape), tuple(out.shape)):
-        _view_block(tracer, (x, axes, before), (out, result, after), sizes)
-    tracer.label(out, result)
+    if any(axis is not None for axis in axes):
+        for before, after in blocks(tuple(x.shape), tuple(out.shape)):
+            _view_block(tracer, (x, axes, before), (out, result, after), sizes)
+        tracer.label(out, result)
+    for axis, size in zip(result, sizes, strict=True):
+        if axis is None and size > 1:
+            _stays(tracer, size)
+
+
+def _stays(tracer: Tracer, size: int) -> None:
+    """Note that a size in the program is that of a dimension which cannot be cut."""
+    if not isinstance(size, Count):
+        return
+    if isinstance(size.origin, Attribute):
+        use = tracer.use_attribute(size, np.zeros(size, np.int32))
+        tracer.ledger.uses.extend([use] if use else [])
+    elif size.origin is not None:
+        tracer.freeze(size.origin.labels, "a view of fixed channels has their number")
 
 
 def _program_sizes(call: Call, out: Tensor) -> Sequence[int]:

@@ -56,7 +56,7 @@ class Histogram:
         """Return centres and counts of the bins that hold values, in rising order.
 
         Args:
-            count: Join bins until there are at most so many; all of them if absent.
+            count: Join neighbours into at most so many of one width; all bins if absent.
         """
         filled = np.flatnonzero(self.counts)
         counts = self.counts[filled].astype(np.float64)
@@ -65,7 +65,8 @@ class Histogram:
         centers = np.clip((steps + 0.5 * np.sign(steps)) * width, self.low, self.high)
         if count is None or len(filled) <= count:
             return centers, counts
-        edges = np.linspace(0, len(filled), count + 1).astype(np.int64)[:-1]
+        coarse = (filled - filled[0]) // -(-(filled[-1] - filled[0] + 1) // count)
+        edges = np.flatnonzero(np.diff(coarse, prepend=-1))
         joined = np.add.reduceat(counts, edges)
         return np.add.reduceat(centers * counts, edges) / joined, joined
 

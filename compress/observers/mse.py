@@ -19,8 +19,8 @@ Error = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # of each share, (
 class Mse:
     """Weigh the error of clipping against that of rounding: least mean squared error.
 
-    The ends are searched one after the other on a grid that is refined around the best, with the
-    rounding of scale and zero point that the runtime does.
+    Both ends are searched together, then one after the other, on a grid that is refined around the
+    best, with the rounding of scale and zero point that the runtime does.
 
     Args:
         smallest: The least share of the range seen that is tried, in (0, 1).
@@ -48,14 +48,13 @@ class Mse:
             largest = max(-low, high)
             shares = self._search(lambda s: symmetric_error(centers, counts, largest * s))
             return -largest * shares, largest * shares
-        share_low, share_high = 1.0, 1.0
-        for _ in range(2 if low < 0 < high else 1):
-            if high > 0:
-                bottom = low * share_low
-                share_high = self._search(partial(_high_error, centers, counts, bottom, high))
-            if low < 0:
-                top = high * share_high
-                share_low = self._search(partial(_low_error, centers, counts, low, top))
+        both = self._search(partial(_share_error, centers, counts, low, high))
+        share_low, share_high = both, both
+        for _ in range(3 if low < 0 < high else 0):
+            bottom = low * share_low
+            share_high = self._search(partial(_high_error, centers, counts, bottom, high))
+            top = high * share_high
+            share_low = self._search(partial(_low_error, centers, counts, low, top))
         return low * share_low, high * share_high
 
     def _search(self, error: Error) -> float:
@@ -87,6 +86,16 @@ def affine_error(
     zero = np.rint(-low[:, None] / scale)
     back = (np.clip(np.rint(centers / scale) + zero, 0, 255) - zero) * scale
     return np.asarray(((back - centers) ** 2) @ counts)
+
+
+def _share_error(
+    centers: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    low: float,
+    high: float,
+    shares: NDArray[np.float64],
+) -> NDArray[np.float64]:
+    return affine_error(centers, counts, low * shares, high * shares)
 
 
 def _high_error(

@@ -151,8 +151,9 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 fix="Export the network again with a newer opset",
             ) from None
     try:
+        model = onnx.shape_inference.infer_shapes(model)  # some exporters leave outputs without
         onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise QuantizationError(f"it is not valid ONNX: {error}", where=where) from None
     model.ir_version = max(model.ir_version, 8)
     return model

@@ -38,6 +38,8 @@ def equalize(prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float) ->
     """
     graph = Graph(prepared)
     found = [(a, b, bound) for a in graph.nodes for b, bound in _reader(graph, a, plan)]
+    if not found:
+        return plan
     tensors = [producer_end(graph, a) for a, _, _ in found]
     largest = _largest(prepared, feed, tensors)
     steps = []

@@ -1,0 +1,190 @@
+"""Corrections do what they claim, and auto never makes it worse."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from int8_graphs import GRAPHS, Sketch, images, residual, run
+from onnx import ModelProto
+
+from compress.qdq import QuantPlan, prepare, write_qdq
+from compress.qdq.graph import Graph
+from compress.qdq.rewrite import apply_corrections
+from compress.quantize import calibrate, make_plan, quantize_onnx
+from compress.quantize.activations import activation_of
+from compress.quantize.bias import correct_biases, find_shift, float_means
+from compress.quantize.equalize import equalize
+from compress.quantize.fidelity import answers, sqnr_db
+from compress.quantize.images import Images
+from compress.quantize.methods import METHODS, Workbench, plan_by
+from compress.quantize.rounding import _patches, fit_codes, improve_rounding
+from compress.quantize.sequence import channel_means, layers
+from compress.quantize.weights import best_scales
+
+
+def bench_of(model, target="onnxruntime", count=32):
+    prepared = prepare(model)
+    calibration = Images(Graph(prepared), [images(model, count)])
+    statistics = calibrate(prepared, calibration, targets=[target])
+    return Workbench(prepared, calibration, statistics, target, None, {})
+
+
+@pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "two_inputs"])
+def test_running_layer_by_layer_equals_running_the_whole(name):
+    model = GRAPHS[name]()
+    plan = make_plan(calibrate(model, [images(model)]), target="tensorrt")
+    written = write_qdq(model, plan)
+    feed = images(model, 4)
+    graph = Graph(written)
+    names = [
+        n.name for n in graph.nodes if n.op_type == "Conv" and not graph.is_constant(n.input[1])
+    ]
+    probe = ModelProto()
+    probe.CopyFrom(written)
+    for layer in names:
+        probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(layer))
+    wanted = dict(zip(names, run(probe, feed, plain=True, names=names), strict=True))
+    for layer in layers(written, feed, names):
+        np.testing.assert_allclose(layer.run(), wanted[layer.node.name], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "squeeze_excite"])
+def test_corrected_biases_restore_the_means_behind_the_activation(name):
+    model = prepare(GRAPHS[name]())
+    feed = images(model, 16)
+    plan = make_plan(calibrate(model, [feed]), target="tensorrt", observer="percentile")
+    coarse = {  # a poor plan, so that there is something to correct
+        n: type(r)(r.low * 0.4, r.high * 0.4, r.limit * 0.4) for n, r in plan.activations.items()
+    }
+    plan = plan.changed(activations=coarse)
+    graph = Graph(model)
+    nodes = [n for n in graph.nodes if n.op_type == "Conv" and n.name not in ("reduce", "excite")]
+    tensors = [activation_of(graph, node).output for node in nodes]
+    wanted = float_means(model, feed, tensors)
+
+    def distance(found: QuantPlan) -> float:
+        means = float_means(write_qdq(model, found), feed, tensors)
+        return max(np.abs(means[t] - wanted[t]).max() for t in tensors)
+
+    assert distance(correct_biases(model, plan, feed)) < 0.5 * distance(plan)
+
+
+def test_shift_of_a_clipped_channel_is_matched_after_the_clip():
+    s = Sketch((3, 8, 8))
+    x = s.relu6(s.conv("input", "c", 3, 4))
+    s.head(x, 4)
+    graph = Graph(prepare(s.model()))
+    activation = activation_of(graph, next(n for n in graph.nodes if n.name == "c"))
+    output = np.random.default_rng(0).normal(0.5, 2.0, (8, 4, 8, 8)).astype(np.float32)
+    wanted = channel_means(activation.value(output + 0.2))
+    np.testing.assert_allclose(find_shift(output, activation, wanted), 0.2, atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "dead_channels"])
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_equalized_graph_computes_the_same(name, alpha):
+    model = prepare(GRAPHS[name]())
+    feed = images(model, 8)
+    plan = equalize(model, QuantPlan("onnxruntime"), feed, alpha)
+    assert plan.equalization
+    rescaled = ModelProto()
+    rescaled.CopyFrom(model)
+    apply_corrections(rescaled, plan)
+    assert any(np.ptp(step.factors) > 0.05 for step in plan.equalization)
+    np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_weight_scales_are_the_best_of_their_grid():
+    rows = np.random.default_rng(0).standard_normal((20, 9)).astype(np.float32)
+    rows[0] = 0
+    rows[1] = np.array([16, -3, 2, 0, 5, 9, -16, 1, 7], np.float32) * 0.1  # on a grid of 16
+    found = best_scales(rows)
+
+    def error(row, scale):
+        return np.square(np.rint(row / scale) * scale - row).sum()
+
+    for row, scale in zip(rows[1:], found[1:], strict=True):
+        brute = min(error(row, np.abs(row).max() / m) for m in range(16, 128))
+        assert error(row, scale) == pytest.approx(brute, rel=1e-3, abs=1e-9)
+    assert found[0] > 0 and error(rows[1], found[1]) < 1e-9
+
+
+def test_fitted_integers_answer_better_than_nearest_ones():
+    random = np.random.default_rng(0)
+    mix = random.standard_normal((12, 12))
+    x = random.standard_normal((1, 600, 12)) @ mix
+    weight = random.standard_normal((1, 5, 12))
+    noisy = x + 0.05 * random.standard_normal(x.shape)
+    codes, scales = fit_codes(noisy, x @ weight[0].T, weight)
+    plain = np.abs(weight).max(2) / 127
+    nearest = np.rint(weight / plain[..., None]) * plain[..., None]
+    errors = [
+        np.square(noisy[0] @ w[0].T - x[0] @ weight[0].T).mean()
+        for w in (codes * scales[..., None], nearest)
+    ]
+    assert errors[0] < errors[1]
+
+
+@pytest.mark.parametrize(("group", "stride", "dilation"), [(1, 1, 1), (8, 2, 1), (2, 1, 2)])
+def test_patches_times_weights_is_the_convolution(group, stride, dilation):
+    s = Sketch((8, 9, 9))
+    s.conv("input", "logits", 8, 8, group=group, strides=[stride] * 2, dilations=[dilation] * 2)
+    model = s.model()
+    feed = images(model, 2)
+    output = run(model, feed)[0]
+    node = model.graph.node[0]
+    weight, bias = (onnx.numpy_helper.to_array(t) for t in model.graph.initializer)
+    at = tuple(np.array(index) for index in ([0, 1, 1], [0, 2, 1], [3, 0, 2]))
+    seen = _patches(node, weight.shape, feed["input"], at)  # (G, P, K)
+    rows = weight.reshape(group, 8 // group, -1)
+    found = np.einsum("gpk,gok->pgo", seen, rows).reshape(3, 8) + bias
+    np.testing.assert_allclose(found, output[at[0], :, at[1], at[2]], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise"])
+def test_rounding_keeps_answers_close(name):
+    bench = bench_of(GRAPHS[name](), "tensorrt")
+    plan = improve_rounding(bench.prepared, bench.ranges(), bench.fitted)
+    assert all(w.codes for w in plan.weights.values()) and plan.weights
+    assert bench.fidelity_db(plan) > 20
+    assert QuantPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])
+@pytest.mark.parametrize("name", ["depthwise", "two_inputs"])
+def test_auto_is_at_least_as_close_as_ranges_alone_and_says_what_it_kept(name, target):
+    bench = bench_of(GRAPHS[name](), target)
+    plan = plan_by("auto", bench)
+    assert bench.fidelity_db(plan) >= bench.fidelity_db(bench.ranges()) - 1e-3
+    assert plan.method == "auto" and plan.notes[0].startswith("mse ranges:")
+    assert all(note.endswith(("kept", "not kept")) for note in plan.notes[1:])
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "nncf")])
+def test_every_method_writes_a_good_file(method, tmp_path):
+    model = residual()
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    feed = images(model, 24)["input"]
+    plan = quantize_onnx(tmp_path / "m.onnx", [feed], tmp_path / "q.onnx", method=method)
+    held_out = images(model, 16, seed=9)
+    written = onnx.load(str(tmp_path / "q.onnx"))
+    assert plan.method == method
+    reference = run(model, held_out)
+    assert sqnr_db(reference, answers(written, held_out, target="onnxruntime")) > 25
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_nncf_leaves_through_our_writer():
+    bench = bench_of(residual(), "tensorrt")
+    plan = plan_by("nncf", bench)
+    assert {r.observer for r in plan.activations.values()} >= {"nncf"}
+    assert bench.fidelity_db(plan) > 20
+
+
+def test_importing_nncf_does_not_report_to_anybody():
+    from compress.quantize import nncf_ranges
+
+    source = nncf_ranges.import_nncf.__code__
+    assert "NNCF_CI" in source.co_consts

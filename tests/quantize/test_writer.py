@@ -1,0 +1,255 @@
+"""Q/DQ graphs: exact in plain arithmetic, fused by the runtime they are for, valid ONNX."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import onnx
+import pytest
+from int8_graphs import GRAPHS, images, residual, run
+
+from compress.errors import QuantizationError, UnknownNameError
+from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
+from compress.qdq.graph import Graph
+from compress.qdq.plan import TARGETS, ActivationRange
+from compress.quantize import calibrate, make_plan
+from compress.quantize.fidelity import sqnr_db
+
+CASES = [(name, target) for name in GRAPHS for target in TARGETS]
+
+
+def plan_of(model, target, observer="mse"):
+    return make_plan(calibrate(model, [images(model)]), target=target, observer=observer)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_prepared_graph_computes_the_same(name):
+    model = GRAPHS[name]()
+    feed = images(model, 4)
+    for want, got in zip(run(model, feed), run(prepare(model), feed), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_preparing_twice_changes_nothing(name):
+    once = prepare(GRAPHS[name]())
+    assert prepare(once).SerializeToString(deterministic=True) == once.SerializeToString(
+        deterministic=True
+    )
+
+
+def test_every_batchnorm_behind_a_weighted_layer_is_folded():
+    kinds = {node.op_type for node in prepare(GRAPHS["folded"]()).graph.node}
+    assert "BatchNormalization" not in kinds and "ReduceMean" not in kinds
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_int8_answers_are_close_to_float(name, target):
+    model = GRAPHS[name]()
+    written = write_qdq(model, plan_of(model, target))
+    feed = images(model, 8, seed=5)
+    assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 22
+
+
+@pytest.mark.parametrize(("name", "target"), CASES)
+def test_written_graph_is_valid_and_keeps_its_batch_free(name, target):
+    model = GRAPHS[name]()
+    written = write_qdq(model, plan_of(model, target))
+    onnx.checker.check_model(written, full_check=True)
+    for count in (1, 3):
+        assert run(written, images(model, count))[0].shape == (count, 10)
+    scales = [
+        graph_value
+        for graph_value in (
+            Graph(written).constant(node.input[1])
+            for node in written.graph.node
+            if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+        )
+        if graph_value is not None
+    ]
+    assert all((scale > 0).all() and np.isfinite(scale).all() for scale in scales)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_written_graph_equals_its_arithmetic_in_numpy(name, target):
+    """Every weighted layer, recomputed from integers: (codes - zero) * scale, summed in float64."""
+    model = GRAPHS[name]()
+    written = write_qdq(model, plan_of(model, target))
+    graph = Graph(written)
+    feed = images(model, 3)
+    layers = [n for n in written.graph.node if n.op_type in ("Conv", "Gemm")]
+    quantized = [(graph.producer[n.input[0]], n) for n in layers]
+    names = [name for dq, n in quantized for name in (dq.input[0], n.output[0])]
+    probe = onnx.ModelProto()
+    probe.CopyFrom(written)
+    for tensor in dict.fromkeys(names):
+        if tensor not in graph.outputs:
+            probe.graph.output.append(onnx.helper.make_empty_tensor_value_info(tensor))
+    names = list(dict.fromkeys(names))
+    values = dict(zip(names, run(probe, feed, plain=True, names=names), strict=True))
+    for dequantize, node in quantized:
+        x = integers_to_real(graph, dequantize, values[dequantize.input[0]])
+        w = constant_real(graph, node.input[1])
+        b = constant_real(graph, node.input[2])
+        want = convolve(node, x, w, b) if node.op_type == "Conv" else x @ w.T + b
+        np.testing.assert_allclose(values[node.output[0]], want, rtol=1e-4, atol=1e-4)
+
+
+def integers_to_real(graph, dequantize, codes):
+    scale, zero = (graph.constant(name) for name in dequantize.input[1:3])
+    axis = next((a.i for a in dequantize.attribute if a.name == "axis"), 1)
+    if scale.ndim:
+        shape = [1] * codes.ndim
+        shape[axis] = -1
+        scale, zero = scale.reshape(shape), zero.reshape(shape)
+    return (codes.astype(np.float64) - zero.astype(np.float64)) * scale
+
+
+def constant_real(graph, name):
+    if graph.is_constant(name):
+        return graph.constant(name).astype(np.float64)
+    dequantize = graph.producer[name]
+    return integers_to_real(graph, dequantize, graph.constant(dequantize.input[0]))
+
+
+def convolve(node, x, w, b):
+    import torch
+
+    options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    pads = options.get("pads", [0] * 4)
+    result = torch.nn.functional.conv2d(
+        torch.from_numpy(np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))),
+        torch.from_numpy(w.copy()),
+        torch.from_numpy(b.copy()),
+        stride=options.get("strides", [1, 1]),
+        groups=options.get("group", 1),
+    )
+    return result.numpy()
+
+
+@pytest.mark.parametrize("name", [n for n in GRAPHS if n != "folded"])
+def test_onnxruntime_fuses_every_convolution(name, tmp_path):
+    import onnxruntime as ort
+
+    model = GRAPHS[name]()
+    written = write_qdq(model, plan_of(model, "onnxruntime"))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(written.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    optimized = onnx.load(str(tmp_path / "optimized.onnx"))
+    kinds = collections.Counter(node.op_type for node in optimized.graph.node)
+    wanted = sum(node.op_type == "Conv" for node in written.graph.node)
+    assert kinds["QLinearConv"] == wanted and "Conv" not in kinds and "FusedConv" not in kinds
+    floats = {"Add", "Concat", "Gemm", "Mul", "Relu", "Clip"} & set(kinds)
+    assert floats == ({"Mul"} if name == "squeeze_excite" else set())  # hard-swish has no kernel
+
+
+def test_uint8_for_onnxruntime_and_symmetric_int8_for_tensorrt():
+    model = residual()
+    for target, kind in (("onnxruntime", np.uint8), ("openvino", np.uint8), ("tensorrt", np.int8)):
+        graph = Graph(write_qdq(model, plan_of(model, target)))
+        zeros = [graph.constant(n.input[2]) for n in graph.nodes if n.op_type == "QuantizeLinear"]
+        assert {zero.dtype for zero in zeros} == {np.dtype(kind)}
+        if target == "tensorrt":
+            assert all(not zero.any() for zero in zeros)
+
+
+def test_tensorrt_keeps_biases_in_float_and_one_q_per_tensor():
+    for name, build in GRAPHS.items():
+        graph = Graph(write_qdq(build(), plan_of(build(), "tensorrt")))
+        quantized = [n.input[0] for n in graph.nodes if n.op_type == "QuantizeLinear"]
+        assert len(quantized) == len(set(quantized)), name
+        for node in graph.nodes:
+            if node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
+                assert graph.is_constant(node.input[2]), name
+            if node.op_type == "DequantizeLinear" and graph.is_constant(node.input[0]):
+                assert np.abs(graph.constant(node.input[0]).astype(int)).max() <= 127
+
+
+def test_tensorrt_quantizes_the_identity_side_of_a_residual_add():
+    graph = Graph(write_qdq(residual(), plan_of(residual(), "tensorrt")))
+    nodes = {node.name: node for node in graph.nodes}
+    assert [graph.producer[i].op_type for i in nodes["add"].input] == ["Conv", "DequantizeLinear"]
+    # both sides of the second are convolutions: the shortcut is the identity
+    sides = [graph.producer[i] for i in nodes["add2"].input]
+    assert sides[0].name == "c4" and sides[1].op_type == "DequantizeLinear"
+    assert nodes["add"].input[1] == nodes["c1"].input[0]  # one pair for both readers
+
+
+def test_tensorrt_leaves_squeeze_excite_and_pooling_in_float():
+    graph = Graph(
+        write_qdq(GRAPHS["squeeze_excite"](), plan_of(GRAPHS["squeeze_excite"](), "tensorrt"))
+    )
+    nodes = {node.name: node for node in graph.nodes}
+    for name in ("reduce", "excite"):
+        assert graph.is_constant(nodes[name].input[1])
+    assert graph.producer[nodes["squeeze"].input[0]].op_type == "Mul"
+    assert not graph.is_constant(nodes["project"].input[1])
+
+
+def test_a_nearly_dead_channel_does_not_overflow_the_bias():
+    model = GRAPHS["dead_channels"]()
+    graph = Graph(write_qdq(model, plan_of(model, "onnxruntime")))
+    node = next(n for n in graph.nodes if n.name == "c3")
+    dequantize = graph.producer[node.input[2]]
+    bias = graph.constant("c3_b") if graph.is_constant("c3_b") else None
+    original = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}["c3_b"]
+    assert bias is None
+    np.testing.assert_allclose(
+        integers_to_real(graph, dequantize, graph.constant(dequantize.input[0])),
+        original,
+        atol=2e-3,
+    )
+
+
+def test_a_node_kept_float_reads_and_keeps_its_float_weight():
+    plan = plan_of(residual(), "onnxruntime").keep_float(["c3"], "asked for")
+    graph = Graph(write_qdq(residual(), plan))
+    node = next(n for n in graph.nodes if n.name == "c3")
+    assert graph.is_constant(node.input[1])
+
+
+def test_stored_integers_are_written():
+    model = residual()
+    from compress.qdq.plan import pack_codes, unpack_codes
+
+    codes = np.arange(8 * 8 * 9).reshape(8, 8, 3, 3) % 5
+    plan = plan_of(model, "tensorrt")
+    packed = pack_codes(codes.astype(np.int8))
+    plan = plan.changed(weights={"c1_w": WeightScales(0, (0.5,) * 8, packed)})
+    graph = Graph(write_qdq(model, plan))
+    node = next(n for n in graph.nodes if n.name == "c1")
+    np.testing.assert_array_equal(constant_real(graph, node.input[1]), codes * 0.5)
+    np.testing.assert_array_equal(unpack_codes(packed, codes.shape), codes)
+
+
+def test_plan_round_trip_and_replay(tmp_path):
+    model = residual()
+    plan = plan_of(model, "onnxruntime").keep_float(["c4"], "too sensitive")
+    plan = plan.changed(biases={"c1": (0.5,) * 8}, notes=("a", "b"))
+    plan.save(tmp_path / "plan.json")
+    again = QuantPlan.load(tmp_path / "plan.json")
+    assert again == plan
+    assert write_qdq(model, again).SerializeToString(deterministic=True) == write_qdq(
+        model, plan
+    ).SerializeToString(deterministic=True)
+
+
+def test_mistakes_in_a_plan_are_named(tmp_path):
+    model, plan = residual(), plan_of(residual(), "tensorrt")
+    with pytest.raises(UnknownNameError, match="no such target 'tensorflow'"):
+        QuantPlan("tensorflow")
+    with pytest.raises(QuantizationError, match="no range for tensor"):
+        write_qdq(model, plan.changed(activations={"x": ActivationRange(0, 1, 1)}))
+    with pytest.raises(QuantizationError, match="node 'c99', which is not in the graph"):
+        write_qdq(model, plan.changed(biases={"c99": (0.0,)}))
+    with pytest.raises(QuantizationError, match="3 scales along axis 0"):
+        write_qdq(model, plan.changed(weights={"c1_w": WeightScales(0, (1.0,) * 3)}))
+    with pytest.raises(QuantizationError, match="is no quantization plan"):
+        QuantPlan.from_json({"version": 1, "activations": 3})
+    (tmp_path / "plan.json").write_text('{"version": 9}')
+    with pytest.raises(QuantizationError, match=r"plan\.json.*version 9"):
+        QuantPlan.load(tmp_path / "plan.json")

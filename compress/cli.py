@@ -348,8 +348,11 @@ def main() -> None:
         error.show()
         code = USER_ERROR
     except (KeyboardInterrupt, typer.Abort):
-        sys.stderr.write("compress: interrupted; the same command continues where it stopped\n")
         code = INTERRUPTED
+    except SystemExit as ended:  # what typer makes of Ctrl-C
+        code = ended.code
+    if code == INTERRUPTED:
+        sys.stderr.write("compress: interrupted; the same command continues where it stopped\n")
     sys.exit(code if isinstance(code, int) else 0)
 
 

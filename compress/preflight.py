@@ -9,6 +9,7 @@ from pathlib import Path
 from compress import constructors, models, plugins
 from compress.data import load_data
 from compress.errors import CompressError, MissingPackageError, RecipeError
+from compress.packages import is_installed
 from compress.runtimes import unavailable
 from compress.settings import Recipe, Target
 from compress.weights import is_weight_file
@@ -62,8 +63,8 @@ def _check_model(reference: str) -> None:
 
 
 def _check_target(target: Target) -> None:
-    try:
-        unavailable(target.runtime)
-    except MissingPackageError:
-        if not target.when_installed:
-            raise
+    """Check that the runtime is installed; a runtime and its package are called alike."""
+    package = target.runtime.replace("-", "_")
+    if target.when_installed or target.runtime == "pytorch" or is_installed(package):
+        return
+    raise MissingPackageError(unavailable(target.runtime) or f"{package} is not installed")

@@ -1,0 +1,271 @@
+"""The command line: exit codes, messages, and that wrong input writes nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from compress import cli
+
+RECIPE = {
+    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "data": {"name": "digits", "calibration": 16},
+    "stages": [{"train": {"epochs": 1, "precision": "fp32"}}],
+    "targets": [{"runtime": "onnxruntime", "precision": "fp32"}],
+    "measure": {"rounds": 3, "round_ms": 5, "test_images": 32},
+}
+
+
+@pytest.fixture
+def compress(monkeypatch, capsys):
+    """Call the command line in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def written(**changes):
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(RECIPE | changes))
+        return path
+
+    return written
+
+
+@pytest.mark.slow
+def test_help_answers_in_half_a_second():
+    import time
+
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "compress", "--help"], check=True, stdout=subprocess.PIPE)
+    assert time.perf_counter() - start < 0.5
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['compress', '--help']\n"
+        "from compress.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print([m for m in ('torch', 'numpy', 'onnx', 'pydantic', 'rich') if m in sys.modules],"
+        " file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert "quantize" in done.stdout
+
+
+def test_an_unknown_command_is_a_user_error(compress):
+    code, out, err = compress("squeeze")
+    assert (code, out) == (2, "")
+    assert "No such command 'squeeze'" in err
+
+
+def test_a_dry_run_prints_the_resolved_recipe_and_writes_nothing(compress, recipe, tmp_path):
+    path = recipe()
+    code, out, _ = compress("run", path, "--dry-run", "--set", "seed=7")
+    assert code == 0
+    resolved = yaml.safe_load(out)
+    assert resolved["seed"] == 7
+    assert resolved["stages"][0]["train"]["momentum"] == 0.9
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_check_lists_the_problems_of_all_recipes(compress, recipe, tmp_path):
+    good = recipe()
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump(RECIPE | {"model": {"name": "torchvision:resnet81"}, "sed": 1}))
+    worse = tmp_path / "worse.yaml"
+    worse.write_text(
+        yaml.safe_dump(
+            RECIPE
+            | {
+                "model": {"name": "none.py:net", "weights": "none.pth"},
+                "data": {"name": "npz", "root": "/none"},
+            }
+        )
+    )
+    code, out, err = compress("check", good)
+    assert (code, out) == (0, f"{good}: can be run\n")
+    code, out, err = compress("check", good, bad, worse)
+    assert (code, out) == (2, "")
+    assert f"{bad}: sed: no such key. Did you mean 'seed'?" in err
+    assert f"{worse}: model.name: none.py: no such file." in err
+    assert f"{worse}: model.weights: no such file 'none.pth'." in err
+    assert f"{worse}: data: /none: no such file or folder." in err
+
+
+@pytest.mark.parametrize("kind", ["criteria", "losses", "observers", "runtimes", "data"])
+def test_list_names_every_plugin_with_its_first_line(compress, kind):
+    from compress import plugins
+
+    code, out, _ = compress("list", kind)
+    assert code == 0
+    for name in plugins.names(kind):
+        assert f" {name} " in out
+        assert plugins.documentation(kind, name).split("\n")[0][:40] in out
+
+
+def test_show_prints_documentation_and_options(compress):
+    code, out, _ = compress("show", "data/npz")
+    assert code == 0
+    assert "Arrays in a NumPy archive" in out
+    assert "root: required" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["list", "critera"], "no such kind of plug-in 'critera'. Did you mean 'criteria'?"),
+        (["show", "criteria/l7"], "no such criterion 'l7'. Did you mean"),
+        (["show", "l1"], "no such kind of plug-in 'l1'"),
+        (["run", "none.yaml"], "none.yaml: the recipe cannot be read: No such file"),
+        (["check", "none.yaml"], "none.yaml: the recipe cannot be read"),
+        (["sensitivity", "x", "--data", "digits"], "Expected one of --prune and --quantize"),
+        (["export", "compress.networks:resnet8", "--out", "x", "--input-size", "3,32"], "3 whole"),
+        (["lint", "none.onnx", "--target", "tensorrt"], "none.onnx"),
+        (["lint", "x.onnx", "--target", "tensorrt", "--out", "y"], "x.onnx"),
+        (["report", "/none"], "/none: there is no such folder"),
+        (["verify", "/none"], "/none"),
+        (["build", "none.onnx", "--runtime", "onnxruntime", "--out", "x.onnx"], "none.onnx"),
+        (["build", "none.onnx", "--runtime", "onnx", "--out", "x"], "no such runtime 'onnx'"),
+        (["bench", "none.onnx"], "none.onnx"),
+        (["compare", "none.onnx", "other.onnx", "--data", "digits"], "none.onnx"),
+        (["prune", "compress.networks:resnet8", "--data", "digit"], "no such kind of data 'digit'"),
+        (["prune", "torchvision:resnet81", "--data", "digits"], "no such torchvision network"),
+        (["quantize", "none.onnx", "--data", "digits"], "none.onnx: no such file"),
+        (
+            ["prune", "compress.networks:resnet8", "--data", "digits", "--keep-macs", "1.5"],
+            "stages[0].prune.keep_macs: 1.5: Input should be less than or equal to 1",
+        ),
+        (
+            ["prune", "a.b:c", "--data", "digits", "--teacher", "a.b:c"],
+            "a teacher without training. Say how long: --epochs N",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_input_is_one_message_and_exit_code_2(
+    compress, monkeypatch, tmp_path, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = compress(*arguments)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+    leftovers = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in leftovers if path.name != "run.json"] == []
+
+
+def test_classes_that_do_not_match_are_refused_before_any_work(compress, recipe, tmp_path):
+    path = recipe(model=RECIPE["model"] | {"num_classes": 7})
+    code, _, err = compress("run", path, "--out", tmp_path / "run")
+    assert code == 2
+    assert "stage 00-train" in err
+    assert "output has shape (1, 7) and the data has 10 classes" in err
+    assert not list((tmp_path / "run").rglob("*.onnx"))
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(compress, recipe, tmp_path):
+    import os
+
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'hacked'}",)
+
+    torch.save({"state_dict": {}, "extra": Payload()}, tmp_path / "evil.pth")
+    code, _, err = compress(
+        "run", recipe(), "--set", f"model.weights={tmp_path / 'evil.pth'}", "--out", tmp_path / "r"
+    )
+    assert code == 2
+    assert "refused: it is not plain tensors" in err
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_runtime_that_is_not_installed_names_its_extra(compress, recipe, monkeypatch):
+    from compress import preflight
+    from compress.runtimes import _trt
+
+    for module in (preflight, _trt):
+        monkeypatch.setattr(module, "is_installed", lambda name: name != "tensorrt")
+    path = recipe(targets=[{"runtime": "tensorrt", "precision": "fp32"}])
+    code, _, err = compress("check", path)
+    assert code == 2
+    assert "targets[0]" in err
+    assert "pip install 'compress[tensorrt]'" in err
+
+
+def test_a_loss_that_is_not_a_number_names_stage_step_and_rate(compress, recipe, tmp_path):
+    path = recipe(stages=[{"train": {"epochs": 3, "lr": 1e30, "precision": "fp32"}}])
+    code, _, err = compress("run", path, "--out", tmp_path / "run")
+    assert code == 2
+    for part in ("stage 00-train", "step", "learning rate"):
+        assert part in err
+
+
+def test_one_verb_leaves_a_run_folder_like_any_other(compress, tmp_path):
+    code, out, _ = compress(
+        "prune",
+        "compress.networks:resnet8",
+        *("--data", "digits", "--keep-macs", "0.5", "--criterion", "l1"),
+        *("--out", tmp_path / "run"),
+        *(
+            "--set",
+            "data.channels=3",
+            "--set",
+            "measure.test_images=16",
+            "--set",
+            "measure.rounds=3",
+        ),
+    )
+    assert code == 0
+    assert "pruned" in out
+    report = (tmp_path / "run" / "report.json").read_text()
+    assert '"schema": 1' in report
+    assert (tmp_path / "run" / "01-prune" / "plan.json").is_file()
+
+
+def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkeypatch, recipe):
+    from compress import commands
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "run", interrupted)
+    code, _, err = compress("run", recipe())
+    assert code == 130
+    assert "the same command continues where it stopped" in err
+
+
+def test_a_lint_that_finds_something_exits_with_1(compress, tmp_path):
+    from compress.export import export_onnx
+    from compress.networks import resnet8
+    from compress.quantize import quantize_onnx
+
+    export_onnx(resnet8(), torch.zeros(1, 3, 16, 16), tmp_path / "fp32.onnx")
+    images = [np.random.default_rng(0).normal(size=(16, 3, 16, 16)).astype(np.float32)]
+    quantize_onnx(tmp_path / "fp32.onnx", images, tmp_path / "cpu.onnx", method="plain")
+    code, out, _ = compress("lint", tmp_path / "cpu.onnx", "--target", "tensorrt")
+    assert code == 1
+    assert "uint8" in out
+    code, out, _ = compress("lint", tmp_path / "cpu.onnx", "--target", "onnxruntime")
+    assert code == 0
+
+
+def test_the_schema_can_be_written(compress, tmp_path):
+    code, _, _ = compress("schema", "--out", tmp_path / "schema.json")
+    assert code == 0
+    assert (tmp_path / "schema.json").read_text() == Path("recipes/schema.json").read_text()

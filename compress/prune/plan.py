@@ -16,7 +16,7 @@ from compress.errors import PlanError, UsageError
 from compress.groups import Network, trace
 from compress.groups.trace import Example
 from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
-from compress.prune.cost import CostModel, Counts, Quantity
+from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.evidence import Batches
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
@@ -114,10 +114,15 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     found = [normalized(v, way) for v in scores(model, network, scorer, batches, seed)]
     ladders = _ladders(network, found, limits, excluded)
     cost = CostModel(network)
+    measured: dict[str, Any] = {}
     if budget.kind == "latency_ms":
-        from compress.latency_table import counts_for_latency
+        from compress.latency_budget import counts_for_latency
 
-        counts = counts_for_latency(model, example_input, network, ladders, budget.share, runtime)
+        importance = _importance(cost, ladders, way)
+        counts, facts = counts_for_latency(
+            model, example_input, network, ladders, importance, budget.share, runtime
+        )
+        measured = {"latency": facts}
     elif budget.kind == "channels":
         counts = _counts_of_channels(model, network, ladders, budget)
     else:
@@ -133,7 +138,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         "normalize": way,
         "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
         "seed": seed,
-    }
+    } | measured
     return make_plan(_with_excluded(network, excluded), keep, **about)
 
 
@@ -194,6 +199,18 @@ def _ladders(
         at_least = group.size if number in excluded else at_least
         ladders.append(ladder(values, step=step, at_least=at_least))
     return ladders
+
+
+def _importance(cost: CostModel, ladders: list[Ladder], way: Normalize) -> list[Floats]:
+    """Return scores that can be added up over groups, in the order in which units are kept.
+
+    Changes of the loss are. Other scores compare units of like cost: they are weighed by the MACs
+    that a unit costs, as if each multiply-accumulate of equal score mattered alike.
+    """
+    if way == "per_cost":
+        return [one.scores for one in ladders]
+    weights = cost.marginal("macs", cost.sizes) / max(cost.total("macs", cost.sizes), 1)
+    return [one.scores * weight for one, weight in zip(ladders, weights, strict=True)]
 
 
 def _counts_of_channels(

@@ -1,0 +1,396 @@
+"""Prune to milliseconds: a knapsack over groups, corrected by networks that were measured."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress.errors import PlanError
+from compress.export import export_onnx
+from compress.groups import Network
+from compress.groups.trace import Example
+from compress.latency_table import (
+    LatencyTable,
+    LayerShape,
+    kernel_step,
+    open_on,
+    table_for,
+    time_calls,
+)
+from compress.progress import task
+from compress.prune.cost import CostModel, Counts, Floats
+from compress.prune.evidence import evaluating
+from compress.prune.selection import Ladder
+from compress.runtimes import open_session
+from compress.surgery import apply_pruning, make_plan
+
+TOLERANCE = 0.10  # how far the measured latency may be from the promise
+AIM = 0.97  # of the promise: what the plan is made for
+ATTEMPTS = 5
+WHOLE_SECONDS = 0.5  # of timed calls of a whole network
+MOST_LEVELS = 16  # counts of one group that the knapsack looks at
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Whether a pruned network is as fast as it was meant to be."""
+
+    promised_ms: float
+    measured_ms: float
+    runtime: str
+
+    @property
+    def kept(self) -> bool:
+        """Whether the measured latency is at most ``TOLERANCE`` above the promise."""
+        return self.measured_ms <= (1 + TOLERANCE) * self.promised_ms
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the promise as JSON-able data."""
+        return {**self.__dict__, "kept": self.kept}
+
+
+def check_promise(
+    model: nn.Module, example_input: Example, latency_ms: float, runtime: str = "onnxruntime"
+) -> Promise:
+    """Measure ``model`` on ``runtime`` and hold it against the promised latency.
+
+    **Method:** as ``network_ms``; three times, the median counts.
+    """
+    found = sorted(network_ms(model, example_input, runtime) for _ in range(3))
+    return Promise(latency_ms, found[1], runtime)
+
+
+def network_ms(
+    model: nn.Module, example_input: Example, runtime: str, threads: int | None = None
+) -> float:
+    """Return the latency of a network on ``runtime`` for the example input, ms.
+
+    **Method:** exported, loaded, called for ``WHOLE_SECONDS`` in blocks; the smallest block mean,
+    so that what else the machine does in the meantime counts as little as possible.
+    """
+    arrays = _arrays(example_input)
+    if runtime == "pytorch":
+        with open_session(model, runtime, threads=threads) as session:
+            return time_calls(lambda: session.run(*arrays), WHOLE_SECONDS)
+    with tempfile.TemporaryDirectory() as folder:
+        example: Any = tuple(example_input) if isinstance(example_input, list) else example_input
+        path = export_onnx(model, example, Path(folder) / "network.onnx")
+        with open_on(path, runtime, threads) as session:
+            return time_calls(lambda: session.run(*arrays), WHOLE_SECONDS)
+
+
+def _arrays(example_input: Example) -> list[np.ndarray]:
+    if isinstance(example_input, torch.Tensor):
+        tensors: Any = [example_input]
+    else:
+        is_mapping = isinstance(example_input, Mapping)
+        tensors = example_input.values() if is_mapping else example_input  # type: ignore[union-attr]
+    return [tensor.detach().cpu().numpy() for tensor in tensors]
+
+
+def counts_for_latency(
+    model: nn.Module,
+    example_input: Example,
+    network: Network,
+    ladders: Sequence[Ladder],
+    importance: Sequence[Floats],
+    latency_ms: float,
+    runtime: str,
+) -> tuple[Counts, dict[str, Any]]:
+    """Return how many units each group keeps so that the network takes ``latency_ms``.
+
+    The table gives the sum of single layers. What a whole network takes is linear in that sum; the
+    line is fitted to networks that were measured, first the uncut one and the smallest, then the
+    plan itself, which is made again until it is measured to keep the promise.
+
+    Args:
+        model: The network.
+        example_input: An input for one image.
+        network: What ``trace`` returned for it.
+        ladders: The counts each group may keep.
+        importance: Of each group's units in the order in which they are kept, additive over groups.
+        latency_ms: The promise, ms.
+        runtime: Where it is measured.
+
+    Returns:
+        The counts, and what was measured on the way.
+
+    Raises:
+        PlanError: not even the smallest network is fast enough; the message says how fast it is.
+        EngineError: nothing can run on ``runtime`` here.
+    """
+    table = table_for(runtime)
+    layers = LayerTimes(model, example_input, network, table)
+    ladders = [_snapped(one, layers.step(number)) for number, one in enumerate(ladders)]
+    measured: list[tuple[float, float]] = []  # sum over layers, ms of the whole network
+
+    def measure(counts: Counts) -> float:
+        keep = {
+            group.name: one.kept(int(count))
+            for group, one, count in zip(network.groups, ladders, counts, strict=True)
+        }
+        small = apply_pruning(model, make_plan(network, keep))
+        measured.append((layers.total(counts), network_ms(small, example_input, runtime)))
+        return measured[-1][1]
+
+    with task(f"measure on {runtime}") as counter:
+        whole = np.array([one.size for one in ladders], dtype=np.int64)
+        smallest = np.array([one.levels[0] for one in ladders], dtype=np.int64)
+        original_ms = measure(whole)
+        facts: dict[str, Any] = {"original_ms": round(original_ms, 4)}
+        if original_ms <= latency_ms:
+            return whole, facts | {"planned_ms": round(original_ms, 4)}
+        least_ms = measure(smallest)
+        if least_ms > latency_ms:
+            raise PlanError(
+                f"latency_ms = {latency_ms:g} cannot be reached on {runtime}: with every group at "
+                f"its smallest the network takes {least_ms:.3f} ms (uncut {original_ms:.3f} ms)",
+                expected=f"at least {least_ms:.3f} ms",
+                fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
+            )
+        best, best_ms = smallest, least_ms
+        for _ in range(ATTEMPTS):
+            target = _layers_for(AIM * latency_ms, measured)
+            counts = knapsack(ladders, importance, layers.total, layers.changed, target)
+            found = measure(counts)
+            counter.advance(note=f"{found:.3f} ms")
+            if found <= latency_ms and found > best_ms:
+                best, best_ms = counts, found
+            if (1 - TOLERANCE) * latency_ms <= found <= latency_ms:
+                break
+        table.save()
+    return best, facts | {"smallest_ms": round(least_ms, 4), "planned_ms": round(best_ms, 4)}
+
+
+def _layers_for(latency_ms: float, measured: Sequence[tuple[float, float]]) -> float:
+    """Return the sum over layers at which a network takes ``latency_ms``, by the nearest two."""
+    below = max((pair for pair in measured if pair[1] <= latency_ms), key=lambda pair: pair[1],
+                default=min(measured, key=lambda pair: pair[1]))  # fmt: skip
+    above = min((pair for pair in measured if pair[1] > latency_ms), key=lambda pair: pair[1],
+                default=max(measured, key=lambda pair: pair[1]))  # fmt: skip
+    rise = above[1] - below[1]
+    share = (latency_ms - below[1]) / rise if rise > 0 else 0.0
+    return below[0] + share * (above[0] - below[0])
+
+
+def _snapped(one: Ladder, step: int) -> Ladder:
+    """Return a ladder whose counts are multiples of ``step``, and not more than it needs to be."""
+    lowest = int(one.levels[0])
+    levels = one.levels[(one.levels % step == 0) | (one.levels == one.size)]
+    if lowest not in levels and not len(levels[levels < one.size]):
+        levels = np.append(levels, lowest)
+    if len(levels) > MOST_LEVELS:
+        chosen = np.unique(np.linspace(0, len(levels) - 1, MOST_LEVELS).round().astype(int))
+        levels = levels[chosen]
+    return Ladder(np.unique(levels), one.order, one.scores)
+
+
+class LayerTimes:
+    """The sum of the table's latencies over the layers of a network, by the groups' counts.
+
+    Args:
+        model: The network.
+        example_input: An input for one image.
+        network: What ``trace`` returned for it.
+        table: Latencies of single layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, example_input: Example, network: Network, table: LatencyTable
+    ) -> None:
+        self.table = table
+        self._shapes = _layer_shapes(model, example_input)
+        self._network = network
+        self._lengths = CostModel(network)
+        self._widths: dict[str, tuple[dict[int, int], dict[int, int]]] = {}
+        owners: dict[str, dict[int, dict[int, int]]] = {}
+        for number, group in enumerate(network.groups):
+            for piece in group.slices:
+                owners.setdefault(piece.tensor, {}).setdefault(piece.dim, {})
+                owned = owners[piece.tensor][piece.dim]
+                owned[number] = owned.get(number, 0) + piece.index.shape[1]
+        for tensor in self._shapes:
+            dims = owners.get(tensor, {})
+            self._widths[tensor] = (dims.get(0, {}), dims.get(1, {}))
+        self.changed: list[list[str]] = [
+            [
+                t
+                for t, (first, second) in self._widths.items()
+                if number in first or number in second
+            ]
+            for number in range(len(network.groups))
+        ]
+
+    def total(self, counts: Counts, tensors: Sequence[str] | None = None) -> float:
+        """Return the sum over layers, ms; over some of them only if they are named."""
+        return sum(self._ms(t, counts) for t in (self._shapes if tensors is None else tensors))
+
+    def step(self, number: int) -> int:
+        """Return the multiple in which the slowest producer of a group is best cut."""
+        group = self._network.groups[number]
+        producers = [
+            piece.tensor
+            for piece in group.slices
+            if piece.role == "output" and piece.tensor in self._shapes
+        ]
+        if not producers:
+            return 1
+        whole = self._lengths.sizes
+        slowest = max(producers, key=lambda tensor: self._ms(tensor, whole))
+        inputs, outputs = self._channels(slowest, whole)
+        key = (self._shapes[slowest], inputs, outputs)
+        found = _steps.setdefault(id(self.table), {})
+        if key not in found:
+            found[key] = kernel_step(self.table, *key)
+        return max(1, found[key] // max(1, group.width))
+
+    def _ms(self, tensor: str, counts: Counts) -> float:
+        inputs, outputs = self._channels(tensor, counts)
+        whole = self._channels(tensor, self._lengths.sizes)
+        return self.table.ms(self._shapes[tensor], inputs, outputs, whole)
+
+    def _channels(self, tensor: str, counts: Counts) -> tuple[int, int]:
+        """Return the input and output channels of a layer at these counts."""
+        shape = self._network.shapes[tensor]
+        lost = [
+            sum(k * int(self._lengths.sizes[g] - counts[g]) for g, k in owned.items())
+            for owned in self._widths[tensor]
+        ]
+        outputs, inputs = shape[0] - lost[0], shape[1] - lost[1]
+        groups = self._shapes[tensor].groups
+        if groups > 1:  # either whole groups go, or the same channels of every group
+            left = groups if lost[1] else max(1, round(groups * outputs / shape[0]))
+            inputs *= left
+        return inputs, outputs
+
+
+_steps: dict[int, dict[tuple[LayerShape, int, int], int]] = {}
+
+
+def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerShape]:
+    """Return the shape of every convolution and linear layer that runs, by its weight's name."""
+    found: dict[str, LayerShape] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, _output: Any) -> None:
+            found[f"{name}.weight"] = _shape_of(module, inputs[0].shape)
+
+        return hook
+
+    hooks = [
+        module.register_forward_hook(note(name))
+        for name, module in model.named_modules()
+        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        and "weight" in module._parameters
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            if isinstance(example_input, Mapping):
+                model(**example_input)
+            else:
+                is_one = isinstance(example_input, torch.Tensor)
+                model(*((example_input,) if is_one else example_input))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _shape_of(module: Any, size: torch.Size) -> LayerShape:
+    if isinstance(module, nn.Linear):
+        return LayerShape((), (), (), (), (), rows=int(np.prod(size[:-1])))
+    around = module._reversed_padding_repeated_twice  # last dimension first, before and after
+    before, after = around[0::2][::-1], around[1::2][::-1]
+    is_depthwise = module.groups == module.in_channels == module.out_channels
+    return LayerShape(
+        tuple(module.kernel_size),
+        tuple(module.stride),
+        (*before, *after),
+        tuple(module.dilation),
+        tuple(size[2:]),
+        0 if is_depthwise else module.groups,
+    )
+
+
+def knapsack(
+    ladders: Sequence[Ladder],
+    importance: Sequence[Floats],
+    total: Callable[..., float],
+    changed: Sequence[Sequence[Any]],
+    target: float,
+) -> Counts:
+    """Return the counts that keep the most importance while ``total`` is at most ``target``.
+
+    Greedy: again and again the step down one ladder, of any length, that saves the most time per
+    importance lost. Then exchange: steps up that still fit, the most important per time first.
+
+    Args:
+        ladders: The counts each group may keep.
+        importance: Of each group's units in the order in which they are kept, (C,) each.
+        total: (counts, layers) -> ms; over all layers if none are given.
+        changed: For each group, the layers whose time depends on it.
+        target: Largest total, ms; must be reachable.
+    """
+    sums = [np.concatenate(([0.0], np.cumsum(values))) for values in importance]
+    counts = np.array([one.size for one in ladders], dtype=np.int64)
+    now = total(counts)
+    while now > target:
+        best: tuple[float, int, int] | None = None
+        for number, one in enumerate(ladders):
+            for level in one.levels[one.levels < counts[number]]:
+                saved = _difference(counts, number, int(level), total, changed)
+                lost = sums[number][counts[number]] - sums[number][level]
+                if saved > 0 and (best is None or saved / max(lost, 1e-30) > best[0]):
+                    best = (saved / max(lost, 1e-30), number, int(level))
+        if best is None:
+            return np.array([one.levels[0] for one in ladders], dtype=np.int64)
+        counts[best[1]] = best[2]
+        now = total(counts)
+    return _exchanged(ladders, sums, counts, total, changed, target)
+
+
+def _exchanged(
+    ladders: Sequence[Ladder],
+    sums: Sequence[Floats],
+    counts: Counts,
+    total: Callable[..., float],
+    changed: Sequence[Sequence[Any]],
+    target: float,
+) -> Counts:
+    while True:
+        room = target - total(counts)
+        best: tuple[float, int, int] | None = None
+        for number, one in enumerate(ladders):
+            for level in one.levels[one.levels > counts[number]]:
+                spent = -_difference(counts, number, int(level), total, changed)
+                won = sums[number][level] - sums[number][counts[number]]
+                if spent <= room and won > 0:
+                    worth = won / max(spent, 1e-9)
+                    if best is None or worth > best[0]:
+                        best = (worth, number, int(level))
+        if best is None:
+            return counts
+        counts[best[1]] = best[2]
+
+
+def _difference(
+    counts: Counts,
+    number: int,
+    level: int,
+    total: Callable[..., float],
+    changed: Sequence[Sequence[Any]],
+) -> float:
+    """Return the time saved when group ``number`` goes to ``level``."""
+    before = total(counts, changed[number])
+    kept = counts[number]
+    counts[number] = level
+    after = total(counts, changed[number])
+    counts[number] = kept
+    return before - after

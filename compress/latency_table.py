@@ -1,0 +1,292 @@
+"""Latency of single layers on the runtime that will be used: measured, kept on disk, looked up."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from compress import environment, packages
+from compress.artifact import read_json, write_json
+from compress.errors import EngineError, RunError
+from compress.runtimes import Session, build_engine, open_session, unavailable
+
+SMOOTH = 0.10  # a cell whose centre is further than this from interpolation is measured finer
+NOISE_MS = 0.003  # differences below this are never called rough
+SMALLEST_CELL = 4  # channels; finer cells are measured point by point
+SECONDS = 0.03  # of timed calls for one point
+
+Measure = Callable[["LayerShape", int, int], float]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """All of a layer that its latency depends on, but its channels."""
+
+    kernel: tuple[int, ...]  # () for a linear layer
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]  # before and after each dimension, as ONNX writes it
+    dilation: tuple[int, ...]
+    size: tuple[int, ...]  # of the input, without batch and channels
+    groups: int = 1  # 0 = as many as channels
+    rows: int = 1  # of the input of a linear layer
+
+    @property
+    def key(self) -> str:
+        """This shape as a key of a file."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+
+class LatencyTable:
+    """Milliseconds of a layer by its input and output channels, measured where it is asked for.
+
+    The channels of a layer span a plane. It is divided into cells; the corners of a cell that a
+    question falls into are measured, and its centre. Where the centre lies on the plane through the
+    corners to ``SMOOTH``, the cell is interpolated; else it is divided in four. What is measured
+    once is never measured again, in this process or the next.
+
+    Args:
+        measure: Returns the milliseconds of a layer: (shape, inputs, outputs) -> ms.
+        file: Where measurements are kept; None keeps them in memory only.
+    """
+
+    def __init__(self, measure: Measure, file: Path | None = None) -> None:
+        self.measure = measure
+        self._file = file
+        self._known: dict[str, dict[str, float]] = _read(file)
+        self._answers: dict[tuple[LayerShape, int, int], float] = {}
+        self.measured = 0  # points that this table has measured itself
+
+    def ms(self, shape: LayerShape, inputs: int, outputs: int, whole: tuple[int, int]) -> float:
+        """Return the latency of one layer, ms.
+
+        Args:
+            shape: The layer.
+            inputs: Its input channels.
+            outputs: Its output channels.
+            whole: Input and output channels before anything is cut: the far corner of the plane.
+        """
+        question = (shape, inputs, outputs)
+        if question not in self._answers:
+            self._answers[question] = self._looked_up(shape, inputs, outputs, whole)
+        return self._answers[question]
+
+    def save(self) -> None:
+        """Write what was measured to the file, if there is one."""
+        if self._file is not None and self.measured:
+            merged = _read(self._file)
+            for key, points in self._known.items():
+                merged[key] = merged.get(key, {}) | points
+            write_json(self._file, merged)
+
+    def _looked_up(
+        self, shape: LayerShape, inputs: int, outputs: int, whole: tuple[int, int]
+    ) -> float:
+        if shape.groups == 0:  # inputs are outputs: the plane is a line
+            inputs, whole = 1, (1, whole[1])
+        low, high = (1, 1), whole
+        while True:
+            if not _worth_dividing(low, high):
+                return self._point(shape, inputs, outputs)
+            centre = _inside(low, high, 8)
+            if all(self._is_smooth(shape, low, high, at) for at in (centre, _inside(low, high, 5))):
+                return self._between(shape, low, high, (inputs, outputs))
+            low, high = _quarter(low, high, centre, (inputs, outputs))
+
+    def _is_smooth(self, shape: LayerShape, low: Any, high: Any, at: tuple[int, ...]) -> bool:
+        truth = self._point(shape, *at)
+        return abs(truth - self._between(shape, low, high, at)) <= max(SMOOTH * truth, NOISE_MS)
+
+    def _between(self, shape: LayerShape, low: Any, high: Any, at: tuple[int, ...]) -> float:
+        """Return the bilinear interpolation of a cell's corners."""
+        across = [
+            (x - a) / (b - a) if b > a else 0.0 for x, a, b in zip(at, low, high, strict=True)
+        ]
+        total = 0.0
+        for first in (0, 1):
+            for second in (0, 1):
+                weight = (across[0] if first else 1 - across[0]) * (
+                    across[1] if second else 1 - across[1]
+                )
+                if weight:
+                    corner = ((low, high)[first][0], (low, high)[second][1])
+                    total += weight * self._point(shape, *corner)
+        return total
+
+    def _point(self, shape: LayerShape, inputs: int, outputs: int) -> float:
+        points = self._known.setdefault(shape.key, {})
+        place = f"{inputs},{outputs}"
+        if place not in points:
+            points[place] = round(self.measure(shape, inputs, outputs), 6)
+            self.measured += 1
+        return points[place]
+
+
+def _worth_dividing(low: tuple[int, ...], high: tuple[int, ...]) -> bool:
+    return max(b - a for a, b in zip(low, high, strict=True)) > SMALLEST_CELL
+
+
+def _inside(low: tuple[int, ...], high: tuple[int, ...], sixteenths: int) -> tuple[int, ...]:
+    """Return the point of a cell that lies so many sixteenths from its low corner."""
+    return tuple(a + (b - a) * sixteenths // 16 for a, b in zip(low, high, strict=True))
+
+
+def _quarter(
+    low: tuple[int, ...], high: tuple[int, ...], centre: tuple[int, ...], at: tuple[int, ...]
+) -> tuple[Any, Any]:
+    """Return the quarter of a cell that ``at`` lies in."""
+    below = [x <= c for x, c in zip(at, centre, strict=True)]
+    return (
+        tuple(a if b else c for a, b, c in zip(low, below, centre, strict=True)),
+        tuple(c if b else h for h, b, c in zip(high, below, centre, strict=True)),
+    )
+
+
+def _read(file: Path | None) -> dict[str, dict[str, float]]:
+    """Return the points of a file; none if it is absent or damaged, since it is only a cache."""
+    if file is None or not file.exists():
+        return {}
+    try:
+        found = read_json(file)
+    except RunError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@functools.lru_cache(maxsize=8)
+def table_for(runtime: str, threads: int | None = None, cache: Path | None = None) -> LatencyTable:
+    """Return the table of ``runtime`` on this machine, with what earlier runs have measured.
+
+    Its file is named after the runtime, its version, the processor and the threads.
+
+    Raises:
+        EngineError: nothing can run on ``runtime`` here.
+    """
+    reason = unavailable(runtime)
+    if reason is not None:
+        raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="latency_ms")
+    package = {"pytorch": "torch"}.get(runtime, runtime)
+    machine = [runtime, packages.version(package), _processor(), threads]
+    name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
+    folder = cache or cache_folder()
+    measure = functools.partial(measure_layer, runtime=runtime, threads=threads)
+    return LatencyTable(measure, folder / f"{runtime}-{name}.json")
+
+
+def _processor() -> str:
+    return str(environment.describe()["device"].get("cpu", "unknown"))
+
+
+def cache_folder() -> Path:
+    """Return the folder for measurements that outlive a run."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "compress" / "latency"
+
+
+def measure_layer(
+    shape: LayerShape, inputs: int, outputs: int, *, runtime: str, threads: int | None = None
+) -> float:
+    """Return the latency of one layer alone on ``runtime``, ms, for a batch of one.
+
+    **Method:** the layer is written as an ONNX file of its own with random weights, loaded, and
+    called for ``SECONDS`` in blocks of equal length; the number is the smallest block mean. What a
+    call costs by itself is in every number: sums over layers rank networks, and become milliseconds
+    only by comparison with whole networks that were measured.
+    """
+    inputs = outputs if shape.groups == 0 else inputs
+    array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "layer.onnx"
+        onnx.save(layer_graph(shape, inputs, outputs), path)
+        with open_on(path, runtime, threads) as session:
+            return time_calls(functools.partial(session.run, array), SECONDS)
+
+
+def open_on(path: Path, runtime: str, threads: int | None = None) -> Session:
+    """Open an ONNX file on a runtime; runtimes that need an engine get one built beside it."""
+    if runtime.startswith("tensorrt"):
+        path = build_engine(path, path.with_suffix(".engine"), runtime=runtime, batch=1)
+    return open_session(path, runtime, threads=threads)
+
+
+def time_calls(call: Callable[[], object], seconds: float, blocks: int = 5) -> float:
+    """Return the milliseconds of one call: the smallest mean of ``blocks`` blocks."""
+    call()
+    start = time.perf_counter()
+    call()
+    once = max(time.perf_counter() - start, 1e-6)
+    repeats = max(1, math.ceil(seconds / blocks / once))
+    means = []
+    for _ in range(blocks):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        means.append((time.perf_counter() - start) / repeats)
+    return 1e3 * min(means)
+
+
+def layer_graph(shape: LayerShape, inputs: int, outputs: int) -> onnx.ModelProto:
+    """Return an ONNX model that is one convolution or matrix product."""
+    draw = np.random.default_rng(1)
+    if not shape.kernel:
+        weight = draw.standard_normal((inputs, outputs)).astype(np.float32)
+        node = helper.make_node("Gemm", ["input", "weight", "bias"], ["output"])
+    else:
+        groups = outputs if shape.groups == 0 else math.gcd(shape.groups, math.gcd(inputs, outputs))
+        weight = draw.standard_normal((outputs, inputs // groups, *shape.kernel)).astype(np.float32)
+        node = helper.make_node(
+            "Conv",
+            ["input", "weight", "bias"],
+            ["output"],
+            strides=shape.stride,
+            pads=shape.padding,
+            dilations=shape.dilation,
+            group=groups,
+        )
+    bias = np.zeros(outputs, np.float32)
+    rank = len(_input_shape(shape, inputs))
+    graph = helper.make_graph(
+        [node],
+        "layer",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, _input_shape(shape, inputs))],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, [None] * rank)],
+        [numpy_helper.from_array(weight, "weight"), numpy_helper.from_array(bias, "bias")],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def _input_shape(shape: LayerShape, inputs: int) -> tuple[int, ...]:
+    return (1, inputs, *shape.size) if shape.kernel else (shape.rows, inputs)
+
+
+def kernel_step(table: LatencyTable, shape: LayerShape, inputs: int, outputs: int) -> int:
+    """Return the multiple of output channels that the runtime's kernels work in: 16, 8, 4 or 1.
+
+    A step of s shows in that half a step less than a full one buys next to nothing: 56 channels
+    take as long as 64 when kernels work on 16 at a time.
+    """
+    for step in (16, 8, 4):
+        full = outputs // step * step
+        if full < 2 * step:
+            continue
+        less = full - step // 2
+        pairs = [
+            (table.measure(shape, inputs, less), table.measure(shape, inputs, full))
+            for _ in range(3)
+        ]
+        if statistics.median(a / b for a, b in pairs) > 1 - 0.25 * (step / 2) / full:
+            return step
+    return 1

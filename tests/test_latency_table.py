@@ -1,0 +1,269 @@
+"""The table interpolates only what is smooth, the knapsack spends time where it matters most."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+import compress
+from compress import latency_budget, latency_table
+from compress.errors import EngineError, PlanError
+from compress.groups import trace
+from compress.latency_budget import LayerTimes, Promise, counts_for_latency, knapsack
+from compress.latency_table import LatencyTable, LayerShape, kernel_step, layer_graph, time_calls
+from compress.measure import count
+from compress.prune.selection import Ladder, ladder
+
+CONV = LayerShape((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (16, 16))
+
+
+def smooth(_shape: LayerShape, inputs: int, outputs: int) -> float:
+    return 0.01 + 1e-4 * inputs * outputs
+
+
+def stairs(_shape: LayerShape, inputs: int, outputs: int) -> float:
+    return 0.01 + 1e-3 * inputs * math.ceil(outputs / 16)
+
+
+def test_a_smooth_layer_is_interpolated_from_few_points() -> None:
+    table = LatencyTable(smooth)
+    for inputs, outputs in [(64, 128), (33, 77), (5, 128), (64, 9)]:
+        assert table.ms(CONV, inputs, outputs, (64, 128)) == pytest.approx(
+            smooth(CONV, inputs, outputs)
+        )
+    assert table.measured <= 6
+
+
+def test_a_staircase_is_measured_until_it_is_followed() -> None:
+    table = LatencyTable(stairs)
+    for outputs in (128, 120, 113, 112, 100, 97, 96):
+        answer = table.ms(CONV, 64, outputs, (64, 128))
+        assert answer == pytest.approx(stairs(CONV, 64, outputs), rel=0.15)
+    assert table.measured > 6
+
+
+def test_measurements_outlive_the_process(tmp_path: Path) -> None:
+    file = tmp_path / "cache" / "table.json"
+    first = LatencyTable(smooth, file)
+    answer = first.ms(CONV, 20, 30, (64, 64))
+    first.save()
+
+    def refuse(*_: Any) -> float:
+        raise RuntimeError("measured again")
+
+    assert LatencyTable(refuse, file).ms(CONV, 20, 30, (64, 64)) == answer
+
+
+def test_a_damaged_cache_is_measured_anew(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    file.write_text("{broken")
+    table = LatencyTable(smooth, file)
+    assert table.ms(CONV, 20, 30, (64, 64)) == pytest.approx(smooth(CONV, 20, 30))
+    table.save()
+    assert LatencyTable(smooth, file).measured == 0
+
+
+def test_depthwise_layers_lie_on_a_line() -> None:
+    seen = []
+
+    def measure(shape: LayerShape, inputs: int, outputs: int) -> float:
+        seen.append(inputs)
+        return 0.1 * outputs
+
+    shape = LayerShape((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (16, 16), groups=0)
+    assert LatencyTable(measure).ms(shape, 24, 24, (64, 64)) == pytest.approx(2.4)
+    assert set(seen) == {1}
+
+
+@pytest.mark.parametrize(("width", "expected"), [(16, 16), (8, 8), (1, 1)])
+def test_the_step_of_the_kernels_is_found(width: int, expected: int) -> None:
+    def measure(_shape: LayerShape, inputs: int, outputs: int) -> float:
+        return inputs * math.ceil(outputs / width) * width
+
+    assert kernel_step(LatencyTable(measure), CONV, 64, 70) == expected
+
+
+@pytest.mark.parametrize(
+    ("shape", "inputs", "module"),
+    [
+        (LayerShape((3, 3), (2, 2), (1, 1, 1, 1), (1, 1), (9, 9)), 6, nn.Conv2d(6, 8, 3, 2, 1)),
+        (
+            LayerShape((3, 3), (1, 1), (2, 2, 2, 2), (2, 2), (9, 9), 2),
+            6,
+            nn.Conv2d(6, 8, 3, 1, 2, 2, 2),
+        ),
+        (LayerShape((3,), (1,), (0, 0), (1,), (9,), 0), 8, nn.Conv1d(8, 8, 3, groups=8)),
+        (LayerShape((), (), (), (), (), rows=5), 6, nn.Linear(6, 8)),
+    ],
+    ids=["strided", "dilated in groups", "depthwise 1d", "linear"],
+)
+def test_a_layer_is_written_as_torch_runs_it(
+    shape: LayerShape, inputs: int, module: nn.Module
+) -> None:
+    graph = layer_graph(shape, inputs, 8)
+    onnx.checker.check_model(graph, full_check=True)
+    weights = {i.name: torch.tensor(onnx.numpy_helper.to_array(i)) for i in graph.graph.initializer}
+    weight = weights["weight"].T if not shape.kernel else weights["weight"]
+    module.load_state_dict({"weight": weight, "bias": weights["bias"]})
+    size = [d.dim_value for d in graph.graph.input[0].type.tensor_type.shape.dim]
+    x = torch.randn(size)
+    from onnx.reference import ReferenceEvaluator
+
+    (answer,) = ReferenceEvaluator(graph).run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(answer, module(x).detach().numpy(), atol=1e-4)
+
+
+def test_a_call_is_timed_by_its_fastest_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    calls = itertools.count()
+    monkeypatch.setattr(latency_table.time, "perf_counter", lambda: now[0])
+
+    def call() -> None:
+        now[0] += 0.002 if next(calls) % 7 else 0.010  # 2 ms, disturbed now and then
+
+    assert time_calls(call, 0.05) == pytest.approx(2.0, rel=0.7)
+    assert time_calls(call, 0.05) >= 1.99
+
+
+def tiny_case(seed: int) -> tuple[list[Ladder], list[np.ndarray], Any, list[list[int]]]:
+    draw = np.random.default_rng(seed)
+    ladders = [ladder(draw.random(6), step=1, at_least=1) for _ in range(3)]
+    importance = [one.scores for one in ladders]
+    rates = draw.random(3) + 0.1
+
+    def total(counts: np.ndarray, layers: Any = None) -> float:
+        chosen = range(3) if layers is None else layers
+        return float(sum(rates[i] * counts[i] * counts[(i + 1) % 3] for i in chosen))
+
+    return ladders, importance, total, [[g, (g - 1) % 3] for g in range(3)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_knapsack_is_close_to_the_best_there_is(seed: int) -> None:
+    ladders, importance, total, changed = tiny_case(seed)
+    target = 0.5 * total(np.array([6, 6, 6]))
+    counts = knapsack(ladders, importance, total, changed, target)
+    assert total(counts) <= target
+
+    def value(candidate: Any) -> float:
+        return float(sum(v[:c].sum() for v, c in zip(importance, candidate, strict=True)))
+
+    every = itertools.product(range(1, 7), repeat=3)
+    best = max(value(c) for c in every if total(np.array(c)) <= target)
+    assert value(counts) >= 0.93 * best
+
+
+def test_knapsack_steps_over_plateaus() -> None:
+    """Cutting one unit saves nothing, cutting four does: the step must be seen as a whole."""
+    scores = np.array([4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.6])
+    one = ladder(scores, step=1, at_least=1)
+
+    def total(counts: np.ndarray, _layers: Any = None) -> float:
+        return float(math.ceil(counts[0] / 4))
+
+    assert knapsack([one], [one.scores], total, [[0]], 1.0).tolist() == [4]
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 3, padding=1)
+        self.second = nn.Conv2d(32, 32, 3, padding=1, groups=1)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.second(torch.relu(self.first(x))))
+        return self.head(x.mean((2, 3)))
+
+
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+
+
+def test_layer_times_follow_the_channels() -> None:
+    model = Net()
+    network = trace(model, EXAMPLE)
+    seen: list[tuple[int, int]] = []
+
+    def measure(_shape: LayerShape, inputs: int, outputs: int) -> float:
+        return 1e-3 * inputs * outputs
+
+    times = LayerTimes(model, EXAMPLE, network, LatencyTable(measure))
+    counts = np.array([group.size for group in network.groups])
+    assert times.total(counts) == pytest.approx(1e-3 * (3 * 32 + 32 * 32 + 32 * 5))
+    counts[0] = 10
+    assert times.total(counts) == pytest.approx(1e-3 * (3 * 10 + 10 * 32 + 32 * 5))
+    assert not seen
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which a network takes 0.2 ms plus 1 ns for each multiply-accumulate."""
+
+    def measure(shape: LayerShape, inputs: int, outputs: int) -> float:
+        places = int(np.prod(shape.size)) if shape.kernel else 1
+        return 1e-6 * inputs * outputs * places * int(np.prod(shape.kernel or (1,)))
+
+    table = LatencyTable(measure)
+    monkeypatch.setattr(latency_budget, "table_for", lambda runtime: table)
+    monkeypatch.setattr(
+        latency_budget,
+        "network_ms",
+        lambda model, example, runtime: 0.2 + 1e-6 * count(model, example).macs,
+    )
+
+
+@pytest.mark.usefixtures("simulated")
+class TestLatencyBudget:
+    def test_the_promise_is_kept_and_used(self) -> None:
+        plan = compress.plan_pruning(Net(), EXAMPLE, latency_ms=0.5)
+        took = 0.2 + 1e-6 * count(compress.apply_pruning(Net(), plan), EXAMPLE).macs
+        assert 0.4 <= took <= 0.5
+        assert plan.about["latency"]["planned_ms"] == pytest.approx(took, abs=1e-3)
+        assert plan.about["budget"] == {"latency_ms": 0.5, "runtime": "onnxruntime"}
+
+    def test_a_network_that_is_fast_enough_is_left_whole(self) -> None:
+        plan = compress.plan_pruning(Net(), EXAMPLE, latency_ms=50.0)
+        assert plan.macs_after == plan.macs_before
+
+    def test_the_smallest_reachable_latency_is_told(self) -> None:
+        with pytest.raises(PlanError, match=r"latency_ms = 0.1 cannot be reached on onnxruntime.*"
+                                            r"Expected at least 0\.2\d+ ms"):  # fmt: skip
+            compress.plan_pruning(Net(), EXAMPLE, latency_ms=0.1)
+
+
+def test_a_runtime_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_table, "unavailable", lambda runtime: "there is no GPU")
+    latency_table.table_for.cache_clear()
+    with pytest.raises(EngineError, match="nothing can be measured on tensorrt: there is no GPU"):
+        compress.plan_pruning(Net(), EXAMPLE, latency_ms=1.0, runtime="tensorrt")
+
+
+def test_a_promise_holds_up_to_ten_percent() -> None:
+    assert Promise(10.0, 10.9, "onnxruntime").kept
+    assert not Promise(10.0, 11.1, "onnxruntime").kept
+    assert Promise(10.0, 8.0, "onnxruntime").to_json()["kept"]
+
+
+@pytest.mark.slow
+def test_onnxruntime_is_measured_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    latency_table.table_for.cache_clear()
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 128, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(128, 128, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(128, 10),
+    ).eval()  # fmt: skip
+    example = torch.zeros(1, 3, 48, 48)
+    whole = latency_budget.network_ms(model, example, "onnxruntime")
+    plan = compress.plan_pruning(model, example, latency_ms=0.5 * whole)
+    assert 0.3 * whole < plan.about["latency"]["planned_ms"] <= 0.5 * whole
+    assert list((tmp_path / "compress" / "latency").glob("onnxruntime-*.json"))
+    assert counts_for_latency is not None

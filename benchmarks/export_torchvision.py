@@ -1,0 +1,93 @@
+"""Export every torchvision classification CNN and load it in each runtime.
+
+    python benchmarks/export_torchvision.py [--only resnet] [--size 224]
+
+For each network, with random weights and random BatchNorm statistics: seconds to export (with the
+proof against torch), the largest difference of ONNX Runtime and OpenVINO to torch, and the layers
+and warnings of a TensorRT-RTX engine. Written to benchmarks/results/export_torchvision.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torchvision  # noqa: TID253 - this script is about it
+from torch import nn
+
+from compress.export import export_onnx
+from compress.export.proof import difference
+from compress.runtimes import build_engine, build_record, open_session
+
+RESULTS = Path(__file__).parent / "results" / "export_torchvision.json"
+NO_CNN = ("vit_", "swin", "maxvit")
+
+
+def networks() -> list[str]:
+    names = torchvision.models.list_models(module=torchvision.models)
+    return sorted(
+        (name for name in names if not name.startswith(NO_CNN)),
+        key=lambda name: name == "regnet_y_128gf",  # the largest by far comes last
+    )
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    model: nn.Module = torchvision.models.get_model(name, weights=None, **extra)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, 0, 0.1)
+            nn.init.uniform_(module.running_var, 0.8, 1.25)
+            nn.init.uniform_(module.weight, 0.8, 1.25)
+            nn.init.normal_(module.bias, 0, 0.1)
+    return model.eval()
+
+
+def tried(name: str, size: int, folder: Path) -> dict[str, object]:
+    model = network(name)
+    size = 299 if name == "inception_v3" else size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    started = time.perf_counter()
+    path = export_onnx(model, images[:1], folder / f"{name}.onnx")
+    row: dict[str, object] = {"export_s": round(time.perf_counter() - started, 1)}
+    with torch.inference_mode():
+        expected = model(images)
+    for runtime in ("onnxruntime", "openvino"):
+        with open_session(path, runtime) as session:
+            answer = torch.from_numpy(session.run(images.numpy())[0])
+        row[f"{runtime}_difference"] = float(f"{difference([answer], [expected]):.2g}")
+    engine = build_engine(path, folder / f"{name}.engine", runtime="tensorrt-rtx")
+    record = build_record(engine)
+    row |= {"rtx_layers": record["layers"], "rtx_warnings": record["warnings"]}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", default="")
+    parser.add_argument("--skip", default="-")
+    parser.add_argument("--size", type=int, default=224)
+    wanted = parser.parse_args()
+    rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in networks():
+        if not name.startswith(wanted.only) or name == wanted.skip:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                rows[name] = tried(name, wanted.size, Path(folder))
+            except Exception as error:
+                rows[name] = {"error": f"{type(error).__name__}: {error}"}
+        print(name, rows[name], flush=True)
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
+    failed = [name for name, row in rows.items() if "error" in row]
+    print(f"{len(rows) - len(failed)} of {len(rows)} networks; failed: {failed or 'none'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""What this machine has and lacks: packages, GPU, runtimes, and a self-test of all of them."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress import packages, plugins
+from compress.runtimes import build_engine, open_session, unavailable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+FLOAT_TOLERANCE = 1e-2  # relative to the largest logit: tf32 on a GPU, bf16 nowhere
+INT8_TOLERANCE = 0.1
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+OPTIONAL = {  # distribution: (extra, what it enables)
+    "torch": ("", "everything"),
+    "torchvision": ("", "networks and data sets by name"),
+    "onnx": ("", "the fp32 and int8 graphs"),
+    "onnxscript": ("", "export from torch"),
+    "onnxruntime": ("", "runs ONNX on the CPU, and proves every export"),
+    "onnxruntime-gpu": ("", "runs ONNX on NVIDIA GPUs (instead of onnxruntime)"),
+    "nncf": ("", "quantize --method nncf"),
+    "openvino": ("openvino", "the fastest int8 on Intel and AMD CPUs"),
+    "tensorrt": ("tensorrt", "engines for the NVIDIA GPU at hand"),
+    "tensorrt-rtx": ("tensorrt-rtx", "engines for RTX GPUs, built on any x86-64 machine"),
+    "timm": ("timm", "networks by timm:NAME"),
+    "optuna": ("search", "search over recipes"),
+    "captum": ("explain", "attributions in the report"),
+    "tensorboard": ("tracking", "training curves in TensorBoard"),
+    "mlflow": ("tracking", "runs in MLflow"),
+    "webdataset": ("streaming", "data sets from tar streams"),
+    "nvidia-ml-py": ("", "clocks, power and energy of NVIDIA GPUs in bench"),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One package and what it is for."""
+
+    name: str
+    version: str | None  # None: not installed
+    enables: str
+    install: str
+
+
+@dataclass(frozen=True)
+class RuntimeState:
+    """One runtime on this machine."""
+
+    name: str
+    runs: bool
+    reason: str  # why it does not, or how it does
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One step of the self-test."""
+
+    runtime: str
+    precision: str
+    outcome: str  # "passed", "built", "skipped" or "failed"
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Examination:
+    """Everything the doctor found."""
+
+    machine: dict[str, Any]
+    packages: tuple[Piece, ...]
+    runtimes: tuple[RuntimeState, ...]
+    trials: tuple[Trial, ...] = field(default=())
+
+    @property
+    def healthy(self) -> bool:
+        """Return whether no trial failed."""
+        return all(trial.outcome != "failed" for trial in self.trials)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as JSON-able data."""
+        return asdict(self)
+
+    def table(self) -> RenderableType:
+        """Return what is printed."""
+        from rich import box
+        from rich.console import Group
+        from rich.markup import escape
+        from rich.table import Table
+
+        def grid(title: str, *columns: str) -> Table:
+            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+            for column in columns:
+                table.add_column(column, overflow="fold")
+            return table
+
+        about = grid("machine", "", "")
+        for key, value in self.machine.items():
+            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            about.add_row(key, escape(shown))
+        runtimes = grid("runtimes", "runtime", "runs here", "")
+        for state in self.runtimes:
+            runtimes.add_row(state.name, "yes" if state.runs else "no", escape(state.reason))
+        pieces = grid("packages", "package", "version", "enables", "install")
+        for piece in self.packages:
+            install = "" if piece.version else escape(piece.install)
+            pieces.add_row(piece.name, piece.version or "-", piece.enables, install)
+        parts = [about, runtimes, pieces]
+        if self.trials:
+            trials = grid("self-test", "runtime", "precision", "outcome", "", "s")
+            for t in self.trials:
+                trials.add_row(
+                    t.runtime, t.precision, t.outcome, escape(t.detail), f"{t.seconds:.1f}"
+                )
+            parts.append(trials)
+        return Group(*parts)
+
+
+def examine(*, selftest: bool = False) -> Examination:
+    """Return what is installed and what can run here; with ``selftest``, what does run."""
+    return Examination(
+        machine=machine(),
+        packages=tuple(pieces()),
+        runtimes=tuple(state(name) for name in plugins.names("runtimes")),
+        trials=tuple(trials()) if selftest else (),
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Return facts about the machine that decide what is fast on it."""
+    import psutil
+
+    facts: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "cpu cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "cpu instructions": _instructions(),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "gpu": "none that PyTorch can use",
+    }
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        _, total = torch.cuda.mem_get_info()
+        facts["gpu"] = f"{torch.cuda.get_device_name()}, SM{major}{minor}, {total / 2**30:.0f} GiB"
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def pieces() -> Iterator[Piece]:
+    """Yield every package that enables something, installed or not."""
+    for name, (extra, enables) in OPTIONAL.items():
+        install = f"pip install 'compress[{extra}]'" if extra else f"pip install {name}"
+        yield Piece(name, packages.version(name), enables, install)
+
+
+def state(runtime: str) -> RuntimeState:
+    """Return whether ``runtime`` runs here, and why not or with what."""
+    reason = unavailable(runtime)
+    if reason is None:
+        return RuntimeState(runtime, True, _how(runtime))
+    if runtime == "tensorrt-rtx" and packages.is_installed("tensorrt_rtx"):
+        reason += "; it builds engines here all the same, for GPUs that are elsewhere"
+    return RuntimeState(runtime, False, reason)
+
+
+def trials() -> Iterator[Trial]:
+    """Yield the outcome of building and running a small network everywhere, fp32 and int8.
+
+    The network is exported from torch and quantized here, so this tries the whole chain.
+    """
+    from compress.export import export_onnx
+    from compress.quantize import quantize_onnx
+
+    torch.manual_seed(0)
+    network = _Small().eval()
+    images = torch.randn(4, 3, 16, 16)
+    with torch.inference_mode():
+        expected = network(images).numpy()
+    with tempfile.TemporaryDirectory() as name:
+        folder, array = Path(name), images.numpy()
+        files = {"fp32": export_onnx(network, images[:1], folder / "small.onnx")}
+        for target in ("onnxruntime", "openvino", "tensorrt"):
+            files[target] = folder / f"small.{target}.onnx"
+            quantize_onnx(files["fp32"], [array] * 2, files[target], target=target, method="plain")
+        yield _try("pytorch", "fp32", network, array, expected)
+        for runtime in plugins.names("runtimes"):
+            if runtime != "pytorch":
+                form = "tensorrt" if runtime.startswith("tensorrt") else runtime
+                yield _try(runtime, "fp32", files["fp32"], array, expected)
+                yield _try(runtime, "int8", files[form], array, expected)
+
+
+def _try(
+    runtime: str, precision: str, source: Path | nn.Module, images: np.ndarray, expected: np.ndarray
+) -> Trial:
+    """Build if the runtime builds, run if it can run here, and compare."""
+    started = time.perf_counter()
+
+    def told(outcome: str, detail: str) -> Trial:
+        return Trial(runtime, precision, outcome, detail, time.perf_counter() - started)
+
+    reason = unavailable(runtime)
+    try:
+        if isinstance(source, Path) and runtime.startswith("tensorrt"):
+            if reason and not packages.is_installed(runtime.replace("-", "_")):
+                return told("skipped", reason)
+            engine = source.with_suffix(f".{runtime}")
+            source = build_engine(source, engine, runtime=runtime, batch=(1, 4, 4))
+            if reason:
+                return told("built", f"not run: {reason}")
+        if reason:
+            return told("skipped", reason)
+        with open_session(source, runtime) as session:
+            (answer,) = session.run(images)
+    except Exception as error:  # noqa: BLE001 - a doctor reports what is wrong, whatever it is
+        return told("failed", str(error))
+    gap = float(np.abs(answer - expected).max() / np.abs(expected).max())
+    limit = INT8_TOLERANCE if precision == "int8" else FLOAT_TOLERANCE
+    return told("passed" if gap <= limit else "failed", f"differs from torch by {gap:.1g}")
+
+
+class _Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.second = nn.Conv2d(16, 16, 3, padding=1)
+        self.classifier = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        x = torch.relu(self.second(x) + x)
+        logits: Tensor = self.classifier(x.mean((2, 3)))
+        return logits
+
+
+def _how(runtime: str) -> str:
+    if runtime == "onnxruntime":
+        import onnxruntime
+
+        providers = onnxruntime.get_available_providers()
+        return ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
+    if runtime == "openvino":
+        import openvino
+
+        return ", ".join(openvino.Core().available_devices)
+    return "on the GPU" if torch.cuda.is_available() else "on the CPU"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def _instructions() -> list[str]:
+    """Return the instruction sets of the CPU that matter for int8 and bf16, where they are told."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.is_file() else set[str]()
+    return [name for name in INSTRUCTIONS if name in flags]

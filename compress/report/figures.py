@@ -39,7 +39,7 @@ def points(value: float | None) -> str:
 
 def percent(value: float | None) -> str:
     """Return a percentage with two decimals and no sign for it."""
-    return ABSENT if value is None else f"{value:.2f}"
+    return ABSENT if value is None else f"{value + 0.0:.2f}"  # -0.0 is 0
 
 
 def interval(bounds: Interval | None, form: str = "number") -> str:

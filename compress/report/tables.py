@@ -30,6 +30,7 @@ class Column:
     unit: str = ""
     about: str = ""
     is_number: bool = True
+    is_optional: bool = False  # not missed where nobody measured it
 
 
 @dataclass(frozen=True)
@@ -179,10 +180,16 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
         Column("Speed-up", "", "the original's p50 over this one's, in the same setting"),
         _fill("speedup", "factor", "speedup_ci95", speed_differs),
     ),
-    (Column("p50 on GPU", "ms", "without copies"), _fill("device_latency_ms_p50")),
-    (Column("p99 on GPU", "ms", "without copies"), _fill("device_latency_ms_p99")),
-    (Column("Loading", "ms", "from the path to a session"), _fill("load_ms")),
-    (Column("First call", "ms"), _fill("first_call_ms")),
+    (
+        Column("p50 on GPU", "ms", "without copies", is_optional=True),
+        _fill("device_latency_ms_p50"),
+    ),
+    (
+        Column("p99 on GPU", "ms", "without copies", is_optional=True),
+        _fill("device_latency_ms_p99"),
+    ),
+    (Column("Loading", "ms", "from path to session", is_optional=True), _fill("load_ms")),
+    (Column("First call", "ms", is_optional=True), _fill("first_call_ms")),
     (Column("Peak memory", "MiB", "what the artifact itself costs"), _fill("peak_memory_mib")),
 )
 
@@ -249,7 +256,8 @@ def compact(table: Table) -> Table:
         tuple(
             f"{table.columns[position].name}: {'; '.join(why)}"
             for position in empty
-            if (why := reasons(row[position] for row in table.rows))
+            if not table.columns[position].is_optional
+            and (why := reasons(row[position] for row in table.rows))
         ),
     )
 

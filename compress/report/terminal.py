@@ -127,7 +127,7 @@ def gate_sentence(gate: Gate) -> str:
         if gate.measured is None
         else f"measured {figures.number(gate.measured)}"
     )
-    place = " ".join(str(part) for part in (gate.variant, gate.runtime) if part)
+    place = " on ".join(str(part) for part in (gate.variant, gate.runtime) if part)
     outcome = "passed" if gate.passed else "failed"
     about = f" ({place})" if place else ""
     return f"{gate.name} {side} {gate.limit:g}{about}: {measured}, {outcome}"

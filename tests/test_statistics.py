@@ -20,6 +20,7 @@ def test_wilson_interval_equals_statsmodels(successes: int, total: int, level: f
     assert statistics.wilson_interval(successes, total, level) == pytest.approx(expected, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 500), st.data())
 def test_wilson_interval_holds_the_proportion_and_stays_in_the_unit(
     total: int, data: st.DataObject
@@ -48,6 +49,7 @@ def test_exact_mcnemar_equals_statsmodels(lost: int, won: int) -> None:
     assert statistics.mcnemar(lost, won, mid_p=False) == pytest.approx(min(1.0, expected))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mid_p_mcnemar_is_the_exact_one_less_half_of_each_tail_outcome(lost: int, won: int) -> None:
     from scipy.stats import binom
@@ -158,6 +160,12 @@ def test_calibration_error_equals_torchmetrics(seed: int, total: int, bins: int)
     ours = statistics.calibration_bins(confidence, correct, bins=bins)
     assert sum(ours.answers) == total
     assert ours.error == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_part_below() -> None:
+    bins = statistics.calibration_bins(np.array([0.5, 0.6]), np.array([True, False]), bins=2)
+    assert bins.answers == (1, 1)
+    assert bins.accuracy == (1.0, 0.0)
 
 
 def test_calibration_error_of_nothing_is_an_error() -> None:

@@ -187,7 +187,7 @@ def _class_drops(
         before, after = reference.correct[own], candidate.correct[own]
         low, high = _percent(statistics.accuracy_change_interval(before, after, resamples=4000))
         drop = 100 * float(before.mean() - after.mean())
-        drops.append(ClassDrop(names[k], int(own.sum()), drop, (-high, -low)))
+        drops.append(ClassDrop(names[k], int(own.sum()), drop, (0.0 - high, 0.0 - low)))
     return tuple(sorted(drops, key=lambda drop: (-drop.drop_pct, drop.name)))
 
 

@@ -17,6 +17,7 @@ from compress.errors import EngineError, UsageError
 from compress.measure.conditions import Conditions, EnergyMeter
 from compress.progress import track
 
+LARGEST_BLOCK = 200  # calls in a row; more of the same moment tell nothing new
 DEVICE_CALLS = 20  # timed on the device in each round, beside those timed on the host
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -196,7 +197,7 @@ class _Entrant:
 
     def warm_up(self, timing: Timing) -> None:
         """Call until two windows in a row have the same median, and choose the block's length."""
-        spent, before = 0.0, float("inf")
+        spent, before, window = 0.0, float("inf"), [0.0]
         while spent < timing.warmup_limit_seconds and not self.is_stable:
             window = self._call_for(timing.warmup_seconds / 3, at_least=5)
             spent += sum(window)
@@ -207,7 +208,8 @@ class _Entrant:
             settled = abs(median - before) <= timing.stable_pct / 100 * median
             self.is_stable = settled and spent >= timing.warmup_seconds
             before = median
-        self.calls_per_block = max(1, round(timing.block_seconds / before))
+        mean = sum(window) / len(window)  # not the median: interrupted calls take time as well
+        self.calls_per_block = min(max(1, round(timing.block_seconds / mean)), LARGEST_BLOCK)
 
     def time_block(self, timing: Timing) -> None:
         """Call without timing until settled, then time a block."""

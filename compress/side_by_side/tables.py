@@ -33,10 +33,10 @@ def bench_table(benched: Benched) -> Table:
             str(row["batch"]),
             _number(row, "latency_ms_p50"),
             _number(row, "latency_ms_p99"),
-            _number(row, "throughput_ips", 0),
+            _number(row, "throughput_ips"),
             _speedup(row),
             _number(row, "file_mib"),
-            _number(row, "peak_memory_mib", 0),
+            _number(row, "peak_memory_mib"),
         ]
         if has_accuracy:
             cells += [_with_interval(row, "top1_pct", "top1_ci95"), _number(row, "agreement_pct")]
@@ -178,8 +178,12 @@ def _with_interval(row: Mapping[str, Any], key: str, bounds: str) -> str:
     return f"{row[key]:.2f} ({low:.1f}-{high:.1f})"
 
 
-def _number(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
-    return f"{row[key]:.{digits}f}" if key in row else ABSENT
+def _number(row: Mapping[str, Any], key: str) -> str:
+    """Return three significant digits, or all of those before the point."""
+    if key not in row:
+        return ABSENT
+    value = float(row[key])
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
 
 
 def _sqnr(row: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ def timed(durations: dict[str, Iterator[float]], timing: Timing = QUICK, **more:
 
 def test_percentiles_and_throughput_of_known_delays() -> None:
     delays = [0.001] * 120 + [0.002] * 64 + [0.005] * 15 + [0.1]
-    latency = timed({"a": cycle(delays)}, Timing(seconds=20, block_seconds=0.25))["a"]
+    latency = timed({"a": cycle(delays)}, Timing(seconds=10, block_seconds=1.0))["a"]
     assert latency.latency_ms_p50 == pytest.approx(1.0)
     assert latency.latency_ms_p90 == pytest.approx(2.0)
     assert latency.latency_ms_p99 == pytest.approx(5.0)
@@ -168,6 +168,20 @@ def test_warm_up_that_never_settles_ends_and_is_told() -> None:
 def test_a_slow_session_is_called_once_in_a_round() -> None:
     latency = timed({"a": repeat(2.0)})["a"]
     assert (latency.calls, latency.rounds) == (10, 10)
+
+
+def test_a_fast_session_is_called_no_more_than_tells_something() -> None:
+    result = timed({"a": repeat(1e-5)})
+    assert result["a"].calls == 10 * 200
+
+
+def test_interrupted_calls_do_not_make_a_round_longer() -> None:
+    """Every tenth call takes a hundred times as long: blocks are sized by the mean."""
+    clock = Clock()
+    session = Sleeper(clock, cycle([0.001] * 9 + [0.1]))
+    result = bench({"a": session}, INPUT, timing=QUICK, clock=clock, meters=[])
+    assert result["a"].calls < 10 * 15
+    assert clock.now < 5
 
 
 def failing(after: int, seconds: float = 0.01) -> Callable[[Clock], Any]:

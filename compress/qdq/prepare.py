@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ _INT8_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "ConvInteger", "MatMulInteger", "FakeQuantize"}
     | {"DynamicQuantizeLinear", "QGemm", "FakeQuantizeLearnablePerTensorAffine"}
 )
+_DONE = "compress.prepared"  # key in the metadata of a prepared graph
+_PROTOBUF_LIMIT = 2**31 - 2**20
+_LARGEST_SHAPE = 1024  # elements
 _NO_EFFECT = frozenset({"Identity", "Dropout"})
 
 
@@ -70,6 +74,8 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     """
     prepared = ModelProto()
     prepared.CopyFrom(model)
+    if any(entry.key == _DONE for entry in model.metadata_props):
+        return prepared
     _refuse_quantized(prepared, where)
     prepared = _modern(prepared, where)
     _drop_initializer_inputs(prepared)
@@ -80,10 +86,8 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     _pool_globally(prepared)
     _drop_unused(prepared)
     del prepared.graph.value_info[:]
-    try:
-        prepared = onnx.shape_inference.infer_shapes(prepared, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise QuantizationError(f"shape inference fails: {error}", where=where) from None
+    infer_shapes(prepared, where)
+    prepared.metadata_props.add(key=_DONE, value="1")
     graph = Graph(prepared)
     if not any(graph.weight(node) for node in graph.nodes):
         raise QuantizationError(
@@ -92,6 +96,34 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
             expected=f"at least one of {', '.join(sorted(WEIGHTED))}",
         )
     return prepared
+
+
+def finished(model: ModelProto) -> None:
+    """Take the mark off that tells a prepared graph."""
+    kept = [entry for entry in model.metadata_props if entry.key != _DONE]
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+
+
+def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
+    """Fill in the shapes and types of all tensors of ``model``, without copying its weights.
+
+    Raises:
+        QuantizationError: shapes contradict each other.
+    """
+    skeleton = ModelProto()
+    skeleton.CopyFrom(model)
+    for tensor in skeleton.graph.initializer:
+        if math.prod(tensor.dims) > _LARGEST_SHAPE:  # no op reads a shape or axes from it
+            for data in ("raw_data", "float_data", "int32_data", "int64_data", "double_data"):
+                tensor.ClearField(data)
+    try:
+        found = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise QuantizationError(f"shape inference fails: {error}", where=where) from None
+    for field in ("value_info", "output"):
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(getattr(found.graph, field))
 
 
 def _damaged(path: Path, error: Exception | None = None) -> QuantizationError:
@@ -151,9 +183,10 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 fix="Export the network again with a newer opset",
             ) from None
     try:
-        model = onnx.shape_inference.infer_shapes(model)  # some exporters leave outputs without
-        onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        infer_shapes(model, where)  # some exporters leave outputs without
+        if model.ByteSize() < _PROTOBUF_LIMIT:
+            onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
         raise QuantizationError(f"it is not valid ONNX: {error}", where=where) from None
     model.ir_version = max(model.ir_version, 8)
     return model
@@ -351,8 +384,8 @@ def _scaled(node: NodeProto, weight: NDArray[Any], factor: NDArray[Any]) -> NDAr
 
 def _pool_globally(model: ModelProto) -> None:
     """Write a mean over space as GlobalAveragePool, which has int8 kernels."""
-    model_with_shapes = onnx.shape_inference.infer_shapes(model)
-    graph = Graph(model_with_shapes)
+    infer_shapes(model)
+    graph = Graph(model)
     taken = all_names(model)
     nodes: list[NodeProto] = []
     for node in model.graph.node:

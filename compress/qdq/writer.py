@@ -21,7 +21,7 @@ from compress.qdq.graph import (
 )
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.prepare import prepare
+from compress.qdq.prepare import finished, infer_shapes, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 
 _BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
@@ -77,7 +77,8 @@ def write_qdq(
     writer = _Writer(graph, plan, target, place(graph, target, plan.float_nodes), float_bias)
     written = writer.write()
     del written.graph.value_info[:]
-    written = onnx.shape_inference.infer_shapes(written, data_prop=True)
+    finished(written)
+    infer_shapes(written)
     onnx.checker.check_model(written, full_check=True)
     return written
 

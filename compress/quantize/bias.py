@@ -18,7 +18,7 @@ from compress.qdq.writer import write_qdq
 from compress.quantize.activations import Activation, activation_of, identity
 from compress.quantize.images import Feed
 from compress.quantize.sequence import channel_means, layers
-from compress.quantize.statistics import session_options, with_outputs
+from compress.quantize.sessions import session_of, with_outputs
 
 _STEPS = 3
 _ELEMENTS = 40_000_000  # of the largest tensor, for all images that a correction looks at
@@ -113,13 +113,7 @@ def float_means(
     model: ModelProto, feed: Feed, names: list[str], batch: int = 8
 ) -> dict[str, NDArray[np.float64]]:
     """Return the mean of each channel, (C,), of tensors of a float graph."""
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(
-        with_outputs(model, names).SerializeToString(),
-        session_options(),
-        providers=["CPUExecutionProvider"],
-    )
+    session = session_of(with_outputs(model, names))
     count = len(next(iter(feed.values())))
     sums: dict[str, NDArray[np.float64]] = {}
     for start in range(0, count, batch):

@@ -12,7 +12,7 @@ from compress.qdq.graph import Graph, attribute
 from compress.qdq.plan import Equalization, QuantPlan
 from compress.quantize.activations import activation_of
 from compress.quantize.images import Feed
-from compress.quantize.statistics import session_options, with_outputs
+from compress.quantize.sessions import session_of, with_outputs
 
 _LEAST, _MOST = 1 / 32, 32.0  # factors
 
@@ -102,13 +102,7 @@ def _is_depthwise(graph: Graph, node: NodeProto) -> bool:
 def _largest(
     prepared: ModelProto, feed: Feed, tensors: list[str], batch: int = 8
 ) -> dict[str, NDArray[np.float64]]:
-    import onnxruntime as ort
-
-    session = ort.InferenceSession(
-        with_outputs(prepared, tensors).SerializeToString(),
-        session_options(),
-        providers=["CPUExecutionProvider"],
-    )
+    session = session_of(with_outputs(prepared, tensors))
     found: dict[str, NDArray[np.float64]] = {}
     for start in range(0, len(next(iter(feed.values()))), batch):
         part = {name: array[start : start + batch] for name, array in feed.items()}

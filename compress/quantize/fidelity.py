@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress.quantize.images import Feed
-from compress.quantize.statistics import session_options
+from compress.quantize.sessions import session_of
 
 
 def answers(model: ModelProto, feed: Feed, *, target: str | None = None) -> list[NDArray[Any]]:
@@ -22,14 +22,7 @@ def answers(model: ModelProto, feed: Feed, *, target: str | None = None) -> list
         target: Of a Q/DQ graph: "onnxruntime" runs the integer kernels that it would run in use;
             any other computes the Q/DQ arithmetic in float.
     """
-    import onnxruntime as ort
-
-    options = session_options()
-    if target != "onnxruntime":
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = session_of(model, float_qdq=target != "onnxruntime")
     fixed = session.get_inputs()[0].shape[0]
     batch = fixed if isinstance(fixed, int) else 8
     count = len(next(iter(feed.values()))) // batch * batch if isinstance(fixed, int) else None

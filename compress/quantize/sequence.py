@@ -13,7 +13,7 @@ from onnx import ModelProto, NodeProto, helper
 
 from compress.qdq.graph import Graph
 from compress.quantize.images import Feed
-from compress.quantize.statistics import session_options
+from compress.quantize.sessions import session_of
 
 Values = dict[str, NDArray[Any]]
 
@@ -134,8 +134,6 @@ def _run(
     outputs: Sequence[str],
 ) -> list[NDArray[Any]]:
     """Return ``outputs`` of a few nodes, in plain float arithmetic."""
-    import onnxruntime as ort
-
     inputs = [
         helper.make_tensor_value_info(
             name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim
@@ -147,12 +145,7 @@ def _run(
     model = helper.make_model(
         part, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version
     )
-    options = session_options()
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    found: list[NDArray[Any]] = session.run(list(outputs), feed)
+    found: list[NDArray[Any]] = session_of(model, float_qdq=True).run(list(outputs), feed)
     return found
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
@@ -21,6 +20,7 @@ from compress.qdq.plan import TARGETS
 from compress.qdq.prepare import prepare
 from compress.qdq.rewrite import rewrite_for
 from compress.quantize.images import Batches, Feed, Images
+from compress.quantize.sessions import session_of, with_outputs
 
 SAMPLE = 16_384  # values counted of each tensor of each image; the smallest and largest are of all
 _ELEMENTS = 4_000_000  # of all observed tensors together, in one batch of the pass
@@ -102,16 +102,10 @@ class _Runner:
     """Runs the graph with the observed tensors as outputs, into buffers that are used again."""
 
     def __init__(self, prepared: ModelProto, names: list[str], threads: int | None) -> None:
-        import onnxruntime as ort
-
         inputs = {value.name for value in prepared.graph.input}
         self.inputs = [name for name in names if name in inputs]
         self.names = [name for name in names if name not in inputs]
-        self.session = ort.InferenceSession(
-            with_outputs(prepared, self.names).SerializeToString(),
-            session_options(threads),
-            providers=["CPUExecutionProvider"],
-        )
+        self.session = session_of(with_outputs(prepared, self.names), threads)
         self.buffers: dict[int, dict[str, NDArray[Any]]] = {}
 
     def batch_size(self, feed: Feed) -> int:
@@ -179,25 +173,3 @@ def _observe(
     whole = per_image * images == values.size
     rows = values.reshape(images if whole else 1, -1)
     histogram.add(rows[:, ::stride].reshape(-1), low, high)
-
-
-def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
-    """Return a copy of ``model`` that has ``names`` as outputs, after its own."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
-    present = {output.name for output in copy.graph.output}
-    for name in names:
-        if name not in present:
-            copy.graph.output.append(onnx.helper.make_empty_tensor_value_info(name))
-    return copy
-
-
-def session_options(threads: int | None = None) -> Any:
-    """Return options of an ONNX Runtime session that is quiet."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    if threads:
-        options.intra_op_num_threads = threads
-    return options

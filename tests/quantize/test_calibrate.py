@@ -15,7 +15,8 @@ from compress.qdq import prepare, read_onnx
 from compress.qdq.plan import TARGETS
 from compress.quantize import calibrate, make_plan, quantize_onnx
 from compress.quantize.images import Images
-from compress.quantize.statistics import SAMPLE, observed_tensors, with_outputs
+from compress.quantize.sessions import with_outputs
+from compress.quantize.statistics import SAMPLE, observed_tensors
 
 
 @pytest.mark.parametrize("name", ["residual", "squeeze_excite", "two_inputs"])

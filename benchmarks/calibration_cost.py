@@ -1,0 +1,203 @@
+"""Time and peak memory of calibration: ours, ONNX Runtime's three methods, NNCF, bare forward passes.
+
+    python benchmarks/calibration_cost.py [--onnx FILE] [--images 64,256,1024] [--out FOLDER]
+
+Without --onnx the network is torchvision's ResNet-18 with random weights at 224 x 224. Every row is a
+process of its own, so that its peak of resident memory is its own; images are made as they are read,
+so that none but the calibrator holds them. Seconds are of the wall; CPU seconds are what counts on a
+machine that is busy with other work. A row is left out where its memory would not fit (ONNX
+Runtime's histograms hold every activation of every image).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+METHODS = (
+    "forward", "ours minmax", "ours all", "ort minmax", "ort percentile", "ort entropy", "nncf",
+)  # fmt: skip
+HOLDS_IMAGES = {"ort percentile": 64, "ort entropy": 64}  # most images that fit in 16 GiB
+SHAPE = (1, 3, 224, 224)
+
+
+def images(count: int) -> Iterator[np.ndarray]:
+    """Yield ``count`` different images, made of a few, at next to no cost."""
+    random = np.random.default_rng(0)
+    pool = random.standard_normal((8, *SHAPE)).astype(np.float32)
+    for index in range(count):
+        yield pool[index % 8] * np.float32(0.5 + (index * 37 % 100) / 100)
+
+
+def forward(path: Path, count: int) -> None:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    for image in images(count):
+        session.run(None, {"input": image})
+
+
+def ours(path: Path, count: int, *, everything: bool) -> None:
+    from compress.qdq import read_onnx
+    from compress.quantize import calibrate, make_plan
+
+    statistics = calibrate(
+        read_onnx(path), lambda: images(count), targets=["onnxruntime"], histograms=everything
+    )
+    for observer in ("minmax", "percentile", "mse", "entropy") if everything else ("minmax",):
+        make_plan(statistics, observer=observer)
+
+
+def ort_calibrate(path: Path, count: int, method: str) -> None:
+    from onnxruntime.quantization import CalibrationMethod
+    from onnxruntime.quantization.calibrate import create_calibrator
+
+    class Reader:
+        def __init__(self) -> None:
+            self.items = ({"input": image} for image in images(count))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.items, None)
+
+    kind = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}[method]
+    with tempfile.TemporaryDirectory() as folder:
+        calibrator = create_calibrator(
+            str(path),
+            None,
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=getattr(CalibrationMethod, kind),
+        )
+        calibrator.collect_data(Reader())
+        calibrator.compute_data()
+
+
+def nncf_calibrate(path: Path, count: int) -> None:
+    import onnx
+
+    from compress.quantize.nncf_ranges import import_nncf
+
+    nncf = import_nncf()
+    data = nncf.Dataset(_Lazy(count), lambda image: {"input": image})
+    nncf.quantize(onnx.load(str(path)), data, subset_size=count)
+
+
+class _Lazy:
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return images(self.count)
+
+
+def work(method: str, path: Path, count: int) -> None:
+    """Run one method in this process and print its cost as JSON."""
+    kinds: dict[str, Callable[[], None]] = {
+        "forward": lambda: forward(path, count),
+        "ours minmax": lambda: ours(path, count, everything=False),
+        "ours all": lambda: ours(path, count, everything=True),
+        "nncf": lambda: nncf_calibrate(path, count),
+    }
+    run = kinds.get(method) or (lambda: ort_calibrate(path, count, method.split()[1]))
+    load_packages(method)
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    start, cpu = time.perf_counter(), time.process_time()
+    run()
+    row = {
+        "seconds": round(time.perf_counter() - start, 2),
+        "cpu_seconds": round(time.process_time() - cpu, 2),
+        "packages_mib": round(before.ru_maxrss / 1024),
+        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
+    sys.stdout.write("\n" + json.dumps(row) + "\n")
+
+
+def load_packages(method: str) -> None:
+    """Import what ``method`` needs, so that imports are not measured."""
+    import onnxruntime
+
+    if method == "nncf":
+        from compress.quantize.nncf_ranges import import_nncf
+
+        import_nncf()
+    elif method.startswith("ours"):
+        pass
+    else:
+        import onnxruntime.quantization  # noqa: F401
+
+
+def export_resnet18(path: Path) -> None:
+    import torch
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(weights=None).eval()
+    torch.onnx.export(
+        model, (torch.zeros(SHAPE),), str(path), dynamo=True, input_names=["input"],
+        output_names=["logits"], external_data=False, verbose=False,
+    )  # fmt: skip
+
+
+def table(rows: list[dict]) -> str:
+    lines = [
+        "| method | images | seconds | CPU seconds | x forward (CPU) | peak MiB |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    forward_cpu = {r["images"]: r["cpu_seconds"] for r in rows if r["method"] == "forward"}
+    for r in rows:
+        ratio = r["cpu_seconds"] / forward_cpu[r["images"]]
+        lines.append(
+            f"| {r['method']} | {r['images']} | {r['seconds']:.1f} | {r['cpu_seconds']:.1f} |"
+            f" {ratio:.2f} | {r['peak_mib']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--onnx", type=Path)
+    parser.add_argument("--images", default="64,256,1024")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--worker")
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker, options.onnx, int(options.images))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.onnx or Path(folder) / "resnet18.onnx"
+        if options.onnx is None:
+            export_resnet18(path)
+        for count in (int(n) for n in options.images.split(",")):
+            for method in options.methods.split(","):
+                if count > HOLDS_IMAGES.get(method, count):
+                    continue
+                command = [sys.executable, __file__, "--worker", method, "--onnx", str(path)]
+                done = subprocess.run(
+                    [*command, "--images", str(count)], capture_output=True, text=True, check=True
+                )
+                cost = json.loads(done.stdout.strip().splitlines()[-1])
+                rows.append({"method": method, "images": count, **cost})
+                print(rows[-1], flush=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    about = {"machine": platform.processor() or platform.machine(), "threads": "all", "rows": rows}
+    (options.out / "calibration_cost.json").write_text(json.dumps(about, indent=1) + "\n")
+    (options.out / "calibration_cost.md").write_text(table(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

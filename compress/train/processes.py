@@ -53,9 +53,10 @@ def join_processes(device: str = "auto") -> Processes:
     from accelerate import PartialState
 
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if device != "auto" and alone:
-        return Processes(torch.device(device))
-    state = PartialState()
+    if alone:
+        return Processes(PartialState().device if device == "auto" else torch.device(device))
+    on_cpu = device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=on_cpu)  # gloo; without it, processes on CPUs would not meet
     return Processes(state.device, state.process_index, state.num_processes)
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 def run(folder: Path, world: int = 1, **options: Any) -> subprocess.CompletedProcess[str]:
     folder.mkdir(exist_ok=True)
     launch = (
-        ["-m", "torch.distributed.run", "--nproc-per-node", str(world), "--master-port", "0"]
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
         if world > 1
         else []
     )
@@ -29,7 +29,7 @@ def run(folder: Path, world: int = 1, **options: Any) -> subprocess.CompletedPro
         [sys.executable, *launch, str(WORKER), str(folder), json.dumps(options)],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
         check=False,
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from compress.objective import CrossEntropy
 from compress.settings import AugmentSettings, TrainSettings
 from compress.train import train
+from compress.train.processes import join_processes
 
 
 class Watched(CrossEntropy):
@@ -48,6 +49,7 @@ def main(folder: Path, options: dict[str, Any]) -> None:
         sync_batchnorm=options.get("sync", False),
     )
     objective = Watched(options.get("rank", 0), options.get("step", -1), options.get("how", ""))
+    assert join_processes("cpu").world == int(os.environ.get("WORLD_SIZE", "1"))
     result = train(model, dataset(160), settings, folder=folder, objective=objective, device="cpu")
     if int(os.environ.get("RANK", "0")) == 0:
         (folder / "history.json").write_text(json.dumps(result.history))

@@ -38,7 +38,7 @@ class Scale:
         values = _log_ticks(self.low, self.high) if self.is_log else []
         if len(values) < 3:
             values = round_values(self.low, self.high, count)
-        return [(self(value), f"{value:,g}") for value in values]
+        return [(self(value), f"{value:,g}".replace("-", "−")) for value in values]
 
 
 def scale(

@@ -15,7 +15,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
     places = max(0, digits - 1 - exponent)
-    return f"{value:,.{places}f}"
+    return f"{value:,.{places}f}".replace("-", "−")
 
 
 def count(value: float | None) -> str:

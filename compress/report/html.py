@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.report import figures, lost
 from compress.report.charts import LINES_NARROW, lines, reliability
 from compress.report.pareto_chart import pareto_charts
-from compress.report.schema import Details, Report
+from compress.report.schema import Calibration, Details, Report
 from compress.report.tables import accuracies, compact, sizes, speeds
 from compress.report.terminal import gate_sentence, missing
 from compress.report.verdict import comparisons, verdicts
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 FLIPS, ATTRIBUTIONS = 48, 12  # shown at most; report.json holds all
+BIN_IMAGES = 10  # a bin of confidence with fewer is not drawn
 PICTURES = 600_000  # characters of each kind of pictures, at most
 ROWS = 400  # of tables about layers, at most
 
@@ -62,7 +63,7 @@ def render(template: str, **content: Any) -> str:
 def _lost(details: Details) -> dict[str, Any]:
     flips = details.flips[:FLIPS]
     shown = lost.within_budget([(flip.thumbnail,) for flip in flips], PICTURES)
-    bins = [(c.variant, c.confidence_pct, c.accuracy_pct) for c in details.calibration]
+    bins = [(part.variant, *_well_filled(part)) for part in details.calibration]
     return {
         "class_tables": lost.class_tables(details),
         "matrices": lost.matrices(details),
@@ -73,10 +74,17 @@ def _lost(details: Details) -> dict[str, Any]:
     }
 
 
+def _well_filled(part: Calibration) -> tuple[list[float], list[float]]:
+    """Return confidence and accuracy of the bins with enough images to say something."""
+    rows = zip(part.confidence_pct, part.accuracy_pct, part.images, strict=True)
+    kept = [(sure, right) for sure, right, images in rows if images >= BIN_IMAGES]
+    return [sure for sure, _ in kept], [right for _, right in kept]
+
+
 def _looking(details: Details) -> dict[str, Any]:
     maps = details.attributions[:ATTRIBUTIONS]
     shown = lost.within_budget([(m.image, m.before_map, m.after_map) for m in maps], PICTURES)
-    return {"attributions": maps[:shown]}
+    return {"attributions": maps[:shown], "similarities": lost.similarity_table(details)}
 
 
 def _environment() -> Environment:

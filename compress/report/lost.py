@@ -208,6 +208,26 @@ def subgroup_table(details: Details) -> Table | None:
     return Table("subgroups", "Subgroups", columns, tuple(rows))
 
 
+def similarity_table(details: Details) -> Table | None:
+    """Return how alike the maps of each variant and method are to the original's."""
+    columns = (
+        Column("Variant", is_number=False),
+        Column("Method", is_number=False),
+        Column("Similarity", "−1 to 1", "1 is the same, 0 is unrelated"),
+        Column("Images"),
+    )
+    rows = tuple(
+        (
+            Cell(part.variant),
+            Cell(part.method, remark=part.measure),
+            Cell(figures.number(part.mean), part.mean, figures.interval(part.ci95)),
+            Cell(str(part.images), part.images),
+        )
+        for part in details.similarities
+    )
+    return Table("similarity", "Similarity of attribution maps", columns, rows) if rows else None
+
+
 def within_budget(pictures: Sequence[Sequence[str | None]], limit: int) -> int:
     """Return how many of the first items fit into ``limit`` characters of pictures."""
     spent = 0

@@ -148,7 +148,7 @@ def test_verdict_of_what_cannot_be_compared_says_so(report, words):
         (number(0.7263), "0.726"),
         (number(1234.5), "1,234"),
         (number(99.96), "100"),
-        (number(-2.0), "-2.00"),
+        (number(-2.0), "−2.00"),
         (number(0), "0"),
         (number(None), "–"),
         (count(272_474), "272 k"),

@@ -1,0 +1,223 @@
+"""Charts, tables and pictures of the report against closed forms and brute force."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+
+import made_up
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from compress.report import lost
+from compress.report.charts import Dot, lines, pareto, round_values, scale, scatter
+from compress.report.html import html
+from compress.report.pictures import thumbnail
+from compress.report.schema import (
+    ClassScores,
+    Confusion,
+    Curve,
+    Details,
+    Line,
+    Report,
+    Result,
+    Subgroup,
+    Variant,
+)
+from compress.report.tables import accuracies, compact, sizes, speeds
+
+PLACE = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
+NUMBERS = st.integers(1, 6).map(float)  # few values: ties are common
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS), min_size=1, max_size=12))
+def test_the_front_is_what_no_other_beats_in_both(points):
+    dots = [Dot(str(n), "", x, y) for n, (x, y) in enumerate(points)]
+    front = {(dot.x, dot.y) for dot in pareto(dots)}
+    beaten = {
+        (x, y) for x, y in points if any(a <= x and b >= y and (a, b) != (x, y) for a, b in points)
+    }
+    assert front == set(points) - beaten
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(3, 9))
+def test_ticks_are_round_few_and_inside(low, width, count):
+    values = round_values(low, low + width, count)
+    assert len(values) <= count + 1
+    slack = width * 1e-6
+    assert all(low - slack <= value <= low + width + slack for value in values)
+    if len(values) > 1:
+        step = values[1] - values[0]
+        assert np.allclose(np.diff(values), step, rtol=1e-3)
+        lead = step / 10 ** math.floor(math.log10(step) + 1e-6)
+        assert min(abs(lead - nice) for nice in (1, 2, 5, 10)) < 1e-3 * lead
+
+
+def test_a_logarithmic_scale_puts_equal_ratios_at_equal_distances():
+    along = scale([1.0, 100.0], 0.0, 300.0, is_log=True)
+    assert along(10.0) - along(1.0) == pytest.approx(along(100.0) - along(10.0), abs=0.2)
+    assert [text for _, text in along.ticks()] == ["1", "2", "5", "10", "20", "50", "100"]
+
+
+def test_labels_of_a_crowded_chart_do_not_cover_each_other():
+    rng = np.random.default_rng(0)
+    dots = [Dot(f"variant-{n}", f"variant-{n}", *rng.uniform(1, 1.3, 2)) for n in range(25)]
+    chart = scatter(dots)
+    boxes = []
+    for place in chart.dots:
+        if place.label:
+            x, y, anchor = place.label
+            width = 6.6 * len(place.dot.label)
+            left = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
+            boxes.append((left, y - 11, left + width, y + 3))
+    assert len(boxes) > 5
+    for n, one in enumerate(boxes):
+        for other in boxes[:n]:
+            apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
+            assert apart
+
+
+def test_a_single_dot_without_intervals_is_drawn():
+    chart = scatter([Dot("a", "a", 2.0, 90.0, is_original=True)])
+    assert chart.front == ""
+    assert chart.dots[0].is_best
+    left, top, right, bottom = chart.frame
+    assert left < chart.dots[0].x < right
+    assert top < chart.dots[0].y < bottom
+
+
+def test_of_many_lines_those_that_fall_the_lowest_are_named():
+    many = tuple(Line(name=f"layer{n}", x=(0.0, 1.0), y=(float(n), 10.0)) for n in range(9))
+    chart = lines(Curve(title="t", x_label="x", y_label="y", lines=many))
+    named = [path.name for path in chart.paths if path.label_y is not None]
+    assert named == [f"layer{n}" for n in range(5)]
+    heights = sorted(path.label_y for path in chart.paths if path.label_y is not None)
+    assert min(np.diff(heights)) >= 14 - 0.1
+
+
+def test_an_empty_curve_is_no_chart():
+    empty = Line(name="a", x=(), y=())
+    assert lines(Curve(title="t", x_label="x", y_label="y", lines=(empty,))) is None
+
+
+def test_every_figure_of_every_result_is_in_a_table():
+    report = made_up.report()
+    shown = {
+        cell.sort
+        for kind in (accuracies, speeds, sizes)
+        for row in kind(report).rows
+        for cell in row
+    }
+    for variant in report.variants:
+        assert {variant.params, variant.macs, variant.size_mib} <= shown
+        for result in variant.results:
+            for field in type(result).model_fields:
+                value = getattr(result, field)
+                hidden = field in {"latency_ms_p90", "latency_ms_mean", "top1_p_value"}
+                if isinstance(value, float) and not hidden:
+                    assert value in shown, field
+
+
+def test_a_column_that_nobody_measured_becomes_a_note_with_its_reason():
+    result = Result(**PLACE, top1_pct=90.0, skipped={"top5_pct": "only four classes"})
+    report = Report(variants=(Variant(name="a", stage="s", results=(result,)),))
+    table = compact(accuracies(report))
+    assert "Top-5" not in [column.name for column in table.columns]
+    assert "Top-5: only four classes" in table.notes
+    assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_a_cell_that_was_not_measured_says_why_on_the_page():
+    results = (
+        Result(**PLACE, latency_ms_p50=2.0),
+        Result(**(PLACE | {"batch": 8}), skipped={"latency": "the batch <8> does not fit"}),
+    )
+    page = html(Report(variants=(Variant(name="a", stage="s", results=results),)))
+    assert "not measured because the batch &lt;8&gt; does not fit" in page
+
+
+def test_an_empty_report_is_a_page():
+    page = html(Report())
+    assert "No chart of accuracy against latency" in page
+    assert "Flipped images: not measured because no reason was recorded" in page
+
+
+def test_a_part_that_is_absent_says_why():
+    details = Details(skipped={"attributions": "captum is not installed"})
+    page = html(Report(details=details))
+    assert "Attribution maps: not measured because captum is not installed" in page
+
+
+def scores(name: str, recall: tuple[float | None, ...]) -> ClassScores:
+    return ClassScores(
+        variant=name, images=(5,) * 3, precision_pct=recall, recall_pct=recall, f1_pct=recall
+    )
+
+
+def test_classes_that_lost_the_most_come_first_and_the_unknown_last():
+    details = Details(
+        classes=("a", "b", "c"),
+        class_scores=(scores("original", (90.0, 90.0, None)), scores("int8", (89.0, 70.0, 50.0))),
+    )
+    (table,) = lost.class_tables(details)
+    assert [row[0].text for row in table.rows] == ["b", "a", "c"]
+    assert [row[2].text for row in table.rows] == ["−20.0", "−1.00", "–"]
+
+
+def test_a_matrix_of_few_classes_is_numbers_and_of_many_a_picture():
+    few = Details(
+        classes=("a", "b"), confusions=(Confusion(variant="v", cells=((0, 0, 3), (0, 1, 1))),)
+    )
+    (matrix,) = lost.matrices(few)
+    assert matrix.rows == (((3, 0.75), (1, 0.25)), ((0, 0.0), (0, 0.0)))
+    cells = tuple((n, n, 10) for n in range(1000))
+    many = Details(confusions=(Confusion(variant="v", cells=cells),))
+    (matrix,) = lost.matrices(many)
+    raw = base64.b64decode(matrix.picture.removeprefix("data:image/png;base64,"))
+    opacity = np.asarray(Image.open(io.BytesIO(raw)))[..., 3]
+    assert opacity.shape == (250, 250)  # each pixel is the largest of 4 x 4 classes
+    np.testing.assert_array_equal(opacity, 255 * np.eye(250))
+
+
+def test_confusions_that_grew_are_listed_the_largest_first():
+    before = Confusion(variant="o", cells=((0, 1, 5), (1, 0, 2), (0, 0, 9)))
+    after = Confusion(variant="i", cells=((0, 1, 6), (1, 0, 9), (1, 2, 3), (0, 0, 1)))
+    table = lost.grown_confusions(Details(classes=("a", "b", "c"), confusions=(before, after)))
+    rows = [[cell.text for cell in row] for row in table.rows]
+    assert rows == [
+        ["b", "a", "2", "9", "+7"],
+        ["b", "c", "0", "3", "+3"],
+        ["a", "b", "5", "6", "+1"],
+    ]
+
+
+def test_subgroups_are_rows_and_variants_columns():
+    groups = (
+        Subgroup(column="light", value="day", variant="o", images=9, top1_pct=90.0),
+        Subgroup(column="light", value="day", variant="i", images=9, top1_pct=80.0),
+        Subgroup(column="light", value="night", variant="o", images=4, top1_pct=70.0),
+    )
+    table = lost.subgroup_table(Details(subgroups=groups))
+    assert [column.name for column in table.columns] == ["Column", "Value", "Images", "o", "i"]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["light", "day", "9", "90.00", "80.00"],
+        ["light", "night", "4", "70.00", "–"],
+    ]
+
+
+def test_pictures_stay_within_the_budget():
+    assert lost.within_budget([("a" * 10,), ("a" * 10, None), ("a",)], 20) == 2
+    assert lost.within_budget([], 20) == 0
+
+
+@pytest.mark.parametrize("shape", [(100, 50, 3), (100, 50, 1), (100, 50)])
+def test_thumbnails_keep_proportions_and_small_images(shape):
+    image = np.random.default_rng(0).integers(0, 255, shape, dtype=np.uint8)
+    raw = base64.b64decode(thumbnail(image, 20).removeprefix("data:image/png;base64,"))
+    assert Image.open(io.BytesIO(raw)).size == (10, 20)
+    raw = base64.b64decode(thumbnail(image, 200).removeprefix("data:image/png;base64,"))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(raw))), image.squeeze())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from compress.report import Report
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
+RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 DATA_OPTIONS = ("image_size", "batch_size", "workers")
 DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
 
@@ -29,7 +30,7 @@ def run(recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool
 
 def dry_run(recipe: Path, overrides: Sequence[str]) -> str:
     """Return the recipe as it would be run, with every default, after all checks."""
-    from compress.preflight import preflight
+    from compress.pipeline.preflight import preflight
     from compress.recipe import dump, load_recipe
 
     resolved = load_recipe(recipe, overrides)
@@ -170,6 +171,45 @@ def lint(given: Given) -> tuple[RenderableType, bool]:
 
 def sensitivity(given: Given) -> RenderableType:
     """Show which layers cannot bear to be pruned or quantized."""
+    dataset = _dataset(given)
+    if given["quantize"]:
+        return _quantize_sensitivity(given, dataset)
+    return _prune_sensitivity(given, dataset)
+
+
+def _prune_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
+    import itertools
+
+    from rich import box
+    from rich.table import Table
+
+    from compress import sensitivity as curves
+    from compress.evaluate import predict
+    from compress.models import check_classes, load_for
+
+    classes = len(dataset.classes)
+    model = load_for(classes, given["model"], given["weights"], given["num_classes"])
+    check_classes(model, dataset.example, classes)
+    found = curves.prune_sensitivity(
+        model,
+        dataset.example,
+        lambda cut: float(100 * predict(cut, dataset.batches("validation")).correct.mean()),
+        recalibrate=list(itertools.islice(dataset.batches("train"), RECALIBRATION_BATCHES)),
+    )
+    _write_json(given["json"], found.to_json())
+    if given["out"] is not None:
+        curves.plot_sensitivity(found, given["out"])
+    title = f"top-1 on validation images, %, of {found.baseline_top1_pct:.2f} uncut"
+    shares = [point.keep_channels for point in found.curves[0].points]
+    table = Table(
+        "layer", *(f"keep {share:g}" for share in shares), title=title, box=box.SIMPLE_HEAD
+    )
+    for curve in found.curves:
+        table.add_row(curve.group, *(f"{point.top1_pct:.2f}" for point in curve.points))
+    return table
+
+
+def _quantize_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
     raise UsageError("waiting")
 
 
@@ -221,7 +261,7 @@ def report(runs: Sequence[Path], out: Path | None, *, force: bool) -> Renderable
 
 def check(recipes: Sequence[Path], overrides: Sequence[str]) -> str:
     """Check recipes without running them; one error lists the problems of all of them."""
-    from compress.preflight import preflight
+    from compress.pipeline.preflight import preflight
     from compress.recipe import load_recipe
 
     problems = []
@@ -314,7 +354,7 @@ def _dataset(given: Given) -> Dataset:
     from compress.data import load_data
     from compress.settings import DataSettings
 
-    return load_data(DataSettings(**_data(given)))
+    return load_data(DataSettings(**_data(given)), given.get("seed", 0))
 
 
 def _data(given: Given) -> dict[str, Any]:

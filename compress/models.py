@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.constructors import build
+from compress.constructors import accepts, build
 from compress.errors import ModelError, PlanError
 from compress.head import classifier_layers
 from compress.surgery import PrunePlan, apply_pruning
@@ -73,6 +73,23 @@ def load_model(
         kept = _head_of(model) if new_head else {}
         fit(model, {**state, **kept}, where=str(weights))
     return model.eval()
+
+
+def load_for(
+    classes: int,
+    reference: str,
+    weights: str | None = None,
+    num_classes: int | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Return the network that ``reference`` names, for data of ``classes`` classes.
+
+    The count is given to a constructor that takes it and was not told another ``num_classes``;
+    other arguments are those of ``load_model``.
+    """
+    if num_classes is None and accepts(reference, "num_classes"):
+        num_classes = classes
+    return load_model(reference, weights, num_classes, **options)
 
 
 def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:

@@ -137,6 +137,7 @@ class PruneSettings(Settings):
         None, description="Group-sparsity training before the first cut"
     )
     sparsity_strength: float = Field(1e-4, gt=0)
+    refit: bool = Field(True, description="Fit the weights left to the original's answers")
     recalibrate_batches: int = Field(16, ge=0, description="Batches BatchNorm is re-estimated on")
 
     @model_validator(mode="after")

@@ -196,7 +196,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(compress, recipe, tmp_path):
 
 
 def test_a_runtime_that_is_not_installed_names_its_extra(compress, recipe, monkeypatch):
-    from compress import preflight
+    from compress.pipeline import preflight
     from compress.runtimes import _trt
 
     for module in (preflight, _trt):

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress import compare, evaluate, measure, plugins, progress
-from compress.errors import CompressError, EngineError, MissingPackageError
+from compress import compare, evaluate, insights, measure, plugins, progress
+from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Predictions
+from compress.fusion import check_fusion
 from compress.measure import Timing
+from compress.pipeline.explaining import explain_variants
+from compress.pipeline.job import INT8_FORM, Job, Variant, answers_path
 from compress.runtimes import Session, build_engine, open_session, unavailable
 from compress.settings import Target
-from compress.steps import INT8_FORM, Job, Variant
 
 EVALUATION_BATCH = 64  # images; accuracy does not depend on it, only the time it takes
 
@@ -44,6 +46,8 @@ class Measured:
     skipped: dict[str, str]
     engines: tuple[Path, ...]
     conditions: dict[str, Any]
+    coverage: list[dict[str, Any]]  # how much of each int8 graph each runtime runs in int8
+    explanations: dict[str, list[dict[str, Any]]]  # what variants look at, beside the original
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able data."""
@@ -51,6 +55,8 @@ class Measured:
             "results": self.results,
             "skipped": self.skipped,
             "conditions": self.conditions,
+            "coverage": self.coverage,
+            **self.explanations,
         }
 
 
@@ -69,6 +75,7 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
     skipped: dict[str, str] = {}
     engines: list[Path] = []
     conditions: dict[str, Any] = {}
+    coverage: list[dict[str, Any]] = []
     for target in _distinct(job.recipe.targets):
         label = f"{target.runtime}, batch {target.batch}"
         try:
@@ -79,6 +86,7 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
             skipped[label] = str(error)
             continue
         engines += [rival.path for rival in rivals if rival.path != job.path(rival.variant)]
+        coverage += _coverage(job, rivals)
         reason = unavailable(target.runtime)
         if reason is not None:
             skipped[label] = f"the engines are built; they cannot run here: {reason}"
@@ -87,12 +95,8 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
         conditions[label] = seen
         for rival, row in zip(rivals, rows, strict=True):
             results[rival.variant.name].append(row)
-    return Measured(results, skipped, tuple(engines), conditions)
-
-
-def answers_path(stage: Path, variant: str, runtime: str, precision: str) -> Path:
-    """Return where the answers of a variant to the test images are kept."""
-    return stage / f"{variant}.{runtime}.{precision}.npz"
+    explanations = explain_variants(job, variants, stage)
+    return Measured(results, skipped, tuple(engines), conditions, coverage, explanations)
 
 
 def _distinct(targets: Sequence[Target]) -> list[Target]:
@@ -136,6 +140,21 @@ def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
         batch=(1, target.batch, largest),
         precision=precision if precision == "fp16" else None,
     )
+
+
+def _coverage(job: Job, rivals: Sequence[Rival]) -> list[dict[str, Any]]:
+    """Return how much of every int8 graph runs in int8, where the runtime can tell."""
+    found = []
+    for rival in rivals:
+        if rival.precision != "int8":
+            continue
+        source, runtime = job.path(rival.variant), rival.target.runtime
+        engine = rival.path if rival.path != source else None
+        with contextlib.suppress(EngineError, UsageError):  # it cannot tell: nothing is claimed
+            fusion = check_fusion(source, runtime, engine=engine, threads=rival.target.threads)
+            told = insights.coverage(fusion, rival.variant.name)
+            found.append(told.model_dump(mode="json", exclude_none=True))
+    return found
 
 
 def _measure(

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from compress import artifact, measuring, recipe, report, steps
+from compress import artifact, recipe, report
 from compress.artifact import Artifact
-from compress.assembly import assemble
 from compress.data import load_data
 from compress.errors import CompressError
+from compress.pipeline import measuring, pruning, quantizing, steps
+from compress.pipeline.assembly import assemble
+from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
 from compress.report import Report
 from compress.run_folder import RunFolder
 from compress.settings import Recipe, Settings
-from compress.steps import Job, Outcome, Step, Variant
 from compress.train.processes import join_processes
 
 STEPS: dict[str, Step] = {
     "original": steps.original,
     "train": steps.train_original,
-    "prune": steps.prune_channels,
+    "prune": pruning.prune_channels,
     "distill": steps.distill_student,
     "finetune": steps.finetune,
-    "quantize": steps.quantize_graphs,
+    "quantize": quantizing.quantize_graphs,
 }
 NOT_TORCH = {"quantize"}  # from here on one process works, and the others of a torchrun leave
 MEASURE = "measure"
@@ -97,7 +98,7 @@ def _once(
     if job.run.result(stage) is not None:
         return _recorded(job, stage)
     try:
-        outcome = steps.seeded(step, job.recipe.seed)(job, settings, stage, before)
+        outcome = seeded(step, job.recipe.seed)(job, settings, stage, before)
     except CompressError as error:
         raise error.within(f"stage {stage.name}") from None
     if not job.is_main:

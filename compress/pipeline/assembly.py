@@ -1,0 +1,148 @@
+"""From what stages and measurements left behind to the Report; it measures nothing itself."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compress import environment, measure
+from compress.artifact import sha256
+from compress.pipeline.details import details
+from compress.pipeline.job import Job, Outcome, Variant
+from compress.report import schema
+from compress.settings import Gates
+
+OWN_FIELDS = set(schema.Result.model_fields)  # everything else a row holds goes below memory_mib
+
+
+def assemble(
+    job: Job,
+    variants: Sequence[Variant],
+    outcomes: Sequence[Outcome],
+    measured: Mapping[str, Any],
+    answers: Path,
+) -> schema.Report:
+    """Return the report of a run whose stages are finished.
+
+    Args:
+        job: The run.
+        variants: All variants, the original first.
+        outcomes: What each stage recorded.
+        measured: What ``measuring.measure_targets`` recorded.
+        answers: Folder with the answers of each variant to the test images.
+    """
+    rows = tuple(_variant(job, variant, measured["results"]) for variant in variants)
+    return schema.Report(
+        name=job.recipe.name,
+        recipe=job.recipe.model_dump(mode="json"),
+        provenance=_provenance(job, measured),
+        variants=rows,
+        gates=tuple(gates(job.recipe.gates, rows)),
+        details=details(job, variants, outcomes, measured, rows, answers),
+        skipped=measured["skipped"],
+    )
+
+
+def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate]:
+    """Yield every gate of the recipe: the last variant of each runtime against the original.
+
+    A gate that could not be measured anywhere is not passed, and says why.
+    """
+    original = rows[0]
+    pairs = list(_last_results(rows))
+    for name, limit in limits.model_dump(exclude_none=True).items():
+        if not pairs:
+            reason = "no target with a compressed variant could be run on this machine"
+            yield schema.Gate(name=name, limit=limit, passed=False, reason=reason)
+        for variant, result in pairs:
+            value = _gate_value(name, original, variant, result)
+            passed = value is not None and (
+                value <= limit if name.endswith("drop_pct") else value >= limit
+            )
+            yield schema.Gate(
+                name=name,
+                limit=limit,
+                measured=value,
+                passed=passed,
+                variant=variant.name,
+                runtime=result.runtime,
+                batch=result.batch,
+                reason="it was not measured" if value is None else None,
+            )
+
+
+def _last_results(
+    rows: Sequence[schema.Variant],
+) -> Iterator[tuple[schema.Variant, schema.Result]]:
+    """Yield the result of the most compressed variant in each place, in order of the targets."""
+    last: dict[tuple[str, int], tuple[schema.Variant, schema.Result]] = {}
+    for variant in rows[1:]:
+        for result in variant.results:
+            last[result.runtime, result.batch] = (variant, result)
+    yield from last.values()
+
+
+def _gate_value(
+    name: str, original: schema.Variant, variant: schema.Variant, result: schema.Result
+) -> float | None:
+    if name == "top1_drop_pct":
+        return None if result.top1_change_pct is None else -result.top1_change_pct
+    if name == "size_ratio":
+        if not original.size_mib or not variant.size_mib:
+            return None
+        return original.size_mib / variant.size_mib
+    value: float | None = getattr(result, name)
+    return value
+
+
+def _variant(
+    job: Job, variant: Variant, results: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> schema.Variant:
+    path = job.path(variant)
+    return schema.Variant(
+        name=variant.name,
+        stage=variant.stage,
+        artifact=variant.path,
+        sha256=sha256(path),
+        parent=variant.parent,
+        params=variant.params,
+        macs=variant.macs,
+        size_mib=measure.size_mib(path),
+        results=tuple(_result(row) for row in results.get(variant.name, ())),
+    )
+
+
+def _result(row: Mapping[str, Any]) -> schema.Result:
+    memory = {
+        key: value
+        for key, value in row.items()
+        if key not in OWN_FIELDS and key.endswith("_mib") and value is not None
+    }
+    return schema.Result(**(dict(row) | {"memory_mib": memory}))
+
+
+def _provenance(job: Job, measured: Mapping[str, Any]) -> schema.Provenance:
+    description = job.run.description()
+    found = environment.describe()
+    return schema.Provenance(
+        created=description.get("created"),
+        command=_command(job),
+        commit=found.pop("commit", None),
+        seed=job.recipe.seed,
+        settings=json.loads(job.recipe.model_dump_json()),
+        data=schema.DataRecord(
+            name=job.dataset.name,
+            fingerprint=job.dataset.fingerprint,
+            images={name: len(split) for name, split in job.dataset.splits.items()},
+        ),
+        versions=found.pop("versions", {}),
+        device=found.pop("device", {}) | measured.get("conditions", {}),
+    )
+
+
+def _command(job: Job) -> str:
+    recipe = (job.run.root / "recipe.yaml").as_posix()
+    return shlex.join(["compress", "run", recipe, "--out", f"{job.run.root.as_posix()}-again"])

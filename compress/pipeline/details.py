@@ -1,0 +1,170 @@
+"""What changed inside a network, what was lost and for whom: the details of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress import compare, evaluate, insights, measure, models
+from compress.pipeline.job import Job, Outcome, Variant, answers_path
+from compress.predictions import Predictions
+from compress.qdq import QuantPlan
+from compress.report import schema
+from compress.report.pictures import thumbnail
+from compress.surgery import PrunePlan
+
+MOST_FLIPS = 24  # images shown
+Taken = Sequence[tuple[str, str, Predictions]]  # variant, runtime, its answers to the test images
+
+
+def details(
+    job: Job,
+    variants: Sequence[Variant],
+    outcomes: Sequence[Outcome],
+    measured: Mapping[str, Any],
+    rows: Sequence[schema.Variant],
+    answers: Path,
+) -> schema.Details:
+    """Return everything the report tells beside its tables.
+
+    Args:
+        job: The run.
+        variants: All variants, the original first.
+        outcomes: What each stage recorded.
+        measured: What ``measuring.measure_targets`` recorded.
+        rows: The variants of the report.
+        answers: Folder with the answers of each variant to the test images.
+    """
+    taken = _answers(rows, answers)
+    plan = _last_plan(job, variants)
+    return schema.Details(
+        classes=job.dataset.classes,
+        channels=tuple(_channels(plan)) if plan is not None else (),
+        frozen=dict(plan.frozen) if plan is not None else {},
+        ranges=tuple(_ranges(outcomes)),
+        coverage=tuple(schema.Coverage(**each) for each in measured["coverage"]),
+        learning=tuple(_learning_curves(outcomes)),
+        class_scores=tuple(_class_scores(job, taken)),
+        confusions=tuple(_confusions(taken)),
+        flips=tuple(_flips(job, taken)),
+        subgroups=tuple(_subgroups(job, taken)),
+        calibration=tuple(insights.calibration(each, name, place) for name, place, each in taken),
+        attributions=tuple(schema.Attribution(**each) for each in measured["attributions"]),
+        similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
+        artifacts=tuple(_artifacts(job)),
+        methods=dict(measure.METHODS),
+    )
+
+
+def _answers(rows: Sequence[schema.Variant], folder: Path) -> list[tuple[str, str, Predictions]]:
+    """Return (variant, runtime, answers) of each variant on the first runtime that ran it."""
+    found = []
+    for row in rows:
+        for result in row.results[:1]:
+            path = answers_path(folder, row.name, result.runtime, result.precision)
+            found.append((row.name, result.runtime, Predictions.load(path)))
+    return found
+
+
+def _last_plan(job: Job, variants: Sequence[Variant]) -> PrunePlan | None:
+    for variant in reversed(variants):
+        path = job.run.root / variant.stage / models.PLAN_FILE
+        if path.is_file():
+            return PrunePlan.load(path)
+    return None
+
+
+def _channels(plan: PrunePlan) -> Iterator[schema.Channels]:
+    """Yield the output channels of each layer that the plan cuts."""
+    for tensor, cuts in plan.tensors.items():
+        if tensor.endswith(".weight") and len(plan.shapes[tensor]) > 1 and 0 in cuts:
+            yield schema.Channels(
+                layer=tensor.removesuffix(".weight"),
+                before=plan.shapes[tensor][0],
+                after=len(cuts[0]),
+            )
+
+
+def _learning_curves(outcomes: Sequence[Outcome]) -> Iterator[schema.Curve]:
+    for outcome in outcomes:
+        history = outcome.facts.get("training", {}).get("history", [])
+        stage = outcome.variants[0].stage if outcome.variants else ""
+        for key, title, label in (
+            ("loss", "Training loss", "loss"),
+            ("validation_top1_pct", "Accuracy on validation images", "top-1, %"),
+        ):
+            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
+            if len(points) > 1:
+                x, y = zip(*points, strict=True)
+                line = schema.Line(name=stage, x=x, y=y)
+                yield schema.Curve(
+                    title=f"{title}, {stage}", x_label="epoch", y_label=label, lines=(line,)
+                )
+
+
+def _class_scores(job: Job, taken: Taken) -> Iterator[schema.ClassScores]:
+    for name, runtime, predictions in taken:
+        per_class = evaluate.accuracy(predictions, job.dataset.classes).per_class
+        yield schema.ClassScores(
+            variant=name,
+            runtime=runtime,
+            images=tuple(each.images for each in per_class),
+            precision_pct=tuple(each.precision_pct for each in per_class),
+            recall_pct=tuple(each.recall_pct for each in per_class),
+            f1_pct=tuple(each.f1_pct for each in per_class),
+        )
+
+
+def _confusions(taken: Taken) -> Iterator[schema.Confusion]:
+    for name, runtime, predictions in taken:
+        matrix = np.array(evaluate.accuracy(predictions).confusion)
+        cells = tuple((int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix))
+        yield schema.Confusion(variant=name, runtime=runtime, cells=cells)
+
+
+def _flips(job: Job, taken: Taken) -> Iterator[schema.Flip]:
+    if len(taken) < 2:
+        return
+    reference = taken[0][2]
+    name, runtime, candidate = taken[-1]
+    lost = [flip for flip in compare.compare(reference, candidate).flips if flip.kind == "lost"]
+    for flip in lost[:MOST_FLIPS]:
+        image = job.dataset.splits["test"].take([flip.index])[0]
+        yield schema.Flip(
+            index=flip.index,
+            label=flip.label,
+            before=flip.before,
+            after=flip.after,
+            before_confidence_pct=flip.before_confidence_pct,
+            after_confidence_pct=flip.after_confidence_pct,
+            variant=name,
+            runtime=runtime,
+            thumbnail=thumbnail(image.permute(1, 2, 0).numpy()),
+        )
+
+
+def _subgroups(job: Job, taken: Taken) -> Iterator[schema.Subgroup]:
+    """Yield the accuracy of each variant on each subgroup, where the data names them."""
+    if job.dataset.test_groups is None:
+        return
+    for name, _, predictions in taken:
+        groups = [str(group) for group in job.dataset.test_groups[: len(predictions.labels)]]
+        found = evaluate.accuracy(predictions, subgroups=groups).per_subgroup
+        for group, numbers in found.items():
+            yield schema.Subgroup(column="group", value=group, variant=name, **numbers)
+
+
+def _ranges(outcomes: Sequence[Outcome]) -> Iterator[schema.TensorRange]:
+    """Yield the range of every tensor that a plan of the run quantizes."""
+    for outcome in outcomes:
+        for form, plan in outcome.facts.get("plans", {}).items():
+            yield from insights.ranges(QuantPlan.from_json(plan), f"int8-{form}")
+
+
+def _artifacts(job: Job) -> Iterator[schema.ArtifactRecord]:
+    for each in job.run.description()["artifacts"]:
+        size = (job.run.root / each["path"]).stat().st_size
+        yield schema.ArtifactRecord(**each, bytes=size)

@@ -1,0 +1,176 @@
+"""What every step of a run works on and leaves behind: variants on disk, facts about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress import evaluate, measure, models
+from compress.data import Dataset
+from compress.export import export_onnx
+from compress.run_folder import RunFolder
+from compress.settings import Recipe, Settings, TrainSettings
+from compress.surgery import PrunePlan
+from compress.train import TrainResult, train
+
+ONNX_FILE = "model.onnx"
+CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
+INT8_FORM = {"tensorrt-rtx": "tensorrt"}  # runtime -> kind of Q/DQ graph, where names differ
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network of a run: a file that a runtime can take, and where it came from."""
+
+    name: str  # original, pruned, ..., int8-onnxruntime
+    path: str  # its ONNX file, relative to the run folder
+    stage: str  # folder of its stage
+    parent: str | None = None  # name of the variant it was made from
+    precision: str = "fp32"
+    target: str | None = None  # the runtime an int8 graph is written for
+    params: int | None = None
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step leaves behind: variants, and facts about how they were made."""
+
+    variants: tuple[Variant, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        return {"variants": [asdict(each) for each in self.variants], "facts": dict(self.facts)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        """Return what ``to_json`` wrote."""
+        return cls(tuple(Variant(**each) for each in data["variants"]), data["facts"])
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every step works on."""
+
+    recipe: Recipe
+    run: RunFolder
+    dataset: Dataset
+    is_main: bool = True  # whether this process writes; the others of a torchrun only train
+
+    def path(self, variant: Variant) -> Path:
+        """Return the ONNX file of ``variant``."""
+        return self.run.root / variant.path
+
+    def network(self, variant: Variant) -> nn.Module:
+        """Return the torch network of ``variant``, in eval mode."""
+        return models.load_model(self.run.root / variant.stage)
+
+    def relative(self, path: Path) -> str:
+        """Return ``path`` as the run records it."""
+        return path.relative_to(self.run.root).as_posix()
+
+    def train(
+        self, model: nn.Module, settings: TrainSettings, folder: Path, objective: Any = None
+    ) -> TrainResult:
+        """Train ``model`` in place, with checkpoints in ``folder``/training."""
+        return train(
+            model,
+            self.dataset,
+            settings,
+            objective=objective,
+            folder=folder / "training",
+            seed=self.recipe.seed,
+        )
+
+    def validation_pct(self, model: nn.Module) -> float | None:
+        """Return the top-1 accuracy of ``model`` on the validation images, if there are any."""
+        if not len(self.dataset.splits["validation"]):
+            return None
+        predictions = evaluate.predict(model, self.dataset.batches("validation"))
+        return float(100 * predictions.correct.mean())
+
+
+Step = Callable[[Job, Any, Path, tuple[Variant, ...]], Outcome]
+
+
+def answers_path(folder: Path, variant: str, runtime: str, precision: str) -> Path:
+    """Return where the answers of a variant to the test images are kept."""
+    return folder / f"{variant}.{runtime}.{precision}.npz"
+
+
+def seeded(step: Step, seed: int) -> Step:
+    """Return ``step`` with its own random state, so that a resumed run equals an uninterrupted."""
+
+    def run(
+        job: Job, settings: Settings | None, stage: Path, before: tuple[Variant, ...]
+    ) -> Outcome:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return step(job, settings, stage, before)
+
+    return run
+
+
+def leave(
+    job: Job,
+    model: nn.Module,
+    stage: Path,
+    name: str,
+    *,
+    parent: Variant | None = None,
+    plan: PrunePlan | None = None,
+    facts: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Save ``model`` and its ONNX graph in the folder of its stage."""
+    if not job.is_main:
+        return Outcome(())
+    model.eval()
+    settings = job.recipe.model
+    models.save_model(
+        model,
+        stage,
+        reference=settings.name if parent is None else job.run.root / parent.stage,
+        plan=plan,
+        options=settings.options if parent is None else None,
+    )
+    export_onnx(
+        model,
+        job.dataset.example,
+        stage / ONNX_FILE,
+        metadata=_metadata(job),
+        check_images=job.dataset.normalize(
+            job.dataset.splits["calibration"].take(range(CHECK_IMAGES))
+        ),
+    )
+    count = measure.count(model, job.dataset.example)
+    variant = Variant(
+        name,
+        job.relative(stage / ONNX_FILE),
+        stage.name,
+        parent=parent.name if parent is not None else None,
+        params=count.params,
+        macs=count.macs,
+    )
+    return Outcome((variant,), facts or {})
+
+
+def training_facts(result: TrainResult) -> dict[str, Any]:
+    """Return what a stage records of its training."""
+    facts = asdict(result)
+    facts["history"] = list(facts["history"])
+    return {"training": facts}
+
+
+def _metadata(job: Job) -> dict[str, Any]:
+    return {
+        "labels": list(job.dataset.classes),
+        "mean": list(job.dataset.mean),
+        "std": list(job.dataset.std),
+        "input_range": [0.0, 1.0],
+    }

@@ -1,0 +1,118 @@
+"""The step that cuts channels: in rounds if asked, every cut proved, refitted and recalibrated."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress import prune
+from compress.groups import trace
+from compress.pipeline.job import Job, Outcome, Variant, leave
+from compress.settings import PruneSettings, TrainSettings
+from compress.surgery import PrunePlan, apply_pruning, prove
+from compress.train import CrossEntropy
+
+
+def prune_channels(
+    job: Job, settings: PruneSettings, stage: Path, before: tuple[Variant, ...]
+) -> Outcome:
+    """Cut channels to the budget, in rounds if asked, and prove every cut."""
+    parent = before[-1]
+    model = job.network(parent)
+    if settings.sparsity_training is not None:
+        _train_sparse(job, model, settings, stage)
+    plan, rounds = _prune_in_rounds(job, model, settings, stage)
+    small = rounds.pop("model")
+    facts = rounds | {
+        "macs": [plan.macs_before, plan.macs_after],
+        "params": [plan.params_before, plan.params_after],
+        "frozen": dict(plan.frozen),
+    }
+    return leave(job, small, stage, "pruned", parent=parent, plan=plan, facts=facts)
+
+
+def _prune_in_rounds(
+    job: Job, model: nn.Module, settings: PruneSettings, stage: Path
+) -> tuple[PrunePlan, dict[str, Any]]:
+    """Return the joined plan of all rounds; the pruned network is the fact "model"."""
+    example, total = job.dataset.example, None
+    differences, validation = [], {"before": job.validation_pct(model)}
+    for number in range(1, settings.rounds + 1):
+        budget = _budget(settings, number, total)
+        batches = list(job.dataset.batches("calibration"))
+        plan = prune.plan_pruning(
+            model, example, **budget, **_plan_options(settings), batches=batches,
+            seed=job.recipe.seed,
+        )  # fmt: skip
+        differences.append(prove(model, plan, example))
+        small = apply_pruning(model, plan)
+        total = plan if total is None else total.then(plan)
+        validation["cut"] = job.validation_pct(small)
+        if settings.refit:
+            prune.refit(small, model, plan, batches)
+            validation["refitted"] = job.validation_pct(small)
+        model = small
+        if settings.recalibrate_batches:
+            images = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
+            prune.recalibrate_batchnorm(model, images)
+        if settings.round_training is not None and number < settings.rounds:
+            job.train(model, settings.round_training, stage / f"round-{number}")
+    validation["recalibrated"] = job.validation_pct(model)
+    facts = {
+        "model": model,
+        "proof_relative_difference": max(differences),
+        "validation_top1_pct": validation,
+    }
+    return _required(total), facts
+
+
+def _required(plan: PrunePlan | None) -> PrunePlan:
+    if plan is None:
+        raise ValueError("pruning in no rounds")
+    return plan
+
+
+def _budget(settings: PruneSettings, number: int, done: PrunePlan | None) -> dict[str, Any]:
+    """Return the budget of a round, as a share of what the round before it left."""
+    for name, before, after in (
+        ("keep_macs", "macs_before", "macs_after"),
+        ("keep_params", "params_before", "params_after"),
+    ):
+        keep = getattr(settings, name)
+        if keep is not None:
+            wanted = prune.keep_in_round(keep, number, settings.rounds)
+            left = 1.0 if done is None else getattr(done, after) / getattr(done, before)
+            return {name: min(1.0, wanted / left)}
+    if isinstance(settings.keep_channels, float) and settings.rounds > 1:
+        wanted = prune.keep_in_round(settings.keep_channels, number, settings.rounds)
+        earlier = 1.0
+        if number > 1:
+            earlier = prune.keep_in_round(settings.keep_channels, number - 1, settings.rounds)
+        return {"keep_channels": wanted / earlier}
+    if settings.latency_ms is not None:
+        return {"latency_ms": settings.latency_ms, "runtime": settings.runtime}
+    return {"keep_channels": settings.keep_channels}
+
+
+def _plan_options(settings: PruneSettings) -> dict[str, Any]:
+    accepted = inspect.signature(prune.plan_pruning).parameters
+    budget = {"keep_macs", "keep_params", "keep_channels", "latency_ms", "runtime"}
+    return {
+        name: getattr(settings, name)
+        for name in type(settings).model_fields
+        if name in accepted and name not in budget
+    }
+
+
+def _train_sparse(job: Job, model: nn.Module, settings: PruneSettings, stage: Path) -> None:
+    training = settings.sparsity_training or TrainSettings()
+    objective = prune.WithGroupLasso(
+        CrossEntropy(training.label_smoothing),
+        prune.GroupLasso(trace(model, job.dataset.example)),
+        settings.sparsity_strength,
+    )
+    job.train(model, training, stage / "sparsity", objective)

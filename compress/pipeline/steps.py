@@ -1,0 +1,103 @@
+"""Steps that load or train a network: original, train, finetune, distill."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compress import artifact, distill, measure, models
+from compress.errors import ModelError
+from compress.pipeline.job import (
+    ONNX_FILE,
+    Job,
+    Outcome,
+    Variant,
+    leave,
+    training_facts,
+)
+from compress.settings import DistillSettings, TrainSettings
+
+
+def original(job: Job, settings: None, stage: Path, before: tuple[Variant, ...]) -> Outcome:
+    """Load the network of the recipe."""
+    reference = job.recipe.model.name
+    if models.is_onnx(reference):
+        return _original_onnx(job, Path(reference), stage)
+    model = build_original(job)
+    return leave(job, model, stage, "original")
+
+
+def train_original(
+    job: Job, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
+) -> Outcome:
+    """Train the network of the recipe; the result is what everything is compared with."""
+    model = build_original(job)
+    result = job.train(model, settings, stage)
+    facts = training_facts(result)
+    return leave(job, model, stage, "original", facts=facts)
+
+
+def finetune(
+    job: Job, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
+) -> Outcome:
+    """Train on the labels alone."""
+    parent = before[-1]
+    model = job.network(parent)
+    facts = training_facts(job.train(model, settings, stage))
+    return leave(job, model, stage, "finetuned", parent=parent, facts=facts)
+
+
+def distill_student(
+    job: Job, settings: DistillSettings, stage: Path, before: tuple[Variant, ...]
+) -> Outcome:
+    """Train towards the recipe's original, or the teacher that the stage names."""
+    parent = before[-1]
+    student = job.network(parent)
+    teacher = _teacher(job, settings, before[0])
+    objective = distill.build_objective(student, teacher, job.dataset, settings)
+    facts = training_facts(job.train(student, settings, stage, objective))
+    return leave(job, student, stage, "distilled", parent=parent, facts=facts)
+
+
+def build_original(job: Job) -> nn.Module:
+    """Return the network that the recipe names, checked against its data."""
+    settings = job.recipe.model
+    model = models.load_for(
+        len(job.dataset.classes),
+        settings.name,
+        settings.weights,
+        settings.num_classes,
+        options=settings.options,
+        new_head=settings.replace_head,
+    )
+    models.check_classes(model, job.dataset.example, len(job.dataset.classes))
+    return model
+
+
+def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
+    if not source.is_file():
+        raise ModelError("no such file", where=str(source))
+    target = stage / ONNX_FILE
+    with artifact.replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+    count = measure.count_onnx(target)
+    variant = Variant(
+        "original", job.relative(target), stage.name, params=count.params, macs=count.macs
+    )
+    return Outcome((variant,))
+
+
+def _teacher(job: Job, settings: DistillSettings, first: Variant) -> Any:
+    if settings.teacher is None:
+        return job.network(first)
+    if models.is_onnx(settings.teacher):
+        return settings.teacher
+    return models.load_for(
+        len(job.dataset.classes),
+        settings.teacher,
+        settings.teacher_weights,
+        settings.teacher_num_classes,
+    )

@@ -1,0 +1,73 @@
+"""Quantization-aware training: a plan simulated in torch, trained, written by the one writer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from torch import nn
+
+from compress.data import Dataset
+from compress.distill import build_objective
+from compress.qat.network import OnnxNetwork
+from compress.qat.simulation import SimulatedNetwork
+from compress.qdq import QuantPlan, prepare
+from compress.settings import DistillSettings, QuantizeSettings, TrainSettings
+from compress.train import TrainResult, train
+
+__all__ = ["OnnxNetwork", "SimulatedNetwork", "Trained", "train_quantized"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What quantization-aware training made of a graph and its plan."""
+
+    model: onnx.ModelProto  # fp32, prepared, with the trained weights
+    plan: QuantPlan  # to write ``model`` with
+    written: onnx.ModelProto  # the Q/DQ graph for the plan's target
+    result: TrainResult
+
+
+def train_quantized(
+    model: onnx.ModelProto,
+    plan: QuantPlan,
+    dataset: Dataset,
+    settings: QuantizeSettings,
+    *,
+    teacher: nn.Module | None = None,
+    folder: Path | None = None,
+    seed: int = 0,
+) -> Trained:
+    """Train the weights of a quantized graph so that rounding costs less, and write it again.
+
+    The loss is cross-entropy plus distillation from the fp32 network; the loop is the one of all
+    training, so it resumes from ``folder``.
+
+    Args:
+        model: The fp32 graph that ``plan`` was made for. Not modified.
+        plan: Where training begins. Layers that it leaves in float stay float.
+        dataset: Trained on "train", watched on "validation".
+        settings: ``qat`` says how to train (a learning rate of 1e-3 is enough; one epoch at the
+            defaults if absent), ``learned_scales`` whether the scales are trained as well (LSQ).
+        teacher: The fp32 network; ``model`` itself if absent.
+        folder: For checkpoints.
+        seed: Of the training.
+
+    Raises:
+        QuantizationError: the plan does not fit, or an operator of the graph cannot be trained.
+        TrainingError: as in ``train``.
+    """
+    loop = settings.qat or TrainSettings(lr=1e-3)
+    network = SimulatedNetwork(model, plan, learned_scales=settings.learned_scales)
+    distilling = DistillSettings(**loop.model_dump(), losses=("kd",))
+    objective = build_objective(
+        network,
+        teacher or OnnxNetwork(prepare(model)),
+        dataset,
+        distilling,
+        folder=folder,
+        seed=seed,
+    )
+    result = train(network, dataset, loop, objective=objective, folder=folder, seed=seed)
+    return Trained(network.trained_model(), network.trained_plan(), network.write(), result)

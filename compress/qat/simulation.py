@@ -1,0 +1,237 @@
+"""A QuantPlan simulated in torch: what the writer's graph computes, with gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from compress.qat.fake import Quantizer, fake_quantize, scaled_gradient
+from compress.qat.network import OnnxNetwork, Rounding
+from compress.qdq.graph import Graph
+from compress.qdq.placement import Placement, place
+from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
+from compress.qdq.prepare import prepare
+from compress.qdq.rewrite import apply_corrections, rewrite_for
+from compress.qdq.writer import RULES, default_scales, quantizer, scale_axis, write_qdq
+
+BIAS_LIMIT = 2.0**30  # of an int32 bias, as in the writer
+
+
+class WeightQuantizer(nn.Module):
+    """The symmetric int8 rounding of one weight, a scale for each channel.
+
+    The scale follows the largest magnitude of the channel, by the ratio the plan chose; or it is
+    learned by itself.
+    """
+
+    ratio: Tensor
+
+    def __init__(
+        self, weight: Tensor, axis: int | None, planned: WeightScales | None, *, learned: bool
+    ) -> None:
+        super().__init__()
+        self.axis, self.learned = axis, learned
+        self.others = tuple(d for d in range(weight.ndim) if d != axis)
+        self.shape = [-1 if d == axis else 1 for d in range(weight.ndim)]
+        start = torch.from_numpy(default_scales(weight.numpy(), axis))
+        chosen = start if planned is None else torch.tensor(planned.scales)
+        self.register_buffer("ratio", chosen / start)
+        if learned:
+            self.log_scale = nn.Parameter(chosen.log())
+
+    def scale(self, weight: Tensor, floor: Tensor) -> Tensor:
+        """Return the scales in use, (C,) or (1,), none smaller than ``floor``."""
+        if self.learned:
+            count = weight.numel() / self.ratio.numel()
+            return torch.maximum(
+                scaled_gradient(self.log_scale.exp(), (count * 127) ** -0.5), floor
+            )
+        peak = weight.detach().abs().amax(self.others).reshape(-1)
+        scale = torch.where(peak > 0, peak / 127, torch.full_like(peak, 1 / 127))
+        return torch.maximum(scale * self.ratio, floor)
+
+    def forward(self, weight: Tensor, floor: Tensor) -> Tensor:
+        """Return the weight rounded to int8 and back."""
+        scale = self.scale(weight, floor).reshape(self.shape)
+        return fake_quantize(weight, scale, torch.zeros_like(scale), -127, 127)
+
+
+class SimulatedNetwork(OnnxNetwork):
+    """The int8 graph of a plan on a target, trainable.
+
+    Train it like any network; then ``write`` returns the Q/DQ graph of what was learned, which the
+    same writer makes that makes graphs of post-training quantization.
+
+    Args:
+        model: The fp32 graph that the plan was made for, prepared or not. Not modified.
+        plan: Ranges, scales, corrections (they are where training begins), layers left in float.
+        target: The runtime; the plan's own if absent.
+        learned_scales: Train the scales as well (LSQ).
+
+    Raises:
+        QuantizationError: the plan does not fit the graph, or an operator cannot be trained.
+    """
+
+    def __init__(
+        self,
+        model: onnx.ModelProto,
+        plan: QuantPlan,
+        target: str | None = None,
+        *,
+        learned_scales: bool = False,
+    ) -> None:
+        target = target or plan.target
+        write_qdq(model, plan, target)  # whatever does not fit is said here, and in its words
+        prepared = prepare(model)
+        apply_corrections(prepared, plan)
+        rewrite_for(prepared, target)
+        super().__init__(prepared)
+        self.plan, self.target, self.learned_scales = plan, target, learned_scales
+        self.graph_nodes = {node.name: node for node in prepared.graph.node}
+        self.placement = place(Graph(prepared), target, plan.float_nodes)
+        self.weighted = frozenset(self.placement.weights)
+        self.groups = {name: _group(self.placement, name) for name in self.placement.readers}
+        self.activations = nn.ModuleDict()
+        self.keys: dict[frozenset[str], str] = {}
+        for group in self.groups.values():
+            if group not in self.keys:
+                self.keys[group] = f"scale_{len(self.keys)}"
+                self.activations[self.keys[group]] = _quantizer(
+                    _widest(plan, group), target, learned=learned_scales
+                )
+        self.kernels = nn.ModuleDict()
+        self.kernel_keys: dict[str, str] = {}
+        for name in self.placement.weights:
+            self._add_kernel(self.graph_nodes[name])
+
+    def write(self) -> onnx.ModelProto:
+        """Return the Q/DQ graph for the target, with weights and scales as they are now."""
+        return write_qdq(self.trained_model(), self.trained_plan(), self.target)
+
+    def trained_plan(self) -> QuantPlan:
+        """Return the plan of what was learned, to go with ``trained_model``."""
+        plan = self.plan.without_weights().changed(target=self.target)
+        weights = {
+            self.graph_nodes[name].input[1]: self._weight_scales(name)
+            for name in self.placement.weights
+        }
+        notes = (*plan.notes, "weights trained with simulated int8")
+        if not self.learned_scales:
+            return plan.changed(weights=weights, notes=notes)
+        ranges = dict(plan.activations)
+        for group, key in self.keys.items():
+            learned = self.activations[key]
+            for name in group:
+                ranges[name] = _learned_range(ranges[name], learned)
+        return plan.changed(weights=weights, activations=ranges, notes=notes)
+
+    def _rounding(self) -> Rounding:
+        rounded: dict[str, Tensor] = {}
+
+        def read(node: str, position: int, name: str, value: Tensor) -> Tensor:
+            if (node, position) in self.placement.readers.get(name, ()):
+                if name not in rounded:
+                    rounded[name] = self._quantizer_of(name)(value)
+                return rounded[name]
+            if node in self.weighted and position == 1:
+                return self._kernel(name)(value, self._floor(node, value))
+            if node in self.weighted and position == 2 and RULES[self.target].int32_bias:
+                return self._bias(node, value)
+            return value
+
+        return read
+
+    def _quantizer_of(self, tensor: str) -> Quantizer:
+        module = self.activations[self.keys[self.groups[tensor]]]
+        if not isinstance(module, Quantizer):
+            raise TypeError(f"{tensor} has a {type(module).__name__}")
+        return module
+
+    def _kernel(self, weight: str) -> WeightQuantizer:
+        module = self.kernels[self.kernel_keys[weight]]
+        if not isinstance(module, WeightQuantizer):
+            raise TypeError(f"{weight} has a {type(module).__name__}")
+        return module
+
+    def _floor(self, node: str, weight: Tensor) -> Tensor:
+        """Return the smallest scales with which the int32 bias of ``node`` does not overflow."""
+        inputs = self.graph_nodes[node].input
+        bias = self.constant(inputs[2]) if len(inputs) > 2 else None
+        if bias is None or not RULES[self.target].int32_bias:
+            return torch.full((1,), 1e-12, device=weight.device)
+        incoming = self._quantizer_of(inputs[0]).scale.detach()
+        floor = (bias.detach().abs().double() / BIAS_LIMIT / incoming.double()).reshape(-1)
+        if self._kernel(inputs[1]).axis is None:
+            floor = floor.max().reshape(1)
+        return floor.float().clamp(min=1e-12)
+
+    def _bias(self, node: str, bias: Tensor) -> Tensor:
+        """Return a bias rounded to int32, whose scale is input scale times weight scale."""
+        inputs = self.graph_nodes[node].input
+        weight = self.constant(inputs[1])
+        if weight is None:
+            return bias
+        scale = self._kernel(inputs[1]).scale(weight, self._floor(node, weight)).detach()
+        unit = scale.double() * self._quantizer_of(inputs[0]).scale.detach().double()
+        rounded = torch.round(bias.detach().double() / unit) * unit.float().double()
+        error: Tensor = (rounded.float() - bias).detach()  # rounding passes gradients straight on
+        shifted: Tensor = bias + error
+        return shifted
+
+    def _add_kernel(self, node: onnx.NodeProto) -> None:
+        name = node.input[1]
+        weight = self.constant(name)
+        if weight is None or name in self.kernel_keys:
+            return
+        axis = scale_axis(node, weight.ndim)
+        self.kernel_keys[name] = f"kernel_{len(self.kernel_keys)}"
+        self.kernels[self.kernel_keys[name]] = WeightQuantizer(
+            weight.detach(), axis, self.plan.weights.get(name), learned=self.learned_scales
+        )
+
+    def _weight_scales(self, node: str) -> WeightScales:
+        name = self.graph_nodes[node].input[1]
+        weight = self.constant(name)
+        if weight is None:
+            raise TypeError(f"{node} has no constant weight")
+        kernel = self._kernel(name)
+        scale = kernel.scale(weight, self._floor(node, weight)).detach().cpu().numpy()
+        return WeightScales(kernel.axis, tuple(float(s) for s in scale))
+
+
+def _group(placement: Placement, tensor: str) -> frozenset[str]:
+    """Return the tensors whose common range ``tensor`` is quantized with."""
+    source = placement.source(tensor)
+    return frozenset(next((g for g in placement.joined if source in g), {source}))
+
+
+def _widest(plan: QuantPlan, group: frozenset[str]) -> ActivationRange:
+    ranges = [plan.activations[name] for name in group]
+    return ActivationRange(
+        min(r.low for r in ranges), max(r.high for r in ranges), max(r.limit for r in ranges)
+    )
+
+
+def _quantizer(found: ActivationRange, target: str, *, learned: bool) -> Quantizer:
+    made = quantizer(found, target)
+    info = np.iinfo(made.zero_point.dtype)
+    limits: dict[str, Any] = {"low": int(info.min), "high": int(info.max), "learned": learned}
+    return Quantizer(float(made.scale), int(made.zero_point), **limits)
+
+
+def _learned_range(before: ActivationRange, learned: nn.Module) -> ActivationRange:
+    """Return the range that the writer turns into the learned scale and the same zero point."""
+    if not isinstance(learned, Quantizer):
+        raise TypeError(type(learned).__name__)
+    scale, zero = float(learned.scale.detach()), float(learned.zero)
+    low, high = (learned.low - zero) * scale, (learned.high - zero) * scale
+    if learned.low < 0:  # int8: the plan speaks of the symmetric range
+        return dataclasses.replace(before, limit=127 * scale, observer="learned")
+    return dataclasses.replace(
+        before, low=low, high=high, limit=max(-low, high), observer="learned"
+    )

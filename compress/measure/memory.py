@@ -79,7 +79,7 @@ def memory(
     found = _probe(request, timeout_seconds, str(path))
     weights, activations, skipped = _static(path, batch, found)
     if found["peak_device_mib"] is None:
-        skipped["peak_device_mib"] = "no GPU"
+        skipped["peak_device_mib"] = "it used no GPU that PyTorch sees"
     return Memory(
         file_mib=size_mib(path),
         weights_mib=weights,

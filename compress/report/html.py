@@ -32,7 +32,7 @@ def html(report: Report) -> str:
         title=f"{report.name}: compression report",
         report=report,
         details=report.details,
-        sentences=[text for text in verdicts(report).values() if text != report.verdict],
+        sentences=list(verdicts(report).values())[1:],  # the first is the verdict
         headline=next(comparisons(report), None),
         charts=pareto_charts([report]),
         tables=[compact(accuracies(report)), compact(speeds(report)), compact(sizes(report))],

@@ -36,9 +36,7 @@ def plain(text: str) -> str:
 
 
 def _others(report: Report) -> str:
-    sentences = verdicts(report)
-    others = [text for text in sentences.values() if text != report.verdict]
-    return bullets(plain(text) for text in others)
+    return bullets(plain(text) for text in list(verdicts(report).values())[1:])
 
 
 def bullets(lines: Iterable[str]) -> str:

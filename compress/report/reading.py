@@ -15,6 +15,7 @@ from compress.report.schema import SCHEMA, ArtifactRecord, Details, Provenance, 
 from compress.report.verdict import verdict
 
 STAGE = re.compile(r"\d\d-.+")  # name of a stage's folder
+LISTED = 6  # names in one line
 UNFINISHED = "the run was stopped before it was measured"
 
 
@@ -73,7 +74,7 @@ def check_files(report: Report, folder: Path) -> list[str]:
     absent = [path for path in recorded if not (folder / path).is_file()]
     present = {path: digest for path, digest in recorded.items() if path not in absent}
     wrong = [line for path, digest in present.items() if (line := _check(folder, path, digest))]
-    return [f"files are missing: {', '.join(absent)}", *wrong] if absent else wrong
+    return [f"files are missing: {_list(absent)}", *wrong] if absent else wrong
 
 
 def _check(folder: Path, name: str, digest: str) -> str:
@@ -156,4 +157,5 @@ def _stages(folder: Path) -> list[Path]:
 
 
 def _list(names: list[str]) -> str:
-    return ", ".join(names) or "nothing"
+    shown = ", ".join(names[:LISTED]) or "nothing"
+    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown

@@ -2,9 +2,11 @@
 
     python benchmarks/export_torchvision.py [--only resnet] [--size 224]
 
+Networks that benchmarks/results/export_torchvision.json already holds are left out.
+
 For each network, with random weights and random BatchNorm statistics: seconds to export (with the
 proof against torch), the largest difference of ONNX Runtime and OpenVINO to torch, and the layers
-and warnings of a TensorRT-RTX engine. Written to benchmarks/results/export_torchvision.json.
+and warnings of a TensorRT-RTX engine.
 """
 
 from __future__ import annotations
@@ -75,12 +77,13 @@ def main() -> None:
     wanted = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in networks():
-        if not name.startswith(wanted.only) or name == wanted.skip:
+        done = name in rows and "error" not in rows[name]
+        if not name.startswith(wanted.only) or name == wanted.skip or done:
             continue
         with tempfile.TemporaryDirectory() as folder:
             try:
                 rows[name] = tried(name, wanted.size, Path(folder))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the table says which network fails
                 rows[name] = {"error": f"{type(error).__name__}: {error}"}
         print(name, rows[name], flush=True)
         RESULTS.parent.mkdir(exist_ok=True)

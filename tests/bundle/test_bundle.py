@@ -1,0 +1,212 @@
+"""A run packed for a device runs there with numpy and one runtime, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from onnx import TensorProto, helper, numpy_helper
+
+from compress.bundle import on_device, write_bundle
+from compress.errors import RunError
+from compress.packages import is_installed
+
+VARIANTS = [
+    {"name": "original", "precision": "fp32", "target": None, "stage": "00-train"},
+    {"name": "int8-onnxruntime", "precision": "int8", "target": "onnxruntime", "stage": "01-q"},
+    {"name": "int8-tensorrt", "precision": "int8", "target": "tensorrt", "stage": "01-q"},
+]
+
+
+def linear(path: Path) -> None:
+    """Write a linear classifier of the bundled digits, by the mean image of each class."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    means = np.stack([data.data[data.target == digit].mean(0) for digit in range(10)])
+    weight = means - means.mean(0)
+    weight -= weight.mean(1, keepdims=True)  # so that normalizing an image changes no decision
+    weight = (weight / np.linalg.norm(weight, axis=1, keepdims=True)).astype(np.float32)
+    bias = np.zeros(10, np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["input"], ["flat"], name="flatten"),
+        helper.make_node("Gemm", ["flat", "w", "b"], ["logits"], name="fc", transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "linear",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    opset = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opset, ir_version=10)
+    path.write_bytes(model.SerializeToString())
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    recipe = {"name": "small", "data": {"name": "digits", "root": None}, "seed": 0, "stages": []}
+    for variant in VARIANTS:
+        stage = folder / str(variant["stage"])
+        stage.mkdir(parents=True, exist_ok=True)
+        path = stage / f"{variant['name']}.onnx"
+        linear(path)
+        metrics = stage / "metrics.json"
+        known = json.loads(metrics.read_text())["variants"] if metrics.exists() else []
+        known.append(variant | {"path": path.relative_to(folder).as_posix()})
+        metrics.write_text(json.dumps({"variants": known}))
+    (folder / "run.json").write_text(json.dumps({"recipe": recipe}))
+    quantize = folder / "02-quantize"
+    quantize.mkdir()
+    (quantize / "plan.tensorrt.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def unpacked(run: Path, tmp_path: Path) -> Path:
+    packed = write_bundle(run, tmp_path / "small.tar.gz")
+    empty = tmp_path / "device"
+    empty.mkdir()
+    with tarfile.open(packed) as archive:
+        archive.extractall(empty, filter="data")
+    return empty / "small"
+
+
+DEVICE = """
+import runpy, sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        absent = name.split(".")[0] in %r
+        return None if absent else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+ABSENT = ("compress", "torch", "torchvision", "onnx", "onnxscript", "openvino", "nncf", "scipy")
+ABSENT += ("pydantic", "yaml", "sklearn", "rich", "tensorrt", "tensorrt_rtx")
+
+
+def on(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script of a bundle where only numpy and onnxruntime can be imported."""
+    command = [sys.executable, "-c", DEVICE % (ABSENT,), str(folder / "run.py"), *arguments]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+
+
+def test_bundle_holds_what_a_device_needs_and_nothing_of_this_machine(unpacked: Path) -> None:
+    names = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
+    assert names == {
+        "bundle.json",
+        "labels.txt",
+        "models/int8-onnxruntime.onnx",
+        "models/int8-tensorrt.onnx",
+        "models/original.onnx",
+        "ranges/plan.tensorrt.json",
+        "recipe.yaml",
+        "run.py",
+        "sample.npz",
+    }
+    assert (unpacked / "labels.txt").read_text().split() == [str(d) for d in range(10)]
+    recipe = yaml.safe_load((unpacked / "recipe.yaml").read_text())
+    assert recipe["data"] == {"name": "digits"}
+    manifest = json.loads((unpacked / "bundle.json").read_text())
+    assert set(manifest["sha256"]) == names - {"bundle.json"}
+    assert str(unpacked.parent.parent).encode() not in (unpacked / "bundle.json").read_bytes()
+
+
+def test_script_builds_checks_and_measures_with_numpy_and_onnxruntime_only(unpacked: Path) -> None:
+    done = on(unpacked, "--runtime", "onnxruntime", "--seconds", "0.05", "--batch", "4")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "small: onnxruntime on CPU, batch 4"
+    assert [line.split()[0] for line in lines[2:]] == ["original", "int8-onnxruntime"]
+    told = json.loads((unpacked / "results.json").read_text())
+    first = told["results"][0]
+    assert first["parity"]
+    assert first["top1_pct"] > 70  # the class means classify most digits
+    assert first["speedup"] == 1.0
+    assert first["latency_ms_p99"] >= first["latency_ms_p50"] > 0
+
+
+def test_a_damaged_file_is_found_before_anything_runs(unpacked: Path) -> None:
+    model = unpacked / "models" / "original.onnx"
+    model.write_bytes(model.read_bytes()[:-4] + b"\0\0\0\0")
+    done = on(unpacked)
+    assert done.returncode == 2
+    assert "models/original.onnx is damaged" in done.stderr
+    model.unlink()
+    assert "cannot read models/original.onnx" in on(unpacked).stderr
+
+
+def test_an_engine_that_answers_otherwise_exits_with_1(unpacked: Path) -> None:
+    sample = dict(np.load(unpacked / "sample.npz"))
+    sample["answers_original"] = sample["answers_original"] + 100
+    np.savez(unpacked / "sample.npz", **sample)
+    manifest = json.loads((unpacked / "bundle.json").read_text())
+    content = (unpacked / "sample.npz").read_bytes()
+    manifest["sha256"]["sample.npz"] = hashlib.sha256(content).hexdigest()
+    (unpacked / "bundle.json").write_text(json.dumps(manifest))
+    done = on(unpacked, "--seconds", "0.05")
+    assert done.returncode == 1
+    assert "DIFFERS FROM THE HOST" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch", "1000"], "--batch must be from 1 to 64"),
+        pytest.param(
+            ["--runtime", "tensorrt"],
+            "the package tensorrt is not installed",
+            marks=pytest.mark.skipif(is_installed("tensorrt"), reason="tensorrt is installed"),
+        ),
+    ],
+)
+def test_what_cannot_be_done_is_said(unpacked: Path, arguments: list[str], message: str) -> None:
+    done = on(unpacked, *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("precision", "answers", "near"),
+    [
+        ("fp32", [[0.0, 1.0], [1.0, 0.0]], True),
+        ("fp32", [[0.0, 1.1], [1.0, 0.0]], False),
+        ("int8", [[0.0, 1.1], [1.0, 0.0]], True),
+        ("int8", [[1.1, 1.0], [1.0, 0.0]], False),
+        ("int8", [[0.0, np.nan], [1.0, 0.0]], False),
+    ],
+)
+def test_parity_is_numbers_for_float_and_decisions_for_int8(
+    precision: str, answers: list, near: bool
+) -> None:
+    host, labels = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 0])
+    assert on_device.compare(np.array(answers), host, labels, precision)["parity"] is near
+
+
+def test_a_run_without_networks_is_refused(run: Path, tmp_path: Path) -> None:
+    (run / "00-train" / "original.onnx").unlink()
+    with pytest.raises(RunError, match=r"original\.onnx: is gone from the run"):
+        write_bundle(run, tmp_path / "x.tar.gz")
+    for metrics in run.glob("*/metrics.json"):
+        metrics.unlink()
+    with pytest.raises(RunError, match="no stage of this run has left a network"):
+        write_bundle(run, tmp_path / "x.tar.gz")
+    with pytest.raises(RunError, match="cannot be read as JSON"):
+        write_bundle(tmp_path, tmp_path / "x.tar.gz")
+    assert not (tmp_path / "x.tar.gz").exists()

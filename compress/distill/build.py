@@ -73,7 +73,7 @@ def build_objective(
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         mine = survey(student, example.to(device))
         _check_student(mine, dataset)
-        terms = [_term(reference, mine, answering) for reference in settings.losses]
+        terms = [_term(each, mine, answering, settings.compile) for each in settings.losses]
         _prepare(terms, student, answering, dataset)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
@@ -115,7 +115,7 @@ def _check_student(seen: Survey, dataset: Dataset) -> None:
         )
 
 
-def _term(reference: Plugin, student: Survey, teacher: Teacher) -> Term:
+def _term(reference: Plugin, student: Survey, teacher: Teacher, compiled: bool) -> Term:
     name, options = plugins.parse("losses", reference)
     weight = options.pop("weight", None)
     loss = plugins.create("losses", {name: options})
@@ -127,6 +127,12 @@ def _term(reference: Plugin, student: Survey, teacher: Teacher) -> Term:
     needs: Needs = getattr(loss, "needs", "logits")
     if needs == "logits":
         return Term(name, loss, float(weight))
+    if compiled:
+        raise TrainingError(
+            "it compares features, and hooks do not reach into a compiled network",
+            where=f"loss {name!r}",
+            fix="Leave compile out, or use losses on logits",
+        )
     if teacher.survey is None:
         raise TrainingError(
             "it compares features, and a teacher from a file shows only its logits",

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import TrainingError, UnknownNameError, UsageError
+from compress.images import MemoryImages, Subset
 from compress.objective import CrossEntropy
 from compress.settings import AugmentSettings, TrainSettings
 from compress.train import TrainResult, train
@@ -247,6 +249,37 @@ def test_processes_share_a_step_without_gaps_or_repetitions(world: int):
         assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
         assert torch.equal(torch.cat([part.chances for part in parts]), whole.chances)
         assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+
+
+@dataclass(frozen=True)
+class Decoding(MemoryImages):
+    """Images that ask for processes to decode them."""
+
+    workers: int = 2
+
+
+def test_images_decoded_by_other_processes_come_in_the_same_order():
+    plainly = DATA.splits["train"]
+    decoded = replace(
+        DATA, splits={"train": Subset(Decoding(plainly.pixels, plainly.labels), np.arange(90))}
+    )
+    alone = replace(DATA, splits={"train": Subset(plainly, np.arange(90))})
+    pairs = zip(
+        train_batches(decoded, settings(), 1, 0), train_batches(alone, settings(), 1, 0),
+        strict=True,
+    )  # fmt: skip
+    for batch, expected in pairs:
+        assert torch.equal(batch.images, expected.images)
+        assert torch.equal(batch.target, expected.target)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same():
+    compiled, _ = trained(compile=True)
+    plainly, _ = trained()
+    for a, b in zip(compiled.parameters(), plainly.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    assert not any("_orig_mod" in name for name in compiled.state_dict())
 
 
 def test_bf16_computes_in_bf16_and_keeps_weights_in_fp32():
@@ -528,6 +561,20 @@ def test_tensorboard_gets_the_rows(tmp_path: Path):
     _, result = trained(folder=tmp_path, track="tensorboard")
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     losses = [event.value for event in events.Scalars("loss")]
+    assert losses == pytest.approx([row["loss"] for row in result.history])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of MLflow's database library
+def test_mlflow_gets_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    _, result = trained(folder=tmp_path / "run", track="mlflow")
+    client = mlflow.MlflowClient()
+    experiment = client.get_experiment_by_name("compress")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    losses = [point.value for point in client.get_metric_history(run.info.run_id, "loss")]
     assert losses == pytest.approx([row["loss"] for row in result.history])
 
 

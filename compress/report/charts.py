@@ -176,7 +176,7 @@ def _labelled(placed: Sequence[Placed], frame: Box) -> list[Placed]:
     labelled = []
     for place in sorted(placed, key=lambda p: (not p.dot.is_original, not p.is_best)):
         width = LETTER * len(place.dot.label)
-        for x, y, anchor in _beside(place.x, place.y):
+        for x, y, anchor in _beside(place.x, place.y, width, frame):
             start = x if anchor == "start" else x - width if anchor == "end" else x - width / 2
             box = (start, y - LINE + 3, start + width, y + 3)
             inside = frame[0] < box[0] and box[2] < frame[2] and frame[1] < box[1] < frame[3] - LINE
@@ -189,7 +189,9 @@ def _labelled(placed: Sequence[Placed], frame: Box) -> list[Placed]:
     return labelled
 
 
-def _beside(x: float, y: float) -> list[tuple[float, float, str]]:
+def _beside(x: float, y: float, width: float, frame: Box) -> list[tuple[float, float, str]]:
+    """Return where a label of that width may start, the best place first."""
+    within = min(max(x - width / 2, frame[0] + 3), frame[2] - width - 3)
     return [
         (x + 11, y - 8, "start"),
         (x - 11, y - 8, "end"),
@@ -199,6 +201,8 @@ def _beside(x: float, y: float) -> list[tuple[float, float, str]]:
         (x, y + 26, "middle"),
         (x + 14, y - 24, "start"),
         (x - 14, y + 34, "end"),
+        (within, y - 16, "start"),
+        (within, y + 26, "start"),
     ]
 
 

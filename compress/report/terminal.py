@@ -121,7 +121,7 @@ def _gate_line(gate: Gate) -> RenderableType:
 
 def gate_sentence(gate: Gate) -> str:
     """Return a gate in words: "top1_drop_pct at most 1: measured 0.3, passed"."""
-    side = "at most" if gate.name.endswith("drop_pct") else "at least"
+    side = "at least" if gate.name in {"speedup", "size_ratio"} else "at most"
     measured = (
         f"not measured because {gate.reason or 'no reason was recorded'}"
         if gate.measured is None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from compress.report import lost
-from compress.report.charts import Dot, lines, pareto, round_values, scale, scatter
+from compress.report.charts import NARROW, Dot, lines, pareto, round_values, scale, scatter
 from compress.report.html import html
 from compress.report.pictures import thumbnail
 from compress.report.schema import (
@@ -79,6 +79,14 @@ def test_labels_of_a_crowded_chart_do_not_cover_each_other():
         for other in boxes[:n]:
             apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
             assert apart
+
+
+def test_a_long_name_at_the_edge_of_a_phone_is_moved_inside():
+    dots = [Dot("a", "int8-onnxruntime", 1.0, 90.0), Dot("b", "original", 9.0, 95.0)]
+    chart = scatter(dots, NARROW)
+    label = next(place.label for place in chart.dots if place.dot.name == "a")
+    assert label is not None
+    assert chart.frame[0] < label[0]
 
 
 def test_a_single_dot_without_intervals_is_drawn():

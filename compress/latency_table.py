@@ -28,6 +28,7 @@ SMOOTH = 0.10  # a cell whose centre is further than this from interpolation is 
 NOISE_MS = 0.003  # differences below this are never called rough
 SMALLEST_CELL = 4  # channels; finer cells are measured point by point
 SECONDS = 0.03  # of timed calls for one point
+LEAST_CALLS = 10
 
 Measure = Callable[["LayerShape", int, int], float]
 
@@ -202,9 +203,10 @@ def measure_layer(
     """Return the latency of one layer alone on ``runtime``, ms, for a batch of one.
 
     **Method:** the layer is written as an ONNX file of its own with random weights, loaded, and
-    called for ``SECONDS`` in blocks of equal length; the number is the smallest block mean. What a
-    call costs by itself is in every number: sums over layers rank networks, and become milliseconds
-    only by comparison with whole networks that were measured.
+    called for ``SECONDS``; the number is the lowest tenth of the calls, so that what else the
+    machine does counts as little as possible. What a call costs by itself is in every number: sums
+    over layers rank networks, and become milliseconds only by comparison with whole networks that
+    were measured.
     """
     inputs = outputs if shape.groups == 0 else inputs
     array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
@@ -212,7 +214,7 @@ def measure_layer(
         path = Path(folder) / "layer.onnx"
         onnx.save(layer_graph(shape, inputs, outputs), path)
         with open_on(path, runtime, threads) as session:
-            return time_calls(functools.partial(session.run, array), SECONDS)
+            return time_calls(functools.partial(session.run, array), SECONDS, quantile=0.1)
 
 
 def open_on(path: Path, runtime: str, threads: int | None = None) -> Session:
@@ -222,20 +224,19 @@ def open_on(path: Path, runtime: str, threads: int | None = None) -> Session:
     return open_session(path, runtime, threads=threads)
 
 
-def time_calls(call: Callable[[], object], seconds: float, blocks: int = 5) -> float:
-    """Return the milliseconds of one call: the smallest mean of ``blocks`` blocks."""
+def time_calls(call: Callable[[], object], seconds: float, quantile: float = 0.5) -> float:
+    """Return the milliseconds of one call: a quantile over ``seconds`` of single calls.
+
+    A low quantile is what a call takes when nothing disturbs it; the median is what users see.
+    """
     call()
-    start = time.perf_counter()
-    call()
-    once = max(time.perf_counter() - start, 1e-6)
-    repeats = max(1, math.ceil(seconds / blocks / once))
-    means = []
-    for _ in range(blocks):
+    took: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(took) < LEAST_CALLS or time.perf_counter() < end:
         start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        means.append((time.perf_counter() - start) / repeats)
-    return 1e3 * min(means)
+        call()
+        took.append(time.perf_counter() - start)
+    return 1e3 * float(np.quantile(took, quantile))
 
 
 def layer_graph(shape: LayerShape, inputs: int, outputs: int) -> onnx.ModelProto:

@@ -2,13 +2,16 @@
 
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.lasso import GroupLasso, WithGroupLasso
+from compress.prune.latency import Promise, check_promise
 from compress.prune.plan import plan_pruning
 from compress.prune.refit import refit
 from compress.prune.schedule import keep_in_round
 
 __all__ = [
     "GroupLasso",
+    "Promise",
     "WithGroupLasso",
+    "check_promise",
     "keep_in_round",
     "plan_pruning",
     "recalibrate_batchnorm",

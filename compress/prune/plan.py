@@ -18,6 +18,7 @@ from compress.groups.trace import Example
 from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
 from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.evidence import Batches
+from compress.prune.latency import counts_for_latency
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
 from compress.surgery import PrunePlan, make_plan
@@ -116,8 +117,6 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     cost = CostModel(network)
     measured: dict[str, Any] = {}
     if budget.kind == "latency_ms":
-        from compress.latency_budget import counts_for_latency
-
         importance = _importance(cost, ladders, way)
         counts, facts = counts_for_latency(
             model, example_input, network, ladders, importance, budget.share, runtime

@@ -34,7 +34,7 @@ from compress.surgery import apply_pruning, make_plan
 TOLERANCE = 0.10  # how far the measured latency may be from the promise
 AIM = 0.97  # of the promise: what the plan is made for
 ATTEMPTS = 5
-WHOLE_SECONDS = 0.5  # of timed calls of a whole network
+WHOLE_SECONDS = 1.0  # of timed calls of a whole network
 MOST_LEVELS = 16  # counts of one group that the knapsack looks at
 
 
@@ -72,8 +72,7 @@ def network_ms(
 ) -> float:
     """Return the latency of a network on ``runtime`` for the example input, ms.
 
-    **Method:** exported, loaded, called for ``WHOLE_SECONDS`` in blocks; the smallest block mean,
-    so that what else the machine does in the meantime counts as little as possible.
+    **Method:** exported, loaded, called for ``WHOLE_SECONDS``; the median call.
     """
     arrays = _arrays(example_input)
     if runtime == "pytorch":
@@ -156,8 +155,8 @@ def counts_for_latency(
                 fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
             )
         best, best_ms = smallest, least_ms
-        for _ in range(ATTEMPTS):
-            target = _layers_for(AIM * latency_ms, measured)
+        for _ in range(ATTEMPTS):  # a regula falsi: every plan narrows the sum from above or below
+            target = _layers_for(max(AIM * latency_ms, least_ms), measured)
             counts = knapsack(ladders, importance, layers.total, layers.changed, target)
             found = measure(counts)
             counter.advance(note=f"{found:.3f} ms")
@@ -170,14 +169,16 @@ def counts_for_latency(
 
 
 def _layers_for(latency_ms: float, measured: Sequence[tuple[float, float]]) -> float:
-    """Return the sum over layers at which a network takes ``latency_ms``, by the nearest two."""
-    below = max((pair for pair in measured if pair[1] <= latency_ms), key=lambda pair: pair[1],
-                default=min(measured, key=lambda pair: pair[1]))  # fmt: skip
-    above = min((pair for pair in measured if pair[1] > latency_ms), key=lambda pair: pair[1],
-                default=max(measured, key=lambda pair: pair[1]))  # fmt: skip
-    rise = above[1] - below[1]
-    share = (latency_ms - below[1]) / rise if rise > 0 else 0.0
-    return below[0] + share * (above[0] - below[0])
+    """Return the sum over layers at which a network takes ``latency_ms``.
+
+    It lies between the largest sum that was fast enough and the smallest that was not.
+    """
+    below = max(pair for pair in measured if pair[1] <= latency_ms)
+    above = min(pair for pair in measured if pair[1] > latency_ms)
+    if above[0] <= below[0]:  # the measurements contradict each other: stay on the safe side
+        return 0.5 * (above[0] + min(measured)[0])
+    share = (latency_ms - below[1]) / (above[1] - below[1])
+    return below[0] + min(max(share, 0.1), 0.9) * (above[0] - below[0])
 
 
 def _snapped(one: Ladder, step: int) -> Ladder:

@@ -1,0 +1,190 @@
+"""Accuracy against kept channels, group by group: which layers cannot bear to be pruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from compress.artifact import replacing
+from compress.criteria import Criterion
+from compress.errors import PlanError, UsageError
+from compress.groups import trace
+from compress.groups.trace import Example
+from compress.progress import track
+from compress.prune.batchnorm import recalibrate_batchnorm
+from compress.prune.cost import CostModel
+from compress.prune.evidence import Batches
+from compress.prune.scoring import build_criterion, scores, spoken
+from compress.prune.selection import ladder
+from compress.surgery import apply_pruning, make_plan
+
+SHARES = (0.75, 0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One group cut to one width, everything else whole."""
+
+    keep_channels: float  # share of the group's units that is left
+    kept: int
+    top1_pct: float
+    macs_share: float  # of the whole network's MACs that is left
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What one group can bear."""
+
+    group: str
+    size: int
+    layers: tuple[str, ...]  # whose outputs are cut together
+    points: tuple[Point, ...]  # by falling share
+
+
+@dataclass(frozen=True)
+class PruneSensitivity:
+    """Accuracy against kept channels for every group of a network."""
+
+    baseline_top1_pct: float
+    criterion: str
+    curves: tuple[Curve, ...]  # in the order of execution
+
+    def keep_channels(self, max_drop_pct: float) -> dict[str, float]:
+        """Return the smallest share that costs each group at most ``max_drop_pct`` points.
+
+        It is a budget for ``plan_pruning(keep_channels=...)``. Groups are judged one at a time, so
+        cutting them together costs more than that.
+
+        Args:
+            max_drop_pct: Loss of top-1 that one group may cost alone, points.
+        """
+        found = {}
+        for curve in self.curves:
+            share = 1.0
+            for point in curve.points:
+                if self.baseline_top1_pct - point.top1_pct > max_drop_pct:
+                    break
+                share = point.keep_channels
+            found[curve.group] = share
+        return found
+
+    def ranked(self) -> list[Curve]:
+        """Return the curves, the one that loses the most accuracy at its smallest width first."""
+        return sorted(self.curves, key=lambda curve: min(p.top1_pct for p in curve.points))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the curves as JSON-able data."""
+        data = asdict(self)
+        data["curves"] = [
+            one | {"layers": list(one["layers"]), "points": list(one["points"])}
+            for one in data["curves"]
+        ]
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> PruneSensitivity:
+        """Return the curves that ``to_json`` wrote.
+
+        Raises:
+            PlanError: the data is something else.
+        """
+        try:
+            curves = tuple(
+                Curve(
+                    one["group"],
+                    one["size"],
+                    tuple(one["layers"]),
+                    tuple(Point(**point) for point in one["points"]),
+                )
+                for one in data["curves"]
+            )
+            return cls(data["baseline_top1_pct"], data["criterion"], curves)
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"this is no sensitivity to pruning: {error!r}") from None
+
+
+def prune_sensitivity(
+    model: nn.Module,
+    example_input: Example,
+    evaluate: Callable[[nn.Module], float],
+    *,
+    criterion: str | Mapping[str, Any] | Criterion = "l2",
+    shares: Sequence[float] = SHARES,
+    batches: Batches | None = None,
+    recalibrate: Iterable[tuple[Tensor, Tensor]] = (),
+) -> PruneSensitivity:
+    """Cut one group at a time to several widths and return the accuracy of each cut.
+
+    Args:
+        model: A trained network. Not modified.
+        example_input: An input for one image, as ``plan_pruning`` takes it.
+        evaluate: Returns the top-1 accuracy of a network, percent, always on the same images.
+        criterion: Decides which channels of a group stay.
+        shares: Shares of each group's channels to keep, in (0, 1).
+        batches: Images and labels, for criteria that need data.
+        recalibrate: Images to re-estimate BatchNorm on after every cut; none leaves it as it is.
+
+    Raises:
+        UsageError: a share is out of range, or the criterion lacks its data.
+        PlanError: nothing can be cut.
+    """
+    for share in shares:
+        if not 0 < share < 1:
+            raise UsageError(f"shares holds {share!r}", expected="shares above 0 and below 1")
+    network = trace(model, example_input)
+    scorer = build_criterion(criterion, seed=0)
+    found = scores(model, network, scorer, batches, seed=0)
+    cost = CostModel(network)
+    whole = cost.total("macs", cost.sizes)
+    images = list(recalibrate)
+    curves = []
+    for number, group in enumerate(track(network.groups, "sensitivity")):
+        one = ladder(found[number], step=group.multiple, at_least=1)
+        points = []
+        for count in sorted({one.level_at_most(s * group.size) for s in shares}, reverse=True):
+            small = apply_pruning(model, make_plan(network, {group.name: one.kept(count)}))
+            if images:
+                recalibrate_batchnorm(small, images)
+            counts = cost.sizes.copy()
+            counts[number] = count
+            left = cost.total("macs", counts) / max(whole, 1)
+            points.append(Point(count / group.size, count, evaluate(small), round(left, 6)))
+        layers = (p.tensor.rpartition(".")[0] for p in group.slices if p.role == "output")
+        curves.append(Curve(group.name, group.size, tuple(dict.fromkeys(layers)), tuple(points)))
+    return PruneSensitivity(evaluate(model), spoken(scorer), tuple(curves))
+
+
+def plot_sensitivity(found: PruneSensitivity, path: str | Path) -> Path:
+    """Draw one small chart per group, top-1 against kept channels, and return the file's path.
+
+    Args:
+        found: What ``prune_sensitivity`` returned.
+        path: The picture; .svg, .png or .pdf.
+    """
+    from matplotlib.figure import Figure
+
+    target = Path(path)
+    columns = min(4, max(1, len(found.curves)))
+    rows = math.ceil(len(found.curves) / columns)
+    figure = Figure(figsize=(2.6 * columns, 1.9 * rows + 0.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
+    for axis, curve in zip(axes, found.curves, strict=False):
+        shares = [1.0, *(point.keep_channels for point in curve.points)]
+        top1 = [found.baseline_top1_pct, *(point.top1_pct for point in curve.points)]
+        axis.plot(shares, top1, marker="o", markersize=3, linewidth=1.2, color="#2a6f97")
+        axis.axhline(found.baseline_top1_pct, color="#9aa5b1", linewidth=0.8)
+        axis.set_title(f"{curve.group} ({curve.size})", fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes[len(found.curves) :]:
+        axis.set_visible(False)
+    figure.supxlabel("share of the group's channels kept", fontsize=9)
+    figure.supylabel("top-1, %", fontsize=9)
+    with replacing(target) as temporary:
+        figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=150)
+    return target

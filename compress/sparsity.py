@@ -1,0 +1,252 @@
+"""Zero single weights: anywhere, or two of every four in a row as NVIDIA's sparse kernels want."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.errors import UsageError
+from compress.groups.trace import Example
+from compress.objective import Objective
+from compress.prune.budget import one_budget
+from compress.prune.evidence import Batches, evaluating, first_tensor
+
+Pattern = Literal["unstructured", "2:4"]
+Score = Literal["magnitude", "taylor"]
+Ranking = Literal["global", "uniform"]
+
+WHAT_RUNTIMES_DO = {
+    "onnxruntime": "runs dense kernels: zeros cost as much as other weights; the file compresses",
+    "openvino": "runs dense kernels for convolutions: zeros cost as much as other weights",
+    "pytorch": "runs dense kernels: zeros cost as much as other weights",
+    "tensorrt": "may choose 2:4 kernels on Ampere and later, if the engine is built with sparse "
+    "weights allowed and the kernel is faster; other zeros cost as much as other weights",
+}
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """Which weights stay: one mask for each weight of a convolution or linear layer."""
+
+    masks: Mapping[str, Tensor]  # weight -> bool, True = stays
+    pattern: Pattern
+    score: Score
+
+    @property
+    def keep_weights(self) -> float:
+        """Share of the weights that stay."""
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        return kept / max(1, sum(mask.numel() for mask in self.masks.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is told in a report: shares by layer, and what runtimes make of them."""
+        return {
+            "pattern": self.pattern,
+            "score": self.score,
+            "keep_weights": self.keep_weights,
+            "layers": {name: float(mask.float().mean()) for name, mask in self.masks.items()},
+            "runtimes": dict(WHAT_RUNTIMES_DO),
+        }
+
+
+def plan_sparsity(
+    model: nn.Module,
+    example_input: Example,
+    *,
+    keep_weights: float | None = None,
+    pattern: Pattern = "unstructured",
+    score: Score = "magnitude",
+    ranking: Ranking = "global",
+    batches: Batches | None = None,
+) -> SparsityPlan:
+    """Decide which single weights to zero.
+
+    Unstructured magnitude masks are NNCF's (``nncf.prune``, which divides magnitudes by the norm of
+    their layer to compare them globally). The others are made here: for "taylor"
+    the square of weight x gradient, averaged over ``batches``, takes the place of the magnitude.
+
+    Args:
+        model: A trained network. Not modified.
+        example_input: An input for one image.
+        keep_weights: Share of the weights that stay, in (0, 1]; not for "2:4", which keeps half.
+        pattern: "unstructured", or "2:4": of every four weights along the input channels the two
+            with the highest score stay. Layers whose inputs are no multiple of four stay dense.
+        score: "magnitude", or "taylor", which needs ``batches``.
+        ranking: "global" compares weights of all layers, "uniform" within each.
+        batches: Images (B, C, H, W) and labels (B,), for "taylor".
+
+    Raises:
+        UsageError: options that cannot be right.
+    """
+    for name, value, kind in (("pattern", pattern, Pattern), ("score", score, Score)):
+        if value not in get_args(kind):
+            raise UsageError(f"{name} is {value!r}", expected=f"one of {', '.join(get_args(kind))}")
+    if (keep_weights is None) != (pattern == "2:4"):
+        raise UsageError(
+            f"keep_weights is {keep_weights!r} with pattern {pattern!r}",
+            expected="a share for unstructured, and none for 2:4, which keeps half",
+        )
+    if keep_weights is not None:
+        one_budget(keep_macs=None, keep_params=keep_weights, keep_channels=None, latency_ms=None)
+    if pattern == "unstructured" and score == "magnitude":
+        return SparsityPlan(
+            _masks_of_nncf(model, example_input, float(keep_weights or 1.0), ranking),
+            pattern,
+            score,
+        )
+    weights = {name: weight.detach() for name, weight in _weights(model)}
+    if score == "taylor":
+        if batches is None:
+            raise UsageError("score 'taylor' needs images and labels", fix="Pass batches=")
+        importance = _taylor(model, batches)
+    else:
+        importance = {name: weight.abs() for name, weight in weights.items()}
+    if pattern == "2:4":
+        masks = {name: _two_of_four(found) for name, found in importance.items()}
+    else:
+        masks = _largest(importance, float(keep_weights or 1.0), ranking)
+    return SparsityPlan(masks, pattern, score)
+
+
+def apply_sparsity(model: nn.Module, plan: SparsityPlan) -> nn.Module:
+    """Return a copy of ``model`` with every weight that the plan drops at zero."""
+    sparse = copy.deepcopy(model)
+    _zero(sparse, plan)
+    return sparse
+
+
+class WithMasks:
+    """An objective that keeps dropped weights at zero while the network is trained.
+
+    Optimizers with momentum move weights whose gradient is zero, so they are zeroed before every
+    loss; call ``apply_sparsity`` once more after the last step.
+
+    Args:
+        objective: What is minimized.
+        plan: Which weights stay.
+    """
+
+    def __init__(self, objective: Objective, plan: SparsityPlan) -> None:
+        self.objective, self.plan = objective, plan
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of one batch, a scalar."""
+        _zero(model, self.plan)
+        return self.objective(model, images, target)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield trainable parameters of the objective."""
+        return self.objective.parameters()
+
+    def close(self) -> None:
+        """Close the objective."""
+        self.objective.close()
+
+
+def _zero(model: nn.Module, plan: SparsityPlan) -> None:
+    with torch.no_grad():
+        for name, weight in _weights(model):
+            if name in plan.masks:
+                weight.mul_(plan.masks[name].to(weight.device))
+
+
+def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Return the weights of convolutions and linear layers by name, shared ones once."""
+    kinds = (nn.modules.conv._ConvNd, nn.Linear)
+    owners = {
+        f"{name}.weight" if name else "weight"
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
+    return [(name, weight) for name, weight in model.named_parameters() if name in owners]
+
+
+def _masks_of_nncf(
+    model: nn.Module, example_input: Example, keep: float, ranking: Ranking
+) -> dict[str, Tensor]:
+    from compress.quantize.nncf_ranges import import_nncf
+
+    nncf = import_nncf()
+    modes = nncf.PruneMode
+    # NNCF adds a module of its own to the outermost one, which an nn.Sequential would try to call.
+    wrapped = nncf.prune(
+        _Inside(copy.deepcopy(model).eval()),
+        modes.UNSTRUCTURED_MAGNITUDE_GLOBAL
+        if ranking == "global"
+        else modes.UNSTRUCTURED_MAGNITUDE_LOCAL,
+        ratio=1.0 - keep,
+        examples_inputs=example_input,
+    )
+    masks = {}
+    for name, buffer in wrapped.named_buffers():
+        place, _, kind = name.partition("post_hooks.")[2].rpartition(".")
+        if kind == "binary_mask":  # place: "model:layer1:0:conv1:weight__0.0"
+            weight = place.rpartition("__")[0].replace(":", ".").removeprefix("model.")
+            masks[weight] = buffer.detach().bool()
+    return masks
+
+
+class _Inside(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return what the model returns."""
+        return self.model(*inputs, **named)
+
+
+def _largest(importance: Mapping[str, Tensor], keep: float, ranking: Ranking) -> dict[str, Tensor]:
+    """Return masks that keep the best share ``keep`` of all weights, or of each layer's."""
+    if ranking == "uniform":
+        return {
+            name: _top(found, round(keep * found.numel())) for name, found in importance.items()
+        }
+    flat = torch.cat([found.flatten() for found in importance.values()])
+    sizes = [found.numel() for found in importance.values()]
+    chosen = torch.split(_top(flat, round(keep * len(flat))), sizes)
+    return {
+        name: mask.reshape(found.shape)
+        for (name, found), mask in zip(importance.items(), chosen, strict=True)
+    }
+
+
+def _top(found: Tensor, count: int) -> Tensor:
+    mask = torch.zeros(found.numel(), dtype=torch.bool, device=found.device)
+    mask[torch.argsort(found.flatten(), descending=True, stable=True)[:count]] = True
+    return mask.reshape(found.shape)
+
+
+def _two_of_four(found: Tensor) -> Tensor:
+    """Return a mask that keeps two of every four along dimension 1, (O, I, ...)."""
+    if found.shape[1] % 4:
+        return torch.ones_like(found, dtype=torch.bool)
+    last = found.movedim(1, -1)
+    fours = last.reshape(*last.shape[:-1], -1, 4)  # (O, ..., I / 4, 4)
+    best = torch.argsort(fours, dim=-1, descending=True, stable=True)[..., :2]
+    mask = torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, best, True)
+    return mask.flatten(-2).movedim(-1, 1).contiguous()
+
+
+def _taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean square of weight x gradient, for every weight."""
+    names = [name for name, _ in _weights(model)]
+    totals: dict[str, Tensor] = {}
+    with evaluating(model):
+        for images, target in batches:
+            known = dict(model.named_parameters())
+            weights = {name: known[name].detach().requires_grad_() for name in names}
+            output = first_tensor(torch.func.functional_call(model, weights, (images,)))
+            found = torch.autograd.grad(F.cross_entropy(output, target), list(weights.values()))
+            for name, gradient in zip(names, found, strict=True):
+                square = (weights[name].detach() * gradient).square()
+                totals[name] = totals[name] + square if name in totals else square
+    if not totals:
+        raise UsageError("batches holds no images", fix="Give at least one batch")
+    return totals

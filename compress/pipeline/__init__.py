@@ -12,6 +12,7 @@ from compress.errors import CompressError
 from compress.pipeline import measuring, pruning, quantizing, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
+from compress.pipeline.preflight import preflight
 from compress.report import Report
 from compress.run_folder import RunFolder
 from compress.settings import Recipe, Settings
@@ -55,11 +56,12 @@ def run(
     """
     chosen = source if isinstance(source, Recipe) else recipe.load_recipe(source, overrides)
     processes = join_processes()
+    preflight(chosen, where=chosen.name, read_data=False)
+    dataset = load_data(chosen.data, chosen.seed)
     root = Path(out or Path("runs") / chosen.name)
     if processes.is_main:
         RunFolder.open(root, chosen, fresh=fresh)
     processes.wait()
-    dataset = load_data(chosen.data, chosen.seed)
     job = Job(chosen, RunFolder(root), dataset, is_main=processes.is_main)
 
     variants: tuple[Variant, ...] = ()

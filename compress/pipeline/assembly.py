@@ -40,10 +40,25 @@ def assemble(
         recipe=job.recipe.model_dump(mode="json"),
         provenance=_provenance(job, measured),
         variants=rows,
-        gates=tuple(gates(job.recipe.gates, rows)),
+        gates=(*promises(outcomes), *gates(job.recipe.gates, rows)),
         details=details(job, variants, outcomes, measured, rows, answers),
         skipped=measured["skipped"],
     )
+
+
+def promises(outcomes: Sequence[Outcome]) -> Iterator[schema.Gate]:
+    """Yield a gate for every latency that a pruning stage was asked to reach."""
+    for outcome in outcomes:
+        promise = outcome.facts.get("promise")
+        if promise is not None:
+            yield schema.Gate(
+                name="latency_ms",
+                limit=promise["promised_ms"],
+                measured=promise["measured_ms"],
+                passed=promise["kept"],
+                variant=outcome.variants[0].name,
+                runtime=promise["runtime"],
+            )
 
 
 def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate]:
@@ -60,7 +75,7 @@ def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate
         for variant, result in pairs:
             value = _gate_value(name, original, variant, result)
             passed = value is not None and (
-                value <= limit if name.endswith("drop_pct") else value >= limit
+                value >= limit if name in {"speedup", "size_ratio"} else value <= limit
             )
             yield schema.Gate(
                 name=name,
@@ -117,9 +132,9 @@ def _variant(
 
 def _result(row: Mapping[str, Any]) -> schema.Result:
     memory = {
-        key: value
+        key.removesuffix("_mib"): value
         for key, value in row.items()
-        if key not in OWN_FIELDS and key.endswith("_mib") and value is not None
+        if key not in OWN_FIELDS and key.endswith("_mib")
     }
     return schema.Result(**(dict(row) | {"memory_mib": memory}))
 

@@ -15,23 +15,29 @@ from compress.settings import Recipe, Target
 from compress.weights import is_weight_file
 
 
-def preflight(recipe: Recipe, *, where: str) -> None:
+def preflight(recipe: Recipe, *, where: str, read_data: bool = True) -> None:
     """Check that ``recipe`` can be run on this machine.
+
+    Args:
+        recipe: The recipe. Nothing of it is carried out.
+        where: What the messages begin with: the recipe's file.
+        read_data: Also read the images; a run does that itself.
 
     Raises:
         RecipeError: it cannot; every problem is one line of the message.
     """
-    problems = [f"{where}: {problem}" for problem in _problems(recipe)]
+    problems = [f"{where}: {problem}" for problem in _problems(recipe, read_data)]
     if problems:
         raise RecipeError("\n".join(problems))
 
 
-def _problems(recipe: Recipe) -> Iterator[str]:
+def _problems(recipe: Recipe, read_data: bool) -> Iterator[str]:
     yield from _complaint("model.name", partial(_check_model, recipe.model.name))
     weights = recipe.model.weights
     if weights is not None and is_weight_file(weights) and not Path(weights).is_file():
         yield f"model.weights: no such file {weights!r}."
-    yield from _complaint("data", partial(load_data, recipe.data, recipe.seed))
+    if read_data:
+        yield from _complaint("data", partial(load_data, recipe.data, recipe.seed))
     for number, stage in enumerate(recipe.stages):
         for key, kind in (
             ("criterion", "criteria"),

@@ -12,6 +12,7 @@ from torch import nn
 from compress import prune
 from compress.groups import trace
 from compress.pipeline.job import Job, Outcome, Variant, leave
+from compress.prune.latency import check_promise
 from compress.settings import PruneSettings, TrainSettings
 from compress.surgery import PrunePlan, apply_pruning, prove
 from compress.train import CrossEntropy
@@ -32,6 +33,9 @@ def prune_channels(
         "params": [plan.params_before, plan.params_after],
         "frozen": dict(plan.frozen),
     }
+    if settings.latency_ms is not None:
+        promise = check_promise(small, job.dataset.example, settings.latency_ms, settings.runtime)
+        facts["promise"] = promise.to_json()
     return leave(job, small, stage, "pruned", parent=parent, plan=plan, facts=facts)
 
 

@@ -18,6 +18,7 @@ from compress.pipeline.job import (
     leave,
     training_facts,
 )
+from compress.pipeline.teaching import does_teacher_help
 from compress.settings import DistillSettings, TrainSettings
 
 
@@ -57,8 +58,14 @@ def distill_student(
     parent = before[-1]
     student = job.network(parent)
     teacher = _teacher(job, settings, before[0])
-    objective = distill.build_objective(student, teacher, job.dataset, settings)
-    facts = training_facts(job.train(student, settings, stage, objective))
+    facts: dict[str, Any] = {}
+    if settings.control:
+        facts["control"] = does_teacher_help(job, student, teacher, settings).to_json()
+    objective = distill.build_objective(
+        student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed
+    )
+    facts |= training_facts(job.train(student, settings, stage, objective))
+    facts |= {"pairing": objective.pairing(), "teacher_top1_pct": objective.teacher_top1_pct}
     return leave(job, student, stage, "distilled", parent=parent, facts=facts)
 
 

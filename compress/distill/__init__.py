@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from compress.distill.build import build_objective
-from compress.distill.control import Control, compare_without_teacher
+from compress.distill.control import Control, compare_without_teacher, shortened
 from compress.distill.objective import DistillObjective
 
-__all__ = ["Control", "DistillObjective", "build_objective", "compare_without_teacher"]
+__all__ = [
+    "Control",
+    "DistillObjective",
+    "build_objective",
+    "compare_without_teacher",
+    "shortened",
+]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from compress.settings import DistillSettings
+
 SHARE = 0.2  # of the epochs, for each of the two trainings
 CONFIDENCE_Z = 1.96  # 95 %
 
@@ -51,6 +53,21 @@ class Control:
             "difference_ci95": list(self.difference_ci95),
             "verdict": self.verdict,
         }
+
+
+def shortened(settings: DistillSettings, epochs: int) -> DistillSettings:
+    """Return ``settings`` with their whole schedule squeezed into so many epochs."""
+    ratio = epochs / max(1, settings.epochs)
+    return settings.model_copy(
+        update={
+            "epochs": epochs,
+            "warmup_epochs": settings.warmup_epochs * ratio,
+            "loss_warmup_epochs": settings.loss_warmup_epochs * ratio,
+            "step_epochs": tuple(epoch * ratio for epoch in settings.step_epochs),
+            "cache_teacher": False,
+            "track": None,
+        }
+    )
 
 
 def compare_without_teacher(

@@ -3,7 +3,9 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from compress import plugins
 from compress.data import Dataset
 from compress.distill import build_objective, compare_without_teacher
-from compress.distill.control import Control
+from compress.distill.control import Control, shortened
 from compress.distill.pairing import pair_layers
 from compress.distill.taps import Tap, survey, tapped
 from compress.errors import TrainingError, UnknownNameError, UsageError
@@ -495,6 +497,35 @@ def test_a_control_trains_briefly_with_and_without_the_teacher():
 )
 def test_the_verdict_of_a_control(with_pct: float, without_pct: float, verdict: str):
     assert Control(with_pct, without_pct, 1000, 3).verdict == verdict
+
+
+def test_a_short_schedule_keeps_its_proportions():
+    chosen = settings(epochs=30, warmup_epochs=5, step_epochs=(10, 20), cache_teacher=True)
+    short = shortened(chosen, 6)
+    assert (short.epochs, short.warmup_epochs, short.cache_teacher) == (6, 1.0, False)
+    assert short.step_epochs == pytest.approx((2, 4))
+
+
+def test_the_control_of_a_recipe_trains_copies():
+    from compress.pipeline.teaching import does_teacher_help
+
+    teacher, student = net(2, width=8), net(1)
+    train(teacher, DATA, settings(epochs=10), device="cpu")
+    before = copy.deepcopy(student.state_dict())
+    job = SimpleNamespace(dataset=DATA, recipe=SimpleNamespace(seed=0))
+    control = does_teacher_help(job, student, teacher, settings(epochs=20, losses=("kd",)))
+    assert (control.epochs, control.images) == (4, 24)
+    assert control.verdict in {"helps", "hurts", "no difference seen"}
+    assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
+
+
+def test_a_control_needs_validation_images():
+    from compress.pipeline.teaching import does_teacher_help
+
+    splits = {name: images for name, images in DATA.splits.items() if name != "validation"}
+    job = SimpleNamespace(dataset=replace(DATA, splits=splits), recipe=SimpleNamespace(seed=0))
+    with pytest.raises(TrainingError, match=r"without validation images.*data.validation: 0.1"):
+        does_teacher_help(job, net(1), net(2), settings())
 
 
 # -- bad input -----------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def answers(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 def test_any_cut_equals_its_masked_twin(name: str) -> None:
     model, inputs = zoo.build(name), zoo.inputs(name)
     network = trace(model, inputs)
-    for seed in range(4):
+    for seed in range(2):
         plan = make_plan(network, random_keep(network, seed))
         assert prove(model, plan, inputs) < 1e-5, f"plan of seed {seed}"
 
@@ -261,7 +261,8 @@ def test_units_that_cannot_be_kept(keep: dict[str, list[int]], message: str) -> 
 
 def test_a_group_that_does_not_exist_is_named_with_its_neighbours() -> None:
     network = trace(zoo.build("Plain"), zoo.inputs("Plain"))
-    with pytest.raises(UnknownNameError, match=r"no such group 'stem'\. Did you mean 'stem\.0'.*Known: body"):
+    message = r"no such group 'stem'\. Did you mean 'stem\.0'.*Known: body"
+    with pytest.raises(UnknownNameError, match=message):
         make_plan(network, {"stem": [1]})
 
 

@@ -10,7 +10,7 @@ from compress.groups.units import Units
 
 
 def followers(components: Components, units: Units) -> tuple[Follower, ...]:
-    """Return the attributes that the surgery sets; uses that touch nothing cuttable are left out."""
+    """Return the attributes that the surgery sets; those that count nothing cuttable are not."""
     found: dict[tuple[str, str], Follower] = {}
     for use in components.uses:
         row = units.of[use.labels]

@@ -68,8 +68,8 @@ class Count(int):
 
     def __floordiv__(self, other: Any) -> Any:
         value = int.__floordiv__(self, other)
-        if type(other) is int and self.origin is not None and value * other == self:
-            return Count(value, self.origin, self.scale / other)
+        if self.origin is not None and isinstance(other, int) and value * int(other) == self:
+            return Count(value, self.origin, self.scale / int(other))
         return self._mixed(value)
 
     def __rfloordiv__(self, other: Any) -> Any:

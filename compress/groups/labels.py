@@ -30,7 +30,7 @@ class AttributeUse:
 
 @dataclass
 class Alternative:
-    """One way to keep a grouped convolution valid: channels tied together, attributes that follow."""
+    """One way to cut a grouped convolution: channels tied together, attributes that follow."""
 
     pairs: Pairs = field(default_factory=list)
     uses: list[AttributeUse] = field(default_factory=list)

@@ -33,16 +33,18 @@ class MismatchError(Exception):
         self.forward = 0  # which of the traced forwards it was, set by who ran them
 
 
-class Replay(TorchDispatchMode):
+class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
     Args:
         steps: What the original did.
         stays: Which labels are kept.
+        stopped: The original stopped after these steps, for want of values.
     """
 
-    def __init__(self, steps: list[Step], stays: Stays) -> None:
-        super().__init__()
+    def __init__(self, steps: list[Step], stays: Stays, *, stopped: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._stopped = stopped
         self._steps = steps
         self._stays = stays
         self._done = 0
@@ -61,7 +63,9 @@ class Replay(TorchDispatchMode):
         if name in kernels.SILENT:
             return func(*args, **(kwargs or {}))
         self._calls[name] = self._calls.get(name, 0) + 1
-        if self._done >= len(self._steps):
+        if self.finished and self._stopped:
+            return kernels.run(func, name, args, kwargs or {})
+        if self.finished:
             raise self._mismatch("the pruned network does more than the original")
         step = self._steps[self._done]
         if step.name != name:
@@ -78,6 +82,11 @@ class Replay(TorchDispatchMode):
         self._done += 1
         return result
 
+    @property
+    def finished(self) -> bool:
+        """Say whether every step of the record was seen."""
+        return self._done == len(self._steps)
+
     def failure(self, error: Exception) -> MismatchError:
         """Return what an exception in the middle of the replay means."""
         if isinstance(error, MismatchError):
@@ -89,7 +98,7 @@ class Replay(TorchDispatchMode):
 
     def check_finished(self) -> None:
         """Raise MismatchError unless all steps of the record were seen."""
-        if self._done < len(self._steps):
+        if not self.finished:
             raise self._mismatch("the pruned network does less than the original")
 
     def _mismatch(self, why: str, *, line: bool = True) -> MismatchError:

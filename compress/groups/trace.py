@@ -21,7 +21,7 @@ from compress.groups.labels import Components, Ledger
 from compress.groups.network import Layer, Network, Positions, Reduction
 from compress.groups.replay import MismatchError, Replay
 from compress.groups.rules import RULES, freeze_all
-from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer
+from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer, describe, place_of
 from compress.groups.units import find_units, layer_name
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
@@ -77,7 +77,7 @@ def undisturbed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
-    """Undo, afterwards, what happens to plain attributes of modules: tags, and caches of a forward."""
+    """Undo, afterwards, what happens to attributes of modules: tags, and caches of a forward."""
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
         yield
@@ -93,6 +93,7 @@ class _Forward:
 
     training: bool
     record: Record
+    stopped: bool  # it could not go on without the values of tensors
 
 
 class _Traced:
@@ -141,12 +142,21 @@ class _Traced:
         self._model.train(training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
         tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted)
-        outputs = run_traced(self._model, self._inputs_in(training), tracer)
+        why, stopped = "its channels are an output of the network", False
+        try:
+            outputs = run_traced(self._model, self._inputs_in(training), tracer)
+        except PlanError as error:
+            cause = error.__cause__
+            if cause is None or not _needs_values(cause) or not tracer.record.uses:
+                raise
+            stopped = True
+            why = f"the program goes on from it by values at {describe(place_of(cause))}"
+            outputs = tensors_within_reach(cause)
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 for axis in tracer.axes(tensor):
-                    self._ledger.freeze(axis, "its channels are an output of the network")
-        return _Forward(training, tracer.record)
+                    self._ledger.freeze(axis, why)
+        return _Forward(training, tracer.record, stopped)
 
     def _inputs_in(self, training: bool) -> Any:
         """Return the inputs; in training mode at least two images, as batch statistics need."""
@@ -256,12 +266,14 @@ class _Traced:
         model = self._model
         cut(model, self.network.kept_positions(keep), self.network.attributes(kept))
         for number, forward in enumerate(self._forwards):
-            replay = Replay(forward.record.steps, stays)
+            replay = Replay(forward.record.steps, stays, stopped=forward.stopped)
             model.train(forward.training)
             try:
                 run_traced(model, self._inputs_in(forward.training), replay)
                 replay.check_finished()
             except (PlanError, MismatchError) as error:
+                if forward.stopped and replay.finished:
+                    continue  # so did the original
                 mismatch = replay.failure(error)
                 mismatch.forward = number
                 return mismatch
@@ -287,6 +299,26 @@ def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> Any:
             where=type(model).__name__,
             expected="an example that the network accepts",
         ) from error
+
+
+def _needs_values(error: BaseException) -> bool:
+    """Say whether a program failed because tensors on the meta device have no values."""
+    return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+
+
+def tensors_within_reach(error: BaseException) -> list[Tensor]:
+    """Return the tensors that the program could still use where it was stopped by ``error``."""
+    found: list[Tensor] = []
+    trail = error.__traceback__
+    while trail is not None:
+        leaves = tree_leaves([v for v in trail.tb_frame.f_locals.values() if not _is_ours(v)])
+        found.extend(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        trail = trail.tb_next
+    return found
+
+
+def _is_ours(value: Any) -> bool:
+    return isinstance(value, Tracer | Record | nn.Module)
 
 
 def _to_meta(value: Any) -> Any:

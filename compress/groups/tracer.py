@@ -32,7 +32,7 @@ _SIZERS = {torch.Tensor.size}
 
 @dataclass(frozen=True)
 class RawCall:
-    """A call as the program wrote it, before PyTorch turned it into ops: Counts are still Counts."""
+    """A call as the program wrote it, before PyTorch turned it into ops, Counts and all."""
 
     function: Any
     args: tuple[Any, ...]
@@ -120,7 +120,7 @@ class Record:
     occurrences: dict[str, int] = field(default_factory=dict)
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
 
     Args:
@@ -137,7 +137,7 @@ class Tracer(TorchDispatchMode):
         fallback: Rule,
         distrusted: Mapping[Key, str],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.record = Record()
         self.raw: list[RawCall] = [NO_CALL]

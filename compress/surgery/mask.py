@@ -71,17 +71,17 @@ class _Watcher:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         self._modes.append(_OverKept(self._items))
-        self._modes[-1].__enter__()
+        self._modes[-1].__enter__()  # type: ignore[no-untyped-call]
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._modes.pop().__exit__(None, None, None)
+        self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 
-class _OverKept(TorchDispatchMode):
+class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes the listed ops over kept positions only, and puts the results back in place."""
 
     def __init__(self, items: tuple[KeptOnly, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._items = {(item.op, item.occurrence): item for item in items}
         self._watched = {_packet(item.op) for item in items}
         self._calls: dict[str, int] = {}

@@ -7,11 +7,9 @@ import math
 import numpy as np
 from torch import Tensor
 
-from compress.groups.counts import Attribute, Count
+from compress.groups.counts import Count
 from compress.groups.labels import Alternative, Axis, Labels
 from compress.groups.tracer import Call, Rule, Tracer, Use
-
-_MIXED = "the number of groups is a constant of the program"
 
 
 def convolution(tracer: Tracer, call: Call) -> None:
@@ -65,61 +63,47 @@ def _plain(tracer: Tracer, weight: Tensor, name: str) -> bool:
 def _grouped(
     tracer: Tracer, call: Call, inputs: Axis, made: Axis, taken: Axis, *, transposed: bool
 ) -> Axis:
-    """Tie the channels of a grouped convolution; return the labels of its output.
-
-    Whole groups can go (the number of groups follows), or the same positions of every group (it
-    stays). Which one leaves more to cut depends on what follows, a channel shuffle above all, so
-    both are handed to the ledger.
-    """
-    x, groups = call.args[0], call.args[8]
-    out_channels = call.outputs[0].shape[1]
-    ledger = tracer.ledger
-    if transposed:  # (in, out / groups): the columns are the positions within a group
-        positions, filters = made, taken
-        made = ledger.fresh(out_channels)
-        if filters is not None:
-            inputs = tracer.unify(inputs, filters, "its input channels are fixed")
-        if positions is None and out_channels // groups > 1:
-            tracer.freeze(made, "its weight cannot be cut")
-        per_group_in, per_group_out = None, positions
-    else:
-        per_group_in, per_group_out = taken, None
+    """Tie the channels of a grouped convolution; return the labels of its output."""
+    groups, why = call.args[8], "its input channels are fixed"
+    in_group, out_group = taken, None
+    if transposed:  # the weight is (in, out / groups)
+        inputs = tracer.unify(inputs, taken, why)
+        in_group, out_group = None, made
+        made = tracer.ledger.fresh(call.outputs[0].shape[1])
     if inputs is None or made is None:
-        why = "its input channels are fixed"
-        for axis in (inputs, made, taken, per_group_out):
+        for axis in (inputs, made, taken, out_group):
             tracer.freeze(axis, why)
         return made
     rows_in, rows_out = inputs.reshape(groups, -1), made.reshape(groups, -1)
     whole = Alternative([_tied(rows_in), _tied(rows_out), (rows_in[:, 0], rows_out[:, 0])])
-    same = Alternative(
-        [
-            _aligned(rows_in, per_group_in),
-            _aligned(rows_out, per_group_out),
-        ]
-    )
-    raw = call.raw.argument(6, "groups")
-    origin = raw.origin if isinstance(raw, Count) else None
-    if isinstance(origin, Attribute):
-        use = tracer.use_attribute(raw, rows_in[:, 0].copy())
-        whole.uses.extend([use] if use else [])
-    single = x.shape[1] == groups and out_channels == groups
-    if not isinstance(raw, Count) and call.raw.name.startswith("conv"):
-        ledger.pairs.extend(same.pairs)
-        if x.shape[1] == groups:
-            tracer.freeze(inputs, _MIXED)
-    elif x.shape[1] == groups or (raw is not None and origin is None):
-        ledger.pairs.extend(whole.pairs)
-        ledger.uses.extend(whole.uses)
-        if not single:
-            _keep_within(tracer, per_group_in, per_group_out)
-    else:
-        ledger.choices.append((whole, same))
+    same = Alternative([_aligned(rows_in, in_group), _aligned(rows_out, out_group)])
+    _choose(tracer, call, whole, same, rows_in)
     return made
 
 
-def _keep_within(tracer: Tracer, *axes: Axis) -> None:
-    for axis in axes:
-        tracer.freeze(axis, "channels within a group of a convolution stay with the group")
+def _choose(
+    tracer: Tracer, call: Call, whole: Alternative, same: Alternative, rows: Labels
+) -> None:
+    """Let whole groups go, or the same positions of every group, as the program allows.
+
+    The number of groups follows in the first case and stays in the second. Which one leaves more
+    to cut depends on what comes before and after, a channel shuffle above all, so where both are
+    possible they are handed to the ledger.
+    """
+    groups = call.raw.argument(6, "groups")
+    depthwise = rows.shape[1] == 1
+    if not isinstance(groups, Count):
+        tracer.ledger.pairs.extend(same.pairs)
+        if depthwise:
+            tracer.freeze(rows.ravel(), "the number of groups is written in the program")
+        return
+    use = tracer.use_attribute(groups, np.ascontiguousarray(rows[:, 0]))
+    whole.uses.extend([use] if use else [])
+    if depthwise or use is None:
+        tracer.ledger.pairs.extend(whole.pairs)
+        tracer.ledger.uses.extend(whole.uses)
+    else:
+        tracer.ledger.choices.append((whole, same))
 
 
 def _tied(rows: Labels) -> tuple[Labels, Labels]:

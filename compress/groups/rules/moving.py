@@ -84,7 +84,7 @@ def split(tracer: Tracer, call: Call) -> None:
 
 
 def split_with_sizes(tracer: Tracer, call: Call) -> None:
-    """Parts of given sizes: free where the program's numbers can follow, fixed where they cannot."""
+    """Parts of given sizes: free where the program's numbers can follow, else fixed."""
     x, sizes, dim = call.args[0], call.args[1], call.argument(2, 0)
     axis = tracer.axes(x)[dim]
     if axis is not None:
@@ -119,7 +119,7 @@ def _parts(tracer: Tracer, call: Call, dim: int) -> None:
 
 
 def slicing(tracer: Tracer, call: Call) -> None:
-    """``x[:, a:b:s]``: positions before a bound must keep their number, or the bound must follow."""
+    """``x[:, a:b:s]``: positions before a bound keep their number, or the bound follows."""
     x, out = call.args[0], call.outputs[0]
     dim = call.argument(1, 0) % x.ndim
     axes = list(tracer.axes(x))
@@ -155,7 +155,7 @@ def _bounds(call: Call, dim: int, ndim: int) -> tuple[Any, Any] | None:
         if item is Ellipsis:
             position += raw.args[0].ndim - len(used)
         elif item is not None:
-            # Integers before this slice were applied already: the sliced tensor has fewer dimensions.
+            # Integers before this slice were applied already and took their dimensions along.
             shift = raw.args[0].ndim - ndim
             if position - shift == dim and isinstance(item, slice):
                 return item.start, item.stop

@@ -67,14 +67,14 @@ class Quantizer(nn.Module):
         super().__init__()
         self.low, self.high, self.learned = low, high, learned
         if learned:
-            self.log_scale = nn.Parameter(torch.tensor(scale).log())
+            self.learned_scale = nn.Parameter(torch.tensor(scale))
         self.register_buffer("start", torch.tensor(scale))
         self.register_buffer("zero", torch.tensor(float(zero)))
 
     @property
     def scale(self) -> Tensor:
         """The scale in use, positive; exactly the one it began with unless it is learned."""
-        return self.log_scale.exp() if self.learned else self.start
+        return self.learned_scale.abs().clamp(min=1e-12) if self.learned else self.start
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x`` rounded to the integers and back."""

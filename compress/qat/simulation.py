@@ -42,14 +42,14 @@ class WeightQuantizer(nn.Module):
         chosen = start if planned is None else torch.tensor(planned.scales)
         self.register_buffer("ratio", chosen / start)
         if learned:
-            self.log_scale = nn.Parameter(chosen.log())
+            self.learned_scale = nn.Parameter(chosen.clone())
 
     def scale(self, weight: Tensor, floor: Tensor) -> Tensor:
         """Return the scales in use, (C,) or (1,), none smaller than ``floor``."""
         if self.learned:
             count = weight.numel() / self.ratio.numel()
             return torch.maximum(
-                scaled_gradient(self.log_scale.exp(), (count * 127) ** -0.5), floor
+                scaled_gradient(self.learned_scale.abs(), (count * 127) ** -0.5), floor
             )
         peak = weight.detach().abs().amax(self.others).reshape(-1)
         scale = torch.where(peak > 0, peak / 127, torch.full_like(peak, 1 / 127))
@@ -139,7 +139,8 @@ class SimulatedNetwork(OnnxNetwork):
                     rounded[name] = self._quantizer_of(name)(value)
                 return rounded[name]
             if node in self.weighted and position == 1:
-                return self._kernel(name)(value, self._floor(node, value))
+                weight: Tensor = self._kernel(name)(value, self._floor(node, value))
+                return weight
             if node in self.weighted and position == 2 and RULES[self.target].int32_bias:
                 return self._bias(node, value)
             return value
@@ -179,9 +180,7 @@ class SimulatedNetwork(OnnxNetwork):
         scale = self._kernel(inputs[1]).scale(weight, self._floor(node, weight)).detach()
         unit = scale.double() * self._quantizer_of(inputs[0]).scale.detach().double()
         rounded = torch.round(bias.detach().double() / unit) * unit.float().double()
-        error: Tensor = (rounded.float() - bias).detach()  # rounding passes gradients straight on
-        shifted: Tensor = bias + error
-        return shifted
+        return bias + (rounded.float() - bias).detach()
 
     def _add_kernel(self, node: onnx.NodeProto) -> None:
         name = node.input[1]

@@ -1,0 +1,243 @@
+"""Give layers back to float, the cheapest first, until the loss of accuracy is within a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from compress.artifact import read_json, write_bytes, write_json
+from compress.progress import Task, task
+from compress.qdq import QuantPlan, prepare, write_qdq
+from compress.quantize.sessions import session_of
+from compress.quantize_sensitivity import (
+    Array,
+    Batches,
+    QuantSensitivity,
+    arrays,
+    layer_macs,
+    quantize_sensitivity,
+    top1_pct,
+)
+
+WHY = "given back to float to stay within the accuracy budget"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One set of layers in float, and what the graph answers then."""
+
+    float_nodes: tuple[str, ...]  # beyond those of the plan
+    top1_pct: float
+    drop_pct: float  # percentage points, against the fp32 graph on the same images
+    float_cost: float  # share of the network's cost that is in float again
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a budget was met, or how near it came."""
+
+    max_drop_pct: float
+    images: int
+    float_top1_pct: float
+    met: bool
+    best: Trial
+    trials: tuple[Trial, ...]  # in order
+    plan: QuantPlan = field(compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this as JSON-able data, without the plan, which is a file of its own."""
+        return {key: value for key, value in asdict(self).items() if key != "plan"}
+
+
+def meet_budget(
+    model: onnx.ModelProto,
+    plan: QuantPlan,
+    batches: Batches,
+    *,
+    max_drop_pct: float,
+    folder: Path,
+    costs: Mapping[str, float] | None = None,
+    sensitivity: QuantSensitivity | None = None,
+) -> Budget:
+    """Leave as few and as cheap layers in float as keep the loss of top-1 within a budget.
+
+    Layers are ranked by the noise that each makes alone, divided by what it costs in float. The
+    shortest head of that ranking that meets the budget is found by doubling and bisection; then
+    its layers are tried in int8 again, the most expensive first. The best graph so far is always
+    on disk, and a run that was killed repeats no evaluation.
+
+    Args:
+        model: The fp32 graph that the plan was made for. Not modified.
+        plan: Where to begin; its target counts.
+        batches: Labelled validation images, not those of calibration.
+        max_drop_pct: Largest loss of top-1, in points, on these images.
+        folder: For ``model.<target>.onnx``, ``plan.<target>.json`` and ``budget.<target>.json``.
+        costs: What each node costs in float, any unit, such as measured latencies; MACs if absent.
+        sensitivity: Of the same plan, if it was measured already.
+
+    Raises:
+        QuantizationError: the plan does not fit the graph.
+        DataError: there are no images.
+        RunError: the folder cannot be written.
+    """
+    images, labels = arrays(batches)
+    pairs = _pairs(images, labels)
+    search = _Search(model, plan, images, labels, max_drop_pct, folder, dict(costs or {}))
+    with task("Accuracy budget") as counter:
+        search.counter = counter
+        if not search.fits(()):
+            found = sensitivity or quantize_sensitivity(model, plan, pairs)
+            search.run(_ranked(found, search.costs))
+    best = search.best
+    return Budget(
+        max_drop_pct,
+        len(labels),
+        search.float_top1,
+        best.drop_pct <= max_drop_pct,
+        best,
+        tuple(search.trials),
+        search.plan_of(best),
+    )
+
+
+class _Search:
+    """The trials made so far, the best of them on disk."""
+
+    counter: Task
+
+    def __init__(  # the parts of one call of meet_budget
+        self,
+        model: onnx.ModelProto,
+        plan: QuantPlan,
+        images: Sequence[Array],
+        labels: Array,
+        max_drop_pct: float,
+        folder: Path,
+        costs: dict[str, float],
+    ) -> None:
+        self.model, self.plan, self.images, self.labels = model, plan, images, labels
+        self.limit, self.folder = max_drop_pct, folder
+        prepared = prepare(model)
+        self.costs = costs or {name: float(n) for name, n in layer_macs(prepared).items()}
+        self.total = sum(self.costs.values()) or 1.0
+        self.float_top1 = self._top1(prepared)
+        self.identity = _identity(model, plan, labels, images)
+        self.trials: list[Trial] = []
+        self.known = self._recall()
+
+    @property
+    def best(self) -> Trial:
+        """The cheapest trial within the budget; the most accurate one if there is none."""
+        fitting = [t for t in self.trials if t.drop_pct <= self.limit]
+        if fitting:
+            return min(fitting, key=lambda t: (t.float_cost, t.drop_pct))
+        return min(self.trials, key=lambda t: (t.drop_pct, t.float_cost))
+
+    def plan_of(self, trial: Trial) -> QuantPlan:
+        """Return the plan that leaves the layers of ``trial`` in float."""
+        return self.plan.keep_float(trial.float_nodes, WHY) if trial.float_nodes else self.plan
+
+    def run(self, ranked: Sequence[str]) -> None:
+        """Search heads of ``ranked``, then give back what is not needed."""
+        count = 1
+        while count < len(ranked) and not self.fits(ranked[:count]):
+            count *= 2
+        low, high = count // 2, min(count, len(ranked))
+        if not self.fits(ranked[:high]):
+            return
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.fits(ranked[:middle]) else (middle, high)
+        chosen = list(ranked[:high])
+        for node in sorted(chosen, key=lambda name: -self.costs.get(name, 0.0)):
+            without = [name for name in chosen if name != node]
+            if self.fits(without):
+                chosen = without
+
+    def fits(self, nodes: Sequence[str]) -> bool:
+        """Return whether the budget is met with ``nodes`` in float; evaluated once only."""
+        names = tuple(sorted(nodes))
+        trial = next((t for t in self.trials if t.float_nodes == names), None)
+        if trial is None:
+            trial = self._try(names)
+        return trial.drop_pct <= self.limit
+
+    def _try(self, names: tuple[str, ...]) -> Trial:
+        before = self.best if self.trials else None
+        candidate = Trial(names, 0.0, 0.0, sum(self.costs.get(n, 0.0) for n in names) / self.total)
+        written = write_qdq(self.model, self.plan_of(candidate))
+        top1 = self.known[names] if names in self.known else self._top1(written)
+        trial = Trial(names, top1, self.float_top1 - top1, candidate.float_cost)
+        self.trials.append(trial)
+        if self.best != before:
+            self._save(written)
+        self._note()
+        self.counter.advance(note=f"{len(names)} in float: {trial.drop_pct:+.2f} points lost")
+        return trial
+
+    def _save(self, written: onnx.ModelProto) -> None:
+        write_bytes(self.folder / f"model.{self.plan.target}.onnx", written.SerializeToString())
+        self.plan_of(self.best).save(self.folder / f"plan.{self.plan.target}.json")
+
+    def _note(self) -> None:
+        trials = {json.dumps(t.float_nodes): t.top1_pct for t in self.trials}
+        known = {json.dumps(names): value for names, value in self.known.items()}
+        write_json(self._journal, {"identity": self.identity, "top1_pct": known | trials})
+
+    def _recall(self) -> dict[tuple[str, ...], float]:
+        if not self._journal.is_file():
+            return {}
+        content = read_json(self._journal)
+        if not isinstance(content, dict) or content.get("identity") != self.identity:
+            return {}  # of another graph, plan or images
+        return {tuple(json.loads(names)): value for names, value in content["top1_pct"].items()}
+
+    @property
+    def _journal(self) -> Path:
+        return self.folder / f"budget.{self.plan.target}.json"
+
+    def _top1(self, model: onnx.ModelProto) -> float:
+        session = session_of(model, float_qdq=self.plan.target != "onnxruntime")
+        name = session.get_inputs()[0].name
+        answers = [session.run(None, {name: batch})[0] for batch in self.images]
+        return top1_pct(np.concatenate(answers), self.labels)
+
+
+def _ranked(found: QuantSensitivity, costs: Mapping[str, float]) -> list[str]:
+    """Return the layers by noise saved for each unit of cost, the best bargain first."""
+    cheapest = min((c for c in costs.values() if c > 0), default=1.0)
+
+    def bargain(node: str, sqnr_db: float) -> float:
+        return float(10 ** (-sqnr_db / 10)) / max(costs.get(node, cheapest), cheapest)
+
+    layers = sorted(found.layers, key=lambda layer: -bargain(layer.node, layer.sqnr_db))
+    return [layer.node for layer in layers]
+
+
+def _identity(
+    model: onnx.ModelProto, plan: QuantPlan, labels: Array, images: Sequence[Array]
+) -> str:
+    digest = hashlib.sha256(model.SerializeToString(deterministic=True))
+    digest.update(json.dumps(plan.to_json(), sort_keys=True).encode())
+    digest.update(labels.tobytes())
+    for batch in images:
+        digest.update(np.ascontiguousarray(batch).tobytes())
+    return digest.hexdigest()
+
+
+def _pairs(images: Sequence[Array], labels: Array) -> Batches:
+    import torch
+
+    ends = np.cumsum([len(batch) for batch in images])[:-1]
+    parts = np.split(labels, ends)
+    return [
+        (torch.from_numpy(batch), torch.from_numpy(part))
+        for batch, part in zip(images, parts, strict=True)
+    ]

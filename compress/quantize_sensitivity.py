@@ -1,0 +1,337 @@
+"""What int8 costs in each layer alone, what the error is made of, and what to try against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.artifact import replacing
+from compress.errors import DataError
+from compress.lint.graph import Graph, Use
+from compress.lint.quantized import WEIGHTED, Pair, Weight, pair_before, weight_of
+from compress.measure.counting import node_macs
+from compress.progress import track
+from compress.qdq import QuantPlan, prepare, write_qdq
+from compress.qdq.rewrite import apply_corrections, rewrite_for
+from compress.quantize.sessions import session_of, with_outputs
+
+HARMLESS_DB = 40.0  # one layer this quiet is not heard in the answer
+MUCH_CLIPPED_PCT = 0.5
+OUTLYING = 24.0  # largest value over root mean square: more stretches the range of few values
+UNEVEN = 16.0  # largest over median peak of a channel
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What happens if this layer alone is quantized."""
+
+    node: str
+    op: str
+    macs: int
+    sqnr_db: float  # of the network's answer, weight and input of this layer quantized
+    sqnr_weight_db: float  # only its weight
+    sqnr_activation_db: float  # only its input
+    top1_pct: float
+    top1_drop_pct: float
+    saturation_pct: float  # share of its input's values that are clipped
+    dynamic_range: float  # largest magnitude of its input over root mean square
+    channel_spread: float  # largest peak of an input channel over the median one
+    weight_peak_over_rms: float  # largest over all output channels
+    diagnosis: str
+
+
+@dataclass(frozen=True)
+class QuantSensitivity:
+    """The layers of a network by what int8 costs in each, and all of them together."""
+
+    target: str
+    images: int
+    float_top1_pct: float
+    int8_top1_pct: float  # everything the plan quantizes
+    int8_sqnr_db: float
+    layers: tuple[LayerSensitivity, ...]  # in the order of the graph
+    left_float: dict[str, str]  # node -> why the plan leaves it
+
+    def worst_first(self) -> list[LayerSensitivity]:
+        """Return the layers, the most sensitive first."""
+        return sorted(self.layers, key=lambda layer: layer.sqnr_db)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this as JSON-able data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One weighted op of the written graph: its quantized weight and input."""
+
+    node: onnx.NodeProto
+    weight: Weight
+    pair: Pair
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the images do to the input of one layer."""
+
+    saturation_pct: float
+    dynamic_range: float
+    channel_spread: float
+
+
+def quantize_sensitivity(
+    model: onnx.ModelProto, plan: QuantPlan, batches: Batches, *, target: str | None = None
+) -> QuantSensitivity:
+    """Quantize one layer at a time and see what it does to the answers.
+
+    Method: with the plan's own ranges, scales and corrections, the fp32 graph is run with one layer
+    quantized in weight and input, then in either alone; Q and DQ are computed in float. Everything
+    else, other operators included, stays in fp32, so the figures of layers do not add up to that
+    of the whole network.
+
+    Args:
+        model: The fp32 graph with one input that the plan was made for. Not modified.
+        plan: Which layers are quantized, and how.
+        batches: Labelled images, float32 (B, C, H, W) and int64 (B,).
+        target: The runtime; the plan's own if absent.
+
+    Raises:
+        QuantizationError: the plan does not fit the graph.
+        DataError: there are no images.
+    """
+    target = target or plan.target
+    images, labels = arrays(batches)
+    base = prepare(model)
+    apply_corrections(base, plan)
+    rewrite_for(base, target)
+    whole = write_qdq(model, plan, target)
+    layers = list(_layers(Graph(whole)))
+    reference = _answers(base, images)
+    top1 = top1_pct(reference, labels)
+    seen = _observe(base, layers, images)
+    macs = layer_macs(base)
+    found = []
+    for layer in track(layers, "Sensitivity"):
+        both, weight, activation = (
+            _answers(_with_layer(base, layer, w, a), images)
+            for w, a in ((True, True), (True, False), (False, True))
+        )
+        found.append(
+            _describe(
+                layer,
+                [_sqnr_db(reference, answer) for answer in (both, weight, activation)],
+                (top1, top1_pct(both, labels)),
+                seen[layer.node.name],
+                macs.get(layer.node.name, 0),
+            )
+        )
+    answer = _answers(whole, images)
+    names = {layer.node.name for layer in layers}
+    weighted = [n.name for n in base.graph.node if n.op_type in WEIGHTED and n.name not in names]
+    return QuantSensitivity(
+        target,
+        len(labels),
+        top1,
+        top1_pct(answer, labels),
+        _sqnr_db(reference, answer),
+        tuple(found),
+        {name: plan.float_nodes.get(name, f"not for {target}") for name in weighted},
+    )
+
+
+def plot_quantize_sensitivity(found: QuantSensitivity, path: Path) -> None:
+    """Draw, layer by layer, what weight and input cost alone; the suffix says the format."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 0.32 * len(found.layers) + 2), 5.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    places = np.arange(len(found.layers))
+    series = {
+        "weight alone": [layer.sqnr_weight_db for layer in found.layers],
+        "input alone": [layer.sqnr_activation_db for layer in found.layers],
+        "both": [layer.sqnr_db for layer in found.layers],
+    }
+    for (name, values), marker in zip(series.items(), "^vo", strict=True):
+        axes.plot(places, values, marker, label=name, markersize=5)
+    axes.axhline(found.int8_sqnr_db, color="grey", linestyle=":", label="whole network")
+    axes.set_xticks(places, [layer.node for layer in found.layers], rotation=90, fontsize=7)
+    axes.set_ylabel("SQNR of the answer, dB (higher is better)")
+    axes.set_title(f"One layer in int8 at a time ({found.target}, {found.images} images)")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix.lstrip(".") or "png", dpi=120)
+
+
+def layer_macs(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the MACs of one image of each convolution and matrix product, by node."""
+    macs = node_macs(model)
+    return {n.name: macs[n.output[0]] for n in model.graph.node if n.output[0] in macs}
+
+
+def _layers(graph: Graph) -> Iterable[_Layer]:
+    for node in graph.of_type(*WEIGHTED):
+        weight, pair = weight_of(graph, node), pair_before(graph, node.input[0])
+        if weight is not None and pair is not None:
+            yield _Layer(node, weight, pair)
+
+
+def _with_layer(
+    base: onnx.ModelProto, layer: _Layer, weight: bool, activation: bool
+) -> onnx.ModelProto:
+    """Return ``base`` with one layer quantized in weight, input, or both."""
+    graph = Graph(base)
+    node = next(node for node in graph.nodes if node.name == layer.node.name)
+    if activation:
+        numbers = layer.pair.numbers
+        if numbers.scale is None:
+            raise TypeError(f"the scale before {node.name} is computed at run time")
+        constants = [
+            graph.add_constant("sensitivity_scale", numbers.scale),
+            graph.add_constant("sensitivity_zero_point", numbers.zero.astype(numbers.dtype)),
+        ]
+        codes = graph.add("QuantizeLinear", [node.input[0], *constants], "sensitivity_codes")
+        real = graph.add("DequantizeLinear", [codes, *constants], "sensitivity_real")
+        graph.rewire(Use(node, 0), real)
+    if weight:
+        values = np.asarray(layer.weight.values, np.float32)
+        graph.rewire(Use(node, 1), graph.add_constant("sensitivity_weight", values))
+    return graph.to_model()
+
+
+def _observe(
+    base: onnx.ModelProto, layers: Sequence[_Layer], images: list[Array]
+) -> dict[str, Seen]:
+    """Return what the images do to the input of each layer, in one more pass of the fp32 graph."""
+    inputs = {node.name: node.input[0] for node in base.graph.node if node.input}
+    names = sorted({inputs[layer.node.name] for layer in layers})
+    made = [name for name in names if name not in {v.name for v in base.graph.input}]
+    session = session_of(with_outputs(base, made))
+    feed_name = session.get_inputs()[0].name
+    limits = {inputs[layer.node.name]: layer.pair.numbers.limits for layer in layers}
+    totals = {name: np.zeros(3) for name in names}  # values, squares, clipped
+    peaks: dict[str, Array] = {}
+    for batch in images:
+        values = dict(zip(made, session.run(made, {feed_name: batch}), strict=True))
+        for name in names:
+            value = values.get(name, batch)
+            low, high = limits[name]
+            step = (high - low) / 510  # half a step beyond the limit is still rounded, not clipped
+            clipped = np.count_nonzero((value < low - step) | (value > high + step))
+            squares = float(np.square(value, dtype=np.float64).sum())
+            totals[name] += np.array([value.size, squares, clipped])
+            others = tuple(d for d in range(value.ndim) if d != 1)
+            peak = np.abs(value).max(axis=others) if value.ndim > 1 else np.abs(value)
+            peaks[name] = np.maximum(peaks.get(name, 0.0), peak)
+    return {
+        layer.node.name: _seen(totals[inputs[layer.node.name]], peaks[inputs[layer.node.name]])
+        for layer in layers
+    }
+
+
+def _seen(totals: Array, peaks: Array) -> Seen:
+    count, squares, clipped = totals
+    rms = float(np.sqrt(squares / count))
+    live = peaks[peaks > 0]
+    return Seen(
+        100 * float(clipped / count),
+        float(peaks.max()) / max(rms, 1e-30),
+        float(peaks.max() / np.median(live)) if live.size else 1.0,
+    )
+
+
+def _describe(
+    layer: _Layer, sqnrs: list[float], top1: tuple[float, float], seen: Seen, macs: int
+) -> LayerSensitivity:
+    both, weight, activation = sqnrs
+    values = np.asarray(layer.weight.values, np.float64)
+    axis = layer.weight.channel_axis or 0
+    rows = np.moveaxis(values, axis, 0).reshape(values.shape[axis], -1)
+    rms = np.sqrt(np.square(rows).mean(1))
+    peak_over_rms = float((np.abs(rows).max(1) / np.maximum(rms, 1e-30)).max())
+    return LayerSensitivity(
+        layer.node.name,
+        layer.node.op_type,
+        macs,
+        both,
+        weight,
+        activation,
+        top1[1],
+        top1[0] - top1[1],
+        seen.saturation_pct,
+        seen.dynamic_range,
+        seen.channel_spread,
+        peak_over_rms,
+        diagnose(both, weight - activation, seen, peak_over_rms),
+    )
+
+
+def diagnose(
+    sqnr_db: float,
+    weight_minus_activation_db: float,
+    seen: Seen,
+    weight_peak_over_rms: float,
+) -> str:
+    """Return one sentence: where the error of a layer comes from, and what to try."""
+    if sqnr_db >= HARMLESS_DB:
+        return "Harmless: leave it in int8."
+    if weight_minus_activation_db < -3:
+        if weight_peak_over_rms > OUTLYING / 3:
+            return (
+                f"Its weight costs most: single weights reach {weight_peak_over_rms:.1f} times the "
+                "root mean square of their channel; try method rounding, or leave it in float."
+            )
+        return "Its weight costs most: try method rounding, or bias-correction."
+    if seen.saturation_pct > MUCH_CLIPPED_PCT:
+        return (
+            f"Its input costs most: {seen.saturation_pct:.1f} % of the values are clipped; "
+            "try observer minmax or percentile 99.999."
+        )
+    if seen.channel_spread > UNEVEN:
+        return (
+            f"Its input costs most: the largest channel reaches {seen.channel_spread:.0f} times "
+            "the median one and sets the scale for all; try method equalization."
+        )
+    if seen.dynamic_range > OUTLYING:
+        return (
+            f"Its input costs most: few values reach {seen.dynamic_range:.0f} times the root mean "
+            "square and stretch the range; try observer mse, or leave it in float."
+        )
+    return "Both cost alike: leave it in float if it is cheap, or train with qat."
+
+
+def _answers(model: onnx.ModelProto, images: list[Array]) -> Array:
+    session = session_of(model, float_qdq=True)
+    name = session.get_inputs()[0].name
+    return np.concatenate([session.run(None, {name: batch})[0] for batch in images])
+
+
+def arrays(batches: Batches) -> tuple[list[Array], Array]:
+    """Return images, batch by batch, and all labels."""
+    pairs = [(images.numpy(), labels.numpy()) for images, labels in batches]
+    if not pairs:
+        raise DataError("there are no images to measure sensitivity on")
+    return [images for images, _ in pairs], np.concatenate([labels for _, labels in pairs])
+
+
+def top1_pct(logits: Array, labels: Array) -> float:
+    """Return the share of right answers, percent."""
+    return 100 * float(np.mean(logits.reshape(len(labels), -1).argmax(1) == labels))
+
+
+def _sqnr_db(reference: Array, answer: Array) -> float:
+    error = float(np.square(reference.astype(np.float64) - answer).sum())
+    power = float(np.square(reference, dtype=np.float64).sum())
+    return float(10 * np.log10(max(power, 1e-30) / max(error, power * 1e-15, 1e-30)))

@@ -197,8 +197,9 @@ def check_kind(path: Path, runtime: str) -> None:
         raise EngineError("no such file", where=str(path))
     built_for = kind_of(path)
     if built_for is not None and built_for != runtime:
+        thing = "a stage folder, for" if path.is_dir() else "an engine of"
         raise EngineError(
-            f"is an engine of {built_for}, and {runtime} was asked to open it",
+            f"is {thing} {built_for}, and {runtime} was asked to open it",
             where=str(path),
             fix=f"Open it with runtime {built_for!r}",
         )

@@ -13,6 +13,7 @@ from graphs import expected, network, one_node, weights
 from torch import Tensor, nn
 
 from compress import plugins
+from compress.artifact import read_json
 from compress.errors import CompressError, EngineError, UnknownNameError, UsageError
 from compress.packages import is_installed
 from compress.runtimes import Session, build_engine, build_record, open_session, unavailable
@@ -343,3 +344,42 @@ def test_float32_stays_float32_in_openvino(tmp_path: Path, images: np.ndarray) -
     with open_session(source, "openvino") as exact:
         error = np.abs(exact.run(images)[0] - expected(images)).max()
     assert error < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("runtime", "tolerance"), [("onnxruntime", 0.02), ("openvino", 0.02), ("tensorrt-rtx", None)]
+)
+def test_fp16_is_in_the_graph(
+    runtime: str, tolerance: float | None, tmp_path: Path, images: np.ndarray
+) -> None:
+    if runtime == "tensorrt-rtx" and not is_installed("tensorrt_rtx"):
+        pytest.skip("tensorrt-rtx is not installed")
+    out = tmp_path / f"half{plugins.load('runtimes', runtime).extension}"
+    build_engine(network(tmp_path / "x.onnx"), out, runtime=runtime, precision="fp16")
+    assert build_record(out)["precision"] == "fp16"
+    if tolerance is None:
+        layers = read_json(tmp_path / "half.engine.layers.json")["Layers"]
+        kinds = {t["Datatype"] for each in layers for t in each["Inputs"] + each["Outputs"]}
+        assert "Half" in kinds
+        assert build_record(out)["warnings"] == []
+        return
+    with open_session(out, runtime, threads=1) as session:
+        answer = session.run(images)[0]
+    truth = expected(images)
+    assert 0 < np.abs(answer - truth).max() <= tolerance * np.abs(truth).max()
+
+
+def test_pytorch_opens_a_stage_folder(tmp_path: Path) -> None:
+    from compress.models import load_model, save_model
+
+    reference = "compress.networks:resnet8"
+    model = load_model(reference, num_classes=4)
+    save_model(model, tmp_path / "stage", reference=reference, num_classes=4)
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    with open_session(tmp_path / "stage", "pytorch") as session:
+        (answer,) = session.run(images)
+    with torch.inference_mode():
+        truth = model(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(answer, truth, rtol=1e-4, atol=1e-5)
+    with pytest.raises(EngineError, match="is a stage folder, for pytorch, and"):
+        open_session(tmp_path / "stage", "onnxruntime")

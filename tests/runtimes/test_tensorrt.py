@@ -27,7 +27,7 @@ from compress.runtimes import (
 from compress.runtimes._session import BuildRequest, CheckedSession, TensorSpec
 from compress.runtimes._trt import TENSORRT, EngineHeader, Log
 from compress.runtimes._trt_build import Build, BuildSettings
-from compress.runtimes._trt_session import check_fits
+from compress.runtimes._trt_session import TrtSession, check_fits
 
 pytestmark = pytest.mark.skipif(
     not is_installed("tensorrt_rtx"), reason="tensorrt-rtx is not installed"
@@ -372,3 +372,34 @@ def test_a_log_without_layers_gives_none() -> None:
 def test_errors_are_of_the_family(engine: Path, tmp_path: Path) -> None:
     with pytest.raises(CompressError):
         open_session(copied(engine, tmp_path, b"vtrt"), "tensorrt-rtx")
+
+
+class FullGpu:
+    """An engine that finds no memory for its execution context."""
+
+    device_memory_size_v2 = 900 << 20
+
+    def create_execution_context(self) -> None:
+        return None
+
+
+def test_too_little_gpu_memory_says_how_much_is_needed_and_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 << 20, 8000 << 20))
+    with pytest.raises(EngineError, match=r"needs 900 MiB of scratch.*100 of 8000 MiB are free"):
+        TrtSession(ModuleType("trt"), FullGpu(), Log(), cuda_graph=False)
+
+
+class OldEngine:
+    device_memory_size = 7
+
+    def create_execution_context(self) -> None:
+        return None
+
+
+def test_memory_of_tensorrt_10_is_read_where_11_renamed_it() -> None:
+    session = object.__new__(TrtSession)
+    session._engine, session._trt = OldEngine(), ModuleType("trt")
+    assert session.device_memory_bytes == 7
+    assert session.weights_bytes is None

@@ -246,6 +246,7 @@ def sensitivity(
     data: Data,
     prune: Annotated[bool, typer.Option("--prune", help="Accuracy against kept channels")] = False,
     quantize: Annotated[bool, typer.Option("--quantize", help="One layer in int8")] = False,
+    target: Annotated[str, typer.Option(help="Runtime that int8 is for")] = "onnxruntime",
     weights: Weights = None,
     num_classes: Classes = None,
     out: Annotated[Path | None, typer.Option("--out", help="Plot to write, .png or .svg")] = None,

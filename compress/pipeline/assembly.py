@@ -40,25 +40,10 @@ def assemble(
         recipe=job.recipe.model_dump(mode="json"),
         provenance=_provenance(job, measured),
         variants=rows,
-        gates=(*promises(outcomes), *gates(job.recipe.gates, rows)),
+        gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows)),
         details=details(job, variants, outcomes, measured, rows, answers),
         skipped=measured["skipped"],
     )
-
-
-def promises(outcomes: Sequence[Outcome]) -> Iterator[schema.Gate]:
-    """Yield a gate for every latency that a pruning stage was asked to reach."""
-    for outcome in outcomes:
-        promise = outcome.facts.get("promise")
-        if promise is not None:
-            yield schema.Gate(
-                name="latency_ms",
-                limit=promise["promised_ms"],
-                measured=promise["measured_ms"],
-                passed=promise["kept"],
-                variant=outcome.variants[0].name,
-                runtime=promise["runtime"],
-            )
 
 
 def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate]:
@@ -87,6 +72,12 @@ def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate
                 batch=result.batch,
                 reason="it was not measured" if value is None else None,
             )
+
+
+def _stage_gates(outcomes: Sequence[Outcome]) -> Iterator[schema.Gate]:
+    """Yield the limits that stages were given themselves: milliseconds, loss of accuracy."""
+    for outcome in outcomes:
+        yield from (schema.Gate(**gate) for gate in outcome.facts.get("gates", ()))
 
 
 def _last_results(

@@ -35,7 +35,16 @@ def prune_channels(
     }
     if settings.latency_ms is not None:
         promise = check_promise(small, job.dataset.example, settings.latency_ms, settings.runtime)
-        facts["promise"] = promise.to_json()
+        facts["gates"] = [
+            {
+                "name": "latency_ms",
+                "limit": promise.promised_ms,
+                "measured": promise.measured_ms,
+                "passed": promise.kept,
+                "variant": "pruned",
+                "runtime": promise.runtime,
+            }
+        ]
     return leave(job, small, stage, "pruned", parent=parent, plan=plan, facts=facts)
 
 
@@ -60,7 +69,7 @@ def _prune_in_rounds(
             prune.refit(small, model, plan, batches)
             validation["refitted"] = job.validation_pct(small)
         model = small
-        if settings.recalibrate_batches:
+        if settings.recalibrate_batches and not settings.refit:  # refitted layers suit the old ones
             images = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
             prune.recalibrate_batchnorm(model, images)
         if settings.round_training is not None and number < settings.rounds:

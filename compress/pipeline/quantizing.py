@@ -14,6 +14,7 @@ from compress.pipeline.job import INT8_FORM, Job, Outcome, Variant, training_fac
 from compress.settings import QuantizeSettings, Recipe
 
 if TYPE_CHECKING:
+    from compress.accuracy_budget import Budget
     from compress.qat import Trained
     from compress.qdq import QuantPlan
 
@@ -24,10 +25,11 @@ def quantize_graphs(
     job: Job, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
 ) -> Outcome:
     """Write one int8 graph for each kind of runtime among the recipe's targets."""
+    from compress.qdq import read_onnx
     from compress.quantize import quantize_onnx
 
     parent = before[-1]
-    variants, facts, training = [], {}, {}
+    variants, plans, training, gates = [], {}, {}, []
     for form in int8_forms(job.recipe):
         out = stage / f"model.{form}.onnx"
         plan = quantize_onnx(
@@ -39,14 +41,27 @@ def quantize_graphs(
             observer=settings.observer,
             exclude=settings.exclude,
         )
+        model = read_onnx(job.path(parent))
         if settings.qat is not None:
             trained = _train_quantized(job, settings, plan, parent, stage / f"qat-{form}")
-            plan = trained.plan
+            model, plan = trained.model, trained.plan
             with artifact.replacing(out) as temporary:
                 onnx.save(trained.written, str(temporary))
             training[form] = training_facts(trained.result)["training"]
+        if settings.max_drop_pct is not None:
+            budget = _meet_budget(job, settings, plan, model, stage)
+            plan = budget.plan
+            gates.append(
+                {
+                    "name": "max_drop_pct",
+                    "limit": budget.max_drop_pct,
+                    "measured": budget.best.drop_pct,
+                    "passed": budget.met,
+                    "variant": f"int8-{form}",
+                }
+            )
         plan.save(stage / f"plan.{form}.json")
-        facts[form] = plan.to_json()
+        plans[form] = plan.to_json()
         variants.append(
             Variant(
                 f"int8-{form}",
@@ -59,7 +74,7 @@ def quantize_graphs(
                 parent.macs,
             )
         )
-    return Outcome(tuple(variants), {"plans": facts, "qat": training})
+    return Outcome(tuple(variants), {"plans": plans, "qat": training, "gates": gates})
 
 
 def int8_forms(recipe: Recipe) -> list[str]:
@@ -87,4 +102,19 @@ def _train_quantized(
         settings,
         folder=folder,
         seed=job.recipe.seed,
+    )
+
+
+def _meet_budget(
+    job: Job, settings: QuantizeSettings, plan: QuantPlan, model: onnx.ModelProto, stage: Path
+) -> Budget:
+    """Leave layers in float until the loss on validation images is within the budget."""
+    from compress.accuracy_budget import meet_budget
+
+    return meet_budget(
+        model,
+        plan,
+        job.dataset.batches("validation"),
+        max_drop_pct=settings.max_drop_pct or 0.0,
+        folder=stage,
     )

@@ -1,0 +1,30 @@
+"""What each command does: options to a recipe or to one call, and its answer ready to print."""
+
+from compress.commands.artifacts import bench, build, bundle, compare, export, lint, report, verify
+from compress.commands.layers import sensitivity
+from compress.commands.showing import doctor, list_plugins, schema, show
+from compress.commands.verbs import check, distill, dry_run, prune, quantize, run, summary, train
+
+__all__ = [
+    "bench",
+    "build",
+    "bundle",
+    "check",
+    "compare",
+    "distill",
+    "doctor",
+    "dry_run",
+    "export",
+    "lint",
+    "list_plugins",
+    "prune",
+    "quantize",
+    "report",
+    "run",
+    "schema",
+    "sensitivity",
+    "show",
+    "summary",
+    "train",
+    "verify",
+]

@@ -1,0 +1,134 @@
+"""Commands about files: write, build, measure, compare, mend, check and pack them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compress.commands.options import Given, floats, integers, load_dataset, write_numbers
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+def export(given: Given) -> str:
+    """Write a network as ONNX and say what was written."""
+    import torch
+
+    from compress.export import export_onnx
+    from compress.measure import count_onnx, size_mib
+    from compress.models import check_forward, load_model
+
+    model = load_model(given["model"], given["weights"], given["num_classes"])
+    example = torch.zeros(1, *integers(given["input_size"], "--input-size", 3))
+    check_forward(model, example)
+    path = export_onnx(model, example, given["out"], opset=given["opset"], softmax=given["softmax"])
+    count = count_onnx(path)
+    return (
+        f"{path}: {count.params:,} parameters, {count.macs:,} MACs, {size_mib(path):.2f} MiB; "
+        f"equal to torch"
+    )
+
+
+def build(given: Given) -> str:
+    """Build an engine and say what was built."""
+    from compress.measure import size_mib
+    from compress.runtimes import build_engine
+
+    smallest, usual, largest = integers(given["batch"], "--batch", 3)
+    path = build_engine(
+        given["file"],
+        given["out"],
+        runtime=given["runtime"],
+        batch=(smallest, usual, largest),
+        precision=given["precision"],
+    )
+    return f"{path}: engine for {given['runtime']}, {size_mib(path):.2f} MiB"
+
+
+def bench(given: Given) -> RenderableType:
+    """Measure artifacts side by side."""
+    from compress.side_by_side import bench_artifacts
+
+    found = bench_artifacts(
+        given["artifacts"],
+        runtimes=given["runtime"] or (),
+        batches=[int(part) for part in floats(given["batch"], "--batch")],
+        threads=given["threads"],
+        dataset=load_dataset(given) if given["data"] else None,
+    )
+    write_numbers(given["json"], found.to_json())
+    return found.table()
+
+
+def compare(given: Given) -> RenderableType:
+    """Compare two artifacts on real images."""
+    from compress.side_by_side import compare_artifacts
+
+    found = compare_artifacts(
+        Path(given["reference"]),
+        Path(given["candidate"]),
+        load_dataset(given),
+        bisect=given["bisect"],
+    )
+    write_numbers(given["json"], found.to_json())
+    return found.table()
+
+
+def lint(given: Given) -> tuple[RenderableType, bool]:
+    """Return what an int8 graph suffers from, and whether anything is left that it does.
+
+    With ``--fix`` the mended file is written and what is left in it is returned.
+    """
+    from rich import box
+    from rich.table import Table
+
+    from compress.lint import fix_onnx, lint_onnx
+
+    findings = lint_onnx(given["file"], given["target"])
+    if given["fix"]:
+        if given["out"] is None:
+            raise UsageError("--fix needs a file to write", fix="Give --out FILE")
+        findings = fix_onnx(given["file"], given["out"], given["target"])
+    elif given["out"] is not None:
+        raise UsageError("--out without --fix would write nothing", fix="Give --fix as well")
+    write_numbers(given["json"], [finding.to_json() for finding in findings])
+    title = f"{len(findings)} findings for {given['target']}"
+    if given["fix"]:
+        title += f" left in {given['out']}"
+    table = Table("rule", "node", "what it costs", "fixable", title=title, box=box.SIMPLE_HEAD)
+    for finding in findings:
+        table.add_row(finding.rule, finding.node, finding.message, "yes" if finding.fixable else "")
+    return table, bool(findings)
+
+
+def report(runs: Sequence[Path], out: Path | None, *, force: bool) -> RenderableType:
+    """Write the report of one run again, or one comparison of several."""
+    from compress import report as reports
+
+    if len(runs) == 1:
+        folder = out or runs[0]
+        return reports.summary(reports.write(reports.read_run(runs[0]), folder), folder)
+    if out is None:
+        raise UsageError("several runs need a folder for their comparison", fix="Give --out DIR")
+    return reports.compare_runs(runs, out, force=force)
+
+
+def verify(run: Path, json: Path | None) -> tuple[RenderableType, bool]:
+    """Return whether the files of a run are those that its stages wrote, as text and as a claim."""
+    from compress.verify import verify as verified
+
+    found = verified(run)
+    write_numbers(json, found.to_json())
+    lines = [str(finding) for finding in found.findings]
+    lines.append(f"{len(found.files)} files checked, {len(found.findings)} problems")
+    return "\n".join(lines), found.intact
+
+
+def bundle(run: Path, out: Path) -> str:
+    """Pack a run for a device and say what was written."""
+    from compress.bundle import write_bundle
+
+    return f"{write_bundle(run, out)}: unpack it on the device and run python3 run.py"

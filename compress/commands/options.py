@@ -1,0 +1,71 @@
+"""Options of commands as parts of recipes: data, numbers, what was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import UsageError
+
+if TYPE_CHECKING:
+    from compress.data import Dataset
+
+Given = Mapping[str, Any]  # the options of a command, as parsed
+DATA_OPTIONS = ("image_size", "batch_size", "workers")
+
+
+def present(given: Given, **names: str) -> dict[str, Any]:
+    """Return the options that were given, by their name in a recipe."""
+    return {key: given[option] for option, key in names.items() if given.get(option) is not None}
+
+
+def data_part(given: Given) -> dict[str, Any]:
+    """Return the data part of a recipe from ``--data`` and the options beside it."""
+    kind, _, root = given["data"].partition(":")
+    part: dict[str, Any] = {"name": kind} | ({"root": root} if root else {})
+    part |= present(given, **{option: option for option in DATA_OPTIONS})
+    for option in ("mean", "std"):
+        if given.get(option) is not None:
+            part[option] = floats(given[option], f"--{option}")
+    return part
+
+
+def load_dataset(given: Given) -> Dataset:
+    """Return the images that ``--data`` and the options beside it name."""
+    from pydantic import ValidationError
+
+    from compress.data import load_data
+    from compress.settings import DataSettings
+
+    try:
+        settings = DataSettings(**data_part(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
+    return load_data(settings, given.get("seed", 0))
+
+
+def integers(text: str, option: str, count: int) -> list[int]:
+    """Return ``count`` whole numbers written with commas."""
+    parts = text.split(",")
+    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
+        raise UsageError(f"{option} {text!r}", expected=f"{count} whole numbers: 3,224,224")
+    return [int(part) for part in parts]
+
+
+def floats(text: str, option: str) -> list[float]:
+    """Return numbers written with commas."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text!r}", expected="numbers: 0.5,0.5,0.5") from None
+
+
+def write_numbers(path: Path | None, numbers: Any) -> None:
+    """Write ``numbers`` to the file of ``--json``, if there is one."""
+    from compress.artifact import write_json
+
+    if path is not None:
+        write_json(path, numbers)

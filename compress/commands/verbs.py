@@ -1,0 +1,139 @@
+"""Verbs as recipes of one stage, and recipes: all of them go through the one pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.commands.options import Given, data_part, present
+from compress.errors import RecipeError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from compress.report import Report
+
+DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
+
+
+def run(recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool) -> Report | None:
+    """Carry out a recipe; see ``pipeline.run``."""
+    from compress import pipeline
+
+    return pipeline.run(recipe, out, overrides=overrides, fresh=fresh)
+
+
+def dry_run(recipe: Path, overrides: Sequence[str]) -> str:
+    """Return the recipe as it would be run, with every default, after all checks."""
+    from compress.pipeline.preflight import preflight
+    from compress.recipe import dump, load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    preflight(resolved, where=str(recipe))
+    return dump(resolved)
+
+
+def check(recipes: Sequence[Path], overrides: Sequence[str]) -> str:
+    """Check recipes without running them; one error lists the problems of all of them."""
+    from compress.pipeline.preflight import preflight
+    from compress.recipe import load_recipe
+
+    problems = []
+    for path in recipes:
+        try:
+            preflight(load_recipe(path, overrides), where=str(path))
+        except RecipeError as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    return "\n".join(f"{path}: can be run" for path in recipes)
+
+
+def train(given: Given) -> Report | None:
+    """Run a recipe of one training."""
+    return _verb("train", given, [{"train": present(given, epochs="epochs")}])
+
+
+def prune(given: Given) -> Report | None:
+    """Run a recipe that prunes, and then trains if epochs are given."""
+    names = ("criterion", "keep_macs", "keep_params", "keep_channels", "latency_ms", "runtime")
+    cut = present(given, **{name: name for name in (*names, "round_to")})
+    if not {"keep_macs", "keep_params", "keep_channels", "latency_ms"} & cut.keys():
+        cut["keep_macs"] = 0.5
+    stages: list[dict[str, Any]] = [{"prune": cut}]
+    after = present(given, epochs="epochs", teacher="teacher")
+    if after.get("epochs"):
+        stages.append({"distill" if "teacher" in after else "finetune": after})
+    elif "teacher" in after:
+        raise UsageError("a teacher without training", fix="Say how long: --epochs N")
+    targets = [{"runtime": given["runtime"] or "onnxruntime", "precision": "fp32"}]
+    return _verb("prune", given, stages, targets)
+
+
+def distill(given: Given) -> Report | None:
+    """Run a recipe of one distillation."""
+    learn = present(
+        given, teacher="teacher", teacher_weights="teacher_weights", loss="losses", epochs="epochs"
+    )
+    return _verb("distill", {**given, "model": given["student"]}, [{"distill": learn}])
+
+
+def quantize(given: Given) -> Report | None:
+    """Run a recipe that writes int8 graphs."""
+    settings = present(
+        given, method="method", observer="observer", samples="samples", max_drop="max_drop_pct"
+    )
+    if given["qat_epochs"]:
+        settings["qat"] = {"epochs": given["qat_epochs"], "lr": 1e-3}
+    targets = [_int8_target(name) for name in given["target"] or ["onnxruntime"]]
+    return _verb("quantize", given, [{"quantize": settings}], targets)
+
+
+def summary(report: Report) -> RenderableType:
+    """Return what is printed after a run: tables, gates, verdict."""
+    from compress.report import summary as summarized
+
+    return summarized(report)
+
+
+def content(
+    given: Given, name: str, stages: Sequence[Given], targets: Sequence[Given] = DEFAULT_TARGETS
+) -> dict[str, Any]:
+    """Return the recipe that the options of a verb stand for, as it would be in YAML."""
+    model = {"name": given["model"]}
+    model |= present(given, weights="weights", num_classes="num_classes")
+    return {
+        "name": name,
+        "model": model,
+        "data": data_part(given),
+        "seed": given["seed"],
+        "stages": list(stages),
+        "targets": list(targets),
+    }
+
+
+def _verb(
+    name: str,
+    given: Given,
+    stages: Sequence[Given],
+    targets: Sequence[Given] = DEFAULT_TARGETS,
+) -> Report | None:
+    """Run the recipe of one verb: the same pipeline, run folder and report as any other."""
+    from compress import pipeline
+    from compress.recipe import apply_override, validate
+
+    written = content(given, name, stages, targets)
+    for override in given["overrides"] or []:
+        apply_override(written, override)
+    recipe = validate(written, where=f"compress {name}")
+    return pipeline.run(recipe, given["out"], fresh=given["fresh"])
+
+
+def _int8_target(name: str) -> dict[str, Any]:
+    """Return where the graph for ``name`` is run: TensorRT in the flavour that is installed."""
+    from compress.packages import is_installed
+
+    if name == "tensorrt" and not is_installed("tensorrt"):
+        return {"runtime": "tensorrt-rtx", "precision": "int8", "when_installed": True}
+    return {"runtime": name, "precision": "int8"}

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from compress.head import replace_head
 from compress.objective import CrossEntropy, Moment, Objective
-from compress.train.loop import TrainResult, train
+from compress.train.loop import train
+from compress.train.processes import join_processes
+from compress.train.run import TrainResult
 
-__all__ = ["CrossEntropy", "Moment", "Objective", "TrainResult", "replace_head", "train"]
+__all__ = [
+    "CrossEntropy",
+    "Moment",
+    "Objective",
+    "TrainResult",
+    "join_processes",
+    "replace_head",
+    "train",
+]

@@ -234,6 +234,36 @@ def test_the_callers_network_and_generators_are_left_alone(fails: bool) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+class ChosenForward(nn.Module):
+    """A network that picks its forward when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+        self.forward = self.pooled  # type: ignore[method-assign]
+
+    def pooled(self, x: Tensor) -> Tensor:
+        return self.head(self.first(x).mean((2, 3)))
+
+
+def test_a_forward_chosen_in_the_constructor_is_the_one_traced() -> None:
+    model, image = ChosenForward(), torch.randn(1, 3, 9, 9)
+    assert [group.name for group in trace(model, image).groups] == ["first"]
+
+
+def test_a_wrapped_forward_does_not_reach_the_original() -> None:
+    model, image = zoo.build("Plain"), torch.randn(1, 3, 16, 16)
+    original, calls = model.forward, []
+
+    def wrapper(x: Tensor) -> Tensor:
+        calls.append(1)
+        return original(x)
+
+    model.forward = wrapper
+    assert len(trace(model, image).groups) == 3
+    assert not calls
+
+
 def test_the_same_network_gives_the_same_groups() -> None:
     first, second = (trace(zoo.build("ShuffleNetUnit"), zoo.inputs("ShuffleNetUnit")) for _ in "ab")
     assert [g.name for g in first.groups] == [g.name for g in second.groups]

@@ -314,3 +314,23 @@ def test_a_plan_that_is_absent_or_no_json_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "text.json").write_text("{")
     with pytest.raises(PlanError, match=r"text\.json: cannot be read as JSON"):
         PrunePlan.load(tmp_path / "text.json")
+
+
+@pytest.mark.slow
+def test_every_torchvision_cnn_is_cut_and_proved() -> None:
+    import torchvision
+
+    names = torchvision.models.list_models(module=torchvision.models)
+    cnns = [name for name in names if not name.startswith(("vit", "swin", "maxvit"))]
+    assert len(cnns) == 68
+    differences = {}
+    for name in cnns:
+        plain = {"init_weights": False} if name in {"googlenet", "inception_v3"} else {}
+        model = torchvision.models.get_model(name, weights=None, **plain).eval()
+        zoo.randomize(model)
+        small = name.startswith(("alex", "vgg", "squeeze", "inception", "densenet"))
+        side = 224 if small else 64
+        image = torch.randn(1, 3, side, side)
+        network = trace(model, image)
+        differences[name] = prove(model, make_plan(network, random_keep(network, 0)), image)
+    assert {name: d for name, d in differences.items() if not d < 1e-4} == {}

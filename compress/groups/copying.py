@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -50,9 +51,10 @@ def _copy(model: nn.Module, tensor: Any) -> nn.Module:
             where=type(model).__name__,
             fix="Remove what it keeps besides tensors and plain values (locks, files, handles)",
         ) from None
-    for module in twin.modules():  # hooks of one network must not run in another
-        if type(module).forward is not nn.Module.forward and "forward" in module.__dict__:
-            del module.__dict__["forward"]
+    for module in twin.modules():
+        wrapped = isinstance(module.__dict__.get("forward"), types.FunctionType)
+        if wrapped and type(module).forward is not nn.Module.forward:
+            del module.__dict__["forward"]  # a wrapper around the forward of the original
     return twin
 
 

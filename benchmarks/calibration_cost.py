@@ -1,12 +1,12 @@
-"""Time and peak memory of calibration: ours, ONNX Runtime's three methods, NNCF, bare forward passes.
+"""Time and peak memory of calibration: ours, ONNX Runtime's methods, NNCF, bare forward passes.
 
     python benchmarks/calibration_cost.py [--onnx FILE] [--images 64,256,1024] [--out FOLDER]
 
-Without --onnx the network is torchvision's ResNet-18 with random weights at 224 x 224. Every row is a
-process of its own, so that its peak of resident memory is its own; images are made as they are read,
-so that none but the calibrator holds them. Seconds are of the wall; CPU seconds are what counts on a
-machine that is busy with other work. A row is left out where its memory would not fit (ONNX
-Runtime's histograms hold every activation of every image).
+Without --onnx the network is torchvision's ResNet-18 with random weights at 224 x 224. Every row is
+a process of its own, so that its peak of resident memory is its own; images are made as they are
+read, so that none but the calibrator holds them. Seconds are of the wall; CPU seconds are what
+counts on a machine that is busy with other work. A row is left out where its memory would not fit
+(ONNX Runtime's histograms hold every activation of every image).
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ PEERS = ("ort defaults", "ort tuned", "ort tensorrt form", "nncf")
 def quantize_by(peer: str, path: Path, images: np.ndarray, out: Path) -> None:
     """Write what ``peer`` makes of an fp32 ONNX file.
 
-    "ort defaults" is quantize_static with a data reader and nothing else; "ort tuned" has per-channel
-    weights, pre-processing and percentile ranges; "ort tensorrt form" is its best symmetric graph
-    for TensorRT; "nncf" is nncf.quantize with its defaults.
+    "ort defaults" is quantize_static with a data reader and nothing else; "ort tuned" has weights
+    per channel, pre-processing and percentile ranges; "ort tensorrt form" is its best symmetric
+    graph for TensorRT; "nncf" is nncf.quantize with its defaults.
     """
     if peer == "nncf":
         _nncf(path, images, out)
@@ -64,6 +64,7 @@ class Reader:
         self.images, self.next = images, 0
 
     def get_next(self) -> dict[str, np.ndarray] | None:
+        """Return the next image, or None at the end."""
         self.next += 1
         if self.next > len(self.images):
             return None

@@ -1,11 +1,11 @@
-"""Speed of int8 over fp32 on CPU runtimes: our graphs against those that ONNX Runtime and NNCF write.
+"""Speed of int8 over fp32 on CPU runtimes: our graphs against those of ONNX Runtime and NNCF.
 
     python benchmarks/int8_speed.py [--networks resnet18,mobilenet_v2,densenet121] [--rounds 30]
 
-Networks have random weights (speed does not depend on them), 224 x 224, batch 1 and 8. All graphs of a
-network are timed in turns within each round, so that a change of the machine's load meets all of
-them; the figure is the smallest time of each. Convolutions that the runtime left in float are counted
-in ONNX Runtime's optimized graph.
+Networks have random weights (speed does not depend on them), 224 x 224, batch 1 and 8. All graphs
+of a network are timed in turns within each round, so that a change of the machine's load meets all
+of them; the figure is the smallest time of each. Convolutions that the runtime left in float are
+counted in ONNX Runtime's optimized graph.
 """
 
 from __future__ import annotations

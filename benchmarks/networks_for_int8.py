@@ -2,9 +2,9 @@
 
     python benchmarks/networks_for_int8.py --cifar10 FILE.npz --out DIR
 
-trains the depthwise networks (some minutes each on two idle cores) and leaves ONNX files in DIR, with
-those of ResNet-20 and ResNet-56 if --checkpoints says where their published weights are. The other
-int8 benchmarks read these files.
+trains the depthwise networks (some minutes each on two idle cores) and leaves ONNX files in DIR,
+with those of ResNet-20 and ResNet-56 if --checkpoints says where their published weights are. The
+other int8 benchmarks read these files.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def train(model: nn.Module, images: np.ndarray, labels: np.ndarray, epochs: int,
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     model.train().to(memory_format=torch.channels_last)
-    batch, lr = 128, 0.2
+    batch, lr = 128, 0.1
     steps = len(images) // batch * epochs
     optimizer = torch.optim.SGD(model.parameters(), lr, 0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--only", choices=sorted(TRAINED))
+    parser.add_argument("--images", type=int, default=50_000, help="training images used")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -116,7 +117,8 @@ def main() -> None:
             model.load_state_dict(state)
             export(model, options.out / f"{name}.onnx")
     with np.load(options.cifar10) as data:
-        images, labels = data["x_train"], data["y_train"]
+        chosen = slice(options.images)
+        images, labels = data["x_train"][chosen], data["y_train"][chosen]
     for name, build in TRAINED.items():
         if options.only not in (None, name):
             continue

@@ -3,10 +3,10 @@
     python benchmarks/networks_for_int8.py --cifar10 FILE.npz --out DIR --checkpoints FOLDER
     python benchmarks/ptq_accuracy.py --cifar10 FILE.npz --networks DIR [--images 10000]
 
-Top-1 with a Wilson interval, agreement with fp32, and SQNR of the logits, on test images; calibration
-on 512 training images, the same for all. Graphs for ONNX Runtime (ours and the peers') run on its
-integer kernels; the TensorRT and OpenVINO forms in plain float Q/DQ arithmetic. NNCF's graph is also
-read as TensorRT reads it: uint8 as int8 with the same scale.
+Top-1 with a Wilson interval, agreement with fp32, and SQNR of the logits, on test images;
+calibration on 512 training images, the same for all. Graphs for ONNX Runtime (ours and the peers')
+run on its integer kernels; the TensorRT and OpenVINO forms in plain float Q/DQ arithmetic. NNCF's
+graph is also read as TensorRT reads it: uint8 as int8 with the same scale.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = Non
                 placement.weights.append(node.name)
     rules: dict[str, Callable[[Graph, Placement, Mapping[str, str]], None]] = {
         "onnxruntime": _place_everywhere,
-        "openvino": _place_everywhere,
+        "openvino": _place_where_read,
         "tensorrt": _place_on_weighted,
     }
     rules[target](graph, placement, refused)
@@ -119,33 +119,53 @@ def _in_squeeze_excite(graph: Graph, node: NodeProto) -> bool:
 
 
 def _place_everywhere(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> None:
-    """ONNX Runtime and OpenVINO: pairs around every op of the chain that has an int8 kernel."""
-    tail = _tail(graph)
-    chosen = {
-        node.name
-        for node in graph.nodes
-        if node.name in placement.weights
-        or (node.name not in refused and node.name not in tail and _has_kernel(graph, node))
-    }
-    inner = {
-        node.output[0]
-        for node in graph.nodes
-        if node.name in chosen
-        and graph.activation_after(node) is not None
-        and node.op_type not in SAME_SCALE
-    }
-    for node in graph.nodes:
-        if node.name not in chosen:
-            continue
+    """ONNX Runtime: pairs around every op of the chain that has an int8 kernel."""
+    for node in _chosen(graph, placement, refused):
         for tensor in _image_inputs(graph, node):
             _quantize(graph, placement, tensor)
-        last = graph.activation_after(node) if node.output[0] in inner else node
-        for tensor in (last or node).output:
+        for tensor in _ends(graph, node):
             if tensor not in graph.outputs and graph.readers.get(tensor):
                 _quantize(graph, placement, tensor)
-        if node.op_type in SAME_SCALE:
-            for tensor in node.output:
-                placement.scale_of[tensor] = node.input[0]
+        _share_scale(placement, node)
+
+
+def _place_where_read(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> None:
+    """OpenVINO: as for ONNX Runtime, but nothing is quantized that only float ops read."""
+    chosen = {node.name: node for node in _chosen(graph, placement, refused)}
+    weighted = set(placement.weights)
+    for node in reversed(list(chosen.values())):
+        readers = {r.name for end in _ends(graph, node) for r, _ in graph.readers.get(end, [])}
+        if node.name not in weighted and not readers & chosen.keys():
+            del chosen[node.name]
+    for node in chosen.values():
+        for tensor in _image_inputs(graph, node):
+            _quantize(graph, placement, tensor)
+    for node in chosen.values():
+        if node.input[0] in placement.readers:
+            _share_scale(placement, node)
+
+
+def _chosen(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> list[NodeProto]:
+    """Return the nodes that work on integers, in order."""
+    tail, weighted = _tail(graph), set(placement.weights)
+    return [
+        node
+        for node in graph.nodes
+        if node.name in weighted
+        or (node.name not in refused and node.name not in tail and _has_kernel(graph, node))
+    ]
+
+
+def _ends(graph: Graph, node: NodeProto) -> list[str]:
+    """Return the outputs of ``node``, or of the activation that runs together with it."""
+    after = None if node.op_type in SAME_SCALE else graph.activation_after(node)
+    return list(node.output if after is None else after.output)
+
+
+def _share_scale(placement: Placement, node: NodeProto) -> None:
+    if node.op_type in SAME_SCALE:
+        for tensor in node.output:
+            placement.scale_of[tensor] = node.input[0]
 
 
 def _image_inputs(graph: Graph, node: NodeProto) -> list[str]:
@@ -171,12 +191,7 @@ def _has_kernel(graph: Graph, node: NodeProto) -> bool:
         return False
     if node.op_type == "MaxPool" and len(node.output) > 1:
         return False
-    return not graph.is_constant(node.input[0]) and _near_weights(graph, node)
-
-
-def _near_weights(graph: Graph, node: NodeProto) -> bool:
-    """Return whether images reach ``node`` through a weighted op or leave it into one."""
-    return True
+    return not graph.is_constant(node.input[0])
 
 
 def _tail(graph: Graph) -> set[str]:

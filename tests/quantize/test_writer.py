@@ -195,6 +195,14 @@ def test_tensorrt_leaves_squeeze_excite_and_pooling_in_float():
     assert not graph.is_constant(nodes["project"].input[1])
 
 
+def test_openvino_quantizes_nothing_that_only_float_ops_read():
+    model = GRAPHS["dense"]()  # Concat -> BatchNorm, which stays in float there
+    graph = Graph(write_qdq(model, plan_of(model, "openvino")))
+    nodes = {node.name: node for node in graph.nodes}
+    assert nodes["bn2"].input[0] == "cat" and graph.producer["cat"].input[0] == "stem"
+    assert graph.producer[nodes["c1"].input[0]].op_type == "DequantizeLinear"
+
+
 def test_a_nearly_dead_channel_does_not_overflow_the_bias():
     model = GRAPHS["dead_channels"]()
     graph = Graph(write_qdq(model, plan_of(model, "onnxruntime")))

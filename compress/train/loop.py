@@ -8,6 +8,7 @@ from torch import nn
 
 from compress import progress
 from compress.data import Dataset
+from compress.errors import UsageError
 from compress.objective import CrossEntropy, Objective
 from compress.settings import TrainSettings
 from compress.train.processes import failing_together, join_processes
@@ -44,9 +45,11 @@ def train(
         TrainingError: the loss is not finite, memory does not suffice, a checkpoint belongs to
             another training, or another process died.
         UnknownNameError: a setting names a layer that is not there.
+        UsageError: a setting needs validation images and there are none.
     """
     objective = objective or CrossEntropy(settings.label_smoothing)
     try:
+        _check_validation(dataset, settings)
         place = join_processes(device)
         with failing_together(place), left_as_found(model, settings, place.device) as frozen:
             run = Run(model, dataset, settings, objective, place, folder, seed, frozen)
@@ -57,3 +60,14 @@ def train(
             return run.result()
     finally:
         objective.close()
+
+
+def _check_validation(dataset: Dataset, settings: TrainSettings) -> None:
+    wanting = "keep: best" if settings.keep == "best" else "patience"
+    needed = settings.keep == "best" or settings.patience is not None
+    if needed and not len(dataset.splits.get("validation", ())):
+        raise UsageError(
+            "no images are held back to judge checkpoints by",
+            where=wanting,
+            fix="Hold some back: data.validation: 0.1",
+        )

@@ -57,15 +57,17 @@ def make_optimizer(
 
 def _optimizer(rows: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
     lr = settings.lr
+    devices = {parameter.device.type for row in rows for parameter in row["params"]}
+    fused = True if devices <= {"cpu", "cuda"} else None  # one kernel for all, where there is one
     if settings.optimizer == "sgd":
         nesterov = settings.nesterov and settings.momentum > 0
         return torch.optim.SGD(
-            rows, lr=lr, momentum=settings.momentum, nesterov=nesterov, fused=True
+            rows, lr=lr, momentum=settings.momentum, nesterov=nesterov, fused=fused
         )
     if settings.optimizer == "adam":
-        return torch.optim.Adam(rows, lr=lr, fused=True)
+        return torch.optim.Adam(rows, lr=lr, fused=fused)
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(rows, lr=lr, fused=True)
+        return torch.optim.AdamW(rows, lr=lr, fused=fused)
     return torch.optim.RMSprop(rows, lr=lr, momentum=settings.momentum)
 
 

@@ -355,8 +355,18 @@ class Run:
 
     def _resume(self) -> None:
         path = self.folder / checkpoints.LAST if self.folder is not None else None
-        if path is None or not path.exists():
-            return
+        if path is not None and path.exists():
+            self._go_on_from(path)
+        done = torch.tensor(float(self._steps_done), device=self.processes.device)
+        if float(self.processes.sum(done.clone())) != float(done) * self.processes.world:
+            raise TrainingError(
+                f"process {self.processes.rank} found a checkpoint of step {int(done)}, another "
+                "process found a different one or none",
+                where=str(self.folder),
+                fix="Use a folder that all machines share, or a fresh one",
+            )
+
+    def _go_on_from(self, path: Path) -> None:
         state = checkpoints.load(path)
         checkpoints.check_same(path, state["about"], self._about())
         self.model.load_state_dict(state["model"])

@@ -425,6 +425,22 @@ def test_a_layer_that_is_not_there_is_named_with_its_neighbours(
         trained(**changes)
 
 
+@pytest.mark.parametrize("changes", [{"keep": "best"}, {"patience": 2}])
+def test_choosing_a_checkpoint_needs_validation_images(changes: dict[str, Any]):
+    with pytest.raises(UsageError, match=r"no images are held back .* data.validation: 0.1"):
+        trained(data=dataset(validation=0), **changes)
+
+
+def test_processes_that_resume_from_different_places_are_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from compress.train.processes import Processes
+
+    monkeypatch.setattr(Processes, "sum", lambda self, values: values + 3)  # the other's steps
+    with pytest.raises(TrainingError, match="checkpoint of step 0, another process found a diff"):
+        trained(folder=tmp_path)
+
+
 def test_nothing_left_to_train_is_an_error():
     model = plain().requires_grad_(False)
     with pytest.raises(UsageError, match="no parameter is left to train"):

@@ -41,6 +41,7 @@ class ChannelGroup:
         tensors: The parameters by name, detached. Not modified.
         norm_scales: Names of the parameters that scale a normalized channel (BatchNorm's weight).
         evidence: What the network showed on data.
+        norms: Norms found so far, shared by the groups of one network, which share tensors.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class ChannelGroup:
         tensors: Mapping[str, Tensor],
         norm_scales: frozenset[str] = frozenset(),
         evidence: Evidence | None = None,
+        norms: dict[tuple[str, int, int], Tensor] | None = None,
     ) -> None:
         self.name: str = group.name
         self.size: int = group.size
         self.evidence = evidence or Evidence()
         self._tensors = tensors
         self._norm_scales = norm_scales
+        self._norms = {} if norms is None else norms
         self._slices = [piece for piece in group.slices if piece.tensor in tensors]
 
     def filters(self) -> list[Tensor]:
@@ -77,6 +80,16 @@ class ChannelGroup:
         """Return filters, columns or both; filters where nothing reads the channels."""
         chosen = [] if which == "filters" else self.columns()
         return chosen + self.filters() if which != "columns" or not chosen else chosen
+
+    def norms(self, which: Weights, power: int) -> list[Tensor]:
+        """Return the L1 or L2 norm of the weights of each channel: (C,) for each layer.
+
+        The same as ``vector_norm(w, power, dim=1)`` over ``weights(which)``, without copying them:
+        weights are reduced to one number for each position first.
+        """
+        inputs = [] if which == "filters" else self._of("input")
+        outputs = self._of("output") if which != "columns" or not inputs else []
+        return [self._norm(piece, power) for piece in inputs + outputs]
 
     def loss_changes(self) -> Tensor:
         """Return the first-order change of the loss without each channel: (batches, C).
@@ -138,6 +151,18 @@ class ChannelGroup:
             return tensor.reshape(self.size, -1)
         return tensor[index.to(tensor.device)].reshape(self.size, -1)
 
+    def _norm(self, piece: Slice, power: int) -> Tensor:
+        key = (piece.tensor, piece.dim, power)
+        if key not in self._norms:
+            tensor = self._tensors[piece.tensor]
+            others = [dim for dim in range(tensor.ndim) if dim != piece.dim]
+            self._norms[key] = (
+                torch.linalg.vector_norm(tensor, power, dim=others) if others else tensor.abs()
+            )
+        found = self._norms[key][torch.as_tensor(piece.index, device=self._norms[key].device)]
+        combined: Tensor = torch.linalg.vector_norm(found, power, dim=1)
+        return combined
+
     def _gathered(self, per_position: Tensor, piece: Slice) -> Tensor:
         """Sum (..., D) over the positions that each unit owns: (..., C)."""
         return per_position[..., torch.as_tensor(piece.index)].sum(-1)
@@ -148,7 +173,8 @@ class Criterion(Protocol):
     """A measure of importance.
 
     A data-driven one also says what it ``needs: ClassVar[Need]``, and may say from how many images
-    each gradient is taken: ``images_per_gradient: int``.
+    each gradient is taken: ``images_per_gradient: int``. ``estimates_loss = True`` says that its
+    scores are changes of the loss, and therefore compare across groups as they are.
     """
 
     def __call__(self, group: ChannelGroup) -> Tensor:

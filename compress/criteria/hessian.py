@@ -26,6 +26,7 @@ class Hessian:
 
     reduce: Reduction = "sum"
 
+    estimates_loss: ClassVar[bool] = True
     needs: ClassVar[Need] = "hessian"
 
     def __post_init__(self) -> None:

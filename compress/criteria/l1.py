@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from compress.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
@@ -31,7 +30,4 @@ class L1:
 
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), higher = keep."""
-        norms = [
-            torch.linalg.vector_norm(w, 1, dim=1) for w in group.weights(self.weights)
-        ]  # w: (C, fan)
-        return reduced(norms, self.reduce)
+        return reduced(group.norms(self.weights, 1), self.reduce)

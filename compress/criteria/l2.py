@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from compress.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
@@ -31,5 +30,4 @@ class L2:
 
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), higher = keep."""
-        norms = [torch.linalg.vector_norm(w, dim=1) for w in group.weights(self.weights)]
-        return reduced(norms, self.reduce)
+        return reduced(group.norms(self.weights, 2), self.reduce)

@@ -34,7 +34,7 @@ class Lamp:
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), in (0, 1], higher = keep."""
         squares = reduced(
-            [torch.linalg.vector_norm(w, dim=1).square() for w in group.weights(self.weights)],
+            [norm.square() for norm in group.norms(self.weights, 2)],
             self.reduce,
         )
         order = torch.argsort(squares, descending=True, stable=True)

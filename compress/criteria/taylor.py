@@ -33,6 +33,7 @@ class Taylor:
     power: Power = "square"
     images_per_gradient: int = 8
 
+    estimates_loss: ClassVar[bool] = True
     needs: ClassVar[Need] = "gradients"
 
     def __post_init__(self) -> None:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from compress import plugins
 from compress.criteria import ChannelGroup, Criterion
 from compress.errors import PlanError, UsageError
-from compress.groups import Network
+from compress.groups import Group, Network
 from compress.prune.cost import Floats
 from compress.prune.evidence import Batches, evidence
 
@@ -61,9 +61,10 @@ def scores(
     scales = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NORMS)
     )
+    norms: dict[tuple[str, int, int], Tensor] = {}
     with torch.no_grad():
         return [
-            _checked(criterion(ChannelGroup(group, tensors, scales, seen)), group.size, group.name)
+            _checked(criterion(ChannelGroup(group, tensors, scales, seen, norms)), group)
             for group in network.groups
         ]
 
@@ -75,18 +76,18 @@ def spoken(criterion: Criterion) -> str:
     return module.rpartition(".")[2] if is_plugin else type(criterion).__name__
 
 
-def _checked(found: Tensor, size: int, group: str) -> Floats:
-    if tuple(found.shape) != (size,):
+def _checked(found: Tensor, group: Group) -> Floats:
+    if tuple(found.shape) != (group.size,):
         raise PlanError(
             f"the criterion gives scores of shape {tuple(found.shape)}",
-            where=group,
-            expected=f"one for each of its {size} channels",
+            where=group.name,
+            expected=f"one for each of its {group.size} channels",
         )
     values = found.double().cpu().numpy()
     if not np.isfinite(values).all():
         raise PlanError(
             "the criterion gives scores that are not finite",
-            where=group,
+            where=group.name,
             fix="Check the weights for NaN or infinity",
         )
     return values

@@ -1,0 +1,91 @@
+"""What criteria are shown equals what autograd, finite differences and direct sums say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.groups import trace
+from compress.prune.evidence import evidence
+
+EXAMPLE = torch.zeros(1, 3, 6, 6)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2), nn.Tanh(),
+        nn.Flatten(), nn.Linear(4 * 16, 3),
+    ).eval()  # fmt: skip
+
+
+def batches(count: int = 2, size: int = 6) -> list[tuple[Tensor, Tensor]]:
+    draw = torch.Generator().manual_seed(7)
+    return [
+        (torch.randn(size, 3, 6, 6, generator=draw), torch.arange(size) % 3) for _ in range(count)
+    ]
+
+
+def test_products_are_the_slope_of_the_loss_when_a_channel_fades(model: nn.Module) -> None:
+    """Scaling the columns that read a channel by (1 + e) changes the loss by e x product."""
+    data = batches()
+    found = evidence(
+        model, trace(model, EXAMPLE), "gradients", data, images_per_gradient=3
+    ).products["6.weight", 1]
+    assert found.shape == (4, 64)  # 2 batches of 6 images, 3 images for each gradient
+    model = model.double()
+    weight = model.get_parameter("6.weight")
+    images, target = data[0][0][:3].double(), data[0][1][:3]
+    for column in (0, 17, 63):
+        losses = []
+        for scale in (1 + 1e-5, 1 - 1e-5):
+            changed = weight.detach().clone()
+            changed[:, column] *= scale
+            output = torch.func.functional_call(model, {"6.weight": changed}, (images,))
+            losses.append(F.cross_entropy(output, target))
+        slope = ((losses[0] - losses[1]) / 2e-5).item()
+        assert found[0, column].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
+
+
+def test_curvature_is_close_to_the_exact_hessian() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).eval()
+    images, target = torch.randn(32, 3, 2, 2), torch.arange(32) % 3
+    repeated = [(images, target)] * 1500  # each with signs of its own
+    network = trace(model, torch.zeros(1, 3, 2, 2))
+    found = evidence(model, network, "hessian", repeated, images_per_gradient=32)
+    weight = model.get_parameter("3.weight").detach()
+
+    def loss(value: Tensor) -> Tensor:
+        output = torch.func.functional_call(model, {"3.weight": value}, (images,))
+        return F.cross_entropy(output, target)
+
+    exact = torch.autograd.functional.hessian(loss, weight)
+    diagonal = exact.reshape(weight.numel(), -1).diagonal().reshape(weight.shape)
+    expected = (0.5 * diagonal * weight.square()).sum(0)
+    error = (found.curvatures["3.weight", 1] - expected).norm() / expected.norm()
+    assert error < 0.15
+
+
+def test_activations_are_those_that_enter_the_layer(model: nn.Module) -> None:
+    data = batches()
+    network = trace(model, EXAMPLE)
+    seen = evidence(model, network, "activations", data).activations
+    with torch.no_grad():
+        values = torch.cat([model[:3](images) for images, _ in data])  # type: ignore[index, operator]
+        flat = torch.cat([model[:6](images) for images, _ in data])  # type: ignore[index, operator]
+    # Two groups of four channels: position p of the weight reads channels p and p + 4.
+    halves = values.movedim(1, 0).reshape(2, 4, -1).movedim(0, 1).flatten(1)
+    torch.testing.assert_close(seen["3.weight"]["mean_abs"], halves.abs().mean(1))
+    torch.testing.assert_close(seen["3.weight"]["nonzero"], (halves != 0).float().mean(1))
+    torch.testing.assert_close(seen["6.weight"]["mean_square"], flat.square().mean(0))
+
+
+def test_hooks_are_removed_when_the_network_raises(model: nn.Module) -> None:
+    with pytest.raises(RuntimeError):
+        data = [(torch.randn(2, 5, 6, 6), torch.zeros(2))]
+        evidence(model, trace(model, EXAMPLE), "activations", data)
+    assert not any(module._forward_pre_hooks for module in model.modules())

@@ -432,6 +432,28 @@ class SplitSizes(Classifier):
 
 
 @zoo()
+class OneAttributeTwice(Classifier):
+    """YOLO's C2f: one attribute sizes both parts of a split, and a view elsewhere."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = 12
+            self.wide, self.last = conv_bn(16, 24, 1), conv_bn(48, 16, 1)
+            self.blocks = nn.ModuleList(conv_bn(12, 12) for _ in "ab")
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = list(self.wide(x).split((self.c, self.c), 1))
+            parts.extend(block(parts[-1]) for block in self.blocks)
+            flat = parts[-1].view(x.shape[0], self.c, -1)
+            parts[-1] = flat.view(x.shape[0], self.c, *x.shape[2:])
+            return self.last(torch.cat(parts, 1))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
 class ConstantSplit(Classifier):
     """``split`` with sizes written in the program: these channels must stay."""
 
@@ -690,6 +712,32 @@ class WeightNormed(Classifier):
     def __init__(self) -> None:
         conv = parametrizations.weight_norm(nn.Conv2d(16, 24, 3, padding=1))
         super().__init__(nn.Sequential(conv, nn.ReLU(), nn.Conv2d(24, 16, 1)))
+
+
+@zoo()
+class SpectralNormed(Classifier):
+    """Spectral norm: the weight is divided by a product with buffers."""
+
+    def __init__(self) -> None:
+        conv = parametrizations.spectral_norm(nn.Conv2d(16, 24, 3, padding=1))
+        super().__init__(nn.Sequential(conv, nn.ReLU(), nn.Conv2d(24, 16, 1)))
+
+
+@zoo()
+class Maxout(Classifier):
+    """Halves by an attribute of one of PyTorch's own modules."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.last = nn.Conv2d(16, 24, 3, padding=1), conv_bn(12, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = torch.split(self.wide(x), self.wide.out_channels // 2, 1)
+            return self.last(torch.max(first, second))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
 
 
 class StandardizedConv(nn.Conv2d):

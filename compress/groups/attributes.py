@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.groups.labels import AttributeUse, Components
+from compress.groups.labels import AttributeUse, Components, Ledger
 from compress.groups.network import Follower
 from compress.groups.units import Units
 
@@ -20,19 +20,32 @@ def followers(components: Components, units: Units) -> tuple[Follower, ...]:
     return tuple(found.values())
 
 
-def conflicts(components: Components) -> list[tuple[AttributeUse, str]]:
-    """Return uses that demand different values of one attribute: their channels must stay."""
+def conflicts(components: Components) -> list[tuple[AttributeUse, AttributeUse]]:
+    """Return pairs of uses that could demand different values of one attribute."""
     first: dict[tuple[str, str], AttributeUse] = {}
     bad = []
     for use in components.uses:
-        key = (use.attribute.module, use.attribute.name)
-        other = first.setdefault(key, use)
+        other = first.setdefault((use.attribute.module, use.attribute.name), use)
         if other is use or (_settled(components, other) and _settled(components, use)):
             continue
         if not _agree(components, other, use):
-            why = f"{key[0]}.{key[1]} fixes other channels too, at {other.place}"
-            bad += [(other, why), (use, why)]
+            bad.append((other, use))
     return bad
+
+
+def reconcile(ledger: Ledger, first: AttributeUse, second: AttributeUse) -> bool:
+    """Tie the channels that two uses count, so that both follow; False if that cannot be."""
+    many, few = sorted((first.labels, second.labels), key=len, reverse=True)
+    if len(many) % len(few) or not few.all() or not many.all():
+        return False
+    ledger.unify(many, np.tile(few, len(many) // len(few)))
+    return True
+
+
+def why_fixed(use: AttributeUse) -> str:
+    """Return why channels that an attribute counts must stay, if another use fixes them."""
+    at = f"{use.attribute.module}.{use.attribute.name}".lstrip(".")
+    return f"{at} fixes other channels too, at {use.place}"
 
 
 def _settled(components: Components, use: AttributeUse) -> bool:
@@ -40,7 +53,7 @@ def _settled(components: Components, use: AttributeUse) -> bool:
 
 
 def _agree(components: Components, first: AttributeUse, second: AttributeUse) -> bool:
-    if first.numerator * second.denominator != second.numerator * first.denominator:
-        return False
-    mine, other = (np.sort(components.of[use.labels]) for use in (first, second))
-    return np.array_equal(mine, other)
+    mine, times = np.unique(components.of[first.labels], return_counts=True)
+    other, other_times = np.unique(components.of[second.labels], return_counts=True)
+    proportional = times * len(second.labels), other_times * len(first.labels)
+    return np.array_equal(mine, other) and np.array_equal(*proportional)

@@ -103,16 +103,19 @@ def origin_of(value: Any) -> Origin | int | None:
     return value.origin if isinstance(value, Count) else int(value)
 
 
+_OWN = {"groups", "in_channels", "out_channels", "in_features", "out_features", "num_features"}
+
+
 def tag_attributes(model: nn.Module) -> None:
     """Replace, in place, the integers that the modules of ``model`` keep by Counts.
 
     Plain ints, items of lists and tuples of ints, and variables that a function kept by a module
-    closes over. Of PyTorch's own modules only ``groups`` is tagged: the cut knows the others.
+    closes over. Of PyTorch's own modules only what programs read from outside is tagged.
     """
     for path, module in model.named_modules():
         own = type(module).__module__.startswith("torch.nn.")
         for name, value in list(module.__dict__.items()):
-            if name.startswith("_") or name == "training" or (own and name != "groups"):
+            if name.startswith("_") or name == "training" or (own and name not in _OWN):
                 continue
             module.__dict__[name] = _tagged(value, Attribute(path, name))
 

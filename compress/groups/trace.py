@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import PlanError
-from compress.groups.attributes import conflicts, followers
+from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
 from compress.groups.copying import meta_copy, named_tensors
 from compress.groups.counts import tag_attributes
 from compress.groups.cutting import cut
@@ -176,10 +176,15 @@ class _Traced:
         return [(name, self._named[name]) for name in touched]
 
     def _merged(self) -> Components:
-        components = self._ledger.solve()
+        """Merge labels; channels that one attribute counts are tied, or stay if that cannot be."""
+        components, tried = self._ledger.solve(), set()
         while bad := conflicts(components):
-            for use, why in bad:
-                self._ledger.freeze(use.labels, why)
+            for first, second in bad:
+                pair = (id(first.labels), id(second.labels))
+                if pair in tried or not reconcile(self._ledger, first, second):
+                    self._ledger.freeze(first.labels, why_fixed(second))
+                    self._ledger.freeze(second.labels, why_fixed(first))
+                tried.add(pair)
             components = self._ledger.solve()
         return components
 

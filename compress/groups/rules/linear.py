@@ -164,4 +164,5 @@ RULES: dict[str, Rule] = {
     "baddbmm": matmul,
     "mv": vector,
     "dot": vector,
+    "vdot": vector,
 }

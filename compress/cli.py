@@ -12,7 +12,7 @@ from compress import commands
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
-    from compress.report import Report
+    from compress.commands.verbs import Done
 
 # Of whichever click this typer carries; it has no public name there.
 ClickException: Any = typer.BadParameter.__mro__[2]
@@ -198,7 +198,7 @@ def build(
 def bench(
     ctx: typer.Context,
     artifacts: Annotated[list[Path], typer.Argument(help="ONNX files, engines, stage folders")],
-    runtime: Annotated[list[str] | None, typer.Option(help="Runtime of each, or of all")] = None,
+    runtime: Annotated[list[str] | None, typer.Option(help="Where ONNX files run")] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
     data: Annotated[str | None, typer.Option(help="DATA, to measure accuracy as well")] = None,
     threads: Threads = None,
@@ -357,12 +357,12 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _finish(report: Report | None) -> None:
+def _finish(done: Done | None) -> None:
     """Print the summary of a run; exit with 1 if one of its gates failed."""
-    if report is None:  # another process of the same torchrun reports
+    if done is None:  # another process of the same torchrun reports
         return
-    _print(commands.summary(report))
-    if any(not gate.passed for gate in report.gates):
+    _print(commands.summary(done))
+    if any(not gate.passed for gate in done[0].gates):
         raise typer.Exit(GATE_FAILED)
 
 

@@ -81,14 +81,19 @@ def schema() -> dict[str, Any]:
     return Recipe.model_json_schema()
 
 
-def dump(recipe: Recipe) -> str:
-    """Return ``recipe`` as YAML with every default filled in."""
-    content = json.loads(recipe.model_dump_json())
+def to_json(recipe: Recipe) -> dict[str, Any]:
+    """Return ``recipe`` with every default filled in, as JSON-able data that validates again."""
+    content: dict[str, Any] = json.loads(recipe.model_dump_json())
     content["stages"] = [
         {verb: given for verb, given in stage.items() if given is not None}
         for stage in content["stages"]
     ]
-    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    return content
+
+
+def dump(recipe: Recipe) -> str:
+    """Return ``recipe`` as YAML with every default filled in."""
+    text: str = yaml.safe_dump(to_json(recipe), sort_keys=False, allow_unicode=True)
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,10 +12,13 @@ from typing import Any
 from compress import artifact
 from compress.artifact import Artifact
 from compress.errors import RunError
+from compress.recipe import dump, to_json
 from compress.settings import Recipe
 
 SCHEMA = 1
 RUN_FILE = "run.json"
+RECIPE_FILE = "recipe.yaml"  # resolved: `compress run` repeats the run from it
+OWN_FILES = {RUN_FILE, RECIPE_FILE, "report.html", "report.md", "report.json"}
 DONE_FILE = "metrics.json"  # written last: a stage folder that holds it is finished
 
 
@@ -48,12 +50,13 @@ class RunFolder:
                 )
             if fresh:
                 folder._clear()
-        wanted = json.loads(recipe.model_dump_json())
+        wanted = to_json(recipe)
         if (root / RUN_FILE).is_file():
             folder._check_recipe(wanted)
         else:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             folder.write_description({"created": now, "recipe": wanted, "artifacts": []})
+            artifact.write_text(root / RECIPE_FILE, dump(recipe))
         return folder
 
     def description(self) -> dict[str, Any]:
@@ -101,5 +104,5 @@ class RunFolder:
             is_stage = path.is_dir() and path.name[:2].isdigit() and path.name[2:3] == "-"
             if is_stage:
                 shutil.rmtree(path)
-            elif path.name in {RUN_FILE, "report.html", "report.md", "report.json"}:
+            elif path.name in OWN_FILES:
                 path.unlink()

@@ -4,7 +4,7 @@ import pytest
 
 from compress.artifact import Artifact
 from compress.errors import RunError
-from compress.recipe import validate
+from compress.recipe import load_recipe, validate
 from compress.run_folder import RunFolder
 
 
@@ -54,3 +54,9 @@ def test_starting_over_removes_what_the_run_wrote_and_nothing_else(tmp_path):
     fresh = RunFolder.open(tmp_path, recipe(seed=1), fresh=True)
     assert fresh.result(fresh.stage(1, "prune")) is None
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_the_resolved_recipe_lies_in_the_folder_and_repeats_the_run(tmp_path):
+    wanted = recipe(stages=[{"prune": {"keep_macs": 0.5}}, "quantize"], seed=3)
+    RunFolder.open(tmp_path, wanted)
+    assert load_recipe(tmp_path / "recipe.yaml") == wanted

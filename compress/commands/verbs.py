@@ -13,15 +13,18 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from compress.report import Report
+    from compress.settings import Recipe
+
+    Done = tuple[Report, Path]  # and the folder that it lies in
 
 DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
 
 
-def run(recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool) -> Report | None:
+def run(recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool) -> Done | None:
     """Carry out a recipe; see ``pipeline.run``."""
-    from compress import pipeline
+    from compress.recipe import load_recipe
 
-    return pipeline.run(recipe, out, overrides=overrides, fresh=fresh)
+    return _run(load_recipe(recipe, overrides), out, fresh=fresh)
 
 
 def dry_run(recipe: Path, overrides: Sequence[str]) -> str:
@@ -50,12 +53,12 @@ def check(recipes: Sequence[Path], overrides: Sequence[str]) -> str:
     return "\n".join(f"{path}: can be run" for path in recipes)
 
 
-def train(given: Given) -> Report | None:
+def train(given: Given) -> Done | None:
     """Run a recipe of one training."""
     return _verb("train", given, [{"train": present(given, epochs="epochs")}])
 
 
-def prune(given: Given) -> Report | None:
+def prune(given: Given) -> Done | None:
     """Run a recipe that prunes, and then trains if epochs are given."""
     names = ("criterion", "keep_macs", "keep_params", "keep_channels", "latency_ms", "runtime")
     cut = present(given, **{name: name for name in (*names, "round_to")})
@@ -71,7 +74,7 @@ def prune(given: Given) -> Report | None:
     return _verb("prune", given, stages, targets)
 
 
-def distill(given: Given) -> Report | None:
+def distill(given: Given) -> Done | None:
     """Run a recipe of one distillation."""
     learn = present(
         given, teacher="teacher", teacher_weights="teacher_weights", loss="losses", epochs="epochs"
@@ -79,7 +82,7 @@ def distill(given: Given) -> Report | None:
     return _verb("distill", {**given, "model": given["student"]}, [{"distill": learn}])
 
 
-def quantize(given: Given) -> Report | None:
+def quantize(given: Given) -> Done | None:
     """Run a recipe that writes int8 graphs."""
     settings = present(
         given, method="method", observer="observer", samples="samples", max_drop="max_drop_pct"
@@ -90,11 +93,11 @@ def quantize(given: Given) -> Report | None:
     return _verb("quantize", given, [{"quantize": settings}], targets)
 
 
-def summary(report: Report) -> RenderableType:
-    """Return what is printed after a run: tables, gates, verdict."""
+def summary(done: Done) -> RenderableType:
+    """Return what is printed after a run: tables, gates, verdict, where the files are."""
     from compress.report import summary as summarized
 
-    return summarized(report)
+    return summarized(*done)
 
 
 def content(
@@ -118,16 +121,23 @@ def _verb(
     given: Given,
     stages: Sequence[Given],
     targets: Sequence[Given] = DEFAULT_TARGETS,
-) -> Report | None:
+) -> Done | None:
     """Run the recipe of one verb: the same pipeline, run folder and report as any other."""
-    from compress import pipeline
     from compress.recipe import apply_override, validate
 
     written = content(given, name, stages, targets)
     for override in given["overrides"] or []:
         apply_override(written, override)
     recipe = validate(written, where=f"compress {name}")
-    return pipeline.run(recipe, given["out"], fresh=given["fresh"])
+    return _run(recipe, given["out"], fresh=given["fresh"])
+
+
+def _run(recipe: Recipe, out: Path | None, *, fresh: bool) -> Done | None:
+    from compress import pipeline
+
+    folder = out or Path("runs") / recipe.name
+    report = pipeline.run(recipe, folder, fresh=fresh)
+    return None if report is None else (report, folder)
 
 
 def _int8_target(name: str) -> dict[str, Any]:

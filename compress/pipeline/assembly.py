@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,9 @@ from compress import environment, measure
 from compress.artifact import sha256
 from compress.pipeline.details import details
 from compress.pipeline.job import Job, Outcome, Variant
+from compress.recipe import to_json
 from compress.report import schema
+from compress.run_folder import RECIPE_FILE
 from compress.settings import Gates
 
 OWN_FIELDS = set(schema.Result.model_fields)  # everything else a row holds goes below memory_mib
@@ -37,7 +38,7 @@ def assemble(
     rows = tuple(_variant(job, variant, measured["results"]) for variant in variants)
     return schema.Report(
         name=job.recipe.name,
-        recipe=job.recipe.model_dump(mode="json"),
+        recipe=to_json(job.recipe),
         provenance=_provenance(job, measured),
         variants=rows,
         gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows)),
@@ -138,17 +139,18 @@ def _provenance(job: Job, measured: Mapping[str, Any]) -> schema.Provenance:
         command=_command(job),
         commit=found.pop("commit", None),
         seed=job.recipe.seed,
-        settings=json.loads(job.recipe.model_dump_json()),
+        settings=to_json(job.recipe),
         data=schema.DataRecord(
             name=job.dataset.name,
             fingerprint=job.dataset.fingerprint,
             images={name: len(split) for name, split in job.dataset.splits.items()},
         ),
         versions=found.pop("versions", {}),
-        device=found.pop("device", {}) | measured.get("conditions", {}),
+        device=found.pop("device", {}),
+        conditions=measured["conditions"],
     )
 
 
 def _command(job: Job) -> str:
-    recipe = (job.run.root / "recipe.yaml").as_posix()
+    recipe = (job.run.root / RECIPE_FILE).as_posix()
     return shlex.join(["compress", "run", recipe, "--out", f"{job.run.root.as_posix()}-again"])

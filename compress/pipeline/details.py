@@ -56,7 +56,26 @@ def details(
         similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
         artifacts=tuple(_artifacts(job)),
         methods=dict(measure.METHODS),
+        skipped=_skipped(job, plan),
     )
+
+
+def _skipped(job: Job, plan: PrunePlan | None) -> dict[str, str]:
+    """Return why a part of the details is absent, for those that a recipe has to ask for."""
+    verbs = {stage.verb for stage in job.recipe.stages}
+    reasons = {"sensitivity": "it is a command of its own: compress sensitivity"}
+    if not job.recipe.measure.explain_images:
+        for part in ("attributions", "similarities"):
+            reasons[part] = "the recipe does not ask for it: measure.explain_images"
+    if plan is None:
+        reasons |= dict.fromkeys(("channels", "frozen"), "nothing was pruned")
+    if "quantize" not in verbs:
+        reasons |= dict.fromkeys(("ranges", "coverage"), "nothing was quantized")
+    if not verbs & {"train", "finetune", "distill"}:
+        reasons["learning"] = "nothing was trained"
+    if job.dataset.test_groups is None:
+        reasons["subgroups"] = "the data names no subgroups"
+    return reasons
 
 
 def _answers(rows: Sequence[schema.Variant], folder: Path) -> list[tuple[str, str, Predictions]]:

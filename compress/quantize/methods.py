@@ -9,10 +9,11 @@ from typing import Any
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from compress.errors import UnknownNameError
+from compress.errors import QuantizationError, UnknownNameError
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
+from compress.quantize.batching import with_free_batch
 from compress.quantize.bias import correct_biases
 from compress.quantize.equalize import equalize
 from compress.quantize.fidelity import answers, sqnr_db
@@ -49,10 +50,14 @@ class Workbench:
     fitted: Feed = field(default_factory=dict)
     held_back: Feed = field(default_factory=dict)
     reference: list[NDArray[Any]] = field(default_factory=list)
+    is_free: bool = True
 
     def __post_init__(self) -> None:
-        """Set images aside for judging."""
+        """Set images aside for judging; let the graph take any number of them."""
         self.fitted, self.held_back = self.images.split(FITTED, HELD_BACK)
+        freed = with_free_batch(self.prepared, self.fitted)
+        self.is_free = freed is not None
+        self.prepared = freed or self.prepared
         self.reference = answers(self.prepared, self.held_back)
 
     def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:
@@ -73,7 +78,8 @@ class Workbench:
         rescaled = ModelProto()
         rescaled.CopyFrom(self.prepared)
         apply_corrections(rescaled, step)
-        seen = calibrate(rescaled, self.images, targets=[self.target])
+        images = self.images if self.images.fixed_batch is None else [self.fitted]
+        seen = calibrate(rescaled, images, targets=[self.target])
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)
 
@@ -177,7 +183,16 @@ def plan_by(method: str, bench: Workbench) -> QuantPlan:
 
     Raises:
         UnknownNameError: there is no such method.
+        QuantizationError: it needs a free batch size, and the graph's cannot be freed.
     """
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
+    if not bench.is_free and method == "auto":
+        note = "ranges only: the batch size is fixed in the graph, and corrections need a free one"
+        return plain(bench).changed(method=method, notes=(note,))
+    if not bench.is_free and method != "plain":
+        raise QuantizationError(
+            f"method {method!r} needs a free batch size, and this graph fixes it",
+            fix="Export the network with a dynamic batch, or use method 'plain'",
+        )
     return METHODS[method](bench).changed(method=method)

@@ -20,7 +20,8 @@ from compress.quantize.images import Feed
 from compress.quantize.sequence import layers
 
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
-_ROWS = 4  # equations for each unknown
+_ROWS = 16  # equations for each unknown; with few, noise is fitted
+_FEWEST_ROWS, _MOST_ROWS = 2048, 12_288
 _RIDGE = 0.02  # of the mean diagonal: how strongly the weights are held where they were
 
 
@@ -121,7 +122,8 @@ def _positions(
     node: NodeProto, weight: NDArray[Any], shape: Sequence[int], generator: np.random.Generator
 ) -> tuple[NDArray[np.int64], ...]:
     """Return images, rows and columns of the outputs that are looked at, (P,) each."""
-    count = max(_ROWS * int(np.prod(weight.shape[1:])), 512)
+    wanted = _ROWS * int(np.prod(weight.shape[1:]))
+    count = min(max(wanted, _FEWEST_ROWS), _MOST_ROWS)
     height, width = _output_size(node, weight.shape, shape)
     picks = generator.integers(0, shape[0] * height * width, count)
     return tuple(np.unravel_index(picks, (shape[0], height, width)))

@@ -140,8 +140,9 @@ def _run(
         )
         for name, value in feed.items()
     ]
+    constants = [t for t in _constants(graph, nodes) if t.name not in feed]
     ends = [helper.make_empty_tensor_value_info(name) for name in outputs]
-    part = helper.make_graph(list(nodes), "part", inputs, ends, _constants(graph, nodes))
+    part = helper.make_graph(list(nodes), "part", inputs, ends, constants)
     model = helper.make_model(
         part, opset_imports=graph.model.opset_import, ir_version=graph.model.ir_version
     )

@@ -8,6 +8,7 @@ import pytest
 from int8_graphs import GRAPHS, Sketch, images, residual, run
 from onnx import ModelProto
 
+from compress.errors import QuantizationError
 from compress.qdq import QuantPlan, prepare, write_qdq
 from compress.qdq.graph import Graph
 from compress.qdq.rewrite import apply_corrections
@@ -172,6 +173,42 @@ def test_every_method_writes_a_good_file(method, tmp_path):
     assert plan.method == method
     reference = run(model, held_out)
     assert sqnr_db(reference, answers(written, held_out, target="onnxruntime")) > 25
+
+
+def fixed_batch(batch: int, target_shape):
+    s = Sketch((3, 8, 8), batch=batch)
+    pooled = s.op("GlobalAveragePool", [s.relu(s.conv("input", "c", 3, 4))], "pool")
+    flat = s.op("Reshape", [pooled, s.constant("shape", np.array(target_shape))], "flat")
+    s.op("Gemm", [flat, s.floats("w", 4, 10), s.floats("b", 10)], "logits")
+    return s.model()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_fixed_batch_is_corrected_like_a_free_one(batch, tmp_path):
+    model = fixed_batch(batch, [batch, 4])
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    feed = images(model, 32)["input"]
+    plan = quantize_onnx(tmp_path / "m.onnx", [feed], tmp_path / "q.onnx")
+    assert len(plan.notes) > 3
+    (got,) = run(str(tmp_path / "q.onnx"), {"input": feed[:batch]})
+    np.testing.assert_allclose(got, run(model, {"input": feed[:batch]})[0], atol=0.1)
+
+
+def test_a_batch_that_cannot_be_freed_is_told(tmp_path):
+    model = fixed_batch(2, [-1, 8])  # mixes the images of a batch
+    weight = np.random.default_rng(0).standard_normal((8, 10)).astype(np.float32)
+    for tensor in model.graph.initializer:
+        if tensor.name == "w":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(weight, "w"))
+    model.graph.node.append(onnx.helper.make_node("CumSum", ["logits", "zero"], ["sum"], name="s"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "zero"))
+    model.graph.output[0].name = "sum"
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    feed = images(model, 16)["input"]
+    plan = quantize_onnx(tmp_path / "m.onnx", [feed], tmp_path / "q.onnx")
+    assert plan.notes[0].startswith("ranges only: the batch size is fixed")
+    with pytest.raises(QuantizationError, match="'rounding' needs a free batch size"):
+        quantize_onnx(tmp_path / "m.onnx", [feed], tmp_path / "q.onnx", method="rounding")
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ class LatencyTable:
         self._file = file
         self._known: dict[str, dict[str, float]] = _read(file)
         self._answers: dict[tuple[LayerShape, int, int], float] = {}
+        self.steps: dict[tuple[LayerShape, int, int], int] = {}  # what kernel_step has found
         self.measured = 0  # points that this table has measured itself
 
     def ms(self, shape: LayerShape, inputs: int, outputs: int, whole: tuple[int, int]) -> float:
@@ -279,15 +280,20 @@ def kernel_step(table: LatencyTable, shape: LayerShape, inputs: int, outputs: in
     A step of s shows in that half a step less than a full one buys next to nothing: 56 channels
     take as long as 64 when kernels work on 16 at a time.
     """
-    for step in (16, 8, 4):
-        full = outputs // step * step
-        if full < 2 * step:
-            continue
-        less = full - step // 2
-        pairs = [
-            (table.measure(shape, inputs, less), table.measure(shape, inputs, full))
-            for _ in range(3)
-        ]
-        if statistics.median(a / b for a, b in pairs) > 1 - 0.25 * (step / 2) / full:
-            return step
-    return 1
+    key = (shape, inputs, outputs)
+    if key not in table.steps:
+        table.steps[key] = next(
+            (step for step in (16, 8, 4) if _is_step(table, shape, inputs, outputs, step)), 1
+        )
+    return table.steps[key]
+
+
+def _is_step(table: LatencyTable, shape: LayerShape, inputs: int, outputs: int, step: int) -> bool:
+    full = outputs // step * step
+    if full < 2 * step:
+        return False
+    less = full - step // 2
+    ratios = [
+        table.measure(shape, inputs, less) / table.measure(shape, inputs, full) for _ in range(3)
+    ]
+    return statistics.median(ratios) > 1 - 0.25 * (step / 2) / full

@@ -246,11 +246,8 @@ class LayerTimes:
         whole = self._lengths.sizes
         slowest = max(producers, key=lambda tensor: self._ms(tensor, whole))
         inputs, outputs = self._channels(slowest, whole)
-        key = (self._shapes[slowest], inputs, outputs)
-        found = _steps.setdefault(id(self.table), {})
-        if key not in found:
-            found[key] = kernel_step(self.table, *key)
-        return max(1, found[key] // max(1, group.width))
+        found = kernel_step(self.table, self._shapes[slowest], inputs, outputs)
+        return max(1, found // max(1, group.width))
 
     def _ms(self, tensor: str, counts: Counts) -> float:
         inputs, outputs = self._channels(tensor, counts)
@@ -270,9 +267,6 @@ class LayerTimes:
             left = groups if lost[1] else max(1, round(groups * outputs / shape[0]))
             inputs *= left
         return inputs, outputs
-
-
-_steps: dict[int, dict[tuple[LayerShape, int, int], int]] = {}
 
 
 def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerShape]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,3 @@ def _checked(found: Tensor, group: Group) -> Floats:
             fix="Check the weights for NaN or infinity",
         )
     return values
-
-
-def group_names(network: Network, numbers: Iterable[int]) -> list[str]:
-    """Return the names of groups by number."""
-    return [network.groups[number].name for number in numbers]

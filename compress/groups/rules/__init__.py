@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress.groups.kernels import tensors_in
 from compress.groups.rules import layout, linear, moving, norms, pointwise, spatial
 from compress.groups.tracer import Call, Rule, Tracer
 
@@ -14,8 +15,6 @@ RULES: dict[str, Rule] = {
 
 def freeze_all(tracer: Tracer, call: Call) -> None:
     """The fallback: nothing is known about this op, so every channel it sees must stay."""
-    from compress.groups.kernels import tensors_in
-
     for tensor in (*tensors_in(call.args), *tensors_in(tuple(call.kwargs.values()))):
         for axis in tracer.axes(tensor):
             tracer.freeze(axis, f"no rule for the operation {call.name}")

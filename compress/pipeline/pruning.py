@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from pathlib import Path
@@ -68,10 +69,7 @@ def _prune_in_rounds(
         if settings.refit:
             prune.refit(small, model, plan, batches)
             validation["refitted"] = job.validation_pct(small)
-        model = small
-        if settings.recalibrate_batches and not settings.refit:  # refitted layers suit the old ones
-            images = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
-            prune.recalibrate_batchnorm(model, images)
+        model = _recalibrated(job, small, settings)
         if settings.round_training is not None and number < settings.rounds:
             job.train(model, settings.round_training, stage / f"round-{number}")
     validation["recalibrated"] = job.validation_pct(model)
@@ -81,6 +79,22 @@ def _prune_in_rounds(
         "validation_top1_pct": validation,
     }
     return _required(total), facts
+
+
+def _recalibrated(job: Job, model: nn.Module, settings: PruneSettings) -> nn.Module:
+    """Return ``model`` with its BatchNorm statistics re-estimated, unless that makes it worse.
+
+    Refitted weights suit the statistics that are there; which of the two pays is a matter of the
+    network, so the validation images decide, where there are any.
+    """
+    if not settings.recalibrate_batches:
+        return model
+    images = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
+    fresh = prune.recalibrate_batchnorm(copy.deepcopy(model), images)
+    before, after = job.validation_pct(model), job.validation_pct(fresh)
+    if before is None or after is None:
+        return model if settings.refit else fresh
+    return fresh if after >= before else model
 
 
 def _required(plan: PrunePlan | None) -> PrunePlan:

@@ -353,7 +353,7 @@ def test_hint_is_the_squared_difference_once_the_map_is_the_identity():
         loss.maps[0].weight.copy_(torch.eye(3)[:, :, None, None])
         loss.maps[0].bias.zero_()
     expected = ((a - b) ** 2).mean()
-    assert float(loss(student, teacher, student.index)) == pytest.approx(expected, rel=1e-5)
+    assert loss(student, teacher, student.index).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_hint_brings_features_of_different_size_to_the_smaller_one():

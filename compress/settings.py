@@ -85,6 +85,7 @@ class TrainSettings(Settings):
     augment: AugmentSettings = AugmentSettings()
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: bool = True
+    threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
     deterministic: bool = False
     compile: bool = False
     sync_batchnorm: bool = False

@@ -30,7 +30,8 @@ def left_as_found(
     home = next((tensor.device for tensor in model.parameters()), device)
     frozen = [model.get_submodule(name) for name in frozen_layers(model, settings.freeze_until)]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _flags(settings.deterministic, device):
+    flags = _flags(settings, device)
+    with torch.random.fork_rng(devices=devices), flags:
         try:
             for module in frozen:
                 module.requires_grad_(False)
@@ -56,18 +57,21 @@ def set_training(model: nn.Module, frozen: list[nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def _flags(deterministic: bool, device: torch.device) -> Iterator[None]:
+def _flags(settings: TrainSettings, device: torch.device) -> Iterator[None]:
+    deterministic, threads = settings.deterministic, torch.get_num_threads()
     was = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark = torch.backends.cudnn.benchmark
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
     try:
+        torch.set_num_threads(settings.threads or threads)
         torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
             torch.use_deterministic_algorithms(True)
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(was, warn_only=warned)
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:

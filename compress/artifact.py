@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import RunError
+
+FULL_BYTES = 1 << 16  # a disk with less room than this is full
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
+    except Exception as error:  # writers in C++ tell a full disk in words of their own
+        if shutil.disk_usage(path.parent).free < FULL_BYTES:
+            raise _cannot_write(path, OSError(errno.ENOSPC, str(error))) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

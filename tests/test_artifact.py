@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import shutil
 
 import pytest
 
@@ -25,6 +26,19 @@ def test_a_full_disk_is_said_plainly(tmp_path):
         artifact.replacing(tmp_path / "a"),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_said_plainly_whatever_the_writer_says(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with (
+        pytest.raises(RunError, match="the disk is full"),
+        artifact.replacing(tmp_path / "a"),
+    ):
+        raise RuntimeError("unexpected pos 108288 vs 108176")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="unexpected"), artifact.replacing(tmp_path / "a"):
+        raise RuntimeError("unexpected pos 108288 vs 108176")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

@@ -33,7 +33,7 @@ RECIPE = {
     "gates": {"size_ratio": 2.0, "top1_drop_pct": 100},
     "measure": {"rounds": 3, "round_ms": 5},
 }
-TIMINGS = ("latency", "throughput", "speedup", "memory", "peak", "load", "first_call", "energy")
+TIMINGS = ("latency", "throughput", "speedup", "memory", "peak", "load", "call", "energy", "stable")
 
 
 @pytest.fixture(scope="module")

@@ -71,7 +71,8 @@ def run(
             return None
         stage = job.run.stage(number, verb)
         outcome = _once(job, stage, STEPS[verb], settings, variants)
-        processes.wait()
+        if verb not in NOT_TORCH:
+            processes.wait()
         outcomes.append(outcome or _recorded(job, stage))
         variants += outcomes[-1].variants
     if not processes.is_main:

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 LINE_EVERY_S = 10.0  # seconds between two plain lines
+SHORT_S = 1.0  # work that takes less leaves no line
 
 
 class Task(Protocol):
@@ -54,7 +55,8 @@ class _Lines:
 
     def finish(self) -> None:
         spent = time.monotonic() - self.start
-        sys.stderr.write(f"{self.description}: done in {spent:.1f} s\n")
+        if spent >= SHORT_S:
+            sys.stderr.write(f"{self.description}: done in {spent:.1f} s\n")
 
 
 class _Bar:
@@ -66,6 +68,7 @@ class _Bar:
 
 
 _bars: ContextVar[Any] = ContextVar("compress_progress", default=None)
+_depth: ContextVar[int] = ContextVar("compress_progress_depth", default=0)
 
 
 @contextlib.contextmanager
@@ -107,16 +110,28 @@ def shown() -> Iterator[None]:
 
 @contextlib.contextmanager
 def task(description: str, total: float | None = None) -> Iterator[Task]:
-    """Show one piece of work of ``total`` units while the block runs; yields its counter."""
-    bars = _bars.get()
-    if bars is None:
-        yield _Silent()
-    elif bars == "lines":
-        lines = _Lines(description, total)
-        yield lines
-        lines.finish()
-    else:
-        yield _Bar(bars, bars.add_task(description, total=total, note=""))
+    """Show one piece of work of ``total`` units while the block runs; yields its counter.
+
+    Of work inside other work nothing is left to see once it is done, but that it took long.
+    """
+    bars, depth = _bars.get(), _depth.get()
+    token = _depth.set(depth + 1)
+    try:
+        if bars is None:
+            yield _Silent()
+        elif bars == "lines":
+            lines = _Lines(description, total)
+            yield lines
+            lines.finish()
+        else:
+            bar = bars.add_task("  " * depth + description, total=total, note="")
+            yield _Bar(bars, bar)
+            if depth:
+                bars.remove_task(bar)
+            elif total is None:
+                bars.update(bar, total=1, completed=1)
+    finally:
+        _depth.reset(token)
 
 
 def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:

@@ -10,6 +10,7 @@ def test_nothing_is_shown_unless_asked_for(capsys):
 
 def test_logs_get_plain_lines_with_time_left(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    monkeypatch.setattr(progress, "SHORT_S", 0.0)
     with progress.shown():
         assert list(progress.track(range(2), "work")) == [0, 1]
     lines = capsys.readouterr().err.splitlines()
@@ -23,3 +24,26 @@ def test_a_note_stands_beside_the_count(capsys, monkeypatch):
     with progress.shown(), progress.task("train", 10) as counter:
         counter.advance(5, "123 images/s")
     assert "train: 5 of 10" in capsys.readouterr().err
+
+
+def test_short_work_leaves_no_line(capsys):
+    with progress.shown(), progress.task("quick", 1) as counter:
+        counter.advance()
+    assert capsys.readouterr().err == ""
+
+
+def test_work_inside_work_is_gone_from_the_terminal_when_it_is_done():
+    import io
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(file=io.StringIO())) as bars:
+        token = progress._bars.set(bars)
+        try:
+            with progress.task("outer"):
+                list(progress.track([1, 2], "inner"))
+                assert [task.description for task in bars.tasks] == ["outer"]
+        finally:
+            progress._bars.reset(token)
+        assert bars.tasks[0].finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from compress import artifact, recipe, report
+from compress import artifact, progress, recipe, report
 from compress.artifact import Artifact
 from compress.data import load_data
 from compress.errors import CompressError
@@ -80,7 +80,8 @@ def run(
     stage = job.run.stage(len(outcomes), MEASURE)
     measured = job.run.result(stage)
     if measured is None:
-        found = measuring.measure_targets(job, variants, stage)
+        with progress.task(stage.name):
+            found = measuring.measure_targets(job, variants, stage)
         measured = found.to_json()
         job.run.finish(stage, measured, _artifacts(job, stage, found.engines))
     return report.write(assemble(job, variants, outcomes, measured, stage), root)
@@ -101,7 +102,8 @@ def _once(
     if job.run.result(stage) is not None:
         return _recorded(job, stage)
     try:
-        outcome = seeded(step, job.recipe.seed)(job, settings, stage, before)
+        with progress.task(stage.name):
+            outcome = seeded(step, job.recipe.seed)(job, settings, stage, before)
     except CompressError as error:
         raise error.within(f"stage {stage.name}") from None
     if not job.is_main:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compress import commands
+from compress import commands, progress
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
@@ -337,8 +337,6 @@ def doctor(
 
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
-    from compress import progress
-
     try:
         with progress.shown():
             code = app(standalone_mode=False)
@@ -368,6 +366,7 @@ def _finish(done: Done | None) -> None:
 
 def _print(content: Any) -> None:
     """Print text as it is and tables by rich, on stdout."""
+    progress.stop()
     if isinstance(content, str):
         sys.stdout.write(content if content.endswith("\n") else content + "\n")
         return

@@ -134,6 +134,13 @@ def task(description: str, total: float | None = None) -> Iterator[Task]:
         _depth.reset(token)
 
 
+def stop() -> None:
+    """Leave the bars as they stand: what is printed from now on comes below them."""
+    bars = _bars.get()
+    if bars not in (None, "lines"):
+        bars.stop()
+
+
 def track(items: Iterable[T], description: str, total: float | None = None) -> Iterator[T]:
     """Yield ``items`` one by one and show how far it got."""
     if total is None and isinstance(items, Sized):

@@ -201,6 +201,24 @@ def test_a_full_disk_stops_the_run_and_more_room_lets_it_end(run, recipe, tmp_pa
         subprocess.run(["umount", str(small)], check=False)
 
 
+@pytest.mark.parametrize(
+    ("runtime", "has_gpu", "device"),
+    [
+        ("onnxruntime", True, "cpu"),
+        ("openvino", True, "cpu"),
+        ("tensorrt", True, "cuda"),
+        ("tensorrt-rtx", True, "cuda"),
+        ("pytorch", True, "cuda"),
+        ("pytorch", False, "cpu"),
+    ],
+)
+def test_results_name_the_device_that_the_runtime_takes(monkeypatch, runtime, has_gpu, device):
+    from compress.pipeline.measuring import device_of
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert device_of(runtime) == device
+
+
 def test_published_recipes_name_files_that_exist_or_are_set():
     for path in sorted(Path("recipes").glob("*.yaml")):
         loaded = load_recipe(path)

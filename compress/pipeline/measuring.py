@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from compress import compare, evaluate, insights, measure, plugins, progress
@@ -168,7 +169,7 @@ def _measure(
         row: dict[str, Any] = {
             "runtime": rival.target.runtime,
             "precision": rival.precision,
-            "device": "cpu",
+            "device": device_of(rival.target.runtime),
             "batch": rival.target.batch,
             "threads": rival.target.threads,
             "skipped": {},
@@ -181,6 +182,16 @@ def _measure(
         row |= _memory(job, rival, row["skipped"])
         rows.append(row)
     return rows, latency.conditions
+
+
+def device_of(runtime: str) -> str:
+    """Return where ``runtime`` runs when it is left to itself: "cpu" or "cuda".
+
+    ONNX Runtime and OpenVINO take the CPU, TensorRT knows GPUs only, PyTorch takes one it finds.
+    """
+    if runtime.startswith("tensorrt"):
+        return "cuda"
+    return "cuda" if runtime == "pytorch" and torch.cuda.is_available() else "cpu"
 
 
 def _answers(job: Job, rival: Rival, stage: Path) -> Predictions:

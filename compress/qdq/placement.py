@@ -15,6 +15,7 @@ SAME_SCALE = frozenset(  # what comes out was in what went in
     | {"Gather", "DepthToSpace", "SpaceToDepth", "Resize"}
 )
 ELEMENTWISE = frozenset({"Add", "Mul"})
+_MOVES = SAME_SCALE | ACTIVATIONS | {"Concat"}  # hands its inputs' steps on
 _CHAIN = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
 Reader = tuple[str, int]  # name of the node, position among its inputs
 
@@ -50,24 +51,35 @@ def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = Non
     Args:
         graph: A prepared graph, after the rewriting for this target.
         target: "onnxruntime", "openvino" or "tensorrt".
-        float_nodes: Nodes to leave in float, and why.
+        float_nodes: Nodes to leave in float, and why: they read and write float tensors.
     """
     placement = Placement()
-    refused = dict(float_nodes or {})
+    refused = float_nodes or {}
     for node in graph.nodes:
         if node.op_type in WEIGHTED:
             why = refused.get(node.name) or _why_float(graph, node, target)
             if why:
-                placement.left_float[node.name] = refused[node.name] = why
+                placement.left_float[node.name] = why
             else:
                 placement.weights.append(node.name)
-    rules: dict[str, Callable[[Graph, Placement, Mapping[str, str]], None]] = {
+    rules: dict[str, Callable[[Graph, Placement, set[str]], None]] = {
         "onnxruntime": _place_everywhere,
         "openvino": _place_where_read,
         "tensorrt": _place_on_weighted,
     }
-    rules[target](graph, placement, refused)
+    rules[target](graph, placement, _floating(graph, refused))
     return placement
+
+
+def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
+    """Return the nodes left in float on purpose, and what moves values to them alone."""
+    floating = set(refused)
+    for node in reversed(graph.nodes):
+        readers = [r.name for end in node.output for r, _ in graph.readers.get(end, [])]
+        is_end = not readers or graph.outputs.intersection(node.output)
+        if node.op_type in _MOVES and not is_end and floating.issuperset(readers):
+            floating.add(node.name)
+    return floating
 
 
 def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
@@ -118,20 +130,23 @@ def _in_squeeze_excite(graph: Graph, node: NodeProto) -> bool:
     return False
 
 
-def _place_everywhere(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> None:
+def _place_everywhere(graph: Graph, placement: Placement, floating: set[str]) -> None:
     """ONNX Runtime: pairs around every op of the chain that has an int8 kernel."""
-    for node in _chosen(graph, placement, refused):
+    tail = _tail(graph)
+    for node in _chosen(graph, placement, floating):
         for tensor in _image_inputs(graph, node):
-            _quantize(graph, placement, tensor)
+            _quantize(graph, placement, tensor, floating)
         for tensor in _ends(graph, node):
-            if tensor not in graph.outputs and graph.readers.get(tensor):
-                _quantize(graph, placement, tensor)
+            readers = {reader.name for reader, _ in graph.readers.get(tensor, [])}
+            is_answer = node.op_type in ("Gemm", "MatMul") and readers <= tail
+            if tensor not in graph.outputs and not is_answer:
+                _quantize(graph, placement, tensor, floating)
         _share_scale(placement, node)
 
 
-def _place_where_read(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> None:
+def _place_where_read(graph: Graph, placement: Placement, floating: set[str]) -> None:
     """OpenVINO: as for ONNX Runtime, but nothing is quantized that only float ops read."""
-    chosen = {node.name: node for node in _chosen(graph, placement, refused)}
+    chosen = {node.name: node for node in _chosen(graph, placement, floating)}
     weighted = set(placement.weights)
     for node in reversed(list(chosen.values())):
         readers = {r.name for end in _ends(graph, node) for r, _ in graph.readers.get(end, [])}
@@ -139,20 +154,19 @@ def _place_where_read(graph: Graph, placement: Placement, refused: Mapping[str, 
             del chosen[node.name]
     for node in chosen.values():
         for tensor in _image_inputs(graph, node):
-            _quantize(graph, placement, tensor)
+            _quantize(graph, placement, tensor, floating)
     for node in chosen.values():
         if node.input[0] in placement.readers:
             _share_scale(placement, node)
 
 
-def _chosen(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> list[NodeProto]:
+def _chosen(graph: Graph, placement: Placement, floating: set[str]) -> list[NodeProto]:
     """Return the nodes that work on integers, in order."""
-    tail, weighted = _tail(graph), set(placement.weights)
+    without, weighted = _tail(graph) | floating, set(placement.weights)
     return [
         node
         for node in graph.nodes
-        if node.name in weighted
-        or (node.name not in refused and node.name not in tail and _has_kernel(graph, node))
+        if node.name in weighted or (node.name not in without and _has_kernel(graph, node))
     ]
 
 
@@ -173,9 +187,12 @@ def _image_inputs(graph: Graph, node: NodeProto) -> list[str]:
     return [name for name in names if not graph.is_constant(name)]
 
 
-def _quantize(graph: Graph, placement: Placement, tensor: str) -> None:
-    readers = {(node.name, position) for node, position in graph.readers[tensor]}
-    placement.readers.setdefault(tensor, set()).update(readers)
+def _quantize(graph: Graph, placement: Placement, tensor: str, floating: set[str]) -> None:
+    readers = {
+        (n.name, position) for n, position in graph.readers[tensor] if n.name not in floating
+    }
+    if readers:
+        placement.readers.setdefault(tensor, set()).update(readers)
 
 
 def _has_kernel(graph: Graph, node: NodeProto) -> bool:
@@ -206,29 +223,35 @@ def _tail(graph: Graph) -> set[str]:
     return tail
 
 
-def _place_on_weighted(graph: Graph, placement: Placement, refused: Mapping[str, str]) -> None:
+def _place_on_weighted(graph: Graph, placement: Placement, floating: set[str]) -> None:
     """TensorRT: pairs on what weighted ops read, and on the identity side of a residual Add."""
     weighted = set(placement.weights)
     for node in graph.nodes:
         if node.name in weighted:
             placement.readers.setdefault(node.input[0], set()).add((node.name, 0))
-        elif node.op_type == "Add" and node.name not in refused:
+        elif node.op_type == "Add" and node.name not in floating:
             position = _identity_side(graph, node, weighted)
-            if position is not None:
-                name = node.input[position]
+            if position is None:
+                continue
+            name = node.input[position]
+            maker = graph.producer.get(name)
+            if maker is None or maker.name not in floating:
                 placement.readers.setdefault(name, set()).add((node.name, position))
-    _pass_through(graph, placement)
+    _pass_through(graph, placement, floating)
 
 
-def _pass_through(graph: Graph, placement: Placement) -> None:
+def _pass_through(graph: Graph, placement: Placement, floating: set[str]) -> None:
     """Let pools and concats between two pairs move integers: equal scales, so that pairs cancel."""
     for node in graph.nodes:
         inputs = [name for name in _image_inputs(graph, node) if name in placement.readers]
         out = node.output[0]
-        if node.op_type == "MaxPool" and inputs and out in placement.readers:
+        if not inputs or out not in placement.readers:
+            continue
+        is_read_in_float = any(r.name in floating for r, _ in graph.readers[out])
+        if node.op_type == "MaxPool" and not is_read_in_float:
             placement.readers[inputs[0]].add((node.name, 0))
             placement.scale_of[out] = inputs[0]
-        elif node.op_type == "Concat" and inputs and out in placement.readers:
+        elif node.op_type == "Concat":
             placement.joined.append({*inputs, out})
 
 

@@ -19,7 +19,7 @@ from compress.qdq.graph import (
     fresh_name,
     replace_nodes,
 )
-from compress.qdq.placement import Placement, place
+from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
 from compress.qdq.prepare import finished, infer_shapes, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
@@ -162,14 +162,17 @@ class _Writer:
         return quantizer(_widest(ranges), self.target)
 
     def _range(self, tensor: str) -> ActivationRange:
-        try:
-            return self.plan.activations[tensor]
-        except KeyError:
-            raise QuantizationError(
-                f"the plan has no range for tensor {tensor!r}, which {self.target} needs quantized",
-                expected="the plan that was made for this graph",
-                fix="Calibrate again, or check that the plan and the ONNX file belong together",
-            ) from None
+        source = tensor
+        while source not in self.plan.activations:
+            maker = self.graph.producer.get(source)
+            if maker is None or maker.op_type not in SAME_SCALE:
+                raise QuantizationError(
+                    f"the plan has no range for tensor {tensor!r}, which {self.target} quantizes",
+                    expected="the plan that was made for this graph",
+                    fix="Calibrate again, or check that the plan and the ONNX file belong together",
+                )
+            source = maker.input[0]
+        return self.plan.activations[source]
 
     def _pair(self, tensor: str) -> list[NodeProto]:
         """Return Q and DQ of ``tensor``, if it is to have them."""

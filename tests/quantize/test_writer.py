@@ -7,7 +7,7 @@ import collections
 import numpy as np
 import onnx
 import pytest
-from int8_graphs import GRAPHS, images, residual, run
+from int8_graphs import GRAPHS, SHAPE, Sketch, images, residual, run
 
 from compress.errors import QuantizationError, UnknownNameError
 from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
@@ -100,6 +100,60 @@ def test_written_graph_equals_its_arithmetic_in_numpy(name, target):
         b = constant_real(graph, node.input[2])
         want = convolve(node, x, w, b) if node.op_type == "Conv" else x @ w.T + b
         np.testing.assert_allclose(values[node.output[0]], want, rtol=1e-4, atol=1e-4)
+
+
+def chain():
+    """conv, MaxPool, conv, linear layer; every tensor has one reader."""
+    s = Sketch(SHAPE)
+    x = s.relu(s.conv(s.relu(s.conv("input", "stem", 3, 8)), "c1", 8, 8))
+    x = s.op("MaxPool", [x], "max", kernel_shape=[2, 2], strides=[2, 2])
+    s.head(s.relu(s.conv(x, "c2", 8, 12)), 12)
+    return s.model()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("node", "tensors"),
+    [("c1", ["stem_relu"]), ("c2", ["c1_relu", "max"]), ("logits", ["pool", "flat"])],
+)
+def test_float_node_reads_a_tensor_that_was_not_quantized(node, tensors, target):
+    """The range of what it reads is made useless: that must not be heard in the answer."""
+    model = chain()
+    plan = plan_of(model, target)
+    useless = {name: ActivationRange(-1e6, 1e6, 1e6) for name in tensors}
+    plan = plan.changed(activations={**plan.activations, **useless})
+    feed = images(model, 8, seed=5)
+    reference = run(model, feed)
+    assert sqnr_db(reference, run(write_qdq(model, plan), feed, plain=True)) < 12
+    float_node = write_qdq(model, plan.keep_float([node], "a test"))
+    assert sqnr_db(reference, run(float_node, feed, plain=True)) > 22
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_any_one_layer_can_be_left_float(name, target):
+    model = GRAPHS[name]()
+    plan = plan_of(model, target)
+    feed = images(model, 8, seed=5)
+    reference = run(model, feed)
+    graph = Graph(prepare(model))
+    for node in [n.name for n in graph.nodes if graph.weight(n)]:
+        written = write_qdq(model, plan.keep_float([node], "a test"))
+        assert sqnr_db(reference, run(written, feed, plain=True)) > 22
+        names = {n.name: n for n in written.graph.node}
+        made = {end: n for n in written.graph.node for end in n.output}
+        if node in names and names[node].input[0] in made:
+            assert made[names[node].input[0]].op_type != "DequantizeLinear"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_answer_of_the_last_linear_layer_is_not_quantized(target):
+    s = Sketch(SHAPE)
+    s.op("Softmax", [s.head(s.relu(s.conv("input", "stem", 3, 8)), 8)], "answer")
+    model = s.model(["answer"])
+    written = write_qdq(model, plan_of(model, target))
+    (softmax,) = (n for n in written.graph.node if n.op_type == "Softmax")
+    assert list(softmax.input) == ["logits"]
 
 
 def integers_to_real(graph, dequantize, codes):

@@ -92,7 +92,12 @@ def prune(
     criterion: Annotated[str | None, typer.Option(help="See: compress list criteria")] = None,
     keep_macs: Annotated[float | None, typer.Option(help="Share of the MACs to keep")] = None,
     keep_params: Annotated[float | None, typer.Option(help="Share of the parameters")] = None,
-    keep_channels: Annotated[float | None, typer.Option(help="Share of the channels")] = None,
+    keep_channels: Annotated[
+        str | None, typer.Option(help="Share of the channels, or FILE of compress sensitivity")
+    ] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="With FILE: top-1 that one group may cost, points")
+    ] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Latency to reach")] = None,
     runtime: Annotated[str | None, typer.Option(help="Where latency counts")] = None,
     round_to: Annotated[int | None, typer.Option(help="Channels in multiples of this")] = None,
@@ -110,6 +115,32 @@ def prune(
 ) -> None:
     """Cut channels of a network to a budget, then train it a little if asked."""
     _finish(commands.prune(ctx.params))
+
+
+@app.command()
+def sparsify(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    keep_weights: Annotated[float | None, typer.Option(help="Share of the weights to keep")] = None,
+    pattern: Annotated[str | None, typer.Option(help="unstructured or 2:4")] = None,
+    criterion: Annotated[str | None, typer.Option(help="l1, l2, lamp, taylor or random")] = None,
+    epochs: Epochs = None,
+    teacher: Annotated[str | None, typer.Option(help="MODEL to learn from afterwards")] = None,
+    out: Out = None,
+    overrides: Set = None,
+    fresh: Fresh = False,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    seed: Seed = 0,
+) -> None:
+    """Zero single weights of a network, then train it a little if asked."""
+    _finish(commands.sparsify(ctx.params))
 
 
 @app.command()
@@ -276,10 +307,11 @@ def report(
 @app.command()
 def verify(
     run: Annotated[Path, typer.Argument(help="Run folder")],
+    measure: Annotated[bool, typer.Option("--measure", help="Take its figures again")] = False,
     json: Json = None,
 ) -> None:
     """Check every file of a run against its recorded hash."""
-    table, intact = commands.verify(run, json)
+    table, intact = commands.verify(run, json, measure=measure)
     _print(table)
     raise typer.Exit(0 if intact else GATE_FAILED)
 

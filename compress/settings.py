@@ -40,6 +40,7 @@ class DataSettings(Settings):
     std: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
+    shuffle_buffer: int = Field(10_000, ge=1, description="webdataset: images mixed at a time")
     calibration: int = Field(512, ge=8, description="Images of train that ranges come from")
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of train held back to choose checkpoints and passes by"
@@ -64,6 +65,7 @@ class TrainSettings(Settings):
     """The training loop, whatever the loss."""
 
     epochs: int = Field(1, ge=0)
+    epoch_images: int | None = Field(None, ge=1, description="Images of an epoch, all if absent")
     batch_size: int = Field(128, ge=1, description="Images in a step, over all processes")
     accumulate: int = Field(1, ge=1, description="Parts a batch is computed in, to save memory")
     halve_batch: bool = Field(False, description="Out of memory: compute batches in more parts")
@@ -156,6 +158,21 @@ class PruneSettings(Settings):
         return self
 
 
+class SparsifySettings(Settings):
+    """Which single weights to zero."""
+
+    keep_weights: Fraction | None = Field(None, description="Share kept; not with pattern 2:4")
+    pattern: Literal["unstructured", "2:4"] = "unstructured"
+    criterion: Literal["l1", "l2", "lamp", "taylor", "random"] = "l1"
+    ranking: Literal["global", "uniform"] = "global"
+
+    @model_validator(mode="after")
+    def _one_share(self) -> SparsifySettings:
+        if (self.keep_weights is None) != (self.pattern == "2:4"):
+            raise ValueError("give keep_weights, or pattern 2:4, which keeps half")
+        return self
+
+
 class QuantizeSettings(Settings):
     """How int8 ranges are found and corrected."""
 
@@ -201,6 +218,7 @@ class Stage(Settings):
 
     train: TrainSettings | None = Field(None, description="Train; the result is the original")
     prune: PruneSettings | None = Field(None, description="Cut channels")
+    sparsify: SparsifySettings | None = Field(None, description="Zero single weights")
     distill: DistillSettings | None = Field(None, description="Train towards a teacher")
     finetune: TrainSettings | None = Field(None, description="Train on the labels alone")
     quantize: QuantizeSettings | None = Field(None, description="Write int8 graphs")
@@ -249,4 +267,10 @@ class Recipe(Settings):
             raise ValueError("quantize must be the last stage: what follows it would train floats")
         if any(target.precision == "int8" for target in self.targets) and "quantize" not in verbs:
             raise ValueError("a target asks for int8 and no stage is quantize")
+        if "sparsify" in verbs:
+            after = self.stages[verbs.index("sparsify") + 1 :]
+            if "prune" in [stage.verb for stage in after]:
+                raise ValueError("prune must come before sparsify: refitting would fill the zeros")
+            if any(stage.quantize is not None and stage.quantize.qat for stage in after):
+                raise ValueError("quantize.qat after sparsify would fill the zeros")
         return self

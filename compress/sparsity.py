@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -13,21 +14,21 @@ from torch.nn import functional as F
 
 from compress.errors import UsageError
 from compress.groups.trace import Example
-from compress.objective import Objective
 from compress.prune.budget import one_budget
 from compress.prune.evidence import Batches, evaluating, first_tensor
 
 Pattern = Literal["unstructured", "2:4"]
-Score = Literal["magnitude", "taylor"]
+Criterion = Literal["l1", "l2", "lamp", "taylor", "random"]
 Ranking = Literal["global", "uniform"]
 
 WHAT_RUNTIMES_DO = {
     "onnxruntime": "runs dense kernels: zeros cost as much as other weights; the file compresses",
     "openvino": "runs dense kernels for convolutions: zeros cost as much as other weights",
     "pytorch": "runs dense kernels: zeros cost as much as other weights",
-    "tensorrt": "may choose 2:4 kernels on Ampere and later, if the engine is built with sparse "
-    "weights allowed and the kernel is faster; other zeros cost as much as other weights",
+    "tensorrt": "may choose 2:4 kernels on Ampere and later where they are faster; other zeros "
+    "cost as much as other weights",
 }
+WHAT_RUNTIMES_DO["tensorrt-rtx"] = WHAT_RUNTIMES_DO["tensorrt"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class SparsityPlan:
 
     masks: Mapping[str, Tensor]  # weight -> bool, True = stays
     pattern: Pattern
-    score: Score
+    criterion: Criterion
 
     @property
     def keep_weights(self) -> float:
@@ -45,31 +46,30 @@ class SparsityPlan:
         return kept / max(1, sum(mask.numel() for mask in self.masks.values()))
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is told in a report: shares by layer, and what runtimes make of them."""
+        """Return what a run records: the share that stays, in all and in each layer."""
         return {
             "pattern": self.pattern,
-            "score": self.score,
+            "criterion": self.criterion,
             "keep_weights": self.keep_weights,
             "layers": {name: float(mask.float().mean()) for name, mask in self.masks.items()},
-            "runtimes": dict(WHAT_RUNTIMES_DO),
         }
 
 
-def plan_sparsity(
+def plan_sparsity(  # noqa: PLR0913 - the public face: every option by its name
     model: nn.Module,
     example_input: Example,
     *,
     keep_weights: float | None = None,
     pattern: Pattern = "unstructured",
-    score: Score = "magnitude",
+    criterion: Criterion = "l1",
     ranking: Ranking = "global",
     batches: Batches | None = None,
+    seed: int = 0,
 ) -> SparsityPlan:
     """Decide which single weights to zero.
 
     Unstructured magnitude masks are NNCF's (``nncf.prune``, which divides magnitudes by the norm of
-    their layer to compare them globally). The others are made here: for "taylor"
-    the square of weight x gradient, averaged over ``batches``, takes the place of the magnitude.
+    their layer to compare them globally). The others are made here.
 
     Args:
         model: A trained network. Not modified.
@@ -77,16 +77,25 @@ def plan_sparsity(
         keep_weights: Share of the weights that stay, in (0, 1]; not for "2:4", which keeps half.
         pattern: "unstructured", or "2:4": of every four weights along the input channels the two
             with the highest score stay. Layers whose inputs are no multiple of four stay dense.
-        score: "magnitude", or "taylor", which needs ``batches``.
+        criterion: What a weight's score is: "l1" and "l2" its magnitude, which order single weights
+            alike; "lamp" its square over the sum of the squares in its layer that are not smaller;
+            "taylor" the mean square of weight x gradient, which needs ``batches``; "random".
         ranking: "global" compares weights of all layers, "uniform" within each.
         batches: Images (B, C, H, W) and labels (B,), for "taylor".
+        seed: Of "random".
 
     Raises:
         UsageError: options that cannot be right.
+
+    Source: LAMP: Lee et al., ICLR 2021, https://arxiv.org/abs/2010.07611, equation 1. 2:4: Mishra
+    et al., Accelerating Sparse Deep Neural Networks, https://arxiv.org/abs/2104.08378, section 3.
     """
-    for name, value, kind in (("pattern", pattern, Pattern), ("score", score, Score)):
+    for name, value, kind in (("pattern", pattern, Pattern), ("criterion", criterion, Criterion)):
         if value not in get_args(kind):
-            raise UsageError(f"{name} is {value!r}", expected=f"one of {', '.join(get_args(kind))}")
+            raise UsageError(
+                f"{name} is {value!r}, which has no meaning for single weights",
+                expected=f"one of {', '.join(get_args(kind))}",
+            )
     if (keep_weights is None) != (pattern == "2:4"):
         raise UsageError(
             f"keep_weights is {keep_weights!r} with pattern {pattern!r}",
@@ -94,24 +103,15 @@ def plan_sparsity(
         )
     if keep_weights is not None:
         one_budget(keep_macs=None, keep_params=keep_weights, keep_channels=None, latency_ms=None)
-    if pattern == "unstructured" and score == "magnitude":
-        return SparsityPlan(
-            _masks_of_nncf(model, example_input, float(keep_weights or 1.0), ranking),
-            pattern,
-            score,
-        )
-    weights = {name: weight.detach() for name, weight in _weights(model)}
-    if score == "taylor":
-        if batches is None:
-            raise UsageError("score 'taylor' needs images and labels", fix="Pass batches=")
-        importance = _taylor(model, batches)
-    else:
-        importance = {name: weight.abs() for name, weight in weights.items()}
+    keep = float(keep_weights or 1.0)
+    if pattern == "unstructured" and criterion in ("l1", "l2"):
+        return SparsityPlan(_masks_of_nncf(model, example_input, keep, ranking), pattern, criterion)
+    found = _scores(model, criterion, batches, seed)
     if pattern == "2:4":
-        masks = {name: _two_of_four(found) for name, found in importance.items()}
+        masks = {name: _two_of_four(score) for name, score in found.items()}
     else:
-        masks = _largest(importance, float(keep_weights or 1.0), ranking)
-    return SparsityPlan(masks, pattern, score)
+        masks = _largest(found, keep, ranking)
+    return SparsityPlan(masks, pattern, criterion)
 
 
 def apply_sparsity(model: nn.Module, plan: SparsityPlan) -> nn.Module:
@@ -121,32 +121,21 @@ def apply_sparsity(model: nn.Module, plan: SparsityPlan) -> nn.Module:
     return sparse
 
 
-class WithMasks:
-    """An objective that keeps dropped weights at zero while the network is trained.
+@contextmanager
+def keeping_zeros(model: nn.Module) -> Iterator[None]:
+    """Keep the weights at zero that are zero on entry while ``model`` is trained in the block.
 
-    Optimizers with momentum move weights whose gradient is zero, so they are zeroed before every
-    loss; call ``apply_sparsity`` once more after the last step.
-
-    Args:
-        objective: What is minimized.
-        plan: Which weights stay.
+    Optimizers with momentum move weights whose gradient is zero, so they are zeroed again before
+    every forward and at the end.
     """
-
-    def __init__(self, objective: Objective, plan: SparsityPlan) -> None:
-        self.objective, self.plan = objective, plan
-
-    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of one batch, a scalar."""
-        _zero(model, self.plan)
-        return self.objective(model, images, target)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield trainable parameters of the objective."""
-        return self.objective.parameters()
-
-    def close(self) -> None:
-        """Close the objective."""
-        self.objective.close()
+    masks = {name: weight.detach() != 0 for name, weight in _weights(model)}
+    plan = SparsityPlan(masks, "unstructured", "l1")
+    hook = model.register_forward_pre_hook(lambda module, _inputs: _zero(module, plan))
+    try:
+        yield
+    finally:
+        hook.remove()
+        _zero(model, plan)
 
 
 def _zero(model: nn.Module, plan: SparsityPlan) -> None:
@@ -165,6 +154,32 @@ def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
         if isinstance(module, kinds)
     }
     return [(name, weight) for name, weight in model.named_parameters() if name in owners]
+
+
+def _scores(
+    model: nn.Module, criterion: Criterion, batches: Batches | None, seed: int
+) -> dict[str, Tensor]:
+    """Return the importance of every single weight, by the name of its tensor."""
+    weights = {name: weight.detach() for name, weight in _weights(model)}
+    if criterion == "taylor":
+        if batches is None:
+            raise UsageError("criterion 'taylor' needs images and labels", fix="Pass batches=")
+        return _taylor(model, batches)
+    if criterion == "random":
+        draw = torch.Generator().manual_seed(seed)
+        return {name: torch.rand(weight.shape, generator=draw) for name, weight in weights.items()}
+    if criterion == "lamp":
+        return {name: _lamp(weight) for name, weight in weights.items()}
+    return {name: weight.abs() for name, weight in weights.items()}
+
+
+def _lamp(weight: Tensor) -> Tensor:
+    squares = weight.double().square().flatten()
+    order = torch.argsort(squares, descending=True, stable=True)
+    ranked = squares[order]
+    scores = torch.empty_like(squares)
+    scores[order] = ranked / ranked.cumsum(0).clamp_min(torch.finfo(ranked.dtype).tiny)
+    return scores.reshape(weight.shape)
 
 
 def _masks_of_nncf(

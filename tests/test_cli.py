@@ -1,11 +1,13 @@
 """The command line: exit codes, messages, and that wrong input writes nothing."""
 
 import importlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -146,6 +148,12 @@ def test_show_prints_documentation_and_options(compress):
         (["compare", "none.onnx", "other.onnx", "--data", "digits"], "none.onnx"),
         (["prune", "compress.networks:resnet8", "--data", "digit"], "no such kind of data 'digit'"),
         (["prune", "torchvision:resnet81", "--data", "digits"], "no such torchvision network"),
+        (["prune", "a.b:c", "--data", "digits", "--max-drop", "1"], "Add --keep-channels FILE"),
+        (["sparsify", "a.b:c", "--data", "digits"], "give keep_weights, or pattern 2:4"),
+        (
+            ["sparsify", "a.b:c", "--data", "digits", "--pattern", "4:8"],
+            "stages[0].sparsify.pattern: '4:8' is none of the choices",
+        ),
         (["quantize", "none.onnx", "--data", "digits"], "no such file 'none.onnx'"),
         (
             ["prune", "compress.networks:resnet8", "--data", "digits", "--keep-macs", "1.5"],
@@ -234,6 +242,84 @@ def test_one_verb_leaves_a_run_folder_like_any_other(compress, tmp_path):
     report = (tmp_path / "run" / "report.json").read_text()
     assert '"schema": 1' in report
     assert (tmp_path / "run" / "01-prune" / "plan.json").is_file()
+
+
+SMALL = ("--set", "data.channels=3", "--set", "measure.test_images=16", "--set", "measure.rounds=3")
+
+
+def test_zeroed_weights_stay_zero_through_training_and_int8(compress, recipe, tmp_path):
+    path = recipe(
+        model={"name": "compress.networks:resnet8", "options": {"in_channels": 1}},
+        stages=[
+            {"sparsify": {"pattern": "2:4"}},
+            {"finetune": {"epochs": 1, "precision": "fp32"}},
+            {"quantize": {"method": "plain", "samples": 16}},
+        ],
+        targets=[{"runtime": "onnxruntime"}],
+    )
+    code, _, err = compress("run", path, "--out", tmp_path / "run")
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = {each["variant"]: each for each in report["details"]["sparsities"]}
+    assert list(found) == ["sparse", "finetuned", "int8-onnxruntime"]
+    for each in found.values():
+        assert each["pattern"] == "2:4"
+        assert 49 < each["zero_weights_pct"] < 56
+        assert "zeros cost as much as other weights" in each["runtimes"]["onnxruntime"]
+    trained = onnx.load(tmp_path / "run" / "02-finetune" / "model.onnx")
+    fours = 0
+    for tensor in trained.graph.initializer:
+        if len(tensor.dims) == 4 and tensor.dims[1] % 4 == 0:
+            weight = np.moveaxis(onnx.numpy_helper.to_array(tensor), 1, -1).reshape(-1, 4)
+            assert ((weight != 0).sum(1) <= 2).all()
+            fours += len(weight)
+    assert fours > 1000
+
+
+def test_the_verb_zeroes_the_share_it_is_told(compress, tmp_path):
+    code, _, err = compress(
+        "sparsify", "compress.networks:resnet8", "--data", "digits", "--keep-weights", "0.3",
+        "--criterion", "lamp", *SMALL, "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    (found,) = report["details"]["sparsities"]
+    assert found["zero_weights_pct"] == pytest.approx(70, abs=0.1)
+    assert "Zeroed weights" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_sensitivity_is_a_budget_for_every_layer(compress, tmp_path):
+    network = ("compress.networks:resnet8", "--data", "digits")
+    curves = {
+        "baseline_top1_pct": 90.0,
+        "criterion": "l2",
+        "curves": [
+            {"group": "layer1.0.conv1", "size": 16, "layers": ["layer1.0.conv1"], "points": [
+                {"keep_channels": 0.5, "kept": 8, "top1_pct": 89.9, "macs_share": 0.9},
+                {"keep_channels": 0.25, "kept": 4, "top1_pct": 88.0, "macs_share": 0.8}]},
+            {"group": "layer2.0.conv1", "size": 32, "layers": ["layer2.0.conv1"], "points": [
+                {"keep_channels": 0.5, "kept": 16, "top1_pct": 70.0, "macs_share": 0.9}]},
+        ],
+    }  # fmt: skip
+    file = tmp_path / "sensitivity.json"
+    file.write_text(json.dumps(curves))
+    code, _, err = compress(
+        "prune", *network, "--keep-channels", file, "--max-drop", "0.5", *SMALL,
+        "--out", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    plan = json.loads((tmp_path / "run" / "01-prune" / "plan.json").read_text())
+    kept = {name: each["kept"] for name, each in plan["tensors"].items()}
+    assert sorted(kept["layer1.0.conv1.weight"]) == ["0"]
+    assert not any(name.startswith("layer2") for name in kept)
+    code, _, err = compress(
+        "prune", *network, "--keep-channels", file, "--max-drop", "0.01", *SMALL
+    )
+    assert code == 2
+    assert "no group can be cut without losing more" in err
+    code, _, err = compress("prune", *network, "--keep-channels", tmp_path / "absent.json")
+    assert code == 2
+    assert "is no number and no file" in err
 
 
 def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkeypatch, recipe):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress import plugins
+from compress import criteria, plugins
 from compress.criteria import ChannelGroup, Criterion, Evidence, reduced
 from compress.errors import UnknownNameError, UsageError
 from compress.groups import Group, Slice
@@ -232,3 +232,17 @@ def test_depthwise_filters_are_read_along_their_own_dimension() -> None:
     group = Group("depthwise", 6, (across("weight", 0, "output", 6),))
     filters = ChannelGroup(group, dict(layer.named_parameters())).filters()
     assert torch.equal(filters[0], layer.weight.flatten(1))
+
+
+@pytest.mark.parametrize("power", [1, 2])
+@pytest.mark.parametrize("shape", [(7, 5, 3, 3), (6, 11), (5, 4, 3), (9,)])
+@pytest.mark.parametrize("cached", [1, 64, 1 << 18])
+def test_norms_are_those_of_a_plain_reduction(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], power: int, cached: int
+) -> None:
+    monkeypatch.setattr(criteria, "_CACHED", cached)
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for dim in range(min(2, tensor.ndim)):
+        others = [other for other in range(tensor.ndim) if other != dim]
+        expected = torch.linalg.vector_norm(tensor, power, dim=others) if others else tensor.abs()
+        torch.testing.assert_close(criteria.norms_along(tensor, dim, power), expected)

@@ -3,7 +3,17 @@
 from compress.commands.artifacts import bench, build, bundle, compare, export, lint, report, verify
 from compress.commands.layers import sensitivity
 from compress.commands.showing import doctor, list_plugins, schema, show
-from compress.commands.verbs import check, distill, dry_run, prune, quantize, run, summary, train
+from compress.commands.verbs import (
+    check,
+    distill,
+    dry_run,
+    prune,
+    quantize,
+    run,
+    sparsify,
+    summary,
+    train,
+)
 
 __all__ = [
     "bench",
@@ -24,6 +34,7 @@ __all__ = [
     "schema",
     "sensitivity",
     "show",
+    "sparsify",
     "summary",
     "train",
     "verify",

@@ -116,15 +116,33 @@ def report(runs: Sequence[Path], out: Path | None, *, force: bool) -> Renderable
     return reports.compare_runs(runs, out, force=force)
 
 
-def verify(run: Path, json: Path | None) -> tuple[RenderableType, bool]:
-    """Return whether the files of a run are those that its stages wrote, as text and as a claim."""
+def verify(run: Path, json: Path | None, *, measure: bool) -> tuple[RenderableType, bool]:
+    """Return whether a run is what its record says, as text and as a claim.
+
+    With ``measure`` its figures are taken again, unless its files are no longer those measured.
+    """
+    from rich.console import Group
+    from rich.text import Text
+
     from compress.verify import verify as verified
 
     found = verified(run)
-    write_numbers(json, found.to_json())
+    numbers, holds = found.to_json(), found.intact
     lines = [str(finding) for finding in found.findings]
-    lines.append(f"{len(found.files)} files checked, {len(found.findings)} problems")
-    return "\n".join(lines), found.intact
+    parts: list[RenderableType] = [
+        Text("\n".join([*lines, f"{len(found.files)} files checked, {len(lines)} problems"]))
+    ]
+    if measure and found.intact:
+        from compress.pipeline.remeasuring import measure_again
+
+        again = measure_again(run)
+        numbers["measured_again"] = again.to_json()
+        parts.append(again.table())
+        holds = again.holds
+    elif measure:
+        parts.append(Text("not measured again: these are no longer the files of the report"))
+    write_numbers(json, numbers)
+    return Group(*parts), holds
 
 
 def bundle(run: Path, out: Path) -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Done = tuple[Report, Path]  # and the folder that it lies in
 
+DROP_PCT = 1.0  # of top-1 that one group may cost alone, where a sensitivity is the budget
 DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
 
 
@@ -60,18 +61,25 @@ def train(given: Given) -> Done | None:
 
 def prune(given: Given) -> Done | None:
     """Run a recipe that prunes, and then trains if epochs are given."""
-    names = ("criterion", "keep_macs", "keep_params", "keep_channels", "latency_ms", "runtime")
-    cut = present(given, **{name: name for name in (*names, "round_to")})
+    names = ("criterion", "keep_macs", "keep_params", "latency_ms", "runtime", "round_to")
+    cut = present(given, **{name: name for name in names})
+    if given["keep_channels"] is not None:
+        cut["keep_channels"] = _keep_channels(given["keep_channels"], given["max_drop"])
+    elif given["max_drop"] is not None:
+        raise UsageError(
+            "--max-drop says how to read a sensitivity, and none is given",
+            fix="Add --keep-channels FILE, made by compress sensitivity --prune --json",
+        )
     if not {"keep_macs", "keep_params", "keep_channels", "latency_ms"} & cut.keys():
         cut["keep_macs"] = 0.5
-    stages: list[dict[str, Any]] = [{"prune": cut}]
-    after = present(given, epochs="epochs", teacher="teacher")
-    if after.get("epochs"):
-        stages.append({"distill" if "teacher" in after else "finetune": after})
-    elif "teacher" in after:
-        raise UsageError("a teacher without training", fix="Say how long: --epochs N")
     targets = [{"runtime": given["runtime"] or "onnxruntime", "precision": "fp32"}]
-    return _verb("prune", given, stages, targets)
+    return _verb("prune", given, [{"prune": cut}, *_training_after(given)], targets)
+
+
+def sparsify(given: Given) -> Done | None:
+    """Run a recipe that zeroes single weights, and then trains if epochs are given."""
+    zero = present(given, keep_weights="keep_weights", pattern="pattern", criterion="criterion")
+    return _verb("sparsify", given, [{"sparsify": zero}, *_training_after(given)])
 
 
 def distill(given: Given) -> Done | None:
@@ -114,6 +122,41 @@ def content(
         "stages": list(stages),
         "targets": list(targets),
     }
+
+
+def _training_after(given: Given) -> list[dict[str, Any]]:
+    """Return the stage that ``--epochs`` and ``--teacher`` ask for, if they do."""
+    after = present(given, epochs="epochs", teacher="teacher")
+    if after.get("epochs"):
+        return [{"distill" if "teacher" in after else "finetune": after}]
+    if "teacher" in after:
+        raise UsageError("a teacher without training", fix="Say how long: --epochs N")
+    return []
+
+
+def _keep_channels(text: str, max_drop_pct: float | None) -> float | dict[str, float]:
+    """Return a share, or the share of each group that a sensitivity file allows."""
+    from compress.artifact import read_json
+    from compress.sensitivity import PruneSensitivity
+
+    try:
+        return float(text)
+    except ValueError:
+        pass
+    if not Path(text).is_file():
+        raise UsageError(
+            f"--keep-channels {text!r}: is no number and no file",
+            expected="a share such as 0.5, or what compress sensitivity --prune --json wrote",
+        )
+    found = PruneSensitivity.from_json(read_json(Path(text)))
+    shares = found.keep_channels(DROP_PCT if max_drop_pct is None else max_drop_pct)
+    if all(share == 1 for share in shares.values()):
+        raise UsageError(
+            f"--keep-channels {text}: no group can be cut without losing more",
+            where=f"--max-drop {max_drop_pct or DROP_PCT:g}",
+            fix="Allow more: --max-drop",
+        )
+    return shares
 
 
 def _verb(

@@ -14,6 +14,7 @@ from compress.groups import Group, Slice
 Need = Literal["gradients", "hessian", "activations"]
 Reduction = Literal["mean", "sum", "max", "min", "product"]
 Weights = Literal["filters", "columns", "both"]
+_CACHED = 1 << 18  # elements that stay in a processor's cache
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,7 @@ class ChannelGroup:
     def _norm(self, piece: Slice, power: int) -> Tensor:
         key = (piece.tensor, piece.dim, power)
         if key not in self._norms:
-            tensor = self._tensors[piece.tensor]
-            others = [dim for dim in range(tensor.ndim) if dim != piece.dim]
-            self._norms[key] = (
-                torch.linalg.vector_norm(tensor, power, dim=others) if others else tensor.abs()
-            )
+            self._norms[key] = norms_along(self._tensors[piece.tensor], piece.dim, power)
         found = self._norms[key][torch.as_tensor(piece.index, device=self._norms[key].device)]
         combined: Tensor = torch.linalg.vector_norm(found, power, dim=1)
         return combined
@@ -179,6 +176,27 @@ class Criterion(Protocol):
 
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return the importance of each channel, (C,), finite, higher = keep."""
+
+
+def norms_along(tensor: Tensor, dim: int, power: int) -> Tensor:
+    """Return the L1 or L2 norm of the entries at each position of one dimension, (D,).
+
+    Over dimension 1 of a large weight a plain reduction strides through memory and takes ten times
+    as long; the sum over rows is a product with ones here, a few rows at a time.
+    """
+    others = [other for other in range(tensor.ndim) if other != dim]
+    if not others:
+        return tensor.abs()
+    if dim != 1 or not tensor.is_contiguous() or not tensor.is_floating_point():
+        found: Tensor = torch.linalg.vector_norm(tensor, power, dim=others)
+        return found
+    rows = tensor.flatten(1)
+    total = rows.new_zeros(rows.shape[1])
+    for part in torch.split(rows, max(1, _CACHED // rows.shape[1])):
+        values = part.square() if power == 2 else part.abs()
+        total.addmv_(values.T, total.new_ones(len(part)))
+    total = total.reshape(tensor.shape[1], -1).sum(1)
+    return total.sqrt() if power == 2 else total
 
 
 def is_ramp(index: Tensor) -> bool:

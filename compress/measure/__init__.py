@@ -1,6 +1,13 @@
 """Numbers of an artifact: size, parameters, MACs, latency, energy, memory."""
 
-from compress.measure.counting import Count, count, count_onnx, node_macs, size_mib
+from compress.measure.counting import (
+    Count,
+    count,
+    count_onnx,
+    node_macs,
+    size_mib,
+    zero_weights_pct,
+)
 from compress.measure.latency import Bench, Latency, Timing, bench
 from compress.measure.memory import Memory, activations_mib, memory, weights_mib
 from compress.measure.methods import METHODS
@@ -20,4 +27,5 @@ __all__ = [
     "node_macs",
     "size_mib",
     "weights_mib",
+    "zero_weights_pct",
 ]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import onnx
 
 from compress import onnx_file
@@ -32,6 +33,11 @@ _PRODUCTS = {
     "MatMulInteger": (0, 1),
     "QLinearMatMul": (0, 3),
 }
+_WEIGHT_TYPES = (
+    onnx.TensorProto.FLOAT,
+    onnx.TensorProto.FLOAT16,
+    onnx.TensorProto.INT8,
+)
 _QUANTIZERS = {"QuantizeLinear", "DequantizeLinear"}
 
 
@@ -163,6 +169,20 @@ def size_mib(path: Path) -> float:
     if path.suffix == ".onnx":
         parts |= _external_files(path)
     return sum(part.stat().st_size for part in parts) / MIB
+
+
+def zero_weights_pct(path: Path) -> float:
+    """Return the share of a file's weights that are exactly zero, percent.
+
+    **Method:** initializers of two dimensions and more, in float or int8, are what is counted.
+    """
+    zeros = total = 0
+    for tensor in onnx_file.load(path).graph.initializer:
+        if len(tensor.dims) > 1 and tensor.data_type in _WEIGHT_TYPES:
+            values = onnx.numpy_helper.to_array(tensor)
+            zeros += values.size - int(np.count_nonzero(values))
+            total += values.size
+    return 100 * zeros / max(1, total)
 
 
 def _external_files(path: Path) -> set[Path]:

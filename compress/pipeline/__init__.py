@@ -9,7 +9,7 @@ from compress import artifact, progress, recipe, report
 from compress.artifact import Artifact
 from compress.data import load_data
 from compress.errors import CompressError
-from compress.pipeline import measuring, pruning, quantizing, steps
+from compress.pipeline import measuring, pruning, quantizing, sparsifying, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
 from compress.pipeline.preflight import preflight
@@ -22,6 +22,7 @@ STEPS: dict[str, Step] = {
     "original": steps.original,
     "train": steps.train_original,
     "prune": pruning.prune_channels,
+    "sparsify": sparsifying.zero_weights,
     "distill": steps.distill_student,
     "finetune": steps.finetune,
     "quantize": quantizing.quantize_graphs,

@@ -10,6 +10,7 @@ import numpy as np
 
 from compress import compare, evaluate, insights, measure, models
 from compress.pipeline.job import Job, Outcome, Variant, answers_path
+from compress.pipeline.sparsifying import sparsities
 from compress.predictions import Predictions
 from compress.qdq import QuantPlan
 from compress.report import schema
@@ -44,6 +45,7 @@ def details(
         classes=job.dataset.classes,
         channels=tuple(_channels(plan)) if plan is not None else (),
         frozen=dict(plan.frozen) if plan is not None else {},
+        sparsities=tuple(sparsities(job, variants, rows)),
         ranges=tuple(_ranges(outcomes)),
         coverage=tuple(schema.Coverage(**each) for each in measured["coverage"]),
         learning=tuple(_learning_curves(outcomes)),

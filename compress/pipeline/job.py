@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from compress.data import Dataset
 from compress.export import export_onnx
 from compress.run_folder import RunFolder
 from compress.settings import Recipe, Settings, TrainSettings
+from compress.sparsity import keeping_zeros
 from compress.surgery import PrunePlan
 from compress.train import TrainResult, train
 
@@ -35,6 +37,7 @@ class Variant:
     target: str | None = None  # the runtime an int8 graph is written for
     params: int | None = None
     macs: int | None = None
+    sparsity: str | None = None  # pattern in which single weights are zero: unstructured, 2:4
 
 
 @dataclass(frozen=True)
@@ -76,17 +79,27 @@ class Job:
         return path.relative_to(self.run.root).as_posix()
 
     def train(
-        self, model: nn.Module, settings: TrainSettings, folder: Path, objective: Any = None
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        folder: Path,
+        objective: Any = None,
+        *,
+        sparse: bool = False,
     ) -> TrainResult:
-        """Train ``model`` in place, with checkpoints in ``folder``/training."""
-        return train(
-            model,
-            self.dataset,
-            settings,
-            objective=objective,
-            folder=folder / "training",
-            seed=self.recipe.seed,
-        )
+        """Train ``model`` in place, with checkpoints in ``folder``/training.
+
+        With ``sparse``, weights that are zero stay so.
+        """
+        with keeping_zeros(model) if sparse else nullcontext():
+            return train(
+                model,
+                self.dataset,
+                settings,
+                objective=objective,
+                folder=folder / "training",
+                seed=self.recipe.seed,
+            )
 
     def validation_pct(self, model: nn.Module) -> float | None:
         """Return the top-1 accuracy of ``model`` on the validation images, if there are any."""
@@ -149,6 +162,8 @@ def leave(
         ),
     )
     count = measure.count(model, job.dataset.example)
+    facts = facts or {}
+    inherited = parent.sparsity if parent is not None else None
     variant = Variant(
         name,
         job.relative(stage / ONNX_FILE),
@@ -156,8 +171,9 @@ def leave(
         parent=parent.name if parent is not None else None,
         params=count.params,
         macs=count.macs,
+        sparsity=facts.get("sparsity", {}).get("pattern", inherited),
     )
-    return Outcome((variant,), facts or {})
+    return Outcome((variant,), facts)
 
 
 def training_facts(result: TrainResult) -> dict[str, Any]:

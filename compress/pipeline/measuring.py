@@ -77,10 +77,10 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
     engines: list[Path] = []
     conditions: dict[str, Any] = {}
     coverage: list[dict[str, Any]] = []
-    for target in _distinct(job.recipe.targets):
+    for target in places(job.recipe.targets):
         label = f"{target.runtime}, batch {target.batch}"
         try:
-            rivals = _build(job, variants, target)
+            rivals = rivals_on(job, variants, target)
         except MissingPackageError as error:
             if not target.when_installed:
                 raise
@@ -92,15 +92,14 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
         if reason is not None:
             skipped[label] = f"the engines are built; they cannot run here: {reason}"
             continue
-        rows, seen = _measure(job, rivals, stage)
-        conditions[label] = seen
+        rows, conditions[label] = measure_rivals(job, rivals, stage)
         for rival, row in zip(rivals, rows, strict=True):
-            results[rival.variant.name].append(row)
+            results[rival.variant.name].append(row | _memory(job, rival, row["skipped"]))
     explanations = explain_variants(job, variants, stage)
     return Measured(results, skipped, tuple(engines), conditions, coverage, explanations)
 
 
-def _distinct(targets: Sequence[Target]) -> list[Target]:
+def places(targets: Sequence[Target]) -> list[Target]:
     """Return ``targets``, one for each place: a float and an int8 target of one place are one."""
     places: dict[tuple[Any, ...], Target] = {}
     for target in targets:
@@ -109,7 +108,8 @@ def _distinct(targets: Sequence[Target]) -> list[Target]:
     return list(places.values())
 
 
-def _build(job: Job, variants: Sequence[Variant], target: Target) -> list[Rival]:
+def rivals_on(job: Job, variants: Sequence[Variant], target: Target) -> list[Rival]:
+    """Return the variants that can run on ``target``, with the engines they need there built."""
     form = INT8_FORM.get(target.runtime, target.runtime)
     chosen = [variant for variant in variants if variant.target in {None, form}]
     if target.runtime == "pytorch":
@@ -133,6 +133,8 @@ def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
         return source
     form = "" if precision == "fp32" else f".{precision}"
     out = source.with_name(f"{source.stem}{form}.{target.runtime}-b{target.batch}{extension}")
+    if out.is_file():  # of this run: its recipe says all that it depends on
+        return out
     largest = max(target.batch, EVALUATION_BATCH)
     return build_engine(
         source,
@@ -158,10 +160,13 @@ def _coverage(job: Job, rivals: Sequence[Rival]) -> list[dict[str, Any]]:
     return found
 
 
-def _measure(
+def measure_rivals(
     job: Job, rivals: Sequence[Rival], stage: Path
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return one row of results for each of ``rivals``, and the state of the machine."""
+    """Return accuracy and latency of each of ``rivals``, and the state of the machine.
+
+    Answers to the test images that ``stage`` holds are not taken again.
+    """
     answers = [_answers(job, rival, stage) for rival in rivals]
     latency = _latency(job, rivals)
     rows = []
@@ -179,7 +184,6 @@ def _measure(
             row |= latency[rival.variant.name].to_json()
         else:
             row["skipped"]["latency"] = latency.skipped[rival.variant.name]
-        row |= _memory(job, rival, row["skipped"])
         rows.append(row)
     return rows, latency.conditions
 

@@ -35,15 +35,19 @@ def prune_channels(
         "frozen": dict(plan.frozen),
     }
     if settings.latency_ms is not None:
-        promise = check_promise(small, job.dataset.example, settings.latency_ms, settings.runtime)
+        promise = check_promise(
+            small, job.dataset.example, settings.latency_ms, settings.runtime,
+            is_cut=bool(plan.tensors),
+        )  # fmt: skip
         facts["gates"] = [
             {
                 "name": "latency_ms",
                 "limit": promise.promised_ms,
                 "measured": promise.measured_ms,
-                "passed": promise.kept,
+                "passed": promise.broken is None,
                 "variant": "pruned",
                 "runtime": promise.runtime,
+                "reason": promise.broken,
             }
         ]
     return leave(job, small, stage, "pruned", parent=parent, plan=plan, facts=facts)

@@ -72,6 +72,7 @@ def quantize_graphs(
                 form,
                 parent.params,
                 parent.macs,
+                parent.sparsity,
             )
         )
     return Outcome(tuple(variants), {"plans": plans, "qat": training, "gates": gates})

@@ -47,7 +47,8 @@ def finetune(
     """Train on the labels alone."""
     parent = before[-1]
     model = job.network(parent)
-    facts = training_facts(job.train(model, settings, stage))
+    sparse = parent.sparsity is not None
+    facts = training_facts(job.train(model, settings, stage, sparse=sparse))
     return leave(job, model, stage, "finetuned", parent=parent, facts=facts)
 
 
@@ -64,7 +65,8 @@ def distill_student(
     objective = distill.build_objective(
         student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed
     )
-    facts |= training_facts(job.train(student, settings, stage, objective))
+    sparse = parent.sparsity is not None
+    facts |= training_facts(job.train(student, settings, stage, objective, sparse=sparse))
     facts |= {"pairing": objective.pairing(), "teacher_top1_pct": objective.teacher_top1_pct}
     return leave(job, student, stage, "distilled", parent=parent, facts=facts)
 

@@ -148,6 +148,15 @@ class Channels(Record):
     after: int
 
 
+class Sparsity(Record):
+    """Single weights of a variant that are zero, and what runtimes gain from them."""
+
+    variant: str
+    pattern: str  # unstructured, 2:4
+    zero_weights_pct: float  # of the weights of convolutions and linear layers in its file
+    runtimes: dict[str, str] = {}  # runtime -> what it does with zeros, and what was measured
+
+
 class TensorRange(Record):
     """How one tensor is quantized."""
 
@@ -280,6 +289,7 @@ class Details(Record):
     classes: tuple[str, ...] = ()
     channels: tuple[Channels, ...] = ()
     frozen: dict[str, str] = {}  # layer -> why it could not be cut
+    sparsities: tuple[Sparsity, ...] = ()
     ranges: tuple[TensorRange, ...] = ()
     coverage: tuple[Coverage, ...] = ()
     learning: tuple[Curve, ...] = ()

@@ -117,6 +117,7 @@ class Build:
     def _config(self, trt: ModuleType, builder: Any, network: Any) -> Any:
         config, wanted = builder.create_builder_config(), self.settings
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # 2:4 kernels, where weights have it
         if wanted.workspace_mib is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, wanted.workspace_mib << 20)
         if wanted.optimization_level is not None:

@@ -1,0 +1,76 @@
+"""The step that zeroes single weights, and what runtimes make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from compress import measure, sparsity
+from compress.pipeline.job import Job, Outcome, Variant, leave
+from compress.report import schema
+from compress.settings import SparsifySettings
+
+
+def zero_weights(
+    job: Job, settings: SparsifySettings, stage: Path, before: tuple[Variant, ...]
+) -> Outcome:
+    """Zero single weights; every later training keeps them at zero."""
+    parent = before[-1]
+    model = job.network(parent)
+    plan = sparsity.plan_sparsity(
+        model,
+        job.dataset.example,
+        keep_weights=settings.keep_weights,
+        pattern=settings.pattern,
+        criterion=settings.criterion,
+        ranking=settings.ranking,
+        batches=list(job.dataset.batches("calibration")),
+        seed=job.recipe.seed,
+    )
+    sparse = sparsity.apply_sparsity(model, plan)
+    facts = {"sparsity": plan.to_json()}
+    return leave(job, sparse, stage, "sparse", parent=parent, facts=facts)
+
+
+def sparsities(
+    job: Job, variants: Sequence[Variant], rows: Sequence[schema.Variant]
+) -> Iterator[schema.Sparsity]:
+    """Yield, for each variant with zeroed weights, the share of zeros and what they gain where."""
+    named = {variant.name: (variant, row) for variant, row in zip(variants, rows, strict=True)}
+    for variant, row in named.values():
+        if variant.sparsity is None:
+            continue
+        yield schema.Sparsity(
+            variant=variant.name,
+            pattern=variant.sparsity,
+            zero_weights_pct=measure.zero_weights_pct(job.path(variant)),
+            runtimes={
+                result.runtime: _gain(result, _dense_results(variant, named))
+                for result in row.results
+            },
+        )
+
+
+def _dense_results(
+    variant: Variant, named: Mapping[str, tuple[Variant, schema.Variant]]
+) -> tuple[str, tuple[schema.Result, ...]]:
+    """Return the nearest ancestor without zeroed weights, by name, and its results."""
+    while variant.sparsity is not None and variant.parent is not None:
+        variant = named[variant.parent][0]
+    return variant.name, named[variant.name][1].results
+
+
+def _gain(result: schema.Result, dense: tuple[str, tuple[schema.Result, ...]]) -> str:
+    """Return what a runtime does with zeros, and what was measured of it here."""
+    word = sparsity.WHAT_RUNTIMES_DO[result.runtime]
+    name, rows = dense
+    key = (result.runtime, result.precision, result.batch, result.threads)
+    other = next((r for r in rows if (r.runtime, r.precision, r.batch, r.threads) == key), None)
+    if other is None or not result.latency_ms_p50_ci95 or not other.latency_ms_p50_ci95:
+        return f"{word} (not measured here against the same precision with dense weights)"
+    (low, high), (other_low, other_high) = result.latency_ms_p50_ci95, other.latency_ms_p50_ci95
+    verdict = "faster" if high < other_low else "slower" if low > other_high else "as fast"
+    return (
+        f"{word}; measured here: {verdict} ({low:.3g} to {high:.3g} ms; {name}: {other_low:.3g} to "
+        f"{other_high:.3g})"
+    )

@@ -1,12 +1,12 @@
-"""Export every torchvision classification CNN and load it in each runtime.
+"""Export every torchvision classification CNN, whole and pruned, and load it in each runtime.
 
-    python benchmarks/export_torchvision.py [--only resnet] [--size 224]
+    python benchmarks/export_torchvision.py [--only resnet] [--skip NAME] [--size 224]
 
 Networks that benchmarks/results/export_torchvision.json already holds are left out.
 
-For each network, with random weights and random BatchNorm statistics: seconds to export (with the
-proof against torch), the largest difference of ONNX Runtime and OpenVINO to torch, and the layers
-and warnings of a TensorRT-RTX engine.
+For each network, with random weights and random BatchNorm statistics, and for the same network
+pruned to half its MACs: seconds to export (with the proof against torch), the largest difference
+of ONNX Runtime and OpenVINO to torch, and the layers and warnings of a TensorRT-RTX engine.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from torch import nn
 
 from compress.export import export_onnx
 from compress.export.proof import difference
+from compress.prune.plan import plan_pruning
 from compress.runtimes import build_engine, build_record, open_session
+from compress.surgery import apply_pruning
 
 RESULTS = Path(__file__).parent / "results" / "export_torchvision.json"
 NO_CNN = ("vit_", "swin", "maxvit")
+PRUNED = ", half the MACs"
 
 
 def networks() -> list[str]:
@@ -50,12 +53,13 @@ def network(name: str) -> nn.Module:
     return model.eval()
 
 
-def tried(name: str, size: int, folder: Path) -> dict[str, object]:
-    model = network(name)
-    size = 299 if name == "inception_v3" else size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+def halved(model: nn.Module, image: torch.Tensor) -> nn.Module:
+    return apply_pruning(model, plan_pruning(model, image, criterion="l2", keep_macs=0.5)).eval()
+
+
+def exported(model: nn.Module, images: torch.Tensor, folder: Path) -> dict[str, object]:
     started = time.perf_counter()
-    path = export_onnx(model, images[:1], folder / f"{name}.onnx")
+    path = export_onnx(model, images[:1], folder / "model.onnx")
     row: dict[str, object] = {"export_s": round(time.perf_counter() - started, 1)}
     with torch.inference_mode():
         expected = model(images)
@@ -63,10 +67,19 @@ def tried(name: str, size: int, folder: Path) -> dict[str, object]:
         with open_session(path, runtime) as session:
             answer = torch.from_numpy(session.run(images.numpy())[0])
         row[f"{runtime}_difference"] = float(f"{difference([answer], [expected]):.2g}")
-    engine = build_engine(path, folder / f"{name}.engine", runtime="tensorrt-rtx")
+    engine = build_engine(path, folder / "model.engine", runtime="tensorrt-rtx")
     record = build_record(engine)
-    row |= {"rtx_layers": record["layers"], "rtx_warnings": record["warnings"]}
-    return row
+    return row | {"rtx_layers": record["layers"], "rtx_warnings": record["warnings"]}
+
+
+def tried(name: str, size: int) -> dict[str, object]:
+    model = network(name.removesuffix(PRUNED))
+    size = 299 if name.startswith("inception_v3") else size
+    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    if name.endswith(PRUNED):
+        model = halved(model, images[:1])
+    with tempfile.TemporaryDirectory() as folder:
+        return exported(model, images, Path(folder))
 
 
 def main() -> None:
@@ -76,15 +89,14 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     wanted = parser.parse_args()
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in networks():
-        done = name in rows and "error" not in rows[name]
-        if not name.startswith(wanted.only) or name == wanted.skip or done:
+    named = [name for name in networks() if name.startswith(wanted.only) and name != wanted.skip]
+    for name in (name + form for name in named for form in ("", PRUNED)):
+        if name in rows and "error" not in rows[name]:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                rows[name] = tried(name, wanted.size, Path(folder))
-            except Exception as error:  # noqa: BLE001 - the table says which network fails
-                rows[name] = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            rows[name] = tried(name, wanted.size)
+        except Exception as error:  # noqa: BLE001 - the table says which network fails
+            rows[name] = {"error": f"{type(error).__name__}: {error}"}
         print(name, rows[name], flush=True)
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")

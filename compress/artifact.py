@@ -52,6 +52,31 @@ def describe(
     )
 
 
+@dataclass(frozen=True)
+class Finding:
+    """One recorded file and what is wrong with it."""
+
+    path: str
+    problem: str  # "missing" | "changed" | "outside the run folder" | "parent unknown"
+    expected: str
+    found: str = ""
+
+    def __str__(self) -> str:
+        tail = f", found {self.found}" if self.found else ""
+        return f"{self.path}: {self.problem}; expected {self.expected}{tail}"
+
+
+def check(root: Path, path: str, digest: str) -> Finding | None:
+    """Return what is wrong with a file that was recorded as ``path`` with SHA-256 ``digest``."""
+    file = root / path
+    if not file.resolve().is_relative_to(root.resolve()):
+        return Finding(path, "outside the run folder", "a path inside it")
+    if not file.is_file():
+        return Finding(path, "missing", f"a file with SHA-256 {digest}")
+    found = sha256(file)
+    return None if found == digest else Finding(path, "changed", f"SHA-256 {digest}", found)
+
+
 def sha256(path: Path) -> str:
     """Return the hex SHA-256 of a file."""
     with path.open("rb") as file:

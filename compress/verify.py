@@ -8,23 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compress import artifact
+from compress.artifact import Finding
 from compress.errors import RunError
 from compress.progress import track
-from compress.run_folder import RUN_FILE, SCHEMA
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One file of a run and what is wrong with it."""
-
-    path: str
-    problem: str  # "missing" | "changed" | "outside the run folder" | "parent unknown"
-    expected: str
-    found: str = ""
-
-    def __str__(self) -> str:
-        tail = f", found {self.found}" if self.found else ""
-        return f"{self.path}: {self.problem}; expected {self.expected}{tail}"
+from compress.report.reading import check_schema
+from compress.run_folder import RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,8 @@ def verify(run: Path) -> Verification:
     hashes = {entry["sha256"] for entry in entries}
     findings: list[Finding] = []
     for entry in track(entries, f"verify {run.name}"):
-        findings += _check_file(run, entry)
+        finding = artifact.check(run, entry["path"], entry["sha256"])
+        findings += [finding] if finding else []
         parent = entry.get("parent")
         if parent and parent not in hashes:
             findings.append(Finding(entry["path"], "parent unknown", "a recorded file", parent))
@@ -83,16 +72,9 @@ def _record(run: Path) -> dict[str, Any]:
     if not path.is_file():
         raise RunError("holds no run", where=str(run), expected=f"a folder with {RUN_FILE}")
     record = artifact.read_json(path)
-    if not isinstance(record, Mapping) or not isinstance(record.get("artifacts"), list):
+    check_schema(record, path)
+    if not isinstance(record.get("artifacts"), list):
         raise RunError("lists no artifacts", where=str(path), fix="Run the recipe again")
-    schema = record.get("schema", SCHEMA)
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise RunError(
-            f"was written by a newer version: schema {schema}",
-            where=str(path),
-            expected=f"schema {SCHEMA} or older",
-            fix="Install a newer version of compress",
-        )
     for number, entry in enumerate(record["artifacts"]):
         complete = isinstance(entry, Mapping) and all(
             isinstance(entry.get(key), str) for key in ("path", "sha256")
@@ -104,18 +86,6 @@ def _record(run: Path) -> dict[str, Any]:
                 expected="path and sha256",
             )
     return dict(record)
-
-
-def _check_file(run: Path, entry: Mapping[str, Any]) -> Iterator[Finding]:
-    path, expected = run / entry["path"], entry["sha256"]
-    if not path.resolve().is_relative_to(run.resolve()):
-        yield Finding(entry["path"], "outside the run folder", "a path inside it")
-    elif not path.is_file():
-        yield Finding(entry["path"], "missing", f"a file with SHA-256 {expected}")
-    else:
-        found = artifact.sha256(path)
-        if found != expected:
-            yield Finding(entry["path"], "changed", f"SHA-256 {expected}", found)
 
 
 def _unrecorded(run: Path, listed: set[str]) -> Iterator[str]:

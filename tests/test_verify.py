@@ -88,7 +88,11 @@ def test_verifying_changes_nothing(run: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"schema": 2}, r"run\.json: was written by a newer version: schema 2.*schema 1 or older"),
+        (
+            {"schema": 2},
+            r"run\.json: was written in schema 2, by a newer version.*schema 1 at most",
+        ),
+        ({"schema": None}, r"run\.json: has no schema number"),
         ({"artifacts": None}, r"run\.json: lists no artifacts"),
         ({"artifacts": [{"path": "x"}]}, r"artifacts\[0\]: does not say which file"),
     ],

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.artifact import write_json, write_text
-from compress.report.reading import check_files, read_run
+from compress.report.reading import read_run
 from compress.report.schema import Report
 from compress.report.several import compare_runs
 from compress.report.terminal import summary
 from compress.report.verdict import verdict
 
-__all__ = ["Report", "check_files", "compare_runs", "read_run", "summary", "verdict", "write"]
+__all__ = ["Report", "compare_runs", "read_run", "summary", "verdict", "write"]
 
 
 def write(report: Report, folder: Path | str) -> Report:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.artifact import read_json, sha256
+from compress.artifact import check, read_json
 from compress.errors import RunError
 from compress.report.schema import SCHEMA, ArtifactRecord, Details, Provenance, Report, Variant
 from compress.report.verdict import verdict
@@ -41,7 +41,7 @@ def read_run(folder: Path | str) -> Report:
             where=str(folder),
             expected="a folder with run.json or report.json, as compress run leaves it",
         )
-    found = [*report.incomplete, *check_files(report, folder)]
+    found = [*report.incomplete, *_damage(report, folder)]
     return report.model_copy(update={"incomplete": tuple(dict.fromkeys(found))})
 
 
@@ -52,7 +52,7 @@ def read_report(path: Path) -> Report:
         RunError: it cannot be read, is of a newer schema, or does not fit the schema.
     """
     content = read_json(path)
-    _check_schema(content, path)
+    check_schema(content, path)
     try:
         return Report.model_validate(content)
     except ValidationError as error:
@@ -65,32 +65,25 @@ def read_report(path: Path) -> Report:
         ) from None
 
 
-def check_files(report: Report, folder: Path) -> list[str]:
+def _damage(report: Report, folder: Path) -> list[str]:
     """Return one line for each recorded file that is missing or no longer what was measured."""
     recorded = {part.path: part.sha256 for part in report.details.artifacts}
     for variant in report.variants:
         if variant.artifact and variant.sha256:
             recorded.setdefault(variant.artifact, variant.sha256)
-    absent = [path for path in recorded if not (folder / path).is_file()]
-    present = {path: digest for path, digest in recorded.items() if path not in absent}
-    wrong = [line for path, digest in present.items() if (line := _check(folder, path, digest))]
+    checked = (check(folder, path, digest) for path, digest in recorded.items())
+    findings = [finding for finding in checked if finding]
+    absent = [finding.path for finding in findings if finding.problem == "missing"]
+    wrong = [
+        f"{finding}; the figures are not about this file"
+        for finding in findings
+        if finding.problem != "missing"
+    ]
     return [f"files are missing: {_list(absent)}", *wrong] if absent else wrong
 
 
-def _check(folder: Path, name: str, digest: str) -> str:
-    path = folder / name
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return f"{name}: lies outside the run folder and was not checked"
-    found = sha256(path)
-    if found != digest:
-        return (
-            f"{name}: was changed after the run: its SHA-256 is {found[:16]}, "
-            f"recorded is {digest[:16]}; the figures are not about this file"
-        )
-    return ""
-
-
-def _check_schema(content: Any, path: Path) -> None:
+def check_schema(content: Any, path: Path) -> None:
+    """Raise RunError if ``content`` of the JSON file ``path`` is of a newer version, or of none."""
     if not isinstance(content, dict) or not isinstance(content.get("schema"), int):
         raise RunError("has no schema number", where=str(path), expected=f"schema: 1 to {SCHEMA}")
     if content["schema"] > SCHEMA:
@@ -104,7 +97,7 @@ def _check_schema(content: Any, path: Path) -> None:
 
 def _half_finished(folder: Path) -> Report:
     description = read_json(folder / "run.json")
-    _check_schema(description, folder / "run.json")
+    check_schema(description, folder / "run.json")
     recipe = description.get("recipe") or {}
     try:
         report = Report(

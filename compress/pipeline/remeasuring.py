@@ -1,0 +1,208 @@
+"""Measure the files of a finished run again, and hold the figures against those of its report."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress import artifact, environment, recipe
+from compress.data import load_data
+from compress.errors import RunError
+from compress.measure import Timing
+from compress.pipeline.job import Job, Outcome, Variant
+from compress.pipeline.measuring import measure_rivals, places, rivals_on
+from compress.report.figures import factor, interval, percent
+from compress.report.reading import read_report
+from compress.report.schema import Interval, Report, Result
+from compress.run_folder import DONE_FILE, RunFolder
+from compress.runtimes import unavailable
+from compress.settings import Target
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EQUAL, DIFFERS = "equal", "differs"
+FIGURES = {"top1_pct": "top-1, %", "agreement_pct": "same answers, %", "speedup": "speed-up"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure of the report and the same figure taken again."""
+
+    variant: str
+    runtime: str
+    batch: int
+    figure: str  # "top1_pct" | "agreement_pct" | "speedup"
+    reported: float
+    reported_ci95: Interval | None
+    measured: float
+    measured_ci95: Interval | None
+    outcome: str  # "equal" | "differs" | "not compared: ..."
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this as JSON-able data, without what is absent."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """All figures of a run that could be taken again, and why others were not."""
+
+    checks: tuple[Check, ...]
+    skipped: dict[str, str]
+    elsewhere: str  # how this machine differs from the one of the report; empty: it does not
+
+    @property
+    def holds(self) -> bool:
+        """Whether no figure differs."""
+        return all(check.outcome != DIFFERS for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        checks = [check.to_json() for check in self.checks]
+        return {
+            "holds": self.holds,
+            "checks": checks,
+            "skipped": self.skipped,
+            "elsewhere": self.elsewhere,
+        }
+
+    def table(self) -> RenderableType:
+        """Return the figures side by side, for the terminal."""
+        from rich import box
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD)
+        for header in ("variant", "runtime", "batch", "figure", "reported", "now", "outcome"):
+            table.add_column(header, justify="right" if header in {"reported", "now"} else "left")
+        for check in self.checks:
+            reported = _figure(check.figure, check.reported, check.reported_ci95)
+            now = _figure(check.figure, check.measured, check.measured_ci95)
+            name = Text(check.variant)
+            place = (check.runtime, str(check.batch), FIGURES[check.figure])
+            table.add_row(name, *place, reported, now, check.outcome)
+        lines = [f"not measured: {what}: {why}" for what, why in self.skipped.items()]
+        if self.elsewhere:
+            lines.insert(0, f"not where the report was made: {self.elsewhere}")
+        differing = sum(check.outcome == DIFFERS for check in self.checks)
+        lines.append(f"{len(self.checks)} figures taken again, {differing} differ")
+        return Group(table, *map(Text, lines))
+
+
+def measure_again(root: Path) -> Remeasured:
+    """Take accuracy and latency of every variant of a finished run again, on this machine.
+
+    **Method:** as in the run: all test images through the runtime, then all variants of a target
+    timed in the same rounds. On the device and versions of the report, accuracy must be equal to
+    the last digit: the same file on the same images gives the same answers. Elsewhere, rounding
+    may turn single answers: there the new figure must lie in the reported 95 % interval. Speed-ups
+    are compared on the same device only; they differ when their 95 % intervals, each widened by
+    what the bench calls no difference, do not touch.
+
+    Args:
+        root: Run folder, its files intact. Nothing in it is changed.
+
+    Raises:
+        RunError: the run is not finished, or its data are not those it was measured on.
+    """
+    report = read_report(root / "report.json")
+    settings = recipe.validate(report.recipe, where=str(root / "report.json"))
+    job = Job(settings, RunFolder(root), load_data(settings.data, settings.seed))
+    _check_data(job, report)
+    variants, checks, skipped = _variants(root), list[Check](), dict[str, str]()
+    elsewhere = _elsewhere(report)
+    for target in places(settings.targets):
+        reason = _unmeasured(report, target) or unavailable(target.runtime)
+        if reason is not None:
+            skipped[f"{target.runtime}, batch {target.batch}"] = reason
+            continue
+        rivals = rivals_on(job, variants, target)
+        with tempfile.TemporaryDirectory() as folder:
+            rows, _ = measure_rivals(job, rivals, Path(folder))
+        for rival, row in zip(rivals, rows, strict=True):
+            place = f"{rival.variant.name} on {target.runtime}, batch {target.batch}"
+            skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}
+            before = _reported(report, rival.variant.name, row)
+            if before is None:
+                skipped[place] = "the report has no such result"
+            else:
+                checks += _checks(rival.variant.name, before, row, elsewhere)
+    return Remeasured(tuple(checks), skipped, elsewhere)
+
+
+def _check_data(job: Job, report: Report) -> None:
+    before = report.provenance.data
+    if before is None or before.fingerprint != job.dataset.fingerprint:
+        raise RunError(
+            f"the images of {job.dataset.name} are not those that the run was measured on",
+            where=str(job.run.root),
+            expected=f"images with the fingerprint {before.fingerprint[:16] if before else '?'}",
+            fix="Restore them, or run the recipe again in another folder",
+        )
+
+
+def _unmeasured(report: Report, target: Target) -> str | None:
+    results = (result for variant in report.variants for result in variant.results)
+    if any((r.runtime, r.batch) == (target.runtime, target.batch) for r in results):
+        return None
+    return "the report has no results of it"
+
+
+def _variants(root: Path) -> list[Variant]:
+    stages = [artifact.read_json(path) for path in sorted(root.glob(f"[0-9][0-9]-*/{DONE_FILE}"))]
+    return [v for stage in stages if "variants" in stage for v in Outcome.from_json(stage).variants]
+
+
+def _elsewhere(report: Report) -> str:
+    """Return how this machine and its versions differ from those of the report."""
+    here, then = environment.describe(), report.provenance
+    pairs = [(then.device, here.get("device", {})), (then.versions, here.get("versions", {}))]
+    return ", ".join(
+        f"{key}: {before[key]} then, {now.get(key)} now"
+        for before, now in pairs
+        for key in sorted(before)
+        if before[key] != now.get(key)
+    )
+
+
+def _reported(report: Report, variant: str, row: dict[str, Any]) -> Result | None:
+    keys = ("runtime", "batch", "threads", "precision")
+    found = report.variant(variant)
+    results = found.results if found else ()
+    return next((r for r in results if all(getattr(r, key) == row[key] for key in keys)), None)
+
+
+def _checks(variant: str, before: Result, row: dict[str, Any], elsewhere: str) -> Iterator[Check]:
+    for figure in FIGURES:
+        old, new = getattr(before, figure), row.get(figure)
+        if old is None or new is None or (figure, row.get("verdict")) == ("speedup", "reference"):
+            continue
+        name = f"{figure.removesuffix('_pct')}_ci95"
+        old_ci, new_ci = getattr(before, name), row.get(name)
+        if figure == "speedup":
+            outcome = "not compared: elsewhere" if elsewhere else _touch(old_ci, new_ci)
+        elif elsewhere and old_ci is not None:
+            outcome = EQUAL if old_ci[0] <= new <= old_ci[1] else DIFFERS
+        else:
+            outcome = EQUAL if old == new else DIFFERS
+        place = (variant, before.runtime, before.batch, figure)
+        yield Check(*place, old, old_ci, new, new_ci, outcome)
+
+
+def _touch(one: Interval | None, other: Interval | None) -> str:
+    if one is None or other is None:
+        return "not compared: no interval"
+    margin = (1 + Timing().resolution_pct / 100) ** 2
+    apart = one[1] * margin < other[0] or other[1] * margin < one[0]
+    return DIFFERS if apart else EQUAL
+
+
+def _figure(name: str, value: float, bounds: Interval | None) -> str:
+    is_speed = name == "speedup"
+    within = f" ({interval(bounds, 'number' if is_speed else 'percent')})" if bounds else ""
+    return f"{factor(value) if is_speed else percent(value)}{within}"

@@ -1,0 +1,138 @@
+"""A finished run measured again: what holds, what differs, and what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from compress import cli, environment, pipeline
+from compress.errors import RunError
+from compress.pipeline.remeasuring import Remeasured, measure_again
+from compress.recipe import validate
+
+RECIPE = {
+    "name": "small",
+    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "data": {"name": "digits", "calibration": 32},
+    "stages": [
+        {"train": {"epochs": 1, "batch_size": 64, "precision": "fp32"}},
+        {"quantize": {"samples": 32, "method": "plain"}},
+    ],
+    "targets": [{"runtime": "onnxruntime"}],
+    "measure": {"rounds": 3, "round_ms": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    pipeline.run(validate(RECIPE, where="test"), folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def edit(run: Path, **values: object) -> None:
+    """Change the last variant's result in the report."""
+    report = json.loads((run / "report.json").read_text())
+    report["variants"][-1]["results"][0] |= values
+    (run / "report.json").write_text(json.dumps(report))
+
+
+def outcomes(again: Remeasured, figure: str) -> dict[str, str]:
+    return {check.variant: check.outcome for check in again.checks if check.figure == figure}
+
+
+def test_the_same_files_give_the_same_answers_and_nothing_changes(run: Path) -> None:
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = measure_again(run)
+    assert again.elsewhere == ""
+    answers = {(c.variant, c.figure): c for c in again.checks if c.figure != "speedup"}
+    assert set(answers) == {
+        ("original", "top1_pct"),
+        ("int8-onnxruntime", "top1_pct"),
+        ("int8-onnxruntime", "agreement_pct"),
+    }
+    assert all(c.outcome == "equal" and c.reported == c.measured for c in answers.values())
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_figure_that_is_not_what_the_file_gives_is_found(run: Path) -> None:
+    top1 = json.loads((run / "report.json").read_text())["variants"][-1]["results"][0]["top1_pct"]
+    edit(run, top1_pct=top1 + 0.01, speedup=1500.0, speedup_ci95=[1000.0, 2000.0])
+    again = measure_again(run)
+    assert not again.holds
+    assert outcomes(again, "top1_pct") == {"original": "equal", "int8-onnxruntime": "differs"}
+    assert outcomes(again, "speedup") == {"int8-onnxruntime": "differs"}
+
+
+def test_intervals_that_touch_are_no_difference(run: Path) -> None:
+    edit(run, speedup=1.0, speedup_ci95=[0.001, 1000.0])
+    assert outcomes(measure_again(run), "speedup") == {"int8-onnxruntime": "equal"}
+    edit(run, speedup_ci95=None)
+    again = measure_again(run)
+    assert outcomes(again, "speedup") == {"int8-onnxruntime": "not compared: no interval"}
+
+
+def test_elsewhere_answers_may_round_differently_and_speed_is_not_compared(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = environment.describe()
+    there = here | {"device": here["device"] | {"cpu": "another"}}
+    monkeypatch.setattr(environment, "describe", lambda: there)
+    result = json.loads((run / "report.json").read_text())["variants"][-1]["results"][0]
+    low, high = result["top1_ci95"]
+    edit(run, top1_pct=low)
+    again = measure_again(run)
+    assert "another now" in again.elsewhere
+    assert outcomes(again, "top1_pct")["int8-onnxruntime"] == "equal"
+    assert outcomes(again, "speedup") == {"int8-onnxruntime": "not compared: elsewhere"}
+    edit(run, top1_ci95=[high + 1, high + 2])
+    assert outcomes(measure_again(run), "top1_pct")["int8-onnxruntime"] == "differs"
+
+
+def test_other_images_are_refused(run: Path) -> None:
+    report = json.loads((run / "report.json").read_text())
+    report["provenance"]["data"]["fingerprint"] = "0" * 64
+    (run / "report.json").write_text(json.dumps(report))
+    with pytest.raises(RunError, match=r"images of digits are not those.*fingerprint 0000"):
+        measure_again(run)
+
+
+def test_a_run_without_a_report_cannot_be_measured_again(run: Path) -> None:
+    (run / "report.json").unlink()
+    with pytest.raises(RunError, match=r"report\.json"):
+        measure_again(run)
+
+
+@pytest.mark.parametrize("changed", ["nothing", "figure", "file"])
+def test_the_command_exits_with_1_where_something_differs(
+    run: Path, changed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(run, speedup=1.0, speedup_ci95=[0.001, 1000.0])  # its timing is no matter here
+    if changed == "figure":
+        edit(run, top1_pct=0.0)
+    if changed == "file":
+        (run / "00-train/model.onnx").write_bytes(b"other")
+    out = run.parent / "out.json"
+    monkeypatch.setattr(
+        sys, "argv", ["compress", "verify", str(run), "--measure", "--json", f"{out}"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == (0 if changed == "nothing" else 1)
+    numbers, text = json.loads(out.read_text()), capsys.readouterr().out
+    if changed == "file":
+        assert "measured_again" not in numbers
+        assert "not measured again: these are no longer the files of the report" in text
+    else:
+        assert numbers["measured_again"]["holds"] is (changed == "nothing")
+        assert f"4 figures taken again, {int(changed == 'figure')} differ" in text

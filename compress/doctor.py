@@ -40,7 +40,6 @@ OPTIONAL = {  # distribution: (extra, what it enables)
     "captum": ("explain", "attributions in the report"),
     "tensorboard": ("tracking", "training curves in TensorBoard"),
     "mlflow": ("tracking", "runs in MLflow"),
-    "webdataset": ("streaming", "data sets from tar streams"),
     "nvidia-ml-py": ("", "clocks, power and energy of NVIDIA GPUs in bench"),
 }
 

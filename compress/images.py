@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -113,10 +114,41 @@ class Subset:
 
 
 @dataclass(frozen=True)
+class Names:
+    """Many strings held as one: a million names take as much memory as their letters."""
+
+    text: bytes
+    ends: NDArray[np.int64]  # where each name ends in ``text``
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Names:
+        """Return ``names``, taken one by one."""
+        text, ends = bytearray(), array("q")
+        for name in names:
+            text += os.fsencode(name)
+            ends.append(len(text))
+        return cls(bytes(text), np.frombuffer(ends, dtype=np.int64))
+
+    def __len__(self) -> int:
+        """Return how many names there are."""
+        return len(self.ends)
+
+    def __getitem__(self, position: int) -> str:
+        """Return one name."""
+        start = int(self.ends[position - 1]) if position else 0
+        return os.fsdecode(self.text[start : int(self.ends[position])])
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield every name."""
+        return map(self.__getitem__, range(len(self)))
+
+
+@dataclass(frozen=True)
 class FileImages:
     """Images decoded from files: resized, then cropped at the centre to ``size`` x ``size``."""
 
-    paths: tuple[Path, ...]
+    folder: Path
+    names: Names  # of the files, from ``folder`` on
     labels: NDArray[np.int64]
     size: int
     channels: int
@@ -129,7 +161,7 @@ class FileImages:
 
     def __len__(self) -> int:
         """Return how many images there are."""
-        return len(self.paths)
+        return len(self.names)
 
     def take(self, indices: Indices) -> Tensor:
         """Return the images at ``indices``, (B, C, H, W) uint8.
@@ -137,9 +169,12 @@ class FileImages:
         Raises:
             DataError: a file is no readable image; the message names it.
         """
-        paths = [self.paths[int(index)] for index in indices]
-        with ThreadPoolExecutor(self.workers or os.cpu_count()) as pool:  # decoders free the GIL
-            return torch.stack(list(pool.map(self._decode, paths)))
+
+        def one(index: int) -> Tensor:
+            path = self.folder / self.names[index]
+            return decoded(path, self.size, self.channels, where=str(path))
+
+        return in_parallel(one, indices, self.workers)
 
     def in_memory(self) -> MemoryImages:
         """Return the same images, all decoded."""
@@ -147,20 +182,32 @@ class FileImages:
 
     def update_hash(self, digest: Hash) -> None:
         """Add name and size of every file to ``digest``; their content would take too long."""
-        for path in self.paths:
+        for name in self.names:
+            path = self.folder / name
             digest.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
 
-    def _decode(self, path: Path) -> Tensor:
-        from PIL import Image
 
-        try:
-            with Image.open(path) as image:
-                pixels = _fit(image.convert("L" if self.channels == 1 else "RGB"), self.size)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(
-                f"is not a readable image ({error})", where=str(path), fix="Replace or remove it"
-            ) from None
-        return pixels
+def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) -> Tensor:
+    """Return ``one`` of every index, stacked; decoders of images free the GIL."""
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        return torch.stack(list(pool.map(one, map(int, indices))))
+
+
+def decoded(source: Path | BinaryIO, size: int, channels: int, *, where: str) -> Tensor:
+    """Return an image file's pixels, fitted to ``size``, (C, size, size) uint8.
+
+    Raises:
+        DataError: it is no readable image; the message begins with ``where``.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(source) as image:
+            return _fit(image.convert("L" if channels == 1 else "RGB"), size)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(
+            f"is not a readable image ({error})", where=where, fix="Replace or remove it"
+        ) from None
 
 
 def _fit(image: Image.Image, size: int) -> Tensor:

@@ -139,6 +139,7 @@ def _options(settings: DataSettings) -> dict[str, Any]:
         "image_size": settings.image_size,
         "channels": settings.channels,
         "workers": settings.workers,
+        "shuffle_buffer": settings.shuffle_buffer,
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.errors import DataError
-from compress.images import FileImages, Images
+from compress.images import FileImages, Images, Names
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 DEFAULT_SIZE = 224
@@ -60,31 +62,43 @@ class Imagefolder:
         return next((root / name for name in names if (root / name).is_dir()), None)
 
     def _images(self, folder: Path, classes: tuple[str, ...]) -> Images:
-        paths: list[Path] = []
-        labels: list[int] = []
         unknown = {path.name for path in folder.iterdir() if path.is_dir()} - set(classes)
         if unknown:
             raise DataError(
                 f"classes that train has not: {', '.join(sorted(unknown)[:5])}", where=str(folder)
             )
-        for label, name in enumerate(classes):
-            found = sorted(
-                path for path in (folder / name).rglob("*") if path.suffix.lower() in ENDINGS
-            )
-            paths += found
-            labels += [label] * len(found)
-        if not paths:
+        counts: list[int] = []
+
+        def found() -> Iterator[str]:  # one class at a time
+            for name in classes:
+                files = _files(folder, name)
+                counts.append(len(files))
+                yield from files
+
+        names = Names.of(found())
+        if not names:
             raise DataError(
                 "holds no images",
                 where=str(folder),
                 expected=f"CLASS/*{', *'.join(sorted(ENDINGS))}",
             )
         images = FileImages(
-            tuple(paths),
-            np.array(labels, dtype=np.int64),
+            folder,
+            names,
+            np.repeat(np.arange(len(classes)), counts),
             self.image_size or DEFAULT_SIZE,
             self.channels or 3,
             self.workers,
         )
         bytes_decoded = len(images) * np.prod(images.shape)
         return images.in_memory() if bytes_decoded <= LARGEST_IN_MEMORY_BYTES else images
+
+
+def _files(folder: Path, name: str) -> list[str]:
+    """Return the images of a class, at any depth, from ``folder`` on, sorted."""
+    return sorted(
+        os.path.relpath(os.path.join(place, file), folder)
+        for place, _, files in os.walk(folder / name)
+        for file in files
+        if os.path.splitext(file)[1].lower() in ENDINGS
+    )

@@ -15,6 +15,7 @@ from compress.data import Dataset
 from compress.errors import TrainingError
 from compress.images import Images
 from compress.settings import TrainSettings
+from compress.shards import shuffled
 
 PREFETCHED = 4  # batches that each decoding process works ahead
 
@@ -32,7 +33,8 @@ class Batch:
 
 def steps_in_epoch(dataset: Dataset, settings: TrainSettings) -> int:
     """Return the steps of an epoch; images left over for less than a whole batch sit it out."""
-    return max(1, len(dataset.splits["train"]) // settings.batch_size)
+    there = len(dataset.splits["train"])
+    return max(1, min(there, settings.epoch_images or there) // settings.batch_size)
 
 
 def train_batches(
@@ -63,7 +65,7 @@ def train_batches(
     """
     images = dataset.splits["train"]
     steps = steps_in_epoch(dataset, settings)
-    order = permutation(len(images), seed, epoch)
+    order = permutation(images, seed, epoch)
     size = min(settings.batch_size, len(order))
     if size < world:
         raise TrainingError(
@@ -84,9 +86,9 @@ def train_batches(
         yield Batch(pixels, target, torch.from_numpy(part), chances, size)
 
 
-def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+def permutation(images: Images, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of images in an epoch, (N,)."""
-    return np.random.default_rng([seed, epoch, 0]).permutation(count)
+    return shuffled(images, np.random.default_rng([seed, epoch, 0]))
 
 
 def seed_of(*numbers: int) -> int:

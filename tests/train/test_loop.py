@@ -50,7 +50,7 @@ def by_hand(model: nn.Module, chosen: TrainSettings, seed: int = 0) -> nn.Module
     optimizer = torch.optim.SGD(rows, lr=0.1, momentum=0.9, nesterov=True)
     model.train()
     for epoch in range(chosen.epochs):
-        order = permutation(len(images), seed, epoch)
+        order = permutation(images, seed, epoch)
         for step in range(3):
             rows = order[32 * step : 32 * (step + 1)]
             for group in optimizer.param_groups:

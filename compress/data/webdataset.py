@@ -1,0 +1,184 @@
+"""WebDataset shards."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data.imagefolder import DEFAULT_SIZE
+from compress.errors import DataError
+from compress.images import Images, Subset
+from compress.shards import Shard, ShardImages, read_shards
+
+WORDS = {  # in names of shards
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+TEST_SHARE = 0.1  # of the images, where no shard is named after a test set
+REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+]+:")  # http:, s3:, pipe:
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+
+
+@dataclass(frozen=True)
+class Webdataset:
+    """WebDataset shards: tar files of NAME.jpg and NAME.cls or NAME.json, read where they lie.
+
+    ROOT is a folder of them, or their paths: with braces, ``data/{train,val}-{000..146}.tar``, and
+    several with commas. Shards called val or test are validation and test images, as with image
+    folders; where none is, a tenth of the images is held back as the test set. The short side is
+    resized and the centre cropped to ``image_size`` (224 if absent). Only place, size and class of
+    each image are kept in memory. The order of training is random among ``shuffle_buffer`` images.
+
+    Source: Aizman et al., High Performance I/O For Large Scale Deep Learning, 2019,
+    https://arxiv.org/abs/2001.01858. No pickles are read, and no URLs of other machines.
+    """
+
+    root: str
+    image_size: int | None = None
+    channels: int | None = None
+    workers: int = 0
+    shuffle_buffer: int = 10_000
+
+    def load(self) -> Source:
+        """Return the images.
+
+        Raises:
+            DataError: a shard is missing, damaged or not labelled; there is nothing to train on.
+        """
+        paths = _shards(self.root)
+        shards = read_shards(paths, self.workers)
+        classes, shards = _numbered(shards, self.root)
+        parts: dict[str, Images] = {}
+        for split in ("train", "validation", "test"):
+            chosen = [i for i, path in enumerate(paths) if _split(path) == split]
+            if chosen:
+                parts[split] = self._images([paths[i] for i in chosen], [shards[i] for i in chosen])
+        if "train" not in parts:
+            raise DataError("names no shards to train on", where=self.root)
+        test = parts.get("test") or parts.get("validation")
+        train = parts["train"]
+        if test is None:
+            train, test = _held_back(train)
+        return Source(
+            train,
+            test,
+            classes,
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+            validation=parts.get("validation") if "test" in parts else None,
+        )
+
+    def _images(self, paths: list[Path], shards: list[Shard]) -> ShardImages:
+        return ShardImages(
+            tuple(paths),
+            np.cumsum([0, *(len(shard.labels) for shard in shards)]),
+            np.concatenate([shard.places for shard in shards]),
+            np.concatenate([shard.sizes for shard in shards]),
+            np.concatenate([shard.labels for shard in shards]),
+            self.image_size or DEFAULT_SIZE,
+            self.channels or 3,
+            self.workers,
+            self.shuffle_buffer,
+        )
+
+
+def expanded(pattern: str) -> Iterator[str]:
+    """Yield what a list with commas and braces stands for: ``a,b``, ``{a,b}``, ``{000..146}``.
+
+    Raises:
+        ValueError: a brace has no partner.
+    """
+    for part in _at_commas(pattern):
+        start = part.find("{")
+        if start < 0:
+            yield part
+            continue
+        end = _partner(part, start)
+        inside = part[start + 1 : end]
+        numbers = RANGE.fullmatch(inside)
+        for choice in _count(*numbers.groups()) if numbers else expanded(inside):
+            for rest in expanded(part[end + 1 :]):
+                yield part[:start] + choice + rest
+
+
+def _at_commas(text: str) -> list[str]:
+    """Return the parts of ``text`` between commas that stand outside braces."""
+    depth, parts = 0, [""]
+    for letter in text:
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth:
+        raise ValueError("a brace has no partner")
+    return parts
+
+
+def _partner(text: str, start: int) -> int:
+    depth = 0
+    for position, letter in enumerate(text[start:], start):
+        depth += (letter == "{") - (letter == "}")
+        if depth == 0:
+            return position
+    raise ValueError("a brace has no partner")
+
+
+def _count(first: str, last: str) -> Iterator[str]:
+    for number in range(int(first), int(last) + 1):
+        yield f"{number:0{len(first)}d}"
+
+
+def _shards(root: str) -> list[Path]:
+    """Return the shards that ROOT stands for, in its order."""
+    try:
+        names = list(dict.fromkeys(expanded(root)))
+    except ValueError as error:
+        raise DataError(str(error), where=root, expected="data/train-{000..146}.tar") from None
+    paths: list[Path] = []
+    for name in names:
+        if REMOTE.match(name):
+            raise DataError(
+                "lies on another machine",
+                where=name,
+                fix="Copy or mount the shards: they are read from where images lie in them",
+            )
+        path = Path(name.removeprefix("file:"))
+        paths += sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing or not paths:
+        found = f"{len(missing)} of {len(paths)} shards are not there: {', '.join(missing[:3])}"
+        raise DataError(found if missing else "holds no .tar files", where=root)
+    return paths
+
+
+def _split(path: Path) -> str:
+    """Return the split that a shard is part of, by its name or by that of its folder."""
+    words = [word for word in re.split("[^a-z]+", path.stem.lower()) if word in WORDS]
+    return WORDS.get(words[0] if words else path.parent.name.lower(), "train")
+
+
+def _numbered(shards: list[Shard], root: str) -> tuple[tuple[str, ...], list[Shard]]:
+    """Return the names of the classes, and the shards with their numbers for labels."""
+    by_name = [shard.labels.dtype.kind == "U" for shard in shards]
+    if any(by_name) != all(by_name):
+        raise DataError("some shards give classes by number, some by name", where=root)
+    known = np.unique(np.concatenate([np.unique(shard.labels) for shard in shards]))
+    if all(by_name):
+        numbered = [replace(s, labels=np.searchsorted(known, s.labels)) for s in shards]
+        return tuple(map(str, known)), numbered
+    count = int(known[-1]) + 1 if len(known) > 1 else 1
+    return tuple(map(str, range(count))), shards
+
+
+def _held_back(images: Images) -> tuple[Images, Images]:
+    """Return images to train on and to test on: the same ones in every process and every run."""
+    order = np.random.default_rng(0).permutation(len(images))
+    test, train = np.split(order, [max(1, round(TEST_SHARE * len(order)))])
+    return Subset(images, np.sort(train)), Subset(images, np.sort(test))

@@ -299,9 +299,12 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison")] = None,
     force: Annotated[bool, typer.Option(help="Compare what is not comparable")] = False,
+    track: Annotated[
+        str | None, typer.Option(help="Log each run to tensorboard or mlflow as well")
+    ] = None,
 ) -> None:
     """Write the report of a run again, or one comparison of several runs."""
-    _print(commands.report(runs, out, force=force))
+    _print(commands.report(runs, out, force=force, track=track))
 
 
 @app.command()

@@ -40,7 +40,7 @@ OPTIONAL = {  # distribution: (extra, what it enables)
     "captum": ("explain", "attributions in the report"),
     "tensorboard": ("tracking", "training curves in TensorBoard"),
     "mlflow": ("tracking", "runs in MLflow"),
-    "nvidia-ml-py": ("", "clocks, power and energy of NVIDIA GPUs in bench"),
+    "nvidia-ml-py": ("gpu", "clocks, power and energy of NVIDIA GPUs in bench"),
 }
 
 

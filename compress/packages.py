@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from types import ModuleType
 
 from compress.errors import MissingPackageError
+
+SILENCED = {"mlflow": "MLFLOW_DISABLE_TELEMETRY"}  # or it reports its use over the network
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
@@ -26,6 +29,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package {module!r}, which is not installed",
             fix=f"Install it with: pip install 'compress[{extra}]'",
         )
+    if module in SILENCED:  # read at every event: for as long as this process lives
+        os.environ.setdefault(SILENCED[module], "true")
     return importlib.import_module(module)
 
 

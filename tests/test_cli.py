@@ -141,6 +141,8 @@ def test_show_prints_documentation_and_options(compress):
         (["lint", "none.onnx", "--target", "tensorrt"], "none.onnx"),
         (["lint", "x.onnx", "--target", "tensorrt", "--out", "y"], "x.onnx"),
         (["report", "/none"], "/none: there is no such folder"),
+        (["report", "/none", "--track", "wandb"], "no such tracker 'wandb'"),
+        (["report", "/none", "/none"], "Give --out DIR"),
         (["verify", "/none"], "/none"),
         (["build", "none.onnx", "--runtime", "onnxruntime", "--out", "x.onnx"], "none.onnx"),
         (["build", "none.onnx", "--runtime", "onnx", "--out", "x"], "no such runtime 'onnx'"),

@@ -22,3 +22,17 @@ def test_an_absent_package_gives_the_install_line():
 def test_a_dotted_name_below_an_absent_package_is_absent():
     assert not packages.is_installed("absent_package.part")
     assert packages.version("absent-package") is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # MLflow's own
+def test_mlflow_reports_nothing_over_the_network(monkeypatch):
+    pytest.importorskip("mlflow", reason="no mlflow: pip install 'compress[tracking]'")
+    from mlflow.telemetry import utils
+
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(utils, "_IS_IN_CI_ENV_OR_TESTING", False)
+    monkeypatch.setattr(utils, "_IS_MLFLOW_TESTING_TELEMETRY", False, raising=False)
+    packages.require("mlflow", extra="tracking", purpose="a test")
+    assert utils.is_telemetry_disabled()

@@ -104,16 +104,27 @@ def lint(given: Given) -> tuple[RenderableType, bool]:
     return table, bool(findings)
 
 
-def report(runs: Sequence[Path], out: Path | None, *, force: bool) -> RenderableType:
-    """Write the report of one run again, or one comparison of several."""
-    from compress import report as reports
+def report(
+    runs: Sequence[Path], out: Path | None, *, force: bool, track: str | None
+) -> RenderableType:
+    """Write the report of one run again, or one comparison of several; log each run if asked."""
+    from rich.console import Group
+    from rich.text import Text
 
+    from compress import report as reports
+    from compress.report.tracking import tracker
+
+    log = tracker(track) if track else None
     if len(runs) == 1:
         folder = out or runs[0]
-        return reports.summary(reports.write(reports.read_run(runs[0]), folder), folder)
-    if out is None:
+        shown = reports.summary(reports.write(reports.read_run(runs[0]), folder), folder)
+    elif out is None:
         raise UsageError("several runs need a folder for their comparison", fix="Give --out DIR")
-    return reports.compare_runs(runs, out, force=force)
+    else:
+        shown = reports.compare_runs(runs, out, force=force)
+    if log is None:
+        return shown
+    return Group(shown, *(Text(log(reports.read_run(run), run)) for run in runs))
 
 
 def verify(run: Path, json: Path | None, *, measure: bool) -> tuple[RenderableType, bool]:

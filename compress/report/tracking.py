@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
 
+from compress.errors import UnknownNameError
 from compress.packages import require
 from compress.report.markdown import markdown
 from compress.report.schema import Report, Result
@@ -14,19 +14,24 @@ EXPERIMENT = "compress"
 LONGEST = 500  # characters of a parameter in MLflow
 
 
-def track(report: Report, folder: Path | str, tracker: Literal["tensorboard", "mlflow"]) -> None:
-    """Log every figure of ``report``, its recipe, and the report itself.
+def tracker(name: str) -> Callable[[Report, Path], str]:
+    """Return a function that logs every figure of a report, its recipe, and the report itself.
+
+    It takes a report and the folder of its run, below which event files of TensorBoard go, and
+    returns in a sentence where the figures are.
 
     Args:
-        report: What ``write`` wrote to ``folder``.
-        folder: The run folder; event files of TensorBoard go below it.
-        tracker: "tensorboard", or "mlflow" with the server that MLflow is configured for.
+        name: "tensorboard", or "mlflow" with the server that MLflow is configured for.
 
     Raises:
+        UnknownNameError: there is no such tracker.
         MissingPackageError: the tracker is not installed.
     """
-    log = {"tensorboard": _to_tensorboard, "mlflow": _to_mlflow}[tracker]
-    log(report, Path(folder))
+    known = {"tensorboard": _to_tensorboard, "mlflow": _to_mlflow}
+    if name not in known:
+        raise UnknownNameError("tracker", name, known)
+    require(name, extra="tracking", purpose=f"tracker {name!r}")
+    return known[name]
 
 
 def metrics(report: Report) -> dict[str, float]:
@@ -67,18 +72,20 @@ def _flat(prefix: str, value: object) -> Iterator[tuple[str, str]]:
         yield prefix[:-1], str(value)[:LONGEST]
 
 
-def _to_tensorboard(report: Report, folder: Path) -> None:
-    require("tensorboard", extra="tracking", purpose="tracker 'tensorboard'")
+def _to_tensorboard(report: Report, folder: Path) -> str:
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(folder / "tensorboard" / "report")) as writer:
+    logs = folder / "tensorboard"
+    with SummaryWriter(str(logs / "report")) as writer:
         for name, value in metrics(report).items():
             writer.add_scalar(name, value, 0)
         writer.add_text("report", markdown(report), 0)
+    return f"{report.name} is in TensorBoard: tensorboard --logdir {logs}"
 
 
-def _to_mlflow(report: Report, folder: Path) -> None:
-    mlflow = require("mlflow", extra="tracking", purpose="tracker 'mlflow'")
+def _to_mlflow(report: Report, folder: Path) -> str:
+    import mlflow
+
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(EXPERIMENT)
     identity = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
@@ -89,5 +96,7 @@ def _to_mlflow(report: Report, folder: Path) -> None:
         client.log_metric(run, name, value)
     client.set_tag(run, "verdict", report.verdict)
     for name in ("report.html", "report.md", "report.json"):
-        client.log_artifact(run, str(folder / name))
+        if (folder / name).is_file():  # a half-finished run has none
+            client.log_artifact(run, str(folder / name))
     client.set_terminated(run)
+    return f"{report.name} is in MLflow: run {run} of {EXPERIMENT!r} at {mlflow.get_tracking_uri()}"

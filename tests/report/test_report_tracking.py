@@ -5,9 +5,9 @@ from __future__ import annotations
 import made_up
 import pytest
 
-from compress.errors import MissingPackageError
+from compress.errors import MissingPackageError, UnknownNameError
 from compress.report import write
-from compress.report.tracking import metrics, settings, track
+from compress.report.tracking import metrics, settings, tracker
 
 
 def test_every_figure_has_a_name_of_its_own():
@@ -34,7 +34,7 @@ def test_tensorboard_reads_the_figures_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report = write(made_up.report(), tmp_path)
-    track(report, tmp_path, "tensorboard")
+    assert f"--logdir {tmp_path}" in tracker("tensorboard")(report, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "report"))
     events.Reload()
     for name, value in metrics(report).items():
@@ -50,19 +50,25 @@ def test_mlflow_reads_the_figures_back(tmp_path):
         client = mlflow.MlflowClient()
         client.create_experiment("compress", artifact_location=(tmp_path / "files").as_uri())
         report = write(made_up.report(), tmp_path / "run")
-        track(report, tmp_path / "run", "mlflow")
+        told = tracker("mlflow")(report, tmp_path / "run")
         (run,) = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
         assert run.data.metrics == pytest.approx(metrics(report))
         assert run.data.params == settings(report)
         assert run.info.status == "FINISHED"
+        assert run.info.run_id in told
         names = {file.path for file in client.list_artifacts(run.info.run_id)}
         assert names == {"report.html", "report.md", "report.json"}
     finally:
         mlflow.set_tracking_uri(None)
 
 
-@pytest.mark.parametrize("tracker", ["tensorboard", "mlflow"])
-def test_an_absent_tracker_names_the_extra(tmp_path, monkeypatch, tracker):
+@pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
+def test_an_absent_tracker_names_the_extra(monkeypatch, name):
     monkeypatch.setattr("compress.packages.is_installed", lambda name: False)
     with pytest.raises(MissingPackageError, match=r"compress\[tracking\]"):
-        track(made_up.report(), tmp_path, tracker)
+        tracker(name)
+
+
+def test_an_unknown_tracker_names_those_there_are():
+    with pytest.raises(UnknownNameError, match=r"no such tracker 'wandb'.*mlflow, tensorboard"):
+        tracker("wandb")

@@ -39,7 +39,8 @@ from compress.weights import fit, read_weights
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
 KEEP_MACS = 0.5
-REFIT_BATCHES = 4  # of 128 images, without labels
+SCORING_BATCHES = 8  # of 128 images with labels, for criteria that need them
+REFIT_BATCHES = 8  # of 128 images, without labels
 RECALIBRATE_BATCHES = 16
 
 
@@ -132,9 +133,14 @@ def peer_cut(model: CifarResNet, dataset: Dataset, *, residual: bool) -> nn.Modu
     return twin
 
 
-def our_cut(model: CifarResNet, dataset: Dataset, *, fitted: bool) -> nn.Module:
-    """Cut with the defaults; then fit the weights that are left, if asked for."""
-    plan = plan_pruning(model, dataset.example, keep_macs=KEEP_MACS)
+def our_cut(
+    model: CifarResNet, dataset: Dataset, *, criterion: str = "l2", fitted: bool = True
+) -> nn.Module:
+    """Cut by a criterion; then fit the weights that are left, if asked for."""
+    seen = dataset.batches("train", 128, 128 * SCORING_BATCHES)
+    plan = plan_pruning(
+        model, dataset.example, criterion=criterion, keep_macs=KEEP_MACS, batches=seen
+    )
     small = compress.apply_pruning(model, plan)
     if fitted:
         refit(small, model, plan, dataset.batches("train", 128, 128 * REFIT_BATCHES))
@@ -144,18 +150,21 @@ def our_cut(model: CifarResNet, dataset: Dataset, *, fitted: bool) -> nn.Module:
 ARMS: dict[str, Callable[[CifarResNet, Dataset], nn.Module]] = {
     "torch-pruning": lambda model, data: peer_cut(model, data, residual=True),
     "torch-pruning, inner layers": lambda model, data: peer_cut(model, data, residual=False),
-    "compress, cut alone": lambda model, data: our_cut(model, data, fitted=False),
-    "compress": lambda model, data: our_cut(model, data, fitted=True),
+    "compress, l2, not refitted": lambda model, data: our_cut(model, data, fitted=False),
+    "compress, l2": our_cut,
+    "compress": lambda model, data: our_cut(model, data, criterion="taylor"),
 }
 
 
-def run(arm: str, model: CifarResNet, dataset: Dataset, epochs: int, seed: int) -> dict[str, Any]:
+def run(
+    arm: str, model: CifarResNet, dataset: Dataset, epochs: int, lr: float, seed: int
+) -> dict[str, Any]:
     """Cut, judge, fine-tune, judge; return one row."""
     start = time.perf_counter()
     small = ARMS[arm](model, dataset)
     cut_s = time.perf_counter() - start
     row: dict[str, Any] = {
-        "arm": arm, "seed": seed, "epochs": epochs, "cut_s": round(cut_s, 2),
+        "arm": arm, "seed": seed, "epochs": epochs, "lr": lr, "cut_s": round(cut_s, 2),
         "macs": macs_of(small), "macs_before": macs_of(model),
         "params": sum(p.numel() for n, p in small.named_parameters() if "_shortcut" not in n),
     }  # fmt: skip
@@ -165,7 +174,7 @@ def run(arm: str, model: CifarResNet, dataset: Dataset, epochs: int, seed: int) 
     row["recalibrated_top1_pct"] = answers(copied, dataset).correct.mean().item() * 100
     if epochs:
         settings = TrainSettings(
-            epochs=epochs, lr=0.05, schedule="one-cycle", weight_decay=5e-4, batch_size=128,
+            epochs=epochs, lr=lr, schedule="one-cycle", weight_decay=5e-4, batch_size=128,
             precision="bf16", augment=AugmentSettings(crop_padding=4, flip=True),
         )  # fmt: skip
         start = time.perf_counter()
@@ -219,9 +228,10 @@ def table(result: dict[str, Any]) -> str:
         f"# {result['network']} on CIFAR-10, cut to {KEEP_MACS:.0%} of its MACs",
         "",
         f"Uncut: {result['original_top1_pct']:.2f} %. Fine-tuning of all arms: SGD with Nesterov "
-        f"momentum 0.9, one-cycle to 0.05, batch 128, weight decay 5e-4, crop + flip, bf16. "
-        f"'compress' also fits the cut network to the uncut one on {128 * REFIT_BATCHES} training "
-        "images, without labels, before fine-tuning; 'cut alone' does not. The peer gets the same "
+        f"momentum 0.9, one-cycle to {rows[0]['lr']}, batch 128, weight decay 5e-4, crop + flip, "
+        f"bf16. 'compress' scores by Taylor on {128 * SCORING_BATCHES} training images and fits "
+        f"the cut network to the uncut one on {128 * REFIT_BATCHES}, without labels, before "
+        "fine-tuning; the other arms score by L2 as the peer does. The peer gets the same "
         "network with padding shortcuts written as fixed 1x1 convolutions and pooling as a mean, "
         "without which it breaks it; these are not counted. 10,000 test images.",
         "",
@@ -250,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=20, choices=sorted(CHECKPOINTS))
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=0.02, help="peak of the one-cycle schedule")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=["torch-pruning", "compress"], choices=ARMS)
     parser.add_argument("--npz", default=os.environ.get("COMPRESS_CIFAR10"))
@@ -273,7 +284,7 @@ def main() -> None:
     }
     for seed in given.seeds:
         for arm in given.arms:
-            rows.append(run(arm, model, dataset, given.epochs, seed))
+            rows.append(run(arm, model, dataset, given.epochs, given.lr, seed))
             print({k: v for k, v in rows[-1].items() if k != "correct"}, flush=True)
             references = [a for a in ARMS if a != "compress"]
             found = (compare(rows, reference, "compress") for reference in references)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +34,8 @@ class RunFolder:
 
         Args:
             root: Where it is, or will be.
-            recipe: What is run; a folder that was begun with another recipe is refused.
+            recipe: What is run. A folder that was begun with another recipe is refused, unless
+                they differ only in stages that have left nothing in it yet.
             fresh: Start over: what an earlier run of any recipe left there is removed.
 
         Raises:
@@ -53,10 +54,14 @@ class RunFolder:
         wanted = to_json(recipe)
         if (root / RUN_FILE).is_file():
             folder._check_recipe(wanted)
+            if folder.description()["recipe"] == wanted:
+                return folder
+            description = folder.description() | {"recipe": wanted}
         else:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            folder.write_description({"created": now, "recipe": wanted, "artifacts": []})
-            artifact.write_text(root / RECIPE_FILE, dump(recipe))
+            description = {"created": now, "recipe": wanted, "artifacts": []}
+        folder.write_description(description)
+        artifact.write_text(root / RECIPE_FILE, dump(recipe))
         return folder
 
     def description(self) -> dict[str, Any]:
@@ -89,20 +94,45 @@ class RunFolder:
         artifact.write_json(stage / DONE_FILE, dict(result))
 
     def _check_recipe(self, wanted: dict[str, Any]) -> None:
+        """Refuse a recipe that changes stages which have left something here already."""
         stored = self.description().get("recipe", {})
-        if stored != wanted:
-            changed = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
+        changed = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
+        first = _first_changed(stored, wanted, changed) if changed else len(wanted["stages"]) + 2
+        begun = [path for path in self._stages() if int(path.name[:2]) >= first]
+        if any(file.is_file() for path in begun for file in path.rglob("*")):
             raise RunError(
                 f"the folder belongs to another recipe; these keys differ: {', '.join(changed)}",
                 where=str(self.root),
                 fix="Give another folder with --out, or start over with --fresh",
             )
 
+    def _stages(self) -> list[Path]:
+        return [
+            path
+            for path in self.root.iterdir()
+            if path.is_dir() and path.name[:2].isdigit() and path.name[2:3] == "-"
+        ]
+
     def _clear(self) -> None:
         """Remove what a run wrote, and nothing else."""
-        for path in self.root.iterdir():
-            is_stage = path.is_dir() and path.name[:2].isdigit() and path.name[2:3] == "-"
-            if is_stage:
-                shutil.rmtree(path)
-            elif path.name in OWN_FILES:
-                path.unlink()
+        for path in self._stages():
+            shutil.rmtree(path)
+        for name in OWN_FILES:
+            (self.root / name).unlink(missing_ok=True)
+
+
+def _first_changed(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], changed: Sequence[str]
+) -> int:
+    """Return the number of the first stage folder that depends on one of the ``changed`` keys."""
+    before, after = stored.get("stages", []), wanted["stages"]
+    has_original = [not stages or "train" not in stages[0] for stages in (before, after)]
+    if set(changed) - {"stages", "targets", "gates", "measure"} or len(set(has_original)) > 1:
+        return 0
+    alike = 0
+    while alike < min(len(before), len(after)) and before[alike] == after[alike]:
+        alike += 1
+    if "targets" in changed:  # which int8 graphs are written is theirs to say
+        verbs = [next(iter(stage)) for stage in after]
+        alike = min(alike, verbs.index("quantize") if "quantize" in verbs else alike)
+    return alike + has_original[0]

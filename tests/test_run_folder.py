@@ -32,7 +32,8 @@ def test_finishing_a_stage_again_replaces_its_files(tmp_path):
 
 
 def test_another_recipe_is_refused_and_nothing_is_touched(tmp_path):
-    RunFolder.open(tmp_path, recipe())
+    folder = RunFolder.open(tmp_path, recipe())
+    folder.finish(folder.stage(0, "original"), {}, [])
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(RunError, match="belongs to another recipe; these keys differ: seed"):
         RunFolder.open(tmp_path, recipe(seed=1))
@@ -60,3 +61,38 @@ def test_the_resolved_recipe_lies_in_the_folder_and_repeats_the_run(tmp_path):
     wanted = recipe(stages=[{"prune": {"keep_macs": 0.5}}, "quantize"], seed=3)
     RunFolder.open(tmp_path, wanted)
     assert load_recipe(tmp_path / "recipe.yaml") == wanted
+
+
+CUT = {"prune": {"keep_macs": 0.5}}
+
+
+def test_a_stage_that_left_nothing_may_be_corrected(tmp_path):
+    """A wrong budget failed; the right one goes on with the original that is there."""
+    folder = RunFolder.open(tmp_path, recipe(stages=[{"prune": {"keep_macs": 0.001}}]))
+    folder.finish(folder.stage(0, "original"), {"a": 1}, [])
+    folder.stage(1, "prune").mkdir()
+    corrected = recipe(stages=[CUT], gates={"speedup": 2})
+    again = RunFolder.open(tmp_path, corrected)
+    assert again.result(again.stage(0, "original")) == {"a": 1}
+    assert load_recipe(tmp_path / "recipe.yaml") == corrected
+    assert RunFolder.open(tmp_path, corrected).description()["recipe"]["gates"]["speedup"] == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("01-prune", {"stages": [{"prune": {"keep_macs": 0.4}}, "quantize"]}),
+        ("02-quantize", {"targets": [{"runtime": "openvino"}]}),
+        ("03-measure", {"gates": {"speedup": 2}}),
+        ("00-original", {"stages": ["train", CUT, "quantize"]}),
+    ],
+)
+def test_what_a_stage_left_is_never_lost_to_another_recipe(tmp_path, stage, changes):
+    begun = {"stages": [CUT, "quantize"], "targets": [{"runtime": "onnxruntime"}]}
+    RunFolder.open(tmp_path, recipe(**begun))
+    checkpoint = tmp_path / stage / "training" / "last.pt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.write_text("hours of work")
+    with pytest.raises(RunError, match="belongs to another recipe"):
+        RunFolder.open(tmp_path, recipe(**(begun | changes)))
+    assert checkpoint.read_text() == "hours of work"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from compress.qdq.graph import (
     replace_nodes,
     set_constant,
 )
+from compress.qdq.skeleton import check, infer_shapes
 
 OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
 CONVERTED_OPSET = 17
@@ -30,8 +30,6 @@ _INT8_OPS = frozenset(
     | {"DynamicQuantizeLinear", "QGemm", "FakeQuantizeLearnablePerTensorAffine"}
 )
 _DONE = "compress.prepared"  # key in the metadata of a prepared graph
-_PROTOBUF_LIMIT = 2**31 - 2**20
-_LARGEST_SHAPE = 1024  # elements
 _NO_EFFECT = frozenset({"Identity", "Dropout"})
 
 
@@ -105,27 +103,6 @@ def finished(model: ModelProto) -> None:
     model.metadata_props.extend(kept)
 
 
-def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
-    """Fill in the shapes and types of all tensors of ``model``, without copying its weights.
-
-    Raises:
-        QuantizationError: shapes contradict each other.
-    """
-    skeleton = ModelProto()
-    skeleton.CopyFrom(model)
-    for tensor in skeleton.graph.initializer:
-        if math.prod(tensor.dims) > _LARGEST_SHAPE:  # no op reads a shape or axes from it
-            for data in ("raw_data", "float_data", "int32_data", "int64_data", "double_data"):
-                tensor.ClearField(data)
-    try:
-        found = onnx.shape_inference.infer_shapes(skeleton, data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise QuantizationError(f"shape inference fails: {error}", where=where) from None
-    for field in ("value_info", "output"):
-        model.graph.ClearField(field)
-        getattr(model.graph, field).extend(getattr(found.graph, field))
-
-
 def _damaged(path: Path, error: Exception | None = None) -> QuantizationError:
     reason = f" ({error})" if error else ""
     return QuantizationError(
@@ -182,12 +159,8 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 expected=f"opset {OLDEST_OPSET} or newer",
                 fix="Export the network again with a newer opset",
             ) from None
-    try:
-        infer_shapes(model, where)  # some exporters leave outputs without
-        if model.ByteSize() < _PROTOBUF_LIMIT:
-            onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        raise QuantizationError(f"it is not valid ONNX: {error}", where=where) from None
+    infer_shapes(model, where)  # some exporters leave outputs without
+    check(model, where)
     model.ir_version = max(model.ir_version, 8)
     return model
 
@@ -428,9 +401,9 @@ def _drop_unused(model: ModelProto) -> None:
             needed.update(_captured(node))
             kept.append(node)
     replace_nodes(model, reversed(kept))
-    constants = [t for t in model.graph.initializer if t.name in needed]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(constants)
+    for position in reversed(range(len(model.graph.initializer))):
+        if model.graph.initializer[position].name not in needed:
+            del model.graph.initializer[position]
 
 
 def _captured(node: NodeProto) -> set[str]:

@@ -21,8 +21,9 @@ from compress.qdq.graph import (
 )
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.prepare import finished, infer_shapes, prepare
+from compress.qdq.prepare import finished, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
+from compress.qdq.skeleton import check, infer_shapes
 
 _BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
 _SMALLEST_SCALE = 1e-12
@@ -79,7 +80,7 @@ def write_qdq(
     del written.graph.value_info[:]
     finished(written)
     infer_shapes(written)
-    onnx.checker.check_model(written, full_check=True)
+    check(written, full=True)
     return written
 
 

@@ -7,7 +7,7 @@ from onnx import ModelProto
 
 from compress.errors import QuantizationError
 from compress.qdq.graph import Graph, all_names, fresh_name, set_constant
-from compress.qdq.prepare import infer_shapes
+from compress.qdq.skeleton import infer_shapes
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
 

@@ -67,16 +67,22 @@ class Images:
                 yield self._gather(chosen)
             return
         seen = 0
+        rest: list[Feed] = []
         for index, batch in enumerate(self.stream()):
             feed = self._feed(batch, index)
             if index == 0:
                 _warn_if_unusual([feed])
-            for start in range(0, _size(feed), size):
-                part = {name: array[start : start + size] for name, array in feed.items()}
+            feed = _join([*rest, feed])
+            whole = _size(feed) // size * size
+            for start in range(0, whole, size):
                 if limit is not None and seen >= limit:
                     return
-                seen += _size(part)
-                yield part
+                seen += size
+                yield {name: array[start : start + size] for name, array in feed.items()}
+            rest = [{name: array[whole:] for name, array in feed.items()}]
+        if rest and (last := _size(rest[0])):
+            seen += last
+            yield rest[0]
         _check_count(seen)
 
     def split(self, count: int, held_back: int) -> tuple[Feed, Feed]:

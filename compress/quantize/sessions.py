@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import ModelProto
+from numpy.typing import NDArray
+from onnx import ModelProto, numpy_helper
 
-_PROTOBUF_LIMIT = 2**31 - 2**20  # bytes of one message
+from compress.qdq.skeleton import is_large, skeleton
 
 
 def session_of(model: ModelProto, threads: int | None = None, *, float_qdq: bool = False) -> Any:
@@ -29,15 +28,35 @@ def session_of(model: ModelProto, threads: int | None = None, *, float_qdq: bool
         options.intra_op_num_threads = threads
     if float_qdq:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    providers = ["CPUExecutionProvider"]
-    if model.ByteSize() < _PROTOBUF_LIMIT:
-        return ort.InferenceSession(model.SerializeToString(), options, providers=providers)
-    with tempfile.TemporaryDirectory() as folder:
-        path = str(Path(folder) / "model.onnx")
-        copy = ModelProto()
-        copy.CopyFrom(model)
-        onnx.save(copy, path, save_as_external_data=True, location="weights.bin")
-        return ort.InferenceSession(path, options, providers=providers)
+    light, weights = _without_weights(model)
+    values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    session = ort.InferenceSession(
+        light.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    session.weights = values  # it reads their memory
+    return session
+
+
+def _without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, NDArray[Any]]]:
+    """Return a graph whose large constants are said to lie elsewhere, and these.
+
+    Handed over beside the graph they are copied once, and no message grows past 2 GiB.
+    """
+    light = skeleton(model)
+    weights = {}
+    for tensor in model.graph.initializer:
+        if is_large(tensor):
+            value = weights[tensor.name] = numpy_helper.to_array(tensor)
+            entry = light.graph.initializer.add(
+                name=tensor.name,
+                dims=tensor.dims,
+                data_type=tensor.data_type,
+                data_location=onnx.TensorProto.EXTERNAL,
+            )
+            for key, text in (("location", "memory"), ("length", str(value.nbytes))):
+                entry.external_data.add(key=key, value=text)
+    return light, weights
 
 
 def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:

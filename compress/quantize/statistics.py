@@ -73,8 +73,7 @@ def calibrate(
     runner = _Runner(prepared, names, threads)
     total = len(images.order) if images.stream is None else None
     with progress.task("Calibrating", total) as counter:
-        size = images.fixed_batch or runner.batch_size(next(images.feeds(1)))
-        for feed in images.feeds(size):
+        for feed in images.feeds(runner.batch_size(images)):
             count = len(next(iter(feed.values())))
             for name, values in runner.run(feed, images.fixed_batch).items():
                 _observe(statistics.tensors[name], values, count, graph, name, histograms)
@@ -106,12 +105,19 @@ class _Runner:
         self.inputs = [name for name in names if name in inputs]
         self.names = [name for name in names if name not in inputs]
         self.session = session_of(with_outputs(prepared, self.names), threads)
-        self.buffers: dict[int, dict[str, NDArray[Any]]] = {}
+        self.shapes = Graph(prepared).shapes
+        self.buffers: dict[int, dict[str, NDArray[Any]]] = {}  # by number of images
 
-    def batch_size(self, feed: Feed) -> int:
-        """Return how many images fit in one run, from a run of one."""
-        elements = sum(array.size for array in self._first(feed).values())
-        return int(np.clip(_ELEMENTS // max(elements, 1), 1, 32))
+    def batch_size(self, images: Images) -> int:
+        """Return how many images go into one run: what the graph fixes, or what fits in memory."""
+        if images.fixed_batch:
+            return images.fixed_batch
+        shapes = [self.shapes.get(name) for name in self.names]
+        sizes = [0 if shape is None else math.prod(d or 0 for d in shape[1:]) for shape in shapes]
+        if not all(sizes):
+            values = self.session.run(self.names, next(images.feeds(1)))
+            sizes = [value.size for value in values]
+        return int(np.clip(_ELEMENTS // max(sum(sizes), 1), 1, 32))
 
     def run(self, feed: Feed, fixed_batch: int | None) -> Mapping[str, NDArray[Any]]:
         """Return the observed tensors for a batch; they are overwritten by the next run."""
@@ -122,28 +128,26 @@ class _Runner:
                 for name, array in feed.items()
             }
         size = len(next(iter(feed.values())))
-        if size not in self.buffers:
-            self.buffers[size] = self._first(feed)
-        buffers = self.buffers[size]
-        binding = self.session.io_binding()
-        for name, array in feed.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        for name, buffer in buffers.items():
-            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
-        self.session.run_with_iobinding(binding)
-        seen = {name: feed[name] for name in self.inputs} | buffers
+        seen = {name: feed[name] for name in self.inputs} | self._outputs(feed, size)
         if size == count:
             return seen
         return {
             name: array[:count] if array.shape[0] == size else array for name, array in seen.items()
         }
 
-    def _first(self, feed: Feed) -> dict[str, NDArray[Any]]:
-        values = self.session.run(self.names, feed)
-        return {
-            name: np.ascontiguousarray(value)
-            for name, value in zip(self.names, values, strict=True)
-        }
+    def _outputs(self, feed: Feed, size: int) -> dict[str, NDArray[Any]]:
+        if size not in self.buffers:
+            values = self.session.run(self.names, feed)
+            made = zip(self.names, map(np.ascontiguousarray, values), strict=True)
+            self.buffers[size] = dict(made)
+            return self.buffers[size]
+        binding = self.session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name, buffer in self.buffers[size].items():
+            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        return self.buffers[size]
 
 
 def _observe(

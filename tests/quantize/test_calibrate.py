@@ -12,10 +12,12 @@ from int8_graphs import GRAPHS, Sketch, images, residual, run
 from compress.errors import QuantizationError, UnknownNameError, UsageError
 from compress.observers import Histogram
 from compress.qdq import prepare, read_onnx
+from compress.qdq.graph import Graph
 from compress.qdq.plan import TARGETS
+from compress.qdq.skeleton import is_large, skeleton
 from compress.quantize import calibrate, make_plan, quantize_onnx
 from compress.quantize.images import Images
-from compress.quantize.sessions import with_outputs
+from compress.quantize.sessions import session_of, with_outputs
 from compress.quantize.statistics import SAMPLE, observed_tensors
 
 
@@ -54,6 +56,27 @@ def test_a_stream_gives_what_a_list_gives():
     assert streamed.activations.keys() == listed.activations.keys()
     for name, found in streamed.activations.items():
         assert found.high == pytest.approx(listed.activations[name].high, rel=0.02)
+
+
+@pytest.mark.parametrize("parts", [24, 5, 1])
+def test_a_stream_is_cut_into_equal_batches(parts):
+    model = residual()
+    feed = images(model, 24)["input"]
+    stream = Images(Graph(prepare(model)), lambda: iter(np.array_split(feed, parts)))
+    batches = [batch["input"] for batch in stream.feeds(7)]
+    assert [len(batch) for batch in batches] == [7, 7, 7, 3]
+    assert np.array_equal(np.concatenate(batches), feed)
+
+
+def test_large_weights_are_handed_to_onnxruntime_beside_the_graph():
+    s = Sketch((24, 6, 6))
+    s.head(s.relu(s.conv("input", "c", 24, 24)), 24)
+    model = s.model()
+    weight = next(t for t in model.graph.initializer if t.name == "c_w")
+    assert is_large(weight) and len(skeleton(model).graph.initializer) == 3
+    feed = images(model, 3)
+    (found,) = session_of(model).run(None, feed)
+    assert np.array_equal(found, run(model, feed)[0])
 
 
 def test_memory_does_not_grow_with_the_number_of_images():
@@ -195,6 +218,16 @@ def test_files_that_cannot_be_quantized(case, message, tmp_path):
     with pytest.raises(QuantizationError, match=message) as caught:
         quantize_onnx(path, [images(residual())], tmp_path / "q.onnx")
     assert "m.onnx" in str(caught.value) and not (tmp_path / "q.onnx").exists()
+
+
+def test_a_weight_that_is_cut_short_is_named():
+    s = Sketch((24, 6, 6))
+    s.head(s.relu(s.conv("input", "c", 24, 24)), 24)
+    model = s.model()
+    weight = next(t for t in model.graph.initializer if t.name == "c_w")
+    weight.raw_data = weight.raw_data[:-4]
+    with pytest.raises(QuantizationError, match=r"'c_w' holds 20732 bytes, .* needs 20736"):
+        prepare(model)
 
 
 def test_external_data_outside_its_folder_is_refused(tmp_path):

@@ -1,0 +1,90 @@
+"""A graph without its large weights: checks and shape inference that cost the same at any size."""
+
+from __future__ import annotations
+
+import math
+
+import onnx
+from onnx import ModelProto, TensorProto, helper
+
+from compress.errors import QuantizationError
+
+LARGEST = 1024  # elements of a constant that stays: no op reads a shape or axes from a larger one
+
+
+def is_large(tensor: TensorProto) -> bool:
+    """Return whether a skeleton leaves the values of ``tensor`` out."""
+    return bool(math.prod(tensor.dims) > LARGEST)
+
+
+def skeleton(model: ModelProto) -> ModelProto:
+    """Return a copy of ``model`` without its large constants; it does not say that they lack."""
+    bare = ModelProto()
+    _copy_fields(model, bare, "graph")
+    _copy_fields(model.graph, bare.graph, "initializer")
+    bare.graph.initializer.extend(t for t in model.graph.initializer if not is_large(t))
+    return bare
+
+
+def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
+    """Fill in the shapes and types of all tensors of ``model``.
+
+    Raises:
+        QuantizationError: shapes contradict each other.
+    """
+    try:
+        found = onnx.shape_inference.infer_shapes(_complete(model), data_prop=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise QuantizationError(f"shape inference fails: {error}", where=where) from None
+    for field in ("value_info", "output"):
+        model.graph.ClearField(field)
+        getattr(model.graph, field).extend(getattr(found.graph, field))
+
+
+def check(model: ModelProto, where: str = "the ONNX graph", *, full: bool = False) -> None:
+    """Check ``model`` by the rules of ONNX; with ``full``, its shapes too.
+
+    Raises:
+        QuantizationError: it breaks one.
+    """
+    try:
+        onnx.checker.check_model(_complete(model), full_check=full)
+        for tensor in model.graph.initializer:
+            _check_size(tensor)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise QuantizationError(f"it is not valid ONNX: {error}", where=where) from None
+
+
+def _complete(model: ModelProto) -> ModelProto:
+    """Return a valid graph that has its large constants as inputs."""
+    bare = skeleton(model)
+    named = {value.name for value in model.graph.input}
+    bare.graph.input.extend(
+        helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+        for t in model.graph.initializer
+        if is_large(t) and t.name not in named
+    )
+    return bare
+
+
+def _check_size(tensor: TensorProto) -> None:
+    if not is_large(tensor) or not tensor.HasField("raw_data"):
+        return
+    kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    wanted, there = math.prod(tensor.dims) * kind.itemsize, len(tensor.raw_data)
+    if there != wanted and kind.isbuiltin == 1:  # others may be packed
+        raise onnx.checker.ValidationError(
+            f"constant {tensor.name!r} holds {there} bytes, and its shape needs {wanted}"
+        )
+
+
+def _copy_fields(source: object, copy: object, without: str) -> None:
+    for field, value in source.ListFields():  # type: ignore[attr-defined]
+        if field.name == without:
+            continue
+        if field.is_repeated:
+            getattr(copy, field.name).extend(value)
+        elif field.message_type is not None:
+            getattr(copy, field.name).CopyFrom(value)
+        else:
+            setattr(copy, field.name, value)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import PlanError
-from compress.groups import trace
+from compress.groups import kernels, trace
 
 STAYS = {  # network -> layers, besides those that make an output, of which something must stay
     "ConstantSplit": {"body.wide.0"},
@@ -271,3 +271,48 @@ def test_the_same_network_gives_the_same_groups() -> None:
         for a, b in zip(mine.slices, theirs.slices, strict=True):
             assert (a.tensor, a.dim, a.role) == (b.tensor, b.dim, b.role)
             np.testing.assert_array_equal(a.index, b.index)
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("native_layer_norm", (meta(2, 7, 5), [5], meta(5), meta(5), 1e-5)),
+        ("native_layer_norm", (meta(2, 7, 5), [7, 5], None, None, 1e-5)),
+        ("addmm", (meta(6), meta(4, 3), meta(3, 6))),
+        ("convolution", (meta(2, 6, 9, 8), meta(4, 3, 3, 2), None, [2, 1], [1, 0], [1, 2], False,
+                         [0, 0], 2)),
+        ("cat", ([meta(2, 3, 4), meta(2, 5, 4)], 1)),
+        ("mean", (meta(2, 3, 4, 5), [2, 3], True)),
+        ("native_batch_norm", (meta(2, 3, 4), *(meta(3) for _ in range(4)), False, 0.1, 1e-5)),
+        ("mul", (meta(2, 3), meta(2, 3))),
+    ],
+)  # fmt: skip
+def test_shapes_known_beforehand_are_those_of_pytorch(op: str, args: tuple[object, ...]) -> None:
+    packet = getattr(torch.ops.aten, op)
+    func = packet.Tensor if op == "mul" else packet.dim if op == "mean" else packet.default
+    fast = kernels._FAST[op](func, args)
+    assert fast is not NotImplemented
+    with torch.no_grad():
+        expected = func(*args)
+    found = [tuple(t.shape) for t in kernels.tensors_in(fast)]
+    assert found[:1] == [tuple(t.shape) for t in kernels.tensors_in(expected)][:1]
+    if op == "native_layer_norm":
+        assert found == [tuple(t.shape) for t in kernels.tensors_in(expected)]
+
+
+@pytest.mark.parametrize(
+    ("op", "args"),
+    [
+        ("native_layer_norm", (meta(2, 7, 5), [4], None, None, 1e-5)),
+        ("addmm", (meta(6), meta(4, 3), meta(2, 6))),
+    ],
+)
+def test_what_does_not_fit_is_left_for_pytorch_to_refuse(op: str, args: tuple[object, ...]) -> None:
+    func = getattr(torch.ops.aten, op).default
+    assert kernels._FAST[op](func, args) is NotImplemented
+    with pytest.raises(RuntimeError):
+        kernels.run(func, op, args, {})

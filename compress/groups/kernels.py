@@ -179,11 +179,29 @@ def _mean(func: OpOverload, args: tuple[Any, ...]) -> Any:
     return x.new_empty(sizes)
 
 
+def _layer_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x, over = args[0], args[1]
+    if x.device.type != "meta" or tuple(x.shape[-len(over) :]) != tuple(over):
+        return NotImplemented
+    statistics = x.new_empty((*x.shape[: -len(over)], *([1] * len(over))))
+    return x.new_empty(x.shape), statistics, statistics.clone()
+
+
+def _addmm(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    bias, first, second = args[:3]
+    alike = first.device.type == "meta" and first.dtype == second.dtype == bias.dtype
+    if not alike or first.shape[1] != second.shape[0] or bias.shape != second.shape[1:]:
+        return NotImplemented
+    return first.new_empty((first.shape[0], second.shape[1]))
+
+
 _FAST: dict[str, Callable[[OpOverload, tuple[Any, ...]], Any]] = {
     "native_batch_norm": _batch_norm,
     "convolution": _convolution,
     "cat": _cat,
     "mean": _mean,
+    "native_layer_norm": _layer_norm,
+    "addmm": _addmm,
     **dict.fromkeys(
         words(
             "relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish add mul"

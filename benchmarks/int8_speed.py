@@ -5,7 +5,7 @@
 Networks have random weights (speed does not depend on them), 224 x 224, batch 1 and 8. All graphs
 of a network are timed in turns within each round, so that a change of the machine's load meets all
 of them; the figure is the smallest time of each. Convolutions that the runtime left in float are
-counted in ONNX Runtime's optimized graph.
+counted in ONNX Runtime's optimized graph. A graph that the runtime cannot run is listed as such.
 """
 
 from __future__ import annotations
@@ -74,6 +74,19 @@ def convolutions(path: Path) -> tuple[int, int]:
     return kinds.count("QLinearConv"), sum(k in ("Conv", "FusedConv") for k in kinds)
 
 
+def runnable(paths: dict[str, Path], opener: Callable[[Path, int], Run], threads: int) -> dict:
+    """Return what runs each graph, or the first line of the error that it gives."""
+    x = np.zeros((1, 3, 224, 224), np.float32)
+    found: dict[str, Run | str] = {}
+    for name, path in paths.items():
+        try:
+            found[name] = opener(path, threads)
+            found[name](x)
+        except Exception as error:  # noqa: BLE001 - each runtime has errors of its own
+            found[name] = str(error).splitlines()[0]
+    return found
+
+
 def race(runs: dict[str, Run], batch: int, rounds: int) -> dict[str, float]:
     """Return the least milliseconds of each, timed in turns."""
     x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
@@ -89,16 +102,21 @@ def race(runs: dict[str, Run], batch: int, rounds: int) -> dict[str, float]:
 
 
 def graphs_of(name: str, folder: Path) -> dict[str, Path]:
-    """Return the graphs of a network by who made them."""
-    paths = {"fp32": folder / "fp32.onnx"}
-    export(name, paths["fp32"])
+    """Return the graphs of a network by who made them; those already in ``folder`` are kept."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fp32 = folder / "fp32.onnx"
+    paths = {"fp32": fp32}
     images = np.random.default_rng(1).standard_normal((16, 3, 224, 224)).astype(np.float32)
+    if not fp32.exists():
+        export(name, fp32)
     for target in ("onnxruntime", "openvino", "tensorrt"):
-        paths[f"ours {target}"] = folder / f"{target}.onnx"
-        quantize_onnx(paths["fp32"], [images], paths[f"ours {target}"], target, method="plain")
+        out = paths[f"ours {target}"] = folder / f"{target}.onnx"
+        if not out.exists():
+            quantize_onnx(fp32, [images], out, target, method="plain")
     for peer in ("ort defaults", "ort tuned", "nncf"):
-        paths[peer] = folder / f"{peer}.onnx"
-        int8_peers.quantize_by(peer, paths["fp32"], images, paths[peer])
+        out = paths[peer] = folder / f"{peer}.onnx"
+        if not out.exists():
+            int8_peers.quantize_by(peer, fp32, images, out)
     return paths
 
 
@@ -109,6 +127,9 @@ def table(rows: list[dict]) -> str:
     ]
     for r in rows:
         counted = f"{r['convs_int8']} / {r['convs_float']}" if "convs_int8" in r else ""
+        if "fails" in r:
+            lines.append(f"| {r['network']} | {r['runtime']} | | {r['graph']} | does not run | | |")
+            continue
         lines.append(
             f"| {r['network']} | {r['runtime']} | {r['batch']} | {r['graph']} |"
             f" {r['latency_ms_min']:.2f} | {r['speedup']:.2f} | {counted} |"
@@ -121,6 +142,8 @@ def main() -> None:
     parser.add_argument("--networks", default=NETWORKS)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--graphs", type=Path, help="folder to make graphs in, or to find them")
+    parser.add_argument("--make-only", action="store_true", help="make the graphs, time nothing")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -128,9 +151,13 @@ def main() -> None:
     openers = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
     for network in options.networks.split(","):
         with tempfile.TemporaryDirectory() as folder:
-            paths = graphs_of(network, Path(folder))
-            for runtime, opener in openers.items():
-                runs = {name: opener(path, options.threads) for name, path in paths.items()}
+            paths = graphs_of(network, (options.graphs or Path(folder)) / network)
+            for runtime, opener in openers.items() if not options.make_only else ():
+                found = runnable(paths, opener, options.threads)
+                runs = {name: run for name, run in found.items() if not isinstance(run, str)}
+                for name in found.keys() - runs.keys():
+                    row = {"network": network, "runtime": runtime, "graph": name}
+                    rows.append({**row, "fails": found[name]})
                 for batch in (1, 8):
                     for name, best in (times := race(runs, batch, options.rounds)).items():
                         row = {"network": network, "runtime": runtime, "batch": batch}
@@ -140,6 +167,8 @@ def main() -> None:
                             row["convs_int8"], row["convs_float"] = convolutions(paths[name])
                         rows.append(row)
                         print(row, flush=True)
+    if options.make_only:
+        return
     options.out.mkdir(parents=True, exist_ok=True)
     content = {"threads": options.threads, "rounds": options.rounds, "rows": rows}
     (options.out / "int8_speed.json").write_text(json.dumps(content, indent=1) + "\n")

@@ -26,21 +26,21 @@ def quantize_graphs(
 ) -> Outcome:
     """Write one int8 graph for each kind of runtime among the recipe's targets."""
     from compress.qdq import read_onnx
-    from compress.quantize import quantize_onnx
+    from compress.quantize import quantize_targets
 
     parent = before[-1]
+    outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(job.recipe)}
+    made = quantize_targets(
+        job.path(parent),
+        _calibration_batches(job, settings.samples),
+        outs,
+        settings.method,
+        settings.observer,
+        exclude=settings.exclude,
+    )
     variants, plans, training, gates = [], {}, {}, []
-    for form in int8_forms(job.recipe):
-        out = stage / f"model.{form}.onnx"
-        plan = quantize_onnx(
-            job.path(parent),
-            _calibration_batches(job, settings.samples),
-            out,
-            target=form,
-            method=settings.method,
-            observer=settings.observer,
-            exclude=settings.exclude,
-        )
+    for form, plan in made.items():
+        out = outs[form]
         model = read_onnx(job.path(parent))
         if settings.qat is not None:
             trained = _train_quantized(job, settings, plan, parent, stage / f"qat-{form}")

@@ -40,6 +40,10 @@ class Statistics:
     images: int = 0
     counted: bool = True
 
+    def of(self, names: Iterable[str]) -> Statistics:
+        """Return what was seen of the tensors ``names`` alone."""
+        return Statistics({name: self.tensors[name] for name in names}, self.images, self.counted)
+
 
 def calibrate(
     model: ModelProto,

@@ -1,4 +1,4 @@
-"""The verb: an fp32 ONNX file and images in, the Q/DQ file of one target out."""
+"""The verb: an fp32 ONNX file and images in, the Q/DQ file of each target out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compress.qdq.prepare import prepare, read_onnx
 from compress.qdq.writer import write_qdq
 from compress.quantize.images import Batches, Images
 from compress.quantize.methods import METHODS, Workbench, plan_by
-from compress.quantize.statistics import calibrate
+from compress.quantize.statistics import calibrate, observed_tensors
 
 
 def quantize_onnx(
@@ -46,24 +46,56 @@ def quantize_onnx(
         QuantizationError: the file or the images cannot be used; nothing is written.
         UnknownNameError: there is no such target, method, observer or node.
     """
-    if target not in TARGETS:
-        raise UnknownNameError("target", target, TARGETS)
+    plans = quantize_targets(path, batches, {target: out}, method, observer, exclude=exclude)
+    return plans[target]
+
+
+def quantize_targets(
+    path: Path | str,
+    batches: Batches,
+    outs: Mapping[str, Path | str],
+    method: str = "auto",
+    observer: str | Mapping[str, Any] | None = None,
+    *,
+    exclude: Iterable[str] = (),
+) -> dict[str, QuantPlan]:
+    """Quantize an fp32 ONNX file for several targets after one pass of calibration.
+
+    Args:
+        path: As in ``quantize_onnx``.
+        batches: As in ``quantize_onnx``.
+        outs: Where the Q/DQ file of each target goes.
+        method: As in ``quantize_onnx``.
+        observer: As in ``quantize_onnx``.
+        exclude: As in ``quantize_onnx``.
+
+    Raises:
+        QuantizationError: the file or the images cannot be used; nothing is written.
+        UnknownNameError: there is no such target, method, observer or node.
+    """
+    for target in outs:
+        if target not in TARGETS:
+            raise UnknownNameError("target", target, TARGETS)
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
+    plans, written = {}, {}
     try:
         model = read_onnx(path)
         prepared = prepare(model)
         graph = Graph(prepared)
         excluded = excluded_nodes(graph, exclude)
         images = Images(graph, batches)
-        statistics = calibrate(prepared, images, targets=[target])
-        bench = Workbench(prepared, images, statistics, target, observer, excluded)
-        plan = plan_by(method, bench)
-        written = write_qdq(prepared, plan)
+        statistics = calibrate(prepared, images, targets=outs)
+        for target in outs:
+            own = statistics.of(observed_tensors(prepared, [target]))
+            bench = Workbench(prepared, images, own, target, observer, excluded)
+            plans[target] = plan_by(method, bench)
+            written[target] = write_qdq(prepared, plans[target])
     except QuantizationError as error:
         raise error if str(path) in error.where else error.within(str(path)) from None
-    save(written, Path(out))
-    return plan
+    for target, out in outs.items():
+        save(written[target], Path(out))
+    return plans
 
 
 def excluded_nodes(graph: Graph, names: Iterable[str]) -> dict[str, str]:

@@ -9,10 +9,10 @@ from int8_graphs import GRAPHS, Sketch, images, residual, run
 from onnx import ModelProto
 
 from compress.errors import QuantizationError
-from compress.qdq import QuantPlan, prepare, write_qdq
+from compress.qdq import TARGETS, QuantPlan, prepare, write_qdq
 from compress.qdq.graph import Graph
 from compress.qdq.rewrite import apply_corrections
-from compress.quantize import calibrate, make_plan, quantize_onnx
+from compress.quantize import calibrate, make_plan, quantize_onnx, quantize_targets, verb
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import correct_biases, find_shift, float_means
 from compress.quantize.equalize import equalize
@@ -225,3 +225,24 @@ def test_importing_nncf_does_not_report_to_anybody():
 
     source = nncf_ranges.import_nncf.__code__
     assert "NNCF_CI" in source.co_consts
+
+
+def test_one_pass_serves_all_targets(tmp_path, monkeypatch):
+    """Each target gets what it would get alone, and the images are read once."""
+    path = tmp_path / "m.onnx"
+    onnx.save(residual(), str(path))
+    feed = images(residual(), 16)
+    alone = {
+        target: quantize_onnx(path, [feed], tmp_path / f"{target}.alone.onnx", target, "plain")
+        for target in TARGETS
+    }
+    passes = []
+    monkeypatch.setattr(verb, "calibrate", lambda *a, **k: passes.append(1) or calibrate(*a, **k))
+    outs = {target: tmp_path / f"{target}.onnx" for target in TARGETS}
+    plans = quantize_targets(path, [feed], outs, "plain")
+    assert passes == [1]
+    for target, out in outs.items():
+        mine, others = plans[target].activations, alone[target].activations
+        assert mine.keys() == others.keys()
+        assert all(mine[n].high == pytest.approx(others[n].high, rel=1e-4) for n in mine)
+        assert onnx.load(out).graph.node == onnx.load(tmp_path / f"{target}.alone.onnx").graph.node

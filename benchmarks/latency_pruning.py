@@ -81,9 +81,9 @@ def fine_tuned(
 ) -> np.ndarray:
     """Refit, fine-tune and return which test images are answered right."""
     small = copy.deepcopy(pruned)
-    refit(small, original, plan, dataset.batches("train", 128, 1024))
+    refit(small, original, plan, dataset.batches("train", 128, 512))
     settings = TrainSettings(
-        epochs=epochs, lr=0.05, schedule="one-cycle", precision="bf16",
+        epochs=epochs, lr=0.02, schedule="one-cycle", precision="bf16", threads=1,
         augment=AugmentSettings(crop_padding=4, flip=True),
     )  # fmt: skip
     train(small, dataset, settings, seed=0)
@@ -101,8 +101,8 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     for runtime in result["runtimes"]:
-        figures = result[runtime]
-        for name, row in figures["results"].items():
+        figures = result.get(runtime, {})
+        for name, row in figures.get("results", {}).items():
             asked = {"macs": "half the MACs", "latency": f"{figures['promised_ms']:.3f} ms"}
             ratio = ""
             if row.get("speedup") and row.get("speedup_ci95"):
@@ -150,11 +150,13 @@ def main() -> None:
         "runtimes": given.runtimes,
         "provenance": environment.describe(),
     }
-    found = {
-        runtime: compare_on(runtime, model, example, given.keep_macs, given.share)
-        for runtime in given.runtimes  # all timing before any training
-    }
-    for runtime, (figures, pruned) in found.items():
+    found = {}
+    for runtime in given.runtimes:  # all timing before any training
+        found[runtime] = compare_on(runtime, model, example, given.keep_macs, given.share)
+        print(runtime, json.dumps(found[runtime][0]["results"], indent=1), flush=True)
+        result[runtime] = found[runtime][0]
+        write(result)
+    for figures, pruned in found.values():
         if dataset is not None and given.epochs:
             right = {
                 name: fine_tuned(network, plan, model, dataset, given.epochs)
@@ -165,10 +167,12 @@ def main() -> None:
                 figures["results"][name]["top1_pct"] = 100 * float(correct.mean())
             low, high = accuracy_change_interval(right["macs"], right["latency"])
             figures["top1_change_ci95"] = [100 * low, 100 * high]
-        result[runtime] = figures
-        print(runtime, json.dumps(figures["results"], indent=1), flush=True)
+            write(result)
+
+
+def write(result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"latency_pruning_{given.network}.json"
+    file = RESULTS / f"latency_pruning_{result['network']}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(result))
 

@@ -20,7 +20,9 @@ from compress.groups import trace
 from compress.latency_table import LatencyTable, LayerShape, kernel_step, layer_graph, time_calls
 from compress.measure import count
 from compress.prune import latency as latency_budget
-from compress.prune.latency import LayerTimes, Promise, counts_for_latency, knapsack
+from compress.prune import promise
+from compress.prune.latency import LayerTimes, knapsack
+from compress.prune.promise import Promise, Stopwatch, check_promise
 from compress.prune.selection import Ladder, ladder
 
 CONV = LayerShape((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (16, 16))
@@ -215,11 +217,16 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 
     table = LatencyTable(measure)
     monkeypatch.setattr(latency_budget, "table_for", lambda runtime: table)
-    monkeypatch.setattr(
-        latency_budget,
-        "network_ms",
-        lambda model, example, runtime: 0.2 + 1e-6 * count(model, example).macs,
-    )
+
+    class Simulated(Stopwatch):
+        def _session(self, model: nn.Module, _stack: Any) -> Any:
+            return 0.2 + 1e-6 * count(model, self._example).macs
+
+        def _time(self, session: Any, _seconds: float) -> float:
+            return float(session)
+
+    monkeypatch.setattr(latency_budget, "Stopwatch", Simulated)
+    monkeypatch.setattr(promise, "Stopwatch", Simulated)
 
 
 @pytest.mark.usefixtures("simulated")
@@ -242,6 +249,17 @@ class TestLatencyBudget:
         assert plan.about["latency"]["planned_ms"] == pytest.approx(0.55, abs=0.01)
         assert not plan.about["latency"]["kept"]
 
+    def test_the_pruned_network_is_held_against_the_plan(self) -> None:
+        model = Net()
+        plan = compress.plan_pruning(model, EXAMPLE, latency_ms=0.5)
+        found = check_promise(compress.apply_pruning(model, plan), model, plan, EXAMPLE)
+        assert found.broken is None
+        assert found.measured_ms == pytest.approx(plan.about["latency"]["planned_ms"], abs=1e-3)
+        assert "slower than asked" in str(check_promise(model, model, plan, EXAMPLE).broken)
+        with pytest.raises(PlanError, match="promises no latency"):
+            plan = compress.plan_pruning(model, EXAMPLE, keep_macs=0.5)
+            check_promise(model, model, plan, EXAMPLE)
+
     def test_the_smallest_reachable_latency_is_told(self) -> None:
         with pytest.raises(PlanError, match=r"latency_ms = 0.1 cannot be reached on onnxruntime.*"
                                             r"Expected at least 0\.2\d+ ms"):  # fmt: skip
@@ -253,6 +271,21 @@ def test_a_runtime_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPat
     latency_table.table_for.cache_clear()
     with pytest.raises(EngineError, match="nothing can be measured on tensorrt: there is no GPU"):
         compress.plan_pruning(Net(), EXAMPLE, latency_ms=1.0, runtime="tensorrt")
+
+
+def test_a_machine_that_slows_down_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call takes 5 % longer than the one before; the networks stay 3 to 1."""
+    speed = itertools.count()
+    monkeypatch.setattr(Stopwatch, "_session", lambda self, model, stack: float(model(EXAMPLE)))
+    monkeypatch.setattr(
+        Stopwatch, "_time", lambda self, session, seconds: session * 1.05 ** next(speed)
+    )
+    first, second = (nn.Flatten(0), nn.Flatten(0))
+    first.forward = lambda x: torch.tensor(3.0)  # type: ignore[method-assign]
+    second.forward = lambda x: torch.tensor(1.0)  # type: ignore[method-assign]
+    stopwatch = Stopwatch(first, EXAMPLE, "onnxruntime")
+    for _ in range(3):
+        assert stopwatch.ms(second) == pytest.approx(stopwatch.original_ms / 3, rel=0.06)
 
 
 def test_a_promise_holds_within_ten_percent() -> None:
@@ -274,8 +307,12 @@ def test_onnxruntime_is_measured_for_real(tmp_path: Path, monkeypatch: pytest.Mo
         nn.Linear(128, 10),
     ).eval()  # fmt: skip
     example = torch.zeros(1, 3, 48, 48)
-    whole = latency_budget.network_ms(model, example, "onnxruntime")
+    with Stopwatch(model, example, "onnxruntime") as stopwatch:
+        whole = stopwatch.original_ms
+        assert stopwatch.ms(model) == pytest.approx(whole, rel=0.2)
     plan = compress.plan_pruning(model, example, latency_ms=0.5 * whole)
+    assert plan.about["latency"]["kept"]
+    pruned = compress.apply_pruning(model, plan)
+    assert check_promise(pruned, model, plan, example).broken is None
     assert 0.3 * whole < plan.about["latency"]["planned_ms"] <= 0.5 * whole
     assert list((tmp_path / "compress" / "latency").glob("onnxruntime-*.json"))
-    assert counts_for_latency is not None

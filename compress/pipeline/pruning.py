@@ -13,7 +13,6 @@ from torch import nn
 from compress import prune
 from compress.groups import trace
 from compress.pipeline.job import Job, Outcome, Variant, leave
-from compress.prune.latency import check_promise
 from compress.settings import PruneSettings, TrainSettings
 from compress.surgery import PrunePlan, apply_pruning, prove
 from compress.train import CrossEntropy
@@ -35,10 +34,7 @@ def prune_channels(
         "frozen": dict(plan.frozen),
     }
     if settings.latency_ms is not None:
-        promise = check_promise(
-            small, job.dataset.example, settings.latency_ms, settings.runtime,
-            is_cut=bool(plan.tensors),
-        )  # fmt: skip
+        promise = prune.check_promise(small, job.network(parent), plan, job.dataset.example)
         facts["gates"] = [
             {
                 "name": "latency_ms",

@@ -2,8 +2,8 @@
 
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.lasso import GroupLasso, WithGroupLasso
-from compress.prune.latency import Promise, check_promise
 from compress.prune.plan import plan_pruning
+from compress.prune.promise import Promise, check_promise
 from compress.prune.refit import refit
 from compress.prune.schedule import keep_in_round
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,109 +10,24 @@ import torch
 from torch import nn
 
 from compress.errors import PlanError
-from compress.export import export_onnx
 from compress.groups import Network
 from compress.groups.trace import Example
 from compress.latency_table import (
     LatencyTable,
     LayerShape,
     kernel_step,
-    open_on,
     table_for,
-    time_calls,
 )
 from compress.progress import task
 from compress.prune.cost import CostModel, Counts, Floats
 from compress.prune.evidence import evaluating
+from compress.prune.promise import TOLERANCE, Promise, Stopwatch
 from compress.prune.selection import Ladder
-from compress.runtimes import open_session
 from compress.surgery import apply_pruning, make_plan
 
-TOLERANCE = 0.10  # how far the measured latency may be from the promise
 AIM = 0.97  # of the promise: what the plan is made for
 ATTEMPTS = 8
-WHOLE_SECONDS = 1.0  # of timed calls of a whole network
 MOST_LEVELS = 16  # counts of one group that the knapsack looks at
-
-
-@dataclass(frozen=True)
-class Promise:
-    """Whether a pruned network takes the time it was meant to take."""
-
-    promised_ms: float
-    measured_ms: float
-    runtime: str
-    is_cut: bool = True  # whether anything had to be cut for it
-
-    @property
-    def broken(self) -> str | None:
-        """How the promise is broken: by more than ``TOLERANCE``, up or down; None if it is kept.
-
-        A network much faster than asked for was cut more than needed, unless nothing was cut.
-        """
-        ratio = self.measured_ms / self.promised_ms
-        if ratio > 1 + TOLERANCE:
-            return f"{self.measured_ms:.3f} ms is {100 * (ratio - 1):.0f} % slower than asked for"
-        if ratio < 1 - TOLERANCE and self.is_cut:
-            return (
-                f"{self.measured_ms:.3f} ms is {100 * (1 - ratio):.0f} % faster than asked for: "
-                "no network between was found, so more was cut than needed"
-            )
-        return None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the promise as JSON-able data."""
-        return {**self.__dict__, "kept": self.broken is None}
-
-
-def check_promise(
-    model: nn.Module,
-    example_input: Example,
-    latency_ms: float,
-    runtime: str = "onnxruntime",
-    *,
-    is_cut: bool = True,
-) -> Promise:
-    """Measure ``model`` on ``runtime`` and hold it against the promised latency.
-
-    **Method:** as ``network_ms``; three times, the median counts.
-
-    Args:
-        model: The pruned network.
-        example_input: An input for one image.
-        latency_ms: The promise, ms.
-        runtime: Where it is measured.
-        is_cut: Whether anything was cut; a whole network may be faster than asked for.
-    """
-    found = sorted(network_ms(model, example_input, runtime) for _ in range(3))
-    return Promise(latency_ms, found[1], runtime, is_cut)
-
-
-def network_ms(
-    model: nn.Module, example_input: Example, runtime: str, threads: int | None = None
-) -> float:
-    """Return the latency of a network on ``runtime`` for the example input, ms.
-
-    **Method:** exported, loaded, called for ``WHOLE_SECONDS``; the median call.
-    """
-    arrays = _arrays(example_input)
-    if runtime == "pytorch":
-        with open_session(model, runtime, threads=threads) as session:
-            return time_calls(lambda: session.run(*arrays), WHOLE_SECONDS)
-    with tempfile.TemporaryDirectory() as folder:
-        example: Any = tuple(example_input) if isinstance(example_input, list) else example_input
-        path = export_onnx(model, example, Path(folder) / "network.onnx")
-        with open_on(path, runtime, threads) as session:
-            return time_calls(lambda: session.run(*arrays), WHOLE_SECONDS)
-
-
-def _arrays(example_input: Example) -> list[np.ndarray]:
-    if isinstance(example_input, torch.Tensor):
-        tensors: Any = [example_input]
-    else:
-        is_mapping = isinstance(example_input, Mapping)
-        tensors = example_input.values() if is_mapping else example_input  # type: ignore[union-attr]
-    return [tensor.detach().cpu().numpy() for tensor in tensors]
 
 
 def counts_for_latency(
@@ -161,13 +73,17 @@ def counts_for_latency(
             for group, one, count in zip(network.groups, ladders, counts, strict=True)
         }
         small = apply_pruning(model, make_plan(network, keep))
-        measured.append((layers.total(counts), network_ms(small, example_input, runtime)))
+        measured.append((layers.total(counts), stopwatch.ms(small)))
         return measured[-1][1]
 
-    with task(f"measure on {runtime}") as counter:
+    with (
+        task(f"measure on {runtime}") as counter,
+        Stopwatch(model, example_input, runtime) as stopwatch,
+    ):
         whole = np.array([one.size for one in ladders], dtype=np.int64)
         smallest = np.array([one.levels[0] for one in ladders], dtype=np.int64)
-        original_ms = measure(whole)
+        original_ms = stopwatch.original_ms
+        measured.append((layers.total(whole), original_ms))
         facts: dict[str, Any] = {"original_ms": round(original_ms, 4)}
         if original_ms <= latency_ms:
             return whole, facts | {"planned_ms": round(original_ms, 4), "kept": True}

@@ -1,0 +1,155 @@
+"""Whether a pruned network takes the milliseconds that it was pruned to."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress.errors import PlanError
+from compress.export import export_onnx
+from compress.groups.trace import Example
+from compress.latency_table import open_on, time_calls
+from compress.runtimes import Session, open_session
+from compress.surgery import PrunePlan
+
+TOLERANCE = 0.10  # how far the measured latency may be from the promise
+ROUNDS = 9  # in which two networks take turns
+ROUND_SECONDS = 0.1  # of timed calls of each
+
+
+class Stopwatch:
+    """Latency of networks on a runtime, each timed in turns with the uncut one.
+
+    A machine is faster in one minute than in the next. What is measured is therefore a ratio, and
+    the milliseconds are that ratio times those of the uncut network at the start.
+
+    Args:
+        original: The uncut network.
+        example_input: An input for one image.
+        runtime: Where it is measured.
+        original_ms: What the uncut network takes, if that was measured before.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        example_input: Example,
+        runtime: str,
+        original_ms: float | None = None,
+    ) -> None:
+        self._example, self._runtime = example_input, runtime
+        self._arrays = _arrays(example_input)
+        self._open = ExitStack()
+        self._reference = self._session(original, self._open)
+        seconds = ROUNDS * ROUND_SECONDS
+        self.original_ms = original_ms or self._time(self._reference, seconds)
+
+    def ms(self, model: nn.Module) -> float:
+        """Return the latency of ``model``, ms.
+
+        **Method:** exported and loaded; ``ROUNDS`` rounds of calls in turns with the uncut network;
+        the median of the rounds' ratios of median calls, times the uncut network's milliseconds.
+        """
+        with ExitStack() as stack:
+            session = self._session(model, stack)
+            ratios = []
+            for _ in range(ROUNDS):
+                reference = self._time(self._reference, ROUND_SECONDS)
+                ratios.append(self._time(session, ROUND_SECONDS) / reference)
+        return float(np.median(ratios)) * self.original_ms
+
+    def __enter__(self) -> Stopwatch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trail: TracebackType | None,
+    ) -> None:
+        self._open.close()
+
+    def _time(self, session: Session, seconds: float) -> float:
+        return time_calls(lambda: session.run(*self._arrays), seconds)
+
+    def _session(self, model: nn.Module, stack: ExitStack) -> Session:
+        if self._runtime == "pytorch":
+            return stack.enter_context(open_session(model, self._runtime))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        example: Any = self._example
+        example = tuple(example) if isinstance(example, list) else example
+        path = export_onnx(model, example, folder / "network.onnx")
+        return stack.enter_context(open_on(path, self._runtime))
+
+
+@dataclass(frozen=True)
+class Promise:
+    """Whether a pruned network takes the time it was meant to take."""
+
+    promised_ms: float
+    measured_ms: float
+    runtime: str
+    is_cut: bool = True  # whether anything had to be cut for it
+
+    @property
+    def broken(self) -> str | None:
+        """How the promise is broken: by more than ``TOLERANCE``, up or down; None if it is kept.
+
+        A network much faster than asked for was cut more than needed, unless nothing was cut.
+        """
+        ratio = self.measured_ms / self.promised_ms
+        if ratio > 1 + TOLERANCE:
+            return f"{self.measured_ms:.3f} ms is {100 * (ratio - 1):.0f} % slower than asked for"
+        if ratio < 1 - TOLERANCE and self.is_cut:
+            return (
+                f"{self.measured_ms:.3f} ms is {100 * (1 - ratio):.0f} % faster than asked for: "
+                "no network between was found, so more was cut than needed"
+            )
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the promise as JSON-able data."""
+        return {**self.__dict__, "kept": self.broken is None}
+
+
+def check_promise(
+    pruned: nn.Module, original: nn.Module, plan: PrunePlan, example_input: Example
+) -> Promise:
+    """Measure a pruned network and hold it against the milliseconds it was pruned to.
+
+    Args:
+        pruned: The network to measure.
+        original: The one before the cut.
+        plan: The cut, made for a latency.
+        example_input: An input for one image.
+
+    Raises:
+        PlanError: the plan was made for something else than a latency.
+    """
+    about: Mapping[str, Any] = plan.about
+    while "after" in about:  # of several rounds the first began with the original
+        about = about["after"]
+    if "latency" not in about:
+        raise PlanError("the plan promises no latency", expected="one made with latency_ms")
+    budget, original_ms = about["budget"], about["latency"]["original_ms"]
+    with Stopwatch(original, example_input, budget["runtime"], original_ms) as stopwatch:
+        measured = stopwatch.ms(pruned)
+    return Promise(budget["latency_ms"], measured, budget["runtime"], bool(plan.tensors))
+
+
+def _arrays(example_input: Example) -> list[np.ndarray]:
+    if isinstance(example_input, torch.Tensor):
+        tensors: Any = [example_input]
+    else:
+        is_mapping = isinstance(example_input, Mapping)
+        tensors = example_input.values() if is_mapping else example_input  # type: ignore[union-attr]
+    return [tensor.detach().cpu().numpy() for tensor in tensors]

@@ -17,8 +17,10 @@ from compress import pipeline
 from compress.artifact import sha256
 from compress.data import load_data
 from compress.errors import RunError
+from compress.pipeline.assembly import gates
 from compress.recipe import load_recipe
-from compress.settings import DataSettings
+from compress.report.schema import Result, Variant
+from compress.settings import DataSettings, Gates
 
 RECIPE = {
     "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 8}},
@@ -224,3 +226,16 @@ def test_published_recipes_name_files_that_exist_or_are_set():
         loaded = load_recipe(path)
         assert loaded.targets, path
         assert loaded.gates.top1_drop_pct is not None, path
+
+
+def test_accuracy_and_size_are_gated_once_for_all_batches_and_speed_for_each():
+    place = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu"}
+
+    def variant(name, **values):
+        results = tuple(Result(**place, batch=batch, **values) for batch in (1, 8))
+        return Variant(name=name, stage=name, size_mib=1.0, results=results)
+
+    rows = (variant("original"), variant("small", top1_change_pct=-0.5, speedup=2.0))
+    limits = Gates(top1_drop_pct=1.0, speedup=1.5, size_ratio=1.0)
+    found = sorted((gate.name, gate.batch) for gate in gates(limits, rows))
+    assert found == [("size_ratio", 1), ("speedup", 1), ("speedup", 8), ("top1_drop_pct", 1)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from compress import artifact, progress, recipe, report
@@ -84,7 +84,7 @@ def run(
         with progress.task(stage.name):
             found = measuring.measure_targets(job, variants, stage)
         measured = found.to_json()
-        job.run.finish(stage, measured, _artifacts(job, stage, found.engines))
+        job.run.finish(stage, measured, _engine_artifacts(job, stage, found.engines))
     return report.write(assemble(job, variants, outcomes, measured, stage), root)
 
 
@@ -131,3 +131,11 @@ def _artifacts(
         artifact.describe(path, root=job.run.root, stage=stage.name, parent=parent, settings=facts)
         for path in files
     ]
+
+
+def _engine_artifacts(job: Job, stage: Path, engines: Mapping[Path, Path]) -> Iterator[Artifact]:
+    """Yield every engine with the files that lie beside it: weights, record, layers."""
+    for engine, source in engines.items():
+        parent = artifact.sha256(source)
+        for path in sorted(engine.parent.glob(f"{engine.stem}.*")):
+            yield artifact.describe(path, root=job.run.root, stage=stage.name, parent=parent)

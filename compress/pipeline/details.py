@@ -81,13 +81,17 @@ def _skipped(job: Job, plan: PrunePlan | None) -> dict[str, str]:
 
 
 def _answers(rows: Sequence[schema.Variant], folder: Path) -> list[tuple[str, str, Predictions]]:
-    """Return (variant, runtime, answers) of each variant on the first runtime that ran it."""
+    """Return (variant, runtime, answers) of each variant on the first runtime that ran it.
+
+    The original is first, and last is the variant that the verdict of the report is about: the last
+    one on the runtime of the first target.
+    """
     found = []
     for row in rows:
         for result in row.results[:1]:
             path = answers_path(folder, row.name, result.runtime, result.precision)
             found.append((row.name, result.runtime, Predictions.load(path)))
-    return found
+    return [*found[:1], *sorted(found[1:], key=lambda each: each[1] == found[0][1])]
 
 
 def _last_plan(job: Job, variants: Sequence[Variant]) -> PrunePlan | None:

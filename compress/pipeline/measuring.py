@@ -17,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from compress import compare, evaluate, insights, measure, plugins, progress
+from compress.artifact import sha256
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Predictions
 from compress.fusion import check_fusion
 from compress.measure import Timing
 from compress.pipeline.explaining import explain_variants
 from compress.pipeline.job import INT8_FORM, Job, Variant, answers_path
-from compress.runtimes import Session, build_engine, open_session, unavailable
+from compress.runtimes import Session, build_engine, build_record, open_session, unavailable
 from compress.settings import Target
 
 EVALUATION_BATCH = 64  # images; accuracy does not depend on it, only the time it takes
@@ -45,7 +46,7 @@ class Measured:
 
     results: dict[str, list[dict[str, Any]]]
     skipped: dict[str, str]
-    engines: tuple[Path, ...]
+    engines: dict[Path, Path]  # what was built, and the graph it was built from
     conditions: dict[str, Any]
     coverage: list[dict[str, Any]]  # how much of each int8 graph each runtime runs in int8
     explanations: dict[str, list[dict[str, Any]]]  # what variants look at, beside the original
@@ -74,7 +75,7 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
     """
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     skipped: dict[str, str] = {}
-    engines: list[Path] = []
+    engines: dict[Path, Path] = {}
     conditions: dict[str, Any] = {}
     coverage: list[dict[str, Any]] = []
     for target in places(job.recipe.targets):
@@ -86,7 +87,8 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
                 raise
             skipped[label] = str(error)
             continue
-        engines += [rival.path for rival in rivals if rival.path != job.path(rival.variant)]
+        sources = ((rival.path, job.path(rival.variant)) for rival in rivals)
+        engines |= {path: source for path, source in sources if path.is_file() and path != source}
         coverage += _coverage(job, rivals)
         reason = unavailable(target.runtime)
         if reason is not None:
@@ -96,7 +98,7 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
         for rival, row in zip(rivals, rows, strict=True):
             results[rival.variant.name].append(row | _memory(job, rival, row["skipped"]))
     explanations = explain_variants(job, variants, stage)
-    return Measured(results, skipped, tuple(engines), conditions, coverage, explanations)
+    return Measured(results, skipped, engines, conditions, coverage, explanations)
 
 
 def places(targets: Sequence[Target]) -> list[Target]:
@@ -133,7 +135,7 @@ def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
         return source
     form = "" if precision == "fp32" else f".{precision}"
     out = source.with_name(f"{source.stem}{form}.{target.runtime}-b{target.batch}{extension}")
-    if out.is_file():  # of this run: its recipe says all that it depends on
+    if out.is_file() and build_record(out).get("source_sha256") == sha256(source):
         return out
     largest = max(target.batch, EVALUATION_BATCH)
     return build_engine(

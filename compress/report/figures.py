@@ -76,7 +76,7 @@ def reason(field: str, result: Result | None, variant: Variant) -> str:
     group = next((name for name, fields in _GROUPS.items() if field.startswith(fields)), field)
     places = [result.skipped] if result else []
     for skipped in (*places, variant.skipped):
-        for key in (field, group, result.runtime if result else field):
+        for key in (field, f"{field}_mib", group, result.runtime if result else field):
             if key in skipped:
                 return skipped[key]
     return "no reason was recorded"

@@ -312,7 +312,7 @@ class DataRecord(Record):
     name: str
     fingerprint: str
     images: dict[str, int] = {}  # of each split
-    calibration_sha256: str | None = None  # of the sorted calibration images
+    calibration_sha256: str | None = None  # of the pixels of the images that int8 ranges are from
 
 
 class Provenance(Record):

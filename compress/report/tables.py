@@ -205,8 +205,8 @@ def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
         "factor": figures.factor,
     }[form]
     remark = SAME if differs is False else ""
-    if field == "worst_class_drop_pct" and result.worst_class:
-        remark = result.worst_class
+    if field == "worst_class_drop_pct" and result.worst_class and value:
+        remark = f"class {result.worst_class}"
     spelled = figures.interval(bounds, "number" if form == "factor" else form)
     return Cell(write(value), value, spelled, remark)
 

@@ -120,14 +120,28 @@ def _gate_line(gate: Gate) -> RenderableType:
 
 
 def gate_sentence(gate: Gate) -> str:
-    """Return a gate in words: "top1_drop_pct at most 1: measured 0.3, passed"."""
-    side = "at least" if gate.name in {"speedup", "size_ratio"} else "at most"
-    measured = (
-        f"not measured because {gate.reason or 'no reason was recorded'}"
-        if gate.measured is None
-        else f"measured {figures.number(gate.measured)}"
-    )
+    """Return a gate in words: "loss of top-1 at most 1 point: measured 0.3, passed"."""
+    name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
+    side = "at least" if unit == "x" else "at most"
+    limit = f"{gate.limit:g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
+    if gate.measured is None:
+        measured = f"not measured because {gate.reason or 'no reason was recorded'}"
+    elif gate.measured < 0 and unit == " points":
+        measured = f"gained {figures.number(-gate.measured)}"
+    else:
+        measured = f"measured {figures.number(gate.measured)}"
     place = " on ".join(str(part) for part in (gate.variant, gate.runtime) if part)
+    if gate.name == "speedup" and gate.batch:
+        place += f", batch {gate.batch}"
     outcome = "passed" if gate.passed else "failed"
     about = f" ({place})" if place else ""
-    return f"{gate.name} {side} {gate.limit:g}{about}: {measured}, {outcome}"
+    return f"{name} {side} {limit}{about}: {measured}, {outcome}"
+
+
+_GATES = {  # name -> in words, unit
+    "top1_drop_pct": ("loss of top-1", " points"),
+    "worst_class_drop_pct": ("loss of any class", " points"),
+    "speedup": ("speed-up", "x"),
+    "size_ratio": ("reduction of size", "x"),
+    "latency_ms": ("latency", " ms"),
+}

@@ -167,7 +167,7 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
             rivals.append((result.latency_ms_p50, rival.name))
     if not rivals or min(rivals)[1] == variant.name:
         return ""
-    within = "" if limit is None else f" that loses at most {limit:g} points"
+    within = "" if limit is None else f" that loses at most {limit:g} point{'s' * (limit != 1)}"
     return f"; the fastest variant{within} is {min(rivals)[1]} ({number(min(rivals)[0])} ms)"
 
 

@@ -28,7 +28,7 @@ from compress.report.schema import (
     Subgroup,
     Variant,
 )
-from compress.report.tables import accuracies, compact, sizes, speeds
+from compress.report.tables import Cell, accuracies, compact, sizes, speeds
 
 PLACE = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
 NUMBERS = st.integers(1, 6).map(float)  # few values: ties are common
@@ -156,8 +156,28 @@ def test_an_empty_report_is_a_page():
 
 def test_a_part_that_is_absent_says_why():
     details = Details(skipped={"attributions": "captum is not installed"})
-    page = html(Report(details=details))
+    page = html(Report(details=details, skipped={"everything": "it was stopped"}))
     assert "Attribution maps: not measured because captum is not installed" in page
+    assert "Flipped images: not measured because it was stopped" in page
+
+
+def test_no_flipped_image_is_good_news_and_not_a_gap():
+    cells = ((0, 0, 5), (1, 1, 5))
+    confusions = tuple(Confusion(variant=name, cells=cells) for name in ("original", "int8"))
+    page = html(Report(details=Details(classes=("a", "b"), confusions=confusions)))
+    assert "No image that original had right is wrong with int8." in page
+    assert "Flipped images: not measured" not in page
+
+
+def test_the_worst_class_is_named_where_it_lost():
+    def cell(drop: float) -> Cell:
+        result = Result(**PLACE, worst_class_drop_pct=drop, worst_class="3")
+        table = accuracies(Report(variants=(Variant(name="a", stage="s", results=(result,)),)))
+        position = [column.name for column in table.columns].index("Worst class")
+        return table.rows[0][position]
+
+    assert (cell(1.5).text, cell(1.5).remark) == ("1.50", "class 3")
+    assert cell(0.0).remark == ""
 
 
 def scores(name: str, recall: tuple[float | None, ...]) -> ClassScores:

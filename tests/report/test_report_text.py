@@ -12,6 +12,7 @@ from compress.report import Report, summary, verdict, write
 from compress.report.figures import count, factor, interval, number, points, reason
 from compress.report.markdown import markdown, plain
 from compress.report.schema import Flip, Gate, Line, Result, Variant
+from compress.report.terminal import gate_sentence
 from compress.report.verdict import verdicts
 
 OTHER = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
@@ -109,14 +110,14 @@ def test_verdict_of_a_slower_variant_names_the_fastest_within_the_accuracy_gate(
     report = pair((gate,), latency_ms_p50=12.0, speedup=0.833, top1_change_pct=-0.1)
     assert verdict(report).startswith("1.20x slower and 4.00x smaller at −0.10 points")
     assert verdict(report).endswith(
-        "; the fastest variant that loses at most 1 points is original (10.0 ms)."
+        "; the fastest variant that loses at most 1 point is original (10.0 ms)."
     )
 
 
 def test_a_faster_variant_beyond_the_accuracy_gate_is_not_recommended():
     gate = Gate(name="top1_drop_pct", limit=1.0, measured=5.0, passed=False)
     report = pair((gate,), latency_ms_p50=2.0, speedup=5.0, top1_change_pct=-5.0)
-    assert "the fastest variant that loses at most 1 points is original" in verdict(report)
+    assert "the fastest variant that loses at most 1 point is original" in verdict(report)
 
 
 def test_verdict_compares_the_last_variant_of_each_runtime():
@@ -175,6 +176,8 @@ def test_reason_prefers_the_most_specific():
     assert reason("latency_ms_p99", told, variant) == "of the result"
     assert reason("top1_pct", told, variant) == "of the field"
     assert reason("params", None, Variant(name="a", stage="s")) == "no reason was recorded"
+    told = told.model_copy(update={"skipped": {"activations_mib": "of the number"}})
+    assert reason("activations", told, variant) == "of the number"
 
 
 def test_terminal_has_the_same_facts_and_fits_80_columns():
@@ -182,8 +185,31 @@ def test_terminal_has_the_same_facts_and_fits_80_columns():
     assert max(map(len, text.splitlines())) <= 80
     for fact in ("91.39", "272 k", "40.8 M", "0.142", "50.5", "0.726", "3.91x", "runs/x"):
         assert fact in text
-    assert "✗ worst_class_drop_pct at most 2: measured 2.21, failed" in text
+    assert "✗ loss of any class at most 2 points: measured 2.21, failed" in text
     assert "not measured: tensorrt-rtx: no NVIDIA GPU was found" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "measured", "words"),
+    [
+        (
+            "top1_drop_pct",
+            1.0,
+            -0.278,
+            "loss of top-1 at most 1 point (b on r): gained 0.278, passed",
+        ),
+        ("worst_class_drop_pct", 2.0, 0, "loss of any class at most 2 points (b on r): measured 0"),
+        ("size_ratio", 4.0, 8.61, "reduction of size at least 4x (b on r): measured 8.61, passed"),
+        ("speedup", 2.0, 3.1, "speed-up at least 2x (b on r, batch 8): measured 3.10, passed"),
+        ("latency_ms", 3.0, 2.5, "latency at most 3 ms (b on r): measured 2.50, passed"),
+        ("some_other", 3.0, 2.5, "some other at most 3 (b on r): measured 2.50, passed"),
+    ],
+)
+def test_a_gate_is_told_in_words(name, limit, measured, words):
+    gate = Gate(
+        name=name, limit=limit, measured=measured, passed=True, variant="b", runtime="r", batch=8
+    )
+    assert gate_sentence(gate).startswith(words)
 
 
 def test_terminal_shows_markup_in_names_as_it_is():
@@ -194,7 +220,7 @@ def test_terminal_shows_markup_in_names_as_it_is():
 def test_gate_that_could_not_be_measured_says_why():
     gate = Gate(name="speedup", limit=2.0, passed=False, reason="no GPU")
     text = rendered(Report(gates=(gate,), variants=(Variant(name="a", stage="s"),)))
-    assert "speedup at least 2: not measured because no GPU, failed" in text
+    assert "speed-up at least 2x: not measured because no GPU, failed" in text
 
 
 def test_markdown_escapes_what_markdown_or_html_would_read():

@@ -33,20 +33,19 @@ def mobilenet_se() -> nn.Module:
     return model
 
 
-def mobilenet_v2() -> nn.Module:
-    """Return torchvision's MobileNetV2 (ReLU6) of half width, for 32 x 32 pixels."""
+def densenet() -> nn.Module:
+    """Return a small DenseNet-BC, where every layer reads all layers before it, concatenated."""
     import torchvision
 
-    model = torchvision.models.mobilenet_v2(weights=None, num_classes=10, width_mult=0.5)
-    model.features[2].conv[1][0].stride = (1, 1)
-    model.features[4].conv[1][0].stride = (1, 1)
-    model.classifier[0].p = 0.0
+    model = torchvision.models.DenseNet(12, (6, 6, 6), num_init_features=24, num_classes=10)
+    model.features.conv0 = nn.Conv2d(3, 24, 3, 2, padding=1, bias=False)
+    model.features.pool0 = nn.Identity()
     return model
 
 
 TRAINED: dict[str, Callable[[], nn.Module]] = {
     "mobilenet_se": mobilenet_se,
-    "mobilenet_v2": mobilenet_v2,
+    "densenet": densenet,
 }
 
 

@@ -92,7 +92,7 @@ class Workbench:
         return correct_biases(self.prepared, plan, self.fitted)
 
     def rounded(self, plan: QuantPlan) -> QuantPlan:
-        """Return ``plan`` with refitted weights."""
+        """Return ``plan`` with the integers of its weights chosen anew."""
         return improve_rounding(self.prepared, plan, self.fitted)
 
     def fidelity_db(self, plan: QuantPlan) -> float:
@@ -120,7 +120,7 @@ def equalization(bench: Workbench, alpha: float = 0.5) -> QuantPlan:
 
 
 def rounding(bench: Workbench) -> QuantPlan:
-    """Weights refitted to the quantized inputs and rounded with feedback, then biases corrected."""
+    """Weights rounded with feedback, then biases corrected."""
     return bench.corrected(bench.rounded(bench.ranges()))
 
 
@@ -146,7 +146,7 @@ def auto(bench: Workbench) -> QuantPlan:
                 bench.corrected(bench.scaled(equalized)),
             )
     search.attempt(
-        "least squares, rounding with feedback and bias correction",
+        "rounding with feedback and bias correction",
         bench.corrected(bench.rounded(search.plan)),
     )
     return search.plan.changed(notes=tuple(search.notes))

@@ -111,20 +111,16 @@ def test_weight_scales_are_the_best_of_their_grid():
     assert found[0] > 0 and error(rows[1], found[1]) < 1e-9
 
 
-def test_fitted_integers_answer_better_than_nearest_ones():
+def test_rounding_with_feedback_answers_better_than_rounding_to_nearest():
     random = np.random.default_rng(0)
-    mix = random.standard_normal((12, 12))
-    x = random.standard_normal((1, 600, 12)) @ mix
+    x = random.standard_normal((1, 600, 12)) @ random.standard_normal((12, 12))
     weight = random.standard_normal((1, 5, 12))
-    noisy = x + 0.05 * random.standard_normal(x.shape)
-    codes, scales = fit_codes(noisy, x @ weight[0].T, weight)
-    plain = np.abs(weight).max(2) / 127
-    nearest = np.rint(weight / plain[..., None]) * plain[..., None]
-    errors = [
-        np.square(noisy[0] @ w[0].T - x[0] @ weight[0].T).mean()
-        for w in (codes * scales[..., None], nearest)
-    ]
-    assert errors[0] < errors[1]
+    codes, scales = fit_codes(x, weight)
+    step = np.abs(weight).max(2)[..., None] / 127
+    assert np.abs(scales[..., None] - step).max() < 1e-7
+    feedback, nearest = codes * step, np.rint(weight / step) * step
+    errors = [np.square(x[0] @ (w - weight)[0].T).mean() for w in (feedback, nearest)]
+    assert errors[0] < 0.6 * errors[1]
 
 
 @pytest.mark.parametrize(("group", "stride", "dilation"), [(1, 1, 1), (8, 2, 1), (2, 1, 2)])

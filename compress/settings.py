@@ -41,7 +41,6 @@ class DataSettings(Settings):
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
     shuffle_buffer: int = Field(10_000, ge=1, description="webdataset: images mixed at a time")
-    shuffle_buffer: int = Field(10_000, ge=1, description="webdataset: images mixed at a time")
     calibration: int = Field(512, ge=8, description="Images of train that ranges come from")
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of train held back to choose checkpoints and passes by"
@@ -66,7 +65,6 @@ class TrainSettings(Settings):
     """The training loop, whatever the loss."""
 
     epochs: int = Field(1, ge=0)
-    epoch_images: int | None = Field(None, ge=1, description="Images of an epoch, all if absent")
     epoch_images: int | None = Field(None, ge=1, description="Images of an epoch, all if absent")
     batch_size: int = Field(128, ge=1, description="Images in a step, over all processes")
     accumulate: int = Field(1, ge=1, description="Parts a batch is computed in, to save memory")
@@ -122,7 +120,7 @@ class DistillSettings(TrainSettings):
 class PruneSettings(Settings):
     """What to cut, by what measure, and how far."""
 
-    criterion: Plugin = "l2"
+    criterion: Plugin = Field("taylor", description="What a channel is worth")
     keep_macs: Fraction | None = None
     keep_params: Fraction | None = None
     keep_channels: Fraction | dict[str, Fraction] | None = None

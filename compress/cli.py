@@ -40,6 +40,7 @@ Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file")]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
+Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
@@ -51,13 +52,14 @@ def run(
     out: Out = None,
     overrides: Set = None,
     fresh: Fresh = False,
+    track: Track = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop")] = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
     if dry_run:
-        _print(commands.dry_run(recipe, overrides or []))
+        _print(commands.dry_run(recipe, overrides or [], track))
     else:
-        _finish(commands.run(recipe, out, overrides or [], fresh=fresh))
+        _finish(commands.run(recipe, out, overrides or [], fresh=fresh, track=track))
 
 
 @app.command()
@@ -70,6 +72,7 @@ def train(
     epochs: Epochs = 10,
     out: Out = None,
     overrides: Set = None,
+    track: Track = None,
     fresh: Fresh = False,
     image_size: ImageSize = None,
     mean: Mean = None,
@@ -105,6 +108,7 @@ def prune(
     teacher: Annotated[str | None, typer.Option(help="MODEL to learn from afterwards")] = None,
     out: Out = None,
     overrides: Set = None,
+    track: Track = None,
     fresh: Fresh = False,
     image_size: ImageSize = None,
     mean: Mean = None,
@@ -131,6 +135,7 @@ def sparsify(
     teacher: Annotated[str | None, typer.Option(help="MODEL to learn from afterwards")] = None,
     out: Out = None,
     overrides: Set = None,
+    track: Track = None,
     fresh: Fresh = False,
     image_size: ImageSize = None,
     mean: Mean = None,
@@ -156,6 +161,7 @@ def distill(
     epochs: Epochs = 10,
     out: Out = None,
     overrides: Set = None,
+    track: Track = None,
     fresh: Fresh = False,
     image_size: ImageSize = None,
     mean: Mean = None,
@@ -185,6 +191,7 @@ def quantize(
     qat_epochs: Annotated[int | None, typer.Option(help="Quantization-aware training")] = None,
     out: Out = None,
     overrides: Set = None,
+    track: Track = None,
     fresh: Fresh = False,
     image_size: ImageSize = None,
     mean: Mean = None,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from compress import plugins
-from compress.errors import RecipeError, UsageError, did_you_mean
-from compress.settings import Recipe
+from compress.errors import RecipeError, UnknownNameError, UsageError, did_you_mean
+from compress.packages import require
+from compress.settings import Recipe, Settings, TrainSettings
 
+TRACKERS = ("tensorboard", "mlflow")
+Part = TypeVar("Part", bound=Settings)
 PLUGIN_KEYS = {"criterion": "criteria", "losses": "losses", "observer": "observers"}
 
 
@@ -74,6 +77,36 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         place[_index(place, keys[-1], override)] = value
     else:
         place[keys[-1]] = value
+
+
+def tracked(recipe: Recipe, tracker: str) -> Recipe:
+    """Return ``recipe`` with every training logged by ``tracker`` as well, as ``--track`` does.
+
+    Raises:
+        UnknownNameError: there is no such tracker.
+        MissingPackageError: it is not installed.
+        UsageError: the recipe trains nothing.
+    """
+    if tracker not in TRACKERS:
+        raise UnknownNameError("tracker", tracker, TRACKERS, where="--track")
+    require(tracker, extra="tracking", purpose=f"--track {tracker}")
+    if "'track'" not in repr(to_json(recipe)):  # a key of every training
+        raise UsageError(
+            "nothing is trained that could be logged", where="--track", fix="Give --epochs"
+        )
+    return _tracked(recipe, tracker)
+
+
+def _tracked(part: Part, tracker: str) -> Part:
+    """Return a part of a recipe with the tracker in all settings of trainings below it."""
+    changes: dict[str, Any] = {"track": tracker} if isinstance(part, TrainSettings) else {}
+    for key in type(part).model_fields:
+        value = getattr(part, key)
+        if isinstance(value, Settings):
+            changes[key] = _tracked(value, tracker)
+        elif isinstance(value, tuple) and value and isinstance(value[0], Settings):
+            changes[key] = tuple(_tracked(each, tracker) for each in value)
+    return part.model_copy(update=changes)
 
 
 def schema() -> dict[str, Any]:

@@ -249,6 +249,37 @@ def test_one_verb_leaves_a_run_folder_like_any_other(compress, tmp_path):
 SMALL = ("--set", "data.channels=3", "--set", "measure.test_images=16", "--set", "measure.rounds=3")
 
 
+@pytest.mark.parametrize("command", ["run", "train", "prune", "distill"])
+def test_track_reaches_the_trainings_of_every_command(
+    compress, recipe, tmp_path, monkeypatch, command
+):
+    """The recipe that is carried out says so; that trainings then log is tested with them."""
+    from compress import pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda recipe, *_, **__: seen.append(recipe))
+    network, data = "compress.networks:resnet8", ("--data", "digits", "--epochs", 1)
+    arguments = {
+        "run": (recipe(),),
+        "train": (network, *data),
+        "prune": (network, *data),
+        "distill": (network, "--teacher", network, *data),
+    }[command]
+    assert compress(command, *arguments, "--track", "tensorboard")[0] == 0
+    assert seen[0].stages[-1].settings.track == "tensorboard"
+    code, _, err = compress(command, *arguments, "--track", "tensorbord")
+    assert (code, len(seen)) == (2, 1)
+    assert "no such tracker 'tensorbord'. Did you mean 'tensorboard'?" in err
+
+
+def test_track_without_training_is_refused(compress):
+    code, _, err = compress(
+        "prune", "compress.networks:resnet8", "--data", "digits", "--track", "mlflow"
+    )
+    assert code == 2
+    assert "--track: nothing is trained that could be logged" in err
+
+
 def test_zeroed_weights_stay_zero_through_training_and_int8(compress, recipe, tmp_path):
     path = recipe(
         model={"name": "compress.networks:resnet8", "options": {"in_channels": 1}},

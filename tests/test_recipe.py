@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from compress import recipe
-from compress.errors import RecipeError, UsageError
+from compress.errors import CompressError, RecipeError, UsageError
 
 GOOD = {
     "model": {"name": "compress.networks:resnet8"},
@@ -16,6 +16,7 @@ GOOD = {
     "targets": [{"runtime": "onnxruntime"}],
 }
 PUBLISHED = sorted(Path("recipes").glob("*.yaml"))
+NO_STAGE = "model: {name: a:b}\ndata: {name: digits}\n"
 
 
 @pytest.fixture
@@ -143,3 +144,34 @@ def test_published_recipes_validate_and_point_to_the_schema(path):
 
 def test_the_published_schema_is_current():
     assert json.loads(Path("recipes/schema.json").read_text()) == recipe.schema()
+
+
+def test_a_tracker_is_told_to_every_training_and_to_nothing_else(write):
+    stages = """stages:
+  - prune: {keep_macs: 0.5, round_training: {epochs: 1}}
+  - distill
+  - finetune: {track: mlflow}
+  - quantize: {qat: {epochs: 1}}
+"""
+    plain = recipe.load_recipe(write(NO_STAGE + stages))
+    tracked = recipe.tracked(plain, "tensorboard")
+    pruned, distilled, tuned, quantized = (stage.settings for stage in tracked.stages)
+    for training in (pruned.round_training, distilled, tuned, quantized.qat):
+        assert training.track == "tensorboard"
+    changed = repr(tracked).replace("track='tensorboard'", "track=None")
+    assert changed == repr(plain).replace("track='mlflow'", "track=None")
+    assert [stage.verb for stage in tracked.stages] == ["prune", "distill", "finetune", "quantize"]
+
+
+@pytest.mark.parametrize(
+    ("tracker", "message"),
+    [
+        ("tensorbord", "no such tracker 'tensorbord'. Did you mean 'tensorboard'?"),
+        ("tensorboard", "--track: nothing is trained that could be logged. Give --epochs"),
+    ],
+)
+def test_trackers_that_cannot_log_are_refused(write, tracker, message):
+    plain = recipe.load_recipe(write(NO_STAGE))
+    with pytest.raises(CompressError) as caught:
+        recipe.tracked(plain, tracker)
+    assert message in str(caught.value)

@@ -21,19 +21,21 @@ DROP_PCT = 1.0  # of top-1 that one group may cost alone, where a sensitivity is
 DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
 
 
-def run(recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool) -> Done | None:
+def run(
+    recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool, track: str | None
+) -> Done | None:
     """Carry out a recipe; see ``pipeline.run``."""
     from compress.recipe import load_recipe
 
-    return _run(load_recipe(recipe, overrides), out, fresh=fresh)
+    return _run(_tracked(load_recipe(recipe, overrides), track), out, fresh=fresh)
 
 
-def dry_run(recipe: Path, overrides: Sequence[str]) -> str:
+def dry_run(recipe: Path, overrides: Sequence[str], track: str | None) -> str:
     """Return the recipe as it would be run, with every default, after all checks."""
     from compress.pipeline.preflight import preflight
     from compress.recipe import dump, load_recipe
 
-    resolved = load_recipe(recipe, overrides)
+    resolved = _tracked(load_recipe(recipe, overrides), track)
     preflight(resolved, where=str(recipe))
     return dump(resolved)
 
@@ -172,7 +174,13 @@ def _verb(
     for override in given["overrides"] or []:
         apply_override(written, override)
     recipe = validate(written, where=f"compress {name}")
-    return _run(recipe, given["out"], fresh=given["fresh"])
+    return _run(_tracked(recipe, given["track"]), given["out"], fresh=given["fresh"])
+
+
+def _tracked(recipe: Recipe, tracker: str | None) -> Recipe:
+    from compress.recipe import tracked
+
+    return recipe if tracker is None else tracked(recipe, tracker)
 
 
 def _run(recipe: Recipe, out: Path | None, *, fresh: bool) -> Done | None:

@@ -128,7 +128,11 @@ def _grad_cam(model: nn.Module, inputs: Tensor, targets: Tensor, layer: str | No
 
 
 def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
-    """Return the last module without children, in forward order, whose output has many places."""
+    """Return the module that ends last among those whose output has many places.
+
+    In a residual network that is the last stage, its sum and activation included: what pooling and
+    classifier see, as the authors of Grad-CAM chose it.
+    """
     found: list[str] = []
     hooks = [
         module.register_forward_hook(
@@ -137,7 +141,7 @@ def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
             )
         )
         for name, module in model.named_modules()
-        if not any(module.children())
+        if name
     ]
     try:
         with torch.no_grad():

@@ -264,3 +264,14 @@ def test_importing_it_does_not_import_captum():
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_grad_cam_of_a_residual_network_looks_at_its_last_sum():
+    from compress.networks import resnet8
+
+    model, seen = resnet8(in_channels=3, width=8, num_classes=4).eval(), torch.randn(3, 3, 32, 32)
+    found = explain(model, seen, CLASSES, method="grad-cam")
+    last = explain(model, seen, CLASSES, method="grad-cam", layer="layer3")
+    before_the_sum = explain(model, seen, CLASSES, method="grad-cam", layer="layer3.0.bn2")
+    np.testing.assert_array_equal(found, last)
+    assert np.abs(found - before_the_sum).max() > 1e-3

@@ -47,7 +47,7 @@ def details(
         frozen=dict(plan.frozen) if plan is not None else {},
         sparsities=tuple(sparsities(job, variants, rows)),
         ranges=tuple(_ranges(outcomes)),
-        coverage=tuple(schema.Coverage(**each) for each in measured["coverage"]),
+        coverage=tuple(dict.fromkeys(schema.Coverage(**each) for each in measured["coverage"])),
         learning=tuple(_learning_curves(outcomes)),
         class_scores=tuple(_class_scores(job, taken)),
         confusions=tuple(_confusions(taken)),

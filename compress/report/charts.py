@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from compress.report.schema import Curve, Interval, Line
 
@@ -131,7 +131,7 @@ def scatter(
         size: Width and height in pixels.
         within: Dots that the axes shall hold as well, to give several charts the same scales.
     """
-    left, top, right, bottom = 52.0, 14.0, size[0] - 14, size[1] - 42
+    left, top, right, bottom = 52.0, 24.0, size[0] - 14, size[1] - 42
     held = [*dots, *(within or ())]
     wide = max(d.x for d in held) > 6 * min(d.x for d in held) > 0
     across = scale((v for d in held for v in (d.x, *(d.x_ci or ()))), left, right, is_log=wide)
@@ -171,22 +171,60 @@ Box = tuple[float, float, float, float]
 
 
 def _labelled(placed: Sequence[Placed], frame: Box) -> list[Placed]:
-    """Give each dot a label beside it where there is room; crowded ones go without."""
+    """Give each dot a label beside it where there is room; crowded ones go without.
+
+    A label never lies on a mark or on another label, and on a line only if it must.
+    """
     taken: list[Box] = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in placed]
+    drawn = [box for place in placed for box in _whiskers(place)]
+    drawn += [box for ends in pairwise(_in_order(placed)) for box in _along(*ends)]
     labelled = []
     for place in sorted(placed, key=lambda p: (not p.dot.is_original, not p.is_best)):
         width = LETTER * len(place.dot.label)
-        for x, y, anchor in _beside(place.x, place.y, width, frame):
-            start = x if anchor == "start" else x - width if anchor == "end" else x - width / 2
-            box = (start, y - LINE + 3, start + width, y + 3)
-            inside = frame[0] < box[0] and box[2] < frame[2] and frame[1] < box[1] < frame[3] - LINE
-            if inside and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                labelled.append(replace(place, label=(round(x, 1), round(y, 1), anchor)))
-                break
-        else:
-            labelled.append(place)
+        free = [
+            (label, box)
+            for label in _beside(place.x, place.y, width, frame)
+            if _inside(box := _box(label, width), frame) and not _any_overlap(box, taken)
+        ]
+        clear = [each for each in free if not _any_overlap(each[1], drawn)]
+        for (x, y, anchor), box in (clear or free)[:1]:
+            taken.append(box)
+            place = replace(place, label=(round(x, 1), round(y, 1), anchor))
+        labelled.append(place)
     return labelled
+
+
+def _box(label: tuple[float, float, str], width: float) -> Box:
+    x, y, anchor = label
+    start = x if anchor == "start" else x - width if anchor == "end" else x - width / 2
+    return (start, y - LINE + 3, start + width, y + 3)
+
+
+def _inside(box: Box, frame: Box) -> bool:
+    return frame[0] < box[0] and box[2] < frame[2] and frame[1] < box[1] < frame[3] - LINE
+
+
+def _whiskers(place: Placed) -> Iterator[Box]:
+    if place.across:
+        yield (place.across[0], place.y, place.across[1], place.y)
+    if place.upright:
+        yield (place.x, min(place.upright), place.x, max(place.upright))
+
+
+def _in_order(placed: Sequence[Placed]) -> list[Placed]:
+    """Return the marks that the line of the front joins, from left to right."""
+    return sorted((place for place in placed if place.is_best), key=lambda place: place.x)
+
+
+def _along(one: Placed, other: Placed) -> Iterator[Box]:
+    """Yield boxes that cover the line between two marks."""
+    steps = max(1, round(max(abs(other.x - one.x), abs(other.y - one.y)) / 4))
+    points = [
+        (one.x + (other.x - one.x) * i / steps, one.y + (other.y - one.y) * i / steps)
+        for i in range(steps + 1)
+    ]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        yield (x0, min(y0, y1), x1, max(y0, y1))
 
 
 def _beside(x: float, y: float, width: float, frame: Box) -> list[tuple[float, float, str]]:
@@ -204,6 +242,10 @@ def _beside(x: float, y: float, width: float, frame: Box) -> list[tuple[float, f
         (within, y - 16, "start"),
         (within, y + 26, "start"),
     ]
+
+
+def _any_overlap(box: Box, others: Iterable[Box]) -> bool:
+    return any(_overlap(box, other) for other in others)
 
 
 def _overlap(one: Box, other: Box) -> bool:
@@ -248,7 +290,7 @@ def lines(curve: Curve, size: tuple[float, float] = LINES_WIDE) -> Lines | None:
         return None
     longest = max(len(line.name) for line in drawn)
     room = min(LETTER * longest + 12, size[0] * 0.34)
-    left, top, right, bottom = 52.0, 14.0, size[0] - room, size[1] - 42
+    left, top, right, bottom = 52.0, 24.0, size[0] - room, size[1] - 42
     across = scale((x for line in drawn for x in line.x), left, right, margin=0.0)
     upright = scale((y for line in drawn for y in line.y), bottom, top)
     if len(drawn) > FOREMOST:
@@ -275,7 +317,7 @@ def _spread(wanted: Sequence[float], top: float, bottom: float) -> list[float]:
     """Return label heights near those wanted, in the same order, at least a line apart."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = list(wanted)
-    for before, after in itertools.pairwise(order):
+    for before, after in pairwise(order):
         placed[after] = max(placed[after], placed[before] + LINE)
     excess = max(0.0, placed[order[-1]] - bottom) if order else 0.0
     for position in reversed(order):

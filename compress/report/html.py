@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 FLIPS, ATTRIBUTIONS = 48, 12  # shown at most; report.json holds all
+LINES = 3  # of compressed networks in the chart of confidence
 BIN_IMAGES = 10  # a bin of confidence with fewer is not drawn
 PICTURES = 600_000  # characters of each kind of pictures, at most
 ROWS = 400  # of tables about layers, at most
@@ -37,6 +38,7 @@ def html(report: Report) -> str:
         charts=pareto_charts([report]),
         tables=[compact(accuracies(report)), compact(speeds(report)), compact(sizes(report))],
         rows_limit=ROWS,
+        flipped=lost.flipped(report),
         **_lost(report.details),
         **_looking(report.details),
     )
@@ -64,6 +66,7 @@ def _lost(details: Details) -> dict[str, Any]:
     flips = details.flips[:FLIPS]
     shown = lost.within_budget([(flip.thumbnail,) for flip in flips], PICTURES)
     bins = [(part.variant, *_well_filled(part)) for part in details.calibration]
+    bins = [*bins[:1], *bins[1:][-LINES:]]  # the original, and what it became in the end
     return {
         "class_tables": lost.class_tables(details),
         "matrices": lost.matrices(details),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from compress.report import figures
 from compress.report.pictures import png
-from compress.report.schema import ClassScores, Confusion, Details
+from compress.report.schema import ClassScores, Confusion, Details, Report
 from compress.report.tables import Cell, Column, Table
 
 GRID_CLASSES = 20  # a confusion matrix of more classes is drawn as a picture
@@ -19,6 +19,18 @@ MANY_CLASSES = 100  # of more, the table of classes is about the last variant on
 PAIRS = 10  # confusions listed
 PICTURE_SIDE = 250  # pixels of a drawn confusion matrix, at most
 INK = (11, 102, 195)  # the accent colour, in light and dark alike
+
+
+def flipped(report: Report) -> int:
+    """Return how many images were right before and are wrong now; not all of them are recorded."""
+    flips = report.details.flips
+    told = {(flip.variant, flip.runtime) for flip in flips}
+    name, runtime = next(iter(told)) if len(told) == 1 else (None, None)
+    variant = report.variant(name or "")
+    for result in variant.results if variant else ():
+        if result.runtime == runtime and result.flip_pct is not None and result.images:
+            return max(len(flips), round(result.flip_pct * result.images / 100))
+    return len(flips)
 
 
 def class_tables(details: Details) -> list[Table]:

@@ -18,10 +18,12 @@ from compress.report.charts import NARROW, Dot, lines, pareto, round_values, sca
 from compress.report.html import html
 from compress.report.pictures import thumbnail
 from compress.report.schema import (
+    Calibration,
     ClassScores,
     Confusion,
     Curve,
     Details,
+    Flip,
     Line,
     Report,
     Result,
@@ -79,6 +81,53 @@ def test_labels_of_a_crowded_chart_do_not_cover_each_other():
         for other in boxes[:n]:
             apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
             assert apart
+
+
+def test_a_label_lies_on_no_line_where_there_is_room():
+    dots = [
+        Dot("original", "original", 2.0, 92.0, is_original=True),
+        Dot("fast", "fast", 1.0, 85.0),
+        Dot("between", "between", 1.5, 84.9, x_ci=(1.3, 1.7), y_ci=(84.0, 86.0)),
+    ]
+    chart = scatter(dots)
+    placed = {place.dot.name: place for place in chart.dots}
+    x, y, anchor = placed["between"].label
+    width = 6.6 * len("between")
+    left = {"start": x, "end": x - width, "middle": x - width / 2}[anchor]
+    own = placed["between"]
+    assert y + 3 < own.y or own.y < y - 11 or left + width < own.across[0] or own.across[1] < left
+    assert left + width < own.x or own.x < left or max(own.upright) < y - 11
+    one, other = placed["fast"], placed["original"]  # the front joins them
+    for step in np.linspace(0, 1, 200):
+        px, py = one.x + step * (other.x - one.x), one.y + step * (other.y - one.y)
+        assert not (left <= px <= left + width and y - 11 <= py <= y + 3)
+
+
+def test_flipped_images_are_counted_though_not_all_are_recorded():
+    flips = tuple(
+        Flip(index=n, label=0, before=0, after=1, variant="int8", runtime="onnxruntime")
+        for n in range(3)
+    )
+    result = Result(**PLACE, images=600, flip_pct=100 * 61 / 600)
+    variants = (Variant(name="int8", stage="s", results=(result,)),)
+    report = Report(variants=variants, details=Details(flips=flips))
+    assert lost.flipped(report) == 61
+    page = html(report)
+    assert (
+        "wrong now with int8: 61 images; 3 of those whose wrong answer is surest are shown" in page
+    )
+    assert lost.flipped(Report(details=Details(flips=flips))) == 3
+
+
+def test_the_chart_of_confidence_always_shows_the_original():
+    names = ("original", "b", "c", "d", "e", "f")
+    bins = {"confidence_pct": (50.0, 90.0), "accuracy_pct": (40.0, 80.0), "images": (20, 20)}
+    parts = tuple(Calibration(variant=name, ece_pct=10.0, **bins) for name in names)
+    page = html(Report(details=Details(calibration=parts)))
+    figure = page[page.index("Expected calibration error") :]
+    figure = figure[: figure.index("Bins of fewer")]
+    drawn = {name for name in names if f">{name}</text>" in figure}
+    assert drawn == {"original", "d", "e", "f"}
 
 
 def test_a_long_name_at_the_edge_of_a_phone_is_moved_inside():

@@ -105,6 +105,11 @@ class DistillObjective:
         self._moment = None
         self.teacher.close()
 
+    @property
+    def meets_in(self) -> str | None:
+        """The loss in which processes exchange what they computed, if there is one."""
+        return next((t.name for t in self.terms if getattr(t.loss, "meets", False)), None)
+
     def pairing(self) -> list[str]:
         """Return which layers each loss compares, one line each."""
         return [f"{term.name}: {pair}" for term in self.terms for pair in term.pairs]

@@ -8,6 +8,7 @@ A loss is a dataclass, named after its file, whose fields are its options. Besid
   classifiers are fed with). With any but the first, ``layers`` is an option as well.
 - ``weight``: its usual weight beside a cross-entropy of weight 1; recipes overrule it.
 - ``relational``: whether it compares images with each other, so that the batch matters.
+- ``meets``: whether processes that train together exchange what they computed in it.
 - ``prepare(student, teacher, labels)``: called once with the outputs of a dry run and the classes
   of all training images, (N,); creates adapters. A loss with adapters is an ``nn.Module``.
 """

@@ -49,6 +49,7 @@ class Crd(nn.Module):
     weight: ClassVar[float] = 0.8
     needs: ClassVar[Needs] = "embedding"
     relational: ClassVar[bool] = True
+    meets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
 from compress.pipeline.preflight import preflight
 from compress.report import Report
 from compress.run_folder import RunFolder
-from compress.settings import Recipe, Settings
+from compress.settings import QuantizeSettings, Recipe, Settings
 from compress.train.processes import join_processes
 
 STEPS: dict[str, Step] = {
@@ -27,7 +27,6 @@ STEPS: dict[str, Step] = {
     "finetune": steps.finetune,
     "quantize": quantizing.quantize_graphs,
 }
-NOT_TORCH = {"quantize"}  # from here on one process works, and the others of a torchrun leave
 MEASURE = "measure"
 
 
@@ -68,11 +67,12 @@ def run(
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []
     for number, (verb, settings) in enumerate(_stages(chosen)):
-        if verb in NOT_TORCH and not processes.is_main:
-            return None
         stage = job.run.stage(number, verb)
+        if isinstance(settings, QuantizeSettings) and not processes.is_main:
+            quantizing.train_along(job, settings, stage, variants)
+            return None
         outcome = _once(job, stage, STEPS[verb], settings, variants)
-        if verb not in NOT_TORCH:
+        if verb != "quantize":  # after which one process works, the others of a torchrun leave
             processes.wait()
         outcomes.append(outcome or _recorded(job, stage))
         variants += outcomes[-1].variants

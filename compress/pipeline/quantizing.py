@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from compress import artifact
 from compress.pipeline.job import INT8_FORM, Job, Outcome, Variant, training_facts
 from compress.settings import QuantizeSettings, Recipe
+from compress.train.processes import join_processes
 
 if TYPE_CHECKING:
     from compress.accuracy_budget import Budget
@@ -78,6 +80,15 @@ def quantize_graphs(
     return Outcome(tuple(variants), {"plans": plans, "qat": training, "gates": gates})
 
 
+def train_along(
+    job: Job, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
+) -> None:
+    """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
+    if settings.qat is not None and job.run.result(stage) is None:
+        for form in int8_forms(job.recipe):
+            _train_quantized(job, settings, None, before[-1], stage / f"qat-{form}")
+
+
 def int8_forms(recipe: Recipe) -> list[str]:
     """Return the kinds of Q/DQ graph that the int8 targets of ``recipe`` need, without repeats."""
     runtimes = [each.runtime for each in recipe.targets if each.precision == "int8"]
@@ -91,14 +102,17 @@ def _calibration_batches(job: Job, samples: int) -> list[NDArray[np.float32]]:
 
 
 def _train_quantized(
-    job: Job, settings: QuantizeSettings, plan: QuantPlan, parent: Variant, folder: Path
+    job: Job, settings: QuantizeSettings, plan: QuantPlan | None, parent: Variant, folder: Path
 ) -> Trained:
+    """Train with the rounding of ``plan``, or with that of the first process."""
     from compress.qat import train_quantized
-    from compress.qdq import read_onnx
+    from compress.qdq import QuantPlan, read_onnx
 
+    text = None if plan is None else json.dumps(plan.to_json())
+    told = join_processes().first_tells(job.relative(folder), text)
     return train_quantized(
         read_onnx(job.path(parent)),
-        plan,
+        QuantPlan.from_json(json.loads(told)),
         job.dataset,
         settings,
         folder=folder,

@@ -11,7 +11,7 @@ from compress.data import Dataset
 from compress.errors import UsageError
 from compress.objective import CrossEntropy, Objective
 from compress.settings import TrainSettings
-from compress.train.processes import failing_together, join_processes
+from compress.train.processes import Processes, failing_together, join_processes
 from compress.train.run import Run, TrainResult
 from compress.train.surroundings import left_as_found
 
@@ -51,6 +51,7 @@ def train(
     try:
         _check_validation(dataset, settings)
         place = join_processes(device)
+        _check_repeatable(objective, settings, place)
         with failing_together(place), left_as_found(model, settings, place.device) as frozen:
             run = Run(model, dataset, settings, objective, place, folder, seed, frozen)
             with run.journal_open(), progress.task("train", run.images_in_all) as counter:
@@ -70,4 +71,16 @@ def _check_validation(dataset: Dataset, settings: TrainSettings) -> None:
             "no images are held back to judge checkpoints by",
             where=wanting,
             fix="Hold some back: data.validation: 0.1",
+        )
+
+
+def _check_repeatable(objective: Objective, settings: TrainSettings, place: Processes) -> None:
+    """Refuse to repeat steps in which processes wait for each other half-way."""
+    meeting = "sync_batchnorm" if settings.sync_batchnorm else getattr(objective, "meets_in", None)
+    if settings.halve_batch and place.world > 1 and meeting:
+        raise UsageError(
+            f"with {meeting}, processes meet within a step, and one that runs out of memory "
+            "cannot repeat it alone",
+            where="halve_batch",
+            fix="Leave it out, and set accumulate to compute batches in more parts",
         )

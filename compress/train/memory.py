@@ -25,3 +25,12 @@ def too_large(images: int, parts: int, step: int, settings: TrainSettings) -> Tr
         fix=f"Set accumulate: {2 * parts} to compute a batch in more parts"
         + ("" if settings.halve_batch else ", or halve_batch: true to do so when needed"),
     )
+
+
+def more_parts(images: int, parts: int, step: int, world: int) -> str:
+    """Return what to tell of a batch that is computed in more parts from now on."""
+    by = f" by each of {world} processes" if world > 1 else ""
+    return (
+        f"out of memory at step {step}: batches of {images} images are now computed in {parts} "
+        f"parts{by}"
+    )

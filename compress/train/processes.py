@@ -6,17 +6,19 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from compress.errors import CompressError, TrainingError
 
 FAILURE_KEY = "compress/failure"
+LONGEST_WAIT = timedelta(days=7)  # torchrun ends a process that waits for one that died
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,32 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(values)
         return values
+
+    def any(self, here: bool) -> bool:
+        """Return whether ``here`` is true in any process."""
+        if self.world == 1:
+            return here
+        return bool(self.sum(torch.tensor(float(here), device=self.device)) > 0)
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers, statistics of BatchNorm above all."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def first_tells(self, key: str, text: str | None) -> str:
+        """Return the first process's ``text``; the others wait for it, however long it takes.
+
+        Args:
+            key: What it is about; each is told once.
+            text: In the first process; not looked at in others.
+        """
+        if self.is_main:
+            if self.world > 1:
+                _store().set(f"compress/{key}", text)
+            return text or ""
+        _store().wait([f"compress/{key}"], LONGEST_WAIT)
+        return str(_store().get(f"compress/{key}").decode())
 
     def wait(self) -> None:
         """Wait until every process is here."""
@@ -70,7 +98,7 @@ def failing_together(processes: Processes) -> Iterator[None]:
     if processes.world == 1:
         yield
         return
-    store = dist.distributed_c10d._get_default_store()  # the one place all processes can read
+    store = _store()
     try:
         yield
     except Exception as error:
@@ -83,6 +111,11 @@ def failing_together(processes: Processes) -> Iterator[None]:
             store.set(FAILURE_KEY, f"process {processes.rank}: {error}")
         _tell_torchrun(error)
         raise
+
+
+def _store() -> Any:
+    """Return the one place that all processes can read."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def _reason_of_others(store: Any, error: Exception) -> str | None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from compress import progress
 from compress.augment import augment, mixed
@@ -25,11 +24,12 @@ from compress.train import checkpoints
 from compress.train.average import Average
 from compress.train.batches import Batch, seed_of, steps_in_epoch, train_batches
 from compress.train.journal import Journal, Row
-from compress.train.memory import is_out_of_memory, too_large
+from compress.train.memory import is_out_of_memory, more_parts, too_large
 from compress.train.optimizers import make_optimizer, set_rate
 from compress.train.precision import autocast, chosen_precision
 from compress.train.processes import Processes, SyncedBatchNorm
 from compress.train.schedules import factor
+from compress.train.sharing import Sharing
 from compress.train.surroundings import set_training
 from compress.train.validation import Score, validate
 
@@ -94,7 +94,7 @@ class Run:
         if isinstance(objective, Movable):
             objective.to(processes.device)
         task = Task(model, objective, settings.compile).to(processes.device)
-        self.task: nn.Module = DistributedDataParallel(task) if processes.world > 1 else task
+        self.sharing = Sharing(task, processes, repeats=settings.halve_batch)
         self.optimizer = make_optimizer(model, task.adapters, settings)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.precision == "fp16")
         self.average = Average(model, settings.ema) if settings.ema else None
@@ -181,21 +181,31 @@ class Run:
 
     def _one_step(self, batch: Batch) -> Tensor:
         """Take one step; returns this process's part of the mean loss, a scalar."""
-        torch.manual_seed(
-            seed_of(self.seed, self.epoch, self.step, self.processes.rank)
-        )  # dropout and the like
         position = self.epoch + (self.step + 0.5) / self.steps
         set_rate(self.optimizer, self.settings.lr * factor(position, self.settings))
-        while True:
-            try:
-                loss = self._gradients(batch, position)
-                break
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-            self._take_more_parts(len(batch.index))
+        loss = self._gradients_or_none(batch, position)
+        while loss is None:
+            self._take_more_parts(batch)
+            loss = self._gradients_or_none(batch, position)
+        self.sharing.finish()
         self._update()
         return loss
+
+    def _gradients_or_none(self, batch: Batch, position: float) -> Tensor | None:
+        """Compute gradients; None where memory ran out in any process and may be saved."""
+        seed = seed_of(self.seed, self.epoch, self.step, self.processes.rank)
+        torch.manual_seed(seed)  # dropout and the like
+        loss = None
+        try:
+            loss = self._gradients(batch, position)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if not self.settings.halve_batch:
+            if loss is None:
+                raise too_large(len(batch.index), self.parts, self._steps_done + 1, self.settings)
+            return loss
+        return None if self.processes.any(loss is None) else loss
 
     def _gradients(self, batch: Batch, position: float) -> Tensor:
         device, world = self.processes.device, self.processes.world
@@ -208,15 +218,13 @@ class Run:
             if isinstance(self.objective, Informed):
                 index = batch.index[rows].to(device)
                 self.objective.before(Moment(position, index, self.model))
-            last = number == len(pieces) - 1
-            waiting = isinstance(self.task, DistributedDataParallel) and not last
             synced = self.settings.sync_batchnorm and world > 1
             with (
-                self.task.no_sync() if waiting else contextlib.nullcontext(),  # type: ignore[operator]
+                self.sharing.part(last=number == len(pieces) - 1),
                 SyncedBatchNorm() if synced else contextlib.nullcontext(),
             ):
                 with autocast(self.precision, device):
-                    value = self.task(images, target)
+                    value = self.sharing.module(images, target)
                 penalized = value + self._l1() if self.settings.l1 else value
                 self.scaler.scale(penalized * (share * world)).backward()
             loss += value.detach() * share
@@ -250,19 +258,15 @@ class Run:
         if self.average is not None:
             self.average.update(self.model, self._steps_done)
 
-    def _take_more_parts(self, images: int) -> None:
+    def _take_more_parts(self, batch: Batch) -> None:
         """Compute batches in twice as many parts from now on; called when memory ran out."""
-        can = self.settings.halve_batch and self.parts < images and self.processes.world == 1
-        if not can:
-            raise too_large(images, self.parts, self._steps_done + 1, self.settings)
+        if self.parts >= batch.total // self.processes.world:
+            raise too_large(len(batch.index), self.parts, self._steps_done + 1, self.settings)
         self.optimizer.zero_grad(set_to_none=True)
         if self.processes.device.type == "cuda":
             torch.cuda.empty_cache()
         self.parts *= 2
-        note = (
-            f"out of memory at step {self._steps_done + 1}: batches of {images} images are now "
-            f"computed in {self.parts} parts"
-        )
+        note = more_parts(batch.total, self.parts, self._steps_done + 1, self.processes.world)
         logger.warning(note)
         self.notes.append(note)
 
@@ -293,6 +297,8 @@ class Run:
         )
 
     def _end_epoch(self, row: Row) -> None:
+        self.processes.share_buffers(self.model)
+        self.processes.share_buffers(self._watched)
         score = self._score()
         if score is not None:
             row |= {"validation_top1_pct": score.top1_pct, "validation_loss": score.loss}

@@ -608,3 +608,16 @@ def test_an_absent_tracker_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 def test_the_batch_size_shrinks_to_a_small_data_set():
     _, result = trained(data=dataset(12), epochs=1)
     assert result.steps == 1
+
+
+def test_a_loss_in_which_processes_meet_excludes_repeated_steps():
+    from compress.distill import build_objective
+    from compress.settings import DistillSettings
+    from compress.train import loop
+    from compress.train.processes import Processes
+
+    settings = DistillSettings(losses=("kd", "crd"), halve_batch=True)
+    objective = build_objective(plain(), plain(), dataset(), settings)
+    with pytest.raises(UsageError, match="halve_batch: with crd, processes meet within a step"):
+        loop._check_repeatable(objective, settings, Processes(torch.device("cpu"), 0, 2))
+    loop._check_repeatable(objective, settings, Processes(torch.device("cpu")))

@@ -52,7 +52,9 @@ def test_two_processes_give_the_curve_of_one_with_the_whole_batch(
     for name, value in weights.items():
         torch.testing.assert_close(shared[name], value, rtol=1e-3, atol=1e-5, msg=name)
     files = sorted(path.name for path in (tmp_path / "two").iterdir())
-    assert files == ["best.pt", "history.json", "last.pt", "metrics.jsonl", "weights.pt"]
+    assert files == [
+        "best.pt", "history.json", "last.pt", "metrics.jsonl", "notes.json", "weights.pt"
+    ]  # fmt: skip
 
 
 def test_without_synced_statistics_the_curves_differ(tmp_path: Path):
@@ -60,6 +62,41 @@ def test_without_synced_statistics_the_curves_differ(tmp_path: Path):
         done = run(tmp_path / name, world)
         assert done.returncode == 0, done.stderr[-2000:]
     assert outcome(tmp_path / "one")[0] != pytest.approx(outcome(tmp_path / "two")[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{"unused": True}, {"freeze": "conv2"}], ids=["unused", "frozen"]
+)
+def test_parameters_without_gradients_do_not_stop_several_processes(
+    tmp_path: Path, options: dict[str, Any]
+):
+    for name, world in (("one", 1), ("two", 2)):
+        done = run(tmp_path / name, world, norm=False, **options)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert outcome(tmp_path / "two")[0] == pytest.approx(outcome(tmp_path / "one")[0], rel=1e-4)
+
+
+def test_processes_agree_to_compute_a_batch_in_more_parts(tmp_path: Path):
+    """One of two runs out of memory at the fourth step; both go on, and nothing else changes."""
+    assert run(tmp_path / "one", norm=False).returncode == 0
+    done = run(tmp_path / "two", 2, norm=False, rank=1, step=3, how="memory", halve=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert outcome(tmp_path / "two")[0] == pytest.approx(outcome(tmp_path / "one")[0], rel=1e-4)
+    notes = json.loads((tmp_path / "two" / "notes.json").read_text())
+    assert [note.partition(": ")[0] for note in notes] == ["out of memory at step 4"] * 2
+    assert notes[-1].endswith("of 32 images are now computed in 4 parts by each of 2 processes")
+
+
+def test_without_leave_to_halve_all_processes_stop_when_one_runs_out_of_memory(tmp_path: Path):
+    done = run(tmp_path, 2, rank=1, step=3, how="memory")
+    assert done.returncode != 0
+    assert "out of memory at step 4, 16 images in 1 part" in done.stderr
+
+
+def test_statistics_of_all_processes_and_repeated_steps_exclude_each_other(tmp_path: Path):
+    done = run(tmp_path, 2, sync=True, halve=True)
+    assert done.returncode != 0
+    assert "with sync_batchnorm, processes meet within a step" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,8 @@ def parser_warnings(path: Path) -> list[str]:
 
     logger = Logger()
     builder = trt.Builder(logger)
-    parser = trt.OnnxParser(builder.create_network(0), logger)
+    parsed = builder.create_network(0)  # the parser does not keep it alive
+    parser = trt.OnnxParser(parsed, logger)
     if not parser.parse_from_file(str(path)):
         said += [str(parser.get_error(i)) for i in range(parser.num_errors)]
     return said

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from compress.observers._histogram import BINS, Histogram
+from compress.observers._histogram import BINS, Histogram, Pointwise
 
-__all__ = ["BINS", "Histogram", "Observer"]
+__all__ = ["BINS", "Histogram", "Observer", "Pointwise"]
 
 
 class Observer(Protocol):

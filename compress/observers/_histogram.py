@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 BINS = 4096  # on each side of zero; at least half of them lie inside the range seen
 _TINIEST = -120  # exponent of the bin width while only zeros were seen
+_FLAT = 1e-3  # change of a function, as a share of its largest value, that does not matter
+
+
+Pointwise = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 
 class Histogram:
@@ -17,9 +22,14 @@ class Histogram:
     Bin t holds values v with trunc(v / width) = t, so bin 0 is twice as wide, and joining bins 2t
     and 2t + 1 gives exactly the bins of twice the width: the result does not depend on the order in
     which values came. Smallest and largest value are exact.
+
+    Args:
+        through: The pointwise function that alone reads the tensor, such as hard-swish: an error
+            counts as what the function makes of it. None where values count themselves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, through: Pointwise | None = None) -> None:
+        self.through = through
         self.counts: NDArray[np.int64] = np.zeros(2 * BINS - 1, np.int64)
         self.exponent = _TINIEST
         self.low, self.high = math.inf, -math.inf
@@ -69,6 +79,19 @@ class Histogram:
         edges = np.flatnonzero(np.diff(coarse, prepend=-1))
         joined = np.add.reduceat(counts, edges)
         return np.add.reduceat(centers * counts, edges) / joined, joined
+
+    def trimmed(self, low: float, high: float) -> tuple[float, float]:
+        """Return the range without ends at which ``through`` is flat; it still holds zero."""
+        if self.through is None or low == high:
+            return low, high
+        grid = np.linspace(low, high, 2048)
+        values = self.through(grid)
+        tolerance = _FLAT * np.abs(values).max()
+        ends = []
+        for points, made in ((grid, values), (grid[::-1], values[::-1])):
+            differs = np.abs(made - made[0]) > tolerance
+            ends.append(float(points[max(int(np.argmax(differs)) - 1, 0)]))
+        return min(ends[0], 0.0), max(ends[1], 0.0)
 
     def magnitudes(self) -> tuple[NDArray[np.float64], float]:
         """Return counts of absolute values, (BINS,), and the width of a bin."""

@@ -9,10 +9,10 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.observers import Histogram
+from compress.observers import Histogram, Pointwise
 
 _BINS = 2048  # 8 for each of 256 codes
-Error = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # of each share, (K,) of (K,)
+Error = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # of each candidate, (K,) of (K,)
 
 
 @dataclass(frozen=True)
@@ -40,79 +40,58 @@ class Mse:
 
     def __call__(self, seen: Histogram, *, symmetric: bool) -> tuple[float, float]:
         """Return the range of least squared error."""
-        low, high = min(seen.low, 0.0), max(seen.high, 0.0)
+        low, high = seen.trimmed(min(seen.low, 0.0), max(seen.high, 0.0))
         if low == high:
             return low, high
         centers, counts = seen.bins(_BINS)
+        noise = Noise(centers, counts, seen.through)
         if symmetric:
-            largest = max(-low, high)
-            shares = self._search(lambda s: symmetric_error(centers, counts, largest * s))
-            return -largest * shares, largest * shares
-        both = self._search(partial(_share_error, centers, counts, low, high))
-        share_low, share_high = both, both
+            limit = self._search(max(-low, high), noise.symmetric)
+            return -limit, limit
+        share = self._search(1.0, lambda s: noise.affine(low * s, high * s))
+        bottom, top = low * share, high * share
         for _ in range(3 if low < 0 < high else 0):
-            bottom = low * share_low
-            share_high = self._search(partial(_high_error, centers, counts, bottom, high))
-            top = high * share_high
-            share_low = self._search(partial(_low_error, centers, counts, low, top))
-        return low * share_low, high * share_high
+            top = self._search(high, partial(noise.affine, bottom))
+            bottom = self._search(low, partial(noise.affine, high=top))
+        return bottom, top
 
-    def _search(self, error: Error) -> float:
-        """Return the share in [smallest, 1] with the least error."""
+    def _search(self, end: float, error: Error) -> float:
+        """Return what has the least error of [smallest * end, end]."""
         step = (1 - self.smallest) / (self.steps - 1)
         shares = np.linspace(self.smallest, 1, self.steps)
-        best = float(shares[np.argmin(error(shares))])
+        best = float(shares[np.argmin(error(end * shares))])
         fine = np.clip(best + np.linspace(-step, step, self.steps), self.smallest, 1)
-        return float(fine[np.argmin(error(fine))])
+        return float(end * fine[np.argmin(error(end * fine))])
 
 
-def symmetric_error(
-    centers: NDArray[np.float64], counts: NDArray[np.float64], limits: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Return the summed squared error, (K,), of int8 with zero point 0 for each limit, (K,)."""
-    scale = (limits / 127)[:, None]
-    back = np.clip(np.rint(centers / scale), -128, 127) * scale
-    return np.asarray(((back - centers) ** 2) @ counts)
+@dataclass(frozen=True)
+class Noise:
+    """The squared error that quantization makes of counted values.
 
+    Args:
+        centers: Values, (N,).
+        counts: How often each was seen, (N,).
+        through: The function behind which the error is taken; None = that of the values.
+    """
 
-def affine_error(
-    centers: NDArray[np.float64],
-    counts: NDArray[np.float64],
-    low: NDArray[np.float64],
-    high: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    """Return the summed squared error, (K,), of uint8 between ``low`` and ``high``, (K,)."""
-    scale = ((high - low) / 255)[:, None]
-    zero = np.rint(-low[:, None] / scale)
-    back = (np.clip(np.rint(centers / scale) + zero, 0, 255) - zero) * scale
-    return np.asarray(((back - centers) ** 2) @ counts)
+    centers: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    through: Pointwise | None = None
 
+    def symmetric(self, limits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the summed error, (K,), of int8 with zero point 0 for each limit, (K,)."""
+        scale = (limits / 127)[:, None]
+        return self._of(np.clip(np.rint(self.centers / scale), -128, 127) * scale)
 
-def _share_error(
-    centers: NDArray[np.float64],
-    counts: NDArray[np.float64],
-    low: float,
-    high: float,
-    shares: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    return affine_error(centers, counts, low * shares, high * shares)
+    def affine(
+        self, low: NDArray[np.float64] | float, high: NDArray[np.float64] | float
+    ) -> NDArray[np.float64]:
+        """Return the summed error, (K,), of uint8 between ``low`` and ``high``, (K,) or one."""
+        scale = np.atleast_1d((high - low) / 255)[:, None]
+        zero = np.rint(-np.atleast_1d(low)[:, None] / scale)
+        codes = np.clip(np.rint(self.centers / scale) + zero, 0, 255)
+        return self._of((codes - zero) * scale)
 
-
-def _high_error(
-    centers: NDArray[np.float64],
-    counts: NDArray[np.float64],
-    low: float,
-    high: float,
-    shares: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    return affine_error(centers, counts, np.full_like(shares, low), high * shares)
-
-
-def _low_error(
-    centers: NDArray[np.float64],
-    counts: NDArray[np.float64],
-    low: float,
-    high: float,
-    shares: NDArray[np.float64],
-) -> NDArray[np.float64]:
-    return affine_error(centers, counts, low * shares, np.full_like(shares, high))
+    def _of(self, back: NDArray[np.float64]) -> NDArray[np.float64]:
+        made = (lambda v: v) if self.through is None else self.through
+        return np.asarray(np.square(made(back) - made(self.centers)) @ self.counts)

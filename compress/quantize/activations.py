@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from compress.qdq.graph import Graph
+from compress.qdq.graph import Graph, attribute
 
 Array = NDArray[Any]
 Function = Callable[[Array], Array]
@@ -32,7 +32,7 @@ class Activation:
 
 
 def activation_of(graph: Graph, node: NodeProto) -> Activation:
-    """Return what ``node`` is followed by: Relu, Clip, SiLU, hard-swish or nothing."""
+    """Return what ``node`` is followed by: Relu, Clip, SiLU, hard-swish, a gate or nothing."""
     tensor = node.output[0]
     readers = [] if tensor in graph.outputs else [r for r, _ in graph.readers.get(tensor, [])]
     kinds = sorted(reader.op_type for reader in readers)
@@ -47,12 +47,17 @@ def activation_of(graph: Graph, node: NodeProto) -> Activation:
         )
     if kinds == ["HardSwish"]:
         return Activation(readers[0].output[0], _hard_swish, _hard_swish_slope)
+    if kinds in (["Sigmoid"], ["HardSigmoid"]):
+        return Activation(readers[0].output[0], *_gate(readers[0]))
     if kinds in (["Mul", "Sigmoid"], ["HardSigmoid", "Mul"]):
         product, gate = sorted(readers, key=lambda r: r.op_type != "Mul")
         if set(product.input) == {tensor, gate.output[0]}:
-            smooth = gate.op_type == "Sigmoid"
-            value, slope = (_silu, _silu_slope) if smooth else (_hard_swish, _hard_swish_slope)
-            return Activation(product.output[0], value, slope)
+            value, slope = _gate(gate)
+            return Activation(
+                product.output[0],
+                lambda z: z * value(z),
+                lambda z: value(z) + z * slope(z),
+            )
     return Activation(tensor, identity, np.ones_like)
 
 
@@ -73,17 +78,21 @@ def _clip(output: str, low: float, high: float) -> Activation:
     )
 
 
+def _gate(node: NodeProto) -> tuple[Function, Function]:
+    """Return the function and the derivative of a Sigmoid or HardSigmoid."""
+    if node.op_type == "Sigmoid":
+        return _sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))
+    steep, middle = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
+
+    def slope(z: Array) -> Array:
+        inside = np.abs(steep * z + middle - 0.5) < 0.5
+        return np.asarray(inside * steep, z.dtype)
+
+    return lambda z: np.clip(steep * z + middle, 0, 1), slope
+
+
 def _sigmoid(z: Array) -> Array:
     return np.asarray(1 / (1 + np.exp(-np.clip(z, -60, 60))))
-
-
-def _silu(z: Array) -> Array:
-    return np.asarray(z * _sigmoid(z))
-
-
-def _silu_slope(z: Array) -> Array:
-    gate = _sigmoid(z)
-    return np.asarray(gate * (1 + z * (1 - gate)))
 
 
 def _hard_swish(z: Array) -> Array:

@@ -39,7 +39,7 @@ def make_plan(
         )
     ranges = {}
     for tensor, seen in statistics.tensors.items():
-        low, high = choose(seen, symmetric=False)
-        limit = choose(seen, symmetric=True)[1]
+        low, high = seen.trimmed(*choose(seen, symmetric=False))
+        limit = max(map(abs, seen.trimmed(*choose(seen, symmetric=True))))
         ranges[tensor] = ActivationRange(low, high, limit, name, (seen.low, seen.high))
     return QuantPlan(target, name, ranges, float_nodes=dict(exclude or {}))

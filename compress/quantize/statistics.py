@@ -13,12 +13,13 @@ from onnx import ModelProto
 
 from compress import progress
 from compress.errors import QuantizationError
-from compress.observers import Histogram
+from compress.observers import Histogram, Pointwise
 from compress.qdq.graph import Graph
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS
 from compress.qdq.prepare import prepare
 from compress.qdq.rewrite import rewrite_for
+from compress.quantize.activations import activation_of
 from compress.quantize.images import Batches, Feed, Images
 from compress.quantize.sessions import session_of, with_outputs
 
@@ -73,7 +74,8 @@ def calibrate(
     graph = Graph(prepared)
     images = batches if isinstance(batches, Images) else Images(graph, batches)
     names = observed_tensors(prepared, targets)
-    statistics = Statistics({name: Histogram() for name in names}, counted=histograms)
+    seen = {name: Histogram(_through(graph, name)) for name in names}
+    statistics = Statistics(seen, counted=histograms)
     runner = _Runner(prepared, names, threads)
     total = len(images.order) if images.stream is None else None
     with progress.task("Calibrating", total) as counter:
@@ -99,6 +101,15 @@ def observed_tensors(prepared: ModelProto, targets: Iterable[str]) -> list[str]:
     graph = Graph(prepared)
     order = [*graph.inputs, *(name for node in graph.nodes for name in node.output)]
     return [name for name in order if name in wanted]
+
+
+def _through(graph: Graph, tensor: str) -> Pointwise | None:
+    """Return the pointwise function that alone reads ``tensor``, or None."""
+    node = graph.producer.get(tensor)
+    if node is None or len(node.output) > 1:
+        return None
+    activation = activation_of(graph, node)
+    return None if activation.output == tensor else activation.value
 
 
 class _Runner:

@@ -141,6 +141,42 @@ def test_mse_is_within_two_percent_of_brute_force_over_the_values(kind):
     assert error_of(values, low, high, limit, "tensorrt") <= brute * 1.02
 
 
+def hard_swish(v):
+    return v * np.clip(v / 6 + 0.5, 0, 1)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_what_the_reader_does_not_tell_apart_is_not_kept(name):
+    """Hard-swish is zero below -3: codes spent there are lost."""
+    values = samples("skewed") * 4 - 10
+    histogram = seen(values)
+    histogram.through = hard_swish
+    found = plugins.create("observers", name)(histogram, symmetric=False)
+    low, high = histogram.trimmed(*found)
+    assert -3.2 < low <= 0 < high
+    histogram.through = None
+    assert histogram.trimmed(-30.0, 2.0) == (-30.0, 2.0)
+
+
+def test_mse_behind_a_function_is_within_two_percent_of_brute_force():
+    values = samples("normal")[:9_000].astype(np.float64) * 4
+    histogram = seen(values)
+    histogram.through = hard_swish
+    observer = plugins.create("observers", "mse")
+
+    def error(low, high):
+        scale = (high - low) / 255
+        zero = np.rint(-low / scale)
+        back = (np.clip(np.rint(values / scale) + zero, 0, 255) - zero) * scale
+        return np.mean((hard_swish(back) - hard_swish(values)) ** 2)
+
+    lows, highs = np.linspace(-8, -0.1, 40), np.linspace(6, values.max(), 40)
+    brute = min(error(a, b) for a in lows for b in highs)
+    assert error(*observer(histogram, symmetric=False)) <= brute * 1.02
+    histogram.through = None
+    assert error(*observer(histogram, symmetric=False)) > brute * 1.2  # so that it tells
+
+
 def test_mse_clips_a_lone_outlier_and_minmax_does_not():
     values = np.append(samples("normal"), samples("normal"))
     values[7] = 8.0

@@ -21,6 +21,7 @@ from compress.quantize.images import Images
 from compress.quantize.methods import METHODS, Workbench, plan_by
 from compress.quantize.rounding import _patches, fit_codes, improve_rounding
 from compress.quantize.sequence import channel_means, layers
+from compress.quantize.sessions import with_outputs
 from compress.quantize.weights import best_scales
 
 
@@ -80,6 +81,39 @@ def test_shift_of_a_clipped_channel_is_matched_after_the_clip():
     output = np.random.default_rng(0).normal(0.5, 2.0, (8, 4, 8, 8)).astype(np.float32)
     wanted = channel_means(activation.value(output + 0.2))
     np.testing.assert_allclose(find_shift(output, activation, wanted), 0.2, atol=0.01)
+
+
+def followed_by(kind: str) -> ModelProto:
+    s = Sketch((3, 8, 8))
+    x = s.conv("input", "c", 3, 4)
+    if kind in ("silu", "hard-swish of two"):
+        gate = {"silu": ("Sigmoid", {}), "hard-swish of two": ("HardSigmoid", {"alpha": 1 / 6})}
+        op, options = gate[kind]
+        x = s.op("Mul", [x, s.op(op, [x], "gate", **options)], "end")
+    else:
+        x = s.op(kind, [x], "end")
+    s.head(x, 4)
+    return s.model()
+
+
+@pytest.mark.parametrize(
+    "kind", ["Relu", "Sigmoid", "HardSigmoid", "HardSwish", "silu", "hard-swish of two"]
+)
+def test_activation_is_that_of_the_graph_and_its_slope_the_derivative(kind):
+    model = prepare(followed_by(kind))
+    graph = Graph(model)
+    activation = activation_of(graph, next(n for n in graph.nodes if n.name == "c"))
+    assert activation.output == "end"
+    names, feed = ["c", "end"], images(model, 8)
+    before, after = run(with_outputs(model, names), feed, names=names)
+    np.testing.assert_allclose(activation.value(before), after, atol=1e-6)
+    z = np.linspace(-7.05, 7.05, 142)
+    slope = (activation.value(z + 1e-6) - activation.value(z - 1e-6)) / 2e-6
+    np.testing.assert_allclose(activation.slope(z), slope, atol=1e-4)
+    seen = calibrate(model, [feed], targets=["onnxruntime"]).tensors
+    if kind != "Relu":  # that is part of the convolution: only its output is quantized
+        assert np.array_equal(seen["c"].through(z), activation.value(z))
+        assert seen["end"].through is None
 
 
 @pytest.mark.parametrize("name", ["residual", "depthwise", "dead_channels"])

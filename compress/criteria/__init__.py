@@ -187,7 +187,8 @@ def norms_along(tensor: Tensor, dim: int, power: int) -> Tensor:
     others = [other for other in range(tensor.ndim) if other != dim]
     if not others:
         return tensor.abs()
-    if dim != 1 or not tensor.is_contiguous() or not tensor.is_floating_point():
+    is_large = tensor.numel() > 4 * _CACHED
+    if dim != 1 or not is_large or not tensor.is_contiguous() or not tensor.is_floating_point():
         found: Tensor = torch.linalg.vector_norm(tensor, power, dim=others)
         return found
     rows = tensor.flatten(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from compress.distill.teachers import (
     class_order,
 )
 from compress.errors import CompressError, TrainingError, UsageError
+from compress.images import Subset
 from compress.losses import Needs, Taps
 from compress.objective import CrossEntropy, outputs_of
 from compress.settings import DistillSettings, Plugin
@@ -209,10 +211,12 @@ def _compare(objective: DistillObjective, student: nn.Module, dataset: Dataset) 
     if images is None or not len(images):
         return
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    spread = np.linspace(0, len(images) - 1, min(len(images), CHECKED_IMAGES)).astype(np.int64)
+    some = replace(dataset, splits={"validation": Subset(images, spread)})  # may be sorted by class
     right = np.zeros(2)
     count = 0
     with evaluating(student):
-        for batch, target in dataset.batches("validation", limit=CHECKED_IMAGES):
+        for batch, target in some.batches("validation"):
             batch, target = batch.to(device), target.to(device)
             answers = (objective.answer(batch), outputs_of(student(batch))[0])
             right += [int((answer.argmax(1) == target).sum()) for answer in answers]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -31,7 +32,8 @@ def left_as_found(
     frozen = [model.get_submodule(name) for name in frozen_layers(model, settings.freeze_until)]
     devices = [device] if device.type == "cuda" else []
     flags = _flags(settings, device)
-    with torch.random.fork_rng(devices=devices), flags:
+    with torch.random.fork_rng(devices=devices), flags, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 kernels, in DDP
         try:
             for module in frozen:
                 module.requires_grad_(False)

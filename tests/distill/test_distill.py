@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data import Dataset
-from compress.distill import build_objective, compare_without_teacher
+from compress.distill import build, build_objective, compare_without_teacher
 from compress.distill.control import Control, shortened
 from compress.distill.pairing import pair_layers
 from compress.distill.taps import Tap, survey, tapped
 from compress.errors import TrainingError, UnknownNameError, UsageError
-from compress.images import MemoryImages
+from compress.images import MemoryImages, Subset
 from compress.losses import Taps
 from compress.objective import Moment
 from compress.settings import AugmentSettings, DistillSettings
@@ -454,6 +454,20 @@ def test_a_cache_needs_a_folder():
 
 
 # -- a teacher that hurts ------------------------------------------------------------------------
+
+
+def test_some_images_of_every_class_are_compared(monkeypatch: pytest.MonkeyPatch):
+    """Images of a folder come class by class: the first ones would all be of one."""
+    images = DATA.splits["validation"]
+    by_class = Subset(images, np.argsort(images.labels, kind="stable"))
+    data = replace(DATA, splits={**DATA.splits, "validation": by_class})
+    student = net(1)
+    with torch.no_grad():
+        student.linear.weight.zero_()
+        student.linear.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))  # the first class, always
+    monkeypatch.setattr(build, "CHECKED_IMAGES", 12)
+    made = build_objective(student, net(2), data, settings(losses=("kd",)))
+    assert made.student_top1_pct == pytest.approx(100 / 3)
 
 
 def test_a_teacher_worse_than_the_student_is_reported(caplog: pytest.LogCaptureFixture):

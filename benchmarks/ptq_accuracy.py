@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--cifar10", type=Path, required=True)
     parser.add_argument("--networks", type=Path, required=True, help="folder of ONNX files")
     parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--only", help="this network; the results of others are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -133,14 +134,16 @@ def main() -> None:
         calibration = normalize(data["x_train"][chosen])
         feed = {"input": normalize(data["x_test"][: options.images])}
         labels = data["y_test"][: options.images].reshape(-1)
-    results = {}
-    for path in sorted(options.networks.glob("*.onnx")):
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "ptq_accuracy.json"
+    about = {"images": options.images, "calibration": CALIBRATION}
+    known = json.loads(file.read_text()) if file.exists() else {}
+    results = known["networks"] if known.items() >= about.items() else {}
+    for path in sorted(options.networks.glob(f"{options.only or '*'}.onnx")):
         print(path.stem, flush=True)
         results[path.stem] = compare(path, calibration, feed, labels)
-    options.out.mkdir(parents=True, exist_ok=True)
-    content = {"images": options.images, "calibration": CALIBRATION, "networks": results}
-    (options.out / "ptq_accuracy.json").write_text(json.dumps(content, indent=1) + "\n")
-    (options.out / "ptq_accuracy.md").write_text(table(results))
+        file.write_text(json.dumps({**about, "networks": results}, indent=1) + "\n")
+        (options.out / "ptq_accuracy.md").write_text(table(results))
     print(table(results))
 
 

@@ -156,11 +156,13 @@ def _accuracy(variant: Variant, before: Result, after: Result) -> str:
 
 def _better(report: Report, variant: Variant, after: Result) -> str:
     """Name the fastest variant within the accuracy gate where the last variant is not it."""
-    limit = next((g.limit for g in report.gates if g.name == "top1_drop_pct"), None)
+    budgets = [g for g in report.gates if g.name in ("top1_drop_pct", "max_drop_pct")]
+    limit = min((g.limit for g in budgets), default=None)
+    missed = {g.variant for g in budgets if not g.passed and g.variant}
     rivals = []
     for rival in report.variants:
         result = matching(rival, after)
-        if result is None or result.latency_ms_p50 is None:
+        if result is None or result.latency_ms_p50 is None or rival.name in missed:
             continue
         change = accuracy_of(rival, result).top1_change_pct
         if rival is report.original or limit is None or (change or 0.0) >= -limit:

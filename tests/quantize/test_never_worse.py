@@ -1,0 +1,54 @@
+"""An int8 graph that brings nothing, or costs too much, is not passed off as a success."""
+
+from __future__ import annotations
+
+import sys
+
+import onnx
+import pytest
+from int8_graphs import Sketch
+
+from compress import cli
+
+SMALL = (
+    "--samples", "16", "--method", "plain", "--set", "measure.rounds=3",
+    "--set", "measure.round_ms=5", "--set", "measure.test_images=64",
+)  # fmt: skip
+
+
+@pytest.fixture
+def quantize(monkeypatch, capsys, tmp_path):
+    """Quantize a network for the bundled digits; returns (exit code, what was printed)."""
+    s = Sketch((1, 8, 8))
+    s.head(s.relu(s.conv(s.relu(s.conv("input", "a", 1, 8)), "b", 8, 12)), 12)
+    onnx.save(s.model(), str(tmp_path / "m.onnx"))
+
+    def call(*options):
+        arguments = [tmp_path / "m.onnx", "--data", "digits", *SMALL, "--out", tmp_path / "run"]
+        words = ["compress", "quantize", *arguments, *options]
+        monkeypatch.setattr(sys, "argv", list(map(str, words)))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, _ = capsys.readouterr()
+        return ended.value.code, " ".join(out.split())
+
+    return call
+
+
+def test_int8_that_is_not_fast_enough_fails_its_gate(quantize):
+    code, said = quantize("--set", "gates.speedup=1000")
+    assert code == 1
+    assert "speed-up at least 1000x (int8-onnxruntime on onnxruntime, batch 1)" in said
+    assert "failed" in said
+
+
+def test_int8_that_loses_too_much_fails_its_budget_and_another_is_named(quantize):
+    code, said = quantize("--max-drop", "0", "--set", "gates.top1_drop_pct=-100")
+    assert code == 1
+    assert "the fastest variant that loses at most -100 points is" in said.replace("−", "-")
+
+
+def test_without_a_gate_the_work_is_done_and_the_verdict_tells(quantize):
+    code, said = quantize()
+    assert code == 0
+    assert "on onnxruntime cpu, batch 1" in said

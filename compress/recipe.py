@@ -89,11 +89,11 @@ def tracked(recipe: Recipe, tracker: str) -> Recipe:
     """
     if tracker not in TRACKERS:
         raise UnknownNameError("tracker", tracker, TRACKERS, where="--track")
-    require(tracker, extra="tracking", purpose=f"--track {tracker}")
     if "'track'" not in repr(to_json(recipe)):  # a key of every training
         raise UsageError(
             "nothing is trained that could be logged", where="--track", fix="Give --epochs"
         )
+    require(tracker, extra="tracking", purpose=f"--track {tracker}")
     return _tracked(recipe, tracker)
 
 

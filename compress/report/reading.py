@@ -22,8 +22,8 @@ UNFINISHED = "the run was stopped before it was measured"
 def read_run(folder: Path | str) -> Report:
     """Return the report of a run folder; ``incomplete`` names what is missing or was changed.
 
-    A folder without report.json is a run that was stopped: what its finished stages left is
-    reported, without figures.
+    A folder without report.json, or with one about a run that was stopped, is a run that was
+    stopped: what its finished stages left is reported, without figures.
 
     Raises:
         RunError: the folder is no run, or was written by a newer version, or its report is broken.
@@ -31,9 +31,12 @@ def read_run(folder: Path | str) -> Report:
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError("there is no such folder", where=str(folder), expected="a run folder")
+    is_run = (folder / "run.json").is_file()
     if (folder / "report.json").is_file():
         report = read_report(folder / "report.json")
-    elif (folder / "run.json").is_file():
+        if is_run and UNFINISHED in report.skipped.values():  # more may be there by now
+            report = _half_finished(folder)
+    elif is_run:
         report = _half_finished(folder)
     else:
         raise RunError(
@@ -140,7 +143,7 @@ def _unfinished(folder: Path) -> Iterator[str]:
     stages = _stages(folder)
     finished = [stage.name for stage in stages if (stage / "metrics.json").is_file()]
     begun = [stage.name for stage in stages if stage.name not in finished]
-    yield f"report.json is missing: the run is not finished; finished: {_list(finished)}"
+    yield f"the run is not finished; finished stages: {_list(finished)}"
     if begun:
         yield f"begun and not finished: {_list(begun)}; compress run with --resume goes on there"
 

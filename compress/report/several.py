@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 SIZE_MARGIN = 1.01  # a file that grew by less is no regression
+SPEED_MARGIN = 1.02  # nor a speed-up that fell by less: the bench calls it no difference
 WORSE = "worse than before"
 
 
@@ -130,8 +131,10 @@ def histories(reports: Sequence[Report]) -> list[Table]:
 
     **Method:** a figure is marked as worse than before when its 95 % interval lies wholly on the
     worse side of the one of the run before: two such intervals that do not touch differ at well
-    below the 5 % level, so what is marked is no noise, and small losses can stay unmarked. A file
-    is marked when it grew by more than 1 %. Without intervals nothing is marked.
+    below the 5 % level, so what is marked is no noise, and small losses can stay unmarked. Speed is
+    judged by the speed-up, not by milliseconds: each run timed its original beside its result, so
+    that a machine that is slower today slows both. A file is marked when it grew by more than 1 %.
+    Without intervals nothing is marked.
     """
     found = []
     recipes: dict[str, list[Report]] = {}
@@ -174,7 +177,7 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
     accuracy = accuracy_of(now.variant, now.result)
     old = accuracy_of(before.variant, before.result) if before else None
     slower = before is not None and _is_below(
-        before.result.latency_ms_p50_ci95, now.result.latency_ms_p50_ci95
+        now.result.speedup_ci95, before.result.speedup_ci95, SPEED_MARGIN
     )
     return (
         Cell(now.report.name),
@@ -190,12 +193,12 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
             figures.number(now.result.latency_ms_p50),
             now.result.latency_ms_p50,
             figures.interval(now.result.latency_ms_p50_ci95),
-            WORSE if slower else "",
         ),
         Cell(
             figures.factor(now.result.speedup),
             now.result.speedup,
             figures.interval(now.result.speedup_ci95),
+            WORSE if slower else "",
         ),
         Cell(
             figures.number(now.variant.size_mib),
@@ -207,17 +210,20 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
 
 def regressions(tables: Sequence[Table]) -> list[str]:
     """Return one line for each figure that a history marks as worse than before."""
-    return [
-        f"{row[0].text}: {column.name} on {table.title} is {WORSE} ({cell.text} {column.unit})"
-        for table in tables
-        for row in table.rows
-        for column, cell in zip(table.columns, row, strict=True)
-        if cell.remark == WORSE
-    ]
+    lines = []
+    for table in tables:
+        for row in table.rows:
+            for column, cell in zip(table.columns, row, strict=True):
+                if cell.remark == WORSE:
+                    figure = f"{cell.text} {column.unit}".rstrip()
+                    lines.append(
+                        f"{row[0].text}: {column.name} on {table.title} is {WORSE} ({figure})"
+                    )
+    return lines
 
 
-def _is_below(one: Interval | None, other: Interval | None) -> bool:
-    return one is not None and other is not None and one[1] < other[0]
+def _is_below(one: Interval | None, other: Interval | None, margin: float = 1.0) -> bool:
+    return one is not None and other is not None and one[1] * margin < other[0]
 
 
 def _grew(before: Variant, now: Variant) -> bool:

@@ -33,8 +33,10 @@ def with_files(folder: Path, **changes) -> Report:
     )
 
 
-def moved(report: Report, *, name="run", created="2026-11-20", slower=1.0, **provenance) -> Report:
-    """The same run at another time, with other latencies or provenance."""
+def moved(
+    report: Report, *, name="run", created="2026-11-20", slower=1.0, machine=1.0, **provenance
+) -> Report:
+    """The same run at another time: a slower network, a slower machine, other provenance."""
     facts = report.provenance.model_copy(update={"created": created} | provenance)
     variants = tuple(
         variant.model_copy(
@@ -42,10 +44,13 @@ def moved(report: Report, *, name="run", created="2026-11-20", slower=1.0, **pro
                 "results": tuple(
                     result.model_copy(
                         update={
-                            "latency_ms_p50": result.latency_ms_p50 * slower,
+                            "latency_ms_p50": result.latency_ms_p50 * slower * machine,
                             "latency_ms_p50_ci95": tuple(
-                                end * slower for end in result.latency_ms_p50_ci95
+                                end * slower * machine for end in result.latency_ms_p50_ci95
                             ),
+                            "speedup": result.speedup and result.speedup / slower,
+                            "speedup_ci95": result.speedup_ci95
+                            and tuple(end / slower for end in result.speedup_ci95),
                         }
                     )
                     for result in variant.results
@@ -105,12 +110,17 @@ def test_a_half_finished_run_tells_what_is_there_and_what_is_missing(tmp_path):
     assert report.variants[0].size_mib == 1.0
     assert report.verdict.startswith("Not finished: the run was stopped before it was measured")
     assert report.incomplete == (
-        "report.json is missing: the run is not finished; finished: 00-train",
+        "the run is not finished; finished stages: 00-train",
         "begun and not finished: 01-prune; compress run with --resume goes on there",
     )
     write(report, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
     assert "begun and not finished: 01-prune" in page
+    write(report, tmp_path)  # what compress report does; then the run goes on a little
+    (tmp_path / "01-prune/metrics.json").write_text(json.dumps({"variants": [], "facts": {}}))
+    assert read_run(tmp_path).incomplete == (
+        "the run is not finished; finished stages: 00-train, 01-prune",
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,13 +201,34 @@ def test_a_slower_run_of_one_recipe_is_marked_as_a_regression(tmp_path):
     runs = [
         moved(report, name="first", created="2026-01"),
         moved(report, name="same", created="2026-02", slower=1.02),
-        moved(report, name="slow", created="2026-03", slower=1.3),
+        moved(report, name="another day", created="2026-03", slower=1.02, machine=3.0),
+        moved(report, name="slow", created="2026-04", slower=1.3, machine=0.5),
     ]
     lines = regressions(histories(runs))
     assert lines == [
-        "slow: p50 on onnxruntime cpu, 2 threads, batch 1 is worse than before (0.944 ms)",
-        "slow: p50 on openvino cpu, 2 threads, batch 1 is worse than before (1.75 ms)",
+        "slow: Speed-up on onnxruntime cpu, 2 threads, batch 1 is worse than before (3.01x)",
+        "slow: Speed-up on openvino cpu, 2 threads, batch 1 is worse than before (1.32x)",
     ]
+
+
+def test_a_speed_up_that_fell_within_the_resolution_of_the_bench_is_no_regression():
+    report = made_up.report()
+
+    def run(name: str, low: float, high: float) -> Report:
+        variants = tuple(
+            v.model_copy(
+                update={
+                    "results": tuple(
+                        r.model_copy(update={"speedup_ci95": (low, high)}) for r in v.results
+                    )
+                }
+            )
+            for v in report.variants
+        )
+        return moved(report, name=name, created=name).model_copy(update={"variants": variants})
+
+    assert regressions(histories([run("1", 2.00, 2.02), run("2", 1.97, 1.99)])) == []
+    assert regressions(histories([run("1", 2.00, 2.02), run("2", 1.90, 1.95)])) != []
 
 
 def test_runs_of_different_recipes_have_no_common_history():

@@ -52,6 +52,7 @@ def read_as_tensorrt(model: onnx.ModelProto) -> onnx.ModelProto:
             if zero.data_type == onnx.TensorProto.UINT8:
                 value = np.zeros(tuple(zero.dims), np.int8)
                 zero.CopyFrom(onnx.numpy_helper.from_array(value, zero.name))
+    del model.graph.value_info[:]  # it says uint8
     return model
 
 

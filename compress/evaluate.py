@@ -18,6 +18,8 @@ from compress.predictions import Predictions
 
 __all__ = ["Accuracy", "ClassAccuracy", "Predictions", "accuracy", "predict"]
 
+BATCH = 64  # images evaluated at a time; accuracy does not depend on it, only the time it takes
+_ROW = ("images", "top1_pct", "top1_ci95", "top5_pct", "top5_ci95", "ece_pct")
 Run = Callable[[Tensor], Any]  # images float32 (B, C, H, W) -> logits (B, K), as tensor or array
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images float32 (B, C, H, W) and labels int64 (B,)
 
@@ -47,6 +49,11 @@ class Accuracy:
     confusion: tuple[tuple[int, ...], ...]  # (K, K), row = label, column = answer
     per_class: tuple[ClassAccuracy, ...]
     per_subgroup: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def row(self) -> dict[str, Any]:
+        """Return what a table of results holds of this, without what was not measured."""
+        told = self.to_json()
+        return {key: told[key] for key in _ROW if key in told}
 
     def to_json(self) -> dict[str, Any]:
         """Return this accuracy as JSON-able data, without what was not measured."""

@@ -7,17 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from compress.data import Dataset
-from compress.evaluate import Predictions
+from compress.evaluate import Predictions, accuracy
 from compress.explain import Samples
 from compress.fusion import Fusion
 from compress.qdq.plan import QuantPlan
 from compress.report import schema
-from compress.statistics import calibration_bins
 
 BITS = 8
 SYMMETRIC = {"tensorrt"}  # targets whose activations have no zero point
 LARGEST_CODE = 127  # of a weight
-BINS = 15  # of confidence
 
 
 def ranges(plan: QuantPlan, variant: str) -> Iterator[schema.TensorRange]:
@@ -64,15 +62,10 @@ def coverage(fusion: Fusion, variant: str) -> schema.Coverage:
 
 
 def calibration(predictions: Predictions, variant: str, runtime: str) -> schema.Calibration:
-    """Return confidence against accuracy in 15 equal bins, and the calibration error over them."""
-    bins = calibration_bins(predictions.confidence, predictions.correct, bins=BINS)
+    """Return confidence against accuracy in equal bins, and the calibration error over them."""
+    found = accuracy(predictions)
     return schema.Calibration(
-        variant=variant,
-        runtime=runtime,
-        ece_pct=100 * bins.error,
-        confidence_pct=tuple(100 * value for value in bins.confidence),
-        accuracy_pct=tuple(100 * value for value in bins.accuracy),
-        images=bins.answers,
+        variant=variant, runtime=runtime, ece_pct=found.ece_pct, **found.calibration
     )
 
 

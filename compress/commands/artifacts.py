@@ -140,9 +140,9 @@ def verify(run: Path, json: Path | None, *, measure: bool) -> tuple[RenderableTy
     found = verified(run)
     numbers, holds = found.to_json(), found.intact
     lines = [str(finding) for finding in found.findings]
-    parts: list[RenderableType] = [
-        Text("\n".join([*lines, f"{len(found.files)} files checked, {len(lines)} problems"]))
-    ]
+    problems = f"{len(lines)} problem{'' if len(lines) == 1 else 's'}"
+    lines.append(f"{len(found.files)} files checked, {problems}")
+    parts: list[RenderableType] = [Text("\n".join(lines))]
     if measure and found.intact:
         from compress.pipeline.remeasuring import measure_again
 

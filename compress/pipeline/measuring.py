@@ -24,10 +24,8 @@ from compress.fusion import check_fusion
 from compress.measure import Timing
 from compress.pipeline.explaining import explain_variants
 from compress.pipeline.job import INT8_FORM, Job, Variant, answers_path
-from compress.runtimes import Session, build_engine, build_record, open_session, unavailable
+from compress.runtimes import build_engine, build_record, open_session, unavailable
 from compress.settings import Target
-
-EVALUATION_BATCH = 64  # images; accuracy does not depend on it, only the time it takes
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
     out = source.with_name(f"{source.stem}{form}.{target.runtime}-b{target.batch}{extension}")
     if out.is_file() and build_record(out).get("source_sha256") == sha256(source):
         return out
-    largest = max(target.batch, EVALUATION_BATCH)
+    largest = max(target.batch, evaluate.BATCH)
     return build_engine(
         source,
         out,
@@ -205,9 +203,9 @@ def _answers(job: Job, rival: Rival, stage: Path) -> Predictions:
     path = answers_path(stage, rival.variant.name, rival.target.runtime, rival.precision)
     if path.is_file():
         return Predictions.load(path)
-    test = job.dataset.batches("test", EVALUATION_BATCH, job.recipe.measure.test_images)
+    test = job.dataset.batches("test", evaluate.BATCH, job.recipe.measure.test_images)
     images = len(job.dataset.splits["test"])
-    total = min(images, job.recipe.measure.test_images or images) / EVALUATION_BATCH
+    total = min(images, job.recipe.measure.test_images or images) / evaluate.BATCH
     name = f"{rival.variant.name} on {rival.target.runtime}"
     with open_session(rival.path, rival.target.runtime, threads=rival.target.threads) as session:
         predictions = evaluate.predict(session, progress.track(test, name, -(-total // 1)))
@@ -216,17 +214,10 @@ def _answers(job: Job, rival: Rival, stage: Path) -> Predictions:
 
 
 def _accuracy(job: Job, reference: Predictions, own: Predictions) -> dict[str, Any]:
-    accuracy = evaluate.accuracy(own, job.dataset.classes)
-    row = {
-        "images": accuracy.images,
-        "top1_pct": accuracy.top1_pct,
-        "top1_ci95": accuracy.top1_ci95,
-        "top5_pct": accuracy.top5_pct,
-        "ece_pct": accuracy.ece_pct,
-    }
+    row = evaluate.accuracy(own, job.dataset.classes).row()
     if own is not reference:
         row |= compare.against(reference, own, job.dataset.classes)
-    return {key: value for key, value in row.items() if value is not None}
+    return row
 
 
 def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
@@ -239,18 +230,17 @@ def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
     batch = _real_images(job, rivals[0].target.batch)
     with contextlib.ExitStack() as stack:
         sessions = {
-            rival.variant.name: stack.enter_context(_timed_session(rival)) for rival in rivals
+            rival.variant.name: stack.enter_context(
+                open_session(
+                    rival.path,
+                    rival.target.runtime,
+                    threads=rival.target.threads,
+                    batch=rival.target.batch,
+                )
+            )
+            for rival in rivals
         }
         return measure.bench(sessions, [batch], timing=timing)
-
-
-def _timed_session(rival: Rival) -> Session:
-    """Open ``rival`` for its batch size alone, where the runtime can make use of that."""
-    runtime, target = rival.target.runtime, rival.target
-    fixed: dict[str, Any] = (
-        {"batch": target.batch} if "batch" in plugins.options("runtimes", runtime) else {}
-    )
-    return open_session(rival.path, runtime, threads=target.threads, **fixed)
 
 
 def _real_images(job: Job, count: int) -> NDArray[np.float32]:

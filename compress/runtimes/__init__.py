@@ -95,6 +95,7 @@ def open_session(
     *,
     threads: int | None = None,
     device: str = "auto",
+    batch: int | None = None,
     **options: Any,
 ) -> Session:
     """Load an artifact and return a session that checks what it is given.
@@ -104,6 +105,7 @@ def open_session(
         runtime: Name of a runtime, or one name with its options.
         threads: CPU threads; all cores if absent. Runtimes of GPUs have no use for it.
         device: "cpu", "cuda", or "auto": a GPU where the runtime finds one.
+        batch: The only batch size it will be asked for, where the runtime can make use of that.
         options: Further options of the runtime, as ``compress show runtimes/NAME`` lists them.
 
     Raises:
@@ -113,7 +115,7 @@ def open_session(
     _check_threads(threads)
     name, given = plugins.parse("runtimes", runtime)
     plugin = plugins.create(
-        "runtimes", {name: given | options}, **_given(threads=threads, device=device)
+        "runtimes", {name: given | options}, **_given(threads=threads, device=device, batch=batch)
     )
     source = Path(path) if isinstance(path, str | Path) else path
     where = str(path) if isinstance(path, str | Path) else type(path).__name__

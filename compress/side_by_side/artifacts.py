@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compress import plugins
 from compress.errors import EngineError
+from compress.evaluate import BATCH
 from compress.measure.probe import inputs_for
 from compress.runtimes import Session, kind_of, open_session
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from compress.data import Dataset
 
 DEFAULT_RUNTIME = "onnxruntime"
-EVALUATION_BATCH = 64
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,7 @@ class Rival:
 
     def open(self, *, threads: int | None = None, batch: int | None = None) -> Session:
         """Load it; with ``batch``, for this size alone where the runtime can make use of that."""
-        options: dict[str, Any] = {"threads": threads}
-        if batch is not None and "batch" in plugins.options("runtimes", self.runtime):
-            options["batch"] = batch
-        return open_session(self.path, self.runtime, **options)
+        return open_session(self.path, self.runtime, threads=threads, batch=batch)
 
 
 def runtime_of(path: Path) -> str:
@@ -101,8 +98,8 @@ def batches_of(
     """Yield the test images as ``session`` takes them, and their labels."""
     images = dataset.splits["test"]
     end = min(len(images), limit or len(images))
-    for start in range(0, end, EVALUATION_BATCH):
-        indices = np.arange(start, min(start + EVALUATION_BATCH, end))
+    for start in range(0, end, BATCH):
+        indices = np.arange(start, min(start + BATCH, end))
         labels = torch.from_numpy(images.labels[indices])
         yield _prepared(session, dataset, images.take(indices)), labels
 

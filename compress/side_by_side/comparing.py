@@ -144,7 +144,7 @@ def _outputs(old: Rival, new: Rival, dataset: Dataset, threads: int | None) -> d
         if len(reference.outputs) == len(candidate.outputs) == 1:
             return {}
         return compare.compare_outputs(
-            reference, candidate, _images(reference, dataset, OUTPUT_BATCHES * 64)
+            reference, candidate, _images(reference, dataset, OUTPUT_BATCHES * evaluate.BATCH)
         )
 
 

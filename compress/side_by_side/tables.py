@@ -10,13 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from compress.report import figures
+
 if TYPE_CHECKING:
     from compress.compare import Bisection, Comparison
     from compress.side_by_side.comparing import Compared
     from compress.side_by_side.timing import Benched
 
 SHOWN = 5  # flips, classes and tensors listed; --json holds all
-ABSENT = "-"
 
 
 def bench_table(benched: Benched) -> Table:
@@ -166,24 +167,18 @@ def _caption(benched: Benched) -> Text | None:
 def _speedup(row: Mapping[str, Any]) -> str:
     if row["verdict"] in {"reference", "not compared"}:
         return str(row["verdict"])
-    low, high = row["speedup_ci95"]
     same = ", no difference" if row["verdict"] == "no difference" else ""
-    return f"{row['speedup']:.2f} ({low:.2f}-{high:.2f}){same}"
+    return f"{figures.factor(row['speedup'])} ({figures.interval(row['speedup_ci95'])}){same}"
 
 
 def _with_interval(row: Mapping[str, Any], key: str, bounds: str) -> str:
     if key not in row:
-        return ABSENT
-    low, high = row[bounds]
-    return f"{row[key]:.2f} ({low:.1f}-{high:.1f})"
+        return figures.ABSENT
+    return f"{figures.percent(row[key])} ({figures.interval(row[bounds], 'percent')})"
 
 
 def _number(row: Mapping[str, Any], key: str) -> str:
-    """Return three significant digits, or all of those before the point."""
-    if key not in row:
-        return ABSENT
-    value = float(row[key])
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}"
+    return figures.number(row.get(key))
 
 
 def _sqnr(row: Mapping[str, Any]) -> str:
@@ -192,4 +187,4 @@ def _sqnr(row: Mapping[str, Any]) -> str:
         return f"{row['sqnr_db']:.1f}"
     if row.get("not_finite"):
         return f"{row['not_finite']} not finite"
-    return "equal" if row.get("max_abs_diff") == 0 else ABSENT
+    return "equal" if row.get("max_abs_diff") == 0 else figures.ABSENT

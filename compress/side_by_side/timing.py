@@ -183,10 +183,7 @@ def _accuracy(
     """Return accuracy, and agreement with the first artifact, as entries of a row."""
     if name not in answers or dataset is None:
         return {}
-    told = evaluate.accuracy(answers[name], dataset.classes).to_json()
-    found = {key: told[key] for key in ("images", "top1_pct", "top1_ci95", "ece_pct")}
-    if "top5_pct" in told:
-        found["top5_pct"] = told["top5_pct"]
+    found = evaluate.accuracy(answers[name], dataset.classes).row()
     first = rivals[0].name
     if name != first and first in answers:
         found |= compare.against(answers[first], answers[name], dataset.classes)

@@ -14,6 +14,7 @@ from compress.pipeline.sparsifying import sparsities
 from compress.predictions import Predictions
 from compress.qdq import QuantPlan
 from compress.report import schema
+from compress.report.learning import learning_curves
 from compress.report.pictures import thumbnail
 from compress.surgery import PrunePlan
 
@@ -116,18 +117,8 @@ def _channels(plan: PrunePlan) -> Iterator[schema.Channels]:
 def _learning_curves(outcomes: Sequence[Outcome]) -> Iterator[schema.Curve]:
     for outcome in outcomes:
         history = outcome.facts.get("training", {}).get("history", [])
-        stage = outcome.variants[0].stage if outcome.variants else ""
-        for key, title, label in (
-            ("loss", "Training loss", "loss"),
-            ("validation_top1_pct", "Accuracy on validation images", "top-1, %"),
-        ):
-            points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
-            if len(points) > 1:
-                x, y = zip(*points, strict=True)
-                line = schema.Line(name=stage, x=x, y=y)
-                yield schema.Curve(
-                    title=f"{title}, {stage}", x_label="epoch", y_label=label, lines=(line,)
-                )
+        if outcome.variants:
+            yield from learning_curves(outcome.variants[0].stage, history)
 
 
 def _class_scores(job: Job, taken: Taken) -> Iterator[schema.ClassScores]:

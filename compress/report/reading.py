@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,16 @@ from pydantic import ValidationError
 
 from compress.artifact import check, read_json
 from compress.errors import RunError
-from compress.report.schema import SCHEMA, ArtifactRecord, Details, Provenance, Report, Variant
+from compress.report.learning import learning_curves
+from compress.report.schema import (
+    SCHEMA,
+    ArtifactRecord,
+    Curve,
+    Details,
+    Provenance,
+    Report,
+    Variant,
+)
 from compress.report.verdict import verdict
 
 STAGE = re.compile(r"\d\d-.+")  # name of a stage's folder
@@ -111,7 +122,8 @@ def _half_finished(folder: Path) -> Report:
             details=Details(
                 artifacts=tuple(
                     ArtifactRecord.model_validate(part) for part in description["artifacts"]
-                )
+                ),
+                learning=tuple(_learning(folder)),
             ),
             skipped={"everything": UNFINISHED},
             incomplete=tuple(_unfinished(folder)),
@@ -137,6 +149,23 @@ def _variants(folder: Path) -> Iterator[Variant]:
                 size_mib=path.stat().st_size / 2**20 if path.is_file() else None,
                 skipped={"results": UNFINISHED},
             )
+
+
+def _learning(folder: Path) -> Iterator[Curve]:
+    """Yield the learning curves of every stage that trains, also of one that was stopped."""
+    for stage in _stages(folder):
+        journal = stage / "training" / "metrics.jsonl"
+        if journal.is_file():
+            yield from learning_curves(stage.name, _rows(journal.read_text("utf-8")))
+
+
+def _rows(journal: str) -> list[dict[str, Any]]:
+    """Return the rows of a journal; its last line may have been cut off with the run."""
+    rows = []
+    for line in journal.splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def _unfinished(folder: Path) -> Iterator[str]:

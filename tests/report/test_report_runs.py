@@ -13,6 +13,7 @@ from rich.console import Console
 from compress.artifact import sha256
 from compress.errors import RunError
 from compress.report import Report, compare_runs, read_run, write
+from compress.report.html import html
 from compress.report.schema import ArtifactRecord, DataRecord, Details, Variant
 from compress.report.several import histories, incomparable, named, regressions
 
@@ -121,6 +122,23 @@ def test_a_half_finished_run_tells_what_is_there_and_what_is_missing(tmp_path):
     assert read_run(tmp_path).incomplete == (
         "the run is not finished; finished stages: 00-train, 01-prune",
     )
+
+
+def test_the_learning_curve_of_a_stage_that_was_stopped_is_shown_up_to_there(tmp_path):
+    training = tmp_path / "00-train" / "training"
+    training.mkdir(parents=True)
+    rows = [{"epoch": 0.5, "loss": 2.0}, {"epoch": 1.0, "loss": 1.0, "validation_top1_pct": 50.0}]
+    lines = [json.dumps(row) for row in rows]
+    (training / "metrics.jsonl").write_text("\n".join([*lines, '{"epoch": 1.5, "lo']))
+    (tmp_path / "run.json").write_text(json.dumps({"schema": 1, "recipe": {}, "artifacts": []}))
+    report = read_run(tmp_path)
+    (curve,) = report.details.learning  # one point is no curve
+    assert curve.title == "Training loss, 00-train"
+    assert curve.lines[0].x == (0.5, 1.0)
+    assert curve.lines[0].y == (2.0, 1.0)
+    page = html(report)
+    assert "Training loss, 00-train" in page
+    assert "<h3>Accuracy</h3>" not in page  # no table without rows
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,14 @@ def _prune_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
     from rich import box
     from rich.table import Table
 
-    from compress import sensitivity as curves
     from compress.evaluate import predict
     from compress.models import check_classes, load_for
+    from compress.sensitivity.prune import plot_sensitivity, prune_sensitivity
 
     classes = len(dataset.classes)
     model = load_for(classes, given["model"], given["weights"], given["num_classes"])
     check_classes(model, dataset.example, classes)
-    found = curves.prune_sensitivity(
+    found = prune_sensitivity(
         model,
         dataset.example,
         lambda cut: float(100 * predict(cut, dataset.batches("validation")).correct.mean()),
@@ -45,7 +45,7 @@ def _prune_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
     )
     write_numbers(given["json"], found.to_json())
     if given["out"] is not None:
-        curves.plot_sensitivity(found, given["out"])
+        plot_sensitivity(found, given["out"])
     title = f"top-1 on validation images, %, of {found.baseline_top1_pct:.2f} uncut"
     shares = [point.keep_channels for point in found.curves[0].points]
     table = Table(
@@ -64,7 +64,7 @@ def _quantize_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
 
     from compress.qdq import read_onnx
     from compress.quantize import quantize_onnx
-    from compress.quantize_sensitivity import plot_quantize_sensitivity, quantize_sensitivity
+    from compress.sensitivity.quantize import plot_quantize_sensitivity, quantize_sensitivity
 
     with tempfile.TemporaryDirectory() as folder:
         path = _float_graph(given, dataset, Path(folder))

@@ -139,7 +139,7 @@ def _training_after(given: Given) -> list[dict[str, Any]]:
 def _keep_channels(text: str, max_drop_pct: float | None) -> float | dict[str, float]:
     """Return a share, or the share of each group that a sensitivity file allows."""
     from compress.artifact import read_json
-    from compress.sensitivity import PruneSensitivity
+    from compress.sensitivity.prune import PruneSensitivity
 
     try:
         return float(text)

@@ -16,9 +16,9 @@ from compress.settings import QuantizeSettings, Recipe
 from compress.train.processes import join_processes
 
 if TYPE_CHECKING:
-    from compress.accuracy_budget import Budget
     from compress.qat import Trained
     from compress.qdq import QuantPlan
+    from compress.sensitivity.budget import Budget
 
 CALIBRATION_BATCH = 32
 
@@ -124,7 +124,7 @@ def _meet_budget(
     job: Job, settings: QuantizeSettings, plan: QuantPlan, model: onnx.ModelProto, stage: Path
 ) -> Budget:
     """Leave layers in float until the loss on validation images is within the budget."""
-    from compress.accuracy_budget import meet_budget
+    from compress.sensitivity.budget import meet_budget
 
     return meet_budget(
         model,

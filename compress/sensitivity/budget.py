@@ -16,7 +16,7 @@ from compress.artifact import read_json, write_bytes, write_json
 from compress.progress import Task, task
 from compress.qdq import QuantPlan, prepare, write_qdq
 from compress.quantize.sessions import session_of
-from compress.quantize_sensitivity import (
+from compress.sensitivity.quantize import (
     Array,
     Batches,
     QuantSensitivity,

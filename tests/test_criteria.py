@@ -164,6 +164,11 @@ def test_taylor_adds_consumers_before_it_squares(case: Case) -> None:
     torch.testing.assert_close(magnitude, change.abs().mean(0))
 
 
+def test_fisher_scores_like_squared_taylor_what_it_is_shown(case: Case) -> None:
+    scores = plugins.create("criteria", "fisher")(case.view())
+    torch.testing.assert_close(scores, plugins.create("criteria", "taylor")(case.view()))
+
+
 def test_hessian_adds_the_curvature_of_all_its_weights(case: Case) -> None:
     table = case.evidence.curvatures
     head = table["head.weight", 1].reshape(6, 4).sum(1)
@@ -216,6 +221,8 @@ def test_reductions_over_layers(how: str, expected: list[float]) -> None:
         ({"taylor": {"powr": 1}}, "criterion 'taylor' has no option 'powr'. Did you mean 'power'?"),
         ({"taylor": {"power": "cube"}}, "power must be square or magnitude, not 'cube'"),
         ({"taylor": {"images_per_gradient": 0}}, "images_per_gradient must be at least 1"),
+        ({"fisher": {"temperature": 0}}, "temperature must be above 0"),
+        ({"fisher": {"images_per_gradient": 0}}, "images_per_gradient must be at least 1"),
         ({"activation": {"statistic": "median"}}, "statistic must be mean_abs, nonzero or contr"),
         ({"l2": {"weights": "rows"}}, "weights must be filters, columns or both, not 'rows'"),
         ({"l2": {"reduce": "median"}}, "reduce must be mean, sum, max, min or product"),

@@ -183,7 +183,7 @@ def test_planning_leaves_the_model_as_it_was(model: nn.Module) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    for criterion in ("taylor", "hessian", "activation"):
+    for criterion in ("taylor", "fisher", "hessian", "activation"):
         compress.plan_pruning(model, EXAMPLE, criterion=criterion, keep_macs=0.5, batches=batches())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes

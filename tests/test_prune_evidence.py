@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.errors import DataError
 from compress.groups import trace
 from compress.prune.evidence import evidence
 
@@ -68,6 +69,61 @@ def test_curvature_is_close_to_the_exact_hessian() -> None:
     expected = (0.5 * diagonal * weight.square()).sum(0)
     error = (found.curvatures["3.weight", 1] - expected).norm() / expected.norm()
     assert error < 0.15
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_squared_products_of_drawn_answers_are_the_fisher_information(temperature: float) -> None:
+    """Of a gate on the column that reads feature c: x_c^2 times the variance of W_kc, k ~ p."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).eval()
+    images, no_labels = torch.randn(2, 3, 2, 2), torch.full((2,), -1)
+    network = trace(model, torch.zeros(1, 3, 2, 2))
+    found = evidence(
+        model, network, "answers", [(images, no_labels)] * 1500,
+        images_per_gradient=1, temperature=temperature,
+    ).products["3.weight", 1]  # fmt: skip
+    with torch.no_grad():
+        features = model[:3](images)  # type: ignore[index, operator]
+        chances = (model[3](features) / temperature).softmax(1)
+        weight = model.get_parameter("3.weight")
+        spread = chances @ weight.square() - (chances @ weight).square()
+        exact = (features.square() * spread / temperature**2).mean(0)
+    measured = found.square().mean(0)
+    assert (measured - exact).norm() / exact.norm() < 0.1
+    assert found.mean(0).abs().max() < 0.1 * found.abs().max()  # draws have no drift
+
+
+def test_drawn_answers_need_no_labels_and_follow_their_seed(model: nn.Module) -> None:
+    def products(seed: int, label: int) -> Tensor:
+        data = [(images, torch.full((6,), label)) for images, _ in batches()]
+        found = evidence(model, trace(model, EXAMPLE), "answers", data, seed=seed)
+        return found.products["6.weight", 1]
+
+    assert torch.equal(products(0, -1), products(0, 99))
+    assert not torch.equal(products(0, -1), products(1, -1))
+
+
+def test_answers_are_drawn_for_every_pixel_of_a_segmentation() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1)).eval()
+    images = torch.randn(1, 3, 6, 6)
+    data = [(images, torch.zeros(1, 6, 6))] * 1500
+    network = trace(model, EXAMPLE)
+    found = evidence(model, network, "answers", data, images_per_gradient=1).products["2.weight", 1]
+    with torch.no_grad():
+        pixels = model[:2](images).movedim(1, -1).flatten(0, 2)  # type: ignore[index, operator]
+        weight = model.get_parameter("2.weight").flatten(1)
+        chances = (pixels @ weight.T + model.get_parameter("2.bias")).softmax(1)
+        spread = chances @ weight.square() - (chances @ weight).square()
+        exact = (pixels.square() * spread).sum(0) / len(pixels) ** 2  # the loss is a mean
+    assert (found.square().mean(0) - exact).norm() / exact.norm() < 0.1
+
+
+def test_a_network_without_classes_has_no_answers_to_draw() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(128, 1)).eval()
+    data = [(torch.randn(2, 3, 6, 6), torch.zeros(2))]
+    with pytest.raises(DataError, match="holds no logits of classes"):
+        evidence(model, trace(model, EXAMPLE), "answers", data)
 
 
 def test_activations_are_those_that_enter_the_layer(model: nn.Module) -> None:

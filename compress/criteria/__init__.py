@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.groups import Group, Slice
 
-Need = Literal["gradients", "hessian", "activations"]
+Need = Literal["gradients", "answers", "hessian", "activations"]
 Reduction = Literal["mean", "sum", "max", "min", "product"]
 Weights = Literal["filters", "columns", "both"]
 _CACHED = 1 << 18  # elements that stay in a processor's cache
@@ -169,9 +169,11 @@ class ChannelGroup:
 class Criterion(Protocol):
     """A measure of importance.
 
-    A data-driven one also says what it ``needs: ClassVar[Need]``, and may say from how many images
-    each gradient is taken: ``images_per_gradient: int``. ``estimates_loss = True`` says that its
-    scores are changes of the loss, and therefore compare across groups as they are.
+    A data-driven one also says what it ``needs: ClassVar[Need]``: "gradients" of the loss on the
+    labels, or of that on "answers" drawn from the network's own, softened by its ``temperature:
+    float``; the "hessian" of the loss; "activations". It may say from how many images each gradient
+    is taken: ``images_per_gradient: int``. ``estimates_loss = True`` says that its scores are
+    changes of the loss, and therefore compare across groups as they are.
     """
 
     def __call__(self, group: ChannelGroup) -> Tensor:

@@ -17,6 +17,7 @@ from compress.errors import DataError, UsageError
 from compress.groups import Network
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels
 Place = tuple[str, int]  # a parameter and one of its dimensions
 
 
@@ -39,6 +40,7 @@ def evidence(
     batches: Batches,
     *,
     images_per_gradient: int = 16,
+    temperature: float = 1.0,
     seed: int = 0,
 ) -> Evidence:
     """Run ``batches`` through ``model`` and return what a criterion that ``need``s it is shown.
@@ -48,10 +50,11 @@ def evidence(
     Args:
         model: The network to be pruned.
         network: What ``trace`` returned for it.
-        need: "gradients", "hessian" or "activations".
+        need: "gradients", "answers", "hessian" or "activations".
         batches: Images, float32 (B, C, H, W), and their classes, int64 (B,).
         images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
-        seed: Seed of the random signs behind the curvature.
+        temperature: Divides the logits that "answers" are drawn from.
+        seed: Seed of the answers drawn, and of the random signs behind the curvature.
 
     Raises:
         UsageError: there is not one batch.
@@ -66,10 +69,12 @@ def evidence(
     with evaluating(model):
         if need == "activations":
             found = _activations(model, network, chunks)
-        elif need == "gradients":
-            found = _products(model, network, chunks)
-        else:
+        elif need == "hessian":
             found = _curvatures(model, network, chunks, seed)
+        elif need == "answers":
+            found = _products(model, network, chunks, _DrawnAnswers(temperature, seed))
+        else:
+            found = _products(model, network, chunks, _labelled)
     if found is None:
         raise UsageError("batches holds no images", fix="Give at least one batch")
     return found
@@ -92,12 +97,13 @@ def _places(network: Network) -> dict[str, list[int]]:
 
 
 def _products(
-    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]]
+    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]], loss_of: Loss
 ) -> Evidence | None:
     places = _places(network)
     rows: dict[Place, list[Tensor]] = defaultdict(list)
     for images, target in chunks:
-        weights, loss = _loss(model, places, images, target)
+        weights, logits = _logits(model, places, images)
+        loss = loss_of(logits, target)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             product = (weight * gradient).detach()
@@ -114,7 +120,8 @@ def _curvatures(
     totals: dict[Place, Tensor] = {}
     samples = 0
     for images, target in chunks:
-        weights, loss = _loss(model, places, images, target)
+        weights, logits = _logits(model, places, images)
+        loss = _labelled(logits, target)
         values = list(weights.values())
         signs = [(torch.randint(0, 2, v.shape, generator=generator) * 2 - 1).to(v) for v in values]
         first = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
@@ -131,22 +138,46 @@ def _curvatures(
     return Evidence(curvatures={key: total / samples for key, total in totals.items()})
 
 
-def _loss(
-    model: nn.Module, names: Iterable[str], images: Tensor, target: Tensor
+def _logits(
+    model: nn.Module, names: Iterable[str], images: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Return parameters that share the model's memory but not its gradients, and the loss."""
+    """Return parameters that share the model's memory but not its gradients, and the logits."""
     known = dict(model.named_parameters(remove_duplicate=False))
     weights = {name: known[name].detach().requires_grad_() for name in names}
-    output = torch.func.functional_call(model, weights, (images,))
-    logits = first_tensor(output)
+    return weights, first_tensor(torch.func.functional_call(model, weights, (images,)))
+
+
+def _labelled(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the cross-entropy of logits (B, K) with labels (B,)."""
     if logits.ndim != 2 or len(logits) != len(target) or int(target.max()) >= logits.shape[1]:
         raise DataError(
             f"the network's output {tuple(logits.shape)} does not fit labels "
             f"{tuple(target.shape)} up to {int(target.max())}",
             expected="logits (B, K) and labels (B,) below K",
-            fix="Use a criterion that needs no labels, such as l2 or activation",
+            fix="Use a criterion that needs no labels, such as fisher, l2 or activation",
         )
-    return weights, F.cross_entropy(logits, target)
+    return F.cross_entropy(logits, target)
+
+
+class _DrawnAnswers:
+    """The cross-entropy of softened logits with classes drawn from them; no labels are used."""
+
+    def __init__(self, temperature: float, seed: int) -> None:
+        self.temperature = temperature
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, logits: Tensor, _target: Tensor) -> Tensor:
+        if logits.ndim < 2 or logits.shape[1] < 2:
+            raise DataError(
+                f"the network's output {tuple(logits.shape)} holds no logits of classes",
+                expected="logits (B, K) or (B, K, H, W), K at least 2",
+                fix="Use a criterion that needs no logits, such as l2 or activation",
+            )
+        rows = logits.movedim(1, -1).flatten(0, -2) / self.temperature  # (positions, K)
+        # Drawn on the CPU, so that the same seed draws alike on every device.
+        chances = rows.detach().float().softmax(1).cpu()
+        drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+        return F.cross_entropy(rows, drawn.to(rows.device))
 
 
 def first_tensor(output: Any) -> Tensor:

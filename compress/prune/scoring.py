@@ -55,8 +55,12 @@ def scores(
                 expected="batches of images (B, C, H, W) and labels (B,)",
                 fix="Pass batches=, or use a criterion that needs none, such as l2",
             )
-        size = getattr(criterion, "images_per_gradient", 16)
-        seen = evidence(model, network, need, batches, images_per_gradient=size, seed=seed)
+        options = {
+            name: getattr(criterion, name)
+            for name in ("images_per_gradient", "temperature")
+            if hasattr(criterion, name)
+        }
+        seen = evidence(model, network, need, batches, seed=seed, **options)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     scales = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NORMS)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -380,7 +381,8 @@ def doctor(
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
     try:
-        with progress.shown():
+        with progress.shown(), warnings.catch_warnings():
+            warnings.showwarning = _warn
             code = app(standalone_mode=False)
     except CompressError as error:
         sys.stderr.write(f"compress: {error}\n")
@@ -395,6 +397,22 @@ def main() -> None:
     if code == INTERRUPTED:
         sys.stderr.write("compress: interrupted; the same command continues where it stopped\n")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours as one sentence; one of another package as Python does."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        text = f"compress: warning: {message}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)
 
 
 def _finish(done: Done | None) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -365,6 +366,25 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkey
     code, _, err = compress("run", recipe())
     assert code == 130
     assert "the same command continues where it stopped" in err
+
+
+def test_a_warning_is_one_sentence_without_a_line_of_code(compress, tmp_path):
+    from compress.export import export_onnx
+    from compress.networks import resnet8
+
+    export_onnx(resnet8(in_channels=1), torch.zeros(1, 1, 8, 8), tmp_path / "fp32.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, err = compress(
+            "quantize", tmp_path / "fp32.onnx", "--data", "digits", "--out", tmp_path / "run",
+            "--method", "plain", "--target", "onnxruntime", "--samples", "8",
+            "--mean", "100", "--std", "0.01", "--set", "measure.rounds=3",
+            "--set", "measure.round_ms=5", "--set", "measure.test_images=8",
+        )  # fmt: skip
+    assert code == 0, err
+    (line,) = (line for line in err.splitlines() if "far from what normalization gives" in line)
+    assert line.startswith("compress: warning: calibration images of input")
+    assert "quantize_targets(" not in err
 
 
 def test_a_lint_that_finds_something_exits_with_1(compress, tmp_path):

@@ -140,6 +140,7 @@ def gate_sentence(gate: Gate) -> str:
 
 _GATES = {  # name -> in words, unit
     "top1_drop_pct": ("loss of top-1", " points"),
+    "max_drop_pct": ("loss of top-1 on validation images", " points"),
     "worst_class_drop_pct": ("loss of any class", " points"),
     "speedup": ("speed-up", "x"),
     "size_ratio": ("reduction of size", "x"),

@@ -124,6 +124,9 @@ def test_a_faster_variant_that_missed_its_budget_on_validation_images_is_not_rec
     gate = Gate(name="max_drop_pct", limit=1.0, measured=5.0, passed=False, variant="small")
     report = pair((gate,), latency_ms_p50=2.0, speedup=5.0, top1_change_pct=-0.5)
     assert "the fastest variant that loses at most 1 point is original" in verdict(report)
+    assert gate_sentence(gate) == (
+        "loss of top-1 on validation images at most 1 point (small): measured 5.00, failed"
+    )
 
 
 def test_verdict_compares_the_last_variant_of_each_runtime():

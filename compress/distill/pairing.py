@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from compress.distill.taps import Feature, Survey, Tap
 from compress.errors import TrainingError, UnknownNameError
@@ -47,14 +48,7 @@ def pair_layers(
         TrainingError: nothing can be paired.
     """
     if layers != "auto":
-        names = layers if isinstance(layers, Mapping) else {name: name for name in layers}
-        if isinstance(layers, str) or not names:
-            raise TrainingError(
-                f"layers: {layers!r} names no layers",
-                where=f"loss {loss!r}",
-                expected='"auto", a list of names, or {student: teacher}',
-            )
-        return tuple(_named(student, teacher, mine, theirs) for mine, theirs in names.items())
+        return tuple(_named(student, teacher, *names) for names in _names(layers, loss))
     if needs == "embedding" and student.head is not None and teacher.head is not None:
         return (Pair(student.head, teacher.head),)
     pairs = _paired_stages(student, teacher)
@@ -95,6 +89,22 @@ def _paired_stages(student: Survey, teacher: Survey) -> tuple[Pair, ...]:
     else:
         chosen = list(zip(mine[::-1], theirs[::-1], strict=False))[::-1]
     return tuple(_pair(a, b) for a, b in chosen)
+
+
+def _names(layers: object, loss: str) -> list[tuple[str, str]]:
+    """Return the names of student and teacher layers, as a recipe writes them, pair by pair."""
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(layers, Mapping):
+        pairs = list(layers.items())
+    elif isinstance(layers, Sequence) and not isinstance(layers, str):
+        pairs = [(name, name) for name in layers]
+    if not pairs or not all(isinstance(name, str) for pair in pairs for name in pair):
+        raise TrainingError(
+            f"layers: {layers!r} names no layers",
+            where=f"loss {loss!r}",
+            expected='"auto", a list of names, or {student: teacher}',
+        )
+    return pairs
 
 
 def _named(student: Survey, teacher: Survey, mine: str, theirs: str) -> Pair:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from compress import plugins
 from compress.errors import EngineError
-from compress.evaluate import BATCH
+from compress.evaluate import BATCH, predict
 from compress.measure.probe import inputs_for
+from compress.predictions import Predictions
+from compress.progress import track
 from compress.runtimes import Session, kind_of, open_session
 
 if TYPE_CHECKING:
@@ -102,6 +104,15 @@ def batches_of(
         indices = np.arange(start, min(start + BATCH, end))
         labels = torch.from_numpy(images.labels[indices])
         yield _prepared(session, dataset, images.take(indices)), labels
+
+
+def answers_of(
+    session: Session, dataset: Dataset, name: str, limit: int | None = None
+) -> Predictions:
+    """Return what ``session`` answers to the test images; ``name`` is said beside the progress."""
+    images = min(len(dataset.splits["test"]), limit or len(dataset.splits["test"]))
+    batches = track(batches_of(session, dataset, limit), name, -(-images // BATCH))
+    return predict(session, batches)
 
 
 def _prepared(session: Session, dataset: Dataset, images: Tensor) -> Tensor:

@@ -13,9 +13,8 @@ from compress import compare, evaluate, onnx_file
 from compress.compare import Bisection, Comparison, Drift, Link, Step
 from compress.compare.bisection import PLAIN, precision_of
 from compress.errors import DataError, UsageError
-from compress.progress import track
 from compress.runtimes import open_session
-from compress.side_by_side.artifacts import Rival, batches_of, rivals_of
+from compress.side_by_side.artifacts import Rival, answers_of, batches_of, rivals_of
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -96,6 +95,8 @@ def compare_artifacts(
             expected="two ONNX files for --bisect",
         )
     old, new = rivals_of([reference, candidate])
+    for rival in (old, new):  # a file that cannot be opened is told before the long work
+        rival.open(threads=threads).close()
     steps = list(_steps(old, new, dataset, limit, threads))
     answers = compare.compare(steps[0].predictions, steps[-1].predictions, dataset.classes)
     return Compared(
@@ -131,9 +132,8 @@ def _answers(
     rival: Rival, runtime: Any, dataset: Dataset, limit: int | None, threads: int | None
 ) -> evaluate.Predictions:
     with open_session(rival.path, runtime, threads=threads) as session:
-        batches = track(batches_of(session, dataset, limit), rival.name)
         try:
-            return evaluate.predict(session, batches)
+            return answers_of(session, dataset, rival.name, limit)
         except DataError as error:
             raise error.within(str(rival.path)) from None
 

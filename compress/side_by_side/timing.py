@@ -12,9 +12,8 @@ from compress import compare, environment, evaluate, measure
 from compress.errors import CompressError, EngineError, UsageError
 from compress.measure import Timing
 from compress.predictions import Predictions
-from compress.progress import track
 from compress.runtimes import unavailable
-from compress.side_by_side.artifacts import Rival, batches_of, inputs_of, rivals_of, shape_of
+from compress.side_by_side.artifacts import Rival, answers_of, inputs_of, rivals_of, shape_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -167,8 +166,7 @@ def _all_answers(
     for rival in rivals:
         try:
             with rival.open(threads=threads) as session:
-                batches = batches_of(session, dataset)
-                answers[rival.name] = evaluate.predict(session, track(batches, rival.name))
+                answers[rival.name] = answers_of(session, dataset, rival.name)
         except CompressError as error:
             skipped[f"{rival.name}, accuracy"] = str(error)
     return answers

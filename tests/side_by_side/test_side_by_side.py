@@ -242,3 +242,16 @@ def test_what_cannot_be_compared_is_explained(tmp_path: Path) -> None:
     (other,) = saved(tmp_path, few=few)
     with pytest.raises(CompressError, match=r"few\.onnx: labels reach from 0 to 9, .* 5 classes"):
         compare_artifacts(path, other, digits())
+
+
+def test_a_candidate_that_cannot_be_opened_is_told_before_any_image_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = saved(tmp_path, fp32=linear())
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(path.read_bytes()[:100])
+    ran: list[Any] = []
+    monkeypatch.setattr("compress.side_by_side.comparing.answers_of", lambda *a: ran.append(a))
+    with pytest.raises(CompressError, match=r"broken\.onnx"):
+        compare_artifacts(path, broken, digits())
+    assert not ran

@@ -204,6 +204,9 @@ class Gates(Settings):
     worst_class_drop_pct: float | None = Field(None, description="Largest loss of a class, points")
 
 
+AttributionMethod = Literal["grad-cam", "integrated-gradients", "lime", "kernel-shap"]
+
+
 class MeasureSettings(Settings):
     """How variants are timed and what the report looks into."""
 
@@ -211,6 +214,11 @@ class MeasureSettings(Settings):
     round_ms: float = Field(50.0, gt=0, description="Time each variant is run for in a round")
     test_images: int | None = Field(None, ge=1, description="Judge on so many test images only")
     explain_images: int = Field(0, ge=0, description="Images with attribution maps in the report")
+    explain_methods: tuple[AttributionMethod, ...] = Field(
+        ("grad-cam", "kernel-shap"),
+        description="The first two need gradients and explain the last float network, the others "
+        "explain the int8 file that ships, on its runtime",
+    )
 
 
 class Stage(Settings):

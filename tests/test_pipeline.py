@@ -33,7 +33,12 @@ RECIPE = {
     ],
     "targets": [{"runtime": "onnxruntime"}],
     "gates": {"size_ratio": 2.0, "top1_drop_pct": 100},
-    "measure": {"rounds": 3, "round_ms": 5},
+    "measure": {
+        "rounds": 3,
+        "round_ms": 5,
+        "explain_images": 3,
+        "explain_methods": ["grad-cam", "integrated-gradients", "lime", "kernel-shap"],
+    },
 }
 TIMINGS = ("latency", "throughput", "speedup", "memory", "peak", "load", "call", "energy", "stable")
 
@@ -120,6 +125,26 @@ def test_lineage_leads_from_the_int8_file_to_the_original(run):
         place = parents[place]
     assert steps[-1] == sha256(folder / "00-train" / "model.onnx")
     assert len(steps) == 4
+
+
+def test_each_method_explains_the_network_it_can_ask(run):
+    folder, _ = run
+    details = read(folder)["details"]
+    asked = {part["method"]: part["variant"] for part in details["similarities"]}
+    assert asked == {
+        "grad-cam": "distilled",
+        "integrated-gradients": "distilled",
+        "lime": "int8-onnxruntime",
+        "kernel-shap": "int8-onnxruntime",
+    }
+    answers = {
+        path.name.split(".")[0]: np.load(path)["logits"].argmax(1)
+        for path in (folder / "04-measure").glob("*.npz")
+    }
+    assert len(details["attributions"]) == 4 * 3
+    for part in details["attributions"]:
+        assert part["before"] == answers["original"][part["index"]]
+        assert part["after"] == answers[part["variant"]][part["index"]]
 
 
 def test_a_finished_run_is_reported_again_without_working(run, recipe):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,24 @@ if TYPE_CHECKING:
     from compress.explain import Samples
 
 
+@dataclass(frozen=True)
+class _Rival:
+    """A variant that is explained beside the original, on a runtime on which both were judged."""
+
+    variant: Variant
+    runtime: str
+    answers: tuple[Path, Path]  # of the original and of the variant to the test images
+
+
 def explain_variants(
     job: Job, variants: Sequence[Variant], answers: Path
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return attribution maps of the last float and the first int8 variant, if the recipe asks.
+    """Return attribution maps of what the run made, if the recipe asks for them.
 
-    The float network is explained by Grad-CAM, which needs its gradients; the int8 graph by
-    KernelSHAP, which needs answers only, so that it explains the file that ships.
+    Methods that need gradients explain the last float network. Methods that need answers only
+    explain the file that ships, on its runtime: the int8 graph, or the last float network if there
+    is none. A method is left out where its network ran on no runtime of the recipe: nobody knows
+    which images flipped.
 
     Args:
         job: The run.
@@ -35,43 +47,63 @@ def explain_variants(
     found: dict[str, list[dict[str, Any]]] = {"attributions": [], "similarities": []}
     if not job.recipe.measure.explain_images:
         return found
-    from compress.explain import compare_maps
+    from compress.explain import ANSWERS, compare_maps
 
-    for variant, method in _explained(variants):
-        samples = _samples(job, variants[0], variant, answers)
-        if samples is None:  # neither ran on ONNX Runtime: nobody knows which images flipped
+    judged = list(_judged(job, variants, answers))
+    for method in job.recipe.measure.explain_methods:
+        rival = _explained(judged, needs_gradients=method not in ANSWERS)
+        if rival is None:
             continue
-        with _both(job, variants[0], variant) as (original, compressed):
+        opened = _sessions if method in ANSWERS else _networks
+        with opened(job, variants[0], rival) as (original, compressed):
             pairs, similarity = compare_maps(
-                original, compressed, samples, variant=variant.name, method=method
+                original,
+                compressed,
+                _samples(job, rival),
+                variant=rival.variant.name,
+                method=method,
             )
         found["attributions"] += [pair.model_dump(mode="json") for pair in pairs]
         found["similarities"].append(similarity.model_dump(mode="json"))
     return found
 
 
-def _explained(variants: Sequence[Variant]) -> Iterator[tuple[Variant, str]]:
-    floats = [variant for variant in variants[1:] if variant.target is None]
-    int8 = [variant for variant in variants if variant.target == "onnxruntime"]
-    yield from ((variant, "grad-cam") for variant in floats[-1:])
-    yield from ((variant, "kernel-shap") for variant in int8[:1])
+def _judged(job: Job, variants: Sequence[Variant], answers: Path) -> Iterator[_Rival]:
+    """Yield the variants whose answers to the test images are known, beside the original's."""
+    runtimes = dict.fromkeys(target.runtime for target in job.recipe.targets)
+    for variant in variants[1:]:
+        for runtime in runtimes:
+            before, after = (
+                answers_path(answers, each.name, runtime, each.precision)
+                for each in (variants[0], variant)
+            )
+            if before.is_file() and after.is_file():
+                yield _Rival(variant, runtime, (before, after))
+
+
+def _explained(judged: Sequence[_Rival], *, needs_gradients: bool) -> _Rival | None:
+    """Return the first runtime's int8 graph, or the last float network."""
+    int8 = [rival for rival in judged if rival.variant.target is not None]
+    if int8 and not needs_gradients:
+        return int8[0]
+    floats = [rival for rival in judged if rival.variant.target is None]
+    return floats[-1] if floats else None
 
 
 @contextlib.contextmanager
-def _both(job: Job, original: Variant, variant: Variant) -> Iterator[tuple[Any, Any]]:
-    if variant.target is None:
-        yield job.network(original), job.network(variant)
-        return
-    with open_session(job.path(original)) as before, open_session(job.path(variant)) as after:
+def _networks(job: Job, original: Variant, rival: _Rival) -> Iterator[tuple[Any, Any]]:
+    yield job.network(original), job.network(rival.variant)
+
+
+@contextlib.contextmanager
+def _sessions(job: Job, original: Variant, rival: _Rival) -> Iterator[tuple[Any, Any]]:
+    with (
+        open_session(job.path(original), rival.runtime) as before,
+        open_session(job.path(rival.variant), rival.runtime) as after,
+    ):
         yield before, after
 
 
-def _samples(job: Job, original: Variant, variant: Variant, answers: Path) -> Samples | None:
-    paths = [
-        answers_path(answers, each.name, "onnxruntime", each.precision)
-        for each in (original, variant)
-    ]
-    if not all(path.is_file() for path in paths):
-        return None
-    before, after = map(Predictions.load, paths)
+def _samples(job: Job, rival: _Rival) -> Samples:
+    before, after = map(Predictions.load, rival.answers)
     return insights.samples(job.dataset, before, after, job.recipe.measure.explain_images)

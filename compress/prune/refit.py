@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from compress.surgery import PrunePlan
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
 ROWS_PER_FEATURE = 24  # samples of a layer's output, for each weight of one of its filters
 LEAST_ROWS_PER_FEATURE = 4  # with fewer a layer is left alone
+ANSWERS_MIB = 256  # of the original's answers held at once
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -57,11 +58,13 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
     images = [batch[0].to(device) for batch in batches]
     if not images:
         raise UsageError("batches holds no images", fix="Give at least one batch")
-    before = dict(original.named_modules())
     with evaluating(pruned), evaluating(original), torch.no_grad():
-        for name, layer, calls in track(_layers(pruned, images[0][:1]), "refit"):
-            kept = plan.tensors.get(f"{name}.weight", {}).get(0)
-            _fit(_Pair(layer, before[name], kept, calls), pruned, original, images)
+        pairs = list(_pairs(pruned, original, plan, images))
+        ready: Iterator[_Pair] = (
+            pair for some in _portions(pairs) for pair in _asked(some, original, images)
+        )
+        for pair in track(ready, "refit", len(pairs)):
+            _fit(pair, pruned, images)
     return pruned
 
 
@@ -69,32 +72,90 @@ Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
 
 class _EnoughSeen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """The layer in question has run."""
+    """The layers in question have run."""
 
 
 @dataclass
 class _Pair:
-    """One layer in both networks, and the normal equations collected so far."""
+    """One layer in both networks, and what the original answered there at places drawn for it."""
 
     layer: Layer
     before: nn.Module
     kept: Any  # positions of the layer's outputs that are left, None = all
     calls: int  # how often it runs in one forward
-    inputs: list[Tensor] = field(default_factory=list)
-    answers: list[Tensor] = field(default_factory=list)
-    squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
-    products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
-    rows: int = 0
+    batches: int
+    answers: list[tuple[Any, Tensor]] = field(default_factory=list)  # places, (G, rows, O)
+    draw: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
-    def add(self, positions: np.random.Generator, most: int) -> None:
-        """Add what one batch has shown, ``most`` rows of it at most."""
-        for x, y in zip(self.inputs, self.answers, strict=True):
-            seen, wanted = _samples(self.layer, x, y, self.kept, positions, most)
-            self.squares = self.squares + (seen.mT @ seen).double()
-            self.products = self.products + (seen.mT @ wanted).double()
-            self.rows += seen.shape[1]
-        self.inputs.clear()
-        self.answers.clear()
+    @property
+    def features(self) -> int:
+        """Weights of one filter, its bias included."""
+        return self.layer.weight[0].numel() + (self.layer.bias is not None)
+
+    @property
+    def rows(self) -> int:
+        """Samples wanted from one call on one batch."""
+        return -(-ROWS_PER_FEATURE * self.features // self.batches)
+
+    @property
+    def mib(self) -> float:
+        """Size of the answers, at most."""
+        return self.rows * self.batches * self.calls * len(self.layer.weight) * 4 / 2**20
+
+    def note(self, answer: Tensor) -> None:
+        """Keep what the original answered at places drawn for this call."""
+        places, wanted = None, answer
+        if isinstance(self.layer, nn.Linear):
+            wanted, groups = answer.flatten(0, -2), 1
+        else:
+            size = answer.shape[2:]
+            every = int(np.prod(size))
+            count = min(every, max(1, -(-self.rows // len(answer))))
+            chosen = np.sort(self.draw.choice(every, count, replace=False))
+            places, groups = np.unravel_index(chosen, size), self.layer.groups
+            wanted = answer.flatten(2)[:, :, torch.as_tensor(chosen, device=answer.device)]
+            wanted = wanted.transpose(1, 2).flatten(0, 1)
+        if self.kept is not None:
+            wanted = wanted[:, torch.as_tensor(np.asarray(self.kept), device=wanted.device)]
+        rows = wanted.reshape(len(wanted), groups, -1).transpose(0, 1)
+        self.answers.append((places, rows))
+
+
+def _pairs(
+    pruned: nn.Module, original: nn.Module, plan: PrunePlan, images: Sequence[Tensor]
+) -> Iterator[_Pair]:
+    """Yield the layers that can be fitted, in the order in which they first run."""
+    before = dict(original.named_modules())
+    for name, layer, calls in _layers(pruned, images[0][:1]):
+        kept = plan.tensors.get(f"{name}.weight", {}).get(0)
+        yield _Pair(layer, before[name], kept, calls, len(images))
+
+
+def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
+    """Yield the pairs in portions whose answers fit into memory together."""
+    portion: list[_Pair] = []
+    for pair in pairs:
+        if portion and sum(each.mib for each in portion) + pair.mib > ANSWERS_MIB:
+            yield portion
+            portion = []
+        portion.append(pair)
+    yield portion
+
+
+def _asked(
+    pairs: Sequence[_Pair], original: nn.Module, images: Sequence[Tensor]
+) -> Iterator[_Pair]:
+    """Run the original once for all ``pairs``, yield them, and forget each one's answers after."""
+
+    def note(pair: _Pair) -> Callable[[Tensor, Tensor], None]:
+        return lambda _input, answer: pair.note(answer)
+
+    notes = [(pair.before, pair.calls, note(pair)) for pair in pairs]
+    for batch in images:
+        _run(original, batch, notes)
+    for pair in pairs:
+        yield pair
+        pair.answers.clear()
 
 
 def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
@@ -119,65 +180,62 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     return [(name, modules[name], count) for name, count in calls.items()]
 
 
-def _fit(pair: _Pair, pruned: nn.Module, original: nn.Module, images: Sequence[Tensor]) -> None:
-    weight = pair.layer.weight
-    features = weight[0].numel() + (pair.layer.bias is not None)
-    most = -(-ROWS_PER_FEATURE * features // len(images))
-    draw = np.random.default_rng(0)
+def _fit(pair: _Pair, pruned: nn.Module, images: Sequence[Tensor]) -> None:
+    """Collect the normal equations of one layer over all images, and solve them."""
+    squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
+    products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
+    rows, answers = 0, iter(pair.answers)
+
+    def add(x: Tensor, _output: Tensor) -> None:
+        nonlocal squares, products, rows
+        places, wanted = next(answers)
+        seen = _seen(pair.layer, x, places)
+        squares = squares + (seen.mT @ seen).double()
+        products = products + (seen.mT @ wanted).double()
+        rows += seen.shape[1]
+
     for batch in images:
-        _run_until(pruned, pair.layer, batch, pair.inputs, takes_input=True, calls=pair.calls)
-        _run_until(original, pair.before, batch, pair.answers, takes_input=False, calls=pair.calls)
-        pair.add(draw, most)
-    if pair.rows >= LEAST_ROWS_PER_FEATURE * features:
-        _solve(pair)
+        _run(pruned, batch, [(pair.layer, pair.calls, add)])
+    if rows >= LEAST_ROWS_PER_FEATURE * pair.features:
+        _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
 
 
-def _run_until(
+def _run(
     model: nn.Module,
-    layer: nn.Module,
     images: Tensor,
-    into: list[Tensor],
-    *,
-    takes_input: bool,
-    calls: int,
+    notes: Sequence[tuple[nn.Module, int, Callable[[Tensor, Tensor], None]]],
 ) -> None:
-    """Run ``model`` until ``layer`` has run ``calls`` times; list what it saw, or answered."""
+    """Run ``model`` until layers have run so often; show every call with its input and output."""
+    missing = sum(calls for _, calls, _ in notes)
 
-    def note(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        into.append(inputs[0] if takes_input else output)
-        if len(into) == calls:
-            raise _EnoughSeen
+    def hook(show: Callable[[Tensor, Tensor], None]) -> Callable[..., None]:
+        def seen(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal missing
+            show(inputs[0], output)
+            missing -= 1
+            if not missing:
+                raise _EnoughSeen
 
-    hook = layer.register_forward_hook(note)
+        return seen
+
+    hooks = [layer.register_forward_hook(hook(show)) for layer, _, show in notes]
     try:
         with contextlib.suppress(_EnoughSeen):
             model(images)
     finally:
-        hook.remove()
+        for each in hooks:
+            each.remove()
 
 
-def _samples(
-    layer: Layer, x: Tensor, y: Tensor, kept: Any, draw: np.random.Generator, most: int
-) -> tuple[Tensor, Tensor]:
-    """Return rows of inputs, (G, rows, F), and of wanted answers, (G, rows, O), by group."""
+def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:
+    """Return what the layer sees at some places of its output, by group: (G, rows, F)."""
     if isinstance(layer, nn.Linear):
-        seen, wanted = x.flatten(0, -2), y.flatten(0, -2)
-        seen, wanted, groups = seen.unsqueeze(0), wanted, 1
+        seen = x.flatten(0, -2).unsqueeze(0)
     else:
-        size = y.shape[2:]
-        places = int(np.prod(size))
-        count = min(places, max(1, -(-most // len(x))))
-        chosen = np.sort(draw.choice(places, count, replace=False))
-        seen = _windows(layer, x, np.unravel_index(chosen, size))
-        groups = layer.groups
-        wanted = y.flatten(2)[:, :, torch.as_tensor(chosen, device=y.device)]
-        wanted = wanted.transpose(1, 2).flatten(0, 1)
-    if kept is not None:
-        wanted = wanted[:, torch.as_tensor(np.asarray(kept), device=wanted.device)]
-    wanted = wanted.reshape(len(wanted), groups, -1).transpose(0, 1)
+        seen = _windows(layer, x, places)
     if layer.bias is not None:
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], 1)], dim=2)
-    return seen, wanted
+    return seen
 
 
 def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
@@ -201,10 +259,8 @@ def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
     return window.permute(1, 0, 3, 2, 4).reshape(layer.groups, batch * count, -1)
 
 
-def _solve(pair: _Pair) -> None:
+def _solve(layer: Layer, squares: Tensor, products: Tensor) -> None:
     """Solve the normal equations and write the weights."""
-    layer = pair.layer
-    squares, products = torch.as_tensor(pair.squares), torch.as_tensor(pair.products)
     groups, features = squares.shape[:2]
     now = layer.weight.reshape(groups, -1, layer.weight[0].numel()).double()  # (G, O, F)
     if layer.bias is not None:

@@ -141,7 +141,9 @@ class PruneSettings(Settings):
     )
     sparsity_strength: float = Field(1e-4, gt=0)
     refit: bool = Field(True, description="Fit the weights left to the original's answers")
-    recalibrate_batches: int = Field(16, ge=0, description="Batches BatchNorm is re-estimated on")
+    recalibrate_batches: int = Field(
+        16, ge=1, description="Batches BatchNorm is re-estimated on where weights are not refitted"
+    )
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSettings:

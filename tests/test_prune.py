@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,13 @@ import compress
 from compress.criteria import ChannelGroup
 from compress.errors import CompressError, PlanError
 from compress.groups import trace
-from compress.prune import GroupLasso, WithGroupLasso, keep_in_round, recalibrate_batchnorm
+from compress.prune import (
+    GroupLasso,
+    WithGroupLasso,
+    keep_in_round,
+    rebase_batchnorm,
+    recalibrate_batchnorm,
+)
 from compress.prune.cost import CostModel
 from compress.settings import PruneSettings
 
@@ -295,6 +302,62 @@ class TestRecalibration:
     def test_a_network_without_norms_is_left_alone(self) -> None:
         model = nn.Linear(2, 2)
         assert recalibrate_batchnorm(model, []) is model
+
+
+class TestRebasing:
+    def network(self) -> nn.Module:
+        torch.manual_seed(0)
+        shared = nn.BatchNorm2d(5)
+        model = nn.Sequential(
+            nn.Conv2d(2, 5, 3), shared, nn.ReLU(), nn.Conv2d(5, 5, 3, padding=1), shared,
+            nn.Conv2d(5, 3, 1), nn.BatchNorm2d(3, eps=1e-3), nn.Conv2d(3, 3, 1),
+            nn.BatchNorm2d(3, affine=False),
+        )  # fmt: skip
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                nn.init.normal_(norm.running_mean)
+                nn.init.uniform_(norm.running_var, 0.2, 3.0)
+                if norm.affine:
+                    nn.init.normal_(norm.weight)
+                    nn.init.normal_(norm.bias)
+        return model.eval()
+
+    def test_the_answers_stay(self) -> None:
+        model, images = self.network(), torch.randn(32, 2, 8, 8) * 2 + 1
+        before = model(images)
+        assert rebase_batchnorm(model, [(images[:20],), (images[20:],)]) is model
+        torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-4)
+        assert not any(module._forward_pre_hooks for module in model.modules())
+
+    def test_in_training_mode_it_answers_as_in_eval_mode(self) -> None:
+        model, images = self.network()[:3] + self.network()[5:7], torch.randn(64, 2, 8, 8) * 2 + 1
+        wanted = model(images)
+        assert (copy.deepcopy(model).train()(images) - wanted).abs().max() > 0.5
+        rebase_batchnorm(model, [(images,)])
+        torch.testing.assert_close(model.train()(images), wanted, rtol=1e-3, atol=1e-3)
+
+    def test_statistics_are_those_of_what_enters(self) -> None:
+        model, images = self.network(), torch.randn(32, 2, 8, 8)
+        plain = model[8].running_mean.clone()
+        rebase_batchnorm(model, [(images,)])
+        seen = torch.cat([model[0](images).flatten(2), model[:4](images).flatten(2)], dim=2)
+        torch.testing.assert_close(model[1].running_mean, seen.mean((0, 2)), rtol=1e-4, atol=1e-5)
+        variance = seen.var((0, 2), correction=0)
+        torch.testing.assert_close(model[1].running_var, variance, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model[8].running_mean, plain)  # it has no scale that could make up
+
+    def test_a_dead_channel_stays_finite(self) -> None:
+        model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).eval()
+        nn.init.zeros_(model[0].weight)
+        images = torch.randn(8, 1, 4, 4)
+        before = model(images)
+        rebase_batchnorm(model, [(images,)])
+        torch.testing.assert_close(model(images), before)
+        assert torch.isfinite(model.train()(images)).all()
+
+    def test_no_images_are_refused(self) -> None:
+        with pytest.raises(CompressError, match="batches holds no images"):
+            rebase_batchnorm(self.network(), [])
 
 
 class TestSchedules:

@@ -1,8 +1,7 @@
-"""The step that cuts channels: in rounds if asked, every cut proved, refitted and recalibrated."""
+"""The step that cuts channels: in rounds if asked, every cut proved, refitted or recalibrated."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import itertools
 from pathlib import Path
@@ -67,34 +66,20 @@ def _prune_in_rounds(
         total = plan if total is None else total.then(plan)
         validation["cut"] = job.validation_pct(small)
         if settings.refit:
-            prune.refit(small, model, plan, batches)
-            validation["refitted"] = job.validation_pct(small)
-        model = _recalibrated(job, small, settings)
+            model = prune.refit(small, model, plan, batches)
+            validation["refitted"] = job.validation_pct(model)
+        else:
+            images = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
+            model = prune.recalibrate_batchnorm(small, images)
+            validation["recalibrated"] = job.validation_pct(model)
         if settings.round_training is not None and number < settings.rounds:
             job.train(model, settings.round_training, stage / f"round-{number}")
-    validation["recalibrated"] = job.validation_pct(model)
     facts = {
         "model": model,
         "proof_relative_difference": max(differences),
         "validation_top1_pct": validation,
     }
     return _required(total), facts
-
-
-def _recalibrated(job: Job, model: nn.Module, settings: PruneSettings) -> nn.Module:
-    """Return ``model`` with its BatchNorm statistics re-estimated, unless that makes it worse.
-
-    Refitted weights suit the statistics that are there; which of the two pays is a matter of the
-    network, so the validation images decide, where there are any.
-    """
-    if not settings.recalibrate_batches:
-        return model
-    images = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
-    fresh = prune.recalibrate_batchnorm(copy.deepcopy(model), images)
-    before, after = job.validation_pct(model), job.validation_pct(fresh)
-    if before is None or after is None:
-        return model if settings.refit else fresh
-    return fresh if after >= before else model
 
 
 def _required(plan: PrunePlan | None) -> PrunePlan:

@@ -1,6 +1,6 @@
 """Decide which channels to cut: scores and a budget in, a plan out."""
 
-from compress.prune.batchnorm import recalibrate_batchnorm
+from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
 from compress.prune.lasso import GroupLasso, WithGroupLasso
 from compress.prune.plan import plan_pruning
 from compress.prune.promise import Promise, check_promise
@@ -14,6 +14,7 @@ __all__ = [
     "check_promise",
     "keep_in_round",
     "plan_pruning",
+    "rebase_batchnorm",
     "recalibrate_batchnorm",
     "refit",
 ]

@@ -61,6 +61,83 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
     return model
 
 
+def rebase_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> nn.Module:
+    """Set the statistics of every BatchNorm to those of ``batches``; the answers stay, in place.
+
+    Scale and shift take up what the statistics change by. A network whose weights were fitted
+    under the old statistics answers in training mode, where each batch is normalized by its own,
+    as it does in eval mode: training goes on from where fitting ended.
+
+    Args:
+        model: A network. Statistics, scales and shifts of its BatchNorms are replaced; those
+            without scale and shift stay as they are.
+        batches: Images, float32 (B, C, H, W), with or without anything after them.
+
+    Returns:
+        The same ``model``.
+
+    Raises:
+        UsageError: there is not one batch.
+    """
+    seen = {
+        norm: _Moments(norm.num_features)
+        for norm in model.modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats and norm.affine
+    }
+    device = next(model.parameters()).device
+    count = 0
+    hooks = [norm.register_forward_pre_hook(moments) for norm, moments in seen.items()]
+    try:
+        with evaluating(model), torch.no_grad():
+            for images, *_ in batches:
+                model(images.to(device))
+                count += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not count:
+        raise UsageError("batches holds no images", fix="Give at least one batch")
+    with torch.no_grad():
+        for norm, moments in seen.items():
+            if moments.count:
+                _rebase(norm, moments)
+    return model
+
+
+class _Moments:
+    """Running sums of what enters one BatchNorm, channel by channel."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.sum = torch.zeros(channels, dtype=torch.float64)
+        self.squares = torch.zeros(channels, dtype=torch.float64)
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        values = inputs[0].transpose(0, 1).flatten(1).double().cpu()  # (C, B * places)
+        self.count += values.shape[1]
+        self.sum += values.sum(1)
+        self.squares += values.square().sum(1)
+
+
+def _rebase(norm: _BatchNorm, moments: _Moments) -> None:
+    mean = moments.sum / moments.count
+    variance = (moments.squares / moments.count - mean.square()).clamp_min(0.0)
+    old_mean, old_variance, scale, shift = (
+        tensor.double().cpu()
+        for tensor in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        if tensor is not None
+    )
+    slope = scale / (old_variance + norm.eps).sqrt()
+    for tensor, value in (
+        (norm.running_mean, mean),
+        (norm.running_var, variance),
+        (norm.weight, slope * (variance + norm.eps).sqrt()),
+        (norm.bias, shift + slope * (mean - old_mean)),
+    ):
+        if tensor is not None:
+            tensor.copy_(value)
+
+
 def _statistics(norm: _BatchNorm) -> list[Tensor]:
     return [buffer.clone() for buffer in norm.buffers(recurse=False)]
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from compress.errors import UsageError
 from compress.progress import track
+from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.evidence import evaluating
 from compress.surgery import PrunePlan
 
@@ -33,7 +34,8 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
     |X W - Y|^2 + r |W - W0|^2: X is what the layer sees in the pruned network, whose earlier layers
     are fitted already, Y what the same layer answered in the original, W0 the weights it has. What
     the lost channels did is taken over by those that correlate with them. Needs no labels; a few
-    hundred images do. BatchNorm should be recalibrated afterwards.
+    hundred images do. In the end BatchNorm's statistics are those of the images, without a change
+    of the answers (``rebase_batchnorm``).
 
     A layer that several calls share is fitted to all of them. Transposed convolutions, and layers
     that see fewer than four samples for each weight of a filter, stay as they are.
@@ -65,7 +67,7 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
         )
         for pair in track(ready, "refit", len(pairs)):
             _fit(pair, pruned, images)
-    return pruned
+    return rebase_batchnorm(pruned, ((batch,) for batch in images))
 
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear

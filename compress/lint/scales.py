@@ -28,6 +28,8 @@ from compress.lint.quantized import (
     set_numbers,
 )
 
+SPARED = 0.01  # share of a range below zero that is no waste: a zero point of 1 or 2
+
 
 def scale_not_constant(graph: Graph) -> Iterator[Problem]:
     """Scales computed at run time: no runtime makes int8 kernels of them."""
@@ -142,8 +144,8 @@ def signed_activation_with_zero_point(graph: Graph) -> Iterator[Problem]:
 def wasted_range(graph: Graph) -> Iterator[Problem]:
     """Values that are never negative in a range that reaches below zero."""
     for pair in _constant_pairs(graph):
-        if pair.numbers.limits[0] < 0 and is_never_negative(graph, pair.source):
-            low, high = pair.numbers.limits
+        low, high = pair.numbers.limits
+        if -low > SPARED * (high - low) and is_never_negative(graph, pair.source):
             yield Problem(
                 label(pair.quantize),
                 f"the range [{low:.4g}, {high:.4g}] holds values that are never negative: "

@@ -19,7 +19,7 @@ from compress.quantize.equalize import equalize
 from compress.quantize.fidelity import answers, sqnr_db
 from compress.quantize.images import Feed, Images
 from compress.quantize.nncf_ranges import plan_by_nncf
-from compress.quantize.planning import make_plan
+from compress.quantize.planning import begin_below_zero, make_plan
 from compress.quantize.rounding import improve_rounding
 from compress.quantize.statistics import Statistics, calibrate
 from compress.quantize.weights import search_weight_scales
@@ -62,12 +62,13 @@ class Workbench:
 
     def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:
         """Return a plan with the ranges of the user's observer, or of ``observer``."""
-        return make_plan(
+        plan = make_plan(
             statistics or self.statistics,
             target=self.target,
             observer=self.observer or observer,
             exclude=self.exclude,
         )
+        return begin_below_zero(plan, self.prepared) if self.target == "openvino" else plan
 
     def equalized(self, plan: QuantPlan, alpha: float) -> QuantPlan:
         """Return ``plan`` with rescalings and the ranges of the rescaled graph."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from onnx import ModelProto
 
 from compress import plugins
 from compress.errors import UsageError
+from compress.qdq.graph import ACTIVATIONS, Graph
 from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize.statistics import Statistics
 
@@ -43,3 +47,30 @@ def make_plan(
         limit = max(map(abs, seen.trimmed(*choose(seen, symmetric=True))))
         ranges[tensor] = ActivationRange(low, high, limit, name, (seen.low, seen.high))
     return QuantPlan(target, name, ranges, float_nodes=dict(exclude or {}))
+
+
+def begin_below_zero(plan: QuantPlan, prepared: ModelProto) -> QuantPlan:
+    """Return ``plan`` with a zero point of 1 behind every BatchNorm that no layer took up.
+
+    With a range that begins at 0, quantizing does what the Relu between them does. OpenVINO then
+    drops the Relu and folds the BatchNorm into the quantization, as an op that it runs in fp32
+    between two reorders: DenseNet-121 takes 1.3 times as long. One code of 255 keeps them apart.
+
+    Args:
+        plan: Ranges for OpenVINO.
+        prepared: The graph the plan is for.
+    """
+    ranges = dict(plan.activations)
+    for tensor in _behind_batchnorm(Graph(prepared)):
+        found = ranges.get(tensor)
+        if found is not None and found.low >= 0.0:
+            ranges[tensor] = dataclasses.replace(found, low=-found.high / 254)
+    return plan.changed(activations=ranges)
+
+
+def _behind_batchnorm(graph: Graph) -> Iterator[str]:
+    """Yield the outputs of activations that read a BatchNorm."""
+    for node in graph.nodes:
+        maker = graph.producer.get(node.input[0]) if node.op_type in ACTIVATIONS else None
+        if maker is not None and maker.op_type == "BatchNormalization":
+            yield node.output[0]

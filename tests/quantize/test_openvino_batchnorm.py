@@ -1,0 +1,95 @@
+"""A BatchNorm that no layer takes up is kept apart from the quantization behind it on OpenVINO."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from compress.export import export_onnx
+from compress.lint import lint_onnx
+from compress.quantize import quantize_onnx
+from compress.quantize.fidelity import answers, sqnr_db
+
+
+class PreActivated(nn.Module):
+    """DenseNet's order: concat, BatchNorm, Relu, conv; the BatchNorm belongs to no conv."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.third = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3, padding=1)
+        self.head = nn.Linear(8, 5)
+        nn.init.normal_(self.norm.running_mean, 0, 0.3)
+        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        x = torch.cat([x, self.second(x)], 1)
+        return self.head(self.third(torch.relu(self.norm(x))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.ndarray]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("graphs")
+    path = export_onnx(PreActivated().eval(), torch.randn(1, 3, 16, 16), folder / "fp32.onnx")
+    images = np.random.default_rng(0).standard_normal((32, 3, 16, 16)).astype(np.float32)
+    out = folder / "openvino.onnx"
+    quantize_onnx(path, [images], out, "openvino", method="plain")
+    return path, out, images
+
+
+def zero_points(path: Path) -> dict[str, int]:
+    """Return the zero point of each quantized activation, by the kind of node that makes it."""
+    graph = onnx.load(path).graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    relus = [node for node in graph.node if node.op_type == "Relu"]
+    behind = {node.output[0]: made_by[node.input[0]] for node in relus}
+    return {
+        behind[node.input[0]]: int(constants[node.input[2]])
+        for node in graph.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in behind
+    }
+
+
+def test_only_the_relu_behind_a_batchnorm_is_kept_apart(graphs: tuple[Path, Path, np.ndarray]):
+    assert zero_points(graphs[1]) == {"Conv": 0, "BatchNormalization": 1}
+
+
+def test_it_costs_no_fidelity_and_no_finding(graphs: tuple[Path, Path, np.ndarray]):
+    path, out, images = graphs
+    feed = {"input": images}
+    reference = answers(onnx.load(path), feed)
+    assert sqnr_db(reference, answers(onnx.load(out), feed)) > 30
+    assert lint_onnx(out, target="openvino") == []
+
+
+def test_openvino_pads_with_that_zero_point(graphs: tuple[Path, Path, np.ndarray]):
+    """Its answers are those of the same graph in plain arithmetic, node by node."""
+    openvino = pytest.importorskip("openvino")
+    _, out, images = graphs
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(out), "CPU", exact)
+    plain = answers(onnx.load(out), {"input": images})
+    assert sqnr_db(plain, [compiled(images)[0]]) > 35
+
+
+def test_openvino_quantizes_behind_the_relu_in_one_kernel_with_it(
+    graphs: tuple[Path, Path, np.ndarray],
+):
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(graphs[1]), "CPU")
+    said = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    alone = [
+        part["originalLayersNames"].astype(str)
+        for part in said
+        if part["layerType"].astype(str) == "FakeQuantize"
+    ]
+    assert "input_q" in alone
+    assert not any("relu" in name for name in alone)

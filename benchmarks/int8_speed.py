@@ -1,31 +1,34 @@
 """Speed of int8 over fp32 on CPU runtimes: our graphs against those of ONNX Runtime and NNCF.
 
-    python benchmarks/int8_speed.py [--networks resnet18,mobilenet_v2,densenet121] [--rounds 30]
+    python benchmarks/int8_speed.py [--networks resnet18,mobilenet_v2,densenet121] [--seconds 2]
 
 Networks have random weights (speed does not depend on them), 224 x 224, batch 1 and 8. All graphs
-of a network are timed in turns within each round, so that a change of the machine's load meets all
-of them; the figure is the smallest time of each. Convolutions that the runtime left in float are
-counted in ONNX Runtime's optimized graph. A graph that the runtime cannot run is listed as such.
+of a network are timed in the same rounds (``compress.measure.bench``): medians, and the interval of
+the ratio to fp32. Convolutions that the runtime left in float are counted in ONNX Runtime's
+optimized graph. A graph that the runtime cannot run is listed as such.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import json
 import tempfile
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import int8_peers
 import numpy as np
 import onnx
 
+from compress.errors import CompressError
+from compress.measure import Bench, Timing, bench
 from compress.quantize import quantize_onnx
+from compress.runtimes import open_session
 
 NETWORKS = "resnet18,mobilenet_v2,densenet121"
-Run = Callable[[np.ndarray], object]
+RUNTIMES = ("onnxruntime", "openvino")
 
 
 def export(name: str, path: Path) -> None:
@@ -41,26 +44,6 @@ def export(name: str, path: Path) -> None:
     )  # fmt: skip
 
 
-def open_onnxruntime(path: Path, threads: int) -> Run:
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = threads
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {"input": x})
-
-
-def open_openvino(path: Path, threads: int) -> Run:
-    import openvino
-
-    core = openvino.Core()
-    settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = core.compile_model(str(path), "CPU", settings)
-    request = compiled.create_infer_request()
-    return lambda x: request.infer({0: x})
-
-
 def convolutions(path: Path) -> tuple[int, int]:
     """Return how many convolutions ONNX Runtime runs in int8, and how many in float."""
     import onnxruntime as ort
@@ -74,31 +57,24 @@ def convolutions(path: Path) -> tuple[int, int]:
     return kinds.count("QLinearConv"), sum(k in ("Conv", "FusedConv") for k in kinds)
 
 
-def runnable(paths: dict[str, Path], opener: Callable[[Path, int], Run], threads: int) -> dict:
-    """Return what runs each graph, or the first line of the error that it gives."""
-    x = np.zeros((1, 3, 224, 224), np.float32)
-    found: dict[str, Run | str] = {}
-    for name, path in paths.items():
-        try:
-            found[name] = opener(path, threads)
-            found[name](x)
-        except Exception as error:  # noqa: BLE001 - each runtime has errors of its own
-            found[name] = str(error).splitlines()[0]
-    return found
-
-
-def race(runs: dict[str, Run], batch: int, rounds: int) -> dict[str, float]:
-    """Return the least milliseconds of each, timed in turns."""
+def race(paths: dict[str, Path], runtime: str, batch: int, threads: int, seconds: float) -> Bench:
+    """Time all graphs in the same rounds, fp32 first; those that do not run are skipped."""
     x = np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
-    for run in runs.values():
-        run(x)
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run(x)
-            best[name] = min(best[name], (time.perf_counter() - start) * 1e3)
-    return best
+    skipped: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        sessions = {}
+        for name, path in paths.items():
+            try:
+                session = stack.enter_context(
+                    open_session(path, runtime, threads=threads, batch=batch)
+                )
+                session.run(x)
+            except CompressError as error:
+                skipped[name] = str(error)
+            else:
+                sessions[name] = session
+        found = bench(sessions, [x], timing=Timing(seconds=seconds))
+    return Bench(found.latencies, skipped | found.skipped, found.conditions, found.method)
 
 
 def graphs_of(name: str, folder: Path) -> dict[str, Path]:
@@ -122,25 +98,28 @@ def graphs_of(name: str, folder: Path) -> dict[str, Path]:
 
 def table(rows: list[dict]) -> str:
     lines = [
-        "| network | runtime | batch | graph | ms | speed-up over fp32 | Convs int8 / float |",
+        "| network | runtime | batch | graph | ms, median | speed-up over fp32 (95 %) | "
+        "Convs int8 / float |",
         "|---|---|--:|---|--:|--:|--:|",
     ]
     for r in rows:
         counted = f"{r['convs_int8']} / {r['convs_float']}" if "convs_int8" in r else ""
+        start = f"| {r['network']} | {r['runtime']} | {r['batch']} | {r['graph']} |"
         if "fails" in r:
-            lines.append(f"| {r['network']} | {r['runtime']} | | {r['graph']} | does not run | | |")
+            lines.append(f"{start} does not run | | |")
             continue
-        lines.append(
-            f"| {r['network']} | {r['runtime']} | {r['batch']} | {r['graph']} |"
-            f" {r['latency_ms_min']:.2f} | {r['speedup']:.2f} | {counted} |"
-        )
+        ratio = "1.00"
+        if r["speedup_ci95"]:
+            low, high = r["speedup_ci95"]
+            ratio = f"{r['speedup']:.2f} ({low:.2f}..{high:.2f})"
+        lines.append(f"{start} {r['latency_ms_p50']:.2f} | {ratio} | {counted} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--networks", default=NETWORKS)
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of timed calls, each graph")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--graphs", type=Path, help="folder to make graphs in, or to find them")
     parser.add_argument("--make-only", action="store_true", help="make the graphs, time nothing")
@@ -148,29 +127,25 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     rows = []
-    openers = {"onnxruntime": open_onnxruntime, "openvino": open_openvino}
     for network in options.networks.split(","):
         with tempfile.TemporaryDirectory() as folder:
             paths = graphs_of(network, (options.graphs or Path(folder)) / network)
-            for runtime, opener in openers.items() if not options.make_only else ():
-                found = runnable(paths, opener, options.threads)
-                runs = {name: run for name, run in found.items() if not isinstance(run, str)}
-                for name in found.keys() - runs.keys():
-                    row = {"network": network, "runtime": runtime, "graph": name}
-                    rows.append({**row, "fails": found[name]})
-                for batch in (1, 8):
-                    for name, best in (times := race(runs, batch, options.rounds)).items():
-                        row = {"network": network, "runtime": runtime, "batch": batch}
-                        row |= {"graph": name, "latency_ms_min": round(best, 3)}
-                        row["speedup"] = round(times["fp32"] / best, 3)
-                        if runtime == "onnxruntime" and name != "fp32":
-                            row["convs_int8"], row["convs_float"] = convolutions(paths[name])
-                        rows.append(row)
-                        print(row, flush=True)
+            cases = () if options.make_only else itertools.product(RUNTIMES, (1, 8))
+            for runtime, batch in cases:
+                found = race(paths, runtime, batch, options.threads, options.seconds)
+                about = {"network": network, "runtime": runtime, "batch": batch}
+                rows += [about | {"graph": n, "fails": why} for n, why in found.skipped.items()]
+                for name, latency in found.items():
+                    row = about | {"graph": name, "latency_ms_p50": latency.latency_ms_p50}
+                    row |= {"speedup": latency.speedup, "speedup_ci95": latency.speedup_ci95}
+                    if runtime == "onnxruntime" and name != "fp32":
+                        row["convs_int8"], row["convs_float"] = convolutions(paths[name])
+                    rows.append(row)
+                    print(row, flush=True)
     if options.make_only:
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    content = {"threads": options.threads, "rounds": options.rounds, "rows": rows}
+    content = {"threads": options.threads, "seconds": options.seconds, "rows": rows}
     (options.out / "int8_speed.json").write_text(json.dumps(content, indent=1) + "\n")
     (options.out / "int8_speed.md").write_text(table(rows))
     print(table(rows))

@@ -43,6 +43,8 @@ def read_run(folder: Path | str) -> Report:
     if not folder.is_dir():
         raise RunError("there is no such folder", where=str(folder), expected="a run folder")
     is_run = (folder / "run.json").is_file()
+    if is_run:
+        check_schema(read_json(folder / "run.json"), folder / "run.json")
     if (folder / "report.json").is_file():
         report = read_report(folder / "report.json")
         if is_run and UNFINISHED in report.skipped.values():  # more may be there by now
@@ -111,7 +113,6 @@ def check_schema(content: Any, path: Path) -> None:
 
 def _half_finished(folder: Path) -> Report:
     description = read_json(folder / "run.json")
-    check_schema(description, folder / "run.json")
     recipe = description.get("recipe") or {}
     try:
         report = Report(

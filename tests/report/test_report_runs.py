@@ -150,6 +150,7 @@ def test_the_learning_curve_of_a_stage_that_was_stopped_is_shown_up_to_there(tmp
         ({"report.json": '{"schema": 2}'}, "schema 2, by a newer version.*Update compress"),
         ({"report.json": '{"schema": 1, "variants": [{}]}'}, r"variants\.0\.name: Field required"),
         ({"run.json": '{"schema": 9}'}, "schema 9, by a newer version"),
+        ({"run.json": '{"schema": 9}', "report.json": '{"schema": 1}'}, "schema 9, by a newer"),
         ({"run.json": '{"schema": 1}'}, "does not describe a run"),
     ],
 )

@@ -221,6 +221,9 @@ class MeasureSettings(Settings):
         description="The first two need gradients and explain the last float network, the others "
         "explain the int8 file that ships, on its runtime",
     )
+    sensitivity: bool = Field(
+        False, description="Chart in the report what the original loses with each group of channels"
+    )
 
 
 class Stage(Settings):

@@ -17,6 +17,8 @@ from compress import pipeline
 from compress.artifact import sha256
 from compress.data import load_data
 from compress.errors import RunError
+from compress.evaluate import predict
+from compress.models import load_model
 from compress.pipeline.assembly import gates
 from compress.recipe import load_recipe
 from compress.report.schema import Result, Variant
@@ -36,6 +38,7 @@ RECIPE = {
     "measure": {
         "rounds": 3,
         "round_ms": 5,
+        "sensitivity": True,
         "explain_images": 3,
         "explain_methods": ["grad-cam", "integrated-gradients", "lime", "kernel-shap"],
     },
@@ -145,6 +148,23 @@ def test_each_method_explains_the_network_it_can_ask(run):
     for part in details["attributions"]:
         assert part["before"] == answers["original"][part["index"]]
         assert part["after"] == answers[part["variant"]][part["index"]]
+
+
+def test_the_report_charts_what_each_group_bears(run):
+    folder, _ = run
+    report = read(folder)
+    (chart,) = report["details"]["sensitivity"]
+    assert "sensitivity" not in report["details"]["skipped"]
+    groups = json.loads((folder / "01-prune/plan.json").read_text())["groups"]
+    assert {line["name"] for line in chart["lines"]} == set(groups)
+    whole = load_model(folder / "00-train").eval()
+    data = load_data(DataSettings(**RECIPE["data"]))
+    right = predict(whole, data.batches("validation")).correct
+    for line in chart["lines"]:
+        assert line["x"] == [0.25, 0.5, 0.75, 1.0]
+        assert line["y"][-1] == pytest.approx(100 * right.mean())
+        assert all(0 <= y <= 100 for y in line["y"])
+    assert "Each group of channels cut alone" in (folder / "report.html").read_text()
 
 
 def test_a_finished_run_is_reported_again_without_working(run, recipe):

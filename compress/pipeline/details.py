@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from compress import compare, evaluate, insights, measure, models
+from compress.pipeline.bearing import unmeasured
 from compress.pipeline.job import Job, Outcome, Variant, answers_path
 from compress.pipeline.sparsifying import sparsities
 from compress.predictions import Predictions
@@ -50,6 +51,7 @@ def details(
         ranges=tuple(_ranges(outcomes)),
         coverage=tuple(dict.fromkeys(schema.Coverage(**each) for each in measured["coverage"])),
         learning=tuple(_learning_curves(outcomes)),
+        sensitivity=tuple(schema.Curve(**each) for each in measured["sensitivity"]),
         class_scores=tuple(_class_scores(job, taken)),
         confusions=tuple(_confusions(taken)),
         flips=tuple(_flips(job, taken)),
@@ -59,14 +61,16 @@ def details(
         similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
         artifacts=tuple(_artifacts(job)),
         methods=dict(measure.METHODS),
-        skipped=_skipped(job, plan),
+        skipped=_skipped(job, plan, variants[0]),
     )
 
 
-def _skipped(job: Job, plan: PrunePlan | None) -> dict[str, str]:
+def _skipped(job: Job, plan: PrunePlan | None, original: Variant) -> dict[str, str]:
     """Return why a part of the details is absent, for those that a recipe has to ask for."""
     verbs = {stage.verb for stage in job.recipe.stages}
-    reasons = {"sensitivity": "it is a command of its own: compress sensitivity"}
+    reasons = {}
+    if (reason := unmeasured(job, original)) is not None:
+        reasons["sensitivity"] = reason
     if not job.recipe.measure.explain_images:
         for part in ("attributions", "similarities"):
             reasons[part] = "the recipe does not ask for it: measure.explain_images"

@@ -22,6 +22,7 @@ from compress.errors import CompressError, EngineError, MissingPackageError, Usa
 from compress.evaluate import Predictions
 from compress.fusion import check_fusion
 from compress.measure import Timing
+from compress.pipeline.bearing import sensitivity
 from compress.pipeline.explaining import explain_variants
 from compress.pipeline.job import INT8_FORM, Job, Variant, answers_path
 from compress.runtimes import build_engine, build_record, open_session, unavailable
@@ -47,7 +48,7 @@ class Measured:
     engines: dict[Path, Path]  # what was built, and the graph it was built from
     conditions: dict[str, Any]
     coverage: list[dict[str, Any]]  # how much of each int8 graph each runtime runs in int8
-    explanations: dict[str, list[dict[str, Any]]]  # what variants look at, beside the original
+    explanations: dict[str, list[dict[str, Any]]]  # what variants look at; what each group bears
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able data."""
@@ -96,6 +97,7 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
         for rival, row in zip(rivals, rows, strict=True):
             results[rival.variant.name].append(row | _memory(job, rival, row["skipped"]))
     explanations = explain_variants(job, variants, stage)
+    explanations["sensitivity"] = sensitivity(job, variants[0])
     return Measured(results, skipped, engines, conditions, coverage, explanations)
 
 

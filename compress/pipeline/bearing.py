@@ -1,0 +1,56 @@
+"""How much pruning each group of the original can bear, as a chart of the report."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from compress import models
+from compress.pipeline.job import Job, Variant
+from compress.report.schema import Curve, Line
+from compress.sensitivity.prune import PruneSensitivity, prune_sensitivity
+
+RECALIBRATION_BATCHES = 8
+
+
+def unmeasured(job: Job, original: Variant) -> str | None:
+    """Return why a run has no sensitivity curves; None if it is to have them."""
+    if not job.recipe.measure.sensitivity:
+        return "the recipe does not ask for it: measure.sensitivity"
+    if not (job.run.root / original.stage / models.DESCRIPTION_FILE).is_file():
+        return "the original is an ONNX file, and cuts are tried on torch networks"
+    if not len(job.dataset.splits["validation"]):
+        return "the data has no validation images to judge cuts on"
+    return None
+
+
+def sensitivity(job: Job, original: Variant) -> list[dict[str, Any]]:
+    """Return accuracy on validation images against kept channels, a line for each group.
+
+    One group is cut at a time, by L2, and BatchNorm is re-estimated; nothing is refitted.
+    """
+    if unmeasured(job, original) is not None:
+        return []
+    found = prune_sensitivity(
+        job.network(original),
+        job.dataset.example,
+        lambda cut: job.validation_pct(cut) or 0.0,
+        recalibrate=list(itertools.islice(job.dataset.batches("train"), RECALIBRATION_BATCHES)),
+    )
+    return [chart(found).model_dump(mode="json")]
+
+
+def chart(found: PruneSensitivity) -> Curve:
+    """Return ``found`` as a chart whose lines end where the network is whole."""
+    lines = []
+    for curve in found.curves:
+        points = sorted((point.keep_channels, point.top1_pct) for point in curve.points)
+        x, y = zip(*points, (1.0, found.baseline_top1_pct), strict=True)
+        lines.append(Line(name=curve.group, x=x, y=y))
+    return Curve(
+        title="Each group of channels cut alone, the rest whole",
+        x_label="share of channels kept",
+        y_label="validation top-1, %",
+        lines=tuple(lines),
+        variant=None,
+    )

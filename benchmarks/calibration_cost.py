@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -114,16 +113,22 @@ def work(method: str, path: Path, count: int) -> None:
     }
     run = kinds.get(method) or (lambda: ort_calibrate(path, count, method.split()[1]))
     load_packages(method)
-    before = resource.getrusage(resource.RUSAGE_SELF)
+    packages_mib = peak_mib()
     start, cpu = time.perf_counter(), time.process_time()
     run()
     row = {
         "seconds": round(time.perf_counter() - start, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
-        "packages_mib": round(before.ru_maxrss / 1024),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "packages_mib": round(packages_mib),
+        "peak_mib": round(peak_mib()),
     }
     sys.stdout.write("\n" + json.dumps(row) + "\n")
+
+
+def peak_mib() -> float:
+    """Return the peak of resident memory since the program started; rusage counts its parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def load_packages(method: str) -> None:

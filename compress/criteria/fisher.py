@@ -27,7 +27,7 @@ class Fisher:
             that changes of several images do not cancel in the mean; few cost more and vary less.
 
     Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018,
-    https://arxiv.org/abs/1801.05787, equation 9, with classes drawn as the Fisher information asks
+    https://arxiv.org/abs/1801.05787, with classes drawn as the Fisher information asks
     and not the labels; temperature as in Hinton et al., Distilling the Knowledge in a Neural
     Network, 2015, https://arxiv.org/abs/1503.02531, section 2.
     """

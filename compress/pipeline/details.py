@@ -51,7 +51,7 @@ def details(
         ranges=tuple(_ranges(outcomes)),
         coverage=tuple(dict.fromkeys(schema.Coverage(**each) for each in measured["coverage"])),
         learning=tuple(_learning_curves(outcomes)),
-        sensitivity=tuple(schema.Curve(**each) for each in measured["sensitivity"]),
+        sensitivity=tuple(schema.Curve(**each) for each in measured.get("sensitivity", ())),
         class_scores=tuple(_class_scores(job, taken)),
         confusions=tuple(_confusions(taken)),
         flips=tuple(_flips(job, taken)),

@@ -16,6 +16,8 @@ from compress.runtimes import open_session
 if TYPE_CHECKING:
     from compress.explain import Samples
 
+READS_ONNX = ("onnxruntime", "openvino")  # without an engine built before
+
 
 @dataclass(frozen=True)
 class _Rival:
@@ -54,7 +56,8 @@ def explain_variants(
         rival = _explained(judged, needs_gradients=method not in ANSWERS)
         if rival is None:
             continue
-        opened = _sessions if method in ANSWERS else _networks
+        in_torch = method not in ANSWERS or rival.runtime not in READS_ONNX
+        opened = _networks if in_torch else _sessions
         with opened(job, variants[0], rival) as (original, compressed):
             pairs, similarity = compare_maps(
                 original,
@@ -83,7 +86,7 @@ def _judged(job: Job, variants: Sequence[Variant], answers: Path) -> Iterator[_R
 
 def _explained(judged: Sequence[_Rival], *, needs_gradients: bool) -> _Rival | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [rival for rival in judged if rival.variant.target is not None]
+    int8 = [rival for rival in judged if rival.variant.target and rival.runtime in READS_ONNX]
     if int8 and not needs_gradients:
         return int8[0]
     floats = [rival for rival in judged if rival.variant.target is None]

@@ -390,6 +390,8 @@ def main() -> None:
     except ClickException as error:
         error.show()
         code = USER_ERROR
+    except (RuntimeError, MemoryError) as error:
+        code = _told_if_out_of_memory(error)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except SystemExit as ended:  # what typer makes of Ctrl-C
@@ -397,6 +399,19 @@ def main() -> None:
     if code == INTERRUPTED:
         sys.stderr.write("compress: interrupted; the same command continues where it stopped\n")
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _told_if_out_of_memory(error: RuntimeError | MemoryError) -> int:
+    """Say so and return the exit code; raise any other ``error`` again."""
+    from compress.train.memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        raise error
+    sys.stderr.write(
+        "compress: out of memory. Make room, or work on less at once: a smaller --batch-size or "
+        "--image-size, fewer images; a run keeps what is done, and the same command goes on.\n"
+    )
+    return USER_ERROR
 
 
 def _warn(

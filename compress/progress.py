@@ -49,14 +49,19 @@ class _Lines:
         of = ""
         if self.total:
             left = spent * (self.total - self.done) / max(self.done, 1e-9)
-            of = f" of {self.total:g}, {left:.0f} s left"
+            of = f" of {_count(self.total)}, {left:.0f} s left"
         tail = f", {note}" if note else ""
-        sys.stderr.write(f"{self.description}: {self.done:g}{of}{tail}\n")
+        sys.stderr.write(f"{self.description}: {_count(self.done)}{of}{tail}\n")
 
     def finish(self) -> None:
         spent = time.monotonic() - self.start
         if spent >= SHORT_S:
             sys.stderr.write(f"{self.description}: done in {spent:.1f} s\n")
+
+
+def _count(value: float) -> str:
+    """Return 3584000.0 as 3,584,000."""
+    return f"{round(value, 2):,.12g}"
 
 
 class _Bar:

@@ -368,6 +368,38 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkey
     assert "the same command continues where it stopped" in err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
+def test_out_of_memory_is_one_sentence_anywhere(compress, monkeypatch, recipe, error):
+    from compress import commands
+
+    def hungry(*_, **__):
+        raise error
+
+    monkeypatch.setattr(commands, "run", hungry)
+    code, _, err = compress("run", recipe())
+    assert code == 2
+    assert err.startswith("compress: out of memory. Make room")
+    assert err.count("\n") == 1
+
+
+def test_any_other_runtime_error_keeps_its_traceback(compress, monkeypatch, recipe):
+    from compress import commands
+
+    def broken(*_, **__):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(commands, "run", broken)
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        compress("run", recipe())
+
+
 def test_a_warning_is_one_sentence_without_a_line_of_code(compress, tmp_path):
     from compress.export import export_onnx
     from compress.networks import resnet8

@@ -26,6 +26,13 @@ def test_a_note_stands_beside_the_count(capsys, monkeypatch):
     assert "train: 5 of 10" in capsys.readouterr().err
 
 
+def test_millions_are_written_out(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    with progress.shown(), progress.task("train", 3_584_000.0) as counter:
+        counter.advance(1_770_880.5)
+    assert "train: 1,770,880.5 of 3,584,000, " in capsys.readouterr().err
+
+
 def test_short_work_leaves_no_line(capsys):
     with progress.shown(), progress.task("quick", 1) as counter:
         counter.advance()

@@ -145,19 +145,38 @@ def _place_everywhere(graph: Graph, placement: Placement, floating: set[str]) ->
 
 
 def _place_where_read(graph: Graph, placement: Placement, floating: set[str]) -> None:
-    """OpenVINO: as for ONNX Runtime, but nothing is quantized that only float ops read."""
+    """OpenVINO: as for ONNX Runtime, but nothing is quantized that only float ops read.
+
+    A Concat of what integer kernels made is an exception: it moves bytes, each input with its own
+    scale, through nested ones too, whatever reads it. DenseNet-121 gains a quarter at batch 8.
+    """
     chosen = {node.name: node for node in _chosen(graph, placement, floating)}
     weighted = set(placement.weights)
     for node in reversed(list(chosen.values())):
         readers = {r.name for end in _ends(graph, node) for r, _ in graph.readers.get(end, [])}
-        if node.name not in weighted and not readers & chosen.keys():
+        gathers = node.op_type == "Concat" and _makers(graph, node) <= chosen.keys()
+        if node.name not in weighted and not gathers and not readers & chosen.keys():
             del chosen[node.name]
     for node in chosen.values():
         for tensor in _image_inputs(graph, node):
-            _quantize(graph, placement, tensor, floating)
+            maker = graph.producer.get(tensor)
+            is_nested = maker is not None and maker.op_type == node.op_type == "Concat"
+            if not is_nested:
+                _quantize(graph, placement, tensor, floating)
     for node in chosen.values():
         if node.input[0] in placement.readers:
             _share_scale(placement, node)
+
+
+def _makers(graph: Graph, node: NodeProto) -> set[str]:
+    """Return the nodes that make the inputs of ``node``; an activation counts as what it ends."""
+    names = set()
+    for tensor in node.input:
+        maker = graph.producer.get(tensor)
+        while maker is not None and maker.op_type in ACTIVATIONS:
+            maker = graph.producer.get(maker.input[0])
+        names.add(maker.name if maker is not None else tensor)
+    return names
 
 
 def _chosen(graph: Graph, placement: Placement, floating: set[str]) -> list[NodeProto]:

@@ -68,7 +68,7 @@ class Workbench:
             observer=self.observer or observer,
             exclude=self.exclude,
         )
-        return begin_below_zero(plan, self.prepared) if self.target == "openvino" else plan
+        return begin_below_zero(plan, self.prepared)
 
     def equalized(self, plan: QuantPlan, alpha: float) -> QuantPlan:
         """Return ``plan`` with rescalings and the ranges of the rescaled graph."""
@@ -127,7 +127,8 @@ def rounding(bench: Workbench) -> QuantPlan:
 
 def nncf(bench: Workbench) -> QuantPlan:
     """Ranges and biases of NNCF, written by our writer."""
-    return plan_by_nncf(bench.prepared, bench.fitted, bench.ranges())
+    plan = plan_by_nncf(bench.prepared, bench.fitted, bench.ranges())
+    return begin_below_zero(plan, bench.prepared)
 
 
 def auto(bench: Workbench) -> QuantPlan:

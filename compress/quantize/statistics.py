@@ -24,6 +24,7 @@ from compress.quantize.images import Batches, Feed, Images
 from compress.quantize.sessions import session_of, with_outputs
 
 SAMPLE = 16_384  # values counted of each tensor of each image; the smallest and largest are of all
+_CACHED = 131_072  # values that a processor's cache holds from one look at them to the next
 _ELEMENTS = 4_000_000  # of all observed tensors together, in one batch of the pass
 
 
@@ -165,6 +166,14 @@ class _Runner:
         return self.buffers[size]
 
 
+def _extremes(values: NDArray[Any]) -> tuple[float, float]:
+    """Return the smallest and the largest of ``values``, NaN if one is, reading memory once."""
+    flat = values.reshape(-1)
+    parts = [flat[start : start + _CACHED] for start in range(0, flat.size, _CACHED)]
+    found = [(part.min(), part.max()) for part in parts]
+    return float(np.min([low for low, _ in found])), float(np.max([high for _, high in found]))
+
+
 def _observe(
     histogram: Histogram,
     values: NDArray[Any],
@@ -173,7 +182,7 @@ def _observe(
     name: str,
     counted: bool,
 ) -> None:
-    low, high = float(values.min()), float(values.max())
+    low, high = _extremes(values)
     if not (math.isfinite(low) and math.isfinite(high)):
         node = graph.producer.get(name)
         maker = f"node {node.name!r} ({node.op_type})" if node is not None else "the input"

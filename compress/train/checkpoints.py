@@ -36,7 +36,7 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
         raise TrainingError(
-            f"cannot be read as a checkpoint ({_first_line(error)})",
+            f"cannot be read as a checkpoint ({_first_sentence(error)})",
             where=str(path),
             fix="Remove it to start this training afresh",
         ) from None
@@ -70,5 +70,6 @@ def check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:120]
+def _first_sentence(error: Exception) -> str:
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return line.split(". ")[0].rstrip(".")

@@ -309,7 +309,8 @@ class Run:
         self._save(checkpoints.LAST, self._state())
 
     def _score(self) -> Score | None:
-        return validate(self._watched, self.dataset, self.processes, self.precision)
+        at_once = -(-self.settings.batch_size // self.parts)
+        return validate(self._watched, self.dataset, self.processes, self.precision, at_once)
 
     @property
     def _watched(self) -> nn.Module:

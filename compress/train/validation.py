@@ -14,7 +14,7 @@ from compress.objective import outputs_of
 from compress.train.precision import autocast
 from compress.train.processes import Processes
 
-BATCH_SIZE = 256
+BATCH_SIZE = 256  # at most
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class Score:
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, dataset: Dataset, processes: Processes, precision: str
+    model: nn.Module, dataset: Dataset, processes: Processes, precision: str, at_once: int
 ) -> Score | None:
     """Return the network's score on "validation", shared among the processes.
 
-    The network's modes are left as found. Returns None where no images are held back.
+    The network's modes are left as found. Returns None where no images are held back. At most
+    ``at_once`` images are computed together: what training does, validation has memory for.
     """
     images = dataset.splits.get("validation")
     if images is None or not len(images):
@@ -41,9 +42,10 @@ def validate(
     sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
     try:
         model.eval()
-        starts = range(0, len(images), BATCH_SIZE)
+        count = min(BATCH_SIZE, at_once)
+        starts = range(0, len(images), count)
         for start in list(starts)[processes.rank :: processes.world]:
-            indices = np.arange(start, min(start + BATCH_SIZE, len(images)))
+            indices = np.arange(start, min(start + count, len(images)))
             target = torch.from_numpy(images.labels[indices]).to(processes.device)
             inputs = dataset.normalize(images.take(indices).to(processes.device))
             with autocast(precision, processes.device):

@@ -121,6 +121,16 @@ def dense() -> ModelProto:
     return s.model()
 
 
+def preactivated() -> ModelProto:
+    """BatchNorm behind a residual sum."""
+    s = Sketch(SHAPE)
+    x = s.conv("input", "stem", 3, 8)
+    y = s.conv(s.relu(norm(s, x, "bn1", 8)), "c1", 8, 8)
+    x = s.op("Add", [x, y], "sum")
+    s.head(s.relu(norm(s, x, "bn2", 8)), 8)
+    return s.model()
+
+
 def norm(s: Sketch, x: str, name: str, channels: int) -> str:
     parts = [s.floats(f"{name}_{part}", channels) for part in ("scale", "bias", "mean")]
     variance = s.constant(f"{name}_var", s.random.uniform(0.5, 2, channels).astype(np.float32))
@@ -206,8 +216,8 @@ def dead_channels() -> ModelProto:
 GRAPHS: dict[str, Callable[[], ModelProto]] = {
     graph.__name__: graph
     for graph in (
-        residual, depthwise, concat, dense, folded, squeeze_excite, shuffle, two_inputs,
-        dead_channels,
+        residual, depthwise, concat, dense, preactivated, folded, squeeze_excite, shuffle,
+        two_inputs, dead_channels,
     )
 }  # fmt: skip
 

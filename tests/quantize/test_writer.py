@@ -250,10 +250,10 @@ def test_tensorrt_leaves_squeeze_excite_and_pooling_in_float():
 
 
 def test_openvino_quantizes_nothing_that_only_float_ops_read():
-    model = GRAPHS["dense"]()  # Concat -> BatchNorm, which stays in float there
+    model = GRAPHS["preactivated"]()  # Add -> BatchNorm, which stays in float there
     graph = Graph(write_qdq(model, plan_of(model, "openvino")))
     nodes = {node.name: node for node in graph.nodes}
-    assert nodes["bn2"].input[0] == "cat" and graph.producer["cat"].input[0] == "stem"
+    assert nodes["bn2"].input[0] == "sum" and graph.producer["sum"].input[0] == "stem"
     assert graph.producer[nodes["c1"].input[0]].op_type == "DequantizeLinear"
 
 

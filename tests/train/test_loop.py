@@ -476,6 +476,16 @@ def test_on_request_batches_are_computed_in_more_parts_with_the_same_result(
     assert "out of memory at step 1" in caplog.text
 
 
+def test_validation_computes_no_more_images_at_once_than_training():
+    model, seen = plain(), []
+    model.register_forward_hook(
+        lambda module, inputs, _: None if module.training else seen.append(len(inputs[0]))
+    )
+    trained(model, accumulate=4)
+    assert max(seen) == 8
+    assert sum(seen) == 2 * 48
+
+
 @pytest.mark.parametrize(
     "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
 )

@@ -1,4 +1,4 @@
-"""A BatchNorm that no layer takes up is kept apart from the quantization behind it on OpenVINO."""
+"""OpenVINO and DenseNet's order: int8 concat; a BatchNorm kept apart from the pair behind it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,23 @@ from compress.quantize.fidelity import answers, sqnr_db
 
 
 class PreActivated(nn.Module):
-    """DenseNet's order: concat, BatchNorm, Relu, conv; the BatchNorm belongs to no conv."""
+    """DenseNet's order: nested concats, BatchNorm, Relu, conv; no conv takes the BatchNorm up."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.norm, self.third = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3, padding=1)
+        self.inner, self.third = nn.BatchNorm2d(16), nn.Conv2d(16, 8, 3, padding=1)
+        self.outer, self.fourth = nn.BatchNorm2d(24), nn.Conv2d(24, 8, 3, padding=1)
         self.head = nn.Linear(8, 5)
-        nn.init.normal_(self.norm.running_mean, 0, 0.3)
-        nn.init.uniform_(self.norm.weight, 0.5, 1.5)
+        for norm in (self.inner, self.outer):
+            nn.init.normal_(norm.running_mean, 0, 0.3)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = torch.relu(self.first(x))
         x = torch.cat([x, self.second(x)], 1)
-        return self.head(self.third(torch.relu(self.norm(x))).mean((2, 3)))
+        x = torch.cat([x, self.third(torch.relu(self.inner(x)))], 1)
+        return self.head(self.fourth(torch.relu(self.outer(x))).mean((2, 3)))
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +96,26 @@ def test_openvino_quantizes_behind_the_relu_in_one_kernel_with_it(
     ]
     assert "input_q" in alone
     assert not any("relu" in name for name in alone)
+
+
+def test_openvino_concatenates_bytes_though_a_float_op_reads_them(
+    graphs: tuple[Path, Path, np.ndarray],
+):
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(graphs[1]), "CPU")
+    said = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
+    concats = [part for part in said if part["layerType"].astype(str) == "Concatenation"]
+    precisions = {part["runtimePrecision"].astype(str) for part in concats}
+    assert concats
+    assert precisions <= {"u8", "i8"}
+
+
+def test_each_part_of_nested_concats_keeps_a_scale_of_its_own(
+    graphs: tuple[Path, Path, np.ndarray],
+):
+    graph = onnx.load(graphs[1]).graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    concats = [node for node in graph.node if node.op_type == "Concat"]
+    inner, outer = ([made_by[name] for name in node.input] for node in concats)
+    assert inner == ["DequantizeLinear", "DequantizeLinear"]
+    assert outer == ["Concat", "DequantizeLinear"]

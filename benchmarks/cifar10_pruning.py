@@ -214,9 +214,12 @@ def best_rate(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
     return max(by_rate.values(), key=lambda own: np.mean([r["top1_pct"] for r in own]), default=[])
 
 
-def compare(rows: list[dict[str, Any]], reference: str, candidate: str) -> dict[str, Any] | None:
+def compare(
+    rows: list[dict[str, Any]], reference: str, candidate: str, epochs: int
+) -> dict[str, Any] | None:
     """Compare two arms, each at its best rate, over the seeds that both have, images paired."""
-    found = best_rate(rows, reference), best_rate(rows, candidate)
+    alike = [row for row in rows if row["epochs"] == epochs]
+    found = best_rate(alike, reference), best_rate(alike, candidate)
     first, second = ({row["seed"]: unpacked(row) for row in own} for own in found)
     seeds = sorted(set(first) & set(second))
     if not seeds:
@@ -227,6 +230,7 @@ def compare(rows: list[dict[str, Any]], reference: str, candidate: str) -> dict[
     return {
         "reference": reference,
         "candidate": candidate,
+        "epochs": epochs,
         "lr": [own[0]["lr"] for own in found],
         "seeds": seeds,
         "gain_pct": round(100 * float(b.mean() - a.mean()), 3),
@@ -278,7 +282,7 @@ def table(result: dict[str, Any]) -> str:
         lines += [
             "",
             f"{one['candidate']} (rate {one['lr'][1]}) against {one['reference']} (rate "
-            f"{one['lr'][0]}), seeds {one['seeds']}: "
+            f"{one['lr'][0]}), {one['epochs']} epochs, seeds {one['seeds']}: "
             f"{one['gain_pct']:+.2f} points of top-1, 95 % interval over paired images "
             f"{low:+.2f} to {high:+.2f}; by seed {one['gain_by_seed_pct']}.",
         ]
@@ -297,6 +301,7 @@ def main() -> None:
     parser.add_argument("--npz", default=os.environ.get("COMPRESS_CIFAR10"))
     parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA"))
     parser.add_argument("--add", action="store_true", help="keep the rows of earlier runs")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args()
     if not given.npz or not given.data:
         raise SystemExit("set COMPRESS_DATA and COMPRESS_CIFAR10, or give --data and --npz")
@@ -305,7 +310,7 @@ def main() -> None:
     file = Path(given.data) / "checkpoints" / CHECKPOINTS[given.depth]
     fit(model, read_weights(file), where=str(file))
     name = f"cifar10_pruning_resnet{given.depth}"
-    file = RESULTS / f"{name}.json"
+    file = given.out / f"{name}.json"
     rows = json.loads(file.read_text())["rows"] if given.add and file.exists() else []
     result: dict[str, Any] = {
         "network": f"ResNet-{given.depth}",
@@ -319,9 +324,13 @@ def main() -> None:
         rows.append(facts | fine_tuned(small, dataset, given.epochs, lr, seed))
         print({k: v for k, v in rows[-1].items() if k != "correct"}, flush=True)
         references = [a for a in ARMS if a != "compress"]
-        found = (compare(rows, reference, "compress") for reference in references)
+        found = (
+            compare(rows, reference, "compress", epochs)
+            for epochs in sorted({row["epochs"] for row in rows})
+            for reference in references
+        )
         result |= {"rows": rows, "comparisons": [c for c in found if c]}
-        RESULTS.mkdir(exist_ok=True)
+        given.out.mkdir(exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
         file.with_suffix(".md").write_text(table(result))
 

@@ -46,7 +46,7 @@ def network(name: str, example: torch.Tensor) -> nn.Module:
     model.eval()
     if not name.endswith("-half"):
         return model
-    plan = plan_pruning(model, example, criterion="l2", keep_macs=0.5, round_to=8)
+    plan = plan_pruning(model, example, criterion="l2", keep_macs=0.5, round_to=32)
     return apply_pruning(model, plan)
 
 

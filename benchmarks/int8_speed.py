@@ -1,8 +1,9 @@
 """Speed of int8 over fp32 on CPU runtimes: our graphs against those of ONNX Runtime and NNCF.
 
-    python benchmarks/int8_speed.py [--networks resnet18,mobilenet_v2,densenet121] [--seconds 2]
+    python benchmarks/int8_speed.py [--networks resnet18,mobilenet_v2,densenet121,efficientnet_b0]
 
-Networks have random weights (speed does not depend on them), 224 x 224, batch 1 and 8. All graphs
+Networks have random weights (speed does not depend on them) and BatchNorm statistics of noise,
+without which activations vanish in deep ones; 224 x 224, batch 1 and 8. All graphs
 of a network are timed in the same rounds (``compress.measure.bench``): medians, and the interval of
 the ratio to fp32. Convolutions that the runtime left in float are counted in ONNX Runtime's
 optimized graph. A graph that the runtime cannot run is listed as such.
@@ -29,7 +30,7 @@ from compress.measure import Bench, Timing, bench
 from compress.quantize import quantize_onnx
 from compress.runtimes import open_session
 
-NETWORKS = "resnet18,mobilenet_v2,densenet121"
+NETWORKS = "resnet18,mobilenet_v2,densenet121,efficientnet_b0"
 RUNTIMES = ("onnxruntime", "openvino")
 
 
@@ -38,7 +39,13 @@ def export(name: str, path: Path) -> None:
     import torchvision
 
     torch.manual_seed(0)
-    model = getattr(torchvision.models, name)(weights=None).eval()
+    model = getattr(torchvision.models, name)(weights=None)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model(torch.randn(16, 3, 224, 224))
+    model.eval()
     torch.onnx.export(
         model, (torch.zeros(2, 3, 224, 224),), str(path), dynamo=True, input_names=["input"],
         output_names=["logits"], dynamic_shapes=({0: torch.export.Dim("batch")},),

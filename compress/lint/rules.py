@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compress.errors import UnknownNameError
-from compress.lint import biases, chain, kernels, placement, scales, tensorrt
+from compress.lint import biases, chain, kernels, openvino, placement, scales, tensorrt
 from compress.lint.finding import Problem
 from compress.lint.graph import Graph
 
@@ -49,6 +49,7 @@ RULES = (
     Rule(scales.unsigned_activation, _TRT),
     Rule(scales.activation_zero_point, _TRT),
     Rule(placement.quantized_before_activation),
+    Rule(openvino.split_activation, _OPENVINO),
     Rule(placement.double_quantization),
     Rule(placement.duplicate_quantize),
     Rule(tensorrt.residual_both_sides, _TRT),

@@ -20,7 +20,7 @@ from compress.prune.evidence import evaluating
 from compress.surgery import PrunePlan
 
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
-ROWS_PER_FEATURE = 24  # samples of a layer's output, for each weight of one of its filters
+ROWS_PER_FEATURE = 64  # samples of a layer's output, for each weight of one of its filters
 LEAST_ROWS_PER_FEATURE = 4  # with fewer a layer is left alone
 ANSWERS_MIB = 256  # of the original's answers held at once
 

@@ -147,10 +147,14 @@ def _place_everywhere(graph: Graph, placement: Placement, floating: set[str]) ->
 def _place_where_read(graph: Graph, placement: Placement, floating: set[str]) -> None:
     """OpenVINO: as for ONNX Runtime, but nothing is quantized that only float ops read.
 
+    An activation that runs inside the kernel before it stays in float with that kernel's sums: a
+    pair between them makes it an op of its own, and EfficientNet-B0 slower than in fp32.
+
     A Concat of what integer kernels made is an exception: it moves bytes, each input with its own
     scale, through nested ones too, whatever reads it. DenseNet-121 gains a quarter at batch 8.
     """
-    chosen = {node.name: node for node in _chosen(graph, placement, floating)}
+    inside = {node.name for node in graph.nodes if _runs_inside(graph, node)}
+    chosen = {node.name: node for node in _chosen(graph, placement, floating | inside)}
     weighted = set(placement.weights)
     for node in reversed(list(chosen.values())):
         readers = {r.name for end in _ends(graph, node) for r, _ in graph.readers.get(end, [])}
@@ -166,6 +170,17 @@ def _place_where_read(graph: Graph, placement: Placement, floating: set[str]) ->
     for node in chosen.values():
         if node.input[0] in placement.readers:
             _share_scale(placement, node)
+
+
+def _runs_inside(graph: Graph, node: NodeProto) -> bool:
+    """Return whether ``node`` is part of an activation that OpenVINO adds to the layer before."""
+    if node.op_type in ("Sigmoid", "LeakyRelu"):
+        return True
+    if node.op_type != "Mul" or len(node.input) != 2:
+        return False
+    makers = [graph.producer.get(name) for name in node.input]
+    gates = [m for m in makers if m is not None and m.op_type in ("Sigmoid", "HardSigmoid")]
+    return any(gate.input[0] in node.input for gate in gates)
 
 
 def _makers(graph: Graph, node: NodeProto) -> set[str]:

@@ -178,6 +178,16 @@ def quantized_before_activation() -> Defect:
     return Defect(_conv_net(draw), "tensorrt", 35)
 
 
+def split_activation() -> Defect:
+    def draw(s: Sketch, x: str) -> str:
+        y = s.pair(s.conv(x, s.weight(_weights(s))), 4 / 127)
+        gate = s.pair(s.add("Sigmoid", y), 1 / 127)
+        z = s.pair(s.add("Mul", y, gate), 4 / 127)
+        return s.conv(z, s.weight(s.kernel(8, 8, 3, 3)))
+
+    return Defect(_conv_net(draw), "openvino", 30)
+
+
 def double_quantization() -> Defect:
     def draw(s: Sketch, x: str) -> str:
         return s.conv(s.pair(x, 4 / 100), s.weight(_weights(s)))

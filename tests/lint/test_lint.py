@@ -149,6 +149,17 @@ def test_relu_follows_its_convolution_directly_and_is_quantized_once():
     assert [n.op_type for n in fixed.graph.node].count("QuantizeLinear") == 2
 
 
+def test_silu_reads_its_convolution_in_float_and_is_quantized_once():
+    name = "split-activation"
+    fixed = fix_model(DEFECTS[name]().model, rules=[r for r in RULES if r.name == name])
+    makers = {value: node for node in fixed.graph.node for value in node.output}
+    gate = next(node for node in fixed.graph.node if node.op_type == "Sigmoid")
+    product = next(node for node in fixed.graph.node if node.op_type == "Mul")
+    assert makers[gate.input[0]].op_type == "Conv"
+    assert {makers[value].op_type for value in product.input} == {"Conv", "Sigmoid"}
+    assert [n.op_type for n in fixed.graph.node].count("QuantizeLinear") == 2
+
+
 def test_relu6_that_a_quantizer_stood_for_comes_back_as_clip():
     s = Sketch()
     y = s.conv(s.pair("input", 4 / 127), s.weight(s.kernel(8, 3, 3, 3) * 4))

@@ -1,4 +1,4 @@
-"""OpenVINO and DenseNet's order: int8 concat; a BatchNorm kept apart from the pair behind it."""
+"""Which kernels OpenVINO runs our graphs with: its execution graph says so."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from compress.export import export_onnx
 from compress.lint import lint_onnx
 from compress.quantize import quantize_onnx
 from compress.quantize.fidelity import answers, sqnr_db
+
+SAID = ("layerType", "originalLayersNames", "runtimePrecision")
 
 
 class PreActivated(nn.Module):
@@ -45,6 +47,16 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, np.nda
     out = folder / "openvino.onnx"
     quantize_onnx(path, [images], out, "openvino", method="plain")
     return path, out, images
+
+
+def executed(path: Path) -> list[dict[str, str]]:
+    """Return what OpenVINO says of each node that it executes."""
+    openvino = pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(str(path), "CPU")
+    return [
+        {key: value.astype(str) for key, value in op.get_rt_info().items() if key in SAID}
+        for op in compiled.get_runtime_model().get_ops()
+    ]
 
 
 def zero_points(path: Path) -> dict[str, int]:
@@ -86,14 +98,8 @@ def test_openvino_pads_with_that_zero_point(graphs: tuple[Path, Path, np.ndarray
 def test_openvino_quantizes_behind_the_relu_in_one_kernel_with_it(
     graphs: tuple[Path, Path, np.ndarray],
 ):
-    openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(str(graphs[1]), "CPU")
-    said = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
-    alone = [
-        part["originalLayersNames"].astype(str)
-        for part in said
-        if part["layerType"].astype(str) == "FakeQuantize"
-    ]
+    parts = executed(graphs[1])
+    alone = [p["originalLayersNames"] for p in parts if p["layerType"] == "FakeQuantize"]
     assert "input_q" in alone
     assert not any("relu" in name for name in alone)
 
@@ -101,13 +107,9 @@ def test_openvino_quantizes_behind_the_relu_in_one_kernel_with_it(
 def test_openvino_concatenates_bytes_though_a_float_op_reads_them(
     graphs: tuple[Path, Path, np.ndarray],
 ):
-    openvino = pytest.importorskip("openvino")
-    compiled = openvino.Core().compile_model(str(graphs[1]), "CPU")
-    said = [op.get_rt_info() for op in compiled.get_runtime_model().get_ops()]
-    concats = [part for part in said if part["layerType"].astype(str) == "Concatenation"]
-    precisions = {part["runtimePrecision"].astype(str) for part in concats}
+    concats = [part for part in executed(graphs[1]) if part["layerType"] == "Concatenation"]
     assert concats
-    assert precisions <= {"u8", "i8"}
+    assert {part["runtimePrecision"] for part in concats} <= {"u8", "i8"}
 
 
 def test_each_part_of_nested_concats_keeps_a_scale_of_its_own(
@@ -119,3 +121,22 @@ def test_each_part_of_nested_concats_keeps_a_scale_of_its_own(
     inner, outer = ([made_by[name] for name in node.input] for node in concats)
     assert inner == ["DequantizeLinear", "DequantizeLinear"]
     assert outer == ["Concat", "DequantizeLinear"]
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Hardswish, nn.LeakyReLU])
+def test_an_activation_runs_in_the_kernel_of_the_convolution_before_it(
+    activation: type[nn.Module], tmp_path: Path
+):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 16, 3), activation(), nn.Conv2d(16, 16, 3), activation()
+    model = nn.Sequential(*layers, nn.Conv2d(16, 8, 3), nn.Flatten(), nn.Linear(8 * 100, 5))
+    path = export_onnx(model.eval(), torch.randn(1, 3, 16, 16), tmp_path / "fp32.onnx")
+    images = np.random.default_rng(0).standard_normal((32, 3, 16, 16)).astype(np.float32)
+    quantize_onnx(path, [images], tmp_path / "int8.onnx", "openvino", method="plain")
+    parts = executed(tmp_path / "int8.onnx")
+    layers = [part for part in parts if part["layerType"] == "Convolution"]
+    assert [part["runtimePrecision"] for part in layers] == ["u8"] * 3
+    assert not [part for part in parts if part["layerType"] in ("Subgraph", "Eltwise")]
+    reference = answers(onnx.load(path), {"input": images})
+    written = answers(onnx.load(tmp_path / "int8.onnx"), {"input": images})
+    assert sqnr_db(reference, written) > 30

@@ -1,14 +1,15 @@
 """The same network pruned to a MAC budget and to a latency budget, on CPU runtimes.
 
-    python benchmarks/latency_pruning.py --network resnet20 --epochs 3
+    python benchmarks/latency_pruning.py --network resnet56
     python benchmarks/latency_pruning.py --network mobilenet_v2 --share 1.0
 
 First half the MACs are cut and the latency of that is measured; then the same network is pruned to
-a share of that latency, or of its own where half the MACs take longer. For resnet20 (needs
-COMPRESS_DATA and COMPRESS_CIFAR10) both are scored by the same criterion, refitted and fine-tuned
-alike and compared on the 10,000 test images: the question is whether the faster one is as accurate.
-Other networks have random weights, and only their milliseconds and MACs are compared. Nothing else
-should run on the machine meanwhile. Writes results/latency_pruning_NETWORK.json and .md.
+a share of that latency, or of its own where half the MACs take longer. For resnet20 and resnet56
+(need COMPRESS_DATA and COMPRESS_CIFAR10) both are scored by the same criterion, refitted,
+fine-tuned alike with --epochs, and compared on the 10,000 test images: the question is whether the
+faster one is as accurate. Other networks have random weights, and only their milliseconds and MACs
+are compared. Nothing else should run on the machine meanwhile. Writes
+results/latency_pruning_NETWORK.json and .md.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from compress.train import train
 from compress.weights import fit, read_weights
 
 RESULTS = Path(__file__).parent / "results"
+CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd9763.th"}
 
 
 def measured(networks: dict[str, nn.Module], example: torch.Tensor, runtime: str) -> dict[str, Any]:
@@ -89,11 +91,12 @@ def fine_tuned(
     """Refit, fine-tune and return which test images are answered right."""
     small = copy.deepcopy(pruned)
     refit(small, original, plan, dataset.batches("train", 128, 1024))
-    settings = TrainSettings(
-        epochs=epochs, lr=lr, schedule="one-cycle", precision="bf16", threads=1,
-        augment=AugmentSettings(crop_padding=4, flip=True),
-    )  # fmt: skip
-    train(small, dataset, settings, seed=0)
+    if epochs:
+        settings = TrainSettings(
+            epochs=epochs, lr=lr, schedule="one-cycle", precision="bf16", threads=1,
+            augment=AugmentSettings(crop_padding=4, flip=True),
+        )  # fmt: skip
+        train(small, dataset, settings, seed=0)
     return predict(small, dataset.batches("test")).correct
 
 
@@ -103,8 +106,8 @@ def table(result: dict[str, Any]) -> str:
         f"# {result['network']}: pruned to a MAC budget, and to a latency",
         "",
         "Made by `python benchmarks/latency_pruning.py`, whose first lines say how. Criterion "
-        f"{result['criterion']}; {result['epochs']} epochs of fine-tuning, one-cycle to "
-        f"{result['lr']}.",
+        f"{result['criterion']}; {result['epochs']} epochs of fine-tuning"
+        + (f", one-cycle to {result['lr']}." if result["epochs"] else ", weights refitted."),
         "",
         "| runtime | pruned to | MACs | parameters | ms, median | x original (95 %) | top-1, % |",
         "|---|---|--:|--:|--:|--:|--:|",
@@ -143,12 +146,12 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.01, help="peak of the one-cycle schedule")
     given = parser.parse_args()
     dataset, scored = None, {"criterion": "l2"}
-    if given.network == "resnet20":
+    if given.network in CHECKPOINTS:
         dataset = load_data(
             DataSettings(name="npz", root=os.environ["COMPRESS_CIFAR10"], validation=0.0)
         )
-        model: nn.Module = CifarResNet(20, 10, 3, 16)
-        file = Path(os.environ["COMPRESS_DATA"]) / "checkpoints" / "resnet20-12fca82f.th"
+        model: nn.Module = CifarResNet(int(given.network.removeprefix("resnet")), 10, 3, 16)
+        file = Path(os.environ["COMPRESS_DATA"]) / "checkpoints" / CHECKPOINTS[given.network]
         fit(model, read_weights(file), where=str(file))
         example = dataset.example
         seen = list(dataset.batches("train", 128, 1024))
@@ -172,7 +175,7 @@ def main() -> None:
         result[runtime] = found[runtime][0]
         write(result)
     for figures, pruned in found.values():
-        if dataset is not None and given.epochs:
+        if dataset is not None:
             right = {
                 name: fine_tuned(network, plan, model, dataset, given.epochs, given.lr)
                 for name, (network, plan) in pruned.items()

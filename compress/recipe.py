@@ -198,10 +198,9 @@ def _explain(details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{path}: this key is required."
     if details["type"] == "literal_error":
-        hint = did_you_mean(str(value), _choices(details))
-        return (
-            f"{path}: {value!r} is none of the choices{hint}. Known: {details['ctx']['expected']}."
-        )
+        hint = did_you_mean(str(value), _choices(details)) or "."
+        known = details["ctx"]["expected"]
+        return f"{path}: {value!r} is none of the choices{hint} Known: {known}."
     message = details["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(value, (dict, list)) or details["type"] == "value_error" else value
     return f"{path}: {f'{shown!r}: ' if shown != '' else ''}{message}."

@@ -61,7 +61,7 @@ def test_all_problems_are_reported_at_once(write):
         "stages[0].prune.criterion: no such criterion 'talyor'. Did you mean 'taylor'?",
         "stages[0].prune.keep_mac: no such key. Did you mean 'keep_macs'?",
         "stages[1].distill.epochs: -1: Input should be greater than or equal to 0.",
-        "stages[1].distill.optimizer: 'sdg' is none of the choices. Did you mean 'sgd'?",
+        "stages[1].distill.optimizer: 'sdg' is none of the choices. Did you mean 'sgd'? Known: ",
         "stages[1].distill.losses: no such loss 'kdd'",
         "targets[0].runtime: 'onnx' is none of the choices.",
         "seeds: no such key. Did you mean 'seed'?",

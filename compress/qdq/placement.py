@@ -147,11 +147,11 @@ def _place_everywhere(graph: Graph, placement: Placement, floating: set[str]) ->
 def _place_where_read(graph: Graph, placement: Placement, floating: set[str]) -> None:
     """OpenVINO: as for ONNX Runtime, but nothing is quantized that only float ops read.
 
-    An activation that runs inside the kernel before it stays in float with that kernel's sums: a
-    pair between them makes it an op of its own, and EfficientNet-B0 slower than in fp32.
-
     A Concat of what integer kernels made is an exception: it moves bytes, each input with its own
     scale, through nested ones too, whatever reads it. DenseNet-121 gains a quarter at batch 8.
+
+    An activation that runs inside the kernel before it stays in float with that kernel's sums: a
+    pair between them makes it an op of its own, and EfficientNet-B0 slower than in fp32.
     """
     inside = {node.name for node in graph.nodes if _runs_inside(graph, node)}
     chosen = {node.name: node for node in _chosen(graph, placement, floating | inside)}

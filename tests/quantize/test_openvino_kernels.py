@@ -77,6 +77,13 @@ def test_only_the_relu_behind_a_batchnorm_is_kept_apart(graphs: tuple[Path, Path
     assert zero_points(graphs[1]) == {"Conv": 0, "BatchNormalization": 1}
 
 
+def test_so_it_is_with_the_ranges_of_nncf(graphs: tuple[Path, Path, np.ndarray], tmp_path: Path):
+    pytest.importorskip("nncf")
+    path, _, images = graphs
+    quantize_onnx(path, [images], tmp_path / "nncf.onnx", "openvino", method="nncf")
+    assert zero_points(tmp_path / "nncf.onnx")["BatchNormalization"] == 1
+
+
 def test_it_costs_no_fidelity_and_no_finding(graphs: tuple[Path, Path, np.ndarray]):
     path, out, images = graphs
     feed = {"input": images}

@@ -76,7 +76,8 @@ def missing_output_quantization(graph: Graph) -> Iterator[Problem]:
         if not _inputs_quantized(graph, node):
             continue
         value = _absorbed(graph, node)
-        if value in graph.outputs or any(u.node.op_type == Q for u in graph.readers(value)):
+        readers = [use.node for use in graph.readers(value)]
+        if _is_answer(graph, value) or any(reader.op_type == Q for reader in readers):
             continue
         pair = _range_of_output(graph, node, value)
         known = pair is not None
@@ -86,6 +87,16 @@ def missing_output_quantization(graph: Graph) -> Iterator[Problem]:
             + ("" if known else "; the range of its output is not in the graph, quantize again"),
             (partial(_insert, graph, value, *pair)) if pair is not None else None,
         )
+
+
+def _is_answer(graph: Graph, value: str) -> bool:
+    """Return whether ``value`` is an output of the graph, or only moved on its way to one."""
+    while value not in graph.outputs:
+        readers = graph.readers(value)
+        if len(readers) != 1 or readers[0].node.op_type not in MOVING:
+            return False
+        value = str(readers[0].node.output[0])
+    return True
 
 
 def _inputs_quantized(graph: Graph, node: onnx.NodeProto) -> bool:

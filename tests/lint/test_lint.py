@@ -160,6 +160,15 @@ def test_silu_reads_its_convolution_in_float_and_is_quantized_once():
     assert [n.op_type for n in fixed.graph.node].count("QuantizeLinear") == 2
 
 
+def test_an_answer_that_is_only_reshaped_on_its_way_out_may_stay_float():
+    """SqueezeNet's order: the classifier is a convolution, then the image is averaged."""
+    s = Sketch()
+    y = s.conv(s.pair("input", 4 / 127), s.weight(s.kernel(8, 3, 3, 3)))
+    pooled = s.add("GlobalAveragePool", s.pair(y, 4 / 255, 128, np.uint8))
+    model = s.model(s.add("Flatten", pooled))
+    assert "missing-output-quantization" not in rules_that_fire(model, "onnxruntime")
+
+
 def test_relu6_that_a_quantizer_stood_for_comes_back_as_clip():
     s = Sketch()
     y = s.conv(s.pair("input", 4 / 127), s.weight(s.kernel(8, 3, 3, 3) * 4))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import PlanError, UnknownNameError
-from compress.groups import Network, trace
+from compress.groups import Network, cutting, trace
 from compress.surgery import PrunePlan, apply_pruning, make_plan, mask_pruning, prove
 
 
@@ -43,6 +43,21 @@ def test_any_cut_equals_its_masked_twin(name: str) -> None:
     for seed in range(2):
         plan = make_plan(network, random_keep(network, seed))
         assert prove(model, plan, inputs) < 1e-5, f"plan of seed {seed}"
+
+
+@pytest.mark.parametrize("piece_bytes", [0, 2000], ids=["row by row", "in pieces"])
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_large_tensors_are_cut_in_pieces_to_the_same_result(
+    name: str, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plan = zoo.build(name), random_plan(name)
+    at_once = apply_pruning(model, plan).state_dict()
+    monkeypatch.setattr(cutting, "_LARGE_BYTES", 0)
+    monkeypatch.setattr(cutting, "_PIECE_BYTES", piece_bytes)
+    in_pieces = apply_pruning(model, plan).state_dict()
+    assert at_once.keys() == in_pieces.keys()
+    for key, tensor in at_once.items():
+        torch.testing.assert_close(in_pieces[key], tensor, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)

@@ -102,6 +102,7 @@ def prune(
     max_drop: Annotated[
         float | None, typer.Option(help="With FILE: top-1 that one group may cost, points")
     ] = None,
+    keep_latency: Annotated[float | None, typer.Option(help="Share of the latency")] = None,
     latency_ms: Annotated[float | None, typer.Option(help="Latency to reach")] = None,
     runtime: Annotated[str | None, typer.Option(help="Where latency counts")] = None,
     round_to: Annotated[int | None, typer.Option(help="Channels in multiples of this")] = None,

@@ -181,15 +181,17 @@ def table_for(runtime: str, threads: int | None = None, cache: Path | None = Non
     if reason is not None:
         raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="latency_ms")
     package = {"pytorch": "torch"}.get(runtime, runtime)
-    machine = [runtime, packages.version(package), _processor(), threads]
+    machine = [runtime, packages.version(package), *_processor(), threads]
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
     folder = cache or cache_folder()
     measure = functools.partial(measure_layer, runtime=runtime, threads=threads)
     return LatencyTable(measure, folder / f"{runtime}-{name}.json")
 
 
-def _processor() -> str:
-    return str(environment.describe()["device"].get("cpu", "unknown"))
+def _processor() -> tuple[str, Any]:
+    """Return the processor's name, and how many of its threads may be used by default."""
+    device = environment.describe()["device"]
+    return str(device.get("cpu", "unknown")), device.get("threads_usable")
 
 
 def cache_folder() -> Path:

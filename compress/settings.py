@@ -124,6 +124,9 @@ class PruneSettings(Settings):
     keep_macs: Fraction | None = None
     keep_params: Fraction | None = None
     keep_channels: Fraction | dict[str, Fraction] | None = None
+    keep_latency: Fraction | None = Field(
+        None, description="Share of the latency on `runtime`; both are timed in turns"
+    )
     latency_ms: float | None = Field(None, gt=0, description="Latency to reach, on `runtime`")
     runtime: RuntimeName = "onnxruntime"
     ranking: Literal["global", "uniform"] = "global"
@@ -147,15 +150,11 @@ class PruneSettings(Settings):
 
     @model_validator(mode="after")
     def _one_budget(self) -> PruneSettings:
-        given = [
-            name
-            for name in ("keep_macs", "keep_params", "keep_channels", "latency_ms")
-            if getattr(self, name) is not None
-        ]
+        names = ("keep_macs", "keep_params", "keep_channels", "keep_latency", "latency_ms")
+        given = [name for name in names if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"give exactly one of keep_macs, keep_params, keep_channels, latency_ms; "
-                f"here: {', '.join(given) or 'none'}"
+                f"give exactly one of {', '.join(names)}; here: {', '.join(given) or 'none'}"
             )
         return self
 

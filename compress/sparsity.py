@@ -102,7 +102,7 @@ def plan_sparsity(  # noqa: PLR0913 - the public face: every option by its name
             expected="a share for unstructured, and none for 2:4, which keeps half",
         )
     if keep_weights is not None:
-        one_budget(keep_macs=None, keep_params=keep_weights, keep_channels=None, latency_ms=None)
+        one_budget(keep_params=keep_weights)
     keep = float(keep_weights or 1.0)
     if pattern == "unstructured" and criterion in ("l1", "l2"):
         return SparsityPlan(_masks_of_nncf(model, example_input, keep, ranking), pattern, criterion)

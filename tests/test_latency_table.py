@@ -19,11 +19,13 @@ from compress.errors import EngineError, PlanError
 from compress.groups import trace
 from compress.latency_table import LatencyTable, LayerShape, kernel_step, layer_graph, time_calls
 from compress.measure import count
+from compress.pipeline.pruning import _budget
 from compress.prune import latency as latency_budget
 from compress.prune import promise
 from compress.prune.latency import LayerTimes, knapsack
 from compress.prune.promise import Promise, Stopwatch, check_promise
 from compress.prune.selection import Ladder, ladder
+from compress.settings import PruneSettings
 
 CONV = LayerShape((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (16, 16))
 
@@ -209,7 +211,10 @@ def test_layer_times_follow_the_channels() -> None:
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which a network takes 0.2 ms plus 1 ns for each multiply-accumulate."""
+    """A machine on which a network takes 0.2 ms plus 1 ns for each multiply-accumulate, at first.
+
+    Every stopwatch finds it at another pace, as virtual machines are.
+    """
 
     def measure(shape: LayerShape, inputs: int, outputs: int) -> float:
         places = int(np.prod(shape.size)) if shape.kernel else 1
@@ -218,12 +223,18 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     table = LatencyTable(measure)
     monkeypatch.setattr(latency_budget, "table_for", lambda runtime: table)
 
+    paces = itertools.cycle([1.0, 1.7, 0.6])  # of the machine, from one stopwatch to the next
+
     class Simulated(Stopwatch):
+        def __init__(self, *args: Any) -> None:
+            self.pace = next(paces)
+            super().__init__(*args)
+
         def _session(self, model: nn.Module, _stack: Any) -> Any:
             return 0.2 + 1e-6 * count(model, self._example).macs
 
         def _time(self, session: Any, _seconds: float) -> float:
-            return float(session)
+            return self.pace * float(session)
 
     monkeypatch.setattr(latency_budget, "Stopwatch", Simulated)
     monkeypatch.setattr(promise, "Stopwatch", Simulated)
@@ -237,6 +248,34 @@ class TestLatencyBudget:
         assert 0.4 <= took <= 0.5
         assert plan.about["latency"]["planned_ms"] == pytest.approx(took, abs=1e-3)
         assert plan.about["budget"] == {"latency_ms": 0.5, "runtime": "onnxruntime"}
+
+    def test_a_share_of_the_latency_does_not_depend_on_the_machines_pace(self) -> None:
+        model = Net()
+        plans = [compress.plan_pruning(model, EXAMPLE, keep_latency=0.5) for _ in range(3)]
+        first, *others = [plan.about.pop("latency") for plan in plans]
+        assert {first["original_ms"]}.isdisjoint(other["original_ms"] for other in others)
+        assert all(plan.to_json() == plans[0].to_json() for plan in plans)
+        assert 0.45 <= first["planned_ms"] / first["original_ms"] <= 0.5
+        assert first["kept"]
+        assert plans[0].about["budget"] == {"keep_latency": 0.5, "runtime": "onnxruntime"}
+
+    @pytest.mark.parametrize("rounds", [1, 3])
+    def test_rounds_share_the_latency_and_keep_the_promise_together(self, rounds: int) -> None:
+        settings = PruneSettings(criterion="l2", keep_latency=0.4, rounds=rounds)
+        model = small = Net()
+        total = None
+        for number in range(1, rounds + 1):
+            budget = _budget(settings, number, total)
+            plan = compress.plan_pruning(small, EXAMPLE, criterion="l2", **budget)
+            small = compress.apply_pruning(small, plan)
+            total = plan if total is None else total.then(plan)
+        assert total is not None
+        found = check_promise(small, model, total, EXAMPLE)
+        original_ms = 0.2 + 1e-6 * count(model, EXAMPLE).macs
+        assert found.measured_ms / found.promised_ms == pytest.approx(
+            (0.2 + 1e-6 * count(small, EXAMPLE).macs) / (0.4 * original_ms), rel=1e-3
+        )
+        assert found.broken is None
 
     def test_a_network_that_is_fast_enough_is_left_whole(self) -> None:
         plan = compress.plan_pruning(Net(), EXAMPLE, latency_ms=50.0)
@@ -264,6 +303,9 @@ class TestLatencyBudget:
         with pytest.raises(PlanError, match=r"latency_ms = 0.1 cannot be reached on onnxruntime.*"
                                             r"Expected at least 0\.2\d+ ms"):  # fmt: skip
             compress.plan_pruning(Net(), EXAMPLE, latency_ms=0.1)
+        with pytest.raises(PlanError, match=r"keep_latency = 0.1 cannot be reached on onnxruntime.*"
+                                            r"Expected at least 0\.\d+\. "):  # fmt: skip
+            compress.plan_pruning(Net(), EXAMPLE, keep_latency=0.1)
 
 
 def test_a_runtime_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +313,17 @@ def test_a_runtime_that_cannot_run_here_is_refused(monkeypatch: pytest.MonkeyPat
     latency_table.table_for.cache_clear()
     with pytest.raises(EngineError, match="nothing can be measured on tensorrt: there is no GPU"):
         compress.plan_pruning(Net(), EXAMPLE, latency_ms=1.0, runtime="tensorrt")
+
+
+def test_measurements_on_fewer_cores_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = set()
+    for usable in (1, 2, 2):
+        device = {"cpu": "one and the same", "threads_usable": usable}
+        monkeypatch.setattr(latency_table.environment, "describe", lambda d=device: {"device": d})
+        latency_table.table_for.cache_clear()
+        files.add(latency_table.table_for("onnxruntime")._file)
+    latency_table.table_for.cache_clear()
+    assert len(files) == 2
 
 
 def test_a_machine_that_slows_down_changes_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:

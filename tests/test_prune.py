@@ -210,6 +210,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep_macs": 1.5}, "keep_macs is 1.5. Expected the share that is kept, above 0 and at most"),
     ({"keep_params": 0}, "keep_params is 0"),
     ({"keep_macs": "half"}, "keep_macs is 'half'"),
+    ({"keep_latency": 1.2}, "keep_latency is 1.2. Expected the share that is kept"),
     ({"latency_ms": -1}, "latency_ms is -1. Expected milliseconds above 0"),
     ({"keep_channels": {}}, "keep_channels names no layer"),
     ({"keep_channels": {"inner": 2}}, "keep_channels['inner'] is 2"),

@@ -63,7 +63,8 @@ def train(given: Given) -> Done | None:
 
 def prune(given: Given) -> Done | None:
     """Run a recipe that prunes, and then trains if epochs are given."""
-    names = ("criterion", "keep_macs", "keep_params", "latency_ms", "runtime", "round_to")
+    shares = ("keep_macs", "keep_params", "keep_latency")
+    names = ("criterion", *shares, "latency_ms", "runtime", "round_to")
     cut = present(given, **{name: name for name in names})
     if given["keep_channels"] is not None:
         cut["keep_channels"] = _keep_channels(given["keep_channels"], given["max_drop"])
@@ -72,7 +73,7 @@ def prune(given: Given) -> Done | None:
             "--max-drop says how to read a sensitivity, and none is given",
             fix="Add --keep-channels FILE, made by compress sensitivity --prune --json",
         )
-    if not {"keep_macs", "keep_params", "keep_channels", "latency_ms"} & cut.keys():
+    if not {*shares, "keep_channels", "latency_ms"} & cut.keys():
         cut["keep_macs"] = 0.5
     targets = [{"runtime": given["runtime"] or "onnxruntime", "precision": "fp32"}]
     return _verb("prune", given, [{"prune": cut}, *_training_after(given)], targets)

@@ -48,7 +48,7 @@ def _shortened(tensor: Tensor, dims: Mapping[int, Positions]) -> Tensor:
             counts[dim] = len(positions)
         values = whole.new_empty(counts)
         step = 1 + _PIECE_BYTES // whole[0].nbytes
-        for piece, into in zip(rows.split(step), values.split(step), strict=True):
+        for piece, into in zip(torch.split(rows, step), torch.split(values, step), strict=True):
             into.copy_(_selected(whole.index_select(0, piece), index))
     else:
         values = _selected(whole, index)

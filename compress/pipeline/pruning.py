@@ -32,7 +32,7 @@ def prune_channels(
         "params": [plan.params_before, plan.params_after],
         "frozen": dict(plan.frozen),
     }
-    if settings.latency_ms is not None:
+    if settings.latency_ms is not None or settings.keep_latency is not None:
         promise = prune.check_promise(small, job.network(parent), plan, job.dataset.example)
         facts["gates"] = [
             {
@@ -99,12 +99,12 @@ def _budget(settings: PruneSettings, number: int, done: PrunePlan | None) -> dic
             wanted = prune.keep_in_round(keep, number, settings.rounds)
             left = 1.0 if done is None else getattr(done, after) / getattr(done, before)
             return {name: min(1.0, wanted / left)}
-    if isinstance(settings.keep_channels, float) and settings.rounds > 1:
-        wanted = prune.keep_in_round(settings.keep_channels, number, settings.rounds)
-        earlier = 1.0
-        if number > 1:
-            earlier = prune.keep_in_round(settings.keep_channels, number - 1, settings.rounds)
-        return {"keep_channels": wanted / earlier}
+    if isinstance(settings.keep_channels, float):
+        return {"keep_channels": settings.keep_channels ** (1 / settings.rounds)}
+    if settings.keep_latency is not None:
+        wanted = prune.keep_in_round(settings.keep_latency, number, settings.rounds)
+        left = 1.0 if done is None else prune.latency_left(done)
+        return {"keep_latency": min(1.0, wanted / left), "runtime": settings.runtime}
     if settings.latency_ms is not None:
         return {"latency_ms": settings.latency_ms, "runtime": settings.runtime}
     return {"keep_channels": settings.keep_channels}
@@ -112,7 +112,7 @@ def _budget(settings: PruneSettings, number: int, done: PrunePlan | None) -> dic
 
 def _plan_options(settings: PruneSettings) -> dict[str, Any]:
     accepted = inspect.signature(prune.plan_pruning).parameters
-    budget = {"keep_macs", "keep_params", "keep_channels", "latency_ms", "runtime"}
+    budget = {*prune.BUDGETS, "runtime"}
     return {
         name: getattr(settings, name)
         for name in type(settings).model_fields

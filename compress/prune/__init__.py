@@ -1,18 +1,21 @@
 """Decide which channels to cut: scores and a budget in, a plan out."""
 
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
+from compress.prune.budget import BUDGETS
 from compress.prune.lasso import GroupLasso, WithGroupLasso
 from compress.prune.plan import plan_pruning
-from compress.prune.promise import Promise, check_promise
+from compress.prune.promise import Promise, check_promise, latency_left
 from compress.prune.refit import refit
 from compress.prune.schedule import keep_in_round
 
 __all__ = [
+    "BUDGETS",
     "GroupLasso",
     "Promise",
     "WithGroupLasso",
     "check_promise",
     "keep_in_round",
+    "latency_left",
     "plan_pruning",
     "rebase_batchnorm",
     "recalibrate_batchnorm",

@@ -11,18 +11,20 @@ from torch import nn
 from compress.errors import PlanError, UsageError, nearest
 from compress.groups import Network
 
-Kind = Literal["macs", "params", "channels", "latency_ms"]
+Kind = Literal["macs", "params", "channels", "latency", "latency_ms"]
 NAMES: dict[Kind, str] = {
     "macs": "keep_macs",
     "params": "keep_params",
     "channels": "keep_channels",
+    "latency": "keep_latency",
     "latency_ms": "latency_ms",
 }
+BUDGETS = tuple(NAMES.values())
 
 
 @dataclass(frozen=True)
 class Budget:
-    """One limit: a share of MACs, parameters or channels (by layer perhaps), or milliseconds."""
+    """One limit: a share of MACs, parameters, channels (by layer perhaps) or time, or a time."""
 
     kind: Kind
     value: float | Mapping[str, float]
@@ -42,10 +44,11 @@ class Budget:
 
 def one_budget(
     *,
-    keep_macs: float | None,
-    keep_params: float | None,
-    keep_channels: float | Mapping[str, float] | None,
-    latency_ms: float | None,
+    keep_macs: float | None = None,
+    keep_params: float | None = None,
+    keep_channels: float | Mapping[str, float] | None = None,
+    keep_latency: float | None = None,
+    latency_ms: float | None = None,
 ) -> Budget:
     """Return the one budget that is given.
 
@@ -56,6 +59,7 @@ def one_budget(
         "macs": keep_macs,
         "params": keep_params,
         "channels": keep_channels,
+        "latency": keep_latency,
         "latency_ms": latency_ms,
     }
     given = {kind: value for kind, value in values.items() if value is not None}
@@ -63,7 +67,7 @@ def one_budget(
         named = " and ".join(NAMES[kind] for kind in given)
         raise UsageError(
             f"{named} contradict each other" if given else "no budget says how far to prune",
-            expected=f"exactly one of {', '.join(NAMES.values())}",
+            expected=f"exactly one of {', '.join(BUDGETS)}",
             fix="Leave one of them" if given else "Give for instance keep_macs=0.5",
         )
     ((kind, value),) = given.items()

@@ -19,6 +19,7 @@ from compress.latency_table import (
     table_for,
 )
 from compress.progress import task
+from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
 from compress.prune.evidence import evaluating
 from compress.prune.promise import TOLERANCE, Promise, Stopwatch
@@ -36,10 +37,10 @@ def counts_for_latency(
     network: Network,
     ladders: Sequence[Ladder],
     importance: Sequence[Floats],
-    latency_ms: float,
+    budget: Budget,
     runtime: str,
 ) -> tuple[Counts, dict[str, Any]]:
-    """Return how many units each group keeps so that the network takes ``latency_ms``.
+    """Return how many units each group keeps so that the network takes the time it may take.
 
     The table gives the sum of single layers. What a whole network takes is linear in that sum; the
     line is fitted to networks that were measured, first the uncut one and the smallest, then the
@@ -51,12 +52,12 @@ def counts_for_latency(
         network: What ``trace`` returned for it.
         ladders: The counts each group may keep.
         importance: Of each group's units in the order in which they are kept, additive over groups.
-        latency_ms: The promise, ms.
+        budget: The promise: milliseconds, or a share of what the uncut network takes.
         runtime: Where it is measured.
 
     Returns:
-        The counts of the slowest network found that is fast enough, and what was measured: "kept"
-        says whether it is within ``TOLERANCE`` of the promise.
+        The counts of the slowest network found that is fast enough, and what was measured, ms:
+        "kept" says whether it is within ``TOLERANCE`` of the promise.
 
     Raises:
         PlanError: not even the smallest network is fast enough; the message says how fast it is.
@@ -83,16 +84,23 @@ def counts_for_latency(
         whole = np.array([one.size for one in ladders], dtype=np.int64)
         smallest = np.array([one.levels[0] for one in ladders], dtype=np.int64)
         original_ms = stopwatch.original_ms
+        is_share = budget.kind == "latency"
+        latency_ms = budget.share * (original_ms if is_share else 1.0)
         measured.append((layers.total(whole), original_ms))
-        facts: dict[str, Any] = {"original_ms": round(original_ms, 4)}
+        facts: dict[str, Any] = {
+            "original_ms": round(original_ms, 4),
+            "promised_ms": round(latency_ms, 4),
+        }
         if original_ms <= latency_ms:
             return whole, facts | {"planned_ms": round(original_ms, 4), "kept": True}
         least_ms = measure(smallest)
         if least_ms > latency_ms:
+            least = f"{least_ms / original_ms:.3f}" if is_share else f"{least_ms:.3f} ms"
             raise PlanError(
-                f"latency_ms = {latency_ms:g} cannot be reached on {runtime}: with every group at "
-                f"its smallest the network takes {least_ms:.3f} ms (uncut {original_ms:.3f} ms)",
-                expected=f"at least {least_ms:.3f} ms",
+                f"{NAMES[budget.kind]} = {budget.share:g} cannot be reached on {runtime}: with "
+                f"every group at its smallest the network takes {least_ms:.3f} ms (uncut "
+                f"{original_ms:.3f} ms)",
+                expected=f"at least {least}",
                 fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
             )
         best, best_ms = smallest, least_ms

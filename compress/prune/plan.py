@@ -57,6 +57,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     keep_macs: float | None = None,
     keep_params: float | None = None,
     keep_channels: float | Mapping[str, float] | None = None,
+    keep_latency: float | None = None,
     latency_ms: float | None = None,
     runtime: str = "onnxruntime",
     ranking: Ranking = "global",
@@ -77,6 +78,8 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         keep_macs: Share of the multiply-accumulates that is kept at most, in (0, 1].
         keep_params: Share of the parameters that is kept at most, in (0, 1].
         keep_channels: Share of the channels of every group, or of the layers named, in (0, 1].
+        keep_latency: Share of the latency of one image on ``runtime`` that is kept at most, in
+            (0, 1]; both networks are timed in turns, whatever the pace of the machine.
         latency_ms: Latency of one image to reach on ``runtime``, milliseconds.
         runtime: Where latency is measured.
         ranking: "global" compares units of all groups; "uniform" cuts the same share of each.
@@ -102,6 +105,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         keep_macs=keep_macs,
         keep_params=keep_params,
         keep_channels=keep_channels,
+        keep_latency=keep_latency,
         latency_ms=latency_ms,
     )
     limits = Limits(round_to, min_channels, max_cut, _names(exclude))
@@ -116,10 +120,11 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     ladders = _ladders(network, found, limits, excluded)
     cost = CostModel(network)
     measured: dict[str, Any] = {}
-    if budget.kind == "latency_ms":
+    is_timed = budget.kind in ("latency", "latency_ms")
+    if is_timed:
         importance = _importance(cost, ladders, way)
         counts, facts = counts_for_latency(
-            model, example_input, network, ladders, importance, budget.share, runtime
+            model, example_input, network, ladders, importance, budget, runtime
         )
         measured = {"latency": facts}
     elif budget.kind == "channels":
@@ -132,7 +137,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     }
     about = {
         "criterion": {spoken(scorer): _options(scorer)},
-        "budget": budget.to_json() | ({"runtime": runtime} if latency_ms is not None else {}),
+        "budget": budget.to_json() | ({"runtime": runtime} if is_timed else {}),
         "ranking": ranking,
         "normalize": way,
         "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},

@@ -5,8 +5,9 @@
 Needs COMPRESS_DATA (the folder with checkpoints/) and COMPRESS_CIFAR10 (cifar10.npz). Every arm is
 cut once and fine-tuned with every seed at every learning rate; arms are compared each at the rate
 that suits it best, because a network that starts at chance wants another one than a network that
-starts near the original. Writes results/cifar10_pruning_resnet20.json and .md beside this file
-after every run, so that a benchmark that is stopped has left what it measured.
+starts near the original. With --teach the uncut network teaches all arms. Writes
+results/cifar10_pruning_resnet20.json and .md beside this file after every run, so that a benchmark
+that is stopped has left what it measured.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ from torch import Tensor, nn
 
 import compress
 from compress.data import Dataset, load_data
+from compress.distill import build_objective
 from compress.evaluate import predict
 from compress.networks import BasicBlock, CifarResNet
 from compress.packages import version
 from compress.predictions import Predictions
 from compress.prune import plan_pruning, recalibrate_batchnorm, refit
-from compress.settings import AugmentSettings, DataSettings, TrainSettings
+from compress.settings import AugmentSettings, DataSettings, DistillSettings
 from compress.statistics import accuracy_change_interval, mcnemar
 from compress.train import train
 from compress.weights import fit, read_weights
@@ -178,18 +180,25 @@ def cut(arm: str, model: CifarResNet, dataset: Dataset) -> tuple[nn.Module, dict
 
 
 def fine_tuned(
-    small: nn.Module, dataset: Dataset, epochs: int, lr: float, seed: int
+    small: nn.Module,
+    dataset: Dataset,
+    epochs: int,
+    lr: float,
+    seed: int,
+    teacher: nn.Module | None,
 ) -> dict[str, Any]:
-    """Fine-tune a copy and judge it; return the rest of a row."""
+    """Fine-tune a copy, with or without a teacher, and judge it; return the rest of a row."""
     small = copy.deepcopy(small)
-    row: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr}
+    row: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "taught": teacher is not None}
     if epochs:
-        settings = TrainSettings(
+        settings = DistillSettings(
             epochs=epochs, lr=lr, schedule="one-cycle", weight_decay=5e-4, batch_size=128,
             precision="bf16", augment=AugmentSettings(crop_padding=4, flip=True), threads=1,
+            losses=("kd",),
         )  # fmt: skip
+        objective = build_objective(small, teacher, dataset, settings) if teacher else None
         start = time.perf_counter()
-        train(small, dataset, settings, seed=seed, device="cpu")
+        train(small, dataset, settings, objective=objective, seed=seed, device="cpu")
         row["train_s"] = round(time.perf_counter() - start, 1)
     final = answers(small, dataset)
     row["top1_pct"] = final.correct.mean().item() * 100
@@ -215,10 +224,10 @@ def best_rate(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
 
 
 def compare(
-    rows: list[dict[str, Any]], reference: str, candidate: str, epochs: int
+    rows: list[dict[str, Any]], reference: str, candidate: str, epochs: int, taught: bool
 ) -> dict[str, Any] | None:
     """Compare two arms, each at its best rate, over the seeds that both have, images paired."""
-    alike = [row for row in rows if row["epochs"] == epochs]
+    alike = [row for row in rows if (row["epochs"], row.get("taught", False)) == (epochs, taught)]
     found = best_rate(alike, reference), best_rate(alike, candidate)
     first, second = ({row["seed"]: unpacked(row) for row in own} for own in found)
     seeds = sorted(set(first) & set(second))
@@ -231,6 +240,7 @@ def compare(
         "reference": reference,
         "candidate": candidate,
         "epochs": epochs,
+        "taught": taught,
         "lr": [own[0]["lr"] for own in found],
         "seeds": seeds,
         "gain_pct": round(100 * float(b.mean() - a.mean()), 3),
@@ -254,21 +264,24 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Uncut: {result['original_top1_pct']:.2f} %. Fine-tuning of all arms: SGD with Nesterov "
         "momentum 0.9, one-cycle to the rate given, batch 128, weight decay 5e-4, crop + flip, "
-        f"bf16. 'compress' scores by Fisher information on {128 * SCORING_BATCHES} training images "
+        "bf16; where taught, the uncut network's softened answers are matched as well (kd, "
+        "temperature 4, weight 1). "
+        f"'compress' scores by Fisher information on {128 * SCORING_BATCHES} training images "
         f"and fits the cut network to the uncut one on {128 * REFIT_BATCHES}, both without labels, "
         "before fine-tuning. The peer scores by group L2 and gets the same "
         "network with padding shortcuts written as fixed 1x1 convolutions and pooling as a mean, "
         "without which it breaks it; these are not counted. 10,000 test images.",
         "",
-        "| arm | rate | seed | epochs | MACs | params | cut, s | top-1 before, % | "
+        "| arm | taught | rate | seed | epochs | MACs | params | cut, s | top-1 before, % | "
         "after BatchNorm recalibration, % | after fine-tuning, % |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         share = row["macs"] / row["macs_before"]
         top1 = (row[key] for key in ("before_top1_pct", "recalibrated_top1_pct", "top1_pct"))
         cells = [
             row["arm"],
+            "yes" if row.get("taught") else "no",
             row["lr"],
             row["seed"],
             row["epochs"],
@@ -279,10 +292,11 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for one in result["comparisons"]:
         low, high = one["gain_ci95_pct"]
+        taught = ", taught" if one["taught"] else ""
         lines += [
             "",
             f"{one['candidate']} (rate {one['lr'][1]}) against {one['reference']} (rate "
-            f"{one['lr'][0]}), {one['epochs']} epochs, seeds {one['seeds']}: "
+            f"{one['lr'][0]}), {one['epochs']} epochs{taught}, seeds {one['seeds']}: "
             f"{one['gain_pct']:+.2f} points of top-1, 95 % interval over paired images "
             f"{low:+.2f} to {high:+.2f}; by seed {one['gain_by_seed_pct']}.",
         ]
@@ -300,6 +314,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["torch-pruning", "compress"], choices=ARMS)
     parser.add_argument("--npz", default=os.environ.get("COMPRESS_CIFAR10"))
     parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA"))
+    parser.add_argument("--teach", action="store_true", help="the uncut network teaches all arms")
     parser.add_argument("--add", action="store_true", help="keep the rows of earlier runs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args()
@@ -321,12 +336,13 @@ def main() -> None:
     networks = {arm: cut(arm, model, dataset) for arm in given.arms}
     for seed, lr, arm in itertools.product(given.seeds, given.lr, given.arms):
         small, facts = networks[arm]
-        rows.append(facts | fine_tuned(small, dataset, given.epochs, lr, seed))
+        teacher = model if given.teach else None
+        rows.append(facts | fine_tuned(small, dataset, given.epochs, lr, seed, teacher))
         print({k: v for k, v in rows[-1].items() if k != "correct"}, flush=True)
         references = [a for a in ARMS if a != "compress"]
         found = (
-            compare(rows, reference, "compress", epochs)
-            for epochs in sorted({row["epochs"] for row in rows})
+            compare(rows, reference, "compress", *kind)
+            for kind in sorted({(row["epochs"], row.get("taught", False)) for row in rows})
             for reference in references
         )
         result |= {"rows": rows, "comparisons": [c for c in found if c]}

@@ -296,8 +296,12 @@ class TestLatencyBudget:
         assert found.measured_ms == pytest.approx(plan.about["latency"]["planned_ms"], abs=1e-3)
         assert "slower than asked" in str(check_promise(model, model, plan, EXAMPLE).broken)
         with pytest.raises(PlanError, match="promises no latency"):
-            plan = compress.plan_pruning(model, EXAMPLE, keep_macs=0.5)
+            plan = compress.plan_pruning(model, EXAMPLE, keep_macs=0.9)
             check_promise(model, model, plan, EXAMPLE)
+        small = compress.apply_pruning(model, plan)
+        plan = plan.then(compress.plan_pruning(small, EXAMPLE, keep_latency=0.7))
+        with pytest.raises(PlanError, match="in every round of it"):
+            check_promise(compress.apply_pruning(model, plan), model, plan, EXAMPLE)
 
     def test_the_smallest_reachable_latency_is_told(self) -> None:
         with pytest.raises(PlanError, match=r"latency_ms = 0.1 cannot be reached on onnxruntime.*"

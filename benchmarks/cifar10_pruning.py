@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import itertools
 import json
 import os
@@ -21,6 +22,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,25 @@ KEEP_MACS = 0.5
 SCORING_BATCHES = 8  # of 128 images with labels, for criteria that need them
 REFIT_BATCHES = 8  # of 128 images, without labels
 RECALIBRATE_BATCHES = 16
+
+
+@dataclass(frozen=True, order=True)
+class Schedule:
+    """How all arms of a comparison are fine-tuned, besides rate and seed."""
+
+    taught: bool
+    epochs: int
+    epoch_images: int
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> Schedule:
+        """Return that of a row, or of a comparison."""
+        return cls(row.get("taught", False), row["epochs"], row.get("epoch_images", 50_000))
+
+    @property
+    def length(self) -> str:
+        """Epochs times images."""
+        return f"{self.epochs} x {self.epoch_images:,}"
 
 
 class Selection(nn.Module):
@@ -180,23 +201,19 @@ def cut(arm: str, model: CifarResNet, dataset: Dataset) -> tuple[nn.Module, dict
 
 
 def fine_tuned(
-    small: nn.Module,
-    dataset: Dataset,
-    epochs: int,
-    lr: float,
-    seed: int,
-    teacher: nn.Module | None,
+    small: nn.Module, dataset: Dataset, schedule: Schedule, lr: float, seed: int, model: nn.Module
 ) -> dict[str, Any]:
-    """Fine-tune a copy, with or without a teacher, and judge it; return the rest of a row."""
+    """Fine-tune a copy, perhaps taught by ``model``, and judge it; return the rest of a row."""
     small = copy.deepcopy(small)
-    row: dict[str, Any] = {"seed": seed, "epochs": epochs, "lr": lr, "taught": teacher is not None}
-    if epochs:
+    row: dict[str, Any] = {"seed": seed, "lr": lr, **dataclasses.asdict(schedule)}
+    if schedule.epochs:
         settings = DistillSettings(
-            epochs=epochs, lr=lr, schedule="one-cycle", weight_decay=5e-4, batch_size=128,
+            epochs=schedule.epochs, epoch_images=schedule.epoch_images, lr=lr,
+            schedule="one-cycle", weight_decay=5e-4, batch_size=128,
             precision="bf16", augment=AugmentSettings(crop_padding=4, flip=True), threads=1,
             losses=("kd",),
         )  # fmt: skip
-        objective = build_objective(small, teacher, dataset, settings) if teacher else None
+        objective = build_objective(small, model, dataset, settings) if schedule.taught else None
         start = time.perf_counter()
         train(small, dataset, settings, objective=objective, seed=seed, device="cpu")
         row["train_s"] = round(time.perf_counter() - start, 1)
@@ -224,10 +241,10 @@ def best_rate(rows: list[dict[str, Any]], arm: str) -> list[dict[str, Any]]:
 
 
 def compare(
-    rows: list[dict[str, Any]], reference: str, candidate: str, epochs: int, taught: bool
+    rows: list[dict[str, Any]], reference: str, candidate: str, schedule: Schedule
 ) -> dict[str, Any] | None:
     """Compare two arms, each at its best rate, over the seeds that both have, images paired."""
-    alike = [row for row in rows if (row["epochs"], row.get("taught", False)) == (epochs, taught)]
+    alike = [row for row in rows if Schedule.of(row) == schedule]
     found = best_rate(alike, reference), best_rate(alike, candidate)
     first, second = ({row["seed"]: unpacked(row) for row in own} for own in found)
     seeds = sorted(set(first) & set(second))
@@ -239,8 +256,7 @@ def compare(
     return {
         "reference": reference,
         "candidate": candidate,
-        "epochs": epochs,
-        "taught": taught,
+        **dataclasses.asdict(schedule),
         "lr": [own[0]["lr"] for own in found],
         "seeds": seeds,
         "gain_pct": round(100 * float(b.mean() - a.mean()), 3),
@@ -272,8 +288,8 @@ def table(result: dict[str, Any]) -> str:
         "network with padding shortcuts written as fixed 1x1 convolutions and pooling as a mean, "
         "without which it breaks it; these are not counted. 10,000 test images.",
         "",
-        "| arm | taught | rate | seed | epochs | MACs | params | cut, s | top-1 before, % | "
-        "after BatchNorm recalibration, % | after fine-tuning, % |",
+        "| arm | taught | rate | seed | epochs x images | MACs | params | cut, s | "
+        "top-1 before, % | after BatchNorm recalibration, % | after fine-tuning, % |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -284,7 +300,7 @@ def table(result: dict[str, Any]) -> str:
             "yes" if row.get("taught") else "no",
             row["lr"],
             row["seed"],
-            row["epochs"],
+            Schedule.of(row).length,
             f"{share:.4f}",
             f"{row['params']:,}",
         ]
@@ -293,10 +309,11 @@ def table(result: dict[str, Any]) -> str:
     for one in result["comparisons"]:
         low, high = one["gain_ci95_pct"]
         taught = ", taught" if one["taught"] else ""
+        length = Schedule.of(one).length
         lines += [
             "",
             f"{one['candidate']} (rate {one['lr'][1]}) against {one['reference']} (rate "
-            f"{one['lr'][0]}), {one['epochs']} epochs{taught}, seeds {one['seeds']}: "
+            f"{one['lr'][0]}), {length} images{taught}, seeds {one['seeds']}: "
             f"{one['gain_pct']:+.2f} points of top-1, 95 % interval over paired images "
             f"{low:+.2f} to {high:+.2f}; by seed {one['gain_by_seed_pct']}.",
         ]
@@ -307,6 +324,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--depth", type=int, default=20, choices=sorted(CHECKPOINTS))
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--epoch-images", type=int, default=50_000, help="images of an epoch")
     parser.add_argument(
         "--lr", type=float, nargs="+", default=[0.005, 0.02], help="peaks of the one-cycle schedule"
     )
@@ -333,16 +351,16 @@ def main() -> None:
         "versions": {p: version(p) for p in ("torch", "torch-pruning", "compress")},
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
+    schedule = Schedule(given.teach, given.epochs, given.epoch_images)
     networks = {arm: cut(arm, model, dataset) for arm in given.arms}
     for seed, lr, arm in itertools.product(given.seeds, given.lr, given.arms):
         small, facts = networks[arm]
-        teacher = model if given.teach else None
-        rows.append(facts | fine_tuned(small, dataset, given.epochs, lr, seed, teacher))
+        rows.append(facts | fine_tuned(small, dataset, schedule, lr, seed, model))
         print({k: v for k, v in rows[-1].items() if k != "correct"}, flush=True)
         references = [a for a in ARMS if a != "compress"]
         found = (
-            compare(rows, reference, "compress", *kind)
-            for kind in sorted({(row["epochs"], row.get("taught", False)) for row in rows})
+            compare(rows, reference, "compress", each)
+            for each in sorted({Schedule.of(row) for row in rows})
             for reference in references
         )
         result |= {"rows": rows, "comparisons": [c for c in found if c]}

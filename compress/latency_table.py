@@ -179,7 +179,7 @@ def table_for(runtime: str, threads: int | None = None, cache: Path | None = Non
     """
     reason = unavailable(runtime)
     if reason is not None:
-        raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="latency_ms")
+        raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="runtime")
     package = {"pytorch": "torch"}.get(runtime, runtime)
     machine = [runtime, packages.version(package), *_processor(), threads]
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]

@@ -262,7 +262,7 @@ class TestLatencyBudget:
 
     @pytest.mark.parametrize("rounds", [1, 3])
     def test_rounds_share_the_latency_and_keep_the_promise_together(self, rounds: int) -> None:
-        settings = PruneSettings(criterion="l2", keep_latency=0.4, rounds=rounds)
+        settings = PruneSettings(criterion="l2", keep_latency=0.5, rounds=rounds)
         model = small = Net()
         total = None
         for number in range(1, rounds + 1):
@@ -274,7 +274,7 @@ class TestLatencyBudget:
         found = check_promise(small, model, total, EXAMPLE)
         original_ms = 0.2 + 1e-6 * count(model, EXAMPLE).macs
         assert found.measured_ms / found.promised_ms == pytest.approx(
-            (0.2 + 1e-6 * count(small, EXAMPLE).macs) / (0.4 * original_ms), rel=1e-3
+            (0.2 + 1e-6 * count(small, EXAMPLE).macs) / (0.5 * original_ms), rel=1e-3
         )
         assert found.broken is None
 

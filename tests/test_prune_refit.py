@@ -104,6 +104,49 @@ def test_the_original_modes_and_hooks_are_left_as_found() -> None:
     assert not any(m._forward_hooks for m in [*model.modules(), *pruned.modules()])
 
 
+class Branches(nn.Module):
+    """Two branches of equal filters that are added: what one loses, the other can replace."""
+
+    def __init__(self, norm: nn.Module, *, in_place: bool, first_last: bool) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
+        self.second = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3))
+        self.second[0].load_state_dict(self.first[0].state_dict())
+        self.norm, self.in_place, self.first_last = norm, in_place, first_last
+        with torch.no_grad():
+            for value in norm.state_dict().values():
+                if value.is_floating_point():
+                    value.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [lambda: self.first(x), lambda: self.norm(self.second(x))]
+        ran = [branch() for branch in (branches[::-1] if self.first_last else branches)]
+        if self.in_place:
+            ran[1] += ran[0]
+            return ran[1].relu_()
+        return ran[0] + ran[1]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm2d(5)])
+def test_what_one_branch_lost_the_one_that_runs_last_replaces(
+    norm: Callable[[], nn.Module], in_place: bool
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 9, 9)
+    left = {}
+    for first_last in (False, True):
+        model = Branches(norm(), in_place=in_place, first_last=first_last).eval()
+        network = trace(model, x[:1])
+        plan = make_plan(network, {"first.0": np.arange(2, 6)})
+        pruned = compress.apply_pruning(model, plan)
+        before = (pruned(x) - model(x)).abs().mean()
+        refit(pruned, model, plan, images(16))
+        left[first_last] = float((pruned(x) - model(x)).abs().mean() / before)
+    assert left[False] < 0.05  # the second branch sees all that was lost, and runs last
+    assert left[True] > 0.2  # what runs last sees only what is left
+
+
 def test_no_images_are_refused() -> None:
     model = twins(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3))
     pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))

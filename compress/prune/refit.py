@@ -17,6 +17,7 @@ from compress.errors import UsageError
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.evidence import evaluating
+from compress.prune.joins import Join, Sums, joins
 from compress.surgery import PrunePlan
 
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
@@ -33,9 +34,11 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
     For every convolution and linear layer, in the order of execution, the weights W minimize
     |X W - Y|^2 + r |W - W0|^2: X is what the layer sees in the pruned network, whose earlier layers
     are fitted already, Y what the same layer answered in the original, W0 the weights it has. What
-    the lost channels did is taken over by those that correlate with them. Needs no labels; a few
-    hundred images do. In the end BatchNorm's statistics are those of the images, without a change
-    of the answers (``rebase_batchnorm``).
+    the lost channels did is taken over by those that correlate with them. Where the answer is added
+    to something that is there before, as at the end of a residual block, Y is what is missing to
+    the original's sum: every block makes up for the errors of those before it. Needs no labels; a
+    few hundred images do. In the end BatchNorm's statistics are those of the images, without a
+    change of the answers (``rebase_batchnorm``).
 
     A layer that several calls share is fitted to all of them. Transposed convolutions, and layers
     that see fewer than four samples for each weight of a filter, stay as they are.
@@ -53,8 +56,9 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
         UsageError: there is not one batch.
 
     Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017,
-    https://arxiv.org/abs/1707.06168, section 3.1, equation 4; the pull towards the weights, and
-    fitting to inputs of the network that is fitted already, are differences from it.
+    https://arxiv.org/abs/1707.06168, section 3.1, equation 4, and section 3.3 for sums; the pull
+    towards the weights, and fitting to inputs of the network that is fitted already, are
+    differences from it.
     """
     device = next(pruned.parameters()).device
     images = [batch[0].to(device) for batch in batches]
@@ -86,7 +90,8 @@ class _Pair:
     kept: Any  # positions of the layer's outputs that are left, None = all
     calls: int  # how often it runs in one forward
     batches: int
-    answers: list[tuple[Any, Tensor]] = field(default_factory=list)  # places, (G, rows, O)
+    join: Join | None = None  # what its answer is added to
+    answers: list[tuple[Any, Tensor]] = field(default_factory=list)  # places, (rows, O)
     draw: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     @property
@@ -104,23 +109,43 @@ class _Pair:
         """Size of the answers, at most."""
         return self.rows * self.batches * self.calls * len(self.layer.weight) * 4 / 2**20
 
-    def note(self, answer: Tensor) -> None:
-        """Keep what the original answered at places drawn for this call."""
-        places, wanted = None, answer
-        if isinstance(self.layer, nn.Linear):
-            wanted, groups = answer.flatten(0, -2), 1
-        else:
+    def note(self, answer: Tensor, other: Tensor | None) -> None:
+        """Keep what the original answered at places drawn for this call.
+
+        Args:
+            answer: The answer of the layer in the original, (B, O, ...) or (..., O).
+            other: What it is added to there; kept with it, as a part of the answer.
+        """
+        places = None
+        if not isinstance(self.layer, nn.Linear):
             size = answer.shape[2:]
             every = int(np.prod(size))
             count = min(every, max(1, -(-self.rows // len(answer))))
-            chosen = np.sort(self.draw.choice(every, count, replace=False))
-            places, groups = np.unravel_index(chosen, size), self.layer.groups
-            wanted = answer.flatten(2)[:, :, torch.as_tensor(chosen, device=answer.device)]
-            wanted = wanted.transpose(1, 2).flatten(0, 1)
+            places = np.unravel_index(np.sort(self.draw.choice(every, count, replace=False)), size)
+        kept = None
         if self.kept is not None:
-            wanted = wanted[:, torch.as_tensor(np.asarray(self.kept), device=wanted.device)]
-        rows = wanted.reshape(len(wanted), groups, -1).transpose(0, 1)
+            kept = torch.as_tensor(np.asarray(self.kept), device=answer.device)
+        rows = _rows(self.layer, answer, places, kept)
+        if self.join is not None and other is not None:
+            rows = rows + _rows(self.layer, other, places, kept) * self.join.gain()
         self.answers.append((places, rows))
+
+    def wanted(self, noted: Tensor, other: Tensor | None, places: Any) -> Tensor:
+        """Return what the layer is to answer where ``other`` is added in the pruned network."""
+        if self.join is not None and other is not None:
+            noted = noted - _rows(self.layer, other, places, None) * self.join.gain()
+        groups = getattr(self.layer, "groups", 1)
+        return noted.reshape(len(noted), groups, -1).transpose(0, 1)  # (G, rows, O / G)
+
+
+def _rows(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Tensor:
+    """Return what is answered at some places, (rows, O), of all channels or of those kept."""
+    if isinstance(layer, nn.Linear):
+        rows = answer.flatten(0, -2)
+    else:
+        index = (torch.as_tensor(place, device=answer.device) for place in places)
+        rows = answer[:, :, *index].transpose(1, 2).flatten(0, 1)
+    return rows if kept is None else rows[:, kept]
 
 
 def _pairs(
@@ -128,9 +153,11 @@ def _pairs(
 ) -> Iterator[_Pair]:
     """Yield the layers that can be fitted, in the order in which they first run."""
     before = dict(original.named_modules())
-    for name, layer, calls in _layers(pruned, images[0][:1]):
+    layers = _layers(pruned, images[0][:1])
+    added = joins(pruned, [layer for _, layer, calls in layers if calls == 1], images[0][:1])
+    for name, layer, calls in layers:
         kept = plan.tensors.get(f"{name}.weight", {}).get(0)
-        yield _Pair(layer, before[name], kept, calls, len(images))
+        yield _Pair(layer, before[name], kept, calls, len(images), added.get(layer))
 
 
 def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
@@ -149,10 +176,10 @@ def _asked(
 ) -> Iterator[_Pair]:
     """Run the original once for all ``pairs``, yield them, and forget each one's answers after."""
 
-    def note(pair: _Pair) -> Callable[[Tensor, Tensor], None]:
-        return lambda _input, answer: pair.note(answer)
+    def note(pair: _Pair) -> Show:
+        return lambda _input, answer, other: pair.note(answer, other)
 
-    notes = [(pair.before, pair.calls, note(pair)) for pair in pairs]
+    notes = [_Note(pair.before, pair.calls, pair.join, note(pair)) for pair in pairs]
     for batch in images:
         _run(original, batch, notes)
     for pair in pairs:
@@ -188,41 +215,65 @@ def _fit(pair: _Pair, pruned: nn.Module, images: Sequence[Tensor]) -> None:
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
     rows, answers = 0, iter(pair.answers)
 
-    def add(x: Tensor, _output: Tensor) -> None:
+    def add(x: Tensor, _answer: Tensor, other: Tensor | None) -> None:
         nonlocal squares, products, rows
-        places, wanted = next(answers)
+        places, noted = next(answers)
+        wanted = pair.wanted(noted, other, places)
         seen = _seen(pair.layer, x, places)
         squares = squares + (seen.mT @ seen).double()
         products = products + (seen.mT @ wanted).double()
         rows += seen.shape[1]
 
     for batch in images:
-        _run(pruned, batch, [(pair.layer, pair.calls, add)])
+        _run(pruned, batch, [_Note(pair.layer, pair.calls, pair.join, add)])
     if rows >= LEAST_ROWS_PER_FEATURE * pair.features:
         _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
 
 
-def _run(
-    model: nn.Module,
-    images: Tensor,
-    notes: Sequence[tuple[nn.Module, int, Callable[[Tensor, Tensor], None]]],
-) -> None:
-    """Run ``model`` until layers have run so often; show every call with its input and output."""
-    missing = sum(calls for _, calls, _ in notes)
+Show = Callable[[Tensor, Tensor, Tensor | None], None]  # input, answer, what it is added to
 
-    def hook(show: Callable[[Tensor, Tensor], None]) -> Callable[..., None]:
-        def seen(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            nonlocal missing
-            show(inputs[0], output)
-            missing -= 1
-            if not missing:
-                raise _EnoughSeen
+
+@dataclass(frozen=True)
+class _Note:
+    """What is to be seen of one layer while a network runs."""
+
+    layer: nn.Module
+    calls: int
+    join: Join | None
+    show: Show
+
+
+def _run(model: nn.Module, images: Tensor, notes: Sequence[_Note]) -> None:
+    """Run ``model`` until all that is asked for was shown, call by call."""
+    missing = sum(note.calls for note in notes)
+    joined = {note.join.number: note for note in notes if note.join is not None}
+    waiting: dict[int, tuple[Tensor, Tensor]] = {}  # input and answer, by the sum to come
+
+    def shown() -> None:
+        nonlocal missing
+        missing -= 1
+        if not missing:
+            raise _EnoughSeen
+
+    def hook(note: _Note) -> Callable[..., None]:
+        def seen(_module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+            if note.join is not None:
+                waiting[note.join.number] = inputs[0], answer
+                return
+            note.show(inputs[0], answer, None)
+            shown()
 
         return seen
 
-    hooks = [layer.register_forward_hook(hook(show)) for layer, _, show in notes]
+    def summed(number: int, operands: tuple[Tensor, Tensor]) -> None:
+        note = joined.get(number)
+        if note is not None and note.join is not None:
+            note.show(*waiting.pop(number), operands[note.join.other])
+            shown()
+
+    hooks = [note.layer.register_forward_hook(hook(note)) for note in notes]
     try:
-        with contextlib.suppress(_EnoughSeen):
+        with contextlib.suppress(_EnoughSeen), Sums(summed) if joined else contextlib.nullcontext():
             model(images)
     finally:
         for each in hooks:

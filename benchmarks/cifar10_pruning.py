@@ -40,7 +40,7 @@ from compress.predictions import Predictions
 from compress.prune import plan_pruning, recalibrate_batchnorm, refit
 from compress.settings import AugmentSettings, DataSettings, DistillSettings
 from compress.statistics import accuracy_change_interval, mcnemar
-from compress.train import train
+from compress.train import shown_batches, train
 from compress.weights import fit, read_weights
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,7 +48,11 @@ CHECKPOINTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
 KEEP_MACS = 0.5
 SCORING_BATCHES = 8  # of 128 images with labels, for criteria that need them
 REFIT_BATCHES = 8  # of 128 images, without labels
-RECALIBRATE_BATCHES = 16
+RECALIBRATE_BATCHES = 16  # of 128 images, changed as in training
+TRAINING = DistillSettings(
+    schedule="one-cycle", weight_decay=5e-4, batch_size=128, precision="bf16",
+    augment=AugmentSettings(crop_padding=4, flip=True), threads=1, losses=("kd",),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, order=True)
@@ -169,7 +173,9 @@ def our_cut(
     )
     small = compress.apply_pruning(model, plan)
     if fitted:
-        refit(small, model, plan, dataset.batches("train", 128, 128 * REFIT_BATCHES))
+        shown = shown_batches(dataset, TRAINING, RECALIBRATE_BATCHES)
+        images = dataset.batches("train", 128, 128 * REFIT_BATCHES)
+        refit(small, model, plan, images, training_batches=shown)
     return small
 
 
@@ -195,7 +201,7 @@ def cut(arm: str, model: CifarResNet, dataset: Dataset) -> tuple[nn.Module, dict
     }  # fmt: skip
     facts["before_top1_pct"] = answers(small, dataset).correct.mean().item() * 100
     copied = copy.deepcopy(small)
-    recalibrate_batchnorm(copied, dataset.batches("train", 128, 128 * RECALIBRATE_BATCHES))
+    recalibrate_batchnorm(copied, shown_batches(dataset, TRAINING, RECALIBRATE_BATCHES))
     facts["recalibrated_top1_pct"] = answers(copied, dataset).correct.mean().item() * 100
     return small, facts
 
@@ -207,12 +213,9 @@ def fine_tuned(
     small = copy.deepcopy(small)
     row: dict[str, Any] = {"seed": seed, "lr": lr, **dataclasses.asdict(schedule)}
     if schedule.epochs:
-        settings = DistillSettings(
-            epochs=schedule.epochs, epoch_images=schedule.epoch_images, lr=lr,
-            schedule="one-cycle", weight_decay=5e-4, batch_size=128,
-            precision="bf16", augment=AugmentSettings(crop_padding=4, flip=True), threads=1,
-            losses=("kd",),
-        )  # fmt: skip
+        settings = TRAINING.model_copy(
+            update={"epochs": schedule.epochs, "epoch_images": schedule.epoch_images, "lr": lr}
+        )
         objective = build_objective(small, model, dataset, settings) if schedule.taught else None
         start = time.perf_counter()
         train(small, dataset, settings, objective=objective, seed=seed, device="cpu")
@@ -284,7 +287,8 @@ def table(result: dict[str, Any]) -> str:
         "temperature 4, weight 1). "
         f"'compress' scores by Fisher information on {128 * SCORING_BATCHES} training images "
         f"and fits the cut network to the uncut one on {128 * REFIT_BATCHES}, both without labels, "
-        "before fine-tuning. The peer scores by group L2 and gets the same "
+        "before fine-tuning; BatchNorm's statistics are estimated from images with the same crops "
+        "and flips. The peer scores by group L2 and gets the same "
         "network with padding shortcuts written as fixed 1x1 convolutions and pooling as a mean, "
         "without which it breaks it; these are not counted. 10,000 test images.",
         "",

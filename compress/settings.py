@@ -145,7 +145,7 @@ class PruneSettings(Settings):
     sparsity_strength: float = Field(1e-4, gt=0)
     refit: bool = Field(True, description="Fit the weights left to the original's answers")
     recalibrate_batches: int = Field(
-        16, ge=1, description="Batches BatchNorm is re-estimated on where weights are not refitted"
+        16, ge=1, description="Training batches that BatchNorm's statistics are taken from"
     )
 
     @model_validator(mode="after")

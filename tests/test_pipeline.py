@@ -23,6 +23,7 @@ from compress.pipeline.assembly import gates
 from compress.recipe import load_recipe
 from compress.report.schema import Result, Variant
 from compress.settings import DataSettings, Gates
+from compress.train import shown_batches
 
 RECIPE = {
     "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 8}},
@@ -30,7 +31,15 @@ RECIPE = {
     "stages": [
         {"train": {"epochs": 2, "batch_size": 64, "precision": "fp32"}},
         {"prune": {"criterion": "l1", "keep_macs": 0.5}},
-        {"distill": {"epochs": 2, "batch_size": 64, "losses": ["kd"], "precision": "fp32"}},
+        {
+            "distill": {
+                "epochs": 2,
+                "batch_size": 64,
+                "losses": ["kd"],
+                "precision": "fp32",
+                "augment": {"crop_padding": 2},
+            }
+        },
         {"quantize": {"samples": 32, "method": "plain"}},
     ],
     "targets": [{"runtime": "onnxruntime"}],
@@ -87,6 +96,17 @@ def test_every_stage_is_a_variant_with_its_file(run):
         path = folder / variant["artifact"]
         assert sha256(path) == variant["sha256"]
         assert variant["size_mib"] == pytest.approx(path.stat().st_size / 2**20)
+
+
+def test_statistics_of_the_pruned_network_are_those_of_the_training_that_follows(run, recipe):
+    folder, _ = run
+    chosen = load_recipe(recipe)
+    pruned = load_model(folder / "01-prune")
+    dataset = load_data(chosen.data)
+    shown = shown_batches(dataset, chosen.stages[2].distill, 16, chosen.seed)
+    with torch.no_grad():
+        entering = pruned.conv1(torch.cat([images for images, _ in shown]))
+    torch.testing.assert_close(pruned.bn1.running_mean, entering.mean((0, 2, 3)))
 
 
 def test_pruning_kept_its_budget(run):

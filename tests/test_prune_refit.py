@@ -147,6 +147,22 @@ def test_what_one_branch_lost_the_one_that_runs_last_replaces(
     assert left[True] > 0.2  # what runs last sees only what is left
 
 
+def test_statistics_become_those_of_training() -> None:
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(6)
+    model = twins(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), norm)
+    x = torch.randn(2, 3, 9, 9)
+    answers = []
+    for training in (None, [(batch * 2 + 1,) for (batch,) in images(2)]):
+        pruned, plan = without_channel_1(model, x[:1])
+        refit(pruned, model, plan, images(), training_batches=training)
+        seen = torch.cat([batch for (batch,) in training or images()])
+        entering = pruned[1](pruned[0](seen))  # type: ignore[index]
+        torch.testing.assert_close(pruned[2].running_mean, entering.mean((0, 2, 3)))  # type: ignore[index]
+        answers.append(pruned(x))
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+
+
 def test_no_images_are_refused() -> None:
     model = twins(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3))
     pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress import prune
 from compress.groups import trace
 from compress.pipeline.job import Job, Outcome, Variant, leave
 from compress.settings import PruneSettings, TrainSettings
 from compress.surgery import PrunePlan, apply_pruning, prove
-from compress.train import CrossEntropy
+from compress.train import CrossEntropy, shown_batches
 
 
 def prune_channels(
@@ -63,14 +64,15 @@ def _prune_in_rounds(
         )  # fmt: skip
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
+        shown = _shown_batches(job, settings, number)
         total = plan if total is None else total.then(plan)
         validation["cut"] = job.validation_pct(small)
         if settings.refit:
-            model = prune.refit(small, model, plan, batches)
+            model = prune.refit(small, model, plan, batches, training_batches=shown)
             validation["refitted"] = job.validation_pct(model)
         else:
-            images = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
-            model = prune.recalibrate_batchnorm(small, images)
+            plain = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
+            model = prune.recalibrate_batchnorm(small, shown or plain)
             validation["recalibrated"] = job.validation_pct(model)
         if settings.round_training is not None and number < settings.rounds:
             job.train(model, settings.round_training, stage / f"round-{number}")
@@ -80,6 +82,24 @@ def _prune_in_rounds(
         "validation_top1_pct": validation,
     }
     return _required(total), facts
+
+
+def _shown_batches(
+    job: Job, settings: PruneSettings, number: int
+) -> Iterator[tuple[Tensor, Tensor]] | None:
+    """Yield images as training after round ``number`` will show them; None if none follows."""
+    is_last = number == settings.rounds
+    training = _training_after(job, settings) if is_last else settings.round_training
+    if training is None:
+        return None
+    return shown_batches(job.dataset, training, settings.recalibrate_batches, job.recipe.seed)
+
+
+def _training_after(job: Job, settings: PruneSettings) -> TrainSettings | None:
+    """Return what the recipe trains by once the cut is made, if it does."""
+    stages = itertools.dropwhile(lambda stage: stage.prune is not settings, job.recipe.stages)
+    trainings = (stage.distill or stage.finetune for stage in stages)
+    return next((each for each in trainings if each is not None), None)
 
 
 def _required(plan: PrunePlan | None) -> PrunePlan:

@@ -28,7 +28,14 @@ ANSWERS_MIB = 256  # of the original's answers held at once
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 
-def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batches) -> nn.Module:
+def refit(
+    pruned: nn.Module,
+    original: nn.Module,
+    plan: PrunePlan,
+    batches: Batches,
+    *,
+    training_batches: Batches | None = None,
+) -> nn.Module:
     """Fit the weights of ``pruned`` layer by layer to the answers of ``original``, in place.
 
     For every convolution and linear layer, in the order of execution, the weights W minimize
@@ -37,7 +44,7 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
     the lost channels did is taken over by those that correlate with them. Where the answer is added
     to something that is there before, as at the end of a residual block, Y is what is missing to
     the original's sum: every block makes up for the errors of those before it. Needs no labels; a
-    few hundred images do. In the end BatchNorm's statistics are those of the images, without a
+    few hundred images do. In the end BatchNorm's statistics become those of training, without a
     change of the answers (``rebase_batchnorm``).
 
     A layer that several calls share is fitted to all of them. Transposed convolutions, and layers
@@ -48,6 +55,9 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
         original: The network before the cut. Not modified.
         plan: The cut between the two.
         batches: Images, float32 (B, C, H, W), with or without anything after them.
+        training_batches: Images as training is going to show them, if it changes them at random:
+            with statistics of others, the first steps of training lose what fitting gained.
+            ``batches`` if absent.
 
     Returns:
         ``pruned``.
@@ -61,6 +71,7 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
     differences from it.
     """
     device = next(pruned.parameters()).device
+    batches = list(batches)
     images = [batch[0].to(device) for batch in batches]
     if not images:
         raise UsageError("batches holds no images", fix="Give at least one batch")
@@ -71,7 +82,9 @@ def refit(pruned: nn.Module, original: nn.Module, plan: PrunePlan, batches: Batc
         )
         for pair in track(ready, "refit", len(pairs)):
             _fit(pair, pruned, images)
-    return rebase_batchnorm(pruned, ((batch,) for batch in images))
+    if training_batches is None:
+        training_batches = batches
+    return rebase_batchnorm(pruned, training_batches)
 
 
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
@@ -143,7 +156,7 @@ def _rows(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Ten
     if isinstance(layer, nn.Linear):
         rows = answer.flatten(0, -2)
     else:
-        index = (torch.as_tensor(place, device=answer.device) for place in places)
+        index: Any = [torch.as_tensor(place, device=answer.device) for place in places]
         rows = answer[:, :, *index].transpose(1, 2).flatten(0, 1)
     return rows if kept is None else rows[:, kept]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.head import replace_head
 from compress.objective import CrossEntropy, Moment, Objective
+from compress.train.batches import shown_batches
 from compress.train.loop import train
 from compress.train.processes import join_processes
 from compress.train.run import TrainResult
@@ -15,5 +16,6 @@ __all__ = [
     "TrainResult",
     "join_processes",
     "replace_head",
+    "shown_batches",
     "train",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.augment import CHANCES
+from compress.augment import CHANCES, augment, mixed
 from compress.data import Dataset
 from compress.errors import TrainingError
 from compress.images import Images
@@ -84,6 +85,37 @@ def train_batches(
             chances = fixed[torch.from_numpy(part)]
         target = torch.from_numpy(images.labels[part])
         yield Batch(pixels, target, torch.from_numpy(part), chances, size)
+
+
+def shown(
+    images: Tensor, target: Tensor, chances: Tensor, dataset: Dataset, settings: TrainSettings
+) -> tuple[Tensor, Tensor]:
+    """Return what a network in training is shown of stored images: changed at random, normalized.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        target: (B,) int64.
+        chances: (B, CHANCES) uniform numbers in [0, 1).
+        dataset: Says how images are normalized, and how many classes there are.
+        settings: Say how images are changed and laid out in memory.
+
+    Returns:
+        Images (B, C, H, W) float32 and their targets: (B,), or (B, K) where images are mixed.
+    """
+    images = augment(images, chances, settings.augment, dataset.normalize)
+    images, target = mixed(images, target, chances, settings.augment, len(dataset.classes))
+    if settings.channels_last and images.device.type != "mps":
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, target
+
+
+def shown_batches(
+    dataset: Dataset, settings: TrainSettings, count: int, seed: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield ``count`` batches as training with ``settings`` shows them, or fewer if it is short."""
+    batches = train_batches(dataset, settings, 0, seed)
+    for batch in itertools.islice(batches, count):
+        yield shown(batch.images, batch.target, batch.chances, dataset, settings)
 
 
 def permutation(images: Images, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from compress import progress
-from compress.augment import augment, mixed
 from compress.data import Dataset
 from compress.errors import TrainingError
 from compress.objective import Informed, Moment, Movable, Objective, Stateful
 from compress.settings import TrainSettings
 from compress.train import checkpoints
 from compress.train.average import Average
-from compress.train.batches import Batch, seed_of, steps_in_epoch, train_batches
+from compress.train.batches import Batch, seed_of, shown, steps_in_epoch, train_batches
 from compress.train.journal import Journal, Row
 from compress.train.memory import is_out_of_memory, more_parts, too_large
 from compress.train.optimizers import make_optimizer, set_rate
@@ -232,15 +231,11 @@ class Run:
 
     def _prepared(self, batch: Batch, rows: slice) -> tuple[Tensor, Tensor]:
         """Return images and target of some rows of a batch, on the device, augmented."""
-        device, settings = self.processes.device, self.settings.augment
+        device = self.processes.device
         images = batch.images[rows].to(device, non_blocking=True)
         target = batch.target[rows].to(device, non_blocking=True)
         chances = batch.chances[rows].to(device, non_blocking=True)
-        images = augment(images, chances, settings, self.dataset.normalize)
-        images, target = mixed(images, target, chances, settings, len(self.dataset.classes))
-        if self.settings.channels_last and device.type != "mps":
-            images = images.contiguous(memory_format=torch.channels_last)
-        return images, target
+        return shown(images, target, chances, self.dataset, self.settings)
 
     def _l1(self) -> Tensor:
         weights = [p for p in self.model.parameters() if p.requires_grad and p.ndim > 1]

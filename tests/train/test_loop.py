@@ -19,7 +19,7 @@ from compress.errors import TrainingError, UnknownNameError, UsageError
 from compress.images import MemoryImages, Subset
 from compress.objective import CrossEntropy
 from compress.settings import AugmentSettings, TrainSettings
-from compress.train import TrainResult, train
+from compress.train import TrainResult, shown_batches, train
 from compress.train.batches import permutation, train_batches
 from compress.train.schedules import factor
 
@@ -68,6 +68,19 @@ def test_equals_a_plain_script():
     wanted = by_hand(plain(), settings())
     for a, b in zip(ours.state_dict().values(), wanted.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("augment", [{}, {"crop_padding": 2, "flip": True}, {"mixup": 0.4}])
+def test_shown_batches_are_those_that_training_shows(augment: dict[str, Any]):
+    seen: list[Tensor] = []
+    model = plain()
+    model.register_forward_pre_hook(lambda _model, inputs: seen.append(inputs[0].clone()))
+    _, result = trained(model, augment=AugmentSettings(**augment), epochs=1, seed=3)
+    chosen = settings(augment=AugmentSettings(**augment))
+    shown = [images for images, _ in shown_batches(DATA, chosen, 2, seed=3)]
+    assert result.steps == 3
+    assert len(shown) == 2
+    assert all(torch.equal(a, b) for a, b in zip(shown, seen, strict=False))
 
 
 def test_learns_and_says_how_well(tmp_path: Path):

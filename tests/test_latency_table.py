@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from torch import nn
 
 import compress
-from compress import latency_table
+from compress import cli, latency_table
 from compress.errors import EngineError, PlanError
 from compress.groups import trace
 from compress.latency_table import LatencyTable, LayerShape, kernel_step, layer_graph, time_calls
@@ -277,6 +279,30 @@ class TestLatencyBudget:
             (0.2 + 1e-6 * count(small, EXAMPLE).macs) / (0.5 * original_ms), rel=1e-3
         )
         assert found.broken is None
+
+    @pytest.mark.parametrize("budget", [("--keep-latency", "0.7"), ("--latency-ms", "0.6")])
+    def test_the_command_holds_its_budget_and_reports_it(
+        self, budget: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The network takes 0.97 ms at the first pace."""
+        command = [
+            "compress", "prune", "compress.networks:resnet8", "--data", "digits", *budget,
+            "--runtime", "onnxruntime", "--criterion", "l2", "--out", str(tmp_path / "run"),
+            "--set", "data.channels=3", "--set", "measure.test_images=16",
+            "--set", "measure.rounds=3",
+        ]  # fmt: skip
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        (gate,) = report["gates"]
+        assert (gate["name"], gate["runtime"], gate["passed"]) == (
+            "latency_ms",
+            "onnxruntime",
+            True,
+        )
+        assert 0.8 * gate["limit"] < gate["measured"] <= gate["limit"]
 
     def test_a_network_that_is_fast_enough_is_left_whole(self) -> None:
         plan = compress.plan_pruning(Net(), EXAMPLE, latency_ms=50.0)

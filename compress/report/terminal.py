@@ -123,7 +123,7 @@ def gate_sentence(gate: Gate) -> str:
     """Return a gate in words: "loss of top-1 at most 1 point: measured 0.3, passed"."""
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
     side = "at least" if unit == "x" else "at most"
-    limit = f"{gate.limit:g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
+    limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
     if gate.measured is None:
         measured = f"not measured because {gate.reason or 'no reason was recorded'}"
     elif gate.measured < 0 and unit == " points":

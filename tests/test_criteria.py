@@ -66,6 +66,14 @@ def case() -> Case:
             name: {key: torch.rand(n, generator=draw) for key in statistics}
             for name, n in (("second.weight", 6), ("head.weight", 24))
         },
+        correlations={
+            (s.tensor, "first"): (
+                torch.as_tensor(s.index[:, 0]),
+                torch.cov(torch.randn(6, 40, generator=draw)),
+            )
+            for s in GROUP.slices
+            if s.role == "input"
+        },
     )
     return Case(tensors, evidence)
 
@@ -167,6 +175,54 @@ def test_taylor_adds_consumers_before_it_squares(case: Case) -> None:
 def test_fisher_scores_like_squared_taylor_what_it_is_shown(case: Case) -> None:
     scores = plugins.create("criteria", "fisher")(case.view())
     torch.testing.assert_close(scores, plugins.create("criteria", "taylor")(case.view()))
+
+
+def test_obs_scores_by_what_a_fit_of_the_others_cannot_replace(case: Case) -> None:
+    """The oracle solves for the weights left from scratch, for every candidate at every step."""
+    scores = plugins.create("criteria", "obs")(case.view())
+    alone = plugins.create("criteria", "fisher")(case.view()).double()
+    parts = []
+    for reader in case.view().readers():
+        matrix = reader.correlations.double()
+        metric = matrix + 1e-2 * matrix.diagonal().mean() * torch.eye(6)
+        parts.append((metric, matrix, reader.weights.double(), reader.changes.double()))
+    assert len(parts) == 2
+
+    def error(metric: Tensor, weights: Tensor, gone: list[int]) -> Tensor:
+        left = [unit for unit in range(6) if unit not in gone]
+        taken = torch.linalg.solve(metric[left][:, left], metric[left][:, gone] @ weights[gone])
+        change = torch.zeros_like(weights)
+        change[left], change[gone] = taken, -weights[gone]
+        return (change.T @ metric @ change).trace()
+
+    gone: list[int] = []
+    last = 0.0
+    for _ in range(6):
+        costs = {}
+        for unit in set(range(6)) - set(gone):
+            total = weight = torch.tensor(0.0)
+            for metric, matrix, weights, changes in parts:
+                lost = error(metric, weights, [*gone, unit]) - error(metric, weights, gone)
+                share = lost / (weights[unit].square().sum() * matrix[unit, unit])
+                own = changes[:, unit].square().mean()
+                total, weight = total + own * share, weight + own
+            costs[unit] = float(alone[unit] * total / weight)
+        unit = min(costs, key=costs.__getitem__)
+        last = max(last, costs[unit])
+        assert scores[unit].item() == pytest.approx(last, rel=1e-5)
+        gone.append(unit)
+    assert scores.argsort().tolist() == gone
+
+
+def test_obs_spares_one_of_two_equal_channels(case: Case) -> None:
+    for positions, matrix in case.evidence.correlations.values():
+        assert len(positions) == 6
+        matrix[1], matrix[:, 1] = matrix[0].clone(), matrix[:, 0].clone()
+        matrix[1, 1] = matrix[0, 0]
+    scores = plugins.create("criteria", "obs")(case.view())
+    alone = plugins.create("criteria", "fisher")(case.view())
+    first, second = sorted((scores[:2] / alone[:2]).tolist())
+    assert first < 0.1 < second
 
 
 def test_hessian_adds_the_curvature_of_all_its_weights(case: Case) -> None:

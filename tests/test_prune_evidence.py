@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -138,6 +140,36 @@ def test_activations_are_those_that_enter_the_layer(model: nn.Module) -> None:
     torch.testing.assert_close(seen["3.weight"]["mean_abs"], halves.abs().mean(1))
     torch.testing.assert_close(seen["3.weight"]["nonzero"], (halves != 0).float().mean(1))
     torch.testing.assert_close(seen["6.weight"]["mean_square"], flat.square().mean(0))
+
+
+def test_correlations_are_mean_products_of_channels_at_one_place(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = sys.modules["compress.prune.evidence"]
+    monkeypatch.setattr(module, "PLACES", 64)  # all there are
+    data = batches()
+    network = trace(model, EXAMPLE)
+    found = evidence(model, network, "correlations", data).correlations
+    for tensor, entering in (("6.weight", 6), ("3.weight", 3)):
+        readers = [
+            (group.name, piece)
+            for group in network.groups
+            for piece in group.slices
+            if piece.tensor == tensor and piece.role == "input"
+        ]
+        for name, piece in readers:
+            if tensor == "3.weight":
+                assert (tensor, name) not in found  # grouped: a position means several channels
+                continue
+            positions, matrix = found[tensor, name]
+            seen = torch.cat([model[:entering](images) for images, _ in data])  # type: ignore[index]
+            values = seen[:, torch.as_tensor(piece.index)].movedim(1, 2).flatten(0, 1)
+            torch.testing.assert_close(matrix, values.T @ values / len(values))
+            assert positions.tolist() == piece.index[:, 0].tolist()
+    convolution = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 2, 3)).eval()
+    found = evidence(convolution, trace(convolution, EXAMPLE), "correlations", data).correlations
+    values = torch.cat([convolution[:2](images) for images, _ in data]).movedim(1, -1).flatten(0, 2)
+    torch.testing.assert_close(found["2.weight", "0"][1], values.T @ values / len(values))
 
 
 def test_hooks_are_removed_when_the_network_raises(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.groups import Group, Slice
 
-Need = Literal["gradients", "answers", "hessian", "activations"]
+Need = Literal["gradients", "answers", "hessian", "activations", "correlations"]
 Reduction = Literal["mean", "sum", "max", "min", "product"]
 Weights = Literal["filters", "columns", "both"]
 _CACHED = 1 << 18  # elements that stay in a processor's cache
@@ -32,6 +32,27 @@ class Evidence:
     # Of the channels entering a layer, by its weight: "mean_abs", "mean_square" and "nonzero" (the
     # share of values that are not zero); each (D,).
     activations: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    # Mean products of the values of a group's channels at one place, as they enter a layer, by its
+    # weight and the group's name: the first position of each unit, (C,), and the matrix, (C, C).
+    correlations: Mapping[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def joined(self, other: Evidence) -> Evidence:
+        """Return both in one."""
+        return Evidence(
+            {**self.products, **other.products},
+            {**self.curvatures, **other.curvatures},
+            {**self.activations, **other.activations},
+            {**self.correlations, **other.correlations},
+        )
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads the C channels of a group, as far as they can replace each other there."""
+
+    correlations: Tensor  # (C, C), mean products of their values
+    weights: Tensor  # (C, fan_out), what reads each
+    changes: Tensor  # (batches, C), first-order change of the loss without each, in this layer
 
 
 class ChannelGroup:
@@ -129,6 +150,22 @@ class ChannelGroup:
             sizes.append(self._gathered(squares * weight.square().sum(1), piece).sqrt())
         return sizes
 
+    def readers(self) -> list[Reader]:
+        """Return the layers that read the channels and were watched while they did."""
+        found = []
+        for piece in self._of("input"):
+            seen = self.evidence.correlations.get((piece.tensor, self.name))
+            products = self.evidence.products.get((piece.tensor, piece.dim))
+            if seen is None or products is None:
+                continue
+            positions, matrix = seen
+            order = positions.argsort()
+            first = torch.as_tensor(piece.index[:, 0].copy())
+            rows = order[torch.searchsorted(positions[order], first)]
+            changes = self._gathered(products, piece)
+            found.append(Reader(matrix[rows][:, rows], self._values(piece), changes))
+        return found
+
     def _products(self, role: str) -> list[Tensor]:
         table = self.evidence.products
         return [
@@ -169,9 +206,10 @@ class ChannelGroup:
 class Criterion(Protocol):
     """A measure of importance.
 
-    A data-driven one also says what it ``needs: ClassVar[Need]``: "gradients" of the loss on the
-    labels, or of that on "answers" drawn from the network's own, softened by its ``temperature:
-    float``; the "hessian" of the loss; "activations". It may say from how many images each gradient
+    A data-driven one also says what it ``needs: ClassVar[Need]``, or several in a tuple:
+    "gradients" of the loss on the labels, or of that on "answers" drawn from the network's own,
+    softened by its ``temperature: float``; the "hessian" of the loss; "activations", or the
+    "correlations" between them. It may say from how many images each gradient
     is taken: ``images_per_gradient: int``. ``estimates_loss = True`` says that its scores are
     changes of the loss, and therefore compare across groups as they are.
     """

@@ -36,7 +36,7 @@ class Fisher:
     images_per_gradient: int = 8
 
     estimates_loss: ClassVar[bool] = True
-    needs: ClassVar[Need] = "answers"
+    needs: ClassVar[Need | tuple[Need, ...]] = "answers"
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:

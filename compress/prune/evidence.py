@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,11 +15,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from compress.criteria import Evidence, Need
 from compress.errors import DataError, UsageError
-from compress.groups import Network
+from compress.groups import Group, Network, Slice
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels
 Place = tuple[str, int]  # a parameter and one of its dimensions
+
+WATCHED = ("activations", "correlations")  # without gradients, in batches as they come
+PLACES = 16  # of each image that correlations are taken at
 
 
 @contextlib.contextmanager
@@ -50,7 +54,7 @@ def evidence(
     Args:
         model: The network to be pruned.
         network: What ``trace`` returned for it.
-        need: "gradients", "answers", "hessian" or "activations".
+        need: "gradients", "answers", "hessian", "activations" or "correlations".
         batches: Images, float32 (B, C, H, W), and their classes, int64 (B,).
         images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
         temperature: Divides the logits that "answers" are drawn from.
@@ -64,11 +68,13 @@ def evidence(
     chunks = (
         (images.to(device), target.to(device))
         for batch in batches
-        for images, target in _chunks(batch, None if need == "activations" else images_per_gradient)
+        for images, target in _chunks(batch, None if need in WATCHED else images_per_gradient)
     )
     with evaluating(model):
         if need == "activations":
             found = _activations(model, network, chunks)
+        elif need == "correlations":
+            found = _correlations(model, network, chunks, seed)
         elif need == "hessian":
             found = _curvatures(model, network, chunks, seed)
         elif need == "answers":
@@ -212,23 +218,53 @@ class _Watch:
         self.sums["nonzero"] += (values != 0).sum(1).cpu()
 
 
-def _activations(
-    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]]
-) -> Evidence | None:
+class _Mixing:
+    """Running sum of products between the channels of one group, as they enter one layer."""
+
+    def __init__(self, piece: Slice, seed: int) -> None:
+        self.index = torch.as_tensor(piece.index)  # (C, k)
+        self.draw = np.random.default_rng(seed)
+        self.count = 0
+        self.sum = torch.zeros(len(self.index), len(self.index))
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Add one batch, at places drawn for this call."""
+        x, index = inputs[0].detach(), self.index.to(inputs[0].device)
+        if isinstance(module, nn.Linear):
+            rows = x.flatten(0, -2)
+            rows = rows[self._some(len(rows), PLACES * len(x))]
+            values = rows[:, index[:, self._some(index.shape[1], PLACES)]].transpose(1, 2)
+        else:
+            maps = x.flatten(2)
+            values = maps[:, :, self._some(maps.shape[2], PLACES)][:, index].movedim(1, -1)
+        values = values.reshape(-1, len(index)).float()
+        self.count += len(values)
+        self.sum += (values.T @ values).cpu()
+
+    def _some(self, size: int, count: int) -> Tensor:
+        chosen = self.draw.choice(size, min(size, count), replace=False)
+        return torch.from_numpy(np.sort(chosen))
+
+
+def _readers(model: nn.Module, network: Network) -> Iterator[tuple[Group, Slice, nn.Module]]:
+    """Yield the layers that read a group, and where."""
     modules = dict(model.named_modules())
-    watches: dict[str, _Watch] = {}
-    removals: list[Callable[[], None]] = []
+    for group in network.groups:
+        for piece in group.slices:
+            owner = modules.get(piece.tensor.rpartition(".")[0])
+            if piece.role == "input" and isinstance(owner, _ConvNd | nn.Linear):
+                yield group, piece, owner
+
+
+def _watched(
+    model: nn.Module,
+    chunks: Iterable[tuple[Tensor, Tensor]],
+    watches: Iterable[tuple[nn.Module, Callable[..., None]]],
+) -> bool:
+    """Run ``model`` while ``watches`` see what enters their modules; say whether it ever ran."""
+    removals = [owner.register_forward_pre_hook(watch).remove for owner, watch in watches]
     seen = False
     try:
-        for group in network.groups:
-            for piece in group.slices:
-                owner = modules.get(piece.tensor.rpartition(".")[0])
-                if piece.role == "input" and isinstance(owner, _ConvNd | nn.Linear):
-                    dim = -1 if isinstance(owner, nn.Linear) else 1
-                    watch = _Watch(network.shapes[piece.tensor][piece.dim], dim)
-                    if piece.tensor not in watches:
-                        watches[piece.tensor] = watch
-                        removals.append(owner.register_forward_pre_hook(watch).remove)
         with torch.no_grad():
             for images, _ in chunks:
                 model(images)
@@ -236,9 +272,41 @@ def _activations(
     finally:
         for remove in removals:
             remove()
+    return seen
+
+
+def _activations(
+    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]]
+) -> Evidence | None:
+    watches: dict[str, tuple[nn.Module, _Watch]] = {}
+    for _, piece, owner in _readers(model, network):
+        dim = -1 if isinstance(owner, nn.Linear) else 1
+        watch = _Watch(network.shapes[piece.tensor][piece.dim], dim)
+        watches.setdefault(piece.tensor, (owner, watch))
+    if not _watched(model, chunks, watches.values()):
+        return None
     statistics = {
         tensor: {key: total / watch.count for key, total in watch.sums.items()}
-        for tensor, watch in watches.items()
+        for tensor, (_, watch) in watches.items()
         if watch.count
     }
-    return Evidence(activations=statistics) if seen else None
+    return Evidence(activations=statistics)
+
+
+def _correlations(
+    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]], seed: int
+) -> Evidence | None:
+    watches: dict[tuple[str, str], tuple[nn.Module, _Mixing]] = {
+        (piece.tensor, group.name): (owner, _Mixing(piece, seed))
+        for group, piece, owner in _readers(model, network)
+        # A grouped layer's position means another channel in each of its groups.
+        if getattr(owner, "groups", 1) == 1
+    }
+    if not _watched(model, chunks, watches.values()):
+        return None
+    found = {
+        key: (watch.index[:, 0], watch.sum / watch.count)
+        for key, (_, watch) in watches.items()
+        if watch.count
+    }
+    return Evidence(correlations=found)

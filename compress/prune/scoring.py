@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from compress import plugins
-from compress.criteria import ChannelGroup, Criterion
+from compress.criteria import ChannelGroup, Criterion, Evidence, Need
 from compress.errors import PlanError, UsageError
 from compress.groups import Group, Network
 from compress.prune.cost import Floats
@@ -47,11 +48,13 @@ def scores(
         PlanError: it gives something else than one finite number for each unit.
     """
     seen = None
-    need = getattr(criterion, "needs", None)
-    if need is not None:
+    needs = getattr(criterion, "needs", ())
+    wanted = cast("tuple[Need, ...]", (needs,) if isinstance(needs, str) else needs)
+    if wanted:
         if batches is None:
             raise UsageError(
-                f"criterion {spoken(criterion)!r} needs {need} on images, and no images are given",
+                f"criterion {spoken(criterion)!r} needs {' and '.join(wanted)} on images, and no "
+                "images are given",
                 expected="batches of images (B, C, H, W) and labels (B,)",
                 fix="Pass batches=, or use a criterion that needs none, such as l2",
             )
@@ -60,7 +63,9 @@ def scores(
             for name in ("images_per_gradient", "temperature")
             if hasattr(criterion, name)
         }
-        seen = evidence(model, network, need, batches, seed=seed, **options)
+        batches = list(batches) if len(wanted) > 1 else batches
+        found = [evidence(model, network, n, batches, seed=seed, **options) for n in wanted]
+        seen = functools.reduce(Evidence.joined, found)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     scales = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NORMS)

@@ -254,6 +254,15 @@ def test_weights_that_are_not_finite_are_named(model: nn.Module) -> None:
         compress.plan_pruning(model, EXAMPLE, keep_macs=0.5)
 
 
+@pytest.mark.parametrize("criterion", ["fisher", "obs"])
+def test_answers_that_are_not_finite_are_refused(model: nn.Module, criterion: str) -> None:
+    with torch.no_grad():
+        model.get_submodule("inner").weight[0] = float("nan")  # type: ignore[index, operator]
+    batches = [(EXAMPLE.repeat(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(PlanError, match="answers with numbers that are not finite"):
+        compress.plan_pruning(model, EXAMPLE, criterion=criterion, keep_macs=0.5, batches=batches)
+
+
 def test_a_criterion_with_the_wrong_shape_is_named(model: nn.Module) -> None:
     with pytest.raises(PlanError, match=r"gives scores of shape \(\)"):
         compress.plan_pruning(

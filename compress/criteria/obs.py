@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.criteria import ChannelGroup, Need, Reader
 from compress.criteria.fisher import Fisher
 
-STEPS = 128  # in which the channels of a group leave, one by one where there are no more
+STEPS = 64  # in which the channels of a group leave, one by one where there are no more
 RIDGE = 1e-2  # as a share of the mean square, as in refitting
 STEEPER = 1e-9  # keeps the order of channels that leave at the same score
 
@@ -41,18 +41,19 @@ class Obs(Fisher):
         if not isinstance(weights, Tensor):
             return alone
         scores = torch.zeros_like(alone)
-        left = torch.arange(group.size)
+        left, at_once = torch.arange(group.size), -(-group.size // STEPS)
         highest = 0.0
         while len(left):
-            shares = sum(each.weight * each.share() for each in replacements) / weights
-            cost = alone * torch.where(weights > 0, shares, 1.0)
-            leaving = left[cost[left].argsort(stable=True)[: -(-group.size // STEPS)]]
-            for channel in leaving.tolist():
-                highest = max(highest, float(cost[channel])) * (1 + STEEPER)
-                scores[channel] = highest
+            shares = sum(each.weight[left] * each.share() for each in replacements) / weights[left]
+            cost = alone[left] * torch.where(weights[left] > 0, shares, 1.0)
+            order = cost.argsort(stable=True)
+            leaving, staying = order[:at_once], order[at_once:]
+            for number in leaving.tolist():
+                highest = max(highest, float(cost[number])) * (1 + STEEPER)
+                scores[left[number]] = highest
             for each in replacements:
-                each.remove(leaving)
-            left = left[~torch.isin(left, leaving)]
+                each.remove(leaving, staying)
+            left = left[staying]
         return scores
 
 
@@ -63,22 +64,22 @@ class _Replacement:
         matrix = reader.correlations.double()
         pull = RIDGE * matrix.diagonal().mean().clamp_min(1e-30)
         self._inverse = torch.linalg.inv(matrix + pull * torch.eye(len(matrix)).to(matrix))
-        weights = reader.weights.double()
+        weights = reader.weights.double().cpu()
         self._gram = weights @ weights.T
         self._whole = self._gram.diagonal() * matrix.diagonal()  # without replacement
         self.weight = reader.changes.double().square().mean(0)
 
     def share(self) -> Tensor:
-        """Return the share of each channel's part in the answers that is lost without it, (C,)."""
+        """Return the share of each channel's part that is lost without it, of those left: (L,)."""
         lost = self._gram.diagonal() / self._inverse.diagonal()
         return torch.where(self._whole > 0, lost / self._whole.clamp_min(1e-300), 1.0)
 
-    def remove(self, channels: Tensor) -> None:
-        """Fit the weights of the channels left to those that leave."""
-        rows = self._inverse[channels]
-        taken = torch.linalg.solve(rows[:, channels], rows).T  # (C, leaving)
-        self._inverse = self._inverse - taken @ rows
-        mixed = taken @ self._gram[channels]  # of the weights that are taken over with all others
-        own = taken @ self._gram[channels][:, channels] @ taken.T
-        self._gram = self._gram - mixed - mixed.T + own
-        self._inverse.diagonal()[channels] = 1.0  # what they are now is not looked at again
+    def remove(self, leaving: Tensor, staying: Tensor) -> None:
+        """Fit the weights of the channels that stay to those that leave; both by where they are."""
+        rows, gram = self._inverse[leaving], self._gram[leaving]
+        taken = torch.linalg.solve(rows[:, leaving], rows[:, staying]).T  # (staying, leaving)
+        # Each entry of the new Gram matrix counts half of what leaves twice.
+        change = taken @ (gram[:, staying] - 0.5 * gram[:, leaving] @ taken.T)
+        self._inverse = self._inverse[staying][:, staying] - taken @ rows[:, staying]
+        self._gram = self._gram[staying][:, staying] - change - change.T
+        self._whole = self._whole[staying]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from compress.criteria import Evidence, Need
-from compress.errors import DataError, UsageError
+from compress.errors import DataError, PlanError, UsageError
 from compress.groups import Group, Network, Slice
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -182,6 +182,11 @@ class _DrawnAnswers:
         rows = logits.movedim(1, -1).flatten(0, -2) / self.temperature  # (positions, K)
         # Drawn on the CPU, so that the same seed draws alike on every device.
         chances = rows.detach().float().softmax(1).cpu()
+        if not torch.isfinite(chances).all():
+            raise PlanError(
+                "the network answers with numbers that are not finite",
+                fix="Check the weights and the images for NaN or infinity",
+            )
         drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
         return F.cross_entropy(rows, drawn.to(rows.device))
 

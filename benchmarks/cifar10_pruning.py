@@ -185,7 +185,8 @@ ARMS: dict[str, Callable[[CifarResNet, Dataset], nn.Module]] = {
     "compress, l2, not refitted": lambda model, data: our_cut(model, data, fitted=False),
     "compress, l2": our_cut,
     "compress, taylor": lambda model, data: our_cut(model, data, criterion="taylor"),
-    "compress": lambda model, data: our_cut(model, data, criterion="fisher"),
+    "compress, fisher": lambda model, data: our_cut(model, data, criterion="fisher"),
+    "compress": lambda model, data: our_cut(model, data, criterion="obs"),
 }
 
 
@@ -285,7 +286,7 @@ def table(result: dict[str, Any]) -> str:
         "momentum 0.9, one-cycle to the rate given, batch 128, weight decay 5e-4, crop + flip, "
         "bf16; where taught, the uncut network's softened answers are matched as well (kd, "
         "temperature 4, weight 1). "
-        f"'compress' scores by Fisher information on {128 * SCORING_BATCHES} training images "
+        f"'compress' scores by obs on {128 * SCORING_BATCHES} training images "
         f"and fits the cut network to the uncut one on {128 * REFIT_BATCHES}, both without labels, "
         "before fine-tuning; BatchNorm's statistics are estimated from images with the same crops "
         "and flips. The peer scores by group L2 and gets the same "

@@ -120,7 +120,7 @@ class DistillSettings(TrainSettings):
 class PruneSettings(Settings):
     """What to cut, by what measure, and how far."""
 
-    criterion: Plugin = Field("fisher", description="What a channel is worth")
+    criterion: Plugin = Field("obs", description="What a channel is worth")
     keep_macs: Fraction | None = None
     keep_params: Fraction | None = None
     keep_channels: Fraction | dict[str, Fraction] | None = None

@@ -309,7 +309,8 @@ def table(result: dict[str, Any]) -> str:
             f"{share:.4f}",
             f"{row['params']:,}",
         ]
-        cells += [row["cut_s"], *(f"{value:.2f}" for value in top1)]
+        timed = "not timed" if row["cut_s"] is None else row["cut_s"]
+        cells += [timed, *(f"{value:.2f}" for value in top1)]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     for one in result["comparisons"]:
         low, high = one["gain_ci95_pct"]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+import zoo
 from torch import Tensor, nn
 
 import compress
@@ -161,6 +162,18 @@ def test_statistics_become_those_of_training() -> None:
         torch.testing.assert_close(pruned[2].running_mean, entering.mean((0, 2, 3)))  # type: ignore[index]
         answers.append(pruned(x))
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name, one in zoo.ZOO.items() if len(one.shapes) == 1])
+def test_every_difficulty_is_scored_by_obs_and_refitted(name: str) -> None:
+    model, (x,) = zoo.build(name), zoo.inputs(name)
+    data = [(x, torch.zeros(len(x), dtype=torch.int64))]
+    plan = compress.plan_pruning(model, x[:1], criterion="obs", keep_channels=0.6, batches=data)
+    pruned = compress.apply_pruning(model, plan)
+    shifts = torch.randn(8, *x.shape, generator=torch.Generator().manual_seed(0))
+    refit(pruned, model, plan, [(x + shift,) for shift in shifts])
+    assert all(torch.isfinite(value).all() for value in pruned.state_dict().values())
+    pruned(x)
 
 
 def test_no_images_are_refused() -> None:

@@ -47,8 +47,9 @@ def refit(
     few hundred images do. In the end BatchNorm's statistics become those of training, without a
     change of the answers (``rebase_batchnorm``).
 
-    A layer that several calls share is fitted to all of them. Transposed convolutions, and layers
-    that see fewer than four samples for each weight of a filter, stay as they are.
+    A layer that several calls share is fitted to all of them. Transposed convolutions, layers that
+    share a weight, and those that see fewer than four samples for each weight of a filter, stay as
+    they are.
 
     Args:
         pruned: What ``apply_pruning(original, plan)`` returned. Its weights are replaced.
@@ -203,12 +204,16 @@ def _asked(
 def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     """Return the layers that can be fitted, in the order in which they first run, and how often."""
     modules = dict(model.named_modules())
+    owners = Counter(id(weight) for m in modules.values() for weight in m._parameters.values())
     calls: Counter[str] = Counter()
     removals = []
     for name, module in modules.items():
         # Only plain classes: a subclass may compute something else with its weight.
-        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and not hasattr(
-            module, "parametrizations"
+        is_plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        if (
+            is_plain
+            and not hasattr(module, "parametrizations")
+            and owners[id(module._parameters["weight"])] == 1
         ):
             hook = module.register_forward_hook(
                 lambda _module, _inputs, _output, name=name: calls.update([name])

@@ -164,6 +164,43 @@ def test_statistics_become_those_of_training() -> None:
     torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-5)
 
 
+class Gated(nn.Module):
+    """A map of one channel is added to all, then the input is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 1, 1)
+        self.second, self.third = nn.Conv2d(4, 3, 3, padding=1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x) + self.gate(x))
+        return self.third(self.second(y) + x)
+
+
+def test_sums_are_the_same_ones_when_one_channel_is_left() -> None:
+    torch.manual_seed(0)
+    model = Gated().eval()
+    x = torch.randn(8, 3, 9, 9)
+    plan = make_plan(trace(model, x[:1]), {"first": np.array([2])})
+    pruned = compress.apply_pruning(model, plan)
+    before = (pruned(x) - model(x)).square().mean()
+    refit(pruned, model, plan, images(8))
+    assert (pruned(x) - model(x)).square().mean() < before
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_weights_that_are_computed_from_others_stay() -> None:
+    torch.manual_seed(0)
+    second = torch.nn.utils.spectral_norm(nn.Conv2d(6, 5, 3))
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), second).eval()
+    x = torch.randn(2, 3, 9, 9)
+    plan = compress.plan_pruning(model, x[:1], keep_channels=1.0)
+    pruned = compress.apply_pruning(model, plan)
+    refit(pruned, model, plan, images())
+    assert torch.equal(pruned.get_parameter("2.weight_orig"), model.get_parameter("2.weight_orig"))
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", [name for name, one in zoo.ZOO.items() if len(one.shapes) == 1])
 def test_every_difficulty_is_scored_by_obs_and_refitted(name: str) -> None:
     model, (x,) = zoo.build(name), zoo.inputs(name)

@@ -135,7 +135,7 @@ class ChannelGroup:
         """Return a statistic of the channels as they enter each consuming layer: (C, k) each."""
         return [
             self.evidence.activations[piece.tensor][statistic][torch.as_tensor(piece.index)]
-            for piece in self._readers()
+            for piece in self._consumers()
         ]
 
     def contributions(self) -> list[Tensor]:
@@ -144,7 +144,7 @@ class ChannelGroup:
         The root of the mean square of each value times the squared norm of the weights reading it.
         """
         sizes = []
-        for piece in self._readers():
+        for piece in self._consumers():
             weight = self._tensors[piece.tensor].movedim(piece.dim, 0).flatten(1)  # (D, fan)
             squares = self.evidence.activations[piece.tensor]["mean_square"]  # (D,)
             sizes.append(self._gathered(squares * weight.square().sum(1), piece).sqrt())
@@ -174,7 +174,7 @@ class ChannelGroup:
             if (piece.tensor, piece.dim) in table
         ]
 
-    def _readers(self) -> list[Slice]:
+    def _consumers(self) -> list[Slice]:
         """Return the consuming slices whose inputs were seen."""
         return [p for p in self._of("input") if p.tensor in self.evidence.activations]
 

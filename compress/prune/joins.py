@@ -45,7 +45,7 @@ class Join:
 
 
 class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Shows every sum of two tensors of one shape: its number and both operands, before it is done.
+    """Shows every sum of two tensors: its number and both operands, before it is done.
 
     Args:
         show: Called with them.
@@ -66,7 +66,7 @@ class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one op."""
         if kernels.op_name(func) == "add" and not kwargs:
             operands = tuple(each for each in args if isinstance(each, Tensor))
-            if len(operands) == 2 and operands[0].shape == operands[1].shape:
+            if len(operands) == 2:
                 self._show(self._done, operands)
                 self._done += 1
         return func(*args, **(kwargs or {}))
@@ -87,6 +87,8 @@ def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[
     answers: dict[int, tuple[nn.Module, _BatchNorm | None]] = {}  # by the tensor's id
 
     def show(number: int, operands: tuple[Tensor, Tensor]) -> None:
+        if operands[0].shape != operands[1].shape:
+            return
         for own, other in ((0, 1), (1, 0)):
             layer, norm = answers.get(id(operands[own]), (None, None))
             if layer is not None and watch.made_at(operands[other]) <= started[layer]:

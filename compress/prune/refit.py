@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -168,10 +169,17 @@ def _pairs(
     """Yield the layers that can be fitted, in the order in which they first run."""
     before = dict(original.named_modules())
     layers = _layers(pruned, images[0][:1])
-    added = joins(pruned, [layer for _, layer, calls in layers if calls == 1], images[0][:1])
+    # Looked for in the original: where one channel is left, a broadcast looks like a plain sum.
+    added = joins(
+        original, [before[name] for name, _, calls in layers if calls == 1], images[0][:1]
+    )
+    left = {before[name]: m for name, m in pruned.named_modules() if name in before}
     for name, layer, calls in layers:
         kept = plan.tensors.get(f"{name}.weight", {}).get(0)
-        yield _Pair(layer, before[name], kept, calls, len(images), added.get(layer))
+        join = added.get(before[name])
+        if join is not None and join.norm is not None:
+            join = dataclasses.replace(join, norm=left[join.norm])
+        yield _Pair(layer, before[name], kept, calls, len(images), join)
 
 
 def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
@@ -208,13 +216,11 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     calls: Counter[str] = Counter()
     removals = []
     for name, module in modules.items():
-        # Only plain classes: a subclass may compute something else with its weight.
+        # Only plain classes: a subclass may compute something else with its weight. A weight that
+        # is no parameter of its own is computed from others, as by spectral normalization.
         is_plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-        if (
-            is_plain
-            and not hasattr(module, "parametrizations")
-            and owners[id(module._parameters["weight"])] == 1
-        ):
+        weight = module._parameters.get("weight")
+        if is_plain and weight is not None and owners[id(weight)] == 1:
             hook = module.register_forward_hook(
                 lambda _module, _inputs, _output, name=name: calls.update([name])
             )

@@ -163,7 +163,7 @@ def test_show_prints_documentation_and_options(compress):
     [
         (["list", "critera"], "no such kind 'critera'. Did you mean 'criteria'?"),
         (["show", "criteria/l7"], "no such criterion 'l7'. Did you mean"),
-        (["show", "l1"], "no such kind of plug-in 'l1'"),
+        (["show", "l1"], "no such kind 'l1'"),
         (["run", "none.yaml"], "none.yaml: the recipe cannot be read: No such file"),
         (["check", "none.yaml"], "none.yaml: the recipe cannot be read"),
         (["sensitivity", "x", "--data", "digits"], "Expected one of --prune and --quantize"),

@@ -32,7 +32,7 @@ def test_every_extra_that_a_message_names_exists():
     named = {extra for extra, _ in OPTIONAL.values()}
     for file in Path("compress").rglob("*.py"):
         source = file.read_text()
-        named |= set(re.findall(r"extra=\"([\w-]*)\"", source))
+        named |= set(re.findall(r'require\([^)]*extra="([\w-]*)"', source))
         named |= set(re.findall(r"install_command\([\"\']([\w-]*)[\"\']\)", source))
     assert {"timm", "openvino", "explain"} <= named
     assert named - {""} <= set(project["optional-dependencies"])

@@ -13,6 +13,7 @@ from onnx import NodeProto, numpy_helper
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})  # what a runtime computes together with the op before
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
 
 
 class Graph:
@@ -75,6 +76,24 @@ class Graph:
         return None if shape is None else len(shape)
 
 
+def tail(nodes: Sequence[NodeProto]) -> set[str]:
+    """Return the tensors made behind the last weighted ops: their precision is the answer's.
+
+    Nothing quantizes them: the writer does not, and the linter does not ask for it.
+
+    Args:
+        nodes: Of a graph with or without Q/DQ pairs, in topological order.
+    """
+    before_weights: set[str] = set()  # tensors that a weighted op needs, directly or not
+    found: set[str] = set()
+    for node in reversed(nodes):
+        if node.op_type in WEIGHTED or before_weights.intersection(node.output):
+            before_weights.update(node.input)
+        else:
+            found.update(node.output)
+    return found
+
+
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
     """Return the value of an attribute of ``node``."""
     for found in node.attribute:
@@ -106,7 +125,7 @@ def replace_nodes(model: onnx.ModelProto, nodes: Iterable[NodeProto]) -> None:
 
 def set_constant(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> None:
     """Add the initializer ``name``, or give it another value."""
-    tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)  # a scalar stays one
     for existing in model.graph.initializer:
         if existing.name == name:
             existing.CopyFrom(tensor)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx
 from onnx import NodeProto
 
-from compress.qdq.graph import ACTIVATIONS, WEIGHTED, Graph, attribute
+from compress.qdq.graph import ACTIVATIONS, WEIGHTED, Graph, attribute, tail
 
 SAME_SCALE = frozenset(  # what comes out was in what went in
     {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
@@ -246,15 +246,9 @@ def _has_kernel(graph: Graph, node: NodeProto) -> bool:
 
 
 def _tail(graph: Graph) -> set[str]:
-    """Return the nodes behind the last weighted ops: their precision is that of the answer."""
-    tail: set[str] = set()
-    for node in reversed(list(graph.nodes)):
-        if node.op_type in WEIGHTED:
-            continue
-        readers = [r for name in node.output for r, _ in graph.readers.get(name, [])]
-        if all(reader.name in tail for reader in readers):
-            tail.add(node.name)
-    return tail
+    """Return the nodes behind the last weighted ops."""
+    made = tail(graph.nodes)
+    return {node.name for node in graph.nodes if made.intersection(node.output)}
 
 
 def _place_on_weighted(graph: Graph, placement: Placement, floating: set[str]) -> None:

@@ -154,12 +154,12 @@ class _Runner:
     def _outputs(self, feed: Feed, size: int) -> dict[str, NDArray[Any]]:
         if size not in self.buffers:
             values = self.session.run(self.names, feed)
-            made = zip(self.names, map(np.ascontiguousarray, values), strict=True)
+            made = zip(self.names, (np.asarray(value, order="C") for value in values), strict=True)
             self.buffers[size] = dict(made)
             return self.buffers[size]
         binding = self.session.io_binding()
         for name, array in feed.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.bind_cpu_input(name, np.asarray(array, order="C"))
         for name, buffer in self.buffers[size].items():
             binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
         self.session.run_with_iobinding(binding)

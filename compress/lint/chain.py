@@ -56,7 +56,7 @@ def missing_input_quantization(graph: Graph) -> Iterator[Problem]:
         if all(sides) or not any(sides):
             continue
         index = sides.index(None)
-        if graph.constant(node.input[index]) is not None:
+        if graph.constant(node.input[index]) is not None or _is_parameter(graph, node.input[index]):
             continue
         found = [
             pair_of(graph, use.node)
@@ -92,6 +92,12 @@ def missing_output_quantization(graph: Graph) -> Iterator[Problem]:
             + ("" if known else "; the range of its output is not in the graph, quantize again"),
             (partial(_insert, graph, value, *pair)) if pair is not None else None,
         )
+
+
+def _is_parameter(graph: Graph, value: str) -> bool:
+    """Return whether ``value`` is an input that is no image: a threshold, a factor."""
+    rank = graph.rank(value)
+    return graph.maker(value) is None and rank is not None and rank < 2
 
 
 def _is_answer(graph: Graph, value: str) -> bool:

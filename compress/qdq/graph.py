@@ -45,12 +45,25 @@ class Graph:
         return None if tensor is None else numpy_helper.to_array(tensor)
 
     def is_constant(self, name: str) -> bool:
-        """Return whether ``name`` is an initializer."""
-        return name in self.initializers
+        """Return whether ``name`` is an initializer, or an input that is no image."""
+        return name in self.initializers or (name in self.inputs and self.is_parameter(name))
+
+    def is_parameter(self, name: str) -> bool:
+        """Return whether the input ``name`` is one value for the whole batch, as a threshold is.
+
+        A scalar is, and a vector of fixed length: neither holds a row for each image.
+        """
+        shape = self.shapes.get(name)
+        return shape is not None and (not shape or (len(shape) == 1 and shape[0] is not None))
+
+    def is_float(self, name: str) -> bool:
+        """Return whether ``name`` holds float32 values; what has no known type counts as such."""
+        kind: int = self.types.get(name, onnx.TensorProto.FLOAT)
+        return kind == onnx.TensorProto.FLOAT
 
     def data_inputs(self, node: NodeProto) -> list[str]:
         """Return the inputs of ``node`` that depend on the images."""
-        return [name for name in node.input if name and name not in self.initializers]
+        return [name for name in node.input if name and not self.is_constant(name)]
 
     def only_reader(self, name: str) -> NodeProto | None:
         """Return the node that alone reads ``name``, or None."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import onnx
 from onnx import NodeProto
 
 from compress.qdq.graph import ACTIVATIONS, WEIGHTED, Graph, attribute, tail
@@ -85,7 +84,7 @@ def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
 def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
     if graph.weight(node) is None:
         return "its weight is no float constant"
-    if not _is_float(graph, node.input[0]):
+    if not graph.is_float(node.input[0]):
         return "its input is no float tensor"
     if node.op_type == "Gemm":
         odd = attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0
@@ -99,11 +98,6 @@ def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
     if target == "tensorrt" and _in_squeeze_excite(graph, node):
         return "squeeze-excite is faster in half precision"
     return ""
-
-
-def _is_float(graph: Graph, tensor: str) -> bool:
-    kind: int = graph.types.get(tensor, onnx.TensorProto.FLOAT)
-    return kind == onnx.TensorProto.FLOAT
 
 
 def _in_squeeze_excite(graph: Graph, node: NodeProto) -> bool:
@@ -232,7 +226,7 @@ def _quantize(graph: Graph, placement: Placement, tensor: str, floating: set[str
 def _has_kernel(graph: Graph, node: NodeProto) -> bool:
     if node.op_type not in (*_CHAIN, *ELEMENTWISE, *SAME_SCALE):
         return False
-    if not all(_is_float(graph, name) for name in (node.input[0], *node.output)):
+    if not all(graph.is_float(name) for name in (node.input[0], *node.output)):
         return False
     if node.op_type in ELEMENTWISE and len(set(graph.data_inputs(node))) < 2:
         return False

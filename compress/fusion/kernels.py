@@ -15,6 +15,7 @@ from compress.artifact import read_json
 from compress.errors import EngineError
 from compress.fusion.work import Graph
 from compress.runtimes import build_engine, open_session
+from compress.runtimes.onnxruntime import EXACT_INT8
 
 _INT8 = re.compile(r"^(QLinear|QGemm|ConvInteger|MatMulInteger|DynamicQuantize)")
 _MOVES_DATA = frozenset(
@@ -51,6 +52,7 @@ def of_onnxruntime(model: ModelProto, graph: Graph, threads: int | None) -> list
         onnx.save(model, str(source))
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry(*EXACT_INT8)
         options.intra_op_num_threads = threads or 0
         options.optimized_model_filepath = str(optimized)
         try:

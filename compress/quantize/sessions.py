@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from compress.qdq.skeleton import is_large, skeleton
+from compress.runtimes.onnxruntime import EXACT_INT8
 
 
 def session_of(model: ModelProto, threads: int | None = None, *, float_qdq: bool = False) -> Any:
@@ -24,6 +25,7 @@ def session_of(model: ModelProto, threads: int | None = None, *, float_qdq: bool
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry(*EXACT_INT8)
     if threads:
         options.intra_op_num_threads = threads
     if float_qdq:

@@ -237,6 +237,7 @@ def run(model: ModelProto, feed, *, plain: bool = False, names=None) -> list[NDA
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
     options.intra_op_num_threads = 1
     if plain:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -305,7 +305,7 @@ def test_an_absent_package_is_an_error_that_names_the_extra(
         compress.runtimes.openvino,
     ):
         monkeypatch.setattr(where, "is_installed", absent)
-    with pytest.raises(CompressError, match=rf"not installed.*compress\[{runtime}\]"):
+    with pytest.raises(CompressError, match=rf"not installed.*compress-cnn\[{runtime}\]"):
         build_engine(network(tmp_path / "x.onnx"), tmp_path / "x.xml", runtime=runtime)
     assert f"compress[{runtime}]" in str(unavailable(runtime))
 

@@ -307,7 +307,7 @@ def test_an_absent_package_is_an_error_that_names_the_extra(
         monkeypatch.setattr(where, "is_installed", absent)
     with pytest.raises(CompressError, match=rf"not installed.*compress-cnn\[{runtime}\]"):
         build_engine(network(tmp_path / "x.onnx"), tmp_path / "x.xml", runtime=runtime)
-    assert f"compress[{runtime}]" in str(unavailable(runtime))
+    assert f"compress-cnn[{runtime}]" in str(unavailable(runtime))
 
 
 def test_importing_runtimes_imports_none_of_them() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress import statistics
 from compress.errors import DataError, EngineError
+from compress.outputs import logits_of
 from compress.predictions import Predictions
 
 __all__ = ["Accuracy", "ClassAccuracy", "Predictions", "accuracy", "predict"]
@@ -192,15 +193,17 @@ def _evaluation(model: nn.Module) -> Iterator[Run]:
     model.eval()
     try:
         with torch.no_grad():
-            yield lambda images: model(images.to(device))
+            yield lambda images: logits_of(model(images.to(device)))
     finally:
         for module, training in modes.items():
             module.training = training
 
 
 def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the first output for all images, in batches that the session takes."""
+    """Return the logits of all images, in batches that the session takes."""
     spec = session.inputs[0]
+    names = [output.name for output in getattr(session, "outputs", ())]
+    main = names.index("logits") if "logits" in names else 0
     fixed = spec.shape[0] if spec.shape else None
     low, high = (fixed, fixed) if isinstance(fixed, int) else spec.batch or (1, len(images))
     parts = []
@@ -208,16 +211,14 @@ def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float3
         part = images[at : at + high]
         filling = np.repeat(part[-1:], max(0, low - len(part)), axis=0)
         padded = np.concatenate([part, filling]) if len(filling) else part
-        parts.append(session.run(padded)[0][: len(part)])
+        parts.append(session.run(padded)[main][: len(part)])
     return np.concatenate(parts)
 
 
 def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:
     """Return ``output`` as finite float32 logits (images, K), or say what is wrong with it."""
-    if isinstance(output, list | tuple):
-        output = output[0]
-    if isinstance(output, Tensor):
-        output = output.detach().float().cpu().numpy()
+    if not isinstance(output, np.ndarray):
+        output = logits_of(output).detach().float().cpu().numpy()
     logits = np.asarray(output, dtype=np.float32)
     if logits.ndim != 2 or len(logits) != images:
         raise EngineError(

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from compress.errors import UsageError
 from compress.groups.trace import Example
+from compress.outputs import logits_of
 from compress.prune.budget import one_budget
-from compress.prune.evidence import Batches, evaluating, first_tensor
+from compress.prune.evidence import Batches, evaluating
 
 Pattern = Literal["unstructured", "2:4"]
 Criterion = Literal["l1", "l2", "lamp", "taylor", "random"]
@@ -257,7 +258,7 @@ def _taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
         for images, target in batches:
             known = dict(model.named_parameters())
             weights = {name: known[name].detach().requires_grad_() for name in names}
-            output = first_tensor(torch.func.functional_call(model, weights, (images,)))
+            output = logits_of(torch.func.functional_call(model, weights, (images,)))
             found = torch.autograd.grad(F.cross_entropy(output, target), list(weights.values()))
             for name, gradient in zip(names, found, strict=True):
                 square = (weights[name].detach() * gradient).square()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
+from compress.outputs import named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
 OPSETS = range(18, 24)  # what torch writes and the three runtimes read
@@ -151,13 +152,15 @@ def outputs_of(module: nn.Module, example: Example) -> list[Tensor]:
     """Return what ``module`` answers, as a flat list of tensors."""
     with torch.inference_mode():
         answer = module(*example.args, **example.kwargs)
-    leaves = torch.utils._pytree.tree_leaves(answer)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return tensors_of(answer)
 
 
 def _output_names(module: nn.Module, example: Example) -> list[str]:
-    count = len(outputs_of(module, example))
-    return ["logits"] if count == 1 else [f"output_{i}" for i in range(count)]
+    with torch.inference_mode():
+        places = list(named_tensors(module(*example.args, **example.kwargs)))
+    if len(places) == 1:
+        return ["logits"]
+    return [p if p == "logits" else f"output_{i}" for i, p in enumerate(places)]
 
 
 def _cannot_trace(error: Exception, dynamic_batch: bool) -> ExportError:

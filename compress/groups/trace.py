@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from compress.errors import PlanError
+from compress.errors import ModelError, PlanError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
 from compress.groups.copying import meta_copy, named_tensors
 from compress.groups.counts import tag_attributes
@@ -23,6 +23,7 @@ from compress.groups.replay import MismatchError, Replay
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer, describe, place_of
 from compress.groups.units import find_units, layer_name
+from compress.outputs import tensors_of
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
@@ -152,10 +153,8 @@ class _Traced:
             stopped = True
             why = f"the program goes on from it by values at {describe(place_of(cause))}"
             outputs = tensors_within_reach(cause)
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                for axis in tracer.axes(tensor):
-                    self._ledger.freeze(axis, why)
+        for tensor in outputs:
+            tracer.freeze_output(tensor, why)
         return _Forward(training, tracer.record, stopped)
 
     def _inputs_in(self, training: bool) -> Any:
@@ -285,19 +284,23 @@ class _Traced:
         return None
 
 
-def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> Any:
-    """Return what ``model`` answers while ``mode`` watches.
+def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[Tensor]:
+    """Return the tensors that ``model`` returns while ``mode`` watches.
 
     Raises:
-        PlanError: the network raised an error; MismatchError: a replay went another way.
+        PlanError: the network raised an error, or returns what cannot be looked into;
+            MismatchError: a replay went another way.
     """
     args, kwargs = inputs
     watcher = CallWatcher(mode) if isinstance(mode, Tracer) else contextlib.nullcontext()
     try:
         with undisturbed(), mode, watcher:
-            return model(*args, **kwargs)
+            return tensors_of(model(*args, **kwargs))  # iterators run on while they are read
     except MismatchError:
         raise
+    except ModelError as error:
+        parts = {"where": error.where, "expected": error.expected, "fix": error.fix}
+        raise PlanError(error.what, **parts) from None
     except Exception as error:
         raise PlanError(
             f"the network does not run on the example input: {type(error).__name__}: {error}",

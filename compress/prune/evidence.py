@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from compress.criteria import Evidence, Need
 from compress.errors import DataError, PlanError, UsageError
 from compress.groups import Group, Network, Slice
+from compress.outputs import logits_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels
@@ -150,7 +150,7 @@ def _logits(
     """Return parameters that share the model's memory but not its gradients, and the logits."""
     known = dict(model.named_parameters(remove_duplicate=False))
     weights = {name: known[name].detach().requires_grad_() for name in names}
-    return weights, first_tensor(torch.func.functional_call(model, weights, (images,)))
+    return weights, logits_of(torch.func.functional_call(model, weights, (images,)))
 
 
 def _labelled(logits: Tensor, target: Tensor) -> Tensor:
@@ -189,13 +189,6 @@ class _DrawnAnswers:
             )
         drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
         return F.cross_entropy(rows, drawn.to(rows.device))
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of what a network returned: a tensor, a sequence or a mapping."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if hasattr(output, "values") else output))
-    return output
 
 
 def _summed(tensor: Tensor, dim: int) -> Tensor:

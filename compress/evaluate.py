@@ -200,10 +200,8 @@ def _evaluation(model: nn.Module) -> Iterator[Run]:
 
 
 def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the logits of all images, in batches that the session takes."""
+    """Return the first output for all images, in batches that the session takes."""
     spec = session.inputs[0]
-    names = [output.name for output in getattr(session, "outputs", ())]
-    main = names.index("logits") if "logits" in names else 0
     fixed = spec.shape[0] if spec.shape else None
     low, high = (fixed, fixed) if isinstance(fixed, int) else spec.batch or (1, len(images))
     parts = []
@@ -211,7 +209,7 @@ def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float3
         part = images[at : at + high]
         filling = np.repeat(part[-1:], max(0, low - len(part)), axis=0)
         padded = np.concatenate([part, filling]) if len(filling) else part
-        parts.append(session.run(padded)[main][: len(part)])
+        parts.append(session.run(padded)[0][: len(part)])
     return np.concatenate(parts)
 
 

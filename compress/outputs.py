@@ -37,39 +37,39 @@ def leaves(output: Any) -> list[tuple[str, Any]]:
     return list(_walk(output, "", {}))
 
 
-def named_tensors(output: Any) -> dict[str, Tensor]:
-    """Return the tensors that ``output`` holds by their places, in the network's order."""
-    return {place: leaf for place, leaf in leaves(output) if isinstance(leaf, Tensor)}
+def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
+    """Return the tensors that ``output`` holds with their places: the main one, then the others.
+
+    The main one is what is called ``logits``, else the first one of floating-point numbers that is
+    no scalar. Outputs of ONNX files and sessions are in this order, too.
+    """
+    found = [(place, leaf) for place, leaf in leaves(output) if isinstance(leaf, Tensor)]
+    numbers = [one for one in found if one[1].ndim and one[1].is_floating_point()]
+    named = [one for one in numbers if one[0] == "logits"]
+    main = next(iter((*named, *numbers)), None)
+    return found if main is None else [main, *(one for one in found if one is not main)]
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """Return the tensors that ``output`` holds, in the network's order."""
-    return [leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor)]
+    """Return the tensors that ``output`` holds: the main one, then the others in their order."""
+    return [tensor for _, tensor in named_tensors(output)]
 
 
 def heads_of(output: Any) -> list[Tensor]:
     """Return the main output of a network, then auxiliary ones of its shape.
 
-    The main one is what is called ``logits``, else the first tensor of floating-point numbers that
-    is no scalar; of a single tensor it is that one.
-
     Raises:
-        ModelError: the network returns no such tensor.
+        ModelError: the network returns no floating-point tensor.
     """
-    if isinstance(output, Tensor):
-        return [output]
-    found = {
-        place: tensor
-        for place, tensor in named_tensors(output).items()
-        if tensor.ndim and tensor.is_floating_point()
-    }
-    if not found:
+    found = tensors_of(output)
+    main = found[0] if found else None
+    if main is None or not main.is_floating_point():
         raise ModelError(
             f"the network returns {_kind(output)} that holds no tensor of numbers",
             expected="a tensor, or a tuple, dict or object that holds one",
         )
-    main = found.pop("logits") if "logits" in found else found.pop(next(iter(found)))
-    return [main, *(extra for extra in found.values() if extra.shape == main.shape)]
+    extra = (tensor for tensor in found[1:] if tensor.is_floating_point())
+    return [main, *(tensor for tensor in extra if tensor.shape == main.shape)]
 
 
 def logits_of(output: Any) -> Tensor:

@@ -173,7 +173,7 @@ def test_numbers_are_compared_by_the_proof() -> None:
 
 def test_leaves_have_places() -> None:
     a, b = torch.zeros(2, 3), torch.ones(2, 3)
-    found = named_tensors(Own(a, b))
+    found = dict(named_tensors(Own(a, b)))
     assert list(found) == ["logits", "rest.0.boxes"]
     assert found["rest.0.boxes"] is b
     assert [place for place, _ in leaves({"x": (1, "text", a)})] == ["x.0", "x.1", "x.2"]
@@ -187,6 +187,7 @@ def test_the_main_output_is_the_logits() -> None:
     features = torch.zeros(2, 8, 4, 4)
     assert logits_of({"features": features, "logits": logits}) is logits
     assert logits_of((loss, logits, features)) is logits
+    assert list(dict(named_tensors((loss, features, loss)))) == ["1", "0", "2"]
     assert [id(t) for t in heads_of((logits, extra, features))] == [id(logits), id(extra)]
     with pytest.raises(ModelError, match="holds no tensor of numbers"):
         logits_of({"text": "none"})

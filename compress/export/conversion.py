@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
-from compress.outputs import named_tensors, tensors_of
+from compress.outputs import leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
 OPSETS = range(18, 24)  # what torch writes and the three runtimes read
@@ -110,6 +110,7 @@ def convert(
     if dynamic_batch:
         batch = {0: torch.export.Dim("batch")}
         shapes = (*(batch for _ in example.args),) or dict.fromkeys(example.kwargs, batch)
+    names, order = _outputs(module, example)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -117,7 +118,7 @@ def convert(
                 example.args,
                 kwargs=example.kwargs,
                 input_names=example.names,
-                output_names=_output_names(module, example),
+                output_names=names,
                 opset_version=opset,
                 dynamic_shapes=shapes,
                 dynamo=True,
@@ -128,6 +129,9 @@ def convert(
             raise _cannot_trace(error, dynamic_batch) from error
     if program is None:
         raise ExportError("the exporter returned nothing")
+    outputs = program.model.graph.outputs
+    if len(outputs) == len(order):
+        outputs[:] = [outputs[i] for i in order]
     return program
 
 
@@ -155,12 +159,20 @@ def outputs_of(module: nn.Module, example: Example) -> list[Tensor]:
         return tensors_of(answer)
 
 
-def _output_names(module: nn.Module, example: Example) -> list[str]:
+def _outputs(module: nn.Module, example: Example) -> tuple[list[str], list[int]]:
+    """Return names for the outputs in the network's order, and the order they are written in."""
     with torch.inference_mode():
-        places = list(named_tensors(module(*example.args, **example.kwargs)))
-    if len(places) == 1:
-        return ["logits"]
-    return [p if p == "logits" else f"output_{i}" for i, p in enumerate(places)]
+        answer = module(*example.args, **example.kwargs)
+    given = [leaf for _, leaf in leaves(answer) if isinstance(leaf, Tensor)]
+    if len(given) < 2:
+        return ["logits"] * len(given), list(range(len(given)))
+    place, first = named_tensors(answer)[0]
+    main = next(i for i, tensor in enumerate(given) if tensor is first)
+    order = [main, *(i for i in range(len(given)) if i != main)]
+    names = [f"output_{order.index(i)}" for i in range(len(given))]
+    if place == "logits":
+        names[main] = place
+    return names, order
 
 
 def _cannot_trace(error: Exception, dynamic_batch: bool) -> ExportError:

@@ -150,6 +150,25 @@ def test_channels_pass_through_a_tensor_subclass_inside_the_network() -> None:
     assert prove(model, plan, EXAMPLE) < 1e-5
 
 
+def test_tensors_left_on_attributes_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Keeping(zoo.Classifier):
+        def __init__(self) -> None:
+            super().__init__(nn.Sequential(zoo.conv_bn(16, 16)))
+            self.level, self.calls = torch.zeros(1), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.features = [self.stem(x)]
+            self.level, self.calls = self.features[0].mean(), self.calls + 1
+            self.scores = self.head(self.body(self.features[0]).mean((2, 3)))
+            return self.scores
+
+    plan = compress.plan_pruning(randomized(Keeping()), EXAMPLE, criterion="l1", keep_channels=0.5)
+    assert plan.about["side_outputs"] == ["features"]
+    assert "fewer channels: features; return them" in caplog.text
+    bare = randomized(zoo.Classifier(zoo.conv_bn(16, 16)))
+    assert "side_outputs" not in compress.plan_pruning(bare, EXAMPLE, keep_channels=0.5).about
+
+
 def test_what_cannot_be_looked_into_is_refused_by_its_type() -> None:
     model = randomized(Detector(lambda a, b: (a, torch.Generator())))
     with pytest.raises(PlanError, match=r"output 1.*torch\._C\.Generator"):
@@ -238,6 +257,7 @@ ANSWERS: dict[str, Callable[[Tensor], Any]] = {
     "variance": lambda s: s.var(1),
     "norm": lambda s: s.norm(dim=1)[:, None].expand(-1, 3).clone(),
     "written in place": lambda s: s.new_zeros(len(s), 2).copy_(s.mean(1, keepdim=True)),
+    "number of max weighed": lambda s: s.max(1)[1].float()[:, None] @ torch.ones(1, 3),
     "cosine": lambda s: F.cosine_similarity(s, s.flip(0)),
     "normalized": lambda s: F.normalize(s).sum(1),
 }
@@ -257,6 +277,20 @@ def test_the_reason_names_the_line() -> None:
     assert "amax makes one number of its channels at tests/test_outputs.py" in network.frozen[
         "classes"
     ].replace("outputs/tests", "tests")
+
+
+@pytest.mark.parametrize("op", [torch.max, torch.min])
+def test_numbers_of_channels_that_a_layer_weighs_keep_the_channels(op: Any) -> None:
+    class Index(zoo.Classifier):
+        def __init__(self) -> None:
+            super().__init__(nn.Identity())
+            self.weigh = nn.Conv2d(1, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            number = op(self.stem(x), 1, keepdim=True)[1]
+            return self.head(self.weigh(number.float()).mean((2, 3)))
+
+    assert "gives their numbers at" in trace(randomized(Index()), EXAMPLE).frozen["stem.0"]
 
 
 HIDDEN: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {

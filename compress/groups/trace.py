@@ -112,7 +112,9 @@ class _Traced:
         self._named = self._label_tensors()
         with _attributes_restored(self._model):
             tag_attributes(self._model)
-            self._forwards = [self._forward(distrusted, training=False)]
+            before = {name: dict(m.__dict__) for name, m in self._model.named_modules()}
+            self._left: dict[str, list[Axes]] = {}
+            self._forwards = [self._forward(distrusted, training=False, before=before)]
             if self._unused():
                 with contextlib.suppress(PlanError):
                     self._forwards.append(self._forward(distrusted, training=True))
@@ -139,7 +141,13 @@ class _Traced:
             for name, tensor in self._tensors.items()
         }
 
-    def _forward(self, distrusted: Mapping[Key, str], *, training: bool) -> _Forward:
+    def _forward(
+        self,
+        distrusted: Mapping[Key, str],
+        *,
+        training: bool,
+        before: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> _Forward:
         self._model.train(training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
         tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted)
@@ -155,6 +163,8 @@ class _Traced:
             outputs = tensors_within_reach(cause)
         for tensor in outputs:
             tracer.freeze_output(tensor, why)
+        if before is not None:
+            self._left = _left_on_attributes(self._model, before, tracer)
         return _Forward(training, tracer.record, stopped)
 
     def _inputs_in(self, training: bool) -> Any:
@@ -209,6 +219,11 @@ class _Traced:
             parameters=parameters,
             followers=followers(self._components, self.units),
             reductions=self._reductions(),
+            side_outputs=tuple(
+                name
+                for name, rows in self._left.items()
+                if any(self._axis_units(axes) for axes in rows)
+            ),
         )
 
     def _frozen(self) -> dict[str, str]:
@@ -307,6 +322,20 @@ def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[Ten
             where=type(model).__name__,
             expected="an example that the network accepts",
         ) from error
+
+
+def _left_on_attributes(
+    model: nn.Module, before: Mapping[str, Mapping[str, Any]], tracer: Tracer
+) -> dict[str, list[Axes]]:
+    """Return the labels of tensors that a forward left on attributes of modules, by their names."""
+    found: dict[str, list[Axes]] = {}
+    for place, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if value is not before.get(place, {}).get(name):
+                tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+                if tensors:
+                    found[f"{place}.{name}".lstrip(".")] = [tracer.axes(t) for t in tensors]
+    return found
 
 
 def _needs_values(error: BaseException) -> bool:

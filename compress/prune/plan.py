@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from compress.prune.loss import Loss
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
 from compress.surgery import PrunePlan, make_plan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     excluded = _excluded(model, network, limits.exclude)
     _check_something_to_cut(network, excluded)
     way = _normalize(normalize, scorer)
+    _note_side_outputs(network)
     found = [normalized(v, way) for v in scores(model, network, scorer, batches, seed, loss)]
     ladders = _ladders(network, found, limits, excluded)
     cost = CostModel(network)
@@ -149,7 +153,18 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
         "seed": seed,
     } | measured
+    if network.side_outputs:
+        about["side_outputs"] = list(network.side_outputs)
     return make_plan(_with_excluded(network, excluded), keep, **about)
+
+
+def _note_side_outputs(network: Network) -> None:
+    if network.side_outputs:
+        logger.warning(
+            "the network also leaves tensors on attributes, which get fewer channels: %s; return "
+            "them to keep their channels",
+            ", ".join(network.side_outputs),
+        )
 
 
 def _names(exclude: Iterable[str]) -> tuple[str, ...]:

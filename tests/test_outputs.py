@@ -259,6 +259,7 @@ ANSWERS: dict[str, Callable[[Tensor], Any]] = {
     "written in place": lambda s: s.new_zeros(len(s), 2).copy_(s.mean(1, keepdim=True)),
     "number of max weighed": lambda s: s.max(1)[1].float()[:, None] @ torch.ones(1, 3),
     "cosine": lambda s: F.cosine_similarity(s, s.flip(0)),
+    "product with itself": lambda s: torch.einsum("bc,bc->b", s.softmax(1), s.softmax(1)),
     "normalized": lambda s: F.normalize(s).sum(1),
 }
 

@@ -111,6 +111,9 @@ def convert(
         batch = {0: torch.export.Dim("batch")}
         shapes = (*(batch for _ in example.args),) or dict.fromkeys(example.kwargs, batch)
     names, order = _outputs(module, example)
+    if not _is_plain(module, example):
+        module = _Flat(module)
+        shapes = _of_variadic(shapes) if dynamic_batch else None
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -157,6 +160,32 @@ def outputs_of(module: nn.Module, example: Example) -> list[Tensor]:
     with torch.inference_mode():
         answer = module(*example.args, **example.kwargs)
         return tensors_of(answer)
+
+
+class _Flat(nn.Module):
+    """A network whose outputs are a tuple of tensors: torch traces no own classes of outputs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return the tensors of what the network returns, in its order."""
+        output = self.network(*args, **kwargs)
+        return tuple(leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor))
+
+
+def _of_variadic(shapes: Any) -> dict[str, Any]:
+    """Return dynamic shapes for a forward that takes ``*args`` and ``**kwargs``."""
+    return {"kwargs": shapes} if isinstance(shapes, dict) else {"args": shapes}
+
+
+def _is_plain(module: nn.Module, example: Example) -> bool:
+    """Say whether torch sees into what ``module`` returns."""
+    with torch.inference_mode():
+        answer = module(*example.args, **example.kwargs)
+    seen = torch.utils._pytree.tree_leaves(answer)
+    return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen)
 
 
 def _outputs(module: nn.Module, example: Example) -> tuple[list[str], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -355,3 +356,30 @@ def test_logits_come_first_whatever_their_place_in_the_network(
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     np.testing.assert_allclose(positive, image.relu().numpy())
     np.testing.assert_allclose(half, image.numpy() / 2)
+
+
+@dataclasses.dataclass
+class Record:
+    """Outputs of a network in a class that torch does not know."""
+
+    features: Tensor
+    logits: Tensor
+
+
+def test_outputs_in_a_class_of_ones_own_are_written(small: Small, image: Tensor, tmp_path: Path):
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = copy.deepcopy(small)
+
+        def forward(self, x: Tensor) -> Record:
+            return Record(torch.relu(x), self.network(x))
+
+    path = export_onnx(Own(), image, tmp_path / "own.onnx")
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits", "output_1"]
+    logits, features = session.run(None, {"input": image.numpy()})
+    with torch.no_grad():
+        expected = copy.deepcopy(small).eval()(image).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(features, image.relu().numpy())

@@ -148,6 +148,10 @@ def matmul(tracer: Tracer, call: Call) -> None:
         _note_use(tracer, call, left, cost, rows, inner_left)
     elif inner is not None:
         tracer.restrict(call, mask_only=True)
+        if inner_right is not None and np.array_equal(
+            inner, inner_right
+        ):  # of channels with themselves, as in a norm
+            tracer.reduced(call, [inner])
 
 
 def vector(tracer: Tracer, call: Call) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from compress import statistics
 from compress.errors import DataError, EngineError
+from compress.outputs import logits_of
 from compress.predictions import Predictions
 
 __all__ = ["Accuracy", "ClassAccuracy", "Predictions", "accuracy", "predict"]
@@ -192,7 +193,7 @@ def _evaluation(model: nn.Module) -> Iterator[Run]:
     model.eval()
     try:
         with torch.no_grad():
-            yield lambda images: model(images.to(device))
+            yield lambda images: logits_of(model(images.to(device)))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -214,10 +215,8 @@ def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float3
 
 def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:
     """Return ``output`` as finite float32 logits (images, K), or say what is wrong with it."""
-    if isinstance(output, list | tuple):
-        output = output[0]
-    if isinstance(output, Tensor):
-        output = output.detach().float().cpu().numpy()
+    if not isinstance(output, np.ndarray):
+        output = logits_of(output).detach().float().cpu().numpy()
     logits = np.asarray(output, dtype=np.float32)
     if logits.ndim != 2 or len(logits) != images:
         raise EngineError(

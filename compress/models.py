@@ -13,6 +13,7 @@ from compress import artifact
 from compress.constructors import accepts, build
 from compress.errors import ModelError, PlanError
 from compress.head import classifier_layers
+from compress.outputs import logits_of
 from compress.surgery import PrunePlan, apply_pruning
 from compress.weights import fit, is_weight_file, read_safetensors, read_weights, write_safetensors
 
@@ -111,8 +112,7 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
         ) from error
     finally:
         model.train(was_training)
-    first = output if isinstance(output, Tensor) else next(iter(_leaves(output)))
-    return tuple(first.shape)
+    return tuple(logits_of(output).shape)
 
 
 def check_classes(model: nn.Module, example: Tensor, classes: int) -> None:
@@ -242,11 +242,6 @@ def _infer_classes(
         where=description["reference"],
         fix="Give the num_classes and options that the network was built with",
     )
-
-
-def _leaves(output: Any) -> list[Tensor]:
-    values = output.values() if isinstance(output, Mapping) else output
-    return [value for value in values if isinstance(value, Tensor)]
 
 
 def _head_of(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.outputs import heads_of
+
 AUXILIARY_WEIGHT = 0.3  # of the heads that GoogLeNet and Inception train beside the last one
 
 
@@ -83,7 +85,7 @@ class CrossEntropy:
 
     def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
         """Return the mean cross-entropy of a batch, a scalar."""
-        logits, *auxiliary = outputs_of(model(images))
+        logits, *auxiliary = heads_of(model(images))
         loss = self.of(logits, target)
         for extra in auxiliary:
             loss = loss + AUXILIARY_WEIGHT * self.of(extra, target)
@@ -99,16 +101,3 @@ class CrossEntropy:
 
     def close(self) -> None:
         """Leave everything as it is."""
-
-
-def outputs_of(output: Any) -> list[Tensor]:
-    """Return the logits of a network, the main head's first.
-
-    Raises:
-        TypeError: the network returns something else.
-    """
-    if isinstance(output, Tensor):
-        return [output]
-    if isinstance(output, (tuple, list)) and output:
-        return [part for part in output if isinstance(part, Tensor)]
-    raise TypeError(f"the network returns {type(output).__name__}, not a tensor of logits")

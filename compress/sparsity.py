@@ -10,12 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compress.errors import UsageError
 from compress.groups.trace import Example
 from compress.prune.budget import one_budget
-from compress.prune.evidence import Batches, evaluating, first_tensor
+from compress.prune.evidence import Batches, evaluating
+from compress.prune.loss import FittingLoss
 
 Pattern = Literal["unstructured", "2:4"]
 Criterion = Literal["l1", "l2", "lamp", "taylor", "random"]
@@ -253,12 +253,14 @@ def _taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
     """Return the mean square of weight x gradient, for every weight."""
     names = [name for name, _ in _weights(model)]
     totals: dict[str, Tensor] = {}
+    loss = FittingLoss()
     with evaluating(model):
         for images, target in batches:
             known = dict(model.named_parameters())
             weights = {name: known[name].detach().requires_grad_() for name in names}
-            output = first_tensor(torch.func.functional_call(model, weights, (images,)))
-            found = torch.autograd.grad(F.cross_entropy(output, target), list(weights.values()))
+            loss.see(target)
+            output = torch.func.functional_call(model, weights, (images,))
+            found = torch.autograd.grad(loss(output, target), list(weights.values()))
             for name, gradient in zip(names, found, strict=True):
                 square = (weights[name].detach() * gradient).square()
                 totals[name] = totals[name] + square if name in totals else square

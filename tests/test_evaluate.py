@@ -232,3 +232,13 @@ def test_calibration_bins_tell_every_image_once() -> None:
     measured = accuracy(random_predictions(200, 10))
     assert sum(measured.calibration["images"]) == 200
     assert len(set(map(len, measured.calibration.values()))) == 1
+
+
+def test_logits_are_found_wherever_a_network_puts_them():
+    class InDict(nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"features": x.relu(), "logits": x.mean((2, 3))}
+
+    images = torch.randn(6, 3, 4, 4)
+    found = predict(InDict(), [(images, torch.arange(6) % 3)])
+    np.testing.assert_allclose(found.logits, images.mean((2, 3)).numpy(), atol=1e-6)

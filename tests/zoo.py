@@ -890,3 +890,39 @@ class ThreeDimensional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(F.relu(self.bn(self.a(x)))).mean((2, 3, 4)))
+
+
+@zoo()
+class SpatialGate(Classifier):
+    """Maximum and mean over channels weigh places, after a convolution (CBAM)."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.gate = conv_bn(16, 16), nn.Conv2d(2, 1, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.wide(x)
+            both = torch.cat([x.max(1, keepdim=True)[0], x.mean(1, keepdim=True)], 1)
+            return x * self.gate(both).sigmoid()
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+@zoo()
+class ChannelTokens(Classifier):
+    """Fused attention between channels: its softmax is over channels that can be cut."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Conv2d(16, 36, 1), nn.Conv2d(12, 16, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (F.normalize(part.flatten(2), dim=-1) for part in self.qkv(x).chunk(3, 1))
+            y = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+            return x + self.out(y.unflatten(-1, x.shape[2:]))
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())

@@ -28,7 +28,8 @@ from compress.distill.teachers import (
 from compress.errors import CompressError, TrainingError, UsageError
 from compress.images import Subset
 from compress.losses import Needs, Taps
-from compress.objective import CrossEntropy, outputs_of
+from compress.objective import CrossEntropy
+from compress.outputs import logits_of
 from compress.settings import DistillSettings, Plugin
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,7 @@ def _prepare(terms: list[Term], student: nn.Module, teacher: Teacher, dataset: D
     labels = torch.from_numpy(np.asarray(dataset.splits["train"].labels))
     pairs = [pair for term in terms for pair in term.pairs]
     with evaluating(student), torch.no_grad(), tapped(student, {p.student for p in pairs}) as mine:
-        logits = outputs_of(student(example))[0]
+        logits = logits_of(student(example))
     answer, theirs = teacher(example, None, [p.teacher for p in pairs])
     for term in terms:
         if hasattr(term.loss, "prepare"):
@@ -218,7 +219,7 @@ def _compare(objective: DistillObjective, student: nn.Module, dataset: Dataset) 
     with evaluating(student):
         for batch, target in some.batches("validation"):
             batch, target = batch.to(device), target.to(device)
-            answers = (objective.answer(batch), outputs_of(student(batch))[0])
+            answers = (objective.answer(batch), logits_of(student(batch)))
             right += [int((answer.argmax(1) == target).sum()) for answer in answers]
             count += len(target)
     teacher_pct, student_pct = 100 * right / count

@@ -14,7 +14,8 @@ from compress.distill.pairing import Pair
 from compress.distill.taps import Tap, tapped
 from compress.distill.teachers import Teacher
 from compress.losses import Taps
-from compress.objective import CrossEntropy, Moment, outputs_of
+from compress.objective import CrossEntropy, Moment
+from compress.outputs import logits_of
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ class DistillObjective:
         answer, theirs = self.teacher(images, index, self._teacher_taps)
         answer = self._ordered(answer)
         with tapped(getattr(model, "_orig_mod", model), self._student_taps) as mine:
-            logits = outputs_of(model(images))[0]
+            logits = logits_of(model(images))
         loss = self.hard_weight * self.hard.of(logits, target)
         labels = target if target.ndim == 1 else target.argmax(1)
         fade = self._fade()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UnknownNameError
-from compress.objective import outputs_of
+from compress.outputs import logits_of
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
     ]
     try:
         with evaluating(model), torch.no_grad():
-            logits = outputs_of(model(example))[0]
+            logits = logits_of(model(example))
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from compress.distill.taps import Survey, Tap, survey, tapped
 from compress.errors import TrainingError
-from compress.objective import outputs_of
+from compress.outputs import logits_of
 
 FEATURES = dict[Tap, Tensor]
 
@@ -66,7 +66,7 @@ class TorchTeacher:
             self.model.to(device).to(memory_format=torch.channels_last).eval()
             self._placed = device
         with torch.no_grad(), tapped(self.model, taps) as seen:
-            logits = outputs_of(self.model(self._resized(images.to(device))))[0]
+            logits = logits_of(self.model(self._resized(images.to(device))))
         here = {tap: value.to(images.device) for tap, value in seen.items()}
         return logits.to(images.device), here
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
+from compress.outputs import leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
 OPSETS = range(18, 24)  # what torch writes and the three runtimes read
@@ -109,6 +110,10 @@ def convert(
     if dynamic_batch:
         batch = {0: torch.export.Dim("batch")}
         shapes = (*(batch for _ in example.args),) or dict.fromkeys(example.kwargs, batch)
+    names, order = _outputs(module, example)
+    if not _is_plain(module, example):
+        module = _Flat(module)
+        shapes = _of_variadic(shapes) if dynamic_batch else None
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -116,7 +121,7 @@ def convert(
                 example.args,
                 kwargs=example.kwargs,
                 input_names=example.names,
-                output_names=_output_names(module, example),
+                output_names=names,
                 opset_version=opset,
                 dynamic_shapes=shapes,
                 dynamo=True,
@@ -127,6 +132,9 @@ def convert(
             raise _cannot_trace(error, dynamic_batch) from error
     if program is None:
         raise ExportError("the exporter returned nothing")
+    outputs = program.model.graph.outputs
+    if len(outputs) == len(order):
+        outputs[:] = [outputs[i] for i in order]
     return program
 
 
@@ -151,13 +159,49 @@ def outputs_of(module: nn.Module, example: Example) -> list[Tensor]:
     """Return what ``module`` answers, as a flat list of tensors."""
     with torch.inference_mode():
         answer = module(*example.args, **example.kwargs)
-    leaves = torch.utils._pytree.tree_leaves(answer)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return tensors_of(answer)
 
 
-def _output_names(module: nn.Module, example: Example) -> list[str]:
-    count = len(outputs_of(module, example))
-    return ["logits"] if count == 1 else [f"output_{i}" for i in range(count)]
+class _Flat(nn.Module):
+    """A network whose outputs are a tuple of tensors: torch traces no own classes of outputs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Return the tensors of what the network returns, in its order."""
+        output = self.network(*args, **kwargs)
+        return tuple(leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor))
+
+
+def _of_variadic(shapes: Any) -> dict[str, Any]:
+    """Return dynamic shapes for a forward that takes ``*args`` and ``**kwargs``."""
+    return {"kwargs": shapes} if isinstance(shapes, dict) else {"args": shapes}
+
+
+def _is_plain(module: nn.Module, example: Example) -> bool:
+    """Say whether torch sees into what ``module`` returns."""
+    with torch.inference_mode():
+        answer = module(*example.args, **example.kwargs)
+    seen = torch.utils._pytree.tree_leaves(answer)
+    return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen)
+
+
+def _outputs(module: nn.Module, example: Example) -> tuple[list[str], list[int]]:
+    """Return names for the outputs in the network's order, and the order they are written in."""
+    with torch.inference_mode():
+        answer = module(*example.args, **example.kwargs)
+    given = [leaf for _, leaf in leaves(answer) if isinstance(leaf, Tensor)]
+    if len(given) < 2:
+        return ["logits"] * len(given), list(range(len(given)))
+    place, first = named_tensors(answer)[0]
+    main = next(i for i, tensor in enumerate(given) if tensor is first)
+    order = [main, *(i for i in range(len(given)) if i != main)]
+    names = [f"output_{order.index(i)}" for i in range(len(given))]
+    if place == "logits":
+        names[main] = place
+    return names, order
 
 
 def _cannot_trace(error: Exception, dynamic_batch: bool) -> ExportError:

@@ -107,6 +107,7 @@ class Network:
     parameters: frozenset[str]  # names of ``shapes`` that count as parameters
     followers: tuple[Follower, ...] = ()
     reductions: tuple[Reduction, ...] = ()
+    side_outputs: tuple[str, ...] = ()  # attributes that the forward leaves cut channels on
 
     def kept_units(self, keep: Mapping[str, Positions]) -> npt.NDArray[np.bool_]:
         """Return, for the units of all groups in a row, which are kept, (sum of sizes,).

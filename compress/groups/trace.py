@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from compress.errors import PlanError
+from compress.errors import ModelError, PlanError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
 from compress.groups.copying import meta_copy, named_tensors
 from compress.groups.counts import tag_attributes
@@ -23,6 +23,7 @@ from compress.groups.replay import MismatchError, Replay
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer, describe, place_of
 from compress.groups.units import find_units, layer_name
+from compress.outputs import tensors_of
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
@@ -111,7 +112,9 @@ class _Traced:
         self._named = self._label_tensors()
         with _attributes_restored(self._model):
             tag_attributes(self._model)
-            self._forwards = [self._forward(distrusted, training=False)]
+            before = {name: dict(m.__dict__) for name, m in self._model.named_modules()}
+            self._left: dict[str, list[Axes]] = {}
+            self._forwards = [self._forward(distrusted, training=False, before=before)]
             if self._unused():
                 with contextlib.suppress(PlanError):
                     self._forwards.append(self._forward(distrusted, training=True))
@@ -138,7 +141,13 @@ class _Traced:
             for name, tensor in self._tensors.items()
         }
 
-    def _forward(self, distrusted: Mapping[Key, str], *, training: bool) -> _Forward:
+    def _forward(
+        self,
+        distrusted: Mapping[Key, str],
+        *,
+        training: bool,
+        before: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> _Forward:
         self._model.train(training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
         tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted)
@@ -152,10 +161,10 @@ class _Traced:
             stopped = True
             why = f"the program goes on from it by values at {describe(place_of(cause))}"
             outputs = tensors_within_reach(cause)
-        for tensor in tree_leaves(outputs):
-            if isinstance(tensor, Tensor):
-                for axis in tracer.axes(tensor):
-                    self._ledger.freeze(axis, why)
+        for tensor in outputs:
+            tracer.freeze_output(tensor, why)
+        if before is not None:
+            self._left = _left_on_attributes(self._model, before, tracer)
         return _Forward(training, tracer.record, stopped)
 
     def _inputs_in(self, training: bool) -> Any:
@@ -210,6 +219,11 @@ class _Traced:
             parameters=parameters,
             followers=followers(self._components, self.units),
             reductions=self._reductions(),
+            side_outputs=tuple(
+                name
+                for name, rows in self._left.items()
+                if any(self._axis_units(axes) for axes in rows)
+            ),
         )
 
     def _frozen(self) -> dict[str, str]:
@@ -285,25 +299,43 @@ class _Traced:
         return None
 
 
-def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> Any:
-    """Return what ``model`` answers while ``mode`` watches.
+def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[Tensor]:
+    """Return the tensors that ``model`` returns while ``mode`` watches.
 
     Raises:
-        PlanError: the network raised an error; MismatchError: a replay went another way.
+        PlanError: the network raised an error, or returns what cannot be looked into;
+            MismatchError: a replay went another way.
     """
     args, kwargs = inputs
     watcher = CallWatcher(mode) if isinstance(mode, Tracer) else contextlib.nullcontext()
     try:
         with undisturbed(), mode, watcher:
-            return model(*args, **kwargs)
+            return tensors_of(model(*args, **kwargs))  # iterators run on while they are read
     except MismatchError:
         raise
+    except ModelError as error:
+        parts = {"where": error.where, "expected": error.expected, "fix": error.fix}
+        raise PlanError(error.what, **parts) from None
     except Exception as error:
         raise PlanError(
             f"the network does not run on the example input: {type(error).__name__}: {error}",
             where=type(model).__name__,
             expected="an example that the network accepts",
         ) from error
+
+
+def _left_on_attributes(
+    model: nn.Module, before: Mapping[str, Mapping[str, Any]], tracer: Tracer
+) -> dict[str, list[Axes]]:
+    """Return the labels of tensors that a forward left on attributes of modules, by their names."""
+    found: dict[str, list[Axes]] = {}
+    for place, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if value is not before.get(place, {}).get(name):
+                tensors = [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+                if tensors:
+                    found[f"{place}.{name}".lstrip(".")] = [tracer.axes(t) for t in tensors]
+    return found
 
 
 def _needs_values(error: BaseException) -> bool:

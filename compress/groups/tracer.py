@@ -6,7 +6,7 @@ import linecache
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
 Axes = tuple[Axis, ...]
 Place = tuple[str, int]  # file and line of the user's program
 Key = tuple[str, str, int]  # an op and its place
+Memory = tuple[int, tuple[int, ...]]
+Loose = tuple[Labels, str]  # channels that a tensor is made of, or numbers, and how
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent) + os.sep
 _SHAPE = torch.Tensor.shape
@@ -145,6 +147,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._origin: dict[int, str] = {id(t): name for t, name, _ in named}
         self._own = dict(self._origin)
         self._alive: list[Tensor] = [t for t, _, _ in named]
+        self._known = set(self._own)
+        self._aliases: dict[Memory, int] = {}  # where a labelled tensor lies -> its identity
+        self._loose: dict[int, dict[int, Loose]] = {}  # storage -> by identity of the labels
+        self._positions: dict[int, Loose] = {}  # storage of numbers of channels -> those channels
+        self._is_weighted = False
+        for tensor, _, _ in named:
+            self._register(tensor)
         self._rules = rules
         self._fallback = fallback
         self._distrusted = distrusted
@@ -152,8 +161,21 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def axes(self, tensor: Tensor) -> Axes:
         """Return the labels of each dimension of ``tensor``."""
-        found = self._axes.get(id(tensor))
+        found = self._axes.get(self._identity(tensor))
         return found if found is not None else (None,) * tensor.ndim
+
+    def _identity(self, tensor: Tensor) -> int:
+        """Return what a tensor is known by: another object over the same memory is the same.
+
+        ``as_subclass`` and ``nn.Parameter(x)`` make such objects without calling an op.
+        """
+        if id(tensor) in self._known or not self._aliases:
+            return id(tensor)
+        return self._aliases.get(_memory(tensor), id(tensor))
+
+    def _register(self, tensor: Tensor) -> None:
+        if any(axis is not None for axis in self._axes.get(id(tensor), ())):
+            self._aliases[_memory(tensor)] = id(tensor)
 
     def label(self, tensor: Tensor, axes: Sequence[Axis]) -> None:
         """Give an output its labels."""
@@ -161,15 +183,61 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def origin(self, tensor: Tensor) -> str | None:
         """Return the weight that ``tensor`` is, or was computed from alone; None otherwise."""
-        return self._origin.get(id(tensor))
+        return self._origin.get(self._identity(tensor))
 
     def is_own(self, tensor: Tensor) -> bool:
         """Say whether ``tensor`` is a parameter or buffer of the model itself."""
-        return id(tensor) in self._own
+        return self._identity(tensor) in self._own
 
     def freeze(self, labels: Axis, why: str) -> None:
         """Keep channels for a reason that the user reads, with the line of their code."""
         self.ledger.freeze(labels, lambda: f"{why} at {here()}")
+
+    def freeze_output(self, tensor: Tensor, why: str) -> None:
+        """Keep the channels that an output of the network has, is made of, or numbers."""
+        for axis in self.axes(tensor):
+            self.ledger.freeze(axis, why)
+        storage = _memory(tensor)[0]
+        for labels, reduced in self._loose.get(storage, {}).values():
+            self.ledger.freeze(labels, f"{reduced}, and {why}")
+        if storage in self._positions:
+            self.ledger.freeze(*self._positions[storage])
+
+    def reduced(self, call: Call, axes: Iterable[Axis]) -> None:
+        """Note that the outputs are made of channels that they do not have.
+
+        Where such an output reaches one of the network before a layer with weights takes it, the
+        channels are the network's answer as much as if they had been returned.
+        """
+        why = f"{call.name} makes one number of its channels at {here()}"
+        for out in call.outputs:
+            held = self._loose.setdefault(_memory(out)[0], {})
+            held.update({id(axis): (axis, why) for axis in axes if axis is not None})
+
+    def positions(self, call: Call, numbers: Tensor, axis: Axis) -> None:
+        """Note that ``numbers`` are numbers of channels: if anybody reads them, channels stay."""
+        if axis is not None:
+            why = f"{call.name} gives their numbers at {here()}"
+            self._positions[_memory(numbers)[0]] = (axis, why)
+
+    def weighted(self) -> None:
+        """Note that the running op is a layer that weighs its inputs."""
+        self._is_weighted = True
+
+    def _pass_on(self, call: Call, inputs: Sequence[Tensor]) -> None:
+        weighted, self._is_weighted = self._is_weighted, False
+        if not self._loose and not self._positions:
+            return
+        storages = [_memory(tensor)[0] for tensor in inputs]
+        if call.name not in kernels.SILENT:
+            for storage in storages:
+                if storage in self._positions:
+                    self.ledger.freeze(*self._positions[storage])
+        if weighted:
+            return
+        for held in [self._loose[s] for s in storages if s in self._loose]:
+            for out in call.outputs:
+                self._loose.setdefault(_memory(out)[0], {}).update(held)
 
     def unify(self, first: Axis, second: Axis, why: str) -> Axis:
         """Tie two axes of equal length together; where one cannot be cut the other cannot."""
@@ -220,7 +288,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = Call(name, func, args, kwargs, outputs, self.raw[-1])
         inputs = list(kernels.tensors_in(args))
         self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
+        self._known.update(map(id, outputs))
         self._apply(call, inputs)
+        self._pass_on(call, inputs)
         self._note(call, inputs)
         return result
 
@@ -236,14 +306,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self.ledger.freeze(axis, why)
 
     def _note(self, call: Call, inputs: list[Tensor]) -> None:
-        origins = [self._origin.get(id(t)) for t in inputs if t.ndim]
+        for out in call.outputs:
+            self._register(out)
+        origins = [self.origin(t) for t in inputs if t.ndim]
         for tensor in inputs:
-            if (own := self._own.get(id(tensor))) is not None:
+            if (own := self._own.get(self._identity(tensor))) is not None:
                 self.record.touched.setdefault(own)
         if origins and all(origins):
             largest = max((t for t in inputs if t.ndim), key=Tensor.numel)
             for out in call.outputs:
-                self._origin.setdefault(id(out), str(self._origin[id(largest)]))
+                self._origin.setdefault(id(out), str(self.origin(largest)))
         self._alive.extend(call.outputs)
         self._alive.extend(inputs)
         if call.name in kernels.SILENT:
@@ -257,6 +329,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 place(),
             )
         )
+
+
+def _memory(tensor: Tensor) -> Memory:
+    """Return where a tensor lies: its storage, then offset, shape and strides."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if tensor.layout != torch.strided:
+            return id(tensor), ()
+        shape = (tensor.storage_offset(), *tensor.size(), *tensor.stride())
+        return tensor.untyped_storage()._cdata, shape
 
 
 class CallWatcher(TorchFunctionMode):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -16,9 +17,10 @@ from torch.nn.modules.conv import _ConvNd
 from compress.criteria import Evidence, Need
 from compress.errors import DataError, PlanError, UsageError
 from compress.groups import Group, Network, Slice
+from compress.outputs import logits_of
+from compress.prune.loss import FittingLoss, Loss, checked
 
 Batches = Iterable[tuple[Tensor, Tensor]]
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits and labels
 Place = tuple[str, int]  # a parameter and one of its dimensions
 
 WATCHED = ("activations", "correlations")  # without gradients, in batches as they come
@@ -37,7 +39,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def evidence(
+def evidence(  # noqa: PLR0913 - options of criteria, each by its name
     model: nn.Module,
     network: Network,
     need: Need,
@@ -46,6 +48,7 @@ def evidence(
     images_per_gradient: int = 16,
     temperature: float = 1.0,
     seed: int = 0,
+    loss: Loss | None = None,
 ) -> Evidence:
     """Run ``batches`` through ``model`` and return what a criterion that ``need``s it is shown.
 
@@ -55,20 +58,24 @@ def evidence(
         model: The network to be pruned.
         network: What ``trace`` returned for it.
         need: "gradients", "answers", "hessian", "activations" or "correlations".
-        batches: Images, float32 (B, C, H, W), and their classes, int64 (B,).
+        batches: Images, float32 (B, C, H, W), and their targets, as ``FittingLoss`` takes them.
         images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
         temperature: Divides the logits that "answers" are drawn from.
         seed: Seed of the answers drawn, and of the random signs behind the curvature.
+        loss: Of what the network returns and the targets, a scalar; by default the one that fits.
 
     Raises:
         UsageError: there is not one batch.
         DataError: the model's output and the labels do not go together.
     """
     device = next(model.parameters()).device
+    fitting = FittingLoss()
+    of = fitting if loss is None else functools.partial(checked, loss)
+    size = None if need in WATCHED else images_per_gradient
     chunks = (
         (images.to(device), target.to(device))
         for batch in batches
-        for images, target in _chunks(batch, None if need in WATCHED else images_per_gradient)
+        for images, target in _chunks(batch, size, fitting)
     )
     with evaluating(model):
         if need == "activations":
@@ -76,18 +83,21 @@ def evidence(
         elif need == "correlations":
             found = _correlations(model, network, chunks, seed)
         elif need == "hessian":
-            found = _curvatures(model, network, chunks, seed)
+            found = _curvatures(model, network, chunks, seed, of)
         elif need == "answers":
             found = _products(model, network, chunks, _DrawnAnswers(temperature, seed))
         else:
-            found = _products(model, network, chunks, _labelled)
+            found = _products(model, network, chunks, of)
     if found is None:
         raise UsageError("batches holds no images", fix="Give at least one batch")
     return found
 
 
-def _chunks(batch: tuple[Tensor, Tensor], size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _chunks(
+    batch: tuple[Tensor, Tensor], size: int | None, fitting: FittingLoss
+) -> Iterator[tuple[Tensor, Tensor]]:
     images, target = batch
+    fitting.see(target)
     size = size or len(images)
     yield from zip(torch.split(images, size), torch.split(target, size), strict=True)
 
@@ -108,8 +118,8 @@ def _products(
     places = _places(network)
     rows: dict[Place, list[Tensor]] = defaultdict(list)
     for images, target in chunks:
-        weights, logits = _logits(model, places, images)
-        loss = loss_of(logits, target)
+        weights, output = _outputs(model, places, images)
+        loss = loss_of(output, target)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             product = (weight * gradient).detach()
@@ -119,15 +129,19 @@ def _products(
 
 
 def _curvatures(
-    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]], seed: int
+    model: nn.Module,
+    network: Network,
+    chunks: Iterable[tuple[Tensor, Tensor]],
+    seed: int,
+    loss_of: Loss,
 ) -> Evidence | None:
     places = _places(network)
     generator = torch.Generator().manual_seed(seed)
     totals: dict[Place, Tensor] = {}
     samples = 0
     for images, target in chunks:
-        weights, logits = _logits(model, places, images)
-        loss = _labelled(logits, target)
+        weights, output = _outputs(model, places, images)
+        loss = loss_of(output, target)
         values = list(weights.values())
         signs = [(torch.randint(0, 2, v.shape, generator=generator) * 2 - 1).to(v) for v in values]
         first = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
@@ -144,25 +158,13 @@ def _curvatures(
     return Evidence(curvatures={key: total / samples for key, total in totals.items()})
 
 
-def _logits(
+def _outputs(
     model: nn.Module, names: Iterable[str], images: Tensor
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Return parameters that share the model's memory but not its gradients, and the logits."""
+) -> tuple[dict[str, Tensor], Any]:
+    """Return parameters that share the model's memory but not its gradients, and the output."""
     known = dict(model.named_parameters(remove_duplicate=False))
     weights = {name: known[name].detach().requires_grad_() for name in names}
-    return weights, first_tensor(torch.func.functional_call(model, weights, (images,)))
-
-
-def _labelled(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (B, K) with labels (B,)."""
-    if logits.ndim != 2 or len(logits) != len(target) or int(target.max()) >= logits.shape[1]:
-        raise DataError(
-            f"the network's output {tuple(logits.shape)} does not fit labels "
-            f"{tuple(target.shape)} up to {int(target.max())}",
-            expected="logits (B, K) and labels (B,) below K",
-            fix="Use a criterion that needs no labels, such as fisher, l2 or activation",
-        )
-    return F.cross_entropy(logits, target)
+    return weights, torch.func.functional_call(model, weights, (images,))
 
 
 class _DrawnAnswers:
@@ -172,7 +174,8 @@ class _DrawnAnswers:
         self.temperature = temperature
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, logits: Tensor, _target: Tensor) -> Tensor:
+    def __call__(self, output: Any, _target: Tensor) -> Tensor:
+        logits = logits_of(output)
         if logits.ndim < 2 or logits.shape[1] < 2:
             raise DataError(
                 f"the network's output {tuple(logits.shape)} holds no logits of classes",
@@ -189,13 +192,6 @@ class _DrawnAnswers:
             )
         drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
         return F.cross_entropy(rows, drawn.to(rows.device))
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the first tensor of what a network returned: a tensor, a sequence or a mapping."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if hasattr(output, "values") else output))
-    return output
 
 
 def _summed(tensor: Tensor, dim: int) -> Tensor:

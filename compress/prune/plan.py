@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
 from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.evidence import Batches
 from compress.prune.latency import counts_for_latency
+from compress.prune.loss import Loss
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
 from compress.surgery import PrunePlan, make_plan
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     max_cut: float = 1.0,
     exclude: Iterable[str] = (),
     batches: Batches | None = None,
+    loss: Loss | None = None,
     seed: int = 0,
 ) -> PrunePlan:
     """Decide which channels of ``model`` to cut, so that one budget is kept.
@@ -92,6 +97,10 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         max_cut: Largest share of a group's channels that may go, in (0, 1].
         exclude: Layers, or modules holding layers, whose output channels stay.
         batches: Images (B, C, H, W) and labels (B,), for criteria that need data.
+        loss: ``loss(outputs, targets)``, a scalar, for criteria that take its gradients (taylor,
+            hessian): ``outputs`` is what ``model`` returns, ``targets`` comes from ``batches``. By
+            default cross-entropy for classes and rows of probabilities, binary cross-entropy for
+            labels 0 and 1 of the output's shape, squared error for values beyond [0, 1] and images.
         seed: Seed of random choices; the same seed gives the same plan.
 
     Returns:
@@ -116,7 +125,8 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     excluded = _excluded(model, network, limits.exclude)
     _check_something_to_cut(network, excluded)
     way = _normalize(normalize, scorer)
-    found = [normalized(v, way) for v in scores(model, network, scorer, batches, seed)]
+    _note_side_outputs(network)
+    found = [normalized(v, way) for v in scores(model, network, scorer, batches, seed, loss)]
     ladders = _ladders(network, found, limits, excluded)
     cost = CostModel(network)
     measured: dict[str, Any] = {}
@@ -143,7 +153,18 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
         "seed": seed,
     } | measured
+    if network.side_outputs:
+        about["side_outputs"] = list(network.side_outputs)
     return make_plan(_with_excluded(network, excluded), keep, **about)
+
+
+def _note_side_outputs(network: Network) -> None:
+    if network.side_outputs:
+        logger.warning(
+            "the network also leaves tensors on attributes, which get fewer channels: %s; return "
+            "them to keep their channels",
+            ", ".join(network.side_outputs),
+        )
 
 
 def _names(exclude: Iterable[str]) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from compress.errors import PlanError, UsageError
 from compress.groups import Group, Network
 from compress.prune.cost import Floats
 from compress.prune.evidence import Batches, evidence
+from compress.prune.loss import Loss
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -40,16 +41,22 @@ def scores(
     criterion: Criterion,
     batches: Batches | None,
     seed: int,
+    loss: Loss | None = None,
 ) -> list[Floats]:
     """Return the importance of the units of every group, (C,) each, higher = keep.
 
     Raises:
-        UsageError: the criterion needs images and ``batches`` is None or empty.
-        PlanError: it gives something else than one finite number for each unit.
+        UsageError: the criterion needs images and ``batches`` is None or empty, or takes no loss.
+        PlanError: it gives something else than one finite number for each unit, or the same to all.
     """
     seen = None
     needs = getattr(criterion, "needs", ())
     wanted = cast("tuple[Need, ...]", (needs,) if isinstance(needs, str) else needs)
+    if loss is not None and not {"gradients", "hessian"} & set(wanted):
+        raise UsageError(
+            f"criterion {spoken(criterion)!r} takes no gradients of a loss, but loss= is given",
+            fix="Leave loss out, or use taylor or hessian",
+        )
     if wanted:
         if batches is None:
             raise UsageError(
@@ -64,7 +71,9 @@ def scores(
             if hasattr(criterion, name)
         }
         batches = list(batches) if len(wanted) > 1 else batches
-        found = [evidence(model, network, n, batches, seed=seed, **options) for n in wanted]
+        found = [
+            evidence(model, network, n, batches, seed=seed, loss=loss, **options) for n in wanted
+        ]
         seen = functools.reduce(Evidence.joined, found)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     scales = frozenset(
@@ -72,10 +81,29 @@ def scores(
     )
     norms: dict[tuple[str, int, int], Tensor] = {}
     with torch.no_grad():
-        return [
+        rows = [
             _checked(criterion(ChannelGroup(group, tensors, scales, seen, norms)), group)
             for group in network.groups
         ]
+    _check_choice(rows, criterion, wanted)
+    return rows
+
+
+def _check_choice(rows: list[Floats], criterion: Criterion, needs: tuple[Need, ...]) -> None:
+    """Raise PlanError where all scores are equal: then nothing says which channels to keep."""
+    values = np.concatenate(rows) if rows else np.zeros(0)
+    if len(values) < 2 or (values != values[0]).any():
+        return
+    fix = (
+        "Give batches and a loss= whose gradient reaches the network"
+        if needs
+        else "Give trained weights, or use the criterion random"
+    )
+    raise PlanError(
+        f"the criterion {spoken(criterion)!r} gives every channel the same score, {values[0]:g}: "
+        "it does not say which to keep",
+        fix=fix,
+    )
 
 
 def spoken(criterion: Criterion) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from compress.errors import EngineError, UsageError
+from compress.outputs import tensors_of
 from compress.runtimes._session import BuildRequest, TensorSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -143,10 +144,7 @@ class PytorchSession:
         return tensor
 
     def _run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        answer = self._call(*inputs)
-        if isinstance(answer, torch.Tensor):
-            return [answer]
-        return [t for t in torch.utils._pytree.tree_leaves(answer) if isinstance(t, torch.Tensor)]
+        return tensors_of(self._call(*inputs))
 
     def _replayed(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         key = tuple((tuple(t.shape), t.dtype) for t in inputs)

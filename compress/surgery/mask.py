@@ -8,11 +8,13 @@ function than plain zeroing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.attention
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -64,17 +66,37 @@ class _Watcher:
 
     def __init__(self, items: tuple[KeptOnly, ...]) -> None:
         self._items = items
-        self._modes: list[_OverKept] = []
+        self._entered: list[tuple[_OverKept, contextlib.ExitStack]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watcher:
         return _Watcher(self._items)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        self._modes.append(_OverKept(self._items))
-        self._modes[-1].__enter__()  # type: ignore[no-untyped-call]
+        mode, stack = _OverKept(self._items), contextlib.ExitStack()
+        stack.enter_context(_unfused())
+        stack.enter_context(mode)
+        self._entered.append((mode, stack))
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._modes.pop().__exit__(None, None, None)  # type: ignore[no-untyped-call]
+    def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        mode, stack = self._entered.pop()
+        with stack:
+            if isinstance(output, Iterator):
+                output = iter(list(output))  # it runs on while it is read
+        if output is not None and not module.training:
+            mode.check_finished()
+        return output
+
+
+@contextlib.contextmanager
+def _unfused() -> Iterator[None]:
+    """Compute attention from the single ops that the trace saw: a fused one hides its softmax."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -85,6 +107,17 @@ class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._items = {(item.op, item.occurrence): item for item in items}
         self._watched = {_packet(item.op) for item in items}
         self._calls: dict[str, int] = {}
+        self._missing = set(self._items)
+
+    def check_finished(self) -> None:
+        """Raise PlanError if a call that must be computed over kept channels was not made."""
+        for op, occurrence in sorted(self._missing):
+            raise PlanError(
+                f"call {occurrence} of {op}, which mixes channels that were cut, was not made",
+                where="masked network",
+                expected="the same operations as when the plan was made",
+                fix="Run it in eval mode on inputs shaped like the plan's example",
+            )
 
     def __torch_dispatch__(
         self,
@@ -103,6 +136,7 @@ class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         item = self._items.get((name, occurrence))
         if item is None:
             return func(*args, **(kwargs or {}))
+        self._missing.discard((name, occurrence))
         return _over_kept(func, item, args, kwargs or {})
 
 

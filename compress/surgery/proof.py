@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from compress.errors import PlanError
 from compress.groups.copying import full_copy
 from compress.groups.trace import Example, inputs_of, undisturbed
+from compress.outputs import leaves
 from compress.surgery.cut import apply_pruning
 from compress.surgery.mask import mask_pruning
 from compress.surgery.plan import PrunePlan
@@ -27,6 +30,9 @@ def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
         model: The network the plan was made for; left as it is.
         plan: The plan to prove.
         example_input: An input with values, preferably random ones; as for ``trace``.
+
+    Raises:
+        PlanError: the network returns nothing that could be compared.
     """
     difference = _difference(model, plan, example_input)
     if difference <= TOLERANCE:
@@ -39,21 +45,41 @@ def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> fl
     with undisturbed():
         small = _answers(apply_pruning(model, plan), args, kwargs)
         twin = _answers(mask_pruning(model, plan), args, kwargs)
-    if [t.shape for t in small] != [t.shape for t in twin]:
+    if not twin:
+        raise PlanError(
+            "the network returns no tensor, number or text: nothing can be compared",
+            where=type(model).__name__,
+            fix="Return what it computes, or wrap it in a module that does",
+        )
+    if [_form(leaf) for leaf in small] != [_form(leaf) for leaf in twin]:
         return float("inf")
     return max((_relative(a, b) for a, b in zip(small, twin, strict=True)), default=0.0)
 
 
-def _answers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def _answers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     own, named = tree_map(_clone, (args, kwargs))  # a network may write into its inputs
-    outputs = model.eval()(*own, **named)
-    return [t for t in tree_leaves(outputs) if isinstance(t, Tensor)]
+    return [_value(leaf) for _, leaf in leaves(model.eval()(*own, **named)) if leaf is not None]
 
 
-def _relative(small: Tensor, twin: Tensor) -> float:
-    if not twin.numel():
+def _value(leaf: Any) -> Any:
+    """Return numbers as a tensor, everything else as it is."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().as_subclass(Tensor)
+    if isinstance(leaf, bool | int | float | complex | np.generic | np.ndarray):
+        array = np.asarray(leaf)
+        return torch.from_numpy(array) if array.dtype.kind in "biufc" else array.tolist()
+    return leaf
+
+
+def _form(leaf: Any) -> Any:
+    return leaf.shape if isinstance(leaf, Tensor) else leaf
+
+
+def _relative(small: Any, twin: Any) -> float:
+    if not isinstance(twin, Tensor) or not twin.numel():
         return 0.0
-    small, twin = small.double(), twin.double()
+    kind = torch.complex128 if twin.is_complex() else torch.float64
+    small, twin = small.to(kind), twin.to(kind)
     if not torch.isfinite(twin).all() or not torch.isfinite(small).all():
         return 0.0 if torch.equal(small.nan_to_num(), twin.nan_to_num()) else float("inf")
     scale = twin.abs().max().clamp_min(1e-12)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data import Dataset
-from compress.objective import outputs_of
+from compress.outputs import logits_of
 from compress.train.precision import autocast
 from compress.train.processes import Processes
 
@@ -49,7 +49,7 @@ def validate(
             target = torch.from_numpy(images.labels[indices]).to(processes.device)
             inputs = dataset.normalize(images.take(indices).to(processes.device))
             with autocast(precision, processes.device):
-                logits = outputs_of(model(inputs))[0].float()
+                logits = logits_of(model(inputs)).float()
             sums += _sums(logits, target)
     finally:
         for module, training in modes.items():

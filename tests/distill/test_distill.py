@@ -126,6 +126,22 @@ def test_is_cross_entropy_plus_the_weighted_losses():
     torch.testing.assert_close(value, expected)
 
 
+def test_logits_in_a_dict_teach_and_learn_like_bare_ones():
+    class InDict(Net):
+        def forward(self, x: Tensor) -> Any:
+            features = self.stages(x)
+            return {"features": features, "logits": self.linear(features.mean((2, 3)))}
+
+    images, target = batch()
+    losses = ({"kd": {}}, {"mgd": {}})
+    values = []
+    for kind in (Net, InDict):
+        torch.manual_seed(0)  # the adapters of mgd are drawn
+        student, teacher = net(1, kind), net(2, kind, width=6)
+        values.append(objective(student, teacher, losses=losses)(student, images, target))
+    torch.testing.assert_close(values[1], values[0])
+
+
 def test_losses_fade_in_over_the_warm_up():
     student, teacher = net(1), net(2)
     images, target = batch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -332,3 +333,53 @@ def test_reading_metadata_of_no_onnx_says_so(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"\xff\xffnot onnx")
     with pytest.raises(ExportError, match="cannot be read as ONNX"):
         read_metadata(tmp_path / "x.onnx")
+
+
+def test_logits_come_first_whatever_their_place_in_the_network(
+    small: Small, image: Tensor, tmp_path: Path
+):
+    class InDict(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = copy.deepcopy(small)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"positive": torch.relu(x), "logits": self.network(x), "half": x / 2}
+
+    path = export_onnx(InDict(), image, tmp_path / "dict.onnx")
+    outputs = [output.name for output in onnx.load(path).graph.output]
+    assert outputs == ["logits", "output_1", "output_2"]
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    logits, positive, half = session.run(None, {"input": image.numpy()})
+    with torch.no_grad():
+        expected = copy.deepcopy(small).eval()(image).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(positive, image.relu().numpy())
+    np.testing.assert_allclose(half, image.numpy() / 2)
+
+
+@dataclasses.dataclass
+class Record:
+    """Outputs of a network in a class that torch does not know."""
+
+    features: Tensor
+    logits: Tensor
+
+
+def test_outputs_in_a_class_of_ones_own_are_written(small: Small, image: Tensor, tmp_path: Path):
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = copy.deepcopy(small)
+
+        def forward(self, x: Tensor) -> Record:
+            return Record(torch.relu(x), self.network(x))
+
+    path = export_onnx(Own(), image, tmp_path / "own.onnx")
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits", "output_1"]
+    logits, features = session.run(None, {"input": image.numpy()})
+    with torch.no_grad():
+        expected = copy.deepcopy(small).eval()(image).numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    np.testing.assert_allclose(features, image.relu().numpy())

@@ -70,6 +70,25 @@ def test_equals_a_plain_script():
         torch.testing.assert_close(a, b)
 
 
+class InDict(nn.Module):
+    """A network whose logits come second, in a dict, beside features of another shape."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"features": torch.relu(x), "logits": self.network(x)}
+
+
+def test_logits_in_a_dict_are_trained_and_measured_like_bare_ones():
+    bare, measured = trained(channels_last=False)
+    inside, result = trained(InDict(plain()), channels_last=False)
+    assert result.last_top1_pct == measured.last_top1_pct
+    for a, b in zip(inside.state_dict().values(), bare.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("augment", [{}, {"crop_padding": 2, "flip": True}, {"mixup": 0.4}])
 def test_shown_batches_are_those_that_training_shows(augment: dict[str, Any]):
     seen: list[Tensor] = []

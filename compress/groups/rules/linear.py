@@ -31,6 +31,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     if bias is not None:
         made = tracer.unify(made, tracer.axes(bias)[0], "its bias cannot be cut")
     _produced(tracer, made)
+    tracer.weighted()
     tracer.label(out, (batch if x.ndim == out.ndim else None, made, *(None,) * spatial))
     cost = weight.numel() * math.prod((x if transposed else out).shape[2:]) * out.shape[0]
     _note_use(tracer, call, weight, cost, made, taken)
@@ -139,12 +140,18 @@ def matmul(tracer: Tracer, call: Call) -> None:
     cost = out.numel() * left.shape[-1]
     if tracer.origin(right) is not None and tracer.origin(left) is None:
         _produced(tracer, columns)
+        tracer.weighted()
         _note_use(tracer, call, right, cost, columns, inner_right)
     elif tracer.origin(left) is not None and tracer.origin(right) is None:
         _produced(tracer, rows)
+        tracer.weighted()
         _note_use(tracer, call, left, cost, rows, inner_left)
     elif inner is not None:
         tracer.restrict(call, mask_only=True)
+        if inner_right is not None and np.array_equal(
+            inner, inner_right
+        ):  # of channels with themselves, as in a norm
+            tracer.reduced(call, [inner])
 
 
 def vector(tracer: Tracer, call: Call) -> None:
@@ -152,6 +159,8 @@ def vector(tracer: Tracer, call: Call) -> None:
     left, right = call.args[:2]
     inner = tracer.unify(tracer.axes(left)[-1], tracer.axes(right)[-1], "a product sums it")
     tracer.label(call.outputs[0], tracer.axes(left)[:-1])
+    if (tracer.origin(left) is None) != (tracer.origin(right) is None):
+        tracer.weighted()
     if inner is not None:
         tracer.restrict(call, mask_only=True)
 

@@ -71,6 +71,9 @@ def reduction(tracer: Tracer, call: Call) -> None:
     dims = _reduced(call, x)
     if any(axes[d] is not None for d in dims):
         tracer.restrict(call)
+        tracer.reduced(call, [axes[d] for d in dims])
+    if len(call.outputs) == 2 and call.name in {"max", "min"} and dims:
+        tracer.positions(call, call.outputs[1], axes[next(iter(dims))])
     for out in call.outputs:
         if out.ndim == x.ndim:
             tracer.label(out, [None if d in dims else a for d, a in enumerate(axes)])
@@ -102,7 +105,8 @@ def ordering(tracer: Tracer, call: Call) -> None:
     """Sorting and picking by value: positions along the dimension lose their names."""
     x = call.args[0]
     at = 2 if call.name in {"topk", "kthvalue"} else 1
-    dim = call.kwargs.get("dim", call.argument(at, -1))
+    default = None if call.name in {"argmax", "argmin", "median", "nanmedian"} else -1
+    dim = call.kwargs.get("dim", call.argument(at, default))
     dims = range(x.ndim) if dim is None else (dim % max(x.ndim, 1),)
     axes: list[Axis] = list(tracer.axes(x))
     for d in dims:
@@ -147,7 +151,9 @@ RULES: dict[str, Rule] = {
         reduction,
     ),
     **dict.fromkeys(words("_softmax _log_softmax _safe_softmax softmax cumsum cumprod"), along),
-    **dict.fromkeys(words("topk sort argsort argmax argmin kthvalue median"), ordering),
+    **dict.fromkeys(
+        words("topk sort argsort argmax argmin kthvalue median nanmedian mode"), ordering
+    ),
     "_weight_norm_interface": weight_norm,
     "_weight_norm": weight_norm,
 }

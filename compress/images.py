@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -16,12 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.errors import DataError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from compress.fitting import Fit, ImageSize, sides
 
 Indices = Sequence[int] | NDArray[np.int64]
-RESIZE_MARGIN = 256 / 224  # short side over crop, as ImageNet networks are evaluated
 
 
 class Hash(Protocol):
@@ -145,19 +142,19 @@ class Names:
 
 @dataclass(frozen=True)
 class FileImages:
-    """Images decoded from files: resized, then cropped at the centre to ``size`` x ``size``."""
+    """Images decoded from files and fitted to one size."""
 
     folder: Path
     names: Names  # of the files, from ``folder`` on
     labels: NDArray[np.int64]
-    size: int
+    fit: Fit
     channels: int
     workers: int = 0
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
-        return self.channels, self.size, self.size
+        return self.channels, *self.fit.size
 
     def __len__(self) -> int:
         """Return how many images there are."""
@@ -172,7 +169,7 @@ class FileImages:
 
         def one(index: int) -> Tensor:
             path = self.folder / self.names[index]
-            return decoded(path, self.size, self.channels, where=str(path))
+            return decoded(path, self.fit, self.channels, where=str(path))
 
         return in_parallel(one, indices, self.workers)
 
@@ -193,8 +190,8 @@ def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) ->
         return torch.stack(list(pool.map(one, map(int, indices))))
 
 
-def decoded(source: Path | BinaryIO, size: int, channels: int, *, where: str) -> Tensor:
-    """Return an image file's pixels, fitted to ``size``, (C, size, size) uint8.
+def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> Tensor:
+    """Return an image file's pixels, RGB or grey, fitted to one size, (C, H, W) uint8.
 
     Raises:
         DataError: it is no readable image; the message begins with ``where``.
@@ -203,34 +200,18 @@ def decoded(source: Path | BinaryIO, size: int, channels: int, *, where: str) ->
 
     try:
         with Image.open(source) as image:
-            return _fit(image.convert("L" if channels == 1 else "RGB"), size)
+            return fit.pixels(image.convert("L" if channels == 1 else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(
             f"is not a readable image ({error})", where=where, fix="Replace or remove it"
         ) from None
 
 
-def _fit(image: Image.Image, size: int) -> Tensor:
-    """Return ``image`` resized by its short side, cropped at its centre, (C, size, size)."""
-    from PIL import Image as Pillow
-
-    short = round(size * RESIZE_MARGIN)
-    width, height = image.size
-    scale = short / min(width, height)
-    resized = image.resize(
-        (max(short, round(width * scale)), max(short, round(height * scale))),
-        Pillow.Resampling.BILINEAR,
-    )
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    pixels = np.array(resized.crop((left, top, left + size, top + size)), dtype=np.uint8)
-    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1).contiguous()
-
-
 def from_array(
     pixels: NDArray[np.uint8],
     labels: NDArray[Any],
     *,
-    size: int | None,
+    size: ImageSize | None,
     channels: int | None,
 ) -> MemoryImages:
     """Return (N, H, W) or (N, H, W, C) uint8 pixels as images of the wanted size and channels."""
@@ -242,15 +223,6 @@ def from_array(
     elif channels == 1 and tensor.shape[1] == 3:
         luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
         tensor = (tensor * luma).sum(1, keepdim=True).round().to(torch.uint8)
-    if size is not None and tuple(tensor.shape[2:]) != (size, size):
-        tensor = _resized(tensor, size)
+    if size is not None:
+        tensor = Fit(sides(size), "squash").tensor(tensor)
     return MemoryImages(tensor, np.asarray(labels, dtype=np.int64).reshape(-1))
-
-
-def _resized(tensor: Tensor, size: int) -> Tensor:
-    from torchvision.transforms.v2 import functional
-
-    parts = (
-        functional.resize(part, [size, size], antialias=True) for part in torch.split(tensor, 1024)
-    )
-    return torch.cat(list(parts))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress import progress
 from compress.errors import DataError
+from compress.fitting import Fit
 from compress.images import Hash, Images, Indices, Subset, decoded, in_parallel
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff"}
@@ -38,7 +39,7 @@ class ShardImages:
         places: Where each image's file begins in its shard, bytes, (N,).
         sizes: Of each image's file, bytes, (N,).
         labels: (N,).
-        size: Side of the decoded images.
+        fit: How images are fitted to one size.
         channels: 1 or 3.
         workers: Processes that decode ahead in training.
         window: Images among which the order of training is random.
@@ -49,7 +50,7 @@ class ShardImages:
     places: NDArray[np.int64]
     sizes: NDArray[np.int64]
     labels: NDArray[np.int64]
-    size: int
+    fit: Fit
     channels: int
     workers: int
     window: int
@@ -57,7 +58,7 @@ class ShardImages:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of every image."""
-        return self.channels, self.size, self.size
+        return self.channels, *self.fit.size
 
     def __len__(self) -> int:
         """Return how many images there are."""
@@ -85,7 +86,7 @@ class ShardImages:
                 content = file.read(size)
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from None
-        return decoded(io.BytesIO(content), self.size, self.channels, where=f"{path}, byte {place}")
+        return decoded(io.BytesIO(content), self.fit, self.channels, where=f"{path}, byte {place}")
 
 
 def shuffled(images: Images, random: np.random.Generator) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from shards import picture, sample, write_set, write_shard
+from torchvision.transforms import v2
 
 from compress.data import load_data, parse_reference
 from compress.data.webdataset import expanded
@@ -60,9 +61,8 @@ def test_shards_of_the_package_of_the_same_name_are_read(tmp_path):
     whole = load(tmp_path, image_size=24).splits["test"].images
     assert whole.labels.tolist() == [number % 3 for number in range(20)]
     side = round(24 * 256 / 224)  # resized to, before the crop
-    want = Image.fromarray(pixels[7]).resize((side, side), Image.Resampling.BILINEAR)
-    crop = np.array(want)[(side - 24) // 2 :][:24, (side - 24) // 2 :][:, :24]
-    assert np.array_equal(whole.take([7])[0].permute(1, 2, 0).numpy(), crop)
+    fitted = v2.Compose([v2.Resize(side), v2.CenterCrop(24), v2.PILToTensor()])
+    assert torch.equal(whole.take([7])[0], fitted(Image.fromarray(pixels[7])))
 
 
 def test_splits_go_by_the_names_of_shards(root):

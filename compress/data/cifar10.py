@@ -11,6 +11,7 @@ import numpy as np
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data.npz import Npz
 from compress.errors import DataError
+from compress.fitting import ImageSize
 from compress.images import from_array
 
 
@@ -25,7 +26,7 @@ class Cifar10:
     """
 
     root: str
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     channels: int | None = None
 
     reader: ClassVar[str] = "CIFAR10"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.data import Source
+from compress.fitting import ImageSize
 from compress.images import from_array
 
 TEST_SHARE = 5  # every fifth image is a test image
@@ -21,7 +22,7 @@ class Digits:
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
 
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     channels: int | None = None
 
     def load(self) -> Source:

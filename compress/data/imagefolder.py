@@ -10,27 +10,22 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
 from compress.images import FileImages, Images, Names
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
-DEFAULT_SIZE = 224
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Imagefolder:
+class Imagefolder(Pictures):
     """A folder of images: train/CLASS/*.jpg and val, validation or test/CLASS/*.jpg.
 
-    The short side is resized and the centre cropped to ``image_size`` (224 if absent). With both
-    a validation and a test folder the first is used to choose, the second to judge; with one of
+    With both a validation and a test folder the first is used to choose, the second to judge; with one of
     them that one is the test set. Sets that fit in 1 GiB once decoded are kept in memory.
     """
 
     root: str
-    image_size: int | None = None
-    channels: int | None = None
-    workers: int = 0
 
     def load(self) -> Source:
         """Return the images.
@@ -86,7 +81,7 @@ class Imagefolder:
             folder,
             names,
             np.repeat(np.arange(len(classes)), counts),
-            self.image_size or DEFAULT_SIZE,
+            self.fit,
             self.channels or 3,
             self.workers,
         )

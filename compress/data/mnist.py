@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compress.data import Source
 from compress.errors import DataError
+from compress.fitting import ImageSize
 from compress.images import MemoryImages, from_array
 
 UNSIGNED_BYTE = 0x08  # the only element type these files use
@@ -28,7 +29,7 @@ class Mnist:
     """
 
     root: str
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     channels: int | None = None
 
     folder: ClassVar[str] = "MNIST"

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.errors import DataError
+from compress.fitting import ImageSize
 from compress.images import MemoryImages, from_array
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
@@ -26,7 +27,7 @@ class Npz:
     """
 
     root: str
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     channels: int | None = None
 
     def load(self) -> Source:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data.imagefolder import DEFAULT_SIZE
+from compress.data._pictures import Pictures
 from compress.errors import DataError
 from compress.images import Images, Subset
 from compress.shards import Shard, ShardImages, read_shards
@@ -26,23 +26,20 @@ RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
 
 @dataclass(frozen=True)
-class Webdataset:
+class Webdataset(Pictures):
     """WebDataset shards: tar files of NAME.jpg and NAME.cls or NAME.json, read where they lie.
 
     ROOT is a folder of them, or their paths: with braces, ``data/{train,val}-{000..146}.tar``, and
     several with commas. Shards called val or test are validation and test images, as with image
-    folders; where none is, a tenth of the images is held back as the test set. The short side is
-    resized and the centre cropped to ``image_size`` (224 if absent). Only place, size and class of
-    each image are kept in memory. The order of training is random among ``shuffle_buffer`` images.
+    folders; where none is, a tenth of the images is held back as the test set. Only place, size and
+    class of each image are kept in memory. The order of training is random among
+    ``shuffle_buffer`` images.
 
     Source: Aizman et al., High Performance I/O For Large Scale Deep Learning, 2019,
     https://arxiv.org/abs/2001.01858. No pickles are read, and no URLs of other machines.
     """
 
     root: str
-    image_size: int | None = None
-    channels: int | None = None
-    workers: int = 0
     shuffle_buffer: int = 10_000
 
     def load(self) -> Source:
@@ -81,7 +78,7 @@ class Webdataset:
             np.concatenate([shard.places for shard in shards]),
             np.concatenate([shard.sizes for shard in shards]),
             np.concatenate([shard.labels for shard in shards]),
-            self.image_size or DEFAULT_SIZE,
+            self.fit,
             self.channels or 3,
             self.workers,
             self.shuffle_buffer,

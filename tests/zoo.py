@@ -890,3 +890,180 @@ class ThreeDimensional(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.b(F.relu(self.bn(self.a(x)))).mean((2, 3, 4)))
+
+
+class Stages(nn.Module):
+    """Three stages and a linear layer; subclasses put their difficulty between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.deep = conv_bn(3, 16), conv_bn(16, 24), conv_bn(24, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deep(self.between(self.wide(self.stem(x)))).mean((2, 3)))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+
+@zoo()
+class ScaleChecked(Stages):
+    """Images of 0..255 are scaled: the program looks at the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 255 if x.max() > 10 else x)
+
+
+@zoo()
+class NanChecked(Stages):
+    """A check for NaN between two layers."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if torch.isnan(x).any():
+            raise ValueError("not a number")
+        return x
+
+
+@zoo()
+class ValuesPrinted(Stages):
+    """Values are taken out of the network for a log: as a number, and in numpy."""
+
+    def between(self, x: Tensor) -> Tensor:
+        self.log = f"{x.mean().item():.3f} {x.mean((1, 2, 3)).numpy().max():.3f}"
+        return x
+
+
+@zoo()
+class CountInBuffer(Stages):
+    """How often a step is repeated, and a factor, are values of the network's own tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("times", torch.tensor(2))
+        self.strides = torch.tensor([4.0])
+
+    def between(self, x: Tensor) -> Tensor:
+        for _ in range(int(self.times)):
+            x = x + F.relu(x)
+        return x * x.new_full((1, 1, 1, 1), self.strides[0])
+
+
+@zoo()
+class ValuesChoose(Stages):
+    """Pixels chosen by value: shapes depend on the image, what follows has the same channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        bright = x.mean((0, 2, 3)) > 0
+        return x * (1 + len(bright.new_ones(int(bright.new_ones(2).sum())).nonzero()))
+
+
+@zoo()
+class DroppedChannels(Stages):
+    """Dropout of whole channels, and a head that runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.aux = nn.Dropout2d(0.1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.drop(self.wide(self.stem(x)))
+        logits = self.head(self.deep(x).mean((2, 3)))
+        return (logits, self.aux(x.mean((2, 3)))) if self.training else logits
+
+
+@zoo()
+class KernelOfOne(nn.Module):
+    """A convolution with kernel 1 over stacked vectors does not slide along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = conv_bn(3, 16), nn.Conv1d(3, 1, 1)
+        self.branches = nn.ModuleList(conv_bn(16, 24) for _ in "abc")
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        rows = torch.stack([branch(x).mean((2, 3)) for branch in self.branches], 1)
+        return self.head(self.mix(rows).squeeze(1))
+
+
+@zoo()
+class UnitLength(Stages):
+    """F.normalize over the channels: its norm is expanded inside PyTorch's function."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
+
+
+@zoo()
+class SplitRest(Stages):
+    """``split([part, width - part])``: a difference of two attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.part = 24, 8
+        self.mixed = nn.Conv2d(8, 8, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        first, rest = torch.split(x, [self.part, self.width - self.part], 1)
+        return torch.cat([self.mixed(first), rest], 1)
+
+
+@zoo()
+class SplitRestFirst(SplitRest):
+    """The difference comes before the attribute that it is made of."""
+
+    def between(self, x: Tensor) -> Tensor:
+        rest, first = x.split([self.width - self.part, self.part], dim=1)
+        return torch.cat([rest, self.mixed(first)], 1)
+
+
+@zoo()
+class MergedWeight(nn.Module):
+    """``weight.data = ...`` in eval mode: branches are merged before each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 1)
+        self.merged = nn.Conv2d(3, 16, 3, padding=1)
+        self.deep, self.head = conv_bn(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = self.a(x) + self.b(x)
+        else:
+            self.merged.weight.data = self.a.weight + F.pad(self.b.weight, (1, 1, 1, 1))
+            self.merged.bias.data = self.a.bias + self.b.bias
+            x = self.merged(x)
+        return self.head(self.deep(F.relu(x)).mean((2, 3)))
+
+
+@zoo()
+class ReshapedInPlace(Stages):
+    """Dimensions are added, removed and exchanged in place."""
+
+    def between(self, x: Tensor) -> Tensor:
+        x = x * 2
+        x.unsqueeze_(1).squeeze_(1).transpose_(1, 2)
+        return x.transpose_(2, 1)
+
+
+@zoo()
+class MedianTaken(Stages):
+    """The median of everything is subtracted: it looks across the channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x - x.median()
+
+
+@zoo()
+class WidthAsserted(Stages):
+    """An assertion on a width keeps that layer, not the one after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.wide(x)
+        assert x.shape[1] == 24
+        x = self.deep(x)
+        return self.head(x.mean((2, 3)))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import kernels
+from compress.groups.calls import TAKERS, WatchedCalls
 from compress.groups.counts import Attribute, Count, Extent
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
 
@@ -62,6 +62,7 @@ class Step:
     scalars: tuple[float, ...]
     inputs: tuple[Axes, ...]
     place: Place
+    value: Any = None  # a number the op gave instead of tensors
 
     @property
     def key(self) -> Key:
@@ -116,6 +117,7 @@ class Record:
     steps: list[Step] = field(default_factory=list)
     restricted: list[Restricted] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    taken: list[Any] = field(default_factory=list)  # values that the program took out, in order
     touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use
     occurrences: dict[str, int] = field(default_factory=dict)
 
@@ -127,6 +129,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ledger: Collects what belongs together.
         named: Tensor of the model -> (name, labels for each dimension).
         rules: Op name -> rule.
+        on: Where tensors that the program makes are made; None leaves that to the program.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rules: Mapping[str, Rule],
         fallback: Rule,
         distrusted: Mapping[Key, str],
+        on: torch.device | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
@@ -144,10 +148,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
         self._origin: dict[int, str] = {id(t): name for t, name, _ in named}
         self._own = dict(self._origin)
+        self._assigned: set[int] = set()  # parameters whose values the program replaced
         self._alive: list[Tensor] = [t for t, _, _ in named]
         self._rules = rules
         self._fallback = fallback
         self._distrusted = distrusted
+        self._on = on
         self._restricted: tuple[Call, bool] | None = None
 
     def axes(self, tensor: Tensor) -> Axes:
@@ -165,7 +171,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_own(self, tensor: Tensor) -> bool:
         """Say whether ``tensor`` is a parameter or buffer of the model itself."""
-        return id(tensor) in self._own
+        return id(tensor) in self._own and id(tensor) not in self._assigned
 
     def freeze(self, labels: Axis, why: str) -> None:
         """Keep channels for a reason that the user reads, with the line of their code."""
@@ -215,14 +221,39 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one op, then its rule."""
         kwargs = kwargs or {}
         name = kernels.op_name(func)
-        result = kernels.run(func, name, args, kwargs)
+        before = self._as_before(func, args)
+        result = kernels.run(func, name, args, kwargs, self._on)
         outputs = tuple(kernels.tensors_in(result))
-        call = Call(name, func, args, kwargs, outputs, self.raw[-1])
-        inputs = list(kernels.tensors_in(args))
+        call = Call(name, func, before, kwargs, outputs, self.raw[-1])
+        inputs = list(kernels.tensors_in(before))
         self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
         self._apply(call, inputs)
-        self._note(call, inputs)
+        value = result if not outputs and not isinstance(result, Tensor | list | tuple) else None
+        self._note(call, inputs, value)
         return result
+
+    def _as_before(self, func: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of an op that reshapes its first in place, with that as it was."""
+        if torch.Tag.inplace_view not in func.tags:
+            return args
+        before = args[0].detach()
+        self.label(before, self.axes(args[0]))
+        return (before, *args[1:])
+
+    def assign(self, tensor: Tensor, values: Tensor) -> None:
+        """Note that the program writes ``tensor.data = values``: its channels are theirs."""
+        mine, theirs = self.axes(tensor), self.axes(values)
+        if len(mine) == len(theirs) == tensor.ndim:
+            mine = tuple(
+                self.unify(a, b, "the program sets it from something fixed") if a is not b else a
+                for a, b in zip(mine, theirs, strict=True)
+            )
+            self.label(tensor, mine)
+        else:
+            for axis in (*mine, *theirs):
+                self.freeze(axis, "the program gives a tensor another shape")
+            self.label(tensor, (None,) * tensor.ndim)
+        self._assigned.add(id(tensor))
 
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
         rule = self._rules.get(call.name)
@@ -230,12 +261,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rule = kernels.pointwise_rule(call.func, self._rules, self._fallback)
         rule(self, call)
         self._write_restricted()
+        for out in call.outputs:
+            if len(self.axes(out)) != out.ndim:  # an op without a rule reshaped it in place
+                self.label(out, (None,) * out.ndim)
         if self._distrusted and (why := self._distrusted.get((call.name, *place()))) is not None:
             for tensor in (*inputs, *call.outputs):
                 for axis in self.axes(tensor):
                     self.ledger.freeze(axis, why)
 
-    def _note(self, call: Call, inputs: list[Tensor]) -> None:
+    def _note(self, call: Call, inputs: list[Tensor], value: Any) -> None:
         origins = [self._origin.get(id(t)) for t in inputs if t.ndim]
         for tensor in inputs:
             if (own := self._own.get(id(tensor))) is not None:
@@ -255,11 +289,12 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kernels.scalars_in(call.name, call.args, call.kwargs),
                 tuple(self.axes(t) for t in inputs),
                 place(),
+                value,
             )
         )
 
 
-class CallWatcher(TorchFunctionMode):
+class CallWatcher(WatchedCalls):
     """Remembers the program's own calls for the rules, and turns shapes into Counts."""
 
     def __init__(self, tracer: Tracer) -> None:
@@ -282,9 +317,16 @@ class CallWatcher(TorchFunctionMode):
         raw = self._tracer.raw
         raw.append(RawCall(func, args, kwargs))
         try:
-            return func(*args, **kwargs)
+            result = self.inside(func, args, kwargs)
         finally:
             raw.pop()
+        if (name := getattr(func, "__name__", "")) in TAKERS:
+            for axis in self._tracer.axes(args[0]):
+                self._tracer.freeze(axis, "the program takes its values")
+            self._tracer.record.taken.append(result)
+        elif name == "__set__" and func.__self__ is torch.Tensor.data:
+            self._tracer.assign(args[0], args[1])
+        return result
 
     def _shape(self, tensor: Tensor) -> Iterator[int]:
         for size, axis in zip(tensor.size(), self._tracer.axes(tensor), strict=True):

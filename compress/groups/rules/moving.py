@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from compress.groups.counts import Count, Extent
+from compress.groups.counts import Count, Extent, origin_of
 from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
 from compress.groups.rules.layout import copies, follow
 from compress.groups.tracer import Call, Rule, Tracer
 
+_WHOLE_CHANNELS = frozenset(words("feature_dropout feature_alpha_dropout"))
 _CONSTANT = "has channel counts written in the program"
 
 
@@ -96,7 +97,8 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
         if halves and len(set(sizes)) == 1:
             for part in parts[1:]:
                 tracer.ledger.unify(part, parts[0])
-        for part, count in zip(parts, given, strict=True):
+        pairs = zip(parts, given, strict=True)
+        for part, count in sorted(pairs, key=lambda pair: origin_of(pair[1]) is None):
             if not isinstance(count, Count) or (count in halves and len(set(sizes)) > 1):
                 tracer.freeze(part, f"split {_CONSTANT}")
             else:
@@ -238,6 +240,10 @@ def unbind(tracer: Tracer, call: Call) -> None:
 def made(tracer: Tracer, call: Call) -> None:
     """Zeros, ones and the like: channels that can be cut if the program's size can follow."""
     out = call.outputs[0]
+    if call.raw.name in _WHOLE_CHANNELS:  # noise for each channel: its size is the input's
+        axes = tracer.axes(call.raw.args[0])
+        tracer.label(out, [a if n > 1 else None for a, n in zip(axes, out.shape, strict=True)])
+        return
     given = call.raw.args[1 if call.name.startswith("new_") else 0 :] or (
         call.raw.kwargs.get("size"),
     )

@@ -115,6 +115,11 @@ def ordering(tracer: Tracer, call: Call) -> None:
             tracer.label(out, [a for d, a in enumerate(axes) if d not in set(dims)])
 
 
+def median(tracer: Tracer, call: Call) -> None:
+    """The median of all values looks across everything, as a mean does; along one it picks."""
+    (reduction if len(call.args) == 1 else ordering)(tracer, call)
+
+
 def weight_norm(tracer: Tracer, call: Call) -> None:
     """``g * v / |v|``: the norm is over every dimension but one."""
     v, g, dim = call.args[0], call.args[1], call.argument(2, 0)
@@ -147,7 +152,8 @@ RULES: dict[str, Rule] = {
         reduction,
     ),
     **dict.fromkeys(words("_softmax _log_softmax _safe_softmax softmax cumsum cumprod"), along),
-    **dict.fromkeys(words("topk sort argsort argmax argmin kthvalue median"), ordering),
+    **dict.fromkeys(words("topk sort argsort argmax argmin kthvalue"), ordering),
+    **dict.fromkeys(words("median nanmedian"), median),
     "_weight_norm_interface": weight_norm,
     "_weight_norm": weight_norm,
 }

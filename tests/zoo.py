@@ -1067,3 +1067,61 @@ class WidthAsserted(Stages):
         assert x.shape[1] == 24
         x = self.deep(x)
         return self.head(x.mean((2, 3)))
+
+
+@zoo()
+class FusedAttention(Classifier):
+    """PyTorch's own attention with its default scale, which counts the channels of a head."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.heads = nn.Linear(16, 48), nn.Linear(16, 16), 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.flatten(2).transpose(1, 2)
+            b, n, c = rows.shape
+            qkv = self.qkv(rows).reshape(b, n, 3, self.heads, c // self.heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+            return x + self.out(y).transpose(1, 2).reshape(x.shape)
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+class ReadsText(nn.Module):
+    """A CNN whose columns a recurrent layer reads one after another (CRNN)."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.deep, self.cell = conv_bn(3, 16), conv_bn(16, 24, stride=2), cell
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.deep(self.stem(x)).mean(2).transpose(1, 2)
+        return self.head(self.cell(columns)[0])
+
+
+@zoo()
+class RecurrentLstm(ReadsText):
+    """Two layers of an LSTM, in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LSTM(24, 10, 2, batch_first=True, bidirectional=True))
+
+
+@zoo()
+class RecurrentGru(ReadsText):
+    """A GRU."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.GRU(24, 20, batch_first=True))
+
+
+@zoo()
+class QuantileTaken(Stages):
+    """A quantile of everything is subtracted, and one of each image's channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x - x.quantile(0.3) - torch.quantile(x, 0.8, dim=1, keepdim=True)

@@ -9,6 +9,17 @@ from typing import Any
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+WHOLE = frozenset(  # followed as one op each
+    (
+        "scaled_dot_product_attention",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "quantile",
+        "nanquantile",
+    )
+)
 TAKERS = frozenset(("tolist", "numpy", "__array__"))  # they give values that are no tensors
 
 
@@ -40,6 +51,12 @@ def opened(function: types.FunctionType) -> types.FunctionType:
         copy.__kwdefaults__ = function.__kwdefaults__
         _OPENED[function] = copy
     return _OPENED[function]
+
+
+def whole_name(func: Any) -> str | None:
+    """Return the name of a call that is followed as a whole, None for any other."""
+    name = getattr(func, "__name__", None)
+    return name if name in WHOLE else None
 
 
 class WatchedCalls(TorchFunctionMode):

@@ -118,6 +118,12 @@ def _group_norm(module: nn.Module) -> None:
         module.num_channels = len(module.weight)  # type: ignore[assignment]
 
 
+def _recurrent(module: nn.Module) -> None:
+    own = module._parameters
+    module.input_size = own["weight_ih_l0"].shape[1]  # type: ignore[union-attr, assignment]
+    module._flat_weights = [own[name] for name in module._flat_weights_names]  # type: ignore[union-attr, assignment]
+
+
 def _prelu(module: nn.Module) -> None:
     module.num_parameters = module.weight.numel()  # type: ignore[operator, assignment]
 
@@ -129,4 +135,5 @@ _FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.LayerNorm, _layer_norm),
     (nn.GroupNorm, _group_norm),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import kernels
-from compress.groups.calls import TAKERS, WatchedCalls
+from compress.groups.calls import TAKERS, WatchedCalls, whole_name
 from compress.groups.labels import Axis
 from compress.groups.tracer import Key, Record, describe, here, place_of
 
@@ -53,6 +53,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._stays = stays
         self._on = on
         self._done = 0
+        self._inside_whole = False
         self._running = False  # an op runs: what is raised comes from it, not from the program
         self._sizes: dict[int, int] = {}
 
@@ -67,19 +68,43 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = kernels.op_name(func)
         if name in kernels.SILENT:
             return func(*args, **(kwargs or {}))
+        given = kwargs or {}
+        if self._inside_whole:
+            return kernels.run(func, name, args, given, self._on)
+        dynamic = self._on is None and kernels.depends_on_values(func, args)
+        scalars = kernels.scalars_in(name, args, given)
+        return self._compare(
+            name, lambda: kernels.run(func, name, args, given, self._on), scalars, dynamic=dynamic
+        )
+
+    def whole(self, name: str, run: Callable[[], Any]) -> Any:
+        """Run a call that was followed as one op and compare it."""
+        self._inside_whole = True
+        try:
+            return self._compare(name, run, None)
+        finally:
+            self._inside_whole = False
+
+    def _compare(
+        self,
+        name: str,
+        run: Callable[[], Any],
+        scalars: tuple[float, ...] | None,
+        *,
+        dynamic: bool = False,
+    ) -> Any:
         if self.finished:
             raise self._mismatch("the pruned network does more than the original")
         step = self._steps[self._done]
         if step.name != name:
             raise self._mismatch(f"the pruned network calls {name} where the original {step.name}")
-        scalars = kernels.scalars_in(name, args, kwargs or {})
-        if scalars != step.scalars:
+        if scalars is not None and scalars != step.scalars:
             raise self._mismatch(f"{name} is given a number that depends on the channel count")
         self._running = True
-        result = kernels.run(func, name, args, kwargs or {}, self._on)
+        result = run()
         self._running = False
         expected = [self._expected(shape, axes) for shape, axes in step.outputs]
-        if self._on is None and kernels.depends_on_values(func, args):
+        if dynamic:
             result = _reshaped(result, iter(expected))
         shapes = [tuple(out.shape) for out in kernels.tensors_in(result)]
         if shapes != expected:
@@ -153,6 +178,8 @@ class ReplayCalls(WatchedCalls):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one call of the program."""
+        if (whole := whole_name(func)) is not None:
+            return self._replay.whole(whole, lambda: func(*args, **(kwargs or {})))
         result = self.inside(func, args, kwargs or {})
         return self._replay.take(result) if getattr(func, "__name__", "") in TAKERS else result
 

@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import kernels
-from compress.groups.calls import TAKERS, WatchedCalls
+from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, whole_name
 from compress.groups.counts import Attribute, Count, Extent
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
 
@@ -96,7 +96,7 @@ class Call:
     """One op on its way through the rules."""
 
     name: str
-    func: OpOverload
+    func: Any  # the op; the program's function where a call is followed as a whole
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
@@ -154,6 +154,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._fallback = fallback
         self._distrusted = distrusted
         self._on = on
+        self._inside_whole = False
         self._restricted: tuple[Call, bool] | None = None
 
     def axes(self, tensor: Tensor) -> Axes:
@@ -200,10 +201,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._restricted is None:
             return
         (call, mask_only), self._restricted = self._restricted, None
+        whole = call.name in WHOLE
         tensors = [(i, a) for i, a in enumerate(call.args) if isinstance(a, Tensor)]
         self.record.restricted.append(
             Restricted(
-                str(call.func),
+                f"aten.{call.name}.whole" if whole else str(call.func),
                 self.record.occurrences[call.name] - 1,
                 tuple((i, self.axes(a)) for i, a in tensors),
                 tuple(self.axes(out) for out in call.outputs),
@@ -221,16 +223,32 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one op, then its rule."""
         kwargs = kwargs or {}
         name = kernels.op_name(func)
+        if self._inside_whole:
+            return kernels.run(func, name, args, kwargs, self._on)
         before = self._as_before(func, args)
         result = kernels.run(func, name, args, kwargs, self._on)
-        outputs = tuple(kernels.tensors_in(result))
-        call = Call(name, func, before, kwargs, outputs, self.raw[-1])
-        inputs = list(kernels.tensors_in(before))
+        self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
+        return result
+
+    def whole(self, name: str, run: Callable[[], Any]) -> Any:
+        """Return the result of the program's present call, followed as one op."""
+        raw = self.raw[-1]
+        self._inside_whole = True
+        try:
+            result = run()
+        finally:
+            self._inside_whole = False
+        self._follow(Call(name, raw.function, raw.args, raw.kwargs, (), raw), result)
+        return result
+
+    def _follow(self, call: Call, result: Any) -> None:
+        name, outputs = call.name, tuple(kernels.tensors_in(result))
+        call.outputs = outputs
+        inputs = list(kernels.tensors_in((*call.args, *call.kwargs.values())))
         self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
         self._apply(call, inputs)
         value = result if not outputs and not isinstance(result, Tensor | list | tuple) else None
         self._note(call, inputs, value)
-        return result
 
     def _as_before(self, func: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the arguments of an op that reshapes its first in place, with that as it was."""
@@ -317,6 +335,8 @@ class CallWatcher(WatchedCalls):
         raw = self._tracer.raw
         raw.append(RawCall(func, args, kwargs))
         try:
+            if (whole := whole_name(func)) is not None:
+                return self._tracer.whole(whole, lambda: func(*args, **kwargs))
             result = self.inside(func, args, kwargs)
         finally:
             raw.pop()

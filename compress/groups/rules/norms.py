@@ -66,16 +66,21 @@ def group_norm(tracer: Tracer, call: Call) -> None:
 
 def reduction(tracer: Tracer, call: Call) -> None:
     """Reduced dimensions go (or have size one); where they could be cut the twin is told."""
+    label_reduced(tracer, call, _reduced(call, call.args[0]))
+
+
+def label_reduced(tracer: Tracer, call: Call, dims: set[int], leading: int = 0) -> None:
+    """Label the outputs of a reduction over ``dims``, with ``leading`` dimensions before."""
     x = call.args[0]
     axes = tracer.axes(x)
-    dims = _reduced(call, x)
     if any(axes[d] is not None for d in dims):
         tracer.restrict(call)
     for out in call.outputs:
-        if out.ndim == x.ndim:
-            tracer.label(out, [None if d in dims else a for d, a in enumerate(axes)])
+        new = (None,) * leading
+        if out.ndim == x.ndim + leading:
+            tracer.label(out, [*new, *(None if d in dims else a for d, a in enumerate(axes))])
         else:
-            tracer.label(out, [a for d, a in enumerate(axes) if d not in dims])
+            tracer.label(out, [*new, *(a for d, a in enumerate(axes) if d not in dims)])
 
 
 def _reduced(call: Call, x: Tensor) -> set[int]:

@@ -59,6 +59,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from compress.packages import DISTRIBUTION, version
+
+        return version(DISTRIBUTION) or "unknown: not installed"
     if name not in _HOMES:
         raise AttributeError(f"module 'compress' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

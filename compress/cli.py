@@ -15,14 +15,13 @@ from compress.errors import CompressError, UsageError
 if TYPE_CHECKING:
     from compress.commands.verbs import Done
 
-# Of whichever click this typer carries; it has no public name there.
-ClickException: Any = typer.BadParameter.__mro__[2]
+# Of whichever click this typer carries: the class with show(), which has no public name there.
+ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
 GATE_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     help="Prune, distill and quantize trained CNNs, export them to engines, and prove it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -47,9 +46,27 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
 
 
+def _version(asked: bool) -> None:
+    """Print the version and stop, if asked to."""
+    if asked:
+        from compress import __version__
+
+        _print(f"compress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")
+    ] = False,
+) -> None:
+    """Prune, distill and quantize trained CNNs, export them to engines, and prove it."""
+
+
 @app.command()
 def run(
-    recipe: Annotated[Path, typer.Argument(help="Recipe, YAML")],
+    recipe: Annotated[Path, typer.Argument(help="Recipe: a YAML file, or a name of compress list")],
     out: Out = None,
     overrides: Set = None,
     fresh: Fresh = False,
@@ -349,7 +366,7 @@ def check(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="criteria, losses, observers, runtimes or data")
+        str | None, typer.Argument(help="criteria, losses, observers, runtimes, data or recipes")
     ] = None,
 ) -> None:
     """List what there is, one line each."""
@@ -357,8 +374,10 @@ def list_(
 
 
 @app.command()
-def show(plugin: Annotated[str, typer.Argument(help="KIND/NAME, as in criteria/l1")]) -> None:
-    """Show the documentation and the options of a criterion, loss, observer, runtime or data."""
+def show(
+    plugin: Annotated[str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune")],
+) -> None:
+    """Show the documentation and the options of one plug-in, or of one stage of a recipe."""
     _print(commands.show(plugin))
 
 

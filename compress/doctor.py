@@ -36,7 +36,6 @@ OPTIONAL = {  # distribution: (extra, what it enables)
     "tensorrt": ("tensorrt", "engines for the NVIDIA GPU at hand"),
     "tensorrt-rtx": ("tensorrt-rtx", "engines for RTX GPUs, built on any x86-64 machine"),
     "timm": ("timm", "networks by timm:NAME"),
-    "optuna": ("search", "search over recipes"),
     "captum": ("explain", "attributions in the report"),
     "tensorboard": ("tracking", "training curves in TensorBoard"),
     "mlflow": ("tracking", "runs in MLflow"),
@@ -82,11 +81,6 @@ class Examination:
     packages: tuple[Piece, ...]
     runtimes: tuple[RuntimeState, ...]
     trials: tuple[Trial, ...] = field(default=())
-
-    @property
-    def healthy(self) -> bool:
-        """Return whether no trial failed."""
-        return all(trial.outcome != "failed" for trial in self.trials)
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-able data."""
@@ -163,7 +157,7 @@ def machine() -> dict[str, Any]:
 def pieces() -> Iterator[Piece]:
     """Yield every package that enables something, installed or not."""
     for name, (extra, enables) in OPTIONAL.items():
-        install = f"pip install 'compress[{extra}]'" if extra else f"pip install {name}"
+        install = packages.install_command(extra) if extra else f"pip install {name}"
         yield Piece(name, packages.version(name), enables, install)
 
 

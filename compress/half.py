@@ -21,7 +21,6 @@ from compress.errors import ExportError
 
 LARGEST = 65504.0  # of fp16
 SMALLEST = 2.0**-24  # subnormal of fp16
-HEADROOM = 2.0  # between the largest activation of calibration images and LARGEST
 MANY = 1024  # elements, from which a sum in half precision is not trusted
 
 NORMS = frozenset(
@@ -44,67 +43,19 @@ HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ANY_TYPE = frozenset({"Shape", "Size"})  # read what is there, whatever its type
 
 
-def to_half(
-    model: onnx.ModelProto,
-    *,
-    keep: Collection[str] = (),
-    peaks: Mapping[str, float] | None = None,
-) -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
     """Return ``model`` with its float part in fp16; inputs and outputs stay fp32.
 
     Args:
         model: An fp32 graph with or without Q/DQ nodes. Not modified.
         keep: Names of nodes to hold in fp32.
-        peaks: Largest magnitude of tensors on calibration images, where known: what comes near
-            65,504 is held in fp32.
 
     Raises:
         ExportError: ``keep`` names a node that is not there.
     """
-    graph = _Half(model, peaks or {})
+    graph = _Half(model)
     held = graph.hold(keep)
     return graph.write(held)
-
-
-def held_nodes(
-    model: onnx.ModelProto,
-    *,
-    keep: Collection[str] = (),
-    peaks: Mapping[str, float] | None = None,
-) -> dict[str, str]:
-    """Return the nodes that ``to_half`` holds in fp32, and why."""
-    graph = _Half(model, peaks or {})
-    reasons = graph.hold(keep)
-    nodes = graph.nodes
-    return {nodes[i].name or nodes[i].output[0]: why for i, why in reasons.items()}
-
-
-def activation_peaks(model: onnx.ModelProto, batches: Iterable[NDArray[Any]]) -> dict[str, float]:
-    """Return the largest magnitude that each float tensor takes on ``batches``, for ``to_half``.
-
-    Args:
-        model: An fp32 graph with one input.
-        batches: float32 arrays (B, C, H, W).
-    """
-    import onnxruntime
-
-    probe = onnx.shape_inference.infer_shapes(model)
-    known = {value.name for value in probe.graph.output}
-    wanted = [v for v in probe.graph.value_info if v.type.tensor_type.elem_type == _FLOAT]
-    probe.graph.output.extend(value for value in wanted if value.name not in known)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    names = [value.name for value in session.get_outputs()]
-    peaks: dict[str, float] = {}
-    for batch in batches:
-        values = session.run(names, {session.get_inputs()[0].name: batch})
-        for name, value in zip(names, values, strict=True):
-            if value.dtype == np.float32 and value.size:
-                peaks[name] = max(peaks.get(name, 0.0), float(np.abs(value).max()))
-    return peaks
 
 
 _FLOAT = TensorProto.FLOAT
@@ -116,7 +67,6 @@ class _Half:
     """One conversion: the model, what is known of its values, and the casts made so far."""
 
     model: onnx.ModelProto
-    peaks: Mapping[str, float]
     casts: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -174,9 +124,6 @@ class _Half:
             return "it has a body"
         if not self._slots(node):
             return "it has no form in half precision"
-        for name in [*node.input, *node.output]:
-            if self.peaks.get(name, 0.0) * HEADROOM > LARGEST:
-                return f"tensor {name!r} reaches {self.peaks[name]:.3g}"
         return self._why_constants_do_not_fit(node)
 
     def _why_constants_do_not_fit(self, node: NodeProto) -> str:

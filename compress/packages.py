@@ -10,6 +10,7 @@ from types import ModuleType
 
 from compress.errors import MissingPackageError
 
+DISTRIBUTION = "compress-cnn"  # on the package index, "compress" is another project
 SILENCED = {"mlflow": "MLFLOW_DISABLE_TELEMETRY"}  # or it reports its use over the network
 
 
@@ -18,7 +19,8 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
     Args:
         module: Dotted import name, ``"openvino"``.
-        extra: The extra of this package that installs it, ``"openvino"``.
+        extra: The extra of this package that installs it, ``"openvino"``; empty where it
+            belongs to every installation.
         purpose: What needs it, as the subject of a sentence: ``"runtime 'openvino'"``.
 
     Raises:
@@ -27,11 +29,16 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
     if not is_installed(module):
         raise MissingPackageError(
             f"{purpose} needs the package {module!r}, which is not installed",
-            fix=f"Install it with: pip install 'compress[{extra}]'",
+            fix=f"Install it with: {install_command(extra)}",
         )
     if module in SILENCED:  # read at every event: for as long as this process lives
         os.environ.setdefault(SILENCED[module], "true")
     return importlib.import_module(module)
+
+
+def install_command(extra: str = "") -> str:
+    """Return the shell command that installs this package with ``extra``, or without one."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'" if extra else f"pip install {DISTRIBUTION}"
 
 
 def is_installed(module: str) -> bool:

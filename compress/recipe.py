@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from compress import plugins
 from compress.errors import RecipeError, UnknownNameError, UsageError, did_you_mean
 from compress.packages import require
-from compress.settings import Recipe, Settings, TrainSettings
+from compress.settings import Recipe, Settings, Stage, TrainSettings
 
 TRACKERS = ("tensorboard", "mlflow")
 Part = TypeVar("Part", bound=Settings)
@@ -25,19 +25,42 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Return the recipe in a YAML file.
 
     Args:
-        path: The file.
+        path: The file, or the name of a recipe that comes with the package: ``quickstart``.
         overrides: ``key.path=value`` each, the value as YAML; items of lists by their number:
             ``stages.0.prune.keep_macs=0.4``.
 
     Raises:
         RecipeError: it cannot be read, is no YAML, or does not validate; all problems are listed.
     """
-    path = Path(path)
+    path = find_recipe(path)
     content = _read(path)
     for override in overrides:
         apply_override(content, override)
     content.setdefault("name", path.stem)
     return validate(content, where=str(path))
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, name -> file, sorted by name."""
+    package = Path(__file__).parent
+    folders = (package / "recipes", package.parent / "recipes")  # in a wheel, in a checkout
+    files = next((f for f in (sorted(each.glob("*.yaml")) for each in folders) if f), [])
+    return {file.stem: file for file in files}
+
+
+def find_recipe(reference: str | Path) -> Path:
+    """Return the file that ``reference`` stands for: a path, or the name of a packaged recipe.
+
+    Raises:
+        RecipeError: it looks like a name, and no packaged recipe has it.
+    """
+    path = Path(reference)
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    known = packaged_recipes()
+    if path.name not in known:
+        raise UnknownNameError("recipe", path.name, known)
+    return known[path.name]
 
 
 def validate(content: Any, *, where: str) -> Recipe:
@@ -107,6 +130,12 @@ def _tracked(part: Part, tracker: str) -> Part:
         elif isinstance(value, tuple) and value and isinstance(value[0], Settings):
             changes[key] = tuple(_tracked(each, tracker) for each in value)
     return part.model_copy(update=changes)
+
+
+def stage_settings() -> dict[str, type[Settings]]:
+    """Return the settings of every stage that a recipe can name: verb -> class."""
+    found = {verb: _model_in(field.annotation) for verb, field in Stage.model_fields.items()}
+    return {verb: model for verb, model in found.items() if model and issubclass(model, Settings)}
 
 
 def schema() -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pytorch"]
-TargetName = Literal["onnxruntime", "openvino", "tensorrt"]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -64,33 +63,41 @@ class AugmentSettings(Settings):
 class TrainSettings(Settings):
     """The training loop, whatever the loss."""
 
-    epochs: int = Field(1, ge=0)
+    epochs: int = Field(1, ge=0, description="Passes over the training images")
     epoch_images: int | None = Field(None, ge=1, description="Images of an epoch, all if absent")
     batch_size: int = Field(128, ge=1, description="Images in a step, over all processes")
     accumulate: int = Field(1, ge=1, description="Parts a batch is computed in, to save memory")
     halve_batch: bool = Field(False, description="Out of memory: compute batches in more parts")
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
+        "sgd", description="Optimizer of the weights"
+    )
     lr: float = Field(0.05, gt=0, description="Peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = True
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd")
+    nesterov: bool = Field(True, description="Nesterov momentum, of sgd")
     weight_decay: float = Field(5e-4, ge=0, description="L2, on weights; not on biases and norms")
     l1: float = Field(0.0, ge=0, description="Weight of the L1 norm of the weights in the loss")
-    schedule: Literal["constant", "cosine", "step", "one-cycle"] = "cosine"
-    warmup_epochs: float = Field(0.0, ge=0)
+    schedule: Literal["constant", "cosine", "step", "one-cycle"] = Field(
+        "cosine", description="Course of the learning rate"
+    )
+    warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the rate rises")
     step_epochs: tuple[float, ...] = Field((), description="Epochs at which 'step' cuts the rate")
-    step_factor: float = Field(0.1, gt=0, lt=1)
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    step_factor: float = Field(0.1, gt=0, lt=1, description="What 'step' multiplies the rate by")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share spread over all classes")
     clip_norm: float | None = Field(None, gt=0, description="Largest gradient norm")
     ema: float | None = Field(None, gt=0, lt=1, description="Decay of the averaged weights")
     patience: int | None = Field(None, ge=1, description="Epochs without gain before stopping")
     keep: Literal["best", "last"] = Field("last", description="Which checkpoint is the result")
-    augment: AugmentSettings = AugmentSettings()
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    channels_last: bool = True
+    augment: AugmentSettings = Field(
+        AugmentSettings(), description="Random changes of training images"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Number format of training; auto: bf16 where the device is fast at it"
+    )
+    channels_last: bool = Field(True, description="Memory format NHWC, faster on most devices")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
-    deterministic: bool = False
-    compile: bool = False
-    sync_batchnorm: bool = False
+    deterministic: bool = Field(False, description="Use deterministic kernels only")
+    compile: bool = Field(False, description="Train the network compiled by torch.compile")
+    sync_batchnorm: bool = Field(False, description="BatchNorm statistics over all processes")
     freeze_until: str | None = Field(None, description="Layers before this one are not trained")
     layer_lr: dict[str, float] = Field({}, description="Factors of the rate, by layer prefix")
     checkpoint_minutes: float = Field(10.0, ge=0, description="Longest time between checkpoints")
@@ -101,8 +108,8 @@ class DistillSettings(TrainSettings):
     """Training towards a teacher."""
 
     teacher: str | None = Field(None, description="MODEL; the recipe's original if absent")
-    teacher_weights: str | None = None
-    teacher_num_classes: int | None = Field(None, ge=2)
+    teacher_weights: str | None = Field(None, description="Weight file of the teacher")
+    teacher_num_classes: int | None = Field(None, ge=2, description="Classes of the teacher")
     teacher_classes: tuple[str, ...] | None = Field(
         None, description="Its class names, in its order"
     )
@@ -121,15 +128,21 @@ class PruneSettings(Settings):
     """What to cut, by what measure, and how far."""
 
     criterion: Plugin = Field("obs", description="What a channel is worth")
-    keep_macs: Fraction | None = None
-    keep_params: Fraction | None = None
-    keep_channels: Fraction | dict[str, Fraction] | None = None
+    keep_macs: Fraction | None = Field(
+        None, description="Share of the multiply-accumulates to keep"
+    )
+    keep_params: Fraction | None = Field(None, description="Share of the parameters to keep")
+    keep_channels: Fraction | dict[str, Fraction] | None = Field(
+        None, description="Share of the channels to keep, of all groups or by layer"
+    )
     keep_latency: Fraction | None = Field(
         None, description="Share of the latency on `runtime`; both are timed in turns"
     )
     latency_ms: float | None = Field(None, gt=0, description="Latency to reach, on `runtime`")
-    runtime: RuntimeName = "onnxruntime"
-    ranking: Literal["global", "uniform"] = "global"
+    runtime: RuntimeName = Field("onnxruntime", description="Where latency is measured")
+    ranking: Literal["global", "uniform"] = Field(
+        "global", description="Rank channels over all layers, or cut every layer alike"
+    )
     normalize: Literal["auto", "per_cost", "none", "mean", "max", "gaussian"] = Field(
         "auto", description="How scores are made comparable across groups"
     )
@@ -142,7 +155,7 @@ class PruneSettings(Settings):
     sparsity_training: TrainSettings | None = Field(
         None, description="Group-sparsity training before the first cut"
     )
-    sparsity_strength: float = Field(1e-4, gt=0)
+    sparsity_strength: float = Field(1e-4, gt=0, description="Weight of the group-sparsity penalty")
     refit: bool = Field(True, description="Fit the weights left to the original's answers")
     recalibrate_batches: int = Field(
         16, ge=1, description="Training batches that BatchNorm's statistics are taken from"
@@ -163,9 +176,15 @@ class SparsifySettings(Settings):
     """Which single weights to zero."""
 
     keep_weights: Fraction | None = Field(None, description="Share kept; not with pattern 2:4")
-    pattern: Literal["unstructured", "2:4"] = "unstructured"
-    criterion: Literal["l1", "l2", "lamp", "taylor", "random"] = "l1"
-    ranking: Literal["global", "uniform"] = "global"
+    pattern: Literal["unstructured", "2:4"] = Field(
+        "unstructured", description="Which weights may be zeroed together"
+    )
+    criterion: Literal["l1", "l2", "lamp", "taylor", "random"] = Field(
+        "l1", description="What a weight is worth"
+    )
+    ranking: Literal["global", "uniform"] = Field(
+        "global", description="Rank weights over all layers, or in each layer alone"
+    )
 
     @model_validator(mode="after")
     def _one_share(self) -> SparsifySettings:
@@ -177,7 +196,7 @@ class SparsifySettings(Settings):
 class QuantizeSettings(Settings):
     """How int8 ranges are found and corrected."""
 
-    method: str = "auto"
+    method: str = Field("auto", description="Corrections to make; auto keeps those that help")
     observer: Plugin | None = Field(None, description="Overrides the method's own choice")
     samples: int = Field(512, ge=8, description="Calibration images")
     max_drop_pct: float | None = Field(None, ge=0, description="Largest loss of top-1, in points")
@@ -189,9 +208,9 @@ class QuantizeSettings(Settings):
 class Target(Settings):
     """Where the result must run."""
 
-    runtime: RuntimeName
-    precision: Precision = "int8"
-    batch: int = Field(1, ge=1)
+    runtime: RuntimeName = Field(description="Runtime, e.g. onnxruntime")
+    precision: Precision = Field("int8", description="Number format: fp32, fp16 or int8")
+    batch: int = Field(1, ge=1, description="Images in a batch")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
     when_installed: bool = Field(False, description="Leave it out, and say so, where it is absent")
 

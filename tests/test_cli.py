@@ -122,6 +122,35 @@ def test_list_names_every_plugin_with_its_first_line(compress, kind):
         assert plugins.documentation(kind, name).split("\n")[0][:40] in out
 
 
+def test_version_is_that_of_the_package(compress):
+    import compress as package
+
+    assert compress("--version") == (0, f"compress {package.__version__}\n", "")
+    assert package.__version__[0].isdigit()
+
+
+def test_list_names_the_recipes_of_the_package(compress):
+    code, out, _ = compress("list", "recipes")
+    assert code == 0
+    assert " quickstart " in out
+    assert "The main job in two minutes" in out
+
+
+def test_show_prints_the_options_of_a_stage(compress):
+    code, out, _ = compress("show", "stages/prune")
+    assert code == 0
+    assert "keep_macs (default None): Share of the multiply-accumulates to keep" in out
+    code, _, err = compress("show", "stages/prun")
+    assert (code, "Did you mean 'prune'?" in err) == (2, True)
+
+
+def test_show_of_a_kind_without_a_name_lists_its_names(compress):
+    code, _, err = compress("show", "criteria")
+    assert code == 2
+    assert "'criteria' says no name. Expected criteria/NAME" in err
+    assert "obs" in err
+
+
 def test_show_prints_documentation_and_options(compress):
     code, out, _ = compress("show", "data/npz")
     assert code == 0
@@ -132,9 +161,9 @@ def test_show_prints_documentation_and_options(compress):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["list", "critera"], "no such kind of plug-in 'critera'. Did you mean 'criteria'?"),
+        (["list", "critera"], "no such kind 'critera'. Did you mean 'criteria'?"),
         (["show", "criteria/l7"], "no such criterion 'l7'. Did you mean"),
-        (["show", "l1"], "no such kind of plug-in 'l1'"),
+        (["show", "l1"], "no such kind 'l1'"),
         (["run", "none.yaml"], "none.yaml: the recipe cannot be read: No such file"),
         (["check", "none.yaml"], "none.yaml: the recipe cannot be read"),
         (["sensitivity", "x", "--data", "digits"], "Expected one of --prune and --quantize"),
@@ -214,7 +243,7 @@ def test_a_runtime_that_is_not_installed_names_its_extra(compress, recipe, monke
     code, _, err = compress("check", path)
     assert code == 2
     assert "targets[0]" in err
-    assert "pip install 'compress[tensorrt]'" in err
+    assert "pip install 'compress-cnn[tensorrt]'" in err
 
 
 def test_a_loss_that_is_not_a_number_names_stage_step_and_rate(compress, recipe, tmp_path):

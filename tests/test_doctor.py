@@ -31,14 +31,14 @@ def test_missing_packages_come_with_what_they_enable_and_how_to_get_them(
     monkeypatch.setattr(packages, "version", lambda name: None if name == "timm" else "1.0")
     found = {piece.name: piece for piece in doctor.pieces()}
     assert found["timm"].version is None
-    assert found["timm"].install == "pip install 'compress[timm]'"
+    assert found["timm"].install == "pip install 'compress-cnn[timm]'"
     assert found["openvino"].version == "1.0"
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(doctor.Examination({}, tuple(found.values()), ()).table())
     shown = console.export_text()
     assert "networks by timm:NAME" in shown
-    assert "pip install 'compress[timm]'" in shown
-    assert "pip install 'compress[openvino]'" not in shown
+    assert "pip install 'compress-cnn[timm]'" in shown
+    assert "pip install 'compress-cnn[openvino]'" not in shown
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -67,13 +67,12 @@ def test_a_trial_compares_and_never_raises(values: tuple[float, ...], outcome: s
     assert trial.outcome == outcome
     broken = doctor._try("pytorch", "fp32", nn.Linear(3, 3), images, expected)
     assert (broken.outcome, broken.detail[:9]) == ("failed", "PyTorch: ")
-    assert not doctor.Examination({}, (), (), (broken,)).healthy
 
 
 @pytest.mark.slow
 def test_selftest_tries_every_runtime_in_fp32_and_int8() -> None:
     found = doctor.examine(selftest=True)
-    assert found.healthy, [t for t in found.trials if t.outcome == "failed"]
+    assert [t for t in found.trials if t.outcome == "failed"] == []
     tried = {(t.runtime, t.precision): t.outcome for t in found.trials}
     assert tried["onnxruntime", "int8"] == "passed"
     assert tried["pytorch", "fp32"] == "passed"

@@ -17,7 +17,7 @@ from compress import explain as module
 from compress.errors import DataError, MissingPackageError, ModelError, UnknownNameError, UsageError
 from compress.explain import METHODS, Samples, compare_maps, explain, overlay, similarities
 
-pytest.importorskip("captum", reason="no captum: pip install 'compress[explain]'")
+pytest.importorskip("captum", reason="no captum: pip install 'compress-cnn[explain]'")
 
 CLASSES = np.array([0, 2, 1])
 

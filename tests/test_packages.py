@@ -1,5 +1,9 @@
 """Optional packages are asked for by name, and their absence says what to install."""
 
+import re
+import tomllib
+from pathlib import Path
+
 import pytest
 
 from compress import packages
@@ -15,8 +19,29 @@ def test_an_absent_package_gives_the_install_line():
         packages.require("absent_package", extra="openvino", purpose="runtime 'openvino'")
     assert str(caught.value) == (
         "runtime 'openvino' needs the package 'absent_package', which is not installed. "
-        "Install it with: pip install 'compress[openvino]'."
+        "Install it with: pip install 'compress-cnn[openvino]'."
     )
+
+
+def test_every_extra_that_a_message_names_exists():
+    """``require(extra=...)``, ``install_command(...)`` and doctor's table against pyproject."""
+    from compress.doctor import OPTIONAL
+
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    assert project["name"] == packages.DISTRIBUTION
+    named = {extra for extra, _ in OPTIONAL.values()}
+    for file in Path("compress").rglob("*.py"):
+        source = file.read_text()
+        named |= set(re.findall(r'require\([^)]*extra="([\w-]*)"', source))
+        named |= set(re.findall(r"install_command\([\"\']([\w-]*)[\"\']\)", source))
+    assert {"timm", "openvino", "explain"} <= named
+    assert named - {""} <= set(project["optional-dependencies"])
+
+
+def test_a_package_of_every_installation_is_asked_for_without_an_extra():
+    assert packages.install_command() == "pip install compress-cnn"
+    with pytest.raises(MissingPackageError, match="Install it with: pip install compress-cnn"):
+        packages.require("absent_package", extra="", purpose="a test")
 
 
 def test_a_dotted_name_below_an_absent_package_is_absent():
@@ -27,7 +52,7 @@ def test_a_dotted_name_below_an_absent_package_is_absent():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
 def test_mlflow_reports_nothing_over_the_network(monkeypatch):
-    pytest.importorskip("mlflow", reason="no mlflow: pip install 'compress[tracking]'")
+    pytest.importorskip("mlflow", reason="no mlflow: pip install 'compress-cnn[tracking]'")
     from mlflow.telemetry import utils
 
     for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress import recipe
+from compress import recipe, settings
 from compress.errors import CompressError, RecipeError, UsageError
 
 GOOD = {
@@ -175,3 +175,30 @@ def test_trackers_that_cannot_log_are_refused(write, tracker, message):
     with pytest.raises(CompressError) as caught:
         recipe.tracked(plain, tracker)
     assert message in str(caught.value)
+
+
+def test_recipes_of_the_package_go_by_name():
+    assert (
+        recipe.find_recipe("quickstart").read_text() == Path("recipes/quickstart.yaml").read_text()
+    )
+    assert recipe.load_recipe("quickstart").name == "quickstart"
+    assert set(recipe.packaged_recipes()) == {path.stem for path in PUBLISHED}
+    with pytest.raises(UsageError, match=r"no such recipe 'quikstart'. Did you mean 'quickstart'"):
+        recipe.load_recipe("quikstart")
+
+
+def test_a_file_goes_before_a_recipe_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart").write_text("model: {name: mine}\ndata: {name: digits}\n")
+    assert recipe.load_recipe("quickstart").model.name == "mine"
+
+
+def test_every_key_of_a_recipe_says_what_it_means():
+    def undescribed(model):
+        yield from (
+            f"{model.__name__}.{k}" for k, f in model.model_fields.items() if not f.description
+        )
+
+    models = [*recipe.stage_settings().values(), settings.ModelSettings, settings.DataSettings]
+    models += [settings.Target, settings.Gates, settings.MeasureSettings, settings.AugmentSettings]
+    assert [key for model in models for key in undescribed(model)] == []

@@ -2,44 +2,96 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress import plugins
 from compress.commands.options import write_numbers
-from compress.errors import UnknownNameError
+from compress.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+RECIPES = "recipes"  # listed beside the plug-ins, though a recipe is none
+
+
 def list_plugins(kind: str | None) -> RenderableType:
-    """Return a table of plug-ins with the first lines of their documentation."""
+    """Return a table of plug-ins and packaged recipes, each with its first line of documentation.
+
+    Raises:
+        UnknownNameError: there is no such kind.
+    """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
     for header in ("kind", "name", "what it is"):
         table.add_column(header, no_wrap=header != "what it is")
-    for each in plugins.KINDS if kind is None else [kind]:
+    if kind not in {None, RECIPES, *plugins.KINDS}:
+        raise UnknownNameError("kind", str(kind), [*plugins.KINDS, RECIPES])
+    for each in plugins.KINDS if kind is None else {kind} - {RECIPES}:
         for name in plugins.names(each):
             first, *_ = plugins.documentation(each, name).splitlines() or [""]
             table.add_row(each, name, first)
+    if kind in {None, RECIPES}:
+        for name, first in _recipes():
+            table.add_row(RECIPES, name, first)
     return table
 
 
+def _recipes() -> Iterator[tuple[str, str]]:
+    """Yield each packaged recipe with the first comment of its file."""
+    from compress.recipe import packaged_recipes
+
+    for name, path in packaged_recipes().items():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        comments = (line.lstrip("# ") for line in lines if line.startswith("# "))
+        yield name, next((text for text in comments if not text.startswith("yaml-language")), "")
+
+
 def show(plugin: str) -> str:
-    """Return the documentation and the options of one plug-in."""
+    """Return the documentation and the options of one plug-in.
+
+    Raises:
+        UnknownNameError: there is no such kind, or no such plug-in.
+        UsageError: a kind without a name.
+    """
     import dataclasses
 
     kind, _, name = plugin.partition("/")
-    if kind not in plugins.KINDS or not name:
-        raise UnknownNameError("kind of plug-in", kind, plugins.KINDS)
+    if kind == "stages":
+        return _stage(name)
+    if kind not in plugins.KINDS:
+        raise UnknownNameError("kind", kind, [*plugins.KINDS, "stages"])
+    if not name:
+        known = ", ".join(plugins.names(kind))
+        raise UsageError(f"{kind!r} says no name", expected=f"{kind}/NAME, NAME one of: {known}")
     lines = [plugins.documentation(kind, name), "", "Options:"]
     for option, default in plugins.options(kind, name).items():
         required = default is dataclasses.MISSING
         lines.append(f"  {option}: {'required' if required else repr(default)}")
     return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
+
+
+def _stage(name: str) -> str:
+    """Return the options of one stage of a recipe, each with its default and what it means."""
+    from compress.recipe import stage_settings
+
+    known = stage_settings()
+    if name not in known:
+        raise UnknownNameError("stage", name, known)
+    settings = known[name]
+    lines = [f"Stage {name} of a recipe. {settings.__doc__ or ''}".strip(), "", "Options:"]
+    for option, field in settings.model_fields.items():
+        default = (
+            "required"
+            if field.is_required()
+            else f"default {field.get_default(call_default_factory=True)!r}"
+        )
+        lines.append(f"  {option} ({default}): {field.description or ''}".rstrip(": "))
+    return "\n".join(lines)
 
 
 def schema(out: Path | None) -> str:

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -111,11 +111,6 @@ class Count(int):
         return Count(int.__neg__(self), self.origin, -self.scale)
 
 
-def origin_of(value: Any) -> Origin | int | None:
-    """Return the origin of a Count, None if it is a mixture, or the value itself if a constant."""
-    return value.origin if isinstance(value, Count) else int(value)
-
-
 _OWN = {"groups", "in_channels", "out_channels", "in_features", "out_features", "num_features"}
 
 
@@ -178,15 +173,6 @@ def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, cell.cell_contents
         except ValueError:  # a cell that was never filled
             yield name, _EMPTY
-
-
-def read_attribute(module: nn.Module, name: str) -> Any:
-    """Return the value that an Attribute's name stands for."""
-    head, _, rest = name.partition(".")
-    value = getattr(module, head)
-    if rest.startswith("<"):
-        return dict(_closed_over(cast(types.FunctionType, value)))[rest[1:-1]]
-    return value[int(rest)] if rest else value
 
 
 def write_attribute(module: nn.Module, name: str, new: int) -> None:

@@ -20,8 +20,9 @@ from compress.lint.quantized import (
     store_weight,
     weight_of,
 )
+from compress.qdq.graph import BIAS_LIMIT
 
-LARGEST = 2.0**30  # of an int32 bias, with room for the sum it is added to
+LARGEST = BIAS_LIMIT * (1 + 1e-6)  # what the writer aims at, rounded to float32, is no overflow
 
 
 @dataclass(frozen=True)

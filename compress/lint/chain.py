@@ -21,6 +21,7 @@ from compress.lint.quantized import (
     pair_of,
     weight_of,
 )
+from compress.qdq.graph import tail
 
 # Operators with int8 kernels that need Q on their output.
 CHAINED = frozenset(
@@ -47,12 +48,15 @@ def reduce_mean(graph: Graph) -> Iterator[Problem]:
 
 def missing_input_quantization(graph: Graph) -> Iterator[Problem]:
     """An op with some inputs quantized and some not, which therefore runs in float."""
+    answers = tail(graph.nodes)
     for node in graph.of_type("Add", "Mul", "Concat"):
+        if node.output[0] in answers:
+            continue
         sides = [pair_before(graph, value) for value in node.input]
         if all(sides) or not any(sides):
             continue
         index = sides.index(None)
-        if graph.constant(node.input[index]) is not None:
+        if graph.constant(node.input[index]) is not None or _is_parameter(graph, node.input[index]):
             continue
         found = [
             pair_of(graph, use.node)
@@ -72,8 +76,9 @@ def missing_input_quantization(graph: Graph) -> Iterator[Problem]:
 
 def missing_output_quantization(graph: Graph) -> Iterator[Problem]:
     """An op with quantized inputs whose output is not quantized, so that no int8 kernel is used."""
+    answers = tail(graph.nodes)
     for node in graph.of_type(*CHAINED):
-        if not _inputs_quantized(graph, node):
+        if node.output[0] in answers or not _inputs_quantized(graph, node):
             continue
         value = _absorbed(graph, node)
         readers = [use.node for use in graph.readers(value)]
@@ -87,6 +92,12 @@ def missing_output_quantization(graph: Graph) -> Iterator[Problem]:
             + ("" if known else "; the range of its output is not in the graph, quantize again"),
             (partial(_insert, graph, value, *pair)) if pair is not None else None,
         )
+
+
+def _is_parameter(graph: Graph, value: str) -> bool:
+    """Return whether ``value`` is an input that is no image: a threshold, a factor."""
+    rank = graph.rank(value)
+    return graph.maker(value) is None and rank is not None and rank < 2
 
 
 def _is_answer(graph: Graph, value: str) -> bool:

@@ -124,6 +124,10 @@ def half_quantized(graph: Graph) -> Iterator[Problem]:
             continue
         if weight is None:
             index = 0 if left else 1
+            if (
+                len(graph.readers(node.input[index])) > 1
+            ):  # the pair serves others: it costs nothing
+                continue
             yield Problem(
                 label(node),
                 f"of its two inputs only {'the first' if left else 'the second'} is quantized, so "

@@ -12,14 +12,12 @@ from torch import Tensor, nn
 
 from compress.qat.fake import Quantizer, fake_quantize, scaled_gradient
 from compress.qat.network import OnnxNetwork, Rounding
-from compress.qdq.graph import Graph
+from compress.qdq.graph import BIAS_LIMIT, Graph
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 from compress.qdq.prepare import prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import RULES, default_scales, quantizer, scale_axis, write_qdq
-
-BIAS_LIMIT = 2.0**30  # of an int32 bias, as in the writer
 
 
 class WeightQuantizer(nn.Module):

@@ -13,6 +13,7 @@ from onnx import NodeProto, numpy_helper
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})  # what a runtime computes together with the op before
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
 
 
 class Graph:
@@ -44,12 +45,25 @@ class Graph:
         return None if tensor is None else numpy_helper.to_array(tensor)
 
     def is_constant(self, name: str) -> bool:
-        """Return whether ``name`` is an initializer."""
-        return name in self.initializers
+        """Return whether ``name`` is an initializer, or an input that is no image."""
+        return name in self.initializers or (name in self.inputs and self.is_parameter(name))
+
+    def is_parameter(self, name: str) -> bool:
+        """Return whether the input ``name`` is one value for the whole batch, as a threshold is.
+
+        A scalar is, and a vector of fixed length: neither holds a row for each image.
+        """
+        shape = self.shapes.get(name)
+        return shape is not None and (not shape or (len(shape) == 1 and shape[0] is not None))
+
+    def is_float(self, name: str) -> bool:
+        """Return whether ``name`` holds float32 values; what has no known type counts as such."""
+        kind: int = self.types.get(name, onnx.TensorProto.FLOAT)
+        return kind == onnx.TensorProto.FLOAT
 
     def data_inputs(self, node: NodeProto) -> list[str]:
         """Return the inputs of ``node`` that depend on the images."""
-        return [name for name in node.input if name and name not in self.initializers]
+        return [name for name in node.input if name and not self.is_constant(name)]
 
     def only_reader(self, name: str) -> NodeProto | None:
         """Return the node that alone reads ``name``, or None."""
@@ -73,6 +87,24 @@ class Graph:
         """Return the number of dimensions of a tensor, or None where it is unknown."""
         shape = self.shapes.get(name)
         return None if shape is None else len(shape)
+
+
+def tail(nodes: Sequence[NodeProto]) -> set[str]:
+    """Return the tensors made behind the last weighted ops: their precision is the answer's.
+
+    Nothing quantizes them: the writer does not, and the linter does not ask for it.
+
+    Args:
+        nodes: Of a graph with or without Q/DQ pairs, in topological order.
+    """
+    before_weights: set[str] = set()  # tensors that a weighted op needs, directly or not
+    found: set[str] = set()
+    for node in reversed(nodes):
+        if node.op_type in WEIGHTED or before_weights.intersection(node.output):
+            before_weights.update(node.input)
+        else:
+            found.update(node.output)
+    return found
 
 
 def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
@@ -106,7 +138,7 @@ def replace_nodes(model: onnx.ModelProto, nodes: Iterable[NodeProto]) -> None:
 
 def set_constant(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> None:
     """Add the initializer ``name``, or give it another value."""
-    tensor = numpy_helper.from_array(np.ascontiguousarray(value), name)
+    tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)  # a scalar stays one
     for existing in model.graph.initializer:
         if existing.name == name:
             existing.CopyFrom(tensor)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-import onnx
 from onnx import NodeProto
 
-from compress.qdq.graph import ACTIVATIONS, WEIGHTED, Graph, attribute
+from compress.qdq.graph import ACTIVATIONS, WEIGHTED, Graph, attribute, tail
 
 SAME_SCALE = frozenset(  # what comes out was in what went in
     {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
@@ -85,7 +84,7 @@ def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
 def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
     if graph.weight(node) is None:
         return "its weight is no float constant"
-    if not _is_float(graph, node.input[0]):
+    if not graph.is_float(node.input[0]):
         return "its input is no float tensor"
     if node.op_type == "Gemm":
         odd = attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0
@@ -99,11 +98,6 @@ def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
     if target == "tensorrt" and _in_squeeze_excite(graph, node):
         return "squeeze-excite is faster in half precision"
     return ""
-
-
-def _is_float(graph: Graph, tensor: str) -> bool:
-    kind: int = graph.types.get(tensor, onnx.TensorProto.FLOAT)
-    return kind == onnx.TensorProto.FLOAT
 
 
 def _in_squeeze_excite(graph: Graph, node: NodeProto) -> bool:
@@ -232,7 +226,7 @@ def _quantize(graph: Graph, placement: Placement, tensor: str, floating: set[str
 def _has_kernel(graph: Graph, node: NodeProto) -> bool:
     if node.op_type not in (*_CHAIN, *ELEMENTWISE, *SAME_SCALE):
         return False
-    if not all(_is_float(graph, name) for name in (node.input[0], *node.output)):
+    if not all(graph.is_float(name) for name in (node.input[0], *node.output)):
         return False
     if node.op_type in ELEMENTWISE and len(set(graph.data_inputs(node))) < 2:
         return False
@@ -246,15 +240,9 @@ def _has_kernel(graph: Graph, node: NodeProto) -> bool:
 
 
 def _tail(graph: Graph) -> set[str]:
-    """Return the nodes behind the last weighted ops: their precision is that of the answer."""
-    tail: set[str] = set()
-    for node in reversed(list(graph.nodes)):
-        if node.op_type in WEIGHTED:
-            continue
-        readers = [r for name in node.output for r, _ in graph.readers.get(name, [])]
-        if all(reader.name in tail for reader in readers):
-            tail.add(node.name)
-    return tail
+    """Return the nodes behind the last weighted ops."""
+    made = tail(graph.nodes)
+    return {node.name for node in graph.nodes if made.intersection(node.output)}
 
 
 def _place_on_weighted(graph: Graph, placement: Placement, floating: set[str]) -> None:

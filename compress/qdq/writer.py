@@ -13,6 +13,7 @@ from onnx import ModelProto, NodeProto, helper
 
 from compress.errors import QuantizationError, UnknownNameError
 from compress.qdq.graph import (
+    BIAS_LIMIT,
     Graph,
     all_names,
     channel_axis,
@@ -25,7 +26,6 @@ from compress.qdq.prepare import finished, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.skeleton import check, infer_shapes
 
-_BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
 _SMALLEST_SCALE = 1e-12
 
 
@@ -202,7 +202,7 @@ class _Writer:
         bias = self.graph.constant(node.input[2]) if len(node.input) > 2 else None
         incoming = self.quantizer_of(node.input[0]).scale
         if bias is not None and self.int32_bias:
-            floor = np.abs(bias.reshape(-1)).astype(np.float64) / _BIAS_LIMIT / incoming
+            floor = np.abs(bias.reshape(-1)).astype(np.float64) / BIAS_LIMIT / incoming
             scales = np.maximum(scales, floor if axis is not None else floor.max())
         scales = np.maximum(scales, _SMALLEST_SCALE).astype(np.float32)
         nodes = []

@@ -9,7 +9,7 @@ from compress.errors import QuantizationError
 from compress.qdq.graph import Graph, all_names, fresh_name, set_constant
 from compress.qdq.skeleton import infer_shapes
 from compress.quantize.images import Feed
-from compress.quantize.sessions import session_of
+from compress.quantize.sessions import is_runtime_error, session_of
 
 
 def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
@@ -41,7 +41,7 @@ def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
     except (QuantizationError, RuntimeError, ValueError):
         return None
     except Exception as error:
-        if type(error).__module__.startswith("onnxruntime"):  # its errors have no class in common
+        if is_runtime_error(error):
             return None
         raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,26 +11,34 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress.quantize.images import Feed
-from compress.quantize.sessions import session_of
+from compress.quantize.sessions import session_of, with_outputs
 
 
-def answers(model: ModelProto, feed: Feed, *, target: str | None = None) -> list[NDArray[Any]]:
-    """Return all outputs for ``feed``.
+def answers(
+    model: ModelProto,
+    feed: Feed,
+    *,
+    target: str | None = None,
+    names: Sequence[str] | None = None,
+) -> list[NDArray[Any]]:
+    """Return the outputs for ``feed``, or the tensors ``names``.
 
     Args:
         model: A float or Q/DQ graph.
         feed: Images, by input name.
         target: Of a Q/DQ graph: "onnxruntime" runs the integer kernels that it would run in use;
             any other computes the Q/DQ arithmetic in float.
+        names: Tensors of the graph; its outputs if absent.
     """
-    session = session_of(model, float_qdq=target != "onnxruntime")
+    wanted = [output.name for output in model.graph.output] if names is None else list(names)
+    session = session_of(with_outputs(model, wanted), float_qdq=target != "onnxruntime")
     fixed = session.get_inputs()[0].shape[0]
     batch = fixed if isinstance(fixed, int) else 8
     count = len(next(iter(feed.values()))) // batch * batch if isinstance(fixed, int) else None
     parts = []
     for start in range(0, count or len(next(iter(feed.values()))), batch):
         part = {name: array[start : start + batch] for name, array in feed.items()}
-        parts.append(session.run(None, part))
+        parts.append(session.run(wanted, part))
     return [np.concatenate(found) for found in zip(*parts, strict=True)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,13 +43,24 @@ class Images:
     Args:
         graph: The graph they are for.
         batches: float32 arrays (B, C, H, W); several inputs as dicts by input name, or sequences.
+        fewest: Number of images below which ranges would mean nothing.
+        bound: Further inputs of the network that the batches hold, and the graph does not ask for.
 
     Raises:
         QuantizationError: too few, or of a type or shape that does not fit.
     """
 
-    def __init__(self, graph: Graph, batches: Batches) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        batches: Batches,
+        *,
+        fewest: int = FEWEST,
+        bound: Iterable[str] = (),
+    ) -> None:
+        self.fewest = fewest
         self.inputs = {v.name: v for v in graph.model.graph.input if v.name in graph.inputs}
+        self.bound = list(bound)
         self.fixed_batch = _fixed_batch(graph)
         self.stream = batches if callable(batches) else None
         self.batches: list[Feed] = []
@@ -55,23 +68,34 @@ class Images:
             return
         self.batches = [self._feed(batch, index) for index, batch in enumerate(batches)]
         rows = [_size(feed) for feed in self.batches]
-        _check_count(sum(rows))
+        self._check_count(sum(rows))
         _warn_if_unusual(self.batches)
         images = [Image(b, r) for b, count in enumerate(rows) for r in range(count)]
-        self.order = sorted(images, key=self._digest)
+        self.order = sorted(images, key=lambda image: (self._shape(image), self._digest(image)))
 
     def feeds(self, size: int, limit: int | None = None) -> Iterator[Feed]:
-        """Yield all images in batches of ``size``, the last one smaller; at most ``limit``."""
+        """Yield images in batches of at most ``size``, each of one shape; at most ``limit``."""
         if self.stream is None:
-            for chosen in _chunks(self.order[:limit], size):
-                yield self._gather(chosen)
-            return
+            for _, same in itertools.groupby(self.order[:limit], self._shape):
+                for chosen in _chunks(list(same), size):
+                    yield self._gather(chosen)
+        else:
+            yield from self._stream(self.stream, size, limit)
+
+    def _stream(
+        self, stream: Callable[[], Iterable[Batch]], size: int, limit: int | None
+    ) -> Iterator[Feed]:
         seen = 0
         rest: list[Feed] = []
-        for index, batch in enumerate(self.stream()):
+        for index, batch in enumerate(stream()):
             feed = self._feed(batch, index)
             if index == 0:
                 _warn_if_unusual([feed])
+            if rest and _shapes(rest[0]) != _shapes(feed):  # images of another size follow
+                if last := _size(rest[0]):
+                    seen += last
+                    yield rest[0]
+                rest = []
             feed = _join([*rest, feed])
             whole = _size(feed) // size * size
             for start in range(0, whole, size):
@@ -83,23 +107,37 @@ class Images:
         if rest and (last := _size(rest[0])):
             seen += last
             yield rest[0]
-        _check_count(seen)
+        self._check_count(seen)
 
     def split(self, count: int, held_back: int) -> tuple[Feed, Feed]:
         """Return ``count`` images to fit corrections to and ``held_back`` others to judge them by.
 
         The second part is smaller where there are too few images; both are spread over all images.
+        Of images of several sizes those of the most frequent size are taken.
         """
         if self.stream is None:
-            total = len(self.order)
+            frequent = collections.Counter(map(self._shape, self.order)).most_common(1)[0][0]
+            order = [image for image in self.order if self._shape(image) == frequent]
+            total = len(order)
             judged = min(held_back, total // 4)
             fitted = min(count, total - judged)
-            return self._gather(self.order[judged : judged + fitted]), self._gather(
-                self.order[:judged]
-            )
+            return self._gather(order[judged : judged + fitted]), self._gather(order[:judged])
         parts: list[Feed] = list(self.feeds(1, limit=count + held_back))
+        frequent_shapes = collections.Counter(map(_shapes, parts)).most_common(1)[0][0]
+        parts = [part for part in parts if _shapes(part) == frequent_shapes]
         judged = min(held_back, len(parts) // 4)
         return _join(parts[judged:]), _join(parts[:judged])
+
+    def _shape(self, image: Image) -> tuple[tuple[int, ...], ...]:
+        return tuple(self.batches[image.batch][name].shape[1:] for name in self.inputs)
+
+    def _check_count(self, count: int) -> None:
+        if count < self.fewest:
+            raise QuantizationError(
+                f"{count} calibration images are too few",
+                expected=f"at least {self.fewest}; some hundreds are better",
+                fix="Give more images, as the network will see them",
+            )
 
     def _gather(self, chosen: Sequence[Image]) -> Feed:
         return {
@@ -122,19 +160,8 @@ class Images:
         return feed
 
     def _by_name(self, batch: Batch, index: int) -> Feed:
-        if isinstance(batch, Mapping):
-            feed = dict(batch)
-        elif isinstance(batch, np.ndarray):
-            feed = {next(iter(self.inputs)): batch} if len(self.inputs) == 1 else {}
-        else:
-            feed = dict(zip(self.inputs, batch, strict=False))
-        if set(feed) != set(self.inputs):
-            raise QuantizationError(
-                f"has inputs {', '.join(sorted(feed)) or 'without names'}",
-                where=f"calibration batch {index}",
-                expected=f"a dict with {', '.join(self.inputs)}",
-            )
-        return {name: np.asarray(array) for name, array in feed.items()}
+        feed = by_name(batch, [*self.inputs, *self.bound], index)
+        return {name: np.asarray(feed[name]) for name in self.inputs}
 
 
 def _check_array(array: NDArray[Any], value: onnx.ValueInfoProto, where: str) -> None:
@@ -162,15 +189,6 @@ def _check_array(array: NDArray[Any], value: onnx.ValueInfoProto, where: str) ->
         )
 
 
-def _check_count(count: int) -> None:
-    if count < FEWEST:
-        raise QuantizationError(
-            f"{count} calibration images are too few",
-            expected=f"at least {FEWEST}; some hundreds are better",
-            fix="Give more images, as the network will see them",
-        )
-
-
 def _warn_if_unusual(batches: Sequence[Feed]) -> None:
     for name in batches[0]:
         if batches[0][name].dtype.kind != "f" or batches[0][name].ndim != 4:
@@ -195,6 +213,41 @@ def _warn_if_unusual(batches: Sequence[Feed]) -> None:
 def _fixed_batch(graph: Graph) -> int | None:
     shape = graph.shapes.get(graph.inputs[0]) if graph.inputs else None
     return shape[0] if shape else None
+
+
+def first_batch(batches: Batches) -> Batch | None:
+    """Return the first batch, or None where there is none."""
+    return next(iter(batches() if callable(batches) else batches), None)
+
+
+def by_name(batch: Batch, names: Sequence[str], index: int = 0) -> dict[str, Any]:
+    """Return the arrays of ``batch`` by input name.
+
+    Args:
+        batch: One array where there is one input; a dict, or arrays in the order of ``names``.
+        names: The inputs of the graph.
+        index: Number of the batch, for the message.
+
+    Raises:
+        QuantizationError: it holds other inputs.
+    """
+    if isinstance(batch, Mapping):
+        feed = dict(batch)
+    elif isinstance(batch, np.ndarray):
+        feed = {names[0]: batch} if len(names) == 1 else {}
+    else:
+        feed = dict(zip(names, batch, strict=False))
+    if set(feed) != set(names):
+        raise QuantizationError(
+            f"has inputs {', '.join(sorted(feed)) or 'without names'}",
+            where=f"calibration batch {index}",
+            expected=f"a dict with {', '.join(names)}",
+        )
+    return feed
+
+
+def _shapes(feed: Feed) -> tuple[tuple[int, ...], ...]:
+    return tuple(array.shape[1:] for array in feed.values())
 
 
 def _size(feed: Feed) -> int:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress.errors import QuantizationError, UnknownNameError
+from compress.qdq.graph import Graph
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
@@ -20,6 +21,7 @@ from compress.quantize.fidelity import answers, sqnr_db
 from compress.quantize.images import Feed, Images
 from compress.quantize.nncf_ranges import plan_by_nncf
 from compress.quantize.planning import begin_below_zero, make_plan
+from compress.quantize.planning_graph import judged_tensors
 from compress.quantize.rounding import improve_rounding
 from compress.quantize.statistics import Statistics, calibrate
 from compress.quantize.weights import search_weight_scales
@@ -50,6 +52,7 @@ class Workbench:
     fitted: Feed = field(default_factory=dict)
     held_back: Feed = field(default_factory=dict)
     reference: list[NDArray[Any]] = field(default_factory=list)
+    judged: list[str] = field(default_factory=list)  # tensors that are compared
     is_free: bool = True
 
     def __post_init__(self) -> None:
@@ -58,7 +61,8 @@ class Workbench:
         freed = with_free_batch(self.prepared, self.fitted)
         self.is_free = freed is not None
         self.prepared = freed or self.prepared
-        self.reference = answers(self.prepared, self.held_back)
+        self.judged = judged_tensors(self.prepared)
+        self.reference = answers(self.prepared, self.held_back, names=self.judged)
 
     def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:
         """Return a plan with the ranges of the user's observer, or of ``observer``."""
@@ -79,7 +83,9 @@ class Workbench:
         rescaled = ModelProto()
         rescaled.CopyFrom(self.prepared)
         apply_corrections(rescaled, step)
-        images = self.images if self.images.fixed_batch is None else [self.fitted]
+        images = self.images
+        if images.fixed_batch is not None:
+            images = Images(Graph(rescaled), [self.fitted], fewest=1)
         seen = calibrate(rescaled, images, targets=[self.target])
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)
@@ -99,7 +105,8 @@ class Workbench:
     def fidelity_db(self, plan: QuantPlan) -> float:
         """Return the SQNR of the answers on the images held back."""
         written = write_qdq(self.prepared, plan)
-        return sqnr_db(self.reference, answers(written, self.held_back, target=self.target))
+        found = answers(written, self.held_back, target=self.target, names=self.judged)
+        return sqnr_db(self.reference, found)
 
 
 Method = Callable[[Workbench], QuantPlan]

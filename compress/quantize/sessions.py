@@ -38,6 +38,11 @@ def session_of(model: ModelProto, threads: int | None = None, *, float_qdq: bool
     return session
 
 
+def is_runtime_error(error: Exception) -> bool:
+    """Return whether ``error`` is ONNX Runtime's; its errors have no class in common."""
+    return type(error).__module__.startswith("onnxruntime")
+
+
 def _without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, NDArray[Any]]]:
     """Return a graph whose large constants are said to lie elsewhere, and these.
 

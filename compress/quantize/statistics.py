@@ -122,7 +122,7 @@ class _Runner:
         self.names = [name for name in names if name not in inputs]
         self.session = session_of(with_outputs(prepared, self.names), threads)
         self.shapes = Graph(prepared).shapes
-        self.buffers: dict[int, dict[str, NDArray[Any]]] = {}  # by number of images
+        self.buffers: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {}  # by shapes of the inputs
 
     def batch_size(self, images: Images) -> int:
         """Return how many images go into one run: what the graph fixes, or what fits in memory."""
@@ -144,22 +144,25 @@ class _Runner:
                 for name, array in feed.items()
             }
         size = len(next(iter(feed.values())))
-        seen = {name: feed[name] for name in self.inputs} | self._outputs(feed, size)
+        seen = {name: feed[name] for name in self.inputs} | self._outputs(feed)
         if size == count:
             return seen
         return {
             name: array[:count] if array.shape[0] == size else array for name, array in seen.items()
         }
 
-    def _outputs(self, feed: Feed, size: int) -> dict[str, NDArray[Any]]:
+    def _outputs(self, feed: Feed) -> dict[str, NDArray[Any]]:
+        if not self.names:  # only inputs are observed
+            return {}
+        size = tuple(array.shape for array in feed.values())
         if size not in self.buffers:
             values = self.session.run(self.names, feed)
-            made = zip(self.names, map(np.ascontiguousarray, values), strict=True)
+            made = zip(self.names, (np.asarray(value, order="C") for value in values), strict=True)
             self.buffers[size] = dict(made)
             return self.buffers[size]
         binding = self.session.io_binding()
         for name, array in feed.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            binding.bind_cpu_input(name, np.asarray(array, order="C"))
         for name, buffer in self.buffers[size].items():
             binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
         self.session.run_with_iobinding(binding)

@@ -16,6 +16,7 @@ from compress.qdq.prepare import prepare, read_onnx
 from compress.qdq.writer import write_qdq
 from compress.quantize.images import Batches, Images
 from compress.quantize.methods import METHODS, Workbench, plan_by
+from compress.quantize.planning_graph import planning_graph
 from compress.quantize.statistics import calibrate, observed_tensors
 
 
@@ -82,13 +83,15 @@ def quantize_targets(
     try:
         model = read_onnx(path)
         prepared = prepare(model)
-        graph = Graph(prepared)
-        excluded = excluded_nodes(graph, exclude)
-        images = Images(graph, batches)
-        statistics = calibrate(prepared, images, targets=outs)
+        excluded = excluded_nodes(Graph(prepared), exclude)
+        planned = planning_graph(prepared, batches)
+        graph = Graph(planned)
+        bound = set(Graph(prepared).inputs) - set(graph.inputs)
+        images = Images(graph, batches, bound=bound)
+        statistics = calibrate(planned, images, targets=outs)
         for target in outs:
-            own = statistics.of(observed_tensors(prepared, [target]))
-            bench = Workbench(prepared, images, own, target, observer, excluded)
+            own = statistics.of(observed_tensors(planned, [target]))
+            bench = Workbench(planned, images, own, target, observer, excluded)
             plans[target] = plan_by(method, bench)
             written[target] = write_qdq(prepared, plans[target])
     except QuantizationError as error:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from compress.artifact import check, read_json
 from compress.errors import RunError
+from compress.packages import DISTRIBUTION
 from compress.report.learning import learning_curves
 from compress.report.schema import (
     SCHEMA,
@@ -107,7 +108,7 @@ def check_schema(content: Any, path: Path) -> None:
             f"was written in schema {content['schema']}, by a newer version",
             where=str(path),
             expected=f"schema {SCHEMA} at most",
-            fix="Update compress: pip install --upgrade compress",
+            fix=f"Update compress: pip install --upgrade {DISTRIBUTION}",
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from compress.errors import EngineError
-from compress.packages import is_installed, require
+from compress.packages import install_command, is_installed, require
 
 _HEADER = struct.Struct("<4sI8xQ4B")  # tag, serialization version, bytes in all, four version parts
 
@@ -37,9 +37,7 @@ class Flavour:
     def unavailable(self) -> str | None:
         """Return why engines cannot run here, or None."""
         if not is_installed(self.module):
-            return (
-                f"the package {self.module!r} is not installed: pip install 'compress[{self.name}]'"
-            )
+            return f"the package {self.module!r} is not installed: {install_command(self.name)}"
         if not torch.cuda.is_available():
             return "there is no NVIDIA GPU, or no driver for it"
         return None

@@ -198,4 +198,4 @@ def _spec(entry: Any) -> TensorSpec:
 
 
 def _package() -> ModuleType:
-    return require("onnxruntime", extra="onnxruntime", purpose="runtime 'onnxruntime'")
+    return require("onnxruntime", extra="", purpose="runtime 'onnxruntime'")

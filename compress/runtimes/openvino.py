@@ -13,7 +13,7 @@ import numpy as np
 from compress import onnx_file
 from compress.artifact import replacing
 from compress.errors import EngineError, UsageError
-from compress.packages import is_installed, require
+from compress.packages import install_command, is_installed, require
 from compress.runtimes import _graph
 from compress.runtimes._session import BuildRequest, TensorSpec
 
@@ -51,7 +51,7 @@ class Openvino:
     def available(self) -> str | None:
         """Return why nothing can run here, or None."""
         if not is_installed("openvino"):
-            return "the package 'openvino' is not installed: pip install 'compress[openvino]'"
+            return f"the package 'openvino' is not installed: {install_command('openvino')}"
         return None
 
     def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:

@@ -30,7 +30,9 @@ def test_the_recipe_is_flattened():
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_reads_the_figures_back(tmp_path):
-    pytest.importorskip("tensorboard", reason="no tensorboard: pip install 'compress[tracking]'")
+    pytest.importorskip(
+        "tensorboard", reason="no tensorboard: pip install 'compress-cnn[tracking]'"
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     report = write(made_up.report(), tmp_path)
@@ -44,7 +46,7 @@ def test_tensorboard_reads_the_figures_back(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # MLflow's own
 def test_mlflow_reads_the_figures_back(tmp_path):
-    mlflow = pytest.importorskip("mlflow", reason="no mlflow: pip install 'compress[tracking]'")
+    mlflow = pytest.importorskip("mlflow", reason="no mlflow: pip install 'compress-cnn[tracking]'")
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
     try:
         client = mlflow.MlflowClient()

@@ -623,7 +623,7 @@ def test_an_absent_tracker_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(packages, "is_installed", lambda name: False)
     with pytest.raises(
-        MissingPackageError, match=r"track: mlflow needs .* pip install 'compress\[tr"
+        MissingPackageError, match=r"track: mlflow needs .* pip install 'compress-cnn\[tr"
     ):
         trained(track="mlflow")
 

@@ -1,0 +1,133 @@
+"""The graph that ranges are planned on: inputs that are no images bound, a batch that is true."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, numpy_helper
+
+from compress.errors import QuantizationError
+from compress.qdq.graph import Graph
+from compress.qdq.skeleton import infer_shapes
+from compress.quantize.images import Batches, Feed, by_name, first_batch
+from compress.quantize.sessions import is_runtime_error, session_of
+
+# Ops after which rows are no longer those of the images: sorted, chosen or positions.
+SELECTING = frozenset(
+    {"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero", "Unique", "Compress", "Hardmax"}
+)
+
+
+def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
+    """Return ``prepared``, or a copy on which every input holds one row for each image.
+
+    Inputs that are no images (a threshold, a size) become constants with the value they have in
+    the calibration batches. A batch that the inputs leave free and the nodes inside fix is fixed.
+
+    Args:
+        prepared: A prepared graph. Not modified.
+        batches: Calibration batches, as ``quantize_onnx`` takes them.
+
+    Raises:
+        QuantizationError: such an input has another value in another batch.
+    """
+    graph = Graph(prepared)
+    batch = first_batch(batches)
+    if batch is None:
+        return prepared
+    first = {name: np.asarray(array) for name, array in by_name(batch, graph.inputs).items()}
+    values = _parameters(graph, batches, first)
+    copy = prepared
+    if values:
+        copy = ModelProto()
+        copy.CopyFrom(prepared)
+        kept = [value for value in copy.graph.input if value.name not in values]
+        del copy.graph.input[:]
+        copy.graph.input.extend(kept)
+        copy.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in values.items())
+    return _with_true_batch(copy, first)
+
+
+def judged_tensors(prepared: ModelProto) -> list[str]:
+    """Return the float tensors that quantized and float graph are compared on.
+
+    The outputs; of one that is sorted, selected or a position, what it was made of: after a
+    different order rows of different objects would be compared.
+    """
+    graph = Graph(prepared)
+    selected: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type in SELECTING or selected.intersection(node.input):
+            selected.update(node.output)
+    found: list[str] = []
+    edge = [output.name for output in prepared.graph.output]
+    seen = set(edge)
+    while edge:
+        name = edge.pop(0)
+        if name not in selected:
+            if graph.is_float(name) and name in graph.producer:
+                found.append(name)
+            continue
+        for before in graph.data_inputs(graph.producer[name]):
+            if before not in seen:
+                seen.add(before)
+                edge.append(before)
+    return found
+
+
+def _parameters(graph: Graph, batches: Batches, first: Feed) -> Feed:
+    """Return the values of the inputs that are no images, by name."""
+    values = {name: first[name] for name in graph.inputs if graph.is_parameter(name)}
+    if not values:
+        return {}
+    for index, batch in enumerate(() if callable(batches) else batches):
+        feed = by_name(batch, graph.inputs)
+        for name, value in values.items():
+            if not np.array_equal(feed[name], value):
+                raise QuantizationError(
+                    f"input {name!r} is no image and differs from that of batch 0",
+                    where=f"calibration batch {index}",
+                    expected="the same value in all batches",
+                    fix="Quantize with the value that it will have in use",
+                )
+    return values
+
+
+def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:
+    """Return ``model``; a copy with a batch of 1 where the inputs say any and only 1 runs."""
+    graph = Graph(model)
+    free = [name for name in graph.inputs if (graph.shapes.get(name) or (0,))[0] is None]
+    rows = {name: first[name] for name in graph.inputs}
+    if not free or not all(array.ndim and len(array) for array in rows.values()):
+        return model
+    session = session_of(model)
+    one = {name: array[:1] for name, array in rows.items()}
+    two = {name: np.repeat(array[:1], 2, 0) for name, array in rows.items()}
+    if not _runs(session, one) or _runs(session, two):
+        return model  # it takes any batch; or none, and calibration says why
+    fixed = ModelProto()
+    fixed.CopyFrom(model)
+    for value in fixed.graph.input:
+        if value.name in free:
+            value.type.tensor_type.shape.dim[0].dim_value = 1
+    fixed.graph.ClearField("value_info")
+    infer_shapes(fixed)
+    warnings.warn(
+        "the inputs of the graph leave the batch free and its nodes fix it to 1: images are taken "
+        "one by one",
+        UserWarning,
+        stacklevel=4,
+    )
+    return fixed
+
+
+def _runs(session: Any, feed: Feed) -> bool:
+    try:
+        session.run(None, feed)
+    except Exception as error:
+        if is_runtime_error(error):
+            return False
+        raise
+    return True

@@ -1,0 +1,259 @@
+"""Graphs as other exporters write them: quantized for every target, clean for the linter."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from int8_graphs import Sketch, images, run
+
+import compress
+from compress.errors import QuantizationError
+from compress.qdq import prepare
+from compress.qdq.graph import BIAS_LIMIT, set_constant
+from compress.qdq.plan import TARGETS
+from compress.quantize.fidelity import sqnr_db
+from compress.quantize.planning_graph import judged_tensors
+
+
+@pytest.mark.parametrize("value", [np.float32(6), np.float32([6]), np.ones((2, 3), np.float32)])
+def test_a_constant_keeps_its_rank(value):
+    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+    for _ in range(2):  # added, then replaced
+        set_constant(model, "c", value)
+    (stored,) = model.graph.initializer
+    assert tuple(stored.dims) == np.shape(value)
+    assert np.array_equal(onnx.numpy_helper.to_array(stored), value)
+
+
+def scalar_arithmetic():
+    """Hard-swish written out with scalars, as TorchScript exports it."""
+    s = Sketch((3, 16, 16))
+    x = s.conv("input", "conv1", 3, 8, 3)
+    gate = s.op(
+        "Clip",
+        [
+            s.op("Add", [x, s.constant("three", np.float32(3))], "plus"),
+            s.constant("low", np.float32(0)),
+            s.constant("high", np.float32(6)),
+        ],
+        "clip",
+    )
+    x = s.op("Div", [s.op("Mul", [x, gate], "gated"), s.constant("six", np.float32(6))], "swish")
+    s.head(x, 8)
+    return s.model()
+
+
+def shape_arithmetic():
+    """x.view(x.size(0), -1): the target shape is computed from scalars."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "conv2", 3, 8, 3))
+    batch = s.op("Gather", [s.op("Shape", [x], "shape"), s.constant("zero", np.int64(0))], "batch")
+    batch = s.op("Unsqueeze", [batch, s.constant("axis", np.array([0]))], "row")
+    wanted = s.op("Concat", [batch, s.constant("rest", np.array([-1]))], "wanted", axis=0)
+    x = s.op("Reshape", [x, wanted], "flat")
+    s.op("MatMul", [x, s.floats("w", 512, 10, scale=0.1)], "logits")
+    return s.model()
+
+
+def detector_head():
+    """Two levels, transposed, reshaped and joined, as SSD-like detectors end."""
+    s = Sketch((3, 16, 16))
+    x = s.relu(s.conv("input", "conv3", 3, 8, 3))
+    pooled = s.op("MaxPool", [x], "pooled", kernel_shape=[2, 2], strides=[2, 2])
+    shape = s.constant("shape", np.array([0, -1, 4]))
+    levels = []
+    for number, level in enumerate((x, pooled)):
+        scores = s.conv(level, f"level{number}_conv4", 8, 4, 1)
+        scores = s.op("Transpose", [scores], f"last{number}", perm=[0, 2, 3, 1])
+        levels.append(s.op("Reshape", [scores, shape], f"rows{number}"))
+    s.op("Softmax", [s.op("Concat", levels, "joined", axis=1)], "logits", axis=-1)
+    return s.model()
+
+
+def attention():
+    """A product of two activations, one of which a convolution reads as well."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "conv5", 3, 8, 3))
+    y = s.op("Sigmoid", [s.conv(x, "conv6", 8, 8, 1)], "gate")
+    mixed = s.op("MatMul", [x, s.op("Exp", [y], "exp")], "mixed")
+    s.head(s.op("Add", [mixed, s.conv(x, "conv7", 8, 8, 1)], "sum"), 8)
+    return s.model()
+
+
+GRAPHS = [scalar_arithmetic, shape_arithmetic, detector_head, attention]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("make", GRAPHS, ids=lambda make: make.__name__)
+def test_the_linter_accepts_what_the_writer_writes(make, target, tmp_path):
+    model = make()
+    onnx.save(model, tmp_path / "float.onnx")
+    feed = images(model, 32)
+    compress.quantize_onnx(
+        tmp_path / "float.onnx", [feed], tmp_path / "int8.onnx", target=target, method="plain"
+    )
+    assert compress.lint_onnx(tmp_path / "int8.onnx", target=target) == []
+    written = onnx.load(tmp_path / "int8.onnx")
+    assert any(node.op_type == "QuantizeLinear" for node in written.graph.node)
+    assert sqnr_db(run(model, feed)[0], run(written, feed, plain=True)[0]) > 18
+
+
+def test_a_bias_at_the_limit_of_the_writer_is_no_overflow(tmp_path):
+    """The scale of a nearly dead channel is raised until its bias is the largest that fits."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "conv8", 3, 8, 3))
+    s.head(s.relu(s.conv(x, "conv9", 8, 8, 3)), 8)
+    model = s.model()
+    for tensor in model.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if values.ndim == 4:
+            values[: len(values) // 2] *= 1e-9
+        elif values.ndim == 1:
+            values[:] = np.linspace(0.3, 3, len(values))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, tmp_path / "float.onnx")
+    compress.quantize_onnx(
+        tmp_path / "float.onnx", [images(model, 32)], tmp_path / "int8.onnx", method="plain"
+    )
+    written = onnx.load(tmp_path / "int8.onnx")
+    codes = [onnx.numpy_helper.to_array(t) for t in written.graph.initializer]
+    largest = max(np.abs(c.astype(np.int64)).max() for c in codes if c.dtype == np.int32)
+    assert largest == pytest.approx(BIAS_LIMIT, rel=1e-5)
+    assert compress.lint_onnx(tmp_path / "int8.onnx", target="onnxruntime") == []
+
+
+def judged(model, batches, tmp_path, target="onnxruntime", method="auto", **options):
+    """Return the plan and the written model."""
+    onnx.save(model, tmp_path / "float.onnx")
+    out = tmp_path / "int8.onnx"
+    plan = compress.quantize_onnx(
+        tmp_path / "float.onnx", batches, out, target=target, method=method, **options
+    )
+    return plan, onnx.load(out)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_network_of_one_layer_has_only_its_input_to_observe(target, tmp_path):
+    s = Sketch((3, 8, 8))
+    s.conv("input", "logits", 3, 4, 3)
+    model = s.model()
+    feed = images(model, 32)
+    _, written = judged(model, [feed], tmp_path, target)
+    assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 25
+
+
+def nms_inside():
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "stem", 3, 8, 3))
+    boxes = s.op("Reshape", [s.conv(x, "b", 8, 4, 1), s.constant("bs", np.array([0, 4, -1]))], "b2")
+    boxes = s.op("Transpose", [boxes], "boxes", perm=[0, 2, 1])
+    scores = s.op("Sigmoid", [s.conv(x, "s", 8, 2, 1)], "gate")
+    scores = s.op("Reshape", [scores, s.constant("ss", np.array([0, 2, -1]))], "scores")
+    limits = [("most", np.int64(1000)), ("iou", np.float32(0.9)), ("least", np.float32(0.5))]
+    limits = [s.constant(name, np.reshape(value, 1)) for name, value in limits]
+    s.op("NonMaxSuppression", [boxes, scores, *limits], "logits")
+    model = s.model()
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    return model
+
+
+def top_scores():
+    s = Sketch((3, 8, 8))
+    s.head(s.relu(s.conv("input", "stem", 3, 8, 3)), 8)
+    s.op("TopK", ["logits", s.constant("k", np.array([3]))], "top", outputs=2)
+    model = s.model(["top_0", "top_1"])
+    model.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    return model
+
+
+def winners():
+    s = Sketch((3, 8, 8))
+    s.head(s.relu(s.conv("input", "stem", 3, 8, 3)), 8)
+    s.op("ArgMax", ["logits"], "winner", axis=1)
+    model = s.model(["winner"])
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "compared"),
+    [(nms_inside, {"boxes", "scores"}), (top_scores, {"logits"}), (winners, {"logits"})],
+    ids=["NonMaxSuppression", "TopK", "only positions"],
+)
+def test_answers_are_compared_before_they_are_sorted_or_selected(make, compared, tmp_path):
+    """Rows of different objects would be compared after it, or no numbers at all."""
+    model = make()
+    assert set(judged_tensors(prepare(model))) == compared
+    plan, _ = judged(model, [images(model, 32)], tmp_path)
+    assert float(plan.notes[0].split(": ")[1].removesuffix(" dB")) > 15
+
+
+@pytest.mark.parametrize("as_stream", [False, True], ids=["list", "stream"])
+def test_images_of_different_sizes_calibrate_a_graph_of_free_size(as_stream, tmp_path):
+    s = Sketch((3, 8, 8))
+    s.head(s.relu(s.conv("input", "stem", 3, 8, 3)), 8)
+    model = s.model()
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "side"
+    rng = np.random.default_rng(0)
+    sizes = [(2, 3, side, side) for side in (8, 8, 12, 8, 16, 8, 12, 8)]
+    batches = [rng.standard_normal(size).astype(np.float32) for size in sizes]
+    batches[-1][0, 0, 0, 0] = 12.0  # in an image of the most frequent size
+    batches[4][0, 0, 0, 0] = -13.0  # in the only one of its size
+    plan, _ = judged(
+        model, (lambda: iter(batches)) if as_stream else batches, tmp_path, observer="minmax"
+    )
+    found = plan.activations["input"]
+    assert (found.low, found.high) == (-13, 12)  # both were seen
+    assert len(plan.notes) > 1  # corrections were tried
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["a scalar", "one number"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_input_that_is_no_image_is_bound_to_its_value(shape, target, tmp_path):
+    s = Sketch((3, 8, 8))
+    x = s.op("Mul", [s.relu(s.conv("input", "stem", 3, 8, 3)), "gain"], "scaled")
+    s.head(s.relu(s.conv(x, "next", 8, 8, 3)), 8)
+    s.inputs.append(onnx.helper.make_tensor_value_info("gain", 1, shape))
+    model = s.model()
+    gain = np.full(shape, 0.5, np.float32)
+    feed = {"input": images(model, 32)["input"], "gain": gain}
+    _, written = judged(model, [feed], tmp_path, target)
+    assert [value.name for value in written.graph.input] == ["input", "gain"]
+    assert compress.lint_onnx(tmp_path / "int8.onnx", target=target) == []
+    assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 20
+    with pytest.raises(QuantizationError, match="'gain' is no image and differs from that of"):
+        judged(model, [feed, feed | {"gain": gain + 1}], tmp_path, target)
+
+
+def test_a_batch_that_nodes_inside_fix_is_taken_one_by_one(tmp_path):
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "stem", 3, 8, 3))
+    ones = s.constant("ones", np.ones((1, 8, 8, 8), np.float32))
+    s.head(s.op("Concat", [x, ones], "joined", axis=1), 16)
+    model = s.model()
+    with pytest.warns(UserWarning, match="its nodes fix it to 1: images are taken one by one"):
+        plan, written = judged(model, [images(model, 16)], tmp_path)
+    feed = images(model, 1)
+    assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 20
+    assert plan.notes == (
+        "ranges only: the batch size is fixed in the graph, and corrections need a free one",
+    )
+
+
+@pytest.mark.parametrize("count", [8, 9, 10])
+def test_eight_images_are_enough_for_a_fixed_batch(count, tmp_path):
+    s = Sketch((3, 8, 8), batch=1)
+    x = s.relu(s.conv("input", "stem", 3, 8, 3))
+    s.head(s.relu(s.conv(x, "next", 8, 8, 3)), 8)
+    model = s.model()
+    for tensor in model.graph.initializer:  # channels that equalization helps
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if values.ndim == 4:
+            values *= np.logspace(-1.5, 0, len(values), dtype=np.float32)[:, None, None, None]
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    feed = images(model, count)["input"]
+    _, written = judged(model, [feed[i : i + 1] for i in range(count)], tmp_path)
+    one = {"input": feed[:1]}
+    assert sqnr_db(run(model, one), run(written, one, plain=True)) > 15

@@ -1125,3 +1125,36 @@ class QuantileTaken(Stages):
 
     def between(self, x: Tensor) -> Tensor:
         return x - x.quantile(0.3) - torch.quantile(x, 0.8, dim=1, keepdim=True)
+
+
+class Attended(nn.Module):
+    """Pixels attend to each other through nn.MultiheadAttention."""
+
+    def __init__(self, width: int, **sizes: int) -> None:
+        super().__init__()
+        self.stem, self.query = conv_bn(3, 16), nn.Linear(16, width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True, **sizes)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.stem(x).flatten(2).transpose(1, 2)
+        asked = self.query(rows)
+        keys = rows if self.attention.q_proj_weight is not None else asked
+        found, _ = self.attention(asked, keys, keys, need_weights=False)
+        return self.head((asked + found).mean(1))
+
+
+@zoo()
+class PackedAttention(Attended):
+    """Queries, keys and values of one width, whose weights are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+
+
+@zoo()
+class CrossAttention(Attended):
+    """Keys and values of another width than queries."""
+
+    def __init__(self) -> None:
+        super().__init__(12, kdim=16, vdim=16)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.groups.counts import Count, Extent, origin_of
+from compress.groups.counts import Count, Extent
 from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
 from compress.groups.rules.layout import copies, follow
@@ -98,12 +98,18 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
             for part in parts[1:]:
                 tracer.ledger.unify(part, parts[0])
         pairs = zip(parts, given, strict=True)
-        for part, count in sorted(pairs, key=lambda pair: origin_of(pair[1]) is None):
+        for part, count in sorted(
+            pairs, key=lambda pair: isinstance(pair[1], Count) and pair[1].origin is None
+        ):
             if not isinstance(count, Count) or (count in halves and len(set(sizes)) > 1):
                 tracer.freeze(part, f"split {_CONSTANT}")
             else:
                 follow(tracer, count, part, axis)
     _parts(tracer, call, dim)
+
+
+def _is_sum(count: Any) -> bool:
+    return isinstance(count, Count) and count.origin is None
 
 
 def _of(count: Count, axis: Labels) -> bool:

@@ -926,3 +926,271 @@ class ChannelTokens(Classifier):
 
     def __init__(self) -> None:
         super().__init__(self.Body())
+
+
+class Stages(nn.Module):
+    """Three stages and a linear layer; subclasses put their difficulty between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.deep = conv_bn(3, 16), conv_bn(16, 24), conv_bn(24, 16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deep(self.between(self.wide(self.stem(x)))).mean((2, 3)))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+
+@zoo()
+class ScaleChecked(Stages):
+    """Images of 0..255 are scaled: the program looks at the values of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x / 255 if x.max() > 10 else x)
+
+
+@zoo()
+class NanChecked(Stages):
+    """A check for NaN between two layers."""
+
+    def between(self, x: Tensor) -> Tensor:
+        if torch.isnan(x).any():
+            raise ValueError("not a number")
+        return x
+
+
+@zoo()
+class ValuesPrinted(Stages):
+    """Values are taken out of the network for a log: as a number, and in numpy."""
+
+    def between(self, x: Tensor) -> Tensor:
+        self.log = f"{x.mean().item():.3f} {x.mean((1, 2, 3)).numpy().max():.3f}"
+        return x
+
+
+@zoo()
+class CountInBuffer(Stages):
+    """How often a step is repeated, and a factor, are values of the network's own tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("times", torch.tensor(2))
+        self.strides = torch.tensor([4.0])
+
+    def between(self, x: Tensor) -> Tensor:
+        for _ in range(int(self.times)):
+            x = x + F.relu(x)
+        return x * x.new_full((1, 1, 1, 1), self.strides[0])
+
+
+@zoo()
+class ValuesChoose(Stages):
+    """Pixels chosen by value: shapes depend on the image, what follows has the same channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        bright = x.mean((0, 2, 3)) > 0
+        return x * (1 + len(bright.new_ones(int(bright.new_ones(2).sum())).nonzero()))
+
+
+@zoo()
+class DroppedChannels(Stages):
+    """Dropout of whole channels, and a head that runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.aux = nn.Dropout2d(0.1), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.drop(self.wide(self.stem(x)))
+        logits = self.head(self.deep(x).mean((2, 3)))
+        return (logits, self.aux(x.mean((2, 3)))) if self.training else logits
+
+
+@zoo()
+class KernelOfOne(nn.Module):
+    """A convolution with kernel 1 over stacked vectors does not slide along the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = conv_bn(3, 16), nn.Conv1d(3, 1, 1)
+        self.branches = nn.ModuleList(conv_bn(16, 24) for _ in "abc")
+        self.head = nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        rows = torch.stack([branch(x).mean((2, 3)) for branch in self.branches], 1)
+        return self.head(self.mix(rows).squeeze(1))
+
+
+@zoo()
+class UnitLength(Stages):
+    """F.normalize over the channels: its norm is expanded inside PyTorch's function."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
+
+
+@zoo()
+class SplitRest(Stages):
+    """``split([part, width - part])``: a difference of two attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.part = 24, 8
+        self.mixed = nn.Conv2d(8, 8, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        first, rest = torch.split(x, [self.part, self.width - self.part], 1)
+        return torch.cat([self.mixed(first), rest], 1)
+
+
+@zoo()
+class SplitRestFirst(SplitRest):
+    """The difference comes before the attribute that it is made of."""
+
+    def between(self, x: Tensor) -> Tensor:
+        rest, first = x.split([self.width - self.part, self.part], dim=1)
+        return torch.cat([rest, self.mixed(first)], 1)
+
+
+@zoo()
+class MergedWeight(nn.Module):
+    """``weight.data = ...`` in eval mode: branches are merged before each forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(3, 16, 1)
+        self.merged = nn.Conv2d(3, 16, 3, padding=1)
+        self.deep, self.head = conv_bn(16, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            x = self.a(x) + self.b(x)
+        else:
+            self.merged.weight.data = self.a.weight + F.pad(self.b.weight, (1, 1, 1, 1))
+            self.merged.bias.data = self.a.bias + self.b.bias
+            x = self.merged(x)
+        return self.head(self.deep(F.relu(x)).mean((2, 3)))
+
+
+@zoo()
+class ReshapedInPlace(Stages):
+    """Dimensions are added, removed and exchanged in place."""
+
+    def between(self, x: Tensor) -> Tensor:
+        x = x * 2
+        x.unsqueeze_(1).squeeze_(1).transpose_(1, 2)
+        return x.transpose_(2, 1)
+
+
+@zoo()
+class MedianTaken(Stages):
+    """The median of everything is subtracted: it looks across the channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x - x.median()
+
+
+@zoo()
+class WidthAsserted(Stages):
+    """An assertion on a width keeps that layer, not the one after it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.wide(x)
+        assert x.shape[1] == 24
+        x = self.deep(x)
+        return self.head(x.mean((2, 3)))
+
+
+@zoo()
+class FusedAttention(Classifier):
+    """PyTorch's own attention with its default scale, which counts the channels of a head."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out, self.heads = nn.Linear(16, 48), nn.Linear(16, 16), 2
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.flatten(2).transpose(1, 2)
+            b, n, c = rows.shape
+            qkv = self.qkv(rows).reshape(b, n, 3, self.heads, c // self.heads)
+            q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, c)
+            return x + self.out(y).transpose(1, 2).reshape(x.shape)
+
+    def __init__(self) -> None:
+        super().__init__(self.Body())
+
+
+class ReadsText(nn.Module):
+    """A CNN whose columns a recurrent layer reads one after another (CRNN)."""
+
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.deep, self.cell = conv_bn(3, 16), conv_bn(16, 24, stride=2), cell
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.deep(self.stem(x)).mean(2).transpose(1, 2)
+        return self.head(self.cell(columns)[0])
+
+
+@zoo()
+class RecurrentLstm(ReadsText):
+    """Two layers of an LSTM, in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.LSTM(24, 10, 2, batch_first=True, bidirectional=True))
+
+
+@zoo()
+class RecurrentGru(ReadsText):
+    """A GRU."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.GRU(24, 20, batch_first=True))
+
+
+@zoo()
+class QuantileTaken(Stages):
+    """A quantile of everything is subtracted, and one of each image's channels."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x - x.quantile(0.3) - torch.quantile(x, 0.8, dim=1, keepdim=True)
+
+
+class Attended(nn.Module):
+    """Pixels attend to each other through nn.MultiheadAttention."""
+
+    def __init__(self, width: int, **sizes: int) -> None:
+        super().__init__()
+        self.stem, self.query = conv_bn(3, 16), nn.Linear(16, width)
+        self.attention = nn.MultiheadAttention(width, 2, batch_first=True, **sizes)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.stem(x).flatten(2).transpose(1, 2)
+        asked = self.query(rows)
+        keys = rows if self.attention.q_proj_weight is not None else asked
+        found, _ = self.attention(asked, keys, keys, need_weights=False)
+        return self.head((asked + found).mean(1))
+
+
+@zoo()
+class PackedAttention(Attended):
+    """Queries, keys and values of one width, whose weights are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(12)
+
+
+@zoo()
+class CrossAttention(Attended):
+    """Keys and values of another width than queries."""
+
+    def __init__(self) -> None:
+        super().__init__(12, kdim=16, vdim=16)

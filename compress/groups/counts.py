@@ -9,7 +9,7 @@ can tell a constant from a number that follows the shape or that the surgery can
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -34,19 +34,30 @@ class Extent:
 
 
 Origin = Attribute | Extent
+_ONE = Fraction(1)
 
 
 class Count(int):
-    """An int with an origin: ``self == scale x origin``; no origin means a mixture of several."""
+    """An int with an origin: ``self == scale x origin``, or a sum of such terms.
+
+    ``origin`` is None for a sum of several, and for numbers computed in another way, whose
+    ``terms`` are empty.
+    """
 
     origin: Origin | None
     scale: Fraction
+    terms: Mapping[Origin, Fraction]
 
     def __new__(cls, value: int, origin: Origin | None, scale: Fraction | None = None) -> Count:
         """Return ``value`` with its origin."""
+        scale = Fraction(1) if scale is None else scale
+        return cls._sum(value, {} if origin is None else {origin: scale})
+
+    @classmethod
+    def _sum(cls, value: int, terms: Mapping[Origin, Fraction]) -> Count:
         count = super().__new__(cls, value)
-        count.origin = origin
-        count.scale = Fraction(1) if scale is None else scale
+        count.terms = terms
+        count.origin, count.scale = next(iter(terms.items())) if len(terms) == 1 else (None, _ONE)
         return count
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
@@ -57,6 +68,16 @@ class Count(int):
 
     def _mixed(self, value: Any) -> Any:
         return Count(value, None) if isinstance(value, int) else value
+
+    def _plus(self, value: Any, other: Any, sign: int) -> Any:
+        if type(other) is int and other == 0:
+            return self
+        if not isinstance(other, Count) or not self.terms or not other.terms:
+            return self._mixed(value)
+        terms = dict(self.terms)
+        for origin, scale in other.terms.items():
+            terms[origin] = terms.get(origin, Fraction(0)) + sign * scale
+        return Count._sum(value, {origin: scale for origin, scale in terms.items() if scale})
 
     def __mul__(self, other: Any) -> Any:
         value = int.__mul__(self, other)
@@ -76,20 +97,12 @@ class Count(int):
         return self._mixed(int.__rfloordiv__(self, other))
 
     def __add__(self, other: Any) -> Any:
-        value = int.__add__(self, other)
-        same = isinstance(other, Count) and other.origin is not None and other.origin == self.origin
-        if same:
-            return Count(value, self.origin, self.scale + other.scale)
-        return self if type(other) is int and other == 0 else self._mixed(value)
+        return self._plus(int.__add__(self, other), other, 1)
 
     __radd__ = __add__
 
     def __sub__(self, other: Any) -> Any:
-        value = int.__sub__(self, other)
-        same = isinstance(other, Count) and other.origin is not None and other.origin == self.origin
-        if same and self.scale != other.scale:
-            return Count(value, self.origin, self.scale - other.scale)
-        return self if type(other) is int and other == 0 else self._mixed(value)
+        return self._plus(int.__sub__(self, other), other, -1)
 
     def __rsub__(self, other: Any) -> Any:
         return self._mixed(int.__rsub__(self, other))

@@ -118,6 +118,24 @@ def _group_norm(module: nn.Module) -> None:
         module.num_channels = len(module.weight)  # type: ignore[assignment]
 
 
+def _recurrent(module: nn.Module) -> None:
+    own = module._parameters
+    module.input_size = own["weight_ih_l0"].shape[1]  # type: ignore[union-attr, assignment]
+    module._flat_weights = [own[name] for name in module._flat_weights_names]  # type: ignore[union-attr, assignment]
+
+
+def _attention(module: nn.Module) -> None:
+    own = module._parameters
+    packed, keys, values = (own[f"{name}_weight"] for name in ("in_proj", "k_proj", "v_proj"))
+    if packed is not None:
+        rows, module.kdim = packed.shape[0] // 3, packed.shape[1]  # type: ignore[assignment]
+        module.vdim = module.kdim
+    else:
+        rows, module.kdim = keys.shape  # type: ignore[union-attr, assignment]
+        module.vdim = values.shape[1]  # type: ignore[union-attr, assignment]
+    module.embed_dim, module.head_dim = rows, rows // module.num_heads  # type: ignore[operator, assignment]
+
+
 def _prelu(module: nn.Module) -> None:
     module.num_parameters = module.weight.numel()  # type: ignore[operator, assignment]
 
@@ -129,4 +147,6 @@ _FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
     (nn.LayerNorm, _layer_norm),
     (nn.GroupNorm, _group_norm),
     (nn.PReLU, _prelu),
+    (nn.RNNBase, _recurrent),
+    (nn.MultiheadAttention, _attention),
 )

@@ -64,6 +64,17 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+_TAKES_BOOLEANS = frozenset(words("index index_put"))
+
+
+def depends_on_values(func: OpOverload, args: Any) -> bool:
+    """Say whether the shapes of an op's results depend on the values it is given."""
+    name = op_name(func)
+    if name in _TAKES_BOOLEANS:
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))
+    return torch.Tag.dynamic_output_shape in func.tags or name.endswith("::nms")
+
+
 def scalars_in(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float, ...]:
     """Return the numbers an op was given that a cut must not change."""
     shapes = name in _SHAPE_OPS
@@ -76,15 +87,31 @@ def scalars_in(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float, 
     return tuple(found)
 
 
-def run(func: OpOverload, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the result of an op; tensors that the program made on the CPU are taken along."""
+def run(
+    func: OpOverload,
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    on: torch.device | None,
+) -> Any:
+    """Return the result of an op; tensors that the program made elsewhere are taken along.
+
+    Args:
+        func: The op.
+        name: Its name.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        on: The meta device; None leaves tensors where the program has them.
+    """
+    if on is None:
+        return func(*args, **kwargs)
     fast = _FAST.get(name)
     if fast is not None and not kwargs:
         result = fast(func, args)
         if result is not NotImplemented:
             return result
     if name in _FACTORIES and not any(True for _ in tensors_in(args)):
-        kwargs = {**kwargs, "device": torch.device("meta")}
+        kwargs = {**kwargs, "device": on}
     else:
         args = _same_device(args)
     return func(*args, **kwargs)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import kernels
+from compress.groups.calls import TAKERS, WatchedCalls, whole_name
 from compress.groups.labels import Axis
-from compress.groups.tracer import Key, Step, describe, here, place_of
+from compress.groups.tracer import Key, Record, describe, here, place_of
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
 
@@ -37,18 +41,20 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
     Args:
-        steps: What the original did.
+        record: What the original did. Where its program took values, the copy gets the same ones.
         stays: Which labels are kept.
-        stopped: The original stopped after these steps, for want of values.
+        on: The meta device; None if the copy has values.
     """
 
-    def __init__(self, steps: list[Step], stays: Stays, *, stopped: bool = False) -> None:
+    def __init__(self, record: Record, stays: Stays, on: torch.device | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._stopped = stopped
-        self._steps = steps
+        self._steps = record.steps
+        self._taken = iter(record.taken)
         self._stays = stays
+        self._on = on
         self._done = 0
-        self._calls: dict[str, int] = {}
+        self._inside_whole = False
+        self._running = False  # an op runs: what is raised comes from it, not from the program
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -62,25 +68,54 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = kernels.op_name(func)
         if name in kernels.SILENT:
             return func(*args, **(kwargs or {}))
-        self._calls[name] = self._calls.get(name, 0) + 1
-        if self.finished and self._stopped:
-            return kernels.run(func, name, args, kwargs or {})
+        given = kwargs or {}
+        if self._inside_whole:
+            return kernels.run(func, name, args, given, self._on)
+        dynamic = self._on is None and kernels.depends_on_values(func, args)
+        scalars = kernels.scalars_in(name, args, given)
+        return self._compare(
+            name, lambda: kernels.run(func, name, args, given, self._on), scalars, dynamic=dynamic
+        )
+
+    def whole(self, name: str, run: Callable[[], Any]) -> Any:
+        """Run a call that was followed as one op and compare it."""
+        self._inside_whole = True
+        try:
+            return self._compare(name, run, None)
+        finally:
+            self._inside_whole = False
+
+    def _compare(
+        self,
+        name: str,
+        run: Callable[[], Any],
+        scalars: tuple[float, ...] | None,
+        *,
+        dynamic: bool = False,
+    ) -> Any:
         if self.finished:
             raise self._mismatch("the pruned network does more than the original")
         step = self._steps[self._done]
         if step.name != name:
             raise self._mismatch(f"the pruned network calls {name} where the original {step.name}")
-        scalars = kernels.scalars_in(name, args, kwargs or {})
-        if scalars != step.scalars:
+        if scalars is not None and scalars != step.scalars:
             raise self._mismatch(f"{name} is given a number that depends on the channel count")
-        result = kernels.run(func, name, args, kwargs or {})
-        shapes = [tuple(out.shape) for out in kernels.tensors_in(result)]
+        self._running = True
+        result = run()
+        self._running = False
         expected = [self._expected(shape, axes) for shape, axes in step.outputs]
+        if dynamic:
+            result = _reshaped(result, iter(expected))
+        shapes = [tuple(out.shape) for out in kernels.tensors_in(result)]
         if shapes != expected:
             found = f"{name} gives {_write(shapes)} where {_write(expected)} should remain"
             raise self._mismatch(f"channel counts written in the program: {found}")
         self._done += 1
-        return result
+        return result if step.value is None else step.value
+
+    def take(self, value: Any) -> Any:
+        """Return what the original's program got where this one takes ``value``."""
+        return next(self._taken, value)
 
     @property
     def finished(self) -> bool:
@@ -103,6 +138,8 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _mismatch(self, why: str, *, line: bool = True) -> MismatchError:
         at = min(self._done, len(self._steps) - 1)
+        if not line and not self._running:
+            at = max(0, self._done - 1)  # the program itself stopped, after that op
         ending = f" at {here()}" if line else ""
         return MismatchError(at, self._steps[at].key, why + ending)
 
@@ -117,6 +154,34 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if found is None:
             found = self._sizes[id(axis)] = int(self._stays[axis].sum())
         return found
+
+
+def _reshaped(result: Any, shapes: Iterator[tuple[int, ...]]) -> Any:
+    """Return zeros in the shapes that the original's results had."""
+    if isinstance(result, Tensor):
+        return result.new_zeros(next(shapes))
+    return type(result)(_reshaped(item, shapes) for item in result)
+
+
+class ReplayCalls(WatchedCalls):
+    """Hands the program of a replayed network the values that the original's took out."""
+
+    def __init__(self, replay: Replay) -> None:
+        super().__init__()
+        self._replay = replay
+
+    def __torch_function__(
+        self,
+        func: Any,
+        kinds: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one call of the program."""
+        if (whole := whole_name(func)) is not None:
+            return self._replay.whole(whole, lambda: func(*args, **(kwargs or {})))
+        result = self.inside(func, args, kwargs or {})
+        return self._replay.take(result) if getattr(func, "__name__", "") in TAKERS else result
 
 
 def _write(shapes: list[tuple[int, ...]]) -> str:

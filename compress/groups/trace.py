@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import ModelError, PlanError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
-from compress.groups.copying import meta_copy, named_tensors
+from compress.groups.copying import full_copy, meta_copy, named_tensors
 from compress.groups.counts import tag_attributes
 from compress.groups.cutting import cut
 from compress.groups.labels import Components, Ledger
 from compress.groups.network import Layer, Network, Positions, Reduction
-from compress.groups.replay import MismatchError, Replay
+from compress.groups.replay import MismatchError, Replay, ReplayCalls
 from compress.groups.rules import RULES, freeze_all
-from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer, describe, place_of
+from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer
 from compress.groups.units import find_units, layer_name
 from compress.outputs import tensors_of
 
@@ -35,14 +35,22 @@ def trace(model: nn.Module, example_input: Example) -> Network:
     Args:
         model: Any network; its parameters, mode and hooks are left as they are.
         example_input: One input, a tuple of positional inputs, or a dict of keyword inputs. Only
-            shapes and types matter.
+            shapes and types matter, unless the program asks for the value of a tensor or hooks
+            of the user's hang on modules: then a copy of the network runs on the values.
 
     Raises:
         PlanError: the network cannot be run on the example, or nothing in it can be cut.
     """
     distrusted: dict[Key, str] = {}
+    with_values = _has_own_hooks(model)
     for number in range(_ROUNDS):
-        traced = _Traced(model, example_input, distrusted)
+        try:
+            traced = _Traced(model, example_input, distrusted, with_values=with_values)
+        except PlanError as error:
+            if with_values or not _needs_values(error.__cause__):
+                raise
+            with_values = True
+            traced = _Traced(model, example_input, distrusted, with_values=with_values)
         mismatch = traced.probe(seed=number)
         if mismatch is None or not traced.units.groups:
             break
@@ -79,7 +87,10 @@ def undisturbed() -> Iterator[None]:
 @contextlib.contextmanager
 def _attributes_restored(model: nn.Module) -> Iterator[None]:
     """Undo, afterwards, what happens to attributes of modules: tags, and caches of a forward."""
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    before = [
+        (module, {name: _shallow(value) for name, value in module.__dict__.items()})
+        for module in model.modules()
+    ]
     try:
         yield
     finally:
@@ -88,26 +99,36 @@ def _attributes_restored(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
 
 
+def _shallow(value: Any) -> Any:
+    """Return a copy of a container (the module's buffers are in one), anything else itself."""
+    return value.copy() if type(value) in {dict, list, set} and value else value
+
+
 @dataclass(frozen=True)
 class _Forward:
     """One traced forward and the mode it was made in."""
 
     training: bool
     record: Record
-    stopped: bool  # it could not go on without the values of tensors
 
 
 class _Traced:
     """One attempt: trace, merge, find units; ``probe`` then tries a cut."""
 
     def __init__(
-        self, model: nn.Module, example_input: Example, distrusted: Mapping[Key, str]
+        self,
+        model: nn.Module,
+        example_input: Example,
+        distrusted: Mapping[Key, str],
+        *,
+        with_values: bool,
     ) -> None:
-        self._model = meta_copy(model)
+        self._on = None if with_values else torch.device("meta")
+        self._model = full_copy(model) if with_values else meta_copy(model)
         self._tensors = dict(named_tensors(self._model))
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         args, kwargs = inputs_of(example_input)
-        self._inputs = tree_map(_to_meta, (args, kwargs))
+        self._inputs = tree_map(_copied if with_values else _to_meta, (args, kwargs))
         self._ledger = Ledger()
         self._named = self._label_tensors()
         with _attributes_restored(self._model):
@@ -150,30 +171,21 @@ class _Traced:
     ) -> _Forward:
         self._model.train(training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
-        tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted)
-        why, stopped = "its channels are an output of the network", False
-        try:
-            outputs = run_traced(self._model, self._inputs_in(training), tracer)
-        except PlanError as error:
-            cause = error.__cause__
-            if cause is None or not _needs_values(cause) or not tracer.record.uses:
-                raise
-            stopped = True
-            why = f"the program goes on from it by values at {describe(place_of(cause))}"
-            outputs = tensors_within_reach(cause)
-        for tensor in outputs:
-            tracer.freeze_output(tensor, why)
+        tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted, self._on)
+        for tensor in run_traced(self._model, self._inputs_in(training), tracer):
+            tracer.freeze_output(tensor, "its channels are an output of the network")
         if before is not None:
             self._left = _left_on_attributes(self._model, before, tracer)
-        return _Forward(training, tracer.record, stopped)
+        return _Forward(training, tracer.record)
 
     def _inputs_in(self, training: bool) -> Any:
         """Return the inputs; in training mode at least two images, as batch statistics need."""
-        if not training or _batch_size(self._inputs) > 1:
-            return self._inputs
+        inputs = tree_map(_copied, self._inputs)  # a network may write into them
+        if not training or _batch_size(inputs) > 1:
+            return inputs
         return tree_map(
             lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim and len(t) == 1 else t,
-            self._inputs,
+            inputs,
         )
 
     def _unused(self) -> bool:
@@ -285,14 +297,12 @@ class _Traced:
         model = self._model
         cut(model, self.network.kept_positions(keep), self.network.attributes(kept))
         for number, forward in enumerate(self._forwards):
-            replay = Replay(forward.record.steps, stays, stopped=forward.stopped)
+            replay = Replay(forward.record, stays, self._on)
             model.train(forward.training)
             try:
                 run_traced(model, self._inputs_in(forward.training), replay)
                 replay.check_finished()
             except (PlanError, MismatchError) as error:
-                if forward.stopped and replay.finished:
-                    continue  # so did the original
                 mismatch = replay.failure(error)
                 mismatch.forward = number
                 return mismatch
@@ -307,7 +317,7 @@ def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[Ten
             MismatchError: a replay went another way.
     """
     args, kwargs = inputs
-    watcher = CallWatcher(mode) if isinstance(mode, Tracer) else contextlib.nullcontext()
+    watcher = CallWatcher(mode) if isinstance(mode, Tracer) else ReplayCalls(mode)
     try:
         with undisturbed(), mode, watcher:
             return tensors_of(model(*args, **kwargs))  # iterators run on while they are read
@@ -338,24 +348,26 @@ def _left_on_attributes(
     return found
 
 
-def _needs_values(error: BaseException) -> bool:
+def _needs_values(error: BaseException | None) -> bool:
     """Say whether a program failed because tensors on the meta device have no values."""
-    return isinstance(error, NotImplementedError) or "meta tensor" in str(error)
+    return isinstance(error, NotImplementedError) or "meta" in str(error)
 
 
-def tensors_within_reach(error: BaseException) -> list[Tensor]:
-    """Return the tensors that the program could still use where it was stopped by ``error``."""
-    found: list[Tensor] = []
-    trail = error.__traceback__
-    while trail is not None:
-        leaves = tree_leaves([v for v in trail.tb_frame.f_locals.values() if not _is_ours(v)])
-        found.extend(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        trail = trail.tb_next
-    return found
+def _has_own_hooks(model: nn.Module) -> bool:
+    """Say whether hooks that are not PyTorch's (weight norm's are) run with the network."""
+    found = [torch.nn.modules.module._global_forward_hooks.values()]
+    found.append(torch.nn.modules.module._global_forward_pre_hooks.values())
+    for module in model.modules():
+        found.extend((module._forward_hooks.values(), module._forward_pre_hooks.values()))
+    return any(not _is_pytorchs(hook) for hooks in found for hook in hooks)
 
 
-def _is_ours(value: Any) -> bool:
-    return isinstance(value, Tracer | Record | nn.Module)
+def _is_pytorchs(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.")
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _to_meta(value: Any) -> Any:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import kernels
+from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, whole_name
 from compress.groups.counts import Attribute, Count, Extent
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
 
@@ -64,6 +64,7 @@ class Step:
     scalars: tuple[float, ...]
     inputs: tuple[Axes, ...]
     place: Place
+    value: Any = None  # a number the op gave instead of tensors
 
     @property
     def key(self) -> Key:
@@ -97,7 +98,7 @@ class Call:
     """One op on its way through the rules."""
 
     name: str
-    func: OpOverload
+    func: Any  # the op; the program's function where a call is followed as a whole
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
@@ -118,6 +119,7 @@ class Record:
     steps: list[Step] = field(default_factory=list)
     restricted: list[Restricted] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
+    taken: list[Any] = field(default_factory=list)  # values that the program took out, in order
     touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use
     occurrences: dict[str, int] = field(default_factory=dict)
 
@@ -129,6 +131,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ledger: Collects what belongs together.
         named: Tensor of the model -> (name, labels for each dimension).
         rules: Op name -> rule.
+        on: Where tensors that the program makes are made; None leaves that to the program.
     """
 
     def __init__(
@@ -138,6 +141,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         rules: Mapping[str, Rule],
         fallback: Rule,
         distrusted: Mapping[Key, str],
+        on: torch.device | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
@@ -146,6 +150,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
         self._origin: dict[int, str] = {id(t): name for t, name, _ in named}
         self._own = dict(self._origin)
+        self._assigned: set[int] = set()  # parameters whose values the program replaced
         self._alive: list[Tensor] = [t for t, _, _ in named]
         self._known = set(self._own)
         self._aliases: dict[Memory, int] = {}  # where a labelled tensor lies -> its identity
@@ -157,6 +162,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._rules = rules
         self._fallback = fallback
         self._distrusted = distrusted
+        self._on = on
+        self._inside_whole = False
         self._restricted: tuple[Call, bool] | None = None
 
     def axes(self, tensor: Tensor) -> Axes:
@@ -187,7 +194,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def is_own(self, tensor: Tensor) -> bool:
         """Say whether ``tensor`` is a parameter or buffer of the model itself."""
-        return self._identity(tensor) in self._own
+        own = self._identity(tensor)
+        return own in self._own and own not in self._assigned
 
     def freeze(self, labels: Axis, why: str) -> None:
         """Keep channels for a reason that the user reads, with the line of their code."""
@@ -262,10 +270,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._restricted is None:
             return
         (call, mask_only), self._restricted = self._restricted, None
+        whole = call.name in WHOLE
         tensors = [(i, a) for i, a in enumerate(call.args) if isinstance(a, Tensor)]
         self.record.restricted.append(
             Restricted(
-                str(call.func),
+                f"aten.{call.name}.whole" if whole else str(call.func),
                 self.record.occurrences[call.name] - 1,
                 tuple((i, self.axes(a)) for i, a in tensors),
                 tuple(self.axes(out) for out in call.outputs),
@@ -283,16 +292,57 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one op, then its rule."""
         kwargs = kwargs or {}
         name = kernels.op_name(func)
-        result = kernels.run(func, name, args, kwargs)
-        outputs = tuple(kernels.tensors_in(result))
-        call = Call(name, func, args, kwargs, outputs, self.raw[-1])
-        inputs = list(kernels.tensors_in(args))
+        if self._inside_whole:
+            return kernels.run(func, name, args, kwargs, self._on)
+        before = self._as_before(func, args)
+        result = kernels.run(func, name, args, kwargs, self._on)
+        self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
+        return result
+
+    def whole(self, name: str, run: Callable[[], Any]) -> Any:
+        """Return the result of the program's present call, followed as one op."""
+        raw = self.raw[-1]
+        self._inside_whole = True
+        try:
+            result = run()
+        finally:
+            self._inside_whole = False
+        self._follow(Call(name, raw.function, raw.args, raw.kwargs, (), raw), result)
+        return result
+
+    def _follow(self, call: Call, result: Any) -> None:
+        name, outputs = call.name, tuple(kernels.tensors_in(result))
+        call.outputs = outputs
+        inputs = list(kernels.tensors_in((*call.args, *call.kwargs.values())))
         self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
         self._known.update(map(id, outputs))
         self._apply(call, inputs)
         self._pass_on(call, inputs)
-        self._note(call, inputs)
-        return result
+        value = result if not outputs and not isinstance(result, Tensor | list | tuple) else None
+        self._note(call, inputs, value)
+
+    def _as_before(self, func: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return the arguments of an op that reshapes its first in place, with that as it was."""
+        if torch.Tag.inplace_view not in func.tags:
+            return args
+        before = args[0].detach()
+        self.label(before, self.axes(args[0]))
+        return (before, *args[1:])
+
+    def assign(self, tensor: Tensor, values: Tensor) -> None:
+        """Note that the program writes ``tensor.data = values``: its channels are theirs."""
+        mine, theirs = self.axes(tensor), self.axes(values)
+        if len(mine) == len(theirs) == tensor.ndim:
+            mine = tuple(
+                self.unify(a, b, "the program sets it from something fixed") if a is not b else a
+                for a, b in zip(mine, theirs, strict=True)
+            )
+            self.label(tensor, mine)
+        else:
+            for axis in (*mine, *theirs):
+                self.freeze(axis, "the program gives a tensor another shape")
+            self.label(tensor, (None,) * tensor.ndim)
+        self._assigned.add(id(tensor))
 
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
         rule = self._rules.get(call.name)
@@ -300,12 +350,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             rule = kernels.pointwise_rule(call.func, self._rules, self._fallback)
         rule(self, call)
         self._write_restricted()
+        for out in call.outputs:
+            if len(self.axes(out)) != out.ndim:  # an op without a rule reshaped it in place
+                self.label(out, (None,) * out.ndim)
         if self._distrusted and (why := self._distrusted.get((call.name, *place()))) is not None:
             for tensor in (*inputs, *call.outputs):
                 for axis in self.axes(tensor):
                     self.ledger.freeze(axis, why)
 
-    def _note(self, call: Call, inputs: list[Tensor]) -> None:
+    def _note(self, call: Call, inputs: list[Tensor], value: Any) -> None:
         for out in call.outputs:
             self._register(out)
         origins = [self.origin(t) for t in inputs if t.ndim]
@@ -327,6 +380,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 kernels.scalars_in(call.name, call.args, call.kwargs),
                 tuple(self.axes(t) for t in inputs),
                 place(),
+                value,
             )
         )
 
@@ -340,7 +394,7 @@ def _memory(tensor: Tensor) -> Memory:
         return tensor.untyped_storage()._cdata, shape
 
 
-class CallWatcher(TorchFunctionMode):
+class CallWatcher(WatchedCalls):
     """Remembers the program's own calls for the rules, and turns shapes into Counts."""
 
     def __init__(self, tracer: Tracer) -> None:
@@ -363,9 +417,18 @@ class CallWatcher(TorchFunctionMode):
         raw = self._tracer.raw
         raw.append(RawCall(func, args, kwargs))
         try:
-            return func(*args, **kwargs)
+            if (whole := whole_name(func)) is not None:
+                return self._tracer.whole(whole, lambda: func(*args, **kwargs))
+            result = self.inside(func, args, kwargs)
         finally:
             raw.pop()
+        if (name := getattr(func, "__name__", "")) in TAKERS:
+            for axis in self._tracer.axes(args[0]):
+                self._tracer.freeze(axis, "the program takes its values")
+            self._tracer.record.taken.append(result)
+        elif name == "__set__" and func.__self__ is torch.Tensor.data:
+            self._tracer.assign(args[0], args[1])
+        return result
 
     def _shape(self, tensor: Tensor) -> Iterator[int]:
         for size, axis in zip(tensor.size(), self._tracer.axes(tensor), strict=True):

@@ -20,11 +20,12 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import PlanError
+from compress.groups.calls import WatchedCalls, whole_name
 from compress.groups.copying import full_copy, named_tensors
 from compress.surgery.cut import check_fit
 from compress.surgery.plan import Dims, KeptOnly, PrunePlan
 
-_NORMALIZED = ("norm", "softmax", "cumsum", "cumprod")  # 0 where cut; statistics get 1
+_NORMALIZED = ("norm", "softmax", "attention", "cumsum", "cumprod")  # 0 where cut; statistics get 1
 
 
 def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
@@ -72,18 +73,19 @@ class _Watcher:
         return _Watcher(self._items)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        mode, stack = _OverKept(self._items), contextlib.ExitStack()
+        ops, stack = _OverKept(self._items), contextlib.ExitStack()
         stack.enter_context(_unfused())
-        stack.enter_context(mode)
-        self._entered.append((mode, stack))
+        stack.enter_context(ops)
+        stack.enter_context(_WholeCalls(ops))
+        self._entered.append((ops, stack))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        mode, stack = self._entered.pop()
+        ops, stack = self._entered.pop()
         with stack:
             if isinstance(output, Iterator):
                 output = iter(list(output))  # it runs on while it is read
         if output is not None and not module.training:
-            mode.check_finished()
+            ops.check_finished()
         return output
 
 
@@ -107,6 +109,7 @@ class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._items = {(item.op, item.occurrence): item for item in items}
         self._watched = {_packet(item.op) for item in items}
         self._calls: dict[str, int] = {}
+        self._inside_whole = False
         self._missing = set(self._items)
 
     def check_finished(self) -> None:
@@ -129,24 +132,54 @@ class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Run one op."""
         name = str(func)
         packet = _packet(name)
-        if packet not in self._watched:
+        if packet not in self._watched or self._inside_whole:
             return func(*args, **(kwargs or {}))
+        return self._run(func, name, args, kwargs or {})
+
+    def whole(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that the plan counts as one op."""
+        self._inside_whole = True
+        try:
+            return self._run(func, f"aten.{name}.whole", args, kwargs)
+        finally:
+            self._inside_whole = False
+
+    def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        packet = _packet(name)
         occurrence = self._calls.get(packet, 0)
         self._calls[packet] = occurrence + 1
         item = self._items.get((name, occurrence))
         if item is None:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         self._missing.discard((name, occurrence))
-        return _over_kept(func, item, args, kwargs or {})
+        return _over_kept(func, item, args, kwargs)
+
+
+class _WholeCalls(WatchedCalls):
+    """Sees the calls that the plan counts as one op, also inside PyTorch's functions."""
+
+    def __init__(self, ops: _OverKept) -> None:
+        super().__init__()
+        self._ops = ops
+
+    def __torch_function__(
+        self,
+        func: Any,
+        kinds: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one call of the program."""
+        if (name := whole_name(func)) is not None:
+            return self._ops.whole(func, name, args, kwargs or {})
+        return self.inside(func, args, kwargs or {})
 
 
 def _packet(op: str) -> str:
     return op.split(".")[1].removesuffix("_")
 
 
-def _over_kept(
-    func: OpOverload, item: KeptOnly, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _over_kept(func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     given = list(args)
     for position, dims in item.inputs.items():
         _check(args[position], item, position)
@@ -154,7 +187,7 @@ def _over_kept(
         given[position] = shrink(args[position], dims)
     if item.mask_only:
         return func(*given, **kwargs)
-    result = func(*_resized(func, given), **kwargs)
+    result = func(*_resized(item.op, given), **kwargs)
     fill = 0.0 if any(word in item.op for word in _NORMALIZED) else 1.0
     if isinstance(result, Tensor):
         return _spread(result, item, 0, fill)
@@ -187,9 +220,9 @@ def _masked(tensor: Tensor, dims: Dims) -> Tensor:
     return tensor
 
 
-def _resized(func: OpOverload, args: list[Any]) -> list[Any]:
+def _resized(op: str, args: list[Any]) -> list[Any]:
     """Return the arguments with the numbers that say how many channels there are."""
-    name = _packet(str(func))
+    name = _packet(op)
     if name == "native_layer_norm":
         args[1] = list(args[0].shape[args[0].ndim - len(args[1]) :])
     elif name == "native_group_norm":

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from compress.groups.kernels import tensors_in
-from compress.groups.rules import layout, linear, moving, norms, pointwise, spatial
+from compress.groups.rules import layout, linear, moving, norms, pointwise, spatial, whole
 from compress.groups.tracer import Call, Rule, Tracer
 
 RULES: dict[str, Rule] = {
     name: rule
-    for module in (pointwise, linear, norms, spatial, layout, moving)
+    for module in (pointwise, linear, norms, spatial, layout, moving, whole)
     for name, rule in module.RULES.items()
 }
 

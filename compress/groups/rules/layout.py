@@ -180,7 +180,10 @@ def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> No
     same in each of n parts, as in ``view(b, heads, c // heads)``. The shape of ``source``, which
     these channels are a part of, demands nothing more.
     """
-    if not isinstance(size, Count) or size.origin is None:
+    if not isinstance(size, Count):
+        return
+    if size.origin is None:
+        _follow_difference(tracer, size, labels)
         return
     if isinstance(size.origin, Attribute):
         use = tracer.use_attribute(size, labels)
@@ -193,6 +196,21 @@ def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> No
         tracer.ledger.unify(other, np.tile(labels, len(other) // len(labels)))
     elif len(labels) % len(other) == 0:
         tracer.ledger.unify(np.tile(other, len(labels) // len(other)), labels)
+
+
+def _follow_difference(tracer: Tracer, size: Count, labels: Labels) -> None:
+    """``self.a - self.b``: a counts these channels and those that b counts elsewhere."""
+    rows, lead = [labels], None
+    known = {u.attribute: u.labels for u in tracer.ledger.uses if u.numerator == u.denominator == 1}
+    for origin, scale in size.terms.items():
+        if scale == 1 and lead is None and isinstance(origin, Attribute):
+            lead = origin
+        elif scale == -1 and isinstance(origin, Attribute) and origin in known:
+            rows.append(known[origin])
+        else:
+            return  # the replay finds out whether the number follows
+    if lead is not None:
+        follow(tracer, Count(sum(map(len, rows)), lead), np.concatenate(rows))
 
 
 def as_strided(tracer: Tracer, call: Call) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
@@ -18,8 +19,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
     (out,) = call.outputs
     spatial = out.ndim - 2
     batch, inputs, *space = _padded(tracer.axes(x), out.ndim)
-    for axis in space:
-        tracer.freeze(axis, "a convolution slides along it")
+    slid = _slid(tracer, call, space)
     rows, columns, *kernel = tracer.axes(weight)
     made, taken = (columns, rows) if transposed else (rows, columns)
     for axis in kernel[: spatial if tracer.origin(weight) is None else 0]:
@@ -32,9 +32,32 @@ def convolution(tracer: Tracer, call: Call) -> None:
         made = tracer.unify(made, tracer.axes(bias)[0], "its bias cannot be cut")
     _produced(tracer, made)
     tracer.weighted()
-    tracer.label(out, (batch if x.ndim == out.ndim else None, made, *(None,) * spatial))
+    tracer.label(out, (batch if x.ndim == out.ndim else None, made, *slid))
     cost = weight.numel() * math.prod((x if transposed else out).shape[2:]) * out.shape[0]
     _note_use(tracer, call, weight, cost, made, taken)
+
+
+def _slid(tracer: Tracer, call: Call, space: Sequence[Axis]) -> list[Axis]:
+    """Return the labels of the dimensions that a convolution slides along.
+
+    A kernel of one position leaves them alone. One whose output is as long as its input (channel
+    attention by a convolution over channels: ECA) slides over the kept channels only.
+    """
+    x, weight, (out,) = call.args[0], call.args[1], call.outputs
+    slid: list[Axis] = []
+    restricted = False
+    for d, axis in enumerate(space, 2):
+        stride = call.args[3][d - 2 if len(call.args[3]) > 1 else 0]
+        fixed = call.args[6] or stride != 1 or x.shape[d] != out.shape[d]
+        wide = weight.shape[d] > 1
+        if axis is not None and (fixed or (wide and call.args[8] > 1)):
+            tracer.freeze(axis, "a convolution slides along it")
+            axis = None
+        restricted |= axis is not None and wide
+        slid.append(axis)
+    if restricted:
+        tracer.restrict(call)
+    return slid
 
 
 def _padded(axes: tuple[Axis, ...], ndim: int) -> tuple[Axis, ...]:

@@ -14,6 +14,7 @@ from compress.groups.labels import Axis, Labels
 from compress.groups.rules.layout import copies, follow
 from compress.groups.tracer import Call, Rule, Tracer
 
+_WHOLE_CHANNELS = frozenset(words("feature_dropout feature_alpha_dropout"))
 _CONSTANT = "has channel counts written in the program"
 
 
@@ -96,12 +97,19 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
         if halves and len(set(sizes)) == 1:
             for part in parts[1:]:
                 tracer.ledger.unify(part, parts[0])
-        for part, count in zip(parts, given, strict=True):
+        pairs = zip(parts, given, strict=True)
+        for part, count in sorted(
+            pairs, key=lambda pair: isinstance(pair[1], Count) and pair[1].origin is None
+        ):
             if not isinstance(count, Count) or (count in halves and len(set(sizes)) > 1):
                 tracer.freeze(part, f"split {_CONSTANT}")
             else:
                 follow(tracer, count, part, axis)
     _parts(tracer, call, dim)
+
+
+def _is_sum(count: Any) -> bool:
+    return isinstance(count, Count) and count.origin is None
 
 
 def _of(count: Count, axis: Labels) -> bool:
@@ -238,6 +246,10 @@ def unbind(tracer: Tracer, call: Call) -> None:
 def made(tracer: Tracer, call: Call) -> None:
     """Zeros, ones and the like: channels that can be cut if the program's size can follow."""
     out = call.outputs[0]
+    if call.raw.name in _WHOLE_CHANNELS:  # noise for each channel: its size is the input's
+        axes = tracer.axes(call.raw.args[0])
+        tracer.label(out, [a if n > 1 else None for a, n in zip(axes, out.shape, strict=True)])
+        return
     given = call.raw.args[1 if call.name.startswith("new_") else 0 :] or (
         call.raw.kwargs.get("size"),
     )

@@ -66,19 +66,24 @@ def group_norm(tracer: Tracer, call: Call) -> None:
 
 def reduction(tracer: Tracer, call: Call) -> None:
     """Reduced dimensions go (or have size one); where they could be cut the twin is told."""
+    label_reduced(tracer, call, _reduced(call, call.args[0]))
+
+
+def label_reduced(tracer: Tracer, call: Call, dims: set[int], leading: int = 0) -> None:
+    """Label the outputs of a reduction over ``dims``, with ``leading`` dimensions before."""
     x = call.args[0]
     axes = tracer.axes(x)
-    dims = _reduced(call, x)
     if any(axes[d] is not None for d in dims):
         tracer.restrict(call)
         tracer.reduced(call, [axes[d] for d in dims])
     if len(call.outputs) == 2 and call.name in {"max", "min"} and dims:
         tracer.positions(call, call.outputs[1], axes[next(iter(dims))])
     for out in call.outputs:
-        if out.ndim == x.ndim:
-            tracer.label(out, [None if d in dims else a for d, a in enumerate(axes)])
+        new = (None,) * leading
+        if out.ndim == x.ndim + leading:
+            tracer.label(out, [*new, *(None if d in dims else a for d, a in enumerate(axes))])
         else:
-            tracer.label(out, [a for d, a in enumerate(axes) if d not in dims])
+            tracer.label(out, [*new, *(a for d, a in enumerate(axes) if d not in dims)])
 
 
 def _reduced(call: Call, x: Tensor) -> set[int]:
@@ -119,6 +124,11 @@ def ordering(tracer: Tracer, call: Call) -> None:
             tracer.label(out, [a for d, a in enumerate(axes) if d not in set(dims)])
 
 
+def median(tracer: Tracer, call: Call) -> None:
+    """The median of all values looks across everything, as a mean does; along one it picks."""
+    (reduction if len(call.args) == 1 else ordering)(tracer, call)
+
+
 def weight_norm(tracer: Tracer, call: Call) -> None:
     """``g * v / |v|``: the norm is over every dimension but one."""
     v, g, dim = call.args[0], call.args[1], call.argument(2, 0)
@@ -151,9 +161,8 @@ RULES: dict[str, Rule] = {
         reduction,
     ),
     **dict.fromkeys(words("_softmax _log_softmax _safe_softmax softmax cumsum cumprod"), along),
-    **dict.fromkeys(
-        words("topk sort argsort argmax argmin kthvalue median nanmedian mode"), ordering
-    ),
+    **dict.fromkeys(words("topk sort argsort argmax argmin kthvalue mode"), ordering),
+    **dict.fromkeys(words("median nanmedian"), median),
     "_weight_norm_interface": weight_norm,
     "_weight_norm": weight_norm,
 }

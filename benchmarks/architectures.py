@@ -1,0 +1,258 @@
+"""Prune real architectures of other packages and say what went wrong with each.
+
+    python benchmarks/architectures.py [--networks WORD ...] [--folder benchmarks/results]
+
+Each network gets random weights and random BatchNorm statistics and goes through these steps, in a
+process of its own with one thread: plan to half the MACs (l2), cut, proof in float64 (equal to the
+masked reference to 1e-8), save, reload (equal outputs), export to ONNX (equal in ONNX Runtime,
+which export checks). A row holds the first step that failed and why. Rows of a file that exists are
+kept, so that a run that was stopped goes on; ``--again`` starts anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from compress import environment
+from compress.export import export_onnx
+from compress.models import load_model, save_model
+from compress.prune.plan import plan_pruning
+from compress.surgery import apply_pruning, prove
+
+RESULTS = Path(__file__).parent / "results"
+KEEP_MACS = 0.5
+STEPS = ("build", "plan", "cut", "prove", "save", "reload", "export")
+LIMIT_S = 400
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network of another package: how ``load_model`` builds it, and what it takes."""
+
+    package: str
+    reference: str
+    options: dict[str, Any] = field(default_factory=dict)
+    shape: tuple[int, ...] = (1, 3, 64, 64)
+
+    @property
+    def name(self) -> str:
+        """Return the constructor and what tells it from others of the same one."""
+        words = [str(v) for v in self.options.values() if isinstance(v, str)]
+        return " ".join([self.reference, *words])
+
+    @property
+    def installed(self) -> bool:
+        """Say whether the package can be imported."""
+        return find_spec(self.package) is not None
+
+
+def _timm(side: int, *names: str) -> list[Architecture]:
+    return [Architecture("timm", f"timm:{name}", shape=(1, 3, side, side)) for name in names]
+
+
+def _ultralytics(kind: str, *names: str) -> list[Architecture]:
+    reference = f"ultralytics.nn.tasks:{kind}"
+    return [
+        Architecture("ultralytics", reference, {"cfg": f"{name}.yaml", "verbose": False})
+        for name in names
+    ]
+
+
+def _segmentation(encoder: str, *names: str) -> list[Architecture]:
+    options = {"encoder_name": encoder, "encoder_weights": None}
+    package = "segmentation_models_pytorch"
+    return [Architecture(package, f"{package}:{name}", dict(options)) for name in names]
+
+
+def _monai(name: str, side: int, **options: Any) -> Architecture:
+    shape = (1, 1, side, side)
+    return Architecture("monai", f"monai.networks.nets:{name}", options, shape)
+
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    *_timm(
+        64,
+        *["ecaresnet26t", "resnest14d", "res2net50_26w_4s", "skresnet18"],
+        *["cspresnet50", "darknet53"],
+        *["dla34", "dpn48b", "ese_vovnet19b_dw", "fbnetc_100", "ghostnet_100", "hardcorenas_a"],
+        *["hrnet_w18_small", "lcnet_050", "mixnet_s", "mobileone_s0", "mobilenetv4_conv_small"],
+        *["nf_regnet_b0", "nfnet_f0", "pvt_v2_b0", "repvgg_a0", "repghostnet_050", "rexnet_100"],
+        *["selecsls42", "semnasnet_075", "tinynet_e", "tf_efficientnetv2_b0", "xception41"],
+        *["convnextv2_atto", "edgenext_xx_small", "poolformer_s12", "starnet_s1", "repvit_m0_9"],
+        *["shvit_s1", "fasternet_t0", "inception_next_atto", "focalnet_tiny_srf"],
+        *["resnet26d", "regnetz_005", "gcresnext26ts"],
+    ),
+    *_timm(224, *["davit_tiny", "twins_svt_small", "xcit_nano_12_p16_224", "coat_lite_tiny"]),
+    *_timm(224, *["mobilevit_xxs", "efficientformer_l1", "levit_128s", "convit_tiny"]),
+    *_ultralytics("DetectionModel", *["yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov9t"]),
+    *_ultralytics("DetectionModel", *["yolov10n", "yolo11n", "yolo12n"]),
+    *_ultralytics("SegmentationModel", "yolov8n-seg", "yolo11n-seg"),
+    *_ultralytics("PoseModel", "yolov8n-pose"),
+    *_ultralytics("ClassificationModel", "yolov8n-cls", "yolo11n-cls"),
+    *_segmentation("resnet18", *["Unet", "UnetPlusPlus", "Linknet", "FPN"]),
+    *_segmentation("resnet18", "PSPNet", "PAN", "MAnet"),
+    *_segmentation("resnet18", *["DeepLabV3", "DeepLabV3Plus", "UPerNet"]),
+    *_segmentation("mobilenet_v2", "Unet", "FPN", "DeepLabV3Plus"),
+    *_segmentation("timm-efficientnet-b0", "Unet"),
+    _monai("BasicUNet", 64, spatial_dims=2, in_channels=1, out_channels=2),
+    _monai("BasicUNetPlusPlus", 64, spatial_dims=2, in_channels=1, out_channels=2),
+    _monai("AttentionUnet", 64, spatial_dims=2, in_channels=1, out_channels=2,
+           channels=[16, 32, 64], strides=[2, 2]),
+    _monai("UNet", 64, spatial_dims=2, in_channels=1, out_channels=2,
+           channels=[16, 32, 64], strides=[2, 2], num_res_units=2),
+    _monai("SegResNet", 64, spatial_dims=2, in_channels=1, out_channels=2, init_filters=16),
+    _monai("VNet", 64, spatial_dims=2, in_channels=1, out_channels=2),
+    _monai("HighResNet", 64, spatial_dims=2, in_channels=1, out_channels=2),
+    _monai("DenseNet121", 64, spatial_dims=2, in_channels=1, out_channels=2),
+    _monai("SEResNet50", 64, spatial_dims=2, in_channels=1, num_classes=2),
+)  # fmt: skip
+
+
+def randomize(model: nn.Module) -> None:
+    """Give BatchNorm random statistics and affines: a misaligned one hides behind fresh ones."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, 0, 0.1)
+
+
+def tensors(model: nn.Module, image: Tensor) -> list[Tensor]:
+    """Return the tensors that a network gives."""
+    with torch.no_grad():
+        return [t for t in tree_leaves(model(image.clone())) if isinstance(t, Tensor)]
+
+
+def try_out(architecture: Architecture) -> dict[str, Any]:
+    """Return the row of one network: what is left of it, and the first step that failed."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    row: dict[str, Any] = {"right": False, "step": "build"}
+    start = time.process_time()
+    try:
+        _steps(architecture, row)
+    except Exception as error:  # noqa: BLE001 - whatever stops a network is its result
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
+    row["cpu_s"] = round(time.process_time() - start, 1)
+    return row
+
+
+def _steps(architecture: Architecture, row: dict[str, Any]) -> None:
+    model = load_model(architecture.reference, options=architecture.options)
+    randomize(model)
+    image = torch.rand(architecture.shape)
+    row["step"] = "plan"
+    start = time.process_time()
+    plan = plan_pruning(model, image, criterion="l2", keep_macs=KEEP_MACS)
+    row["plan_cpu_s"] = round(time.process_time() - start, 2)
+    row["kept_macs"] = round(plan.macs_after / plan.macs_before, 4)
+    row["frozen"] = len(plan.frozen)
+    row["step"] = "cut"
+    small = apply_pruning(model, plan).eval()
+    shapes = [t.shape for t in tensors(model, image)]
+    if [t.shape for t in tensors(small, image)] != shapes:
+        raise ValueError("its outputs have other shapes")
+    row["step"] = "prove"
+    row["difference"] = prove(model.double(), plan, image.double())
+    model.float()
+    if not row["difference"] <= 1e-8:
+        raise ValueError(f"differs from its masked reference by {row['difference']:.1e}")
+    with tempfile.TemporaryDirectory() as folder:
+        row["step"] = "save"
+        save_model(
+            small, folder, reference=architecture.reference, plan=plan, options=architecture.options
+        )
+        row["step"] = "reload"
+        again = load_model(folder).eval()
+        pairs = zip(tensors(small, image), tensors(again, image), strict=True)
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise ValueError("the saved network gives something else")
+        row["step"] = "export"
+        export_onnx(small, image, Path(folder) / "model.onnx")
+    row.update(right=True, step="all")
+
+
+def _child(pipe: Any, architecture: Architecture) -> None:
+    warnings.simplefilter("ignore")
+    pipe.send(try_out(architecture))
+
+
+def forked(architecture: Architecture) -> dict[str, Any]:
+    """Return the row made in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    mine, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(theirs, architecture))
+    process.start()
+    theirs.close()
+    try:
+        late = {"right": False, "step": "time", "error": f"more than {LIMIT_S} s"}
+        row = mine.recv() if mine.poll(LIMIT_S) else late
+    except EOFError:
+        row = {"right": False, "step": "process", "error": "the process died"}
+    process.kill()
+    process.join()
+    return dict(row)
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    right = sum(row["right"] for row in rows.values())
+    lines = [
+        "# Real architectures: planned, cut, proved, saved, reloaded, exported",
+        "",
+        f"{right} of {len(rows)} right in every step. Made by `python benchmarks/architectures.py`,"
+        " whose first lines say how.",
+        "",
+        "| network | right | kept MACs | layers that stay | planning CPU s | what failed |",
+        "|---|---|--:|--:|--:|---|",
+    ]
+    for name, row in rows.items():
+        failed = "" if row["right"] else f"{row['step']}: {row.get('error', '')[:140]}"
+        cells = [row.get(key, "") for key in ("kept_macs", "frozen", "plan_cpu_s")]
+        answer = "yes" if row["right"] else "no"
+        text = failed.replace("|", "/").replace("\n", " ")
+        lines.append(f"| {name} | {answer} | {cells[0]} | {cells[1]} | {cells[2]} | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--networks", nargs="*", default=[""], help="parts of names")
+    parser.add_argument("--folder", type=Path, default=RESULTS)
+    parser.add_argument("--again", action="store_true")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    given.folder.mkdir(parents=True, exist_ok=True)
+    path = given.folder / "architectures.json"
+    known = json.loads(path.read_text())["networks"] if path.exists() and not given.again else {}
+    for architecture in ARCHITECTURES:
+        name = architecture.name
+        if name in known or not any(word in name for word in given.networks):
+            continue
+        if not architecture.installed:
+            print(f"{name}: skipped, {architecture.package} is not installed", flush=True)
+            continue
+        known[name] = forked(architecture)
+        print(name, known[name], flush=True)
+        content = {"environment": environment.describe(), "networks": known}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        (given.folder / "architectures.md").write_text(table(known))
+
+
+if __name__ == "__main__":
+    main()

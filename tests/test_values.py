@@ -1,0 +1,103 @@
+"""Networks whose program looks at values, keeps state between runs, or has hooks of the user's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+from compress import plan_pruning
+from compress.groups import trace
+from compress.surgery import prove
+
+TRACING = sys.modules[trace.__module__]
+
+
+class Caching(zoo.Stages):
+    """Keeps a map of places for the last image size, computed with values, as detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size: tuple[int, ...] = ()
+        self.places = torch.empty(0)
+        self.register_buffer("seen", torch.zeros(1))
+        self.sizes: list[Any] = []
+        self.strides = torch.tensor([2.0])
+
+    def between(self, x: Tensor) -> Tensor:
+        self.sizes.append(x.shape[2:])
+        if self.size != x.shape[2:]:
+            self.size = tuple(x.shape[2:])
+            self.places = x.new_full((x.shape[2], x.shape[3]), self.strides[0])
+        self.seen = self.seen + 1
+        return x * self.places
+
+
+def plan_bytes(model: nn.Module, image: Tensor) -> str:
+    return json.dumps(plan_pruning(model, image, criterion="l1", keep_macs=0.5).to_json())
+
+
+def test_the_plan_does_not_depend_on_what_ran_before() -> None:
+    torch.manual_seed(0)
+    model, image = Caching().eval(), torch.randn(1, 3, 16, 16)
+    fresh = plan_bytes(model, image)
+    assert "by values" not in fresh and not model.sizes and not model.size
+    with torch.no_grad():
+        model(image)
+        assert plan_bytes(model, image) == fresh
+        model(torch.randn(1, 3, 24, 16))
+    assert plan_bytes(model, image) == fresh
+    assert len(model.sizes) == 2 and model.size == (24, 16)
+
+
+def test_hooks_of_the_user_see_values_and_no_meta_tensors() -> None:
+    model, image = zoo.build("Residual"), torch.randn(2, 3, 16, 16)
+    plain = trace(model, image)
+    seen: list[float] = []
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        assert not output.is_meta
+        seen.append(float(output.abs().mean()))
+
+    handle = model.body[0].register_forward_hook(watch)
+    watched = trace(model, image)
+    assert seen and seen[0] == pytest.approx(float(model.body[0](model.stem(image)).abs().mean()))
+    assert [g.name for g in watched.groups] == [g.name for g in plain.groups]
+    assert dict(watched.frozen) == dict(plain.frozen)
+    handle.remove()
+
+
+def test_a_hook_that_changes_channels_is_part_of_the_network() -> None:
+    model, image = zoo.build("Plain"), torch.randn(2, 3, 16, 16)
+    model.stem.register_forward_hook(lambda module, args, output: output.flip(1))
+    plan = plan_pruning(model, image, criterion="l1", keep_channels=0.5)
+    assert prove(model.double(), plan, image.double()) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["Plain", "SpectralNormed", "WeightNormed", "FusedAttention"])
+def test_ordinary_networks_are_traced_without_computing_anything(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computing(model: nn.Module) -> nn.Module:
+        raise AssertionError("traced with values")
+
+    monkeypatch.setattr(TRACING, "full_copy", computing)
+    assert trace(zoo.build(name), zoo.inputs(name)).groups
+
+
+@pytest.mark.parametrize("name", sorted(zoo.ZOO))
+def test_the_trace_with_values_finds_what_the_one_without_does(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    plain = trace(model, inputs)
+    monkeypatch.setattr(TRACING, "_has_own_hooks", lambda model: True)
+    valued = trace(model, inputs)
+    assert [(g.name, g.size) for g in valued.groups] == [(g.name, g.size) for g in plain.groups]
+    assert dict(valued.frozen) == dict(plain.frozen)
+    assert valued.macs == plain.macs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import DataError, EngineError, UsageError
+from compress.fitting import Fit
 from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, numeric
 from compress.tasks._drawing import boxed
 from compress.tasks._ranking import coco_average_precision, mean_over
@@ -262,3 +263,17 @@ def _confident(prediction: Prediction) -> Prediction:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, Tensor | np.ndarray)
+
+
+def in_picture(boxes: Array, fit: Fit, size: tuple[int, int]) -> Array:
+    """Return boxes (M, 4) in the network's input where they lie in the picture it was made from.
+
+    Args:
+        boxes: x1, y1, x2, y2 in pixels of the input.
+        fit: How the picture was fitted: a letterbox, a crop or a squash.
+        size: Height and width of the picture, pixels.
+    """
+    place = fit.place(*size)
+    back = (boxes - (place.left, place.top) * 2) / ((place.scale[1], place.scale[0]) * 2)
+    clipped: Array = np.clip(back, 0, (size[1], size[0]) * 2)
+    return clipped

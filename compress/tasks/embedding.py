@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.objective import outputs_of
+from compress.outputs import logits_of
 from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
 
 
@@ -38,7 +38,7 @@ class Embedding(Task):
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the supervised contrastive loss of a batch, a scalar."""
-        vectors = F.normalize(outputs_of(model(images))[0].float(), dim=1)
+        vectors = F.normalize(logits_of(model(images)).float(), dim=1)
         cosines = vectors @ vectors.T / self.temperature
         itself = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
         logs = cosines.masked_fill(itself, float("-inf")).log_softmax(1).masked_fill(itself, 0.0)

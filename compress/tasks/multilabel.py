@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
-from compress.objective import outputs_of
+from compress.outputs import logits_of
 from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
 from compress.tasks._drawing import captioned
 from compress.tasks._ranking import average_precision, mean_over
@@ -33,7 +33,7 @@ class Multilabel(Task):
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the mean binary cross-entropy of logits (B, K), a scalar."""
-        logits = outputs_of(model(images))[0].float()
+        logits = logits_of(model(images)).float()
         return F.binary_cross_entropy_with_logits(logits, targets.float())
 
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
-from compress.objective import outputs_of
+from compress.outputs import logits_of
 from compress.tasks import Kind, Prediction, Target, Task, main_output, numeric
 
 LARGEST_PSNR_DB = 100.0  # of two equal images, where the ratio is infinite
@@ -36,7 +36,7 @@ class Restoration(Task):
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the mean distance to the wanted images (B, C, H, W), a scalar."""
-        output = outputs_of(model(images))[0].float()
+        output = logits_of(model(images)).float()
         distance = F.l1_loss if self.criterion == "l1" else F.mse_loss
         return distance(output, targets.float())
 

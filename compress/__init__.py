@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.report import Report
     from compress.runtimes import build_engine, open_session
     from compress.surgery import PrunePlan, apply_pruning, mask_pruning
+    from compress.tasks import load_task
 
 __all__ = [
     "CompressError",
@@ -28,9 +29,11 @@ __all__ = [
     "Report",
     "apply_pruning",
     "build_engine",
+    "evaluate",
     "export_onnx",
     "lint_onnx",
     "load_model",
+    "load_task",
     "mask_pruning",
     "open_session",
     "plan_pruning",
@@ -46,9 +49,11 @@ _HOMES = {
     "Report": "compress.report",
     "apply_pruning": "compress.surgery",
     "build_engine": "compress.runtimes",
+    "evaluate": "compress.evaluate",
     "export_onnx": "compress.export",
     "lint_onnx": "compress.lint",
     "load_model": "compress.models",
+    "load_task": "compress.tasks",
     "mask_pruning": "compress.surgery",
     "open_session": "compress.runtimes",
     "plan_pruning": "compress.prune",
@@ -65,7 +70,10 @@ def __getattr__(name: str) -> Any:
         return version(DISTRIBUTION) or "unknown: not installed"
     if name not in _HOMES:
         raise AttributeError(f"module 'compress' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    module = importlib.import_module(_HOMES[name])
+    if _HOMES[name] == f"compress.{name}":
+        return module  # which can be called
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,9 +1,14 @@
-"""Accuracy of anything that maps a batch of images to logits."""
+"""Accuracy of anything that maps a batch of images to logits; the metrics of any task.
+
+The module can be called: ``compress.evaluate(network, dataset, task)`` is :func:`of_task`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,12 +17,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import statistics
+from compress import statistics, tasks
+from compress.data import Dataset
 from compress.errors import DataError, EngineError
 from compress.outputs import logits_of
 from compress.predictions import Predictions
+from compress.tasks import Task
 
-__all__ = ["Accuracy", "ClassAccuracy", "Predictions", "accuracy", "predict"]
+__all__ = [
+    "Accuracy",
+    "ClassAccuracy",
+    "Evaluation",
+    "Predictions",
+    "accuracy",
+    "of_task",
+    "predict",
+]
 
 BATCH = 64  # images evaluated at a time; accuracy does not depend on it, only the time it takes
 _ROW = ("images", "top1_pct", "top1_ci95", "top5_pct", "top5_ci95", "ece_pct")
@@ -77,13 +92,92 @@ def predict(run: Any, batches: Batches) -> Predictions:
     """
     logits: list[NDArray[np.float32]] = []
     labels: list[NDArray[np.int64]] = []
-    with _runnable(run) as answer:
+    with _runnable(run, _first) as answer:
         for images, target in batches:
             logits.append(_checked(answer(images), len(images), sum(map(len, labels))))
             labels.append(target.numpy().astype(np.int64))
     if not logits:
         raise DataError("there are no images to evaluate on", expected="at least one batch")
     return Predictions(np.concatenate(logits), np.concatenate(labels))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How good a network is at a task, and what each image contributed."""
+
+    images: int
+    primary: str  # the metric that counts first
+    metrics: dict[str, tasks.Metric]
+    predictions: list[tasks.Prediction]  # of each image
+    scores: list[tasks.Contribution]  # of each image, for paired comparisons: tasks.compare
+
+    def row(self) -> dict[str, Any]:
+        """Return what a table of results holds of this."""
+        found = {name: metric.to_json() for name, metric in self.metrics.items()}
+        return {"images": self.images, "primary": self.primary, "metrics": found}
+
+
+def of_task(
+    run: Any,
+    dataset: Dataset,
+    task: Task | str | Mapping[str, Any],
+    *,
+    split: str = "test",
+    limit: int | None = None,
+) -> Evaluation:
+    """Return the metrics of ``run`` with 95 % intervals.
+
+    Args:
+        run: A module (evaluated in eval mode, on its own device, and left as it was), a session of
+            a runtime, or a function of a batch.
+        dataset: Where images and labels are from.
+        task: A task, or what ``load_task`` takes.
+        split: Of the dataset.
+        limit: Evaluate so many images only.
+
+    Raises:
+        DataError: there are no images, or their labels are not what the task needs.
+        EngineError: the outputs are not what the task reads.
+    """
+    chosen = task if isinstance(task, Task) else tasks.load_task(task, classes=dataset.classes)
+    _check_labels(dataset, chosen)
+    predictions: list[tasks.Prediction] = []
+    scores: list[tasks.Contribution] = []
+    with _runnable(run, named_outputs) as answer:
+        for images, targets in dataset.batches(split, BATCH, limit):
+            found = chosen.predict(answer(images))
+            if len(found) != len(images):
+                raise EngineError(
+                    f"{len(found)} predictions for {len(images)} images",
+                    expected="outputs with the images along the first dimension",
+                )
+            predictions += found
+            scores += [chosen.score(each, targets[i]) for i, each in enumerate(found)]
+    return Evaluation(
+        len(scores), chosen.primary, tasks.metrics(chosen, scores), predictions, scores
+    )
+
+
+def named_outputs(output: Any) -> dict[str, Any]:
+    """Return what a network returned by name: tensors, or a list of one dictionary an image."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if not isinstance(output, list | tuple):
+        return {"output": output}
+    if output and all(isinstance(each, Mapping) for each in output):
+        return {"output": list(output)}
+    flat = torch.utils._pytree.tree_leaves(output)
+    return {f"output_{i}": each for i, each in enumerate(flat) if isinstance(each, Tensor)}
+
+
+def _check_labels(dataset: Dataset, task: Task) -> None:
+    if dataset.target != task.target:
+        raise DataError(
+            f"the labels are of the form {dataset.target!r}, the task needs {task.target!r}",
+            where=dataset.name,
+            expected=f"labels of the form {task.target!r}",
+            fix="Choose another task, or other labels of the data: {voc: {labels: masks}}",
+        )
 
 
 def accuracy(
@@ -172,16 +266,19 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
     return 100 * interval[0], 100 * interval[1]
 
 
+Form = Callable[[Any], Any]  # from what a network returns to what is read of it
+
+
 @contextlib.contextmanager
-def _runnable(run: Any) -> Iterator[Run]:
+def _runnable(run: Any, form: Form) -> Iterator[Run]:
     """Yield a function of a batch for a module, a session or a function."""
     if isinstance(run, nn.Module):
         with _evaluation(run) as answer:
-            yield answer
+            yield lambda images: form(answer(images))
     elif hasattr(run, "run"):
-        yield lambda images: _run_session(run, images.numpy())
+        yield lambda images: form(_run_session(run, images.numpy()))
     else:
-        yield run
+        yield lambda images: form(run(images))
 
 
 @contextlib.contextmanager
@@ -199,18 +296,28 @@ def _evaluation(model: nn.Module) -> Iterator[Run]:
             module.training = training
 
 
-def _run_session(session: Any, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the first output for all images, in batches that the session takes."""
+def _run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+    """Return every output for all images by name, in batches that the session takes."""
     spec = session.inputs[0]
     fixed = spec.shape[0] if spec.shape else None
     low, high = (fixed, fixed) if isinstance(fixed, int) else spec.batch or (1, len(images))
-    parts = []
+    parts: list[list[NDArray[Any]]] = []
     for at in range(0, len(images), high):
         part = images[at : at + high]
         filling = np.repeat(part[-1:], max(0, low - len(part)), axis=0)
         padded = np.concatenate([part, filling]) if len(filling) else part
-        parts.append(session.run(padded)[0][: len(part)])
-    return np.concatenate(parts)
+        parts.append([output[: len(part)] for output in session.run(padded)])
+    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    known = [each.name for each in getattr(session, "outputs", ())]
+    names = known if len(known) == len(columns) else [f"output_{i}" for i in range(len(columns))]
+    return dict(zip(names, columns, strict=True))
+
+
+def _first(output: Any) -> Any:
+    """Return the first of several outputs."""
+    if isinstance(output, Mapping):
+        return next(iter(output.values()))
+    return output[0] if isinstance(output, list | tuple) else output
 
 
 def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:
@@ -231,3 +338,13 @@ def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:
             fix="A half-precision network overflows so; keep its widest layers in fp32",
         )
     return logits
+
+
+class _Callable(types.ModuleType):
+    """This module, which is also the public function ``compress.evaluate``."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Evaluation:
+        return of_task(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -4,6 +4,8 @@ A plug-in is the class that a file ``compress/<kind>/<name>.py`` is there for: `
 ``BnScale``, ``tensorrt_rtx.py`` holds ``TensorrtRtx`` and is called ``tensorrt-rtx`` or
 ``tensorrt_rtx``. Its dataclass fields are its YAML options, its docstring is its documentation.
 Files whose name starts with an underscore are shared by their neighbours and are no plug-ins.
+
+A user's own plug-in is named by its file and its class: ``path/file.py:Class``.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ KINDS = {
     "observers": "observer",
     "runtimes": "runtime",
     "data": "kind of data",
+    "tasks": "task",
 }
 _HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
 
@@ -40,9 +45,13 @@ def names(kind: str) -> list[str]:
 
 def documentation(kind: str, name: str) -> str:
     """Return the docstring of a plug-in, read from its source, so that listing imports nothing."""
-    stem = _stem(kind, name)
-    tree = ast.parse((_PACKAGE / kind / f"{stem}.py").read_text(encoding="utf-8"))
-    wanted = _class_name(stem)
+    own = _own(kind, name)
+    if own is None:
+        stem = _stem(kind, name)
+        file, wanted = _PACKAGE / kind / f"{stem}.py", _class_name(stem)
+    else:
+        file, wanted = own
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == wanted:
             return inspect.cleandoc(ast.get_docstring(node) or "")
@@ -54,7 +63,11 @@ def load(kind: str, name: str) -> type[Any]:
 
     Raises:
         UnknownNameError: there is no such plug-in; the message lists the known ones.
+        UsageError: it is a file of the user's own that cannot be imported.
     """
+    own = _own(kind, name)
+    if own is not None:
+        return _imported(kind, *own)
     stem = _stem(kind, name)
     module = importlib.import_module(f"compress.{kind}.{stem}")
     plugin: type[Any] = getattr(module, _class_name(stem))
@@ -114,6 +127,38 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
         )
     name, given = next(iter(reference.items()))
     return name, dict(given or {})
+
+
+def _own(kind: str, name: str) -> tuple[Path, str] | None:
+    """Return file and class of ``path/file.py:Class``; None for the name of a plug-in here.
+
+    Raises:
+        UsageError: there is no such file.
+    """
+    file, colon, wanted = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        return None
+    if not Path(file).is_file():
+        raise UsageError("no such file", where=file, expected=f"a {KINDS[kind]} as FILE.py:CLASS")
+    return Path(file), wanted
+
+
+def _imported(kind: str, file: Path, wanted: str) -> type[Any]:
+    name = f"compress_own_{kind}_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UsageError("cannot be imported", where=str(file))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UsageError(f"importing it fails: {error!r}", where=str(file)) from error
+    plugin = getattr(module, wanted, None)
+    if not isinstance(plugin, type):
+        known = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UnknownNameError(KINDS[kind], wanted, known, where=str(file))
+    return plugin
 
 
 def _stem(kind: str, name: str) -> str:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
+Side = Annotated[int, Field(ge=4)]  # pixels
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pytorch"]
 Precision = Literal["fp32", "fp16", "int8"]
@@ -33,7 +34,10 @@ class DataSettings(Settings):
 
     name: str = Field(description="DATA kind: digits, npz, cifar10, imagefolder, ...")
     root: str | None = Field(None, description="Folder or file the images are in")
-    image_size: int | None = Field(None, ge=4, description="Side of the network's input, pixels")
+    image_size: Side | tuple[Side, Side] | None = Field(
+        None, description="Side of the network's input, or height and width, pixels"
+    )
+    options: dict[str, Any] = Field({}, description="Further options of the kind of data")
     channels: Literal[1, 3] | None = Field(None, description="Grey is repeated, colour averaged")
     mean: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
     std: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
@@ -44,6 +48,19 @@ class DataSettings(Settings):
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of train held back to choose checkpoints and passes by"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_with_options(cls, value: Any) -> Any:
+        """Accept ``{voc: {root: DIR, labels: classes}}``: a kind with all of its options."""
+        if not isinstance(value, dict) or "name" in value or len(value) != 1:
+            return value
+        name, given = next(iter(value.items()))
+        if name in cls.model_fields or not isinstance(given, dict | None):
+            return value
+        own = {key: each for key, each in (given or {}).items() if key in cls.model_fields}
+        others = {key: each for key, each in (given or {}).items() if key not in own}
+        return own | {"name": name, "options": own.get("options", {}) | others}
 
 
 class AugmentSettings(Settings):

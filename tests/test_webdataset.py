@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from shards import picture, sample, write_set, write_shard
-from torchvision.transforms import v2
+from torchvision.transforms import v2  # noqa: TID253  # the oracle
 
 from compress.data import load_data, parse_reference
 from compress.data.webdataset import expanded

@@ -16,6 +16,7 @@ from compress import plugins
 from compress.errors import DataError, UsageError
 from compress.images import Images, Subset
 from compress.settings import DataSettings
+from compress.targets import Target, tensors_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -33,6 +34,7 @@ class Source:
     std: tuple[float, ...]
     validation: Images | None = None
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
+    target: str = "class"  # what labels are: class, classes, mask, boxes, image
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Dataset:
     batch_size: int = 128
     fingerprint: str = ""  # sha256 of labels and images, or of names and sizes of large sets
     test_groups: NDArray[Any] | None = field(default=None, compare=False)
+    target: str = "class"  # what labels are: class, classes, mask, boxes, image
 
     @property
     def channels(self) -> int:
@@ -71,8 +74,11 @@ class Dataset:
 
     def batches(
         self, split: str, batch_size: int | None = None, limit: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``split`` in order, unaugmented: (B, C, H, W) float32 normalized, (B,) int64.
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Yield ``split`` in order, unaugmented: (B, C, H, W) float32 normalized, and targets.
+
+        Targets are (B,) int64 classes, (B, K) several classes, (B, H, W) masks, or a list of B
+        dictionaries of boxes and labels.
 
         Args:
             split: "train", "validation", "calibration" or "test".
@@ -84,8 +90,12 @@ class Dataset:
         end = len(images) if limit is None else min(limit, len(images))
         for start in range(0, end, size):
             indices = np.arange(start, min(start + size, end))
-            labels = torch.from_numpy(images.labels[indices])
-            yield self.normalize(images.take(indices)), labels
+            yield self.normalize(images.take(indices)), targets_of(images, indices)
+
+
+def targets_of(images: Images, indices: NDArray[np.int64]) -> Tensor | list[Target]:
+    """Return the labels of the images at ``indices`` as losses and metrics take them."""
+    return tensors_of(images.labels[indices])
 
 
 def parse_reference(reference: str, **options: Any) -> DataSettings:
@@ -104,9 +114,10 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
         UsageError: no such kind of data, or its root is missing.
         DataError: no images, one class only, a corrupt file.
     """
-    plugin = plugins.create("data", settings.name, **_options(settings))
+    supplied = _options(settings)
+    plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
     source: Source = plugin.load()
-    if len(source.classes) < 2:
+    if len(source.classes) < (2 if source.target == "class" else 1):
         raise DataError(
             f"only one class: {', '.join(source.classes) or 'none'}",
             where=settings.root or settings.name,
@@ -124,6 +135,7 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
         batch_size=settings.batch_size,
         fingerprint=_fingerprint(source),
         test_groups=source.test_groups,
+        target=source.target,
     )
 
 

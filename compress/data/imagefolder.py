@@ -21,8 +21,8 @@ LARGEST_IN_MEMORY_BYTES = 1 << 30
 class Imagefolder(Pictures):
     """A folder of images: train/CLASS/*.jpg and val, validation or test/CLASS/*.jpg.
 
-    With both a validation and a test folder the first is used to choose, the second to judge; with one of
-    them that one is the test set. Sets that fit in 1 GiB once decoded are kept in memory.
+    With both a validation and a test folder the first is used to choose, the second to judge; with
+    one of them that one is the test set. Sets that fit in 1 GiB once decoded are kept in memory.
     """
 
     root: str

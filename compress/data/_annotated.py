@@ -1,0 +1,213 @@
+"""What kinds of data with boxes have in common: checks, fitting, images beside their boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._pictures import Pictures
+from compress.errors import DataError, UsageError, did_you_mean
+from compress.fitting import Fit
+from compress.images import FileImages, Images, MemoryImages, Names
+from compress.targets import Boxes
+
+LARGEST_IN_MEMORY_BYTES = 1 << 30
+HELD_OUT = 10  # every tenth image is a test image where a data set has none
+
+
+@dataclass
+class Annotation:
+    """One image and its objects, as the annotation file says."""
+
+    image: Path
+    where: str  # the file that says it
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)  # x1, y1, x2, y2
+    names: list[str] = field(default_factory=list)  # class of each
+    ignored: list[bool] = field(default_factory=list)  # need not be found
+    lines: list[str] = field(default_factory=list)  # where in the file each is: "line 12"
+    relative: bool = False  # boxes are shares of the image's sides
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxedPictures(Pictures):
+    """Pictures with boxes or several classes each.
+
+    Options beside those of all pictures: ``labels`` ("boxes", or "classes": which classes are in
+    an image), ``classes`` (their names, in order; all that occur, sorted, if absent) and
+    ``invalid`` ("refuse" or "drop" boxes that lie outside their image or have no area). Pictures
+    are letterboxed unless ``resize`` says otherwise.
+    """
+
+    labels: str = "boxes"
+    classes: tuple[str, ...] | None = None
+    invalid: Literal["refuse", "drop"] = "refuse"
+
+    known_labels: ClassVar[tuple[str, ...]] = ("boxes", "classes")
+
+    def __post_init__(self) -> None:
+        for name, known in (("labels", self.known_labels), ("invalid", ("refuse", "drop"))):
+            value = getattr(self, name)
+            if value not in known:
+                raise UsageError(
+                    f"{name} {value!r}{did_you_mean(str(value), known)}",
+                    expected=f"one of: {', '.join(known)}",
+                )
+
+    @property
+    def fit(self) -> Fit:
+        """How pictures are fitted to the network's input."""
+        return dense_fit(self)
+
+    def source(
+        self,
+        train: Sequence[Annotation],
+        validation: Sequence[Annotation],
+        test: Sequence[Annotation],
+        names: Sequence[str] | None = None,
+    ) -> Source:
+        """Return annotated images as a Source; a tenth of train is the test set if there is none.
+
+        Raises:
+            DataError: there are no images, a class is not known, or a box is invalid.
+        """
+        if not test and validation:
+            test, validation = validation, ()
+        elif not test:
+            test, train = train[::HELD_OUT], [a for i, a in enumerate(train) if i % HELD_OUT]
+        if not train or not test:
+            raise DataError("holds no images for training, or none to test on")
+        classes = tuple(self.classes or names or sorted({n for a in train for n in a.names}))
+        return Source(
+            self._images(train, classes),
+            self._images(test, classes),
+            classes,
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+            validation=self._images(validation, classes) if validation else None,
+            target=self.labels,
+        )
+
+    def _images(self, annotations: Sequence[Annotation], classes: Sequence[str]) -> Images:
+        if self.labels == "classes":
+            hot = np.zeros((len(annotations), len(classes)), np.int64)
+            for row, annotation in zip(hot, annotations, strict=True):
+                row[_numbers(annotation, classes)] = 1
+            return pictures(self, [a.image for a in annotations], hot)
+        placed = [self._placed(each, _numbers(each, classes)) for each in annotations]
+        targets = Boxes(*(tuple(part) for part in zip(*placed, strict=True)))
+        return pictures(self, [a.image for a in annotations], targets)
+
+    def _placed(
+        self, annotation: Annotation, labels: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.bool_]]:
+        """Return the boxes of an image where they lie in the network's input, and their classes."""
+        width, height = image_size(annotation.image)
+        boxes = np.array(annotation.boxes, dtype=np.float64).reshape(-1, 4)
+        ignored = np.array(annotation.ignored, dtype=bool)
+        if annotation.relative:
+            boxes = boxes * (width, height, width, height)
+        valid = np.array(
+            [self._is_valid(annotation, i, box, (width, height)) for i, box in enumerate(boxes)],
+            dtype=bool,
+        )
+        place = self.fit.place(height, width)
+        scale, offset = (place.scale[1], place.scale[0]) * 2, (place.left, place.top) * 2
+        moved = boxes[valid] * scale + offset
+        moved = np.clip(moved, 0, np.array((self.fit.size[1], self.fit.size[0]) * 2))
+        seen = (moved[:, 2] - moved[:, 0] >= 1) & (moved[:, 3] - moved[:, 1] >= 1)
+        return (
+            moved[seen].astype(np.float32),
+            labels[valid][seen],
+            ignored[valid][seen],
+        )
+
+    def _is_valid(
+        self, annotation: Annotation, i: int, box: NDArray[np.float64], size: tuple[int, int]
+    ) -> bool:
+        x1, y1, x2, y2 = box.tolist()
+        width, height = size
+        outside = min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1  # rounding is forgiven
+        if x2 > x1 and y2 > y1 and not outside:
+            return True
+        if self.invalid == "drop":
+            return False
+        raise DataError(
+            f"the box ({x1:g}, {y1:g}, {x2:g}, {y2:g}) "
+            + (f"lies outside its image of {width} x {height}" if outside else "has no area"),
+            where=f"{annotation.where}, {annotation.lines[i]}",
+            expected="x1 < x2 and y1 < y2, inside the image",
+            fix="Correct it, or leave such boxes out: invalid: drop",
+        )
+
+
+def dense_fit(kind: Pictures) -> Fit:
+    """Return how pictures with boxes or masks are fitted: letterboxed unless asked otherwise."""
+    from compress.data._pictures import DEFAULT_SIZE
+    from compress.fitting import sides
+
+    return Fit(
+        sides(kind.image_size or DEFAULT_SIZE),
+        kind.resize or "letterbox",
+        kind.interpolation or "bilinear",
+        kind.crop,
+    )
+
+
+def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
+    """Return files with their labels as images, decoded into memory where they fit in 1 GiB."""
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise DataError(f"lacks {len(missing)} of {len(files)} images", where=str(missing[0]))
+    images = FileImages(
+        Path("/") if files[0].is_absolute() else Path(),
+        Names.of(str(file) for file in files),
+        labels,  # type: ignore[arg-type]  # boxes and masks are indexed like arrays
+        kind.fit,
+        kind.channels or 3,
+        kind.workers,
+    )
+    small = len(images) * int(np.prod(images.shape)) <= LARGEST_IN_MEMORY_BYTES
+    if not small:
+        return images
+    return MemoryImages(images.take(range(len(images))), images.labels)
+
+
+def image_size(file: Path) -> tuple[int, int]:
+    """Return width and height of an image file, from its header.
+
+    Raises:
+        DataError: it is absent or no readable image.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"is not a readable image ({error})", where=str(file)) from None
+
+
+def read_list(file: Path, entry: Callable[[str], Annotation]) -> list[Annotation]:
+    """Return an annotation for each line of a list of images; an absent list has none."""
+    if not file.is_file():
+        return []
+    lines = (line.split() for line in file.read_text(encoding="utf-8").splitlines())
+    return [entry(line[0]) for line in lines if line]
+
+
+def _numbers(annotation: Annotation, classes: Sequence[str]) -> NDArray[np.int64]:
+    """Return the class number of each object."""
+    for i, name in enumerate(annotation.names):
+        if name not in classes:
+            raise DataError(
+                f"no such class {name!r}{did_you_mean(name, classes)}",
+                where=f"{annotation.where}, {annotation.lines[i]}",
+                expected=f"one of: {', '.join(classes)}",
+            )
+    return np.array([classes.index(name) for name in annotation.names], dtype=np.int64)

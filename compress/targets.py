@@ -1,0 +1,142 @@
+"""Labels that are more than one number for each image: boxes, and masks read from files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.errors import DataError
+from compress.fitting import Fit
+
+Indices = Sequence[int] | NDArray[np.int64]
+VOID = 255  # value of mask pixels that count nowhere
+Target = dict[str, Tensor]  # of one image: "boxes", "labels", "ignored"
+
+
+@dataclass(frozen=True)
+class Boxes:
+    """Boxes of N images, each (M, 4) as x1, y1, x2, y2 in pixels of the network's input."""
+
+    boxes: tuple[NDArray[np.float32], ...]
+    labels: tuple[NDArray[np.int64], ...]  # class of each box, (M,)
+    ignored: tuple[NDArray[np.bool_], ...]  # boxes that need not be found, (M,)
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.boxes)
+
+    def __getitem__(self, indices: Indices) -> Boxes:
+        """Return the boxes of the images at ``indices``."""
+        chosen = [int(i) for i in indices]
+        return Boxes(
+            tuple(self.boxes[i] for i in chosen),
+            tuple(self.labels[i] for i in chosen),
+            tuple(self.ignored[i] for i in chosen),
+        )
+
+    def tensors(self) -> list[Target]:
+        """Return "boxes" (M, 4), "labels" (M,) and "ignored" (M,) of each image."""
+        return [
+            {
+                "boxes": torch.from_numpy(boxes).reshape(-1, 4),
+                "labels": torch.from_numpy(labels),
+                "ignored": torch.from_numpy(ignored),
+            }
+            for boxes, labels, ignored in zip(self.boxes, self.labels, self.ignored, strict=True)
+        ]
+
+    def tobytes(self) -> bytes:
+        """Return every number, for a fingerprint."""
+        parts = zip(self.boxes, self.labels, self.ignored, strict=True)
+        return b"".join(part.tobytes() for each in parts for part in each)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Class maps of N images in files, fitted as their images are; read when asked for."""
+
+    files: tuple[Path, ...]
+    images: tuple[Path, ...]  # whose size each mask must have
+    fit: Fit
+    classes: int
+    void: int | None = VOID  # value in the files that becomes VOID
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.files)
+
+    def __getitem__(self, indices: Indices) -> Masks:
+        """Return the masks of the images at ``indices``."""
+        files = tuple(self.files[int(i)] for i in indices)
+        images = tuple(self.images[int(i)] for i in indices)
+        return Masks(files, images, self.fit, self.classes, self.void)
+
+    def tensors(self) -> Tensor:
+        """Return the masks, (N, H, W) uint8, VOID where nothing counts.
+
+        Raises:
+            DataError: a mask is unreadable, of another size than its image or holds a value that
+                is no class; the message names the file.
+        """
+        return torch.stack([self._one(*pair) for pair in zip(self.files, self.images, strict=True)])
+
+    def tobytes(self) -> bytes:
+        """Return names and sizes of all files, for a fingerprint."""
+        return "".join(f"{file.name}:{file.stat().st_size}\n" for file in self.files).encode()
+
+    def _one(self, file: Path, image: Path) -> Tensor:
+        from PIL import Image
+
+        try:
+            with Image.open(file) as mask, Image.open(image) as picture:
+                if mask.mode not in {"L", "P", "1"}:
+                    raise DataError(
+                        f"is a mask of mode {mask.mode}",
+                        where=str(file),
+                        expected="one number for each pixel, grey or with a palette",
+                    )
+                if mask.size != picture.size:
+                    raise DataError(
+                        f"is {mask.size[0]} x {mask.size[1]} pixels, its image "
+                        f"{picture.size[0]} x {picture.size[1]}",
+                        where=str(file),
+                        expected="a mask of its image's size",
+                    )
+                values = np.array(mask, dtype=np.uint8)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"is not a readable mask ({error})", where=str(file)) from None
+        return torch.from_numpy(self._fitted(values, file))
+
+    def _fitted(self, values: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
+        from dataclasses import replace
+
+        from PIL import Image
+
+        known = np.unique(values)
+        wrong = [int(v) for v in known if v >= self.classes and v != self.void]
+        if wrong:
+            raise DataError(
+                f"holds the values {', '.join(map(str, wrong))}",
+                where=str(file),
+                expected=f"classes 0 to {self.classes - 1}"
+                + ("" if self.void is None else f", or {self.void} where nothing counts"),
+                fix="Name all classes of the data, or set void to the value that does not count",
+            )
+        if self.void is not None and self.void != VOID:
+            values = np.where(values == self.void, VOID, values).astype(np.uint8)
+        fit = replace(self.fit, interpolation="nearest")
+        return np.array(fit.image(Image.fromarray(values), fill=VOID), dtype=np.uint8)
+
+
+def tensors_of(labels: Any) -> Tensor | list[Target]:
+    """Return labels as what losses and metrics take: a tensor, or a dictionary for each image."""
+    if isinstance(labels, Boxes | Masks):
+        return labels.tensors()
+    return torch.from_numpy(np.asarray(labels))

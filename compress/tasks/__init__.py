@@ -1,0 +1,323 @@
+"""What a network is for: its loss, its predictions, its metrics, how two networks agree.
+
+A task is a class in a file of its own in this folder, or the user's own (``path/file.py:Class``).
+Metrics are computed from what single images contribute, so that every metric has a bootstrap
+interval over images and every comparison of two networks is paired.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from compress import plugins, statistics
+from compress.errors import DataError, EngineError, UsageError
+from compress.statistics import Interval
+
+Array = NDArray[Any]
+Prediction = dict[str, Array]  # of one image, by name: "label", "boxes", "class_map", ...
+Target = Any  # of one image: a class, a row of zeros and ones, a mask, boxes with labels, an image
+Contribution = Mapping[str, Any]  # of one image to the metrics: a number or an array by name
+
+RESAMPLES = 1000  # bootstrap draws
+DRAWN_AT_ONCE = 2_000_000  # numbers of a matrix of bootstrap draws held in memory
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Unit of a metric, and which way is better."""
+
+    unit: str = "pct"
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured metric with its 95 % interval over images (None where it needs more images)."""
+
+    value: float
+    ci95: Interval | None
+    unit: str = "pct"
+    higher_is_better: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this metric as JSON-able data."""
+        told: dict[str, Any] = {"value": self.value, "unit": self.unit}
+        if self.ci95 is not None:
+            told["ci95"] = list(self.ci95)
+        return told | ({} if self.higher_is_better else {"higher_is_better": False})
+
+
+@dataclass(frozen=True)
+class Change:
+    """Candidate less reference of one metric on the same images, with its paired interval."""
+
+    value: float
+    ci95: Interval
+    unit: str = "pct"
+    higher_is_better: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """Return "no significant difference", "better" or "worse"."""
+        if not statistics.excludes(self.ci95, 0.0):
+            return "no significant difference"
+        return "better" if (self.value > 0) == self.higher_is_better else "worse"
+
+    @property
+    def drop(self) -> float:
+        """How much worse the candidate is, in the metric's unit; negative where it is better."""
+        return -self.value if self.higher_is_better else self.value
+
+
+class Task(abc.ABC):
+    """What a network is for.
+
+    An own task needs ``kinds``, ``primary``, ``loss``, ``predict`` and ``score``; metrics are then
+    the means of what ``score`` returns for each image. Metrics that are no means (mAP, mIoU)
+    override ``summarize``.
+    """
+
+    kinds: ClassVar[Mapping[str, Kind]]  # every metric by name
+    primary: ClassVar[str]  # the metric that gates, budgets, checkpoints and the verdict use
+    agreement_unit: ClassVar[str] = "pct"
+    target: ClassVar[str] = "class"  # what labels must be: class, classes, mask, boxes, image
+    classes: Sequence[str] = ()
+
+    @abc.abstractmethod
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+        """Return the training loss of a batch, a scalar.
+
+        Args:
+            model: In training mode.
+            images: (B, C, H, W) float32, normalized.
+            targets: Of each image, as the data delivers them: a tensor, or a list of dictionaries.
+        """
+
+    @abc.abstractmethod
+    def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
+        """Return the prediction for each image of a batch.
+
+        Args:
+            outputs: Raw outputs of a network by name, in their order: arrays with the images along
+                the first dimension.
+
+        Raises:
+            EngineError: the outputs are not what this task reads; the message gives their shapes.
+        """
+
+    def score(self, prediction: Prediction, target: Target) -> Contribution:
+        """Return what one image contributes to the metrics: numbers or arrays by name."""
+        raise UsageError(
+            f"{type(self).__name__} has no method score", expected="score(prediction, target)"
+        )
+
+    def summarize(self, scores: Sequence[Contribution], counts: Array) -> dict[str, Array]:
+        """Return each metric, (R,), of R samples of the images.
+
+        Args:
+            scores: What each of N images contributes.
+            counts: (R, N) how often each image is in each sample: ones for the metric itself.
+        """
+        return {name: mean_of([each[name] for each in scores], counts) for name in self.kinds}
+
+    def agreement(self, reference: Prediction, candidate: Prediction) -> float:
+        """Return how alike two predictions for one image are, in ``agreement_unit``."""
+        same = [np.array_equal(reference[key], candidate[key]) for key in reference]
+        return 100.0 * float(np.mean(same))
+
+    def draw(self, image: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
+        """Return ``image`` (H, W, 3) with the prediction drawn onto it."""
+        return image
+
+    def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels
+        """Raise DataError where labels (of all images) are not what this task needs."""
+
+
+def load_task(reference: str | Mapping[str, Any], **supplied: Any) -> Task:
+    """Return the task that ``reference`` names.
+
+    Args:
+        reference: A name, one name with its options, or ``path/file.py:Class``.
+        supplied: Options, such as ``classes``; those that the task does not have are left out
+            where they are ``classes``.
+
+    Raises:
+        UnknownNameError: there is no such task.
+        UsageError: an option is not known, or an own class is no Task.
+    """
+    name, given = plugins.parse("tasks", reference)
+    known = plugins.options("tasks", name)
+    filled = {"classes": supplied.pop("classes")} if "classes" in supplied else {}
+    made = plugins.create("tasks", {name: supplied | given}, **filled)
+    if not isinstance(made, Task):
+        raise UsageError(f"{name} is no task", expected="a class derived from compress.tasks.Task")
+    if "classes" not in known and filled:
+        object.__setattr__(made, "classes", tuple(filled["classes"]))
+    if made.primary not in made.kinds:
+        raise UsageError(
+            f"{name}: primary {made.primary!r} is none of its metrics",
+            expected=f"one of: {', '.join(made.kinds)}",
+        )
+    return made
+
+
+def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[str, Metric]:
+    """Return every metric with its bootstrap interval over images.
+
+    Args:
+        task: Says how images contribute.
+        scores: What each of N images contributes, as ``score`` returned it.
+        seed: Of the draws.
+
+    Raises:
+        DataError: there are no images, or a metric is not a finite number.
+    """
+    values = _values(task, scores)
+    drawn = _bootstrap(task, scores, seed)
+    return {
+        name: Metric(values[name], _ends(drawn[name]), kind.unit, kind.higher_is_better)
+        for name, kind in task.kinds.items()
+    }
+
+
+def compare(
+    task: Task,
+    reference: Sequence[Contribution],
+    candidate: Sequence[Contribution],
+    seed: int = 0,
+) -> dict[str, Change]:
+    """Return candidate less reference of every metric, paired: both are drawn the same images.
+
+    Raises:
+        DataError: the number of images differs or is zero.
+    """
+    if len(reference) != len(candidate):
+        raise DataError(
+            f"the reference answered {len(reference)} images, the candidate {len(candidate)}",
+            expected="predictions for the same images",
+        )
+    before, after = _values(task, reference), _values(task, candidate)
+    drawn = (_bootstrap(task, reference, seed), _bootstrap(task, candidate, seed))
+    return {
+        name: Change(
+            after[name] - before[name],
+            _ends(drawn[1][name] - drawn[0][name]) or (-np.inf, np.inf),
+            kind.unit,
+            kind.higher_is_better,
+        )
+        for name, kind in task.kinds.items()
+    }
+
+
+def agreement(
+    task: Task, reference: Sequence[Prediction], candidate: Sequence[Prediction], seed: int = 0
+) -> Metric:
+    """Return the mean agreement of two networks' predictions for the same images.
+
+    Raises:
+        DataError: the number of images differs or is zero.
+    """
+    if len(reference) != len(candidate) or not reference:
+        raise DataError(
+            f"{len(reference)} and {len(candidate)} predictions are no pairs",
+            expected="predictions for the same images, at least one",
+        )
+    each = np.array([task.agreement(a, b) for a, b in zip(reference, candidate, strict=True)])
+    drawn = np.concatenate([counts @ each for counts in _draws(len(each), seed)]) / len(each)
+    return Metric(float(each.mean()), _ends(drawn), task.agreement_unit)
+
+
+def mean_of(values: Sequence[float], counts: Array) -> Array:
+    """Return the mean of per-image values in each sample, (R,); NaN values do not count."""
+    array = np.asarray(values, dtype=np.float64)
+    there = ~np.isnan(array)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean: Array = (counts[:, there] @ array[there]) / counts[:, there].sum(1)
+    return mean
+
+
+def numeric(value: Any) -> Array:
+    """Return a tensor or array as a NumPy array on the CPU."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        value = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
+    return np.asarray(value)
+
+
+def main_output(outputs: Mapping[str, Any], ndim: int, what: str, task: str) -> Array:
+    """Return the output called ``what``, else the first with ``ndim`` dimensions.
+
+    Raises:
+        EngineError: there is none, or it holds numbers that are not finite.
+    """
+    arrays = {name: numeric(value) for name, value in outputs.items()}
+    fitting = [name for name, array in arrays.items() if array.ndim == ndim]
+    if not fitting:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise EngineError(
+            f"task {task} does not fit the network's outputs: {shapes or 'none'}",
+            expected=f"{what} with {ndim} dimensions",
+            fix=f"{_nearest_task(arrays.values())}, or check the network",
+        )
+    found = arrays[what if what in fitting else fitting[0]]
+    finite = np.isfinite(found).reshape(len(found), -1).all(1)
+    if not finite.all():
+        first = int(np.flatnonzero(~finite)[0])
+        raise EngineError(
+            f"outputs that are not finite numbers for {int((~finite).sum())} of {len(found)} "
+            f"images, the first of them image {first}",
+            fix="A half-precision network overflows so; keep its widest layers in fp32",
+        )
+    return found
+
+
+def _nearest_task(arrays: Any) -> str:
+    by_ndim = {2: "classification", 3: "detection", 4: "segmentation"}
+    likely = [by_ndim[array.ndim] for array in arrays if array.ndim in by_ndim]
+    return f"Set task: {likely[0]}" if likely else "Set another task"
+
+
+def _values(task: Task, scores: Sequence[Contribution]) -> dict[str, float]:
+    if not scores:
+        raise DataError("there are no images to evaluate on", expected="at least one image")
+    found = task.summarize(scores, np.ones((1, len(scores)), dtype=np.int64))
+    values = {name: float(found[name][0]) for name in task.kinds}
+    broken = {name: value for name, value in values.items() if not np.isfinite(value)}
+    if broken:
+        name, value = next(iter(broken.items()))
+        raise DataError(
+            f"metric {name} is {value} over {len(scores)} images",
+            where=type(task).__name__,
+            expected="a finite number",
+            fix="Check that the images have labels of this task",
+        )
+    return values
+
+
+def _bootstrap(task: Task, scores: Sequence[Contribution], seed: int) -> dict[str, Array]:
+    parts = [task.summarize(scores, counts) for counts in _draws(len(scores), seed)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in task.kinds}
+
+
+def _draws(images: int, seed: int) -> Any:
+    """Yield matrices of how often each image is drawn, (r, N), RESAMPLES rows in all."""
+    random, even = np.random.default_rng(seed), np.full(images, 1 / images)
+    step = max(1, min(RESAMPLES, DRAWN_AT_ONCE // images))
+    for start in range(0, RESAMPLES, step):
+        yield random.multinomial(images, even, size=min(step, RESAMPLES - start))
+
+
+def _ends(values: Array) -> Interval | None:
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return None
+    low, high = np.quantile(finite, [0.025, 0.975])
+    return float(low), float(high)

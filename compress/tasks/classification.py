@@ -1,0 +1,59 @@
+"""One class for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.objective import CrossEntropy
+from compress.tasks import Kind, Prediction, Target, Task, main_output
+from compress.tasks._drawing import captioned
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class for each image: top-1 and top-5 accuracy."""
+
+    label_smoothing: float = 0.0
+    classes: Sequence[str] = ()
+
+    kinds: ClassVar[Mapping[str, Kind]] = {"top1": Kind(), "top5": Kind()}
+    primary: ClassVar[str] = "top1"
+    target: ClassVar[str] = "class"
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+        """Return the mean cross-entropy of a batch, a scalar; targets (B,) or (B, K)."""
+        return CrossEntropy(self.label_smoothing)(model, images, targets)
+
+    def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
+        """Return "label" and "probabilities" (K,) for each image, from logits (B, K)."""
+        logits = main_output(outputs, 2, "logits", "classification")
+        probabilities = torch.from_numpy(logits.astype(np.float64)).softmax(1).numpy()
+        order = np.argsort(-logits, axis=1, kind="stable")
+        return [
+            {"label": row[0], "probabilities": chances, "ranked": row[:5]}
+            for row, chances in zip(order, probabilities, strict=True)
+        ]
+
+    def score(self, prediction: Prediction, target: Target) -> dict[str, float]:
+        """Return 100 where the class is right, and where it is among the first five."""
+        label = int(target)
+        return {
+            "top1": 100.0 * (int(prediction["label"]) == label),
+            "top5": 100.0 * bool((prediction["ranked"] == label).any()),
+        }
+
+    def agreement(self, reference: Prediction, candidate: Prediction) -> float:
+        """Return 100 where both name the same class, else 0."""
+        return 100.0 * (int(reference["label"]) == int(candidate["label"]))
+
+    def draw(self, image: Any, prediction: Prediction) -> Any:
+        """Return the image with the class and its probability."""
+        label = int(prediction["label"])
+        name = self.classes[label] if label < len(self.classes) else str(label)
+        return captioned(image, f"{name} {100 * prediction['probabilities'][label]:.0f} %")

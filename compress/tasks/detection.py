@@ -1,0 +1,279 @@
+"""Boxes around objects, each with a class."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.errors import DataError, EngineError, UsageError
+from compress.fitting import Fit
+from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, numeric
+from compress.tasks._drawing import boxed
+from compress.tasks._ranking import coco_average_precision, mean_over
+
+IOUS = np.linspace(0.5, 0.95, 10)
+DRAWN_SCORE = 0.3  # boxes below it are not drawn, nor do they count for agreement
+
+
+@dataclass(frozen=True)
+class Detection(Task):
+    """Boxes around objects: mAP 50-95 and mAP 50, as COCO counts them.
+
+    Reads what torchvision's detectors return (a list of boxes, scores and labels for each image),
+    arrays of these names, boxes after NMS (B, M, 6) as x1, y1, x2, y2, score, class, and YOLO heads
+    before NMS (B, 4 + K, A) as centre, size and class scores, which get NMS here. ``background``
+    says that the network's class 0 is none of the data's. Targets are dictionaries of "boxes"
+    (M, 4) as x1, y1, x2, y2 in pixels of the input, "labels" (M,), and optionally "ignored" (M,):
+    objects that need not be found.
+
+    Source: Lin et al., Microsoft COCO, ECCV 2014, https://arxiv.org/abs/1405.0312.
+    """
+
+    background: bool = False
+    score_threshold: float = 0.001
+    nms_iou: float = 0.7
+    max_boxes: int = 100
+    classes: Sequence[str] = ()
+
+    kinds: ClassVar[Mapping[str, Kind]] = {"map50_95": Kind(), "map50": Kind()}
+    primary: ClassVar[str] = "map50_95"
+    target: ClassVar[str] = "boxes"
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+        """Return the sum of the losses that the network itself returns in training, a scalar.
+
+        The network is called as ``model(images, targets)`` with torchvision's targets: a list of
+        dictionaries of "boxes" and "labels".
+
+        Raises:
+            UsageError: it returns no losses.
+        """
+        shift = int(self.background)
+        told = [{"boxes": each["boxes"], "labels": each["labels"] + shift} for each in targets]
+        losses = model(images, told)
+        if isinstance(losses, Mapping):
+            losses = list(losses.values())
+        parts = [losses] if isinstance(losses, Tensor) else list(losses)
+        if not parts or any(not isinstance(each, Tensor) or each.ndim for each in parts):
+            raise UsageError(
+                f"{type(model).__name__} returns no losses in training mode",
+                expected="a scalar, or a dictionary of scalars, from model(images, targets)",
+                fix="Give an own task whose loss fits the network: task: path/file.py:Class",
+            )
+        return torch.stack(parts).sum()
+
+    def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
+        """Return "boxes" (M, 4), "scores" (M,) and "labels" (M,), best first, for each image."""
+        return [self._best(*each) for each in self._images(outputs)]
+
+    def score(self, prediction: Prediction, target: Target) -> Contribution:
+        """Return each box's class, score and whether it is right at each of ten IoUs."""
+        boxes, labels = numeric(target["boxes"]).reshape(-1, 4), numeric(target["labels"])
+        ignored = numeric(target.get("ignored", np.zeros(len(labels), bool))).astype(bool)
+        hits = np.zeros((len(IOUS), len(prediction["scores"])), np.int8)  # -1: matches an ignored
+        for label in np.unique(prediction["labels"]):
+            mine, theirs = prediction["labels"] == label, labels == label
+            hits[:, mine] = _matched(
+                box_iou(prediction["boxes"][mine], boxes[theirs]), ignored[theirs]
+            )
+        return {
+            "labels": prediction["labels"],
+            "scores": prediction["scores"],
+            "hits": hits,
+            "objects": labels[~ignored],
+        }
+
+    def summarize(self, scores: Sequence[Contribution], counts: Array) -> dict[str, Array]:
+        """Return mAP 50-95 and mAP 50, percent, of R samples of the images."""
+        found = 100 * self._precisions(scores, counts)  # (R, K, 10)
+        return {"map50_95": mean_over(mean_over(found)), "map50": mean_over(found[..., 0])}
+
+    def per_class(self, scores: Sequence[Contribution]) -> dict[str, float | None]:
+        """Return the AP 50-95 of each class, percent; None for one that has no objects."""
+        found = 100 * self._precisions(scores, np.ones((1, len(scores)), np.int64))[0].mean(1)
+        names = self.classes or [str(k) for k in range(len(found))]
+        return {
+            name: None if np.isnan(found[k]) else float(found[k]) for k, name in enumerate(names)
+        }
+
+    def agreement(self, reference: Prediction, candidate: Prediction) -> float:
+        """Return the F1 of boxes of equal class that overlap by half, percent."""
+        one, two = (_confident(each) for each in (reference, candidate))
+        total = len(one["labels"]) + len(two["labels"])
+        if not total:
+            return 100.0
+        both = 0
+        for label in np.intersect1d(one["labels"], two["labels"]):
+            a, b = (each["boxes"][each["labels"] == label] for each in (one, two))
+            both += int(_matched(box_iou(b, a), np.zeros(len(a), bool))[0].sum())
+        return 200.0 * both / total
+
+    def draw(self, image: Any, prediction: Prediction) -> Any:
+        """Return the image with the boxes that have a score of 0.3 or more."""
+        seen = _confident(prediction)
+        texts = [
+            f"{self._name(int(k))} {score:.2f}"
+            for k, score in zip(seen["labels"], seen["scores"], strict=True)
+        ]
+        return boxed(image, seen["boxes"], seen["labels"], texts)
+
+    def check_targets(self, labels: Any) -> None:
+        """Raise DataError unless every image has boxes with labels of known classes."""
+        for number in range(len(labels)):
+            each = labels[number]
+            if not isinstance(each, Mapping) or not {"boxes", "labels"} <= set(each):
+                raise DataError(
+                    f"the label of image {number} is {type(each).__name__}",
+                    expected="a dictionary of boxes and labels",
+                    fix="Use data with boxes: voc, coco or yolo",
+                )
+
+    def _images(self, outputs: Mapping[str, Any]) -> list[tuple[Array, Array, Array]]:
+        """Return boxes, scores and labels of each image, whatever form the outputs have."""
+        arrays = {name: numeric(value) for name, value in outputs.items() if _is_array(value)}
+        shift = int(self.background)
+        if {"boxes", "scores", "labels"} <= set(arrays):
+            boxes, scores, labels = (arrays[name] for name in ("boxes", "scores", "labels"))
+            if boxes.ndim == 2:  # of one image
+                boxes, scores, labels = boxes[None], scores[None], labels[None]
+            return [(b, s, k - shift) for b, s, k in zip(boxes, scores, labels, strict=True)]
+        first = next(iter(outputs.values()), None)
+        if isinstance(first, list | tuple) and all(isinstance(each, Mapping) for each in first):
+            return [
+                (numeric(e["boxes"]), numeric(e["scores"]), numeric(e["labels"]) - shift)
+                for e in first
+            ]
+        heads = [array for array in arrays.values() if array.ndim == 3]
+        if heads and heads[0].shape[2] == 6:
+            return [(r[:, :4], r[:, 4], r[:, 5].astype(np.int64) - shift) for r in heads[0]]
+        if heads and heads[0].shape[1] > 4 and self._fits(heads[0].shape[1] - 4):
+            return [self._decoded(head) for head in heads[0]]
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        likely = {2: "classification", 4: "segmentation"}
+        nearest = next((likely[a.ndim] for a in arrays.values() if a.ndim in likely), None)
+        raise EngineError(
+            f"task detection does not fit the network's outputs: {shapes or 'none'}",
+            expected=f"boxes, scores and labels; (B, M, 6); or (B, {4 + len(self.classes)}, A)",
+            fix=f"Set task: {nearest}" if nearest else "",
+        )
+
+    def _fits(self, classes: int) -> bool:
+        return not self.classes or classes == len(self.classes)
+
+    def _decoded(self, head: Array) -> tuple[Array, Array, Array]:
+        """Return the boxes of one YOLO head (4 + K, A) after NMS within each class."""
+        from torchvision.ops import batched_nms
+
+        chances = head[4:]
+        labels = chances.argmax(0)
+        scores = chances.max(0)
+        likely = scores > self.score_threshold
+        centre, size = head[:2, likely].T, head[2:4, likely].T
+        boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).astype(np.float32)
+        scores, labels = scores[likely].astype(np.float32), labels[likely]
+        kept = batched_nms(
+            torch.from_numpy(boxes),
+            torch.from_numpy(scores),
+            torch.from_numpy(labels),
+            self.nms_iou,
+        ).numpy()
+        return boxes[kept], scores[kept], labels[kept]
+
+    def _best(self, boxes: Array, scores: Array, labels: Array) -> Prediction:
+        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
+            raise EngineError(
+                "boxes or scores are not finite numbers",
+                fix="A half-precision network overflows so; keep its widest layers in fp32",
+            )
+        order = np.argsort(-scores, kind="stable")
+        order = order[scores[order] > self.score_threshold][: self.max_boxes]
+        return {
+            "boxes": boxes[order].astype(np.float32).reshape(-1, 4),
+            "scores": scores[order].astype(np.float32),
+            "labels": labels[order].astype(np.int64),
+        }
+
+    def _precisions(self, scores: Sequence[Contribution], counts: Array) -> Array:
+        """Return the average precision of each sample, class and IoU, (R, K, 10)."""
+        image = np.repeat(np.arange(len(scores)), [len(each["scores"]) for each in scores])
+        labels = np.concatenate([each["labels"] for each in scores])
+        values = np.concatenate([each["scores"] for each in scores])
+        hits = np.concatenate([each["hits"] for each in scores], axis=1)
+        objects = np.concatenate([each["objects"] for each in scores])
+        where = np.repeat(np.arange(len(scores)), [len(each["objects"]) for each in scores])
+        known = max(
+            len(self.classes), int(max(labels.max(initial=-1), objects.max(initial=-1))) + 1
+        )
+        out = np.full((len(counts), known, len(IOUS)), np.nan)
+        for k in np.unique(objects):
+            mine = np.flatnonzero(labels == k)
+            mine = mine[np.argsort(-values[mine], kind="stable")]
+            of_images = np.bincount(where[objects == k], minlength=len(scores))
+            for r, drawn in enumerate(counts):
+                weights, positives = drawn[image[mine]], float(drawn @ of_images)
+                for t, row in enumerate(hits[:, mine]):
+                    out[r, k, t] = coco_average_precision(row == 1, weights * (row >= 0), positives)
+        return out
+
+    def _name(self, k: int) -> str:
+        return self.classes[k] if k < len(self.classes) else str(k)
+
+
+def box_iou(one: Array, two: Array) -> Array:
+    """Return the intersection over union of boxes (M, 4) and (N, 4) as x1, y1, x2, y2: (M, N)."""
+    low = np.maximum(one[:, None, :2], two[None, :, :2])
+    high = np.minimum(one[:, None, 2:], two[None, :, 2:])
+    both = np.clip(high - low, 0, None).prod(2)
+    areas = [np.clip(each[:, 2:] - each[:, :2], 0, None).prod(1) for each in (one, two)]
+    union = areas[0][:, None] + areas[1][None] - both
+    iou: Array = np.divide(both, union, out=np.zeros(both.shape), where=union > 0)
+    return iou
+
+
+def _matched(iou: Array, ignored: Array) -> Array:
+    """Return 1 (right), 0 (wrong) or -1 (on an ignored object) for boxes at each IoU, (10, M).
+
+    Boxes come best first; each takes the free object it overlaps most, counted ones first.
+    """
+    out = np.zeros((len(IOUS), len(iou)), np.int8)
+    if not iou.shape[1]:
+        return out
+    for t, least in enumerate(IOUS):
+        free = np.ones(iou.shape[1], bool)
+        for m, row in enumerate(iou):
+            for group in (~ignored, ignored):
+                overlap = np.where(free & group, row, -1.0)
+                best = int(overlap.argmax())
+                if overlap[best] >= least - 1e-10:
+                    free[best] = bool(ignored[best])
+                    out[t, m] = -1 if ignored[best] else 1
+                    break
+    return out
+
+
+def _confident(prediction: Prediction) -> Prediction:
+    kept = prediction["scores"] >= DRAWN_SCORE
+    return {name: value[kept] for name, value in prediction.items()}
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor | np.ndarray)
+
+
+def in_picture(boxes: Array, fit: Fit, size: tuple[int, int]) -> Array:
+    """Return boxes (M, 4) in the network's input where they lie in the picture it was made from.
+
+    Args:
+        boxes: x1, y1, x2, y2 in pixels of the input.
+        fit: How the picture was fitted: a letterbox, a crop or a squash.
+        size: Height and width of the picture, pixels.
+    """
+    place = fit.place(*size)
+    back = (boxes - (place.left, place.top) * 2) / ((place.scale[1], place.scale[0]) * 2)
+    clipped: Array = np.clip(back, 0, (size[1], size[0]) * 2)
+    return clipped

@@ -1,0 +1,90 @@
+"""Several classes for each image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.errors import DataError
+from compress.outputs import logits_of
+from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
+from compress.tasks._drawing import captioned
+from compress.tasks._ranking import average_precision, mean_over
+
+
+@dataclass(frozen=True)
+class Multilabel(Task):
+    """Several classes for each image: mean average precision over classes, micro F1.
+
+    Targets are rows of zeros and ones, (B, K); a class counts as present above ``threshold``.
+    """
+
+    threshold: float = 0.5
+    classes: Sequence[str] = ()
+
+    kinds: ClassVar[Mapping[str, Kind]] = {"map": Kind(), "f1": Kind()}
+    primary: ClassVar[str] = "map"
+    target: ClassVar[str] = "classes"
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+        """Return the mean binary cross-entropy of logits (B, K), a scalar."""
+        logits = logits_of(model(images)).float()
+        return F.binary_cross_entropy_with_logits(logits, targets.float())
+
+    def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
+        """Return "probabilities" (K,) and "present" (K,) for each image, from logits (B, K)."""
+        logits = main_output(outputs, 2, "logits", "multilabel").astype(np.float64)
+        chances = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
+        return [{"probabilities": row, "present": row > self.threshold} for row in chances]
+
+    def score(self, prediction: Prediction, target: Target) -> Contribution:
+        """Return the probabilities and the truth of each class, and the counts of F1."""
+        truth, present = np.asarray(target) > 0, prediction["present"]
+        return {
+            "probabilities": prediction["probabilities"],
+            "truth": truth,
+            "both": float((truth & present).sum()),
+            "either": float(truth.sum() + present.sum()),
+        }
+
+    def summarize(self, scores: Sequence[Contribution], counts: Array) -> dict[str, Array]:
+        """Return mAP and micro F1, percent, of R samples of the images."""
+        chances = np.stack([each["probabilities"] for each in scores])
+        truth = np.stack([each["truth"] for each in scores])
+        per_class = np.empty((len(counts), truth.shape[1]))
+        for k in range(truth.shape[1]):
+            order = np.argsort(-chances[:, k], kind="stable")
+            ranked = (chances[order, k], truth[order, k])
+            for r, drawn in enumerate(counts[:, order]):
+                per_class[r, k] = average_precision(*ranked, drawn)
+        both = counts @ np.array([each["both"] for each in scores])
+        either = counts @ np.array([each["either"] for each in scores])
+        f1 = np.divide(200 * both, either, out=np.full(len(both), 100.0), where=either > 0)
+        return {"map": 100 * mean_over(per_class), "f1": f1}
+
+    def agreement(self, reference: Prediction, candidate: Prediction) -> float:
+        """Return the percentage of classes that both call present or both absent."""
+        return 100.0 * float((reference["present"] == candidate["present"]).mean())
+
+    def draw(self, image: Any, prediction: Prediction) -> Any:
+        """Return the image with the classes that are present."""
+        names = [self._name(int(k)) for k in np.flatnonzero(prediction["present"])]
+        return captioned(image, ", ".join(names) or "none")
+
+    def check_targets(self, labels: Any) -> None:
+        """Raise DataError unless labels are (N, K) zeros and ones."""
+        array = np.asarray(labels)
+        if array.ndim != 2 or not np.isin(array, (0, 1)).all():
+            raise DataError(
+                f"labels of shape {array.shape} are not several classes for each image",
+                expected="zeros and ones of shape (N, K)",
+                fix="Use task: classification for one class an image",
+            )
+
+    def _name(self, k: int) -> str:
+        return self.classes[k] if k < len(self.classes) else str(k)

@@ -1,0 +1,140 @@
+"""One class for each pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.errors import DataError, UsageError
+from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
+from compress.tasks._drawing import overlaid
+from compress.tasks._ranking import mean_over
+
+AUXILIARY_WEIGHT = 0.5  # of the second head that torchvision's segmentation networks train
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """One class for each pixel: mean intersection over union, pixel accuracy.
+
+    Intersections and unions are summed over all images before they are divided, then averaged over
+    the classes that occur. Pixels with the class number ``ignore`` (void) count nowhere.
+    """
+
+    ignore: int | None = 255
+    classes: Sequence[str] = ()
+
+    kinds: ClassVar[Mapping[str, Kind]] = {"miou": Kind(), "pixel_accuracy": Kind()}
+    primary: ClassVar[str] = "miou"
+    target: ClassVar[str] = "mask"
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+        """Return the mean cross-entropy over pixels, a scalar; targets (B, H, W) classes.
+
+        A network that returns a dictionary with "out" and "aux" trains both heads.
+        """
+        output = model(images)
+        heads = list(output.values()) if isinstance(output, Mapping) else [output]
+        if isinstance(output, list | tuple):
+            heads = list(output)
+        first, *others = (self._pixel_loss(head, targets) for head in heads)
+        return first + AUXILIARY_WEIGHT * sum(others) if others else first
+
+    def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
+        """Return "class_map" (H, W) for each image, from logits (B, K, H, W)."""
+        logits = main_output(outputs, 4, "out", "segmentation")
+        kind = np.uint8 if logits.shape[1] <= 256 else np.uint16
+        return [{"class_map": row.argmax(0).astype(kind)} for row in logits]
+
+    def score(self, prediction: Prediction, target: Target) -> Contribution:
+        """Return pixels of each class: predicted and true, predicted, and true, (3, K)."""
+        truth, found = np.asarray(target), self._sized(prediction["class_map"], np.shape(target))
+        counted = np.ones(truth.shape, bool) if self.ignore is None else truth != self.ignore
+        truth, found = truth[counted].astype(np.int64), found[counted].astype(np.int64)
+        size = max(len(self.classes), int(truth.max(initial=0)) + 1, int(found.max(initial=0)) + 1)
+        areas = [truth[truth == found], found, truth]
+        return {"areas": np.stack([np.bincount(each, minlength=size) for each in areas])}
+
+    def summarize(self, scores: Sequence[Contribution], counts: Array) -> dict[str, Array]:
+        """Return mIoU and pixel accuracy, percent, of R samples of the images."""
+        both, found, truth = np.moveaxis(self._areas(scores, counts), 1, 0)
+        union = found + truth - both
+        iou = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
+        total = truth.sum(1)
+        accuracy = np.divide(both.sum(1), total, out=np.full(len(total), np.nan), where=total > 0)
+        return {"miou": 100 * mean_over(iou), "pixel_accuracy": 100 * accuracy}
+
+    def per_class(self, scores: Sequence[Contribution]) -> dict[str, float | None]:
+        """Return the IoU of each class, percent; None for one that never occurs."""
+        both, found, truth = self._areas(scores, np.ones((1, len(scores)), np.int64))[0]
+        union = found + truth - both
+        names = self.classes or [str(k) for k in range(len(union))]
+        return {
+            name: 100 * float(both[k] / union[k]) if union[k] else None
+            for k, name in enumerate(names)
+        }
+
+    def agreement(self, reference: Prediction, candidate: Prediction) -> float:
+        """Return the mIoU between two class maps, percent, over the classes in either."""
+        one, two = reference["class_map"], candidate["class_map"]
+        union = [
+            float(((one == k) & (two == k)).sum() / ((one == k) | (two == k)).sum())
+            for k in np.union1d(one, two)
+        ]
+        return 100.0 * float(np.mean(union))
+
+    def draw(self, image: Any, prediction: Prediction) -> Any:
+        """Return the image with the classes as colours over it."""
+        return overlaid(image, self._sized(prediction["class_map"], image.shape[:2]))
+
+    def check_targets(self, labels: Any) -> None:
+        """Raise DataError unless every value of every mask is a class or the ignored one."""
+        for number, mask in enumerate(labels):
+            values = np.unique(np.asarray(mask))
+            wrong = values[(values >= len(self.classes)) | (values < 0)]
+            wrong = wrong[wrong != self.ignore] if self.ignore is not None else wrong
+            if np.ndim(mask) != 2 or len(wrong):
+                raise DataError(
+                    f"mask {number} of shape {np.shape(mask)} holds the values {wrong.tolist()}",
+                    expected=f"(H, W) with classes 0 to {len(self.classes) - 1}"
+                    + ("" if self.ignore is None else f", or {self.ignore} for void"),
+                    fix="Set the task's ignore: {segmentation: {ignore: N}}",
+                )
+
+    def _pixel_loss(self, logits: Any, targets: Tensor) -> Tensor:
+        if not isinstance(logits, Tensor) or logits.ndim != 4:
+            shape = tuple(getattr(logits, "shape", ()))
+            raise UsageError(
+                f"task segmentation does not fit an output of shape {shape}",
+                expected="logits (B, K, H, W)",
+            )
+        if logits.shape[2:] != targets.shape[1:]:
+            size = targets.shape[1:]
+            logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
+        void = -100 if self.ignore is None else self.ignore
+        return F.cross_entropy(logits.float(), targets.long(), ignore_index=void)
+
+    @staticmethod
+    def _sized(class_map: Array, shape: tuple[int, ...]) -> Array:
+        """Return a class map at the size of its mask, by the nearest pixel."""
+        if class_map.shape == tuple(shape):
+            return class_map
+        rows, columns = (
+            np.minimum((np.arange(want) + 0.5) * have / want, have - 1).astype(np.int64)
+            for want, have in zip(shape, class_map.shape, strict=True)
+        )
+        sized: Array = class_map[rows[:, None], columns]
+        return sized
+
+    def _areas(self, scores: Sequence[Contribution], counts: Array) -> Array:
+        size = max(each["areas"].shape[1] for each in scores)
+        areas = np.stack(
+            [np.pad(e["areas"], ((0, 0), (0, size - e["areas"].shape[1]))) for e in scores]
+        )
+        summed: Array = np.tensordot(counts, areas, 1)  # (R, 3, K)
+        return summed

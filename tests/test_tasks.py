@@ -1,0 +1,483 @@
+"""Every task keeps the contract; metrics equal those computed by hand and by other packages."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress import plugins, tasks
+from compress.errors import DataError, EngineError, UnknownNameError, UsageError
+from compress.tasks import detection, load_task
+
+NAMES = plugins.names("tasks")
+IMAGES = 6
+RANDOM = np.random.default_rng(0)
+
+
+class Detector(nn.Module):
+    """Returns its own losses in training, as torchvision's detectors do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, images: Tensor, targets: object = None) -> object:
+        return {"boxes": self.scale**2, "classes": self.scale * 2}
+
+
+def a_box_target(n: int) -> dict[str, Tensor]:
+    corner = torch.tensor(RANDOM.uniform(0, 20, (n, 2)), dtype=torch.float32)
+    size = torch.tensor(RANDOM.uniform(4, 12, (n, 2)), dtype=torch.float32)
+    return {
+        "boxes": torch.cat([corner, corner + size], 1),
+        "labels": torch.tensor(RANDOM.integers(0, 3, n)),
+    }
+
+
+def detections(target: dict[str, Tensor], noise: float) -> dict[str, Tensor]:
+    boxes = target["boxes"] + torch.tensor(RANDOM.normal(0, noise, target["boxes"].shape)).float()
+    scores = torch.tensor(RANDOM.uniform(0.4, 1, len(boxes))).float()
+    return {"boxes": boxes, "scores": scores, "labels": target["labels"]}
+
+
+BOXES = [a_box_target(n) for n in (3, 1, 0, 5, 2, 4)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network for a task, targets, outputs, and outputs that are exactly right."""
+
+    model: nn.Module
+    targets: object
+    outputs: dict[str, object]
+    right: dict[str, object]
+
+
+def conv(out: int, *, dense: bool) -> nn.Module:
+    layers = [nn.Conv2d(3, out, 3, padding=1)]
+    return nn.Sequential(*layers, *([] if dense else [nn.AdaptiveAvgPool2d(1), nn.Flatten()]))
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.tensor(RANDOM.normal(size=shape), dtype=torch.float32)
+
+
+def case(name: str) -> Case:
+    labels = torch.tensor([0, 0, 1, 1, 2, 2])
+    hot = torch.tensor(RANDOM.integers(0, 2, (IMAGES, 3)))
+    hot[0] = 1
+    mask = torch.tensor(RANDOM.integers(0, 3, (IMAGES, 8, 10)))
+    picture = torch.tensor(RANDOM.uniform(size=(IMAGES, 3, 16, 16)), dtype=torch.float32)
+    one_hot = nn.functional.one_hot
+    return {
+        "classification": Case(
+            conv(3, dense=False),
+            labels,
+            {"logits": normal(IMAGES, 3)},
+            {"logits": one_hot(labels, 3).float()},
+        ),
+        "multilabel": Case(
+            conv(3, dense=False), hot, {"logits": normal(IMAGES, 3)}, {"logits": hot * 8.0 - 4}
+        ),
+        "segmentation": Case(
+            conv(3, dense=True),
+            mask,
+            {"out": normal(IMAGES, 3, 8, 10)},
+            {"out": one_hot(mask, 3).movedim(-1, 1).float()},
+        ),
+        "restoration": Case(
+            conv(3, dense=True), picture, {"image": picture * 0.9}, {"image": picture}
+        ),
+        "embedding": Case(
+            conv(3, dense=False),
+            labels,
+            {"embedding": normal(IMAGES, 3)},
+            {"embedding": one_hot(labels, 3).float()},
+        ),
+        "detection": Case(
+            Detector(),
+            BOXES,
+            {"output_0": [detections(each, 1.0) for each in BOXES]},
+            {"output_0": [detections(each, 0.0) for each in BOXES]},
+        ),
+    }[name]
+
+
+def made(name: str) -> tasks.Task:
+    return load_task(name, classes=("a", "b", "c"))
+
+
+def scores(task: tasks.Task, outputs: dict[str, object], targets: object) -> list[object]:
+    predictions = task.predict(outputs)
+    return [task.score(p, targets[i]) for i, p in enumerate(predictions)]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_is_a_finite_scalar_whose_gradient_reaches_the_network(name):
+    it = case(name)
+    size = it.targets.shape[-2:] if getattr(it.targets, "ndim", 0) > 2 else (16, 16)
+    loss = made(name).loss(it.model.train(), normal(IMAGES, 3, *size), it.targets)
+    loss.backward()
+    assert loss.ndim == 0 and torch.isfinite(loss)
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in it.model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_right_outputs_have_the_best_metrics(name):
+    it, task = case(name), made(name)
+    found = tasks.metrics(task, scores(task, it.right, it.targets))
+    best = {"psnr": 100.0, "ssim": 1.0}
+    for key, metric in found.items():
+        assert metric.value == pytest.approx(best.get(key, 100.0), abs=1e-3), key
+        assert metric.unit == task.kinds[key].unit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_have_intervals_around_them_and_repeat(name):
+    it, task = case(name), made(name)
+    found = tasks.metrics(task, scores(task, it.outputs, it.targets))
+    assert task.primary in found
+    for metric in found.values():
+        low, high = metric.ci95
+        assert low <= metric.value + 1e-9 and metric.value <= high + 1e-9
+    assert found == tasks.metrics(task, scores(task, it.outputs, it.targets))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_do_not_depend_on_the_order_of_the_images(name):
+    it, task = case(name), made(name)
+    once = scores(task, it.outputs, it.targets)
+    ones = np.ones((1, IMAGES), np.int64)
+    backwards = task.summarize(once[::-1], ones)
+    for key, value in task.summarize(once, ones).items():
+        if key != "verification":  # pairs are neighbours in the order
+            assert value == pytest.approx(backwards[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_image_drawn_twice_counts_as_two_images(name):
+    it, task = case(name), made(name)
+    once = scores(task, it.outputs, it.targets)
+    drawn = np.array([[2, 1, 1, 0, 1, 1]])
+    if name == "embedding":  # whose gallery stays whole
+        return
+    repeated = [once[0], once[0], once[1], once[2], once[4], once[5]]
+    expected = task.summarize(repeated, np.ones((1, 6), np.int64))
+    for key, value in task.summarize(once, drawn).items():
+        assert value == pytest.approx(expected[key])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_network_agrees_perfectly_with_itself(name):
+    it, task = case(name), made(name)
+    for outputs in (it.outputs, it.right):
+        predictions = task.predict(outputs)
+        found = tasks.agreement(task, predictions, predictions)
+        assert found.value == pytest.approx(100.0, abs=1e-4)
+        assert found.unit == task.agreement_unit
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_network_agrees_less(name):
+    it, task = case(name), made(name)
+    other = tasks.agreement(task, task.predict(it.right), task.predict(it.outputs))
+    assert other.value < 99
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_comparing_with_itself_is_no_difference_and_with_better_is_better(name):
+    it, task = case(name), made(name)
+    worse, right = (scores(task, each, it.targets) for each in (it.outputs, it.right))
+    same = tasks.compare(task, worse, worse)[task.primary]
+    assert same.value == 0 and same.ci95 == (0, 0) and same.verdict == "no significant difference"
+    change = tasks.compare(task, worse, right)[task.primary]
+    assert change.value > 0 and change.drop < 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_predictions_are_drawn_onto_images(name):
+    image = np.full((16, 16, 3), 128, np.uint8)
+    drawn = made(name).draw(image, made(name).predict(case(name).right)[0])
+    assert drawn.shape == (16, 16, 3) and drawn.dtype == np.uint8
+    assert (image == 128).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_of_a_wrong_form_are_refused_with_their_shapes(name):
+    with pytest.raises(EngineError, match=r"does not fit the network's outputs: x \(2, 3, 4, 5, 6"):
+        made(name).predict({"x": np.zeros((2, 3, 4, 5, 6))})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "detection"])
+def test_outputs_that_are_not_finite_are_refused(name):
+    value = next(iter(case(name).outputs.values())).clone()
+    value[2] = float("nan")
+    with pytest.raises(EngineError, match=r"not finite numbers for 1 of 6 images.*image 2"):
+        made(name).predict({"x": value})
+
+
+def test_the_nearest_task_is_named():
+    with pytest.raises(EngineError, match="Set task: segmentation"):
+        made("classification").predict({"out": np.zeros((2, 3, 8, 8))})
+
+
+def test_an_unknown_task_lists_the_known():
+    with pytest.raises(UnknownNameError, match=r"no such task 'segmentatoin'. Did you mean 'segm"):
+        load_task("segmentatoin")
+
+
+def test_options_reach_the_task():
+    assert load_task({"segmentation": {"ignore": 11}}).ignore == 11
+    with pytest.raises(UsageError, match=r"task 'segmentation' has no option 'ingore'"):
+        load_task({"segmentation": {"ingore": 11}})
+
+
+# --- oracles
+
+
+def test_mean_iou_by_hand():
+    truth = np.array([[0, 0, 1], [1, 2, 255]])
+    logits = np.zeros((1, 3, 2, 3))
+    for (y, x), k in np.ndenumerate(np.array([[0, 1, 1], [1, 0, 0]])):
+        logits[0, k, y, x] = 1
+    task = made("segmentation")
+    found = tasks.metrics(task, scores(task, {"out": logits}, [truth]))
+    # class 0: 1 of {2 true, 2 found} = 1/3; class 1: 2 of 3; class 2: 0
+    assert found["miou"].value == pytest.approx(100 * (1 / 3 + 2 / 3 + 0) / 3)
+    assert found["pixel_accuracy"].value == pytest.approx(100 * 3 / 5)
+
+
+def test_mean_iou_equals_torchmetrics():
+    from torchmetrics.functional.classification import multiclass_jaccard_index
+
+    it, task = case("segmentation"), made("segmentation")
+    expected = multiclass_jaccard_index(it.outputs["out"].argmax(1), it.targets, 3, "macro")
+    found = tasks.metrics(task, scores(task, it.outputs, it.targets))
+    assert found["miou"].value == pytest.approx(100 * float(expected))
+
+
+def test_psnr_and_ssim_by_hand_and_by_torchmetrics():
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    task = made("restoration")
+    wanted = normal(1, 3, 16, 16).sigmoid()
+    found = (wanted + 0.1).clamp(0, 1)
+    one = task.score(task.predict({"image": found})[0], wanted[0])
+    expected = peak_signal_noise_ratio(found, wanted, data_range=1.0)
+    assert one["psnr"] == pytest.approx(float(expected), abs=1e-3)
+    zeros = task.score({"image": np.zeros((1, 16, 16), np.float32)}, np.full((1, 16, 16), 0.1))
+    assert zeros["psnr"] == pytest.approx(20.0, abs=1e-4)
+
+
+def test_multilabel_map_and_f1_equal_torchmetrics():
+    from torchmetrics.functional.classification import (
+        multilabel_average_precision,
+        multilabel_f1_score,
+    )
+
+    it, task = case("multilabel"), made("multilabel")
+    found = tasks.metrics(task, scores(task, it.outputs, it.targets))
+    chances = it.outputs["logits"].sigmoid()
+    expected = multilabel_average_precision(chances, it.targets, 3)
+    assert found["map"].value == pytest.approx(100 * float(expected), abs=1e-3)
+    expected = multilabel_f1_score(chances, it.targets, 3, average="micro")
+    assert found["f1"].value == pytest.approx(100 * float(expected), abs=1e-3)
+
+
+def test_average_precision_of_boxes_by_hand():
+    """Three boxes, two objects: right, wrong, right; recall 1/2 at precision 1, 1 at 2/3."""
+    objects = {"boxes": [[0, 0, 10, 10], [20, 20, 30, 30]], "labels": [0, 0]}
+    target = {key: np.array(value) for key, value in objects.items()}
+    found = {
+        "boxes": np.array([[0, 0, 10, 10], [50, 50, 60, 60], [20, 20, 30, 30]], np.float32),
+        "scores": np.array([0.9, 0.8, 0.7], np.float32),
+        "labels": np.array([0, 0, 0]),
+    }
+    task = made("detection")
+    result = tasks.metrics(task, scores(task, {"output_0": [found]}, [target]))
+    assert result["map50"].value == pytest.approx(100 * (51 * 1 + 50 * 2 / 3) / 101)
+    assert result["map50_95"].value == pytest.approx(result["map50"].value)
+
+
+def test_a_box_that_overlaps_by_two_thirds_counts_at_four_of_ten_thresholds():
+    target = {"boxes": np.array([[0.0, 0, 10, 10]]), "labels": np.array([1])}
+    found = {
+        "boxes": np.array([[0, 2, 10, 12]], np.float32),  # 80 of 120
+        "scores": np.array([0.9], np.float32),
+        "labels": np.array([1]),
+    }
+    task = made("detection")
+    result = tasks.metrics(task, scores(task, {"output_0": [found]}, [target]))
+    assert result["map50"].value == pytest.approx(100)
+    assert result["map50_95"].value == pytest.approx(100 * 4 / 10)  # 0.50, 0.55, 0.60, 0.65
+
+
+def test_ignored_objects_neither_reward_nor_punish():
+    target = {
+        "boxes": np.array([[0.0, 0, 10, 10], [20, 20, 30, 30]]),
+        "labels": np.array([0, 0]),
+        "ignored": np.array([False, True]),
+    }
+    found = {
+        "boxes": np.array([[20, 20, 30, 30], [0, 0, 10, 10]], np.float32),
+        "scores": np.array([0.9, 0.8], np.float32),
+        "labels": np.array([0, 0]),
+    }
+    task = made("detection")
+    result = tasks.metrics(task, scores(task, {"output_0": [found]}, [target]))
+    assert result["map50_95"].value == pytest.approx(100)
+
+
+def test_boxes_equal_the_coco_evaluation_code():
+    pytest.importorskip("pycocotools", reason="the oracle is pycocotools")
+    from torchmetrics.detection import MeanAveragePrecision
+
+    random = np.random.default_rng(1)
+    targets, found = [], []
+    for _ in range(20):
+        corner = random.uniform(0, 60, (6, 2))
+        boxes = np.concatenate([corner, corner + random.uniform(15, 40, (6, 2))], 1)
+        labels = random.integers(0, 3, 6)
+        targets.append({"boxes": torch.tensor(boxes), "labels": torch.tensor(labels)})
+        moved = np.concatenate([boxes + random.normal(0, 2, boxes.shape), boxes[:2] + 30])
+        found.append(
+            {
+                "boxes": torch.tensor(moved),
+                "scores": torch.tensor(random.uniform(0.1, 1, 8)),
+                "labels": torch.tensor(np.concatenate([labels, labels[:2]])),
+            }
+        )
+    exact = {  # its own defaults are float32, which moves recalls such as 1 / 10 to the next step
+        "rec_thresholds": np.linspace(0, 1, 101).tolist(),
+        "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(),
+    }
+    oracle = MeanAveragePrecision(**exact)
+    oracle.update(found, targets)
+    expected, task = oracle.compute(), made("detection")
+    result = tasks.metrics(task, scores(task, {"output_0": found}, targets))
+    assert result["map50_95"].value == pytest.approx(100 * float(expected["map"]), abs=1e-3)
+    assert result["map50"].value == pytest.approx(100 * float(expected["map_50"]), abs=1e-3)
+
+
+def test_box_iou_equals_torchvision():
+    from torchvision.ops import box_iou
+
+    one, two = (a_box_target(n)["boxes"] for n in (5, 7))
+    expected = box_iou(one, two).numpy()
+    assert detection.box_iou(one.numpy(), two.numpy()) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_yolo_head_is_decoded_and_its_duplicates_removed():
+    head = np.zeros((1, 7, 4), np.float32)
+    head[0, :4, 0] = [10, 10, 8, 4]
+    head[0, 4:, 0] = [0.1, 0.9, 0]
+    head[0, :, 1] = head[0, :, 0] * np.array([1, 1, 1, 1, 0, 0.5, 0])  # the same, less sure
+    head[0, :4, 2], head[0, 6, 2] = [30, 30, 2, 2], 0.6
+    (found,) = made("detection").predict({"output0": head})
+    assert found["labels"].tolist() == [1, 2]
+    assert found["boxes"].tolist() == [[6, 8, 14, 12], [29, 29, 31, 31]]
+    assert found["scores"] == pytest.approx([0.9, 0.6])
+
+
+def test_networks_with_a_background_class_count_from_one():
+    task = load_task({"detection": {"background": True}}, classes=("a", "b", "c"))
+    shifted = [{**d, "labels": d["labels"] + 1} for d in case("detection").right["output_0"]]
+    found = tasks.metrics(task, scores(task, {"output_0": shifted}, BOXES))
+    assert found["map50_95"].value == pytest.approx(100)
+
+
+def test_recall_at_one_by_hand():
+    task = made("embedding")
+    vectors = np.array([[1, 0.1], [1, 0], [0, 1], [1, 0.2]])
+    found = tasks.metrics(task, scores(task, {"embedding": vectors}, [0, 0, 1, 1]))
+    assert found["recall_at_k"].value == pytest.approx(50)  # both of class 1 are next to class 0
+
+
+# --- own tasks
+
+OWN = '''
+from compress.tasks import Kind, Task, numeric
+
+class Brightness(Task):
+    """How far the mean brightness is off."""
+
+    kinds = {"error": Kind("levels", higher_is_better=False)}
+    primary = "error"
+
+    def loss(self, model, images, targets):
+        return (model(images).mean((1, 2, 3)) - targets).abs().mean()
+
+    def predict(self, outputs):
+        return [{"mean": numeric(each).mean()} for each in next(iter(outputs.values()))]
+
+    def score(self, prediction, target):
+        return {"error": abs(float(prediction["mean"]) - float(target))}
+'''
+
+
+def test_an_own_task_from_a_path(tmp_path):
+    file = tmp_path / "bright.py"
+    file.write_text(OWN)
+    task = load_task(f"{file}:Brightness", classes=("a", "b"))
+    outputs = {"image": np.ones((2, 1, 2, 2))}
+    before = scores(task, outputs, [1.0, 3.0])
+    assert tasks.metrics(task, before)["error"].value == pytest.approx(1.0)
+    after = scores(task, outputs, [1.0, 1.0])
+    change = tasks.compare(task, before, after)["error"]
+    assert change.value == pytest.approx(-1.0) and change.drop == pytest.approx(-1.0)
+
+
+def test_an_own_task_that_returns_nan_is_refused(tmp_path):
+    file = tmp_path / "nan.py"
+    file.write_text(OWN.replace('"error": abs', '"error": float("nan") * abs'))
+    task = load_task(f"{file}:Brightness")
+    with pytest.raises(DataError, match="metric error is nan over 2 images"):
+        tasks.metrics(task, scores(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("{}/none.py:Thing", "no such file"),
+        ("{}/own.py:Brigthness", "no such task 'Brigthness'. Did you mean 'Brightness'"),
+        ("{}/broken.py:Thing", "importing it fails"),
+        ("{}/other.py:Other", "is no task"),
+        ("{}/primary.py:Brightness", "primary 'eror' is none of its metrics"),
+    ],
+)
+def test_own_tasks_that_cannot_be_used_say_why(tmp_path, reference, message):
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "other.py").write_text("class Other:\n    pass\n")
+    (tmp_path / "primary.py").write_text(OWN.replace('primary = "error"', 'primary = "eror"'))
+    with pytest.raises(UsageError, match=message):
+        load_task(reference.format(tmp_path))
+
+
+def test_masks_with_unknown_classes_are_refused():
+    with pytest.raises(DataError, match=r"mask 1 of shape \(2, 2\) holds the values \[9\]"):
+        made("segmentation").check_targets([np.zeros((2, 2)), np.array([[0, 9], [255, 1]])])
+
+
+def test_one_class_an_image_is_no_multilabel():
+    with pytest.raises(DataError, match="are not several classes for each image"):
+        made("multilabel").check_targets(np.array([0, 1, 2]))
+
+
+def test_detection_needs_boxes():
+    with pytest.raises(DataError, match="the label of image 0 is"):
+        made("detection").check_targets(np.array([0, 1]))
+
+
+def test_a_detector_without_losses_is_refused():
+    with pytest.raises(UsageError, match="returns no losses in training mode"):
+        made("detection").loss(Two(), normal(2, 3, 8, 8), BOXES[:2])
+
+
+class Two(nn.Module):
+    def forward(self, images: Tensor, targets: object) -> Tensor:
+        return images.mean((2, 3))

@@ -1,4 +1,4 @@
-"""What keeps OpenVINO from computing an activation in the kernel of the layer before it."""
+"""What OpenVINO computes wrongly, or not in the kernel of the layer before."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from functools import partial
 import onnx
 
 from compress.lint.finding import Problem
-from compress.lint.graph import Graph, Use, label
+from compress.lint.graph import Array, Graph, Use, label
 from compress.lint.placement import bypass
-from compress.lint.quantized import WEIGHTED, Pair, pair_before
+from compress.lint.quantized import WEIGHTED, Pair, is_quantized, pair_before
+from compress.qdq.reshapes import constant_targets
 
 
 def split_activation(graph: Graph) -> Iterator[Problem]:
@@ -26,6 +27,25 @@ def split_activation(graph: Graph) -> Iterator[Problem]:
             "which takes longer than int8 saves",
             partial(_join, graph, node, pair),
         )
+
+
+def computed_batch(graph: Graph) -> Iterator[Problem]:
+    """A Reshape of int8 values whose target is computed from the batch at run time."""
+    targets = constant_targets(graph.to_model())
+    for node in graph.of_type("Reshape"):
+        target = targets.get(node.output[0])
+        if target is None or not is_quantized(graph, node.input[0]):
+            continue
+        yield Problem(
+            label(node),
+            "its target is computed from the batch at run time: OpenVINO joins such tensors "
+            f"wrongly; the constant {target.tolist()} is the same",
+            partial(_set_target, graph, node, target),
+        )
+
+
+def _set_target(graph: Graph, node: onnx.NodeProto, target: Array) -> None:
+    graph.rewire(Use(node, 1), graph.add_constant(f"{node.output[0]}_shape", target))
 
 
 def _join(graph: Graph, gate: onnx.NodeProto, pair: Pair) -> None:

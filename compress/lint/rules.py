@@ -50,6 +50,7 @@ RULES = (
     Rule(scales.activation_zero_point, _TRT),
     Rule(placement.quantized_before_activation),
     Rule(openvino.split_activation, _OPENVINO),
+    Rule(openvino.computed_batch, _OPENVINO),
     Rule(placement.double_quantization),
     Rule(placement.duplicate_quantize),
     Rule(tensorrt.residual_both_sides, _TRT),

@@ -21,6 +21,7 @@ from compress.qdq.graph import (
     replace_nodes,
     set_constant,
 )
+from compress.qdq.reshapes import keep_batch
 from compress.qdq.skeleton import check, infer_shapes
 
 OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
@@ -82,6 +83,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     while _fold_one_round(prepared):
         pass
     _pool_globally(prepared)
+    keep_batch(prepared)
     _drop_unused(prepared)
     del prepared.graph.value_info[:]
     infer_shapes(prepared, where)

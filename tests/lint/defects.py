@@ -188,6 +188,20 @@ def split_activation() -> Defect:
     return Defect(_conv_net(draw), "openvino", 30)
 
 
+def computed_batch() -> Defect:
+    s = Sketch()
+    x = s.pair("input", 4 / 127)
+    levels = [s.pair(s.conv(x, s.weight(_weights(s))), 4 / 127)]
+    small = s.conv(x, s.weight(s.kernel(8, 3, 3, 3)), strides=[2, 2])
+    levels.append(s.pair(small, 4 / 127))
+    batch = s.add("Gather", s.add("Shape", levels[0]), s.constant(0, np.int64))
+    batch = s.add("Unsqueeze", batch, s.constant([0], np.int64))
+    rest = [s.constant([8], np.int64), s.constant([-1], np.int64)]
+    target = s.add("Concat", batch, *rest, axis=0)
+    flat = [s.add("Reshape", level, target) for level in levels]
+    return Defect(s.model(s.add("Concat", *flat, axis=2)), "openvino", 60)
+
+
 def double_quantization() -> Defect:
     def draw(s: Sketch, x: str) -> str:
         return s.conv(s.pair(x, 4 / 100), s.weight(_weights(s)))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.errors import UsageError
 from compress.settings import AugmentSettings
+from compress.targets import VOID
 
 ERASED_AREA = (0.02, 0.33)  # shares of the image, as in the paper on random erasing
 ERASED_ASPECT = (0.3, 1 / 0.3)
@@ -73,6 +77,88 @@ def augment(
     if settings.erasing:
         images = erased(images, chances, settings.erasing)
     return images
+
+
+def augment_with_labels(
+    images: Tensor,
+    targets: Any,
+    chances: Tensor,
+    settings: AugmentSettings,
+    normalize: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, Any]:
+    """Return ``images`` changed at random and normalized, and their labels moved with them.
+
+    Args:
+        images: (B, C, H, W) uint8. Not modified.
+        targets: (B, H, W) masks, (B, C, H, W) images, or "boxes", "labels" and more of each image.
+        chances: (B, CHANCES) uniform numbers in [0, 1); row i decides all about image i.
+        settings: Which changes, and how far; those that mix images or colours are refused.
+        normalize: Maps (B, C, H, W) in 0..255 to what the network wants, float32.
+
+    Returns:
+        (B, C, H, W) float32, and targets of the same form.
+
+    Raises:
+        UsageError: a change is asked for that labels of pixels or boxes cannot follow.
+    """
+    wrong = [key for key in ("mixup", "cutmix", "randaugment") if getattr(settings, key)]
+    if wrong:
+        raise UsageError(
+            f"{' and '.join(wrong)} cannot be followed by masks and boxes",
+            where="augment",
+            expected="crop_padding, flip, rotation_degrees, scale or erasing",
+        )
+    pairs = [_moved(*each, settings) for each in zip(images, targets, chances, strict=True)]
+    out = normalize(torch.stack([image for image, _ in pairs]))
+    moved: Any = [target for _, target in pairs]
+    if isinstance(targets, Tensor):
+        moved = torch.stack(moved)
+    if settings.erasing:
+        out = erased(out, chances, settings.erasing)
+    return out, moved
+
+
+def _moved(
+    image: Tensor, target: Any, chance: Tensor, settings: AugmentSettings
+) -> tuple[Tensor, Any]:
+    """Return one image and its label after the same crop, mirroring, rotation and zoom."""
+    from torchvision import tv_tensors
+
+    height, width = image.shape[1:]
+    chances = chance.tolist()
+    change = partial(_geometry, chances=chances, settings=settings)
+    if isinstance(target, Tensor) and target.ndim == 2:
+        mask = change(tv_tensors.Mask(target), fill=VOID)
+        return change(image, fill=0), mask.as_subclass(Tensor)
+    if isinstance(target, Tensor):
+        return change(image, fill=0), change(target, fill=0)
+    boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(height, width))
+    moved = change(boxes, fill=0).as_subclass(Tensor)
+    moved = moved.clamp(min=0).minimum(torch.tensor([width, height] * 2).to(moved))
+    seen = ((moved[:, 2:] - moved[:, :2]) >= 1).all(1)
+    rest = {key: value[seen] for key, value in target.items() if key != "boxes"}
+    return change(image, fill=0), {"boxes": moved[seen], **rest}
+
+
+def _geometry(it: Any, *, chances: list[float], settings: AugmentSettings, fill: int) -> Any:
+    """Return an image, a mask or boxes after the changes of shape that ``chances`` decide."""
+    from torchvision.transforms.v2 import InterpolationMode, functional
+
+    height, width = functional.get_size(it)
+    padding = settings.crop_padding
+    if padding:
+        top, left = (int(chances[c] * (2 * padding + 1)) for c in (Chance.CROP_Y, Chance.CROP_X))
+        it = functional.pad(it, [padding] * 4, fill=fill)
+        it = functional.crop(it, top, left, height, width)
+    if settings.flip and chances[Chance.FLIP] < 0.5:
+        it = functional.horizontal_flip(it)
+    if settings.rotation_degrees or settings.scale:
+        low, high = settings.scale or (1.0, 1.0)
+        angle = (2 * chances[Chance.ANGLE] - 1) * settings.rotation_degrees
+        zoom = low + chances[Chance.ZOOM] * (high - low)
+        smooth = InterpolationMode.NEAREST if fill else InterpolationMode.BILINEAR
+        it = functional.affine(it, angle, [0, 0], zoom, [0.0, 0.0], interpolation=smooth, fill=fill)
+    return it
 
 
 def cropped(images: Tensor, chances: Tensor, padding: int) -> Tensor:

@@ -140,22 +140,56 @@ def of_task(
         EngineError: the outputs are not what the task reads.
     """
     chosen = task if isinstance(task, Task) else tasks.load_task(task, classes=dataset.classes)
-    _check_labels(dataset, chosen)
+    predictions, scores = predictions_of(run, chosen, dataset, dataset.batches(split, BATCH, limit))
+    found = tasks.metrics(chosen, scores)
+    return Evaluation(len(scores), chosen.primary, found, predictions, scores)
+
+
+def predictions_of(
+    run: Any, task: Task, dataset: Dataset, batches: Iterable[tuple[Tensor, Any]]
+) -> tuple[list[tasks.Prediction], list[tasks.Contribution]]:
+    """Return the prediction of each image, and what it contributes to the metrics."""
+    _check_labels(dataset, task)
     predictions: list[tasks.Prediction] = []
     scores: list[tasks.Contribution] = []
     with _runnable(run, named_outputs) as answer:
-        for images, targets in dataset.batches(split, BATCH, limit):
-            found = chosen.predict(answer(images))
+        for images, targets in batches:
+            found = task.predict(answer(images))
             if len(found) != len(images):
                 raise EngineError(
                     f"{len(found)} predictions for {len(images)} images",
                     expected="outputs with the images along the first dimension",
                 )
             predictions += found
-            scores += [chosen.score(each, targets[i]) for i, each in enumerate(found)]
-    return Evaluation(
-        len(scores), chosen.primary, tasks.metrics(chosen, scores), predictions, scores
-    )
+            scores += [task.score(each, targets[i]) for i, each in enumerate(found)]
+    return predictions, scores
+
+
+def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
+    """Return what changed from one network to another on the same images, for a report."""
+    changes = tasks.compare(task, reference.scores, candidate.scores)
+    alike = tasks.agreement(task, reference.predictions, candidate.predictions)
+    row: dict[str, Any] = {
+        "changes": {
+            name: {
+                "value": change.value,
+                "ci95": list(change.ci95),
+                "unit": change.unit,
+                "drop": change.drop,
+                "verdict": change.verdict,
+            }
+            for name, change in changes.items()
+        }
+    }
+    if alike.unit == "pct":
+        row |= {"agreement_pct": alike.value, "agreement_ci95": alike.ci95}
+    return row
+
+
+def check_outputs(model: nn.Module, example: Tensor, task: Task) -> None:
+    """Raise EngineError unless the outputs of ``model`` for ``example`` are what ``task`` reads."""
+    with _runnable(model, named_outputs) as answer:
+        task.predict(answer(example))
 
 
 def named_outputs(output: Any) -> dict[str, Any]:

@@ -169,3 +169,46 @@ def _initialize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.kaiming_normal_(module.weight)
+
+
+class UNet(nn.Module):
+    """A small U-Net: two levels down, two up, features of equal size joined.
+
+    Source: Ronneberger et al., U-Net, MICCAI 2015, https://arxiv.org/abs/1505.04597.
+    """
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.first = _double(3, width)
+        self.second = _double(width, 2 * width)
+        self.third = _double(2 * width, 4 * width)
+        self.up_second = _double(6 * width, 2 * width)
+        self.up_first = _double(3 * width, width)
+        self.head = nn.Conv2d(width, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits of pixels, (B, 3, H, W) -> (B, K, H, W); H and W multiples of 4."""
+        first = self.first(x)
+        second = self.second(F.max_pool2d(first, 2))
+        third = self.third(F.max_pool2d(second, 2))
+        up = F.interpolate(third, scale_factor=2.0, mode="nearest")
+        up = self.up_second(torch.cat([up, second], 1))
+        up = F.interpolate(up, scale_factor=2.0, mode="nearest")
+        logits: Tensor = self.head(self.up_first(torch.cat([up, first], 1)))
+        return logits
+
+
+def _double(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
+        nn.ReLU(),
+    )
+
+
+def unet(num_classes: int = 11, width: int = 16) -> UNet:
+    """Return a small U-Net for ``num_classes`` classes of pixels."""
+    return UNet(num_classes, width)

@@ -101,3 +101,29 @@ class CrossEntropy:
 
     def close(self) -> None:
         """Leave everything as it is."""
+
+
+class HasLoss(Protocol):
+    """A task: what a network is for."""
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+        """Return the training loss of a batch, a scalar."""
+        ...
+
+
+@dataclass(frozen=True)
+class TaskLoss:
+    """The loss of a task."""
+
+    task: HasLoss
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
+        """Return the mean loss of a batch, a scalar."""
+        return self.task.loss(model, images, target)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield nothing: there are no adapters."""
+        return iter(())
+
+    def close(self) -> None:
+        """Leave everything as it is."""

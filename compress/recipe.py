@@ -278,6 +278,8 @@ def _plugin_references(content: dict[str, Any]) -> Iterable[tuple[str, str, Any]
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("name"), str):
         yield "data.name", "data", data["name"]
+    if isinstance(content.get("task"), str | dict):
+        yield "task", "tasks", content["task"]
     stages = content.get("stages")
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
         for verb, given in stage.items() if isinstance(stage, dict) else []:

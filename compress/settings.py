@@ -235,6 +235,9 @@ class Target(Settings):
 class Gates(Settings):
     """What the result must reach, or the command exits with code 1."""
 
+    metric_drop: float | None = Field(
+        None, description="Largest loss of the task's primary metric, in its unit"
+    )
     top1_drop_pct: float | None = Field(None, description="Largest loss of top-1, in points")
     speedup: float | None = Field(None, gt=0, description="Smallest speed-up over the original")
     size_ratio: float | None = Field(None, gt=0, description="Smallest original : result size")
@@ -302,6 +305,7 @@ class Recipe(Settings):
     name: str = Field("", description="Name of the run; the file's name if absent")
     model: ModelSettings
     data: DataSettings
+    task: Plugin | None = Field(None, description="What the network is for; the data's if absent")
     seed: int = Field(0, ge=0)
     stages: tuple[Stage, ...] = ()
     targets: tuple[Target, ...] = ()

@@ -16,6 +16,7 @@ from compress.data import load_data
 from compress.errors import RunError
 from compress.pipeline import measuring
 from compress.pipeline.job import Job, Variant
+from compress.pipeline.purpose import task_of
 from compress.pipeline.remeasuring import Remeasured, measure_again
 from compress.recipe import validate
 from compress.run_folder import RunFolder
@@ -103,7 +104,8 @@ def test_an_engine_of_another_graph_is_built_anew(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = validate(RECIPE, where="test")
-    job = Job(recipe, RunFolder(run), load_data(recipe.data, recipe.seed))
+    dataset = load_data(recipe.data, recipe.seed)
+    job = Job(recipe, RunFolder(run), dataset, task_of(recipe, dataset))
     variants = job.run.result(run / "00-train")["variants"]
     original = Variant(**variants[0])
     built: list[Path] = []

@@ -13,6 +13,7 @@ from compress.pipeline import measuring, pruning, quantizing, sparsifying, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
 from compress.pipeline.preflight import preflight
+from compress.pipeline.purpose import task_of
 from compress.report import Report
 from compress.run_folder import RunFolder
 from compress.settings import QuantizeSettings, Recipe, Settings
@@ -62,7 +63,7 @@ def run(
     if processes.is_main:
         RunFolder.open(root, chosen, fresh=fresh)
     processes.wait()
-    job = Job(chosen, RunFolder(root), dataset, is_main=processes.is_main)
+    job = Job(chosen, RunFolder(root), dataset, task_of(chosen, dataset), processes.is_main)
 
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []

@@ -99,7 +99,9 @@ def _last_results(
 def _gate_value(
     name: str, original: schema.Variant, variant: schema.Variant, result: schema.Result
 ) -> float | None:
-    if name == "top1_drop_pct":
+    if name == "metric_drop" and result.primary is not None:
+        return None if result.main_change is None else result.main_change.drop
+    if name in {"top1_drop_pct", "metric_drop"}:
         return None if result.top1_change_pct is None else -result.top1_change_pct
     if name == "size_ratio":
         if not original.size_mib or not variant.size_mib:

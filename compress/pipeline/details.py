@@ -41,7 +41,7 @@ def details(
         rows: The variants of the report.
         answers: Folder with the answers of each variant to the test images.
     """
-    taken = _answers(rows, answers)
+    taken = _answers(rows, answers) if job.task.tells_classes else []
     plan = _last_plan(job, variants)
     return schema.Details(
         classes=job.dataset.classes,
@@ -80,6 +80,9 @@ def _skipped(job: Job, plan: PrunePlan | None, original: Variant) -> dict[str, s
         reasons |= dict.fromkeys(("ranges", "coverage"), "nothing was quantized")
     if not verbs & {"train", "finetune", "distill"}:
         reasons["learning"] = "nothing was trained"
+    if not job.task.tells_classes:
+        parts = ("class_scores", "confusions", "flips", "calibration")
+        reasons |= dict.fromkeys(parts, "the network is not for one class an image")
     if job.dataset.test_groups is None:
         reasons["subgroups"] = "the data names no subgroups"
     return reasons

@@ -18,7 +18,9 @@ from compress.run_folder import RunFolder
 from compress.settings import Recipe, Settings, TrainSettings
 from compress.sparsity import keeping_zeros
 from compress.surgery import PrunePlan
+from compress.tasks import Task
 from compress.train import TrainResult, train
+from compress.train.validation import validate_task
 
 ONNX_FILE = "model.onnx"
 CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
@@ -64,6 +66,7 @@ class Job:
     recipe: Recipe
     run: RunFolder
     dataset: Dataset
+    task: Task
     is_main: bool = True  # whether this process writes; the others of a torchrun only train
 
     def path(self, variant: Variant) -> Path:
@@ -99,12 +102,16 @@ class Job:
                 objective=objective,
                 folder=folder / "training",
                 seed=self.recipe.seed,
+                task=self.task,
             )
 
     def validation_pct(self, model: nn.Module) -> float | None:
-        """Return the top-1 accuracy of ``model`` on the validation images, if there are any."""
+        """Return the primary metric of ``model`` on the validation images, if there are any."""
         if not len(self.dataset.splits["validation"]):
             return None
+        if not self.task.tells_classes:
+            score = validate_task(model, self.dataset, self.task)
+            return None if score is None else score.value
         predictions = evaluate.predict(model, self.dataset.batches("validation"))
         return float(100 * predictions.correct.mean())
 
@@ -144,7 +151,7 @@ def leave(
     if not job.is_main:
         return Outcome(())
     model.eval()
-    settings = job.recipe.model
+    settings, calibration = job.recipe.model, job.dataset.splits["calibration"]
     models.save_model(
         model,
         stage,
@@ -158,7 +165,7 @@ def leave(
         stage / ONNX_FILE,
         metadata=_metadata(job),
         check_images=job.dataset.normalize(
-            job.dataset.splits["calibration"].take(range(CHECK_IMAGES))
+            calibration.take(range(min(CHECK_IMAGES, len(calibration))))
         ),
     )
     count = measure.count(model, job.dataset.example)

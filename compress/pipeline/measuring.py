@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from compress import compare, evaluate, insights, measure, plugins, progress
 from compress.artifact import sha256
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
-from compress.evaluate import Predictions
+from compress.evaluate import Evaluation, Predictions
 from compress.fusion import check_fusion
 from compress.measure import Timing
 from compress.pipeline.bearing import sensitivity
@@ -181,7 +181,7 @@ def measure_rivals(
             "threads": rival.target.threads,
             "skipped": {},
         }
-        row |= _accuracy(job, answers[0], own)
+        row |= accuracy_row(job, answers[0], own)
         if rival.variant.name in latency:
             row |= latency[rival.variant.name].to_json()
         else:
@@ -200,8 +200,8 @@ def device_of(runtime: str) -> str:
     return "cuda" if runtime == "pytorch" and torch.cuda.is_available() else "cpu"
 
 
-def _answers(job: Job, rival: Rival, stage: Path) -> Predictions:
-    """Return the answers to the test images, from disk if they were taken before."""
+def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
+    """Return the answers to the test images; logits are from disk if they were taken before."""
     path = answers_path(stage, rival.variant.name, rival.target.runtime, rival.precision)
     if path.is_file():
         return Predictions.load(path)
@@ -210,12 +210,24 @@ def _answers(job: Job, rival: Rival, stage: Path) -> Predictions:
     total = min(images, job.recipe.measure.test_images or images) / evaluate.BATCH
     name = f"{rival.variant.name} on {rival.target.runtime}"
     with open_session(rival.path, rival.target.runtime, threads=rival.target.threads) as session:
+        if not job.task.tells_classes:
+            limit = job.recipe.measure.test_images
+            return evaluate.of_task(session, job.dataset, job.task, limit=limit)
         predictions = evaluate.predict(session, progress.track(test, name, -(-total // 1)))
     predictions.save(path)
     return predictions
 
 
-def _accuracy(job: Job, reference: Predictions, own: Predictions) -> dict[str, Any]:
+def accuracy_row(
+    job: Job, reference: Predictions | Evaluation, own: Predictions | Evaluation
+) -> dict[str, Any]:
+    """Return how good a variant is, and what changed against the original."""
+    if isinstance(own, Evaluation) and isinstance(reference, Evaluation):
+        return own.row() | (
+            evaluate.change_row(job.task, reference, own) if own is not reference else {}
+        )
+    if isinstance(own, Evaluation) or isinstance(reference, Evaluation):
+        raise TypeError("answers of different kinds cannot be compared")
     row = evaluate.accuracy(own, job.dataset.classes).row()
     if own is not reference:
         row |= compare.against(reference, own, job.dataset.classes)

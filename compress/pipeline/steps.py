@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compress import artifact, distill, measure, models
+from compress import artifact, distill, evaluate, measure, models
 from compress.errors import ModelError
 from compress.pipeline.job import (
     ONNX_FILE,
@@ -82,7 +82,11 @@ def build_original(job: Job) -> nn.Module:
         options=settings.options,
         new_head=settings.replace_head,
     )
-    models.check_classes(model, job.dataset.example, len(job.dataset.classes))
+    if job.task.tells_classes:
+        models.check_classes(model, job.dataset.example, len(job.dataset.classes))
+    else:
+        models.check_forward(model, job.dataset.example)
+        evaluate.check_outputs(model, job.dataset.example, job.task)
     return model
 
 

@@ -37,6 +37,25 @@ class Record(BaseModel):
     )
 
 
+class MetricRecord(Record):
+    """One metric of a task."""
+
+    value: float
+    unit: str
+    ci95: Interval | None = None
+    higher_is_better: bool | None = None  # yes unless it says no
+
+
+class ChangeRecord(Record):
+    """One metric of a variant less the original's, on the same images."""
+
+    value: float
+    unit: str
+    ci95: Interval | None = None  # paired
+    drop: float  # how much worse; negative where better
+    verdict: str  # "no significant difference", "better" or "worse"
+
+
 class Result(Record):
     """One variant on one runtime at one batch size and thread count."""
 
@@ -83,8 +102,22 @@ class Result(Record):
     worst_class_drop_ci95: Interval | None = None
     worst_class: str | None = None
 
+    metrics: dict[str, MetricRecord] | None = None  # of the task, where it is no classification
+    primary: str | None = None  # the metric that gates and the verdict use
+    changes: dict[str, ChangeRecord] | None = None  # of the metrics, against the original
+
     int8_macs_pct: float | None = None  # MACs that run in int8 kernels
     skipped: Reasons = {}  # field (or "latency", "memory", "accuracy") -> why it is absent
+
+    @property
+    def main_metric(self) -> MetricRecord | None:
+        """The task's primary metric, where it is no classification."""
+        return (self.metrics or {}).get(self.primary or "")
+
+    @property
+    def main_change(self) -> ChangeRecord | None:
+        """The change of the task's primary metric, where it is no classification."""
+        return (self.changes or {}).get(self.primary or "")
 
 
 class Variant(Record):

@@ -61,12 +61,14 @@ def sizes(report: Report) -> Table:
 
 def accuracies(report: Report) -> Table:
     """Return how right each variant is on each runtime, and how far from the original."""
-    columns = (*_PLACE, *(column for column, _ in _ACCURACY))
+    own = _task_columns(report)
+    filled = (*own, *(fill for fill in _ACCURACY if not own or fill[0].name == "Agreement"))
+    columns = (*_PLACE, *(column for column, _ in filled))
     rows = []
     for variant in report.variants:
         for result in variant.results:
             source = accuracy_of(variant, result)
-            cells = (_measured(variant, source, fill) for _, fill in _ACCURACY)
+            cells = (_measured(variant, source, fill) for _, fill in filled)
             rows.append((*_place(variant, source), *cells))
     return Table(
         "accuracy", "Accuracy", columns, tuple(dict.fromkeys(rows))
@@ -172,6 +174,41 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
     (Column("SQNR", "dB", "of the logits, against the original"), _fill("sqnr_db")),
 )
 
+
+def _task_columns(report: Report) -> tuple[tuple[Column, Fill], ...]:
+    """Return a column for each metric of the task and its change, where it has its own metrics."""
+    results = [result for variant in report.variants for result in variant.results]
+    kinds = {name: m.unit for result in results for name, m in (result.metrics or {}).items()}
+    found: list[tuple[Column, Fill]] = []
+    for name, unit in kinds.items():
+        sign, spoken = ("%", "points") if unit == "pct" else (unit, unit)
+        found.append((Column(name, sign), _fill_metric(name)))
+        about = f"of {name} against the original, on the same images"
+        found.append((Column(f"Change of {name}", spoken, about), _fill_change(name)))
+    return tuple(found)
+
+
+def _fill_metric(name: str) -> Fill:
+    def fill(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+        metric = (result.metrics or {}).get(name)
+        if metric is None:
+            return "metrics", None, "number", None, None
+        form = "percent" if metric.unit == "pct" else "number"
+        return "metrics", metric.value, form, metric.ci95, None
+
+    return fill
+
+
+def _fill_change(name: str) -> Fill:
+    def fill(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+        change = (result.changes or {}).get(name)
+        if change is None:
+            return "changes", None, "points", None, None
+        return "changes", change.value, "points", change.ci95, change.verdict != SAME
+
+    return fill
+
+
 _SPEED: tuple[tuple[Column, Fill], ...] = (
     (Column("p50", "ms"), _fill("latency_ms_p50", "number", "latency_ms_p50_ci95")),
     (Column("p99", "ms"), _fill("latency_ms_p99", "number", "latency_ms_p99_ci95")),
@@ -226,6 +263,7 @@ def _spoken(kind: str) -> str:
 
 
 _AGAINST_ITSELF = {
+    "changes",
     "top1_change_pct",
     "agreement_pct",
     "flip_pct",

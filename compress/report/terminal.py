@@ -81,7 +81,15 @@ def _table(report: Report, setting: Setting | None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1))
     longest = max(len(variant.name) for variant in report.variants)
     table.add_column("variant", overflow="fold", min_width=min(longest, 16))
-    for name in ("top-1 %", "params", "MACs", "file MiB", "peak MiB", "p50 ms", "speed-up"):
+    for name in (
+        _accuracy_heading(report),
+        "params",
+        "MACs",
+        "file MiB",
+        "peak MiB",
+        "p50 ms",
+        "speed-up",
+    ):
         table.add_column(name, justify="right", no_wrap=True, min_width=6)
     for variant in report.variants:
         chosen: list[Result | None] = [r for r in variant.results if setting_of(r) == setting]
@@ -95,7 +103,7 @@ def _table(report: Report, setting: Setting | None) -> Table:
 def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
     accuracy = accuracy_of(variant, result) if result else None
     return (
-        figures.percent(accuracy.top1_pct if accuracy else None),
+        _accuracy(accuracy),
         figures.count(variant.params),
         figures.count(variant.macs),
         figures.number(variant.size_mib),
@@ -103,6 +111,22 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
         figures.number(result.latency_ms_p50 if result else None),
         _speedup(result) if result else figures.ABSENT,
     )
+
+
+def _accuracy(result: Result | None) -> str:
+    if result is not None and result.main_metric is not None:
+        return figures.percent(result.main_metric.value)
+    return figures.percent(result.top1_pct if result else None)
+
+
+def _accuracy_heading(report: Report) -> str:
+    """Return the name of the primary metric with its unit."""
+    for variant in report.variants:
+        for result in variant.results:
+            if result.main_metric is not None:
+                unit = "%" if result.main_metric.unit == "pct" else result.main_metric.unit
+                return f"{result.primary} {unit}".strip()
+    return "top-1 %"
 
 
 def _speedup(result: Result) -> str:
@@ -139,6 +163,7 @@ def gate_sentence(gate: Gate) -> str:
 
 
 _GATES = {  # name -> in words, unit
+    "metric_drop": ("loss of the primary metric", ""),
     "top1_drop_pct": ("loss of top-1", " points"),
     "max_drop_pct": ("loss of top-1 on validation images", " points"),
     "worst_class_drop_pct": ("loss of any class", " points"),

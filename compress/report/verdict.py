@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compress.report.figures import factor, interval, number, points
-from compress.report.schema import Interval, Report, Result, Variant
+from compress.report.schema import ChangeRecord, Interval, Report, Result, Variant
 from compress.statistics import excludes
 
 LEVEL = 0.05  # of significance
@@ -92,7 +92,7 @@ def accuracy_of(variant: Variant, result: Result) -> Result:
     Accuracy depends on the runtime, not on the batch: where it was taken at one batch size only,
     that result speaks for the others.
     """
-    if result.top1_pct is not None:
+    if result.top1_pct is not None or result.primary is not None:
         return result
     same = [r for r in variant.results if r.runtime == result.runtime and r.top1_pct is not None]
     return next((r for r in same if r.precision == result.precision), result)
@@ -145,6 +145,8 @@ def _size(report: Report, variant: Variant) -> str:
 
 def _accuracy(variant: Variant, before: Result, after: Result) -> str:
     measured = accuracy_of(variant, after)
+    if measured.main_change is not None:
+        return _metric(measured.primary or "", measured.main_change)
     change = change_of_top1(before, measured)
     if change is None:
         return "with accuracy not measured"
@@ -154,9 +156,20 @@ def _accuracy(variant: Variant, before: Result, after: Result) -> str:
     return f"at {points(change)} points of top-1 ({bounds[2:] or 'no interval measured'})"
 
 
+def _metric(name: str, change: ChangeRecord) -> str:
+    """Return the change of a task's primary metric in words."""
+    unit = "points" if change.unit == "pct" else change.unit
+    bounds = _ci(change.ci95, "points")
+    if change.verdict == SAME:
+        return f"with no significant difference in {name} ({points(change.value)} {unit}{bounds})"
+    return f"at {points(change.value)} {unit} of {name} ({bounds[2:] or 'no interval measured'})"
+
+
 def _better(report: Report, variant: Variant, after: Result) -> str:
     """Name the fastest variant within the accuracy gate where the last variant is not it."""
-    budgets = [g for g in report.gates if g.name in ("top1_drop_pct", "max_drop_pct")]
+    budgets = [
+        g for g in report.gates if g.name in ("top1_drop_pct", "max_drop_pct", "metric_drop")
+    ]
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}
     rivals = []
@@ -164,7 +177,10 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
         result = matching(rival, after)
         if result is None or result.latency_ms_p50 is None or rival.name in missed:
             continue
-        change = accuracy_of(rival, result).top1_change_pct
+        judged = accuracy_of(rival, result)
+        change = judged.top1_change_pct
+        if judged.main_change is not None:
+            change = -judged.main_change.drop
         if rival is report.original or limit is None or (change or 0.0) >= -limit:
             rivals.append((result.latency_ms_p50, rival.name))
     if not rivals or min(rivals)[1] == variant.name:

@@ -88,6 +88,7 @@ class Task(abc.ABC):
     kinds: ClassVar[Mapping[str, Kind]]  # every metric by name
     primary: ClassVar[str]  # the metric that gates, budgets, checkpoints and the verdict use
     agreement_unit: ClassVar[str] = "pct"
+    tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
     target: ClassVar[str] = "class"  # what labels must be: class, classes, mask, boxes, image
     classes: Sequence[str] = ()
 
@@ -169,6 +170,18 @@ def load_task(reference: str | Mapping[str, Any], **supplied: Any) -> Task:
     return made
 
 
+def default_task(target: str) -> str:
+    """Return the first task for labels of the form ``target``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    for name in plugins.names("tasks"):
+        if plugins.load("tasks", name).target == target:
+            return name
+    raise UsageError(f"no task is for labels of the form {target!r}", fix="Set task: NAME")
+
+
 def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[str, Metric]:
     """Return every metric with its bootstrap interval over images.
 
@@ -180,7 +193,7 @@ def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[s
     Raises:
         DataError: there are no images, or a metric is not a finite number.
     """
-    values = _values(task, scores)
+    values = values_of(task, scores)
     drawn = _bootstrap(task, scores, seed)
     return {
         name: Metric(values[name], _ends(drawn[name]), kind.unit, kind.higher_is_better)
@@ -204,7 +217,7 @@ def compare(
             f"the reference answered {len(reference)} images, the candidate {len(candidate)}",
             expected="predictions for the same images",
         )
-    before, after = _values(task, reference), _values(task, candidate)
+    before, after = values_of(task, reference), values_of(task, candidate)
     drawn = (_bootstrap(task, reference, seed), _bootstrap(task, candidate, seed))
     return {
         name: Change(
@@ -285,7 +298,12 @@ def _nearest_task(arrays: Any) -> str:
     return f"Set task: {likely[0]}" if likely else "Set another task"
 
 
-def _values(task: Task, scores: Sequence[Contribution]) -> dict[str, float]:
+def values_of(task: Task, scores: Sequence[Contribution]) -> dict[str, float]:
+    """Return every metric without an interval.
+
+    Raises:
+        DataError: there are no images, or a metric is not a finite number.
+    """
     if not scores:
         raise DataError("there are no images to evaluate on", expected="at least one image")
     found = task.summarize(scores, np.ones((1, len(scores)), dtype=np.int64))

@@ -24,6 +24,7 @@ class Classification(Task):
 
     kinds: ClassVar[Mapping[str, Kind]] = {"top1": Kind(), "top5": Kind()}
     primary: ClassVar[str] = "top1"
+    tells_classes: ClassVar[bool] = True
     target: ClassVar[str] = "class"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:

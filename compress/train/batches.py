@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.augment import CHANCES, augment, mixed
-from compress.data import Dataset
+from compress.augment import CHANCES, augment, augment_with_labels, mixed
+from compress.data import Dataset, targets_of
 from compress.errors import TrainingError
 from compress.images import Images
 from compress.settings import TrainSettings
@@ -26,7 +27,7 @@ class Batch:
     """The share of one process in a step."""
 
     images: Tensor  # (B, C, H, W) uint8, as stored
-    target: Tensor  # (B,) int64
+    target: Any  # (B,) int64, or what else the task's targets are
     index: Tensor  # (B,) int64, positions in the train split
     chances: Tensor  # (B, CHANCES) uniform numbers in [0, 1) that augmentation reads
     total: int  # images in this step over all processes
@@ -83,18 +84,18 @@ def train_batches(
             chances = torch.tensor_split(chances, world)[rank]
         else:
             chances = fixed[torch.from_numpy(part)]
-        target = torch.from_numpy(images.labels[part])
+        target = targets_of(images, part)
         yield Batch(pixels, target, torch.from_numpy(part), chances, size)
 
 
 def shown(
-    images: Tensor, target: Tensor, chances: Tensor, dataset: Dataset, settings: TrainSettings
-) -> tuple[Tensor, Tensor]:
+    images: Tensor, target: Any, chances: Tensor, dataset: Dataset, settings: TrainSettings
+) -> tuple[Tensor, Any]:
     """Return what a network in training is shown of stored images: changed at random, normalized.
 
     Args:
         images: (B, C, H, W) uint8.
-        target: (B,) int64.
+        target: (B,) int64, (B, K) several classes, (B, H, W) masks, or boxes of each image.
         chances: (B, CHANCES) uniform numbers in [0, 1).
         dataset: Says how images are normalized, and how many classes there are.
         settings: Say how images are changed and laid out in memory.
@@ -102,11 +103,23 @@ def shown(
     Returns:
         Images (B, C, H, W) float32 and their targets: (B,), or (B, K) where images are mixed.
     """
-    images = augment(images, chances, settings.augment, dataset.normalize)
-    images, target = mixed(images, target, chances, settings.augment, len(dataset.classes))
+    if dataset.target in {"mask", "boxes", "image"}:
+        images, target = augment_with_labels(
+            images, target, chances, settings.augment, dataset.normalize
+        )
+    else:
+        images = augment(images, chances, settings.augment, dataset.normalize)
+        images, target = mixed(images, target, chances, settings.augment, len(dataset.classes))
     if settings.channels_last and images.device.type != "mps":
         images = images.contiguous(memory_format=torch.channels_last)
     return images, target
+
+
+def on_device(target: Any, device: torch.device) -> Any:
+    """Return targets on ``device``: a tensor, or a dictionary of tensors for each image."""
+    if isinstance(target, Tensor):
+        return target.to(device, non_blocking=True)
+    return [{key: value.to(device) for key, value in each.items()} for each in target]
 
 
 def shown_batches(

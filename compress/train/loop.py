@@ -9,14 +9,15 @@ from torch import nn
 from compress import progress
 from compress.data import Dataset
 from compress.errors import UsageError
-from compress.objective import CrossEntropy, Objective
+from compress.objective import CrossEntropy, Objective, TaskLoss
 from compress.settings import TrainSettings
+from compress.tasks import Task
 from compress.train.processes import Processes, failing_together, join_processes
 from compress.train.run import Run, TrainResult
 from compress.train.surroundings import left_as_found
 
 
-def train(
+def train(  # noqa: PLR0913  # what a training is about, each with its default
     model: nn.Module,
     dataset: Dataset,
     settings: TrainSettings,
@@ -25,6 +26,7 @@ def train(
     folder: Path | None = None,
     seed: int = 0,
     device: str = "auto",
+    task: Task | None = None,
 ) -> TrainResult:
     """Train ``model`` in place, in one process or in all that torchrun started.
 
@@ -39,6 +41,8 @@ def train(
         objective: What is minimized; cross-entropy if absent. Closed before this returns.
         folder: For last.pt, best.pt and metrics.jsonl; None writes nothing.
         seed: Decides order, augmentation and dropout.
+        task: What the network is for, where that is not one class an image: its loss is minimized
+            and its primary metric watched.
         device: "auto", "cpu", "cuda", ...; under torchrun each process has its own.
 
     Raises:
@@ -47,13 +51,17 @@ def train(
         UnknownNameError: a setting names a layer that is not there.
         UsageError: a setting needs validation images and there are none.
     """
-    objective = objective or CrossEntropy(settings.label_smoothing)
+    if task is not None and task.tells_classes:
+        task = None
+    if objective is None:
+        plain = CrossEntropy(settings.label_smoothing)
+        objective = plain if task is None else TaskLoss(task)
     try:
         _check_validation(dataset, settings)
         place = join_processes(device)
         _check_repeatable(objective, settings, place)
         with failing_together(place), left_as_found(model, settings, place.device) as frozen:
-            run = Run(model, dataset, settings, objective, place, folder, seed, frozen)
+            run = Run(model, dataset, settings, objective, place, folder, seed, frozen, task)
             with run.journal_open(), progress.task("train", run.images_in_all) as counter:
                 counter.advance(run.images_done)
                 while not run.is_finished:

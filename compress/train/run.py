@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import progress
+from compress import progress, tasks
 from compress.data import Dataset
 from compress.errors import TrainingError
 from compress.objective import Informed, Moment, Movable, Objective, Stateful
 from compress.settings import TrainSettings
 from compress.train import checkpoints
 from compress.train.average import Average
-from compress.train.batches import Batch, seed_of, shown, steps_in_epoch, train_batches
+from compress.train.batches import Batch, on_device, seed_of, shown, steps_in_epoch, train_batches
 from compress.train.journal import Journal, Row
 from compress.train.memory import is_out_of_memory, more_parts, too_large
 from compress.train.optimizers import make_optimizer, set_rate
@@ -30,7 +30,7 @@ from compress.train.processes import Processes, SyncedBatchNorm
 from compress.train.schedules import factor
 from compress.train.sharing import Sharing
 from compress.train.surroundings import set_training
-from compress.train.validation import Score, validate
+from compress.train.validation import Score, validate, validate_task
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,17 @@ class TrainResult:
     history: tuple[Row, ...]  # rows of metrics.jsonl
     epochs: float  # done, fewer than asked for if it stopped early
     steps: int
-    best_top1_pct: float | None  # on validation images; None where there are none
+    best_top1_pct: float | None  # of ``metric`` on validation images; None where there are none
     best_epoch: int | None  # counted from 1
     last_top1_pct: float | None
     images_per_second: float | None  # of training, without validation; median of the rows
     precision: str
     stopped_early: bool = False
+    metric: str = "top1_pct"  # what validation measures
     notes: tuple[str, ...] = ()
 
 
-class Task(nn.Module):
+class Step(nn.Module):
     """Network and objective as one module, so that gradients of both are averaged together."""
 
     def __init__(self, model: nn.Module, objective: Objective, compiled: bool) -> None:
@@ -84,7 +85,9 @@ class Run:
         folder: Path | None,
         seed: int,
         frozen: list[nn.Module],
+        task: tasks.Task | None = None,
     ) -> None:
+        self.task = task
         self.model, self.dataset, self.settings = model, dataset, settings
         self.objective, self.processes, self.frozen = objective, processes, frozen
         self.folder, self.seed = folder, seed
@@ -92,9 +95,9 @@ class Run:
         self.precision = chosen_precision(settings.precision, processes.device)
         if isinstance(objective, Movable):
             objective.to(processes.device)
-        task = Task(model, objective, settings.compile).to(processes.device)
-        self.sharing = Sharing(task, processes, repeats=settings.halve_batch)
-        self.optimizer = make_optimizer(model, task.adapters, settings)
+        step = Step(model, objective, settings.compile).to(processes.device)
+        self.sharing = Sharing(step, processes, repeats=settings.halve_batch)
+        self.optimizer = make_optimizer(model, step.adapters, settings)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.precision == "fp16")
         self.average = Average(model, settings.ema) if settings.ema else None
         self.parts = settings.accumulate
@@ -233,7 +236,7 @@ class Run:
         """Return images and target of some rows of a batch, on the device, augmented."""
         device = self.processes.device
         images = batch.images[rows].to(device, non_blocking=True)
-        target = batch.target[rows].to(device, non_blocking=True)
+        target = on_device(batch.target[rows], device)
         chances = batch.chances[rows].to(device, non_blocking=True)
         return shown(images, target, chances, self.dataset, self.settings)
 
@@ -296,14 +299,16 @@ class Run:
         self.processes.share_buffers(self._watched)
         score = self._score()
         if score is not None:
-            row |= {"validation_top1_pct": score.top1_pct, "validation_loss": score.loss}
-            if self.best is None or score.top1_pct > self.best[0]:
-                self.best = (score.top1_pct, self.epoch)
+            row |= score.row()
+            if self.best is None or score.is_better_than(self.best[0]):
+                self.best = (score.value, self.epoch)
                 self._keep_best()
         self.journal.add(row)
         self._save(checkpoints.LAST, self._state())
 
     def _score(self) -> Score | None:
+        if self.task is not None:
+            return validate_task(self._watched, self.dataset, self.task)
         at_once = -(-self.settings.batch_size // self.parts)
         return validate(self._watched, self.dataset, self.processes, self.precision, at_once)
 
@@ -392,7 +397,8 @@ class Run:
             self.model.load_state_dict(self.best_weights)
         elif self.average is not None:
             self.model.load_state_dict(self.average.model.state_dict())
-        scored = [row for row in self.rows if "validation_top1_pct" in row]
+        metric = "top1_pct" if self.task is None else self.task.primary
+        scored = [row for row in self.rows if f"validation_{metric}" in row]
         speeds = sorted(row["images_per_second"] for row in self.rows)
         return TrainResult(
             history=tuple(self.rows),
@@ -400,9 +406,10 @@ class Run:
             steps=self._steps_done,
             best_top1_pct=self.best[0] if self.best else None,
             best_epoch=self.best[1] if self.best else None,
-            last_top1_pct=scored[-1]["validation_top1_pct"] if scored else None,
+            last_top1_pct=scored[-1][f"validation_{metric}"] if scored else None,
             images_per_second=speeds[math.floor(len(speeds) / 2)] if speeds else None,
             precision=self.precision,
             stopped_early=self.epoch < self.settings.epochs and self.stopped_early,
+            metric=metric,
             notes=(*getattr(self.objective, "notes", ()), *self.notes),
         )

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress import evaluate
 from compress.data import Dataset
 from compress.outputs import logits_of
+from compress.tasks import Task, values_of
 from compress.train.precision import autocast
 from compress.train.processes import Processes
 
@@ -21,9 +23,31 @@ BATCH_SIZE = 256  # at most
 class Score:
     """Accuracy and loss on validation images."""
 
-    top1_pct: float
-    loss: float
+    value: float  # of the metric
+    loss: float | None
     images: int
+    metric: str = "top1_pct"
+    higher_is_better: bool = True
+
+    def row(self) -> dict[str, float]:
+        """Return what the log of a training holds of this."""
+        told = {f"validation_{self.metric}": self.value}
+        return told if self.loss is None else told | {"validation_loss": self.loss}
+
+    def is_better_than(self, value: float) -> bool:
+        """Return whether this is better than an earlier value of the metric."""
+        return self.value > value if self.higher_is_better else self.value < value
+
+
+def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | None:
+    """Return the task's primary metric on "validation"; None where no images are held back."""
+    if not len(dataset.splits.get("validation", ())):
+        return None
+    batches = dataset.batches("validation", evaluate.BATCH)
+    _, scores = evaluate.predictions_of(model, task, dataset, batches)
+    value = values_of(task, scores)[task.primary]
+    better = task.kinds[task.primary].higher_is_better
+    return Score(value, None, len(scores), task.primary, better)
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 # Of whichever click this typer carries: the class with show(), which has no public name there.
 ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
-GATE_FAILED, USER_ERROR, INTERRUPTED = 1, 2, 130
+GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
 
 app = typer.Typer(
     help="Prune, distill and quantize trained CNNs, export them to engines, and prove it.",
@@ -410,28 +412,47 @@ def main() -> None:
     except ClickException as error:
         error.show()
         code = USER_ERROR
-    except (RuntimeError, MemoryError) as error:
-        code = _told_if_out_of_memory(error)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except SystemExit as ended:  # what typer makes of Ctrl-C
         code = ended.code
+    except Exception as error:  # noqa: BLE001 - the last net: 1 would read as a failed gate
+        code = _unexpected(error)
     if code == INTERRUPTED:
         sys.stderr.write("compress: interrupted; the same command continues where it stopped\n")
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _told_if_out_of_memory(error: RuntimeError | MemoryError) -> int:
-    """Say so and return the exit code; raise any other ``error`` again."""
+def _unexpected(error: Exception) -> int:
+    """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
     from compress.train.memory import is_out_of_memory
 
-    if not is_out_of_memory(error):
-        raise error
+    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+        sys.stderr.write(
+            "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
+            "or --image-size, fewer images; a run keeps what is done, and the same command goes "
+            "on.\n"
+        )
+        return USER_ERROR
+    first = (str(error).splitlines() or [""])[0]
     sys.stderr.write(
-        "compress: out of memory. Make room, or work on less at once: a smaller --batch-size or "
-        "--image-size, fewer images; a run keeps what is done, and the same command goes on.\n"
+        f"compress: this should not happen: {type(error).__name__}: {first}. "
+        f"Please report it with the traceback, which is {_traceback_file(error)}\n"
     )
-    return USER_ERROR
+    return OUR_FAULT
+
+
+def _traceback_file(error: Exception) -> str:
+    """Write the traceback of ``error`` to a file and return where it is, or the traceback."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="compress-", suffix="-traceback.txt", delete=False
+        ) as file:
+            file.write(text)
+    except OSError:  # no place to write
+        return f"this:\n{text}"
+    return f"in {file.name}"
 
 
 def _warn(

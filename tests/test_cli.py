@@ -418,15 +418,38 @@ def test_out_of_memory_is_one_sentence_anywhere(compress, monkeypatch, recipe, e
     assert err.count("\n") == 1
 
 
-def test_any_other_runtime_error_keeps_its_traceback(compress, monkeypatch, recipe):
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch\nat x"), KeyError("a"), OSError()])
+def test_what_nobody_foresaw_is_a_sentence_and_a_file(
+    compress, monkeypatch, tmp_path, recipe, error
+):
+    """Never exit code 1, which continuous integration reads as a failed gate."""
+    from compress import commands
+
+    def broken(*_, **__):
+        raise error
+
+    monkeypatch.setattr(commands, "run", broken)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code, out, err = compress("run", recipe())
+    assert (code, out) == (70, "")
+    assert err.startswith(f"compress: this should not happen: {type(error).__name__}: ")
+    assert err.count("\n") == 1
+    (file,) = tmp_path.glob("compress-*-traceback.txt")
+    assert f"in {file}" in err
+    assert "in broken" in file.read_text()
+
+
+def test_a_traceback_that_no_file_takes_is_printed(compress, monkeypatch, tmp_path, recipe):
     from compress import commands
 
     def broken(*_, **__):
         raise RuntimeError("shape mismatch")
 
     monkeypatch.setattr(commands, "run", broken)
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        compress("run", recipe())
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    code, _, err = compress("run", recipe())
+    assert code == 70
+    assert "in broken" in err
 
 
 def test_a_warning_is_one_sentence_without_a_line_of_code(compress, tmp_path):

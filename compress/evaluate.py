@@ -324,7 +324,7 @@ def _evaluation(model: nn.Module) -> Iterator[Run]:
     model.eval()
     try:
         with torch.no_grad():
-            yield lambda images: logits_of(model(images.to(device)))
+            yield lambda images: model(images.to(device))
     finally:
         for module, training in modes.items():
             module.training = training
@@ -348,10 +348,10 @@ def _run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray
 
 
 def _first(output: Any) -> Any:
-    """Return the first of several outputs."""
-    if isinstance(output, Mapping):
-        return next(iter(output.values()))
-    return output[0] if isinstance(output, list | tuple) else output
+    """Return the first array of a session; what torch returns is read by ``logits_of``."""
+    values = list(output.values()) if isinstance(output, Mapping) else output
+    is_arrays = isinstance(values, list | tuple) and values and isinstance(values[0], np.ndarray)
+    return values[0] if is_arrays else output
 
 
 def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:

@@ -254,7 +254,7 @@ def test_samples_that_do_not_fit_are_refused(images):
 
 def test_without_captum_the_extra_is_named(images, monkeypatch):
     monkeypatch.setattr("compress.packages.is_installed", lambda name: name != "captum")
-    with pytest.raises(MissingPackageError, match=r"compress\[explain\]"):
+    with pytest.raises(MissingPackageError, match=r"compress-cnn\[explain\]"):
         explain(Pooled(), images, CLASSES)
 
 

@@ -966,7 +966,7 @@ class ValuesPrinted(Stages):
     """Values are taken out of the network for a log: as a number, and in numpy."""
 
     def between(self, x: Tensor) -> Tensor:
-        self.log = f"{x.mean().item():.3f} {x.mean((1, 2, 3)).numpy().max():.3f}"
+        self.log = f"{x.mean().item():.3f} {x.detach().mean((1, 2, 3)).numpy().max():.3f}"
         return x
 
 

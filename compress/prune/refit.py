@@ -106,7 +106,9 @@ class _Pair:
     calls: int  # how often it runs in one forward
     batches: int
     join: Join | None = None  # what its answer is added to
-    answers: list[tuple[Any, Tensor]] = field(default_factory=list)  # places, (rows, O)
+    answers: list[tuple[Any, tuple[int, ...], Tensor]] = field(
+        default_factory=list
+    )  # places in what extent, (rows, O)
     draw: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     @property
@@ -143,7 +145,7 @@ class _Pair:
         rows = _rows(self.layer, answer, places, kept)
         if self.join is not None and other is not None:
             rows = rows + _rows(self.layer, other, places, kept) * self.join.gain()
-        self.answers.append((places, rows))
+        self.answers.append((places, tuple(answer.shape[2:]), rows))
 
     def wanted(self, noted: Tensor, other: Tensor | None, places: Any) -> Tensor:
         """Return what the layer is to answer where ``other`` is added in the pruned network."""
@@ -239,9 +241,11 @@ def _fit(pair: _Pair, pruned: nn.Module, images: Sequence[Tensor]) -> None:
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
     rows, answers = 0, iter(pair.answers)
 
-    def add(x: Tensor, _answer: Tensor, other: Tensor | None) -> None:
+    def add(x: Tensor, answer: Tensor, other: Tensor | None) -> None:
         nonlocal squares, products, rows
-        places, noted = next(answers)
+        places, extent, noted = next(answers)
+        if places is not None and tuple(answer.shape[2:]) != extent:
+            return  # it slides along channels, some of which are gone: no place has a partner
         wanted = pair.wanted(noted, other, places)
         seen = _seen(pair.layer, x, places)
         squares = squares + (seen.mT @ seen).double()

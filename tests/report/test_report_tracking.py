@@ -67,7 +67,7 @@ def test_mlflow_reads_the_figures_back(tmp_path):
 @pytest.mark.parametrize("name", ["tensorboard", "mlflow"])
 def test_an_absent_tracker_names_the_extra(monkeypatch, name):
     monkeypatch.setattr("compress.packages.is_installed", lambda name: False)
-    with pytest.raises(MissingPackageError, match=r"compress\[tracking\]"):
+    with pytest.raises(MissingPackageError, match=r"compress-cnn\[tracking\]"):
         tracker(name)
 
 

@@ -65,27 +65,60 @@ def test_mid_p_mcnemar_is_the_exact_one_less_half_of_each_tail_outcome(lost: int
     assert statistics.mcnemar(lost, won) == pytest.approx(expected)
 
 
-def test_paired_bootstrap_equals_scipy() -> None:
+def test_paired_interval_is_near_the_bootstrap_of_many_images() -> None:
     from scipy.stats import bootstrap
 
     generator = np.random.default_rng(0)
-    reference = generator.random(1000) < 0.9
-    candidate = np.where(generator.random(1000) < 0.05, ~reference, reference)
+    reference = generator.random(4000) < 0.9
+    candidate = np.where(generator.random(4000) < 0.05, ~reference, reference)
     low, high = statistics.accuracy_change_interval(reference, candidate)
     change = candidate.astype(float) - reference.astype(float)
     expected = bootstrap(
         (change,), np.mean, method="percentile", n_resamples=9999, rng=generator
     ).confidence_interval
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1.5e-3)
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-3)
 
 
-def test_paired_bootstrap_of_equal_answers_is_zero() -> None:
-    correct = np.array([True, False, True])
-    assert statistics.accuracy_change_interval(correct, correct) == (0.0, 0.0)
+def answers(both: int, lost: int, won: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    reference = np.repeat([True, True, False, False], [both, lost, won, neither])
+    candidate = np.repeat([True, False, True, False], [both, lost, won, neither])
+    return reference, candidate
+
+
+@pytest.mark.parametrize(
+    "shares", [(0.9, 0.04, 0.02, 0.04), (0.6, 0.1, 0.05, 0.25), (0.97, 0.01, 0.01, 0.01)]
+)
+def test_paired_interval_covers_the_truth_as_often_as_it_says(
+    shares: tuple[float, float, float, float],
+) -> None:
+    """Over every outcome of 24 images, each with its multinomial probability."""
+    from scipy.stats import multinomial
+
+    total, covered = 24, 0.0
+    truth = shares[2] - shares[1]
+    for lost in range(total + 1):
+        for won in range(total - lost + 1):
+            for neither in range(total - lost - won + 1):
+                counts = (total - lost - won - neither, lost, won, neither)
+                chance = float(multinomial.pmf(counts, total, shares))
+                if chance > 1e-9:
+                    low, high = statistics.accuracy_change_interval(*answers(*counts))
+                    covered += chance * (low <= truth <= high)
+    assert covered > 0.93
+
+
+@pytest.mark.parametrize("counts", [(24, 0, 0, 0), (0, 0, 0, 24), (12, 0, 0, 12), (150, 0, 0, 3)])
+def test_paired_interval_has_a_width_where_no_image_flips(
+    counts: tuple[int, int, int, int],
+) -> None:
+    low, high = statistics.accuracy_change_interval(*answers(*counts))
+    assert low < -0.001 < 0.001 < high
+    more = statistics.accuracy_change_interval(*answers(*(100 * count for count in counts)))
+    assert low < more[0] < 0 < more[1] < high
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (3, 4)])
-def test_paired_bootstrap_refuses_what_is_not_paired(first: int, second: int) -> None:
+def test_paired_interval_refuses_what_is_not_paired(first: int, second: int) -> None:
     with pytest.raises(UsageError, match=r"are no pairs"):
         statistics.accuracy_change_interval(np.ones(first, bool), np.ones(second, bool))
 

@@ -47,7 +47,7 @@ class ClassDrop:
     name: str
     images: int
     drop_pct: float  # recall of the reference less that of the candidate, points
-    drop_ci95: tuple[float, float]  # paired bootstrap over the images of the class
+    drop_ci95: tuple[float, float]  # paired score interval over the images of the class
 
     def to_json(self) -> dict[str, Any]:
         """Return this drop as JSON-able data."""
@@ -64,7 +64,7 @@ class Comparison:
     flip_pct: float  # the reference right and the candidate wrong
     won_pct: float  # the reverse
     top1_change_pct: float  # candidate less reference, points
-    top1_change_ci95: tuple[float, float]  # paired bootstrap
+    top1_change_ci95: tuple[float, float]  # paired score interval (Newcombe)
     top1_p_value: float  # McNemar, mid-p
     ece_change_pct: float  # calibration error, candidate less reference, points
     logits: Drift
@@ -118,7 +118,7 @@ def compare(
     """Return what changed from ``reference`` to ``candidate`` on the same images.
 
     **Method:** both answered the same images in the same order, so all tests are paired: McNemar's
-    mid-p test on the images that exactly one gets right, and a bootstrap over images for the
+    mid-p test on the images that exactly one gets right, and Newcombe's score interval for the
     change of accuracy. A change that is not significant may still be real; it only means that
     this many images cannot tell. The worst of many classes is the most unlucky one as well: mind
     its interval and its number of images.
@@ -185,7 +185,7 @@ def _class_drops(
     for k in np.unique(reference.labels):
         own = reference.labels == k
         before, after = reference.correct[own], candidate.correct[own]
-        low, high = _percent(statistics.accuracy_change_interval(before, after, resamples=4000))
+        low, high = _percent(statistics.accuracy_change_interval(before, after))
         drop = 100 * float(before.mean() - after.mean())
         drops.append(ClassDrop(names[k], int(own.sum()), drop, (0.0 - high, 0.0 - low)))
     return tuple(sorted(drops, key=lambda drop: (-drop.drop_pct, drop.name)))

@@ -9,6 +9,7 @@ from compress.report.schema import ChangeRecord, Interval, Report, Result, Varia
 from compress.statistics import excludes
 
 LEVEL = 0.05  # of significance
+SETTLED_POINTS = 1.0  # a larger loss that is not ruled out is no "no difference"
 SAME = "no significant difference"
 
 
@@ -152,6 +153,13 @@ def _accuracy(variant: Variant, before: Result, after: Result) -> str:
         return "with accuracy not measured"
     bounds = _ci(measured.top1_change_ci95, "points")
     if accuracy_differs(measured) is False:
+        low = min(measured.top1_change_ci95 or (0.0,))
+        if low < -SETTLED_POINTS:
+            few = f"{measured.images} images" if measured.images else "the images"
+            return (
+                f"at {points(change)} points of top-1, where {few} cannot rule out a loss of "
+                f"{-low:.1f} points ({bounds[2:]})"
+            )
         return f"with no significant difference in top-1 ({points(change)} points{bounds})"
     return f"at {points(change)} points of top-1 ({bounds[2:] or 'no interval measured'})"
 

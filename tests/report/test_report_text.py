@@ -100,6 +100,17 @@ def test_verdict_says_no_significant_difference_where_the_intervals_do():
     )
 
 
+def test_verdict_of_few_images_says_what_they_cannot_rule_out():
+    """A loss of 4.6 points on 153 images is not called no difference."""
+    report = pair(top1_change_pct=-4.6, top1_change_ci95=(-9.8, 0.5), top1_p_value=0.12, images=153)
+    said = verdict(report)
+    assert "no significant difference in top-1" not in said
+    assert (
+        "at −4.60 points of top-1, where 153 images cannot rule out a loss of 9.8 points "
+        "(95 % CI −9.80..+0.50)"
+    ) in said
+
+
 def test_mcnemar_decides_over_the_interval_of_the_change():
     report = pair(top1_change_pct=-0.2, top1_change_ci95=(-0.4, 0.0), top1_p_value=0.03)
     assert "at −0.20 points of top-1" in verdict(report)

@@ -156,10 +156,24 @@ def keep_scopes_only(graph: ir.Model) -> None:
 
 
 def outputs_of(module: nn.Module, example: Example) -> list[Tensor]:
-    """Return what ``module`` answers, as a flat list of tensors."""
+    """Return what ``module`` answers, as a flat list of tensors; ``module`` stays as it is.
+
+    It is the second answer: of a network with a hidden state it differs from what was traced.
+    """
     with torch.inference_mode():
-        answer = module(*example.args, **example.kwargs)
-        return tensors_of(answer)
+        dry = without_traces(module)
+        tensors_of(dry(*example.args, **example.kwargs))
+        return tensors_of(dry(*example.args, **example.kwargs))
+
+
+def without_traces(module: nn.Module) -> nn.Module:
+    """Return a copy of ``module`` for a dry run, with the same parameters and buffers.
+
+    What a forward caches on its modules, a grid of the size it saw, stays on the copy: on the
+    network itself it would fix that size in the graph.
+    """
+    shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 class _Flat(nn.Module):
@@ -183,7 +197,7 @@ def _of_variadic(shapes: Any) -> dict[str, Any]:
 def _is_plain(module: nn.Module, example: Example) -> bool:
     """Say whether torch sees into what ``module`` returns."""
     with torch.inference_mode():
-        answer = module(*example.args, **example.kwargs)
+        answer = without_traces(module)(*example.args, **example.kwargs)
     seen = torch.utils._pytree.tree_leaves(answer)
     return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen)
 
@@ -191,7 +205,7 @@ def _is_plain(module: nn.Module, example: Example) -> bool:
 def _outputs(module: nn.Module, example: Example) -> tuple[list[str], list[int]]:
     """Return names for the outputs in the network's order, and the order they are written in."""
     with torch.inference_mode():
-        answer = module(*example.args, **example.kwargs)
+        answer = without_traces(module)(*example.args, **example.kwargs)
     given = [leaf for _, leaf in leaves(answer) if isinstance(leaf, Tensor)]
     if len(given) < 2:
         return ["logits"] * len(given), list(range(len(given)))

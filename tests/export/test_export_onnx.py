@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compress.errors import ExportError
 from compress.export import Preprocess, conversion, ends, export_onnx, files, proof, read_metadata
 from compress.export.conversion import Example
+from compress.runtimes import open_session
 
 
 class Small(nn.Module):
@@ -383,3 +384,30 @@ def test_outputs_in_a_class_of_ones_own_are_written(small: Small, image: Tensor,
         expected = copy.deepcopy(small).eval()(image).numpy()
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     np.testing.assert_allclose(features, image.relu().numpy())
+
+
+class CachingHead(nn.Module):
+    """A grid made for the shape it saw last, as detection heads keep it."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 1)
+        self.shape = self.grid = None
+
+    def forward(self, x):
+        x = self.head(self.stem(x))
+        if self.shape != x.shape:
+            self.grid = torch.arange(x[0, 0].numel(), dtype=x.dtype).view(1, 1, *x.shape[2:])
+            self.shape = x.shape
+        return x + self.grid
+
+
+def test_what_a_dry_run_caches_does_not_fix_the_batch(tmp_path):
+    network = CachingHead().eval()
+    export_onnx(network, torch.randn(1, 3, 32, 32), tmp_path / "head.onnx")
+    assert network.grid is None  # the caller's network is as it was
+    images = torch.randn(3, 3, 32, 32)
+    with open_session(tmp_path / "head.onnx") as session:
+        (found,) = session.run(images.numpy())
+    with torch.no_grad():
+        assert np.allclose(found, network(images).numpy(), atol=1e-5)

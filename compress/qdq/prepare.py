@@ -400,7 +400,7 @@ def _drop_unused(model: ModelProto) -> None:
     for node in reversed(model.graph.node):
         if any(name in needed for name in node.output):
             needed.update(node.input)
-            needed.update(_captured(node))
+            needed.update(captured(node))
             kept.append(node)
     replace_nodes(model, reversed(kept))
     for position in reversed(range(len(model.graph.initializer))):
@@ -408,8 +408,8 @@ def _drop_unused(model: ModelProto) -> None:
             del model.graph.initializer[position]
 
 
-def _captured(node: NodeProto) -> set[str]:
+def captured(node: NodeProto) -> set[str]:
     """Return the names that the subgraphs of ``node`` may read from outside."""
     graphs = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
     inner = {n for g in graphs for child in g.node for n in child.input}
-    return inner | {n for g in graphs for child in g.node for n in _captured(child)}
+    return inner | {n for g in graphs for child in g.node for n in captured(child)}

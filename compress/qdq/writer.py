@@ -22,7 +22,7 @@ from compress.qdq.graph import (
 )
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.prepare import finished, prepare
+from compress.qdq.prepare import captured, finished, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.skeleton import check, infer_shapes
 
@@ -135,7 +135,6 @@ class _Writer:
         self.taken = all_names(graph.model)
         self.joined = {name: group for group in placement.joined for name in group}
         self.dequantized: dict[str, str] = {}  # tensor -> what its readers read
-        self.weights: dict[tuple[str, bytes], str] = {}  # (weight, scales) -> dequantized
         self.weighted = set(placement.weights)
 
     def write(self) -> ModelProto:
@@ -206,12 +205,11 @@ class _Writer:
             scales = np.maximum(scales, floor if axis is not None else floor.max())
         scales = np.maximum(scales, _SMALLEST_SCALE).astype(np.float32)
         nodes = []
-        key = (name, scales.tobytes())
-        if key not in self.weights:
-            codes = self._codes(planned, weight, scales, axis)
-            nodes.append(self._dequantize(name, codes, scales, axis))
-            self.weights[key] = nodes[-1].output[0]
-        copy.input[1] = self.weights[key]
+        # Integers and zero point of its own even where layers share a weight: with kernels that do
+        # not overflow ONNX Runtime converts them once for each layer and refuses the second time.
+        codes = self._codes(planned, weight, scales, axis)
+        nodes.append(self._dequantize(name, codes, scales, axis))
+        copy.input[1] = nodes[-1].output[0]
         if bias is not None and self.int32_bias:
             unit = scales.astype(np.float64) * incoming
             codes32 = np.rint(bias.reshape(-1) / unit).astype(np.int32)
@@ -278,7 +276,8 @@ class _Writer:
 
     def _drop_unread(self) -> None:
         graph = self.graph.model.graph
-        read = {name for node in graph.node for name in node.input} | self.graph.outputs
+        read = {name for node in graph.node for name in (*node.input, *captured(node))}
+        read |= self.graph.outputs
         kept = [tensor for tensor in graph.initializer if tensor.name in read]
         del graph.initializer[:]
         graph.initializer.extend(kept)

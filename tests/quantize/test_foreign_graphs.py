@@ -12,7 +12,7 @@ from compress.errors import QuantizationError
 from compress.qdq import prepare
 from compress.qdq.graph import BIAS_LIMIT, set_constant
 from compress.qdq.plan import TARGETS
-from compress.quantize.fidelity import sqnr_db
+from compress.quantize.fidelity import answers, sqnr_db
 from compress.quantize.planning_graph import judged_tensors
 
 
@@ -257,3 +257,49 @@ def test_eight_images_are_enough_for_a_fixed_batch(count, tmp_path):
     _, written = judged(model, [feed[i : i + 1] for i in range(count)], tmp_path)
     one = {"input": feed[:1]}
     assert sqnr_db(run(model, one), run(written, one, plain=True)) > 15
+
+
+def shared_head() -> onnx.ModelProto:
+    """One head on two levels, as RetinaNet and FCOS have it."""
+    s = Sketch((3, 16, 16))
+    fine = s.relu(s.conv("input", "body", 3, 8))
+    coarse = s.op("MaxPool", [fine], "down", kernel_shape=[2, 2], strides=[2, 2])
+    weight = s.floats("head_w", 4, 8, 1, 1, scale=0.3)
+    ends = [s.op("Conv", [x, weight], f"head_{i}") for i, x in enumerate((fine, coarse))]
+    flat = [s.op("Flatten", [x], f"{x}_flat") for x in ends]
+    s.op("Concat", flat, "answer", axis=1)
+    return s.model(["answer"])
+
+
+def test_layers_that_share_a_weight_run_with_exact_kernels(tmp_path):
+    model = shared_head()
+    feed = images(model)
+    _, written = judged(model, [feed], tmp_path, method="plain")
+    got = answers(written, feed, target="onnxruntime")
+    assert sqnr_db(run(model, feed), got) > 25
+
+
+def test_a_constant_that_only_the_body_of_a_loop_reads_as_float_stays(tmp_path):
+    s = Sketch((3, 8, 8))
+    features = s.conv(s.relu(s.conv("input", "a", 3, 4)), "b", 4, 4)
+    value = onnx.helper.make_tensor_value_info
+    body = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Conv", ["x", "b_w"], ["next"], pads=[1] * 4),
+            onnx.helper.make_node("Identity", ["go"], ["on"]),
+        ],
+        "body",
+        [
+            value("i", onnx.TensorProto.INT64, []),
+            value("go", onnx.TensorProto.BOOL, []),
+            value("x", 1, None),
+        ],
+        [value("on", 9, []), value("next", 1, None)],
+    )
+    ends = [s.constant("trips", np.int64(2)), s.constant("go_on", np.bool_(True)), features]
+    s.op("Loop", ends, "answer", body=body)
+    model = s.model(["answer"])
+    model.graph.output[0].CopyFrom(value("answer", 1, ("batch", 4, 8, 8)))
+    feed = images(model)
+    _, written = judged(model, [feed], tmp_path, method="plain")
+    assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 25

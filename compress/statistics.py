@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +72,16 @@ def mcnemar(only_reference: int, only_candidate: int, *, mid_p: bool = True) -> 
 
 
 def accuracy_change_interval(
-    reference_correct: NDArray[np.bool_], candidate_correct: NDArray[np.bool_], level: float = 0.95
+    reference_correct: NDArray[np.bool_],
+    candidate_correct: NDArray[np.bool_],
+    *,
+    level: float = 0.95,
 ) -> Interval:
-    """Return the paired score interval of candidate less reference accuracy, in [-1, 1].
+    """Return Tango's score interval of candidate less reference accuracy, in [-1, 1].
 
-    Its width is never zero: that no image flipped among few says little about the next one.
+    Of N images, ``lost`` are right for the reference alone and ``won`` for the candidate alone. The
+    interval holds every change that a score test on these pairs does not reject. Without a single
+    flip it is +-z^2 / (N + z^2), never of no width: few images cannot show that nothing changed.
 
     Args:
         reference_correct: Whether the reference is right, (N,).
@@ -85,35 +91,35 @@ def accuracy_change_interval(
     Raises:
         UsageError: no images, or not the same number of them.
 
-    Source: Newcombe, Improved confidence intervals for the difference between binomial proportions
-    based on paired data, Statistics in Medicine 17, 1998, method 10.
+    Source: Tango, Equivalence test and confidence interval for the difference in proportions for
+    the paired-sample design, Statistics in Medicine 17, 1998.
     """
     if len(reference_correct) != len(candidate_correct) or len(reference_correct) == 0:
         raise UsageError(
             f"{len(reference_correct)} and {len(candidate_correct)} answers are no pairs",
             expected="as many answers of the one as of the other, at least one",
         )
-    total = len(reference_correct)
-    both = int((reference_correct & candidate_correct).sum())
-    before, after = int(reference_correct.sum()), int(candidate_correct.sum())
-    neither = total - before - after + both
-    low_before, high_before = (e - before / total for e in wilson_interval(before, total, level))
-    low_after, high_after = (e - after / total for e in wilson_interval(after, total, level))
-    correlation = 0.0
-    if 0 < before < total and 0 < after < total:
-        excess = float(both * neither - (before - both) * (after - both))
-        if excess > 0:
-            excess = max(excess - total / 2, 0.0)
-        correlation = excess / (before * (total - before) * after * (total - after)) ** 0.5
-    change = (after - before) / total
-    down = _joined(low_after, high_before, correlation)
-    up = _joined(high_after, low_before, correlation)
-    return max(-1.0, change - down), min(1.0, change + up)
+    lost = int((reference_correct & ~candidate_correct).sum())
+    won = int((~reference_correct & candidate_correct).sum())
+    return _tango(lost, won, len(reference_correct), _normal_quantile(level))
 
 
-def _joined(one: float, other: float, correlation: float) -> float:
-    """Return the length of the difference of two errors with opposite signs."""
-    return float((one * one + 2 * correlation * one * other + other * other) ** 0.5)
+def _tango(lost: int, won: int, total: int, z: float) -> Interval:
+    from scipy.optimize import brentq
+
+    def score(change: float) -> float:
+        a = 2.0 * total
+        b = (a - won + lost) * change - won - lost
+        c = -lost * change * (1 - change)
+        share = (math.sqrt(max(0.0, b * b - 4 * a * c)) - b) / (2 * a)  # lost, if that is true
+        variance = total * (2 * share + change * (1 - change))
+        distance = won - lost - total * change
+        return distance / math.sqrt(variance) if variance > 0 else math.copysign(1e9, distance)
+
+    estimate, tiny = (won - lost) / total, 1e-12
+    low = brentq(lambda x: score(x) - z, -1.0, estimate - tiny) if estimate > -1 else -1.0
+    high = brentq(lambda x: score(x) + z, estimate + tiny, 1.0) if estimate < 1 else 1.0
+    return float(low), float(high)
 
 
 def quantile_interval(

@@ -107,6 +107,15 @@ def test_paired_interval_covers_the_truth_as_often_as_it_says(
     assert covered > 0.93
 
 
+@pytest.mark.parametrize(("total", "right"), [(153, 77), (153, 138), (250, 125), (1000, 800)])
+def test_paired_interval_without_a_flip_is_at_least_the_exact_one(total: int, right: int) -> None:
+    """Whatever the accuracy is: the exact bound is of a share of flips that shows none at all."""
+    low, high = statistics.accuracy_change_interval(*answers(right, 0, 0, total - right))
+    exact = 1 - 0.025 ** (1 / total)
+    assert exact < high < 1.1 * exact
+    assert low == pytest.approx(-high)
+
+
 @pytest.mark.parametrize("counts", [(24, 0, 0, 0), (0, 0, 0, 24), (12, 0, 0, 12), (150, 0, 0, 3)])
 def test_paired_interval_has_a_width_where_no_image_flips(
     counts: tuple[int, int, int, int],

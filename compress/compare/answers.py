@@ -64,7 +64,7 @@ class Comparison:
     flip_pct: float  # the reference right and the candidate wrong
     won_pct: float  # the reverse
     top1_change_pct: float  # candidate less reference, points
-    top1_change_ci95: tuple[float, float]  # paired score interval (Newcombe)
+    top1_change_ci95: tuple[float, float]  # paired score interval (Tango)
     top1_p_value: float  # McNemar, mid-p
     ece_change_pct: float  # calibration error, candidate less reference, points
     logits: Drift
@@ -118,7 +118,7 @@ def compare(
     """Return what changed from ``reference`` to ``candidate`` on the same images.
 
     **Method:** both answered the same images in the same order, so all tests are paired: McNemar's
-    mid-p test on the images that exactly one gets right, and Newcombe's score interval for the
+    mid-p test on the images that exactly one gets right, and Tango's score interval for the
     change of accuracy. A change that is not significant may still be real; it only means that
     this many images cannot tell. The worst of many classes is the most unlucky one as well: mind
     its interval and its number of images.

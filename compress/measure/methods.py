@@ -36,7 +36,7 @@ METHODS = {
     "top1_pct": "images whose largest logit is the label; the interval is Wilson's and tells how "
     "far another sample of as many images might differ",
     "top1_change_pct": "top-1 less that of the original on the same images; interval is a paired "
-    "score interval (Newcombe), p-value by McNemar's mid-p test. Not significant means that so few "
+    "score interval (Tango), p-value by McNemar's mid-p test. Not significant means that so few "
     "images cannot tell, not that there is no change",
     "agreement_pct": "images with the same answer as the original, right or wrong",
     "flip_pct": "images the original has right and this has wrong",

@@ -368,7 +368,8 @@ def check(
 @app.command(name="list")
 def list_(
     kind: Annotated[
-        str | None, typer.Argument(help="criteria, losses, observers, runtimes, data or recipes")
+        str | None,
+        typer.Argument(help="criteria, losses, data, tasks, recipes, ..."),
     ] = None,
 ) -> None:
     """List what there is, one line each."""
@@ -377,9 +378,9 @@ def list_(
 
 @app.command()
 def show(
-    plugin: Annotated[str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune")],
+    plugin: Annotated[str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...")],
 ) -> None:
-    """Show the documentation and the options of one plug-in, or of one stage of a recipe."""
+    """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
     _print(commands.show(plugin))
 
 

@@ -144,11 +144,21 @@ def test_show_prints_the_options_of_a_stage(compress):
     assert (code, "Did you mean 'prune'?" in err) == (2, True)
 
 
-def test_show_of_a_kind_without_a_name_lists_its_names(compress):
-    code, _, err = compress("show", "criteria")
+@pytest.mark.parametrize(
+    ("kind", "name"), [("criteria", "obs"), ("stages", "prune"), ("recipes", "quickstart")]
+)
+def test_show_of_a_kind_without_a_name_lists_its_names(compress, kind, name):
+    code, _, err = compress("show", kind)
     assert code == 2
-    assert "'criteria' says no name. Expected criteria/NAME" in err
-    assert "obs" in err
+    assert f"{kind!r} says no name. Expected {kind}/NAME" in err
+    assert name in err
+
+
+def test_show_prints_a_recipe_of_the_package(compress):
+    text = Path("recipes/quickstart.yaml").read_text()
+    assert compress("show", "recipes/quickstart") == (0, text, "")
+    code, _, err = compress("show", "recipes/quikstart")
+    assert (code, "Did you mean 'quickstart'?" in err) == (2, True)
 
 
 def test_show_prints_documentation_and_options(compress):

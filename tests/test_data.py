@@ -216,6 +216,12 @@ def test_archives_that_do_not_fit_are_refused(npz, changes, message):
     assert message in str(caught.value)
 
 
+def test_one_array_is_no_labelled_data(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((8, 4, 4, 3), np.uint8))
+    with pytest.raises(DataError, match=r"one array of shape \(8, 4, 4, 3\), without labels"):
+        load_data(parse_reference(f"npz:{tmp_path / 'x.npy'}"))
+
+
 def test_an_archive_with_pickled_objects_is_refused(tmp_path, arrays):
     np.savez(tmp_path / "data.npz", **arrays | {"classes": np.array([{}, {}], dtype=object)})
     with pytest.raises(DataError, match="is not a readable NumPy archive"):

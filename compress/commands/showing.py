@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-RECIPES = "recipes"  # listed beside the plug-ins, though a recipe is none
+RECIPES, STAGES = "recipes", "stages"  # shown as plug-ins are, though they are none
+SHOWN = (*plugins.KINDS, RECIPES, STAGES)
 
 
 def list_plugins(kind: str | None) -> RenderableType:
@@ -51,8 +52,27 @@ def _recipes() -> Iterator[tuple[str, str]]:
         yield name, next((text for text in comments if not text.startswith("yaml-language")), "")
 
 
+def _names(kind: str) -> list[str]:
+    """Return what there is of a kind, by name."""
+    from compress.recipe import packaged_recipes, stage_settings
+
+    if kind == RECIPES:
+        return sorted(packaged_recipes())
+    return sorted(stage_settings()) if kind == STAGES else plugins.names(kind)
+
+
+def _recipe(name: str) -> str:
+    """Return the text of a recipe that comes with the package."""
+    from compress.recipe import packaged_recipes
+
+    known = packaged_recipes()
+    if name not in known:
+        raise UnknownNameError("recipe", name, known)
+    return known[name].read_text(encoding="utf-8")
+
+
 def show(plugin: str) -> str:
-    """Return the documentation and the options of one plug-in.
+    """Return the documentation and the options of a plug-in or a stage, or a packaged recipe.
 
     Raises:
         UnknownNameError: there is no such kind, or no such plug-in.
@@ -61,13 +81,15 @@ def show(plugin: str) -> str:
     import dataclasses
 
     kind, _, name = plugin.partition("/")
-    if kind == "stages":
-        return _stage(name)
-    if kind not in plugins.KINDS:
-        raise UnknownNameError("kind", kind, [*plugins.KINDS, "stages"])
+    if kind not in SHOWN:
+        raise UnknownNameError("kind", kind, SHOWN)
     if not name:
-        known = ", ".join(plugins.names(kind))
+        known = ", ".join(_names(kind))
         raise UsageError(f"{kind!r} says no name", expected=f"{kind}/NAME, NAME one of: {known}")
+    if kind == RECIPES:
+        return _recipe(name)
+    if kind == STAGES:
+        return _stage(name)
     lines = [plugins.documentation(kind, name), "", "Options:"]
     for option, default in plugins.options(kind, name).items():
         required = default is dataclasses.MISSING

@@ -91,7 +91,15 @@ def locate(path: Path, name: str = "*.npz") -> Path:
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(
+                f"is one array of shape {archive.shape}, without labels",
+                where=str(path),
+                expected=f"an archive (.npz) of {', '.join(REQUIRED)}",
+                fix="Save the arrays together: numpy.savez(FILE, x_train=..., y_train=..., ...)",
+            )
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
         raise DataError(f"is not a readable NumPy archive ({error})", where=str(path)) from None

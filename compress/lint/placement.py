@@ -124,10 +124,8 @@ def half_quantized(graph: Graph) -> Iterator[Problem]:
             continue
         if weight is None:
             index = 0 if left else 1
-            if (
-                len(graph.readers(node.input[index])) > 1
-            ):  # the pair serves others: it costs nothing
-                continue
+            if len(graph.readers(node.input[index])) > 1:
+                continue  # the pair serves others as well: reading it costs nothing
             yield Problem(
                 label(node),
                 f"of its two inputs only {'the first' if left else 'the second'} is quantized, so "

@@ -500,3 +500,12 @@ def test_the_schema_can_be_written(compress, tmp_path):
     code, _, _ = compress("schema", "--out", tmp_path / "schema.json")
     assert code == 0
     assert (tmp_path / "schema.json").read_text() == Path("recipes/schema.json").read_text()
+
+
+def test_check_compares_the_task_with_the_labels_and_the_stages(compress, recipe, tmp_path):
+    path = tmp_path / "boxes.yaml"
+    path.write_text(yaml.safe_dump(RECIPE | {"task": "detection", "gates": {"top1_drop_pct": 1.0}}))
+    code, out, err = compress("check", path)
+    assert (code, out) == (2, "")
+    assert f"{path}: task: needs labels of the form 'boxes'; data " in err
+    assert f"{path}: gates.top1_drop_pct: this task does not name one class an image." in err

@@ -10,6 +10,7 @@ from compress import constructors, models, plugins
 from compress.data import load_data
 from compress.errors import CompressError, MissingPackageError, RecipeError
 from compress.packages import is_installed
+from compress.pipeline.purpose import task_of
 from compress.runtimes import unavailable
 from compress.settings import Recipe, Target
 from compress.weights import is_weight_file
@@ -37,7 +38,7 @@ def _problems(recipe: Recipe, read_data: bool) -> Iterator[str]:
     if weights is not None and is_weight_file(weights) and not Path(weights).is_file():
         yield f"model.weights: no such file {weights!r}."
     if read_data:
-        yield from _complaint("data", partial(load_data, recipe.data, recipe.seed))
+        yield from _data_problems(recipe)
     for number, stage in enumerate(recipe.stages):
         for key, kind in (
             ("criterion", "criteria"),
@@ -51,6 +52,19 @@ def _problems(recipe: Recipe, read_data: bool) -> Iterator[str]:
                     yield from _complaint(place, partial(plugins.create, kind, each))
     for number, target in enumerate(recipe.targets):
         yield from _complaint(f"targets[{number}]", partial(_check_target, target))
+
+
+def _data_problems(recipe: Recipe) -> Iterator[str]:
+    """Yield what is wrong with the images, or with their labels for the recipe's task."""
+    try:
+        dataset = load_data(recipe.data, recipe.seed)
+    except CompressError as error:
+        yield f"data: {error}"
+        return
+    try:
+        task_of(recipe, dataset)
+    except CompressError as error:
+        yield from str(error).splitlines()
 
 
 def _complaint(place: str, check: Callable[[], object]) -> Iterator[str]:

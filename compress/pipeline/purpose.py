@@ -20,7 +20,7 @@ def task_of(recipe: Recipe, dataset: Dataset) -> Task:
     task = load_task(recipe.task or default_task(dataset.target), classes=dataset.classes)
     problems = list(_problems(recipe, dataset, task))
     if problems:
-        raise RecipeError("\n".join(f"{recipe.name}: {problem}" for problem in problems))
+        raise RecipeError("\n".join(problems))
     return task
 
 

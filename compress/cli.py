@@ -32,7 +32,7 @@ Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py
 Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder:ROOT, ...")]
 Weights = Annotated[str | None, typer.Option(help="Weight file, or name of published weights")]
 Classes = Annotated[int | None, typer.Option("--num-classes", help="Outputs of the classifier")]
-ImageSize = Annotated[int | None, typer.Option(help="Side of the network's input, pixels")]
+ImageSize = Annotated[str | None, typer.Option(help="Network's input, pixels: SIDE or H,W")]
 Mean = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.5,0.5,0.5")]
 Std = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.2,0.2,0.2")]
 BatchSize = Annotated[int | None, typer.Option(help="Images in a batch")]

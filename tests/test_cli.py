@@ -509,3 +509,40 @@ def test_check_compares_the_task_with_the_labels_and_the_stages(compress, recipe
     assert (code, out) == (2, "")
     assert f"{path}: task: needs labels of the form 'boxes'; data " in err
     assert f"{path}: gates.top1_drop_pct: this task does not name one class an image." in err
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("8,b", "--image-size '8,b'. Expected pixels: 224, or height and width: 240,320"),
+        ("8,8,8", "--image-size '8,8,8'. Expected pixels"),
+    ],
+)
+def test_a_size_that_is_none_is_refused(compress, size, said):
+    code, _, err = compress("compare", "a.onnx", "b.onnx", "--data", "digits", "--image-size", size)
+    assert code == 2
+    assert said in err
+
+
+def test_a_size_may_be_a_rectangle():
+    from compress.commands.options import data_part
+
+    given = {"data": "digits", "image_size": "12,16"}
+    assert data_part(given) == {"name": "digits", "image_size": [12, 16]}
+    assert data_part(given | {"image_size": "12"})["image_size"] == 12
+
+
+def test_labels_of_another_form_are_refused_where_classes_are_compared(compress, tmp_path):
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            folder = tmp_path / part / kind
+            folder.mkdir(parents=True)
+            for number in range(12):
+                Image.new(mode, (8, 8), number % 2).save(folder / f"{number}.png")
+    code, _, err = compress(
+        "compare", "a.onnx", "b.onnx", "--data", f"masks:{tmp_path}", "--image-size", "8"
+    )
+    assert code == 2
+    assert "has labels of the form 'mask'. Expected one class for each image" in err

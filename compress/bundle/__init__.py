@@ -24,6 +24,7 @@ from compress.settings import DataSettings
 
 __all__ = ["write_bundle"]
 
+DECIDED = ("class", "mask")  # labels of tasks whose largest output of dimension 1 is the answer
 IMAGES = 64  # of the test split: enough to see a wrong engine, small enough to send
 KEYS = ("name", "file", "precision", "target")  # of a network, that the script needs
 SCRIPT = Path(__file__).with_name("on_device.py")
@@ -40,7 +41,7 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         ``out``. It unpacks into one folder, whose ``run.py`` builds, checks and measures there.
 
     Raises:
-        RunError: the folder holds no run, or a file of it is missing.
+        RunError: the folder holds no run, a file of it is missing, or its task names no classes.
         DataError: the images of the run cannot be read here.
     """
     folder, target = Path(run), Path(out)
@@ -48,6 +49,14 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
     models = _models(folder)
     recipe = description["recipe"]
     dataset = load_data(DataSettings.model_validate(recipe["data"]), recipe["seed"])
+    if dataset.target not in DECIDED:
+        raise RunError(
+            f"its data {dataset.name!r} has labels of the form {dataset.target!r}",
+            where=str(folder),
+            expected="networks that name a class, of each image or of each pixel: the script on "
+            "the device compares these decisions with the host's",
+            fix="Copy the ONNX files of the run and its report",
+        )
     files: dict[str, bytes] = {
         "run.py": SCRIPT.read_bytes(),
         "recipe.yaml": yaml.safe_dump(_without_defaults(recipe), sort_keys=False).encode(),
@@ -90,14 +99,16 @@ def _models(folder: Path) -> list[dict[str, Any]]:
 
 
 def _sample(folder: Path, models: list[dict[str, Any]], dataset: Dataset) -> bytes:
-    """Return test images, labels, and what every network answers to them here, as .npz.
+    """Return test images and what every network answers to them here, as .npz; classes if known.
 
     Int8 graphs are computed here operator by operator, which is the arithmetic all runtimes follow.
     """
     split = dataset.splits["test"]
     chosen = np.linspace(0, len(split) - 1, min(IMAGES, len(split))).astype(int)
     images = dataset.normalize(split.take(chosen)).numpy()
-    content: dict[str, Any] = {"images": images, "labels": split.labels[chosen]}
+    content: dict[str, Any] = {"images": images}
+    if dataset.target == "class":
+        content["labels"] = split.labels[chosen]
     for model in models:
         level = "none" if model["precision"] == "int8" else "all"
         with open_session(folder / model["path"], optimization=level) as session:

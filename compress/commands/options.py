@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from compress.data import Dataset
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
-DATA_OPTIONS = ("image_size", "batch_size", "workers")
+DATA_OPTIONS = ("batch_size", "workers")
 
 
 def present(given: Given, **names: str) -> dict[str, Any]:
@@ -25,6 +25,8 @@ def data_part(given: Given) -> dict[str, Any]:
     kind, _, root = given["data"].partition(":")
     part: dict[str, Any] = {"name": kind} | ({"root": root} if root else {})
     part |= present(given, **{option: option for option in DATA_OPTIONS})
+    if given.get("image_size") is not None:
+        part["image_size"] = _sides(given["image_size"])
     for option in ("mean", "std"):
         if given.get(option) is not None:
             part[option] = floats(given[option], f"--{option}")
@@ -32,7 +34,11 @@ def data_part(given: Given) -> dict[str, Any]:
 
 
 def load_dataset(given: Given) -> Dataset:
-    """Return the images that ``--data`` and the options beside it name."""
+    """Return the images that ``--data`` and the options beside it name, one class for each.
+
+    Raises:
+        UsageError: an option is wrong, or the labels are of another form.
+    """
     from pydantic import ValidationError
 
     from compress.data import load_data
@@ -44,7 +50,14 @@ def load_dataset(given: Given) -> Dataset:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
         raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
-    return load_data(settings, given.get("seed", 0))
+    dataset = load_data(settings, given.get("seed", 0))
+    if dataset.target != "class":
+        raise UsageError(
+            f"--data {given['data']}: has labels of the form {dataset.target!r}",
+            expected="one class for each image, which is what this command compares",
+            fix="Measure with a recipe that names the task: compress run RECIPE",
+        )
+    return dataset
 
 
 def integers(text: str, option: str, count: int) -> list[int]:
@@ -53,6 +66,17 @@ def integers(text: str, option: str, count: int) -> list[int]:
     if len(parts) != count or not all(part.strip().isdigit() for part in parts):
         raise UsageError(f"{option} {text!r}", expected=f"{count} whole numbers: 3,224,224")
     return [int(part) for part in parts]
+
+
+def _sides(text: str) -> int | list[int]:
+    """Return one side of a square, or height and width."""
+    parts = text.split(",")
+    if len(parts) not in (1, 2) or not all(part.strip().isdigit() for part in parts):
+        raise UsageError(
+            f"--image-size {text!r}", expected="pixels: 224, or height and width: 240,320"
+        )
+    sides = [int(part) for part in parts]
+    return sides[0] if len(sides) == 1 else sides
 
 
 def floats(text: str, option: str) -> list[float]:

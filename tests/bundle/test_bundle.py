@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
+from compress import bundle
 from compress.bundle import on_device, write_bundle
 from compress.errors import RunError
 from compress.packages import is_installed
@@ -210,3 +212,33 @@ def test_a_run_without_networks_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be read as JSON"):
         write_bundle(tmp_path, tmp_path / "x.tar.gz")
     assert not (tmp_path / "x.tar.gz").exists()
+
+
+def test_labels_are_left_out_where_an_image_has_no_single_class(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script compares the host's decisions alone, as for segmentation."""
+    digits = bundle.load_data
+    monkeypatch.setattr(
+        bundle, "load_data", lambda *given: dataclasses.replace(digits(*given), target="mask")
+    )
+    with tarfile.open(write_bundle(run, tmp_path / "masks.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert "labels" not in np.load(tmp_path / "masks" / "sample.npz").files
+    done = on(tmp_path / "masks", "--seconds", "0.1")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "masks" / "results.json").read_text())["results"]
+    assert {result["top1_pct"] for result in results} == {None}
+    assert all(result["agreement_with_host_pct"] == 100 for result in results)
+
+
+def test_a_task_without_decisions_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = bundle.load_data
+    monkeypatch.setattr(
+        bundle, "load_data", lambda *given: dataclasses.replace(digits(*given), target="boxes")
+    )
+    with pytest.raises(RunError, match="has labels of the form 'boxes'"):
+        write_bundle(run, tmp_path / "boxes.tar.gz")
+    assert not (tmp_path / "boxes.tar.gz").exists()

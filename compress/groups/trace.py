@@ -192,10 +192,7 @@ class _Traced:
         inputs = tree_map(_copied, self._inputs)  # a network may write into them
         if not training or _batch_size(inputs) > 1:
             return inputs
-        return tree_map(
-            lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim and len(t) == 1 else t,
-            inputs,
-        )
+        return tree_map(_twice, inputs, is_leaf=_is_images)
 
     def _unused(self) -> bool:
         touched = self._forwards[0].record.touched
@@ -384,8 +381,26 @@ def _to_meta(value: Any) -> Any:
 
 
 def _batch_size(inputs: Any) -> int:
-    first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), None)
-    return int(first.shape[0]) if first is not None else 1
+    for leaf in tree_leaves(inputs, is_leaf=_is_images):
+        if _is_images(leaf) or (isinstance(leaf, Tensor) and leaf.ndim):
+            return len(leaf)
+    return 1
+
+
+def _twice(value: Any) -> Any:
+    if _is_images(value):
+        return [*value, *value]
+    is_one = isinstance(value, Tensor) and value.ndim and len(value) == 1
+    return torch.cat([value, value]) if is_one else value
+
+
+def _is_images(value: Any) -> bool:
+    """Say whether ``value`` is a list of images (C, H, W) of any sizes, as detectors take them."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, Tensor) and each.ndim == 3 for each in value)
+    )
 
 
 def _dim_of(axes: Axes, axis: Any, default: int) -> int:

@@ -130,6 +130,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     if batches is not None:
         batches = read_batches(batches, example_input)
     network = trace(model, example_input)
+    _check_counted(network, budget)
     excluded = _excluded(model, network, limits.exclude)
     _check_something_to_cut(network, excluded)
     way = _normalize(normalize, scorer)
@@ -164,6 +165,26 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     if network.side_outputs:
         about["side_outputs"] = list(network.side_outputs)
     return make_plan(_with_excluded(network, excluded), keep, **about)
+
+
+def _check_counted(network: Network, budget: Budget) -> None:
+    """Refuse a budget of MACs where layers ran on nothing: their share is unknown.
+
+    Raises:
+        PlanError: there are such layers, as in a head for detections where nothing was detected.
+    """
+    idle = [
+        name.removesuffix(".weight") for name, layer in network.layers.items() if not layer.macs
+    ]
+    if budget.kind != "macs" or not idle:
+        return
+    more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+    raise PlanError(
+        f"keep_macs cannot be held: on the example input {', '.join(idle[:5])}{more} ran on empty "
+        "tensors, so that their multiply-accumulates are unknown",
+        fix="Give an example on which they compute something, such as an image with detections, or "
+        "a budget in parameters or channels",
+    )
 
 
 def _note_side_outputs(network: Network) -> None:

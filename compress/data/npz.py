@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.artifact import check_zip
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.errors import DataError
+from compress.errors import DataError, boundary
 from compress.fitting import ImageSize
 from compress.images import MemoryImages, from_array
 
+MOST_CLASSES = 2**20
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -37,7 +38,10 @@ class Npz:
             DataError: no such file, no archive, an array is missing or of the wrong kind.
         """
         path = locate(Path(self.root))
-        arrays = _read(path)
+        with boundary(DataError, "is not a readable NumPy archive", where=str(path)):
+            return self._source(path, _read(path))
+
+    def _source(self, path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
         splits = {
             split: self._images(path, arrays, split)
             for split in ("train", "validation", "test")
@@ -62,7 +66,7 @@ class Npz:
                 where=str(path),
                 expected="uint8 of shape (N, H, W, C) or (N, H, W)",
             )
-        if len(pixels) != labels.size or not len(pixels):
+        if len(pixels) != labels.size or not pixels.size:
             raise DataError(
                 f"x_{split} has {len(pixels)} images and y_{split} has {labels.size} labels",
                 where=str(path),
@@ -90,20 +94,20 @@ def locate(path: Path, name: str = "*.npz") -> Path:
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(
-                f"is one array of shape {archive.shape}, without labels",
-                where=str(path),
-                expected=f"an archive (.npz) of {', '.join(REQUIRED)}",
-                fix="Save the arrays together: numpy.savez(FILE, x_train=..., y_train=..., ...)",
-            )
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise DataError(f"is not a readable NumPy archive ({error})", where=str(path)) from None
-    missing = [name for name in REQUIRED if name not in arrays]
+    check_zip(path)
+    archive = np.load(path, allow_pickle=False)
+    if isinstance(archive, np.ndarray):
+        raise DataError(
+            f"is one array of shape {archive.shape}, without labels",
+            where=str(path),
+            expected=f"an archive (.npz) of {', '.join(REQUIRED)}",
+            fix="Save the arrays together: numpy.savez(FILE, x_train=..., y_train=..., ...)",
+        )
+    with archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays = {name: each for name, each in arrays.items() if isinstance(each, np.ndarray)}
+    wanted = [*REQUIRED, *(("y_validation",) if "x_validation" in arrays else ())]
+    missing = [name for name in wanted if name not in arrays]
     if missing:
         raise DataError(
             f"lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}",
@@ -114,11 +118,18 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
-    labels = np.concatenate([arrays["y_train"].reshape(-1), arrays["y_test"].reshape(-1)])
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    kinds = [array for name, array in arrays.items() if name.startswith("y_")]
+    if not all(np.issubdtype(array.dtype, np.integer) for array in kinds):
+        raise DataError("labels are not integers from 0", where=str(path))
+    labels = np.concatenate([array.reshape(-1).astype(np.int64) for array in kinds])
+    if labels.min() < 0:
         raise DataError("labels are not integers from 0", where=str(path))
     count = int(labels.max()) + 1
-    names = tuple(str(name) for name in arrays.get("classes", np.arange(count)))
+    if count > MOST_CLASSES:
+        raise DataError(
+            f"a label is {count - 1}", where=str(path), expected=f"less than {MOST_CLASSES}"
+        )
+    names = tuple(str(name) for name in np.ravel(arrays.get("classes", np.arange(count))))
     if len(names) < count:
         raise DataError(
             f"{len(names)} class names for labels up to {count - 1}",

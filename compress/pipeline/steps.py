@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
+from onnx import ModelProto
 from torch import nn
 
-from compress import artifact, distill, evaluate, measure, models
-from compress.errors import ModelError
+from compress import distill, evaluate, measure, models, onnx_file
+from compress.errors import CompressError, ModelError
 from compress.pipeline.job import (
     ONNX_FILE,
     Job,
     Outcome,
     Variant,
+    facts_of,
     leave,
     training_facts,
 )
@@ -94,13 +95,25 @@ def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
     target = stage / ONNX_FILE
-    with artifact.replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
-    count = measure.count_onnx(target)
-    variant = Variant(
-        "original", job.relative(target), stage.name, params=count.params, macs=count.macs
-    )
-    return Outcome((variant,))
+    onnx_file.copy(source, target, facts=facts_of(job), sizes=job.recipe.model.input_size)
+    facts: dict[str, Any] = {}
+    model, macs = onnx_file.load(target), None
+    try:
+        macs = sum(measure.node_macs(_sized(model, job)).values())
+    except CompressError as error:
+        facts = {"skipped": {"macs": str(error)}}
+    params = measure.onnx_params(model.graph)
+    variant = Variant("original", job.relative(target), stage.name, params=params, macs=macs)
+    return Outcome((variant,), facts)
+
+
+def _sized(model: ModelProto, job: Job) -> ModelProto:
+    """Return a graph with the sizes of the data's images, where it leaves them free."""
+    fixed = ModelProto()
+    fixed.CopyFrom(model)
+    channels, (height, width) = job.dataset.channels, job.dataset.image_size
+    onnx_file.fix_sizes(fixed, (channels, height, width), where="")
+    return fixed
 
 
 def _teacher(job: Job, settings: DistillSettings, first: Variant) -> Any:

@@ -10,6 +10,7 @@ import onnx
 
 from compress.artifact import replacing
 from compress.errors import QuantizationError, UnknownNameError
+from compress.onnx_facts import usual_range
 from compress.qdq.graph import Graph
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.qdq.prepare import prepare, read_onnx
@@ -87,7 +88,7 @@ def quantize_targets(
         planned = planning_graph(prepared, batches)
         graph = Graph(planned)
         bound = set(Graph(prepared).inputs) - set(graph.inputs)
-        images = Images(graph, batches, bound=bound)
+        images = Images(graph, batches, bound=bound, usual=usual_range(model))
         statistics = calibrate(planned, images, targets=outs)
         for target in outs:
             own = statistics.of(observed_tensors(planned, [target]))

@@ -122,13 +122,13 @@ class Images:
             frequent = collections.Counter(map(self._shape, self.order)).most_common(1)[0][0]
             order = [image for image in self.order if self._shape(image) == frequent]
             total = len(order)
-            judged = min(held_back, total // 4)
+            judged = min(held_back, total // 2)
             fitted = min(count, total - judged)
             return self._gather(order[judged : judged + fitted]), self._gather(order[:judged])
         parts: list[Feed] = list(self.feeds(1, limit=count + held_back))
         frequent_shapes = collections.Counter(map(_shapes, parts)).most_common(1)[0][0]
         parts = [part for part in parts if _shapes(part) == frequent_shapes]
-        judged = min(held_back, len(parts) // 4)
+        judged = min(held_back, len(parts) // 2)
         return _join(parts[judged:]), _join(parts[:judged])
 
     def _shape(self, image: Image) -> tuple[tuple[int, ...], ...]:

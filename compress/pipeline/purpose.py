@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compress.data import Dataset
-from compress.errors import RecipeError
-from compress.settings import Recipe
+from compress.distill.build import check_loss, losses_of
+from compress.errors import CompressError, RecipeError
+from compress.settings import DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
 
 
@@ -42,8 +43,10 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
             yield f"gates.{name}: this task does not name one class an image. {drop}"
     for number, stage in enumerate(recipe.stages):
         place = f"stages[{number}].{stage.verb}"
+        if stage.distill is not None and stage.distill.control:
+            yield f"{place}.control: needs one class an image."
         if stage.distill is not None:
-            yield f"{place}: distillation needs one class an image. Use finetune."
+            yield from _losses(stage.distill, task, place)
         settings = stage.quantize
         for name in ("qat", "max_drop_pct"):
             if settings is not None and getattr(settings, name) is not None:
@@ -51,3 +54,11 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
     for name in ("explain_images", "sensitivity"):
         if getattr(recipe.measure, name):
             yield f"measure.{name}: needs one class an image."
+
+
+def _losses(settings: DistillSettings, task: Task, place: str) -> Iterator[str]:
+    for each in losses_of(settings, task):
+        try:
+            check_loss(each, task)
+        except CompressError as error:
+            yield f"{place}.losses: {error}"

@@ -186,6 +186,9 @@ class PruneSettings(Settings):
     min_channels: int = Field(1, ge=1, description="Keep at least so many of every group")
     max_cut: Fraction = Field(1.0, description="Largest share of a group's channels that is cut")
     exclude: tuple[str, ...] = Field((), description="Layers that are not cut")
+    outputs: tuple[str, ...] | None = Field(
+        None, description="Outputs whose channels stay, by place; the task's choice if absent"
+    )
     rounds: int = Field(1, ge=1, description="Cut in so many steps, training a little between")
     round_training: TrainSettings | None = Field(None, description="Training between the rounds")
     sparsity_training: TrainSettings | None = Field(

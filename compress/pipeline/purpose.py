@@ -9,9 +9,10 @@ from pathlib import Path
 
 from compress import models
 from compress.data import Dataset, load_data
-from compress.errors import RecipeError
+from compress.distill.build import check_loss, losses_of
+from compress.errors import CompressError, RecipeError
 from compress.feeding import completed, shapes_answered
-from compress.settings import Recipe
+from compress.settings import DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
     for number, stage in enumerate(recipe.stages):
         place = f"stages[{number}].{stage.verb}"
         if stage.distill is not None:
-            yield f"{place}: distillation needs one class an image. Use finetune."
+            yield from _distillation(stage.distill, task, place)
         settings = stage.quantize
         for name in ("qat", "max_drop_pct"):
             if settings is not None and getattr(settings, name) is not None:
@@ -107,3 +108,14 @@ def _only_with_labels(recipe: Recipe) -> Iterator[str]:
     for number, stage in enumerate(recipe.stages):
         if stage.verb in ("train", "finetune"):
             yield f"stages[{number}].{stage.verb}: the images have no labels to learn."
+
+
+def _distillation(settings: DistillSettings, task: Task, place: str) -> Iterator[str]:
+    """Yield what of a distillation does not fit the task."""
+    if settings.control:
+        yield f"{place}.control: needs one class an image."
+    for each in losses_of(settings, task):
+        try:
+            check_loss(each, task)
+        except CompressError as error:
+            yield f"{place}.losses: {error}"

@@ -64,11 +64,12 @@ def distill_student(
     if settings.control:
         facts["control"] = does_teacher_help(job, student, teacher, settings).to_json()
     objective = distill.build_objective(
-        student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed
+        student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed, task=job.task
     )
     sparse = parent.sparsity is not None
     facts |= training_facts(job.train(student, settings, stage, objective, sparse=sparse))
-    facts |= {"pairing": objective.pairing(), "teacher_top1_pct": objective.teacher_top1_pct}
+    key = "teacher_top1_pct" if job.task.tells_classes else f"teacher_{job.task.primary}"
+    facts |= {"pairing": objective.pairing(), key: objective.teacher_value}
     return leave(job, student, stage, "distilled", parent=parent, facts=facts)
 
 

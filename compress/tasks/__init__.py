@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -89,6 +89,8 @@ class Task(abc.ABC):
     primary: ClassVar[str]  # the metric that gates, budgets, checkpoints and the verdict use
     agreement_unit: ClassVar[str] = "pct"
     tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
+    answers: ClassVar[Literal["classes", "numbers"]] = "numbers"  # "classes": logits of them
+    losses: ClassVar[tuple[str, ...]] = ("mse",)  # that a student is taught by where none are named
     target: ClassVar[str] = "class"  # what labels must be: class, classes, mask, boxes, image
     classes: Sequence[str] = ()
 
@@ -137,6 +139,14 @@ class Task(abc.ABC):
     def draw(self, image: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
         """Return ``image`` (H, W, 3) with the prediction drawn onto it."""
         return image
+
+    def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return the places of the outputs whose channels must stay in pruning; None: all.
+
+        Args:
+            outputs: Tensors that the network returns, by their places.
+        """
+        return None
 
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels
         """Raise DataError where labels (of all images) are not what this task needs."""

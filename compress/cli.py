@@ -33,8 +33,15 @@ Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder
 Weights = Annotated[str | None, typer.Option(help="Weight file, or name of published weights")]
 Classes = Annotated[int | None, typer.Option("--num-classes", help="Outputs of the classifier")]
 ImageSize = Annotated[str | None, typer.Option(help="Network's input, pixels: SIDE or H,W")]
-Mean = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.5,0.5,0.5")]
-Std = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.2,0.2,0.2")]
+Mean = Annotated[str | None, typer.Option(help="Per channel, of images in the range: 0.5,0.5,0.5")]
+Std = Annotated[str | None, typer.Option(help="Per channel, of images in the range: 0.2,0.2,0.2")]
+Range = Annotated[str | None, typer.Option(help="Black and white of the input: 0,1 or 0,255")]
+Color = Annotated[str | None, typer.Option(help="Order of the network's channels: RGB or BGR")]
+Layout = Annotated[str | None, typer.Option(help="Of an ONNX file's input, NCHW or NHWC")]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", help="Further input: NAME=0.5 or NAME=FILE.npy")
+]
+FixedSize = Annotated[str | None, typer.Option(help="C,H,W that free sizes of the file get")]
 BatchSize = Annotated[int | None, typer.Option(help="Images in a batch")]
 Workers = Annotated[int | None, typer.Option(help="Threads that decode image files")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
@@ -218,6 +225,11 @@ def quantize(
     mean: Mean = None,
     std: Std = None,
     batch_size: BatchSize = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    input_size: FixedSize = None,
     workers: Workers = None,
     seed: Seed = 0,
 ) -> None:
@@ -254,6 +266,7 @@ def build(
     runtime: Annotated[str, typer.Option(help="See: compress list runtimes")],
     out: Annotated[Path, typer.Option("--out", help="Engine to write")],
     batch: Annotated[str, typer.Option(help="Smallest, best and largest batch")] = "1,1,8",
+    input_size: FixedSize = None,
     precision: Precision = None,
 ) -> None:
     """Build an engine from an ONNX file."""
@@ -267,6 +280,13 @@ def bench(
     runtime: Annotated[list[str] | None, typer.Option(help="Where ONNX files run")] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
     data: Annotated[str | None, typer.Option(help="DATA, to measure accuracy as well")] = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -284,6 +304,10 @@ def compare(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
     json: Json = None,
 ) -> None:
     """Show where two artifacts answer differently on real images."""

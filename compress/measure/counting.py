@@ -140,7 +140,7 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
     model = source if isinstance(source, onnx.ModelProto) else onnx_file.load(source)
     where = "the ONNX graph" if isinstance(source, onnx.ModelProto) else str(source)
     with boundary(ModelError, "is no valid graph", where=where):
-        return Count(params=_onnx_params(model.graph), macs=sum(node_macs(model).values()))
+        return Count(params=onnx_params(model.graph), macs=sum(node_macs(model).values()))
 
 
 def node_macs(model: onnx.ModelProto) -> dict[str, int]:
@@ -209,7 +209,8 @@ def _external_files(path: Path) -> set[Path]:
     return {path.parent / name for name in names if (path.parent / name).is_file()}
 
 
-def _onnx_params(graph: onnx.GraphProto) -> int:
+def onnx_params(graph: onnx.GraphProto) -> int:
+    """Return the parameters of a graph; see ``count_onnx``."""
     constants = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from compress import artifact, progress, recipe, report
 from compress.artifact import Artifact
-from compress.data import load_data
 from compress.errors import CompressError
 from compress.pipeline import measuring, pruning, quantizing, sparsifying, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
 from compress.pipeline.preflight import preflight
-from compress.pipeline.purpose import task_of
+from compress.pipeline.purpose import prepared
 from compress.report import Report
 from compress.run_folder import RunFolder
 from compress.settings import QuantizeSettings, Recipe, Settings
@@ -58,12 +57,12 @@ def run(
     chosen = source if isinstance(source, Recipe) else recipe.load_recipe(source, overrides)
     processes = join_processes()
     preflight(chosen, where=chosen.name, read_data=False)
-    dataset = load_data(chosen.data, chosen.seed)
+    dataset, task = prepared(chosen)
     root = Path(out or Path("runs") / chosen.name)
     if processes.is_main:
         RunFolder.open(root, chosen, fresh=fresh)
     processes.wait()
-    job = Job(chosen, RunFolder(root), dataset, task_of(chosen, dataset), processes.is_main)
+    job = Job(chosen, RunFolder(root), dataset, task, processes.is_main)
 
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []

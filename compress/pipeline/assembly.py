@@ -36,7 +36,15 @@ def assemble(
         measured: What ``measuring.measure_targets`` recorded.
         answers: Folder with the answers of each variant to the test images.
     """
-    rows = tuple(_variant(job, variant, measured["results"]) for variant in variants)
+    absent = {
+        variant.name: outcome.facts.get("skipped", {})
+        for outcome in outcomes
+        for variant in outcome.variants
+    }
+    rows = tuple(
+        _variant(job, variant, measured["results"], absent.get(variant.name, {}))
+        for variant in variants
+    )
     return schema.Report(
         name=job.recipe.name,
         recipe=to_json(job.recipe),
@@ -112,7 +120,10 @@ def _gate_value(
 
 
 def _variant(
-    job: Job, variant: Variant, results: Mapping[str, Sequence[Mapping[str, Any]]]
+    job: Job,
+    variant: Variant,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    absent: Mapping[str, str],
 ) -> schema.Variant:
     path = job.path(variant)
     return schema.Variant(
@@ -124,6 +135,7 @@ def _variant(
         params=variant.params,
         macs=variant.macs,
         size_mib=measure.size_mib(path),
+        skipped=dict(absent),
         results=tuple(_result(row) for row in results.get(variant.name, ())),
     )
 

@@ -7,10 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from compress import constructors, models, plugins
-from compress.data import load_data
 from compress.errors import CompressError, MissingPackageError, RecipeError
 from compress.packages import is_installed
-from compress.pipeline.purpose import task_of
+from compress.pipeline.purpose import prepared
 from compress.runtimes import unavailable
 from compress.settings import Recipe, Target
 from compress.weights import is_weight_file
@@ -57,14 +56,11 @@ def _problems(recipe: Recipe, read_data: bool) -> Iterator[str]:
 def _data_problems(recipe: Recipe) -> Iterator[str]:
     """Yield what is wrong with the images, or with their labels for the recipe's task."""
     try:
-        dataset = load_data(recipe.data, recipe.seed)
+        prepared(recipe)
+    except RecipeError as error:
+        yield from str(error).splitlines()
     except CompressError as error:
         yield f"data: {error}"
-        return
-    try:
-        task_of(recipe, dataset)
-    except CompressError as error:
-        yield from str(error).splitlines()
 
 
 def _complaint(place: str, check: Callable[[], object]) -> Iterator[str]:

@@ -46,7 +46,10 @@ def check(model: ModelProto, where: str = "the ONNX graph", *, full: bool = Fals
         QuantizationError: it breaks one.
     """
     with boundary(QuantizationError, "it is not valid ONNX", where=where):
-        onnx.checker.check_model(_complete(model), full_check=full)
+        complete = _complete(model)
+        for output in complete.graph.output:  # the checker asks for a shape even of what has none
+            output.type.tensor_type.shape.SetInParent()
+        onnx.checker.check_model(complete, full_check=full)
         for tensor in model.graph.initializer:
             _check_size(tensor)
 

@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 SCHEMA = 1  # later versions only add keys
 
 Interval = tuple[float, float]  # a 95 % confidence interval: low, high
+Class = Annotated[int, Field(ge=0, lt=2**24)]  # its number
+Count = Annotated[int, Field(ge=0, lt=2**48)]
 Reasons = dict[str, str]  # name of what was not measured -> "not measured because ..." it
 
 
@@ -241,13 +243,20 @@ class ClassScores(Record):
     recall_pct: tuple[float | None, ...]  # None: no image of the class
     f1_pct: tuple[float | None, ...]
 
+    @model_validator(mode="after")
+    def _same_length(self) -> ClassScores:
+        columns = (self.images, self.precision_pct, self.recall_pct, self.f1_pct)
+        if len(set(map(len, columns))) > 1:
+            raise ValueError(f"the scores of {self.variant!r} are of different numbers of classes")
+        return self
+
 
 class Confusion(Record):
     """A confusion matrix by its non-zero cells."""
 
     variant: str
     runtime: str | None = None
-    cells: tuple[tuple[int, int, int], ...]  # true class, predicted class, images
+    cells: tuple[tuple[Class, Class, Count], ...]  # true class, predicted class, images
 
 
 class Flip(Record):

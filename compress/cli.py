@@ -35,7 +35,7 @@ Classes = Annotated[int | None, typer.Option("--num-classes", help="Outputs of t
 ImageSize = Annotated[str | None, typer.Option(help="Network's input, pixels: SIDE or H,W")]
 Mean = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.5,0.5,0.5")]
 Std = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.2,0.2,0.2")]
-BatchSize = Annotated[int | None, typer.Option(help="Images in a batch")]
+BatchSize = Annotated[int | None, typer.Option(help="Images in a batch, of training as well")]
 Workers = Annotated[int | None, typer.Option(help="Threads that decode image files")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME if absent")]

@@ -139,6 +139,15 @@ def task(description: str, total: float | None = None) -> Iterator[Task]:
         _depth.reset(token)
 
 
+def warn(text: str) -> None:
+    """Say on stderr what is likely to be a mistake, above the bars; silent unless asked."""
+    bars = _bars.get()
+    if bars == "lines":
+        sys.stderr.write(f"compress: warning: {text}\n")
+    elif bars is not None:
+        bars.console.print(f"compress: warning: {text}", style="yellow", markup=False)
+
+
 def stop() -> None:
     """Leave the bars as they stand: what is printed from now on comes below them."""
     bars = _bars.get()

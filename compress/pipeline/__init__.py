@@ -9,7 +9,7 @@ from compress import artifact, progress, recipe, report
 from compress.artifact import Artifact
 from compress.data import load_data
 from compress.errors import CompressError
-from compress.pipeline import measuring, pruning, quantizing, sparsifying, steps
+from compress.pipeline import cautions, measuring, pruning, quantizing, sparsifying, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
 from compress.pipeline.preflight import preflight
@@ -67,6 +67,9 @@ def run(
 
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []
+    doubts = list(cautions.of_training(chosen, dataset))
+    for line in doubts:
+        progress.warn(line)
     for number, (verb, settings) in enumerate(_stages(chosen)):
         stage = job.run.stage(number, verb)
         if isinstance(settings, QuantizeSettings) and not processes.is_main:
@@ -76,6 +79,8 @@ def run(
         if verb != "quantize":  # after which one process works, the others of a torchrun leave
             processes.wait()
         outcomes.append(outcome or _recorded(job, stage))
+        for line in cautions.of_stage(outcomes[-1].facts):
+            progress.warn(line)
         variants += outcomes[-1].variants
     if not processes.is_main:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from compress import artifact, distill, evaluate, measure, models
 from compress.errors import ModelError
+from compress.pipeline import cautions
 from compress.pipeline.job import (
     ONNX_FILE,
     Job,
@@ -19,7 +21,10 @@ from compress.pipeline.job import (
     training_facts,
 )
 from compress.pipeline.teaching import does_teacher_help
+from compress.runtimes import open_session
 from compress.settings import DistillSettings, TrainSettings
+
+ORT = "onnxruntime"  # opens any ONNX file
 
 
 def original(job: Job, settings: None, stage: Path, before: tuple[Variant, ...]) -> Outcome:
@@ -28,7 +33,10 @@ def original(job: Job, settings: None, stage: Path, before: tuple[Variant, ...])
     if models.is_onnx(reference):
         return _original_onnx(job, Path(reference), stage)
     model = build_original(job)
-    return leave(job, model, stage, "original")
+    rebuild = None if models.model_folder(Path(reference)) else partial(load_original, job)
+    return leave(
+        job, model, stage, "original", facts=cautions.of_original(job, model, rebuild=rebuild)
+    )
 
 
 def train_original(
@@ -37,7 +45,7 @@ def train_original(
     """Train the network of the recipe; the result is what everything is compared with."""
     model = build_original(job)
     result = job.train(model, settings, stage)
-    facts = training_facts(result)
+    facts = training_facts(result) | cautions.of_original(job, model)
     return leave(job, model, stage, "original", facts=facts)
 
 
@@ -73,8 +81,19 @@ def distill_student(
 
 def build_original(job: Job) -> nn.Module:
     """Return the network that the recipe names, checked against its data."""
+    model = load_original(job)
+    if job.task.tells_classes:
+        models.check_classes(model, job.dataset.example, len(job.dataset.classes))
+    else:
+        models.check_forward(model, job.dataset.example)
+        evaluate.check_outputs(model, job.dataset.example, job.task)
+    return model
+
+
+def load_original(job: Job) -> nn.Module:
+    """Return the network that the recipe names, with its weights."""
     settings = job.recipe.model
-    model = models.load_for(
+    return models.load_for(
         len(job.dataset.classes),
         settings.name,
         settings.weights,
@@ -82,12 +101,6 @@ def build_original(job: Job) -> nn.Module:
         options=settings.options,
         new_head=settings.replace_head,
     )
-    if job.task.tells_classes:
-        models.check_classes(model, job.dataset.example, len(job.dataset.classes))
-    else:
-        models.check_forward(model, job.dataset.example)
-        evaluate.check_outputs(model, job.dataset.example, job.task)
-    return model
 
 
 def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
@@ -100,7 +113,8 @@ def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     variant = Variant(
         "original", job.relative(target), stage.name, params=count.params, macs=count.macs
     )
-    return Outcome((variant,))
+    with open_session(target, ORT) as session:
+        return Outcome((variant,), cautions.of_original(job, session))
 
 
 def _teacher(job: Job, settings: DistillSettings, first: Variant) -> Any:

@@ -129,7 +129,9 @@ def _factory(source: str, name: str) -> Callable[..., nn.Module]:
 
 def _import_file(path: Path) -> Any:
     if not path.is_file():
-        raise ModelError("no such file", where=str(path))
+        raise ModelError(
+            "no such file", where=str(path), expected="the Python file that defines the network"
+        )
     name = f"compress_user_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

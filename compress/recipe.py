@@ -18,6 +18,7 @@ from compress.settings import Recipe, Settings, Stage, TrainSettings
 
 TRACKERS = ("tensorboard", "mlflow")
 Part = TypeVar("Part", bound=Settings)
+PATHS = (".model.name", ".weights", ".root", ".teacher", ".teacher_weights")  # may be paths
 PLUGIN_KEYS = {"criterion": "criteria", "losses": "losses", "observer": "observers"}
 
 
@@ -130,6 +131,29 @@ def _tracked(part: Part, tracker: str) -> Part:
         elif isinstance(value, tuple) and value and isinstance(value[0], Settings):
             changes[key] = tuple(_tracked(each, tracker) for each in value)
     return part.model_copy(update=changes)
+
+
+def from_anywhere(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` with absolute paths, so that its run can be used from any directory.
+
+    Files and folders that do not exist stay as they are written: names of published weights,
+    patterns of shards.
+    """
+    return Recipe.model_validate(_absolute(to_json(recipe)))
+
+
+def _absolute(part: Any, place: str = "") -> Any:
+    if isinstance(part, dict):
+        return {key: _absolute(value, f"{place}.{key}") for key, value in part.items()}
+    if isinstance(part, list):
+        return [_absolute(value, place) for value in part]
+    if not isinstance(part, str) or not part:
+        return part
+    file, colon, factory = part.rpartition(":")
+    if colon and file.endswith(".py"):
+        return f"{Path(file).resolve()}:{factory}" if Path(file).is_file() else part
+    is_path = place.endswith(PATHS) and Path(part).exists()
+    return str(Path(part).resolve()) if is_path else part
 
 
 def stage_settings() -> dict[str, type[Settings]]:

@@ -189,8 +189,9 @@ def _tracked(recipe: Recipe, tracker: str | None) -> Recipe:
 
 def _run(recipe: Recipe, out: Path | None, *, fresh: bool) -> Done | None:
     from compress import pipeline
+    from compress.run_folder import default_folder
 
-    folder = out or Path("runs") / recipe.name
+    folder = out or default_folder(recipe)
     report = pipeline.run(recipe, folder, fresh=fresh)
     return None if report is None else (report, folder)
 

@@ -12,10 +12,10 @@ from compress.errors import CompressError
 from compress.pipeline import cautions, measuring, pruning, quantizing, sparsifying, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
-from compress.pipeline.preflight import preflight
+from compress.pipeline.preflight import preflight, try_network
 from compress.pipeline.purpose import task_of
 from compress.report import Report
-from compress.run_folder import RunFolder
+from compress.run_folder import DONE_FILE, RunFolder, default_folder
 from compress.settings import QuantizeSettings, Recipe, Settings
 from compress.train.processes import join_processes
 
@@ -45,7 +45,7 @@ def run(
 
     Args:
         source: A recipe, or the YAML file of one.
-        out: Folder of the run; ``runs/NAME`` if absent.
+        out: Folder of the run; ``runs/NAME`` if absent, with a number where another run has it.
         overrides: ``key.path=value`` each, over what the file says.
         fresh: Start over, removing what an earlier run left in ``out``.
 
@@ -59,11 +59,14 @@ def run(
     processes = join_processes()
     preflight(chosen, where=chosen.name, read_data=False)
     dataset = load_data(chosen.data, chosen.seed)
-    root = Path(out or Path("runs") / chosen.name)
+    root, task = Path(out or default_folder(chosen)), task_of(chosen, dataset)
+    if not any(root.glob(f"00-*/{DONE_FILE}")):
+        try_network(chosen, dataset, task, where=chosen.name)
+    chosen = recipe.from_anywhere(chosen)
     if processes.is_main:
         RunFolder.open(root, chosen, fresh=fresh)
     processes.wait()
-    job = Job(chosen, RunFolder(root), dataset, task_of(chosen, dataset), processes.is_main)
+    job = Job(chosen, RunFolder(root), dataset, task, processes.is_main)
 
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []

@@ -7,11 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from compress import artifact, distill, evaluate, measure, models
+from compress import artifact, distill, measure, models
 from compress.errors import ModelError
-from compress.pipeline import cautions
+from compress.pipeline import cautions, network
 from compress.pipeline.job import (
     ONNX_FILE,
     Job,
@@ -24,16 +22,16 @@ from compress.pipeline.teaching import does_teacher_help
 from compress.runtimes import open_session
 from compress.settings import DistillSettings, TrainSettings
 
-ORT = "onnxruntime"  # opens any ONNX file
-
 
 def original(job: Job, settings: None, stage: Path, before: tuple[Variant, ...]) -> Outcome:
     """Load the network of the recipe."""
     reference = job.recipe.model.name
     if models.is_onnx(reference):
         return _original_onnx(job, Path(reference), stage)
-    model = build_original(job)
-    rebuild = None if models.model_folder(Path(reference)) else partial(load_original, job)
+    model = network.build_original(job.recipe, job.dataset, job.task)
+    rebuild = None
+    if models.model_folder(Path(reference)) is None:
+        rebuild = partial(network.load_original, job.recipe, job.dataset)
     return leave(
         job, model, stage, "original", facts=cautions.of_original(job, model, rebuild=rebuild)
     )
@@ -43,7 +41,7 @@ def train_original(
     job: Job, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
 ) -> Outcome:
     """Train the network of the recipe; the result is what everything is compared with."""
-    model = build_original(job)
+    model = network.build_original(job.recipe, job.dataset, job.task)
     result = job.train(model, settings, stage)
     facts = training_facts(result) | cautions.of_original(job, model)
     return leave(job, model, stage, "original", facts=facts)
@@ -79,30 +77,6 @@ def distill_student(
     return leave(job, student, stage, "distilled", parent=parent, facts=facts)
 
 
-def build_original(job: Job) -> nn.Module:
-    """Return the network that the recipe names, checked against its data."""
-    model = load_original(job)
-    if job.task.tells_classes:
-        models.check_classes(model, job.dataset.example, len(job.dataset.classes))
-    else:
-        models.check_forward(model, job.dataset.example)
-        evaluate.check_outputs(model, job.dataset.example, job.task)
-    return model
-
-
-def load_original(job: Job) -> nn.Module:
-    """Return the network that the recipe names, with its weights."""
-    settings = job.recipe.model
-    return models.load_for(
-        len(job.dataset.classes),
-        settings.name,
-        settings.weights,
-        settings.num_classes,
-        options=settings.options,
-        new_head=settings.replace_head,
-    )
-
-
 def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
@@ -113,7 +87,7 @@ def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     variant = Variant(
         "original", job.relative(target), stage.name, params=count.params, macs=count.macs
     )
-    with open_session(target, ORT) as session:
+    with open_session(target, network.ORT) as session:
         return Outcome((variant,), cautions.of_original(job, session))
 
 

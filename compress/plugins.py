@@ -126,6 +126,11 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
             expected="a name, or one name with its options, as in {kd: {temperature: 4.0}}",
         )
     name, given = next(iter(reference.items()))
+    if not isinstance(given, Mapping | None):
+        raise UsageError(
+            f"{KINDS[kind]} {name!r} has the options {given!r}",
+            expected="a mapping, as in {kd: {temperature: 4.0}}",
+        )
     return name, dict(given or {})
 
 

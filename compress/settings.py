@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=4)]  # pixels
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pytorch"]
@@ -39,8 +41,10 @@ class DataSettings(Settings):
     )
     options: dict[str, Any] = Field({}, description="Further options of the kind of data")
     channels: Literal[1, 3] | None = Field(None, description="Grey is repeated, colour averaged")
-    mean: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
-    std: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
+    mean: tuple[Finite, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
+    std: tuple[Deviation, ...] | None = Field(
+        None, description="Per channel, of images in [0, 1]; above 0"
+    )
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
     shuffle_buffer: int = Field(10_000, ge=1, description="webdataset: images mixed at a time")
@@ -134,7 +138,9 @@ class DistillSettings(TrainSettings):
     teacher_image_size: int | None = Field(
         None, ge=4, description="Side of its input, if different"
     )
-    losses: tuple[Plugin, ...] = Field(("dkd",), description="Distillation losses, summed")
+    losses: tuple[Plugin, ...] = Field(
+        ("dkd",), min_length=1, description="Distillation losses, summed"
+    )
     hard: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the true labels")
     loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the losses fade in")
     control: bool = Field(False, description="Also train without the teacher, briefly, and compare")

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.commands.options import Given, floats, integers, load_dataset, write_numbers
+from compress.commands.options import Given, integers, load_dataset, write_numbers
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
+BATCH_RANGE = "3 whole numbers, the smallest, usual and largest batch: 1,1,8"
 
 
 def export(given: Given) -> str:
@@ -22,7 +25,9 @@ def export(given: Given) -> str:
     from compress.models import check_forward, load_model
 
     model = load_model(given["model"], given["weights"], given["num_classes"])
-    example = torch.zeros(1, *integers(given["input_size"], "--input-size", 3))
+    example = torch.zeros(
+        1, *integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
+    )
     check_forward(model, example)
     path = export_onnx(model, example, given["out"], opset=given["opset"], softmax=given["softmax"])
     count = count_onnx(path)
@@ -37,7 +42,7 @@ def build(given: Given) -> str:
     from compress.measure import size_mib
     from compress.runtimes import build_engine
 
-    smallest, usual, largest = integers(given["batch"], "--batch", 3)
+    smallest, usual, largest = integers(given["batch"], "--batch", count=3, like=BATCH_RANGE)
     path = build_engine(
         given["file"],
         given["out"],
@@ -55,7 +60,7 @@ def bench(given: Given) -> RenderableType:
     found = bench_artifacts(
         given["artifacts"],
         runtimes=given["runtime"] or (),
-        batches=[int(part) for part in floats(given["batch"], "--batch")],
+        batches=integers(given["batch"], "--batch", like="batch sizes: 1,8"),
         threads=given["threads"],
         dataset=load_dataset(given) if given["data"] else None,
     )

@@ -138,9 +138,7 @@ class DistillSettings(TrainSettings):
     teacher_image_size: int | None = Field(
         None, ge=4, description="Side of its input, if different"
     )
-    losses: tuple[Plugin, ...] = Field(
-        ("dkd",), min_length=1, description="Distillation losses, summed"
-    )
+    losses: tuple[Plugin, ...] = Field(("dkd",), description="Distillation losses, summed")
     hard: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the true labels")
     loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the losses fade in")
     control: bool = Field(False, description="Also train without the teacher, briefly, and compare")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from compress.data import Dataset
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
-NOT: tuple[Any, ...] = (None, [])  # what an option is that was not given
+NOT: tuple[Any, ...] = (None, [], ())  # what an option is that was not given
 DATA_OPTIONS = ("batch_size", "workers")
 
 

@@ -323,6 +323,13 @@ def export(
         int | None, typer.Option(help="ONNX operator set; torch's own if absent")
     ] = None,
     softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch/--dynamic-batch", help="Batch of 1, or any")
+    ] = False,
+    dynamic_size: Annotated[
+        bool,
+        typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
+    ] = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
     _print(commands.export(ctx.params))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -23,6 +23,9 @@ from compress import environment, packages
 from compress.artifact import read_json, write_json
 from compress.errors import EngineError, RunError
 from compress.runtimes import Session, build_engine, open_session, unavailable
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SMOOTH = 0.10  # a cell whose centre is further than this from interpolation is measured finer
 NOISE_MS = 0.003  # differences below this are never called rough
@@ -212,12 +215,42 @@ def measure_layer(
     were measured.
     """
     inputs = outputs if shape.groups == 0 else inputs
+    if runtime == "pytorch":  # reads no ONNX
+        return _measure_module(shape, inputs, outputs, threads)
     array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "layer.onnx"
         onnx.save(layer_graph(shape, inputs, outputs), path)
         with open_on(path, runtime, threads) as session:
             return time_calls(functools.partial(session.run, array), SECONDS, quantile=0.1)
+
+
+def _measure_module(shape: LayerShape, inputs: int, outputs: int, threads: int | None) -> float:
+    import torch
+
+    size = _input_shape(shape, inputs)
+    image = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
+    with open_session(layer_module(shape, inputs, outputs), "pytorch", threads=threads) as session:
+        return time_calls(functools.partial(session.run, image), SECONDS, quantile=0.1)
+
+
+def layer_module(shape: LayerShape, inputs: int, outputs: int) -> nn.Module:
+    """Return a torch module that is one convolution or matrix product, with its padding."""
+    from torch import nn
+
+    if not shape.kernel:
+        return nn.Linear(inputs, outputs)
+    rank = len(shape.kernel)
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
+    groups = outputs if shape.groups == 0 else math.gcd(shape.groups, math.gcd(inputs, outputs))
+    before, after = shape.padding[:rank], shape.padding[rank:]
+    options = {"stride": shape.stride, "dilation": shape.dilation, "groups": groups}
+    if before == after:
+        layer: nn.Module = kind(inputs, outputs, shape.kernel, padding=before, **options)
+        return layer
+    around = [size for pair in zip(before[::-1], after[::-1], strict=True) for size in pair]
+    pad: Any = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[rank - 1]
+    return nn.Sequential(pad(tuple(around), 0.0), kind(inputs, outputs, shape.kernel, **options))
 
 
 def open_on(path: Path, runtime: str, threads: int | None = None) -> Session:

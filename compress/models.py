@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from compress import artifact
 from compress.constructors import accepts, build
 from compress.errors import ModelError, PlanError
+from compress.groups.copying import full_copy, memory_format_of
 from compress.head import classifier_layers
+from compress.modules import network_of, set_mode, with_gradients
 from compress.outputs import logits_of
 from compress.surgery import PrunePlan, apply_pruning
-from compress.weights import fit, is_weight_file, read_safetensors, read_weights, write_safetensors
+from compress.weights import (
+    aligned,
+    fit,
+    is_weight_file,
+    read_safetensors,
+    read_weights,
+    write_safetensors,
+)
 
 SCHEMA = 1
 WEIGHTS_FILE = "model.safetensors"
@@ -71,10 +80,11 @@ def load_model(
         if published:
             weights = None
     if weights is not None:
-        state = read_weights(Path(weights))
+        state = aligned(read_weights(Path(weights)), model)
         kept = _head_of(model) if new_head else {}
         fit(model, {**state, **kept}, where=str(weights))
-    return model.eval()
+    set_mode(model, training=False)
+    return model
 
 
 def load_for(
@@ -95,15 +105,16 @@ def load_for(
 
 
 def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
-    """Return the shape of the output for ``example`` (B, C, H, W); the model is left as found.
+    """Return the shape of the output for ``example`` (B, C, H, W); a copy runs.
 
     Raises:
         ModelError: the forward pass fails; the message says with what.
     """
-    was_training = model.training
+    copied = full_copy(network_of(model))
+    set_mode(copied, training=False)
     try:
-        with torch.no_grad():
-            output = model.eval()(example)
+        with torch.inference_mode():
+            output = copied(example)
     except Exception as error:
         shape = tuple(example.shape)
         raise ModelError(
@@ -111,8 +122,6 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
             where=type(model).__name__,
             fix="Check the image size and channels of the data against what the network expects",
         ) from error
-    finally:
-        model.train(was_training)
     return tuple(logits_of(output).shape)
 
 
@@ -131,6 +140,7 @@ def check_classes(model: nn.Module, example: Tensor, classes: int) -> None:
         )
 
 
+@with_gradients()
 def save_model(
     model: nn.Module,
     folder: str | Path,
@@ -143,7 +153,8 @@ def save_model(
     """Save ``model`` as its constructor's reference, its pruning plan and its weights; no pickle.
 
     Args:
-        model: The network; pruned by ``plan`` if there is one.
+        model: The network, in a wrapper or not; pruned by ``plan`` if there is one. It is left as
+            found.
         folder: Where ``model.json``, ``model.safetensors`` and ``plan.json`` are written.
         reference: What the network was built from. If this is a folder of an earlier
             ``save_model``, its plan and the new one are joined.
@@ -152,19 +163,21 @@ def save_model(
         options: As given to the constructor.
 
     Raises:
-        ModelError: ``reference`` and ``plan`` do not give a network of these shapes.
+        ModelError: ``reference`` and ``plan`` do not give a network of these shapes; it is rebuilt
+            and loaded in memory before a file is written.
     """
-    folder = Path(folder)
+    folder, model = Path(folder), network_of(model)
     description, earlier = _description(reference, num_classes, options or {})
-    if earlier is not None:
-        plan = earlier.then(plan) if plan is not None else earlier
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    if description["num_classes"] is None:
-        description["num_classes"] = _infer_classes(state, description, plan)
-    if plan is not None:
-        plan.save(folder / PLAN_FILE)
+    joined = plan if earlier is None else earlier if plan is None else earlier.then(plan)
+    state = _state_of(model)
+    with torch.random.fork_rng(devices=[]):
+        description["num_classes"] = _checked_classes(state, description, joined)
+    if joined is not None:
+        joined.save(folder / PLAN_FILE)
+    if _is_channels_last(model):
+        description["memory_format"] = "channels_last"
     write_safetensors(folder / WEIGHTS_FILE, state)
-    description |= {"pruned": plan is not None, "beside": _beside(description, folder)}
+    description |= {"pruned": joined is not None, "beside": _beside(description, folder)}
     artifact.write_json(folder / DESCRIPTION_FILE, description)
     return folder
 
@@ -181,8 +194,53 @@ def _load_saved(folder: Path) -> nn.Module:
     description, plan = _read_description(folder)
     model = _rebuild(description, plan, description["num_classes"])
     path = folder / WEIGHTS_FILE
-    fit(model, read_safetensors(path), where=str(path))
+    _fill(model, read_safetensors(path), plan, where=str(path))
+    if description.get("memory_format") == "channels_last":
+        model = model.to(memory_format=torch.channels_last)
     return model
+
+
+def _fill(
+    model: nn.Module, state: Mapping[str, Tensor], plan: PrunePlan | None, *, where: str
+) -> None:
+    """Load ``state`` into a rebuilt network, with buffers that its forward has replaced.
+
+    A forward may give a buffer another shape, or make one out of None (a cache of positions): such
+    a buffer is part of the network as it was saved. Those that the plan cuts are not free.
+    """
+    own, cut = model.state_dict(), plan.tensors if plan is not None else {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
+    for key, value in state.items():
+        place, _, name = key.rpartition(".")
+        fits = key in own and own[key].shape == value.shape
+        if fits or key in parameters or key in cut or place not in modules:
+            continue
+        if name in modules[place]._buffers:
+            modules[place]._buffers[name] = value.clone()
+    fit(model, state, where=where)
+
+
+def _state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``model`` by name, on the CPU.
+
+    Raises:
+        ModelError: it keeps something else in its state.
+    """
+    found: dict[str, Tensor] = {}
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ModelError(
+                f"its state holds a {type(value).__name__} under {key!r}",
+                where=type(model).__name__,
+                expected="tensors only, which are read back without running code",
+            )
+        found[key] = value.detach().cpu().contiguous()
+    return found
+
+
+def _is_channels_last(model: nn.Module) -> bool:
+    return any(memory_format_of(p) is torch.channels_last for p in model.parameters())
 
 
 def _rebuild(
@@ -237,10 +295,36 @@ def _beside(description: Mapping[str, Any], folder: Path) -> str | None:
     return Path(os.path.relpath(file, folder.resolve())).as_posix()
 
 
-def _infer_classes(
+def _checked_classes(
     state: Mapping[str, Tensor], description: Mapping[str, Any], plan: PrunePlan | None
 ) -> int | None:
-    """Return the ``num_classes`` that rebuilds these shapes; None where the default does."""
+    """Return the ``num_classes`` with which reference, plan and ``state`` give the network again.
+
+    The network is rebuilt and ``state`` loaded into it: what is saved can be loaded.
+
+    Raises:
+        ModelError: it cannot; the message says what does not fit.
+    """
+    given, reasons = description["num_classes"], []
+    candidates = [given] if given is not None else _class_counts(state, description, plan)
+    for classes in candidates:
+        try:
+            _fill(_rebuild(description, plan, classes), state, plan, where="")
+        except (ModelError, PlanError) as error:
+            reasons.append(str(error))
+            continue
+        return classes
+    raise ModelError(
+        f"the reference and the plan do not give a network of these shapes: {reasons[0]}",
+        where=description["reference"],
+        fix=_missing_link(state, description, plan, given),
+    )
+
+
+def _class_counts(
+    state: Mapping[str, Tensor], description: Mapping[str, Any], plan: PrunePlan | None
+) -> list[int | None]:
+    """Return the ``num_classes`` that may give these shapes, the constructor's default first."""
     cut = plan.tensors if plan is not None else {}
     default = build(description["reference"], None, description["options"]).state_dict()
     counts = {
@@ -249,19 +333,31 @@ def _infer_classes(
         if key in default and value.ndim and 0 not in cut.get(key, {})
         if value.shape[0] != default[key].shape[0]
     }
-    shapes = {key: value.shape for key, value in state.items()}
-    for classes in [None, *sorted(counts)]:
-        try:
-            rebuilt = _rebuild(description, plan, classes).state_dict()
-        except PlanError:  # made for another number of classes
-            continue
-        if {key: value.shape for key, value in rebuilt.items()} == shapes:
-            return classes
-    raise ModelError(
-        "the reference and the plan do not give a network of these shapes",
-        where=description["reference"],
-        fix="Give the num_classes and options that the network was built with",
-    )
+    return [None, *sorted(counts)]
+
+
+def _missing_link(
+    state: Mapping[str, Tensor],
+    description: Mapping[str, Any],
+    plan: PrunePlan | None,
+    classes: int | None,
+) -> str:
+    """Return what to give to ``save_model`` for a network that its arguments do not lead to."""
+    if plan is not None and all(
+        tuple(state[name].shape) == shape for name, shape in plan.shapes.items() if name in state
+    ):
+        return "This network is not pruned: save what apply_pruning returned, or leave plan out"
+    whole = build(description["reference"], classes, description["options"]).state_dict()
+    smaller = [
+        key
+        for key, value in state.items()
+        if key in whole and value.ndim == whole[key].ndim and value.numel() < whole[key].numel()
+    ]
+    if len(smaller) > 2 and plan is None:
+        return "It has fewer channels than the reference: give plan=, the plan that it was cut by"
+    if len(smaller) > 2:
+        return "Give the plan that this network was cut by, and num_classes and options"
+    return "Give the num_classes and options that the network was built with"
 
 
 def _head_of(model: nn.Module) -> dict[str, Tensor]:

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.groups.trace import Example
+from compress.inputs import read_batches
+from compress.modules import evaluating
 from compress.prune.budget import one_budget
-from compress.prune.evidence import Batches, evaluating
+from compress.prune.evidence import Batches
 from compress.prune.loss import FittingLoss
 
 Pattern = Literal["unstructured", "2:4"]
@@ -255,12 +257,12 @@ def _taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
     totals: dict[str, Tensor] = {}
     loss = FittingLoss()
     with evaluating(model):
-        for images, target in batches:
+        for batch in read_batches(batches):
             known = dict(model.named_parameters())
             weights = {name: known[name].detach().requires_grad_() for name in names}
-            loss.see(target)
-            output = torch.func.functional_call(model, weights, (images,))
-            found = torch.autograd.grad(loss(output, target), list(weights.values()))
+            loss.see(batch.target)
+            output = torch.func.functional_call(model, weights, batch.args)
+            found = torch.autograd.grad(loss(output, batch.target), list(weights.values()))
             for name, gradient in zip(names, found, strict=True):
                 square = (weights[name].detach() * gradient).square()
                 totals[name] = totals[name] + square if name in totals else square

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import argparse
+import codecs
+import logging
+import pathlib
 import pickle
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.errors import ModelError
+from compress.errors import ModelError, nearest
+
+logger = logging.getLogger(__name__)
 
 ENDINGS = {".safetensors", ".pt", ".pth", ".th", ".tar"}
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
-STATE_KEYS = ("state_dict", "model", "model_state_dict")
+# Where trainers keep weights: those averaged during training first, as timm and BasicSR take them.
+STATE_KEYS = (
+    *("state_dict_ema", "model_ema", "params_ema", "ema_state_dict", "ema_model", "ema"),
+    *("state_dict", "model_state_dict", "model_state", "model", "params", "net", "network"),
+    *("generator", "weights", "module"),
+)
+COUNTERS = {"n_averaged", "num_updates", "step", "initted", "decay"}  # of averages, no weights
 
 
 def is_weight_file(weights: str | Path) -> bool:
@@ -39,19 +52,72 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         state = read_safetensors(path)
     else:
-        content = _read_pickle(path)
-        for key in STATE_KEYS:
-            if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-                content = content[key]
-        if not isinstance(content, Mapping):
-            raise ModelError(
-                f"holds a {type(content).__name__}", where=str(path), expected="a state_dict"
-            )
-        state = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+        state = _state_in(_read_pickle(path), path)
     for prefix in WRAPPER_PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    return {key.replace("_orig_mod.", ""): value for key, value in state.items()}
+
+
+def aligned(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return ``state`` under the names of ``model``, where they differ by a prefix.
+
+    Trainers keep the network as an attribute of theirs: all its weights are called ``model.NAME``,
+    ``module.NAME``, ``net.backbone.NAME``. A prefix under which most of the network's names are
+    found is taken off, and what is not under it, as weights of a loss, is named in the log.
+    """
+    own = [key for key in model.state_dict() if not _is_counter(key)]
+    found = {prefix: sum(prefix + key in state for key in own) for prefix in _prefixes(state, own)}
+    best = max(found, key=lambda prefix: found[prefix])
+    if found[best] <= len(own) / 2:
+        return dict(state)  # ``fit`` says what is missing
+    left_out = [key for key in state if not key.startswith(best) and key not in COUNTERS]
+    if left_out:
+        logger.warning(
+            "weights under %r are loaded; the file also holds %s", best, _listed(left_out)
+        )
+    return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
+
+
+def _prefixes(state: Mapping[str, Tensor], own: list[str]) -> list[str]:
+    """Return the prefixes that make a name of ``state`` one of the network's; "" is the first."""
+    names = own[:3] + own[-1:]
+    return ["", *(k[: -len(n)] for n in names for k in state if k.endswith(f".{n}"))]
+
+
+def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
+    """Return the state_dict that a checkpoint holds, by the keys that trainers use."""
+    if not isinstance(content, Mapping):
+        raise ModelError(
+            f"holds a {type(content).__name__}", where=str(path), expected="a state_dict"
+        )
+    inside = {str(key): value for key, value in content.items() if _holds_tensors(value)}
+    named = [key for key in STATE_KEYS if key in inside]
+    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    if named or (len(inside) == 1 and not tensors):
+        chosen = named[0] if named else next(iter(inside))
+        if len(named) > 1:
+            logger.warning("%s holds %s: %s is loaded", path, " and ".join(named), chosen)
+        return _state_in(inside[chosen], path)
+    if tensors:
+        return tensors
+    raise ModelError(
+        f"holds the keys {_listed(map(str, content)) or 'none'}, none of which is a state_dict",
+        where=str(path),
+        expected=f"tensors by name, or those under one of {', '.join(STATE_KEYS)}",
+    )
+
+
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    return isinstance(value, Mapping) and any(
+        isinstance(each, Tensor) or (depth and _holds_tensors(each, depth - 1))
+        for each in value.values()
+    )
+
+
+def _listed(names: Iterable[str]) -> str:
+    first = list(names)
+    return ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -96,16 +162,31 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ModelError(
-            f"these weights do not fit the network: {'; '.join(problems[:3])}{more}", where=where
+            f"these weights do not fit the network: {'; '.join(problems[:3])}{more}",
+            where=where,
+            fix=_nearest(state, own),
         )
     model.load_state_dict(state, strict=False)
+
+
+def _nearest(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Return which names a file has, and which of them is most like the network's first."""
+    missing = next((key for key in own if key not in state and not _is_counter(key)), None)
+    if missing is None or not state:
+        return ""
+    shape = own[missing].shape
+    alike = [key for key in state if key not in own and state[key].shape == shape]
+    close = nearest(missing, alike, 1) or alike[:1] or nearest(missing, state, 1)
+    text = f"The file has {_listed(key for key in state if key not in own) or 'no other keys'}"
+    return f"{text}; nearest to {missing} is {close[0]}" if close else text
 
 
 def _read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols, before it refuses anyway
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals(_plain_types()):
+                return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
         raise ModelError(
@@ -115,6 +196,20 @@ def _read_pickle(path: Path) -> Any:
         ) from None
     except (OSError, RuntimeError, EOFError, ValueError) as error:
         raise ModelError(f"is not a readable weight file ({error})", where=str(path)) from None
+
+
+def _plain_types() -> list[Any]:
+    """Return what checkpoints keep beside weights: NumPy's numbers, parsed arguments, paths.
+
+    None of these runs code of the file when it is built.
+    """
+    made_by: list[Any] = [np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]]
+    return [
+        *((made, f"numpy.{place}.{made.__name__}")
+          for place in ("core.multiarray", "_core.multiarray") for made in made_by),
+        *(getattr(np.dtypes, name) for name in np.dtypes.__all__),
+        *(np.dtype, np.ndarray, codecs.encode, argparse.Namespace, pathlib.PosixPath),
+    ]  # fmt: skip
 
 
 def _is_counter(key: str) -> bool:

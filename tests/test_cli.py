@@ -546,3 +546,16 @@ def test_labels_of_another_form_are_refused_where_classes_are_compared(compress,
     )
     assert code == 2
     assert "has labels of the form 'mask'. Expected one class for each image" in err
+
+
+def test_export_writes_free_sizes_and_fixed_batches(compress, tmp_path):
+    out = tmp_path / "x.onnx"
+    command = ["export", "compress.networks:resnet8", "--out", str(out), "--input-size", "3,16,16"]
+    for options, expected in (
+        ([], ["batch", 3, 16, 16]),
+        (["--fixed-batch"], [1, 3, 16, 16]),
+        (["--dynamic-size"], ["batch", 3, "height", "width"]),
+    ):
+        assert compress(*command, *options)[0] == 0
+        dims = onnx.load(str(out)).graph.input[0].type.tensor_type.shape.dim
+        assert [dim.dim_param or dim.dim_value for dim in dims] == expected

@@ -19,7 +19,14 @@ import compress
 from compress import cli, latency_table
 from compress.errors import EngineError, PlanError
 from compress.groups import trace
-from compress.latency_table import LatencyTable, LayerShape, kernel_step, layer_graph, time_calls
+from compress.latency_table import (
+    LatencyTable,
+    LayerShape,
+    kernel_step,
+    layer_graph,
+    layer_module,
+    time_calls,
+)
 from compress.measure import count
 from compress.pipeline.pruning import _budget
 from compress.prune import latency as latency_budget
@@ -126,6 +133,19 @@ def test_a_layer_is_written_as_torch_runs_it(
 
     (answer,) = ReferenceEvaluator(graph).run(None, {"input": x.numpy()})
     np.testing.assert_allclose(answer, module(x).detach().numpy(), atol=1e-4)
+    same = layer_module(shape, inputs, 8)
+    same.load_state_dict(module.state_dict())
+    torch.testing.assert_close(same(x), module(x))
+
+
+def test_a_layer_with_more_padding_after_than_before_is_torchs_pad() -> None:
+    shape = LayerShape((3, 3), (2, 2), (0, 1, 2, 3), (1, 1), (9, 9))
+    made = layer_module(shape, 3, 4)
+    x = torch.randn(1, 3, 9, 9)
+    pad, layer = made.children()
+    expected = layer(nn.functional.pad(x, (1, 3, 0, 2)))
+    assert isinstance(pad, nn.ConstantPad2d)
+    torch.testing.assert_close(made(x), expected)
 
 
 def test_a_call_is_timed_by_a_quantile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,3 +420,6 @@ def test_onnxruntime_is_measured_for_real(tmp_path: Path, monkeypatch: pytest.Mo
     assert check_promise(pruned, model, plan, example).broken is None
     assert 0.3 * whole < plan.about["latency"]["planned_ms"] <= 0.5 * whole
     assert list((tmp_path / "compress" / "latency").glob("onnxruntime-*.json"))
+    plan = compress.plan_pruning(model, example, keep_latency=0.7, runtime="pytorch")
+    assert plan.about["latency"]["kept"]
+    assert list((tmp_path / "compress" / "latency").glob("pytorch-*.json"))

@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,11 @@ def test_a_file_that_fails_to_import_is_named(tmp_path):
         models.load_model(f"{tmp_path / 'bad.py'}:net")
 
 
+def _zeros(state):
+    """Return other weights of the same shapes: those of the epoch, beside their average."""
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
 @pytest.mark.parametrize(
     "wrapped",
     [
@@ -103,8 +109,30 @@ def test_a_file_that_fails_to_import_is_named(tmp_path):
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
         lambda state: {f"_orig_mod.{k}": v for k, v in state.items()},
+        lambda state: {"net": state, "acc": np.float64(93.1), "epoch": np.int64(7)},
+        lambda state: {"params": _zeros(state), "params_ema": state},
+        lambda state: {"state_dict": _zeros(state), "state_dict_ema": state, "arch": "resnet8"},
+        lambda state: {"model": _zeros(state), "model_ema": state, "args": Namespace(lr=0.1)},
+        lambda state: {"model_state": state, "optimizer": {"state": {0: torch.zeros(2)}}},
+        lambda state: {"state_dict": {f"model.{k}": v for k, v in state.items()}, "loops": {}},
+        lambda state: {
+            "state_dict": {
+                **{f"net.backbone.{k}": v for k, v in state.items()},
+                "loss.weight": torch.ones(10),
+            }
+        },
+        lambda state: {
+            "n_averaged": torch.tensor(3),
+            **{f"module.{k}": v for k, v in state.items()},
+        },
+        lambda state: {"anything": {f"module._orig_mod.{k}": v for k, v in state.items()}},
+        lambda state: {"mean": np.zeros(3), **state},
     ],
-    ids=["plain", "state_dict", "model and module.", "compiled"],
+    ids=[
+        *("plain", "state_dict", "model and module.", "compiled", "net and numpy scalars"),
+        *("BasicSR", "timm", "model_ema and Namespace", "model_state", "Lightning"),
+        *("Lightning with a loss", "SWA", "one unknown key", "an array beside"),
+    ],
 )
 def test_checkpoints_of_all_forms_fit(tmp_path, wrapped):
     source = resnet8()
@@ -159,6 +187,19 @@ def test_weights_that_do_not_fit_name_the_first_keys(tmp_path):
         models.load_model("compress.networks:resnet8", tmp_path / "weights.pth")
     assert "layer1.1.conv1.weight is not in the network" in str(caught.value)
     assert "and 69 more" in str(caught.value)
+
+
+def test_keys_of_a_file_and_the_nearest_are_told(tmp_path):
+    state = {f"enc_{key}": value for key, value in resnet8().state_dict().items()}
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match=r"The file has enc_.* nearest to conv1.weight is enc_"):
+        models.load_model("compress.networks:resnet8", tmp_path / "weights.pth")
+
+
+def test_a_file_without_weights_names_its_keys(tmp_path):
+    torch.save({"epoch": 3, "history": [0.1]}, tmp_path / "weights.pth")
+    with pytest.raises(ModelError, match="holds the keys epoch, history, none of which is"):
+        read_weights(tmp_path / "weights.pth")
 
 
 def test_a_new_head_keeps_its_own_weights_and_takes_the_rest(tmp_path):
@@ -240,3 +281,89 @@ def test_a_saved_network_of_another_format_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
     with pytest.raises(ModelError, match="was written in format 2"):
         models.load_model(tmp_path)
+
+
+SAVED = "compress.networks:resnet8"
+
+
+@pytest.fixture(scope="module")
+def halved():
+    model = resnet8(num_classes=7)
+    plan = plan_pruning(model, EXAMPLE[:1], criterion="l1", keep_macs=0.5)
+    return model, apply_pruning(model, plan), plan
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda m: torch.compile(m, backend="eager"),
+        nn.DataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    ],
+    ids=["compiled", "DataParallel", "averaged"],
+)
+def test_what_is_saved_out_of_a_wrapper_is_loaded(halved, tmp_path, wrap, classes):
+    _, small, plan = halved
+    models.save_model(wrap(small), tmp_path, reference=SAVED, plan=plan, num_classes=classes)
+    assert torch.equal(answers(models.load_model(tmp_path)), answers(small))
+
+
+@pytest.mark.parametrize("classes", [None, 7])
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("plan forgotten", "give plan="),
+        ("unpruned", "not pruned"),
+        ("another plan", "do not give a network of these shapes"),
+        ("another network", "num_classes and options"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(halved, tmp_path, which, message, classes):
+    model, small, plan = halved
+    other = plan_pruning(model, EXAMPLE[:1], criterion="l1", keep_macs=0.3)
+    network, given = {
+        "plan forgotten": (small, None),
+        "unpruned": (model, plan),
+        "another plan": (small, other),
+        "another network": (resnet20(num_classes=7), None),
+    }[which]
+    with pytest.raises(ModelError, match=message):
+        models.save_model(network, tmp_path / "x", reference=SAVED, plan=given, num_classes=classes)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_buffer_that_the_forward_replaces_is_saved(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.a, self.mlp = nn.Conv2d(3, 16, 1), nn.Linear(4, 16)\n"
+        "        self.b, self.head = nn.Conv2d(16, 16, 1), nn.Linear(16, 5)\n"
+        "        self.register_buffer('bias', torch.zeros(1, 16, 1, 1))\n"
+        "        self.register_buffer('grid', None)\n"
+        "    def forward(self, x):\n"
+        "        self.bias = self.mlp(torch.ones(1, 4)).view(1, -1, 1, 1)\n"
+        "        self.grid = torch.ones(x.shape[2:])\n"
+        "        x = self.b((self.a(x) + self.bias).relu() * self.grid).relu()\n"
+        "        return self.head(x.mean((2, 3)))\n"
+    )
+    reference = f"{tmp_path / 'own.py'}:Net"
+    model = models.load_model(reference)
+    plan = plan_pruning(model, EXAMPLE[:1], criterion="l1", keep_macs=0.5)
+    small = apply_pruning(model, plan)
+    for name in ("never run", "run once"):
+        models.save_model(small, tmp_path / name, reference=reference, plan=plan)
+        assert torch.equal(answers(models.load_model(tmp_path / name)), answers(small))
+
+
+def test_channels_last_stays(tmp_path):
+    model = resnet20().to(memory_format=torch.channels_last)
+    plan = plan_pruning(model, EXAMPLE[:1], criterion="l1", keep_macs=0.5)
+    small = apply_pruning(model, plan)
+    models.save_model(small, tmp_path, reference="compress.networks:resnet20", plan=plan)
+    for network in (small, models.load_model(tmp_path)):
+        weight = network.layer2[0].conv2.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert not weight.is_contiguous()

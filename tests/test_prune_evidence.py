@@ -173,7 +173,7 @@ def test_correlations_are_mean_products_of_channels_at_one_place(
 
 
 def test_hooks_are_removed_when_the_network_raises(model: nn.Module) -> None:
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError, match="does not run on a batch"):
         data = [(torch.randn(2, 5, 6, 6), torch.zeros(2))]
         evidence(model, trace(model, EXAMPLE), "activations", data)
     assert not any(module._forward_pre_hooks for module in model.modules())

@@ -11,7 +11,8 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from compress import plan_pruning
+from compress import apply_pruning, mask_pruning, plan_pruning
+from compress.errors import PlanError
 from compress.groups import trace
 from compress.surgery import prove
 
@@ -101,3 +102,59 @@ def test_the_trace_with_values_finds_what_the_one_without_does(
     assert [(g.name, g.size) for g in valued.groups] == [(g.name, g.size) for g in plain.groups]
     assert dict(valued.frozen) == dict(plain.frozen)
     assert valued.macs == plain.macs
+
+
+class TwoStages(nn.Module):
+    """A detector in small: a second head looks at the cells whose score is above a threshold."""
+
+    def __init__(self, threshold):
+        super().__init__()
+        self.threshold = threshold
+        self.body, self.score = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 1, 1)
+        self.hidden, self.head = nn.Linear(16, 32), nn.Linear(32, 4)
+
+    def forward(self, images):
+        images = torch.stack(images) if isinstance(images, list) else images
+        x = torch.relu(self.body(images))
+        cells = x.permute(0, 2, 3, 1)[self.score(x)[:, 0] > self.threshold]
+        return self.head(torch.relu(self.hidden(cells)))
+
+
+def counted(model, example):
+    """Return multiply-accumulates by hooks: of convolutions and linear layers as they run."""
+    total = []
+
+    def hook(layer, _, output):
+        total.append(output.numel() * layer.weight[0].numel())
+
+    hooks = [m.register_forward_hook(hook) for m in model.modules() if hasattr(m, "weight")]
+    with torch.no_grad():
+        model(example)
+    for one in hooks:
+        one.remove()
+    return sum(total)
+
+
+def test_what_runs_on_chosen_values_is_counted():
+    model, image = TwoStages(-1e9).eval(), torch.randn(3, 8, 8)
+    for example in (image[None], ([image],)):
+        plan = plan_pruning(model, example, criterion="l1", keep_macs=0.5)
+        small = apply_pruning(model, plan)
+        assert plan.macs_before == counted(model, image[None])
+        assert plan.macs_after == counted(small, image[None])
+        assert plan.macs_after == counted(small, image[None])
+        assert plan.macs_after <= 0.5 * plan.macs_before
+
+
+def test_a_layer_that_ran_on_nothing_is_no_part_of_a_budget_of_macs():
+    model = TwoStages(1e9).eval()
+    with pytest.raises(PlanError, match="hidden, head ran on empty tensors"):
+        plan_pruning(model, torch.randn(1, 3, 8, 8), criterion="l1", keep_macs=0.5)
+    plan = plan_pruning(model, torch.randn(1, 3, 8, 8), criterion="l1", keep_params=0.5)
+    small = apply_pruning(model, plan)
+    small.threshold = model.threshold = -1e9
+    assert small(torch.randn(1, 3, 8, 8)).shape[1] == 4
+    masked = mask_pruning(model, plan)
+    masked.threshold = -1e9
+    x = torch.randn(1, 3, 8, 8)
+    torch.testing.assert_close(small(x), masked(x))

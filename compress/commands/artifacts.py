@@ -21,7 +21,7 @@ def export(given: Given) -> str:
     import torch
 
     from compress.export import export_onnx
-    from compress.measure import count_onnx, size_mib
+    from compress.measure import count, count_onnx, size_mib
     from compress.models import check_forward, load_model
 
     model = load_model(given["model"], given["weights"], given["num_classes"])
@@ -29,10 +29,18 @@ def export(given: Given) -> str:
         1, *integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
     )
     check_forward(model, example)
-    path = export_onnx(model, example, given["out"], opset=given["opset"], softmax=given["softmax"])
-    count = count_onnx(path)
+    path = export_onnx(
+        model,
+        example,
+        given["out"],
+        opset=given["opset"],
+        softmax=given["softmax"],
+        dynamic_batch=not given["fixed_batch"],
+        dynamic_size=given["dynamic_size"],
+    )
+    work = count(model, example) if given["dynamic_size"] else count_onnx(path)
     return (
-        f"{path}: {count.params:,} parameters, {count.macs:,} MACs, {size_mib(path):.2f} MiB; "
+        f"{path}: {work.params:,} parameters, {work.macs:,} MACs, {size_mib(path):.2f} MiB; "
         f"equal to torch"
     )
 

@@ -17,7 +17,7 @@ from compress.augment import is_random
 from compress.data import Dataset
 from compress.distill.objective import DistillObjective, Term
 from compress.distill.pairing import pair_layers
-from compress.distill.taps import Survey, evaluating, survey, tapped
+from compress.distill.taps import Survey, survey, tapped
 from compress.distill.teachers import (
     CachedTeacher,
     SessionTeacher,
@@ -28,6 +28,7 @@ from compress.distill.teachers import (
 from compress.errors import CompressError, TrainingError, UsageError
 from compress.images import Subset
 from compress.losses import Needs, Taps
+from compress.modules import evaluating
 from compress.objective import CrossEntropy
 from compress.outputs import logits_of
 from compress.settings import DistillSettings, Plugin

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UnknownNameError
+from compress.groups.copying import full_copy
+from compress.modules import evaluating
 from compress.outputs import logits_of
 
 
@@ -75,12 +77,13 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
 def survey(model: nn.Module, example: Tensor) -> Survey:
     """Run ``model`` on one image and return what its layers compute.
 
-    The network's modes and hooks are left as found.
+    A copy of the network runs: the network itself is left as found.
 
     Args:
         model: Any network of images.
         example: (1, C, H, W), on the network's device.
     """
+    model = full_copy(model)
     calls: list[tuple[str, tuple[int, ...], int]] = []
     alive: list[Any] = []  # so that no identity is used twice
 
@@ -115,18 +118,6 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
     head = Tap(heads[0], "input") if heads else None  # the innermost is called first
     size = (int(example.shape[2]), int(example.shape[3]))
     return Survey(features, logits.shape[1], head, size)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation mode while the block runs."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _hook(layer: nn.Module, tap: Tap, seen: dict[Tap, Tensor]) -> Any:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from compress.errors import CompressError
 from compress.export import conversion, ends, files, proof
-from compress.export.conversion import DEFAULT_OPSET
+from compress.export.conversion import DEFAULT_OPSET, Free
 from compress.export.ends import Preprocess
 from compress.export.files import read_metadata
+from compress.modules import with_gradients
 
 __all__ = ["DEFAULT_OPSET", "Preprocess", "export_onnx", "read_metadata"]
 
 
+@with_gradients()
 def export_onnx(  # noqa: PLR0913 - the published signature; each option stands alone
     model: nn.Module,
     example_input: Tensor | tuple[Tensor, ...] | Mapping[str, Tensor],
@@ -28,6 +30,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,
+    dynamic_size: bool = False,
     metadata: Mapping[str, Any] | None = None,
     preprocess: Preprocess | None = None,
     softmax: bool = False,
@@ -43,11 +46,14 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     inputs of other batch sizes, and ``check_images``.
 
     Args:
-        model: In any mode, on any device; left as found. Exported in eval mode and fp32.
-        example_input: What ``model`` takes, each with the batch first: (B, C, H, W), normalized.
+        model: In any mode, on any device, in a wrapper or not; left as found: copies run. Exported
+            in eval mode and fp32.
+        example_input: What ``model`` takes, each with the batch first: (B, C, H, W), normalized;
+            or the shape of one input.
         path: File to write. Networks over 2 GB put their weights beside it, in ``NAME.data``.
         opset: ONNX operator set; 20 if absent, which every supported runtime reads.
         dynamic_batch: Whether the batch is a free dimension of the graph; else the example's.
+        dynamic_size: Whether height and width are free dimensions, too; else the example's.
         metadata: JSON-able facts kept in the file (labels, mean, std, lineage, ...); see
             ``read_metadata``. "weights_sha256" is added.
         preprocess: Take uint8 (B, H, W, C) images in 0..255 and normalize inside the graph.
@@ -67,11 +73,14 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     try:
         module = conversion.frozen_copy(model)
         example = conversion.Example.of(example_input)
-        program = conversion.convert(module, example, opset, dynamic_batch=dynamic_batch)
+        free = Free(dynamic_batch, dynamic_size)
+        program = conversion.convert(module, example, opset, free)
         facts = dict(metadata or {}) | {"weights_sha256": files.weights_sha256(module)}
         graph = program.model
         if dynamic_batch:
             files.name_batch(graph)
+        if dynamic_size:
+            files.name_sizes(graph)
         conversion.keep_scopes_only(graph)
         with files.writing(graph, target, facts) as written:
             proof.check(written, module, example, program.exported_program, images=check_images)

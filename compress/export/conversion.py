@@ -17,6 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
+from compress.groups.copying import full_copy
+from compress.inputs import example_of
+from compress.modules import network_of, set_mode
 from compress.outputs import leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
@@ -38,12 +41,13 @@ class Example:
         Raises:
             ExportError: it holds something that is no tensor with a batch dimension.
         """
+        given = example_of(given)
         args: tuple[Tensor, ...]
         kwargs: dict[str, Tensor]
         if isinstance(given, Mapping):
             args, kwargs = (), dict(given)
         else:
-            args, kwargs = given if isinstance(given, tuple) else (given,), {}
+            args, kwargs = tuple(given) if isinstance(given, tuple | list) else (given,), {}
         for tensor in (*args, *kwargs.values()):
             if not isinstance(tensor, Tensor) or tensor.dim() == 0 or not tensor.numel():
                 raise ExportError(
@@ -90,30 +94,49 @@ def checked_opset(opset: int | None) -> int:
 
 def frozen_copy(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` on the CPU, in fp32 and eval mode, out of any wrapper."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    return copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+    copied = full_copy(network_of(model))
+    set_mode(copied, training=False)
+    return copied.cpu().float().requires_grad_(False)
 
 
-def convert(
-    module: nn.Module, example: Example, opset: int, *, dynamic_batch: bool
-) -> torch.onnx.ONNXProgram:
+@dataclass(frozen=True)
+class Free:
+    """Which sizes of the inputs are free dimensions of the graph."""
+
+    batch: bool = True
+    size: bool = False  # height and width of images (B, C, H, W), or all after the channels
+
+    def shapes(self, example: Example) -> Any:
+        """Return what torch.export takes for dynamic shapes; None if nothing is free."""
+        if not self.batch and not self.size:
+            return None
+        batch = torch.export.Dim("batch")
+        rows = [self._of(tensor, batch) for tensor in example.tensors]
+        count = len(example.args)
+        return tuple(rows) if count else dict(zip(example.kwargs, rows, strict=True))
+
+    def _of(self, tensor: Tensor, batch: Any) -> dict[int, Any]:
+        found: dict[int, Any] = {0: batch} if self.batch else {}
+        if self.size and tensor.ndim > 2:
+            found |= dict.fromkeys(range(2, tensor.ndim), torch.export.Dim.DYNAMIC)
+        return found
+
+
+def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torch.onnx.ONNXProgram:
     """Return the dynamo exporter's program of ``module``.
 
     Raises:
         ExportError: the module cannot be traced; the message names the line of its code.
     """
-    if dynamic_batch and example.tensors[0].shape[0] < 2:
+    if free.batch and example.tensors[0].shape[0] < 2:
         example = example.of_batch(2)  # a batch of one would be taken for a constant
-    shapes: Any = None
-    if dynamic_batch:
-        batch = {0: torch.export.Dim("batch")}
-        shapes = (*(batch for _ in example.args),) or dict.fromkeys(example.kwargs, batch)
-    names, order = _outputs(module, example)
-    if not _is_plain(module, example):
+    shapes = free.shapes(example)
+    with torch.inference_mode():
+        answer = without_traces(module)(*example.args, **example.kwargs)
+    names, order = _outputs(answer)
+    if not _is_plain(answer):
         module = _Flat(module)
-        shapes = _of_variadic(shapes) if dynamic_batch else None
+        shapes = _of_variadic(shapes) if shapes is not None else None
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -129,7 +152,7 @@ def convert(
                 verbose=False,
             )
         except Exception as error:  # whatever the user's code raises
-            raise _cannot_trace(error, dynamic_batch) from error
+            raise _cannot_trace(error, free) from error
     if program is None:
         raise ExportError("the exporter returned nothing")
     outputs = program.model.graph.outputs
@@ -173,7 +196,8 @@ def without_traces(module: nn.Module) -> nn.Module:
     network itself it would fix that size in the graph.
     """
     shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-    return copy.deepcopy(module, shared)
+    twin: nn.Module = copy.deepcopy(module, shared)
+    return twin
 
 
 class _Flat(nn.Module):
@@ -194,18 +218,14 @@ def _of_variadic(shapes: Any) -> dict[str, Any]:
     return {"kwargs": shapes} if isinstance(shapes, dict) else {"args": shapes}
 
 
-def _is_plain(module: nn.Module, example: Example) -> bool:
-    """Say whether torch sees into what ``module`` returns."""
-    with torch.inference_mode():
-        answer = without_traces(module)(*example.args, **example.kwargs)
+def _is_plain(answer: Any) -> bool:
+    """Say whether torch sees into what a network returned."""
     seen = torch.utils._pytree.tree_leaves(answer)
     return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen)
 
 
-def _outputs(module: nn.Module, example: Example) -> tuple[list[str], list[int]]:
+def _outputs(answer: Any) -> tuple[list[str], list[int]]:
     """Return names for the outputs in the network's order, and the order they are written in."""
-    with torch.inference_mode():
-        answer = without_traces(module)(*example.args, **example.kwargs)
     given = [leaf for _, leaf in leaves(answer) if isinstance(leaf, Tensor)]
     if len(given) < 2:
         return ["logits"] * len(given), list(range(len(given)))
@@ -218,7 +238,7 @@ def _outputs(module: nn.Module, example: Example) -> tuple[list[str], list[int]]
     return names, order
 
 
-def _cannot_trace(error: Exception, dynamic_batch: bool) -> ExportError:
+def _cannot_trace(error: Exception, free: Free) -> ExportError:
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -227,11 +247,14 @@ def _cannot_trace(error: Exception, dynamic_batch: bool) -> ExportError:
     user = re.findall(r'File "([^"]+)", line (\d+), in \w+\s*\n\s*(.+)', text)
     where = f"{user[-1][0]}:{user[-1][1]}: {user[-1][2].strip()}" if user else ""
     return ExportError(
-        f"torch cannot trace this network: {lines[0]}",
+        f"torch cannot trace this network: {' '.join(lines[: 2 if lines[0][-1] == ':' else 1])}",
         where=where,
         fix="Python that depends on the values of tensors must become torch.where or a module "
         "attribute"
-        + ("; if it depends on the batch size, export with dynamic_batch=False" * dynamic_batch),
+        + "; if it depends on the batch size, export with dynamic_batch=False (--fixed-batch)"
+        * free.batch
+        + "; if it depends on the image size, export without dynamic_size (--fixed-size)"
+        * free.size,
     )
 
 

@@ -46,6 +46,27 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     }
 
 
+def name_sizes(model: ir.Model) -> None:
+    """Call the free dimensions of images "height" and "width", whatever torch called them.
+
+    Raises:
+        ExportError: one of them is not free: the trace holds for one size.
+    """
+    names = {4: ("height", "width"), 5: ("depth", "height", "width")}
+    for value in model.graph.inputs:
+        shape = value.shape
+        if shape is None:
+            continue
+        for dim in range(2, len(shape)):
+            if isinstance(shape[dim], int):
+                raise ExportError(
+                    f"its code fixes dimension {dim} of {value.name!r} to {shape[dim]}",
+                    fix="Take sizes from x.shape, or export without dynamic_size (--fixed-size)",
+                )
+            if len(shape) in names:
+                shape[dim] = ir.SymbolicDim(names[len(shape)][dim - 2])
+
+
 def name_batch(model: ir.Model) -> None:
     """Call the free first dimension of every input and output "batch", whatever torch called it.
 
@@ -56,7 +77,8 @@ def name_batch(model: ir.Model) -> None:
         if value.shape is not None and isinstance(value.shape[0], int):
             raise ExportError(
                 f"its code fixes the batch to {value.shape[0]}",
-                fix="Take the batch from x.shape[0], or export with dynamic_batch=False",
+                fix="Take the batch from x.shape[0], or export with dynamic_batch=False "
+                "(--fixed-batch)",
             )
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):

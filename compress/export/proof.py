@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
-from compress.export.conversion import Example, outputs_of
+from compress.export.conversion import Example, Free, outputs_of
 from compress.export.ends import Preprocess
+from compress.groups.copying import full_copy
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output
 SLACK = 10.0  # how many times torch's own fp32 rounding error ONNX Runtime may be off
@@ -36,7 +36,7 @@ def check(
         ExportError: they differ; the message names the first node that does.
     """
     session = _session(path)
-    for label, inputs in _trials(example, images, dynamic=_is_dynamic(session)):
+    for label, inputs in _trials(example, images, _free_sizes(session)):
         reference = _answers(module, inputs, label)
         answers = _run(session, inputs, label)
         worst = difference(answers, reference)
@@ -97,9 +97,8 @@ def difference(answers: Iterable[Tensor], reference: Iterable[Tensor]) -> float:
     return worst
 
 
-def _trials(
-    example: Example, images: Tensor | None, *, dynamic: bool
-) -> Iterable[tuple[str, Example]]:
+def _trials(example: Example, images: Tensor | None, free: Free) -> Iterable[tuple[str, Example]]:
+    dynamic = free.batch
     yield "the example input", example
     generator = torch.Generator().manual_seed(0)
     sizes = (1, 3) if dynamic else (example.tensors[0].shape[0],)
@@ -107,6 +106,9 @@ def _trials(
         rows = example.of_batch(size)
         drawn = tuple(_random_like(tensor, generator) for tensor in rows.tensors)
         yield f"random inputs of batch {size}", rows.replaced(drawn)
+    for dim in (2, 3) if free.size else ():  # twice as high, then twice as wide
+        drawn = tuple(_random_like(_longer(t, dim), generator) for t in example.tensors)
+        yield f"random inputs of shape {tuple(drawn[0].shape)}", example.replaced(drawn)
     if images is not None:
         size = example.tensors[0].shape[0]
         some = images[:8].detach().cpu().float()
@@ -119,8 +121,9 @@ def _answers(module: nn.Module, inputs: Example, label: str) -> list[Tensor]:
         return outputs_of(module, inputs)
     except Exception as error:
         raise ExportError(
-            f"the network itself fails on {label}: {str(error).splitlines()[0]}",
-            fix="Export with dynamic_batch=False if it works for one batch size only",
+            f"the network itself fails on {label}: {(str(error).splitlines() or [repr(error)])[0]}",
+            fix="Export with dynamic_batch=False (--fixed-batch) if it works for one batch only, "
+            "without dynamic_size (--fixed-size) if for one image size",
         ) from error
 
 
@@ -153,7 +156,7 @@ def _is_rounding(
     module: nn.Module, inputs: Example, answers: list[Tensor], reference: list[Tensor]
 ) -> bool:
     """Return whether ONNX Runtime is about as near to the float64 truth as torch's fp32 is."""
-    exact = copy.deepcopy(module).double()
+    exact = full_copy(module).double()
     doubled = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
     try:
         truth = outputs_of(exact, inputs.replaced(doubled))
@@ -209,8 +212,13 @@ def _traced_values(traced: torch.export.ExportedProgram, inputs: Example) -> dic
     return values
 
 
-def _is_dynamic(session: Any) -> bool:
-    return isinstance(session.get_inputs()[0].shape[0], str)
+def _free_sizes(session: Any) -> Free:
+    shape = session.get_inputs()[0].shape
+    return Free(isinstance(shape[0], str), any(isinstance(size, str) for size in shape[2:]))
+
+
+def _longer(tensor: Tensor, dim: int) -> Tensor:
+    return torch.cat([tensor, tensor], dim) if tensor.ndim > dim else tensor
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

@@ -30,7 +30,7 @@ def full_copy(model: nn.Module) -> nn.Module:
 
 def aliasing_copy(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` whose tensors still share their memory with it."""
-    return _copy(model, lambda t: t.detach())
+    return _copy(model, lambda t: t.detach().clone() if t.is_inference() else t.detach())
 
 
 def own_storage(copied: nn.Module, except_for: Container[str]) -> None:
@@ -38,6 +38,15 @@ def own_storage(copied: nn.Module, except_for: Container[str]) -> None:
     for name, tensor in named_tensors(copied):
         if name not in except_for:
             tensor.data = tensor.data.clone()
+
+
+def memory_format_of(tensor: Tensor) -> torch.memory_format:
+    """Return how ``tensor`` is laid out: channels last where that differs from contiguous."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.ndim)
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def _plain_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any] | None:

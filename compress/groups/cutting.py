@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PlanError
-from compress.groups.copying import named_tensors
+from compress.groups.copying import memory_format_of, named_tensors
 from compress.groups.counts import write_attribute
 from compress.groups.network import Positions
 
@@ -52,6 +52,7 @@ def _shortened(tensor: Tensor, dims: Mapping[int, Positions]) -> Tensor:
             into.copy_(_selected(whole.index_select(0, piece), index))
     else:
         values = _selected(whole, index)
+    values = values.contiguous(memory_format=memory_format_of(whole))
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values, tensor.requires_grad)
     return values

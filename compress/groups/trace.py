@@ -23,17 +23,20 @@ from compress.groups.replay import MismatchError, Replay, ReplayCalls
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer
 from compress.groups.units import find_units, layer_name
+from compress.inputs import example_of
+from compress.modules import network_of, set_mode, with_gradients
 from compress.outputs import tensors_of
 
-Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]  # or a shape
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
 
+@with_gradients()
 def trace(model: nn.Module, example_input: Example) -> Network:
     """Return the groups of channels of ``model`` that can be cut, and what each layer costs.
 
     Args:
-        model: Any network; its parameters, mode and hooks are left as they are.
+        model: Any network, in a wrapper or not; parameters, mode and hooks are left as they are.
         example_input: One input, a tuple of positional inputs, or a dict of keyword inputs. Only
             shapes and types matter, unless the program asks for the value of a tensor or hooks
             of the user's hang on modules: then a copy of the network runs on the values.
@@ -41,6 +44,7 @@ def trace(model: nn.Module, example_input: Example) -> Network:
     Raises:
         PlanError: the network cannot be run on the example, or nothing in it can be cut.
     """
+    model = network_of(model)
     distrusted: dict[Key, str] = {}
     with_values = _has_own_hooks(model)
     for number in range(_ROUNDS):
@@ -69,7 +73,12 @@ def trace(model: nn.Module, example_input: Example) -> Network:
 
 
 def inputs_of(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments for a call with ``example_input``."""
+    """Return positional and keyword arguments for a call with ``example_input``.
+
+    Raises:
+        UsageError: it holds no tensor.
+    """
+    example_input = example_of(example_input)
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     if isinstance(example_input, Tensor):
@@ -169,7 +178,7 @@ class _Traced:
         training: bool,
         before: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> _Forward:
-        self._model.train(training)
+        set_mode(self._model, training=training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
         tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted, self._on)
         for tensor in run_traced(self._model, self._inputs_in(training), tracer):
@@ -183,10 +192,7 @@ class _Traced:
         inputs = tree_map(_copied, self._inputs)  # a network may write into them
         if not training or _batch_size(inputs) > 1:
             return inputs
-        return tree_map(
-            lambda t: torch.cat([t, t]) if isinstance(t, Tensor) and t.ndim and len(t) == 1 else t,
-            inputs,
-        )
+        return tree_map(_twice, inputs, is_leaf=_is_images)
 
     def _unused(self) -> bool:
         touched = self._forwards[0].record.touched
@@ -298,7 +304,7 @@ class _Traced:
         cut(model, self.network.kept_positions(keep), self.network.attributes(kept))
         for number, forward in enumerate(self._forwards):
             replay = Replay(forward.record, stays, self._on)
-            model.train(forward.training)
+            set_mode(model, training=forward.training)
             try:
                 run_traced(model, self._inputs_in(forward.training), replay)
                 replay.check_finished()
@@ -375,8 +381,26 @@ def _to_meta(value: Any) -> Any:
 
 
 def _batch_size(inputs: Any) -> int:
-    first = next((t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), None)
-    return int(first.shape[0]) if first is not None else 1
+    for leaf in tree_leaves(inputs, is_leaf=_is_images):
+        if _is_images(leaf) or (isinstance(leaf, Tensor) and leaf.ndim):
+            return len(leaf)
+    return 1
+
+
+def _twice(value: Any) -> Any:
+    if _is_images(value):
+        return [*value, *value]
+    is_one = isinstance(value, Tensor) and value.ndim and len(value) == 1
+    return torch.cat([value, value]) if is_one else value
+
+
+def _is_images(value: Any) -> bool:
+    """Say whether ``value`` is a list of images (C, H, W) of any sizes, as detectors take them."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(each, Tensor) and each.ndim == 3 for each in value)
+    )
 
 
 def _dim_of(axes: Axes, axis: Any, default: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -73,7 +72,10 @@ def count(model: nn.Module, example_input: Any) -> Count:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    clone = copy.deepcopy(model).eval()
+    from compress.modules import network_of
+
+    model = network_of(model)
+    clone = _in_eval_mode(model)
     place = torch.device("cpu")
     if all(p.device == place for p in clone.parameters()):
         place = torch.device("meta")
@@ -82,8 +84,17 @@ def count(model: nn.Module, example_input: Any) -> Count:
     except (RuntimeError, NotImplementedError, TypeError, ValueError):
         # Tensors that are no buffers stay behind, and values that steer the forward pass are
         # unknown on meta: such a network is counted where it lives.
-        flops = _flops_in_place(copy.deepcopy(model).eval(), example_input, FlopCounterMode)
+        flops = _flops_in_place(_in_eval_mode(model), example_input, FlopCounterMode)
     return Count(params=sum(p.numel() for p in model.parameters()), macs=flops // 2)
+
+
+def _in_eval_mode(model: nn.Module) -> nn.Module:
+    from compress.groups.copying import full_copy
+    from compress.modules import set_mode
+
+    clone = full_copy(model)
+    set_mode(clone, training=False)
+    return clone
 
 
 def _flops_in_place(model: nn.Module, example_input: Any, counter: Any) -> int:

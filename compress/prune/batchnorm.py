@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.errors import DataError, UsageError
-from compress.prune.evidence import evaluating
+from compress.inputs import read_batches
+from compress.modules import evaluating
 
 
-def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> nn.Module:
+def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Estimate the running mean and variance of every BatchNorm from ``batches``, in place.
 
     The statistics are plain averages over the batches (nothing of the old ones is left); weights,
@@ -41,8 +43,9 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum, norm.training = None, True  # None: a plain average
-            for images, *_ in batches:
-                model(images.to(device))
+            for batch in read_batches(batches):
+                inputs = batch.to(device)
+                model(*inputs.args, **inputs.kwargs)
                 count += 1
         if not count:
             raise UsageError("batches holds no images", fix="Give at least one batch")
@@ -61,7 +64,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, Tens
     return model
 
 
-def rebase_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) -> nn.Module:
+def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     """Set the statistics of every BatchNorm to those of ``batches``; the answers stay, in place.
 
     Scale and shift take up what the statistics change by. A network whose weights were fitted
@@ -89,8 +92,9 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[tuple[Tensor, ...]]) ->
     hooks = [norm.register_forward_pre_hook(moments) for norm, moments in seen.items()]
     try:
         with evaluating(model), torch.no_grad():
-            for images, *_ in batches:
-                model(images.to(device))
+            for batch in read_batches(batches):
+                inputs = batch.to(device)
+                model(*inputs.args, **inputs.kwargs)
                 count += 1
     finally:
         for hook in hooks:

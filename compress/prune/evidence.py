@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -15,30 +14,22 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from compress.criteria import Evidence, Need
-from compress.errors import DataError, PlanError, UsageError
+from compress.errors import CompressError, DataError, PlanError, UsageError
 from compress.groups import Group, Network, Slice
+from compress.inputs import Inputs, read_batches
+from compress.modules import evaluating, with_gradients
 from compress.outputs import logits_of
 from compress.prune.loss import FittingLoss, Loss, checked
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[Any]  # each as ``compress.inputs.read_batch`` reads it
 Place = tuple[str, int]  # a parameter and one of its dimensions
 
+LABELLED = ("gradients", "hessian")
 WATCHED = ("activations", "correlations")  # without gradients, in batches as they come
 PLACES = 16  # of each image that correlations are taken at
 
 
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put ``model`` into eval mode and leave every module's mode as it was found."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
+@with_gradients()
 def evidence(  # noqa: PLR0913 - options of criteria, each by its name
     model: nn.Module,
     network: Network,
@@ -58,7 +49,8 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
         model: The network to be pruned.
         network: What ``trace`` returned for it.
         need: "gradients", "answers", "hessian", "activations" or "correlations".
-        batches: Images, float32 (B, C, H, W), and their targets, as ``FittingLoss`` takes them.
+        batches: Images, float32 (B, C, H, W), alone or with their targets, as ``read_batch`` reads
+            them; "gradients" and "hessian" need targets, as ``FittingLoss`` takes them.
         images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
         temperature: Divides the logits that "answers" are drawn from.
         seed: Seed of the answers drawn, and of the random signs behind the curvature.
@@ -72,10 +64,11 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
     fitting = FittingLoss()
     of = fitting if loss is None else functools.partial(checked, loss)
     size = None if need in WATCHED else images_per_gradient
+    is_labelled = need in LABELLED
     chunks = (
-        (images.to(device), target.to(device))
-        for batch in batches
-        for images, target in _chunks(batch, size, fitting)
+        chunk.to(device)
+        for batch in read_batches(batches)
+        for chunk in _chunks(batch, size, fitting if loss is None and is_labelled else None)
     )
     with evaluating(model):
         if need == "activations":
@@ -93,13 +86,28 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
     return found
 
 
-def _chunks(
-    batch: tuple[Tensor, Tensor], size: int | None, fitting: FittingLoss
-) -> Iterator[tuple[Tensor, Tensor]]:
-    images, target = batch
-    fitting.see(target)
-    size = size or len(images)
-    yield from zip(torch.split(images, size), torch.split(target, size), strict=True)
+def _chunks(batch: Inputs, size: int | None, fitting: FittingLoss | None) -> Iterator[Inputs]:
+    if fitting is not None:
+        fitting.see(batch.target)
+    yield from [batch] if size is None else batch.split(size)
+
+
+def _run(model: nn.Module, inputs: Inputs, weights: dict[str, Tensor] | None = None) -> Any:
+    """Return what ``model`` answers a batch, with other weights if they are given.
+
+    Raises:
+        DataError: it does not run on it.
+    """
+    try:
+        return torch.func.functional_call(model, weights or {}, inputs.args, dict(inputs.kwargs))
+    except CompressError:
+        raise
+    except Exception as error:
+        raise DataError(
+            f"the network does not run on a batch: {type(error).__name__}: {error}",
+            where="batches",
+            expected="inputs of the type and shape of the example, such as float32 (B, C, H, W)",
+        ) from error
 
 
 def _places(network: Network) -> dict[str, list[int]]:
@@ -113,13 +121,13 @@ def _places(network: Network) -> dict[str, list[int]]:
 
 
 def _products(
-    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]], loss_of: Loss
+    model: nn.Module, network: Network, chunks: Iterable[Inputs], loss_of: Loss
 ) -> Evidence | None:
     places = _places(network)
     rows: dict[Place, list[Tensor]] = defaultdict(list)
-    for images, target in chunks:
-        weights, output = _outputs(model, places, images)
-        loss = loss_of(output, target)
+    for inputs in chunks:
+        weights, output = _outputs(model, places, inputs)
+        loss = loss_of(output, inputs.target)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             product = (weight * gradient).detach()
@@ -131,7 +139,7 @@ def _products(
 def _curvatures(
     model: nn.Module,
     network: Network,
-    chunks: Iterable[tuple[Tensor, Tensor]],
+    chunks: Iterable[Inputs],
     seed: int,
     loss_of: Loss,
 ) -> Evidence | None:
@@ -139,9 +147,9 @@ def _curvatures(
     generator = torch.Generator().manual_seed(seed)
     totals: dict[Place, Tensor] = {}
     samples = 0
-    for images, target in chunks:
-        weights, output = _outputs(model, places, images)
-        loss = loss_of(output, target)
+    for inputs in chunks:
+        weights, output = _outputs(model, places, inputs)
+        loss = loss_of(output, inputs.target)
         values = list(weights.values())
         signs = [(torch.randint(0, 2, v.shape, generator=generator) * 2 - 1).to(v) for v in values]
         first = torch.autograd.grad(loss, values, create_graph=True, materialize_grads=True)
@@ -159,12 +167,17 @@ def _curvatures(
 
 
 def _outputs(
-    model: nn.Module, names: Iterable[str], images: Tensor
+    model: nn.Module, names: Iterable[str], inputs: Inputs
 ) -> tuple[dict[str, Tensor], Any]:
     """Return parameters that share the model's memory but not its gradients, and the output."""
     known = dict(model.named_parameters(remove_duplicate=False))
-    weights = {name: known[name].detach().requires_grad_() for name in names}
-    return weights, torch.func.functional_call(model, weights, (images,))
+    weights = {name: _leaf(known[name]) for name in names}
+    return weights, _run(model, inputs, weights)
+
+
+def _leaf(parameter: Tensor) -> Tensor:
+    value = parameter.detach()
+    return (value.clone() if value.is_inference() else value).requires_grad_()
 
 
 class _DrawnAnswers:
@@ -259,7 +272,7 @@ def _readers(model: nn.Module, network: Network) -> Iterator[tuple[Group, Slice,
 
 def _watched(
     model: nn.Module,
-    chunks: Iterable[tuple[Tensor, Tensor]],
+    chunks: Iterable[Inputs],
     watches: Iterable[tuple[nn.Module, Callable[..., None]]],
 ) -> bool:
     """Run ``model`` while ``watches`` see what enters their modules; say whether it ever ran."""
@@ -267,8 +280,8 @@ def _watched(
     seen = False
     try:
         with torch.no_grad():
-            for images, _ in chunks:
-                model(images)
+            for inputs in chunks:
+                _run(model, inputs)
                 seen = True
     finally:
         for remove in removals:
@@ -276,9 +289,7 @@ def _watched(
     return seen
 
 
-def _activations(
-    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]]
-) -> Evidence | None:
+def _activations(model: nn.Module, network: Network, chunks: Iterable[Inputs]) -> Evidence | None:
     watches: dict[str, tuple[nn.Module, _Watch]] = {}
     for _, piece, owner in _readers(model, network):
         dim = -1 if isinstance(owner, nn.Linear) else 1
@@ -295,7 +306,7 @@ def _activations(
 
 
 def _correlations(
-    model: nn.Module, network: Network, chunks: Iterable[tuple[Tensor, Tensor]], seed: int
+    model: nn.Module, network: Network, chunks: Iterable[Inputs], seed: int
 ) -> Evidence | None:
     watches: dict[tuple[str, str], tuple[nn.Module, _Mixing]] = {
         (piece.tensor, group.name): (owner, _Mixing(piece, seed))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,18 @@ from torch import nn
 
 from compress.errors import PlanError
 from compress.groups import Network
-from compress.groups.trace import Example
+from compress.groups.copying import full_copy
+from compress.groups.trace import Example, inputs_of
 from compress.latency_table import (
     LatencyTable,
     LayerShape,
     kernel_step,
     table_for,
 )
+from compress.modules import evaluating
 from compress.progress import task
 from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
-from compress.prune.evidence import evaluating
 from compress.prune.promise import TOLERANCE, Promise, Stopwatch
 from compress.prune.selection import Ladder
 from compress.surgery import apply_pruning, make_plan
@@ -225,6 +226,7 @@ class LayerTimes:
 def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerShape]:
     """Return the shape of every convolution and linear layer that runs, by its weight's name."""
     found: dict[str, LayerShape] = {}
+    model = full_copy(model)  # its caches and hooks are not the caller's
 
     def note(name: str) -> Callable[..., None]:
         def hook(module: Any, inputs: Any, _output: Any) -> None:
@@ -232,22 +234,13 @@ def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerSh
 
         return hook
 
-    hooks = [
-        module.register_forward_hook(note(name))
-        for name, module in model.named_modules()
-        if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-        and "weight" in module._parameters
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            if isinstance(example_input, Mapping):
-                model(**example_input)
-            else:
-                is_one = isinstance(example_input, torch.Tensor)
-                model(*((example_input,) if is_one else example_input))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for name, module in model.named_modules():
+        is_layer = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        if is_layer and "weight" in module._parameters:
+            module.register_forward_hook(note(name))
+    args, kwargs = inputs_of(example_input)
+    with evaluating(model), torch.no_grad():
+        model(*args, **kwargs)
     return found
 
 

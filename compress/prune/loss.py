@@ -32,8 +32,21 @@ class FittingLoss:
         self.kind: Kind | None = None
         self._whole: Tensor | None = None
 
-    def see(self, target: Tensor) -> None:
-        """Look at the targets of a whole batch before parts of it are computed."""
+    def see(self, target: Any) -> None:
+        """Look at the targets of a whole batch before parts of it are computed.
+
+        Raises:
+            DataError: there are none, or they are no tensor.
+        """
+        if not isinstance(target, Tensor):
+            raise DataError(
+                "the batches hold images without targets"
+                if target is None
+                else f"the targets of a batch are a {type(target).__name__}",
+                where="batches",
+                expected="(images, targets), with one tensor of targets",
+                fix=_FIX,
+            )
         self._whole = target
 
     def __call__(self, output: Any, target: Tensor) -> Tensor:

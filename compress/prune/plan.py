@@ -16,6 +16,8 @@ from compress.criteria import Criterion
 from compress.errors import PlanError, UsageError
 from compress.groups import Network, trace
 from compress.groups.trace import Example
+from compress.inputs import example_of, read_batches
+from compress.modules import network_of, with_gradients
 from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
 from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.evidence import Batches
@@ -53,6 +55,7 @@ class Limits:
             raise UsageError(f"max_cut is {self.max_cut!r}", expected="a share above 0, at most 1")
 
 
+@with_gradients()
 def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     model: nn.Module,
     example_input: Example,
@@ -77,8 +80,9 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     """Decide which channels of ``model`` to cut, so that one budget is kept.
 
     Args:
-        model: A trained network. Not modified.
-        example_input: An input for one image, (1, C, H, W), or a tuple or dict of several.
+        model: A trained network, in a wrapper (compiled, DataParallel, EMA) or not. Not modified.
+        example_input: An input for one image, (1, C, H, W), its shape, or a tuple or dict of
+            several.
         criterion: Name of a criterion, ``{name: options}``, or a criterion.
         keep_macs: Share of the multiply-accumulates that is kept at most, in (0, 1].
         keep_params: Share of the parameters that is kept at most, in (0, 1].
@@ -96,7 +100,8 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         min_channels: Channels that every group keeps at least.
         max_cut: Largest share of a group's channels that may go, in (0, 1].
         exclude: Layers, or modules holding layers, whose output channels stay.
-        batches: Images (B, C, H, W) and labels (B,), for criteria that need data.
+        batches: For criteria that need data, as ``compress.inputs.read_batch`` reads them: images
+            (B, C, H, W) alone (taylor and hessian need targets), (images, targets), dicts.
         loss: ``loss(outputs, targets)``, a scalar, for criteria that take its gradients (taylor,
             hessian): ``outputs`` is what ``model`` returns, ``targets`` comes from ``batches``. By
             default cross-entropy for classes and rows of probabilities, binary cross-entropy for
@@ -121,7 +126,11 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     _check_choice("ranking", ranking, get_args(Ranking))
     _check_choice("normalize", normalize, get_args(Normalize))
     scorer = build_criterion(criterion, seed)
+    model, example_input = network_of(model), example_of(example_input)
+    if batches is not None:
+        batches = read_batches(batches, example_input)
     network = trace(model, example_input)
+    _check_counted(network, budget)
     excluded = _excluded(model, network, limits.exclude)
     _check_something_to_cut(network, excluded)
     way = _normalize(normalize, scorer)
@@ -156,6 +165,26 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     if network.side_outputs:
         about["side_outputs"] = list(network.side_outputs)
     return make_plan(_with_excluded(network, excluded), keep, **about)
+
+
+def _check_counted(network: Network, budget: Budget) -> None:
+    """Refuse a budget of MACs where layers ran on nothing: their share is unknown.
+
+    Raises:
+        PlanError: there are such layers, as in a head for detections where nothing was detected.
+    """
+    idle = [
+        name.removesuffix(".weight") for name, layer in network.layers.items() if not layer.macs
+    ]
+    if budget.kind != "macs" or not idle:
+        return
+    more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
+    raise PlanError(
+        f"keep_macs cannot be held: on the example input {', '.join(idle[:5])}{more} ran on empty "
+        "tensors, so that their multiply-accumulates are unknown",
+        fix="Give an example on which they compute something, such as an image with detections, or "
+        "a budget in parameters or channels",
+    )
 
 
 def _note_side_outputs(network: Network) -> None:

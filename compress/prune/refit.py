@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import UsageError
+from compress.inputs import read_batches
+from compress.modules import evaluating
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
-from compress.prune.evidence import evaluating
 from compress.prune.joins import Join, Sums, joins
 from compress.surgery import PrunePlan
 
@@ -74,7 +75,7 @@ def refit(
     """
     device = next(pruned.parameters()).device
     batches = list(batches)
-    images = [batch[0].to(device) for batch in batches]
+    images = [batch.to(device).args[0] for batch in read_batches(batches)]
     if not images:
         raise UsageError("batches holds no images", fix="Give at least one batch")
     with evaluating(pruned), evaluating(original), torch.no_grad():

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from compress.errors import EngineError, UsageError
+from compress.groups.copying import full_copy
+from compress.modules import network_of, set_mode
 from compress.outputs import tensors_of
 from compress.runtimes._session import BuildRequest, TensorSpec
 
@@ -70,13 +72,9 @@ class Pytorch:
             EngineError: there is no such GPU, or the path is not a stage folder.
         """
         device = self._device()
-        if isinstance(path, nn.Module):
-            import copy
-
-            model = copy.deepcopy(path)
-        else:
-            model = _load(path)
-        model = model.eval().requires_grad_(False).to(device, DTYPES[self.dtype])
+        model = _load(path) if isinstance(path, Path) else full_copy(network_of(path))
+        set_mode(model, training=False)
+        model = model.requires_grad_(False).to(device, DTYPES[self.dtype])
         if self.channels_last:
             model = model.to(memory_format=torch.channels_last)
         return PytorchSession(model, self, device)

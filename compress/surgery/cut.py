@@ -7,20 +7,23 @@ from torch import Tensor, nn
 from compress.errors import PlanError, did_you_mean
 from compress.groups.copying import aliasing_copy, named_tensors, own_storage
 from compress.groups.cutting import cut
+from compress.modules import network_of, with_gradients
 from compress.surgery.plan import PrunePlan
 
 
+@with_gradients()
 def apply_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """Return a pruned copy of ``model``: fewer channels, the same class and names.
 
     Args:
-        model: The network the plan was made for, or a fresh one from the same constructor. It is
-            left as it is.
+        model: The network the plan was made for (in a wrapper or not), or a fresh one from the same
+            constructor. It is left as it is.
         plan: What to cut.
 
     Raises:
         PlanError: the plan was made for another network.
     """
+    model = network_of(model)
     check_fit(model, plan)
     small = aliasing_copy(model)
     cut(small, plan.tensors, plan.attributes)

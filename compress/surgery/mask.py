@@ -22,12 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compress.errors import PlanError
 from compress.groups.calls import WatchedCalls, whole_name
 from compress.groups.copying import full_copy, named_tensors
+from compress.modules import network_of, with_gradients
 from compress.surgery.cut import check_fit
 from compress.surgery.plan import Dims, KeptOnly, PrunePlan
 
 _NORMALIZED = ("norm", "softmax", "attention", "cumsum", "cumprod")  # 0 where cut; statistics get 1
 
 
+@with_gradients()
 def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """Return the masked twin: equal to the pruned network on every input, in eval mode.
 
@@ -38,6 +40,7 @@ def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     Raises:
         PlanError: the plan was made for another network.
     """
+    model = network_of(model)
     check_fit(model, plan)
     twin = full_copy(model)
     tensors = dict(named_tensors(twin))

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map
 from compress.errors import PlanError
 from compress.groups.copying import full_copy
 from compress.groups.trace import Example, inputs_of, undisturbed
+from compress.inputs import example_of
+from compress.modules import network_of, set_mode, with_gradients
 from compress.outputs import leaves
 from compress.surgery.cut import apply_pruning
 from compress.surgery.mask import mask_pruning
@@ -20,6 +22,7 @@ from compress.surgery.plan import PrunePlan
 TOLERANCE = 1e-4  # relative to the largest answer; beyond it, float64 decides
 
 
+@with_gradients()
 def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
     """Return the largest difference of pruned network and masked twin, relative to the twin.
 
@@ -34,10 +37,12 @@ def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
     Raises:
         PlanError: the network returns nothing that could be compared.
     """
+    model = network_of(model)
     difference = _difference(model, plan, example_input)
     if difference <= TOLERANCE:
         return difference
-    return _difference(full_copy(model).double(), plan, tree_map(_double, example_input))
+    doubled = tree_map(_double, example_of(example_input))
+    return _difference(full_copy(model).double(), plan, doubled)
 
 
 def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
@@ -58,7 +63,8 @@ def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> fl
 
 def _answers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     own, named = tree_map(_clone, (args, kwargs))  # a network may write into its inputs
-    return [_value(leaf) for _, leaf in leaves(model.eval()(*own, **named)) if leaf is not None]
+    set_mode(model, training=False)
+    return [_value(leaf) for _, leaf in leaves(model(*own, **named)) if leaf is not None]
 
 
 def _value(leaf: Any) -> Any:

@@ -138,6 +138,30 @@ def test_fixed_batch_is_fixed(small: Small, tmp_path: Path) -> None:
     assert [dim.dim_value for dim in dims] == [4, 3, 8, 8]
 
 
+def test_height_and_width_are_free_where_asked(small: Small, image: Tensor, tmp_path: Path) -> None:
+    path = export_onnx(small, image, tmp_path / "x.onnx", dynamic_size=True)
+    dims = onnx.load(str(path)).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == ["batch", 3, "height", "width"]
+    other = torch.randn(2, 3, 12, 21)
+    expected = copy.deepcopy(small).eval()(other).detach().numpy()
+    np.testing.assert_allclose(answer(path, other.numpy()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_free_size_and_a_fixed_batch_go_together(small: Small, tmp_path: Path) -> None:
+    path = export_onnx(
+        small, (1, 3, 8, 8), tmp_path / "x.onnx", dynamic_batch=False, dynamic_size=True
+    )
+    dims = onnx.load(str(path)).graph.input[0].type.tensor_type.shape.dim
+    assert [dim.dim_param or dim.dim_value for dim in dims] == [1, 3, "height", "width"]
+
+
+def test_a_size_that_the_code_fixes_is_told(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(2 * 8 * 8, 4))
+    with pytest.raises(ExportError, match="--fixed-size"):
+        export_onnx(network, torch.randn(1, 3, 8, 8), tmp_path / "x.onnx", dynamic_size=True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_preprocess_and_softmax_in_the_graph_equal_torch_around_it(
     small: Small, image: Tensor, tmp_path: Path
 ) -> None:
@@ -247,7 +271,7 @@ def test_ends_that_do_not_fit_say_why(
         ends.attach(graph, preprocess, softmax=preprocess is None)
 
 
-@pytest.mark.parametrize("example", [torch.tensor(1.0), torch.zeros(0, 3), [1, 2]])
+@pytest.mark.parametrize("example", [torch.tensor(1.0), torch.zeros(0, 3), [torch.zeros(1, 3), 2]])
 def test_example_without_batch_is_refused(tmp_path: Path, example: object) -> None:
     with pytest.raises(ExportError, match="example input holds"):
         export_onnx(nn.Identity(), example, tmp_path / "x.onnx")  # type: ignore[arg-type]

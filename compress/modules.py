@@ -1,0 +1,126 @@
+"""Networks as people pass them: out of wrappers, checked, put into a mode and back."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from compress.errors import ModelError
+
+_INSIDE = ("_orig_mod", "module", "ema_model", "ema", "_original_module")  # in wrappers
+_BESIDE = {"online_model", "model", "_forward_module"}  # the trained one, next to its average
+_WRAPPER = re.compile(r"EMA|Ema(?![a-z])|Averag|Parallel|^OptimizedModule$|^_FabricModule$")
+_HOLDS = ("model", "net", "network", "module", "backbone")  # where other objects keep a network
+
+
+def network_of(model: Any) -> nn.Module:
+    """Return the network itself, out of the wrappers that compile, parallelize or average it.
+
+    Known are ``torch.compile``, ``DataParallel``, ``DistributedDataParallel``, ``AveragedModel``,
+    Lightning Fabric's module, and classes named after an average (EMA) that keep a network in
+    ``module``, ``ema`` or ``ema_model``.
+
+    Raises:
+        ModelError: it is no network whose program can be followed; the message says what to pass.
+    """
+    while (inner := _wrapped(model)) is not None:
+        model = inner
+    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            "is no network", where=name, expected="a torch.nn.Module", fix=_advice(model)
+        )
+    for place, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                "is a TorchScript module, whose program cannot be followed or changed",
+                where=place or name,
+                fix="Pass the network as it was before torch.jit.script or torch.jit.trace",
+            )
+    if type(model).forward is nn.Module.forward and "forward" not in vars(model):
+        raise ModelError("defines no forward: it is no network", where=name, fix=_advice(model))
+    for place, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ModelError(
+                f"{place} has no shape yet, as in lazy modules that never ran",
+                where=name,
+                fix="Run the network once on an example input",
+            )
+    return model
+
+
+def set_mode(model: nn.Module, *, training: bool) -> None:
+    """Put ``model`` into training or eval mode, also where its ``train`` means something else."""
+    if _switches_mode(type(model).train):
+        model.train(training)
+    else:
+        nn.Module.train(model, training)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put ``model`` into eval mode and leave every module's mode as it was found."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        set_mode(model, training=False)
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def with_gradients() -> Iterator[None]:
+    """Record gradients and make ordinary tensors, inside ``no_grad`` and ``inference_mode`` too."""
+    with torch.inference_mode(mode=False), torch.enable_grad():
+        yield
+
+
+def _wrapped(model: Any) -> Any:
+    """Return what a wrapper holds; None if ``model`` is none."""
+    if isinstance(model, torch.jit.ScriptModule) or not _WRAPPER.search(type(model).__name__):
+        return None
+    held = _held(model)
+    place = next((name for name in _INSIDE if name in held), None)
+    if place is None:
+        return None
+    if isinstance(model, nn.Module) and (
+        model._parameters or not set(held) <= {place, *_BESIDE, *_INSIDE}
+    ):
+        return None  # a network of its own that is named like a wrapper
+    return held[place]
+
+
+def _held(model: Any) -> dict[str, nn.Module]:
+    """Return the networks that an object keeps in its attributes."""
+    found = dict(getattr(model, "__dict__", {}))
+    if isinstance(model, nn.Module) and not isinstance(model, torch.jit.ScriptModule):
+        found |= model._modules
+    return {name: value for name, value in found.items() if isinstance(value, nn.Module)}
+
+
+def _advice(model: Any) -> str:
+    held = _held(model)
+    name = next((name for name in _HOLDS if name in held), next(iter(held), None))
+    if name is None:
+        return "Pass the network itself"
+    return f"Pass the network that it holds: model.{name} (a {type(held[name]).__name__})"
+
+
+def _switches_mode(train: Any) -> bool:
+    """Say whether ``train`` is called with the mode alone, as ``nn.Module.train`` is."""
+    try:
+        _, *options = inspect.signature(train).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    if not options or any(each.default is each.empty for each in options[1:]):
+        return False
+    first = options[0]
+    return first.name == "mode" or isinstance(first.default, bool)

@@ -139,13 +139,18 @@ def task(description: str, total: float | None = None) -> Iterator[Task]:
         _depth.reset(token)
 
 
-def warn(text: str) -> None:
-    """Say on stderr what is likely to be a mistake, above the bars; silent unless asked."""
+def say(text: str, style: str = "dim") -> None:
+    """Print a line on stderr, above the bars; silent unless asked."""
     bars = _bars.get()
     if bars == "lines":
-        sys.stderr.write(f"compress: warning: {text}\n")
+        sys.stderr.write(f"{text}\n")
     elif bars is not None:
-        bars.console.print(f"compress: warning: {text}", style="yellow", markup=False)
+        bars.console.print(text, style=style, markup=False)
+
+
+def warn(text: str) -> None:
+    """Say on stderr what is likely to be a mistake, above the bars; silent unless asked."""
+    say(f"compress: warning: {text}", "yellow")
 
 
 def stop() -> None:

@@ -31,6 +31,17 @@ class ModelSettings(Settings):
     options: dict[str, Any] = Field({}, description="Further arguments of the constructor")
 
 
+OWN = ".py:"  # in the name of data that the user's own file gives
+
+
+def data_reference(reference: str) -> dict[str, str]:
+    """Return the name and root that a DATA reference such as ``npz:digits.npz`` stands for."""
+    if OWN in reference:
+        return {"name": "dataset", "root": reference.removeprefix("dataset:")}
+    name, _, root = reference.partition(":")
+    return {"name": name} | ({"root": root} if root else {})
+
+
 class DataSettings(Settings):
     """The images, how they are prepared, and how they are split."""
 
@@ -57,7 +68,9 @@ class DataSettings(Settings):
     @classmethod
     def _kind_with_options(cls, value: Any) -> Any:
         """Accept ``{voc: {root: DIR, labels: classes}}``: a kind with all of its options."""
-        if not isinstance(value, dict) or "name" in value or len(value) != 1:
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            return value | data_reference(value["name"]) if OWN in value["name"] else value
+        if not isinstance(value, dict) or len(value) != 1:
             return value
         name, given = next(iter(value.items()))
         if name in cls.model_fields or not isinstance(given, dict | None):

@@ -182,4 +182,4 @@ def test_the_command_line_warns_before_the_first_stage(monkeypatch, capsys, tmp_
     with pytest.raises(SystemExit):
         cli.main()
     error = capsys.readouterr().err
-    assert error.startswith("compress: warning: stages[0].train: ")
+    assert error.splitlines()[1].startswith("compress: warning: stages[0].train: ")

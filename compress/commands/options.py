@@ -23,8 +23,9 @@ def present(given: Given, **names: str) -> dict[str, Any]:
 
 def data_part(given: Given) -> dict[str, Any]:
     """Return the data part of a recipe from ``--data`` and the options beside it."""
-    kind, _, root = given["data"].partition(":")
-    part: dict[str, Any] = {"name": kind} | ({"root": root} if root else {})
+    from compress.settings import data_reference
+
+    part: dict[str, Any] = data_reference(given["data"])
     part |= present(given, **{option: option for option in DATA_OPTIONS})
     if given.get("image_size") is not None:
         part["image_size"] = _sides(given["image_size"])

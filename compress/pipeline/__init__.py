@@ -70,8 +70,8 @@ def run(
 
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []
-    doubts = list(cautions.of_training(chosen, dataset))
-    for line in doubts:
+    progress.say(dataset.summary())
+    for line in cautions.of_training(chosen, dataset):
         progress.warn(line)
     for number, (verb, settings) in enumerate(_stages(chosen)):
         stage = job.run.stage(number, verb)

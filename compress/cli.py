@@ -459,6 +459,35 @@ def bundle(
     _print(commands.bundle(run, out))
 
 
+@app.command(epilog=example("init --model net.py:Net --weights net.pt --data imagefolder:photos"))
+def init(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Where network, weights and images lie")] = Path(),
+    model: Annotated[str | None, typer.Option(help="MODEL; looked for if absent")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights; looked for if absent")] = None,
+    data: Annotated[str | None, typer.Option(help="DATA; looked for if absent")] = None,
+    image_size: ImageSize = None,
+    task: Annotated[str | None, typer.Option(help="Task; that of the data if absent")] = None,
+    keep_macs: Annotated[
+        float | None, typer.Option(help="Share of the MACs to keep; 0.5 if absent")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Runtimes; the installed ones if absent")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Recipe to write; DIR/compress.yaml if absent")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a recipe")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,
+) -> None:
+    """Look at a folder and write a commented recipe for it."""
+
+    def ask(what: str, found: str) -> str:
+        return str(typer.prompt(what, default=found or None, err=True))
+
+    _print(commands.init(ctx.params, None if yes or not sys.stdin.isatty() else ask))
+
+
 @app.command(epilog=example("check mine.yaml --set data.root=photos"))
 def check(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],

@@ -1,6 +1,7 @@
 """What each command does: options to a recipe or to one call, and its answer ready to print."""
 
 from compress.commands.artifacts import bench, build, bundle, compare, export, lint, report, verify
+from compress.commands.beginning import init
 from compress.commands.layers import sensitivity
 from compress.commands.showing import doctor, list_plugins, schema, show
 from compress.commands.verbs import (
@@ -25,6 +26,7 @@ __all__ = [
     "doctor",
     "dry_run",
     "export",
+    "init",
     "lint",
     "list_plugins",
     "prune",

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -71,6 +72,28 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
 
 
+def names(kind: str) -> Callable[[str], list[str]]:
+    """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [name for name in commands.names_of(kind) if name.startswith(incomplete)]
+
+    return completed
+
+
+def _shown(incomplete: str) -> list[str]:
+    """Complete KIND/NAME."""
+    kind, slash, name = incomplete.partition("/")
+    if not slash:
+        return [f"{each}/" for each in commands.SHOWN if each.startswith(kind)]
+    known = commands.names_of(kind) if kind in commands.SHOWN else []
+    return [f"{kind}/{each}" for each in known if each.startswith(name)]
+
+
+def _kinds(incomplete: str) -> list[str]:
+    return [each for each in commands.SHOWN if each.startswith(incomplete)]
+
+
 def example(arguments: str) -> str:
     """Return what --help ends with: one command line, not wrapped."""
     return f"Example:\n\n\b\n  compress {arguments}"
@@ -96,7 +119,12 @@ def options(
 
 @app.command(epilog=example("run quickstart --out runs/first"))
 def run(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a YAML file, or a name of compress list")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="Recipe: a YAML file, or a name of compress list", autocompletion=names("recipes")
+        ),
+    ],
     out: Out = None,
     overrides: Set = None,
     fresh: Fresh = False,
@@ -149,7 +177,10 @@ def prune(
     weights: Weights = None,
     num_classes: Classes = None,
     criterion: Annotated[
-        str | None, typer.Option(help="See: compress list criteria; obs if absent")
+        str | None,
+        typer.Option(
+            help="See: compress list criteria; obs if absent", autocompletion=names("criteria")
+        ),
     ] = None,
     keep_macs: Annotated[
         float | None, typer.Option(help="Share of the MACs to keep; 0.5 if no budget is given")
@@ -173,7 +204,10 @@ def prune(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(help="Runtime that latency is measured on; onnxruntime if absent"),
+        typer.Option(
+            help="Runtime that latency is measured on; onnxruntime if absent",
+            autocompletion=names("runtimes"),
+        ),
     ] = None,
     round_to: Annotated[
         int | None, typer.Option(help="Channels in multiples of this; 1 if absent")
@@ -243,7 +277,10 @@ def distill(
     teacher_weights: Weights = None,
     num_classes: Classes = None,
     loss: Annotated[
-        list[str] | None, typer.Option(help="See: compress list losses; dkd if absent")
+        list[str] | None,
+        typer.Option(
+            help="See: compress list losses; dkd if absent", autocompletion=names("losses")
+        ),
     ] = None,
     epochs: Epochs = 10,
     out: Out = None,
@@ -339,7 +376,9 @@ def export(
 def build(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="ONNX file")],
-    runtime: Annotated[str, typer.Option(help="See: compress list runtimes")],
+    runtime: Annotated[
+        str, typer.Option(help="See: compress list runtimes", autocompletion=names("runtimes"))
+    ],
     out: Annotated[Path, typer.Option("--out", help="Engine to write")],
     batch: Annotated[str, typer.Option(help="Smallest, best and largest batch")] = "1,1,8",
     precision: Precision = None,
@@ -501,7 +540,7 @@ def check(
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(help="criteria, losses, data, tasks, recipes, ..."),
+        typer.Argument(help="criteria, losses, data, tasks, recipes, ...", autocompletion=_kinds),
     ] = None,
 ) -> None:
     """List what there is, one line each."""
@@ -510,7 +549,9 @@ def list_(
 
 @app.command(epilog=example("show stages/prune"))
 def show(
-    plugin: Annotated[str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...")],
+    plugin: Annotated[
+        str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=_shown)
+    ],
 ) -> None:
     """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
     _print(commands.show(plugin))

@@ -172,3 +172,34 @@ def test_two_classes_need_no_reason_for_having_no_top5():
     table = compact(accuracies(Report(variants=(Variant(name="x", stage="s", results=(result,)),))))
     assert not [note for note in table.notes if note.startswith("Top-5")]
     assert issubclass(RecipeError, CompressError)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("run qui", ["quickstart"]),
+        ("show stages/qu", ["stages/quantize"]),
+        ("show crit", ["criteria/"]),
+        ("list rec", ["recipes"]),
+        ("prune a.b:c --criterion bn", ["bn_scale"]),
+        ("build x.onnx --runtime openv", ["openvino"]),
+        ("quan", ["quantize"]),
+    ],
+)
+def test_a_shell_completes_commands_and_names(words, completed):
+    import os
+    import subprocess
+
+    given = f"compress {words}"
+    environment = {
+        "_COMPRESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": given,
+        "COMP_CWORD": str(len(given.split()) - 1),
+    }
+    done = subprocess.run(
+        [os.path.join(os.path.dirname(sys.executable), "compress")],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == completed, done.stderr

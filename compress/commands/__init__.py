@@ -3,7 +3,7 @@
 from compress.commands.artifacts import bench, build, bundle, compare, export, lint, report, verify
 from compress.commands.beginning import init
 from compress.commands.layers import sensitivity
-from compress.commands.showing import doctor, list_plugins, schema, show
+from compress.commands.showing import SHOWN, doctor, list_plugins, names_of, schema, show
 from compress.commands.verbs import (
     check,
     distill,
@@ -17,6 +17,7 @@ from compress.commands.verbs import (
 )
 
 __all__ = [
+    "SHOWN",
     "bench",
     "build",
     "bundle",
@@ -29,6 +30,7 @@ __all__ = [
     "init",
     "lint",
     "list_plugins",
+    "names_of",
     "prune",
     "quantize",
     "report",

@@ -244,7 +244,7 @@ def copy(
         fix_sizes(model, sizes, where=str(source))
     stamp(model, facts)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for location in sorted(_locations(model.graph)):
+    for location in sorted(_locations(model)):
         with replacing(target.parent / location) as temporary:
             shutil.copyfile(source.parent / location, temporary)
     with replacing(target) as temporary:
@@ -283,11 +283,11 @@ def fix_sizes(model: ModelProto, sizes: tuple[int, int, int], *, where: str) -> 
     raise EngineError("no input has four dimensions", where=where, fix="Leave --input-size out")
 
 
-def _locations(graph: GraphProto) -> set[str]:
-    """Return the files beside a graph that its weights lie in."""
+def _locations(model: ModelProto) -> set[str]:
+    """Return the files beside a model that its weights lie in."""
     return {
         entry.value
-        for tensor in _tensors(graph)
+        for tensor in _all_tensors(model)
         if tensor.data_location == TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"

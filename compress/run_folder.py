@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any
 from compress import artifact
 from compress.artifact import Artifact
 from compress.errors import RunError
-from compress.recipe import dump, to_json
+from compress.recipe import dump, from_anywhere, to_json
 from compress.settings import Recipe
 
 SCHEMA = 1
@@ -119,6 +121,20 @@ class RunFolder:
             shutil.rmtree(path)
         for name in OWN_FILES:
             (self.root / name).unlink(missing_ok=True)
+
+
+def default_folder(recipe: Recipe) -> Path:
+    """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ... that is this recipe's or free."""
+    wanted, first = to_json(from_anywhere(recipe)), Path("runs") / (recipe.name or "run")
+    for number in itertools.count(1):
+        root = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            return root
+        if (root / RUN_FILE).is_file():
+            with contextlib.suppress(RunError):
+                RunFolder(root)._check_recipe(wanted)
+                return root
+    raise RunError("no free folder", where=str(first))
 
 
 def _first_changed(

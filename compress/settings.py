@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=4)]  # pixels
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pytorch"]
@@ -32,6 +34,17 @@ class ModelSettings(Settings):
     )
 
 
+OWN = ".py:"  # in the name of data that the user's own file gives
+
+
+def data_reference(reference: str) -> dict[str, str]:
+    """Return the name and root that a DATA reference such as ``npz:digits.npz`` stands for."""
+    if OWN in reference:
+        return {"name": "dataset", "root": reference.removeprefix("dataset:")}
+    name, _, root = reference.partition(":")
+    return {"name": name} | ({"root": root} if root else {})
+
+
 class DataSettings(Settings):
     """The images, how they are prepared, and how they are split."""
 
@@ -42,11 +55,11 @@ class DataSettings(Settings):
     )
     options: dict[str, Any] = Field({}, description="Further options of the kind of data")
     channels: Literal[1, 3] | None = Field(None, description="Grey is repeated, colour averaged")
-    mean: tuple[float, ...] | None = Field(
+    mean: tuple[Finite, ...] | None = Field(
         None, description="Per channel as the network takes them, of images in input_range"
     )
-    std: tuple[float, ...] | None = Field(
-        None, description="Per channel as the network takes them, of images in input_range"
+    std: tuple[Deviation, ...] | None = Field(
+        None, description="Per channel as the network takes them, of images in input_range; above 0"
     )
     input_range: tuple[float, float] | None = Field(
         None, description="Values of black and white before mean and std: [0, 1] if absent"
@@ -72,7 +85,9 @@ class DataSettings(Settings):
     @classmethod
     def _kind_with_options(cls, value: Any) -> Any:
         """Accept ``{voc: {root: DIR, labels: classes}}``: a kind with all of its options."""
-        if not isinstance(value, dict) or "name" in value or len(value) != 1:
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            return value | data_reference(value["name"]) if OWN in value["name"] else value
+        if not isinstance(value, dict) or len(value) != 1:
             return value
         name, given = next(iter(value.items()))
         if name in cls.model_fields or not isinstance(given, dict | None):

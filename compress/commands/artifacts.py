@@ -8,11 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.commands.options import Given, floats, integers, load_dataset, write_numbers
+from compress.commands.options import INPUT_SIZE, Given, integers, load_dataset, write_numbers
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+BATCH_RANGE = "3 whole numbers, the smallest, usual and largest batch: 1,1,8"
 
 
 def export(given: Given) -> str:
@@ -24,7 +26,9 @@ def export(given: Given) -> str:
     from compress.models import check_forward, load_model
 
     model = load_model(given["model"], given["weights"], given["num_classes"])
-    example = torch.zeros(1, *integers(given["input_size"], "--input-size", 3))
+    example = torch.zeros(
+        1, *integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
+    )
     check_forward(model, example)
     path = export_onnx(
         model,
@@ -48,8 +52,10 @@ def build(given: Given) -> str:
     from compress.run_folder import one_artifact
     from compress.runtimes import build_engine
 
-    smallest, usual, largest = integers(given["batch"], "--batch", 3)
-    sizes = given["input_size"] and integers(given["input_size"], "--input-size", 3)
+    smallest, usual, largest = integers(given["batch"], "--batch", count=3, like=BATCH_RANGE)
+    sizes = given["input_size"] and integers(
+        given["input_size"], "--input-size", count=3, like=INPUT_SIZE
+    )
     with _fixed(one_artifact(given["file"]), sizes) as source:
         path = build_engine(
             source,
@@ -82,7 +88,7 @@ def bench(given: Given) -> RenderableType:
     found = bench_artifacts(
         given["artifacts"],
         runtimes=given["runtime"] or (),
-        batches=[int(part) for part in floats(given["batch"], "--batch")],
+        batches=integers(given["batch"], "--batch", like="batch sizes: 1,8"),
         threads=given["threads"],
         dataset=load_dataset(given, given["artifacts"], labelled=False) if given["data"] else None,
     )

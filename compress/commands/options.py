@@ -12,18 +12,21 @@ if TYPE_CHECKING:
     from compress.data import Dataset
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
+NOT: tuple[Any, ...] = (None, [], ())  # what an option is that was not given
+INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 DATA_OPTIONS = ("batch_size", "workers")
 
 
 def present(given: Given, **names: str) -> dict[str, Any]:
     """Return the options that were given, by their name in a recipe."""
-    return {key: given[option] for option, key in names.items() if given.get(option) is not None}
+    return {key: given[option] for option, key in names.items() if given.get(option) not in NOT}
 
 
 def data_part(given: Given) -> dict[str, Any]:
     """Return the data part of a recipe from ``--data`` and the options beside it."""
-    kind, _, root = given["data"].partition(":")
-    part: dict[str, Any] = {"name": kind} | ({"root": root} if root else {})
+    from compress.settings import data_reference
+
+    part: dict[str, Any] = data_reference(given["data"])
     part |= present(given, **{option: option for option in DATA_OPTIONS})
     if given.get("image_size") is not None:
         part["image_size"] = _sides(given["image_size"])
@@ -82,11 +85,19 @@ def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool
     return dataset
 
 
-def integers(text: str, option: str, count: int) -> list[int]:
-    """Return ``count`` whole numbers written with commas."""
-    parts = text.split(",")
-    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
-        raise UsageError(f"{option} {text!r}", expected=f"{count} whole numbers: 3,224,224")
+def integers(text: str, option: str, *, like: str, count: int | None = None) -> list[int]:
+    """Return whole numbers above 0 written with commas, ``count`` of them or any number.
+
+    Args:
+        text: What was given.
+        option: Its name, for the message.
+        like: What is wanted, with an example, for the message.
+        count: How many.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = count is not None and len(parts) != count
+    if wrong or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"{option} {text!r}", expected=like)
     return [int(part) for part in parts]
 
 
@@ -106,7 +117,9 @@ def floats(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text!r}", expected="numbers: 0.5,0.5,0.5") from None
+        raise UsageError(
+            f"{option} {text!r}", expected="a number for each channel: 0.5,0.5,0.5"
+        ) from None
 
 
 def write_numbers(path: Path | None, numbers: Any) -> None:

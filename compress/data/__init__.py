@@ -15,11 +15,12 @@ from torch import Tensor
 from compress import plugins
 from compress.errors import DataError, UsageError
 from compress.images import Images, Subset
-from compress.settings import DataSettings
+from compress.settings import DataSettings, data_reference
 from compress.targets import Target, tensors_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+NAMED = 12  # classes that are called by name in one line
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a small set keeps most of its images for training
 
 
@@ -75,6 +76,16 @@ class Dataset:
         """The first test image, normalized, (1, C, H, W) float32."""
         return self.normalize(self.splits["test"].take([0]))
 
+    def summary(self) -> str:
+        """Return how many images of which size and classes there are, in one line."""
+        height, width = self.image_size
+        counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
+        named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
+        return (
+            f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; "
+            f"{len(self.classes)} classes{named}"
+        )
+
     def normalize(self, images: Tensor) -> Tensor:
         """Return (B, C, H, W) RGB images in 0..255, of any dtype, as the network wants them."""
         images = images.flip(1) if self.color == "BGR" else images
@@ -129,8 +140,7 @@ def targets_of(images: Images, indices: NDArray[np.int64]) -> Tensor | list[Targ
 
 def parse_reference(reference: str, **options: Any) -> DataSettings:
     """Return the settings that a DATA reference such as ``"npz:digits.npz"`` stands for."""
-    name, _, root = reference.partition(":")
-    return DataSettings(name=name, root=root or None, **options)
+    return DataSettings(**data_reference(reference), **options)
 
 
 def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
@@ -143,7 +153,7 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
         UsageError: no such kind of data, or its root is missing.
         DataError: no images, one class only, a corrupt file.
     """
-    supplied = _options(settings)
+    supplied = _options(settings) | {"seed": seed}
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
     source: Source = plugin.load()
     least = {"class": 2, "none": 0}.get(source.target, 1)

@@ -138,8 +138,8 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     if isinstance(archive, np.ndarray):
         return {"": archive}
     with archive:
-        read = {name: archive[name] for name in archive.files}
-    arrays = {name: each for name, each in read.items() if isinstance(each, np.ndarray)}
+        arrays = {name: archive[name] for name in archive.files}
+    arrays = {name: each for name, each in arrays.items() if isinstance(each, np.ndarray)}
     if len(arrays) == 1:
         return arrays
     wanted = [*REQUIRED, *(("y_validation",) if "x_validation" in arrays else ())]

@@ -47,7 +47,7 @@ def check(model: ModelProto, where: str = "the ONNX graph", *, full: bool = Fals
     """
     with boundary(QuantizationError, "it is not valid ONNX", where=where):
         complete = _complete(model)
-        for output in complete.graph.output:  # the checker asks for a shape even of what has none
+        for output in complete.graph.output:  # the checker asks for a shape where none is known
             output.type.tensor_type.shape.SetInParent()
         onnx.checker.check_model(complete, full_check=full)
         for tensor in model.graph.initializer:

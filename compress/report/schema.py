@@ -392,6 +392,8 @@ class Report(Record):
     details: Details = Details()
     skipped: Reasons = {}  # runtime, stage or anything else -> why it is absent
     incomplete: tuple[str, ...] = ()  # what is missing or wrong in the run folder itself
+    cautions: tuple[str, ...] = ()  # what is likely to be a mistake of the recipe's
+    untrained: str | None = None  # why the original's accuracy means nothing, if it does not
 
     @property
     def original(self) -> Variant | None:

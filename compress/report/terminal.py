@@ -29,7 +29,7 @@ def summary(report: Report, folder: Path | str | None = None) -> RenderableType:
     parts: list[RenderableType] = [*_tables(report)]
     parts += [Text(line, style="dim") for line in missing(report)]
     parts += [_gate_line(gate) for gate in report.gates]
-    parts += [Text(f"! {line}", style="yellow") for line in report.incomplete]
+    parts += [Text(f"! {line}", style="yellow") for line in (*report.incomplete, *report.cautions)]
     if report.verdict:
         parts.append(Text(report.verdict, style="bold"))
     if folder is not None:

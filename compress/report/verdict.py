@@ -118,7 +118,10 @@ def _sentence(report: Report, variant: Variant, before: Result, after: Result) -
     parts = [part for part in (_speed(before, after), _size(report, variant)) if part]
     text = " and ".join(parts) or "speed and size not measured"
     place = f"on {after.runtime} {after.device}, batch {after.batch}"
-    sentence = f"{text} {_accuracy(variant, before, after)} {place}"
+    accuracy = _accuracy(report, variant, before, after)
+    if report.untrained is not None:
+        return f"{text[0].upper()}{text[1:]} {place}{accuracy}."
+    sentence = f"{text} {accuracy} {place}"
     remark = _better(report, variant, after)
     return f"{sentence[0].upper()}{sentence[1:]}{remark}."
 
@@ -144,7 +147,11 @@ def _size(report: Report, variant: Variant) -> str:
     return f"{factor(ratio)} smaller" if ratio >= 1 else f"{factor(1 / ratio)} larger"
 
 
-def _accuracy(variant: Variant, before: Result, after: Result) -> str:
+def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -> str:
+    if report.untrained is not None:
+        return (
+            f"; its accuracy says nothing, because the original is untrained ({report.untrained})"
+        )
     measured = accuracy_of(variant, after)
     if measured.main_change is not None:
         return _metric(measured.primary or "", measured.main_change)

@@ -45,12 +45,25 @@ ImageSize = Annotated[
 ]
 Mean = Annotated[
     str | None,
-    typer.Option(help="Of images in [0, 1]: 0.5,0.5,0.5; the data's if absent"),
+    typer.Option(help="Of images in the range: 0.5,0.5,0.5; the data's if absent"),
 ]
 Std = Annotated[
     str | None,
-    typer.Option(help="Of images in [0, 1]: 0.2,0.2,0.2; the data's if absent"),
+    typer.Option(help="Of images in the range: 0.2,0.2,0.2; the data's if absent"),
 ]
+Range = Annotated[
+    str | None, typer.Option(help="Black and white of the input: 0,255; 0,1 if absent")
+]
+Color = Annotated[
+    str | None, typer.Option(help="Order of the network's channels, RGB or BGR; RGB if absent")
+]
+Layout = Annotated[
+    str | None, typer.Option(help="Of an ONNX file's input, NCHW or NHWC; by its shape if absent")
+]
+Inputs = Annotated[
+    list[str] | None, typer.Option("--input", help="Further input: NAME=0.5 or NAME=FILE.npy")
+]
+FixedSize = Annotated[str | None, typer.Option(help="C,H,W that free sizes of the file get")]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
 ]
@@ -337,6 +350,11 @@ def quantize(
     mean: Mean = None,
     std: Std = None,
     batch_size: BatchSize = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    input_size: FixedSize = None,
     workers: Workers = None,
     seed: Seed = 0,
 ) -> None:
@@ -381,6 +399,7 @@ def build(
     ],
     out: Annotated[Path, typer.Option("--out", help="Engine to write")],
     batch: Annotated[str, typer.Option(help="Smallest, best and largest batch")] = "1,1,8",
+    input_size: FixedSize = None,
     precision: Precision = None,
 ) -> None:
     """Build an engine from an ONNX file."""
@@ -396,6 +415,13 @@ def bench(
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
     data: Annotated[str | None, typer.Option(help="DATA, to measure accuracy as well")] = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -415,6 +441,10 @@ def compare(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
     json: Json = None,
 ) -> None:
     """Show where two artifacts answer differently on real images."""

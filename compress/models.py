@@ -96,10 +96,10 @@ def load_for(
 ) -> nn.Module:
     """Return the network that ``reference`` names, for data of ``classes`` classes.
 
-    The count is given to a constructor that takes it and was not told another ``num_classes``;
+    The count, unless 0, is given to a constructor that takes it and was not told ``num_classes``;
     other arguments are those of ``load_model``.
     """
-    if num_classes is None and accepts(reference, "num_classes"):
+    if num_classes is None and classes and accepts(reference, "num_classes"):
         num_classes = classes
     return load_model(reference, weights, num_classes, **options)
 

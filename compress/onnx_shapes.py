@@ -17,7 +17,7 @@ def shapes_of(
     known = {tensor.name for tensor in fixed.graph.initializer}
     for value in fixed.graph.input:
         dims = value.type.tensor_type.shape.dim
-        if value.name not in known and dims and not dims[0].HasField("dim_value"):
+        if value.name not in known and dims and dims[0].dim_value < 1:
             dims[0].dim_value = batch
     inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
     shapes: dict[str, tuple[int | None, ...]] = {
@@ -28,7 +28,7 @@ def shapes_of(
         kinds[value.name] = value.type.tensor_type.elem_type
         if value.type.tensor_type.HasField("shape"):
             shapes[value.name] = tuple(
-                dim.dim_value if dim.HasField("dim_value") else None
+                dim.dim_value if dim.dim_value > 0 else None
                 for dim in value.type.tensor_type.shape.dim
             )
     return shapes, kinds

@@ -152,3 +152,37 @@ def _first_changed(
         verbs = [next(iter(stage)) for stage in after]
         alike = min(alike, verbs.index("quantize") if "quantize" in verbs else alike)
     return alike + has_original[0]
+
+
+def artifacts_in(path: Path) -> list[Path]:
+    """Return the files that a path stands for: itself, or those of a stage or of a run.
+
+    The folder of a stage that left a torch network stands for that network; one of int8 graphs for
+    each of them. A run stands for its last stage that left any.
+    """
+    if not path.is_dir() or (path / "model.json").is_file():
+        return [path]
+    graphs = sorted(path.glob("model.onnx")) or sorted(path.glob("model.*.onnx"))
+    if graphs:
+        return graphs
+    for stage in sorted(path.glob("[0-9][0-9]-*"), reverse=True):
+        if (found := artifacts_in(stage)) != [stage] or (stage / "model.json").is_file():
+            return found
+    return [path]
+
+
+def one_artifact(path: Path) -> Path:
+    """Return the one file that a path stands for.
+
+    Raises:
+        RunError: it stands for several.
+    """
+    found = artifacts_in(path)
+    if len(found) > 1:
+        raise RunError(
+            f"holds {len(found)} networks",
+            where=str(path),
+            expected="one file",
+            fix=f"Name it: {', '.join(str(each) for each in found)}",
+        )
+    return found[0]

@@ -29,6 +29,9 @@ class ModelSettings(Settings):
     num_classes: int | None = Field(None, ge=2, description="Classes; the data's if absent")
     replace_head: bool = Field(False, description="Weights of other classes: start a new head")
     options: dict[str, Any] = Field({}, description="Further arguments of the constructor")
+    input_size: tuple[int, int, int] | None = Field(
+        None, description="Channels, height and width that an ONNX file with free ones is fixed to"
+    )
 
 
 OWN = ".py:"  # in the name of data that the user's own file gives
@@ -52,9 +55,24 @@ class DataSettings(Settings):
     )
     options: dict[str, Any] = Field({}, description="Further options of the kind of data")
     channels: Literal[1, 3] | None = Field(None, description="Grey is repeated, colour averaged")
-    mean: tuple[Finite, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
+    mean: tuple[Finite, ...] | None = Field(
+        None, description="Per channel as the network takes them, of images in input_range"
+    )
     std: tuple[Deviation, ...] | None = Field(
-        None, description="Per channel, of images in [0, 1]; above 0"
+        None,
+        description="Per channel as the network takes them, of images in input_range; above 0",
+    )
+    input_range: tuple[float, float] | None = Field(
+        None, description="Values of black and white before mean and std: [0, 1] if absent"
+    )
+    color: Literal["RGB", "BGR"] | None = Field(
+        None, description="Order of the network's channels; RGB if absent"
+    )
+    layout: Literal["NCHW", "NHWC"] | None = Field(
+        None, description="Order of the dimensions of an ONNX file's input; by its shape if absent"
+    )
+    inputs: dict[str, float | list[Any] | str] = Field(
+        {}, description="Values of an ONNX file's further inputs by name: numbers, or a .npy file"
     )
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
@@ -184,6 +202,9 @@ class PruneSettings(Settings):
     min_channels: int = Field(1, ge=1, description="Keep at least so many of every group")
     max_cut: Fraction = Field(1.0, description="Largest share of a group's channels that is cut")
     exclude: tuple[str, ...] = Field((), description="Layers that are not cut")
+    outputs: tuple[str, ...] | None = Field(
+        None, description="Outputs whose channels stay, by place; the task's choice if absent"
+    )
     rounds: int = Field(1, ge=1, description="Cut in so many steps, training a little between")
     round_training: TrainSettings | None = Field(None, description="Training between the rounds")
     sparsity_training: TrainSettings | None = Field(

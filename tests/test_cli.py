@@ -542,8 +542,9 @@ def test_labels_of_another_form_are_refused_where_classes_are_compared(compress,
             for number in range(12):
                 Image.new(mode, (8, 8), number % 2).save(folder / f"{number}.png")
     code, _, err = compress(
-        "compare", "a.onnx", "b.onnx", "--data", f"masks:{tmp_path}", "--image-size", "8"
-    )
+        "sensitivity", "compress.networks:resnet8", "--prune", "--data", f"masks:{tmp_path}",
+        "--image-size", "8",
+    )  # fmt: skip
     assert code == 2
     assert "has labels of the form 'mask'. Expected one class for each image" in err
 

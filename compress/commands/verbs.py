@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.commands.options import Given, data_part, present
+from compress.commands.options import INPUT_SIZE, Given, data_part, integers, present
 from compress.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -120,6 +120,10 @@ def content(
     """Return the recipe that the options of a verb stand for, as it would be in YAML."""
     model = {"name": given["model"]}
     model |= present(given, weights="weights", num_classes="num_classes")
+    if given.get("input_size") is not None:
+        model["input_size"] = integers(
+            given["input_size"], "--input-size", count=3, like=INPUT_SIZE
+        )
     return {
         "name": name,
         "model": model,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.errors import DataError
 from compress.fitting import ImageSize
-from compress.images import MemoryImages, from_array
+from compress.images import MemoryImages, Subset, from_array
 
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
@@ -24,6 +24,9 @@ class Npz:
 
     Images are uint8, (N, H, W, C) or (N, H, W); labels are integers from 0. Optional: x_validation
     and y_validation; ``classes``, the names; ``group_test``, a subgroup for each test image.
+
+    Without labels: a .npy file, or an archive with one array. Floats, (N, C, H, W) or (N, H, W, C),
+    are taken to be what the network takes, and not normalized again.
     """
 
     root: str
@@ -38,6 +41,8 @@ class Npz:
         """
         path = locate(Path(self.root))
         arrays = _read(path)
+        if len(arrays) == 1:
+            return self._unlabelled(path, *arrays.values())
         splits = {
             split: self._images(path, arrays, split)
             for split in ("train", "validation", "test")
@@ -52,6 +57,39 @@ class Npz:
             std=IMAGENET_STD if channels == 3 else (0.5,),
             validation=splits.get("validation"),
             test_groups=arrays.get("group_test"),
+        )
+
+    def _unlabelled(self, path: Path, pixels: NDArray[Any]) -> Source:
+        is_float = np.issubdtype(pixels.dtype, np.floating)
+        if not (is_float or pixels.dtype == np.uint8) or pixels.ndim not in {3, 4}:
+            raise DataError(
+                f"is one array of {pixels.dtype} of shape {pixels.shape}, without labels",
+                where=str(path),
+                expected="uint8 or float32 of shape (N, H, W, C), (N, C, H, W) or (N, H, W), or an "
+                f"archive (.npz) of {', '.join(REQUIRED)}",
+            )
+        if is_float and not np.isfinite(pixels).all():
+            raise DataError("holds numbers that are not finite", where=str(path))
+        labels = np.zeros(len(pixels), dtype=np.int64)
+        if pixels.ndim == 4 and not _is_channels_last(pixels):
+            pixels = pixels.transpose(0, 2, 3, 1)
+        images = from_array(pixels, labels, size=self.image_size, channels=self.channels)
+        count, channels = len(labels), images.shape[0]
+        if count < 2:
+            raise DataError(f"holds {count} images", where=str(path), expected="at least 2")
+        is_test = np.arange(count) % 4 == 3
+        is_test[-1] |= not is_test.any()
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
+        if is_float:  # as they are: ``normalize`` divides by 255
+            mean, std = (0.0,), (1 / 255,)
+        return Source(
+            Subset(images, np.flatnonzero(~is_test)),
+            Subset(images, np.flatnonzero(is_test)),
+            (),
+            mean=mean,
+            std=std,
+            target="none",
+            prepared=is_float,
         )
 
     def _images(self, path: Path, arrays: dict[str, NDArray[Any]], split: str) -> MemoryImages:
@@ -93,16 +131,13 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     try:
         archive = np.load(path, allow_pickle=False)
         if isinstance(archive, np.ndarray):
-            raise DataError(
-                f"is one array of shape {archive.shape}, without labels",
-                where=str(path),
-                expected=f"an archive (.npz) of {', '.join(REQUIRED)}",
-                fix="Save the arrays together: numpy.savez(FILE, x_train=..., y_train=..., ...)",
-            )
+            return {"": archive}
         with archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
         raise DataError(f"is not a readable NumPy archive ({error})", where=str(path)) from None
+    if len(arrays) == 1:
+        return arrays
     missing = [name for name in REQUIRED if name not in arrays]
     if missing:
         raise DataError(
@@ -111,6 +146,11 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
             expected=", ".join(REQUIRED),
         )
     return arrays
+
+
+def _is_channels_last(pixels: NDArray[Any]) -> bool:
+    """Say whether (N, a, b, c) is (N, H, W, C): of images the channels are fewest."""
+    return bool(pixels.shape[3] <= pixels.shape[1])
 
 
 def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:

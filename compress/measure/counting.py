@@ -138,7 +138,7 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
         ModelError: a shape that is needed cannot be inferred.
     """
     model = source if isinstance(source, onnx.ModelProto) else onnx_file.load(source)
-    return Count(params=_onnx_params(model.graph), macs=sum(node_macs(model).values()))
+    return Count(params=onnx_params(model.graph), macs=sum(node_macs(model).values()))
 
 
 def node_macs(model: onnx.ModelProto) -> dict[str, int]:
@@ -207,7 +207,8 @@ def _external_files(path: Path) -> set[Path]:
     return {path.parent / name for name in names if (path.parent / name).is_file()}
 
 
-def _onnx_params(graph: onnx.GraphProto) -> int:
+def onnx_params(graph: onnx.GraphProto) -> int:
+    """Return the parameters of a graph; see ``count_onnx``."""
     constants = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:

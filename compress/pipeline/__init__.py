@@ -7,13 +7,12 @@ from pathlib import Path
 
 from compress import artifact, progress, recipe, report
 from compress.artifact import Artifact
-from compress.data import load_data
 from compress.errors import CompressError
 from compress.pipeline import cautions, measuring, pruning, quantizing, sparsifying, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
 from compress.pipeline.preflight import preflight, try_network
-from compress.pipeline.purpose import task_of
+from compress.pipeline.purpose import prepared
 from compress.report import Report
 from compress.run_folder import DONE_FILE, RunFolder, default_folder
 from compress.settings import QuantizeSettings, Recipe, Settings
@@ -58,8 +57,8 @@ def run(
     chosen = source if isinstance(source, Recipe) else recipe.load_recipe(source, overrides)
     processes = join_processes()
     preflight(chosen, where=chosen.name, read_data=False)
-    dataset = load_data(chosen.data, chosen.seed)
-    root, task = Path(out or default_folder(chosen)), task_of(chosen, dataset)
+    dataset, task = prepared(chosen)
+    root = Path(out or default_folder(chosen))
     if not any(root.glob(f"00-*/{DONE_FILE}")):
         try_network(chosen, dataset, task, where=chosen.name)
     chosen = recipe.from_anywhere(chosen)

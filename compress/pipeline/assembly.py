@@ -37,9 +37,16 @@ def assemble(
         measured: What ``measuring.measure_targets`` recorded.
         answers: Folder with the answers of each variant to the test images.
     """
+    absent = {
+        variant.name: outcome.facts.get("skipped", {})
+        for outcome in outcomes
+        for variant in outcome.variants
+    }
     trust = cautions.trust_of(outcomes[0].facts)
     results = measured["results"] if trust.untrained is None else _undecided(measured["results"])
-    rows = tuple(_variant(job, variant, results) for variant in variants)
+    rows = tuple(
+        _variant(job, variant, results, absent.get(variant.name, {})) for variant in variants
+    )
     return schema.Report(
         name=job.recipe.name,
         recipe=to_json(job.recipe),
@@ -123,7 +130,10 @@ def _gate_value(
 
 
 def _variant(
-    job: Job, variant: Variant, results: Mapping[str, Sequence[Mapping[str, Any]]]
+    job: Job,
+    variant: Variant,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    absent: Mapping[str, str],
 ) -> schema.Variant:
     path = job.path(variant)
     return schema.Variant(
@@ -135,6 +145,7 @@ def _variant(
         params=variant.params,
         macs=variant.macs,
         size_mib=measure.size_mib(path),
+        skipped=dict(absent),
         results=tuple(_result(row) for row in results.get(variant.name, ())),
     )
 

@@ -14,6 +14,7 @@ from torch import nn
 from compress import evaluate, tasks
 from compress.data import Dataset
 from compress.errors import ModelError
+from compress.feeding import Fed
 from compress.head import classifier_layers
 from compress.pipeline.job import Job
 from compress.settings import Recipe, Settings, TrainSettings
@@ -137,12 +138,16 @@ def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str
 
 def _judged(job: Job, run: Any) -> dict[str, Any]:
     """Return the primary metric on a few images, against that with the labels of others."""
-    task, name = job.task, job.task.primary
-    if job.dataset.target != task.target:
+    task = job.task
+    if job.dataset.target != task.target or not task.kinds:  # nothing to judge by
         return {}
-    pairs = list(job.dataset.batches("calibration", 32, IMAGES))
-    predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
+    is_session = hasattr(run, "inputs")
+    fed = Fed(run, job.dataset) if is_session else run
+    batches = job.dataset.pictures if is_session else job.dataset.batches
+    pairs = list(batches("calibration", 32, IMAGES))
+    predictions, scores = evaluate.predictions_of(fed, task, job.dataset, pairs)
     labels = [target for _, targets in pairs for target in targets]
+    name = task.primary
     kind = task.kinds[name]
     sign = 1 if kind.higher_is_better else -1
     value = tasks.values_of(task, scores)[name]

@@ -10,7 +10,7 @@ from torch import nn
 from compress import evaluate, models
 from compress.data import Dataset
 from compress.errors import CompressError, ModelError
-from compress.runtimes import open_session
+from compress.feeding import shapes_answered
 from compress.settings import Recipe, Settings, TrainSettings
 from compress.tasks import Task
 from compress.train.optimizers import check_layer
@@ -81,17 +81,13 @@ def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
     """Run an ONNX file on one image, as the stages after it would.
 
     Raises:
-        EngineError: it does not take the images, or does not answer as the task needs.
+        EngineError: it does not take the images.
         ModelError: it tells another number of classes apart.
     """
-    with open_session(Path(recipe.model.name), ORT) as session:
-        if not task.tells_classes:
-            evaluate.predictions_of(session, task, dataset, dataset.batches("test", 1, 1))
-            return
-        found = evaluate.predict(session, dataset.batches("test", 1, 1)).logits.shape[1]
-    if found != len(dataset.classes):
+    shapes = shapes_answered(Path(recipe.model.name), dataset)
+    if task.tells_classes and shapes[0][1:] != (len(dataset.classes),):
         raise ModelError(
-            f"tells {found} classes apart, the data has {len(dataset.classes)}",
+            f"answers an image with {shapes[0][1:]}, the data has {len(dataset.classes)} classes",
             where=recipe.model.name,
             expected="a network that was trained for the classes of the data",
         )

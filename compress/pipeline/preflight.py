@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 
 from compress import constructors, models, plugins
-from compress.data import Dataset, load_data
+from compress.data import Dataset
 from compress.errors import CompressError, MissingPackageError, RecipeError
 from compress.packages import is_installed, require
 from compress.pipeline import network
-from compress.pipeline.purpose import task_of
+from compress.pipeline.purpose import prepared
 from compress.quantize.methods import check_method
 from compress.runtimes import unavailable
 from compress.settings import Recipe, Stage, Target
@@ -96,16 +96,14 @@ def _missing_weights(place: str, weights: str | None) -> Iterator[str]:
 def _data_problems(recipe: Recipe, *, has_network: bool) -> Iterator[str]:
     """Yield what is wrong with the images, with their labels for the task, or with the network."""
     try:
-        dataset = load_data(recipe.data, recipe.seed)
+        dataset, task = prepared(recipe)
+    except RecipeError as error:
+        yield from str(error).splitlines()
+        return
     except CompressError as error:
         yield f"data: {error}"
         return
-    try:
-        task = task_of(recipe, dataset)
-    except CompressError as error:
-        yield from str(error).splitlines()
-    else:
-        yield from network.problems(recipe, dataset, task) if has_network else ()
+    yield from network.problems(recipe, dataset, task) if has_network else ()
 
 
 def _complaint(place: str, check: Callable[[], object]) -> Iterator[str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress import artifact, distill, measure, models
-from compress.errors import ModelError
+from onnx import ModelProto
+
+from compress import distill, measure, models, onnx_file
+from compress.errors import CompressError, ModelError
 from compress.pipeline import cautions, network
 from compress.pipeline.job import (
     ONNX_FILE,
     Job,
     Outcome,
     Variant,
+    facts_of,
     leave,
     training_facts,
 )
@@ -69,11 +71,12 @@ def distill_student(
     if settings.control:
         facts["control"] = does_teacher_help(job, student, teacher, settings).to_json()
     objective = distill.build_objective(
-        student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed
+        student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed, task=job.task
     )
     sparse = parent.sparsity is not None
     facts |= training_facts(job.train(student, settings, stage, objective, sparse=sparse))
-    facts |= {"pairing": objective.pairing(), "teacher_top1_pct": objective.teacher_top1_pct}
+    key = "teacher_top1_pct" if job.task.tells_classes else f"teacher_{job.task.primary}"
+    facts |= {"pairing": objective.pairing(), key: objective.teacher_value}
     return leave(job, student, stage, "distilled", parent=parent, facts=facts)
 
 
@@ -81,14 +84,27 @@ def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
     target = stage / ONNX_FILE
-    with artifact.replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
-    count = measure.count_onnx(target)
-    variant = Variant(
-        "original", job.relative(target), stage.name, params=count.params, macs=count.macs
-    )
+    onnx_file.copy(source, target, facts=facts_of(job), sizes=job.recipe.model.input_size)
+    facts: dict[str, Any] = {}
+    model, macs = onnx_file.load(target), None
+    try:
+        macs = sum(measure.node_macs(_sized(model, job)).values())
+    except CompressError as error:
+        facts = {"skipped": {"macs": str(error)}}
+    params = measure.onnx_params(model.graph)
+    variant = Variant("original", job.relative(target), stage.name, params=params, macs=macs)
     with open_session(target, network.ORT) as session:
-        return Outcome((variant,), cautions.of_original(job, session))
+        facts |= cautions.of_original(job, session)
+    return Outcome((variant,), facts)
+
+
+def _sized(model: ModelProto, job: Job) -> ModelProto:
+    """Return a graph with the sizes of the data's images, where it leaves them free."""
+    fixed = ModelProto()
+    fixed.CopyFrom(model)
+    channels, (height, width) = job.dataset.channels, job.dataset.image_size
+    onnx_file.fix_sizes(fixed, (channels, height, width), where="")
+    return fixed
 
 
 def _teacher(job: Job, settings: DistillSettings, first: Variant) -> Any:

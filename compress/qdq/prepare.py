@@ -18,6 +18,7 @@ from compress.qdq.graph import (
     attribute,
     channel_axis,
     fresh_name,
+    reads,
     replace_nodes,
     set_constant,
 )
@@ -76,6 +77,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     if any(entry.key == _DONE for entry in model.metadata_props):
         return prepared
     _refuse_quantized(prepared, where)
+    _free_dimensions(prepared)
     prepared = _modern(prepared, where)
     _drop_initializer_inputs(prepared)
     for step in (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes):
@@ -88,13 +90,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     del prepared.graph.value_info[:]
     infer_shapes(prepared, where)
     prepared.metadata_props.add(key=_DONE, value="1")
-    graph = Graph(prepared)
-    if not any(graph.weight(node) for node in graph.nodes):
-        raise QuantizationError(
-            "there is nothing to quantize: no convolution or linear layer with constant weights",
-            where=where,
-            expected=f"at least one of {', '.join(sorted(WEIGHTED))}",
-        )
+    _refuse_without_weights(prepared, where)
     return prepared
 
 
@@ -147,6 +143,35 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
                 expected="an fp32 graph",
                 fix="Quantize the fp32 original, or mend this file with `compress lint --fix`",
             )
+
+
+def _free_dimensions(model: ModelProto) -> None:
+    """Give free dimensions that are written as -1 or 0, as by Paddle, a name instead."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value < 1:
+                dim.dim_param = f"{value.name}_{axis}" if axis else "batch"
+
+
+def _refuse_without_weights(model: ModelProto, where: str) -> None:
+    graph = Graph(model)
+    if any(graph.weight(node) for node in graph.nodes):
+        return
+    weighted = [node for node in graph.nodes if node.op_type in WEIGHTED]
+    weights = [graph.initializers.get(name) for node in weighted for name in node.input[1:2]]
+    kinds = {onnx.TensorProto.DataType.Name(w.data_type).lower() for w in weights if w is not None}
+    if kinds:
+        raise QuantizationError(
+            f"its weights are {' and '.join(sorted(kinds))}",
+            where=where,
+            expected="an fp32 network",
+            fix="Convert it to fp32 first: export model.float() and quantize that file",
+        )
+    raise QuantizationError(
+        "there is nothing to quantize: no convolution or linear layer with constant weights",
+        where=where,
+        expected=f"at least one of {', '.join(sorted(WEIGHTED))}",
+    )
 
 
 def _modern(model: ModelProto, where: str) -> ModelProto:
@@ -399,17 +424,9 @@ def _drop_unused(model: ModelProto) -> None:
     kept = []
     for node in reversed(model.graph.node):
         if any(name in needed for name in node.output):
-            needed.update(node.input)
-            needed.update(captured(node))
+            needed.update(reads(node))
             kept.append(node)
     replace_nodes(model, reversed(kept))
     for position in reversed(range(len(model.graph.initializer))):
         if model.graph.initializer[position].name not in needed:
             del model.graph.initializer[position]
-
-
-def captured(node: NodeProto) -> set[str]:
-    """Return the names that the subgraphs of ``node`` may read from outside."""
-    graphs = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    inner = {n for g in graphs for child in g.node for n in child.input}
-    return inner | {n for g in graphs for child in g.node for n in captured(child)}

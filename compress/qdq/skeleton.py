@@ -47,8 +47,11 @@ def check(model: ModelProto, where: str = "the ONNX graph", *, full: bool = Fals
     Raises:
         QuantizationError: it breaks one.
     """
+    complete = _complete(model)
+    for output in complete.graph.output:  # the checker asks for a shape even where none is known
+        output.type.tensor_type.shape.SetInParent()
     try:
-        onnx.checker.check_model(_complete(model), full_check=full)
+        onnx.checker.check_model(complete, full_check=full)
         for tensor in model.graph.initializer:
             _check_size(tensor)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

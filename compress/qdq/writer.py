@@ -18,11 +18,12 @@ from compress.qdq.graph import (
     all_names,
     channel_axis,
     fresh_name,
+    reads,
     replace_nodes,
 )
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.prepare import captured, finished, prepare
+from compress.qdq.prepare import finished, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.skeleton import check, infer_shapes
 
@@ -276,7 +277,7 @@ class _Writer:
 
     def _drop_unread(self) -> None:
         graph = self.graph.model.graph
-        read = {name for node in graph.node for name in (*node.input, *captured(node))}
+        read = {name for node in graph.node for name in reads(node)}
         read |= self.graph.outputs
         kept = [tensor for tensor in graph.initializer if tensor.name in read]
         del graph.initializer[:]

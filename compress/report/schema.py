@@ -102,12 +102,19 @@ class Result(Record):
     worst_class_drop_ci95: Interval | None = None
     worst_class: str | None = None
 
+    outputs: dict[str, dict[str, float]] | None = None  # of each output: sqnr_db, max_abs_diff
     metrics: dict[str, MetricRecord] | None = None  # of the task, where it is no classification
     primary: str | None = None  # the metric that gates and the verdict use
     changes: dict[str, ChangeRecord] | None = None  # of the metrics, against the original
 
     int8_macs_pct: float | None = None  # MACs that run in int8 kernels
     skipped: Reasons = {}  # field (or "latency", "memory", "accuracy") -> why it is absent
+
+    @property
+    def worst_sqnr_db(self) -> float | None:
+        """Signal-to-noise ratio of the worst output, where images have no labels."""
+        known = [each["sqnr_db"] for each in (self.outputs or {}).values() if "sqnr_db" in each]
+        return min(known, default=None)
 
     @property
     def main_metric(self) -> MetricRecord | None:

@@ -54,6 +54,12 @@ class PrunePlan:
     frozen: Mapping[str, str]  # layer -> why it could not be cut
     about: Mapping[str, Any] = field(default_factory=dict)  # criterion, settings, seed
 
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """Places of the outputs whose channels stay; all if None."""
+        named = self.about.get("outputs")
+        return tuple(named) if named else None
+
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-able data; rows of positions are text like ``0-3,5``."""
         return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from compress.groups.copying import full_copy
 from compress.groups.trace import Example, inputs_of, undisturbed
 from compress.inputs import example_of
 from compress.modules import network_of, set_mode, with_gradients
-from compress.outputs import leaves
+from compress.outputs import chosen, leaves
 from compress.surgery.cut import apply_pruning
 from compress.surgery.mask import mask_pruning
 from compress.surgery.plan import PrunePlan
@@ -48,8 +49,8 @@ def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
 def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
     args, kwargs = inputs_of(example_input)
     with undisturbed():
-        small = _answers(apply_pruning(model, plan), args, kwargs)
-        twin = _answers(mask_pruning(model, plan), args, kwargs)
+        small = _answers(apply_pruning(model, plan), args, kwargs, plan.outputs)
+        twin = _answers(mask_pruning(model, plan), args, kwargs, plan.outputs)
     if not twin:
         raise PlanError(
             "the network returns no tensor, number or text: nothing can be compared",
@@ -61,10 +62,16 @@ def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> fl
     return max((_relative(a, b) for a, b in zip(small, twin, strict=True)), default=0.0)
 
 
-def _answers(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+def _answers(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outputs: Sequence[str] | None,
+) -> list[Any]:
     own, named = tree_map(_clone, (args, kwargs))  # a network may write into its inputs
     set_mode(model, training=False)
-    return [_value(leaf) for _, leaf in leaves(model(*own, **named)) if leaf is not None]
+    found = chosen(leaves(model(*own, **named)), outputs)
+    return [_value(leaf) for _, leaf in found if leaf is not None]
 
 
 def _value(leaf: Any) -> Any:

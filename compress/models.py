@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.constructors import accepts, build
+from compress.constructors import accepts, build, described
 from compress.errors import ModelError, PlanError
 from compress.groups.copying import full_copy, memory_format_of
 from compress.head import classifier_layers
@@ -254,11 +254,12 @@ def _description(
     folder = model_folder(Path(reference))
     if folder is not None:
         return _read_description(folder)
+    named, told = described(str(reference), options)
     fresh = {
         "schema": SCHEMA,
-        "reference": str(reference),
+        "reference": named,
         "num_classes": num_classes,
-        "options": dict(options),
+        "options": told,
     }
     return fresh, None
 

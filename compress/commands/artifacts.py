@@ -21,7 +21,8 @@ def export(given: Given) -> str:
     from compress.measure import count, count_onnx, size_mib
     from compress.models import check_forward, load_model
 
-    model = load_model(given["model"], given["weights"], given["num_classes"])
+    options = {"trust": True} if given["trust"] else {}
+    model = load_model(given["model"], given["weights"], given["num_classes"], options=options)
     example = torch.zeros(1, *integers(given["input_size"], "--input-size", 3))
     check_forward(model, example)
     path = export_onnx(
@@ -32,6 +33,7 @@ def export(given: Given) -> str:
         softmax=given["softmax"],
         dynamic_batch=not given["fixed_batch"],
         dynamic_size=given["dynamic_size"],
+        outputs=given["outputs"].split(",") if given["outputs"] else None,
     )
     work = count(model, example) if given["dynamic_size"] else count_onnx(path)
     return (

@@ -66,6 +66,8 @@ def prune(given: Given) -> Done | None:
     shares = ("keep_macs", "keep_params", "keep_latency")
     names = ("criterion", *shares, "latency_ms", "runtime", "round_to")
     cut = present(given, **{name: name for name in names})
+    if given["outputs"] is not None:
+        cut["outputs"] = given["outputs"].split(",")
     if given["keep_channels"] is not None:
         cut["keep_channels"] = _keep_channels(given["keep_channels"], given["max_drop"])
     elif given["max_drop"] is not None:
@@ -117,7 +119,9 @@ def content(
     """Return the recipe that the options of a verb stand for, as it would be in YAML."""
     model = {"name": given["model"]}
     model |= present(given, weights="weights", num_classes="num_classes")
-    return {
+    if given.get("trust"):
+        model["options"] = {"trust": True}
+    return present(given, task="task") | {
         "name": name,
         "model": model,
         "data": data_part(given),

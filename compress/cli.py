@@ -310,7 +310,7 @@ def distill(
     loss: Annotated[
         list[str] | None,
         typer.Option(
-            help="See: compress list losses; dkd if absent", autocompletion=names("losses")
+            help="See: compress list losses; the task's if absent", autocompletion=names("losses")
         ),
     ] = None,
     epochs: Epochs = 10,

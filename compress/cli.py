@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from compress import commands, progress
+from compress import commands, progress, trust
 from compress.errors import CompressError, UsageError
 
 if TYPE_CHECKING:
@@ -82,6 +82,14 @@ Out = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file")]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        callback=lambda given: _trust(given),
+        help="Run the Python code that recipes and run folders name, and engines of others",
+    ),
+]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
 Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
@@ -116,6 +124,13 @@ def example(arguments: str) -> str:
     return f"Example:\n\n\b\n  compress {arguments}"
 
 
+def _trust(given: bool) -> bool:
+    """Let everything run, if asked to; nothing but the command line can ask."""
+    if given:
+        trust.allow_all()
+    return given
+
+
 def _version(asked: bool) -> None:
     """Print the version and stop, if asked to."""
     if asked:
@@ -147,6 +162,7 @@ def run(
     fresh: Fresh = False,
     track: Track = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop")] = False,
+    trusted: Trust = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
     if dry_run:
@@ -177,6 +193,7 @@ def train(
     batch_size: BatchSize = None,
     workers: Workers = None,
     seed: Seed = 0,
+    trusted: Trust = False,
 ) -> None:
     """Train a network on labelled images."""
     _finish(commands.train(ctx.params))
@@ -241,6 +258,7 @@ def prune(
     batch_size: BatchSize = None,
     workers: Workers = None,
     seed: Seed = 0,
+    trusted: Trust = False,
 ) -> None:
     """Cut channels of a network to a budget, then train it a little if asked."""
     _finish(commands.prune(ctx.params))
@@ -277,6 +295,7 @@ def sparsify(
     batch_size: BatchSize = None,
     workers: Workers = None,
     seed: Seed = 0,
+    trusted: Trust = False,
 ) -> None:
     """Zero single weights of a network, then train it a little if asked."""
     _finish(commands.sparsify(ctx.params))
@@ -310,6 +329,7 @@ def distill(
     batch_size: BatchSize = None,
     workers: Workers = None,
     seed: Seed = 0,
+    trusted: Trust = False,
 ) -> None:
     """Train a network towards the answers and features of a better one."""
     _finish(commands.distill(ctx.params))
@@ -361,6 +381,7 @@ def quantize(
     input_size: FixedSize = None,
     workers: Workers = None,
     seed: Seed = 0,
+    trusted: Trust = False,
 ) -> None:
     """Write int8 graphs, one for each runtime they must be fast on."""
     _finish(commands.quantize(ctx.params))
@@ -389,6 +410,7 @@ def export(
         bool,
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
+    trusted: Trust = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
     _print(commands.export(ctx.params))
@@ -428,6 +450,7 @@ def bench(
     inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
+    trusted: Trust = False,
 ) -> None:
     """Measure artifacts side by side, in interleaved rounds."""
     _print(commands.bench(ctx.params))
@@ -450,6 +473,7 @@ def compare(
     layout: Layout = None,
     inputs: Inputs = None,
     json: Json = None,
+    trusted: Trust = False,
 ) -> None:
     """Show where two artifacts answer differently on real images."""
     _print(commands.compare(ctx.params))
@@ -491,6 +515,7 @@ def sensitivity(
     std: Std = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    trusted: Trust = False,
 ) -> None:
     """Show which layers cannot bear to be pruned or quantized."""
     if prune == quantize:
@@ -516,6 +541,7 @@ def verify(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     measure: Annotated[bool, typer.Option("--measure", help="Take its figures again")] = False,
     json: Json = None,
+    trusted: Trust = False,
 ) -> None:
     """Check every file of a run against its recorded hash."""
     table, intact = commands.verify(run, json, measure=measure)
@@ -556,7 +582,9 @@ def init(
     """Look at a folder and write a commented recipe for it."""
 
     def ask(what: str, found: str) -> str:
-        return str(typer.prompt(what, default=found or None, err=True))
+        answer = str(typer.prompt(what, default=found or None, err=True))
+        trust.allow(answer)
+        return answer
 
     _print(commands.init(ctx.params, None if yes or not sys.stdin.isatty() else ask))
 
@@ -565,6 +593,7 @@ def init(
 def check(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],
     overrides: Set = None,
+    trusted: Trust = False,
 ) -> None:
     """Check recipes: everything short of running them."""
     _print(commands.check(recipes, overrides or []))
@@ -611,7 +640,7 @@ def doctor(
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
     try:
-        with progress.shown(), warnings.catch_warnings():
+        with progress.shown(), warnings.catch_warnings(), trust.limited(sys.argv[1:]):
             warnings.showwarning = _warn
             code = app(standalone_mode=False)
     except CompressError as error:

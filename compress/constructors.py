@@ -15,6 +15,7 @@ from compress.errors import ModelError, UnknownNameError, UsageError, nearest
 from compress.head import replace_head
 from compress.packages import require
 from compress.plugins import import_file
+from compress.trust import check_code
 
 
 def accepts(reference: str, option: str) -> bool:
@@ -131,11 +132,12 @@ def _import_file(path: Path) -> ModuleType:
         return import_file(path, "the Python file that defines the network")
     except UsageError as error:
         raise ModelError(
-            error.what, where=error.where, expected=error.expected
+            error.what, where=error.where, expected=error.expected, fix=error.fix
         ) from error.__cause__
 
 
 def _import_module(name: str) -> Any:
+    check_code(name)
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from compress import commands, progress, trust
-from compress.errors import CompressError, UsageError
+from compress import commands, progress
+from compress.errors import CompressError, UsageError, printable
+from compress.trust import allow, allow_all, limited
 
 if TYPE_CHECKING:
     from compress.commands.verbs import Done
@@ -82,17 +83,21 @@ Out = Annotated[
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file")]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
+Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
+TaskName = Annotated[str | None, typer.Option("--task", help="See: compress list tasks")]
+Outputs = Annotated[
+    str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
+]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
         callback=lambda given: _trust(given),
-        help="Run the Python code that recipes and run folders name, and engines of others",
+        help="Run code that recipes, run folders and .pt files hold or name; engines of others",
     ),
 ]
-Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
-Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
 
@@ -127,7 +132,7 @@ def example(arguments: str) -> str:
 def _trust(given: bool) -> bool:
     """Let everything run, if asked to; nothing but the command line can ask."""
     if given:
-        trust.allow_all()
+        allow_all()
     return given
 
 
@@ -162,7 +167,7 @@ def run(
     fresh: Fresh = False,
     track: Track = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop")] = False,
-    trusted: Trust = False,
+    trust: Trust = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
     if dry_run:
@@ -192,8 +197,9 @@ def train(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
-    trusted: Trust = False,
 ) -> None:
     """Train a network on labelled images."""
     _finish(commands.train(ctx.params))
@@ -257,8 +263,10 @@ def prune(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    outputs: Outputs = None,
+    trust: Trust = False,
     seed: Seed = 0,
-    trusted: Trust = False,
 ) -> None:
     """Cut channels of a network to a budget, then train it a little if asked."""
     _finish(commands.prune(ctx.params))
@@ -294,8 +302,9 @@ def sparsify(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
-    trusted: Trust = False,
 ) -> None:
     """Zero single weights of a network, then train it a little if asked."""
     _finish(commands.sparsify(ctx.params))
@@ -328,8 +337,9 @@ def distill(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
-    trusted: Trust = False,
 ) -> None:
     """Train a network towards the answers and features of a better one."""
     _finish(commands.distill(ctx.params))
@@ -380,8 +390,9 @@ def quantize(
     inputs: Inputs = None,
     input_size: FixedSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
-    trusted: Trust = False,
 ) -> None:
     """Write int8 graphs, one for each runtime they must be fast on."""
     _finish(commands.quantize(ctx.params))
@@ -410,7 +421,8 @@ def export(
         bool,
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
-    trusted: Trust = False,
+    outputs: Outputs = None,
+    trust: Trust = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
     _print(commands.export(ctx.params))
@@ -450,7 +462,7 @@ def bench(
     inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
-    trusted: Trust = False,
+    trust: Trust = False,
 ) -> None:
     """Measure artifacts side by side, in interleaved rounds."""
     _print(commands.bench(ctx.params))
@@ -473,7 +485,7 @@ def compare(
     layout: Layout = None,
     inputs: Inputs = None,
     json: Json = None,
-    trusted: Trust = False,
+    trust: Trust = False,
 ) -> None:
     """Show where two artifacts answer differently on real images."""
     _print(commands.compare(ctx.params))
@@ -515,7 +527,7 @@ def sensitivity(
     std: Std = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
-    trusted: Trust = False,
+    trust: Trust = False,
 ) -> None:
     """Show which layers cannot bear to be pruned or quantized."""
     if prune == quantize:
@@ -541,7 +553,7 @@ def verify(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     measure: Annotated[bool, typer.Option("--measure", help="Take its figures again")] = False,
     json: Json = None,
-    trusted: Trust = False,
+    trust: Trust = False,
 ) -> None:
     """Check every file of a run against its recorded hash."""
     table, intact = commands.verify(run, json, measure=measure)
@@ -583,7 +595,7 @@ def init(
 
     def ask(what: str, found: str) -> str:
         answer = str(typer.prompt(what, default=found or None, err=True))
-        trust.allow(answer)
+        allow(answer)
         return answer
 
     _print(commands.init(ctx.params, None if yes or not sys.stdin.isatty() else ask))
@@ -593,7 +605,7 @@ def init(
 def check(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],
     overrides: Set = None,
-    trusted: Trust = False,
+    trust: Trust = False,
 ) -> None:
     """Check recipes: everything short of running them."""
     _print(commands.check(recipes, overrides or []))
@@ -640,7 +652,7 @@ def doctor(
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
     try:
-        with progress.shown(), warnings.catch_warnings(), trust.limited(sys.argv[1:]):
+        with progress.shown(), warnings.catch_warnings(), limited(sys.argv[1:]):
             warnings.showwarning = _warn
             code = app(standalone_mode=False)
     except CompressError as error:
@@ -721,11 +733,8 @@ def _print(content: Any) -> None:
     """Print text as it is and tables by rich, on stdout."""
     progress.stop()
     if isinstance(content, str):
-        sys.stdout.write(content if content.endswith("\n") else content + "\n")
+        sys.stdout.write(printable(content if content.endswith("\n") else content + "\n"))
         return
-    from rich.console import Console
+    from compress.terminal import plain_console
 
-    console = Console(soft_wrap=False)
-    if not console.is_terminal:  # a log or a pipe: wide enough that nothing is cut
-        console = Console(width=160)
-    console.print(content)
+    plain_console().print(content)

@@ -44,9 +44,14 @@ def allow_all() -> None:
     os.environ.pop(VARIABLE, None)
 
 
+def is_limited() -> bool:
+    """Return whether some code may not run: on the command line, without --trust."""
+    return VARIABLE in os.environ
+
+
 def allow(typed: str) -> None:
     """Let run what is named in an answer that was typed."""
-    if VARIABLE in os.environ:
+    if is_limited():
         os.environ[VARIABLE] = json.dumps([*json.loads(os.environ[VARIABLE]), typed])
 
 
@@ -68,7 +73,7 @@ def check_code(source: str) -> None:
             expected="your agreement",
             fix=FIX,
         )
-    if VARIABLE in os.environ:
+    if is_limited():
         _remember(_identity(source))
 
 
@@ -78,7 +83,7 @@ def check_engine(path: Path) -> None:
     Raises:
         UsageError: nobody agreed to it.
     """
-    if VARIABLE in os.environ and not _is_remembered(sha256(path)):
+    if is_limited() and not _is_remembered(sha256(path)):
         raise UsageError(
             "is an engine that was not built by you on this machine, and loading it runs code",
             where=str(path),
@@ -134,7 +139,7 @@ def check_recipe(content: Any) -> str | None:
     listed = "; ".join(f"{reference} ({place})" for place, reference in found.items())
     if not all(is_allowed(reference.rpartition(":")[0]) for reference in found.values()):
         raise UsageError(f"this would run code: {listed}", expected="your agreement", fix=FIX)
-    return f"runs the code of {listed}" if found and VARIABLE not in os.environ else None
+    return f"runs the code of {listed}" if found and not is_limited() else None
 
 
 def _saved_reference(text: str) -> str | None:

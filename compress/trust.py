@@ -135,7 +135,8 @@ def check_recipe(content: Any) -> str | None:
     Raises:
         UsageError: nobody agreed to some of it; all of it is listed.
     """
-    found = code_in(content)
+    named = code_in(content)
+    found = {place: each for place, each in named.items() if _can_be_imported(each)}
     listed = "; ".join(f"{reference} ({place})" for place, reference in found.items())
     if not all(is_allowed(reference.rpartition(":")[0]) for reference in found.values()):
         raise UsageError(f"this would run code: {listed}", expected="your agreement", fix=FIX)
@@ -153,6 +154,12 @@ def _saved_reference(text: str) -> str | None:
                     content = json.loads(file.read_text("utf-8"))
                     return str(content.get("reference")) if isinstance(content, dict) else None
     return None
+
+
+def _can_be_imported(reference: str) -> bool:
+    """Return whether there is such code; of a file that is not there others will tell."""
+    source = reference.rpartition(":")[0]
+    return not source.endswith(".py") or Path(source).is_file()
 
 
 def _identity(source: str) -> str:

@@ -59,7 +59,7 @@ class WeightScales:
 class Equalization:
     """Outputs of ``producer`` divided by ``factors``, inputs of ``consumer`` multiplied."""
 
-    producer: str  # node names
+    producer: str  # node names; "" for none
     consumer: str
     factors: tuple[float, ...]
 

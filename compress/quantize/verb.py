@@ -90,7 +90,7 @@ def quantize_targets(
         graph = Graph(planned)
         bound = set(Graph(prepared).inputs) - set(graph.inputs)
         images = Images(graph, batches, bound=bound)
-        given = {name: to_array(graph.initializers[name]) for name in bound}
+        given = {name: to_array(graph.initializers[name]).copy() for name in bound}
         statistics = calibrate(planned, images, targets=outs)
         for target in outs:
             own = statistics.of(observed_tensors(planned, [target]))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from compress import prune
 from compress.groups import trace
-from compress.pipeline.job import Job, Outcome, Variant, leave
+from compress.objective import TaskLoss
+from compress.pipeline.job import Job, Outcome, Variant, leave, returned
 from compress.settings import PruneSettings, TrainSettings
 from compress.surgery import PrunePlan, apply_pruning, prove
 from compress.train import CrossEntropy, shown_batches
@@ -60,7 +61,7 @@ def _prune_in_rounds(
         batches = list(job.dataset.batches("calibration"))
         plan = prune.plan_pruning(
             model, example, **budget, **_plan_options(settings), batches=batches,
-            seed=job.recipe.seed,
+            seed=job.recipe.seed, **_reading(job, model, settings),
         )  # fmt: skip
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
@@ -132,7 +133,7 @@ def _budget(settings: PruneSettings, number: int, done: PrunePlan | None) -> dic
 
 def _plan_options(settings: PruneSettings) -> dict[str, Any]:
     accepted = inspect.signature(prune.plan_pruning).parameters
-    budget = {*prune.BUDGETS, "runtime"}
+    budget = {*prune.BUDGETS, "runtime", "outputs"}
     return {
         name: getattr(settings, name)
         for name in type(settings).model_fields
@@ -140,10 +141,21 @@ def _plan_options(settings: PruneSettings) -> dict[str, Any]:
     }
 
 
+def _reading(job: Job, model: nn.Module, settings: PruneSettings) -> dict[str, Any]:
+    """Return which outputs count and what they are, as the recipe or its task says."""
+    if job.task.tells_classes:
+        return {"outputs": settings.outputs}
+    outputs = settings.outputs
+    if outputs is None:
+        outputs = job.task.counted_outputs(returned(job, model))
+    return {"outputs": outputs, "answers": job.task.answers}
+
+
 def _train_sparse(job: Job, model: nn.Module, settings: PruneSettings, stage: Path) -> None:
     training = settings.sparsity_training or TrainSettings()
+    plain = CrossEntropy(training.label_smoothing)
     objective = prune.WithGroupLasso(
-        CrossEntropy(training.label_smoothing),
+        plain if job.task.tells_classes else TaskLoss(job.task),
         prune.GroupLasso(trace(model, job.dataset.example)),
         settings.sparsity_strength,
     )

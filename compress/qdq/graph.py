@@ -187,4 +187,4 @@ def _dims(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return None
-    return tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+    return tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)

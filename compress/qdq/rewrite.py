@@ -38,6 +38,11 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> None:
     taken = all_names(model)
     for name, bias in plan.biases.items():
         node = _named(nodes, name)
+        wanted = _outputs_of(model, node)
+        if len(bias) != wanted:
+            raise QuantizationError(
+                f"the plan has {len(bias)} biases for node {name!r}", expected=f"{wanted}"
+            )
         del node.input[2:]
         node.input.append(fresh_name(taken, f"{name}_bias"))
         set_constant(model, node.input[2], np.asarray(bias, np.float32))
@@ -89,6 +94,20 @@ def _named(nodes: dict[str, NodeProto], name: str) -> NodeProto:
     return nodes[name]
 
 
+def _outputs_of(model: ModelProto, node: NodeProto) -> int:
+    """Return the number of output channels of a weighted node.
+
+    Raises:
+        QuantizationError: it has no constant weight.
+    """
+    weight = Graph(model).weight(node)
+    if weight is None:
+        raise QuantizationError(f"node {node.name!r} of the plan has no constant weight")
+    groups = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
+    shape = next(t.dims for t in model.graph.initializer if t.name == weight)
+    return int(shape[channel_axis(node)]) * int(groups)
+
+
 Tensors = dict[str, TensorProto]
 
 
@@ -97,7 +116,10 @@ def _scale_output(tensors: Tensors, node: NodeProto, factors: NDArray[Any]) -> N
         for position in (1, 2):  # its scale and offset
             _multiply(tensors, node, position, factors)
         return
-    shape = [1] * len(tensors[node.input[1]].dims)
+    weight = tensors.get(node.input[1])
+    if weight is None or weight.dims[channel_axis(node)] != len(factors):
+        raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}")
+    shape = [1] * len(weight.dims)
     shape[channel_axis(node)] = -1
     _multiply(tensors, node, 1, factors.reshape(shape))
     if len(node.input) > 2 and node.input[2]:
@@ -114,6 +136,8 @@ def _scale_input(tensors: Tensors, node: NodeProto, factors: NDArray[Any]) -> No
         raise QuantizationError(f"node {node.name!r} has no constant weight to rescale")
     if node.op_type == "Conv":  # (out, in/groups, ...): each group reads channels of its own
         groups = attribute(node, "group", 1)
+        if len(factors) != groups * weight.dims[1]:
+            raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}")
         rows = factors.reshape(groups, -1).repeat(weight.dims[0] // groups, 0)
         factors = rows.reshape(*rows.shape, *[1] * (len(weight.dims) - 2))
     elif not attribute(node, "transB", 0):  # (in, out)
@@ -123,7 +147,9 @@ def _scale_input(tensors: Tensors, node: NodeProto, factors: NDArray[Any]) -> No
 
 def _multiply(tensors: Tensors, node: NodeProto, position: int, factors: NDArray[Any]) -> None:
     """Multiply a constant that ``node`` reads."""
-    tensor = tensors[node.input[position]]
+    tensor = tensors.get(node.input[position])
+    if tensor is None:
+        raise QuantizationError(f"what node {node.name!r} reads is no constant to rescale")
     value = numpy_helper.to_array(tensor)
     flat = value.reshape(-1) if position == 2 else value
     try:

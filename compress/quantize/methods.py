@@ -260,6 +260,12 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+def check_method(method: str) -> None:
+    """Raise UnknownNameError unless there is such a method."""
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
+
+
 def plan_by(method: str, bench: Workbench) -> QuantPlan:
     """Return the plan that ``method`` makes.
 
@@ -267,8 +273,7 @@ def plan_by(method: str, bench: Workbench) -> QuantPlan:
         UnknownNameError: there is no such method.
         QuantizationError: it needs a free batch size, and the graph's cannot be freed.
     """
-    if method not in METHODS:
-        raise UnknownNameError("method", method, METHODS)
+    check_method(method)
     if not bench.is_free and method == "auto":
         note = "ranges only: the batch size is fixed in the graph, and corrections need a free one"
         made = plain(bench)

@@ -15,13 +15,15 @@ from compress.quantize.sessions import session_of, with_outputs
 
 _LEAST = 1 / 32  # factor
 _NONE = 1e-6  # relative size of a dead channel
+_UNSEEN = 8  # images; with as many a channel may be twice as large on images yet to come
 
 
 def equalize(prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float) -> QuantPlan:
     """Return ``plan`` with rescalings of all channels that the layers around them can undo.
 
     Channels that belong together (through Add, Concat, pooling, ...) are divided by one factor:
-    (range of the channel / range of its tensor) ** alpha, the largest of them if they are several.
+    (range of the channel / range of its tensor) ** alpha, the largest of them if they are several,
+    and with room for what larger values other images bring, the more the fewer ``feed`` holds.
     The weights that make them are divided, the weights that read them multiplied. Behind Relu any
     factor is exact; behind a Clip only factors that keep the channel below the bound on all of
     ``feed``. Where depthwise layers alone read the channel their own scales absorb the factor, so
@@ -69,6 +71,7 @@ def _factors(
         if name in found.bounds:
             bound = found.bounds[name]
             np.maximum.at(floor, labels, np.where(largest < bound, largest / bound, 1.0))
+    size *= 1 + _UNSEEN / max(len(array) for array in feed.values())
     for node in found.graph.nodes:
         if node.name in found.layers and not _is_depthwise(found.graph, node):
             dense[scaled.get(node.input[0], [])] = True

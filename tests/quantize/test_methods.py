@@ -163,7 +163,7 @@ def test_what_equalization_cannot_scale_is_said():
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
 def test_equalized_graph_computes_the_same(name, alpha):
     model = prepare(GRAPHS[name]())
-    feed = images(model, 8)
+    feed = images(model, 64)
     plan = equalize(model, QuantPlan("onnxruntime"), feed, alpha)
     assert plan.equalization
     rescaled = ModelProto()

@@ -23,6 +23,7 @@ from compress.qdq.graph import (
     replace_nodes,
     set_constant,
 )
+from compress.qdq.hard_swish import join_hard_swish
 from compress.qdq.reshapes import keep_batch
 from compress.qdq.skeleton import check, infer_shapes
 
@@ -72,7 +73,8 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     _free_dimensions(prepared)
     prepared = _modern(prepared, where)
     _drop_initializer_inputs(prepared)
-    for step in (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes):
+    steps = (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes, join_hard_swish)
+    for step in steps:
         step(prepared)
     while _fold_one_round(prepared):
         pass

@@ -254,9 +254,11 @@ def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
 
 
 def _open(result: Result, field: str) -> str | None:
-    """Return what an insignificant change of accuracy leaves open, if it does."""
-    if field == "top1_change_pct" and result.top1_change_ci95 is not None:
-        return undecided(result.images, result.top1_change_ci95)
+    """Return what an insignificant change of accuracy leaves open, or why it says nothing."""
+    if field == "top1_change_pct":
+        bounds = result.top1_change_ci95
+        said = result.top1_verdict if result.top1_verdict != SAME else None
+        return said or (undecided(result.images, bounds) if bounds else None)
     change = (result.changes or {}).get(field.removeprefix("changes."))
     return None if change is None else change.verdict
 

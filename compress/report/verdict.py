@@ -172,8 +172,8 @@ def _speed(before: Result, after: Result) -> str:
 
 def _size(report: Report, variant: Variant, result: Result) -> str:
     original = report.original
-    ratio = original and size_ratio(original, variant, result)
-    if not ratio:
+    ratio = None if original is None else size_ratio(original, variant, result)
+    if ratio is None:
         return ""
     return f"{factor(ratio)} smaller" if ratio >= 1 else f"{factor(1 / ratio)} larger"
 

@@ -188,7 +188,7 @@ def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict
                 "ci95": list(change.ci95),
                 "unit": change.unit,
                 "drop": change.drop,
-                "verdict": change.verdict,
+                "verdict": change.verdict_of(len(reference.scores)),
             }
             for name, change in changes.items()
         }

@@ -493,3 +493,12 @@ def test_outputs_without_labels_are_kept_as_they_are():
         task.predict({"a": np.ones((3, 2)), "b": np.ones((7, 4))})
     with pytest.raises(DataError, match="no labels"):
         task.loss(conv(3, dense=False), normal(2, 3, 8, 8), None)
+
+
+def test_a_change_over_few_images_says_what_they_cannot_rule_out():
+    said = "30 images cannot rule out a loss of 9.0 points"
+    assert tasks.Change(-3.0, (-9.0, 2.0)).verdict_of(30) == said
+    assert tasks.Change(3.0, (-2.0, 9.0), higher_is_better=False).verdict_of(30) == said
+    assert tasks.Change(-3.0, (-9.0, -1.0)).verdict_of(30) == "worse"
+    assert tasks.Change(0.1, (-0.5, 0.6)).verdict_of(30) == "no significant difference"
+    assert tasks.Change(-1.0, (-9.0, 2.0), "dB").verdict_of(30) == "no significant difference"

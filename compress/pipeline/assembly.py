@@ -55,7 +55,11 @@ def assemble(
         variants=rows,
         gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows, trust.untrained)),
         untrained=trust.untrained,
-        cautions=(*cautions.of_training(job.recipe, job.dataset), *trust.cautions()),
+        cautions=(
+            *cautions.of_training(job.recipe, job.dataset),
+            *trust.cautions(),
+            *cautions.of_timing(measured["conditions"]),
+        ),
         details=details(job, variants, outcomes, measured, rows, answers),
         skipped=measured["skipped"],
     )

@@ -170,3 +170,17 @@ def _judged(job: Job, run: Any) -> dict[str, Any]:
         "images": len(labels),
         "unit": kind.unit,
     }
+
+
+def of_timing(conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield where the machine did other things while variants were timed.
+
+    Args:
+        conditions: State of the machine by place, as ``measure.bench`` returns it.
+    """
+    for place, state in conditions.items():
+        if "busy" in state:
+            yield (
+                f"busy machine while {place} was timed: {state['busy']}. Speeds that differ by "
+                "less than 10 % are not told apart there; measure again on an idle machine"
+            )

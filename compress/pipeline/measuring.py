@@ -229,6 +229,7 @@ def measure_rivals(
         row |= accuracy_row(job, answers[0], own)
         if rival.name in latency:
             row |= latency[rival.name].to_json()
+            row |= {key: latency.conditions[key] for key in ("busy",) if key in latency.conditions}
         else:
             row["skipped"]["latency"] = latency.skipped[rival.name]
         rows.append(row)

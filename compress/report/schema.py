@@ -55,7 +55,12 @@ class ChangeRecord(Record):
     unit: str
     ci95: Interval | None = None  # paired
     drop: float  # how much worse; negative where better
-    verdict: str  # "no significant difference", "better" or "worse"
+    verdict: str  # "better", "worse", "no significant difference", or what images cannot tell
+
+    @property
+    def differs(self) -> bool:
+        """Whether the change is significant."""
+        return self.verdict in {"better", "worse"}
 
 
 class Result(Record):
@@ -77,6 +82,7 @@ class Result(Record):
     throughput_ips: float | None = None  # images per second
     speedup: float | None = None  # original's p50 / this p50, same runtime, batch and threads
     speedup_ci95: Interval | None = None  # bootstrap of the ratio
+    busy: str | None = None  # what kept the processors from it while it was timed
     verdict: str | None = None  # of the speed: "faster", "slower", "no difference", ...
     device_latency_ms_p50: float | None = None  # on the GPU alone, without copies
     device_latency_ms_p99: float | None = None
@@ -393,7 +399,7 @@ class Report(Record):
     details: Details = Details()
     skipped: Reasons = {}  # runtime, stage or anything else -> why it is absent
     incomplete: tuple[str, ...] = ()  # what is missing or wrong in the run folder itself
-    cautions: tuple[str, ...] = ()  # what is likely to be a mistake of the recipe's
+    cautions: tuple[str, ...] = ()  # likely mistakes of the recipe; machines that were busy
     untrained: str | None = None  # why the original's accuracy means nothing, if it does not
 
     @property

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 from compress.report.figures import factor, interval, number, points
 from compress.report.schema import ChangeRecord, Interval, Report, Result, Variant
-from compress.statistics import excludes
+from compress.statistics import excludes, undecided
 
 LEVEL = 0.05  # of significance
-SETTLED_POINTS = 1.0  # a larger loss that is not ruled out is no "no difference"
 SAME = "no significant difference"
 PRECISIONS = ("int8", "fp16", "fp32")  # the narrowest first
 
@@ -63,10 +62,10 @@ def speed_differs(result: Result) -> bool | None:
 
 def accuracy_differs(result: Result) -> bool | None:
     """Return whether top-1 differs from the original's; None when nothing says."""
-    if result.top1_verdict is not None:
-        return result.top1_verdict != SAME
     if result.top1_p_value is not None:
         return result.top1_p_value < LEVEL
+    if result.top1_verdict is not None:
+        return result.top1_verdict != SAME
     if result.top1_change_ci95 is not None:
         return excludes(result.top1_change_ci95, 0.0)
     return None
@@ -149,6 +148,7 @@ def _sentence(report: Report, variant: Variant, before: Result, after: Result) -
     text = " and ".join(parts) or "speed and size not measured"
     half = "in fp16 " if after.precision == "fp16" else ""
     place = f"{half}on {after.runtime} {after.device}, batch {after.batch}"
+    place += ", timed on a busy machine" if after.busy else ""
     accuracy = _accuracy(report, variant, before, after)
     if report.untrained is not None:
         return f"{text[0].upper()}{text[1:]} {place}{accuracy}."
@@ -172,8 +172,8 @@ def _speed(before: Result, after: Result) -> str:
 
 def _size(report: Report, variant: Variant, result: Result) -> str:
     original = report.original
-    ratio = original and size_ratio(original, variant, result)
-    if not ratio:
+    ratio = None if original is None else size_ratio(original, variant, result)
+    if ratio is None:
         return ""
     return f"{factor(ratio)} smaller" if ratio >= 1 else f"{factor(1 / ratio)} larger"
 
@@ -193,13 +193,8 @@ def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -
         return "with accuracy not measured"
     bounds = _ci(measured.top1_change_ci95, "points")
     if accuracy_differs(measured) is False:
-        low = min(measured.top1_change_ci95 or (0.0,))
-        if low < -SETTLED_POINTS:
-            few = f"{measured.images} images" if measured.images else "the images"
-            return (
-                f"at {points(change)} points of top-1, where {few} cannot rule out a loss of "
-                f"{-low:.1f} points ({bounds[2:]})"
-            )
+        if open_loss := undecided(measured.images, measured.top1_change_ci95 or (0.0, 0.0)):
+            return f"at {points(change)} points of top-1, where {open_loss} ({bounds[2:]})"
         return f"with no significant difference in top-1 ({points(change)} points{bounds})"
     return f"at {points(change)} points of top-1 ({bounds[2:] or 'no interval measured'})"
 
@@ -217,7 +212,9 @@ def _metric(name: str, change: ChangeRecord) -> str:
     """Return the change of a task's primary metric in words."""
     unit = "points" if change.unit == "pct" else change.unit
     bounds = _ci(change.ci95, "points")
-    if change.verdict == SAME:
+    if not change.differs and change.verdict != SAME:  # it says what so few images cannot tell
+        return f"at {points(change.value)} {unit} of {name}, where {change.verdict} ({bounds[2:]})"
+    if not change.differs:
         return f"with no significant difference in {name} ({points(change.value)} {unit}{bounds})"
     return f"at {points(change.value)} {unit} of {name} ({bounds[2:] or 'no interval measured'})"
 

@@ -71,6 +71,13 @@ class Change:
             return "no significant difference"
         return "better" if (self.value > 0) == self.higher_is_better else "worse"
 
+    def verdict_of(self, images: int) -> str:
+        """Return ``verdict``, or what so many images cannot rule out of a metric in percent."""
+        if statistics.excludes(self.ci95, 0.0) or self.unit != "pct":
+            return self.verdict
+        low, high = self.ci95 if self.higher_is_better else (-self.ci95[1], -self.ci95[0])
+        return statistics.undecided(images, (low, high)) or self.verdict
+
     @property
     def drop(self) -> float:
         """How much worse the candidate is, in the metric's unit; negative where it is better."""

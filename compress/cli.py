@@ -45,25 +45,29 @@ ImageSize = Annotated[
 ]
 Mean = Annotated[
     str | None,
-    typer.Option(help="Of images in the range: 0.5,0.5,0.5; the data's if absent"),
+    typer.Option(help="Of images in --input-range: 0.5,0.5,0.5; the data's if absent"),
 ]
 Std = Annotated[
     str | None,
-    typer.Option(help="Of images in the range: 0.2,0.2,0.2; the data's if absent"),
+    typer.Option(help="Of images in --input-range: 0.2,0.2,0.2; the data's if absent"),
 ]
 Range = Annotated[
-    str | None, typer.Option(help="Black and white of the input: 0,255; 0,1 if absent")
+    str | None,
+    typer.Option(help="Black and white of the input before mean and std: 0,255; 0,1 if absent"),
 ]
 Color = Annotated[
-    str | None, typer.Option(help="Order of the network's channels, RGB or BGR; RGB if absent")
+    str | None, typer.Option(help="Order of the network's channels: BGR; RGB if absent")
 ]
 Layout = Annotated[
-    str | None, typer.Option(help="Of an ONNX file's input, NCHW or NHWC; by its shape if absent")
+    str | None, typer.Option(help="Of an ONNX file's input: NHWC; by its shape if absent")
 ]
 Inputs = Annotated[
-    list[str] | None, typer.Option("--input", help="Further input: NAME=0.5 or NAME=FILE.npy")
+    list[str] | None,
+    typer.Option("--input", help="Of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"),
 ]
-FixedSize = Annotated[str | None, typer.Option(help="C,H,W that free sizes of the file get")]
+FixedSize = Annotated[
+    str | None, typer.Option(help="C,H,W that free sizes of the file get; they stay if absent")
+]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
 ]

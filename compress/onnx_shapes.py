@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx
 
+from compress.errors import ModelError, boundary
+
 
 def shapes_of(
     model: onnx.ModelProto, batch: int = 1
@@ -11,6 +13,9 @@ def shapes_of(
     """Return shape and element type of each tensor, as inferred with a free batch set to ``batch``.
 
     A size that is not known is None; a tensor of which nothing is known is absent.
+
+    Raises:
+        ModelError: the graph breaks the rules of ONNX.
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
@@ -19,7 +24,8 @@ def shapes_of(
         dims = value.type.tensor_type.shape.dim
         if value.name not in known and dims and dims[0].dim_value < 1:
             dims[0].dim_value = batch
-    inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
+    with boundary(ModelError, "is no valid graph: the shapes of its tensors contradict each other"):
+        inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
     shapes: dict[str, tuple[int | None, ...]] = {
         tensor.name: tuple(tensor.dims) for tensor in inferred.initializer
     }

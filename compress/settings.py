@@ -59,8 +59,7 @@ class DataSettings(Settings):
         None, description="Per channel as the network takes them, of images in input_range"
     )
     std: tuple[Deviation, ...] | None = Field(
-        None,
-        description="Per channel as the network takes them, of images in input_range; above 0",
+        None, description="Per channel as the network takes them, of images in input_range; above 0"
     )
     input_range: tuple[float, float] | None = Field(
         None, description="Values of black and white before mean and std: [0, 1] if absent"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.artifact import check_zip
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.errors import DataError
+from compress.errors import DataError, boundary
 from compress.fitting import ImageSize
 from compress.images import MemoryImages, Subset, from_array
 
+MOST_CLASSES = 2**20
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -40,9 +41,13 @@ class Npz:
             DataError: no such file, no archive, an array is missing or of the wrong kind.
         """
         path = locate(Path(self.root))
-        arrays = _read(path)
-        if len(arrays) == 1:
-            return self._unlabelled(path, *arrays.values())
+        with boundary(DataError, "is not a readable NumPy archive", where=str(path)):
+            arrays = _read(path)
+            if len(arrays) == 1:
+                return self._unlabelled(path, *arrays.values())
+            return self._source(path, arrays)
+
+    def _source(self, path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
         splits = {
             split: self._images(path, arrays, split)
             for split in ("train", "validation", "test")
@@ -100,7 +105,7 @@ class Npz:
                 where=str(path),
                 expected="uint8 of shape (N, H, W, C) or (N, H, W)",
             )
-        if len(pixels) != labels.size or not len(pixels):
+        if len(pixels) != labels.size or not pixels.size:
             raise DataError(
                 f"x_{split} has {len(pixels)} images and y_{split} has {labels.size} labels",
                 where=str(path),
@@ -128,17 +133,17 @@ def locate(path: Path, name: str = "*.npz") -> Path:
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            return {"": archive}
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise DataError(f"is not a readable NumPy archive ({error})", where=str(path)) from None
+    check_zip(path)
+    archive = np.load(path, allow_pickle=False)
+    if isinstance(archive, np.ndarray):
+        return {"": archive}
+    with archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays = {name: each for name, each in arrays.items() if isinstance(each, np.ndarray)}
     if len(arrays) == 1:
         return arrays
-    missing = [name for name in REQUIRED if name not in arrays]
+    wanted = [*REQUIRED, *(("y_validation",) if "x_validation" in arrays else ())]
+    missing = [name for name in wanted if name not in arrays]
     if missing:
         raise DataError(
             f"lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}",
@@ -154,11 +159,18 @@ def _is_channels_last(pixels: NDArray[Any]) -> bool:
 
 
 def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
-    labels = np.concatenate([arrays["y_train"].reshape(-1), arrays["y_test"].reshape(-1)])
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    kinds = [array for name, array in arrays.items() if name.startswith("y_")]
+    if not all(np.issubdtype(array.dtype, np.integer) for array in kinds):
+        raise DataError("labels are not integers from 0", where=str(path))
+    labels = np.concatenate([array.reshape(-1).astype(np.int64) for array in kinds])
+    if labels.min() < 0:
         raise DataError("labels are not integers from 0", where=str(path))
     count = int(labels.max()) + 1
-    names = tuple(str(name) for name in arrays.get("classes", np.arange(count)))
+    if count > MOST_CLASSES:
+        raise DataError(
+            f"a label is {count - 1}", where=str(path), expected=f"less than {MOST_CLASSES}"
+        )
+    names = tuple(str(name) for name in np.ravel(arrays.get("classes", np.arange(count))))
     if len(names) < count:
         raise DataError(
             f"{len(names)} class names for labels up to {count - 1}",

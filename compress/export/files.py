@@ -13,7 +13,7 @@ import onnx_ir as ir
 from torch import nn
 
 from compress.artifact import replacing
-from compress.errors import ExportError
+from compress.errors import ExportError, boundary
 from compress.onnx_facts import PREFIX, as_text, metadata
 
 LARGEST_SINGLE_FILE = 2**31 - 2**24  # bytes of weights; protobuf ends at 2 GiB
@@ -34,11 +34,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         ExportError: the file is absent or is no ONNX.
     """
-    try:
+    with boundary(ExportError, "cannot be read as ONNX", where=str(path)):
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # noqa: BLE001 - protobuf raises several kinds
-        raise ExportError(f"cannot be read as ONNX: {error}", where=str(path)) from None
-    return metadata(model)
+        return metadata(model)
 
 
 def name_sizes(model: ir.Model) -> None:

@@ -138,16 +138,13 @@ def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str
 
 def _judged(job: Job, run: Any) -> dict[str, Any]:
     """Return the primary metric on a few images, against that with the labels of others."""
-    task = job.task
-    if job.dataset.target != task.target or not task.kinds:  # nothing to judge by
+    task, name = job.task, job.task.primary
+    if job.dataset.target != task.target or not task.kinds:
         return {}
-    is_session = hasattr(run, "inputs")
-    fed = Fed(run, job.dataset) if is_session else run
-    batches = job.dataset.pictures if is_session else job.dataset.batches
-    pairs = list(batches("calibration", 32, IMAGES))
-    predictions, scores = evaluate.predictions_of(fed, task, job.dataset, pairs)
+    read = job.dataset.pictures if isinstance(run, Fed) else job.dataset.batches
+    pairs = list(read("calibration", 32, IMAGES))
+    predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
     labels = [target for _, targets in pairs for target in targets]
-    name = task.primary
     kind = task.kinds[name]
     sign = 1 if kind.higher_is_better else -1
     value = tasks.values_of(task, scores)[name]

@@ -10,7 +10,8 @@ from torch import nn
 from compress import evaluate, models
 from compress.data import Dataset
 from compress.errors import CompressError, ModelError
-from compress.feeding import shapes_answered
+from compress.feeding import Fed
+from compress.runtimes import open_session
 from compress.settings import Recipe, Settings, TrainSettings
 from compress.tasks import Task
 from compress.train.optimizers import check_layer
@@ -81,13 +82,18 @@ def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
     """Run an ONNX file on one image, as the stages after it would.
 
     Raises:
-        EngineError: it does not take the images.
+        EngineError: it does not take the images, or does not answer as the task needs.
         ModelError: it tells another number of classes apart.
     """
-    shapes = shapes_answered(Path(recipe.model.name), dataset)
-    if task.tells_classes and shapes[0][1:] != (len(dataset.classes),):
+    with open_session(Path(recipe.model.name), ORT) as session:
+        fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
+        if not task.tells_classes:
+            evaluate.predictions_of(fed, task, dataset, one)
+            return
+        found = evaluate.predict(fed, one).logits.shape[1]
+    if found != len(dataset.classes):
         raise ModelError(
-            f"answers an image with {shapes[0][1:]}, the data has {len(dataset.classes)} classes",
+            f"tells {found} classes apart, the data has {len(dataset.classes)}",
             where=recipe.model.name,
             expected="a network that was trained for the classes of the data",
         )

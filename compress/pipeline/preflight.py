@@ -99,11 +99,10 @@ def _data_problems(recipe: Recipe, *, has_network: bool) -> Iterator[str]:
         dataset, task = prepared(recipe)
     except RecipeError as error:
         yield from str(error).splitlines()
-        return
     except CompressError as error:
         yield f"data: {error}"
-        return
-    yield from network.problems(recipe, dataset, task) if has_network else ()
+    else:
+        yield from network.problems(recipe, dataset, task) if has_network else ()
 
 
 def _complaint(place: str, check: Callable[[], object]) -> Iterator[str]:

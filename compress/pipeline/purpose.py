@@ -34,13 +34,10 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     if source is None or source.is_dir():
         return dataset, task_of(recipe, dataset)
     shapes = shapes_answered(source, dataset)
-    names_classes = shapes[0][1:] == (len(dataset.classes),)
-    if dataset.target != "class" or recipe.task is not None or names_classes:
+    has_scores = len(shapes[0]) == 2
+    if dataset.target != "class" or recipe.task is not None or has_scores:
         return dataset, task_of(recipe, dataset)
-    reason = (
-        f"the network answers an image with {_shown(shapes)}, and not with scores of the data's "
-        f"{len(dataset.classes)} classes"
-    )
+    reason = f"the network answers an image with {_shown(shapes)}, and not with scores of classes"
     logger.warning("%s: outputs are compared with those of the original", reason)
     dataset = dataclasses.replace(dataset, target="none", classes=())
     return dataset, task_of(recipe, dataset, reason)

@@ -10,6 +10,7 @@ from onnx import ModelProto
 
 from compress import distill, measure, models, onnx_file
 from compress.errors import CompressError, ModelError
+from compress.feeding import Fed
 from compress.pipeline import cautions, network
 from compress.pipeline.job import (
     ONNX_FILE,
@@ -94,8 +95,7 @@ def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     params = measure.onnx_params(model.graph)
     variant = Variant("original", job.relative(target), stage.name, params=params, macs=macs)
     with open_session(target, network.ORT) as session:
-        facts |= cautions.of_original(job, session)
-    return Outcome((variant,), facts)
+        return Outcome((variant,), facts | cautions.of_original(job, Fed(session, job.dataset)))
 
 
 def _sized(model: ModelProto, job: Job) -> ModelProto:

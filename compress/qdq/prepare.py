@@ -10,7 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from compress.errors import QuantizationError
+from compress import onnx_file
+from compress.errors import EngineError, QuantizationError
 from compress.qdq.graph import (
     WEIGHTED,
     Graph,
@@ -41,21 +42,12 @@ def read_onnx(path: Path | str) -> ModelProto:
     Raises:
         QuantizationError: the file is absent, damaged, or its data lies outside its folder.
     """
-    path = Path(path)
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
+        return onnx_file.load(path)
+    except EngineError as error:
         raise QuantizationError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            expected="an fp32 ONNX file",
+            error.what, where=error.where, expected=error.expected, fix=error.fix
         ) from None
-    except Exception as error:  # noqa: BLE001 - protobuf has an error class for each backend
-        raise _damaged(path, error) from None
-    if not model.graph.node:
-        raise _damaged(path)
-    _load_external_data(model, path)
-    return model
 
 
 def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
@@ -99,39 +91,6 @@ def finished(model: ModelProto) -> None:
     kept = [entry for entry in model.metadata_props if entry.key != _DONE]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
-
-
-def _damaged(path: Path, error: Exception | None = None) -> QuantizationError:
-    reason = f" ({error})" if error else ""
-    return QuantizationError(
-        f"is damaged, cut short, or no ONNX file{reason}",
-        where=str(path),
-        expected="an fp32 ONNX file",
-        fix="Export it again, or copy it again",
-    )
-
-
-def _load_external_data(model: ModelProto, path: Path) -> None:
-    folder = path.parent.resolve()
-    for tensor in onnx.external_data_helper._get_all_tensors(model):
-        if not onnx.external_data_helper.uses_external_data(tensor):
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        if not location or not (folder / location).resolve().is_relative_to(folder):
-            raise QuantizationError(
-                f"the data of {tensor.name!r} is said to lie in {location!r}, outside its folder",
-                where=str(path),
-                expected=f"external data below {folder}",
-                fix="Do not trust this file; or save it again with its data beside it",
-            )
-    try:
-        onnx.load_external_data_for_model(model, str(folder))
-    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
-        raise QuantizationError(
-            f"its external data cannot be read: {error}",
-            where=str(path),
-            fix="Copy the data file beside the ONNX file",
-        ) from None
 
 
 def _refuse_quantized(model: ModelProto, where: str) -> None:

@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 SCHEMA = 1  # later versions only add keys
 
 Interval = tuple[float, float]  # a 95 % confidence interval: low, high
+Class = Annotated[int, Field(ge=0, lt=2**24)]  # its number
+Count = Annotated[int, Field(ge=0, lt=2**48)]
 Reasons = dict[str, str]  # name of what was not measured -> "not measured because ..." it
 
 
@@ -64,6 +66,7 @@ class Result(Record):
     device: str
     batch: int = Field(ge=1)
     threads: int | None = None
+    size_mib: float | None = None  # of what the runtime opened: the engine, where there is one
 
     latency_ms_p50: float | None = None
     latency_ms_p50_ci95: Interval | None = None
@@ -137,7 +140,7 @@ class Variant(Record):
     parent: str | None = None  # name of the variant it was made from
     params: int | None = None
     macs: int | None = None  # for one image
-    size_mib: float | None = None  # of the artifact
+    size_mib: float | None = None  # of the artifact; what runs is in the results
     results: tuple[Result, ...] = ()
     skipped: Reasons = {}  # field or runtime -> why it is absent
 
@@ -152,7 +155,7 @@ class Gate(Record):
     variant: str | None = None
     runtime: str | None = None
     batch: int | None = None
-    reason: str | None = None  # why it could not be measured: then it is not passed
+    reason: str | None = None  # why it is not passed, where the two figures do not say it
 
 
 class Line(Record):
@@ -241,13 +244,20 @@ class ClassScores(Record):
     recall_pct: tuple[float | None, ...]  # None: no image of the class
     f1_pct: tuple[float | None, ...]
 
+    @model_validator(mode="after")
+    def _same_length(self) -> ClassScores:
+        columns = (self.images, self.precision_pct, self.recall_pct, self.f1_pct)
+        if len(set(map(len, columns))) > 1:
+            raise ValueError(f"the scores of {self.variant!r} are of different numbers of classes")
+        return self
+
 
 class Confusion(Record):
     """A confusion matrix by its non-zero cells."""
 
     variant: str
     runtime: str | None = None
-    cells: tuple[tuple[int, int, int], ...]  # true class, predicted class, images
+    cells: tuple[tuple[Class, Class, Count], ...]  # true class, predicted class, images
 
 
 class Flip(Record):

@@ -85,6 +85,13 @@ Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or co
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
 Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
+TaskName = Annotated[str | None, typer.Option("--task", help="See: compress list tasks")]
+Outputs = Annotated[
+    str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Open a .pt that holds code, as Ultralytics' do")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
 
@@ -176,6 +183,8 @@ def train(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Train a network on labelled images."""
@@ -240,6 +249,9 @@ def prune(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    outputs: Outputs = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Cut channels of a network to a budget, then train it a little if asked."""
@@ -276,6 +288,8 @@ def sparsify(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Zero single weights of a network, then train it a little if asked."""
@@ -309,6 +323,8 @@ def distill(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Train a network towards the answers and features of a better one."""
@@ -360,6 +376,8 @@ def quantize(
     inputs: Inputs = None,
     input_size: FixedSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Write int8 graphs, one for each runtime they must be fast on."""
@@ -389,6 +407,8 @@ def export(
         bool,
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
+    outputs: Outputs = None,
+    trust: Trust = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
     _print(commands.export(ctx.params))

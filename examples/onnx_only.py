@@ -29,7 +29,7 @@ if __name__ == "__main__":
     out = source.with_suffix(".int8.onnx")
     compress.quantize_onnx(source, images, out, target="onnxruntime")
     for finding in compress.lint_onnx(out, target="onnxruntime"):
-        print(finding)  # noqa: T201
+        print(finding)
     for path in (source, out):
         with compress.open_session(path, runtime="onnxruntime", threads=1) as session:
-            print(path, session.run(images[0])[0])  # noqa: T201
+            print(path, session.run(images[0])[0])

@@ -25,10 +25,10 @@ def export(given: Given) -> str:
     from compress.measure import count, count_onnx, size_mib
     from compress.models import check_forward, load_model
 
-    model = load_model(given["model"], given["weights"], given["num_classes"])
-    example = torch.zeros(
-        1, *integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
-    )
+    options = {"trust": True} if given["trust"] else {}
+    model = load_model(given["model"], given["weights"], given["num_classes"], options=options)
+    size = integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
+    example = torch.zeros(1, *size)
     check_forward(model, example)
     path = export_onnx(
         model,
@@ -38,6 +38,7 @@ def export(given: Given) -> str:
         softmax=given["softmax"],
         dynamic_batch=not given["fixed_batch"],
         dynamic_size=given["dynamic_size"],
+        outputs=given["outputs"].split(",") if given["outputs"] else None,
     )
     work = count(model, example) if given["dynamic_size"] else count_onnx(path)
     return (

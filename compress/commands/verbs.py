@@ -67,6 +67,8 @@ def prune(given: Given) -> Done | None:
     shares = ("keep_macs", "keep_params", "keep_latency")
     names = ("criterion", *shares, "latency_ms", "runtime", "round_to")
     cut = present(given, **{name: name for name in names})
+    if given["outputs"] is not None:
+        cut["outputs"] = given["outputs"].split(",")
     if given["keep_channels"] is not None:
         cut["keep_channels"] = _keep_channels(given["keep_channels"], given["max_drop"])
     elif given["max_drop"] is not None:
@@ -124,7 +126,9 @@ def content(
         model["input_size"] = integers(
             given["input_size"], "--input-size", count=3, like=INPUT_SIZE
         )
-    return {
+    if given.get("trust"):
+        model["options"] = {"trust": True}
+    return present(given, task="task") | {
         "name": name,
         "model": model,
         "data": data_part(given),

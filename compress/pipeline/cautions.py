@@ -138,7 +138,7 @@ def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str
 
 def _judged(job: Job, run: Any) -> dict[str, Any]:
     """Return the primary metric on a few images, against that with the labels of others."""
-    task, name = job.task, job.task.primary
+    task = job.task
     if job.dataset.target != task.target or not task.kinds:
         return {}
     read = job.dataset.pictures if isinstance(run, Fed) else job.dataset.batches

@@ -7,7 +7,7 @@ a target are timed side by side in one sitting.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def rivals_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target]) 
     ]
 
 
-def _precisions(variant: Variant, wanted: set[str], *, is_reference: bool) -> list[str]:
+def _precisions(variant: Variant, wanted: Set[str], *, is_reference: bool) -> list[str]:
     """Return the precisions in which a variant is measured where ``wanted`` are asked for."""
     if variant.precision != "fp32":
         return [variant.precision]

@@ -148,6 +148,14 @@ class Task(abc.ABC):
         """
         return None
 
+    def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return the places of the outputs that ``predict`` reads; None: all. Files hold no others.
+
+        Args:
+            outputs: Tensors that the network returns, by their places.
+        """
+        return None
+
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels
         """Raise DataError where labels (of all images) are not what this task needs."""
 

@@ -145,6 +145,7 @@ def _judged(job: Job, run: Any) -> dict[str, Any]:
     pairs = list(read("calibration", 32, IMAGES))
     predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
     labels = [target for _, targets in pairs for target in targets]
+    name = task.primary
     kind = task.kinds[name]
     sign = 1 if kind.higher_is_better else -1
     value = tasks.values_of(task, scores)[name]

@@ -25,13 +25,12 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel of this checkout."""
-    pytest.importorskip("hatchling")
     out = tmp_path_factory.mktemp("wheel")
-    code = (
-        "from hatchling.builders.wheel import WheelBuilder; "
-        f"print(next(WheelBuilder('.').build(directory={str(out)!r}, versions=['standard'])))"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "-q", "-w", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "No matching distribution found for hatchling" in done.stderr:
+        pytest.skip("the build backend cannot be downloaded")
+    assert done.returncode == 0, done.stderr
     return next(out.glob("*.whl"))
 
 

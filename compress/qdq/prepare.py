@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
@@ -71,6 +72,8 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
         return prepared
     _refuse_quantized(prepared, where)
     _free_dimensions(prepared)
+    if prepared.functions:  # runtimes do not know the operators of others
+        prepared = onnx.inliner.inline_local_functions(prepared)
     prepared = _modern(prepared, where)
     _drop_initializer_inputs(prepared)
     steps = (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes, join_hard_swish)

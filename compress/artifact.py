@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import RunError, boundary
+from compress.errors import RunError, boundary, printable
 
 FULL_BYTES = 1 << 16  # a disk with less room than this is full
 LARGEST_TEXT = 1 << 28  # bytes of JSON or YAML: a report with all its images has some MiB
@@ -66,7 +66,8 @@ class Finding:
 
     def __str__(self) -> str:
         tail = f", found {self.found}" if self.found else ""
-        return f"{self.path}: {self.problem}; expected {self.expected}{tail}"
+        name = printable(self.path).replace("\n", "\\n")
+        return f"{name}: {self.problem}; expected {self.expected}{tail}"
 
 
 def check(root: Path, path: str, digest: str) -> Finding | None:
@@ -119,6 +120,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Return the folder for what outlives a run: measurements, and which code was agreed to."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "compress"
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` in one step."""
     with replacing(path) as temporary:
@@ -127,7 +134,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write ``content`` to ``path`` as UTF-8 in one step."""
-    write_bytes(path, content.encode())
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))  # halves of characters
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from compress import commands, progress
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, printable
+from compress.trust import allow, allow_all, limited
 
 if TYPE_CHECKING:
     from compress.commands.verbs import Done
@@ -90,7 +91,12 @@ Outputs = Annotated[
     str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
 ]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Open a .pt that holds code, as Ultralytics' do")
+    bool,
+    typer.Option(
+        "--trust",
+        callback=lambda given: _trust(given),
+        help="Run code that recipes, run folders and .pt files hold or name; engines of others",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
@@ -121,6 +127,13 @@ def _kinds(incomplete: str) -> list[str]:
 def example(arguments: str) -> str:
     """Return what --help ends with: one command line, not wrapped."""
     return f"Example:\n\n\b\n  compress {arguments}"
+
+
+def _trust(given: bool) -> bool:
+    """Let everything run, if asked to; nothing but the command line can ask."""
+    if given:
+        allow_all()
+    return given
 
 
 def _version(asked: bool) -> None:
@@ -154,6 +167,7 @@ def run(
     fresh: Fresh = False,
     track: Track = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop")] = False,
+    trust: Trust = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
     if dry_run:
@@ -310,7 +324,7 @@ def distill(
     loss: Annotated[
         list[str] | None,
         typer.Option(
-            help="See: compress list losses; dkd if absent", autocompletion=names("losses")
+            help="See: compress list losses; the task's if absent", autocompletion=names("losses")
         ),
     ] = None,
     epochs: Epochs = 10,
@@ -448,6 +462,7 @@ def bench(
     inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
+    trust: Trust = False,
 ) -> None:
     """Measure artifacts side by side, in interleaved rounds."""
     _print(commands.bench(ctx.params))
@@ -470,6 +485,7 @@ def compare(
     layout: Layout = None,
     inputs: Inputs = None,
     json: Json = None,
+    trust: Trust = False,
 ) -> None:
     """Show where two artifacts answer differently on real images."""
     _print(commands.compare(ctx.params))
@@ -511,6 +527,7 @@ def sensitivity(
     std: Std = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    trust: Trust = False,
 ) -> None:
     """Show which layers cannot bear to be pruned or quantized."""
     if prune == quantize:
@@ -536,6 +553,7 @@ def verify(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     measure: Annotated[bool, typer.Option("--measure", help="Take its figures again")] = False,
     json: Json = None,
+    trust: Trust = False,
 ) -> None:
     """Check every file of a run against its recorded hash."""
     table, intact = commands.verify(run, json, measure=measure)
@@ -576,7 +594,9 @@ def init(
     """Look at a folder and write a commented recipe for it."""
 
     def ask(what: str, found: str) -> str:
-        return str(typer.prompt(what, default=found or None, err=True))
+        answer = str(typer.prompt(what, default=found or None, err=True))
+        allow(answer)
+        return answer
 
     _print(commands.init(ctx.params, None if yes or not sys.stdin.isatty() else ask))
 
@@ -585,6 +605,7 @@ def init(
 def check(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],
     overrides: Set = None,
+    trust: Trust = False,
 ) -> None:
     """Check recipes: everything short of running them."""
     _print(commands.check(recipes, overrides or []))
@@ -631,7 +652,7 @@ def doctor(
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
     try:
-        with progress.shown(), warnings.catch_warnings():
+        with progress.shown(), warnings.catch_warnings(), limited(sys.argv[1:]):
             warnings.showwarning = _warn
             code = app(standalone_mode=False)
     except CompressError as error:
@@ -712,11 +733,8 @@ def _print(content: Any) -> None:
     """Print text as it is and tables by rich, on stdout."""
     progress.stop()
     if isinstance(content, str):
-        sys.stdout.write(content if content.endswith("\n") else content + "\n")
+        sys.stdout.write(printable(content if content.endswith("\n") else content + "\n"))
         return
-    from rich.console import Console
+    from compress.terminal import plain_console
 
-    console = Console(soft_wrap=False)
-    if not console.is_terminal:  # a log or a pipe: wide enough that nothing is cut
-        console = Console(width=160)
-    console.print(content)
+    plain_console().print(content)

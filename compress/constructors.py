@@ -15,6 +15,7 @@ from compress.errors import CompressError, ModelError, UnknownNameError, UsageEr
 from compress.head import replace_head
 from compress.packages import require
 from compress.plugins import import_file
+from compress.trust import check_code, is_limited
 
 _ULTRALYTICS = {  # the class of each of their tasks
     "detect": "DetectionModel",
@@ -125,11 +126,11 @@ def _ultralytics(name: str, num_classes: int | None = None, trust: bool = False)
     tasks: Any = importlib.import_module("ultralytics.nn.tasks")
     settings: Any = importlib.import_module("ultralytics.cfg")
     if name.endswith(".pt"):
-        if not trust:
+        if not trust or is_limited():
             raise ModelError(
                 "a .pt of Ultralytics holds pickled code, which opening it would run",
                 where=f"ultralytics:{name}",
-                fix="If you trust where it is from: --trust (model.options.trust: true)",
+                fix="If you trust where it is from: --trust (from Python, options={'trust': True})",
             )
         model: Any = tasks.load_checkpoint(name)[0]
         if num_classes not in (None, model.yaml["nc"]):
@@ -184,11 +185,12 @@ def _import_file(path: Path) -> ModuleType:
         return import_file(path, "the Python file that defines the network")
     except UsageError as error:
         raise ModelError(
-            error.what, where=error.where, expected=error.expected
+            error.what, where=error.where, expected=error.expected, fix=error.fix
         ) from error.__cause__
 
 
 def _import_module(name: str) -> Any:
+    check_code(name)
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from compress.errors import UnknownNameError, UsageError, did_you_mean
+from compress.trust import check_code
 
 KINDS = {
     "criteria": "criterion",
@@ -173,6 +174,7 @@ def import_file(path: Path, expected: str) -> ModuleType:
     """
     if not path.is_file():
         raise UsageError("no such file", where=str(path), expected=expected)
+    check_code(str(path))
     name = f"compress_own_{path.stem}_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

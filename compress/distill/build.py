@@ -116,10 +116,14 @@ def build_objective(
     return objective
 
 
+DEFAULT_LOSSES = ("dkd",)  # of one class for each image
+
+
 def losses_of(settings: DistillSettings, task: Task | None) -> tuple[Plugin, ...]:
     """Return the losses that a recipe names, else those that suit the task."""
-    named = "losses" in settings.model_fields_set
-    return settings.losses if named or task is None else task.losses
+    if settings.losses is not None:
+        return settings.losses
+    return DEFAULT_LOSSES if task is None else task.losses
 
 
 def check_loss(reference: Plugin, task: Task) -> None:

@@ -56,6 +56,24 @@ def build(given: Given) -> str:
     return f"{path}: engine for {given['runtime']}, {size_mib(path):.2f} MiB"
 
 
+def split(given: Given) -> RenderableType:
+    """Split an ONNX file in two and return what each cut costs."""
+    from compress.split import split_onnx
+
+    found = split_onnx(
+        given["file"],
+        given["out"],
+        at=given["at"],
+        link_mbps=given["link_mbps"],
+        edge_slowdown=given["edge_slowdown"],
+        int8=given["int8"],
+        runtime=given["runtime"],
+        threads=given["threads"],
+    )
+    write_numbers(given["json"], found.to_json())
+    return found.table()
+
+
 def bench(given: Given) -> RenderableType:
     """Measure artifacts side by side."""
     from compress.side_by_side import bench_artifacts

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.errors import DataError
+from compress.decoding import opened, to_8_bit
 from compress.fitting import Fit, ImageSize, sides
 
 Indices = Sequence[int] | NDArray[np.int64]
@@ -191,38 +191,36 @@ def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) ->
 
 
 def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> Tensor:
-    """Return an image file's pixels, RGB or grey, fitted to one size, (C, H, W) uint8.
+    """Return an image file's pixels, upright, RGB or grey, fitted to one size, (C, H, W) uint8.
 
     Raises:
         DataError: it is no readable image; the message begins with ``where``.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(source) as image:
-            return fit.pixels(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"is not a readable image ({error})", where=where, fix="Replace or remove it"
-        ) from None
+    with opened(source, where=where) as image:
+        return fit.pixels(to_8_bit(image, channels, where=where))
 
 
 def from_array(
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[Any],
     labels: NDArray[Any],
     *,
     size: ImageSize | None,
     channels: int | None,
 ) -> MemoryImages:
-    """Return (N, H, W) or (N, H, W, C) uint8 pixels as images of the wanted size and channels."""
+    """Return (N, H, W) or (N, H, W, C) pixels as images of the wanted size and channels.
+
+    Pixels are uint8, or floats that stay what they are.
+    """
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     tensor = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    tensor = tensor if tensor.dtype == torch.uint8 else tensor.float()
     if channels == 3 and tensor.shape[1] == 1:
         tensor = tensor.expand(-1, 3, -1, -1).contiguous()
     elif channels == 1 and tensor.shape[1] == 3:
         luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        tensor = (tensor * luma).sum(1, keepdim=True).round().to(torch.uint8)
+        grey = (tensor * luma).sum(1, keepdim=True)
+        tensor = grey.round().to(torch.uint8) if tensor.dtype == torch.uint8 else grey
     if size is not None:
         tensor = Fit(sides(size), "squash").tensor(tensor)
     return MemoryImages(tensor, np.asarray(labels, dtype=np.int64).reshape(-1))

@@ -7,14 +7,16 @@ import enum
 import functools
 import numbers
 import types
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.errors import ModelError
+from compress.errors import ModelError, UsageError
+
+Leaf = TypeVar("Leaf")
 
 _PLAIN = (
     numbers.Number, str, bytes, type(None), np.ndarray, np.generic, enum.Enum, type,
@@ -53,6 +55,46 @@ def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
 def tensors_of(output: Any) -> list[Tensor]:
     """Return the tensors that ``output`` holds: the main one, then the others in their order."""
     return [tensor for _, tensor in named_tensors(output)]
+
+
+def chosen(
+    found: Sequence[tuple[str, Leaf]], outputs: Sequence[str] | None, *, where: str = ""
+) -> list[tuple[str, Leaf]]:
+    """Return those of ``found`` that ``outputs`` name: all if None.
+
+    Args:
+        found: Places, as ``leaves`` gives them, and what is there.
+        outputs: Places; ``1`` stands for ``1.boxes`` and ``1.feats.0`` as well.
+        where: What a message begins with.
+
+    Raises:
+        UsageError: a name is no place; the message lists all.
+    """
+    if outputs is None:
+        return list(found)
+    for name in outputs:
+        if not any(_is_at(place, name) for place, _ in found):
+            raise UsageError(
+                f"the network has no output {name!r}",
+                where=where,
+                expected=f"one of: {', '.join(_shown(*one) for one in found) or 'none'}",
+            )
+    return [(place, leaf) for place, leaf in found if any(_is_at(place, n) for n in outputs)]
+
+
+def as_places(outputs: Iterable[str | int] | str | int | None) -> tuple[str, ...] | None:
+    """Return places of outputs as texts, whether one or several are given."""
+    if outputs is None:
+        return None
+    return (str(outputs),) if isinstance(outputs, str | int) else tuple(map(str, outputs))
+
+
+def _is_at(place: str, name: str) -> bool:
+    return place == name or place.startswith(f"{name}.")
+
+
+def _shown(place: str, leaf: Any) -> str:
+    return f"{place} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else place
 
 
 def heads_of(output: Any) -> list[Tensor]:

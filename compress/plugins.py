@@ -18,6 +18,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from compress.errors import UnknownNameError, UsageError, did_you_mean
@@ -30,16 +31,24 @@ KINDS = {
     "data": "kind of data",
     "tasks": "task",
 }
+PACKAGES = {  # where the files of each kind lie
+    "criteria": "compress.criteria",
+    "losses": "compress.losses",
+    "observers": "compress.observers",
+    "runtimes": "compress.runtimes",
+    "data": "compress.data",
+    "tasks": "compress.tasks",
+}
 _HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
 
-_PACKAGE = Path(__file__).parent
+_ROOT = Path(__file__).parents[1]  # of the package "compress"
 
 
 def names(kind: str) -> list[str]:
     """Return the names of all plug-ins of a folder, sorted, without importing any."""
     if kind not in KINDS:
         raise UnknownNameError("kind of plug-in", kind, KINDS)
-    files = (_PACKAGE / kind).glob("[!_]*.py")
+    files = _folder(kind).glob("[!_]*.py")
     return sorted(_spoken(kind, file.stem) for file in files)
 
 
@@ -48,7 +57,7 @@ def documentation(kind: str, name: str) -> str:
     own = _own(kind, name)
     if own is None:
         stem = _stem(kind, name)
-        file, wanted = _PACKAGE / kind / f"{stem}.py", _class_name(stem)
+        file, wanted = _folder(kind) / f"{stem}.py", _class_name(stem)
     else:
         file, wanted = own
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -69,7 +78,7 @@ def load(kind: str, name: str) -> type[Any]:
     if own is not None:
         return _imported(kind, *own)
     stem = _stem(kind, name)
-    module = importlib.import_module(f"compress.{kind}.{stem}")
+    module = importlib.import_module(f"{PACKAGES[kind]}.{stem}")
     plugin: type[Any] = getattr(module, _class_name(stem))
     return plugin
 
@@ -126,7 +135,16 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
             expected="a name, or one name with its options, as in {kd: {temperature: 4.0}}",
         )
     name, given = next(iter(reference.items()))
+    if not isinstance(name, str) or not isinstance(given, Mapping | None):
+        raise UsageError(
+            f"{KINDS[kind]} {name!r} has the options {given!r}",
+            expected="a mapping, as in {kd: {temperature: 4.0}}",
+        )
     return name, dict(given or {})
+
+
+def _folder(kind: str) -> Path:
+    return _ROOT.joinpath(*PACKAGES[kind].split("."))
 
 
 def _own(kind: str, name: str) -> tuple[Path, str] | None:
@@ -143,17 +161,36 @@ def _own(kind: str, name: str) -> tuple[Path, str] | None:
     return Path(file), wanted
 
 
-def _imported(kind: str, file: Path, wanted: str) -> type[Any]:
-    name = f"compress_own_{kind}_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+def import_file(path: Path, expected: str) -> ModuleType:
+    """Run a Python file of the user's and return its module.
+
+    Args:
+        path: The file. Files beside it can be imported by it.
+        expected: What it should hold, for the message.
+
+    Raises:
+        UsageError: there is no such file, or running it fails.
+    """
+    if not path.is_file():
+        raise UsageError("no such file", where=str(path), expected=expected)
+    name = f"compress_own_{path.stem}_{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError("cannot be imported", where=str(file))
+        raise UsageError("cannot be imported", where=str(path), expected=expected)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.resolve().parent))  # for the imports of neighbouring files
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UsageError(f"importing it fails: {error!r}", where=str(file)) from error
+        raise UsageError(f"importing it fails: {error!r}", where=str(path)) from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _imported(kind: str, file: Path, wanted: str) -> type[Any]:
+    module = import_file(file, f"a {KINDS[kind]}")
     plugin = getattr(module, wanted, None)
     if not isinstance(plugin, type):
         known = [key for key, value in vars(module).items() if isinstance(value, type)]

@@ -16,10 +16,10 @@ import zoo
 from torch import Tensor, nn
 
 import compress
-from compress.errors import ModelError, PlanError
+from compress.errors import CompressError, ModelError, PlanError
 from compress.groups import trace
 from compress.outputs import heads_of, leaves, logits_of, named_tensors, tensors_of
-from compress.surgery import apply_pruning, mask_pruning, prove
+from compress.surgery import PrunePlan, apply_pruning, mask_pruning, prove
 
 EXAMPLE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
@@ -369,3 +369,41 @@ def test_a_masked_network_says_so_where_an_operation_of_its_plan_did_not_run() -
     model.attend = lambda q, k, v: v
     with pytest.raises(PlanError, match=r"softmax.* was not made"):
         mask_pruning(model, plan).eval()(x)
+
+
+class WithFeatures(nn.Module):
+    """Boxes, and beside them the feature map that they are made of, as detectors return it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.neck = nn.Conv2d(16, 12, 3, padding=1)
+        self.head = nn.Conv2d(12, 6, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:
+        """Return (B, 6, H * W), and the feature map."""
+        feature = self.neck(self.body(x))
+        return self.head(feature.relu()).flatten(2), {"feats": [feature]}
+
+
+def test_only_the_outputs_that_are_named_freeze_channels() -> None:
+    model, example = WithFeatures().eval(), torch.randn(1, 3, 8, 8)
+    whole = compress.plan_pruning(model, example, keep_macs=0.5)
+    assert set(whole.frozen) == {"neck", "head"}
+    plan = compress.plan_pruning(model, example, keep_macs=0.5, outputs=["0"])
+    assert set(plan.frozen) == {"head"} and plan.outputs == ("0",)
+    assert len(plan.tensors["neck.weight"][0]) < 12
+    assert prove(model, plan, torch.randn(2, 3, 8, 8)) < 1e-5
+    small = compress.apply_pruning(model, plan)
+    masked = compress.mask_pruning(model, plan)
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(small(images)[0], masked(images)[0])
+    assert small(images)[1]["feats"][0].shape[1] < 12
+    again = PrunePlan.from_json(plan.to_json())
+    assert again.outputs == ("0",)
+
+
+def test_an_output_that_is_not_there_is_refused_with_those_that_are() -> None:
+    model, example = WithFeatures().eval(), torch.randn(1, 3, 8, 8)
+    with pytest.raises(CompressError, match=r"no output .boxes.. Expected one of: 0 \(1, 6, 64\)"):
+        compress.plan_pruning(model, example, keep_macs=0.5, outputs="boxes")

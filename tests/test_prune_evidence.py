@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.criteria import ChannelGroup
 from compress.errors import DataError
 from compress.groups import trace
+from compress.prune.answers import Reading
 from compress.prune.evidence import evidence
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)
@@ -121,11 +123,70 @@ def test_answers_are_drawn_for_every_pixel_of_a_segmentation() -> None:
     assert (found.square().mean(0) - exact).norm() / exact.norm() < 0.1
 
 
-def test_a_network_without_classes_has_no_answers_to_draw() -> None:
+class TwoOutputs(nn.Module):
+    """A map of three channels of unequal spread, and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Conv2d(3, 8, 3)
+        self.maps = nn.Conv2d(8, 3, 1)
+        self.vector = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B, 3, 4, 4) and (B, 5)."""
+        features = self.body(x).relu()
+        scale = torch.tensor([1.0, 30.0, 0.1]).reshape(1, 3, 1, 1)
+        return self.maps(features) * scale, self.vector(features.mean((2, 3)))
+
+
+def relative_changes(model: nn.Module, images: Tensor, outputs: tuple[int, ...]) -> Tensor:
+    """Return what each channel adds to the outputs, squared over their variance, by the Jacobian.
+
+    The gate of a channel multiplies what the layers that read it are given; (8,).
+    """
+
+    def gated(gate: Tensor) -> tuple[Tensor, ...]:
+        names = {"maps.weight": 1, "vector.weight": 1}
+        own = dict(model.named_parameters())
+        weights = {
+            name: own[name] * gate.reshape(1, -1, *[1] * (own[name].ndim - 2)) for name in names
+        }
+        found: tuple[Tensor, ...] = torch.func.functional_call(model, weights, (images,))
+        return found
+
+    jacobians = torch.autograd.functional.jacobian(gated, torch.ones(8))
+    total = torch.zeros(8)
+    for index in outputs:
+        output, jacobian = gated(torch.ones(8))[index].detach(), jacobians[index]
+        over = [d for d in range(output.ndim) if d != 1 or output.ndim < 3]
+        variance = output.var(over, keepdim=True, correction=0)
+        squares = jacobian.square() / variance[..., None]  # (B, ..., 8)
+        total += squares.flatten(0, -2).mean(0) / len(images)  # the loss is a mean over images
+    return total
+
+
+@pytest.mark.parametrize("outputs", [(0, 1), (0,), (1,)])
+def test_other_outputs_are_gaussian_and_add_up_scaled_by_their_variance(outputs) -> None:
+    torch.manual_seed(0)
+    model = TwoOutputs().eval()
+    images = torch.randn(3, 3, 6, 6)
+    network = trace(model, EXAMPLE)
+    reading = Reading("numbers", tuple(map(str, outputs)))
+    found = evidence(model, network, "answers", [images] * 3000, reading=reading)
+    group = next(g for g in network.groups if "body" in g.name)
+    tensors = dict(model.named_parameters())
+    changes = ChannelGroup(group, tensors, evidence=found).loss_changes()
+    exact = relative_changes(model, images, outputs)
+    assert (changes.square().mean(0) - exact).norm() / exact.norm() < 0.1
+
+
+def test_one_number_is_scored_as_a_number() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(128, 1)).eval()
     data = [(torch.randn(2, 3, 6, 6), torch.zeros(2))]
+    found = evidence(model, trace(model, EXAMPLE), "answers", data)
+    assert found.products["2.weight", 1].abs().sum() > 0
     with pytest.raises(DataError, match="holds no logits of classes"):
-        evidence(model, trace(model, EXAMPLE), "answers", data)
+        evidence(model, trace(model, EXAMPLE), "answers", data, reading=Reading("classes"))
 
 
 def test_activations_are_those_that_enter_the_layer(model: nn.Module) -> None:

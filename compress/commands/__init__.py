@@ -11,8 +11,9 @@ from compress.commands.artifacts import (
     split,
     verify,
 )
+from compress.commands.beginning import init
 from compress.commands.layers import sensitivity
-from compress.commands.showing import doctor, list_plugins, schema, show
+from compress.commands.showing import SHOWN, doctor, list_plugins, names_of, schema, show
 from compress.commands.verbs import (
     check,
     distill,
@@ -26,6 +27,7 @@ from compress.commands.verbs import (
 )
 
 __all__ = [
+    "SHOWN",
     "bench",
     "build",
     "bundle",
@@ -35,8 +37,10 @@ __all__ = [
     "doctor",
     "dry_run",
     "export",
+    "init",
     "lint",
     "list_plugins",
+    "names_of",
     "prune",
     "quantize",
     "report",

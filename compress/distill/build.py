@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress import plugins
+from compress import evaluate, plugins
 from compress.augment import is_random
-from compress.data import Dataset
-from compress.distill.objective import DistillObjective, Term
+from compress.data import Dataset, targets_of
+from compress.distill.objective import DistillObjective, Term, last_output, main_answer
 from compress.distill.pairing import pair_layers
 from compress.distill.taps import Survey, survey, tapped
 from compress.distill.teachers import (
@@ -26,12 +27,15 @@ from compress.distill.teachers import (
     class_order,
 )
 from compress.errors import CompressError, TrainingError, UsageError
+from compress.groups.copying import full_copy
 from compress.images import Subset
 from compress.losses import Needs, Taps
-from compress.modules import evaluating
-from compress.objective import CrossEntropy
+from compress.modules import evaluating, set_mode
+from compress.objective import CrossEntropy, TaskLoss
 from compress.outputs import logits_of
 from compress.settings import DistillSettings, Plugin
+from compress.tasks import Task
+from compress.train.batches import on_device
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +50,7 @@ def build_objective(
     *,
     folder: Path | None = None,
     seed: int = 0,
+    task: Task | None = None,
 ) -> DistillObjective:
     """Return the objective that pulls ``student`` towards ``teacher``.
 
@@ -60,6 +65,8 @@ def build_objective(
         settings: Losses and weights.
         folder: Where the teacher's answers are kept, if they are to be.
         seed: Of the training; part of the name of the cache.
+        task: What the networks are for, where that is not one class an image: its loss is the one
+            with the labels.
 
     Raises:
         TrainingError: class counts differ without a mapping, a loss on features meets a teacher
@@ -69,15 +76,21 @@ def build_objective(
     """
     if teacher is student:
         raise UsageError("the student cannot be its own teacher", where="distill.teacher")
+    if task is not None and task.tells_classes:
+        task = None
     example = dataset.example
     answering = _teacher(teacher, example, settings)
     try:
         names = settings.teacher_classes
-        order = class_order(dataset.classes, names, answering.classes)
+        order = class_order(dataset.classes, names, answering.classes) if task is None else None
         device = next((p.device for p in student.parameters()), torch.device("cpu"))
         mine = survey(student, example.to(device))
-        _check_student(mine, dataset)
-        terms = [_term(each, mine, answering, settings.compile) for each in settings.losses]
+        if task is None:
+            _check_student(mine, dataset)
+        losses = losses_of(settings, task)
+        terms = [_term(each, mine, answering, settings.compile) for each in losses]
+        if task is not None:
+            _check_terms(terms, task, student, dataset)
         _prepare(terms, student, answering, dataset)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
@@ -88,14 +101,40 @@ def build_objective(
         terms,
         answering,
         None if order is None else torch.from_numpy(order),
-        hard=CrossEntropy(settings.label_smoothing),
+        hard=CrossEntropy(settings.label_smoothing) if task is None else TaskLoss(task),
         hard_weight=settings.hard,
         warmup_epochs=settings.loss_warmup_epochs,
     )
     for line in objective.pairing():
         logger.info(line)
-    _compare(objective, student, dataset)
+    if task is None:
+        _compare(objective, student, dataset)
+    else:
+        _compare_at_task(objective, answering, student, dataset, task)
     return objective
+
+
+def losses_of(settings: DistillSettings, task: Task | None) -> tuple[Plugin, ...]:
+    """Return the losses that a recipe names, else those that suit the task."""
+    named = "losses" in settings.model_fields_set
+    return settings.losses if named or task is None else task.losses
+
+
+def check_loss(reference: Plugin, task: Task) -> None:
+    """Raise TrainingError where a loss reads other outputs than those of ``task``."""
+    name, _ = plugins.parse("losses", reference)
+    wanted = getattr(plugins.load("losses", name), "of_classes", None)
+    if wanted is None or task.tells_classes or (wanted == "pixel" and task.answers == "classes"):
+        return
+    known = [
+        n for n in plugins.names("losses")
+        if getattr(plugins.load("losses", n), "of_classes", None) is None
+    ]  # fmt: skip
+    raise TrainingError(
+        f"it compares the probabilities of one class for each {wanted}",
+        where=f"loss {name!r}",
+        expected=f"for this task one of: {', '.join(known)}",
+    )
 
 
 def _teacher(teacher: Any, example: Tensor, settings: DistillSettings) -> Teacher:
@@ -116,6 +155,31 @@ def _check_student(seen: Survey, dataset: Dataset) -> None:
             f"the student tells {seen.classes} classes apart, the data has {len(dataset.classes)}",
             where="distill",
             fix=f"Build the student with num_classes={len(dataset.classes)}",
+        )
+
+
+def _check_terms(terms: Sequence[Term], task: Task, student: nn.Module, dataset: Dataset) -> None:
+    """Refuse losses on outputs where the network returns its losses in training instead.
+
+    A copy of the network is asked for the loss of two images.
+    """
+    for term in terms:
+        check_loss(term.name, task)
+    on_outputs = [term.name for term in terms if not term.pairs]
+    if not on_outputs:
+        return
+    model, images = full_copy(student), dataset.splits["train"]
+    some = np.arange(min(2, len(images)))
+    set_mode(model, training=True)
+    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    with last_output(model) as seen:
+        target = on_device(targets_of(images, some), device)
+        task.loss(model, dataset.normalize(images.take(some).to(device)), target)
+    if main_answer(seen) is None:
+        raise TrainingError(
+            "it compares outputs, and in training this network returns its losses instead",
+            where=f"loss {on_outputs[0]!r}",
+            expected="losses on features, such as cwd, mgd or attention",
         )
 
 
@@ -157,7 +221,8 @@ def _prepare(terms: list[Term], student: nn.Module, teacher: Teacher, dataset: D
     """Let losses create their adapters from what both networks compute for one image."""
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     example = dataset.example.to(device)
-    labels = torch.from_numpy(np.asarray(dataset.splits["train"].labels))
+    given: Any = dataset.splits["train"].labels
+    labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
     pairs = [pair for term in terms for pair in term.pairs]
     with evaluating(student), torch.no_grad(), tapped(student, {p.student for p in pairs}) as mine:
         logits = logits_of(student(example))
@@ -224,11 +289,40 @@ def _compare(objective: DistillObjective, student: nn.Module, dataset: Dataset) 
             right += [int((answer.argmax(1) == target).sum()) for answer in answers]
             count += len(target)
     teacher_pct, student_pct = 100 * right / count
-    objective.teacher_top1_pct, objective.student_top1_pct = float(teacher_pct), float(student_pct)
+    objective.teacher_value, objective.student_value = float(teacher_pct), float(student_pct)
     if teacher_pct < student_pct:
         note = (
             f"the teacher ({teacher_pct:.2f} % of {count} validation images) is worse than the "
             f"student before training ({student_pct:.2f} %)"
+        )
+        logger.warning(note)
+        objective.notes.append(note)
+
+
+def _compare_at_task(
+    objective: DistillObjective,
+    teacher: Teacher,
+    student: nn.Module,
+    dataset: Dataset,
+    task: Task,
+) -> None:
+    """Note how good teacher and student are at the task on validation images before training."""
+    whole = getattr(teacher, "model", None)
+    images = dataset.splits.get("validation")
+    if whole is None or images is None or not len(images):
+        return
+    limit = min(len(images), CHECKED_IMAGES)
+    scores = [
+        evaluate.of_task(each, dataset, task, split="validation", limit=limit).metrics[task.primary]
+        for each in (whole, student)
+    ]
+    objective.teacher_value, objective.student_value = (each.value for each in scores)
+    kind = task.kinds[task.primary]
+    behind = objective.student_value - objective.teacher_value
+    if (behind if kind.higher_is_better else -behind) > 0:
+        note = (
+            f"the teacher ({task.primary} {objective.teacher_value:.2f} on {limit} validation "
+            f"images) is worse than the student before training ({objective.student_value:.2f})"
         )
         logger.warning(note)
         objective.notes.append(note)

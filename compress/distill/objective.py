@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from compress.distill.pairing import Pair
 from compress.distill.taps import Tap, tapped
 from compress.distill.teachers import Teacher
 from compress.losses import Taps
-from compress.objective import CrossEntropy, Moment
-from compress.outputs import logits_of
+from compress.objective import CrossEntropy, Moment, TaskLoss
+from compress.outputs import logits_of, tensors_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +32,13 @@ class Term:
 
 
 class DistillObjective:
-    """Cross-entropy with the labels plus a weighted sum of losses towards a teacher.
+    """The loss with the labels plus a weighted sum of losses towards a teacher.
 
     Args:
         terms: The losses.
         teacher: Whoever answers.
         order: Teacher's output of each class of the student, (K,); None where they agree.
-        hard: Cross-entropy.
+        hard: The loss with the labels: cross-entropy, or that of a task.
         hard_weight: Its weight.
         warmup_epochs: Epochs over which the losses fade in.
     """
@@ -48,14 +49,14 @@ class DistillObjective:
         teacher: Teacher,
         order: Tensor | None,
         *,
-        hard: CrossEntropy,
+        hard: CrossEntropy | TaskLoss,
         hard_weight: float,
         warmup_epochs: float,
     ) -> None:
         self.terms, self.teacher, self.hard = tuple(terms), teacher, hard
         self.hard_weight, self.warmup_epochs = hard_weight, warmup_epochs
-        self.teacher_top1_pct: float | None = None
-        self.student_top1_pct: float | None = None  # before training
+        self.teacher_value: float | None = None  # of the metric on validation images
+        self.student_value: float | None = None  # before training
         self.notes: list[str] = []
         self._order = order
         self._moment: Moment | None = None
@@ -63,21 +64,35 @@ class DistillObjective:
         self._student_taps = tuple(dict.fromkeys(pair.student for pair in pairs))
         self._teacher_taps = tuple(dict.fromkeys(pair.teacher for pair in pairs))
 
-    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """Return the weighted sum, a scalar."""
         index = self._moment.index if self._moment is not None else None
         answer, theirs = self.teacher(images, index, self._teacher_taps)
         answer = self._ordered(answer)
         with tapped(getattr(model, "_orig_mod", model), self._student_taps) as mine:
-            logits = logits_of(model(images))
-        loss = self.hard_weight * self.hard.of(logits, target)
-        labels = target if target.ndim == 1 else target.argmax(1)
+            logits, hard = self._answered(model, images, target)
+        loss = self.hard_weight * hard
+        labels = target
+        if isinstance(target, Tensor) and target.ndim == 2 and isinstance(self.hard, CrossEntropy):
+            labels = target.argmax(1)
+        shown = answer if logits is None else logits  # then no loss looks at it
         fade = self._fade()
         for term in self.terms:
-            student = Taps(logits, _at(mine, [p.student for p in term.pairs]), index)
+            student = Taps(shown, _at(mine, [p.student for p in term.pairs]), index)
             teacher = Taps(answer, _at(theirs, [p.teacher for p in term.pairs]), index)
             loss = loss + fade * term.weight * term.loss(student, teacher, labels)
         return loss
+
+    def _answered(
+        self, model: nn.Module, images: Tensor, target: Any
+    ) -> tuple[Tensor | None, Tensor]:
+        """Return the student's main output, if it returns one in training, and the hard loss."""
+        if isinstance(self.hard, CrossEntropy):
+            logits = logits_of(model(images))
+            return logits, self.hard.of(logits, target)
+        with last_output(model) as seen:
+            hard = self.hard(model, images, target)
+        return main_answer(seen), hard
 
     def answer(self, images: Tensor) -> Tensor:
         """Return the teacher's logits in the student's class order, (B, K)."""
@@ -130,6 +145,23 @@ class DistillObjective:
         if not self.warmup_epochs or self._moment is None:
             return 1.0
         return min(1.0, self._moment.epoch / self.warmup_epochs)
+
+
+@contextlib.contextmanager
+def last_output(model: nn.Module) -> Iterator[list[Any]]:
+    """Collect what ``model`` returns while the block runs."""
+    seen: list[Any] = []
+    handle = model.register_forward_hook(lambda _module, _given, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def main_answer(seen: Sequence[Any]) -> Tensor | None:
+    """Return the main tensor of the last output; None where a network returned its losses."""
+    found = tensors_of(seen[-1]) if seen else []
+    return found[0] if found and found[0].ndim and found[0].is_floating_point() else None
 
 
 def _at(seen: dict[Tap, Tensor], taps: Sequence[Tap]) -> tuple[Tensor, ...]:

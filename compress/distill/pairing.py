@@ -11,6 +11,8 @@ from compress.distill.taps import Feature, Survey, Tap
 from compress.errors import TrainingError, UnknownNameError
 from compress.losses import Layers, Needs
 
+NECKS = 3  # sizes at which dense predictions are compared, the smallest ones
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -51,37 +53,40 @@ def pair_layers(
         return tuple(_named(student, teacher, *names) for names in _names(layers, loss))
     if needs == "embedding" and student.head is not None and teacher.head is not None:
         return (Pair(student.head, teacher.head),)
-    pairs = _paired_stages(student, teacher)
+    pairs = _paired_stages(student, teacher, enlarged=needs == "necks")
     if not pairs:
         raise TrainingError(
             "no features of student and teacher can be paired",
             where=f"loss {loss!r}",
             fix="Name them: layers: {student layer: teacher layer}",
         )
+    if needs == "necks":
+        return pairs[-NECKS:]
     return pairs if needs == "stages" else pairs[-1:]
 
 
-def stages(seen: Survey) -> tuple[Feature, ...]:
+def stages(seen: Survey, *, enlarged: bool = False) -> tuple[Feature, ...]:
     """Return one feature for each spatial size, shallow to deep; vectors are left out.
 
     It is the last one at that size, of the outermost modules that end there, so that blocks count
-    and not the layers inside the next block.
+    and not the layers inside the next block. Maps that were enlarged are left out, unless
+    ``enlarged``.
     """
     chosen: dict[tuple[int, ...], Feature] = {}
     smallest = math.inf
     for feature in seen.features:
         size = feature.shape[2:]
-        if len(size) != 2 or max(size) <= 1 or max(size) > smallest:
+        if len(size) != 2 or max(size) <= 1 or (max(size) > smallest and not enlarged):
             continue  # a vector, or a map that was enlarged
-        smallest = max(size)
+        smallest = min(smallest, max(size))
         before = chosen.get(size)
         if before is None or feature.layer.count(".") <= before.layer.count("."):
             chosen[size] = feature
-    return tuple(chosen.values())
+    return tuple(sorted(chosen.values(), key=lambda feature: -max(feature.shape[2:])))
 
 
-def _paired_stages(student: Survey, teacher: Survey) -> tuple[Pair, ...]:
-    mine, theirs = stages(student), stages(teacher)
+def _paired_stages(student: Survey, teacher: Survey, *, enlarged: bool) -> tuple[Pair, ...]:
+    mine, theirs = stages(student, enlarged=enlarged), stages(teacher, enlarged=enlarged)
     by_size = {feature.shape[2:]: feature for feature in theirs}
     equal = [(f, by_size[f.shape[2:]]) for f in mine if f.shape[2:] in by_size]
     if student.image_size == teacher.image_size and equal:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from compress.errors import ModelError, PlanError
+from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
 from compress.groups.copying import full_copy, meta_copy, named_tensors
 from compress.groups.counts import tag_attributes
@@ -25,14 +25,17 @@ from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer
 from compress.groups.units import find_units, layer_name
 from compress.inputs import example_of
 from compress.modules import network_of, set_mode, with_gradients
-from compress.outputs import tensors_of
+from compress.outputs import chosen
+from compress.outputs import named_tensors as output_tensors
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]  # or a shape
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
 
 @with_gradients()
-def trace(model: nn.Module, example_input: Example) -> Network:
+def trace(
+    model: nn.Module, example_input: Example, outputs: Sequence[str] | None = None
+) -> Network:
     """Return the groups of channels of ``model`` that can be cut, and what each layer costs.
 
     Args:
@@ -40,21 +43,23 @@ def trace(model: nn.Module, example_input: Example) -> Network:
         example_input: One input, a tuple of positional inputs, or a dict of keyword inputs. Only
             shapes and types matter, unless the program asks for the value of a tensor or hooks
             of the user's hang on modules: then a copy of the network runs on the values.
+        outputs: Places of the outputs whose channels stay; all if None.
 
     Raises:
         PlanError: the network cannot be run on the example, or nothing in it can be cut.
+        UsageError: there is no such output.
     """
     model = network_of(model)
     distrusted: dict[Key, str] = {}
     with_values = _has_own_hooks(model)
     for number in range(_ROUNDS):
         try:
-            traced = _Traced(model, example_input, distrusted, with_values=with_values)
+            traced = _Traced(model, example_input, distrusted, outputs, with_values=with_values)
         except PlanError as error:
             if with_values or not _needs_values(error.__cause__):
                 raise
             with_values = True
-            traced = _Traced(model, example_input, distrusted, with_values=with_values)
+            traced = _Traced(model, example_input, distrusted, outputs, with_values=with_values)
         mismatch = traced.probe(seed=number)
         if mismatch is None or not traced.units.groups:
             break
@@ -129,9 +134,11 @@ class _Traced:
         model: nn.Module,
         example_input: Example,
         distrusted: Mapping[Key, str],
+        outputs: Sequence[str] | None,
         *,
         with_values: bool,
     ) -> None:
+        self._outputs = outputs
         self._on = None if with_values else torch.device("meta")
         self._model = full_copy(model) if with_values else meta_copy(model)
         self._tensors = dict(named_tensors(self._model))
@@ -181,11 +188,21 @@ class _Traced:
         set_mode(self._model, training=training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
         tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted, self._on)
-        for tensor in run_traced(self._model, self._inputs_in(training), tracer):
+        found = run_traced(self._model, self._inputs_in(training), tracer)
+        for _, tensor in self._counted(found, training):
             tracer.freeze_output(tensor, "its channels are an output of the network")
         if before is not None:
             self._left = _left_on_attributes(self._model, before, tracer)
         return _Forward(training, tracer.record)
+
+    def _counted(self, found: list[tuple[str, Tensor]], training: bool) -> list[tuple[str, Tensor]]:
+        """Return the outputs whose channels stay; in training mode there may be others."""
+        try:
+            return chosen(found, self._outputs, where=type(self._model).__name__)
+        except UsageError:
+            if not training:
+                raise
+            return found
 
     def _inputs_in(self, training: bool) -> Any:
         """Return the inputs; in training mode at least two images, as batch statistics need."""
@@ -315,8 +332,8 @@ class _Traced:
         return None
 
 
-def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[Tensor]:
-    """Return the tensors that ``model`` returns while ``mode`` watches.
+def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[tuple[str, Tensor]]:
+    """Return the tensors that ``model`` returns, by their places, while ``mode`` watches.
 
     Raises:
         PlanError: the network raised an error, or returns what cannot be looked into;
@@ -326,7 +343,7 @@ def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[Ten
     watcher = CallWatcher(mode) if isinstance(mode, Tracer) else ReplayCalls(mode)
     try:
         with undisturbed(), mode, watcher:
-            return tensors_of(model(*args, **kwargs))  # iterators run on while they are read
+            return output_tensors(model(*args, **kwargs))  # iterators run on while they are read
     except MismatchError:
         raise
     except ModelError as error:

@@ -10,7 +10,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.losses import Layers, Needs, Taps, _features, full_precision
+from compress.losses import Layers, Needs, OfClasses, Taps, _features, full_precision
 
 
 @dataclass(eq=False, repr=False)
@@ -47,6 +47,7 @@ class Crd(nn.Module):
     bounds: Tensor = field(init=False)  # (2, K) where each class starts and ends in it
 
     weight: ClassVar[float] = 0.8
+    of_classes: ClassVar[OfClasses] = "image"
     needs: ClassVar[Needs] = "embedding"
     relational: ClassVar[bool] = True
     meets: ClassVar[bool] = True

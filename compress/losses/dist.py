@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.losses import Taps, _logits
+from compress.losses import OfClasses, Taps, _logits
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Dist:
     standardize: bool = False
 
     weight: ClassVar[float] = 2.0
+    of_classes: ClassVar[OfClasses] = "image"
     relational: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

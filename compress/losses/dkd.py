@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.losses import Taps, _logits
+from compress.losses import OfClasses, Taps, _logits
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Dkd:
     standardize: bool = False
 
     weight: ClassVar[float] = 1.0
+    of_classes: ClassVar[OfClasses] = "image"
 
     def __post_init__(self) -> None:
         _logits.check_temperature(self.temperature)

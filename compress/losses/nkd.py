@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.losses import Taps, _logits
+from compress.losses import OfClasses, Taps, _logits
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Nkd:
     standardize: bool = False
 
     weight: ClassVar[float] = 1.0
+    of_classes: ClassVar[OfClasses] = "image"
 
     def __post_init__(self) -> None:
         _logits.check_temperature(self.temperature)

@@ -12,13 +12,14 @@ import numpy as np
 import onnx
 
 from compress import onnx_file
-from compress.errors import ModelError
+from compress.errors import ModelError, boundary
 from compress.onnx_shapes import shapes_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MIB = 2**20
+WEIGHTS_FILE = "model.safetensors"  # in the folder of a stage
 
 # Which inputs of an operator are the data and the weights of a product.
 _PRODUCTS = {
@@ -138,7 +139,9 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
         ModelError: a shape that is needed cannot be inferred.
     """
     model = source if isinstance(source, onnx.ModelProto) else onnx_file.load(source)
-    return Count(params=_onnx_params(model.graph), macs=sum(node_macs(model).values()))
+    where = "the ONNX graph" if isinstance(source, onnx.ModelProto) else str(source)
+    with boundary(ModelError, "is no valid graph", where=where):
+        return Count(params=onnx_params(model.graph), macs=sum(node_macs(model).values()))
 
 
 def node_macs(model: onnx.ModelProto) -> dict[str, int]:
@@ -165,11 +168,14 @@ def size_mib(path: Path) -> float:
     """Return the size of an artifact on disk, MiB.
 
     **Method:** bytes of the file, of the files of external data that an ONNX graph names, and of
-    the ``.bin`` that belongs to an OpenVINO ``.xml``; of all files in a folder.
+    the ``.bin`` that belongs to an OpenVINO ``.xml``; of the weights in the folder of a stage,
+    which PyTorch loads; of all files in another folder.
 
     Raises:
         ModelError: it does not exist.
     """
+    if (path / WEIGHTS_FILE).is_file():
+        path /= WEIGHTS_FILE
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / MIB
     if not path.is_file():
@@ -207,7 +213,8 @@ def _external_files(path: Path) -> set[Path]:
     return {path.parent / name for name in names if (path.parent / name).is_file()}
 
 
-def _onnx_params(graph: onnx.GraphProto) -> int:
+def onnx_params(graph: onnx.GraphProto) -> int:
+    """Return the parameters of a graph; see ``count_onnx``."""
     constants = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:

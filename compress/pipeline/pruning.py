@@ -8,10 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from compress import prune
 from compress.groups import trace
+from compress.modules import evaluating
+from compress.objective import TaskLoss
+from compress.outputs import named_tensors
 from compress.pipeline.job import Job, Outcome, Variant, leave
 from compress.settings import PruneSettings, TrainSettings
 from compress.surgery import PrunePlan, apply_pruning, prove
@@ -60,7 +64,7 @@ def _prune_in_rounds(
         batches = list(job.dataset.batches("calibration"))
         plan = prune.plan_pruning(
             model, example, **budget, **_plan_options(settings), batches=batches,
-            seed=job.recipe.seed,
+            seed=job.recipe.seed, **_reading(job, model, settings),
         )  # fmt: skip
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
@@ -132,7 +136,7 @@ def _budget(settings: PruneSettings, number: int, done: PrunePlan | None) -> dic
 
 def _plan_options(settings: PruneSettings) -> dict[str, Any]:
     accepted = inspect.signature(prune.plan_pruning).parameters
-    budget = {*prune.BUDGETS, "runtime"}
+    budget = {*prune.BUDGETS, "runtime", "outputs"}
     return {
         name: getattr(settings, name)
         for name in type(settings).model_fields
@@ -140,10 +144,22 @@ def _plan_options(settings: PruneSettings) -> dict[str, Any]:
     }
 
 
+def _reading(job: Job, model: nn.Module, settings: PruneSettings) -> dict[str, Any]:
+    """Return which outputs count and what they are, as the recipe or its task says."""
+    if job.task.tells_classes:
+        return {"outputs": settings.outputs}
+    outputs = settings.outputs
+    if outputs is None:
+        with evaluating(model), torch.no_grad():
+            outputs = job.task.counted_outputs(dict(named_tensors(model(job.dataset.example))))
+    return {"outputs": outputs, "answers": job.task.answers}
+
+
 def _train_sparse(job: Job, model: nn.Module, settings: PruneSettings, stage: Path) -> None:
     training = settings.sparsity_training or TrainSettings()
+    plain = CrossEntropy(training.label_smoothing)
     objective = prune.WithGroupLasso(
-        CrossEntropy(training.label_smoothing),
+        plain if job.task.tells_classes else TaskLoss(job.task),
         prune.GroupLasso(trace(model, job.dataset.example)),
         settings.sparsity_strength,
     )

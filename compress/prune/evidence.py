@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from compress.criteria import Evidence, Need
-from compress.errors import CompressError, DataError, PlanError, UsageError
+from compress.errors import CompressError, DataError, UsageError
 from compress.groups import Group, Network, Slice
 from compress.inputs import Inputs, read_batches
 from compress.modules import evaluating, with_gradients
-from compress.outputs import logits_of
+from compress.prune.answers import AS_SEEN, Reading, SampledAnswers
 from compress.prune.loss import FittingLoss, Loss, checked
 
 Batches = Iterable[Any]  # each as ``compress.inputs.read_batch`` reads it
@@ -40,6 +39,7 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
     temperature: float = 1.0,
     seed: int = 0,
     loss: Loss | None = None,
+    reading: Reading = AS_SEEN,
 ) -> Evidence:
     """Run ``batches`` through ``model`` and return what a criterion that ``need``s it is shown.
 
@@ -55,12 +55,14 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
         temperature: Divides the logits that "answers" are drawn from.
         seed: Seed of the answers drawn, and of the random signs behind the curvature.
         loss: Of what the network returns and the targets, a scalar; by default the one that fits.
+        reading: Which outputs "answers" are drawn from, and what they are.
 
     Raises:
         UsageError: there is not one batch.
         DataError: the model's output and the labels do not go together.
     """
     device = next(model.parameters()).device
+    drawn = SampledAnswers(reading, temperature, seed)
     fitting = FittingLoss()
     of = fitting if loss is None else functools.partial(checked, loss)
     size = None if need in WATCHED else images_per_gradient
@@ -78,7 +80,7 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
         elif need == "hessian":
             found = _curvatures(model, network, chunks, seed, of)
         elif need == "answers":
-            found = _products(model, network, chunks, _DrawnAnswers(temperature, seed))
+            found = _products(model, network, chunks, drawn)
         else:
             found = _products(model, network, chunks, of)
     if found is None:
@@ -178,33 +180,6 @@ def _outputs(
 def _leaf(parameter: Tensor) -> Tensor:
     value = parameter.detach()
     return (value.clone() if value.is_inference() else value).requires_grad_()
-
-
-class _DrawnAnswers:
-    """The cross-entropy of softened logits with classes drawn from them; no labels are used."""
-
-    def __init__(self, temperature: float, seed: int) -> None:
-        self.temperature = temperature
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __call__(self, output: Any, _target: Tensor) -> Tensor:
-        logits = logits_of(output)
-        if logits.ndim < 2 or logits.shape[1] < 2:
-            raise DataError(
-                f"the network's output {tuple(logits.shape)} holds no logits of classes",
-                expected="logits (B, K) or (B, K, H, W), K at least 2",
-                fix="Use a criterion that needs no logits, such as l2 or activation",
-            )
-        rows = logits.movedim(1, -1).flatten(0, -2) / self.temperature  # (positions, K)
-        # Drawn on the CPU, so that the same seed draws alike on every device.
-        chances = rows.detach().float().softmax(1).cpu()
-        if not torch.isfinite(chances).all():
-            raise PlanError(
-                "the network answers with numbers that are not finite",
-                fix="Check the weights and the images for NaN or infinity",
-            )
-        drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
-        return F.cross_entropy(rows, drawn.to(rows.device))
 
 
 def _summed(tensor: Tensor, dim: int) -> Tensor:

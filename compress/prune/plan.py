@@ -18,6 +18,8 @@ from compress.groups import Network, trace
 from compress.groups.trace import Example
 from compress.inputs import example_of, read_batches
 from compress.modules import network_of, with_gradients
+from compress.outputs import as_places
+from compress.prune.answers import Answers, Reading
 from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
 from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.evidence import Batches
@@ -25,7 +27,7 @@ from compress.prune.latency import counts_for_latency
 from compress.prune.loss import Loss
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
-from compress.surgery import PrunePlan, make_plan
+from compress.surgery import PrunePlan, example_shapes, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,8 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     exclude: Iterable[str] = (),
     batches: Batches | None = None,
     loss: Loss | None = None,
+    outputs: Iterable[str | int] | str | int | None = None,
+    answers: Answers = "auto",
     seed: int = 0,
 ) -> PrunePlan:
     """Decide which channels of ``model`` to cut, so that one budget is kept.
@@ -106,6 +110,11 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
             hessian): ``outputs`` is what ``model`` returns, ``targets`` comes from ``batches``. By
             default cross-entropy for classes and rows of probabilities, binary cross-entropy for
             labels 0 and 1 of the output's shape, squared error for values beyond [0, 1] and images.
+        outputs: Places of the outputs that count, as in what ``model`` returns: ``"0"``,
+            ``"boxes"``, ``"1.scores"``; all if absent. The others, as the feature maps that
+            detectors return beside their boxes, may get fewer channels.
+        answers: For criteria that look at the network's own answers (fisher, obs): "classes"
+            where they are logits, "numbers" for anything else; "auto" tells by their shape.
         seed: Seed of random choices; the same seed gives the same plan.
 
     Returns:
@@ -125,17 +134,20 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     limits = Limits(round_to, min_channels, max_cut, _names(exclude))
     _check_choice("ranking", ranking, get_args(Ranking))
     _check_choice("normalize", normalize, get_args(Normalize))
+    _check_choice("answers", answers, get_args(Answers))
     scorer = build_criterion(criterion, seed)
     model, example_input = network_of(model), example_of(example_input)
     if batches is not None:
         batches = read_batches(batches, example_input)
-    network = trace(model, example_input)
+    places = as_places(outputs)
+    network = trace(model, example_input, places)
     _check_counted(network, budget)
     excluded = _excluded(model, network, limits.exclude)
     _check_something_to_cut(network, excluded)
     way = _normalize(normalize, scorer)
     _note_side_outputs(network)
-    found = [normalized(v, way) for v in scores(model, network, scorer, batches, seed, loss)]
+    rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
+    found = [normalized(row, way) for row in rows]
     ladders = _ladders(network, found, limits, excluded)
     cost = CostModel(network)
     measured: dict[str, Any] = {}
@@ -161,7 +173,10 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         "normalize": way,
         "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
         "seed": seed,
+        "example": example_shapes(example_input),
     } | measured
+    if places is not None:
+        about["outputs"] = list(places)
     if network.side_outputs:
         about["side_outputs"] = list(network.side_outputs)
     return make_plan(_with_excluded(network, excluded), keep, **about)

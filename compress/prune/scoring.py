@@ -15,6 +15,7 @@ from compress import plugins
 from compress.criteria import ChannelGroup, Criterion, Evidence, Need
 from compress.errors import PlanError, UsageError
 from compress.groups import Group, Network
+from compress.prune.answers import AS_SEEN, Reading
 from compress.prune.cost import Floats
 from compress.prune.evidence import Batches, evidence
 from compress.prune.loss import Loss
@@ -42,6 +43,7 @@ def scores(
     batches: Batches | None,
     seed: int,
     loss: Loss | None = None,
+    reading: Reading = AS_SEEN,
 ) -> list[Floats]:
     """Return the importance of the units of every group, (C,) each, higher = keep.
 
@@ -72,7 +74,8 @@ def scores(
         }
         batches = list(batches) if len(wanted) > 1 else batches
         found = [
-            evidence(model, network, n, batches, seed=seed, loss=loss, **options) for n in wanted
+            evidence(model, network, n, batches, seed=seed, loss=loss, reading=reading, **options)
+            for n in wanted
         ]
         seen = functools.reduce(Evidence.joined, found)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}

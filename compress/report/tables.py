@@ -52,7 +52,7 @@ def sizes(report: Report) -> Table:
         Column("Stage", is_number=False),
         Column("Parameters"),
         Column("MACs", about="multiply-accumulate operations for one image"),
-        Column("File", "MiB"),
+        Column("File", "MiB", "of the artifact; what runs where is below speed and memory"),
         Column("Smaller by", about="size of the original's file over this one's"),
         Column("Artifact", is_number=False),
     )
@@ -157,7 +157,7 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
         Column("Change", "points", "of top-1 against the original, on the same images"),
         _fill("top1_change_pct", "points", "top1_change_ci95", accuracy_differs),
     ),
-    (Column("Top-5", "%"), _fill("top5_pct", "percent", "top5_ci95")),
+    (Column("Top-5", "%", is_optional=True), _fill("top5_pct", "percent", "top5_ci95")),
     (
         Column("Agreement", "%", "images that get the original's answer"),
         _fill("agreement_pct", "percent", "agreement_ci95"),
@@ -227,6 +227,10 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
     ),
     (Column("Loading", "ms", "from path to session", is_optional=True), _fill("load_ms")),
     (Column("First call", "ms", is_optional=True), _fill("first_call_ms")),
+    (
+        Column("Runs from", "MiB", "size of the file that the runtime opens", is_optional=True),
+        _fill("size_mib"),
+    ),
     (Column("Peak memory", "MiB", "what the artifact itself costs"), _fill("peak_memory_mib")),
 )
 
@@ -294,13 +298,19 @@ def compact(table: Table) -> Table:
         tuple(
             f"{table.columns[position].name}: {'; '.join(why)}"
             for position in empty
-            if not table.columns[position].is_optional
-            and (why := reasons(row[position] for row in table.rows))
+            if (why := _worth_saying(table, position))
         ),
     )
 
 
 _EMPTY = (figures.ABSENT, "")
+
+
+def _worth_saying(table: Table, position: int) -> list[str]:
+    """Return why a column is empty; an optional one needs no reason to be so."""
+    optional = table.columns[position].is_optional
+    found = reasons(row[position] for row in table.rows)
+    return [each for each in found if not optional or each != figures.UNRECORDED]
 
 
 def reasons(cells: Iterable[Cell]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -85,10 +85,12 @@ class Task(abc.ABC):
     override ``summarize``.
     """
 
-    kinds: ClassVar[Mapping[str, Kind]]  # every metric by name
+    kinds: ClassVar[Mapping[str, Kind]]  # every metric by name; none where images have no labels
     primary: ClassVar[str]  # the metric that gates, budgets, checkpoints and the verdict use
     agreement_unit: ClassVar[str] = "pct"
     tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
+    answers: ClassVar[Literal["classes", "numbers"]] = "numbers"  # "classes": logits of them
+    losses: ClassVar[tuple[str, ...]] = ("mse",)  # that a student is taught by where none are named
     target: ClassVar[str] = "class"  # what labels must be: class, classes, mask, boxes, image
     classes: Sequence[str] = ()
 
@@ -138,6 +140,14 @@ class Task(abc.ABC):
         """Return ``image`` (H, W, 3) with the prediction drawn onto it."""
         return image
 
+    def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return the places of the outputs whose channels must stay in pruning; None: all.
+
+        Args:
+            outputs: Tensors that the network returns, by their places.
+        """
+        return None
+
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels
         """Raise DataError where labels (of all images) are not what this task needs."""
 
@@ -162,7 +172,7 @@ def load_task(reference: str | Mapping[str, Any], **supplied: Any) -> Task:
         raise UsageError(f"{name} is no task", expected="a class derived from compress.tasks.Task")
     if "classes" not in known and filled:
         object.__setattr__(made, "classes", tuple(filled["classes"]))
-    if made.primary not in made.kinds:
+    if made.kinds and made.primary not in made.kinds:
         raise UsageError(
             f"{name}: primary {made.primary!r} is none of its metrics",
             expected=f"one of: {', '.join(made.kinds)}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ class Classification(Task):
     kinds: ClassVar[Mapping[str, Kind]] = {"top1": Kind(), "top5": Kind()}
     primary: ClassVar[str] = "top1"
     tells_classes: ClassVar[bool] = True
+    answers: ClassVar[Literal["classes", "numbers"]] = "classes"
+    losses: ClassVar[tuple[str, ...]] = ("dkd",)
     target: ClassVar[str] = "class"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:

@@ -42,6 +42,7 @@ class Detection(Task):
 
     kinds: ClassVar[Mapping[str, Kind]] = {"map50_95": Kind(), "map50": Kind()}
     primary: ClassVar[str] = "map50_95"
+    losses: ClassVar[tuple[str, ...]] = ("cwd",)
     target: ClassVar[str] = "boxes"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
@@ -121,6 +122,12 @@ class Detection(Task):
             for k, score in zip(seen["labels"], seen["scores"], strict=True)
         ]
         return boxed(image, seen["boxes"], seen["labels"], texts)
+
+    def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return boxes and scores; feature maps beside several of them may change."""
+        rows = [name for name, value in outputs.items() if getattr(value, "ndim", 0) == 3]
+        maps = [name for name, value in outputs.items() if getattr(value, "ndim", 0) == 4]
+        return tuple(rows) if len(rows) > 1 and maps else None
 
     def check_targets(self, labels: Any) -> None:
         """Raise DataError unless every image has boxes with labels of known classes."""

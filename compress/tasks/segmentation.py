@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Segmentation(Task):
 
     kinds: ClassVar[Mapping[str, Kind]] = {"miou": Kind(), "pixel_accuracy": Kind()}
     primary: ClassVar[str] = "miou"
+    answers: ClassVar[Literal["classes", "numbers"]] = "classes"
+    losses: ClassVar[tuple[str, ...]] = ("kd", "cwd")
     target: ClassVar[str] = "mask"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:

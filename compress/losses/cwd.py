@@ -1,0 +1,60 @@
+"""Where in the image each channel of the teacher is strong: distillation for dense prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.losses import Layers, Needs, Taps, _features, _logits
+
+
+@dataclass(eq=False, repr=False)
+class Cwd(nn.Module):
+    """Match, channel by channel, the distribution over places (channel-wise distillation).
+
+    Every channel of a feature becomes a softmax over its places; the student's channels are mapped
+    to the teacher's by a 1x1 convolution. For networks that answer with maps: segmentation,
+    detection, restoration.
+
+    Args:
+        temperature: Features are divided by it before the softmax over places.
+        layers: "auto" (the last feature at each of the three smallest sizes, as necks have them),
+            names of layers that both networks have, or {student: teacher}.
+
+    Source: Shu et al., Channel-wise Knowledge Distillation for Dense Prediction, ICCV 2021,
+    https://arxiv.org/abs/2011.13256, equations 3 and 4; its weight for features is 50, here the
+    pairs are averaged.
+    """
+
+    temperature: float = 1.0
+    layers: Layers = "auto"
+
+    weight: ClassVar[float] = 10.0
+    needs: ClassVar[Needs] = "necks"
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        _logits.check_temperature(self.temperature)
+        self.maps = nn.ModuleList()
+
+    def prepare(self, student: Taps, teacher: Taps, labels: Tensor) -> None:
+        """Create a map between channels for every pair of features of a dry run."""
+        for mine, theirs in zip(student.features, teacher.features, strict=True):
+            self.maps.append(_features.project(mine.shape[1], theirs.shape[1], mine))
+
+    def forward(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
+        """Return the divergence of places, averaged over channels, images and pairs, a scalar."""
+        losses = []
+        for project, mine, theirs in zip(
+            self.maps, student.features, teacher.features, strict=True
+        ):
+            mapped, wanted = _features.same_size(project(mine).float(), theirs.float())
+            logs = (mapped.flatten(2) / self.temperature).log_softmax(2)
+            wanted_logs = (wanted.flatten(2) / self.temperature).log_softmax(2)
+            apart = F.kl_div(logs, wanted_logs, reduction="none", log_target=True).sum(2)
+            losses.append(apart.mean() * self.temperature**2)
+        return torch.stack(losses).mean()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 AUTO = "auto"
 MEASURED = 8  # cut points of the front that are timed
 LARGEST_DIFFERENCE = 1e-4  # between the two parts and the whole, as a share of the largest output
+LARGEST_DIFFERENCE_INT8 = 0.1  # where a graph rounds: runtimes fuse otherwise beside a cut
 INT8_OPSET = 11  # DynamicQuantizeLinear
 INT8_BYTES = 5  # scale and zero point that go with a tensor
 _TIMING = Timing(seconds=0.5, warmup_limit_seconds=1.0)
@@ -179,11 +180,13 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
     parts = _parts(graph, cuts[best], int8)
     files = _written(parts, folder)
     difference = clock.difference(files)
-    if not int8 and difference > LARGEST_DIFFERENCE:
+    rounds = any("Quant" in node.op_type for node in model.graph.node)
+    limit = LARGEST_DIFFERENCE_INT8 if rounds else LARGEST_DIFFERENCE
+    if not int8 and difference > limit:
         raise ExportError(
             f"head and tail differ from the whole by {difference:.2g} of the largest output",
             where=f"{source}, cut at {cuts[best].tensor}",
-            expected=f"at most {LARGEST_DIFFERENCE}",
+            expected=f"at most {limit}",
             fix="Cut elsewhere with --at TENSOR, and please report this network",
         )
     whole = clock.whole_ms()

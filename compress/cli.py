@@ -507,6 +507,27 @@ def lint(
 
 
 @app.command(
+    epilog=example("split net.onnx --at auto --link-mbps 10 --edge-slowdown 5 --out parts")
+)
+def split(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="ONNX file")],
+    at: Annotated[str, typer.Option(help="Tensor to cut at, or auto: the fastest of a front")],
+    link_mbps: Annotated[float, typer.Option(help="Speed of the link, megabits a second")] = 10.0,
+    edge_slowdown: Annotated[
+        float, typer.Option(help="How many times slower than this machine the edge is")
+    ] = 1.0,
+    int8: Annotated[bool, typer.Option("--int8", help="Send float tensors as int8")] = False,
+    runtime: Annotated[str, typer.Option(help="Where both parts are timed")] = "onnxruntime",
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of both parts")] = Path("runs/split"),
+    json: Json = None,
+) -> None:
+    """Split an ONNX file: a head for the edge, a tail for the server, what crosses, both times."""
+    _print(commands.split(ctx.params))
+
+
+@app.command(
     epilog=example(
         "sensitivity net.py:Net --weights net.pt --data imagefolder:photos --prune --json s.json"
     )

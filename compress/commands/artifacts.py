@@ -68,6 +68,24 @@ def build(given: Given) -> str:
     return f"{path}: engine for {given['runtime']}, {size_mib(path):.2f} MiB"
 
 
+def split(given: Given) -> RenderableType:
+    """Split an ONNX file in two and return what each cut costs."""
+    from compress.split import split_onnx
+
+    found = split_onnx(
+        given["file"],
+        given["out"],
+        at=given["at"],
+        link_mbps=given["link_mbps"],
+        edge_slowdown=given["edge_slowdown"],
+        int8=given["int8"],
+        runtime=given["runtime"],
+        threads=given["threads"],
+    )
+    write_numbers(given["json"], found.to_json())
+    return found.table()
+
+
 @contextlib.contextmanager
 def _fixed(source: Path, sizes: list[int] | None) -> Iterator[Path]:
     """Yield the file, or a copy whose free sizes are fixed."""

@@ -613,6 +613,7 @@ def init(
     yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,
 ) -> None:
     """Look at a folder and write a commented recipe for it."""
+    allow_all()  # it looks for networks in the folder that it is called in
 
     def ask(what: str, found: str) -> str:
         answer = str(typer.prompt(what, default=found or None, err=True))

@@ -6,17 +6,20 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import RunError
+from compress.errors import RunError, boundary
 
 FULL_BYTES = 1 << 16  # a disk with less room than this is full
+LARGEST_TEXT = 1 << 28  # bytes of JSON or YAML: a report with all its images has some MiB
 
 
 @dataclass(frozen=True)
@@ -132,16 +135,77 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+    """Return the content of a file as UTF-8.
+
+    Args:
+        path: The file; a pipe or a device, which may never end, is refused.
+        largest: Bytes that it may have.
+
+    Raises:
+        RunError: it is absent, no regular file, too large, or no text.
+    """
+    with boundary(RunError, "cannot be read", where=str(path)):
+        if path.exists() and not path.is_file():
+            raise RunError("is no file", where=str(path), expected="a file of text")
+        if path.stat().st_size > largest:
+            raise RunError(
+                f"has {path.stat().st_size} bytes",
+                where=str(path),
+                expected=f"at most {largest >> 20} MiB of text",
+            )
+        return path.read_text(encoding="utf-8")
+
+
+def check_room(path: Path, claimed: int) -> None:
+    """Refuse a file that claims to hold more than there is memory for, before any is taken.
+
+    Args:
+        path: The file.
+        claimed: Bytes that its content is said to have once it is unpacked.
+
+    Raises:
+        RunError: there is less memory.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if not 0 <= claimed <= free:
+        raise RunError(
+            f"claims to hold {claimed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are "
+            "free",
+            where=str(path),
+            fix="Check where the file comes from; copy it again and compare its SHA-256",
+        )
+
+
+def check_zip(path: Path) -> None:
+    """Refuse a zip archive whose members claim more memory than there is; others pass.
+
+    Raises:
+        RunError: it claims more.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            check_room(path, sum(member.file_size for member in archive.infolist()))
+
+
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
+    """Return the content of a JSON file; its numbers are finite.
 
     Raises:
         RunError: it is absent, cannot be read, or is no JSON.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RunError(f"cannot be read as JSON: {error}", where=str(path)) from None
+    text = read_text(path)
+    with boundary(RunError, "cannot be read as JSON", where=str(path)):
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
 
 
 def _umask() -> int:

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
@@ -30,15 +31,55 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py:FACTORY, ...")]
 Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder:ROOT, ...")]
-Weights = Annotated[str | None, typer.Option(help="Weight file, or name of published weights")]
-Classes = Annotated[int | None, typer.Option("--num-classes", help="Outputs of the classifier")]
-ImageSize = Annotated[str | None, typer.Option(help="Network's input, pixels: SIDE or H,W")]
-Mean = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.5,0.5,0.5")]
-Std = Annotated[str | None, typer.Option(help="Per channel, of images in [0, 1]: 0.2,0.2,0.2")]
-BatchSize = Annotated[int | None, typer.Option(help="Images in a batch")]
-Workers = Annotated[int | None, typer.Option(help="Threads that decode image files")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Weight file, or name of published weights; random if absent"),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option("--num-classes", help="Outputs of the classifier; the data's classes if absent"),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(help="Network's input, pixels: SIDE or H,W; the data's if absent"),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(help="Of images in --input-range: 0.5,0.5,0.5; the data's if absent"),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(help="Of images in --input-range: 0.2,0.2,0.2; the data's if absent"),
+]
+Range = Annotated[
+    str | None,
+    typer.Option(help="Black and white of the input before mean and std: 0,255; 0,1 if absent"),
+]
+Color = Annotated[
+    str | None, typer.Option(help="Order of the network's channels: BGR; RGB if absent")
+]
+Layout = Annotated[
+    str | None, typer.Option(help="Of an ONNX file's input: NHWC; by its shape if absent")
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="Of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"),
+]
+FixedSize = Annotated[
+    str | None, typer.Option(help="C,H,W that free sizes of the file get; they stay if absent")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
+]
+Workers = Annotated[int | None, typer.Option(help="Threads that decode image files; 0 if absent")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the run; runs/NAME if absent")]
+After = Annotated[int | None, typer.Option(help="Epochs of training after it; none if absent")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="Folder of the run; runs/NAME if absent, or NAME-2 where it is taken"
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file")]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
@@ -53,6 +94,33 @@ Trust = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
+
+
+def names(kind: str) -> Callable[[str], list[str]]:
+    """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [name for name in commands.names_of(kind) if name.startswith(incomplete)]
+
+    return completed
+
+
+def _shown(incomplete: str) -> list[str]:
+    """Complete KIND/NAME."""
+    kind, slash, name = incomplete.partition("/")
+    if not slash:
+        return [f"{each}/" for each in commands.SHOWN if each.startswith(kind)]
+    known = commands.names_of(kind) if kind in commands.SHOWN else []
+    return [f"{kind}/{each}" for each in known if each.startswith(name)]
+
+
+def _kinds(incomplete: str) -> list[str]:
+    return [each for each in commands.SHOWN if each.startswith(incomplete)]
+
+
+def example(arguments: str) -> str:
+    """Return what --help ends with: one command line, not wrapped."""
+    return f"Example:\n\n\b\n  compress {arguments}"
 
 
 def _version(asked: bool) -> None:
@@ -73,9 +141,14 @@ def options(
     """Prune, distill and quantize trained CNNs, export them to engines, and prove it."""
 
 
-@app.command()
+@app.command(epilog=example("run quickstart --out runs/first"))
 def run(
-    recipe: Annotated[Path, typer.Argument(help="Recipe: a YAML file, or a name of compress list")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="Recipe: a YAML file, or a name of compress list", autocompletion=names("recipes")
+        ),
+    ],
     out: Out = None,
     overrides: Set = None,
     fresh: Fresh = False,
@@ -89,7 +162,11 @@ def run(
         _finish(commands.run(recipe, out, overrides or [], fresh=fresh, track=track))
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "train torchvision:resnet18 --num-classes 2 --data imagefolder:photos --batch-size 16"
+    )
+)
 def train(
     ctx: typer.Context,
     model: Model,
@@ -114,27 +191,54 @@ def train(
     _finish(commands.train(ctx.params))
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "prune net.py:Net --weights net.pt --data imagefolder:photos --keep-macs 0.5 --epochs 5"
+    )
+)
 def prune(
     ctx: typer.Context,
     model: Model,
     data: Data,
     weights: Weights = None,
     num_classes: Classes = None,
-    criterion: Annotated[str | None, typer.Option(help="See: compress list criteria")] = None,
-    keep_macs: Annotated[float | None, typer.Option(help="Share of the MACs to keep")] = None,
-    keep_params: Annotated[float | None, typer.Option(help="Share of the parameters")] = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="See: compress list criteria; obs if absent", autocompletion=names("criteria")
+        ),
+    ] = None,
+    keep_macs: Annotated[
+        float | None, typer.Option(help="Share of the MACs to keep; 0.5 if no budget is given")
+    ] = None,
+    keep_params: Annotated[
+        float | None, typer.Option(help="Share of the parameters to keep")
+    ] = None,
     keep_channels: Annotated[
-        str | None, typer.Option(help="Share of the channels, or FILE of compress sensitivity")
+        str | None,
+        typer.Option(help="Share of the channels to keep, or FILE of compress sensitivity"),
     ] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="With FILE: top-1 that one group may cost, points")
+        float | None,
+        typer.Option(help="With FILE: top-1 that one group may cost, points; 1 if absent"),
     ] = None,
-    keep_latency: Annotated[float | None, typer.Option(help="Share of the latency")] = None,
-    latency_ms: Annotated[float | None, typer.Option(help="Latency to reach")] = None,
-    runtime: Annotated[str | None, typer.Option(help="Where latency counts")] = None,
-    round_to: Annotated[int | None, typer.Option(help="Channels in multiples of this")] = None,
-    epochs: Epochs = None,
+    keep_latency: Annotated[
+        float | None, typer.Option(help="Share of the latency on --runtime to keep")
+    ] = None,
+    latency_ms: Annotated[
+        float | None, typer.Option(help="Latency to reach on --runtime, ms")
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Runtime that latency is measured on; onnxruntime if absent",
+            autocompletion=names("runtimes"),
+        ),
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(help="Channels in multiples of this; 1 if absent")
+    ] = None,
+    epochs: After = None,
     teacher: Annotated[str | None, typer.Option(help="MODEL to learn from afterwards")] = None,
     out: Out = None,
     overrides: Set = None,
@@ -154,17 +258,26 @@ def prune(
     _finish(commands.prune(ctx.params))
 
 
-@app.command()
+@app.command(
+    epilog=example("sparsify net.py:Net --weights net.pt --data imagefolder:photos --pattern 2:4")
+)
 def sparsify(
     ctx: typer.Context,
     model: Model,
     data: Data,
     weights: Weights = None,
     num_classes: Classes = None,
-    keep_weights: Annotated[float | None, typer.Option(help="Share of the weights to keep")] = None,
-    pattern: Annotated[str | None, typer.Option(help="unstructured or 2:4")] = None,
-    criterion: Annotated[str | None, typer.Option(help="l1, l2, lamp, taylor or random")] = None,
-    epochs: Epochs = None,
+    keep_weights: Annotated[
+        float | None,
+        typer.Option(help="Share of the weights to keep; not with --pattern 2:4, which keeps half"),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="unstructured or 2:4; unstructured if absent")
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="l1, l2, lamp, taylor or random; l1 if absent")
+    ] = None,
+    epochs: After = None,
     teacher: Annotated[str | None, typer.Option(help="MODEL to learn from afterwards")] = None,
     out: Out = None,
     overrides: Set = None,
@@ -183,7 +296,9 @@ def sparsify(
     _finish(commands.sparsify(ctx.params))
 
 
-@app.command()
+@app.command(
+    epilog=example("distill runs/prune --teacher runs/train --data imagefolder:photos --epochs 20")
+)
 def distill(
     ctx: typer.Context,
     student: Model,
@@ -192,7 +307,12 @@ def distill(
     weights: Weights = None,
     teacher_weights: Weights = None,
     num_classes: Classes = None,
-    loss: Annotated[list[str] | None, typer.Option(help="See: compress list losses")] = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="See: compress list losses; dkd if absent", autocompletion=names("losses")
+        ),
+    ] = None,
     epochs: Epochs = 10,
     out: Out = None,
     overrides: Set = None,
@@ -211,7 +331,11 @@ def distill(
     _finish(commands.distill(ctx.params))
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "quantize net.onnx --data imagefolder:photos --target onnxruntime --target openvino"
+    )
+)
 def quantize(
     ctx: typer.Context,
     model: Model,
@@ -219,13 +343,25 @@ def quantize(
     weights: Weights = None,
     num_classes: Classes = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="onnxruntime, openvino or tensorrt; several allowed")
+        list[str] | None,
+        typer.Option(
+            help="onnxruntime, openvino or tensorrt; several allowed; onnxruntime if absent"
+        ),
     ] = None,
-    method: Annotated[str | None, typer.Option(help="auto, or one of its passes")] = None,
-    observer: Annotated[str | None, typer.Option(help="See: compress list observers")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration images")] = None,
-    max_drop: Annotated[float | None, typer.Option(help="Largest loss of top-1, points")] = None,
-    qat_epochs: Annotated[int | None, typer.Option(help="Quantization-aware training")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="auto, or one of its passes; auto if absent")
+    ] = None,
+    observer: Annotated[
+        str | None,
+        typer.Option(help="See: compress list observers; the method's own choice if absent"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration images; 512 if absent")] = None,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest loss of top-1, points; no limit if absent")
+    ] = None,
+    qat_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of quantization-aware training; none if absent")
+    ] = None,
     out: Out = None,
     overrides: Set = None,
     track: Track = None,
@@ -234,6 +370,11 @@ def quantize(
     mean: Mean = None,
     std: Std = None,
     batch_size: BatchSize = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    input_size: FixedSize = None,
     workers: Workers = None,
     task: TaskName = None,
     trust: Trust = False,
@@ -243,7 +384,11 @@ def quantize(
     _finish(commands.quantize(ctx.params))
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "export torchvision:resnet18 --weights DEFAULT --input-size 3,224,224 --out net.onnx"
+    )
+)
 def export(
     ctx: typer.Context,
     model: Model,
@@ -251,7 +396,9 @@ def export(
     weights: Weights = None,
     num_classes: Classes = None,
     input_size: Annotated[str, typer.Option(help="C,H,W")] = "3,224,224",
-    opset: Annotated[int | None, typer.Option(help="ONNX operator set")] = None,
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX operator set; torch's own if absent")
+    ] = None,
     softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch/--dynamic-batch", help="Batch of 1, or any")
@@ -267,26 +414,38 @@ def export(
     _print(commands.export(ctx.params))
 
 
-@app.command()
+@app.command(epilog=example("build net.onnx --runtime openvino --batch 1,1,8 --out net.xml"))
 def build(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="ONNX file")],
-    runtime: Annotated[str, typer.Option(help="See: compress list runtimes")],
+    runtime: Annotated[
+        str, typer.Option(help="See: compress list runtimes", autocompletion=names("runtimes"))
+    ],
     out: Annotated[Path, typer.Option("--out", help="Engine to write")],
     batch: Annotated[str, typer.Option(help="Smallest, best and largest batch")] = "1,1,8",
+    input_size: FixedSize = None,
     precision: Precision = None,
 ) -> None:
     """Build an engine from an ONNX file."""
     _print(commands.build(ctx.params))
 
 
-@app.command()
+@app.command(epilog=example("bench net.onnx net.int8.onnx --runtime onnxruntime --batch 1,8"))
 def bench(
     ctx: typer.Context,
     artifacts: Annotated[list[Path], typer.Argument(help="ONNX files, engines, stage folders")],
-    runtime: Annotated[list[str] | None, typer.Option(help="Where ONNX files run")] = None,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help="Where ONNX files run; onnxruntime if absent")
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
     data: Annotated[str | None, typer.Option(help="DATA, to measure accuracy as well")] = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
 ) -> None:
@@ -294,7 +453,9 @@ def bench(
     _print(commands.bench(ctx.params))
 
 
-@app.command()
+@app.command(
+    epilog=example("compare net.onnx net.int8.onnx --data imagefolder:photos --image-size 224")
+)
 def compare(
     ctx: typer.Context,
     reference: Annotated[str, typer.Argument(help="ONNX file, engine or stage folder")],
@@ -304,13 +465,17 @@ def compare(
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
     json: Json = None,
 ) -> None:
     """Show where two artifacts answer differently on real images."""
     _print(commands.compare(ctx.params))
 
 
-@app.command()
+@app.command(epilog=example("lint net.int8.onnx --target tensorrt --fix --out mended.onnx"))
 def lint(
     ctx: typer.Context,
     file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file")],
@@ -325,7 +490,11 @@ def lint(
     raise typer.Exit(GATE_FAILED if findings else 0)
 
 
-@app.command()
+@app.command(
+    epilog=example(
+        "sensitivity net.py:Net --weights net.pt --data imagefolder:photos --prune --json s.json"
+    )
+)
 def sensitivity(
     ctx: typer.Context,
     model: Model,
@@ -349,7 +518,7 @@ def sensitivity(
     _print(commands.sensitivity(ctx.params))
 
 
-@app.command()
+@app.command(epilog=example("report runs/half runs/quarter --out runs/both"))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison")] = None,
@@ -362,7 +531,7 @@ def report(
     _print(commands.report(runs, out, force=force, track=track))
 
 
-@app.command()
+@app.command(epilog=example("verify runs/first --measure"))
 def verify(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     measure: Annotated[bool, typer.Option("--measure", help="Take its figures again")] = False,
@@ -374,7 +543,7 @@ def verify(
     raise typer.Exit(0 if intact else GATE_FAILED)
 
 
-@app.command()
+@app.command(epilog=example("bundle runs/first --out first.tar.gz"))
 def bundle(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     out: Annotated[Path, typer.Option("--out", help="FILE.tar.gz")],
@@ -383,7 +552,36 @@ def bundle(
     _print(commands.bundle(run, out))
 
 
-@app.command()
+@app.command(epilog=example("init --model net.py:Net --weights net.pt --data imagefolder:photos"))
+def init(
+    ctx: typer.Context,
+    folder: Annotated[Path, typer.Argument(help="Where network, weights and images lie")] = Path(),
+    model: Annotated[str | None, typer.Option(help="MODEL; looked for if absent")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights; looked for if absent")] = None,
+    data: Annotated[str | None, typer.Option(help="DATA; looked for if absent")] = None,
+    image_size: ImageSize = None,
+    task: Annotated[str | None, typer.Option(help="Task; that of the data if absent")] = None,
+    keep_macs: Annotated[
+        float | None, typer.Option(help="Share of the MACs to keep; 0.5 if absent")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Runtimes; the installed ones if absent")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Recipe to write; DIR/compress.yaml if absent")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a recipe")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,
+) -> None:
+    """Look at a folder and write a commented recipe for it."""
+
+    def ask(what: str, found: str) -> str:
+        return str(typer.prompt(what, default=found or None, err=True))
+
+    _print(commands.init(ctx.params, None if yes or not sys.stdin.isatty() else ask))
+
+
+@app.command(epilog=example("check mine.yaml --set data.root=photos"))
 def check(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],
     overrides: Set = None,
@@ -392,26 +590,28 @@ def check(
     _print(commands.check(recipes, overrides or []))
 
 
-@app.command(name="list")
+@app.command(name="list", epilog=example("list criteria"))
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(help="criteria, losses, data, tasks, recipes, ..."),
+        typer.Argument(help="criteria, losses, data, tasks, recipes, ...", autocompletion=_kinds),
     ] = None,
 ) -> None:
     """List what there is, one line each."""
     _print(commands.list_plugins(kind))
 
 
-@app.command()
+@app.command(epilog=example("show stages/prune"))
 def show(
-    plugin: Annotated[str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...")],
+    plugin: Annotated[
+        str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=_shown)
+    ],
 ) -> None:
     """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
     _print(commands.show(plugin))
 
 
-@app.command()
+@app.command(epilog=example("schema --out schema.json"))
 def schema(
     out: Annotated[Path | None, typer.Option("--out", help="File; printed if absent")] = None,
 ) -> None:
@@ -419,7 +619,7 @@ def schema(
     _print(commands.schema(out))
 
 
-@app.command()
+@app.command(epilog=example("doctor --selftest"))
 def doctor(
     selftest: Annotated[bool, typer.Option(help="Build and run on every runtime")] = False,
     json: Json = None,

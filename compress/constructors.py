@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,7 @@ from torch import nn
 from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
 from compress.head import replace_head
 from compress.packages import require
+from compress.plugins import import_file
 
 _ULTRALYTICS = {  # the class of each of their tasks
     "detect": "DetectionModel",
@@ -180,23 +179,13 @@ def _factory(source: str, name: str) -> Callable[..., nn.Module]:
     return found
 
 
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise ModelError("no such file", where=str(path))
-    name = f"compress_user_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ModelError("cannot be imported", where=str(path))
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickling of classes look it up
-    sys.path.insert(0, str(path.resolve().parent))  # for the imports of neighbouring files
+def _import_file(path: Path) -> ModuleType:
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise ModelError(f"importing it fails: {error!r}", where=str(path)) from error
-    finally:
-        sys.path.pop(0)
-    return module
+        return import_file(path, "the Python file that defines the network")
+    except UsageError as error:
+        raise ModelError(
+            error.what, where=error.where, expected=error.expected
+        ) from error.__cause__
 
 
 def _import_module(name: str) -> Any:

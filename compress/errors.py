@@ -17,8 +17,13 @@ CompressError
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+LONGEST_REASON = 300  # characters of another error's message
+UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
 
 
 class CompressError(Exception):
@@ -45,7 +50,9 @@ class CompressError(Exception):
             parts.append(f"Expected {self.expected}")
         if self.fix:
             parts.append(self.fix)
-        return " ".join(part if part.endswith((".", "?")) else f"{part}." for part in parts)
+        return printable(
+            " ".join(part if part.endswith((".", "?")) else f"{part}." for part in parts)
+        )
 
     def within(self, place: str) -> CompressError:
         """Return this error with ``place`` put before its location; raise it ``from None``."""
@@ -107,6 +114,48 @@ class EngineError(CompressError):
 
 class RunError(CompressError):
     """A run folder is not what it should be."""
+
+
+@contextlib.contextmanager
+def boundary(
+    kind: type[CompressError], what: str, *, where: str = "", expected: str = "", fix: str = ""
+) -> Iterator[None]:
+    """Turn whatever is raised while a file of somebody else is read into one error of ours.
+
+    Parsers, and code that walks what they return, raise errors of many kinds over a damaged file.
+    A CompressError passes as it is; the cause of another is kept for whoever looks for a bug here.
+
+    Args:
+        kind: The error that is raised instead.
+        what: What is wrong; the first line of the cause is added.
+        where: As in CompressError, like the rest.
+        expected: As in CompressError.
+        fix: As in CompressError.
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:LONGEST_REASON]
+        cause = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
+        raise kind(f"{what}: {cause}", where=where, expected=expected, fix=fix) from error
+
+
+def printable(text: str) -> str:
+    """Return ``text`` without what a terminal or a browser would obey instead of showing.
+
+    Control characters but newline and tab, marks that turn the direction of writing, and halves of
+    characters are written as escapes.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        f"\\u{ord(letter):04x}"
+        if unicodedata.category(letter) in UNPRINTABLE and letter not in "\n\t"
+        else letter
+        for letter in text
+    )
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

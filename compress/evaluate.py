@@ -19,6 +19,7 @@ from compress import statistics, tasks
 from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
+from compress.feeding import Fed
 from compress.outputs import logits_of
 from compress.predictions import Predictions
 from compress.tasks import Task
@@ -33,6 +34,7 @@ __all__ = [
     "predict",
 ]
 
+UNLABELLED_IMAGES = 64  # compared without labels, as all outputs are kept
 BATCH = 64  # images evaluated at a time; accuracy does not depend on it, only the time it takes
 _ROW = ("images", "top1_pct", "top1_ci95", "top5_pct", "top5_ci95", "ece_pct")
 Run = Callable[[Tensor], Any]  # images float32 (B, C, H, W) -> logits (B, K), as tensor or array
@@ -109,9 +111,12 @@ class Evaluation:
     metrics: dict[str, tasks.Metric]
     predictions: list[tasks.Prediction]  # of each image
     scores: list[tasks.Contribution]  # of each image, for paired comparisons: tasks.compare
+    unmeasured: str = ""  # why there are no metrics
 
     def row(self) -> dict[str, Any]:
         """Return what a table of results holds of this."""
+        if self.unmeasured:
+            return {"skipped": {"accuracy": self.unmeasured}}
         found = {name: metric.to_json() for name, metric in self.metrics.items()}
         return {"images": self.images, "primary": self.primary, "metrics": found}
 
@@ -139,9 +144,15 @@ def of_task(
         EngineError: the outputs are not what the task reads.
     """
     chosen = task if isinstance(task, Task) else tasks.load_task(task, classes=dataset.classes)
-    predictions, scores = predictions_of(run, chosen, dataset, dataset.batches(split, BATCH, limit))
-    found = tasks.metrics(chosen, scores)
-    return Evaluation(len(scores), chosen.primary, found, predictions, scores)
+    if not chosen.kinds:
+        limit = min(limit or UNLABELLED_IMAGES, UNLABELLED_IMAGES)
+    is_session = hasattr(run, "run") and not isinstance(run, nn.Module)
+    batches = (dataset.pictures if is_session else dataset.batches)(split, BATCH, limit)
+    fed = Fed(run, dataset) if is_session else run
+    predictions, scores = predictions_of(fed, chosen, dataset, batches)
+    found = tasks.metrics(chosen, scores) if chosen.kinds else {}
+    reason = "" if chosen.kinds else getattr(chosen, "reason", "the task has no metrics")
+    return Evaluation(len(predictions), chosen.primary, found, predictions, scores, reason)
 
 
 def predictions_of(
@@ -160,6 +171,8 @@ def predictions_of(
                     expected="outputs with the images along the first dimension",
                 )
             predictions += found
+            if not task.kinds:
+                continue
             scores += [task.score(each, targets[i]) for i, each in enumerate(found)]
     return predictions, scores
 
@@ -204,7 +217,7 @@ def named_outputs(output: Any) -> dict[str, Any]:
 
 
 def _check_labels(dataset: Dataset, task: Task) -> None:
-    if dataset.target != task.target:
+    if task.kinds and dataset.target != task.target:
         raise DataError(
             f"the labels are of the form {dataset.target!r}, the task needs {task.target!r}",
             where=dataset.name,
@@ -339,11 +352,36 @@ def _run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray
         part = images[at : at + high]
         filling = np.repeat(part[-1:], max(0, low - len(part)), axis=0)
         padded = np.concatenate([part, filling]) if len(filling) else part
-        parts.append([output[: len(part)] for output in session.run(padded)])
-    columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
+        answers = session.run(padded)
+        parts.append([_rows(output, len(padded))[: len(part)] for output in answers])
+    columns = [_joined(column) for column in zip(*parts, strict=True)]
     known = [each.name for each in getattr(session, "outputs", ())]
     names = known if len(known) == len(columns) else [f"output_{i}" for i in range(len(columns))]
     return dict(zip(names, columns, strict=True))
+
+
+def _rows(output: NDArray[Any], images: int) -> Any:
+    """Return ``output`` with a row for each image: all of it for one image, as of boxes found.
+
+    Raises:
+        EngineError: it has another number of rows.
+    """
+    if output.shape[:1] == (images,):
+        return output
+    if images == 1:
+        return output[None]
+    raise EngineError(
+        f"answered {images} images with an output of shape {output.shape}",
+        expected=f"the images along the first dimension: ({images}, ...)",
+        fix="Use a graph with a batch of 1",
+    )
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> Any:
+    """Return the rows of all parts; a list where images have outputs of different sizes."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return np.concatenate(parts)
+    return [row for part in parts for row in part]
 
 
 def _first(output: Any) -> Any:

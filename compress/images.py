@@ -208,21 +208,26 @@ def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> 
 
 
 def from_array(
-    pixels: NDArray[np.uint8],
+    pixels: NDArray[Any],
     labels: NDArray[Any],
     *,
     size: ImageSize | None,
     channels: int | None,
 ) -> MemoryImages:
-    """Return (N, H, W) or (N, H, W, C) uint8 pixels as images of the wanted size and channels."""
+    """Return (N, H, W) or (N, H, W, C) pixels as images of the wanted size and channels.
+
+    Pixels are uint8, or floats that stay what they are.
+    """
     if pixels.ndim == 3:
         pixels = pixels[..., None]
     tensor = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+    tensor = tensor if tensor.dtype == torch.uint8 else tensor.float()
     if channels == 3 and tensor.shape[1] == 1:
         tensor = tensor.expand(-1, 3, -1, -1).contiguous()
     elif channels == 1 and tensor.shape[1] == 3:
         luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        tensor = (tensor * luma).sum(1, keepdim=True).round().to(torch.uint8)
+        grey = (tensor * luma).sum(1, keepdim=True)
+        tensor = grey.round().to(torch.uint8) if tensor.dtype == torch.uint8 else grey
     if size is not None:
         tensor = Fit(sides(size), "squash").tensor(tensor)
     return MemoryImages(tensor, np.asarray(labels, dtype=np.int64).reshape(-1))

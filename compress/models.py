@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,10 @@ def load_for(
 ) -> nn.Module:
     """Return the network that ``reference`` names, for data of ``classes`` classes.
 
-    The count is given to a constructor that takes it and was not told another ``num_classes``;
+    The count, unless 0, is given to a constructor that takes it and was not told ``num_classes``;
     other arguments are those of ``load_model``.
     """
-    if num_classes is None and accepts(reference, "num_classes"):
+    if num_classes is None and classes and accepts(reference, "num_classes"):
         num_classes = classes
     return load_model(reference, weights, num_classes, **options)
 
@@ -176,7 +177,8 @@ def save_model(
     if _is_channels_last(model):
         description["memory_format"] = "channels_last"
     write_safetensors(folder / WEIGHTS_FILE, state)
-    artifact.write_json(folder / DESCRIPTION_FILE, description | {"pruned": joined is not None})
+    description |= {"pruned": joined is not None, "beside": _beside(description, folder)}
+    artifact.write_json(folder / DESCRIPTION_FILE, description)
     return folder
 
 
@@ -257,7 +259,7 @@ def _description(
     named, told = described(str(reference), options)
     fresh = {
         "schema": SCHEMA,
-        "reference": named,
+        "reference": _absolute(named),
         "num_classes": num_classes,
         "options": told,
     }
@@ -273,7 +275,25 @@ def _read_description(folder: Path) -> tuple[dict[str, Any], PrunePlan | None]:
             where=str(path),
             expected=f"format {SCHEMA}",
         )
+    file, _, factory = description["reference"].rpartition(":")
+    moved = description.get("beside")
+    if moved and not Path(file).is_file() and (folder / moved).is_file():
+        description["reference"] = f"{(folder / moved).resolve()}:{factory}"
     return description, PrunePlan.load(folder / PLAN_FILE) if description["pruned"] else None
+
+
+def _absolute(reference: str) -> str:
+    """Return the reference to a factory in a file with the file's whole path."""
+    file, _, factory = reference.rpartition(":")
+    return f"{Path(file).resolve()}:{factory}" if file.endswith(".py") else reference
+
+
+def _beside(description: Mapping[str, Any], folder: Path) -> str | None:
+    """Return where the file of the constructor lies from ``folder``: both may move together."""
+    file = description["reference"].rpartition(":")[0]
+    if not file.endswith(".py"):
+        return None
+    return Path(os.path.relpath(file, folder.resolve())).as_posix()
 
 
 def _checked_classes(

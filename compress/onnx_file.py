@@ -1,18 +1,32 @@
-"""ONNX files from anywhere, read with suspicion: damaged ones and ones that reach outside."""
+"""The one reader of ONNX files: from anywhere, damaged, or made to reach outside their folder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from compress.errors import EngineError
+from compress.artifact import replacing
+from compress.errors import EngineError, boundary
+from compress.onnx_facts import layout_of, stamp
+
+DEEPEST = 64  # branches and loops inside each other, functions that call functions
+MOST_NODES = 2**20  # of the graph once its functions are written out
+MOST_READ = 4  # times the bytes of the files beside it: a part of one can be shared by weights
+_PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
+_COMPLEX = {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
+_DAMAGED = "Export it again, or copy it again and compare its SHA-256"
 
 
 def load(path: str | Path, *, weights: bool = True) -> ModelProto:
     """Return the model in ``path`` after ``check``.
+
+    It takes memory for at most four times the bytes that are there, whatever sizes are claimed.
 
     Args:
         path: An ONNX file; weights beside it are read as well.
@@ -23,9 +37,15 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
     """
     source = Path(path)
     model = _parse(source)
-    _check(model, source)
-    if weights:
-        onnx.load_external_data_for_model(model, str(source.parent))
+    with boundary(EngineError, "is no valid ONNX file", where=str(source), fix=_DAMAGED):
+        _check_calls(model, source)
+        tensors = list(_all_tensors(model))
+        _check_external(tensors, source)
+        _free_negative_sizes(model.graph)
+        if weights:
+            onnx.load_external_data_for_model(model, str(source.parent))
+        for tensor in tensors:
+            _check_size(tensor, source)
     return model
 
 
@@ -47,20 +67,20 @@ def _parse(path: Path) -> ModelProto:
         raise EngineError(
             f"is no ONNX file, or only a part of one ({path.stat().st_size} bytes)",
             where=str(path),
-            fix="Export it again, or copy it again and compare its SHA-256",
+            fix=_DAMAGED,
         ) from None
     if not model.graph.node or not model.graph.output:
         raise EngineError(
-            f"holds no graph ({path.stat().st_size} bytes)",
-            where=str(path),
-            fix="Export it again, or copy it again and compare its SHA-256",
+            f"holds no graph ({path.stat().st_size} bytes)", where=str(path), fix=_DAMAGED
         )
     return model
 
 
-def _check(model: ModelProto, path: Path) -> None:
+def _check_external(tensors: list[TensorProto], path: Path) -> None:
     folder = path.parent.resolve()
-    for tensor in _tensors(model.graph):
+    files: dict[Path, int] = {}
+    total = 0
+    for tensor in tensors:
         if tensor.data_location != TensorProto.EXTERNAL:
             continue
         entry = {item.key: item.value for item in tensor.external_data}
@@ -74,27 +94,200 @@ def _check(model: ModelProto, path: Path) -> None:
                 expected="weights inside the file or in a file beside it",
                 fix="Do not use this file unless you trust who wrote it",
             )
-        needed = int(entry.get("offset", 0)) + int(entry.get("length", 0))
-        present = file.stat().st_size if file.is_file() else 0
-        if not present or present < needed:
+        offset, length = (int(entry.get(key) or 0) for key in ("offset", "length"))
+        needed = offset + length
+        present = files[file] = file.stat().st_size if file.is_file() else 0
+        if min(offset, length) < 0 or not present or present < needed:
             raise EngineError(
                 f"its weight {tensor.name!r} needs {needed} bytes of {location!r}, "
                 f"which has {present}",
                 where=str(path),
                 fix="Copy the file with the weights as well",
             )
+        total += length or present - offset
+    if total > MOST_READ * sum(files.values()):
+        raise EngineError(
+            f"its weights are said to have {total} bytes, the files they lie in have "
+            f"{sum(files.values())}",
+            where=str(path),
+            expected=f"at most {MOST_READ} times as many",
+        )
+
+
+def _check_size(tensor: TensorProto, path: Path) -> None:
+    """Refuse a tensor that does not hold as many values as its shape says."""
+    if tensor.data_location == TensorProto.EXTERNAL:
+        return
+    kind, count = TensorProto.DataType.Name(tensor.data_type), math.prod(tensor.dims)
+    if min(tensor.dims, default=0) < 0:
+        raise EngineError(
+            f"its constant {tensor.name!r} has shape {list(tensor.dims)}", where=str(path)
+        )
+    if tensor.HasField("raw_data"):
+        bits = (
+            _PACKED_BITS.get(kind) or 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        )
+        wanted, there, unit = -(-count * bits // 8), len(tensor.raw_data), "bytes"
+    else:
+        per = 2 if tensor.data_type in _COMPLEX else 1
+        bits = _PACKED_BITS.get(kind, 8)
+        wanted, unit = -(-count * bits // 8) * per, "values"
+        there = len(getattr(tensor, helper.tensor_dtype_to_field(tensor.data_type)))
+    if wanted != there:
+        raise EngineError(
+            f"its constant {tensor.name!r} holds {there} {unit}, and its shape needs {wanted}",
+            where=str(path),
+            fix=_DAMAGED,
+        )
+
+
+def _check_calls(model: ModelProto, path: Path) -> None:
+    """Refuse functions that call themselves, and graphs that grow or nest beyond all bounds."""
+    functions = {(f.domain, f.name): f for f in model.functions}
+    counted: dict[tuple[str, str], int] = {}
+
+    def nodes_in(body: GraphProto | FunctionProto, above: int) -> int:
+        if above > DEEPEST:
+            raise EngineError(
+                "its functions call themselves, or its branches lie too deep in each other",
+                where=str(path),
+                expected=f"at most {DEEPEST} levels",
+            )
+        count = len(body.node)
+        for node in body.node:
+            key = (node.domain, node.op_type)
+            if key in functions:
+                if key not in counted:
+                    counted[key] = nodes_in(functions[key], above + 1)
+                count += counted[key]
+            count += sum(nodes_in(inner, above + 1) for inner in bodies(node))
+        return count
+
+    total = max(nodes_in(body, 0) for body in (model.graph, *model.functions))
+    if total > MOST_NODES:
+        raise EngineError(
+            f"its functions stand for {total} nodes",
+            where=str(path),
+            expected=f"at most {MOST_NODES}",
+        )
+
+
+def bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """Yield the graphs inside a node: branches of an If, the body of a Loop or Scan."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _all_tensors(model: ModelProto) -> Iterator[TensorProto]:
+    yield from _tensors(model.graph)
+    for function in model.functions:
+        yield from _tensors_of_nodes(function)
+        for attribute in function.attribute_proto:
+            if attribute.HasField("t"):
+                yield attribute.t
+    for training in model.training_info:
+        yield from _tensors(training.initialization)
+        yield from _tensors(training.algorithm)
+
+
+def _free_negative_sizes(graph: GraphProto) -> None:
+    """Leave sizes open that are written as -1 or 0, as Paddle writes free ones."""
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value < 1:
+                dim.dim_param = f"{value.name}_{axis}" if axis else "batch"
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
         yield from (sparse.values, sparse.indices)
-    for node in graph.node:
+    yield from _tensors_of_nodes(graph)
+
+
+def _tensors_of_nodes(body: GraphProto | FunctionProto) -> Iterator[TensorProto]:
+    for node in body.node:
         for attribute in node.attribute:
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            if attribute.HasField("g"):
-                yield from _tensors(attribute.g)
-            for sub in attribute.graphs:
-                yield from _tensors(sub)
+            sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
+            for part in (*sparse, *attribute.sparse_tensors):
+                yield from (part.values, part.indices)
+        for inner in bodies(node):
+            yield from _tensors(inner)
+
+
+def copy(
+    source: Path,
+    target: Path,
+    *,
+    facts: Mapping[str, Any],
+    sizes: tuple[int, int, int] | None = None,
+) -> None:
+    """Copy an ONNX file with the weights beside it, and keep ``facts`` in the copy.
+
+    Args:
+        source: The file; it is left as it is.
+        target: The copy.
+        facts: See ``onnx_facts.stamp``.
+        sizes: Channels, height and width that free ones of its first picture are fixed to.
+
+    Raises:
+        EngineError: the file is damaged, or its sizes are others.
+    """
+    model = load(source, weights=False)
+    if sizes is not None:
+        fix_sizes(model, sizes, where=str(source))
+    stamp(model, facts)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for location in sorted(_locations(model)):
+        with replacing(target.parent / location) as temporary:
+            shutil.copyfile(source.parent / location, temporary)
+    with replacing(target) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def fix_sizes(model: ModelProto, sizes: tuple[int, int, int], *, where: str) -> None:
+    """Fix free channels, height and width of the first input with four dimensions.
+
+    Raises:
+        EngineError: there is no such input, or a size that is fixed is another.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    for value in model.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in weights or len(dims) != 4:
+            continue
+        shape = [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
+        channels, height, width = sizes
+        wanted = sizes if layout_of(shape) != "NHWC" else (height, width, channels)
+        for dim, size in zip(list(dims)[1:], wanted, strict=True):
+            if dim.dim_value > 0 and dim.dim_value != size:
+                raise EngineError(
+                    f"input {value.name!r} has the shape {shape}",
+                    where=where,
+                    expected=f"sizes {sizes} (C, H, W), or free ones",
+                    fix="Leave --input-size out",
+                )
+            dim.dim_value = size
+        del model.graph.value_info[:]  # they may tell of other sizes
+        for output in model.graph.output:
+            for dim in list(output.type.tensor_type.shape.dim)[1:]:
+                if not dim.HasField("dim_value"):
+                    dim.ClearField("dim_param")
+        return
+    raise EngineError("no input has four dimensions", where=where, fix="Leave --input-size out")
+
+
+def _locations(model: ModelProto) -> set[str]:
+    """Return the files beside a model that its weights lie in."""
+    return {
+        entry.value
+        for tensor in _all_tensors(model)
+        if tensor.data_location == TensorProto.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }

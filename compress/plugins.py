@@ -18,6 +18,7 @@ import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from compress.errors import UnknownNameError, UsageError, did_you_mean
@@ -126,6 +127,11 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
             expected="a name, or one name with its options, as in {kd: {temperature: 4.0}}",
         )
     name, given = next(iter(reference.items()))
+    if not isinstance(name, str) or not isinstance(given, Mapping | None):
+        raise UsageError(
+            f"{KINDS[kind]} {name!r} has the options {given!r}",
+            expected="a mapping, as in {kd: {temperature: 4.0}}",
+        )
     return name, dict(given or {})
 
 
@@ -143,17 +149,36 @@ def _own(kind: str, name: str) -> tuple[Path, str] | None:
     return Path(file), wanted
 
 
-def _imported(kind: str, file: Path, wanted: str) -> type[Any]:
-    name = f"compress_own_{kind}_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
+def import_file(path: Path, expected: str) -> ModuleType:
+    """Run a Python file of the user's and return its module.
+
+    Args:
+        path: The file. Files beside it can be imported by it.
+        expected: What it should hold, for the message.
+
+    Raises:
+        UsageError: there is no such file, or running it fails.
+    """
+    if not path.is_file():
+        raise UsageError("no such file", where=str(path), expected=expected)
+    name = f"compress_own_{path.stem}_{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError("cannot be imported", where=str(file))
+        raise UsageError("cannot be imported", where=str(path), expected=expected)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(path.resolve().parent))  # for the imports of neighbouring files
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise UsageError(f"importing it fails: {error!r}", where=str(file)) from error
+        raise UsageError(f"importing it fails: {error!r}", where=str(path)) from error
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _imported(kind: str, file: Path, wanted: str) -> type[Any]:
+    module = import_file(file, f"a {KINDS[kind]}")
     plugin = getattr(module, wanted, None)
     if not isinstance(plugin, type):
         known = [key for key, value in vars(module).items() if isinstance(value, type)]

@@ -139,6 +139,20 @@ def task(description: str, total: float | None = None) -> Iterator[Task]:
         _depth.reset(token)
 
 
+def say(text: str, style: str = "dim") -> None:
+    """Print a line on stderr, above the bars; silent unless asked."""
+    bars = _bars.get()
+    if bars == "lines":
+        sys.stderr.write(f"{text}\n")
+    elif bars is not None:
+        bars.console.print(text, style=style, markup=False)
+
+
+def warn(text: str) -> None:
+    """Say on stderr what is likely to be a mistake, above the bars; silent unless asked."""
+    say(f"compress: warning: {text}", "yellow")
+
+
 def stop() -> None:
     """Leave the bars as they stand: what is printed from now on comes below them."""
     bars = _bars.get()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,8 @@ from compress.settings import Recipe, Settings, Stage, TrainSettings
 
 TRACKERS = ("tensorboard", "mlflow")
 Part = TypeVar("Part", bound=Settings)
+PATHS = (".model.name", ".weights", ".root", ".teacher", ".teacher_weights")  # may be paths
+TYPE_NAMES = {"str", "int", "float", "bool", "constrained-int", "constrained-float"}
 PLUGIN_KEYS = {"criterion": "criteria", "losses": "losses", "observer": "observers"}
 
 
@@ -73,7 +75,7 @@ def validate(content: Any, *, where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems = [*(_explain(details) for details in error.errors()), *problems]
+        problems = [*_explained(error.errors()), *problems]
     if problems:
         raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
     return recipe
@@ -130,6 +132,29 @@ def _tracked(part: Part, tracker: str) -> Part:
         elif isinstance(value, tuple) and value and isinstance(value[0], Settings):
             changes[key] = tuple(_tracked(each, tracker) for each in value)
     return part.model_copy(update=changes)
+
+
+def from_anywhere(recipe: Recipe) -> Recipe:
+    """Return ``recipe`` with absolute paths, so that its run can be used from any directory.
+
+    Files and folders that do not exist stay as they are written: names of published weights,
+    patterns of shards.
+    """
+    return Recipe.model_validate(_absolute(to_json(recipe)))
+
+
+def _absolute(part: Any, place: str = "") -> Any:
+    if isinstance(part, dict):
+        return {key: _absolute(value, f"{place}.{key}") for key, value in part.items()}
+    if isinstance(part, list):
+        return [_absolute(value, place) for value in part]
+    if not isinstance(part, str) or not part:
+        return part
+    file, colon, factory = part.rpartition(":")
+    if colon and file.endswith(".py"):
+        return f"{Path(file).resolve()}:{factory}" if Path(file).is_file() else part
+    is_path = place.endswith(PATHS) and Path(part).exists()
+    return str(Path(part).resolve()) if is_path else part
 
 
 def stage_settings() -> dict[str, type[Settings]]:
@@ -216,8 +241,54 @@ def _index(place: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _explain(details: ErrorDetails) -> str:
-    path = _key_path(details["loc"])
+def _explained(errors: Sequence[ErrorDetails]) -> Iterator[str]:
+    """Yield one line for each wrong key; of a key with several forms, the form that came nearest.
+
+    Pydantic reports every form that a value might have had, each below the name of its type.
+    """
+    found: dict[str, list[ErrorDetails]] = {}
+    for details in errors:
+        found.setdefault(_key_path(_keys(details["loc"])), []).append(details)
+    for path, forms in found.items():
+        right_type = [each for each in forms if not each["type"].endswith(("_type", "_parsing"))]
+        if not right_type and any(other.startswith((f"{path}[", f"{path}.")) for other in found):
+            continue  # another form fits, but for a part of it
+        if right_type or len(forms) == 1:
+            yield _explain(path, (right_type or forms)[0])
+        else:
+            expected = _description(_keys(forms[0]["loc"]))
+            yield f"{path}: {forms[0]['input']!r} is not of a form that is known here. {expected}"
+
+
+def _keys(location: Iterable[int | str]) -> list[int | str]:
+    """Return ``location`` without the names of types that pydantic adds to it."""
+    model: type[BaseModel] | None = Recipe
+    kept: list[int | str] = []
+    for part in location:
+        if isinstance(part, int):
+            kept.append(part)
+        elif model is None:  # below a plain value: the name of a type, or a key of a dictionary
+            kept += [] if "[" in part or part in TYPE_NAMES else [part]
+        else:
+            kept.append(part)
+            field = model.model_fields.get(part)
+            model = _model_in(field.annotation) if field is not None else None
+    return kept
+
+
+def _description(location: Sequence[int | str]) -> str:
+    """Return what the key at ``location`` is for, as a sentence."""
+    model: type[BaseModel] | None = Recipe
+    text = ""
+    for part in location:
+        if isinstance(part, str) and model is not None:
+            field = model.model_fields.get(part)
+            text = (field.description if field is not None else None) or text
+            model = _model_in(field.annotation) if field is not None else None
+    return f"Expected: {text}." if text else ""
+
+
+def _explain(path: str, details: ErrorDetails) -> str:
     value = details["input"]
     if details["type"] == "extra_forbidden":
         known = _known_keys(details["loc"][:-1])
@@ -231,6 +302,8 @@ def _explain(details: ErrorDetails) -> str:
         known = details["ctx"]["expected"]
         return f"{path}: {value!r} is none of the choices{hint} Known: {known}."
     message = details["msg"].removeprefix("Value error, ")
+    for pythons, ours in (("tuple", "list"), ("dictionary", "mapping")):
+        message = message.replace(f"a valid {pythons}", f"a {ours}")
     shown = "" if isinstance(value, (dict, list)) or details["type"] == "value_error" else value
     return f"{path}: {f'{shown!r}: ' if shown != '' else ''}{message}."
 
@@ -274,6 +347,13 @@ def _unknown_plugins(content: dict[str, Any]) -> Iterable[str]:
             yield f"{path}: {error}"
 
 
+def _has_options(reference: Any) -> bool:
+    """Return whether ``reference`` is a name with its options; another form is told elsewhere."""
+    return isinstance(reference, dict) and all(
+        isinstance(options, dict | None) for options in reference.values()
+    )
+
+
 def _plugin_references(content: dict[str, Any]) -> Iterable[tuple[str, str, Any]]:
     data = content.get("data")
     if isinstance(data, dict) and isinstance(data.get("name"), str):
@@ -286,5 +366,5 @@ def _plugin_references(content: dict[str, Any]) -> Iterable[tuple[str, str, Any]
             for key, kind in PLUGIN_KEYS.items():
                 value = given.get(key) if isinstance(given, dict) else None
                 for each in value if isinstance(value, list) else [value]:
-                    if isinstance(each, (str, dict)):
+                    if isinstance(each, str) or _has_options(each):
                         yield f"stages[{number}].{verb}.{key}", kind, each

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import Any
 from compress import artifact
 from compress.artifact import Artifact
 from compress.errors import RunError
-from compress.recipe import dump, to_json
+from compress.recipe import dump, from_anywhere, to_json
 from compress.settings import Recipe
 
 SCHEMA = 1
@@ -121,6 +123,20 @@ class RunFolder:
             (self.root / name).unlink(missing_ok=True)
 
 
+def default_folder(recipe: Recipe) -> Path:
+    """Return ``runs/NAME``, or the first of ``runs/NAME-2``, ... that is this recipe's or free."""
+    wanted, first = to_json(from_anywhere(recipe)), Path("runs") / (recipe.name or "run")
+    for number in itertools.count(1):
+        root = first if number == 1 else first.with_name(f"{first.name}-{number}")
+        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+            return root
+        if (root / RUN_FILE).is_file():
+            with contextlib.suppress(RunError):
+                RunFolder(root)._check_recipe(wanted)
+                return root
+    raise RunError("no free folder", where=str(first))
+
+
 def _first_changed(
     stored: Mapping[str, Any], wanted: Mapping[str, Any], changed: Sequence[str]
 ) -> int:
@@ -136,3 +152,37 @@ def _first_changed(
         verbs = [next(iter(stage)) for stage in after]
         alike = min(alike, verbs.index("quantize") if "quantize" in verbs else alike)
     return alike + has_original[0]
+
+
+def artifacts_in(path: Path) -> list[Path]:
+    """Return the files that a path stands for: itself, or those of a stage or of a run.
+
+    The folder of a stage that left a torch network stands for that network; one of int8 graphs for
+    each of them. A run stands for its last stage that left any.
+    """
+    if not path.is_dir() or (path / "model.json").is_file():
+        return [path]
+    graphs = sorted(path.glob("model.onnx")) or sorted(path.glob("model.*.onnx"))
+    if graphs:
+        return graphs
+    for stage in sorted(path.glob("[0-9][0-9]-*"), reverse=True):
+        if (found := artifacts_in(stage)) != [stage] or (stage / "model.json").is_file():
+            return found
+    return [path]
+
+
+def one_artifact(path: Path) -> Path:
+    """Return the one file that a path stands for.
+
+    Raises:
+        RunError: it stands for several.
+    """
+    found = artifacts_in(path)
+    if len(found) > 1:
+        raise RunError(
+            f"holds {len(found)} networks",
+            where=str(path),
+            expected="one file",
+            fix=f"Name it: {', '.join(str(each) for each in found)}",
+        )
+    return found[0]

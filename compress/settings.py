@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=4)]  # pixels
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
 RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pytorch"]
@@ -27,6 +29,20 @@ class ModelSettings(Settings):
     num_classes: int | None = Field(None, ge=2, description="Classes; the data's if absent")
     replace_head: bool = Field(False, description="Weights of other classes: start a new head")
     options: dict[str, Any] = Field({}, description="Further arguments of the constructor")
+    input_size: tuple[int, int, int] | None = Field(
+        None, description="Channels, height and width that an ONNX file with free ones is fixed to"
+    )
+
+
+OWN = ".py:"  # in the name of data that the user's own file gives
+
+
+def data_reference(reference: str) -> dict[str, str]:
+    """Return the name and root that a DATA reference such as ``npz:digits.npz`` stands for."""
+    if OWN in reference:
+        return {"name": "dataset", "root": reference.removeprefix("dataset:")}
+    name, _, root = reference.partition(":")
+    return {"name": name} | ({"root": root} if root else {})
 
 
 class DataSettings(Settings):
@@ -39,8 +55,24 @@ class DataSettings(Settings):
     )
     options: dict[str, Any] = Field({}, description="Further options of the kind of data")
     channels: Literal[1, 3] | None = Field(None, description="Grey is repeated, colour averaged")
-    mean: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
-    std: tuple[float, ...] | None = Field(None, description="Per channel, of images in [0, 1]")
+    mean: tuple[Finite, ...] | None = Field(
+        None, description="Per channel as the network takes them, of images in input_range"
+    )
+    std: tuple[Deviation, ...] | None = Field(
+        None, description="Per channel as the network takes them, of images in input_range; above 0"
+    )
+    input_range: tuple[float, float] | None = Field(
+        None, description="Values of black and white before mean and std: [0, 1] if absent"
+    )
+    color: Literal["RGB", "BGR"] | None = Field(
+        None, description="Order of the network's channels; RGB if absent"
+    )
+    layout: Literal["NCHW", "NHWC"] | None = Field(
+        None, description="Order of the dimensions of an ONNX file's input; by its shape if absent"
+    )
+    inputs: dict[str, float | list[Any] | str] = Field(
+        {}, description="Values of an ONNX file's further inputs by name: numbers, or a .npy file"
+    )
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
     shuffle_buffer: int = Field(10_000, ge=1, description="webdataset: images mixed at a time")
@@ -53,7 +85,9 @@ class DataSettings(Settings):
     @classmethod
     def _kind_with_options(cls, value: Any) -> Any:
         """Accept ``{voc: {root: DIR, labels: classes}}``: a kind with all of its options."""
-        if not isinstance(value, dict) or "name" in value or len(value) != 1:
+        if isinstance(value, dict) and isinstance(value.get("name"), str):
+            return value | data_reference(value["name"]) if OWN in value["name"] else value
+        if not isinstance(value, dict) or len(value) != 1:
             return value
         name, given = next(iter(value.items()))
         if name in cls.model_fields or not isinstance(given, dict | None):

@@ -7,6 +7,7 @@ import codecs
 import logging
 import pathlib
 import pickle
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.errors import ModelError, nearest
+from compress.errors import ModelError, boundary, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ STATE_KEYS = (
     *("state_dict", "model_state_dict", "model_state", "model", "params", "net", "network"),
     *("generator", "weights", "module"),
 )
+_ASKS_FOR_CODE = re.compile(r"GLOBAL|Can only|Trying to").search  # in PyTorch's refusals
+UNREADABLE = "is not a readable weight file"
 COUNTERS = {"n_averaged", "num_updates", "step", "initted", "decay"}  # of averages, no weights
 
 
@@ -49,10 +52,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError("no such weight file", where=str(path))
-    if path.suffix == ".safetensors":
-        state = read_safetensors(path)
-    else:
-        state = _state_in(_read_pickle(path), path)
+    with boundary(ModelError, UNREADABLE, where=str(path)):
+        if path.suffix == ".safetensors":
+            state = read_safetensors(path)
+        else:
+            artifact.check_zip(path)
+            state = _state_in(_read_pickle(path), path)
     for prefix in WRAPPER_PREFIXES:
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -91,9 +96,10 @@ def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
         raise ModelError(
             f"holds a {type(content).__name__}", where=str(path), expected="a state_dict"
         )
-    inside = {str(key): value for key, value in content.items() if _holds_tensors(value)}
+    content = {str(key): each for key, each in content.items() if isinstance(key, str | int)}
+    inside = {key: value for key, value in content.items() if _holds_tensors(value, set())}
     named = [key for key in STATE_KEYS if key in inside]
-    tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if named or (len(inside) == 1 and not tensors):
         chosen = named[0] if named else next(iter(inside))
         if len(named) > 1:
@@ -102,15 +108,19 @@ def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
     if tensors:
         return tensors
     raise ModelError(
-        f"holds the keys {_listed(map(str, content)) or 'none'}, none of which is a state_dict",
+        f"holds the keys {_listed(content) or 'none'}, none of which is a state_dict",
         where=str(path),
         expected=f"tensors by name, or those under one of {', '.join(STATE_KEYS)}",
     )
 
 
-def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    return isinstance(value, Mapping) and any(
-        isinstance(each, Tensor) or (depth and _holds_tensors(each, depth - 1))
+def _holds_tensors(value: Any, seen: set[int], depth: int = 3) -> bool:
+    """Return whether there is a tensor some levels down; a dict that is met twice is read once."""
+    if not isinstance(value, Mapping) or id(value) in seen:
+        return False
+    seen.add(id(value))
+    return any(
+        isinstance(each, Tensor) or (depth > 0 and _holds_tensors(each, seen, depth - 1))
         for each in value.values()
     )
 
@@ -126,13 +136,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: it is missing or damaged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    with boundary(ModelError, UNREADABLE, where=str(path)):
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"is not a readable weight file ({error})", where=str(path)) from None
 
 
 def write_safetensors(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -188,14 +195,16 @@ def _read_pickle(path: Path) -> Any:
             with torch.serialization.safe_globals(_plain_types()):
                 return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = next((line for line in str(error).splitlines() if "GLOBAL" in line), str(error))
+        told = [line.strip() for line in str(error).splitlines() if line.strip()]
+        code = next(filter(_ASKS_FOR_CODE, told), None)
+        after = [i + 1 for i, line in enumerate(told) if line.endswith("Unpickler error:")]
+        asked = code or (told[after[0]] if after and after[0] < len(told) else "damaged")
+        runs_code = ", unpickling it would run code" if code else ""
         raise ModelError(
-            f"refused: it is not plain tensors, unpickling it would run code ({asked.strip()})",
+            f"refused: it is not plain tensors{runs_code} ({asked})",
             where=str(path),
             fix="Save its state_dict() again, best as .safetensors",
         ) from None
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise ModelError(f"is not a readable weight file ({error})", where=str(path)) from None
 
 
 def _plain_types() -> list[Any]:

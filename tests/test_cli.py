@@ -224,9 +224,9 @@ def test_classes_that_do_not_match_are_refused_before_any_work(compress, recipe,
     path = recipe(model=RECIPE["model"] | {"num_classes": 7})
     code, _, err = compress("run", path, "--out", tmp_path / "run")
     assert code == 2
-    assert "stage 00-train" in err
+    assert "mine: model: " in err
     assert "output has shape (1, 7) and the data has 10 classes" in err
-    assert not list((tmp_path / "run").rglob("*.onnx"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(compress, recipe, tmp_path):
@@ -542,8 +542,9 @@ def test_labels_of_another_form_are_refused_where_classes_are_compared(compress,
             for number in range(12):
                 Image.new(mode, (8, 8), number % 2).save(folder / f"{number}.png")
     code, _, err = compress(
-        "compare", "a.onnx", "b.onnx", "--data", f"masks:{tmp_path}", "--image-size", "8"
-    )
+        "sensitivity", "compress.networks:resnet8", "--prune", "--data", f"masks:{tmp_path}",
+        "--image-size", "8",
+    )  # fmt: skip
     assert code == 2
     assert "has labels of the form 'mask'. Expected one class for each image" in err
 

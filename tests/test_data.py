@@ -216,9 +216,12 @@ def test_archives_that_do_not_fit_are_refused(npz, changes, message):
     assert message in str(caught.value)
 
 
-def test_one_array_is_no_labelled_data(tmp_path):
-    np.save(tmp_path / "x.npy", np.zeros((8, 4, 4, 3), np.uint8))
-    with pytest.raises(DataError, match=r"one array of shape \(8, 4, 4, 3\), without labels"):
+def test_one_array_of_another_kind_is_no_images(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((8, 4), np.int64))
+    with pytest.raises(DataError, match=r"one array of int64 of shape \(8, 4\), without labels"):
+        load_data(parse_reference(f"npz:{tmp_path / 'x.npy'}"))
+    np.save(tmp_path / "x.npy", np.full((8, 3, 4, 4), np.nan, np.float32))
+    with pytest.raises(DataError, match="not finite"):
         load_data(parse_reference(f"npz:{tmp_path / 'x.npy'}"))
 
 

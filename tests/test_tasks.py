@@ -13,7 +13,7 @@ from compress import plugins, tasks
 from compress.errors import DataError, EngineError, UnknownNameError, UsageError
 from compress.tasks import detection, load_task
 
-NAMES = plugins.names("tasks")
+NAMES = [name for name in plugins.names("tasks") if plugins.load("tasks", name).kinds]
 IMAGES = 6
 RANDOM = np.random.default_rng(0)
 
@@ -481,3 +481,15 @@ def test_a_detector_without_losses_is_refused():
 class Two(nn.Module):
     def forward(self, images: Tensor, targets: object) -> Tensor:
         return images.mean((2, 3))
+
+
+def test_outputs_without_labels_are_kept_as_they_are():
+    task = load_task("fidelity")
+    outputs = {"maps": np.ones((3, 2, 4)), "boxes": [np.zeros((n, 4)) for n in (0, 2, 5)]}
+    found = task.predict(outputs)
+    assert [each["boxes"].shape for each in found] == [(0, 4), (2, 4), (5, 4)]
+    assert all(each["maps"].shape == (2, 4) for each in found)
+    with pytest.raises(EngineError, match="different numbers of rows"):
+        task.predict({"a": np.ones((3, 2)), "b": np.ones((7, 4))})
+    with pytest.raises(DataError, match="no labels"):
+        task.loss(conv(3, dense=False), normal(2, 3, 8, 8), None)

@@ -1,8 +1,9 @@
 """What each command does: options to a recipe or to one call, and its answer ready to print."""
 
 from compress.commands.artifacts import bench, build, bundle, compare, export, lint, report, verify
+from compress.commands.beginning import init
 from compress.commands.layers import sensitivity
-from compress.commands.showing import doctor, list_plugins, schema, show
+from compress.commands.showing import SHOWN, doctor, list_plugins, names_of, schema, show
 from compress.commands.verbs import (
     check,
     distill,
@@ -16,6 +17,7 @@ from compress.commands.verbs import (
 )
 
 __all__ = [
+    "SHOWN",
     "bench",
     "build",
     "bundle",
@@ -25,8 +27,10 @@ __all__ = [
     "doctor",
     "dry_run",
     "export",
+    "init",
     "lint",
     "list_plugins",
+    "names_of",
     "prune",
     "quantize",
     "report",

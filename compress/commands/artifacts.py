@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.commands.options import Given, floats, integers, load_dataset, write_numbers
+from compress.commands.options import INPUT_SIZE, Given, integers, load_dataset, write_numbers
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+BATCH_RANGE = "3 whole numbers, the smallest, usual and largest batch: 1,1,8"
 
 
 def export(given: Given) -> str:
@@ -23,7 +27,9 @@ def export(given: Given) -> str:
 
     options = {"trust": True} if given["trust"] else {}
     model = load_model(given["model"], given["weights"], given["num_classes"], options=options)
-    example = torch.zeros(1, *integers(given["input_size"], "--input-size", 3))
+    example = torch.zeros(
+        1, *integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
+    )
     check_forward(model, example)
     path = export_onnx(
         model,
@@ -45,17 +51,36 @@ def export(given: Given) -> str:
 def build(given: Given) -> str:
     """Build an engine and say what was built."""
     from compress.measure import size_mib
+    from compress.run_folder import one_artifact
     from compress.runtimes import build_engine
 
-    smallest, usual, largest = integers(given["batch"], "--batch", 3)
-    path = build_engine(
-        given["file"],
-        given["out"],
-        runtime=given["runtime"],
-        batch=(smallest, usual, largest),
-        precision=given["precision"],
+    smallest, usual, largest = integers(given["batch"], "--batch", count=3, like=BATCH_RANGE)
+    sizes = given["input_size"] and integers(
+        given["input_size"], "--input-size", count=3, like=INPUT_SIZE
     )
+    with _fixed(one_artifact(given["file"]), sizes) as source:
+        path = build_engine(
+            source,
+            given["out"],
+            runtime=given["runtime"],
+            batch=(smallest, usual, largest),
+            precision=given["precision"],
+        )
     return f"{path}: engine for {given['runtime']}, {size_mib(path):.2f} MiB"
+
+
+@contextlib.contextmanager
+def _fixed(source: Path, sizes: list[int] | None) -> Iterator[Path]:
+    """Yield the file, or a copy whose free sizes are fixed."""
+    from compress import onnx_file
+
+    if not sizes:
+        yield source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copied = Path(folder) / source.name
+        onnx_file.copy(source, copied, facts={}, sizes=(sizes[0], sizes[1], sizes[2]))
+        yield copied
 
 
 def bench(given: Given) -> RenderableType:
@@ -65,9 +90,9 @@ def bench(given: Given) -> RenderableType:
     found = bench_artifacts(
         given["artifacts"],
         runtimes=given["runtime"] or (),
-        batches=[int(part) for part in floats(given["batch"], "--batch")],
+        batches=integers(given["batch"], "--batch", like="batch sizes: 1,8"),
         threads=given["threads"],
-        dataset=load_dataset(given) if given["data"] else None,
+        dataset=load_dataset(given, given["artifacts"], labelled=False) if given["data"] else None,
     )
     write_numbers(given["json"], found.to_json())
     return found.table()
@@ -77,10 +102,11 @@ def compare(given: Given) -> RenderableType:
     """Compare two artifacts on real images."""
     from compress.side_by_side import compare_artifacts
 
+    old, new = Path(given["reference"]), Path(given["candidate"])
     found = compare_artifacts(
-        Path(given["reference"]),
-        Path(given["candidate"]),
-        load_dataset(given),
+        old,
+        new,
+        load_dataset(given, [old, new], labelled=False),
         bisect=given["bisect"],
     )
     write_numbers(given["json"], found.to_json())
@@ -96,12 +122,14 @@ def lint(given: Given) -> tuple[RenderableType, bool]:
     from rich.table import Table
 
     from compress.lint import fix_onnx, lint_onnx
+    from compress.run_folder import one_artifact
 
-    findings = lint_onnx(given["file"], given["target"])
+    file = one_artifact(given["file"])
+    findings = lint_onnx(file, given["target"])
     if given["fix"]:
         if given["out"] is None:
             raise UsageError("--fix needs a file to write", fix="Give --out FILE")
-        findings = fix_onnx(given["file"], given["out"], given["target"])
+        findings = fix_onnx(file, given["out"], given["target"])
     elif given["out"] is not None:
         raise UsageError("--out without --fix would write nothing", fix="Give --fix as well")
     write_numbers(given["json"], [finding.to_json() for finding in findings])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,29 +12,53 @@ if TYPE_CHECKING:
     from compress.data import Dataset
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
+NOT: tuple[Any, ...] = (None, [], ())  # what an option is that was not given
+INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 DATA_OPTIONS = ("batch_size", "workers")
 
 
 def present(given: Given, **names: str) -> dict[str, Any]:
     """Return the options that were given, by their name in a recipe."""
-    return {key: given[option] for option, key in names.items() if given.get(option) is not None}
+    return {key: given[option] for option, key in names.items() if given.get(option) not in NOT}
 
 
 def data_part(given: Given) -> dict[str, Any]:
     """Return the data part of a recipe from ``--data`` and the options beside it."""
-    kind, _, root = given["data"].partition(":")
-    part: dict[str, Any] = {"name": kind} | ({"root": root} if root else {})
+    from compress.settings import data_reference
+
+    part: dict[str, Any] = data_reference(given["data"])
     part |= present(given, **{option: option for option in DATA_OPTIONS})
     if given.get("image_size") is not None:
         part["image_size"] = _sides(given["image_size"])
-    for option in ("mean", "std"):
+    for option in ("mean", "std", "input_range"):
         if given.get(option) is not None:
-            part[option] = floats(given[option], f"--{option}")
+            part[option] = floats(given[option], f"--{option.replace('_', '-')}")
+    part |= present(given, color="color", layout="layout")
+    if given.get("inputs"):
+        part["inputs"] = dict(_named_value(text) for text in given["inputs"])
     return part
 
 
-def load_dataset(given: Given) -> Dataset:
-    """Return the images that ``--data`` and the options beside it name, one class for each.
+def _named_value(text: str) -> tuple[str, float | list[float] | str]:
+    """Return the name and the value of ``--input NAME=VALUE``: numbers, or a file."""
+    name, equals, value = text.partition("=")
+    if not name or not equals or not value:
+        raise UsageError(f"--input {text!r}", expected="NAME=0.5, NAME=1,2,3 or NAME=FILE.npy")
+    try:
+        numbers = [float(part) for part in value.split(",")]
+    except ValueError:
+        return name, value
+    return name, numbers[0] if len(numbers) == 1 else numbers
+
+
+def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool = True) -> Dataset:
+    """Return the images that ``--data`` and the options beside it name.
+
+    Args:
+        given: The options.
+        artifacts: Files that are fed with the images: what they say of their input counts where
+            the options are silent.
+        labelled: Whether images must have one class each; else they may have no labels.
 
     Raises:
         UsageError: an option is wrong, or the labels are of another form.
@@ -42,6 +66,7 @@ def load_dataset(given: Given) -> Dataset:
     from pydantic import ValidationError
 
     from compress.data import load_data
+    from compress.feeding import completed
     from compress.settings import DataSettings
 
     try:
@@ -50,8 +75,8 @@ def load_dataset(given: Given) -> Dataset:
         first = error.errors()[0]
         option = str(first["loc"][0]).replace("_", "-")
         raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
-    dataset = load_data(settings, given.get("seed", 0))
-    if dataset.target != "class":
+    dataset = load_data(completed(settings, artifacts), given.get("seed", 0))
+    if dataset.target != "class" and (labelled or dataset.target != "none"):
         raise UsageError(
             f"--data {given['data']}: has labels of the form {dataset.target!r}",
             expected="one class for each image, which is what this command compares",
@@ -60,11 +85,19 @@ def load_dataset(given: Given) -> Dataset:
     return dataset
 
 
-def integers(text: str, option: str, count: int) -> list[int]:
-    """Return ``count`` whole numbers written with commas."""
-    parts = text.split(",")
-    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
-        raise UsageError(f"{option} {text!r}", expected=f"{count} whole numbers: 3,224,224")
+def integers(text: str, option: str, *, like: str, count: int | None = None) -> list[int]:
+    """Return whole numbers above 0 written with commas, ``count`` of them or any number.
+
+    Args:
+        text: What was given.
+        option: Its name, for the message.
+        like: What is wanted, with an example, for the message.
+        count: How many.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = count is not None and len(parts) != count
+    if wrong or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"{option} {text!r}", expected=like)
     return [int(part) for part in parts]
 
 
@@ -84,7 +117,9 @@ def floats(text: str, option: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text!r}", expected="numbers: 0.5,0.5,0.5") from None
+        raise UsageError(
+            f"{option} {text!r}", expected="a number for each channel: 0.5,0.5,0.5"
+        ) from None
 
 
 def write_numbers(path: Path | None, numbers: Any) -> None:

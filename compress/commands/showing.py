@@ -52,7 +52,7 @@ def _recipes() -> Iterator[tuple[str, str]]:
         yield name, next((text for text in comments if not text.startswith("yaml-language")), "")
 
 
-def _names(kind: str) -> list[str]:
+def names_of(kind: str) -> list[str]:
     """Return what there is of a kind, by name."""
     from compress.recipe import packaged_recipes, stage_settings
 
@@ -84,7 +84,7 @@ def show(plugin: str) -> str:
     if kind not in SHOWN:
         raise UnknownNameError("kind", kind, SHOWN)
     if not name:
-        known = ", ".join(_names(kind))
+        known = ", ".join(names_of(kind))
         raise UsageError(f"{kind!r} says no name", expected=f"{kind}/NAME, NAME one of: {known}")
     if kind == RECIPES:
         return _recipe(name)

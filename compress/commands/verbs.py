@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.commands.options import Given, data_part, present
+from compress.commands.options import INPUT_SIZE, Given, data_part, integers, present
 from compress.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     Done = tuple[Report, Path]  # and the folder that it lies in
 
 DROP_PCT = 1.0  # of top-1 that one group may cost alone, where a sensitivity is the budget
+TRAINING = {"epochs": "epochs", "batch_size": "batch_size"}  # options of every training
 DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
 
 
@@ -58,7 +59,7 @@ def check(recipes: Sequence[Path], overrides: Sequence[str]) -> str:
 
 def train(given: Given) -> Done | None:
     """Run a recipe of one training."""
-    return _verb("train", given, [{"train": present(given, epochs="epochs")}])
+    return _verb("train", given, [{"train": present(given, **TRAINING)}])
 
 
 def prune(given: Given) -> Done | None:
@@ -90,7 +91,7 @@ def sparsify(given: Given) -> Done | None:
 def distill(given: Given) -> Done | None:
     """Run a recipe of one distillation."""
     learn = present(
-        given, teacher="teacher", teacher_weights="teacher_weights", loss="losses", epochs="epochs"
+        given, teacher="teacher", teacher_weights="teacher_weights", loss="losses", **TRAINING
     )
     return _verb("distill", {**given, "model": given["student"]}, [{"distill": learn}])
 
@@ -101,7 +102,9 @@ def quantize(given: Given) -> Done | None:
         given, method="method", observer="observer", samples="samples", max_drop="max_drop_pct"
     )
     if given["qat_epochs"]:
-        settings["qat"] = {"epochs": given["qat_epochs"], "lr": 1e-3}
+        settings["qat"] = {
+            "epochs": given["qat_epochs"], "lr": 1e-3, **present(given, batch_size="batch_size")
+        }  # fmt: skip
     targets = [_int8_target(name) for name in given["target"] or ["onnxruntime"]]
     return _verb("quantize", given, [{"quantize": settings}], targets)
 
@@ -121,6 +124,10 @@ def content(
     model |= present(given, weights="weights", num_classes="num_classes")
     if given.get("trust"):
         model["options"] = {"trust": True}
+    if given.get("input_size") is not None:
+        model["input_size"] = integers(
+            given["input_size"], "--input-size", count=3, like=INPUT_SIZE
+        )
     return present(given, task="task") | {
         "name": name,
         "model": model,
@@ -133,7 +140,7 @@ def content(
 
 def _training_after(given: Given) -> list[dict[str, Any]]:
     """Return the stage that ``--epochs`` and ``--teacher`` ask for, if they do."""
-    after = present(given, epochs="epochs", teacher="teacher")
+    after = present(given, teacher="teacher", **TRAINING)
     if after.get("epochs"):
         return [{"distill" if "teacher" in after else "finetune": after}]
     if "teacher" in after:
@@ -190,8 +197,9 @@ def _tracked(recipe: Recipe, tracker: str | None) -> Recipe:
 
 def _run(recipe: Recipe, out: Path | None, *, fresh: bool) -> Done | None:
     from compress import pipeline
+    from compress.run_folder import default_folder
 
-    folder = out or Path("runs") / recipe.name
+    folder = out or default_folder(recipe)
     report = pipeline.run(recipe, folder, fresh=fresh)
     return None if report is None else (report, folder)
 

@@ -4,6 +4,7 @@ from compress.compare.answers import Comparison, Flip, against, compare
 from compress.compare.bisection import Bisection, bisect
 from compress.compare.chain import Link, Step, chain
 from compress.compare.drift import Drift, compare_outputs
+from compress.compare.outputs import drifts_of, outputs_row
 
 __all__ = [
     "Bisection",
@@ -17,4 +18,6 @@ __all__ = [
     "chain",
     "compare",
     "compare_outputs",
+    "drifts_of",
+    "outputs_row",
 ]

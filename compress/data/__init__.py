@@ -15,11 +15,12 @@ from torch import Tensor
 from compress import plugins
 from compress.errors import DataError, UsageError
 from compress.images import Images, Subset
-from compress.settings import DataSettings
+from compress.settings import DataSettings, data_reference
 from compress.targets import Target, tensors_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+NAMED = 12  # classes that are called by name in one line
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a small set keeps most of its images for training
 
 
@@ -34,12 +35,17 @@ class Source:
     std: tuple[float, ...]
     validation: Images | None = None
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
-    target: str = "class"  # what labels are: class, classes, mask, boxes, image
+    target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
+    prepared: bool = False  # images are what the network takes: they are not normalized
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Labelled images in disjoint splits: "train", "validation", "calibration" and "test"."""
+    """Images in disjoint splits: "train", "validation", "calibration" and "test".
+
+    Without labels calibration images are training images as well: there is nothing to learn by
+    heart.
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -49,7 +55,11 @@ class Dataset:
     batch_size: int = 128
     fingerprint: str = ""  # sha256 of labels and images, or of names and sizes of large sets
     test_groups: NDArray[Any] | None = field(default=None, compare=False)
-    target: str = "class"  # what labels are: class, classes, mask, boxes, image
+    target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
+    color: str = "RGB"  # order of the channels that the network takes
+    layout: str | None = None  # of an ONNX file's input, NCHW or NHWC; None: its shape tells
+    inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)  # further ones
+    fit: Mapping[str, Any] = field(default_factory=dict)  # rule, filter, crop; {} if not fitted
 
     @property
     def channels(self) -> int:
@@ -66,11 +76,45 @@ class Dataset:
         """The first test image, normalized, (1, C, H, W) float32."""
         return self.normalize(self.splits["test"].take([0]))
 
+    def summary(self) -> str:
+        """Return how many images of which size and classes there are, in one line."""
+        height, width = self.image_size
+        counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
+        named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
+        return (
+            f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; "
+            f"{len(self.classes)} classes{named}"
+        )
+
     def normalize(self, images: Tensor) -> Tensor:
-        """Return (B, C, H, W) images in 0..255, of any dtype, as the network wants them."""
+        """Return (B, C, H, W) RGB images in 0..255, of any dtype, as the network wants them."""
+        images = images.flip(1) if self.color == "BGR" else images
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return images.float().div(255.0).sub_(mean).div_(std)
+
+    def pictures(
+        self, split: str, batch_size: int | None = None, limit: int | None = None
+    ) -> Iterator[tuple[Tensor, Any]]:
+        """Yield what ``batches`` yields before it is normalized: images as they are stored."""
+        images = self.splits[split]
+        size = batch_size or self.batch_size
+        end = len(images) if limit is None else min(limit, len(images))
+        for start in range(0, end, size):
+            indices = np.arange(start, min(start + size, end))
+            yield images.take(indices), targets_of(images, indices)
+
+    def facts(self) -> dict[str, Any]:
+        """Return how pictures become the network's input, as files keep it; see ``feeding``."""
+        return {
+            "labels": list(self.classes),
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "input_range": [0.0, 1.0],
+            "color": self.color if self.channels == 3 else "grey",
+            "image_size": list(self.image_size),
+            **self.fit,
+        }
 
     def batches(
         self, split: str, batch_size: int | None = None, limit: int | None = None
@@ -85,12 +129,8 @@ class Dataset:
             batch_size: Images in a batch; the recipe's if absent. The last batch may be smaller.
             limit: Stop after so many images.
         """
-        images = self.splits[split]
-        size = batch_size or self.batch_size
-        end = len(images) if limit is None else min(limit, len(images))
-        for start in range(0, end, size):
-            indices = np.arange(start, min(start + size, end))
-            yield self.normalize(images.take(indices)), targets_of(images, indices)
+        for images, targets in self.pictures(split, batch_size, limit):
+            yield self.normalize(images), targets
 
 
 def targets_of(images: Images, indices: NDArray[np.int64]) -> Tensor | list[Target]:
@@ -100,8 +140,7 @@ def targets_of(images: Images, indices: NDArray[np.int64]) -> Tensor | list[Targ
 
 def parse_reference(reference: str, **options: Any) -> DataSettings:
     """Return the settings that a DATA reference such as ``"npz:digits.npz"`` stands for."""
-    name, _, root = reference.partition(":")
-    return DataSettings(name=name, root=root or None, **options)
+    return DataSettings(**data_reference(reference), **options)
 
 
 def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
@@ -114,18 +153,19 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
         UsageError: no such kind of data, or its root is missing.
         DataError: no images, one class only, a corrupt file.
     """
-    supplied = _options(settings)
+    supplied = _options(settings) | {"seed": seed}
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
     source: Source = plugin.load()
-    if len(source.classes) < (2 if source.target == "class" else 1):
+    least = {"class": 2, "none": 0}.get(source.target, 1)
+    if len(source.classes) < least:
         raise DataError(
             f"only one class: {', '.join(source.classes) or 'none'}",
             where=settings.root or settings.name,
             expected="at least two classes to tell apart",
         )
     splits = _split(source, settings, seed)
-    mean, std = settings.mean or source.mean, settings.std or source.std
     channels = source.test.shape[0]
+    mean, std = _normalization(settings, source)
     return Dataset(
         name=settings.name,
         classes=source.classes,
@@ -136,7 +176,58 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
         fingerprint=_fingerprint(source),
         test_groups=source.test_groups,
         target=source.target,
+        color="RGB" if source.prepared else settings.color or "RGB",
+        layout=settings.layout,
+        inputs={name: _constant(name, value) for name, value in settings.inputs.items()},
+        fit=_fit(plugin),
     )
+
+
+def _normalization(
+    settings: DataSettings, source: Source
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and std of images in [0, 1], from those of images in ``input_range``."""
+    if source.prepared:
+        return source.mean, source.std
+    if settings.input_range is None:
+        return settings.mean or source.mean, settings.std or source.std
+    black, white = settings.input_range
+    if not white > black:
+        raise UsageError(
+            f"data.input_range [{black:g}, {white:g}]", expected="black below white: [0, 255]"
+        )
+    mean, std = settings.mean or (0.0,), settings.std or (1.0,)
+    scale = white - black
+    return tuple((m - black) / scale for m in mean), tuple(s / scale for s in std)
+
+
+def _constant(name: str, value: Any) -> NDArray[Any]:
+    """Return the value of a further input: numbers as float32, or the array in a file.
+
+    Raises:
+        DataError: the file cannot be read, or the numbers are no array.
+    """
+    try:
+        if isinstance(value, str):
+            loaded = np.load(value, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            raise ValueError("it holds several arrays")
+        return np.asarray(value, dtype=np.float32)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"input {name!r} cannot be read: {error}",
+            where=str(value),
+            expected="a number, a list of numbers, or a .npy file",
+        ) from None
+
+
+def _fit(plugin: Any) -> dict[str, Any]:
+    """Return how a kind of data fits pictures to the size, if it does."""
+    fit = getattr(plugin, "fit", None)
+    if fit is None:
+        return {}
+    return {"resize": fit.rule, "interpolation": fit.interpolation, "crop": fit.share}
 
 
 def _options(settings: DataSettings) -> dict[str, Any]:
@@ -156,6 +247,8 @@ def _options(settings: DataSettings) -> dict[str, Any]:
 
 
 def _split(source: Source, settings: DataSettings, seed: int) -> dict[str, Images]:
+    if source.target == "none":
+        return _split_unlabelled(source, settings)
     count = len(source.train)
     order = np.random.default_rng(seed).permutation(count)
     calibration = min(settings.calibration, int(count * LARGEST_CALIBRATION_SHARE))
@@ -171,6 +264,18 @@ def _split(source: Source, settings: DataSettings, seed: int) -> dict[str, Image
         "train": Subset(source.train, np.sort(held_back[2])),
         "validation": source.validation or Subset(source.train, np.sort(held_back[1])),
         "calibration": Subset(source.train, held_back[0]),  # in random order: any part is a sample
+        "test": source.test,
+    }
+
+
+def _split_unlabelled(source: Source, settings: DataSettings) -> dict[str, Images]:
+    everything = np.arange(len(source.train))
+    held_back = int(len(everything) * settings.validation)
+    train = everything[: len(everything) - held_back]
+    return {
+        "train": Subset(source.train, train),
+        "validation": Subset(source.train, everything[len(train) :]),
+        "calibration": Subset(source.train, train[: settings.calibration]),
         "test": source.test,
     }
 

@@ -10,22 +10,26 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._held_out import TEST, held_out
 from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
-from compress.images import FileImages, Images, Names
+from compress.images import FileImages, Images, Names, Subset
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Imagefolder(Pictures):
-    """A folder of images: train/CLASS/*.jpg and val, validation or test/CLASS/*.jpg.
+    """A folder of images: train/CLASS/*.jpg and val, validation or test/CLASS, or CLASS/*.jpg.
 
     With both a validation and a test folder the first is used to choose, the second to judge; with
-    one of them that one is the test set. Sets that fit in 1 GiB once decoded are kept in memory.
+    one of them that one is the test set. Of a folder that holds the classes themselves, ``test`` of
+    each class is held back by seed. Sets that fit in 1 GiB once decoded are kept in memory.
     """
 
     root: str
+    test: float = TEST
+    seed: int = 0
 
     def load(self) -> Source:
         """Return the images.
@@ -36,11 +40,14 @@ class Imagefolder(Pictures):
         root = Path(self.root)
         validation, test = self._folder(root, "val", "validation"), self._folder(root, "test")
         train = self._folder(root, "train")
+        if train is None and validation is None and test is None and _has_classes(root):
+            return self._flat(root)
         if train is None or (validation is None and test is None):
             raise DataError(
                 "no such folder" if not root.is_dir() else "lacks its train or its test images",
                 where=str(root),
-                expected="the folders train and val, validation or test",
+                expected="the folders train and val, validation or test, or a folder for each "
+                "class",
             )
         classes = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
         return Source(
@@ -50,6 +57,15 @@ class Imagefolder(Pictures):
             IMAGENET_MEAN,
             IMAGENET_STD,
             validation=self._images(validation, classes) if test and validation else None,
+        )
+
+    def _flat(self, root: Path) -> Source:
+        """Return a folder of class folders, a part of it held back by seed."""
+        classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
+        images = self._images(root, classes)
+        train, test = held_out(images.labels, self.test, self.seed)
+        return Source(
+            Subset(images, train), Subset(images, test), classes, IMAGENET_MEAN, IMAGENET_STD
         )
 
     @staticmethod
@@ -87,6 +103,12 @@ class Imagefolder(Pictures):
         )
         bytes_decoded = len(images) * np.prod(images.shape)
         return images.in_memory() if bytes_decoded <= LARGEST_IN_MEMORY_BYTES else images
+
+
+def _has_classes(root: Path) -> bool:
+    """Return whether at least two folders below ``root`` hold images."""
+    folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    return sum(bool(_files(root, name)) for name in folders) > 1
 
 
 def _files(folder: Path, name: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-import zlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,8 +11,9 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.artifact import check_room
 from compress.data import Source
-from compress.errors import DataError
+from compress.errors import DataError, boundary
 from compress.fitting import ImageSize
 from compress.images import MemoryImages, from_array
 
@@ -48,7 +49,21 @@ class Mnist:
 
     def _part(self, prefix: str) -> MemoryImages:
         pixels = read_idx(self._find(f"{prefix}-images-idx3-ubyte"))
-        labels = read_idx(self._find(f"{prefix}-labels-idx1-ubyte"))
+        path = self._find(f"{prefix}-labels-idx1-ubyte")
+        labels = read_idx(path)
+        if pixels.ndim != 3 or labels.shape != pixels.shape[:1]:
+            raise DataError(
+                f"its labels have shape {labels.shape}, the images {pixels.shape}",
+                where=str(path),
+                expected="one label for each image of shape (N, H, W)",
+            )
+        if labels.max() >= len(self.classes):
+            raise DataError(
+                f"a label is {labels.max()}",
+                where=str(path),
+                expected=f"0 to {len(self.classes) - 1}: {self.folder} has {len(self.classes)} "
+                "classes",
+            )
         return from_array(pixels, labels, size=self.image_size, channels=self.channels)
 
     def _find(self, name: str) -> Path:
@@ -65,17 +80,23 @@ class Mnist:
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """Return the array in an IDX file of unsigned bytes, gzipped or not.
 
+    It takes no more memory than the sizes in its header, and those must be there.
+
     Raises:
-        DataError: it is damaged or holds other elements.
+        DataError: it is damaged, holds other elements, or claims more than fits into memory.
     """
-    try:
-        raw = path.read_bytes()
-        content = gzip.decompress(raw) if path.suffix == ".gz" else raw
-        dimensions = content[3]
-        shape = np.frombuffer(content, ">i4", count=dimensions, offset=4)
-        if content[:3] != bytes([0, 0, UNSIGNED_BYTE]):
+    opened = gzip.open if path.suffix == ".gz" else open
+    with boundary(DataError, "is damaged", where=str(path)), opened(path, "rb") as file:
+        head = file.read(4)
+        if len(head) < 4 or head[:3] != bytes([0, 0, UNSIGNED_BYTE]) or head[3] not in (1, 2, 3, 4):
             raise ValueError("not an IDX file of unsigned bytes")
-        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * dimensions).reshape(shape)
-    except (OSError, EOFError, ValueError, IndexError, zlib.error) as error:
-        raise DataError(f"is damaged ({error})", where=str(path)) from None
-    return pixels
+        shape = [int.from_bytes(file.read(4), "big") for _ in range(head[3])]
+        count = math.prod(shape)
+        if not count:
+            raise ValueError("it holds no values")
+        check_room(path, count)
+        content = file.read(count + 1)
+        if len(content) != count:
+            there = f"{len(content)}" if len(content) < count else "more"
+            raise ValueError(f"its shape {shape} needs {count} bytes, and it has {there}")
+        return np.frombuffer(content, np.uint8).reshape(shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.artifact import check_zip
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.errors import DataError
+from compress.errors import DataError, boundary
 from compress.fitting import ImageSize
-from compress.images import MemoryImages, from_array
+from compress.images import MemoryImages, Subset, from_array
 
+MOST_CLASSES = 2**20
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -24,6 +25,9 @@ class Npz:
 
     Images are uint8, (N, H, W, C) or (N, H, W); labels are integers from 0. Optional: x_validation
     and y_validation; ``classes``, the names; ``group_test``, a subgroup for each test image.
+
+    Without labels: a .npy file, or an archive with one array. Floats, (N, C, H, W) or (N, H, W, C),
+    are taken to be what the network takes, and not normalized again.
     """
 
     root: str
@@ -37,7 +41,13 @@ class Npz:
             DataError: no such file, no archive, an array is missing or of the wrong kind.
         """
         path = locate(Path(self.root))
-        arrays = _read(path)
+        with boundary(DataError, "is not a readable NumPy archive", where=str(path)):
+            arrays = _read(path)
+            if len(arrays) == 1:
+                return self._unlabelled(path, *arrays.values())
+            return self._source(path, arrays)
+
+    def _source(self, path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
         splits = {
             split: self._images(path, arrays, split)
             for split in ("train", "validation", "test")
@@ -54,6 +64,39 @@ class Npz:
             test_groups=arrays.get("group_test"),
         )
 
+    def _unlabelled(self, path: Path, pixels: NDArray[Any]) -> Source:
+        is_float = np.issubdtype(pixels.dtype, np.floating)
+        if not (is_float or pixels.dtype == np.uint8) or pixels.ndim not in {3, 4}:
+            raise DataError(
+                f"is one array of {pixels.dtype} of shape {pixels.shape}, without labels",
+                where=str(path),
+                expected="uint8 or float32 of shape (N, H, W, C), (N, C, H, W) or (N, H, W), or an "
+                f"archive (.npz) of {', '.join(REQUIRED)}",
+            )
+        if is_float and not np.isfinite(pixels).all():
+            raise DataError("holds numbers that are not finite", where=str(path))
+        labels = np.zeros(len(pixels), dtype=np.int64)
+        if pixels.ndim == 4 and not _is_channels_last(pixels):
+            pixels = pixels.transpose(0, 2, 3, 1)
+        images = from_array(pixels, labels, size=self.image_size, channels=self.channels)
+        count, channels = len(labels), images.shape[0]
+        if count < 2:
+            raise DataError(f"holds {count} images", where=str(path), expected="at least 2")
+        is_test = np.arange(count) % 4 == 3
+        is_test[-1] |= not is_test.any()
+        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
+        if is_float:  # as they are: ``normalize`` divides by 255
+            mean, std = (0.0,), (1 / 255,)
+        return Source(
+            Subset(images, np.flatnonzero(~is_test)),
+            Subset(images, np.flatnonzero(is_test)),
+            (),
+            mean=mean,
+            std=std,
+            target="none",
+            prepared=is_float,
+        )
+
     def _images(self, path: Path, arrays: dict[str, NDArray[Any]], split: str) -> MemoryImages:
         pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
         if pixels.dtype != np.uint8 or pixels.ndim not in {3, 4}:
@@ -62,7 +105,7 @@ class Npz:
                 where=str(path),
                 expected="uint8 of shape (N, H, W, C) or (N, H, W)",
             )
-        if len(pixels) != labels.size or not len(pixels):
+        if len(pixels) != labels.size or not pixels.size:
             raise DataError(
                 f"x_{split} has {len(pixels)} images and y_{split} has {labels.size} labels",
                 where=str(path),
@@ -90,20 +133,17 @@ def locate(path: Path, name: str = "*.npz") -> Path:
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        archive = np.load(path, allow_pickle=False)
-        if isinstance(archive, np.ndarray):
-            raise DataError(
-                f"is one array of shape {archive.shape}, without labels",
-                where=str(path),
-                expected=f"an archive (.npz) of {', '.join(REQUIRED)}",
-                fix="Save the arrays together: numpy.savez(FILE, x_train=..., y_train=..., ...)",
-            )
-        with archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
-        raise DataError(f"is not a readable NumPy archive ({error})", where=str(path)) from None
-    missing = [name for name in REQUIRED if name not in arrays]
+    check_zip(path)
+    archive = np.load(path, allow_pickle=False)
+    if isinstance(archive, np.ndarray):
+        return {"": archive}
+    with archive:
+        arrays = {name: archive[name] for name in archive.files}
+    arrays = {name: each for name, each in arrays.items() if isinstance(each, np.ndarray)}
+    if len(arrays) == 1:
+        return arrays
+    wanted = [*REQUIRED, *(("y_validation",) if "x_validation" in arrays else ())]
+    missing = [name for name in wanted if name not in arrays]
     if missing:
         raise DataError(
             f"lacks {', '.join(missing)}; it holds {', '.join(arrays) or 'nothing'}",
@@ -113,12 +153,24 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     return arrays
 
 
+def _is_channels_last(pixels: NDArray[Any]) -> bool:
+    """Say whether (N, a, b, c) is (N, H, W, C): of images the channels are fewest."""
+    return bool(pixels.shape[3] <= pixels.shape[1])
+
+
 def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
-    labels = np.concatenate([arrays["y_train"].reshape(-1), arrays["y_test"].reshape(-1)])
-    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+    kinds = [array for name, array in arrays.items() if name.startswith("y_")]
+    if not all(np.issubdtype(array.dtype, np.integer) for array in kinds):
+        raise DataError("labels are not integers from 0", where=str(path))
+    labels = np.concatenate([array.reshape(-1).astype(np.int64) for array in kinds])
+    if labels.min() < 0:
         raise DataError("labels are not integers from 0", where=str(path))
     count = int(labels.max()) + 1
-    names = tuple(str(name) for name in arrays.get("classes", np.arange(count)))
+    if count > MOST_CLASSES:
+        raise DataError(
+            f"a label is {count - 1}", where=str(path), expected=f"less than {MOST_CLASSES}"
+        )
+    names = tuple(str(name) for name in np.ravel(arrays.get("classes", np.arange(count))))
     if len(names) < count:
         raise DataError(
             f"{len(names)} class names for labels up to {count - 1}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import onnx_ir as ir
 from torch import nn
 
 from compress.artifact import replacing
-from compress.errors import ExportError
+from compress.errors import ExportError, boundary
+from compress.onnx_facts import PREFIX, as_text, metadata
 
-PREFIX = "compress."
 LARGEST_SINGLE_FILE = 2**31 - 2**24  # bytes of weights; protobuf ends at 2 GiB
 
 
@@ -35,15 +34,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     Raises:
         ExportError: the file is absent or is no ONNX.
     """
-    try:
+    with boundary(ExportError, "cannot be read as ONNX", where=str(path)):
         model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # noqa: BLE001 - protobuf raises several kinds
-        raise ExportError(f"cannot be read as ONNX: {error}", where=str(path)) from None
-    return {
-        entry.key.removeprefix(PREFIX): json.loads(entry.value)
-        for entry in model.metadata_props
-        if entry.key.startswith(PREFIX)
-    }
+        return metadata(model)
 
 
 def name_sizes(model: ir.Model) -> None:
@@ -103,9 +96,7 @@ def writing(model: ir.Model, target: Path, facts: Mapping[str, Any]) -> Iterator
 def save(model: ir.Model, path: Path, facts: Mapping[str, Any], data: Path | None = None) -> None:
     """Write ``model`` with ``facts`` to ``path``, and weights over 2 GB to ``data``."""
     model.metadata_props.clear()
-    model.metadata_props.update(
-        {f"{PREFIX}{key}": json.dumps(value, sort_keys=True) for key, value in facts.items()}
-    )
+    model.metadata_props.update({f"{PREFIX}{key}": as_text(value) for key, value in facts.items()})
     weights = sum(
         value.const_value.nbytes
         for value in model.graph.initializers.values()

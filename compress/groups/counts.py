@@ -175,6 +175,21 @@ def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
             yield name, _EMPTY
 
 
+def read_attribute(module: nn.Module, name: str) -> int | None:
+    """Return the integer that an Attribute's name stands for; None where it stands for none."""
+    head, _, rest = name.partition(".")
+    value = module.__dict__.get(head)
+    if head.startswith("_") or head == "training":
+        return None
+    if rest.startswith("<") and isinstance(value, types.FunctionType):
+        value = dict(_closed_over(value)).get(rest[1:-1])
+    elif rest.isdecimal() and isinstance(value, list | tuple) and int(rest) < len(value):
+        value = value[int(rest)]
+    elif rest:
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
 def write_attribute(module: nn.Module, name: str, new: int) -> None:
     """Set the integer that an Attribute's name stands for; lists and functions are copied first."""
     head, _, rest = name.partition(".")

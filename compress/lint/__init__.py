@@ -6,7 +6,8 @@ from pathlib import Path
 
 import onnx
 
-from compress.lint.files import load_onnx, save_onnx
+from compress.errors import ModelError, boundary
+from compress.lint.files import FIX, INVALID, load_onnx, save_onnx
 from compress.lint.finding import Finding
 from compress.lint.graph import Graph
 from compress.lint.rules import RULES, TARGETS, Rule, rules_for
@@ -39,7 +40,8 @@ def lint_onnx(path: str | Path, target: str = "tensorrt") -> list[Finding]:
         UnknownNameError: there is no such target.
     """
     rules = rules_for(target)
-    return lint_model(load_onnx(path), rules=rules)
+    with boundary(ModelError, INVALID, where=str(path), fix=FIX):
+        return lint_model(load_onnx(path), rules=rules)
 
 
 def fix_onnx(path: str | Path, out: str | Path, target: str = "tensorrt") -> list[Finding]:
@@ -55,9 +57,10 @@ def fix_onnx(path: str | Path, out: str | Path, target: str = "tensorrt") -> lis
         UnknownNameError: there is no such target.
     """
     rules = rules_for(target)
-    fixed = fix_model(load_onnx(path), rules=rules)
-    save_onnx(fixed, out)
-    return lint_model(fixed, rules=rules)
+    with boundary(ModelError, INVALID, where=str(path), fix=FIX):
+        fixed = fix_model(load_onnx(path), rules=rules)
+        save_onnx(fixed, out)
+        return lint_model(fixed, rules=rules)
 
 
 def lint_model(model: onnx.ModelProto, *, rules: list[Rule]) -> list[Finding]:

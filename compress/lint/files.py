@@ -9,9 +9,11 @@ from onnx import checker, inliner
 
 from compress import onnx_file
 from compress.artifact import replacing
-from compress.errors import ModelError
+from compress.errors import ModelError, boundary
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
+INVALID = "is not valid ONNX"
+FIX = "Export it again, or copy it again and compare its SHA-256"
 
 
 def load_onnx(path: str | Path) -> onnx.ModelProto:
@@ -22,23 +24,17 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
         ModelError: it is no valid ONNX.
     """
     model = onnx_file.load(path)
-    try:
+    with boundary(ModelError, INVALID, where=str(path), fix=FIX):
         if model.ByteSize() < LARGEST:
             checker.check_model(model)
         return inliner.inline_local_functions(model) if model.functions else model
-    except (checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ModelError(
-            f"is not valid ONNX: {str(error).strip().splitlines()[0]}",
-            where=str(path),
-            fix="Export it again, or copy it again and compare its SHA-256",
-        ) from None
 
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> Path:
     """Write ``model`` to ``path`` after checking it with full shape inference.
 
     Raises:
-        ModelError: the model is larger than one file of ONNX can be.
+        ModelError: the model is larger than one file of ONNX can be, or breaks its rules.
     """
     path = Path(path)
     if model.ByteSize() >= LARGEST:
@@ -47,7 +43,8 @@ def save_onnx(model: onnx.ModelProto, path: str | Path) -> Path:
             where=str(path),
             expected="less than 2 GiB, all that one ONNX file can hold",
         )
-    checker.check_model(model, full_check=True)
+    with boundary(ModelError, INVALID, where=str(path)):
+        checker.check_model(model, full_check=True)
     with replacing(path) as temporary:
         onnx.save_model(model, temporary)
     return path

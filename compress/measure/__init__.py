@@ -5,6 +5,7 @@ from compress.measure.counting import (
     count,
     count_onnx,
     node_macs,
+    onnx_params,
     size_mib,
     zero_weights_pct,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "count_onnx",
     "memory",
     "node_macs",
+    "onnx_params",
     "size_mib",
     "weights_mib",
     "zero_weights_pct",

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 
 from compress import onnx_file
-from compress.errors import ModelError
+from compress.errors import ModelError, boundary
 from compress.onnx_shapes import shapes_of
 
 if TYPE_CHECKING:
@@ -138,7 +138,9 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
         ModelError: a shape that is needed cannot be inferred.
     """
     model = source if isinstance(source, onnx.ModelProto) else onnx_file.load(source)
-    return Count(params=_onnx_params(model.graph), macs=sum(node_macs(model).values()))
+    where = "the ONNX graph" if isinstance(source, onnx.ModelProto) else str(source)
+    with boundary(ModelError, "is no valid graph", where=where):
+        return Count(params=onnx_params(model.graph), macs=sum(node_macs(model).values()))
 
 
 def node_macs(model: onnx.ModelProto) -> dict[str, int]:
@@ -207,7 +209,8 @@ def _external_files(path: Path) -> set[Path]:
     return {path.parent / name for name in names if (path.parent / name).is_file()}
 
 
-def _onnx_params(graph: onnx.GraphProto) -> int:
+def onnx_params(graph: onnx.GraphProto) -> int:
+    """Return the parameters of a graph; see ``count_onnx``."""
     constants = {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
     for node in graph.node:
         for attribute in node.attribute:

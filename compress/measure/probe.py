@@ -71,20 +71,31 @@ def inputs_for(session: Any, batch: int, shapes: Any = None) -> list[np.ndarray]
     generator = np.random.default_rng(0)
     arrays = []
     for index, spec in enumerate(session.inputs):
-        shape = tuple(shapes[index]) if shapes else spec.shape
+        shape = _shape(spec.shape, shapes[index] if shapes and index < len(shapes) else None)
         if shape is None or any(isinstance(size, str) for size in shape[1:]):
             raise EngineError(
                 f"the shape of input {spec.name!r} is not known: {shape}",
                 fix="Give the shapes of the inputs, or data to take them from",
             )
-        dims = (batch if isinstance(shape[0], str) else shape[0], *shape[1:])
+        dims = (batch if isinstance(shape[0], str) else shape[0], *shape[1:]) if shape else ()
         values = (
             generator.normal(size=dims)
             if "int" not in (spec.dtype or "float32")
             else (generator.integers(0, 128, size=dims))
         )
-        arrays.append(values.astype(spec.dtype or "float32"))
+        arrays.append(np.asarray(values, dtype=spec.dtype or "float32"))
     return arrays
+
+
+def _shape(own: Any, given: Any) -> Any:
+    """Return the shape of an input, with what it leaves free as in ``given``, (B, C, H, W)."""
+    from compress.onnx_facts import layout_of
+
+    if own is None or given is None or len(own) != len(given):
+        return own if own is not None else given
+    if layout_of(own) == "NHWC":
+        given = [given[dim] for dim in (0, 2, 3, 1)]
+    return tuple(g if isinstance(size, str) else size for size, g in zip(own, given, strict=True))
 
 
 def resident_mib() -> tuple[float, float]:

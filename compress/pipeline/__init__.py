@@ -7,15 +7,14 @@ from pathlib import Path
 
 from compress import artifact, progress, recipe, report
 from compress.artifact import Artifact
-from compress.data import load_data
 from compress.errors import CompressError
-from compress.pipeline import measuring, pruning, quantizing, sparsifying, steps
+from compress.pipeline import cautions, measuring, pruning, quantizing, sparsifying, steps
 from compress.pipeline.assembly import assemble
 from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
-from compress.pipeline.preflight import preflight
-from compress.pipeline.purpose import task_of
+from compress.pipeline.preflight import preflight, try_network
+from compress.pipeline.purpose import prepared
 from compress.report import Report
-from compress.run_folder import RunFolder
+from compress.run_folder import DONE_FILE, RunFolder, default_folder
 from compress.settings import QuantizeSettings, Recipe, Settings
 from compress.train.processes import join_processes
 
@@ -45,7 +44,7 @@ def run(
 
     Args:
         source: A recipe, or the YAML file of one.
-        out: Folder of the run; ``runs/NAME`` if absent.
+        out: Folder of the run; ``runs/NAME`` if absent, with a number where another run has it.
         overrides: ``key.path=value`` each, over what the file says.
         fresh: Start over, removing what an earlier run left in ``out``.
 
@@ -58,15 +57,21 @@ def run(
     chosen = source if isinstance(source, Recipe) else recipe.load_recipe(source, overrides)
     processes = join_processes()
     preflight(chosen, where=chosen.name, read_data=False)
-    dataset = load_data(chosen.data, chosen.seed)
-    root = Path(out or Path("runs") / chosen.name)
+    dataset, task = prepared(chosen)
+    root = Path(out or default_folder(chosen))
+    if not any(root.glob(f"00-*/{DONE_FILE}")):
+        try_network(chosen, dataset, task, where=chosen.name)
+    chosen = recipe.from_anywhere(chosen)
     if processes.is_main:
         RunFolder.open(root, chosen, fresh=fresh)
     processes.wait()
-    job = Job(chosen, RunFolder(root), dataset, task_of(chosen, dataset), processes.is_main)
+    job = Job(chosen, RunFolder(root), dataset, task, processes.is_main)
 
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []
+    progress.say(dataset.summary())
+    for line in cautions.of_training(chosen, dataset):
+        progress.warn(line)
     for number, (verb, settings) in enumerate(_stages(chosen)):
         stage = job.run.stage(number, verb)
         if isinstance(settings, QuantizeSettings) and not processes.is_main:
@@ -76,6 +81,8 @@ def run(
         if verb != "quantize":  # after which one process works, the others of a torchrun leave
             processes.wait()
         outcomes.append(outcome or _recorded(job, stage))
+        for line in cautions.of_stage(outcomes[-1].facts):
+            progress.warn(line)
         variants += outcomes[-1].variants
     if not processes.is_main:
         return None

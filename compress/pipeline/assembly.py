@@ -10,6 +10,7 @@ from typing import Any
 
 from compress import environment, measure
 from compress.artifact import sha256
+from compress.pipeline import cautions
 from compress.pipeline.details import details
 from compress.pipeline.job import Job, Outcome, Variant
 from compress.recipe import to_json
@@ -36,29 +37,43 @@ def assemble(
         measured: What ``measuring.measure_targets`` recorded.
         answers: Folder with the answers of each variant to the test images.
     """
-    rows = tuple(_variant(job, variant, measured["results"]) for variant in variants)
+    absent = {
+        variant.name: outcome.facts.get("skipped", {})
+        for outcome in outcomes
+        for variant in outcome.variants
+    }
+    trust = cautions.trust_of(outcomes[0].facts)
+    results = measured["results"] if trust.untrained is None else _undecided(measured["results"])
+    rows = tuple(
+        _variant(job, variant, results, absent.get(variant.name, {})) for variant in variants
+    )
     return schema.Report(
         name=job.recipe.name,
         recipe=to_json(job.recipe),
         provenance=_provenance(job, measured),
         variants=rows,
-        gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows)),
+        gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows, trust.untrained)),
+        untrained=trust.untrained,
+        cautions=(*cautions.of_training(job.recipe, job.dataset), *trust.cautions()),
         details=details(job, variants, outcomes, measured, rows, answers),
         skipped=measured["skipped"],
     )
 
 
-def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate]:
+def gates(
+    limits: Gates, rows: Sequence[schema.Variant], untrained: str | None = None
+) -> Iterator[schema.Gate]:
     """Yield every gate of the recipe: the last variant of each runtime against the original.
 
-    A gate that could not be measured anywhere is not passed, and says why.
+    A gate that could not be measured anywhere is not passed, and says why; nor is one on the
+    accuracy of a network that was never trained.
     """
     original = rows[0]
     pairs, seen = list(_last_results(rows)), set[tuple[str, ...]]()
     for name, limit in limits.model_dump(exclude_none=True).items():
         if not pairs:
-            reason = "no target with a compressed variant could be run on this machine"
-            yield schema.Gate(name=name, limit=limit, passed=False, reason=reason)
+            nowhere = "no target with a compressed variant could be run on this machine"
+            yield schema.Gate(name=name, limit=limit, passed=False, reason=nowhere)
         for variant, result in pairs:
             if name != "speedup" and (name, variant.name, result.runtime) in seen:
                 continue  # accuracy and size are the same for every batch
@@ -67,6 +82,9 @@ def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate
             passed = value is not None and (
                 value >= limit if name in {"speedup", "size_ratio"} else value <= limit
             )
+            reason = "it was not measured" if value is None else None
+            if untrained is not None and name not in {"speedup", "size_ratio"}:
+                value, passed, reason = None, False, f"the original is untrained: {untrained}"
             yield schema.Gate(
                 name=name,
                 limit=limit,
@@ -75,7 +93,7 @@ def gates(limits: Gates, rows: Sequence[schema.Variant]) -> Iterator[schema.Gate
                 variant=variant.name,
                 runtime=result.runtime,
                 batch=result.batch,
-                reason="it was not measured" if value is None else None,
+                reason=reason,
             )
 
 
@@ -112,7 +130,10 @@ def _gate_value(
 
 
 def _variant(
-    job: Job, variant: Variant, results: Mapping[str, Sequence[Mapping[str, Any]]]
+    job: Job,
+    variant: Variant,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    absent: Mapping[str, str],
 ) -> schema.Variant:
     path = job.path(variant)
     return schema.Variant(
@@ -124,8 +145,28 @@ def _variant(
         params=variant.params,
         macs=variant.macs,
         size_mib=measure.size_mib(path),
+        skipped=dict(absent),
         results=tuple(_result(row) for row in results.get(variant.name, ())),
     )
+
+
+def _undecided(results: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return ``results`` without verdicts on accuracy: a network that knows nothing loses none."""
+    verdict = "the original is untrained"
+    return {
+        name: [
+            dict(row)
+            | ({"top1_verdict": verdict} if "top1_verdict" in row else {})
+            | {
+                "changes": {
+                    key: {**change, "verdict": verdict}
+                    for key, change in row.get("changes", {}).items()
+                }
+            }
+            for row in rows
+        ]
+        for name, rows in results.items()
+    }
 
 
 def _result(row: Mapping[str, Any]) -> schema.Result:

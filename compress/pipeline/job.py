@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import evaluate, measure, models
+from compress import evaluate, measure, models, plugins
 from compress.data import Dataset
 from compress.export import export_onnx
 from compress.modules import evaluating
@@ -20,7 +20,7 @@ from compress.run_folder import RunFolder
 from compress.settings import Recipe, Settings, TrainSettings
 from compress.sparsity import keeping_zeros
 from compress.surgery import PrunePlan
-from compress.tasks import Task
+from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
 from compress.train.validation import validate_task
 
@@ -165,7 +165,7 @@ def leave(
         model,
         job.dataset.example,
         stage / ONNX_FILE,
-        metadata=_metadata(job),
+        metadata=facts_of(job),
         outputs=None if job.task.tells_classes else job.task.read_outputs(returned(job, model)),
         check_images=job.dataset.normalize(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
@@ -199,10 +199,8 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     return {"training": facts}
 
 
-def _metadata(job: Job) -> dict[str, Any]:
-    return {
-        "labels": list(job.dataset.classes),
-        "mean": list(job.dataset.mean),
-        "std": list(job.dataset.std),
-        "input_range": [0.0, 1.0],
-    }
+def facts_of(job: Job) -> dict[str, Any]:
+    """Return what every file of the run says of its input and its task."""
+    task = job.recipe.task or default_task(job.dataset.target)
+    named = {"task": task} if isinstance(task, str) and task in plugins.names("tasks") else {}
+    return job.dataset.facts() | named

@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from compress import compare, evaluate, insights, measure, plugins, progress
 from compress.artifact import sha256
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions
+from compress.feeding import Fed, arrays
 from compress.fusion import check_fusion
 from compress.measure import Timing
 from compress.pipeline.bearing import sensitivity
@@ -205,7 +205,7 @@ def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
     path = answers_path(stage, rival.variant.name, rival.target.runtime, rival.precision)
     if path.is_file():
         return Predictions.load(path)
-    test = job.dataset.batches("test", evaluate.BATCH, job.recipe.measure.test_images)
+    test = job.dataset.pictures("test", evaluate.BATCH, job.recipe.measure.test_images)
     images = len(job.dataset.splits["test"])
     total = min(images, job.recipe.measure.test_images or images) / evaluate.BATCH
     name = f"{rival.variant.name} on {rival.target.runtime}"
@@ -213,7 +213,8 @@ def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
         if not job.task.tells_classes:
             limit = job.recipe.measure.test_images
             return evaluate.of_task(session, job.dataset, job.task, limit=limit)
-        predictions = evaluate.predict(session, progress.track(test, name, -(-total // 1)))
+        fed = Fed(session, job.dataset)
+        predictions = evaluate.predict(fed, progress.track(test, name, -(-total // 1)))
     predictions.save(path)
     return predictions
 
@@ -223,9 +224,11 @@ def accuracy_row(
 ) -> dict[str, Any]:
     """Return how good a variant is, and what changed against the original."""
     if isinstance(own, Evaluation) and isinstance(reference, Evaluation):
-        return own.row() | (
-            evaluate.change_row(job.task, reference, own) if own is not reference else {}
-        )
+        if own is reference:
+            return own.row()
+        if not job.task.kinds:
+            return own.row() | compare.outputs_row(reference.predictions, own.predictions)
+        return own.row() | evaluate.change_row(job.task, reference, own)
     if isinstance(own, Evaluation) or isinstance(reference, Evaluation):
         raise TypeError("answers of different kinds cannot be compared")
     row = evaluate.accuracy(own, job.dataset.classes).row()
@@ -241,7 +244,8 @@ def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
         block_seconds=settings.round_ms / 1000,
         min_rounds=settings.rounds,
     )
-    batch = _real_images(job, rivals[0].target.batch)
+    images = job.dataset.splits["test"]
+    batch = images.take(np.arange(rivals[0].target.batch) % len(images))
     with contextlib.ExitStack() as stack:
         sessions = {
             rival.variant.name: stack.enter_context(
@@ -254,14 +258,10 @@ def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
             )
             for rival in rivals
         }
-        return measure.bench(sessions, [batch], timing=timing)
-
-
-def _real_images(job: Job, count: int) -> NDArray[np.float32]:
-    images = job.dataset.splits["test"]
-    chosen = np.arange(count) % len(images)
-    batch: NDArray[np.float32] = job.dataset.normalize(images.take(chosen)).numpy()
-    return batch
+        inputs = {
+            name: arrays(session.inputs, batch, job.dataset) for name, session in sessions.items()
+        }
+        return measure.bench(sessions, inputs, timing=timing)
 
 
 def _memory(job: Job, rival: Rival, skipped: dict[str, str]) -> dict[str, Any]:

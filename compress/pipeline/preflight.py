@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 from compress import constructors, models, plugins
-from compress.data import load_data
+from compress.data import Dataset
 from compress.errors import CompressError, MissingPackageError, RecipeError
-from compress.packages import is_installed
-from compress.pipeline.purpose import task_of
+from compress.packages import is_installed, require
+from compress.pipeline import network
+from compress.pipeline.purpose import prepared
+from compress.quantize.methods import check_method
 from compress.runtimes import unavailable
-from compress.settings import Recipe, Target
+from compress.settings import Recipe, Stage, Target
+from compress.tasks import Task
 from compress.weights import is_weight_file
 
 
@@ -27,19 +30,31 @@ def preflight(recipe: Recipe, *, where: str, read_data: bool = True) -> None:
     Raises:
         RecipeError: it cannot; every problem is one line of the message.
     """
-    problems = [f"{where}: {problem}" for problem in _problems(recipe, read_data)]
-    if problems:
-        raise RecipeError("\n".join(problems))
-
-
-def _problems(recipe: Recipe, read_data: bool) -> Iterator[str]:
-    yield from _complaint("model.name", partial(_check_model, recipe.model.name))
-    weights = recipe.model.weights
-    if weights is not None and is_weight_file(weights) and not Path(weights).is_file():
-        yield f"model.weights: no such file {weights!r}."
+    problems = list(_problems(recipe))
     if read_data:
-        yield from _data_problems(recipe)
+        problems += _data_problems(recipe, has_network=not problems)
+    _refuse(problems, where)
+
+
+def try_network(recipe: Recipe, dataset: Dataset, task: Task, *, where: str) -> None:
+    """Build the network of ``recipe`` and run it on one image of its data, before any stage.
+
+    Raises:
+        RecipeError: it does not fit the data or the task, or has no layer that a setting names.
+    """
+    _refuse(list(network.problems(recipe, dataset, task)), where)
+
+
+def _refuse(problems: Sequence[str], where: str) -> None:
+    if problems:
+        raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
+
+
+def _problems(recipe: Recipe) -> Iterator[str]:
+    yield from _complaint("model.name", partial(_check_model, recipe.model.name))
+    yield from _missing_weights("model.weights", recipe.model.weights)
     for number, stage in enumerate(recipe.stages):
+        yield from _stage_problems(recipe, stage, f"stages[{number}].{stage.verb}")
         for key, kind in (
             ("criterion", "criteria"),
             ("losses", "losses"),
@@ -50,21 +65,44 @@ def _problems(recipe: Recipe, read_data: bool) -> Iterator[str]:
                 if each is not None:
                     place = f"stages[{number}].{stage.verb}.{key}"
                     yield from _complaint(place, partial(plugins.create, kind, each))
+    if recipe.measure.explain_images and not is_installed("captum"):
+        need = partial(require, "captum", extra="explain", purpose="attribution")
+        yield from _complaint("measure.explain_images", need)
     for number, target in enumerate(recipe.targets):
         yield from _complaint(f"targets[{number}]", partial(_check_target, target))
 
 
-def _data_problems(recipe: Recipe) -> Iterator[str]:
-    """Yield what is wrong with the images, or with their labels for the recipe's task."""
+def _stage_problems(recipe: Recipe, stage: Stage, place: str) -> Iterator[str]:
+    """Yield what is wrong with the names in a stage, and what it asks of an ONNX file."""
+    if models.is_onnx(recipe.model.name) and stage.quantize is None:
+        yield (
+            f"{place}: needs a network whose weights PyTorch can change; model.name is the ONNX "
+            f"file {recipe.model.name}. Give the network that it was exported from; an ONNX file "
+            "can be quantized, built, measured, compared and checked."
+        )
+    if stage.quantize is not None:
+        yield from _complaint(f"{place}.method", partial(check_method, stage.quantize.method))
+    if stage.distill is not None and stage.distill.teacher is not None:
+        teacher, weights = stage.distill.teacher, stage.distill.teacher_weights
+        yield from _complaint(f"{place}.teacher", partial(_check_model, teacher))
+        yield from _missing_weights(f"{place}.teacher_weights", weights)
+
+
+def _missing_weights(place: str, weights: str | None) -> Iterator[str]:
+    if weights is not None and is_weight_file(weights) and not Path(weights).is_file():
+        yield f"{place}: no such file {weights!r}."
+
+
+def _data_problems(recipe: Recipe, *, has_network: bool) -> Iterator[str]:
+    """Yield what is wrong with the images, with their labels for the task, or with the network."""
     try:
-        dataset = load_data(recipe.data, recipe.seed)
+        dataset, task = prepared(recipe)
+    except RecipeError as error:
+        yield from str(error).splitlines()
     except CompressError as error:
         yield f"data: {error}"
-        return
-    try:
-        task_of(recipe, dataset)
-    except CompressError as error:
-        yield from str(error).splitlines()
+    else:
+        yield from network.problems(recipe, dataset, task) if has_network else ()
 
 
 def _complaint(place: str, check: Callable[[], object]) -> Iterator[str]:

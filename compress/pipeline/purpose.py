@@ -2,23 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from compress.data import Dataset
+from compress import models
+from compress.data import Dataset, load_data
 from compress.distill.build import check_loss, losses_of
 from compress.errors import CompressError, RecipeError
+from compress.feeding import completed, shapes_answered
 from compress.settings import DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
 
+logger = logging.getLogger(__name__)
 
-def task_of(recipe: Recipe, dataset: Dataset) -> Task:
+
+def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
+    """Return the images of ``recipe`` as its network takes them, and what the network is for.
+
+    What the recipe leaves open of an ONNX file's or a stage's input, the file says. An ONNX file
+    that does not name one of the data's classes is compared by its outputs.
+
+    Raises:
+        CompressError: the images cannot be read, or the recipe contradicts them or the file.
+    """
+    reference = recipe.model.name
+    source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))
+    settings = recipe.data if source is None else completed(recipe.data, [source])
+    dataset = load_data(settings, recipe.seed)
+    if source is None or source.is_dir():
+        return dataset, task_of(recipe, dataset)
+    shapes = shapes_answered(source, dataset)
+    has_scores = len(shapes[0]) == 2
+    if dataset.target != "class" or recipe.task is not None or has_scores:
+        return dataset, task_of(recipe, dataset)
+    reason = f"the network answers an image with {_shown(shapes)}, and not with scores of classes"
+    logger.warning("%s: outputs are compared with those of the original", reason)
+    dataset = dataclasses.replace(dataset, target="none", classes=())
+    return dataset, task_of(recipe, dataset, reason)
+
+
+def _shown(shapes: Sequence[tuple[int, ...]]) -> str:
+    texts = ["x".join(map(str, shape)) or "a number" for shape in shapes]
+    return f"{len(texts)} outputs ({', '.join(texts[:4])})" if len(texts) > 1 else texts[0]
+
+
+def task_of(recipe: Recipe, dataset: Dataset, unlabelled: str | None = None) -> Task:
     """Return the task that ``recipe`` names, or the one that its data is made for.
 
     Raises:
         RecipeError: the data has other labels than the task needs, or the recipe asks for what only
             networks that tell classes apart have; every problem is one line of the message.
     """
-    task = load_task(recipe.task or default_task(dataset.target), classes=dataset.classes)
+    reference = recipe.task or default_task(dataset.target)
+    if unlabelled is not None:
+        reference = {reference: {"reason": unlabelled}} if isinstance(reference, str) else reference
+    task = load_task(reference, classes=dataset.classes)
     problems = list(_problems(recipe, dataset, task))
     if problems:
         raise RecipeError("\n".join(problems))
@@ -33,20 +73,22 @@ def _problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
         )
     if not task.tells_classes:
         yield from _only_for_classes(recipe, task)
+    if not task.kinds:
+        yield from _only_with_labels(recipe)
 
 
 def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
     """Yield what the recipe asks for that only networks which tell classes apart have."""
     drop = f"Use gates.metric_drop, in the unit of {task.primary}."
+    if not task.kinds:
+        drop = "It would be measured on labels: the images have no labels."
     for name in ("top1_drop_pct", "worst_class_drop_pct"):
         if getattr(recipe.gates, name) is not None:
             yield f"gates.{name}: this task does not name one class an image. {drop}"
     for number, stage in enumerate(recipe.stages):
         place = f"stages[{number}].{stage.verb}"
-        if stage.distill is not None and stage.distill.control:
-            yield f"{place}.control: needs one class an image."
         if stage.distill is not None:
-            yield from _losses(stage.distill, task, place)
+            yield from _distillation(stage.distill, task, place)
         settings = stage.quantize
         for name in ("qat", "max_drop_pct"):
             if settings is not None and getattr(settings, name) is not None:
@@ -56,7 +98,19 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
             yield f"measure.{name}: needs one class an image."
 
 
-def _losses(settings: DistillSettings, task: Task, place: str) -> Iterator[str]:
+def _only_with_labels(recipe: Recipe) -> Iterator[str]:
+    """Yield what the recipe asks for that nothing but labels can tell."""
+    if recipe.gates.metric_drop is not None:
+        yield "gates.metric_drop: the images have no labels. Use gates.agreement_pct."
+    for number, stage in enumerate(recipe.stages):
+        if stage.verb in ("train", "finetune"):
+            yield f"stages[{number}].{stage.verb}: the images have no labels to learn."
+
+
+def _distillation(settings: DistillSettings, task: Task, place: str) -> Iterator[str]:
+    """Yield what of a distillation does not fit the task."""
+    if settings.control:
+        yield f"{place}.control: needs one class an image."
     for each in losses_of(settings, task):
         try:
             check_loss(each, task)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from compress import artifact
+from compress.data import Dataset
+from compress.feeding import arrays
 from compress.pipeline.job import INT8_FORM, Job, Outcome, Variant, training_facts
+from compress.runtimes import TensorSpec, open_session
 from compress.settings import QuantizeSettings, Recipe
 from compress.train.processes import join_processes
 
@@ -34,7 +37,7 @@ def quantize_graphs(
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(job.recipe)}
     made = quantize_targets(
         job.path(parent),
-        _calibration_batches(job, settings.samples),
+        calibration_batches(job.path(parent), job.dataset, settings.samples),
         outs,
         settings.method,
         settings.observer,
@@ -96,9 +99,22 @@ def int8_forms(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(forms))
 
 
-def _calibration_batches(job: Job, samples: int) -> list[NDArray[np.float32]]:
-    batches = job.dataset.batches("calibration", CALIBRATION_BATCH, samples)
-    return [images.numpy() for images, _ in batches]
+def calibration_batches(
+    path: Path, dataset: Dataset, samples: int | None = None
+) -> list[dict[str, NDArray[Any]]]:
+    """Return calibration images as the inputs of an ONNX file take them, by name."""
+    with open_session(path) as session:
+        specs = [dataclasses.replace(spec, shape=_any_batch(spec)) for spec in session.inputs]
+    return [
+        dict(zip((s.name for s in specs), arrays(specs, images, dataset), strict=True))
+        for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples)
+    ]
+
+
+def _any_batch(spec: TensorSpec) -> tuple[int | str, ...] | None:
+    """Return the shape of an input of pictures for any number of them: they are split later."""
+    shape = spec.shape
+    return ("batch", *shape[1:]) if shape is not None and len(shape) == 4 else shape
 
 
 def _train_quantized(

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import artifact, environment, recipe
-from compress.data import load_data
 from compress.errors import RunError
 from compress.measure import Timing
 from compress.pipeline.job import Job, Outcome, Variant
 from compress.pipeline.measuring import measure_rivals, places, rivals_on
-from compress.pipeline.purpose import task_of
+from compress.pipeline.purpose import prepared
 from compress.report.figures import factor, interval, percent
 from compress.report.reading import read_report
 from compress.report.schema import Interval, Report, Result
@@ -113,8 +112,8 @@ def measure_again(root: Path) -> Remeasured:
     """
     report = read_report(root / "report.json")
     settings = recipe.validate(report.recipe, where=str(root / "report.json"))
-    dataset = load_data(settings.data, settings.seed)
-    job = Job(settings, RunFolder(root), dataset, task_of(settings, dataset))
+    dataset, task = prepared(settings)
+    job = Job(settings, RunFolder(root), dataset, task)
     _check_data(job, report)
     variants, checks, skipped = _variants(root), list[Check](), dict[str, str]()
     elsewhere = _elsewhere(report)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from onnx import ModelProto
 
-from compress import artifact, distill, evaluate, measure, models
-from compress.errors import ModelError
+from compress import distill, measure, models, onnx_file
+from compress.errors import CompressError, ModelError
+from compress.feeding import Fed
+from compress.pipeline import cautions, network
 from compress.pipeline.job import (
     ONNX_FILE,
     Job,
     Outcome,
     Variant,
+    facts_of,
     leave,
     training_facts,
 )
 from compress.pipeline.teaching import does_teacher_help
+from compress.runtimes import open_session
 from compress.settings import DistillSettings, TrainSettings
 
 
@@ -27,17 +31,22 @@ def original(job: Job, settings: None, stage: Path, before: tuple[Variant, ...])
     reference = job.recipe.model.name
     if models.is_onnx(reference):
         return _original_onnx(job, Path(reference), stage)
-    model = build_original(job)
-    return leave(job, model, stage, "original")
+    model = network.build_original(job.recipe, job.dataset, job.task)
+    rebuild = None
+    if models.model_folder(Path(reference)) is None:
+        rebuild = partial(network.load_original, job.recipe, job.dataset)
+    return leave(
+        job, model, stage, "original", facts=cautions.of_original(job, model, rebuild=rebuild)
+    )
 
 
 def train_original(
     job: Job, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
 ) -> Outcome:
     """Train the network of the recipe; the result is what everything is compared with."""
-    model = build_original(job)
+    model = network.build_original(job.recipe, job.dataset, job.task)
     result = job.train(model, settings, stage)
-    facts = training_facts(result)
+    facts = training_facts(result) | cautions.of_original(job, model)
     return leave(job, model, stage, "original", facts=facts)
 
 
@@ -72,36 +81,30 @@ def distill_student(
     return leave(job, student, stage, "distilled", parent=parent, facts=facts)
 
 
-def build_original(job: Job) -> nn.Module:
-    """Return the network that the recipe names, checked against its data."""
-    settings = job.recipe.model
-    model = models.load_for(
-        len(job.dataset.classes),
-        settings.name,
-        settings.weights,
-        settings.num_classes,
-        options=settings.options,
-        new_head=settings.replace_head,
-    )
-    if job.task.tells_classes:
-        models.check_classes(model, job.dataset.example, len(job.dataset.classes))
-    else:
-        models.check_forward(model, job.dataset.example)
-        evaluate.check_outputs(model, job.dataset.example, job.task)
-    return model
-
-
 def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
     target = stage / ONNX_FILE
-    with artifact.replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
-    count = measure.count_onnx(target)
-    variant = Variant(
-        "original", job.relative(target), stage.name, params=count.params, macs=count.macs
-    )
-    return Outcome((variant,))
+    onnx_file.copy(source, target, facts=facts_of(job), sizes=job.recipe.model.input_size)
+    facts: dict[str, Any] = {}
+    model, macs = onnx_file.load(target), None
+    try:
+        macs = sum(measure.node_macs(_sized(model, job)).values())
+    except CompressError as error:
+        facts = {"skipped": {"macs": str(error)}}
+    params = measure.onnx_params(model.graph)
+    variant = Variant("original", job.relative(target), stage.name, params=params, macs=macs)
+    with open_session(target, network.ORT) as session:
+        return Outcome((variant,), facts | cautions.of_original(job, Fed(session, job.dataset)))
+
+
+def _sized(model: ModelProto, job: Job) -> ModelProto:
+    """Return a graph with the sizes of the data's images, where it leaves them free."""
+    fixed = ModelProto()
+    fixed.CopyFrom(model)
+    channels, (height, width) = job.dataset.channels, job.dataset.image_size
+    onnx_file.fix_sizes(fixed, (channels, height, width), where="")
+    return fixed
 
 
 def _teacher(job: Job, settings: DistillSettings, first: Variant) -> Any:

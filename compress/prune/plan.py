@@ -27,7 +27,7 @@ from compress.prune.latency import counts_for_latency
 from compress.prune.loss import Loss
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
-from compress.surgery import PrunePlan, make_plan
+from compress.surgery import PrunePlan, example_shapes, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +173,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         "normalize": way,
         "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
         "seed": seed,
+        "example": example_shapes(example_input),
     } | measured
     if places is not None:
         about["outputs"] = list(places)

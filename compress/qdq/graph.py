@@ -25,6 +25,7 @@ class Graph:
         self.initializers = {t.name: t for t in model.graph.initializer}
         self.inputs = [i.name for i in model.graph.input if i.name not in self.initializers]
         self.outputs = {o.name for o in model.graph.output}
+        self.captured: set[str] = set()  # what the bodies of loops and branches read
         self.producer: dict[str, NodeProto] = {}
         self.readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
         for node in self.nodes:
@@ -33,6 +34,7 @@ class Graph:
             for position, name in enumerate(node.input):
                 if name:
                     self.readers[name].append((node, position))
+            self.captured |= captured(node)
         self.shapes = {v.name: _dims(v) for v in (*model.graph.input, *model.graph.value_info)}
         self.types = {
             v.name: v.type.tensor_type.elem_type
@@ -68,7 +70,11 @@ class Graph:
     def only_reader(self, name: str) -> NodeProto | None:
         """Return the node that alone reads ``name``, or None."""
         readers = self.readers.get(name, [])
-        return readers[0][0] if len(readers) == 1 and name not in self.outputs else None
+        return readers[0][0] if len(readers) == 1 and not self.is_seen(name) else None
+
+    def is_seen(self, name: str) -> bool:
+        """Return whether more than nodes read ``name``: it is an output, or a body reads it."""
+        return name in self.outputs or name in self.captured
 
     def activation_after(self, node: NodeProto) -> NodeProto | None:
         """Return the Relu or Clip that alone reads the output of ``node``, or None."""
@@ -89,6 +95,18 @@ class Graph:
         return None if shape is None else len(shape)
 
 
+def captured(node: NodeProto) -> set[str]:
+    """Return the names that the subgraphs of ``node`` may read from outside."""
+    graphs = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    ends = {output.name for graph in graphs for output in graph.output}
+    return ends | {n for graph in graphs for child in graph.node for n in reads(child)}
+
+
+def reads(node: NodeProto) -> set[str]:
+    """Return the names that ``node`` reads, its subgraphs included."""
+    return {name for name in node.input if name} | captured(node)
+
+
 def tail(nodes: Sequence[NodeProto]) -> set[str]:
     """Return the tensors made behind the last weighted ops: their precision is the answer's.
 
@@ -101,7 +119,7 @@ def tail(nodes: Sequence[NodeProto]) -> set[str]:
     found: set[str] = set()
     for node in reversed(nodes):
         if node.op_type in WEIGHTED or before_weights.intersection(node.output):
-            before_weights.update(node.input)
+            before_weights.update(reads(node))
         else:
             found.update(node.output)
     return found
@@ -169,4 +187,4 @@ def _dims(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
     kind = value.type.tensor_type
     if not kind.HasField("shape"):
         return None
-    return tuple(d.dim_value if d.HasField("dim_value") else None for d in kind.shape.dim)
+    return tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)

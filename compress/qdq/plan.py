@@ -5,20 +5,28 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from compress.artifact import read_json, write_json
-from compress.errors import QuantizationError, UnknownNameError
+from compress.errors import QuantizationError, UnknownNameError, boundary
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
 VERSION = 1
+LARGEST = float(np.finfo(np.float32).max)
+
+STRICT = ConfigDict(extra="forbid")
+Value = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]  # finite in float32
+Size = Annotated[float, Field(ge=0, le=LARGEST)]
+Factor = Annotated[float, Field(gt=0, le=LARGEST)]
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,13 @@ class ActivationRange:
         seen: Smallest and largest value of the calibration images.
     """
 
-    low: float
-    high: float
-    limit: float
+    __pydantic_config__: ClassVar = STRICT
+
+    low: Value
+    high: Value
+    limit: Size
     observer: str = ""
-    seen: tuple[float, float] = (0.0, 0.0)
+    seen: tuple[Value, Value] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -50,8 +60,10 @@ class WeightScales:
         codes: The integers themselves (``pack_codes``), where rounding to nearest was improved on.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     axis: int | None
-    scales: tuple[float, ...]
+    scales: tuple[Factor, ...]
     codes: str | None = None
 
 
@@ -59,9 +71,11 @@ class WeightScales:
 class Equalization:
     """Outputs of ``producer`` divided by ``factors``, inputs of ``consumer`` multiplied."""
 
+    __pydantic_config__: ClassVar = STRICT
+
     producer: str  # node names
     consumer: str
-    factors: tuple[float, ...]
+    factors: tuple[Factor, ...]
 
 
 @dataclass(frozen=True)
@@ -79,11 +93,13 @@ class QuantPlan:
         notes: What was tried, and what it brought.
     """
 
+    __pydantic_config__: ClassVar = STRICT
+
     target: str
     method: str = ""
     activations: Mapping[str, ActivationRange] = field(default_factory=dict)
     weights: Mapping[str, WeightScales] = field(default_factory=dict)
-    biases: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
     equalization: tuple[Equalization, ...] = ()
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -114,15 +130,21 @@ class QuantPlan:
         """Return the plan that ``to_json`` wrote.
 
         Raises:
-            QuantizationError: it is not such a plan; the message names the field.
+            QuantizationError: it is not such a plan, or holds a number that no scale can be; the
+                message names the field.
         """
-        try:
-            return _parse(content)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise QuantizationError(
-                f"is no quantization plan of version {VERSION}: {type(error).__name__}: {error}",
-                fix="Make it again with `compress quantize`",
-            ) from None
+        what = f"is no quantization plan of version {VERSION}"
+        fix = "Make it again with `compress quantize`"
+        with boundary(QuantizationError, what, fix=fix):
+            fields = dict(content)
+            if (version := fields.pop("version")) != VERSION:
+                raise ValueError(f"version {version!r}")
+            try:
+                return _SCHEMA.validate_python(fields)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                place = ".".join(map(str, first["loc"]))
+                raise QuantizationError(f"{what}: {place}: {first['msg']}", fix=fix) from None
 
     def save(self, path: Path | str) -> None:
         """Write this plan as JSON."""
@@ -154,32 +176,11 @@ def unpack_codes(text: str, shape: tuple[int, ...]) -> NDArray[np.int8]:
     Raises:
         QuantizationError: they are damaged or not of this shape.
     """
-    try:
-        flat = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.int8)
+    with boundary(QuantizationError, "the integers of a weight cannot be read"):
+        packed = base64.b64decode(text, validate=True)
+        wanted = math.prod(shape)
+        flat = np.frombuffer(zlib.decompressobj().decompress(packed, wanted + 1), np.int8)
         return flat.reshape(shape)
-    except (ValueError, zlib.error) as error:
-        raise QuantizationError(f"the integers of a weight cannot be read: {error}") from None
 
 
-def _parse(content: Mapping[str, Any]) -> QuantPlan:
-    values = dict(content)
-    if (version := values.pop("version")) != VERSION:
-        raise ValueError(f"version {version!r}")
-    ranges = {name: ActivationRange(**r) for name, r in values["activations"].items()}
-    scales = {name: WeightScales(**w) for name, w in values["weights"].items()}
-    values |= {
-        "activations": {n: dataclasses.replace(r, seen=_pair(r.seen)) for n, r in ranges.items()},
-        "weights": {n: dataclasses.replace(w, scales=tuple(w.scales)) for n, w in scales.items()},
-        "biases": {name: tuple(bias) for name, bias in values["biases"].items()},
-        "equalization": tuple(
-            Equalization(e["producer"], e["consumer"], tuple(e["factors"]))
-            for e in values["equalization"]
-        ),
-        "notes": tuple(values["notes"]),
-    }
-    return QuantPlan(**values)
-
-
-def _pair(values: Iterable[float]) -> tuple[float, float]:
-    low, high = values
-    return low, high
+_SCHEMA = TypeAdapter(QuantPlan)

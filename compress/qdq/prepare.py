@@ -10,7 +10,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from compress.errors import QuantizationError
+from compress import onnx_file
+from compress.errors import EngineError, QuantizationError
 from compress.qdq.graph import (
     WEIGHTED,
     Graph,
@@ -18,6 +19,7 @@ from compress.qdq.graph import (
     attribute,
     channel_axis,
     fresh_name,
+    reads,
     replace_nodes,
     set_constant,
 )
@@ -40,21 +42,12 @@ def read_onnx(path: Path | str) -> ModelProto:
     Raises:
         QuantizationError: the file is absent, damaged, or its data lies outside its folder.
     """
-    path = Path(path)
     try:
-        model = onnx.load(str(path), load_external_data=False)
-    except OSError as error:
+        return onnx_file.load(path)
+    except EngineError as error:
         raise QuantizationError(
-            f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            expected="an fp32 ONNX file",
+            error.what, where=error.where, expected=error.expected, fix=error.fix
         ) from None
-    except Exception as error:  # noqa: BLE001 - protobuf has an error class for each backend
-        raise _damaged(path, error) from None
-    if not model.graph.node:
-        raise _damaged(path)
-    _load_external_data(model, path)
-    return model
 
 
 def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
@@ -76,6 +69,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     if any(entry.key == _DONE for entry in model.metadata_props):
         return prepared
     _refuse_quantized(prepared, where)
+    _free_dimensions(prepared)
     prepared = _modern(prepared, where)
     _drop_initializer_inputs(prepared)
     for step in (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes):
@@ -88,13 +82,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     del prepared.graph.value_info[:]
     infer_shapes(prepared, where)
     prepared.metadata_props.add(key=_DONE, value="1")
-    graph = Graph(prepared)
-    if not any(graph.weight(node) for node in graph.nodes):
-        raise QuantizationError(
-            "there is nothing to quantize: no convolution or linear layer with constant weights",
-            where=where,
-            expected=f"at least one of {', '.join(sorted(WEIGHTED))}",
-        )
+    _refuse_without_weights(prepared, where)
     return prepared
 
 
@@ -103,39 +91,6 @@ def finished(model: ModelProto) -> None:
     kept = [entry for entry in model.metadata_props if entry.key != _DONE]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
-
-
-def _damaged(path: Path, error: Exception | None = None) -> QuantizationError:
-    reason = f" ({error})" if error else ""
-    return QuantizationError(
-        f"is damaged, cut short, or no ONNX file{reason}",
-        where=str(path),
-        expected="an fp32 ONNX file",
-        fix="Export it again, or copy it again",
-    )
-
-
-def _load_external_data(model: ModelProto, path: Path) -> None:
-    folder = path.parent.resolve()
-    for tensor in onnx.external_data_helper._get_all_tensors(model):
-        if not onnx.external_data_helper.uses_external_data(tensor):
-            continue
-        location = next((e.value for e in tensor.external_data if e.key == "location"), "")
-        if not location or not (folder / location).resolve().is_relative_to(folder):
-            raise QuantizationError(
-                f"the data of {tensor.name!r} is said to lie in {location!r}, outside its folder",
-                where=str(path),
-                expected=f"external data below {folder}",
-                fix="Do not trust this file; or save it again with its data beside it",
-            )
-    try:
-        onnx.load_external_data_for_model(model, str(folder))
-    except (OSError, ValueError, RuntimeError, onnx.checker.ValidationError) as error:
-        raise QuantizationError(
-            f"its external data cannot be read: {error}",
-            where=str(path),
-            fix="Copy the data file beside the ONNX file",
-        ) from None
 
 
 def _refuse_quantized(model: ModelProto, where: str) -> None:
@@ -147,6 +102,35 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
                 expected="an fp32 graph",
                 fix="Quantize the fp32 original, or mend this file with `compress lint --fix`",
             )
+
+
+def _free_dimensions(model: ModelProto) -> None:
+    """Give free dimensions that are written as -1 or 0, as by Paddle, a name instead."""
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value < 1:
+                dim.dim_param = f"{value.name}_{axis}" if axis else "batch"
+
+
+def _refuse_without_weights(model: ModelProto, where: str) -> None:
+    graph = Graph(model)
+    if any(graph.weight(node) for node in graph.nodes):
+        return
+    weighted = [node for node in graph.nodes if node.op_type in WEIGHTED]
+    weights = [graph.initializers.get(name) for node in weighted for name in node.input[1:2]]
+    kinds = {onnx.TensorProto.DataType.Name(w.data_type).lower() for w in weights if w is not None}
+    if kinds:
+        raise QuantizationError(
+            f"its weights are {' and '.join(sorted(kinds))}",
+            where=where,
+            expected="an fp32 network",
+            fix="Convert it to fp32 first: export model.float() and quantize that file",
+        )
+    raise QuantizationError(
+        "there is nothing to quantize: no convolution or linear layer with constant weights",
+        where=where,
+        expected=f"at least one of {', '.join(sorted(WEIGHTED))}",
+    )
 
 
 def _modern(model: ModelProto, where: str) -> ModelProto:
@@ -399,17 +383,9 @@ def _drop_unused(model: ModelProto) -> None:
     kept = []
     for node in reversed(model.graph.node):
         if any(name in needed for name in node.output):
-            needed.update(node.input)
-            needed.update(captured(node))
+            needed.update(reads(node))
             kept.append(node)
     replace_nodes(model, reversed(kept))
     for position in reversed(range(len(model.graph.initializer))):
         if model.graph.initializer[position].name not in needed:
             del model.graph.initializer[position]
-
-
-def captured(node: NodeProto) -> set[str]:
-    """Return the names that the subgraphs of ``node`` may read from outside."""
-    graphs = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
-    inner = {n for g in graphs for child in g.node for n in child.input}
-    return inner | {n for g in graphs for child in g.node for n in captured(child)}

@@ -35,6 +35,11 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> None:
     taken = all_names(model)
     for name, bias in plan.biases.items():
         node = _named(nodes, name)
+        wanted = _outputs_of(model, node)
+        if len(bias) != wanted:
+            raise QuantizationError(
+                f"the plan has {len(bias)} biases for node {name!r}", expected=f"{wanted}"
+            )
         del node.input[2:]
         node.input.append(fresh_name(taken, f"{name}_bias"))
         set_constant(model, node.input[2], np.asarray(bias, np.float32))
@@ -84,6 +89,20 @@ def _named(nodes: dict[str, NodeProto], name: str) -> NodeProto:
             fix="Make the plan again with `compress quantize`",
         )
     return nodes[name]
+
+
+def _outputs_of(model: ModelProto, node: NodeProto) -> int:
+    """Return the number of output channels of a weighted node.
+
+    Raises:
+        QuantizationError: it has no constant weight.
+    """
+    weight = Graph(model).weight(node)
+    if weight is None:
+        raise QuantizationError(f"node {node.name!r} of the plan has no constant weight")
+    groups = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
+    shape = next(t.dims for t in model.graph.initializer if t.name == weight)
+    return int(shape[channel_axis(node)]) * int(groups)
 
 
 def _scale_output(model: ModelProto, node: NodeProto, factors: NDArray[Any]) -> None:

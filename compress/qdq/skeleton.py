@@ -7,7 +7,7 @@ import math
 import onnx
 from onnx import ModelProto, TensorProto, helper
 
-from compress.errors import QuantizationError
+from compress.errors import QuantizationError, boundary
 
 LARGEST = 1024  # elements of a constant that stays: no op reads a shape or axes from a larger one
 
@@ -32,10 +32,8 @@ def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
     Raises:
         QuantizationError: shapes contradict each other.
     """
-    try:
+    with boundary(QuantizationError, "shape inference fails", where=where):
         found = onnx.shape_inference.infer_shapes(_complete(model), data_prop=True)
-    except onnx.shape_inference.InferenceError as error:
-        raise QuantizationError(f"shape inference fails: {error}", where=where) from None
     for field in ("value_info", "output"):
         model.graph.ClearField(field)
         getattr(model.graph, field).extend(getattr(found.graph, field))
@@ -47,12 +45,13 @@ def check(model: ModelProto, where: str = "the ONNX graph", *, full: bool = Fals
     Raises:
         QuantizationError: it breaks one.
     """
-    try:
-        onnx.checker.check_model(_complete(model), full_check=full)
+    with boundary(QuantizationError, "it is not valid ONNX", where=where):
+        complete = _complete(model)
+        for output in complete.graph.output:  # the checker asks for a shape where none is known
+            output.type.tensor_type.shape.SetInParent()
+        onnx.checker.check_model(complete, full_check=full)
         for tensor in model.graph.initializer:
             _check_size(tensor)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise QuantizationError(f"it is not valid ONNX: {error}", where=where) from None
 
 
 def _complete(model: ModelProto) -> ModelProto:

@@ -18,11 +18,12 @@ from compress.qdq.graph import (
     all_names,
     channel_axis,
     fresh_name,
+    reads,
     replace_nodes,
 )
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.prepare import captured, finished, prepare
+from compress.qdq.prepare import finished, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.skeleton import check, infer_shapes
 
@@ -72,6 +73,11 @@ def write_qdq(
     if target not in RULES:
         raise UnknownNameError("target", target, RULES)
     prepared = prepare(model)
+    with np.errstate(over="ignore"):  # beyond float32: the scale made of it is refused
+        return _written(prepared, plan, target, float_bias)
+
+
+def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
     apply_corrections(prepared, plan)
     rewrite_for(prepared, target)
     graph = Graph(prepared)
@@ -179,7 +185,7 @@ class _Writer:
         if tensor not in self.placement.readers:
             return []
         found = self.quantizer_of(tensor)
-        scale = self._constant(f"{tensor}_scale", np.asarray(found.scale, np.float32))
+        scale = self._scale(tensor, found.scale)
         zero = self._constant(f"{tensor}_zero_point", found.zero_point)
         codes, back = (self._name(f"{tensor}_{end}") for end in ("quantized", "dequantized"))
         self.dequantized[tensor] = back
@@ -257,7 +263,7 @@ class _Writer:
             scales = scales.reshape(())
         inputs = [
             self._constant(f"{name}_quantized", codes),
-            self._constant(f"{name}_scale", scales.astype(np.float32)),
+            self._scale(name, scales),
             self._constant(f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)),
         ]
         out = self._name(f"{name}_dequantized")
@@ -265,6 +271,16 @@ class _Writer:
         if axis is not None:
             node.attribute.append(helper.make_attribute("axis", axis))
         return node
+
+    def _scale(self, tensor: str, value: Any) -> str:
+        scales = np.asarray(value, np.float32)
+        if not np.isfinite(scales).all() or not (scales > 0).all():
+            raise QuantizationError(
+                f"the scales of {tensor!r} would be {scales.min()} to {scales.max()}",
+                expected="finite and positive",
+                fix="Make the plan again; look for infinite or enormous weights in the network",
+            )
+        return self._constant(f"{tensor}_scale", scales)
 
     def _constant(self, wish: str, value: NDArray[Any]) -> str:
         name = self._name(wish)
@@ -276,7 +292,7 @@ class _Writer:
 
     def _drop_unread(self) -> None:
         graph = self.graph.model.graph
-        read = {name for node in graph.node for name in (*node.input, *captured(node))}
+        read = {name for node in graph.node for name in reads(node)}
         read |= self.graph.outputs
         kept = [tensor for tensor in graph.initializer if tensor.name in read]
         del graph.initializer[:]

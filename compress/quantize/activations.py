@@ -34,7 +34,7 @@ class Activation:
 def activation_of(graph: Graph, node: NodeProto) -> Activation:
     """Return what ``node`` is followed by: Relu, Clip, SiLU, hard-swish, a gate or nothing."""
     tensor = node.output[0]
-    readers = [] if tensor in graph.outputs else [r for r, _ in graph.readers.get(tensor, [])]
+    readers = [] if graph.is_seen(tensor) else [r for r, _ in graph.readers.get(tensor, [])]
     kinds = sorted(reader.op_type for reader in readers)
     if kinds == ["Relu"]:
         return _clip(readers[0].output[0], 0.0, np.inf)

@@ -9,7 +9,7 @@ from compress.errors import QuantizationError
 from compress.qdq.graph import Graph, all_names, fresh_name, set_constant
 from compress.qdq.skeleton import infer_shapes
 from compress.quantize.images import Feed
-from compress.quantize.sessions import is_runtime_error, session_of
+from compress.quantize.sessions import session_of
 
 
 def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
@@ -38,12 +38,8 @@ def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
     try:
         infer_shapes(copy)
         return copy if _agrees(prepared, copy, feed, fixed) else None
-    except (QuantizationError, RuntimeError, ValueError):
+    except (QuantizationError, ValueError):
         return None
-    except Exception as error:
-        if is_runtime_error(error):
-            return None
-        raise
 
 
 def _free_reshapes(copy: ModelProto, graph: Graph, fixed: int) -> None:

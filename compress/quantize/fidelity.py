@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,25 +33,63 @@ def answers(
     wanted = [output.name for output in model.graph.output] if names is None else list(names)
     session = session_of(with_outputs(model, wanted), float_qdq=target != "onnxruntime")
     fixed = session.get_inputs()[0].shape[0]
+    parts = [session.run(wanted, part) for part in portions(feed, fixed)]
+    return [_joined(found) for found in zip(*parts, strict=True)]
+
+
+def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Return the values of several batches; in one row where the batch is not what comes first."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return np.concatenate(parts)
+    return np.concatenate([part.reshape(-1) for part in parts])[None]
+
+
+def portions(feed: Feed, fixed: object = None) -> Iterator[Feed]:
+    """Yield ``feed`` in batches of 8, or of the size that a graph fixes; a rest does not fit it."""
+    count = len(next(iter(feed.values())))
     batch = fixed if isinstance(fixed, int) else 8
-    count = len(next(iter(feed.values()))) // batch * batch if isinstance(fixed, int) else None
-    parts = []
-    for start in range(0, count or len(next(iter(feed.values()))), batch):
-        part = {name: array[start : start + batch] for name, array in feed.items()}
-        parts.append(session.run(wanted, part))
-    return [np.concatenate(found) for found in zip(*parts, strict=True)]
+    for start in range(0, count // batch * batch if isinstance(fixed, int) else count, batch):
+        yield {name: array[start : start + batch] for name, array in feed.items()}
 
 
-def sqnr_db(reference: list[NDArray[Any]], candidate: list[NDArray[Any]]) -> float:
+def sqnr_db(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]) -> float:
     """Return the ratio of signal to quantization noise over all outputs, decibels.
 
-    Every output weighs the same, whatever its magnitude; the higher the better.
+    Every output weighs the same, whatever its magnitude; the higher the better. Outputs that are
+    the same for all images count for nothing; NaN where all are.
     """
-    noise = 0.0
-    for want, got in zip(reference, candidate, strict=True):
-        power = float(np.square(want, dtype=np.float64).sum())
-        error = float(np.square(want.astype(np.float64) - got).sum())
-        if not math.isfinite(error):
-            return -math.inf
-        noise += error / max(power, 1e-30) / len(reference)
-    return -10 * math.log10(max(noise, 1e-30))
+    return mean_db(sqnr_each(reference, candidate))
+
+
+def sqnr_each(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]) -> list[float]:
+    """Return the SQNR of each output, decibels; NaN where it is the same for all images."""
+    return [_one_db(*pair) for pair in zip(reference, candidate, strict=True)]
+
+
+def mean_db(values: Sequence[float]) -> float:
+    """Return the SQNR of which the noise is the mean of that of ``values``; NaN without any."""
+    noise = [10 ** (-value / 10) for value in values if not math.isnan(value)]
+    return -10 * math.log10(max(sum(noise) / len(noise), 1e-30)) if noise else math.nan
+
+
+def shown(value_db: float) -> str:
+    """Return an SQNR for people to read."""
+    if math.isnan(value_db):
+        return "undefined SQNR: constant on these images"
+    return f"{value_db:.2f} dB"
+
+
+def _one_db(want: NDArray[Any], got: NDArray[Any]) -> float:
+    if _is_constant(want):
+        return math.nan
+    power = float(np.square(want, dtype=np.float64).sum())
+    error = float(np.square(want.astype(np.float64) - got).sum())
+    if not math.isfinite(error):
+        return -math.inf
+    return -10 * math.log10(max(error / power, 1e-30))
+
+
+def _is_constant(values: NDArray[Any]) -> bool:
+    """Return whether all images have the same values; of one image, whether all are equal."""
+    first = values[:1] if len(values) > 1 else values.reshape(-1)[:1]
+    return bool(np.all(values == first))

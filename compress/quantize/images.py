@@ -44,6 +44,7 @@ class Images:
         graph: The graph they are for.
         batches: float32 arrays (B, C, H, W); several inputs as dicts by input name, or sequences.
         fewest: Number of images below which ranges would mean nothing.
+        usual: Smallest and largest value that the network's normalization gives, if it is known.
         bound: Further inputs of the network that the batches hold, and the graph does not ask for.
 
     Raises:
@@ -57,10 +58,12 @@ class Images:
         *,
         fewest: int = FEWEST,
         bound: Iterable[str] = (),
+        usual: tuple[float, float] | None = None,
     ) -> None:
         self.fewest = fewest
         self.inputs = {v.name: v for v in graph.model.graph.input if v.name in graph.inputs}
         self.bound = list(bound)
+        self.usual = usual
         self.fixed_batch = _fixed_batch(graph)
         self.stream = batches if callable(batches) else None
         self.batches: list[Feed] = []
@@ -69,7 +72,7 @@ class Images:
         self.batches = [self._feed(batch, index) for index, batch in enumerate(batches)]
         rows = [_size(feed) for feed in self.batches]
         self._check_count(sum(rows))
-        _warn_if_unusual(self.batches)
+        _warn_if_unusual(self.batches, usual)
         images = [Image(b, r) for b, count in enumerate(rows) for r in range(count)]
         self.order = sorted(images, key=lambda image: (self._shape(image), self._digest(image)))
 
@@ -90,7 +93,7 @@ class Images:
         for index, batch in enumerate(stream()):
             feed = self._feed(batch, index)
             if index == 0:
-                _warn_if_unusual([feed])
+                _warn_if_unusual([feed], self.usual)
             if rest and _shapes(rest[0]) != _shapes(feed):  # images of another size follow
                 if last := _size(rest[0]):
                     seen += last
@@ -119,13 +122,13 @@ class Images:
             frequent = collections.Counter(map(self._shape, self.order)).most_common(1)[0][0]
             order = [image for image in self.order if self._shape(image) == frequent]
             total = len(order)
-            judged = min(held_back, total // 4)
+            judged = min(held_back, total // 2)
             fitted = min(count, total - judged)
             return self._gather(order[judged : judged + fitted]), self._gather(order[:judged])
         parts: list[Feed] = list(self.feeds(1, limit=count + held_back))
         frequent_shapes = collections.Counter(map(_shapes, parts)).most_common(1)[0][0]
         parts = [part for part in parts if _shapes(part) == frequent_shapes]
-        judged = min(held_back, len(parts) // 4)
+        judged = min(held_back, len(parts) // 2)
         return _join(parts[judged:]), _join(parts[:judged])
 
     def _shape(self, image: Image) -> tuple[tuple[int, ...], ...]:
@@ -189,12 +192,14 @@ def _check_array(array: NDArray[Any], value: onnx.ValueInfoProto, where: str) ->
         )
 
 
-def _warn_if_unusual(batches: Sequence[Feed]) -> None:
+def _warn_if_unusual(batches: Sequence[Feed], usual: tuple[float, float] | None) -> None:
     for name in batches[0]:
         if batches[0][name].dtype.kind != "f" or batches[0][name].ndim != 4:
             continue
         low = min(float(feed[name].min()) for feed in batches)
         high = max(float(feed[name].max()) for feed in batches)
+        if usual is not None and usual[0] <= low and high <= usual[1]:
+            continue
         if max(-low, high) > _LARGEST_NORMALIZED:
             guess = "They look like pixels from 0 to 255 that were not normalized"
         elif high - low < 0.05:

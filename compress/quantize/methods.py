@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,10 @@ from compress.qdq.writer import write_qdq
 from compress.quantize.batching import with_free_batch
 from compress.quantize.bias import correct_biases
 from compress.quantize.equalize import equalize
-from compress.quantize.fidelity import answers, sqnr_db
+from compress.quantize.fidelity import answers, mean_db, shown, sqnr_each
 from compress.quantize.images import Feed, Images
 from compress.quantize.nncf_ranges import plan_by_nncf
+from compress.quantize.notes import float_parts, of_judging
 from compress.quantize.planning import begin_below_zero, make_plan
 from compress.quantize.planning_graph import judged_tensors
 from compress.quantize.rounding import improve_rounding
@@ -104,9 +106,19 @@ class Workbench:
 
     def fidelity_db(self, plan: QuantPlan) -> float:
         """Return the SQNR of the answers on the images held back."""
+        return mean_db(self.each_db(plan))
+
+    def each_db(self, plan: QuantPlan) -> list[float]:
+        """Return the SQNR of each judged tensor on the images held back."""
         written = write_qdq(self.prepared, plan)
         found = answers(written, self.held_back, target=self.target, names=self.judged)
-        return sqnr_db(self.reference, found)
+        return sqnr_each(self.reference, found)
+
+    def notes(self, plan: QuantPlan) -> list[str]:
+        """Return what else there is to say of ``plan``."""
+        images = len(next(iter(self.held_back.values()), ()))
+        judged = of_judging(images, self.judged, self.each_db(plan)) if images else []
+        return [*judged, *float_parts(Graph(self.prepared), self.target)]
 
 
 Method = Callable[[Workbench], QuantPlan]
@@ -141,6 +153,8 @@ def nncf(bench: Workbench) -> QuantPlan:
 def auto(bench: Workbench) -> QuantPlan:
     """Every pass, cheapest first; one is kept if the answers on held-back images come closer."""
     search = _Search(bench)
+    if math.isnan(search.best_db):  # nothing can be told apart
+        return search.plan.changed(notes=tuple(search.notes))
     if bench.observer is None:
         for observer in ("percentile", "minmax"):
             search.attempt(f"{observer} ranges", bench.ranges(observer=observer))
@@ -167,12 +181,12 @@ class _Search:
         self.plan = bench.ranges()
         self.best_db = bench.fidelity_db(self.plan)
         observer = next(iter(self.plan.activations.values())).observer
-        self.notes = [f"{observer} ranges: {self.best_db:.2f} dB"]
+        self.notes = [f"{observer} ranges: {shown(self.best_db)}"]
 
     def attempt(self, what: str, changed: QuantPlan) -> None:
         found_db = self.bench.fidelity_db(changed)
         kept = found_db > self.best_db + _GAIN_DB
-        self.notes.append(f"{what}: {found_db:.2f} dB, {'kept' if kept else 'not kept'}")
+        self.notes.append(f"{what}: {shown(found_db)}, {'kept' if kept else 'not kept'}")
         if kept:
             self.plan, self.best_db = changed, found_db
 
@@ -187,6 +201,12 @@ METHODS: Mapping[str, Method] = {
 }
 
 
+def check_method(method: str) -> None:
+    """Raise UnknownNameError unless there is such a method."""
+    if method not in METHODS:
+        raise UnknownNameError("method", method, METHODS)
+
+
 def plan_by(method: str, bench: Workbench) -> QuantPlan:
     """Return the plan that ``method`` makes.
 
@@ -194,14 +214,15 @@ def plan_by(method: str, bench: Workbench) -> QuantPlan:
         UnknownNameError: there is no such method.
         QuantizationError: it needs a free batch size, and the graph's cannot be freed.
     """
-    if method not in METHODS:
-        raise UnknownNameError("method", method, METHODS)
+    check_method(method)
     if not bench.is_free and method == "auto":
         note = "ranges only: the batch size is fixed in the graph, and corrections need a free one"
-        return plain(bench).changed(method=method, notes=(note,))
+        made = plain(bench)
+        return made.changed(method=method, notes=(note, *bench.notes(made)))
     if not bench.is_free and method != "plain":
         raise QuantizationError(
             f"method {method!r} needs a free batch size, and this graph fixes it",
             fix="Export the network with a dynamic batch, or use method 'plain'",
         )
-    return METHODS[method](bench).changed(method=method)
+    made = METHODS[method](bench)
+    return made.changed(method=method, notes=(*made.notes, *bench.notes(made)))

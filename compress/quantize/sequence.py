@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from compress.qdq.graph import Graph
+from compress.qdq.graph import Graph, reads
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
 
@@ -102,7 +102,7 @@ def _advance(
     wanted = [name for name in wanted if name != node.input[1]]
     if wanted:
         needed = _needed(pending, wanted)
-        read = {name for step in needed for name in step.input}
+        read = {name for step in needed for name in reads(step)}
         feed = {name: value for name, value in values.items() if name in read}
         found = _run(graph, needed, feed, wanted)
         values = values | dict(zip(wanted, found, strict=True))
@@ -114,16 +114,16 @@ def _needed(pending: list[NodeProto], wanted: Sequence[str]) -> list[NodeProto]:
     for node in reversed(pending):
         if names.intersection(node.output):
             kept.append(node)
-            names.update(node.input)
+            names.update(reads(node))
     return kept[::-1]
 
 
 def _last_uses(graph: Graph) -> dict[str, int]:
-    return {name: i for i, node in enumerate(graph.nodes) for name in node.input}
+    return {name: i for i, node in enumerate(graph.nodes) for name in reads(node)}
 
 
 def _constants(graph: Graph, nodes: Sequence[NodeProto]) -> list[onnx.TensorProto]:
-    read = {name for node in nodes for name in node.input}
+    read = {name for node in nodes for name in reads(node)}
     return [tensor for name, tensor in graph.initializers.items() if name in read]
 
 

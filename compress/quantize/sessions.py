@@ -2,29 +2,97 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
+from compress.errors import QuantizationError
 from compress.qdq.skeleton import is_large, skeleton
-from compress.runtimes.onnxruntime import EXACT_INT8
+from compress.runtimes.onnxruntime import EXACT_INT8, explained
 
 
-def session_of(model: ModelProto, threads: int | None = None, *, float_qdq: bool = False) -> Any:
+class CannotRunError(QuantizationError):
+    """ONNX Runtime cannot load a graph, or not run it on these inputs."""
+
+    @classmethod
+    def of(cls, error: Exception, feed: Mapping[str, NDArray[Any]] | None = None) -> CannotRunError:
+        """Return an error of ONNX Runtime as one of ours.
+
+        Args:
+            error: What ONNX Runtime raised.
+            feed: The inputs it ran on; None where the graph could not be loaded.
+        """
+        told = explained(error, None)
+        shapes = ", ".join(f"{name} {value.shape}" for name, value in (feed or {}).items())
+        fix = "Check that the fp32 network runs on such images" if feed else "Check the fp32 file"
+        return cls(told.what, where=f"run on {shapes}" if shapes else "", fix=told.fix or fix)
+
+
+class Session:
+    """A loaded graph; what ONNX Runtime raises becomes one kind of error."""
+
+    def __init__(self, session: Any, weights: Sequence[Any]) -> None:
+        self.session = session
+        self.weights = weights  # the session reads their memory
+
+    def run(
+        self, names: Sequence[str] | None, feed: Mapping[str, NDArray[Any]]
+    ) -> list[NDArray[Any]]:
+        """Return the outputs ``names``, or all.
+
+        Raises:
+            CannotRunError: a node fails on these inputs.
+        """
+        try:
+            found: list[NDArray[Any]] = self.session.run(names, feed)
+        except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+            raise CannotRunError.of(error, feed) from None
+        return found
+
+    def run_into(
+        self, feed: Mapping[str, NDArray[Any]], buffers: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Run, writing the float32 outputs ``buffers`` in place.
+
+        Raises:
+            CannotRunError: a node fails on these inputs.
+        """
+        binding = self.session.io_binding()
+        for name, array in feed.items():
+            binding.bind_cpu_input(name, np.asarray(array, order="C"))
+        for name, buffer in buffers.items():
+            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
+        try:
+            self.session.run_with_iobinding(binding)
+        except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+            raise CannotRunError.of(error, feed) from None
+
+    def get_inputs(self) -> Any:
+        """Return ONNX Runtime's descriptions of the inputs."""
+        return self.session.get_inputs()
+
+
+def session_of(
+    model: ModelProto, threads: int | None = None, *, float_qdq: bool = False
+) -> Session:
     """Return a session of ``model``.
 
     Args:
         model: Any graph, of any size.
         threads: CPU threads; all cores if absent.
         float_qdq: Compute Q/DQ arithmetic in float instead of fusing it into integer kernels.
+
+    Raises:
+        CannotRunError: ONNX Runtime cannot load it, as with an operator of somebody's own.
     """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it says is raised as well
     options.add_session_config_entry(*EXACT_INT8)
     if threads:
         options.intra_op_num_threads = threads
@@ -33,16 +101,13 @@ def session_of(model: ModelProto, threads: int | None = None, *, float_qdq: bool
     light, weights = _without_weights(model)
     values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
     options.add_external_initializers(list(weights), values)
-    session = ort.InferenceSession(
-        light.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    session.weights = values  # it reads their memory
-    return session
-
-
-def is_runtime_error(error: Exception) -> bool:
-    """Return whether ``error`` is ONNX Runtime's; its errors have no class in common."""
-    return type(error).__module__.startswith("onnxruntime")
+    try:
+        session = ort.InferenceSession(
+            light.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+    except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+        raise CannotRunError.of(error) from None
+    return Session(session, values)
 
 
 def _without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, NDArray[Any]]]:

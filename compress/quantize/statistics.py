@@ -160,12 +160,7 @@ class _Runner:
             made = zip(self.names, (np.asarray(value, order="C") for value in values), strict=True)
             self.buffers[size] = dict(made)
             return self.buffers[size]
-        binding = self.session.io_binding()
-        for name, array in feed.items():
-            binding.bind_cpu_input(name, np.asarray(array, order="C"))
-        for name, buffer in self.buffers[size].items():
-            binding.bind_output(name, "cpu", 0, np.float32, buffer.shape, buffer.ctypes.data)
-        self.session.run_with_iobinding(binding)
+        self.session.run_into(feed, self.buffers[size])
         return self.buffers[size]
 
 

@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx.numpy_helper import to_array
 
 from compress.artifact import replacing
-from compress.errors import QuantizationError, UnknownNameError
+from compress.errors import QuantizationError, UnknownNameError, boundary
+from compress.onnx_facts import usual_range
 from compress.qdq.graph import Graph
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.qdq.prepare import prepare, read_onnx
-from compress.qdq.writer import write_qdq
+from compress.quantize.confirm import Confirmation, confirmed
 from compress.quantize.images import Batches, Images
 from compress.quantize.methods import METHODS, Workbench, plan_by
 from compress.quantize.planning_graph import planning_graph
 from compress.quantize.statistics import calibrate, observed_tensors
+
+BROKEN = "Check that ONNX Runtime runs the file on these images; export it again if it does not"
 
 
 def quantize_onnx(
@@ -44,7 +48,8 @@ def quantize_onnx(
         exclude: Names of nodes to leave in float.
 
     Raises:
-        QuantizationError: the file or the images cannot be used; nothing is written.
+        QuantizationError: the file or the images cannot be used, or the runtime of ``target``,
+            where it is installed, computes wrong answers; nothing is written.
         UnknownNameError: there is no such target, method, observer or node.
     """
     plans = quantize_targets(path, batches, {target: out}, method, observer, exclude=exclude)
@@ -81,21 +86,24 @@ def quantize_targets(
         raise UnknownNameError("method", method, METHODS)
     plans, written = {}, {}
     try:
-        model = read_onnx(path)
-        prepared = prepare(model)
-        excluded = excluded_nodes(Graph(prepared), exclude)
-        planned = planning_graph(prepared, batches)
-        graph = Graph(planned)
-        bound = set(Graph(prepared).inputs) - set(graph.inputs)
-        images = Images(graph, batches, bound=bound)
-        statistics = calibrate(planned, images, targets=outs)
-        for target in outs:
-            own = statistics.of(observed_tensors(planned, [target]))
-            bench = Workbench(planned, images, own, target, observer, excluded)
-            plans[target] = plan_by(method, bench)
-            written[target] = write_qdq(prepared, plans[target])
+        with boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN):
+            model = read_onnx(path)
+            prepared = prepare(model)
+            excluded = excluded_nodes(Graph(prepared), exclude)
+            planned = planning_graph(prepared, batches)
+            graph = Graph(planned)
+            bound = set(Graph(prepared).inputs) - set(graph.inputs)
+            images = Images(graph, batches, bound=bound, usual=usual_range(model))
+            given = {name: to_array(graph.initializers[name]) for name in bound}
+            statistics = calibrate(planned, images, targets=outs)
+            for target in outs:
+                own = statistics.of(observed_tensors(planned, [target]))
+                bench = Workbench(planned, images, own, target, observer, excluded)
+                plan = plan_by(method, bench)
+                check = Confirmation(prepared, given | bench.held_back, images.fixed_batch, target)
+                plans[target], written[target] = confirmed(bench, plan, check)
     except QuantizationError as error:
-        raise error if str(path) in error.where else error.within(str(path)) from None
+        raise error if str(path) in error.where else error.within(str(path)) from error.__cause__
     for target, out in outs.items():
         save(written[target], Path(out))
     return plans

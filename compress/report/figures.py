@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from compress.report.schema import Interval, Result, Variant
 
+UNRECORDED = "no reason was recorded"
 ABSENT = "–"
 
 
@@ -79,7 +80,7 @@ def reason(field: str, result: Result | None, variant: Variant) -> str:
         for key in (field, f"{field}_mib", group, result.runtime if result else field):
             if key in skipped:
                 return skipped[key]
-    return "no reason was recorded"
+    return UNRECORDED
 
 
 _GROUPS = {

@@ -126,31 +126,26 @@ def matrices(details: Details) -> list[Matrix]:
 
 
 def _matrix(details: Details, confusion: Confusion) -> Matrix:
-    counts = _dense(confusion, len(details.classes))
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    rows, columns, counts = np.array(confusion.cells, dtype=np.int64).reshape(-1, 3).T
+    size = max(len(details.classes), int(max(rows.max(initial=0), columns.max(initial=0))) + 1)
+    totals = np.bincount(rows, weights=counts, minlength=size)
+    shares = counts / np.maximum(totals[rows], 1)
     title = " on ".join(part for part in (confusion.variant, confusion.runtime) if part)
-    if len(counts) > GRID_CLASSES:
-        return Matrix(title, (), _picture(shares))
-    rows = tuple(
-        tuple((int(count), round(float(share), 3)) for count, share in zip(line, part, strict=True))
-        for line, part in zip(counts, shares, strict=True)
-    )
-    return Matrix(title, rows, None)
+    if size > GRID_CLASSES:
+        return Matrix(title, (), _picture(rows, columns, shares, size))
+    grid = [[(0, 0.0)] * size for _ in range(size)]
+    for row, column, count, share in zip(rows, columns, counts, shares, strict=True):
+        grid[row][column] = (int(count), round(float(share), 3))
+    return Matrix(title, tuple(map(tuple, grid)), None)
 
 
-def _dense(confusion: Confusion, classes: int) -> NDArray[np.int64]:
-    cells = np.array(confusion.cells, dtype=np.int64).reshape(-1, 3)
-    size = max(classes, int(cells[:, :2].max(initial=0)) + 1)
-    counts = np.zeros((size, size), dtype=np.int64)
-    counts[cells[:, 0], cells[:, 1]] = cells[:, 2]
-    return counts
-
-
-def _picture(shares: NDArray[np.float64]) -> str:
-    """Draw shares (K, K) as a picture in which each pixel is the largest share it stands for."""
-    step = -(-len(shares) // PICTURE_SIDE)
-    edges = np.arange(0, len(shares), step)
-    pooled = np.maximum.reduceat(np.maximum.reduceat(shares, edges, axis=0), edges, axis=1)
+def _picture(
+    rows: NDArray[np.int64], columns: NDArray[np.int64], shares: NDArray[np.float64], size: int
+) -> str:
+    """Draw cells as a picture in which each pixel is the largest share it stands for."""
+    step = -(-size // PICTURE_SIDE)
+    pooled = np.zeros((-(-size // step),) * 2)
+    np.maximum.at(pooled, (rows // step, columns // step), shares)
     image = np.zeros((*pooled.shape, 4), dtype=np.uint8)
     image[..., :3] = INK
     image[..., 3] = np.round(255 * np.sqrt(np.clip(pooled, 0, 1)))

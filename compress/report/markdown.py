@@ -22,7 +22,7 @@ def markdown(report: Report) -> str:
         bullets(
             f"{'✅' if gate.passed else '❌'} {plain(gate_sentence(gate))}" for gate in report.gates
         ),
-        bullets(f"⚠ {plain(line)}" for line in report.incomplete),
+        bullets(f"⚠ {plain(line)}" for line in (*report.incomplete, *report.cautions)),
         *(section(table(report)) for table in (accuracies, speeds, sizes)),
         bullets(plain(line) for line in missing(report)),
         _provenance(report),

@@ -9,6 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 SCHEMA = 1  # later versions only add keys
 
 Interval = tuple[float, float]  # a 95 % confidence interval: low, high
+Class = Annotated[int, Field(ge=0, lt=2**24)]  # its number
+Count = Annotated[int, Field(ge=0, lt=2**48)]
 Reasons = dict[str, str]  # name of what was not measured -> "not measured because ..." it
 
 
@@ -102,12 +104,19 @@ class Result(Record):
     worst_class_drop_ci95: Interval | None = None
     worst_class: str | None = None
 
+    outputs: dict[str, dict[str, float]] | None = None  # of each output: sqnr_db, max_abs_diff
     metrics: dict[str, MetricRecord] | None = None  # of the task, where it is no classification
     primary: str | None = None  # the metric that gates and the verdict use
     changes: dict[str, ChangeRecord] | None = None  # of the metrics, against the original
 
     int8_macs_pct: float | None = None  # MACs that run in int8 kernels
     skipped: Reasons = {}  # field (or "latency", "memory", "accuracy") -> why it is absent
+
+    @property
+    def worst_sqnr_db(self) -> float | None:
+        """Signal-to-noise ratio of the worst output, where images have no labels."""
+        known = [each["sqnr_db"] for each in (self.outputs or {}).values() if "sqnr_db" in each]
+        return min(known, default=None)
 
     @property
     def main_metric(self) -> MetricRecord | None:
@@ -234,13 +243,20 @@ class ClassScores(Record):
     recall_pct: tuple[float | None, ...]  # None: no image of the class
     f1_pct: tuple[float | None, ...]
 
+    @model_validator(mode="after")
+    def _same_length(self) -> ClassScores:
+        columns = (self.images, self.precision_pct, self.recall_pct, self.f1_pct)
+        if len(set(map(len, columns))) > 1:
+            raise ValueError(f"the scores of {self.variant!r} are of different numbers of classes")
+        return self
+
 
 class Confusion(Record):
     """A confusion matrix by its non-zero cells."""
 
     variant: str
     runtime: str | None = None
-    cells: tuple[tuple[int, int, int], ...]  # true class, predicted class, images
+    cells: tuple[tuple[Class, Class, Count], ...]  # true class, predicted class, images
 
 
 class Flip(Record):
@@ -376,6 +392,8 @@ class Report(Record):
     details: Details = Details()
     skipped: Reasons = {}  # runtime, stage or anything else -> why it is absent
     incomplete: tuple[str, ...] = ()  # what is missing or wrong in the run folder itself
+    cautions: tuple[str, ...] = ()  # what is likely to be a mistake of the recipe's
+    untrained: str | None = None  # why the original's accuracy means nothing, if it does not
 
     @property
     def original(self) -> Variant | None:

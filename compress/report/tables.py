@@ -157,7 +157,7 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
         Column("Change", "points", "of top-1 against the original, on the same images"),
         _fill("top1_change_pct", "points", "top1_change_ci95", accuracy_differs),
     ),
-    (Column("Top-5", "%"), _fill("top5_pct", "percent", "top5_ci95")),
+    (Column("Top-5", "%", is_optional=True), _fill("top5_pct", "percent", "top5_ci95")),
     (
         Column("Agreement", "%", "images that get the original's answer"),
         _fill("agreement_pct", "percent", "agreement_ci95"),
@@ -294,13 +294,19 @@ def compact(table: Table) -> Table:
         tuple(
             f"{table.columns[position].name}: {'; '.join(why)}"
             for position in empty
-            if not table.columns[position].is_optional
-            and (why := reasons(row[position] for row in table.rows))
+            if (why := _worth_saying(table, position))
         ),
     )
 
 
 _EMPTY = (figures.ABSENT, "")
+
+
+def _worth_saying(table: Table, position: int) -> list[str]:
+    """Return why a column is empty; an optional one needs no reason to be so."""
+    optional = table.columns[position].is_optional
+    found = reasons(row[position] for row in table.rows)
+    return [each for each in found if not optional or each != figures.UNRECORDED]
 
 
 def reasons(cells: Iterable[Cell]) -> list[str]:

@@ -29,12 +29,17 @@ def summary(report: Report, folder: Path | str | None = None) -> RenderableType:
     parts: list[RenderableType] = [*_tables(report)]
     parts += [Text(line, style="dim") for line in missing(report)]
     parts += [_gate_line(gate) for gate in report.gates]
-    parts += [Text(f"! {line}", style="yellow") for line in report.incomplete]
+    parts += [Text(f"! {line}", style="yellow") for line in (*report.incomplete, *report.cautions)]
     if report.verdict:
         parts.append(Text(report.verdict, style="bold"))
     if folder is not None:
+        parts += [Text(f"Int8: {Path(folder) / path}") for path in _int8_files(report)]
         parts.append(Text(f"Report: {Path(folder) / 'report.html'}  (.md, .json beside it)"))
     return Group(*parts)
+
+
+def _int8_files(report: Report) -> list[str]:
+    return [v.artifact for v in report.variants if v.artifact and v.name.startswith("int8-")]
 
 
 def missing(report: Report) -> list[str]:
@@ -116,6 +121,8 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
 def _accuracy(result: Result | None) -> str:
     if result is not None and result.main_metric is not None:
         return figures.percent(result.main_metric.value)
+    if result is not None and result.outputs:
+        return figures.number(result.worst_sqnr_db)
     return figures.percent(result.top1_pct if result else None)
 
 
@@ -126,6 +133,8 @@ def _accuracy_heading(report: Report) -> str:
             if result.main_metric is not None:
                 unit = "%" if result.main_metric.unit == "pct" else result.main_metric.unit
                 return f"{result.primary} {unit}".strip()
+            if result.outputs:
+                return "SQNR dB"
     return "top-1 %"
 
 

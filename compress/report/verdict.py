@@ -93,7 +93,7 @@ def accuracy_of(variant: Variant, result: Result) -> Result:
     Accuracy depends on the runtime, not on the batch: where it was taken at one batch size only,
     that result speaks for the others.
     """
-    if result.top1_pct is not None or result.primary is not None:
+    if result.top1_pct is not None or result.primary is not None or result.outputs:
         return result
     same = [r for r in variant.results if r.runtime == result.runtime and r.top1_pct is not None]
     return next((r for r in same if r.precision == result.precision), result)
@@ -118,7 +118,10 @@ def _sentence(report: Report, variant: Variant, before: Result, after: Result) -
     parts = [part for part in (_speed(before, after), _size(report, variant)) if part]
     text = " and ".join(parts) or "speed and size not measured"
     place = f"on {after.runtime} {after.device}, batch {after.batch}"
-    sentence = f"{text} {_accuracy(variant, before, after)} {place}"
+    accuracy = _accuracy(report, variant, before, after)
+    if report.untrained is not None:
+        return f"{text[0].upper()}{text[1:]} {place}{accuracy}."
+    sentence = f"{text} {accuracy} {place}"
     remark = _better(report, variant, after)
     return f"{sentence[0].upper()}{sentence[1:]}{remark}."
 
@@ -144,11 +147,17 @@ def _size(report: Report, variant: Variant) -> str:
     return f"{factor(ratio)} smaller" if ratio >= 1 else f"{factor(1 / ratio)} larger"
 
 
-def _accuracy(variant: Variant, before: Result, after: Result) -> str:
+def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -> str:
+    if report.untrained is not None:
+        return (
+            f"; its accuracy says nothing, because the original is untrained ({report.untrained})"
+        )
     measured = accuracy_of(variant, after)
     if measured.main_change is not None:
         return _metric(measured.primary or "", measured.main_change)
     change = change_of_top1(before, measured)
+    if change is None and measured.outputs:
+        return _likeness(measured)
     if change is None:
         return "with accuracy not measured"
     bounds = _ci(measured.top1_change_ci95, "points")
@@ -162,6 +171,15 @@ def _accuracy(variant: Variant, before: Result, after: Result) -> str:
             )
         return f"with no significant difference in top-1 ({points(change)} points{bounds})"
     return f"at {points(change)} points of top-1 ({bounds[2:] or 'no interval measured'})"
+
+
+def _likeness(result: Result) -> str:
+    """Return how near the outputs are to the original's, where images have no labels."""
+    noise = result.worst_sqnr_db
+    parts = [] if noise is None else [f"outputs at {number(noise)} dB of the original's"]
+    if result.agreement_pct is not None:
+        parts.append(f"the same answer for {number(result.agreement_pct)} % of images")
+    return f"with {' and '.join(parts) or 'equal outputs'} (accuracy not measured)"
 
 
 def _metric(name: str, change: ChangeRecord) -> str:

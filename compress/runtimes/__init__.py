@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 
 import numpy as np
 
-from compress import plugins
+from compress import onnx_file, plugins
 from compress.artifact import read_json, sha256, write_json
 from compress.errors import EngineError, UsageError
+from compress.onnx_facts import input_facts
 from compress.runtimes._session import BuildRequest, CheckedSession, RawSession, TensorSpec
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most runtimes have no use for it
@@ -163,6 +164,7 @@ def build_engine(
         "source_sha256": sha256(source),
         "sha256": sha256(target),
         "bytes": target.stat().st_size,
+        "input": input_facts(onnx_file.load(source, weights=False)),
         **facts,
     }
     write_json(record_path(target), record)

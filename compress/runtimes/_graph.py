@@ -46,7 +46,7 @@ def inputs(model: ModelProto) -> list[dict[str, Any]]:
         {
             "name": value.name,
             "shape": [
-                dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"free_{axis}"
+                dim.dim_value if dim.dim_value > 0 else dim.dim_param or f"free_{axis}"
                 for axis, dim in enumerate(value.type.tensor_type.shape.dim)
             ],
             "dtype": helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,

@@ -105,10 +105,12 @@ class CheckedSession:
         for array, (dtype, tail, (low, high)) in zip(arrays, self._expected, strict=True):
             fits = (
                 type(array) is np.ndarray
-                and array.ndim > 0
                 and (dtype is None or array.dtype == dtype)
-                and (tail is None or array.shape[1:] == tail)
-                and low <= array.shape[0] <= high
+                and (
+                    array.shape == tail
+                    if not array.ndim
+                    else (tail is None or array.shape[1:] == tail) and low <= array.shape[0] <= high
+                )
             )
             if not fits:
                 self._check_slowly(arrays)
@@ -132,7 +134,7 @@ class CheckedSession:
     def _check_slowly(self, arrays: tuple[np.ndarray, ...]) -> None:
         for array, spec in zip(arrays, self.inputs, strict=True):
             where = f"{self._where}: input {spec.name!r}"
-            if not isinstance(array, np.ndarray) or not array.ndim:
+            if not isinstance(array, np.ndarray) or (not array.ndim and spec.shape != ()):
                 raise EngineError(
                     f"a {type(array).__name__} without a batch dimension"
                     if isinstance(array, np.ndarray)
@@ -154,6 +156,8 @@ class CheckedSession:
                 raise EngineError(
                     f"an array of shape {array.shape}", where=where, expected=f"shape ({shown})"
                 )
+            if not array.ndim:
+                continue
             low, high = _range(spec)
             if not array.shape[0]:
                 raise EngineError("a batch of 0", where=where, expected="at least one row")

@@ -190,6 +190,16 @@ def explained(error: Exception, path: Path | None) -> EngineError:
             where=where,
             fix="Replace the layer that makes it by standard ones, or export with another opset",
         )
+    failed = re.search(
+        r"while running (\w+) node\. Name:'(.*?)' Status Message: (.*)", text, re.DOTALL
+    )
+    if failed:
+        lines = [line.strip() for line in failed[3].splitlines() if line.strip()]
+        reason = re.sub(r"^\S+\.(?:h|cc):\d+ ", "", lines[-1] if lines else "no reason given")
+        reason = re.sub(r"^.* was false\. ?(?=.)", "", reason)  # the assertion in C++
+        return EngineError(
+            f"ONNX Runtime cannot compute node {failed[2]!r} ({failed[1]}): {reason}", where=where
+        )
     reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text.splitlines()[0])
     return EngineError(f"ONNX Runtime: {reason}", where=where)
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from compress import plugins
 from compress.errors import EngineError
-from compress.evaluate import BATCH, predict
+from compress.evaluate import BATCH, of_task, predict
+from compress.feeding import Fed, arrays
 from compress.measure.probe import inputs_for
 from compress.predictions import Predictions
 from compress.progress import track
+from compress.run_folder import artifacts_in
 from compress.runtimes import Session, kind_of, open_session
+from compress.tasks import Prediction
 
 if TYPE_CHECKING:
     from compress.data import Dataset
@@ -54,7 +55,7 @@ def rivals_of(paths: Sequence[Path], runtimes: Sequence[str] = ()) -> list[Rival
     """Return each artifact on each runtime that opens it, the first artifact first.
 
     Args:
-        paths: ONNX files, engines, stage folders.
+        paths: ONNX files, engines, stage folders, runs (the files of their last stage).
         runtimes: Where ONNX files run, each on all of them; ONNX Runtime if empty. Engines and
             stage folders run where they belong.
 
@@ -65,7 +66,7 @@ def rivals_of(paths: Sequence[Path], runtimes: Sequence[str] = ()) -> list[Rival
     for name in runtimes:
         plugins.load("runtimes", name)
     places = []
-    for path in paths:
+    for path in (file for each in paths for file in artifacts_in(each)):
         own = runtime_of(path)
         is_onnx = path.suffix == ".onnx"
         places += [(path, name) for name in (runtimes or [own] if is_onnx else [own])]
@@ -91,19 +92,7 @@ def inputs_of(session: Session, batch: int, dataset: Dataset | None) -> list[NDA
     if dataset is None:
         return inputs_for(session, batch)
     chosen = np.arange(batch) % len(dataset.splits["test"])
-    return [_prepared(session, dataset, dataset.splits["test"].take(chosen)).numpy()]
-
-
-def batches_of(
-    session: Session, dataset: Dataset, limit: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the test images as ``session`` takes them, and their labels."""
-    images = dataset.splits["test"]
-    end = min(len(images), limit or len(images))
-    for start in range(0, end, BATCH):
-        indices = np.arange(start, min(start + BATCH, end))
-        labels = torch.from_numpy(images.labels[indices])
-        yield _prepared(session, dataset, images.take(indices)), labels
+    return arrays(session.inputs, dataset.splits["test"].take(chosen), dataset)
 
 
 def answers_of(
@@ -111,20 +100,21 @@ def answers_of(
 ) -> Predictions:
     """Return what ``session`` answers to the test images; ``name`` is said beside the progress."""
     images = min(len(dataset.splits["test"]), limit or len(dataset.splits["test"]))
-    batches = track(batches_of(session, dataset, limit), name, -(-images // BATCH))
-    return predict(session, batches)
+    batches = track(dataset.pictures("test", BATCH, limit), name, -(-images // BATCH))
+    return predict(Fed(session, dataset), batches)
 
 
-def _prepared(session: Session, dataset: Dataset, images: Tensor) -> Tensor:
-    """Return uint8 (B, C, H, W) images as the session's first input takes them.
+def outputs_of(session: Session, dataset: Dataset, limit: int | None = None) -> list[Prediction]:
+    """Return every output of ``session`` for the first test images, at most 64."""
+    return of_task(session, dataset, "fidelity", limit=limit).predictions
 
-    A graph that takes uint8 normalizes by itself and wants (B, H, W, C).
-    """
-    spec = session.inputs[0]
-    if spec.dtype == "uint8":
-        return images.permute(0, 2, 3, 1).contiguous()
-    normalized = dataset.normalize(images)
-    return normalized.half() if spec.dtype == "float16" else normalized
+
+def names_classes(session: Session, dataset: Dataset) -> bool:
+    """Say whether the data has classes, and the first output is a row of scores for each image."""
+    if dataset.target != "class":
+        return False
+    first = outputs_of(session, dataset, limit=1)[0]
+    return next(iter(first.values())).ndim == 1
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-
 from compress import compare, evaluate, onnx_file
-from compress.compare import Bisection, Comparison, Drift, Link, Step
+from compress.compare import Bisection, Comparison, Link, Step
 from compress.compare.bisection import PLAIN, precision_of
 from compress.errors import DataError, UsageError
+from compress.feeding import arrays
+from compress.run_folder import one_artifact
 from compress.runtimes import open_session
-from compress.side_by_side.artifacts import Rival, answers_of, batches_of, rivals_of
+from compress.side_by_side.artifacts import (
+    Rival,
+    answers_of,
+    names_classes,
+    outputs_of,
+    rivals_of,
+)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
     from compress.data import Dataset
 
 BISECT_IMAGES = 8  # enough to tell noise from an error; more only takes longer
-OUTPUT_BATCHES = 4  # of images, for networks of several outputs
+WHY_NO_ANSWERS = "the images have no labels, or the networks do not name one class an image"
 _CHANGES = {"int8": "quantization", "fp16": "half precision", "fp32": "conversion"}
 
 
@@ -33,9 +39,9 @@ class Compared:
     reference: str
     candidate: str
     classes: tuple[str, ...]
-    answers: Comparison
+    answers: Comparison | None  # None where images have no classes, or the networks name none
     links: tuple[Link, ...]  # the chain from the one to the other
-    outputs: dict[str, Drift]  # of networks with several outputs, by name
+    outputs: Mapping[str, Any]  # of other networks: drift of each output, agreement if there is one
     bisection: Bisection | None
 
     def to_json(self) -> dict[str, Any]:
@@ -44,11 +50,12 @@ class Compared:
             "reference": self.reference,
             "candidate": self.candidate,
             "classes": list(self.classes),
-            **self.answers.to_json(),
+            **(self.answers.to_json() if self.answers is not None else {}),
             "chain": [link.to_json() for link in self.links],
         }
-        if self.outputs:
-            told["outputs"] = {name: drift.to_json() for name, drift in self.outputs.items()}
+        if self.answers is None:
+            told["skipped"] = {"accuracy": WHY_NO_ANSWERS}
+        told |= self.outputs
         if self.bisection is not None:
             told["bisect"] = self.bisection.to_json()
         return told
@@ -79,7 +86,8 @@ def compare_artifacts(
     Args:
         reference: ONNX file, engine or stage folder.
         candidate: The same.
-        dataset: Labelled images that both know the classes of.
+        dataset: Images; with one class each, of which both networks give scores, accuracy is
+            compared, else the outputs are.
         bisect: Find the first tensor that differs; both must be ONNX files.
         limit: Compare on so many images only.
         threads: CPU threads; all cores if absent.
@@ -94,18 +102,24 @@ def compare_artifacts(
             f"cannot look inside {reference.name} and {candidate.name}",
             expected="two ONNX files for --bisect",
         )
-    old, new = rivals_of([reference, candidate])
-    for rival in (old, new):  # a file that cannot be opened is told before the long work
-        rival.open(threads=threads).close()
-    steps = list(_steps(old, new, dataset, limit, threads))
-    answers = compare.compare(steps[0].predictions, steps[-1].predictions, dataset.classes)
+    old, new = rivals_of([one_artifact(reference), one_artifact(candidate)])
+    is_named = True
+    for rival in (old, new):  # a file that cannot be opened or fed is told before the long work
+        with rival.open(threads=threads) as session:
+            try:
+                is_named &= names_classes(session, dataset)
+            except DataError as error:
+                raise error.within(str(rival.path)) from None
+    steps = list(_steps(old, new, dataset, limit, threads)) if is_named else []
     return Compared(
         reference=old.name,
         candidate=new.name,
         classes=dataset.classes,
-        answers=answers,
-        links=compare.chain(steps),
-        outputs=_outputs(old, new, dataset, threads),
+        answers=compare.compare(steps[0].predictions, steps[-1].predictions, dataset.classes)
+        if is_named
+        else None,
+        links=compare.chain(steps) if is_named else (),
+        outputs=_outputs(old, new, dataset, limit, threads, is_named=is_named),
         bisection=_bisection(old, new, dataset) if bisect else None,
     )
 
@@ -138,22 +152,36 @@ def _answers(
             raise error.within(str(rival.path)) from None
 
 
-def _outputs(old: Rival, new: Rival, dataset: Dataset, threads: int | None) -> dict[str, Drift]:
-    """Return the drift of each output of a network that has several."""
-    with old.open(threads=threads) as reference, new.open(threads=threads) as candidate:
-        if len(reference.outputs) == len(candidate.outputs) == 1:
-            return {}
-        return compare.compare_outputs(
-            reference, candidate, _images(reference, dataset, OUTPUT_BATCHES * evaluate.BATCH)
-        )
+def _outputs(
+    old: Rival,
+    new: Rival,
+    dataset: Dataset,
+    limit: int | None,
+    threads: int | None,
+    *,
+    is_named: bool,
+) -> dict[str, Any]:
+    """Return the drift of each output, and the share of equal answers where there are scores.
 
-
-def _images(session: Any, dataset: Dataset, count: int) -> Iterator[tuple[NDArray[Any], ...]]:
-    for images, _ in batches_of(session, dataset, count):
-        yield (images.numpy(),)
+    A network that names classes is compared by its answers, and so only if it has more outputs.
+    """
+    answers = []
+    for rival in (old, new):
+        with rival.open(threads=threads) as session:
+            if is_named and len(session.outputs) == 1:
+                return {}
+            answers.append(outputs_of(session, dataset, limit))
+    found = compare.outputs_row(*answers)
+    return {"outputs": found["outputs"]} if is_named else {"images": len(answers[0]), **found}
 
 
 def _bisection(old: Rival, new: Rival, dataset: Dataset) -> Bisection:
     with old.open() as session:
-        inputs: Sequence[tuple[NDArray[Any], ...]] = list(_images(session, dataset, BISECT_IMAGES))
+        fixed = session.inputs[0].shape[0] if session.inputs[0].shape else None
+        size = fixed if isinstance(fixed, int) else BISECT_IMAGES
+        inputs = [
+            tuple(arrays(session.inputs, images, dataset))
+            for images, _ in dataset.pictures("test", size, BISECT_IMAGES)
+            if len(images) == size or not isinstance(fixed, int)
+        ]
     return compare.bisect(old.path, new.path, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -26,7 +26,9 @@ def bench_table(benched: Benched) -> Table:
     table.add_column("artifact", overflow="fold")
     headers = ["batch", "p50 ms", "p99 ms", "images/s", "speed-up (95 %)", "file MiB", "peak MiB"]
     has_accuracy = any("top1_pct" in row for row in benched.rows)
+    has_outputs = any("outputs" in row for row in benched.rows)
     headers += ["top-1 % (95 %)", "agreement %"] if has_accuracy else []
+    headers += ["SQNR dB, worst output"] if has_outputs else []
     for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for row in benched.rows:
@@ -41,20 +43,24 @@ def bench_table(benched: Benched) -> Table:
         ]
         if has_accuracy:
             cells += [_with_interval(row, "top1_pct", "top1_ci95"), _number(row, "agreement_pct")]
+        if has_outputs:
+            cells.append(_worst_output(row))
         table.add_row(Text(row["artifact"]), *cells)
     return table
 
 
 def comparison_tables(compared: Compared) -> RenderableType:
     """Return the facts, the chain, the classes and images that lost, and the first divergence."""
-    parts: list[RenderableType] = [
-        _facts(compared.answers, compared.reference, compared.candidate),
-        _chain(compared),
-    ]
-    if compared.answers.flips:
-        parts += [_classes(compared.answers), _flips(compared)]
-    if compared.outputs:
+    parts: list[RenderableType] = []
+    if compared.answers is None:
         parts.append(_outputs(compared))
+    else:
+        parts += [_facts(compared.answers, compared.reference, compared.candidate)]
+        parts += [_chain(compared)]
+        if compared.answers.flips:
+            parts += [_classes(compared.answers), _flips(compared.answers, compared.classes)]
+        if compared.outputs:
+            parts.append(_outputs(compared))
     if compared.bisection is not None:
         parts.append(_bisection(compared.bisection))
     return Group(*parts)
@@ -103,9 +109,9 @@ def _classes(answers: Comparison) -> Table:
     return table
 
 
-def _flips(compared: Compared) -> Table:
+def _flips(answers: Comparison, names: Sequence[str]) -> Table:
     table = _table("Images answered differently", "image", "label", "before", "after", "outcome")
-    flips, names = compared.answers.flips, compared.classes
+    flips = answers.flips
     for flip in flips[:SHOWN]:
         table.add_row(
             str(flip.index),
@@ -120,9 +126,16 @@ def _flips(compared: Compared) -> Table:
 
 
 def _outputs(compared: Compared) -> Table:
-    table = _table("Outputs", "output", "SQNR dB", "largest difference")
-    for name, drift in compared.outputs.items():
-        table.add_row(Text(name), _sqnr(drift.to_json()), f"{drift.max_abs_diff:.3g}")
+    found = compared.outputs
+    title = "Outputs"
+    if "images" in found:
+        title = f"{compared.candidate} against {compared.reference}, {found['images']} images"
+    table = _table(title, "output", "SQNR dB", "largest difference")
+    for name, drift in found["outputs"].items():
+        table.add_row(Text(name), _sqnr(drift), f"{drift['max_abs_diff']:.3g}")
+    if "agreement_pct" in found:
+        alike = _with_interval(found, "agreement_pct", "agreement_ci95")
+        table.caption = f"same answer: {alike} % of images"
     return table
 
 
@@ -175,6 +188,14 @@ def _with_interval(row: Mapping[str, Any], key: str, bounds: str) -> str:
     if key not in row:
         return figures.ABSENT
     return f"{figures.percent(row[key])} ({figures.interval(row[bounds], 'percent')})"
+
+
+def _worst_output(row: Mapping[str, Any]) -> str:
+    """Return the smallest ratio among the outputs; "reference" for the first artifact."""
+    if "outputs" not in row:
+        return "reference" if row["verdict"] == "reference" else figures.ABSENT
+    known = [each["sqnr_db"] for each in row["outputs"].values() if "sqnr_db" in each]
+    return f"{min(known):.1f}" if known else _sqnr(next(iter(row["outputs"].values())))
 
 
 def _number(row: Mapping[str, Any], key: str) -> str:

@@ -13,7 +13,16 @@ from compress.errors import CompressError, EngineError, UsageError
 from compress.measure import Timing
 from compress.predictions import Predictions
 from compress.runtimes import unavailable
-from compress.side_by_side.artifacts import Rival, answers_of, inputs_of, rivals_of, shape_of
+from compress.side_by_side.artifacts import (
+    Rival,
+    answers_of,
+    inputs_of,
+    names_classes,
+    outputs_of,
+    rivals_of,
+    shape_of,
+)
+from compress.tasks import Prediction
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,7 +92,9 @@ def bench_artifacts(
             rivals.append(rival)
         else:
             skipped[rival.name] = reason
-    answers = _all_answers(rivals, dataset, threads, skipped) if dataset is not None else {}
+    answers: dict[str, Predictions | list[Prediction]] = {}
+    if dataset is not None:
+        answers = _all_answers(rivals, dataset, threads, skipped)
     rows: list[dict[str, Any]] = []
     conditions: dict[str, Any] = {}
     for batch in batches:
@@ -160,13 +171,19 @@ def _row(
 
 def _all_answers(
     rivals: Sequence[Rival], dataset: Dataset, threads: int | None, skipped: dict[str, str]
-) -> dict[str, Predictions]:
-    """Return the answers of each rival to the test images; why not goes into ``skipped``."""
-    answers: dict[str, Predictions] = {}
+) -> dict[str, Predictions | list[Prediction]]:
+    """Return the answers of each rival to the test images; why not goes into ``skipped``.
+
+    They are all outputs where an image has no class, or a rival names none.
+    """
+    answers: dict[str, Predictions | list[Prediction]] = {}
     for rival in rivals:
         try:
             with rival.open(threads=threads) as session:
-                answers[rival.name] = answers_of(session, dataset, rival.name)
+                if names_classes(session, dataset):
+                    answers[rival.name] = answers_of(session, dataset, rival.name)
+                else:
+                    answers[rival.name] = outputs_of(session, dataset)
         except CompressError as error:
             skipped[f"{rival.name}, accuracy"] = str(error)
     return answers
@@ -175,14 +192,17 @@ def _all_answers(
 def _accuracy(
     name: str,
     rivals: Sequence[Rival],
-    answers: dict[str, Predictions],
+    answers: dict[str, Predictions | list[Prediction]],
     dataset: Dataset | None,
 ) -> dict[str, Any]:
     """Return accuracy, and agreement with the first artifact, as entries of a row."""
     if name not in answers or dataset is None:
         return {}
-    found = evaluate.accuracy(answers[name], dataset.classes).row()
-    first = rivals[0].name
-    if name != first and first in answers:
-        found |= compare.against(answers[first], answers[name], dataset.classes)
+    own, first = answers[name], answers.get(rivals[0].name)
+    if isinstance(own, list):
+        is_rival = isinstance(first, list) and own is not first
+        return compare.outputs_row(first, own) if is_rival and isinstance(first, list) else {}
+    found = evaluate.accuracy(own, dataset.classes).row()
+    if isinstance(first, Predictions) and own is not first:
+        found |= compare.against(first, own, dataset.classes)
     return found

@@ -6,19 +6,15 @@ from torch import Tensor, nn
 
 from compress.errors import PlanError, did_you_mean
 from compress.groups.copying import aliasing_copy, named_tensors, own_storage
+from compress.groups.counts import read_attribute
 from compress.groups.cutting import cut
 from compress.modules import network_of, with_gradients
 from compress.surgery.plan import PrunePlan
 
 
 @with_gradients()
-def apply_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """Return a pruned copy of ``model``: fewer channels, the same class and names.
-
-    Args:
-        model: The network the plan was made for (in a wrapper or not), or a fresh one from the same
-            constructor. It is left as it is.
-        plan: What to cut.
+def cut_by(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """Return a pruned copy of ``model``; see ``apply_pruning``, which proves plans first.
 
     Raises:
         PlanError: the plan was made for another network.
@@ -49,8 +45,16 @@ def check_fit(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
             what = f"its shape is {'x'.join(map(str, found))}"
             raise PlanError(what, where=name, expected=f"{expected} as in the plan", fix=fix)
     modules = dict(model.named_modules())
-    for module in plan.attributes:
+    for module, values in plan.attributes.items():
         if module not in modules:
             what = f"the network has no such module{did_you_mean(module, modules)}"
             raise PlanError(what, where=module, fix=fix)
+        for name, value in values.items():
+            before = read_attribute(modules[module], name)
+            if before is None or value > before:
+                raise PlanError(
+                    f"its attribute is to be {value}, and is {before or 'no whole number'}",
+                    where=f"{module}.{name}",
+                    fix=fix,
+                )
     return tensors

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import ValidationError
 
 from compress import artifact
 from compress.errors import PlanError, RunError, UnknownNameError
 from compress.groups import Network, Positions
 from compress.groups.network import Reduction
 from compress.surgery.positions import from_text, to_text
+from compress.surgery.stored import Side, StoredKeptOnly, StoredPlan
 
 _SCHEMA = 1
 Dims = Mapping[int, Positions]
@@ -52,7 +54,8 @@ class PrunePlan:
     params_before: int
     params_after: int
     frozen: Mapping[str, str]  # layer -> why it could not be cut
-    about: Mapping[str, Any] = field(default_factory=dict)  # criterion, settings, seed
+    about: Mapping[str, Any] = field(default_factory=dict)  # criterion, settings, seed, example
+    is_proved: bool = field(default=True, compare=False)  # False: from a file, to be proved first
 
     @property
     def outputs(self) -> tuple[str, ...] | None:
@@ -88,12 +91,12 @@ class PrunePlan:
             PlanError: a key is absent, of another kind, or its positions make no sense.
         """
         try:
-            if data["schema"] != _SCHEMA:
-                raise PlanError(f"schema {data['schema']!r} is not known", expected=f"{_SCHEMA}")
-            return _read(data)
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            return _read(StoredPlan.model_validate(data))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"]))
             raise PlanError(
-                f"not a pruning plan: {type(error).__name__} {error}",
+                f"not a pruning plan: {place}: {first['msg']}",
                 expected="the JSON that PrunePlan.save writes",
             ) from None
 
@@ -239,48 +242,45 @@ def _write_kept_only(item: KeptOnly) -> dict[str, Any]:
     }
 
 
-def _read(data: Mapping[str, Any]) -> PrunePlan:
-    shapes = {name: tuple(map(int, t["shape"])) for name, t in data["tensors"].items()}
+def _read(stored: StoredPlan) -> PrunePlan:
     return PrunePlan(
-        groups={n: from_text(g["kept"], g["size"]) for n, g in data["groups"].items()},
-        group_sizes={n: int(g["size"]) for n, g in data["groups"].items()},
+        groups={name: from_text(g.kept, g.size) for name, g in stored.groups.items()},
+        group_sizes={name: g.size for name, g in stored.groups.items()},
         tensors={
-            name: {int(d): from_text(row, shapes[name][int(d)]) for d, row in t["kept"].items()}
-            for name, t in data["tensors"].items()
+            name: {dim: from_text(row, t.shape[dim]) for dim, row in t.kept.items()}
+            for name, t in stored.tensors.items()
         },
-        shapes=shapes,
-        attributes={
-            module: {name: int(value) for name, value in values.items()}
-            for module, values in data["attributes"].items()
-        },
-        kept_only=tuple(_read_kept_only(item) for item in data["kept_only"]),
-        macs_before=int(data["macs"]["before"]),
-        macs_after=int(data["macs"]["after"]),
-        params_before=int(data["params"]["before"]),
-        params_after=int(data["params"]["after"]),
-        frozen={str(layer): str(why) for layer, why in data["frozen"].items()},
-        about=dict(data["about"]),
+        shapes={name: t.shape for name, t in stored.tensors.items()},
+        attributes=stored.attributes,
+        kept_only=tuple(map(_read_kept_only, stored.kept_only)),
+        macs_before=stored.macs.before,
+        macs_after=stored.macs.after,
+        params_before=stored.params.before,
+        params_after=stored.params.after,
+        frozen=stored.frozen,
+        about=stored.about,
+        is_proved=False,
     )
 
 
-def _read_kept_only(item: Mapping[str, Any]) -> KeptOnly:
-    def sizes(side: Mapping[str, Any]) -> dict[int, dict[int, int]]:
-        return {int(i): {int(d): int(r[0]) for d, r in dims.items()} for i, dims in side.items()}
+def _read_kept_only(stored: StoredKeptOnly) -> KeptOnly:
+    def sizes(side: Side) -> dict[int, dict[int, int]]:
+        return {i: {d: size for d, (size, _) in dims.items()} for i, dims in side.items()}
 
-    def kept(side: Mapping[str, Any]) -> dict[int, dict[int, Positions]]:
+    def kept(side: Side) -> dict[int, dict[int, Positions]]:
         return {
-            int(i): {int(d): from_text(r[1], int(r[0])) for d, r in dims.items()}
+            i: {d: from_text(row, size) for d, (size, row) in dims.items()}
             for i, dims in side.items()
         }
 
     return KeptOnly(
-        str(item["op"]),
-        int(item["occurrence"]),
-        kept(item["inputs"]),
-        kept(item["outputs"]),
-        sizes(item["inputs"]),
-        sizes(item["outputs"]),
-        bool(item["mask_only"]),
+        stored.op,
+        stored.occurrence,
+        kept(stored.inputs),
+        kept(stored.outputs),
+        sizes(stored.inputs),
+        sizes(stored.outputs),
+        stored.mask_only,
     )
 
 
@@ -318,6 +318,7 @@ def _compose(first: PrunePlan, later: PrunePlan) -> PrunePlan:
         params_after=later.params_after,
         frozen=dict(later.frozen),
         about={**later.about, "after": dict(first.about)},
+        is_proved=first.is_proved and later.is_proved,
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from compress.errors import PlanError
 from compress.groups import Positions
 
-_RUN = re.compile(r"(\d+)(?:-(\d+))?")
+_RUN = re.compile(r"([0-9]{1,18})(?:-([0-9]{1,18}))?")
 
 
 def to_text(positions: Positions) -> str:
@@ -27,13 +27,17 @@ def from_text(text: str, size: int) -> Positions:
     Raises:
         PlanError: the text is no such row, is empty, or leaves the range 0..size-1.
     """
-    runs = []
-    for part in text.split(",") if isinstance(text, str) else [""]:
+    ends = []
+    for part in text.split(","):
         match = _RUN.fullmatch(part)
         if match is None:
             raise PlanError(f"{text!r} is no row of positions", expected='text like "0-3,5,7-9"')
-        runs.append(np.arange(int(match[1]), int(match[2] or match[1]) + 1))
-    positions = np.concatenate(runs).astype(np.int64)
-    if not len(positions) or (np.diff(positions) <= 0).any() or positions[-1] >= size:
+        ends += [int(match[1]), int(match[2] or match[1])]
+    starts, stops = ends[::2], ends[1::2]
+    is_ascending = all(a <= b for a, b in zip(starts, stops, strict=True)) and all(
+        a < b for a, b in zip(stops[:-1], starts[1:], strict=True)
+    )
+    if not is_ascending or stops[-1] >= size:
         raise PlanError(f"positions {text!r} are not ascending within 0..{size - 1}")
-    return positions
+    runs = [np.arange(a, b + 1) for a, b in zip(starts, stops, strict=True)]
+    return np.concatenate(runs).astype(np.int64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,17 +12,109 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from compress.errors import PlanError
-from compress.groups.copying import full_copy
+from compress.errors import PlanError, boundary
+from compress.groups.copying import full_copy, named_tensors
 from compress.groups.trace import Example, inputs_of, undisturbed
 from compress.inputs import example_of
 from compress.modules import network_of, set_mode, with_gradients
 from compress.outputs import chosen, leaves
-from compress.surgery.cut import apply_pruning
+from compress.surgery.cut import check_fit, cut_by
 from compress.surgery.mask import mask_pruning
 from compress.surgery.plan import PrunePlan
 
+logger = logging.getLogger(__name__)
+
+LARGEST_EXAMPLE = 2**26  # values of an input that a stored plan is proved on
 TOLERANCE = 1e-4  # relative to the largest answer; beyond it, float64 decides
+
+
+def apply_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
+    """Return a pruned copy of ``model``: fewer channels, the same class and names.
+
+    A plan that was read from a file is proved first, as ``prove`` does, on a copy with random
+    weights and statistics: behind those of a fresh network a misaligned BatchNorm hides.
+
+    Args:
+        model: The network the plan was made for (in a wrapper or not), or a fresh one from the same
+            constructor. It is left as it is.
+        plan: What to cut.
+
+    Raises:
+        PlanError: the plan was made for another network, or was changed: what it cuts does not
+            belong together.
+    """
+    if not plan.is_proved:
+        _check_stored(network_of(model), plan)
+    return cut_by(model, plan)
+
+
+def example_shapes(example_input: Example) -> Any:
+    """Return what a plan keeps of its example input: sizes and types, from which it is proved.
+
+    None where the network takes something else than tensors, lists of them or dicts of them.
+    """
+
+    def kept(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if isinstance(value, Mapping):
+            return {"named": {str(name): kept(each) for name, each in value.items()}}
+        if isinstance(value, list | tuple):
+            return {type(value).__name__: [kept(each) for each in value]}
+        raise TypeError
+
+    try:
+        return kept(example_of(example_input))
+    except TypeError:
+        return None
+
+
+def _example_from(kept: Any) -> Any:
+    """Return random inputs of the sizes that ``example_shapes`` kept."""
+    if "shape" in kept:
+        shape, kind = kept["shape"], getattr(torch, kept["dtype"])
+        if not isinstance(kind, torch.dtype) or math.prod(shape) > LARGEST_EXAMPLE:
+            raise ValueError(f"no example input: {shape} of {kind}")
+        values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return values.to(kind) if kind.is_floating_point else torch.zeros(shape, dtype=kind)
+    if "named" in kept:
+        return {name: _example_from(each) for name, each in kept["named"].items()}
+    parts = [_example_from(each) for each in kept.get("tuple", kept.get("list", ()))]
+    return tuple(parts) if "tuple" in kept else parts
+
+
+def _check_stored(model: nn.Module, plan: PrunePlan) -> None:
+    check_fit(model, plan)
+    kept = plan.about.get("example")
+    if kept is None:
+        logger.warning(
+            "the plan cannot be proved: it does not say what its network takes (it is of an older "
+            "version, or the network takes no tensors)"
+        )
+        return
+    fix = "Use the plan as it was written, with the network it was made for; or plan again"
+    with boundary(PlanError, "the plan does not fit the network", fix=fix):
+        example = _example_from(kept)
+        difference = prove(_shaken(model), plan, example)
+    if not difference <= TOLERANCE:
+        raise PlanError(
+            f"what it cuts does not belong together: pruned and masked network differ by "
+            f"{difference:.1e} of the largest output",
+            expected=f"at most {TOLERANCE}",
+            fix=fix,
+        )
+
+
+def _shaken(model: nn.Module) -> nn.Module:
+    """Return a copy whose floating-point values are all different, positive ones still positive."""
+    copy = full_copy(model)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _, tensor in named_tensors(copy):
+            if tensor.is_floating_point() and not tensor.is_meta:
+                noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+                tensor.mul_(1 + noise / 2).add_(noise / 10)
+    return copy
 
 
 @with_gradients()
@@ -49,7 +143,7 @@ def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
 def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
     args, kwargs = inputs_of(example_input)
     with undisturbed():
-        small = _answers(apply_pruning(model, plan), args, kwargs, plan.outputs)
+        small = _answers(cut_by(model, plan), args, kwargs, plan.outputs)
         twin = _answers(mask_pruning(model, plan), args, kwargs, plan.outputs)
     if not twin:
         raise PlanError(

@@ -85,7 +85,7 @@ class Task(abc.ABC):
     override ``summarize``.
     """
 
-    kinds: ClassVar[Mapping[str, Kind]]  # every metric by name
+    kinds: ClassVar[Mapping[str, Kind]]  # every metric by name; none where images have no labels
     primary: ClassVar[str]  # the metric that gates, budgets, checkpoints and the verdict use
     agreement_unit: ClassVar[str] = "pct"
     tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
@@ -180,7 +180,7 @@ def load_task(reference: str | Mapping[str, Any], **supplied: Any) -> Task:
         raise UsageError(f"{name} is no task", expected="a class derived from compress.tasks.Task")
     if "classes" not in known and filled:
         object.__setattr__(made, "classes", tuple(filled["classes"]))
-    if made.primary not in made.kinds:
+    if made.kinds and made.primary not in made.kinds:
         raise UsageError(
             f"{name}: primary {made.primary!r} is none of its metrics",
             expected=f"one of: {', '.join(made.kinds)}",

@@ -29,7 +29,7 @@ def make_optimizer(
         UsageError: nothing is left to train.
     """
     for prefix in settings.layer_lr:
-        _check_layer(model, prefix, "layer_lr")
+        check_layer(model, prefix, "layer_lr")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -85,13 +85,14 @@ def frozen_layers(model: nn.Module, until: str | None) -> list[str]:
     """
     if until is None:
         return []
-    _check_layer(model, until, "freeze_until")
+    check_layer(model, until, "freeze_until")
     names = [name for name, _ in model.named_modules() if name]
     before = names[: names.index(until)]
     return [name for name in before if not until.startswith(f"{name}.")]
 
 
-def _check_layer(model: nn.Module, name: str, key: str) -> None:
+def check_layer(model: nn.Module, name: str, key: str) -> None:
+    """Raise UnknownNameError unless ``model`` has a layer ``name``; ``key`` is the setting."""
     known = [layer for layer, _ in model.named_modules() if layer]
     if name not in known:
         raise UnknownNameError("layer", name, known, where=key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from compress import cli
 from compress.data import Dataset, load_data, parse_reference
 from compress.errors import CompressError, EngineError, UnknownNameError, UsageError
 from compress.measure import Timing
+from compress.onnx_facts import stamp
 from compress.side_by_side import bench_artifacts, compare_artifacts
 from compress.side_by_side.artifacts import rivals_of
 
@@ -196,7 +199,7 @@ def test_compare_of_one_file_with_itself_finds_nothing(tmp_path: Path) -> None:
     found = compare_artifacts(path, path, digits(), bisect=True, limit=50, threads=1)
     assert found.answers.images == 50
     assert found.answers.agreement_pct == 100
-    assert set(found.outputs) == {"logits", "chances"}
+    assert set(found.outputs["outputs"]) == {"logits", "chances"}
     assert found.bisection is not None
     assert found.bisection.first is None
     assert "No tensor falls below" in printed(found.table())
@@ -255,3 +258,137 @@ def test_a_candidate_that_cannot_be_opened_is_told_before_any_image_is_run(
     with pytest.raises(CompressError, match=r"broken\.onnx"):
         compare_artifacts(path, broken, digits())
     assert not ran
+
+
+def with_facts(model: onnx.ModelProto, **facts: Any) -> onnx.ModelProto:
+    stamp(model, facts)
+    return model
+
+
+def accuracy_of(path: Path, dataset: Dataset) -> float:
+    """Top-1 by ONNX Runtime alone, percent."""
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    right = [
+        (session.run(None, {"input": images.numpy()})[0].argmax(1) == labels.numpy())
+        for images, labels in dataset.batches("test")
+    ]
+    return 100 * float(np.concatenate(right).mean())
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
+
+
+def test_compare_and_bench_feed_what_the_files_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"mean": [0.1], "std": [0.9]}  # not those of the data
+    old, new = saved(
+        tmp_path, old=with_facts(linear(), **facts), new=with_facts(linear(noise=0.5), **facts)
+    )
+    dataset = load_data(parse_reference("digits", mean=(0.1,), std=(0.9,)))
+    expected = [accuracy_of(path, dataset) for path in (old, new)]
+    assert accuracy_of(old, digits()) != expected[0]
+    out = tmp_path / "x.json"
+    assert command(monkeypatch, "compare", old, new, "--data", "digits", "--json", out) == 0
+    change = json.loads(out.read_text())["top1_change_pct"]
+    assert change == pytest.approx(expected[1] - expected[0])
+    assert command(monkeypatch, "bench", old, new, "--data", "digits", "--json", out) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert [row["top1_pct"] for row in rows] == pytest.approx(expected)
+
+
+def test_flags_that_contradict_a_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    old, new = saved(tmp_path, old=with_facts(linear(), mean=[0.1], std=[0.9]), new=linear())
+    code = command(monkeypatch, "compare", old, new, "--data", "digits", "--mean", "0.5")
+    assert code == 2
+    assert "mean is 0.5 by the data's settings, and 0.1 by the file" in capsys.readouterr().err
+
+
+def detector(layout: str, noise: float = 0.0) -> onnx.ModelProto:
+    """Two outputs of a network that names no class, for digits in either order of dimensions."""
+    weight = np.random.default_rng(0).normal(size=(6, 1, 3, 3)).astype(np.float32)
+    weight += noise * np.random.default_rng(1).normal(size=weight.shape).astype(np.float32)
+    shape = ["n", 1, 8, 8] if layout == "NCHW" else ["n", 8, 8, 1]
+    first = (
+        []
+        if layout == "NCHW"
+        else [helper.make_node("Transpose", ["input"], ["t"], perm=[0, 3, 1, 2])]
+    )
+    nodes = [
+        *first,
+        helper.make_node("Conv", ["input" if layout == "NCHW" else "t", "w"], ["maps"]),
+        helper.make_node("Sigmoid", ["maps"], ["scores"]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 6, 6, 6])
+        for name in ("maps", "scores")
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "detector",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        ends,
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    return model
+
+
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_networks_that_name_no_class_are_compared_by_their_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    old, new = saved(tmp_path, old=detector(layout), new=detector("NCHW", noise=0.01))
+    out = tmp_path / "x.json"
+    assert command(monkeypatch, "compare", old, new, "--data", "digits", "--json", out) == 0
+    told = json.loads(out.read_text())
+    images = digits().normalize(digits().splits["test"].take(range(64)))
+    answers = []
+    import onnxruntime as ort
+
+    for path, is_last in ((old, layout == "NHWC"), (new, False)):
+        session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        fed = images.permute(0, 2, 3, 1) if is_last else images
+        answers.append(session.run(None, {"input": fed.contiguous().numpy()}))
+    for name, before, after in zip(("maps", "scores"), *answers, strict=True):
+        noise = 10 * np.log10((before**2).sum() / ((after - before) ** 2).sum())
+        assert told["outputs"][name]["sqnr_db"] == pytest.approx(noise, abs=0.01)
+    assert "top1_change_pct" not in told
+    assert command(monkeypatch, "bench", old, new, "--data", "digits", "--json", out) == 0
+    rows = json.loads(out.read_text())["results"]
+    assert rows[1]["outputs"]["maps"]["sqnr_db"] == pytest.approx(
+        told["outputs"]["maps"]["sqnr_db"]
+    )
+
+
+def test_bisection_looks_into_networks_of_either_layout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = saved(tmp_path, old=detector("NHWC"), new=detector("NHWC", noise=0.3))
+    out = tmp_path / "x.json"
+    options = ("--data", "digits", "--bisect", "--json", out)
+    assert command(monkeypatch, "compare", old, new, *options) == 0
+    assert json.loads(out.read_text())["bisect"]["first"]["name"] == "maps"
+
+
+def test_stages_and_runs_stand_for_their_files(tmp_path: Path) -> None:
+    stage = tmp_path / "run" / "01-quantize"
+    stage.mkdir(parents=True)
+    (tmp_path / "run" / "00-original").mkdir()
+    saved(tmp_path / "run" / "00-original", model=linear())
+    onnx.save(linear(noise=0.1), stage / "model.onnxruntime.onnx")
+    for path in (stage, tmp_path / "run"):
+        assert [r.path for r in rivals_of([path])] == [stage / "model.onnxruntime.onnx"]
+    onnx.save(linear(noise=0.1), stage / "model.openvino.onnx")
+    assert len(rivals_of([stage])) == 2
+    with pytest.raises(CompressError, match="holds 2 networks"):
+        compare_artifacts(stage, stage, digits())

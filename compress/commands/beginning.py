@@ -1,0 +1,331 @@
+"""The command ``init``: look at a folder, propose a job, write a recipe that can be run."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from compress.commands.options import Given, data_part
+from compress.errors import CompressError, ModelError, UsageError
+
+RECIPE = "compress.yaml"
+WEIGHTS = (".safetensors", ".pt", ".pth", ".th")
+PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+SIDES = (224, 256, 128, 64, 32, 150, 299, 160, 192, 112, 96, 48, 28)  # tried on networks
+PASSES = 20_000  # training images that an unknown job is given, over all epochs
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What a recipe is written from."""
+
+    model: str
+    weights: str | None
+    data: dict[str, Any]
+    summary: str  # of the data
+    images: int  # of train
+    task: str
+    primary: str
+    tells_classes: bool
+    targets: tuple[str, ...]
+    keep_macs: float
+
+    @property
+    def batch_size(self) -> int:
+        """A power of two, with at least sixteen steps an epoch where there are enough images."""
+        return int(2 ** max(3, min(7, math.floor(math.log2(max(1, self.images / 16))))))
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the images: many over few."""
+        return max(3, min(30, round(PASSES / max(1, self.images))))
+
+    @property
+    def is_onnx(self) -> bool:
+        """Whether the network is a file that cannot be trained."""
+        return self.model.endswith(".onnx")
+
+
+def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
+    """Write a recipe for what lies in a folder and return what was found and done.
+
+    Args:
+        given: The options; what is absent is proposed.
+        ask: Puts a question with the proposed answer to the user; None takes the proposals.
+
+    Raises:
+        UsageError: there is no network or no data to be found, or the recipe exists already.
+        CompressError: network and data do not fit together.
+    """
+    import yaml
+
+    from compress.artifact import write_text
+    from compress.pipeline.preflight import preflight
+    from compress.recipe import validate
+
+    out = given["out"] or given["folder"] / RECIPE
+    if out.exists() and not given["force"]:
+        raise UsageError(f"{out} is there already", fix="Give another --out, or --force")
+    proposal = propose(given, ask)
+    text = written(proposal, out)
+    preflight(validate(yaml.safe_load(text), where=str(out)), where=str(out))
+    write_text(out, text)
+    weights = f" with {proposal.weights}" if proposal.weights else ""
+    return (
+        f"network {proposal.model}{weights}\n{proposal.summary}\ntask {proposal.task}, targets "
+        f"{', '.join(proposal.targets)}\n{out}: can be run. Read it, change it, then: "
+        f"compress run {out}"
+    )
+
+
+def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
+    """Return the job for what the options say and what lies in the folder."""
+    from compress.data import load_data
+    from compress.packages import is_installed
+    from compress.settings import DataSettings
+    from compress.tasks import default_task, load_task
+
+    folder = given["folder"]
+    chosen = dict(given)
+    chosen["data"] = _answer(ask, "data", given["data"], next(data_in(folder), None), "--data")
+    part = data_part(chosen)
+    dataset = load_data(DataSettings(**part))
+    weights = given["weights"] or next(iter(files_in(folder, *WEIGHTS)), None)
+    found = given["model"] or _fitting(folder, weights, dataset)
+    model = _answer(ask, "network", given["model"], found, "--model")
+    if given["weights"] is None and weights is not None and not _fits(model, weights, dataset):
+        weights = None  # it belongs to another network
+    if given["image_size"] is None:
+        dataset, part = _sized(model, weights, dataset, part)
+    task = given["task"] or default_task(dataset.target)
+    loaded = load_task(task, classes=dataset.classes)
+    installed = [name for name in ("onnxruntime", "openvino") if is_installed(name)]
+    keep = given["keep_macs"] or float(_answer(ask, "share of the MACs to keep", None, "0.5", ""))
+    return Proposal(
+        model=model,
+        weights=weights,
+        data=part,
+        summary=dataset.summary(),
+        images=len(dataset.splits["train"]),
+        task=task,
+        primary=loaded.primary,
+        tells_classes=loaded.tells_classes,
+        targets=tuple(given["target"] or installed),
+        keep_macs=keep,
+    )
+
+
+def _answer(
+    ask: Callable[[str, str], str] | None, what: str, told: Any, found: str | None, option: str
+) -> str:
+    """Return what the user said, says now, or what was found."""
+    if told is not None:
+        return str(told)
+    if ask is not None:
+        return ask(what, found or "")
+    if found is None:
+        raise UsageError(f"no {what} was found here", fix=f"Name it: {option}")
+    return found
+
+
+def data_in(folder: Path) -> Iterator[str]:
+    """Yield references to the data that lies in ``folder`` or up to two folders below."""
+    for root in _folders(folder):
+        names = {path.name for path in root.iterdir()}
+        train, judged = root / "train", {"val", "validation", "valid", "test"} & names
+        if train.is_dir() and (train / "images").is_dir() and (train / "masks").is_dir():
+            yield f"masks:{root}"
+        elif {"Annotations", "JPEGImages"} <= names:
+            yield f"voc:{root}"
+        elif "data.yaml" in names:
+            yield f"yolo:{root / 'data.yaml'}"
+        elif (train.is_dir() and judged and _classes(train)) or _classes(root):
+            yield f"imagefolder:{root}"
+        for ending, kind in ((".npz", "npz"), (".csv", "csv")):
+            yield from (f"{kind}:{path}" for path in sorted(root.glob(f"*{ending}")))
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    """Yield ``folder`` and those up to two levels below it, without hidden ones and runs."""
+    level = [folder]
+    for _ in range(3):
+        yield from level
+        level = [
+            path
+            for each in level
+            for path in sorted(each.iterdir())
+            if path.is_dir() and path.name[0] not in "._" and not (path / "run.json").is_file()
+        ]
+
+
+def _classes(folder: Path) -> bool:
+    """Return whether at least two folders right below hold pictures."""
+    holding = 0
+    for path in folder.iterdir():
+        if path.is_dir():
+            holding += any(file.suffix.lower() in PICTURES for file in path.iterdir())
+    return holding > 1
+
+
+def files_in(folder: Path, *endings: str) -> list[str]:
+    """Return files right in ``folder`` with one of ``endings``, the newest first."""
+    found = [path for path in folder.iterdir() if path.suffix in endings]
+    return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+
+
+def networks_in(folder: Path) -> Iterator[str]:
+    """Yield FILE.py:NAME of each class and function that may give a network, nothing imported."""
+    for file in files_in(folder, ".py"):
+        with contextlib.suppress(SyntaxError, UnicodeDecodeError):
+            body = ast.parse(Path(file).read_text(encoding="utf-8")).body
+            functions = [node.name for node in body if _returns(node)]
+            classes = [
+                node.name
+                for node in body
+                if isinstance(node, ast.ClassDef)
+                and any("Module" in ast.unparse(base) for base in node.bases)
+            ]
+            # parts of a network are defined before the whole
+            yield from (f"{file}:{name}" for name in (*functions, *reversed(classes)))
+
+
+def _returns(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
+    """Return whether ``node`` defines a function that returns something."""
+    return isinstance(node, ast.FunctionDef) and any(
+        isinstance(each, ast.Return) and each.value is not None for each in ast.walk(node)
+    )
+
+
+def _fitting(folder: Path, weights: str | None, dataset: Any) -> str | None:
+    """Return the network that the weights fit, or the first that can be built, or an ONNX file."""
+    networks = list(networks_in(folder))
+    for with_weights in [weights, None] if weights else [None]:
+        for reference in networks:
+            if _fits(reference, with_weights, dataset):
+                return reference
+    return next(iter(files_in(folder, ".onnx")), None)
+
+
+def _fits(reference: str, weights: str | None, dataset: Any) -> bool:
+    """Return whether ``reference`` can be built and takes ``weights``."""
+    from compress.models import is_onnx, load_for
+
+    if is_onnx(reference):
+        return False
+    try:
+        load_for(len(dataset.classes), reference, weights)
+    except CompressError:
+        return False
+    return True
+
+
+def _sized(
+    model: str, weights: str | None, dataset: Any, part: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return data and its part of the recipe in the size that the network takes."""
+    from compress.data import load_data
+    from compress.settings import DataSettings
+
+    wanted = _onnx_size(model) if model.endswith(".onnx") else _torch_size(model, weights, dataset)
+    if wanted is None or wanted == dataset.image_size:
+        return dataset, part
+    size: Any = wanted[0] if wanted[0] == wanted[1] else list(wanted)
+    part = part | {"image_size": size}
+    return load_data(DataSettings(**part)), part
+
+
+def _onnx_size(model: str) -> tuple[int, int] | None:
+    """Return height and width that an ONNX file fixes."""
+    import onnx
+
+    graph = onnx.load(model, load_external_data=False).graph
+    stored = {each.name for each in graph.initializer}
+    first = next(each for each in graph.input if each.name not in stored)
+    height, width = ([0, 0] + [d.dim_value for d in first.type.tensor_type.shape.dim])[-2:]
+    return (height, width) if height > 0 and width > 0 else None
+
+
+def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int] | None:
+    """Return the data's own size if the network takes it, else the first usual one it takes."""
+    import torch
+
+    from compress.models import check_forward, load_for
+
+    network = load_for(len(dataset.classes), model, weights)
+    own = tuple(dataset.image_size)
+    for size in (own, *((side, side) for side in SIDES)):
+        with contextlib.suppress(ModelError):
+            check_forward(network, torch.zeros(1, dataset.channels, *size))
+            return size
+    return None
+
+
+def written(proposal: Proposal, out: Path) -> str:
+    """Return the recipe as YAML with comments."""
+    import yaml
+
+    def flow(value: Any) -> str:
+        return str(yaml.safe_dump(value, default_flow_style=True, width=1000)).strip()
+
+    model: dict[str, Any] = {"name": proposal.model}
+    if proposal.weights:
+        model["weights"] = proposal.weights
+    data = proposal.data | {"batch_size": min(32, proposal.batch_size)}
+    lines = [
+        f"# Written by compress init for {os.path.basename(os.getcwd())}.",
+        f"#   compress check {out}      can it be run?",
+        f"#   compress run {out}        carries it out; the same line goes on after a stop",
+        "#   compress show stages/prune, stages/distill, ...: every option of a stage",
+        f"model: {flow(model)}",
+        f"# {proposal.summary}",
+        "data:",
+        *(f"  {key}: {flow(value).removesuffix('...').strip()}" for key, value in data.items()),
+        f"task: {flow(proposal.task).removesuffix('...').strip()}",
+        "seed: 0",
+        "stages:",
+        *_stages(proposal),
+        "targets: # where it must run; compress doctor says what this machine has",
+        *(
+            f"  - {{runtime: {name}, precision: int8, batch: 1, when_installed: true}}"
+            for name in proposal.targets
+        ),
+        "gates: # compress run exits with 1 where one of these is missed",
+        f"  metric_drop: 2.0 # largest loss of {proposal.primary}, in its unit",
+        "  size_ratio: 3.0 # the original's file over the result's",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _stages(proposal: Proposal) -> Sequence[str]:
+    samples = max(8, min(512, proposal.images // 5))
+    quantize = [f"  - quantize: {{samples: {samples}}} # int8 ranges from so many images"]
+    if proposal.is_onnx:
+        return [
+            "  # an ONNX file cannot be trained; give the network itself to prune it",
+            *quantize,
+        ]
+    training = f"epochs: {proposal.epochs}, batch_size: {proposal.batch_size}, optimizer: adamw"
+    flip = "" if proposal.task == "detection" else ", augment: {flip: true}"
+    if not proposal.weights:
+        first = [
+            "  # no weights were found: the network is trained first",
+            f"  - train: {{{training}, lr: 0.001, weight_decay: 0.01{flip}}}",
+        ]
+    else:
+        first = []
+    after = "distill" if proposal.tells_classes else "finetune"
+    teacher = ", losses: [{kd: {temperature: 4.0}}]" if proposal.tells_classes else ""
+    return [
+        *first,
+        f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, round_to: 8}}",
+        "  # the original teaches what is left of it" if proposal.tells_classes
+        else "  # trains what is left on the labels",
+        f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}}}",
+        *quantize,
+    ]  # fmt: skip

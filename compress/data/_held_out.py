@@ -1,0 +1,40 @@
+"""A test set for data that comes in one piece: held back by seed, alike in every process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import DataError
+
+TEST = 0.2  # share of images that become the test set where data has none
+
+
+def held_out(labels: NDArray[Any], share: float, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return positions of training and of test images, each class with its ``share`` of the test.
+
+    Args:
+        labels: Class of each image, (N,); labels of another form are drawn without regard to them.
+        share: Of the images that become the test set, in (0, 1).
+        seed: Of the draw.
+
+    Raises:
+        DataError: a class would be without test or without training images.
+    """
+    random = np.random.default_rng(seed)
+    kinds = np.unique(labels) if labels.ndim == 1 else [None]
+    test = []
+    for kind in kinds:
+        own = np.arange(len(labels)) if kind is None else np.flatnonzero(labels == kind)
+        count = max(1, round(share * len(own)))
+        if count >= len(own):
+            raise DataError(
+                f"{len(own)} image{'s' * (len(own) != 1)} of class {kind} are too few to hold back "
+                "a test set",
+                expected="at least two images of each class, or a test set of its own",
+            )
+        test.append(random.permutation(own)[:count])
+    chosen = np.sort(np.concatenate(test))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

@@ -1,0 +1,100 @@
+"""Data of Hugging Face's ``datasets``, saved to disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.data import Source
+from compress.data._held_out import TEST
+from compress.data._items import source_of
+from compress.data._pictures import Pictures
+from compress.errors import DataError, UsageError
+from compress.packages import require
+
+
+@dataclass(frozen=True)
+class Huggingface(Pictures):
+    """A data set of Hugging Face's ``datasets``, as its save_to_disk left it on disk.
+
+    ``image`` and ``label`` name its columns; if absent, the column of pictures, and the column of
+    class labels, or one called label. A set without a test or validation split has ``test`` held
+    back, by seed.
+    """
+
+    root: str
+    image: str | None = None
+    label: str | None = None
+    classes: tuple[str, ...] | None = None
+    test: float = TEST
+    seed: int = 0
+
+    def load(self) -> Source:
+        """Return the images.
+
+        Raises:
+            DataError: the folder holds no saved data set, or no pictures with labels.
+            MissingPackageError: ``datasets`` is not installed.
+        """
+        hub = require("datasets", extra="huggingface", purpose="data 'huggingface'")
+        if not Path(self.root).is_dir():
+            raise DataError("no such folder", where=self.root, expected="what save_to_disk wrote")
+        try:
+            found = hub.load_from_disk(self.root)
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise DataError(f"is no saved data set: {first}", where=self.root) from None
+        parts = dict(found) if isinstance(found, dict) else {"train": found}
+        image, label, names = self._columns(next(iter(parts.values())).features)
+        chosen = self if names is None or self.classes else _named(self, names)
+        split = {"valid": "validation", "val": "validation", "dev": "validation"}
+        return source_of(
+            chosen,
+            {split.get(name, name): _Rows(part, image, label) for name, part in parts.items()},
+        )
+
+    def _columns(self, features: Any) -> tuple[str, str, tuple[str, ...] | None]:
+        """Return the columns of pictures and of labels, and the names of the classes."""
+        kinds = {name: type(each).__name__ for name, each in features.items()}
+        image = self.image or next((name for name, kind in kinds.items() if kind == "Image"), None)
+        labelled = [name for name, kind in kinds.items() if kind == "ClassLabel"]
+        usual = [name for name in ("label", "labels", "class") if name in kinds]
+        label = self.label or next(iter([*labelled, *usual]), None)
+        for what, column in (("image", image), ("label", label)):
+            if column not in kinds:
+                raise UsageError(
+                    f"no column {column!r} of {what}s" if column else f"no column of {what}s",
+                    where=self.root,
+                    expected=f"one of: {', '.join(kinds)}",
+                    fix=f"Say it: data: {{huggingface: {{root: {self.root}, {what}: COLUMN}}}}",
+                )
+        names = getattr(features[label], "names", None)
+        return str(image), str(label), None if names is None else tuple(names)
+
+
+def _named(kind: Huggingface, names: tuple[str, ...]) -> Huggingface:
+    from dataclasses import replace
+
+    return replace(kind, classes=names)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a table as pairs of picture and label."""
+
+    table: Any
+    image: str
+    label: str
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        row = self.table[int(index)]
+        return row[self.image], row[self.label]
+
+    @property
+    def targets(self) -> list[Any]:
+        """Every label, without decoding a picture."""
+        return list(self.table[self.label])

@@ -1,0 +1,229 @@
+"""What a file says of its input, and pictures as the arrays that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress import onnx_file, plugins
+from compress.errors import EngineError, UsageError
+from compress.onnx_facts import FITTING, input_facts, layout_of
+from compress.runtimes import TensorSpec, build_record, open_session
+
+if TYPE_CHECKING:
+    from compress.data import Dataset
+    from compress.runtimes import Session
+    from compress.settings import DataSettings
+
+FACTS = ("image_size", "channels", "mean", "std", "color", "layout")
+ONNX_NAME = "model.onnx"  # in a stage's folder
+
+
+def facts_of(path: Path) -> dict[str, Any]:
+    """Return what an artifact says of its input: keys of ``DataSettings``, labels and task.
+
+    An ONNX file says it in its metadata and by the shape of its input, an engine by its record,
+    the folder of a stage by the ONNX file in it. What is not said is absent.
+    """
+    if path.is_dir():
+        path = path / ONNX_NAME
+        if not path.is_file():
+            return {}
+    if path.suffix != ".onnx":
+        noted: dict[str, Any] = build_record(path).get("input", {})
+        return noted
+    return input_facts(onnx_file.load(path, weights=False))
+
+
+def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
+    """Return ``settings`` with what they leave open taken from the files that will be fed.
+
+    Raises:
+        UsageError: they contradict a file, or the files contradict each other.
+    """
+    known = settings.model_dump(exclude_none=True)
+    known |= {key: settings.options[key] for key in FITTING if key in settings.options}
+    if settings.input_range is not None:
+        known |= {"mean": settings.mean or (0.0,), "std": settings.std or (1.0,)}
+    said_by: dict[str, str] = dict.fromkeys(known, "the data's settings")
+    found: dict[str, Any] = {}
+    readable = plugins.options("data", settings.name)
+    for path in paths:
+        for key, value in facts_of(path).items():
+            if key not in FACTS and (key not in FITTING or key not in readable):
+                continue
+            if key in known:
+                own = _in_unit_range(settings, key, known[key])
+                _check_same(key, own, value, said_by[key], path)
+            elif key != "layout":  # the shape of each file's own input tells
+                known[key], said_by[key], found[key] = value, str(path), value
+    if settings.input_range is not None:  # mean and std are the user's
+        found = {key: value for key, value in found.items() if key not in ("mean", "std")}
+    fitting = {key: found.pop(key) for key in FITTING if key in found}
+    changed = {key: tuple(v) if isinstance(v, list) else v for key, v in found.items()}
+    return settings.model_copy(update=changed | {"options": {**settings.options, **fitting}})
+
+
+def arrays(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> list[NDArray[Any]]:
+    """Return what a session with these inputs takes for ``images``.
+
+    Args:
+        specs: The session's inputs.
+        images: (B, C, H, W) as the dataset stores them: uint8, or floats that are used as they are.
+        dataset: Says how they are normalized, and what further inputs get.
+
+    Raises:
+        EngineError: an input is no picture and nothing says what it gets.
+    """
+    picture = picture_of(specs, dataset.inputs)
+    return [
+        _picture(spec, images, dataset)
+        if spec is picture
+        else _further(spec, dataset.inputs, len(images))
+        for spec in specs
+    ]
+
+
+def picture_of(specs: Sequence[TensorSpec], given: Mapping[str, Any] = {}) -> TensorSpec:
+    """Return the input that takes pictures: the first with four dimensions that is not given.
+
+    Raises:
+        EngineError: there is none.
+    """
+    others = [spec for spec in specs if spec.name not in given]
+    found = [spec for spec in others if spec.shape is None or len(spec.shape) == 4]
+    if not found:
+        shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in specs)
+        raise EngineError(
+            f"no input takes pictures: {shapes}",
+            expected="an input (B, C, H, W) or (B, H, W, C)",
+            fix="Calibrate and compare with arrays: compress.quantize_onnx(path, batches, out)",
+        )
+    return found[0]
+
+
+def shapes_answered(path: Path, dataset: Dataset) -> list[tuple[int, ...]]:
+    """Return the shape of each output of an ONNX file for one test image of ``dataset``.
+
+    Raises:
+        EngineError: it does not run on the images.
+    """
+    with open_session(path) as session:
+        images = dataset.splits["test"].take([0])
+        low = session.inputs[0].shape[0] if session.inputs[0].shape else 1
+        repeated = images.expand(low if isinstance(low, int) else 1, *images.shape[1:])
+        return [output.shape for output in Fed(session, dataset).run(repeated.numpy())]
+
+
+class Fed:
+    """A session that takes pictures alone, as a dataset stores them, (B, C, H, W)."""
+
+    def __init__(self, session: Session, dataset: Dataset) -> None:
+        self._session, self._dataset = session, dataset
+        picture = picture_of(session.inputs, dataset.inputs)
+        self.inputs = (picture, *(spec for spec in session.inputs if spec is not picture))
+        self.outputs = session.outputs
+
+    def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
+        """Return one array for each output."""
+        given = arrays(self._session.inputs, torch.from_numpy(images), self._dataset)
+        return self._session.run(*given)
+
+
+def _in_unit_range(settings: DataSettings, key: str, value: Any) -> Any:
+    """Return a mean or std of the settings as that of images in [0, 1], as files keep it."""
+    if key not in ("mean", "std") or settings.input_range is None:
+        return value
+    black, white = settings.input_range
+    shift = black if key == "mean" else 0.0
+    return tuple((each - shift) / (white - black) for each in value)
+
+
+def _check_same(key: str, own: Any, said: Any, by: str, path: Path) -> None:
+    if key == "image_size":
+        own = (own, own) if isinstance(own, int) else tuple(own)
+        said = tuple(said)
+    if _same(own, said):
+        return
+    option = key.replace("_", "-")
+    raise UsageError(
+        f"{key} is {_shown(own)} by {by}, and {_shown(said)} by the file",
+        where=str(path),
+        fix=f"Leave --{option} out to use the file's, or write the file again"
+        if key not in ("image_size", "layout", "channels")
+        else f"Leave --{option} out to use the file's",
+    )
+
+
+def _same(own: Any, said: Any) -> bool:
+    if isinstance(own, list | tuple) and isinstance(said, list | tuple):
+        length = max(len(own), len(said))
+        first, second = (
+            np.broadcast_to(np.asarray(each, np.float64), length)
+            if len(each) in (1, length)
+            else None
+            for each in (own, said)
+        )
+        return first is not None and second is not None and np.allclose(first, second, atol=1e-4)
+    if isinstance(own, float) or isinstance(said, float):
+        return bool(np.isclose(own, said, atol=1e-4))
+    return bool(own == said)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(f"{each:.4g}" for each in value)
+    return str(value)
+
+
+def _picture(spec: TensorSpec, images: Tensor, dataset: Dataset) -> NDArray[Any]:
+    """Return images as one input takes them.
+
+    A graph that takes uint8 normalizes by itself; its order of dimensions is that of its shape.
+    """
+    shape = spec.shape or (len(images), *images.shape[1:])
+    layout = dataset.layout or layout_of(shape) or "NCHW"
+    if spec.dtype == "uint8":
+        layout = layout_of(shape) or "NHWC"
+        values = images.flip(1) if dataset.color == "BGR" else images
+    else:
+        values = dataset.normalize(images)
+    if layout == "NHWC":
+        values = values.permute(0, 2, 3, 1)
+    return values.contiguous().numpy().astype(spec.dtype or "float32", copy=False)
+
+
+def _further(spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int) -> NDArray[Any]:
+    """Return what an input that is no picture gets: one value for all rows, or the same for each.
+
+    Raises:
+        EngineError: nothing says what, or it does not fit.
+    """
+    if spec.name not in given:
+        shown = ", ".join(map(str, spec.shape or ()))
+        raise EngineError(
+            f"the network also takes {spec.name!r} of shape ({shown}), and nothing says what",
+            fix=f"Give --input {spec.name}=0.5, or --input {spec.name}=FILE.npy",
+        )
+    value = given[spec.name].astype(spec.dtype or given[spec.name].dtype)
+    if spec.shape is None:
+        return value
+    shape = tuple(
+        size if isinstance(size, int) else batch if dim == 0 else 0
+        for dim, size in enumerate(spec.shape)
+    )
+    if value.ndim == len(shape):
+        shape = tuple(size or own for size, own in zip(shape, value.shape, strict=True))
+    try:
+        return np.ascontiguousarray(np.broadcast_to(value, shape)).reshape(shape)
+    except ValueError:
+        raise EngineError(
+            f"input {spec.name!r} is given an array of shape {value.shape}",
+            expected=f"shape {spec.shape}",
+        ) from None

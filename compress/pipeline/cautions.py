@@ -1,0 +1,171 @@
+"""What is likely to be a mistake of the recipe's, said before the work that it would spoil."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress import evaluate, tasks
+from compress.data import Dataset
+from compress.errors import ModelError
+from compress.feeding import Fed
+from compress.head import classifier_layers
+from compress.pipeline.job import Job
+from compress.settings import Recipe, Settings, TrainSettings
+from compress.train.batches import steps_in_epoch
+
+FEW_STEPS = 8  # of an epoch: fewer leave images out and hardly move the weights
+IMAGES = 128  # that the original is judged on before anything is done with it
+SHUFFLES = 19  # of the labels: one in twenty useless networks beats all of them
+NEAR_CHANCE = 0.1  # of the way from guessing to no error at all, where guessing is easy
+EASY_PCT = 5.0  # guessing that is right more often than this
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whether the original is worth being compared with: its weights, and what it can tell."""
+
+    random_pct: float = 0.0  # of the parameters, other values each time the network is built
+    random_head: bool = False  # the classifier's are among them
+    metric: str = ""
+    value: float | None = None  # of the metric; None where the data has no labels for the task
+    chance: float | None = None  # of the metric, with the labels of other images
+    at_chance: bool = False
+    images: int = 0
+    unit: str = "pct"
+
+    @property
+    def untrained(self) -> str | None:
+        """Why no accuracy of this network means anything; None where nothing says so."""
+        if self.random_pct > 50 or self.random_head:
+            return (
+                f"{self.random_pct:.3g} % of its parameters are random values, no weights were "
+                "loaded into them"
+            )
+        if not self.at_chance or self.value is None or self.chance is None:
+            return None
+        unit = " %" if self.unit == "pct" else f" {self.unit}".rstrip()
+        return (
+            f"its {self.metric} of {self.value:.3g}{unit} on {self.images} images cannot be told "
+            f"from guessing ({self.chance:.3g}{unit})"
+        )
+
+    def cautions(self) -> Iterator[str]:
+        """Yield what to say of the original."""
+        fix = "Give trained weights (model.weights, --weights), or begin with a stage train."
+        if self.untrained is not None:
+            yield f"the original network is untrained: {self.untrained}. {fix}"
+        elif self.random_pct:
+            yield (
+                f"{self.random_pct:.3g} % of the original's parameters are random values that no "
+                f"weights were loaded into. {fix}"
+            )
+
+
+def of_training(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    """Yield what is to be said about trainings of so few images."""
+    for number, stage in enumerate(recipe.stages):
+        for place, settings in _trainings(stage.settings, f"stages[{number}].{stage.verb}"):
+            steps = steps_in_epoch(dataset, settings)
+            if not settings.epochs or steps >= FEW_STEPS:
+                continue
+            images = min(len(dataset.splits["train"]), settings.epoch_images or 1 << 62)
+            fitting = max(1, images // (2 * FEW_STEPS))
+            yield (
+                f"{place}: {images} training images in batches of {settings.batch_size} are "
+                f"{steps} step{'s' * (steps != 1)} an epoch, which trains next to nothing. Set a "
+                f"smaller batch_size (--batch-size): {1 << fitting.bit_length() - 1}."
+            )
+
+
+def of_original(
+    job: Job, run: Any, rebuild: Callable[[], nn.Module] | None = None
+) -> dict[str, Any]:
+    """Return the fact "trust" about the original, as a stage records it.
+
+    Args:
+        job: The run.
+        run: The network, or a session of it.
+        rebuild: Builds it again; None where its weights are known to be trained or to come with it.
+    """
+    return {"trust": asdict(Trust(**_randomness(run, rebuild), **_judged(job, run)))}
+
+
+def trust_of(facts: Mapping[str, Any]) -> Trust:
+    """Return what ``of_original`` recorded."""
+    return Trust(**facts.get("trust", {}))
+
+
+def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what is to be said of the facts that a stage recorded."""
+    yield from trust_of(facts).cautions()
+
+
+def _trainings(settings: Settings, place: str) -> Iterator[tuple[str, TrainSettings]]:
+    """Yield every training below ``settings`` with its key path."""
+    if isinstance(settings, TrainSettings):
+        yield place, settings
+    for key in type(settings).model_fields:
+        value = getattr(settings, key)
+        if isinstance(value, Settings):
+            yield from _trainings(value, f"{place}.{key}")
+
+
+def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str, Any]:
+    """Return which share of the parameters differs from those of the network built once more."""
+    if rebuild is None:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + 1)
+        twin = dict(rebuild().named_parameters())
+    own = dict(model.named_parameters())
+    random = {name for name, value in own.items() if not torch.equal(value, twin[name])}
+    total = sum(value.numel() for value in own.values())
+    heads: set[str] = set()
+    with contextlib.suppress(ModelError):  # it has no layer that could be a classifier
+        heads = {f"{layer}.weight" for layer in classifier_layers(model)}
+    return {
+        "random_pct": 100 * sum(own[name].numel() for name in random) / max(1, total),
+        "random_head": bool(heads & random),
+    }
+
+
+def _judged(job: Job, run: Any) -> dict[str, Any]:
+    """Return the primary metric on a few images, against that with the labels of others."""
+    task, name = job.task, job.task.primary
+    if job.dataset.target != task.target or not task.kinds:
+        return {}
+    read = job.dataset.pictures if isinstance(run, Fed) else job.dataset.batches
+    pairs = list(read("calibration", 32, IMAGES))
+    predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
+    labels = [target for _, targets in pairs for target in targets]
+    kind = task.kinds[name]
+    sign = 1 if kind.higher_is_better else -1
+    value = tasks.values_of(task, scores)[name]
+    random = np.random.default_rng(job.recipe.seed)
+    chances = []
+    for _ in range(SHUFFLES):
+        order = random.permutation(len(labels))
+        shuffled = [task.score(each, labels[i]) for each, i in zip(predictions, order, strict=True)]
+        chances.append(tasks.values_of(task, shuffled)[name])
+    chance = float(np.mean(chances))
+    near = (
+        kind.unit == "pct"
+        and chance > EASY_PCT
+        and sign * (value - chance) < NEAR_CHANCE * (100 - chance)
+    )
+    at_chance = near or sign * value <= max(sign * each for each in chances)
+    return {
+        "metric": name,
+        "value": value,
+        "chance": chance,
+        "at_chance": bool(at_chance),
+        "images": len(labels),
+        "unit": kind.unit,
+    }

@@ -1,0 +1,99 @@
+"""The network that a recipe names: built, with its weights, and tried on one image of its data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from compress import evaluate, models
+from compress.data import Dataset
+from compress.errors import CompressError, ModelError
+from compress.feeding import Fed
+from compress.runtimes import open_session
+from compress.settings import Recipe, Settings, TrainSettings
+from compress.tasks import Task
+from compress.train.optimizers import check_layer
+
+ORT = "onnxruntime"  # opens any ONNX file
+LAYER_KEYS = ("freeze_until", "layer_lr", "exclude")  # settings that name layers of the network
+
+
+def load_original(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    """Return the network that ``recipe`` names, with its weights."""
+    settings = recipe.model
+    return models.load_for(
+        len(dataset.classes),
+        settings.name,
+        settings.weights,
+        settings.num_classes,
+        options=settings.options,
+        new_head=settings.replace_head,
+    )
+
+
+def build_original(recipe: Recipe, dataset: Dataset, task: Task) -> nn.Module:
+    """Return the network that ``recipe`` names, tried on one image.
+
+    Raises:
+        ModelError: it does not take the images, or does not answer as the task needs.
+    """
+    model = load_original(recipe, dataset)
+    if task.tells_classes:
+        models.check_classes(model, dataset.example, len(dataset.classes))
+    else:
+        models.check_forward(model, dataset.example)
+        evaluate.check_outputs(model, dataset.example, task)
+    return model
+
+
+def problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
+    """Yield what is wrong with the network of ``recipe``, tried on one image of its data."""
+    try:
+        if models.is_onnx(recipe.model.name):
+            _try_onnx(recipe, dataset, task)
+            return
+        model = build_original(recipe, dataset, task)
+    except CompressError as error:
+        yield f"model: {error}"
+        return
+    for number, stage in enumerate(recipe.stages):
+        for key, name in _layers_named(stage.settings):
+            try:
+                check_layer(model, name, f"stages[{number}].{stage.verb}.{key}")
+            except CompressError as error:
+                yield str(error)
+
+
+def _layers_named(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Yield the settings of a stage that name layers of the network, with each name."""
+    for key in type(settings).model_fields:
+        value = getattr(settings, key)
+        if isinstance(value, TrainSettings):
+            yield from ((f"{key}.{inner}", name) for inner, name in _layers_named(value))
+        elif key in LAYER_KEYS and not hasattr(settings, "observer"):  # whose names are ONNX nodes
+            yield from (
+                (key, each) for each in ([value] if isinstance(value, str) else value or ())
+            )
+
+
+def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
+    """Run an ONNX file on one image, as the stages after it would.
+
+    Raises:
+        EngineError: it does not take the images, or does not answer as the task needs.
+        ModelError: it tells another number of classes apart.
+    """
+    with open_session(Path(recipe.model.name), ORT) as session:
+        fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
+        if not task.tells_classes:
+            evaluate.predictions_of(fed, task, dataset, one)
+            return
+        found = evaluate.predict(fed, one).logits.shape[1]
+    if found != len(dataset.classes):
+        raise ModelError(
+            f"tells {found} classes apart, the data has {len(dataset.classes)}",
+            where=recipe.model.name,
+            expected="a network that was trained for the classes of the data",
+        )

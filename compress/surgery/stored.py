@@ -1,0 +1,83 @@
+"""A pruning plan as it lies on disk: the JSON's schema, checked before anything is made of it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LARGEST_SIZE = 2**22  # positions of one dimension: the inputs of a linear layer after a flatten
+MOST_POSITIONS = 2**27  # of all dimensions together, 1 GiB of indices
+
+Size = Annotated[int, Field(ge=0, le=LARGEST_SIZE)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Dim = Annotated[int, Field(ge=0, le=16)]
+Index = Annotated[int, Field(ge=0, le=64)]
+Side = dict[Index, dict[Dim, tuple[Size, str]]]  # argument -> dimension -> size and kept positions
+
+
+class Part(BaseModel):
+    """A part of the file: an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class StoredCounts(Part):
+    """A number before and after the cut."""
+
+    before: Count
+    after: Count
+
+
+class StoredGroup(Part):
+    """Units of a group that are kept, as text."""
+
+    size: Size
+    kept: str
+
+
+class StoredTensor(Part):
+    """Positions of a tensor that are kept, by dimension, as text."""
+
+    shape: Annotated[tuple[Size, ...], Field(max_length=16)]
+    kept: dict[Dim, str]
+
+    @model_validator(mode="after")
+    def _dimensions_exist(self) -> StoredTensor:
+        if self.kept and max(self.kept) >= len(self.shape):
+            raise ValueError(f"dimension {max(self.kept)} of a tensor of {len(self.shape)}")
+        return self
+
+
+class StoredKeptOnly(Part):
+    """An op that looks across cut channels."""
+
+    op: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
+    occurrence: Count
+    mask_only: bool
+    inputs: Side
+    outputs: Side
+
+
+class StoredPlan(Part):
+    """The content of a plan's file."""
+
+    version: Literal[1] = Field(alias="schema")
+    about: dict[str, Any]
+    macs: StoredCounts
+    params: StoredCounts
+    groups: dict[str, StoredGroup]
+    tensors: dict[str, StoredTensor]
+    attributes: dict[str, dict[str, Count]]
+    kept_only: tuple[StoredKeptOnly, ...]
+    frozen: dict[str, str]
+
+    @model_validator(mode="after")
+    def _sizes_are_bounded(self) -> StoredPlan:
+        total = sum(group.size for group in self.groups.values())
+        total += sum(t.shape[d] for t in self.tensors.values() for d in t.kept)
+        sides = [side for item in self.kept_only for side in (item.inputs, item.outputs)]
+        total += sum(row[0] for side in sides for dims in side.values() for row in dims.values())
+        if total > MOST_POSITIONS:
+            raise ValueError(f"{total} positions, more than {MOST_POSITIONS}")
+        return self

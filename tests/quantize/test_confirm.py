@@ -1,0 +1,114 @@
+"""No graph is handed over that its target's own runtime computes wrongly."""
+
+import importlib
+
+import numpy as np
+import onnx
+import pytest
+from int8_graphs import Sketch, images, run
+from test_openvino_reshapes import head, openvino_answer
+from test_openvino_reshapes import images as head_images
+
+import compress
+from compress.errors import QuantizationError
+from compress.qdq import prepare
+from compress.qdq.graph import Graph
+from compress.quantize import confirm
+from compress.quantize.confirm import last_layers
+from compress.quantize.fidelity import sqnr_db
+
+
+def two_layers():
+    s = Sketch((3, 8, 8))
+    s.head(s.relu(s.conv("input", "stem", 3, 8, 3)), 8)
+    return s.model()
+
+
+def quantized(model, tmp_path, target="onnxruntime", method="plain"):
+    onnx.save(model, tmp_path / "float.onnx")
+    out = tmp_path / "int8.onnx"
+    batches = [images(model, 16)]
+    return compress.quantize_onnx(
+        tmp_path / "float.onnx", batches, out, target=target, method=method
+    )
+
+
+def test_what_openvino_computes_wrongly_is_left_in_float_and_said(tmp_path, monkeypatch):
+    """The rewriting that avoids the defect is taken out: the runtime itself finds it."""
+    import onnxruntime
+
+    monkeypatch.setattr(importlib.import_module("compress.qdq.prepare"), "keep_batch", id)
+    path = head(tmp_path / "head.onnx")
+    plan = compress.quantize_onnx(
+        path, head_images(), tmp_path / "int8.onnx", target="openvino", method="plain"
+    )
+    feed = head_images()[0]
+    reference = onnxruntime.InferenceSession(str(path)).run(None, feed)
+    assert sqnr_db(reference, openvino_answer(tmp_path / "int8.onnx", feed)) > 25
+    (said,) = [note for note in plan.notes if "openvino computes y has" in note]
+    assert said.startswith(("the last layers are left in float", "weights have 7 bits"))
+
+
+def lying(monkeypatch, answer):
+    monkeypatch.setattr(confirm.Confirmation, "_in_runtime", answer)
+
+
+def test_a_runtime_that_cannot_be_made_to_agree_is_refused(tmp_path, monkeypatch):
+    def wrong(self, written, feeds, names):
+        return [
+            [np.random.default_rng(0).normal(size=(1, 10)).astype(np.float32) for _ in names]
+            for _ in feeds
+        ]
+
+    lying(monkeypatch, wrong)
+    with pytest.raises(QuantizationError, match=r"computes the int8 graph wrongly: logits has -"):
+        quantized(two_layers(), tmp_path)
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_a_runtime_that_agrees_is_asked_once(tmp_path):
+    asked = []
+    original = confirm.Confirmation.losses
+
+    def recorded(self, written):
+        asked.append(original(self, written))
+        return asked[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(confirm.Confirmation, "losses", recorded)
+        plan = quantized(two_layers(), tmp_path)
+    assert asked == [[]]
+    assert not plan.float_nodes
+
+
+@pytest.mark.parametrize("method", ["plain", "bias-correction"])
+def test_openvino_is_right_on_any_processor(method, tmp_path):
+    """Without VNNI its kernels overflow on weights of 8 bits: 24 dB where arithmetic says 44."""
+    model = two_layers()
+    plan = quantized(model, tmp_path, "openvino", method=method)
+    feed = images(model, 4)
+    (found,) = openvino_answer(tmp_path / "int8.onnx", feed)
+    assert sqnr_db(run(model, feed), [found]) > 35
+    written = onnx.load(tmp_path / "int8.onnx")
+    assert sqnr_db([found], run(written, feed, plain=True)) > 40
+    assert compress.lint_onnx(tmp_path / "int8.onnx", target="openvino") == []
+    codes = [onnx.numpy_helper.to_array(t) for t in written.graph.initializer]
+    largest = max(np.abs(c.astype(int)).max() for c in codes if c.dtype == np.int8 and c.ndim > 1)
+    said = any(note.startswith("weights have 7 bits") for note in plan.notes)
+    assert largest == (64 if said else 127)
+
+
+def test_a_target_without_its_hardware_is_said_not_to_be_judged(tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.runtimes.unavailable", lambda runtime: f"no {runtime} here")
+    plan = quantized(two_layers(), tmp_path, "tensorrt")
+    assert "not judged in tensorrt itself: no tensorrt here" in plan.notes
+
+
+def test_last_layers_are_those_that_no_other_layer_follows():
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "stem", 3, 8, 3))
+    ends = [s.op("Sigmoid", [s.conv(x, f"end{i}", 8, 4, 1)], f"y{i}") for i in (0, 1)]
+    s.conv(s.relu(s.conv(x, "middle", 8, 8, 3)), "end2", 8, 4, 1)
+    model = prepare(s.model([*ends, "end2"]))
+    names = {n.output[0]: n.name for n in model.graph.node}
+    assert set(last_layers(Graph(model))) == {names[t] for t in ("end0", "end1", "end2")}

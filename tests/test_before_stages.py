@@ -1,0 +1,193 @@
+"""What is found before the first stage, and folders of runs: free, numbered, moved."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from compress import cli, pipeline
+from compress.errors import RecipeError
+from compress.export import export_onnx
+from compress.models import load_model
+from compress.recipe import from_anywhere, validate
+from compress.run_folder import RunFolder, default_folder
+
+OWN = """
+from torch import nn
+
+
+def net(num_classes=10, channels=1):
+    return nn.Sequential(
+        nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(8, num_classes),
+    )
+"""
+CUT = {"prune": {"criterion": "l1", "keep_macs": 0.6}}
+QUICK = {"rounds": 3, "round_ms": 2, "test_images": 16}
+
+
+def content(model, *stages, **changes):
+    return {
+        "model": {"name": model},
+        "data": {"name": "digits", "calibration": 16},
+        "stages": list(stages),
+        "targets": [{"runtime": "onnxruntime", "precision": "fp32"}],
+        "measure": QUICK,
+    } | changes
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(OWN)
+    return tmp_path
+
+
+@pytest.fixture
+def compress(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def exported(channels=1, classes=10):
+    torch.manual_seed(0)
+    model = load_model("net.py:net", num_classes=classes, options={"channels": channels})
+    return export_onnx(model, torch.zeros(1, channels, 8, 8), Path(f"{channels}-{classes}.onnx"))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({"name": "net.py:net", "options": {"channels": 3}}, "its forward pass fails on an input"),
+        ({"name": "net.py:net", "num_classes": 7}, "the data has 10 classes"),
+        ({"name": "3-10.onnx"}, "3-10.onnx"),
+        ({"name": "1-7.onnx"}, "tells 7 classes apart, the data has 10"),
+    ],
+)
+def test_check_and_run_find_a_network_that_does_not_fit(here, compress, model, said):
+    exported(3, 10), exported(1, 7)
+    stage = {"quantize": {}}
+    Path("r.yaml").write_text(yaml.safe_dump(content("", stage) | {"model": model}))
+    for command in (["check", "r.yaml"], ["run", "r.yaml", "--out", "r"]):
+        code, out, err = compress(*command)
+        assert (code, out) == (2, ""), err
+        assert ": model: " in err and said in err
+    assert not Path("r").exists()
+
+
+def test_check_builds_networks_that_fit(here, compress):
+    exported()
+    for model in ("net.py:net", "1-10.onnx"):
+        Path("r.yaml").write_text(yaml.safe_dump(content(model, {"quantize": {}})))
+        assert compress("check", "r.yaml") == (0, "r.yaml: can be run\n", "")
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ([{"quantize": {"method": "nosuch"}}], "stages[0].quantize.method: no such method"),
+        ([{"prune": {"keep_macs": 0.5, "exclude": ["fc"]}}], "stages[0].prune.exclude: no such la"),
+        ([{"train": {"freeze_until": "fc"}}], "stages[0].train.freeze_until: no such layer 'fc'"),
+        ([{"train": {"layer_lr": {"fc": 1}}}], "stages[0].train.layer_lr: no such layer 'fc'"),
+        (
+            [{"quantize": {"qat": {"freeze_until": "fc"}}}],
+            "stages[0].quantize.qat.freeze_until: no such layer 'fc'",
+        ),
+        ([{"distill": {"teacher": "no.py:x"}}], "stages[0].distill.teacher: no.py: no such file"),
+        (
+            [{"distill": {"teacher": "net.py:net", "teacher_weights": "no.pt"}}],
+            "stages[0].distill.teacher_weights: no such file 'no.pt'",
+        ),
+    ],
+)
+def test_names_are_known_before_the_first_stage(here, stages, said):
+    chosen = validate(content("net.py:net", *stages), where="r")
+    with pytest.raises(RecipeError) as error:
+        pipeline.run(chosen, "out")
+    assert said in str(error.value)
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("command", [["prune", "--keep-macs", "0.5"], ["distill", "--teacher"]])
+def test_an_onnx_file_is_not_trained_and_the_message_names_it(here, compress, command):
+    exported()
+    verb, *options = command
+    given = [*options, "net.py:net"] if verb == "distill" else options
+    code, _, err = compress(verb, "1-10.onnx", "--data", "digits", *given)
+    assert code == 2
+    assert "model.name is the ONNX file 1-10.onnx" in err
+    assert "00-" not in err
+    assert not Path("runs").exists()
+
+
+def test_a_corrected_command_goes_on_in_the_same_folder(here, compress):
+    exported()
+    command = ["quantize", "1-10.onnx", "--data", "digits", "--samples", "16", "--out", "q"]
+    quick = [f"measure.{key}={value}" for key, value in QUICK.items()]
+    command += [part for each in quick for part in ("--set", each)]
+    code, _, err = compress(*command, "--method", "plian")
+    assert (code, "Did you mean 'plain'?" in err) == (2, True)
+    code, _, err = compress(*command, "--method", "plain")
+    assert code == 0, err
+
+
+def test_the_default_folder_gets_a_number_when_it_is_taken(here):
+    chosen = {n: validate({**content("net.py:net", CUT), "name": "p", "seed": n}, where="r")
+              for n in (1, 2, 3)}  # fmt: skip
+    assert default_folder(chosen[1]) == Path("runs/p")
+    Path("runs/p-2").mkdir(parents=True)
+    Path("runs/p-2/notes.txt").write_text("mine")
+    for number, name in ((1, "p"), (2, "p-3"), (3, "p-4")):
+        folder = default_folder(chosen[number])
+        assert folder == Path("runs") / name
+        opened = RunFolder.open(folder, from_anywhere(chosen[number]))
+        opened.finish(opened.stage(0, "original"), {}, [])
+    assert default_folder(chosen[2]) == Path("runs/p-3"), "an interrupted run goes on"
+
+
+def test_a_run_works_from_any_directory_and_where_it_was_moved(here, monkeypatch):
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 255, (60, 8, 8, 1)).astype(np.uint8)
+    labels = random.integers(0, 10, 60)
+    np.savez("d.npz", x_train=pixels, y_train=labels, x_test=pixels[:20], y_test=labels[:20])
+    given = content("net.py:net", CUT, data={"name": "npz", "root": "d.npz", "calibration": 8})
+    pipeline.run(validate(given, where="r"), "run")
+    image = torch.zeros(1, 1, 8, 8)
+    expected = load_model("run")(image)
+    (here / "else").mkdir()
+    monkeypatch.chdir(here / "else")
+    torch.testing.assert_close(load_model(here / "run")(image), expected)
+    stored = json.loads((here / "run" / "run.json").read_text())["recipe"]
+    assert stored["data"]["root"] == str(here / "d.npz")
+    assert stored["model"]["name"] == f"{here / 'net.py'}:net"
+    shutil.move(here / "run", here / "else" / "moved")
+    torch.testing.assert_close(load_model("moved")(image), expected)
+    done = subprocess.run(
+        [sys.executable, "-m", "compress", "run", "moved/recipe.yaml", "--out", "moved"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_network_and_its_file_move_together(here, monkeypatch):
+    from compress import save_model
+
+    (here / "a" / "src").mkdir(parents=True)
+    shutil.move("net.py", "a/src/net.py")
+    save_model(load_model("a/src/net.py:net"), "a/runs/x", reference="a/src/net.py:net")
+    shutil.move("a", "b")
+    monkeypatch.chdir("/")
+    assert isinstance(load_model(here / "b" / "runs" / "x"), torch.nn.Module)

@@ -1,0 +1,185 @@
+"""What a run says of a training that trains nothing and of an original that knows nothing."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from compress import cli, pipeline
+from compress.data import load_data
+from compress.models import load_model
+from compress.pipeline import cautions
+from compress.pipeline.assembly import gates
+from compress.recipe import validate
+from compress.report.schema import Result, Variant
+from compress.settings import DataSettings, Gates
+
+NETWORK = {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}}
+QUICK = {"rounds": 3, "round_ms": 2, "test_images": 64}
+TARGETS = [{"runtime": "onnxruntime", "precision": "fp32"}]
+
+
+def recipe(*stages, **changes):
+    content = {
+        "name": "doubtful",
+        "model": NETWORK,
+        "data": {"name": "digits", "calibration": 128},
+        "stages": list(stages),
+        "targets": TARGETS,
+        "measure": QUICK,
+    }
+    return validate(content | changes, where="test")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a network that tells digits apart, and its run's report."""
+    folder = tmp_path_factory.mktemp("trained")
+    stage = {"train": {"epochs": 4, "batch_size": 32, "lr": 0.1, "precision": "fp32"}}
+    return folder, pipeline.run(recipe(stage), folder)
+
+
+def test_a_network_without_weights_is_never_called_as_good_as_before(tmp_path):
+    report = pipeline.run(recipe({"prune": {"criterion": "l1", "keep_macs": 0.5}}), tmp_path)
+    assert "no significant difference in top-1" not in report.verdict
+    assert "its accuracy says nothing, because the original is untrained" in report.verdict
+    assert report.untrained.startswith("9") and "random values" in report.untrained
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / name).read_text()
+        assert "the original network is untrained" in text.replace("\\", "")
+    stored = json.loads((tmp_path / "report.json").read_text())
+    rows = [row for variant in stored["variants"] for row in variant["results"]]
+    assert {row.get("top1_verdict") for row in rows} == {None, "the original is untrained"}
+
+
+def test_a_trained_network_is_not_doubted(trained):
+    folder, report = trained
+    assert report.untrained is None
+    assert report.cautions == ()
+    again = recipe({"prune": {"criterion": "l1", "keep_macs": 0.9}}, model={"name": str(folder)})
+    assert pipeline.run(again, folder.parent / "again").untrained is None
+
+
+def test_an_onnx_file_of_an_untrained_network_is_recognised_by_its_predictions(tmp_path):
+    from compress.export import export_onnx
+
+    torch.manual_seed(0)
+    model = load_model(NETWORK["name"], options=NETWORK["options"])
+    path = export_onnx(model, torch.zeros(1, 1, 8, 8), tmp_path / "any.onnx")
+    chosen = recipe({"quantize": {"samples": 16, "method": "plain"}}, model={"name": str(path)})
+    report = pipeline.run(chosen, tmp_path / "run")
+    assert "cannot be told from guessing" in report.untrained
+    assert "its accuracy says nothing" in report.verdict
+
+
+def test_a_new_head_that_nobody_trained_is_found(trained, tmp_path):
+    folder, _ = trained
+    weights = folder / "00-train" / "model.safetensors"
+    model = NETWORK | {"weights": str(weights), "replace_head": True}
+    chosen = recipe({"prune": {"criterion": "l1", "keep_macs": 0.9}}, model=model)
+    report = pipeline.run(chosen, tmp_path)
+    assert "of its parameters are random values" in report.untrained
+
+
+def test_gates_on_accuracy_fail_where_the_original_knows_nothing():
+    result = Result(
+        runtime="a", precision="fp32", device="cpu", batch=1, speedup=2.0, top1_change_pct=0.0
+    )
+    rows = [Variant(name=name, stage="s", size_mib=1.0, results=(result,)) for name in "ab"]
+    limits = Gates(top1_drop_pct=1.0, speedup=1.5, metric_drop=1.0)
+    found = {gate.name: gate for gate in gates(limits, rows, "its weights are random")}
+    assert {name: gate.passed for name, gate in found.items()} == {
+        "metric_drop": False,
+        "top1_drop_pct": False,
+        "speedup": True,
+    }
+    assert found["top1_drop_pct"].reason == "the original is untrained: its weights are random"
+
+
+@pytest.mark.parametrize(
+    ("value", "chance", "at_chance"), [(52.0, 50.0, True), (71.0, 50.0, False)]
+)
+def test_the_sentence_names_the_figures(value, chance, at_chance):
+    trust = cautions.Trust(
+        metric="top1", value=value, chance=chance, at_chance=at_chance, images=48
+    )
+    sentence = "its top1 of 52 % on 48 images cannot be told from guessing (50 %)"
+    assert trust.untrained == (sentence if at_chance else None)
+
+
+def test_an_untrained_segmentation_network_is_found(tmp_path):
+    """Its metric is judged as well: masks of other images do as well as the right ones."""
+    random = np.random.default_rng(0)
+    for part, count in (("train", 24), ("test", 4)):
+        for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
+            (tmp_path / part / kind).mkdir(parents=True)
+            for n in range(count):
+                pixels = random.integers(0, 3, shape).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / part / kind / f"{n}.png")
+    chosen = recipe(
+        {"prune": {"criterion": "l1", "keep_macs": 0.9, "refit": False}},
+        model={"name": "compress.networks:unet", "options": {"width": 4}},
+        data={"name": "masks", "root": str(tmp_path), "image_size": 16, "calibration": 8}
+        | {"options": {"classes": ["a", "b", "c"]}},
+        task="segmentation",
+    )
+    report = pipeline.run(chosen, tmp_path / "run")
+    assert "random values" in report.untrained
+    trust = json.loads((tmp_path / "run/00-original/metrics.json").read_text())["facts"]["trust"]
+    assert (trust["metric"], trust["at_chance"]) == ("miou", True)
+
+
+def test_few_steps_an_epoch_are_told_with_a_batch_size_that_has_more():
+    dataset = load_data(DataSettings(name="digits"))
+    images = len(dataset.splits["train"])
+    doubtful = recipe(
+        {"train": {"epochs": 2, "batch_size": 1024}},
+        {"prune": {"keep_macs": 0.5, "round_training": {"batch_size": 1024}}},
+    )
+    lines = list(cautions.of_training(doubtful, dataset))
+    assert [line.split(":")[0] for line in lines] == [
+        "stages[0].train",
+        "stages[1].prune.round_training",
+    ]
+    assert f"{images} training images in batches of 1024 are 1 step an epoch" in lines[0]
+    proposed = int(lines[0].rpartition(" ")[2].rstrip("."))
+    better = recipe({"train": {"epochs": 2, "batch_size": proposed}})
+    assert list(cautions.of_training(better, dataset)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place"),
+    [
+        (["train", "a.b:c"], ["stages", 0, "train"]),
+        (["prune", "a.b:c", "--epochs", "1"], ["stages", 1, "finetune"]),
+        (["distill", "a.b:c", "--teacher", "d.e:f"], ["stages", 0, "distill"]),
+        (["quantize", "a.b:c", "--qat-epochs", "1"], ["stages", 0, "quantize", "qat"]),
+    ],
+)
+def test_batch_size_reaches_training(monkeypatch, arguments, place):
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda recipe, *_, **__: seen.append(recipe))
+    options = ["--data", "digits", "--batch-size", "16"]
+    monkeypatch.setattr("sys.argv", ["compress", *arguments, *options])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    part = seen[0].model_dump()
+    for key in place:
+        part = part[key]
+    assert part["batch_size"] == 16
+    assert seen[0].data.batch_size == 16
+
+
+def test_the_command_line_warns_before_the_first_stage(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "few.yaml"
+    content = recipe({"train": {"epochs": 1, "batch_size": 1500}})
+    path.write_text(yaml.safe_dump(content.model_dump(mode="json", exclude_unset=True)))
+    monkeypatch.setattr("sys.argv", ["compress", "run", str(path), "--out", str(tmp_path / "r")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    error = capsys.readouterr().err
+    assert error.splitlines()[1].startswith("compress: warning: stages[0].train: ")

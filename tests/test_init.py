@@ -1,0 +1,165 @@
+"""compress init: what it finds, what it proposes, and that its recipe can be run."""
+
+import io
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from compress import cli
+from compress.models import load_model
+from compress.recipe import load_recipe
+
+FILE = '''
+from torch import nn
+
+
+class Part(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3)
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+class Small(nn.Module):
+    """For 20 x 20 pixels and nothing else."""
+
+    def __init__(self, num_classes=10, width=4):
+        super().__init__()
+        self.part = Part(width)
+        self.fc = nn.Linear(width * 9 * 9, num_classes)
+
+    def forward(self, x):
+        return self.fc(nn.functional.max_pool2d(self.part(x), 2).flatten(1))
+
+
+def wide(num_classes=2):
+    return Small(num_classes, width=6)
+
+
+def helper(x, y):
+    return x + y
+'''
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with two networks in a file, and photos of two classes in a folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(FILE.replace("20 x 20", "20 x 20"))
+    for shade, name in ((10, "dark"), (240, "light")):
+        folder = tmp_path / "data" / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(20):
+            Image.new("RGB", (24, 20), (shade, number, 0)).save(folder / f"{number}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def compress(monkeypatch, capsys):
+    def call(*arguments, answers=None):
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        terminal = io.StringIO(answers or "")
+        terminal.isatty = lambda: answers is not None
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def test_the_checkpoint_says_which_network_and_the_network_which_size(here, compress):
+    torch.save(load_model("net.py:wide").state_dict(), "trained.pt")
+    code, out, err = compress("init", "--image-size", "20")
+    assert code == 0, err
+    assert "network net.py:wide with trained.pt" in out
+    recipe = load_recipe("compress.yaml")
+    assert recipe.data.root == "data/photos"
+    assert [stage.verb for stage in recipe.stages] == ["prune", "distill", "quantize"]
+    assert compress("check", "compress.yaml")[0] == 0
+    text = Path("compress.yaml").read_text()
+    assert "# the original teaches what is left of it" in text
+    steps = 26 // recipe.stages[1].distill.batch_size
+    assert steps >= 3
+
+
+def test_without_weights_the_network_is_trained_first(here, compress):
+    assert compress("init", "--image-size", "20", "--keep-macs", "0.7")[0] == 0
+    recipe = load_recipe("compress.yaml")
+    assert [stage.verb for stage in recipe.stages][:2] == ["train", "prune"]
+    assert recipe.stages[1].prune.keep_macs == 0.7
+    code, _, err = compress("init")
+    assert (code, "compress.yaml is there already" in err) == (2, True)
+
+
+def test_a_network_that_takes_one_size_is_given_it(here, compress):
+    Path("net.py").write_text(FILE.replace("width * 9 * 9", "width * 15 * 15"))
+    assert compress("init")[0] == 0
+    assert load_recipe("compress.yaml").data.image_size == 32
+
+
+def test_an_onnx_file_is_quantized_in_its_own_size(here, compress):
+    from compress.export import export_onnx
+
+    model = load_model("net.py:Small", num_classes=2)
+    export_onnx(model, torch.zeros(1, 3, 20, 20), "net.onnx")
+    Path("net.py").unlink()
+    code, out, err = compress("init", "--target", "openvino")
+    assert code == 0, err
+    recipe = load_recipe("compress.yaml")
+    assert (recipe.model.name, recipe.data.image_size) == ("net.onnx", 20)
+    assert [stage.verb for stage in recipe.stages] == ["quantize"]
+    assert [target.runtime for target in recipe.targets] == ["openvino"]
+    assert "task classification, targets openvino" in out
+
+
+def test_it_asks_on_a_terminal_and_proposes_what_it_found(here, compress):
+    answers = "\nnet.py:Small\n0.25\n"
+    code, out, err = compress("init", "--image-size", "20", answers=answers)
+    assert code == 0, err
+    assert "data [imagefolder:data/photos]" in err
+    assert "network [net.py:" in err
+    recipe = load_recipe("compress.yaml")
+    assert recipe.model.name == "net.py:Small"
+    assert recipe.stages[1].prune.keep_macs == 0.25
+    assert "can be run" in out
+
+
+def test_what_cannot_be_found_is_asked_for(tmp_path, monkeypatch, compress):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = compress("init")
+    assert (code, err) == (2, "compress: no data was found here. Name it: --data.\n")
+    np.savez("d.npz", x_train=np.zeros((40, 8, 8), np.uint8), y_train=np.arange(40) % 2,
+             x_test=np.zeros((4, 8, 8), np.uint8), y_test=np.arange(4) % 2)  # fmt: skip
+    code, _, err = compress("init")
+    assert (code, err) == (2, "compress: no network was found here. Name it: --model.\n")
+    assert compress("init", "--model", "compress.networks:resnet8", "--data", "npz:d.npz")[0] == 2
+    assert not Path("compress.yaml").exists()
+
+
+def test_masks_are_segmented_and_not_distilled(tmp_path, monkeypatch, compress):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    for part, count in (("train", 20), ("val", 4)):
+        for kind, shape in (("images", (16, 16, 3)), ("masks", (16, 16))):
+            (tmp_path / "street" / part / kind).mkdir(parents=True)
+            for n in range(count):
+                pixels = random.integers(0, 3, shape).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "street" / part / kind / f"{n}.png")
+    code, out, err = compress(
+        "init", "--model", "compress.networks:unet", "--image-size", "16", "--out", "s.yaml"
+    )
+    assert code == 0, err
+    assert "task segmentation" in out
+    recipe = yaml.safe_load(Path("s.yaml").read_text())
+    assert [next(iter(stage)) for stage in recipe["stages"]] == [
+        "train", "prune", "finetune", "quantize",
+    ]  # fmt: skip

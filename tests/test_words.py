@@ -1,0 +1,205 @@
+"""Messages name what is wrong and what would be right; every --help has an example."""
+
+import shlex
+import sys
+
+import pytest
+import typer
+
+from compress import cli
+from compress.errors import CompressError, RecipeError
+from compress.recipe import validate
+
+COMMANDS = typer.main.get_command(cli.app).commands
+
+
+@pytest.fixture
+def compress(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bench", "x.onnx", "--batch", "x"], "--batch 'x'. Expected batch sizes: 1,8."),
+        (["bench", "x.onnx", "--batch", "0"], "--batch '0'. Expected batch sizes: 1,8."),
+        (["bench", "x.onnx", "--batch", "0.5"], "--batch '0.5'. Expected batch sizes: 1,8."),
+        (
+            ["build", "x.onnx", "--runtime", "openvino", "--out", "o", "--batch", "1"],
+            "Expected 3 whole numbers, the smallest, usual and largest batch: 1,1,8.",
+        ),
+        (
+            ["export", "compress.networks:resnet8", "--out", "o", "--input-size", "224"],
+            "Expected 3 whole numbers, channels, height and width: 3,224,224.",
+        ),
+        (
+            ["prune", "a.b:c", "--data", "digits", "--std", "0,0,0"],
+            "data.std[0]: 0.0: Input should be greater than 0.",
+        ),
+        (["prune", "a.b:c", "--data", "digits", "--mean", "nan"], "finite number"),
+        (["prune", "a.b:c", "--data", "digits", "--mean", "x"], "a number for each channel"),
+    ],
+)
+def test_what_is_expected_is_what_the_option_takes(compress, arguments, said):
+    code, _, err = compress(*arguments)
+    assert code == 2
+    assert said in err
+    assert "report this network" not in err
+
+
+def problems(**changes):
+    content = {"model": {"name": "a.b:c"}, "data": {"name": "digits"}}
+    with pytest.raises(RecipeError) as error:
+        validate(content | changes, where="r")
+    return str(error.value).splitlines()
+
+
+SIZE = "Expected: Side of the network's input, or height and width, pixels."
+
+
+@pytest.mark.parametrize(
+    ("changes", "lines"),
+    [
+        (
+            {"data": {"name": "digits", "image_size": "big"}},
+            [f"r: data.image_size: 'big' is not of a form that is known here. {SIZE}"],
+        ),
+        (
+            {"data": {"name": "digits", "image_size": 3}},
+            ["r: data.image_size: 3: Input should be greater than or equal to 4."],
+        ),
+        (
+            {"data": {"name": "digits", "image_size": [3, 32]}},
+            ["r: data.image_size[0]: 3: Input should be greater than or equal to 4."],
+        ),
+        ({"data": {"name": "digits", "mean": 0}}, ["r: data.mean: 0: Input should be a list."]),
+        (
+            {"stages": [{"prune": {"keep_channels": {"conv1": 2}}}]},
+            ["r: stages[0].prune.keep_channels.conv1: 2: Input should be less than or equal to 1."],
+        ),
+        (
+            {"stages": [{"prune": {"keep_macs": 0.5, "criterion": 3}}]},
+            [
+                "r: stages[0].prune.criterion: 3 is not of a form that is known here. Expected: "
+                "What a channel is worth."
+            ],
+        ),
+        (
+            {"stages": [{"distill": {"losses": [{"kd": 3}]}}]},
+            ["r: stages[0].distill.losses[0].kd: 3: Input should be a mapping."],
+        ),
+    ],
+)
+def test_a_wrong_value_is_one_line_without_names_of_types(changes, lines):
+    assert problems(**changes) == lines
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_help_ends_with_an_example_that_parses(name):
+    command = COMMANDS[name]
+    _, _, line = (command.epilog or "").partition("\b\n  compress ")
+    assert line, f"compress {name} --help has no example"
+    asked, *arguments = shlex.split(line)
+    assert asked == name
+    with command.make_context(name, arguments) as context:
+        assert not context.args
+
+
+@pytest.mark.parametrize("name", ["train", "prune", "sparsify", "distill", "quantize"])
+def test_defaults_in_the_help_are_those_of_the_recipe(monkeypatch, name):
+    """What --help says holds where an option is absent is what the recipe then says."""
+    from compress import pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda recipe, *_, **__: seen.append(recipe))
+    given = {"distill": ["--teacher", "d.e:f"], "sparsify": ["--keep-weights", "0.5"]}
+    train = [] if name in {"train", "distill", "quantize"} else ["--epochs", "1"]
+    monkeypatch.setattr(
+        sys, "argv", ["compress", name, "a.b:c", "--data", "digits", *given.get(name, []), *train]
+    )
+    with pytest.raises(SystemExit):
+        cli.main()
+    recipe = seen[0].model_dump()
+    parts = [recipe["data"], *(p for s in recipe["stages"] for p in s.values() if p)]
+    checked = []
+    for option in COMMANDS[name].params:
+        said = (option.help or "").removesuffix(" if absent").rpartition("; ")[2]
+        key = {"loss": "losses"}.get(option.name, option.name)
+        for part in parts if option.name != "epochs" else ():
+            if (
+                option.help
+                and option.help.endswith(" if absent")
+                and part.get(key) not in (None, ())
+            ):
+                value = part[key]
+                assert said == str(value[0] if isinstance(value, tuple) else value), option.name
+                checked.append(option.name)
+    assert "batch_size" in checked
+    expected = {
+        "prune": {"criterion", "runtime", "round_to"},
+        "sparsify": {"pattern", "criterion"},
+        "distill": {"loss"},
+        "quantize": {"method", "samples"},
+    }
+    assert expected.get(name, set()) <= set(checked)
+
+
+def test_pruning_without_a_budget_says_in_its_help_what_it_cuts_to(monkeypatch):
+    from compress import pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda recipe, *_, **__: seen.append(recipe))
+    monkeypatch.setattr(sys, "argv", ["compress", "prune", "a.b:c", "--data", "digits"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    budget = seen[0].stages[0].prune.keep_macs
+    option = next(each for each in COMMANDS["prune"].params if each.name == "keep_macs")
+    assert option.help.endswith(f"; {budget} if no budget is given")
+
+
+def test_two_classes_need_no_reason_for_having_no_top5():
+    from compress.report.schema import Report, Result, Variant
+    from compress.report.tables import accuracies, compact
+
+    result = Result(runtime="a", precision="fp32", device="cpu", batch=1, top1_pct=90.0)
+    table = compact(accuracies(Report(variants=(Variant(name="x", stage="s", results=(result,)),))))
+    assert not [note for note in table.notes if note.startswith("Top-5")]
+    assert issubclass(RecipeError, CompressError)
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("run qui", ["quickstart"]),
+        ("show stages/qu", ["stages/quantize"]),
+        ("show crit", ["criteria/"]),
+        ("list rec", ["recipes"]),
+        ("prune a.b:c --criterion bn", ["bn_scale"]),
+        ("build x.onnx --runtime openv", ["openvino"]),
+        ("quan", ["quantize"]),
+    ],
+)
+def test_a_shell_completes_commands_and_names(words, completed):
+    import os
+    import subprocess
+
+    given = f"compress {words}"
+    environment = {
+        "_COMPRESS_COMPLETE": "complete_bash",
+        "COMP_WORDS": given,
+        "COMP_CWORD": str(len(given.split()) - 1),
+    }
+    done = subprocess.run(
+        [os.path.join(os.path.dirname(sys.executable), "compress")],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == completed, done.stderr

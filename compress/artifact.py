@@ -135,24 +135,24 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+def read_text(path: Path, *, failed: str = "cannot be read") -> str:
     """Return the content of a file as UTF-8.
 
     Args:
         path: The file; a pipe or a device, which may never end, is refused.
-        largest: Bytes that it may have.
+        failed: What to say if it cannot be read.
 
     Raises:
         RunError: it is absent, no regular file, too large, or no text.
     """
-    with boundary(RunError, "cannot be read", where=str(path)):
+    with boundary(RunError, failed, where=str(path)):
         if path.exists() and not path.is_file():
             raise RunError("is no file", where=str(path), expected="a file of text")
-        if path.stat().st_size > largest:
+        if path.stat().st_size > LARGEST_TEXT:
             raise RunError(
                 f"has {path.stat().st_size} bytes",
                 where=str(path),
-                expected=f"at most {largest >> 20} MiB of text",
+                expected=f"at most {LARGEST_TEXT >> 20} MiB of text",
             )
         return path.read_text(encoding="utf-8")
 
@@ -196,8 +196,9 @@ def read_json(path: Path) -> Any:
     Raises:
         RunError: it is absent, cannot be read, or is no JSON.
     """
-    text = read_text(path)
-    with boundary(RunError, "cannot be read as JSON", where=str(path)):
+    failed = "cannot be read as JSON"
+    text = read_text(path, failed=failed)
+    with boundary(RunError, failed, where=str(path)):
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
 
 

@@ -31,16 +31,24 @@ KINDS = {
     "data": "kind of data",
     "tasks": "task",
 }
+PACKAGES = {  # where the files of each kind lie
+    "criteria": "compress.criteria",
+    "losses": "compress.losses",
+    "observers": "compress.observers",
+    "runtimes": "compress.runtimes",
+    "data": "compress.data",
+    "tasks": "compress.tasks",
+}
 _HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
 
-_PACKAGE = Path(__file__).parent
+_ROOT = Path(__file__).parents[1]  # of the package "compress"
 
 
 def names(kind: str) -> list[str]:
     """Return the names of all plug-ins of a folder, sorted, without importing any."""
     if kind not in KINDS:
         raise UnknownNameError("kind of plug-in", kind, KINDS)
-    files = (_PACKAGE / kind).glob("[!_]*.py")
+    files = _folder(kind).glob("[!_]*.py")
     return sorted(_spoken(kind, file.stem) for file in files)
 
 
@@ -49,7 +57,7 @@ def documentation(kind: str, name: str) -> str:
     own = _own(kind, name)
     if own is None:
         stem = _stem(kind, name)
-        file, wanted = _PACKAGE / kind / f"{stem}.py", _class_name(stem)
+        file, wanted = _folder(kind) / f"{stem}.py", _class_name(stem)
     else:
         file, wanted = own
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -70,7 +78,7 @@ def load(kind: str, name: str) -> type[Any]:
     if own is not None:
         return _imported(kind, *own)
     stem = _stem(kind, name)
-    module = importlib.import_module(f"compress.{kind}.{stem}")
+    module = importlib.import_module(f"{PACKAGES[kind]}.{stem}")
     plugin: type[Any] = getattr(module, _class_name(stem))
     return plugin
 
@@ -133,6 +141,10 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
             expected="a mapping, as in {kd: {temperature: 4.0}}",
         )
     return name, dict(given or {})
+
+
+def _folder(kind: str) -> Path:
+    return _ROOT.joinpath(*PACKAGES[kind].split("."))
 
 
 def _own(kind: str, name: str) -> tuple[Path, str] | None:

@@ -27,9 +27,8 @@ def export(given: Given) -> str:
 
     options = {"trust": True} if given["trust"] else {}
     model = load_model(given["model"], given["weights"], given["num_classes"], options=options)
-    example = torch.zeros(
-        1, *integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
-    )
+    size = integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
+    example = torch.zeros(1, *size)
     check_forward(model, example)
     path = export_onnx(
         model,

@@ -122,12 +122,12 @@ def content(
     """Return the recipe that the options of a verb stand for, as it would be in YAML."""
     model = {"name": given["model"]}
     model |= present(given, weights="weights", num_classes="num_classes")
-    if given.get("trust"):
-        model["options"] = {"trust": True}
     if given.get("input_size") is not None:
         model["input_size"] = integers(
             given["input_size"], "--input-size", count=3, like=INPUT_SIZE
         )
+    if given.get("trust"):
+        model["options"] = {"trust": True}
     return present(given, task="task") | {
         "name": name,
         "model": model,

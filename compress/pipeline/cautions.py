@@ -138,13 +138,14 @@ def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str
 
 def _judged(job: Job, run: Any) -> dict[str, Any]:
     """Return the primary metric on a few images, against that with the labels of others."""
-    task, name = job.task, job.task.primary
+    task = job.task
     if job.dataset.target != task.target or not task.kinds:
         return {}
     read = job.dataset.pictures if isinstance(run, Fed) else job.dataset.batches
     pairs = list(read("calibration", 32, IMAGES))
     predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
     labels = [target for _, targets in pairs for target in targets]
+    name = task.primary
     kind = task.kinds[name]
     sign = 1 if kind.higher_is_better else -1
     value = tasks.values_of(task, scores)[name]

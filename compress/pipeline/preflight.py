@@ -99,6 +99,7 @@ def _data_problems(recipe: Recipe, *, has_network: bool) -> Iterator[str]:
         dataset, task = prepared(recipe)
     except RecipeError as error:
         yield from str(error).splitlines()
+        return
     except CompressError as error:
         yield f"data: {error}"
     else:

@@ -66,6 +66,7 @@ class Result(Record):
     device: str
     batch: int = Field(ge=1)
     threads: int | None = None
+    size_mib: float | None = None  # of what the runtime opened: the engine, where there is one
 
     latency_ms_p50: float | None = None
     latency_ms_p50_ci95: Interval | None = None
@@ -139,7 +140,7 @@ class Variant(Record):
     parent: str | None = None  # name of the variant it was made from
     params: int | None = None
     macs: int | None = None  # for one image
-    size_mib: float | None = None  # of the artifact
+    size_mib: float | None = None  # of the artifact; what runs is in the results
     results: tuple[Result, ...] = ()
     skipped: Reasons = {}  # field or runtime -> why it is absent
 
@@ -154,7 +155,7 @@ class Gate(Record):
     variant: str | None = None
     runtime: str | None = None
     batch: int | None = None
-    reason: str | None = None  # why it could not be measured: then it is not passed
+    reason: str | None = None  # why it is not passed, where the two figures do not say it
 
 
 class Line(Record):

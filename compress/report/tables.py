@@ -52,7 +52,7 @@ def sizes(report: Report) -> Table:
         Column("Stage", is_number=False),
         Column("Parameters"),
         Column("MACs", about="multiply-accumulate operations for one image"),
-        Column("File", "MiB"),
+        Column("File", "MiB", "of the artifact; what runs where is below speed and memory"),
         Column("Smaller by", about="size of the original's file over this one's"),
         Column("Artifact", is_number=False),
     )
@@ -227,6 +227,10 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
     ),
     (Column("Loading", "ms", "from path to session", is_optional=True), _fill("load_ms")),
     (Column("First call", "ms", is_optional=True), _fill("first_call_ms")),
+    (
+        Column("Runs from", "MiB", "size of the file that the runtime opens", is_optional=True),
+        _fill("size_mib"),
+    ),
     (Column("Peak memory", "MiB", "what the artifact itself costs"), _fill("peak_memory_mib")),
 )
 

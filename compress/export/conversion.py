@@ -146,6 +146,7 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
     with torch.inference_mode():
         answer = without_traces(module)(*example.args, **example.kwargs)
     names, order = _outputs(answer)
+    module = without_traces(module)  # what tracing caches on it has no values
     if not _is_plain(answer):
         module = _Flat(module)
         shapes = _of_variadic(shapes) if shapes is not None else None

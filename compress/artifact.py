@@ -19,6 +19,7 @@ from typing import Any
 from compress.errors import RunError, boundary, printable
 
 FULL_BYTES = 1 << 16  # a disk with less room than this is full
+TEMPORARY = ".compress-writing-"  # begins the name of a file that is not yet whole
 LARGEST_TEXT = 1 << 28  # bytes of JSON or YAML: a report with all its images has some MiB
 
 
@@ -99,7 +100,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)
         os.close(handle)
     except OSError as error:
         raise _cannot_write(path, error) from None
@@ -124,6 +125,24 @@ def cache_folder() -> Path:
     """Return the folder for what outlives a run: measurements, and which code was agreed to."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "compress"
+
+
+def is_temporary(path: Path) -> bool:
+    """Return whether a file is one that :func:`replacing` had not finished when it was killed."""
+    return path.name.startswith(TEMPORARY)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove every temporary file below ``folder``; nobody else may be writing there.
+
+    Raises:
+        RunError: one cannot be removed.
+    """
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        try:
+            path.unlink()
+        except OSError as error:
+            raise _cannot_write(path, error) from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ import typer
 
 from compress import commands, progress
 from compress.errors import CompressError, UsageError, printable
+from compress.interruption import MESSAGE, ending_on_signals
 from compress.trust import allow, allow_all, limited
 
 if TYPE_CHECKING:
@@ -674,7 +675,12 @@ def doctor(
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
     try:
-        with progress.shown(), warnings.catch_warnings(), limited(sys.argv[1:]):
+        with (
+            ending_on_signals() as signals,
+            progress.shown(),
+            warnings.catch_warnings(),
+            limited(sys.argv[1:]),
+        ):
             warnings.showwarning = _warn
             code = app(standalone_mode=False)
     except CompressError as error:
@@ -690,7 +696,8 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - the last net: 1 would read as a failed gate
         code = _unexpected(error)
     if code == INTERRUPTED:
-        sys.stderr.write("compress: interrupted; the same command continues where it stopped\n")
+        code = signals.exit_code or INTERRUPTED
+        sys.stderr.write(MESSAGE)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -15,6 +15,7 @@ from compress import artifact
 from compress.artifact import Artifact
 from compress.errors import RunError
 from compress.recipe import dump, from_anywhere, to_json
+from compress.run_lock import LOCK_FILE
 from compress.settings import Recipe
 
 SCHEMA = 1
@@ -34,6 +35,8 @@ class RunFolder:
     def open(cls, root: Path, recipe: Recipe, *, fresh: bool = False) -> RunFolder:
         """Return the folder of a run of ``recipe``, new or continued.
 
+        Files that a killed run had not finished are removed. The caller holds the folder's lock.
+
         Args:
             root: Where it is, or will be.
             recipe: What is run. A folder that was begun with another recipe is refused, unless
@@ -44,17 +47,18 @@ class RunFolder:
             RunError: the folder belongs to another recipe, or holds something that is no run.
         """
         folder = cls(root)
-        if root.exists() and any(root.iterdir()):
-            if not (root / RUN_FILE).is_file():
-                raise RunError(
-                    "the folder is not empty and holds no run",
-                    where=str(root),
-                    fix="Give another folder with --out",
-                )
-            if fresh:
-                folder._clear()
+        begun = (root / RUN_FILE).is_file()
+        if not begun and folder._holds_something_else():
+            raise RunError(
+                "the folder is not empty and holds no run",
+                where=str(root),
+                fix="Give another folder with --out",
+            )
+        artifact.remove_temporaries(root)
+        if begun and fresh:
+            folder._clear()
         wanted = to_json(recipe)
-        if (root / RUN_FILE).is_file():
+        if begun and not fresh:
             folder._check_recipe(wanted)
             if folder.description()["recipe"] == wanted:
                 return folder
@@ -108,6 +112,13 @@ class RunFolder:
                 fix="Give another folder with --out, or start over with --fresh",
             )
 
+    def _holds_something_else(self) -> bool:
+        """Return whether anything is here besides what a run killed before run.json leaves."""
+        return self.root.exists() and any(
+            path.name != LOCK_FILE and not artifact.is_temporary(path)
+            for path in self.root.iterdir()
+        )
+
     def _stages(self) -> list[Path]:
         return [
             path
@@ -116,11 +127,16 @@ class RunFolder:
         ]
 
     def _clear(self) -> None:
-        """Remove what a run wrote, and nothing else."""
-        for path in self._stages():
-            shutil.rmtree(path)
-        for name in OWN_FILES:
+        """Remove what a run wrote, and nothing else.
+
+        Killed on the way it leaves a run with its last stages undone: run.json stays until it is
+        replaced, and a stage is unfinished before its files go.
+        """
+        for name in OWN_FILES - {RUN_FILE}:
             (self.root / name).unlink(missing_ok=True)
+        for path in sorted(self._stages(), reverse=True):
+            (path / DONE_FILE).unlink(missing_ok=True)
+            shutil.rmtree(path)
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -128,7 +144,7 @@ def default_folder(recipe: Recipe) -> Path:
     wanted, first = to_json(from_anywhere(recipe)), Path("runs") / (recipe.name or "run")
     for number in itertools.count(1):
         root = first if number == 1 else first.with_name(f"{first.name}-{number}")
-        if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        if not root.exists() or (root.is_dir() and not RunFolder(root)._holds_something_else()):
             return root
         if (root / RUN_FILE).is_file():
             with contextlib.suppress(RunError):

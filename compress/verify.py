@@ -13,6 +13,7 @@ from compress.errors import RunError
 from compress.progress import track
 from compress.report.reading import check_schema
 from compress.run_folder import RUN_FILE
+from compress.run_lock import LOCK_FILE
 
 
 @dataclass(frozen=True)
@@ -91,5 +92,5 @@ def _record(run: Path) -> dict[str, Any]:
 def _unrecorded(run: Path, listed: set[str]) -> Iterator[str]:
     for path in sorted(run.rglob("*")):
         name = path.relative_to(run).as_posix()
-        if path.is_file() and name not in listed and name != RUN_FILE:
+        if path.is_file() and name not in {*listed, RUN_FILE, LOCK_FILE}:
             yield name

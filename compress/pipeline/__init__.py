@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -15,8 +16,9 @@ from compress.pipeline.preflight import preflight, try_network
 from compress.pipeline.purpose import prepared
 from compress.report import Report
 from compress.run_folder import DONE_FILE, RunFolder, default_folder
+from compress.run_lock import held
 from compress.settings import QuantizeSettings, Recipe, Settings
-from compress.train.processes import join_processes
+from compress.train.processes import Processes, join_processes
 
 STEPS: dict[str, Step] = {
     "original": steps.original,
@@ -52,27 +54,33 @@ def run(
         The report; None in the processes of a torchrun that only help to train.
 
     Raises:
-        CompressError: something that the user can mend; what was finished stays on disk.
+        CompressError: something that the user can mend; what was finished stays on disk. Another
+            process runs in the folder.
     """
     chosen = source if isinstance(source, Recipe) else recipe.load_recipe(source, overrides)
     processes = join_processes()
     preflight(chosen, where=chosen.name, read_data=False)
     dataset, task = prepared(chosen)
     root = Path(out or default_folder(chosen))
-    if not any(root.glob(f"00-*/{DONE_FILE}")):
-        try_network(chosen, dataset, task, where=chosen.name)
-    chosen = recipe.from_anywhere(chosen)
-    if processes.is_main:
-        RunFolder.open(root, chosen, fresh=fresh)
-    processes.wait()
-    job = Job(chosen, RunFolder(root), dataset, task, processes.is_main)
+    with held(root) if processes.is_main else contextlib.nullcontext():
+        if not any(root.glob(f"00-*/{DONE_FILE}")):
+            try_network(chosen, dataset, task, where=chosen.name)
+        chosen = recipe.from_anywhere(chosen)
+        if processes.is_main:
+            RunFolder.open(root, chosen, fresh=fresh)
+        processes.wait()
+        progress.say(dataset.summary())
+        for line in cautions.of_training(chosen, dataset):
+            progress.warn(line)
+        job = Job(chosen, RunFolder(root), dataset, task, processes.is_main)
+        return _carry_out(job, processes)
 
+
+def _carry_out(job: Job, processes: Processes) -> Report | None:
+    """Carry out every stage that is not finished, measure, and write the report."""
     variants: tuple[Variant, ...] = ()
     outcomes: list[Outcome] = []
-    progress.say(dataset.summary())
-    for line in cautions.of_training(chosen, dataset):
-        progress.warn(line)
-    for number, (verb, settings) in enumerate(_stages(chosen)):
+    for number, (verb, settings) in enumerate(_stages(job.recipe)):
         stage = job.run.stage(number, verb)
         if isinstance(settings, QuantizeSettings) and not processes.is_main:
             quantizing.train_along(job, settings, stage, variants)
@@ -93,7 +101,7 @@ def run(
             found = measuring.measure_targets(job, variants, stage)
         measured = found.to_json()
         job.run.finish(stage, measured, _engine_artifacts(job, stage, found.engines))
-    return report.write(assemble(job, variants, outcomes, measured, stage), root)
+    return report.write(assemble(job, variants, outcomes, measured, stage), job.run.root)
 
 
 def _stages(chosen: Recipe) -> list[tuple[str, Settings | None]]:
@@ -117,7 +125,9 @@ def _once(
         raise error.within(f"stage {stage.name}") from None
     if not job.is_main:
         return None
-    files = sorted(path for path in stage.iterdir() if path.is_file())
+    files = sorted(
+        path for path in stage.iterdir() if path.is_file() and not artifact.is_temporary(path)
+    )
     job.run.finish(stage, outcome.to_json(), _artifacts(job, stage, files, settings, before))
     return outcome
 

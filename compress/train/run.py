@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress import progress, tasks
+from compress import interruption, progress, tasks
 from compress.data import Dataset
 from compress.errors import TrainingError
 from compress.objective import Informed, Moment, Movable, Objective, Stateful
@@ -106,6 +106,7 @@ class Run:
         self.best_weights: dict[str, Tensor] = {}  # where there is no folder to keep them in
         self.notes: list[str] = []
         self.rows: list[Row] = []
+        self.losses: list[Tensor] = []  # of the steps since the last row
         self.journal = Journal(None, None)
         self.saved_at = time.monotonic()
         self._resume()
@@ -153,7 +154,16 @@ class Run:
             self.rows = self.journal.rows
 
     def one_epoch(self, counter: progress.Task) -> None:
-        """Train to the end of the current epoch, validate, save."""
+        """Train to the end of the current epoch, validate, save.
+
+        Raises:
+            InterruptedBySignal: a signal asked to stop; the steps taken are saved.
+        """
+        with interruption.deferred():
+            self._steps_of_epoch(counter)
+        interruption.stop_if_asked()
+
+    def _steps_of_epoch(self, counter: progress.Task) -> None:
         set_training(self.model, self.frozen)
         batches = train_batches(
             self.dataset,
@@ -165,19 +175,22 @@ class Run:
             skip=self.step,
         )
         every = max(1, self.steps // ROWS_IN_EPOCH)
-        losses: list[Tensor] = []
         start, note = time.perf_counter(), ""
         for batch in batches:
-            losses.append(self._one_step(batch))
+            if interruption.is_asked():
+                self._save_where_it_stands()
+                interruption.stop_if_asked()
+            self.losses.append(self._one_step(batch))
             self.step += 1
             counter.advance(batch.total, note)
             if self.step % every == 0 or self.step == self.steps:
-                row = self._row(losses, batch.total, start)
+                row = self._row(self.losses, batch.total, start)
                 note = f"{row['images_per_second']:.0f} images/s, loss {row['loss']:.3f}"
+                self.losses = []
                 if self.step < self.steps:
                     self.journal.add(row)
                     self._save_now_and_then()
-                losses, start = [], time.perf_counter()
+                start = time.perf_counter()
         self.epoch, self.step = self.epoch + 1, 0
         self._end_epoch(row)
 
@@ -343,6 +356,7 @@ class Run:
             "best": list(self.best) if self.best else None,
             "history": self.journal.rows,
             "notes": self.notes,
+            "losses": [float(loss) for loss in self.losses],
         }
 
     def _save(self, name: str, state: dict[str, Any]) -> None:
@@ -358,6 +372,11 @@ class Run:
 
     def _save_now_and_then(self) -> None:
         if time.monotonic() - self.saved_at > 60 * self.settings.checkpoint_minutes:
+            self._save(checkpoints.LAST, self._state())
+
+    def _save_where_it_stands(self) -> None:
+        """Save between two rows; of several processes each knows its own losses only."""
+        if self.processes.world == 1:
             self._save(checkpoints.LAST, self._state())
 
     def _resume(self) -> None:
@@ -386,6 +405,8 @@ class Run:
         self.epoch, self.step, self.parts = state["epoch"], state["step"], state["parts"]
         self.best = tuple(state["best"]) if state["best"] else None
         self.rows, self.notes = state["history"], state["notes"]
+        losses = state.get("losses", [])  # absent where an older version saved
+        self.losses = [torch.tensor(each, device=self.processes.device) for each in losses]
         logger.info("going on from %s, epoch %d, step %d", path, self.epoch, self.step)
 
     def result(self) -> TrainResult:

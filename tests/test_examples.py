@@ -89,7 +89,7 @@ def test_yolo_is_fine_tuned_by_its_own_trainer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("ultralytics")
-    data = yolo_layout(tmp_path / "bccd", 12)
+    data = yolo_layout(tmp_path / "bccd", 48)
     out = tmp_path / "out"
     example("ultralytics_yolo").main(data, out, size=64, epochs=1, weights=None)
     said = [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()]

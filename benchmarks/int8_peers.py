@@ -24,8 +24,21 @@ def quantize_by(peer: str, path: Path, images: np.ndarray, out: Path) -> None:
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    form = _options(peer)
+    with tempfile.TemporaryDirectory() as folder:
+        source = path
+        if form:
+            source = Path(folder) / "prepared.onnx"
+            quant_pre_process(str(path), str(source), skip_symbolic_shape=True)
+        quantization.quantize_static(str(source), str(out), Reader(images), **form)
+
+
+def _options(peer: str) -> dict[str, Any]:
+    """Return what quantize_static is told for one of ONNX Runtime's rows."""
+    from onnxruntime import quantization
+
     weighted = ["Conv", "ConvTranspose", "Gemm", "MatMul"]
-    form: dict[str, Any] = {
+    forms: dict[str, dict[str, Any]] = {
         "ort defaults": {},
         "ort tuned": {
             "per_channel": True,
@@ -48,13 +61,64 @@ def quantize_by(peer: str, path: Path, images: np.ndarray, out: Path) -> None:
                 "QDQDisableWeightAdjustForInt32Bias": True,
             },
         },
-    }[peer]
+    }
+    return forms[peer]
+
+
+METHODS = ("minmax", "percentile", "entropy")
+ON_FEEDS = (
+    *(f"ort {method}" for method in METHODS),
+    *(f"ort tensorrt form {method}" for method in METHODS),
+    "nncf fast",
+    "nncf full",
+)
+
+
+def quantize_feeds(peer: str, path: Path, feeds: list[dict[str, np.ndarray]], out: Path) -> None:
+    """Write what ``peer``, one of ``ON_FEEDS``, makes of a file with any inputs.
+
+    Older opsets are converted to 17, without which neither has a scale for each channel.
+    """
+    import onnx
+
+    model = onnx.load(str(path))
+    if next(o.version for o in model.opset_import if not o.domain) < 13:
+        model = onnx.version_converter.convert_version(model, 17)
+    if peer.startswith("nncf"):
+        from compress.quantize.nncf_ranges import import_nncf
+
+        nncf = import_nncf()
+        full = {"fast_bias_correction": peer == "nncf fast"}
+        onnx.save(nncf.quantize(model, nncf.Dataset(feeds), subset_size=len(feeds), **full), out)
+        return
     with tempfile.TemporaryDirectory() as folder:
-        source = path
-        if form:
-            source = Path(folder) / "prepared.onnx"
-            quant_pre_process(str(path), str(source), skip_symbolic_shape=True)
-        quantization.quantize_static(str(source), str(out), Reader(images), **form)
+        source = Path(folder) / "opset.onnx"
+        onnx.save(model, source)
+        _ort(peer, source, feeds, out)
+
+
+def _ort(peer: str, path: Path, feeds: list[dict[str, np.ndarray]], out: Path) -> None:
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    form = "ort tensorrt form" if "tensorrt" in peer else "ort tuned"
+    method = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
+    chosen = getattr(quantization.CalibrationMethod, method[peer.split()[-1]])
+    prepared = path.with_name("prepared.onnx")
+    quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+    options = _options(form) | {"calibrate_method": chosen}
+    quantization.quantize_static(str(prepared), str(out), Feeds(feeds), **options)
+
+
+class Feeds:
+    """Hands feeds to ONNX Runtime one by one."""
+
+    def __init__(self, feeds: list[dict[str, np.ndarray]]) -> None:
+        self.feeds = iter(feeds)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        """Return the next feed, or None at the end."""
+        return next(self.feeds, None)
 
 
 class Reader:

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from compress.distill import distiller
     from compress.errors import CompressError
     from compress.export import export_onnx
     from compress.lint import lint_onnx
@@ -29,6 +30,7 @@ __all__ = [
     "Report",
     "apply_pruning",
     "build_engine",
+    "distiller",
     "evaluate",
     "export_onnx",
     "lint_onnx",
@@ -37,6 +39,7 @@ __all__ = [
     "mask_pruning",
     "open_session",
     "plan_pruning",
+    "prune",
     "quantize_onnx",
     "run",
     "save_model",
@@ -49,6 +52,7 @@ _HOMES = {
     "Report": "compress.report",
     "apply_pruning": "compress.surgery",
     "build_engine": "compress.runtimes",
+    "distiller": "compress.distill",
     "evaluate": "compress.evaluate",
     "export_onnx": "compress.export",
     "lint_onnx": "compress.lint",
@@ -57,6 +61,7 @@ _HOMES = {
     "mask_pruning": "compress.surgery",
     "open_session": "compress.runtimes",
     "plan_pruning": "compress.prune",
+    "prune": "compress.prune",
     "quantize_onnx": "compress.quantize",
     "run": "compress.pipeline",
     "save_model": "compress.models",

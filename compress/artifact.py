@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compress.errors import RunError, boundary
+from compress.errors import RunError, boundary, printable
 
 FULL_BYTES = 1 << 16  # a disk with less room than this is full
 TEMPORARY = ".compress-writing-"  # begins the name of a file that is not yet whole
@@ -67,7 +67,8 @@ class Finding:
 
     def __str__(self) -> str:
         tail = f", found {self.found}" if self.found else ""
-        return f"{self.path}: {self.problem}; expected {self.expected}{tail}"
+        name = printable(self.path).replace("\n", "\\n")
+        return f"{name}: {self.problem}; expected {self.expected}{tail}"
 
 
 def check(root: Path, path: str, digest: str) -> Finding | None:
@@ -138,6 +139,12 @@ def remove_temporaries(folder: Path) -> None:
             raise _cannot_write(path, error) from None
 
 
+def cache_folder() -> Path:
+    """Return the folder for what outlives a run: measurements, and which code was agreed to."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "compress"
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` in one step."""
     with replacing(path) as temporary:
@@ -146,7 +153,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def write_text(path: Path, content: str) -> None:
     """Write ``content`` to ``path`` as UTF-8 in one step."""
-    write_bytes(path, content.encode())
+    write_bytes(path, content.encode("utf-8", "backslashreplace"))  # halves of characters
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -154,24 +161,24 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_text(path: Path, largest: int = LARGEST_TEXT) -> str:
+def read_text(path: Path, *, failed: str = "cannot be read") -> str:
     """Return the content of a file as UTF-8.
 
     Args:
         path: The file; a pipe or a device, which may never end, is refused.
-        largest: Bytes that it may have.
+        failed: What to say if it cannot be read.
 
     Raises:
         RunError: it is absent, no regular file, too large, or no text.
     """
-    with boundary(RunError, "cannot be read", where=str(path)):
+    with boundary(RunError, failed, where=str(path)):
         if path.exists() and not path.is_file():
             raise RunError("is no file", where=str(path), expected="a file of text")
-        if path.stat().st_size > largest:
+        if path.stat().st_size > LARGEST_TEXT:
             raise RunError(
                 f"has {path.stat().st_size} bytes",
                 where=str(path),
-                expected=f"at most {largest >> 20} MiB of text",
+                expected=f"at most {LARGEST_TEXT >> 20} MiB of text",
             )
         return path.read_text(encoding="utf-8")
 
@@ -215,8 +222,9 @@ def read_json(path: Path) -> Any:
     Raises:
         RunError: it is absent, cannot be read, or is no JSON.
     """
-    text = read_text(path)
-    with boundary(RunError, "cannot be read as JSON", where=str(path)):
+    failed = "cannot be read as JSON"
+    text = read_text(path, failed=failed)
+    with boundary(RunError, failed, where=str(path)):
         return json.loads(text, parse_float=_finite, parse_constant=_finite)
 
 

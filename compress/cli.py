@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from compress import commands, progress
-from compress.errors import CompressError, UsageError
+from compress.errors import CompressError, UsageError, printable
 from compress.interruption import MESSAGE, ending_on_signals
+from compress.trust import allow, allow_all, limited
 
 if TYPE_CHECKING:
     from compress.commands.verbs import Done
@@ -86,6 +87,18 @@ Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or co
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
 Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
+TaskName = Annotated[str | None, typer.Option("--task", help="See: compress list tasks")]
+Outputs = Annotated[
+    str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        callback=lambda given: _trust(given),
+        help="Run code that recipes, run folders and .pt files hold or name; engines of others",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
 
@@ -115,6 +128,13 @@ def _kinds(incomplete: str) -> list[str]:
 def example(arguments: str) -> str:
     """Return what --help ends with: one command line, not wrapped."""
     return f"Example:\n\n\b\n  compress {arguments}"
+
+
+def _trust(given: bool) -> bool:
+    """Let everything run, if asked to; nothing but the command line can ask."""
+    if given:
+        allow_all()
+    return given
 
 
 def _version(asked: bool) -> None:
@@ -148,6 +168,7 @@ def run(
     fresh: Fresh = False,
     track: Track = None,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved recipe and stop")] = False,
+    trust: Trust = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
     if dry_run:
@@ -177,6 +198,8 @@ def train(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Train a network on labelled images."""
@@ -241,6 +264,9 @@ def prune(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    outputs: Outputs = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Cut channels of a network to a budget, then train it a little if asked."""
@@ -277,6 +303,8 @@ def sparsify(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Zero single weights of a network, then train it a little if asked."""
@@ -297,7 +325,7 @@ def distill(
     loss: Annotated[
         list[str] | None,
         typer.Option(
-            help="See: compress list losses; dkd if absent", autocompletion=names("losses")
+            help="See: compress list losses; the task's if absent", autocompletion=names("losses")
         ),
     ] = None,
     epochs: Epochs = 10,
@@ -310,6 +338,8 @@ def distill(
     std: Std = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Train a network towards the answers and features of a better one."""
@@ -361,6 +391,8 @@ def quantize(
     inputs: Inputs = None,
     input_size: FixedSize = None,
     workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
     seed: Seed = 0,
 ) -> None:
     """Write int8 graphs, one for each runtime they must be fast on."""
@@ -390,6 +422,8 @@ def export(
         bool,
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
+    outputs: Outputs = None,
+    trust: Trust = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
     _print(commands.export(ctx.params))
@@ -429,6 +463,7 @@ def bench(
     inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
+    trust: Trust = False,
 ) -> None:
     """Measure artifacts side by side, in interleaved rounds."""
     _print(commands.bench(ctx.params))
@@ -451,6 +486,7 @@ def compare(
     layout: Layout = None,
     inputs: Inputs = None,
     json: Json = None,
+    trust: Trust = False,
 ) -> None:
     """Show where two artifacts answer differently on real images."""
     _print(commands.compare(ctx.params))
@@ -469,6 +505,27 @@ def lint(
     table, findings = commands.lint(ctx.params)
     _print(table)
     raise typer.Exit(GATE_FAILED if findings else 0)
+
+
+@app.command(
+    epilog=example("split net.onnx --at auto --link-mbps 10 --edge-slowdown 5 --out parts")
+)
+def split(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(help="ONNX file")],
+    at: Annotated[str, typer.Option(help="Tensor to cut at, or auto: the fastest of a front")],
+    link_mbps: Annotated[float, typer.Option(help="Speed of the link, megabits a second")] = 10.0,
+    edge_slowdown: Annotated[
+        float, typer.Option(help="How many times slower than this machine the edge is")
+    ] = 1.0,
+    int8: Annotated[bool, typer.Option("--int8", help="Send float tensors as int8")] = False,
+    runtime: Annotated[str, typer.Option(help="Where both parts are timed")] = "onnxruntime",
+    threads: Threads = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of both parts")] = Path("runs/split"),
+    json: Json = None,
+) -> None:
+    """Split an ONNX file: a head for the edge, a tail for the server, what crosses, both times."""
+    _print(commands.split(ctx.params))
 
 
 @app.command(
@@ -492,6 +549,7 @@ def sensitivity(
     std: Std = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
+    trust: Trust = False,
 ) -> None:
     """Show which layers cannot bear to be pruned or quantized."""
     if prune == quantize:
@@ -517,6 +575,7 @@ def verify(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     measure: Annotated[bool, typer.Option("--measure", help="Take its figures again")] = False,
     json: Json = None,
+    trust: Trust = False,
 ) -> None:
     """Check every file of a run against its recorded hash."""
     table, intact = commands.verify(run, json, measure=measure)
@@ -555,9 +614,12 @@ def init(
     yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,
 ) -> None:
     """Look at a folder and write a commented recipe for it."""
+    allow_all()  # it looks for networks in the folder that it is called in
 
     def ask(what: str, found: str) -> str:
-        return str(typer.prompt(what, default=found or None, err=True))
+        answer = str(typer.prompt(what, default=found or None, err=True))
+        allow(answer)
+        return answer
 
     _print(commands.init(ctx.params, None if yes or not sys.stdin.isatty() else ask))
 
@@ -566,6 +628,7 @@ def init(
 def check(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],
     overrides: Set = None,
+    trust: Trust = False,
 ) -> None:
     """Check recipes: everything short of running them."""
     _print(commands.check(recipes, overrides or []))
@@ -612,7 +675,12 @@ def doctor(
 def main() -> None:
     """Run the command line; the only place where errors become messages and exit codes."""
     try:
-        with ending_on_signals() as signals, progress.shown(), warnings.catch_warnings():
+        with (
+            ending_on_signals() as signals,
+            progress.shown(),
+            warnings.catch_warnings(),
+            limited(sys.argv[1:]),
+        ):
             warnings.showwarning = _warn
             code = app(standalone_mode=False)
     except CompressError as error:
@@ -694,11 +762,8 @@ def _print(content: Any) -> None:
     """Print text as it is and tables by rich, on stdout."""
     progress.stop()
     if isinstance(content, str):
-        sys.stdout.write(content if content.endswith("\n") else content + "\n")
+        sys.stdout.write(printable(content if content.endswith("\n") else content + "\n"))
         return
-    from rich.console import Console
+    from compress.terminal import plain_console
 
-    console = Console(soft_wrap=False)
-    if not console.is_terminal:  # a log or a pipe: wide enough that nothing is cut
-        console = Console(width=160)
-    console.print(content)
+    plain_console().print(content)

@@ -11,16 +11,25 @@ from typing import Any
 
 from torch import nn
 
-from compress.errors import ModelError, UnknownNameError, UsageError, nearest
+from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
 from compress.head import replace_head
 from compress.packages import require
 from compress.plugins import import_file
+from compress.trust import check_code, is_limited
+
+_ULTRALYTICS = {  # the class of each of their tasks
+    "detect": "DetectionModel",
+    "segment": "SegmentationModel",
+    "classify": "ClassificationModel",
+    "pose": "PoseModel",
+    "obb": "OBBModel",
+}
 
 
 def accepts(reference: str, option: str) -> bool:
     """Return whether the constructor of ``reference`` takes the keyword argument ``option``."""
     scheme, _, _ = reference.partition(":")
-    if scheme in {"torchvision", "timm"}:
+    if scheme in {"torchvision", "timm", "ultralytics"}:
         return option == "num_classes"
     if ":" not in reference:  # a folder: its constructor's arguments are stored in it
         return False
@@ -39,6 +48,8 @@ def check(reference: str) -> None:
         _known_torchvision(name)
     elif scheme == "timm":
         _known_timm(name)
+    elif scheme == "ultralytics":
+        require("ultralytics", extra="ultralytics", purpose=f"network {reference!r}")
     else:
         _own(reference)
 
@@ -57,9 +68,21 @@ def build(
         return _torchvision(name, given, published)
     if scheme == "timm":
         return _timm(name, given, published)
+    if scheme == "ultralytics":
+        return _call(reference, _ultralytics, {"name": name, **given})
     if published is not None:
         raise ModelError(f"no such weight file {published!r}", where=reference)
     return _call(reference, _own(reference), given)
+
+
+def described(reference: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return a reference and options that build the same network without running pickled code."""
+    told = dict(options)
+    if not (reference.startswith("ultralytics:") and reference.endswith(".pt")):
+        return reference, told
+    network: Any = build(reference, None, told)
+    told.pop("trust", None)
+    return f"ultralytics:{Path(str(network.yaml['yaml_file'])).name}", told
 
 
 def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
@@ -90,6 +113,37 @@ def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
     )
 
 
+def _ultralytics(name: str, num_classes: int | None = None, trust: bool = False) -> nn.Module:
+    """Return one of Ultralytics' networks, from the YAML that describes it or a file of theirs.
+
+    Args:
+        name: ``yolo11n.yaml``, the path of a YAML, or of a ``.pt``.
+        num_classes: Classes of objects; what the YAML says if None.
+        trust: Open a ``.pt``, which is a pickle and runs the code that it holds.
+    """
+    purpose = f"network 'ultralytics:{name}'"
+    require("ultralytics", extra="ultralytics", purpose=purpose)
+    tasks: Any = importlib.import_module("ultralytics.nn.tasks")
+    settings: Any = importlib.import_module("ultralytics.cfg")
+    if name.endswith(".pt"):
+        if not trust or is_limited():
+            raise ModelError(
+                "a .pt of Ultralytics holds pickled code, which opening it would run",
+                where=f"ultralytics:{name}",
+                fix="If you trust where it is from: --trust (from Python, options={'trust': True})",
+            )
+        model: Any = tasks.load_checkpoint(name)[0]
+        if num_classes not in (None, model.yaml["nc"]):
+            raise ModelError(f"has {model.yaml['nc']} classes, not {num_classes}", where=name)
+    else:
+        described = tasks.yaml_model_load(name)
+        kind = _ULTRALYTICS[tasks.guess_model_task(described)]
+        model = getattr(tasks, kind)(described, nc=num_classes, verbose=False)
+    model.args = settings.get_cfg()  # what their own losses are weighed by
+    found: nn.Module = model.float()
+    return found
+
+
 def _known_torchvision(name: str) -> None:
     from torchvision import models
 
@@ -110,8 +164,8 @@ def _own(reference: str) -> Callable[..., nn.Module]:
     if not source or not factory:
         raise UsageError(
             f"{reference!r} is no reference to a network",
-            expected="torchvision:NAME, timm:NAME, package.module:factory, path/file.py:factory, "
-            "a run or stage folder, or FILE.onnx",
+            expected="torchvision:NAME, timm:NAME, ultralytics:FILE.yaml, package.module:factory, "
+            "path/file.py:factory, a run or stage folder, or FILE.onnx",
         )
     return _factory(source, factory)
 
@@ -131,11 +185,12 @@ def _import_file(path: Path) -> ModuleType:
         return import_file(path, "the Python file that defines the network")
     except UsageError as error:
         raise ModelError(
-            error.what, where=error.where, expected=error.expected
+            error.what, where=error.where, expected=error.expected, fix=error.fix
         ) from error.__cause__
 
 
 def _import_module(name: str) -> Any:
+    check_code(name)
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -153,6 +208,8 @@ def _call(reference: str, factory: Callable[..., Any], given: Mapping[str, Any])
         )
     try:
         model = factory(**given)
+    except CompressError:
+        raise
     except Exception as error:
         raise ModelError(f"cannot be built: {error!r}", where=reference) from error
     if not isinstance(model, nn.Module):

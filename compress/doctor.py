@@ -90,7 +90,6 @@ class Examination:
         """Return what is printed."""
         from rich import box
         from rich.console import Group
-        from rich.markup import escape
         from rich.table import Table
 
         def grid(title: str, *columns: str) -> Table:
@@ -102,21 +101,19 @@ class Examination:
         about = grid("machine", "", "")
         for key, value in self.machine.items():
             shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            about.add_row(key, escape(shown))
+            about.add_row(key, shown)
         runtimes = grid("runtimes", "runtime", "runs here", "")
         for state in self.runtimes:
-            runtimes.add_row(state.name, "yes" if state.runs else "no", escape(state.reason))
+            runtimes.add_row(state.name, "yes" if state.runs else "no", state.reason)
         pieces = grid("packages", "package", "version", "enables", "install")
         for piece in self.packages:
-            install = "" if piece.version else escape(piece.install)
+            install = "" if piece.version else piece.install
             pieces.add_row(piece.name, piece.version or "-", piece.enables, install)
         parts = [about, runtimes, pieces]
         if self.trials:
             trials = grid("self-test", "runtime", "precision", "outcome", "", "s")
             for t in self.trials:
-                trials.add_row(
-                    t.runtime, t.precision, t.outcome, escape(t.detail), f"{t.seconds:.1f}"
-                )
+                trials.add_row(t.runtime, t.precision, t.outcome, t.detail, f"{t.seconds:.1f}")
             parts.append(trials)
         return Group(*parts)
 

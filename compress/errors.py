@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 
 LONGEST_REASON = 300  # characters of another error's message
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
+KEPT = "\n\t\u00ad\u200c\u200d"  # the last three belong to the spelling of some languages
 
 
 class CompressError(Exception):
@@ -152,7 +153,7 @@ def printable(text: str) -> str:
         return text
     return "".join(
         f"\\u{ord(letter):04x}"
-        if unicodedata.category(letter) in UNPRINTABLE and letter not in "\n\t"
+        if unicodedata.category(letter) in UNPRINTABLE and letter not in KEPT
         else letter
         for letter in text
     )

@@ -6,8 +6,6 @@ The module can be called: ``compress.evaluate(network, dataset, task)`` is :func
 from __future__ import annotations
 
 import contextlib
-import sys
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import statistics, tasks
+from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
 from compress.feeding import Fed
@@ -189,7 +188,7 @@ def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict
                 "ci95": list(change.ci95),
                 "unit": change.unit,
                 "drop": change.drop,
-                "verdict": change.verdict,
+                "verdict": change.verdict_of(len(reference.scores)),
             }
             for name, change in changes.items()
         }
@@ -412,11 +411,4 @@ def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:
     return logits
 
 
-class _Callable(types.ModuleType):
-    """This module, which is also the public function ``compress.evaluate``."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Evaluation:
-        return of_task(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Callable
+make_callable(__name__, "of_task")

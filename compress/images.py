@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.errors import DataError
+from compress.decoding import opened, to_8_bit
 from compress.fitting import Fit, ImageSize, sides
 
 Indices = Sequence[int] | NDArray[np.int64]
@@ -191,20 +191,13 @@ def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) ->
 
 
 def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> Tensor:
-    """Return an image file's pixels, RGB or grey, fitted to one size, (C, H, W) uint8.
+    """Return an image file's pixels, upright, RGB or grey, fitted to one size, (C, H, W) uint8.
 
     Raises:
         DataError: it is no readable image; the message begins with ``where``.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(source) as image:
-            return fit.pixels(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"is not a readable image ({error})", where=where, fix="Replace or remove it"
-        ) from None
+    with opened(source, where=where) as image:
+        return fit.pixels(to_8_bit(image, channels, where=where))
 
 
 def from_array(

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -19,7 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from compress import environment, packages
+from compress import artifact, environment, packages
 from compress.artifact import read_json, write_json
 from compress.errors import EngineError, RunError
 from compress.runtimes import Session, build_engine, open_session, unavailable
@@ -199,8 +198,7 @@ def _processor() -> tuple[str, Any]:
 
 def cache_folder() -> Path:
     """Return the folder for measurements that outlive a run."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "compress" / "latency"
+    return artifact.cache_folder() / "latency"
 
 
 def measure_layer(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.constructors import accepts, build
+from compress.constructors import accepts, build, described
 from compress.errors import ModelError, PlanError
 from compress.groups.copying import full_copy, memory_format_of
 from compress.head import classifier_layers
@@ -256,11 +256,12 @@ def _description(
     folder = model_folder(Path(reference))
     if folder is not None:
         return _read_description(folder)
+    named, told = described(str(reference), options)
     fresh = {
         "schema": SCHEMA,
-        "reference": _absolute(str(reference)),
+        "reference": _absolute(named),
         "num_classes": num_classes,
-        "options": dict(options),
+        "options": told,
     }
     return fresh, None
 

@@ -86,7 +86,8 @@ def _check_external(tensors: list[TensorProto], path: Path) -> None:
         entry = {item.key: item.value for item in tensor.external_data}
         location = entry.get("location", "")
         file = (folder / location).resolve()
-        if not location or Path(location).is_absolute() or folder not in file.parents:
+        climbs = Path(location).is_absolute() or ".." in Path(location).parts
+        if not location or climbs or folder not in file.parents:
             raise EngineError(
                 f"its weight {tensor.name!r} is to be read from {location!r}, outside the folder "
                 "of the model",

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from compress.errors import UnknownNameError, UsageError, did_you_mean
+from compress.trust import check_code
 
 KINDS = {
     "criteria": "criterion",
@@ -31,16 +32,24 @@ KINDS = {
     "data": "kind of data",
     "tasks": "task",
 }
+PACKAGES = {  # where the files of each kind lie
+    "criteria": "compress.criteria",
+    "losses": "compress.losses",
+    "observers": "compress.observers",
+    "runtimes": "compress.runtimes",
+    "data": "compress.data",
+    "tasks": "compress.tasks",
+}
 _HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
 
-_PACKAGE = Path(__file__).parent
+_ROOT = Path(__file__).parents[1]  # of the package "compress"
 
 
 def names(kind: str) -> list[str]:
     """Return the names of all plug-ins of a folder, sorted, without importing any."""
     if kind not in KINDS:
         raise UnknownNameError("kind of plug-in", kind, KINDS)
-    files = (_PACKAGE / kind).glob("[!_]*.py")
+    files = _folder(kind).glob("[!_]*.py")
     return sorted(_spoken(kind, file.stem) for file in files)
 
 
@@ -49,7 +58,7 @@ def documentation(kind: str, name: str) -> str:
     own = _own(kind, name)
     if own is None:
         stem = _stem(kind, name)
-        file, wanted = _PACKAGE / kind / f"{stem}.py", _class_name(stem)
+        file, wanted = _folder(kind) / f"{stem}.py", _class_name(stem)
     else:
         file, wanted = own
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -70,7 +79,7 @@ def load(kind: str, name: str) -> type[Any]:
     if own is not None:
         return _imported(kind, *own)
     stem = _stem(kind, name)
-    module = importlib.import_module(f"compress.{kind}.{stem}")
+    module = importlib.import_module(f"{PACKAGES[kind]}.{stem}")
     plugin: type[Any] = getattr(module, _class_name(stem))
     return plugin
 
@@ -135,6 +144,10 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
     return name, dict(given or {})
 
 
+def _folder(kind: str) -> Path:
+    return _ROOT.joinpath(*PACKAGES[kind].split("."))
+
+
 def _own(kind: str, name: str) -> tuple[Path, str] | None:
     """Return file and class of ``path/file.py:Class``; None for the name of a plug-in here.
 
@@ -161,6 +174,7 @@ def import_file(path: Path, expected: str) -> ModuleType:
     """
     if not path.is_file():
         raise UsageError("no such file", where=str(path), expected=expected)
+    check_code(str(path))
     name = f"compress_own_{path.stem}_{abs(hash(path.resolve()))}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

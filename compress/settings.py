@@ -70,8 +70,8 @@ class DataSettings(Settings):
     layout: Literal["NCHW", "NHWC"] | None = Field(
         None, description="Order of the dimensions of an ONNX file's input; by its shape if absent"
     )
-    inputs: dict[str, float | list[Any] | str] = Field(
-        {}, description="Values of an ONNX file's further inputs by name: numbers, or a .npy file"
+    inputs: dict[str, float | list[Any] | str] | None = Field(
+        None, description="Values of an ONNX file's further inputs by name: numbers, or a .npy file"
     )
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
@@ -168,7 +168,9 @@ class DistillSettings(TrainSettings):
     teacher_image_size: int | None = Field(
         None, ge=4, description="Side of its input, if different"
     )
-    losses: tuple[Plugin, ...] = Field(("dkd",), description="Distillation losses, summed")
+    losses: tuple[Plugin, ...] | None = Field(
+        None, description="Distillation losses, summed; those that suit the task if absent"
+    )
     hard: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the true labels")
     loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the losses fade in")
     control: bool = Field(False, description="Also train without the teacher, briefly, and compare")

@@ -14,6 +14,7 @@ from compress.errors import UsageError
 Floats = NDArray[np.floating[Any]]
 Interval = tuple[float, float]
 
+SETTLED_POINTS = 1.0  # a larger loss that is not ruled out is no "no difference"
 RESAMPLES = 1000  # bootstrap draws: the ends of an interval move by 3 % of its width
 
 
@@ -222,6 +223,22 @@ def calibration_bins(
 def excludes(interval: Interval, value: float) -> bool:
     """Return whether ``value`` lies outside ``interval``: whether there is a difference."""
     return not interval[0] <= value <= interval[1]
+
+
+def undecided(images: int | None, bounds: Interval) -> str | None:
+    """Return what an insignificant change leaves open: "153 images cannot rule out a loss of ...".
+
+    Args:
+        images: How many it was measured on, where that is known.
+        bounds: 95 % interval of the change, points.
+
+    Returns:
+        None where a loss of more than ``SETTLED_POINTS`` is ruled out.
+    """
+    if bounds[0] >= -SETTLED_POINTS:
+        return None
+    few = "the images" if images is None else f"{images} image{'s' * (images != 1)}"
+    return f"{few} cannot rule out a loss of {-bounds[0]:.1f} points"
 
 
 def _draws(rounds: int, resamples: int, seed: int) -> NDArray[np.int32]:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compress.decoding import opened, upright_size
 from compress.errors import DataError
 from compress.fitting import Fit
 
@@ -58,6 +59,24 @@ class Boxes:
         return b"".join(part.tobytes() for each in parts for part in each)
 
 
+def mask_values(file: Path) -> NDArray[np.uint8]:
+    """Return a class map, (H, W) uint8, upright.
+
+    Raises:
+        DataError: it is no readable picture with one number of 8 bits for each pixel.
+    """
+    from PIL import ImageOps
+
+    with opened(file, where=str(file), what="mask") as mask:
+        if mask.mode not in {"L", "P", "1"}:
+            raise DataError(
+                f"is a mask of mode {mask.mode}",
+                where=str(file),
+                expected="one number for each pixel, grey or with a palette",
+            )
+        return np.array(ImageOps.exif_transpose(mask), dtype=np.uint8)
+
+
 @dataclass(frozen=True)
 class Masks:
     """Class maps of N images in files, fitted as their images are; read when asked for."""
@@ -92,26 +111,15 @@ class Masks:
         return "".join(f"{file.name}:{file.stat().st_size}\n" for file in self.files).encode()
 
     def _one(self, file: Path, image: Path) -> Tensor:
-        from PIL import Image
-
-        try:
-            with Image.open(file) as mask, Image.open(image) as picture:
-                if mask.mode not in {"L", "P", "1"}:
-                    raise DataError(
-                        f"is a mask of mode {mask.mode}",
-                        where=str(file),
-                        expected="one number for each pixel, grey or with a palette",
-                    )
-                if mask.size != picture.size:
-                    raise DataError(
-                        f"is {mask.size[0]} x {mask.size[1]} pixels, its image "
-                        f"{picture.size[0]} x {picture.size[1]}",
-                        where=str(file),
-                        expected="a mask of its image's size",
-                    )
-                values = np.array(mask, dtype=np.uint8)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"is not a readable mask ({error})", where=str(file)) from None
+        values = mask_values(file)
+        with opened(image, where=str(image)) as picture:
+            width, height = upright_size(picture)
+        if values.shape != (height, width):
+            raise DataError(
+                f"is {values.shape[1]} x {values.shape[0]} pixels, its image {width} x {height}",
+                where=str(file),
+                expected="a mask of its image's size",
+            )
         return torch.from_numpy(self._fitted(values, file))
 
     def _fitted(self, values: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:

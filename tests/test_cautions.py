@@ -58,7 +58,7 @@ def test_a_network_without_weights_is_never_called_as_good_as_before(tmp_path):
 def test_a_trained_network_is_not_doubted(trained):
     folder, report = trained
     assert report.untrained is None
-    assert report.cautions == ()
+    assert [line for line in report.cautions if "busy machine" not in line] == []
     again = recipe({"prune": {"criterion": "l1", "keep_macs": 0.9}}, model={"name": str(folder)})
     assert pipeline.run(again, folder.parent / "again").untrained is None
 

@@ -118,7 +118,14 @@ def test_its_metrics_are_those_of_the_file_that_ships(report, root):
         ({"task": "detection"}, r"task: needs labels of the form 'boxes'; data 'masks' has 'mask'"),
         ({"task": "segmentatoin"}, r"no such task 'segmentatoin'. Did you mean 'segmentation'"),
         ({"gates": {"top1_drop_pct": 1}}, r"gates.top1_drop_pct: .* Use gates.metric_drop"),
-        ({"stages": ["distill"]}, r"stages\[0\].distill: distillation needs one class an image"),
+        (
+            {"stages": [{"distill": {"losses": ["dkd"]}}]},
+            r"stages\[0\].distill.losses: .* probabilities of one class for each image",
+        ),
+        (
+            {"stages": [{"distill": {"control": True}}]},
+            r"stages\[0\].distill.control: needs one class an image",
+        ),
         ({"measure": {"explain_images": 2}}, r"measure.explain_images: needs one class an image"),
         ({"model": {"name": "compress.networks:resnet20"}}, r"does not fit the network's o"),
     ],

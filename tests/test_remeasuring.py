@@ -111,10 +111,10 @@ def test_an_engine_of_another_graph_is_built_anew(
     built: list[Path] = []
     monkeypatch.setattr(measuring, "build_engine", lambda source, out, **_: built.append(out))
     target = recipe.targets[1]
-    measuring.rivals_on(job, [original], target)
+    measuring.rivals_on(job, [original], [target])
     assert built == []
     (run / "00-train/model.onnx").write_bytes(b"another graph")
-    measuring.rivals_on(job, [original], target)
+    measuring.rivals_on(job, [original], [target])
     assert built == [run / "00-train/model.openvino-b1.xml"]
 
 

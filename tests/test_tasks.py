@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress import plugins, tasks
+from compress import plugins, statistics, tasks
 from compress.errors import DataError, EngineError, UnknownNameError, UsageError
 from compress.tasks import detection, load_task
 
@@ -193,7 +193,9 @@ def test_comparing_with_itself_is_no_difference_and_with_better_is_better(name):
     it, task = case(name), made(name)
     worse, right = (scores(task, each, it.targets) for each in (it.outputs, it.right))
     same = tasks.compare(task, worse, worse)[task.primary]
-    assert same.value == 0 and same.ci95 == (0, 0) and same.verdict == "no significant difference"
+    assert same.value == 0 and same.verdict == "no significant difference"
+    low, high = same.ci95
+    assert low < 0 < high and low == pytest.approx(-high)
     change = tasks.compare(task, worse, right)[task.primary]
     assert change.value > 0 and change.drop < 0
 
@@ -493,3 +495,36 @@ def test_outputs_without_labels_are_kept_as_they_are():
         task.predict({"a": np.ones((3, 2)), "b": np.ones((7, 4))})
     with pytest.raises(DataError, match="no labels"):
         task.loss(conv(3, dense=False), normal(2, 3, 8, 8), None)
+
+
+def test_a_change_over_few_images_says_what_they_cannot_rule_out():
+    said = "30 images cannot rule out a loss of 9.0 points"
+    assert tasks.Change(-3.0, (-9.0, 2.0)).verdict_of(30) == said
+    assert tasks.Change(3.0, (-2.0, 9.0), higher_is_better=False).verdict_of(30) == said
+    assert tasks.Change(-3.0, (-9.0, -1.0)).verdict_of(30) == "worse"
+    assert tasks.Change(0.1, (-0.5, 0.6)).verdict_of(30) == "no significant difference"
+    assert tasks.Change(-1.0, (-9.0, 2.0), "dB").verdict_of(30) == "no significant difference"
+
+
+@pytest.mark.parametrize("images", [1, 20, 200])
+def test_an_interval_has_a_width_where_all_images_agree(images: int) -> None:
+    task = load_task("classification", classes=("a", "b"))
+    scores = [{"top1": 100.0, "top5": 100.0}] * images
+    low, high = tasks.metrics(task, scores)["top1"].ci95 or (0.0, 0.0)
+    assert (low, high) == pytest.approx(
+        [100 * end for end in statistics.wilson_interval(images, images)], abs=0.01
+    )
+    change = tasks.compare(task, scores, scores)["top1"]
+    assert change.value == 0 and change.ci95[0] < 0 < change.ci95[1]
+    assert change.verdict == "no significant difference"
+    same = [{"label": np.int64(1)}] * images
+    agreed = tasks.agreement(task, same, same)
+    assert agreed.value == 100 and agreed.ci95 is not None and agreed.ci95[0] < 100
+
+
+def test_an_interval_in_decibels_has_a_width_where_nothing_changed() -> None:
+    task = load_task("restoration")
+    scores = [{"psnr": 30.0 + n, "ssim": 0.9} for n in range(12)]
+    change = tasks.compare(task, scores, scores)["psnr"]
+    assert change.ci95[0] < -0.1 and change.ci95[1] > 0.1
+    assert all(low < high for low, high in (m.ci95 for m in tasks.metrics(task, scores).values()))

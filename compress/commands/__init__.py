@@ -1,6 +1,16 @@
 """What each command does: options to a recipe or to one call, and its answer ready to print."""
 
-from compress.commands.artifacts import bench, build, bundle, compare, export, lint, report, verify
+from compress.commands.artifacts import (
+    bench,
+    build,
+    bundle,
+    compare,
+    export,
+    lint,
+    report,
+    split,
+    verify,
+)
 from compress.commands.beginning import init
 from compress.commands.layers import sensitivity
 from compress.commands.showing import SHOWN, doctor, list_plugins, names_of, schema, show
@@ -39,6 +49,7 @@ __all__ = [
     "sensitivity",
     "show",
     "sparsify",
+    "split",
     "summary",
     "train",
     "verify",

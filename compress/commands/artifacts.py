@@ -25,10 +25,10 @@ def export(given: Given) -> str:
     from compress.measure import count, count_onnx, size_mib
     from compress.models import check_forward, load_model
 
-    model = load_model(given["model"], given["weights"], given["num_classes"])
-    example = torch.zeros(
-        1, *integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
-    )
+    options = {"trust": True} if given["trust"] else {}
+    model = load_model(given["model"], given["weights"], given["num_classes"], options=options)
+    size = integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
+    example = torch.zeros(1, *size)
     check_forward(model, example)
     path = export_onnx(
         model,
@@ -38,6 +38,7 @@ def export(given: Given) -> str:
         softmax=given["softmax"],
         dynamic_batch=not given["fixed_batch"],
         dynamic_size=given["dynamic_size"],
+        outputs=given["outputs"].split(",") if given["outputs"] else None,
     )
     work = count(model, example) if given["dynamic_size"] else count_onnx(path)
     return (
@@ -65,6 +66,24 @@ def build(given: Given) -> str:
             precision=given["precision"],
         )
     return f"{path}: engine for {given['runtime']}, {size_mib(path):.2f} MiB"
+
+
+def split(given: Given) -> RenderableType:
+    """Split an ONNX file in two and return what each cut costs."""
+    from compress.split import split_onnx
+
+    found = split_onnx(
+        given["file"],
+        given["out"],
+        at=given["at"],
+        link_mbps=given["link_mbps"],
+        edge_slowdown=given["edge_slowdown"],
+        int8=given["int8"],
+        runtime=given["runtime"],
+        threads=given["threads"],
+    )
+    write_numbers(given["json"], found.to_json())
+    return found.table()
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from compress.data import Dataset
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
+INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 NOT: tuple[Any, ...] = (None, [], ())  # what an option is that was not given
 INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 DATA_OPTIONS = ("batch_size", "workers")

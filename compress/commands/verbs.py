@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
     Done = tuple[Report, Path]  # and the folder that it lies in
 
+logger = logging.getLogger(__name__)
+
 DROP_PCT = 1.0  # of top-1 that one group may cost alone, where a sensitivity is the budget
 TRAINING = {"epochs": "epochs", "batch_size": "batch_size"}  # options of every training
 DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
@@ -28,7 +31,8 @@ def run(
     """Carry out a recipe; see ``pipeline.run``."""
     from compress.recipe import load_recipe
 
-    return _run(_tracked(load_recipe(recipe, overrides), track), out, fresh=fresh)
+    chosen = _agreed(load_recipe(recipe, overrides), str(recipe))
+    return _run(_tracked(chosen, track), out, fresh=fresh)
 
 
 def dry_run(recipe: Path, overrides: Sequence[str], track: str | None) -> str:
@@ -36,7 +40,7 @@ def dry_run(recipe: Path, overrides: Sequence[str], track: str | None) -> str:
     from compress.pipeline.preflight import preflight
     from compress.recipe import dump, load_recipe
 
-    resolved = _tracked(load_recipe(recipe, overrides), track)
+    resolved = _tracked(_agreed(load_recipe(recipe, overrides), str(recipe)), track)
     preflight(resolved, where=str(recipe))
     return dump(resolved)
 
@@ -49,8 +53,8 @@ def check(recipes: Sequence[Path], overrides: Sequence[str]) -> str:
     problems = []
     for path in recipes:
         try:
-            preflight(load_recipe(path, overrides), where=str(path))
-        except RecipeError as error:
+            preflight(_agreed(load_recipe(path, overrides), str(path)), where=str(path))
+        except (RecipeError, UsageError) as error:
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
@@ -67,6 +71,8 @@ def prune(given: Given) -> Done | None:
     shares = ("keep_macs", "keep_params", "keep_latency")
     names = ("criterion", *shares, "latency_ms", "runtime", "round_to")
     cut = present(given, **{name: name for name in names})
+    if given["outputs"] is not None:
+        cut["outputs"] = given["outputs"].split(",")
     if given["keep_channels"] is not None:
         cut["keep_channels"] = _keep_channels(given["keep_channels"], given["max_drop"])
     elif given["max_drop"] is not None:
@@ -124,7 +130,9 @@ def content(
         model["input_size"] = integers(
             given["input_size"], "--input-size", count=3, like=INPUT_SIZE
         )
-    return {
+    if given.get("trust"):
+        model["options"] = {"trust": True}
+    return present(given, task="task") | {
         "name": name,
         "model": model,
         "data": data_part(given),
@@ -183,6 +191,24 @@ def _verb(
         apply_override(written, override)
     recipe = validate(written, where=f"compress {name}")
     return _run(_tracked(recipe, given["track"]), given["out"], fresh=given["fresh"])
+
+
+def _agreed(recipe: Recipe, where: str) -> Recipe:
+    """Return a recipe whose code the user agreed to run; it is listed before any of it runs.
+
+    Raises:
+        UsageError: there is code in it that nobody agreed to.
+    """
+    from compress import trust
+    from compress.recipe import to_json
+
+    try:
+        told = trust.check_recipe(to_json(recipe))
+    except UsageError as error:
+        raise error.within(where) from None
+    if told:
+        logger.warning("%s: %s", where, told)
+    return recipe
 
 
 def _tracked(recipe: Recipe, tracker: str | None) -> Recipe:

@@ -73,9 +73,13 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """Return "no significant difference", "more accurate" or "less accurate"."""
+        """Return "more accurate", "less accurate", or what so many images cannot tell.
+
+        "no significant difference" is said only where a loss of more than a point is ruled out.
+        """
         if self.top1_p_value >= SIGNIFICANCE:
-            return "no significant difference"
+            open_loss = statistics.undecided(self.images, self.top1_change_ci95)
+            return open_loss or "no significant difference"
         return "more accurate" if self.top1_change_pct > 0 else "less accurate"
 
     @property

@@ -81,10 +81,8 @@ class Dataset:
         height, width = self.image_size
         counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
         named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
-        return (
-            f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; "
-            f"{len(self.classes)} classes{named}"
-        )
+        labels = "no labels" if self.target == "none" else f"{len(self.classes)} classes{named}"
+        return f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; {labels}"
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return (B, C, H, W) RGB images in 0..255, of any dtype, as the network wants them."""
@@ -178,7 +176,7 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
         target=source.target,
         color="RGB" if source.prepared else settings.color or "RGB",
         layout=settings.layout,
-        inputs={name: _constant(name, value) for name, value in settings.inputs.items()},
+        inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
         fit=_fit(plugin),
     )
 

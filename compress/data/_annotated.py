@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._pictures import Pictures
+from compress.decoding import opened, upright_size
 from compress.errors import DataError, UsageError, did_you_mean
 from compress.fitting import Fit
 from compress.images import FileImages, Images, MemoryImages, Names
@@ -179,18 +180,13 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """Return width and height of an image file, from its header.
+    """Return width and height of an image file, as it is looked at, from its header.
 
     Raises:
         DataError: it is absent or no readable image.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(file) as image:
-            return image.size
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"is not a readable image ({error})", where=str(file)) from None
+    with opened(file, where=str(file)) as image:
+        return upright_size(image)
 
 
 def read_list(file: Path, entry: Callable[[str], Annotation]) -> list[Annotation]:

@@ -14,7 +14,7 @@ from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
 from compress.fitting import Fit
 from compress.images import Images
-from compress.targets import VOID
+from compress.targets import VOID, mask_values
 from compress.targets import Masks as MaskFiles
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
@@ -115,14 +115,8 @@ def masked_source(
 
 def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
     """Return numbers as names of the classes that occur in the first masks."""
-    from PIL import Image
-
     largest = 0
     for _, file in pairs[:SAMPLED]:
-        try:
-            with Image.open(file) as mask:
-                values = np.unique(np.array(mask))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"is not a readable mask ({error})", where=str(file)) from None
+        values = np.unique(mask_values(file))
         largest = max(largest, int(values[values != void].max(initial=0)))
     return tuple(str(k) for k in range(largest + 1))

@@ -88,10 +88,12 @@ def build_objective(
         if task is None:
             _check_student(mine, dataset)
         losses = losses_of(settings, task)
-        terms = [_term(each, mine, answering, settings.compile) for each in losses]
+        terms = [term_of(each, mine, answering, compiled=settings.compile) for each in losses]
         if task is not None:
             _check_terms(terms, task, student, dataset)
-        _prepare(terms, student, answering, dataset)
+        given: Any = dataset.splits["train"].labels
+        labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
+        prepare(terms, student, answering, example, labels)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
     except CompressError:
@@ -114,10 +116,14 @@ def build_objective(
     return objective
 
 
+DEFAULT_LOSSES = ("dkd",)  # of one class for each image
+
+
 def losses_of(settings: DistillSettings, task: Task | None) -> tuple[Plugin, ...]:
     """Return the losses that a recipe names, else those that suit the task."""
-    named = "losses" in settings.model_fields_set
-    return settings.losses if named or task is None else task.losses
+    if settings.losses is not None:
+        return settings.losses
+    return DEFAULT_LOSSES if task is None else task.losses
 
 
 def check_loss(reference: Plugin, task: Task) -> None:
@@ -183,7 +189,13 @@ def _check_terms(terms: Sequence[Term], task: Task, student: nn.Module, dataset:
         )
 
 
-def _term(reference: Plugin, student: Survey, teacher: Teacher, compiled: bool) -> Term:
+def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: bool) -> Term:
+    """Return a loss with its weight and the layers it compares.
+
+    Raises:
+        TrainingError: it compares features, and there are none to be had or to be paired.
+        UsageError: its weight is no number of at least 0, or it refuses an option.
+    """
     name, options = plugins.parse("losses", reference)
     weight = options.pop("weight", None)
     loss = plugins.create("losses", {name: options})
@@ -217,12 +229,20 @@ def _logit_losses() -> list[str]:
     return [n for n in names if getattr(plugins.load("losses", n), "needs", "logits") == "logits"]
 
 
-def _prepare(terms: list[Term], student: nn.Module, teacher: Teacher, dataset: Dataset) -> None:
-    """Let losses create their adapters from what both networks compute for one image."""
+def prepare(
+    terms: Sequence[Term], student: nn.Module, teacher: Teacher, example: Tensor, labels: Tensor
+) -> None:
+    """Let losses create their adapters from what both networks compute for one image.
+
+    Args:
+        terms: The losses.
+        student: The network that will be trained.
+        teacher: Whoever answers.
+        example: One image, (1, C, H, W).
+        labels: Classes of all training images, (N,), for losses that remember images.
+    """
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
-    example = dataset.example.to(device)
-    given: Any = dataset.splits["train"].labels
-    labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
+    example = example.to(device)
     pairs = [pair for term in terms for pair in term.pairs]
     with evaluating(student), torch.no_grad(), tapped(student, {p.student for p in pairs}) as mine:
         logits = logits_of(student(example))

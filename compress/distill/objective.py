@@ -78,8 +78,8 @@ class DistillObjective:
         shown = answer if logits is None else logits  # then no loss looks at it
         fade = self._fade()
         for term in self.terms:
-            student = Taps(shown, _at(mine, [p.student for p in term.pairs]), index)
-            teacher = Taps(answer, _at(theirs, [p.teacher for p in term.pairs]), index)
+            student = Taps(shown, feature_at(mine, [p.student for p in term.pairs]), index)
+            teacher = Taps(answer, feature_at(theirs, [p.teacher for p in term.pairs]), index)
             loss = loss + fade * term.weight * term.loss(student, teacher, labels)
         return loss
 
@@ -164,5 +164,6 @@ def main_answer(seen: Sequence[Any]) -> Tensor | None:
     return found[0] if found and found[0].ndim and found[0].is_floating_point() else None
 
 
-def _at(seen: dict[Tap, Tensor], taps: Sequence[Tap]) -> tuple[Tensor, ...]:
+def feature_at(seen: dict[Tap, Tensor], taps: Sequence[Tap]) -> tuple[Tensor, ...]:
+    """Return the features at ``taps``, in their order."""
     return tuple(seen[tap] for tap in taps)

@@ -6,7 +6,7 @@ as written only when ONNX Runtime gave the same answers as the module it came fr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from compress.export.conversion import DEFAULT_OPSET, Free
 from compress.export.ends import Preprocess
 from compress.export.files import read_metadata
 from compress.modules import with_gradients
+from compress.outputs import as_places
 
 __all__ = ["DEFAULT_OPSET", "Preprocess", "export_onnx", "read_metadata"]
 
@@ -35,6 +36,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     preprocess: Preprocess | None = None,
     softmax: bool = False,
     check_images: Tensor | None = None,
+    outputs: Iterable[str | int] | str | int | None = None,
 ) -> Path:
     """Write ``model`` as an ONNX file that answers as torch does, or raise.
 
@@ -59,6 +61,8 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
         preprocess: Take uint8 (B, H, W, C) images in 0..255 and normalize inside the graph.
         softmax: Return probabilities instead of logits.
         check_images: Real inputs to check on as well, (B, C, H, W) normalized like the example.
+        outputs: Places of the outputs that the file has, such as ``"0"`` or ``"boxes"``; all if
+            absent. What only others need is left out.
 
     Returns:
         ``path``.
@@ -71,7 +75,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     target, name = Path(path), type(model).__name__
     opset = conversion.checked_opset(opset)
     try:
-        module = conversion.frozen_copy(model)
+        module = conversion.frozen_copy(model, as_places(outputs))
         example = conversion.Example.of(example_input)
         free = Free(dynamic_batch, dynamic_size)
         program = conversion.convert(module, example, opset, free)

@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from compress.errors import ExportError
 from compress.groups.copying import full_copy
 from compress.inputs import example_of
 from compress.modules import network_of, set_mode
-from compress.outputs import leaves, named_tensors, tensors_of
+from compress.outputs import chosen, leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
 OPSETS = range(18, 24)  # what torch writes and the three runtimes read
@@ -92,10 +92,22 @@ def checked_opset(opset: int | None) -> int:
     return opset
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of ``model`` on the CPU, in fp32 and eval mode, out of any wrapper."""
+def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Module:
+    """Return a copy of ``model`` on the CPU, in fp32 and eval mode, out of any wrapper.
+
+    Args:
+        model: The network.
+        outputs: Places of the outputs that the copy returns, in its order; all if None.
+    """
     copied = full_copy(network_of(model))
     set_mode(copied, training=False)
+    if outputs is not None:
+
+        def choose(_module: nn.Module, _given: Any, output: Any) -> Any:
+            found = chosen(named_tensors(output), outputs, where=type(model).__name__)
+            return found[0][1] if len(found) == 1 else tuple(tensor for _, tensor in found)
+
+        copied.register_forward_hook(choose)
     return copied.cpu().float().requires_grad_(False)
 
 
@@ -134,6 +146,7 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
     with torch.inference_mode():
         answer = without_traces(module)(*example.args, **example.kwargs)
     names, order = _outputs(answer)
+    module = without_traces(module)  # what tracing caches on it has no values
     if not _is_plain(answer):
         module = _Flat(module)
         shapes = _of_variadic(shapes) if shapes is not None else None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compress.errors import UnknownNameError
-from compress.lint import biases, chain, kernels, openvino, placement, scales, tensorrt
+from compress.lint import biases, chain, heads, kernels, openvino, placement, scales, tensorrt
 from compress.lint.finding import Problem
 from compress.lint.graph import Graph
 
@@ -51,6 +51,7 @@ RULES = (
     Rule(placement.quantized_before_activation),
     Rule(openvino.split_activation, _OPENVINO),
     Rule(openvino.computed_batch, _OPENVINO),
+    Rule(heads.vanishing_scores),
     Rule(placement.double_quantization),
     Rule(placement.duplicate_quantize),
     Rule(tensorrt.residual_both_sides, _TRT),

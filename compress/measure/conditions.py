@@ -13,6 +13,8 @@ from compress import packages
 
 _RAPL = Path("/sys/class/powercap")
 _CPUS = Path("/sys/devices/system/cpu")
+BUSY_PCT = 10.0  # of all processors, taken by other processes: the machine is not idle
+STOLEN_PCT = 2.0  # of their time, given to other machines by the host: the same
 _HARMLESS_REASONS = 0x1 | 0x2  # NVML: the GPU idles; its clocks were set by the user
 
 
@@ -50,7 +52,7 @@ class Conditions:
         self._cpus = cpus
         self._samples: dict[str, list[float]] = {}
         self._throttled_before = self._throttle_count()
-        self._times_before = psutil.cpu_times()
+        self._times_before, self._own_before = psutil.cpu_times(), _own_seconds()
         self._gpu_reasons = 0
         self._gpus = list(_nvml_handles())
 
@@ -65,7 +67,7 @@ class Conditions:
             name: {"min": min(values), "mean": sum(values) / len(values), "max": max(values)}
             for name, values in self._samples.items()
         }
-        told.update(self._stolen())
+        told.update(self._taken())
         count = self._throttle_count()
         if count is not None and self._throttled_before is not None:
             told["cpu_throttled"] = count > self._throttled_before
@@ -73,13 +75,23 @@ class Conditions:
             told["gpu_throttled"] = bool(self._gpu_reasons & ~_HARMLESS_REASONS)
         return told
 
-    def _stolen(self) -> dict[str, float]:
-        """Return the share of CPU time that the host gave to other machines, percent."""
+    def _taken(self) -> dict[str, Any]:
+        """Return the shares of CPU time that others took, percent, and in words if they matter.
+
+        The host gives time to other machines (steal); other processes take it here.
+        """
         now, before = psutil.cpu_times(), self._times_before
-        if not hasattr(now, "steal"):
-            return {}
         total = sum(now) - sum(before)
-        return {"cpu_steal_pct": 100 * (now.steal - before.steal) / total} if total > 0 else {}
+        if total <= 0:
+            return {}
+        rest = sum(getattr(now, key, 0.0) - getattr(before, key, 0.0) for key in _NOT_WORKING)
+        others = total - rest - (_own_seconds() - self._own_before)
+        told: dict[str, Any] = {"cpu_others_pct": max(0.0, 100 * others / total)}
+        if hasattr(now, "steal"):
+            told["cpu_steal_pct"] = 100 * (now.steal - before.steal) / total
+        if (why := disturbance(**told)) is not None:
+            told["busy"] = why
+        return told
 
     def _throttle_count(self) -> int | None:
         """Return how often a core was slowed down for its heat since the machine started."""
@@ -105,7 +117,27 @@ class Conditions:
                 continue
 
 
+def disturbance(cpu_others_pct: float, cpu_steal_pct: float = 0.0) -> str | None:
+    """Return what kept the processors from what was timed; None on an otherwise idle machine."""
+    taken = []
+    if cpu_others_pct > BUSY_PCT:
+        taken.append(f"other processes took {cpu_others_pct:.0f} % of the processors")
+    if cpu_steal_pct > STOLEN_PCT:
+        taken.append(f"the host gave {cpu_steal_pct:.0f} % of their time to other machines")
+    return " and ".join(taken) or None
+
+
+def _own_seconds() -> float:
+    """Return the CPU time of this process and of those it started and waited for."""
+    return float(sum(psutil.Process().cpu_times()[:4]))
+
+
+_NOT_WORKING = ("idle", "iowait", "steal", "guest", "guest_nice")  # guests are in user already
+
+
 def _cpu_readings() -> Iterator[tuple[str, float]]:
+    if hasattr(psutil, "getloadavg"):
+        yield "load_average_1m", float(psutil.getloadavg()[0])
     try:
         frequency = psutil.cpu_freq()
     except (OSError, NotImplementedError, AttributeError):  # no frequency on this platform

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 MIB = 2**20
+WEIGHTS_FILE = "model.safetensors"  # in the folder of a stage
 
 # Which inputs of an operator are the data and the weights of a product.
 _PRODUCTS = {
@@ -167,11 +168,14 @@ def size_mib(path: Path) -> float:
     """Return the size of an artifact on disk, MiB.
 
     **Method:** bytes of the file, of the files of external data that an ONNX graph names, and of
-    the ``.bin`` that belongs to an OpenVINO ``.xml``; of all files in a folder.
+    the ``.bin`` that belongs to an OpenVINO ``.xml``; of the weights in the folder of a stage,
+    which PyTorch loads; of all files in another folder.
 
     Raises:
         ModelError: it does not exist.
     """
+    if (path / WEIGHTS_FILE).is_file():
+        path /= WEIGHTS_FILE
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) / MIB
     if not path.is_file():

@@ -42,6 +42,7 @@ class Timing:
     warmup_limit_seconds: float = 5.0  # then it is timed as it is, and called unstable
     stable_pct: float = 3.0  # largest change of the median from one warm-up window to the next
     resolution_pct: float = 2.0  # smallest difference that is told from none
+    busy_resolution_pct: float = 10.0  # the same where others took part of the processors
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,10 @@ def bench(
     garbage collector off. The speed-up is the ratio of two medians over all rounds; its interval
     is a bootstrap over whole rounds, drawn in pairs. Where the interval reaches within
     ``resolution_pct`` of 1 the verdict is "no difference": two sessions of one file differ by as
-    much, through where their memory lies and whom they follow in the round. The numbers are those
-    of one caller on a machine that does nothing else: they say nothing of a loaded server or of a
-    first call.
+    much, through where their memory lies and whom they follow in the round. Where other processes
+    or other machines of the host took part of the processors meanwhile, the conditions say so under
+    "busy", and it is ``busy_resolution_pct``. The numbers are those of one caller: they say nothing
+    of a loaded server or of a first call.
 
     Args:
         sessions: Name -> session; the first is the reference of the ratios.
@@ -159,12 +161,12 @@ def bench(
     if not timed:
         raise EngineError("; ".join(f"{name} {why}" for name, why in skipped.items()))
     first = entrants[0] if entrants[0] in timed else None
+    found = watch.summary()
+    resolution_pct = timing.busy_resolution_pct if "busy" in found else timing.resolution_pct
     return Bench(
-        latencies={
-            entrant.name: entrant.latency(first, timing.resolution_pct) for entrant in timed
-        },
+        latencies={entrant.name: entrant.latency(first, resolution_pct) for entrant in timed},
         skipped=skipped,
-        conditions=watch.summary(),
+        conditions=found,
         method={"rounds": rounds, **asdict(timing)},
     )
 

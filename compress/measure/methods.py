@@ -3,7 +3,8 @@
 METHODS = {
     "latency_ms": "time of one call on the host, from arrays to arrays, copies to and from a "
     "device included; percentiles over all timed calls of interleaved rounds after a warm-up. One "
-    "caller on an otherwise idle machine, not a loaded server",
+    "caller, not a loaded server; a row is marked busy where other processes took more than 10 % "
+    "of the processors meanwhile, or the host gave more than 2 % of their time away",
     "latency_ms_ci95": "bootstrap over whole rounds, because calls within a round depend on each "
     "other",
     "device_latency_ms": "two events of the GPU around one execution, copies left out; what the "
@@ -12,7 +13,7 @@ METHODS = {
     "do with several callers",
     "speedup": "median latency of the original over that of the variant, timed side by side in the "
     "same rounds; the interval is a bootstrap over pairs of rounds. Within 2 % of 1 it is called "
-    "no difference",
+    "no difference, within 10 % on a busy machine",
     "energy_mj_per_image": "what the counter of the whole chip (RAPL) or GPU (NVML) rose by during "
     "the timed calls, idle power included, over the images",
     "params": "elements of all parameters, shared ones once; in an ONNX file, of all constants but "

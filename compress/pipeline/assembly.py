@@ -14,7 +14,8 @@ from compress.pipeline import cautions
 from compress.pipeline.details import details
 from compress.pipeline.job import Job, Outcome, Variant
 from compress.recipe import to_json
-from compress.report import schema
+from compress.report import figures, schema
+from compress.report.verdict import size_ratio
 from compress.run_folder import RECIPE_FILE
 from compress.settings import Gates
 
@@ -54,7 +55,11 @@ def assemble(
         variants=rows,
         gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows, trust.untrained)),
         untrained=trust.untrained,
-        cautions=(*cautions.of_training(job.recipe, job.dataset), *trust.cautions()),
+        cautions=(
+            *cautions.of_training(job.recipe, job.dataset),
+            *trust.cautions(),
+            *cautions.of_timing(measured["conditions"]),
+        ),
         details=details(job, variants, outcomes, measured, rows, answers),
         skipped=measured["skipped"],
     )
@@ -65,8 +70,8 @@ def gates(
 ) -> Iterator[schema.Gate]:
     """Yield every gate of the recipe: the last variant of each runtime against the original.
 
-    A gate that could not be measured anywhere is not passed, and says why; nor is one on the
-    accuracy of a network that was never trained.
+    A gate that could not be measured is not passed, and says why; nor is one on the accuracy of a
+    network that was never trained.
     """
     original = rows[0]
     pairs, seen = list(_last_results(rows)), set[tuple[str, ...]]()
@@ -82,7 +87,7 @@ def gates(
             passed = value is not None and (
                 value >= limit if name in {"speedup", "size_ratio"} else value <= limit
             )
-            reason = "it was not measured" if value is None else None
+            reason = _unmeasured(name, result, variant) if value is None else None
             if untrained is not None and name not in {"speedup", "size_ratio"}:
                 value, passed, reason = None, False, f"the original is untrained: {untrained}"
             yield schema.Gate(
@@ -108,9 +113,10 @@ def _last_results(
 ) -> Iterator[tuple[schema.Variant, schema.Result]]:
     """Yield the result of the most compressed variant in each place, in order of the targets."""
     last: dict[tuple[str, int], tuple[schema.Variant, schema.Result]] = {}
-    for variant in rows[1:]:
+    for variant in rows:
         for result in variant.results:
-            last[result.runtime, result.batch] = (variant, result)
+            if variant is not rows[0] or result.precision != "fp32":
+                last[result.runtime, result.batch] = (variant, result)
     yield from last.values()
 
 
@@ -122,11 +128,18 @@ def _gate_value(
     if name in {"top1_drop_pct", "metric_drop"}:
         return None if result.top1_change_pct is None else -result.top1_change_pct
     if name == "size_ratio":
-        if not original.size_mib or not variant.size_mib:
-            return None
-        return original.size_mib / variant.size_mib
+        return size_ratio(original, variant, result)
     value: float | None = getattr(result, name)
     return value
+
+
+def _unmeasured(name: str, result: schema.Result, variant: schema.Variant) -> str:
+    """Return why nothing was measured for a gate."""
+    if name == "size_ratio":
+        return "the file has no size"
+    if name in {"top1_drop_pct", "worst_class_drop_pct"} and result.primary is not None:
+        return f"the task is judged by {result.primary}, not by classes: use metric_drop"
+    return figures.reason({"metric_drop": "top1_change_pct"}.get(name, name), result, variant)
 
 
 def _variant(

@@ -138,13 +138,14 @@ def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str
 
 def _judged(job: Job, run: Any) -> dict[str, Any]:
     """Return the primary metric on a few images, against that with the labels of others."""
-    task, name = job.task, job.task.primary
+    task = job.task
     if job.dataset.target != task.target or not task.kinds:
         return {}
     read = job.dataset.pictures if isinstance(run, Fed) else job.dataset.batches
     pairs = list(read("calibration", 32, IMAGES))
     predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
     labels = [target for _, targets in pairs for target in targets]
+    name = task.primary
     kind = task.kinds[name]
     sign = 1 if kind.higher_is_better else -1
     value = tasks.values_of(task, scores)[name]
@@ -169,3 +170,17 @@ def _judged(job: Job, run: Any) -> dict[str, Any]:
         "images": len(labels),
         "unit": kind.unit,
     }
+
+
+def of_timing(conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Yield where the machine did other things while variants were timed.
+
+    Args:
+        conditions: State of the machine by place, as ``measure.bench`` returns it.
+    """
+    for place, state in conditions.items():
+        if "busy" in state:
+            yield (
+                f"busy machine while {place} was timed: {state['busy']}. Speeds that differ by "
+                "less than 10 % are not told apart there; measure again on an idle machine"
+            )

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress import evaluate, measure, models, plugins
 from compress.data import Dataset
 from compress.export import export_onnx
+from compress.modules import evaluating
+from compress.outputs import named_tensors
 from compress.run_folder import RunFolder
 from compress.settings import Recipe, Settings, TrainSettings
 from compress.sparsity import keeping_zeros
@@ -164,6 +166,7 @@ def leave(
         job.dataset.example,
         stage / ONNX_FILE,
         metadata=facts_of(job),
+        outputs=None if job.task.tells_classes else job.task.read_outputs(returned(job, model)),
         check_images=job.dataset.normalize(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
         ),
@@ -181,6 +184,12 @@ def leave(
         sparsity=facts.get("sparsity", {}).get("pattern", inherited),
     )
     return Outcome((variant,), facts)
+
+
+def returned(job: Job, model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that ``model`` gives for an example, by their places."""
+    with evaluating(model), torch.no_grad():
+        return dict(named_tensors(model(job.dataset.example)))
 
 
 def training_facts(result: TrainResult) -> dict[str, Any]:

@@ -7,7 +7,7 @@ a target are timed side by side in one sitting.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,19 @@ class Rival:
     precision: str
     path: Path
     target: Target
+
+    @property
+    def name(self) -> str:
+        """The variant and its precision: unique among those on one target."""
+        return f"{self.variant.name} {self.precision}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the runtime is told when it opens the file."""
+        told: dict[str, Any] = {"threads": self.target.threads}
+        if self.precision == "fp16" and "dtype" in plugins.options("runtimes", self.target.runtime):
+            told["dtype"] = "float16"  # the file itself is fp32
+        return told
 
 
 @dataclass(frozen=True)
@@ -77,12 +90,13 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
     engines: dict[Path, Path] = {}
     conditions: dict[str, Any] = {}
     coverage: list[dict[str, Any]] = []
-    for target in places(job.recipe.targets):
+    for targets in places(job.recipe.targets):
+        target = targets[0]
         label = f"{target.runtime}, batch {target.batch}"
         try:
-            rivals = rivals_on(job, variants, target)
+            rivals = rivals_on(job, variants, targets)
         except MissingPackageError as error:
-            if not target.when_installed:
+            if not all(each.when_installed for each in targets):
                 raise
             skipped[label] = str(error)
             continue
@@ -93,6 +107,8 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
         if reason is not None:
             skipped[label] = f"the engines are built; they cannot run here: {reason}"
             continue
+        if (why := _absent_int8(targets, rivals)) is not None:
+            skipped[f"int8 on {label}"] = why
         rows, conditions[label] = measure_rivals(job, rivals, stage)
         for rival, row in zip(rivals, rows, strict=True):
             results[rival.variant.name].append(row | _memory(job, rival, row["skipped"]))
@@ -101,29 +117,57 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
     return Measured(results, skipped, engines, conditions, coverage, explanations)
 
 
-def places(targets: Sequence[Target]) -> list[Target]:
-    """Return ``targets``, one for each place: a float and an int8 target of one place are one."""
-    places: dict[tuple[Any, ...], Target] = {}
+def places(targets: Sequence[Target]) -> list[list[Target]]:
+    """Return the targets of each place: one runtime, batch size and number of threads.
+
+    What is measured in one place is timed side by side, whatever its precision.
+    """
+    found: dict[tuple[Any, ...], list[Target]] = {}
     for target in targets:
-        key = (target.runtime, target.batch, target.threads, target.precision == "fp16")
-        places.setdefault(key, target)
-    return list(places.values())
+        found.setdefault((target.runtime, target.batch, target.threads), []).append(target)
+    return list(found.values())
 
 
-def rivals_on(job: Job, variants: Sequence[Variant], target: Target) -> list[Rival]:
-    """Return the variants that can run on ``target``, with the engines they need there built."""
+def rivals_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target]) -> list[Rival]:
+    """Return the variants that can run in one place, with the engines they need there built.
+
+    The first is the original in fp32, which the others are compared with. Where a target asks for
+    fp16, every float variant is there in fp16 as well, the original included; where all of them
+    do, in fp16 alone.
+    """
+    target = targets[0]
     form = INT8_FORM.get(target.runtime, target.runtime)
     chosen = [variant for variant in variants if variant.target in {None, form}]
     if target.runtime == "pytorch":
         chosen = [variant for variant in chosen if variant.target is None]
-    rivals = []
-    for variant in progress.track(chosen, f"build {target.runtime}"):
-        precision = variant.precision
-        half = target.precision == "fp16" and variant is not chosen[0]
-        if half and precision == "fp32":
-            precision = "fp16"
-        rivals.append(Rival(variant, precision, _engine(job, variant, target, precision), target))
-    return rivals
+    wanted = {each.precision for each in targets}
+    entries = [
+        (variant, precision)
+        for variant in chosen
+        for precision in _precisions(variant, wanted, is_reference=variant is chosen[0])
+    ]
+    return [
+        Rival(variant, precision, _engine(job, variant, target, precision), target)
+        for variant, precision in progress.track(entries, f"build {target.runtime}")
+    ]
+
+
+def _precisions(variant: Variant, wanted: Set[str], *, is_reference: bool) -> list[str]:
+    """Return the precisions in which a variant is measured where ``wanted`` are asked for."""
+    if variant.precision != "fp32":
+        return [variant.precision]
+    plain = ["fp32"] if is_reference or wanted != {"fp16"} else []
+    return [*plain, "fp16"] if "fp16" in wanted else plain
+
+
+def _absent_int8(targets: Sequence[Target], rivals: Sequence[Rival]) -> str | None:
+    """Return why an int8 target has no int8 variant; None if it has one or asks for none."""
+    is_wanted = any(target.precision == "int8" for target in targets)
+    if not is_wanted or any(rival.precision == "int8" for rival in rivals):
+        return None
+    if targets[0].runtime == "pytorch":
+        return "PyTorch runs no Q/DQ graph; its float networks are measured"
+    return f"no stage wrote an int8 graph for {targets[0].runtime}"
 
 
 def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
@@ -176,16 +220,18 @@ def measure_rivals(
         row: dict[str, Any] = {
             "runtime": rival.target.runtime,
             "precision": rival.precision,
+            "size_mib": measure.size_mib(rival.path),
             "device": device_of(rival.target.runtime),
             "batch": rival.target.batch,
             "threads": rival.target.threads,
             "skipped": {},
         }
         row |= accuracy_row(job, answers[0], own)
-        if rival.variant.name in latency:
-            row |= latency[rival.variant.name].to_json()
+        if rival.name in latency:
+            row |= latency[rival.name].to_json()
+            row |= {key: latency.conditions[key] for key in ("busy",) if key in latency.conditions}
         else:
-            row["skipped"]["latency"] = latency.skipped[rival.variant.name]
+            row["skipped"]["latency"] = latency.skipped[rival.name]
         rows.append(row)
     return rows, latency.conditions
 
@@ -208,8 +254,8 @@ def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
     test = job.dataset.pictures("test", evaluate.BATCH, job.recipe.measure.test_images)
     images = len(job.dataset.splits["test"])
     total = min(images, job.recipe.measure.test_images or images) / evaluate.BATCH
-    name = f"{rival.variant.name} on {rival.target.runtime}"
-    with open_session(rival.path, rival.target.runtime, threads=rival.target.threads) as session:
+    name = f"{rival.name} on {rival.target.runtime}"
+    with open_session(rival.path, rival.target.runtime, **rival.options) as session:
         if not job.task.tells_classes:
             limit = job.recipe.measure.test_images
             return evaluate.of_task(session, job.dataset, job.task, limit=limit)
@@ -248,12 +294,9 @@ def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
     batch = images.take(np.arange(rivals[0].target.batch) % len(images))
     with contextlib.ExitStack() as stack:
         sessions = {
-            rival.variant.name: stack.enter_context(
+            rival.name: stack.enter_context(
                 open_session(
-                    rival.path,
-                    rival.target.runtime,
-                    threads=rival.target.threads,
-                    batch=rival.target.batch,
+                    rival.path, rival.target.runtime, batch=rival.target.batch, **rival.options
                 )
             )
             for rival in rivals
@@ -272,11 +315,12 @@ def _memory(job: Job, rival: Rival, skipped: dict[str, str]) -> dict[str, Any]:
             target.runtime,
             batch=target.batch,
             shapes=[(target.batch, *job.dataset.example.shape[1:])],
-            threads=target.threads,
+            **rival.options,
         )
     except (EngineError, CompressError) as error:
         skipped["memory"] = str(error)
         return {}
     told = memory.to_json()
+    told.pop("file_mib")  # it is the size_mib of the row
     skipped.update(told.pop("skipped", {}))
     return told

@@ -8,15 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from compress import prune
 from compress.groups import trace
-from compress.modules import evaluating
 from compress.objective import TaskLoss
-from compress.outputs import named_tensors
-from compress.pipeline.job import Job, Outcome, Variant, leave
+from compress.pipeline.job import Job, Outcome, Variant, leave, returned
 from compress.settings import PruneSettings, TrainSettings
 from compress.surgery import PrunePlan, apply_pruning, prove
 from compress.train import CrossEntropy, shown_batches
@@ -150,8 +147,7 @@ def _reading(job: Job, model: nn.Module, settings: PruneSettings) -> dict[str, A
         return {"outputs": settings.outputs}
     outputs = settings.outputs
     if outputs is None:
-        with evaluating(model), torch.no_grad():
-            outputs = job.task.counted_outputs(dict(named_tensors(model(job.dataset.example))))
+        outputs = job.task.counted_outputs(returned(job, model))
     return {"outputs": outputs, "answers": job.task.answers}
 
 

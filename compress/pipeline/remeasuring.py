@@ -117,12 +117,13 @@ def measure_again(root: Path) -> Remeasured:
     _check_data(job, report)
     variants, checks, skipped = _variants(root), list[Check](), dict[str, str]()
     elsewhere = _elsewhere(report)
-    for target in places(settings.targets):
+    for targets in places(settings.targets):
+        target = targets[0]
         reason = _unmeasured(report, target) or unavailable(target.runtime)
         if reason is not None:
             skipped[f"{target.runtime}, batch {target.batch}"] = reason
             continue
-        rivals = rivals_on(job, variants, target)
+        rivals = rivals_on(job, variants, targets)
         with tempfile.TemporaryDirectory() as folder:
             rows, _ = measure_rivals(job, rivals, Path(folder))
         for rival, row in zip(rivals, rows, strict=True):

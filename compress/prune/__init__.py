@@ -1,8 +1,13 @@
-"""Decide which channels to cut: scores and a budget in, a plan out."""
+"""Decide which channels to cut: scores and a budget in, a plan out.
 
+The package can be called: ``compress.prune(model, example_input, ...)`` is :func:`prune_network`.
+"""
+
+from compress.callables import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
 from compress.prune.budget import BUDGETS
 from compress.prune.lasso import GroupLasso, WithGroupLasso
+from compress.prune.network import prune_network
 from compress.prune.plan import plan_pruning
 from compress.prune.promise import Promise, check_promise, latency_left
 from compress.prune.refit import refit
@@ -17,7 +22,10 @@ __all__ = [
     "keep_in_round",
     "latency_left",
     "plan_pruning",
+    "prune_network",
     "rebase_batchnorm",
     "recalibrate_batchnorm",
     "refit",
 ]
+
+make_callable(__name__, "prune_network")

@@ -56,6 +56,10 @@ class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._show = show
         self._done = 0
 
+    def skip(self, count: int) -> None:
+        """Count sums that are not done in this pass."""
+        self._done += count
+
     def __torch_dispatch__(
         self,
         func: OpOverload,

@@ -20,6 +20,7 @@ from compress.modules import evaluating
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.joins import Join, Sums, joins
+from compress.prune.replay import Replay
 from compress.surgery import PrunePlan
 
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
@@ -80,11 +81,13 @@ def refit(
         raise UsageError("batches holds no images", fix="Give at least one batch")
     with evaluating(pruned), evaluating(original), torch.no_grad():
         pairs = list(_pairs(pruned, original, plan, images))
+        count = sum(map(len, images))
+        known, fitted = (Replay(net, images[0][:1], count) for net in (original, pruned))
         ready: Iterator[_Pair] = (
-            pair for some in _portions(pairs) for pair in _asked(some, original, images)
+            pair for some in _portions(pairs) for pair in _asked(some, known, images)
         )
         for pair in track(ready, "refit", len(pairs)):
-            _fit(pair, pruned, images)
+            _fit(pair, fitted, images)
     if training_batches is None:
         training_batches = batches
     return rebase_batchnorm(pruned, training_batches)
@@ -196,17 +199,15 @@ def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
     yield portion
 
 
-def _asked(
-    pairs: Sequence[_Pair], original: nn.Module, images: Sequence[Tensor]
-) -> Iterator[_Pair]:
+def _asked(pairs: Sequence[_Pair], original: Replay, images: Sequence[Tensor]) -> Iterator[_Pair]:
     """Run the original once for all ``pairs``, yield them, and forget each one's answers after."""
 
     def note(pair: _Pair) -> Show:
         return lambda _input, answer, other: pair.note(answer, other)
 
     notes = [_Note(pair.before, pair.calls, pair.join, note(pair)) for pair in pairs]
-    for batch in images:
-        _run(original, batch, notes)
+    for number, batch in enumerate(images):
+        _run(original, number, batch, notes)
     for pair in pairs:
         yield pair
         pair.answers.clear()
@@ -236,7 +237,7 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     return [(name, modules[name], count) for name, count in calls.items()]
 
 
-def _fit(pair: _Pair, pruned: nn.Module, images: Sequence[Tensor]) -> None:
+def _fit(pair: _Pair, pruned: Replay, images: Sequence[Tensor]) -> None:
     """Collect the normal equations of one layer over all images, and solve them."""
     squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
@@ -253,8 +254,8 @@ def _fit(pair: _Pair, pruned: nn.Module, images: Sequence[Tensor]) -> None:
         products = products + (seen.mT @ wanted).double()
         rows += seen.shape[1]
 
-    for batch in images:
-        _run(pruned, batch, [_Note(pair.layer, pair.calls, pair.join, add)])
+    for number, batch in enumerate(images):
+        _run(pruned, number, batch, [_Note(pair.layer, pair.calls, pair.join, add)])
     if rows >= LEAST_ROWS_PER_FEATURE * pair.features:
         _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
 
@@ -272,8 +273,11 @@ class _Note:
     show: Show
 
 
-def _run(model: nn.Module, images: Tensor, notes: Sequence[_Note]) -> None:
-    """Run ``model`` until all that is asked for was shown, call by call."""
+def _run(replay: Replay, number: int, images: Tensor, notes: Sequence[_Note]) -> None:
+    """Run a network until all that is asked for was shown, call by call.
+
+    What ran before the first of the layers is final, and not computed again.
+    """
     missing = sum(note.calls for note in notes)
     joined = {note.join.number: note for note in notes if note.join is not None}
     waiting: dict[int, tuple[Tensor, Tensor]] = {}  # input and answer, by the sum to come
@@ -301,9 +305,15 @@ def _run(model: nn.Module, images: Tensor, notes: Sequence[_Note]) -> None:
             shown()
 
     hooks = [note.layer.register_forward_hook(hook(note)) for note in notes]
+    sums = Sums(summed)
+    limit = min(replay.entered(note.layer) for note in notes)
     try:
-        with contextlib.suppress(_EnoughSeen), Sums(summed) if joined else contextlib.nullcontext():
-            model(images)
+        with (
+            replay.passing(number, limit, sums.skip),
+            contextlib.suppress(_EnoughSeen),
+            sums if joined else contextlib.nullcontext(),
+        ):
+            replay.model(images)
     finally:
         for each in hooks:
             each.remove()

@@ -73,7 +73,7 @@ class Equalization:
 
     __pydantic_config__: ClassVar = STRICT
 
-    producer: str  # node names
+    producer: str  # node names; "" for none
     consumer: str
     factors: tuple[Factor, ...]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.inliner
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
@@ -23,6 +24,7 @@ from compress.qdq.graph import (
     replace_nodes,
     set_constant,
 )
+from compress.qdq.hard_swish import join_hard_swish
 from compress.qdq.reshapes import keep_batch
 from compress.qdq.skeleton import check, infer_shapes
 
@@ -70,9 +72,12 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
         return prepared
     _refuse_quantized(prepared, where)
     _free_dimensions(prepared)
+    if prepared.functions:  # runtimes do not know the operators of others
+        prepared = onnx.inliner.inline_local_functions(prepared)
     prepared = _modern(prepared, where)
     _drop_initializer_inputs(prepared)
-    for step in (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes):
+    steps = (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes, join_hard_swish)
+    for step in steps:
         step(prepared)
     while _fold_one_round(prepared):
         pass

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.errors import QuantizationError
 from compress.qdq.graph import (
@@ -28,10 +28,13 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> None:
         QuantizationError: the plan names a node that is not there or does not fit.
     """
     nodes = {node.name: node for node in model.graph.node}
-    for pair in plan.equalization:
-        factors = np.asarray(pair.factors, np.float64)
-        _scale_output(model, _named(nodes, pair.producer), 1 / factors)
-        _scale_input(model, _named(nodes, pair.consumer), factors)
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for step in plan.equalization:
+        factors = np.asarray(step.factors, np.float64)
+        if step.producer:
+            _scale_output(tensors, _named(nodes, step.producer), 1 / factors)
+        if step.consumer:
+            _scale_input(tensors, _named(nodes, step.consumer), factors)
     taken = all_names(model)
     for name, bias in plan.biases.items():
         node = _named(nodes, name)
@@ -105,31 +108,52 @@ def _outputs_of(model: ModelProto, node: NodeProto) -> int:
     return int(shape[channel_axis(node)]) * int(groups)
 
 
-def _scale_output(model: ModelProto, node: NodeProto, factors: NDArray[Any]) -> None:
-    graph = Graph(model)
-    weight = graph.constant(node.input[1])
-    if weight is None or weight.shape[channel_axis(node)] != len(factors):
+Tensors = dict[str, TensorProto]
+
+
+def _scale_output(tensors: Tensors, node: NodeProto, factors: NDArray[Any]) -> None:
+    if node.op_type == "BatchNormalization":
+        for position in (1, 2):  # its scale and offset
+            _multiply(tensors, node, position, factors)
+        return
+    weight = tensors.get(node.input[1])
+    if weight is None or weight.dims[channel_axis(node)] != len(factors):
         raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}")
-    shape = [1] * weight.ndim
+    shape = [1] * len(weight.dims)
     shape[channel_axis(node)] = -1
-    set_constant(model, node.input[1], (weight * factors.reshape(shape)).astype(weight.dtype))
-    if len(node.input) > 2:
-        bias = graph.constant(node.input[2])
-        if bias is not None:
-            scaled = bias.reshape(-1) * factors
-            set_constant(model, node.input[2], scaled.astype(bias.dtype))
+    _multiply(tensors, node, 1, factors.reshape(shape))
+    if len(node.input) > 2 and node.input[2]:
+        _multiply(tensors, node, 2, factors)
 
 
-def _scale_input(model: ModelProto, node: NodeProto, factors: NDArray[Any]) -> None:
-    weight = Graph(model).constant(node.input[1])
+def _scale_input(tensors: Tensors, node: NodeProto, factors: NDArray[Any]) -> None:
+    if node.op_type == "BatchNormalization":
+        _multiply(tensors, node, 1, factors)
+        _multiply(tensors, node, 3, 1 / factors)  # the mean
+        return
+    weight = tensors.get(node.input[1])
     if weight is None:
         raise QuantizationError(f"node {node.name!r} has no constant weight to rescale")
-    shape = [1] * weight.ndim
-    depthwise = node.op_type == "Conv" and attribute(node, "group", 1) > 1
-    axis = 0 if depthwise else 1
-    if node.op_type == "Gemm" and not attribute(node, "transB", 0):
-        axis = 0
-    if weight.shape[axis] != len(factors):
-        raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}")
-    shape[axis] = -1
-    set_constant(model, node.input[1], (weight * factors.reshape(shape)).astype(weight.dtype))
+    if node.op_type == "Conv":  # (out, in/groups, ...): each group reads channels of its own
+        groups = attribute(node, "group", 1)
+        if len(factors) != groups * weight.dims[1]:
+            raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}")
+        rows = factors.reshape(groups, -1).repeat(weight.dims[0] // groups, 0)
+        factors = rows.reshape(*rows.shape, *[1] * (len(weight.dims) - 2))
+    elif not attribute(node, "transB", 0):  # (in, out)
+        factors = factors.reshape(-1, 1)
+    _multiply(tensors, node, 1, factors)
+
+
+def _multiply(tensors: Tensors, node: NodeProto, position: int, factors: NDArray[Any]) -> None:
+    """Multiply a constant that ``node`` reads."""
+    tensor = tensors.get(node.input[position])
+    if tensor is None:
+        raise QuantizationError(f"what node {node.name!r} reads is no constant to rescale")
+    value = numpy_helper.to_array(tensor)
+    flat = value.reshape(-1) if position == 2 else value
+    try:
+        scaled = np.asarray(flat * factors, value.dtype).reshape(value.shape)
+    except ValueError:
+        raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}") from None
+    tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))

@@ -13,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from compress import plugins
 from compress.errors import QuantizationError
 from compress.qdq.graph import Graph, tail
 from compress.qdq.plan import QuantPlan, WeightScales
@@ -79,29 +80,26 @@ class Confirmation:
 
     def _feeds(self) -> list[Feed]:
         """Return the inputs of one run each; a fixed batch is filled."""
-        graph = Graph(self.prepared)
         batch = self.fixed or 1
-        images = {n: v for n, v in self.feed.items() if not graph.is_parameter(n)}
-        others = {n: v for n, v in self.feed.items() if n not in images}
-        first = {name: array[: IMAGES * batch] for name, array in images.items()}
-        return [part | others for part in portions(first, batch)]
+        some = {n: v[: IMAGES * batch] if v.ndim > 1 else v for n, v in self.feed.items()}
+        return list(portions(some, batch))
 
     def _in_runtime(
         self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str]
     ) -> list[list[NDArray[Any]]]:
-        from compress.runtimes import open_session
-
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.onnx"
             onnx.save(written, str(path))
-            with open_session(path, runtime=self.target) as session:
-                order = [spec.name for spec in session.inputs]
-                outputs = [output.name for output in written.graph.output]
-                found = []
-                for feed in feeds:
-                    values = session.run(*(feed[name] for name in order))
-                    by_name = dict(zip(outputs, values, strict=True))
-                    found.append([by_name[name] for name in names])
+            # its own session: ours wants a batch, and an input that is no image has none
+            session = plugins.create("runtimes", self.target).open(path)
+            order = [spec.name for spec in session.inputs]
+            outputs = [output.name for output in written.graph.output]
+            found = []
+            for feed in feeds:
+                values = session.run(tuple(feed[name] for name in order))
+                by_name = dict(zip(outputs, values, strict=True))
+                found.append([by_name[name] for name in names])
+            session.close()
         return found
 
 

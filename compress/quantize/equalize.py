@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from compress.qdq.graph import Graph, attribute
 from compress.qdq.plan import Equalization, QuantPlan
-from compress.quantize.activations import activation_of
+from compress.quantize.channels import Channels, channels
+from compress.quantize.fidelity import portions
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of, with_outputs
 
-_LEAST, _MOST = 1 / 32, 32.0  # factors
+_LEAST = 1 / 32  # factor
+_NONE = 1e-6  # relative size of a dead channel
+_UNSEEN = 8  # images; with as many a channel may be twice as large on images yet to come
 
 
 def equalize(prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float) -> QuantPlan:
-    """Return ``plan`` with rescalings between each layer and the only one that reads it.
+    """Return ``plan`` with rescalings of all channels that the layers around them can undo.
 
-    Channel c of the tensor between them is divided by (range of c / largest range) ** alpha, before
-    the activation, and the weights that read it are multiplied. Behind Relu any factor is exact;
-    behind a Clip only factors that keep the channel below the bound on all of ``feed``. Where a
-    depthwise layer reads the tensor its own scales absorb the factor, so alpha is 1 there.
+    Channels that belong together (through Add, Concat, pooling, ...) are divided by one factor:
+    (range of the channel / range of its tensor) ** alpha, the largest of them if they are several,
+    and with room for what larger values other images bring, the more the fewer ``feed`` holds.
+    The weights that make them are divided, the weights that read them multiplied. Behind Relu any
+    factor is exact; behind a Clip only factors that keep the channel below the bound on all of
+    ``feed``. Where depthwise layers alone read the channel their own scales absorb the factor, so
+    alpha is 1 there.
 
     Args:
         prepared: The fp32 graph.
@@ -37,75 +41,71 @@ def equalize(prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float) ->
     weights have a scale for each channel.
     """
     graph = Graph(prepared)
-    found = [(a, b, bound) for a in graph.nodes for b, bound in _reader(graph, a, plan)]
-    if not found:
-        return plan
-    tensors = [producer_end(graph, a) for a, _, _ in found]
-    largest = _largest(prepared, feed, tensors)
+    found = channels(graph, set(plan.float_nodes))
+    factors = _factors(prepared, plan, feed, alpha, found)
     steps = []
-    for (producer, consumer, bound), tensor in zip(found, tensors, strict=True):
-        seen = largest[tensor]
-        power = 1.0 if _is_depthwise(graph, consumer) else alpha
-        top = seen.max()
-        if not top > 0:
+    for node in graph.nodes:
+        if node.name not in found.layers:
             continue
-        factors = np.clip(np.maximum(seen / top, 1e-6) ** power, _LEAST, _MOST)
-        if math.isfinite(bound):
-            factors = np.where(seen < bound, np.maximum(factors, seen / bound), 1.0)
-        if np.ptp(factors) > 0.01:
-            steps.append(
-                Equalization(producer.name, consumer.name, tuple(float(f) for f in factors))
-            )
-    return plan.changed(equalization=tuple(steps))
+        made, read = (found.labels.get(name) for name in (node.output[0], node.input[0]))
+        for labels, names in ((made, (node.name, "")), (read, ("", node.name))):
+            if labels is not None and np.any(factors[labels] != 1):
+                steps.append(Equalization(*names, tuple(float(f) for f in factors[labels])))
+    return plan.changed(equalization=tuple(steps), notes=(*plan.notes, _note(plan, found, factors)))
 
 
-def producer_end(graph: Graph, node: NodeProto) -> str:
-    """Return the tensor behind the activation of ``node``."""
-    return activation_of(graph, node).output
+def _factors(
+    prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float, found: Channels
+) -> NDArray[np.float64]:
+    """Return the factor of each label."""
+    scaled = {name: labels for name, labels in found.labels.items() if labels.any()}
+    count = 1 + max((int(labels.max()) for labels in scaled.values()), default=0)
+    size, floor = np.full(count, _NONE), np.zeros(count)
+    dense = np.zeros(count, bool)
+    ranged = plan.activations or scaled
+    seen = _largest(prepared, feed, [n for n in scaled if n in ranged or n in found.bounds])
+    for name, largest in seen.items():
+        labels = scaled[name]
+        if name in ranged and largest.max() > 0:
+            np.maximum.at(size, labels, largest / largest.max())
+        if name in found.bounds:
+            bound = found.bounds[name]
+            np.maximum.at(floor, labels, np.where(largest < bound, largest / bound, 1.0))
+    size *= 1 + _UNSEEN / max(len(array) for array in feed.values())
+    for node in found.graph.nodes:
+        if node.name in found.layers and not _is_depthwise(found.graph, node):
+            dense[scaled.get(node.input[0], [])] = True
+    factors = np.clip(np.minimum(size, 1.0) ** np.where(dense, alpha, 1.0), _LEAST, 1.0)
+    factors = np.maximum(factors, np.minimum(floor, 1.0))
+    factors[0] = 1.0
+    return np.asarray(factors)
 
 
-def _reader(graph: Graph, node: NodeProto, plan: QuantPlan) -> list[tuple[NodeProto, float]]:
-    """Return the one layer that reads ``node`` and the bound of the Clip between them, if any."""
-    if not _can_scale(graph, node, plan):
-        return []
-    bound = math.inf
-    after = graph.activation_after(node)
-    tensor = node.output[0]
-    if after is not None:
-        tensor = after.output[0]
-        if after.op_type == "Clip":
-            low, high = (graph.constant(name) for name in (*after.input[1:], "", "")[:2])
-            if low is None or low.item() != 0:
-                return []
-            bound = math.inf if high is None else float(high.item())
-    reader = graph.only_reader(tensor)
-    if reader is None or reader.input[0] != tensor or not _can_scale(graph, reader, plan):
-        return []
-    grouped = attribute(reader, "group", 1) > 1 and not _is_depthwise(graph, reader)
-    return [] if grouped else [(reader, bound)]
-
-
-def _can_scale(graph: Graph, node: NodeProto, plan: QuantPlan) -> bool:
-    if node.op_type not in ("Conv", "Gemm") or graph.weight(node) is None:
-        return False
-    if node.op_type == "Gemm" and attribute(node, "transA", 0):
-        return False
-    return len(graph.readers[node.input[1]]) == 1 and node.name not in plan.float_nodes
+def _note(plan: QuantPlan, found: Channels, factors: NDArray[np.float64]) -> str:
+    quantized = [found.labels[name] for name in plan.activations if name in found.labels]
+    done = sum(bool(np.any(factors[labels] != 1)) for labels in quantized)
+    why = ", ".join(f"{op} {count}" for op, count in found.fixed.most_common(6))
+    return (
+        f"equalization scales {done} of {len(plan.activations)} tensors"
+        + f"; tensors that must stay as they are, by the operator that says so: {why}" * bool(why)
+    )
 
 
 def _is_depthwise(graph: Graph, node: NodeProto) -> bool:
+    if node.op_type == "BatchNormalization":
+        return True
     shape = graph.initializers[node.input[1]].dims
     group = attribute(node, "group", 1)
     return bool(node.op_type == "Conv" and group > 1 and group == shape[0] and shape[1] == 1)
 
 
 def _largest(
-    prepared: ModelProto, feed: Feed, tensors: list[str], batch: int = 8
+    prepared: ModelProto, feed: Feed, tensors: list[str]
 ) -> dict[str, NDArray[np.float64]]:
+    """Return the largest magnitude of each channel, (C,), of tensors on all of ``feed``."""
     session = session_of(with_outputs(prepared, tensors))
     found: dict[str, NDArray[np.float64]] = {}
-    for start in range(0, len(next(iter(feed.values()))), batch):
-        part = {name: array[start : start + batch] for name, array in feed.items()}
+    for part in portions(feed) if tensors else ():
         for name, value in zip(tensors, session.run(tensors, part), strict=True):
             others = tuple(d for d in range(value.ndim) if d != 1)
             largest = np.abs(value).max(axis=others).astype(np.float64)

@@ -32,7 +32,7 @@ def answers(
     """
     wanted = [output.name for output in model.graph.output] if names is None else list(names)
     session = session_of(with_outputs(model, wanted), float_qdq=target != "onnxruntime")
-    fixed = session.get_inputs()[0].shape[0]
+    fixed = next((i.shape[0] for i in session.get_inputs() if len(i.shape) > 1), None)
     parts = [session.run(wanted, part) for part in portions(feed, fixed)]
     return [_joined(found) for found in zip(*parts, strict=True)]
 
@@ -45,11 +45,16 @@ def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
 
 
 def portions(feed: Feed, fixed: object = None) -> Iterator[Feed]:
-    """Yield ``feed`` in batches of 8, or of the size that a graph fixes; a rest does not fit it."""
-    count = len(next(iter(feed.values())))
+    """Yield ``feed`` in batches of 8, or of the size that a graph fixes; a rest does not fit it.
+
+    Values that are no images, as a threshold is, go with every batch.
+    """
+    images = {name for name, array in feed.items() if array.ndim > 1}
+    count = max(len(feed[name]) for name in images)
     batch = fixed if isinstance(fixed, int) else 8
     for start in range(0, count // batch * batch if isinstance(fixed, int) else count, batch):
-        yield {name: array[start : start + batch] for name, array in feed.items()}
+        rows = slice(start, start + batch)
+        yield {name: array[rows] if name in images else array for name, array in feed.items()}
 
 
 def sqnr_db(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]) -> float:

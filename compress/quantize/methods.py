@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
+from compress import progress
 from compress.errors import QuantizationError, UnknownNameError
 from compress.qdq.graph import Graph
 from compress.qdq.plan import QuantPlan
@@ -76,10 +79,11 @@ class Workbench:
         )
         return begin_below_zero(plan, self.prepared)
 
-    def equalized(self, plan: QuantPlan, alpha: float) -> QuantPlan:
+    def equalized(self, plan: QuantPlan, alpha: float, feed: Feed | None = None) -> QuantPlan:
         """Return ``plan`` with rescalings and the ranges of the rescaled graph."""
+        feed = feed or self.fitted
         bare = plan.changed(weights={}, biases={})
-        step = equalize(self.prepared, bare, self.fitted, alpha)
+        step = equalize(self.prepared, bare, feed, alpha)
         if not step.equalization:
             return plan
         rescaled = ModelProto()
@@ -87,7 +91,7 @@ class Workbench:
         apply_corrections(rescaled, step)
         images = self.images
         if images.fixed_batch is not None:
-            images = Images(Graph(rescaled), [self.fitted], fewest=1)
+            images = Images(Graph(rescaled), [feed], fewest=1)
         seen = calibrate(rescaled, images, targets=[self.target])
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)
@@ -96,13 +100,17 @@ class Workbench:
         """Return ``plan`` with searched weight scales."""
         return search_weight_scales(self.prepared, plan)
 
-    def corrected(self, plan: QuantPlan) -> QuantPlan:
+    def corrected(self, plan: QuantPlan, feed: Feed | None = None) -> QuantPlan:
         """Return ``plan`` with corrected biases."""
-        return correct_biases(self.prepared, plan, self.fitted)
+        return correct_biases(self.prepared, plan, feed or self.fitted)
 
-    def rounded(self, plan: QuantPlan) -> QuantPlan:
+    def rounded(self, plan: QuantPlan, feed: Feed | None = None) -> QuantPlan:
         """Return ``plan`` with the integers of its weights chosen anew."""
-        return improve_rounding(self.prepared, plan, self.fitted)
+        return improve_rounding(self.prepared, plan, feed or self.fitted)
+
+    def all_images(self) -> Feed:
+        """Return the images that were fitted to and those held back, together."""
+        return {n: np.concatenate([a, self.held_back[n]]) for n, a in self.fitted.items()}
 
     def fidelity_db(self, plan: QuantPlan) -> float:
         """Return the SQNR of the answers on the images held back."""
@@ -151,44 +159,95 @@ def nncf(bench: Workbench) -> QuantPlan:
 
 
 def auto(bench: Workbench) -> QuantPlan:
-    """Every pass, cheapest first; one is kept if the answers on held-back images come closer."""
+    """Every pass, cheapest first; one is kept if the answers on held-back images come closer.
+
+    What was kept is made once more at the end, fitted to all images.
+    """
+
+    def corrected(plan: QuantPlan, feed: Feed) -> QuantPlan:
+        return bench.corrected(plan, feed)
+
+    def scaled(plan: QuantPlan, feed: Feed) -> QuantPlan:
+        return bench.scaled(plan)
+
+    def rounded(plan: QuantPlan, feed: Feed) -> QuantPlan:
+        return bench.rounded(plan, feed)
+
     search = _Search(bench)
-    if math.isnan(search.best_db):  # nothing can be told apart
-        return search.plan.changed(notes=tuple(search.notes))
-    if bench.observer is None:
-        for observer in ("percentile", "minmax"):
-            search.attempt(f"{observer} ranges", bench.ranges(observer=observer))
-    search.attempt("weight scales", bench.scaled(search.plan))
-    ranges = search.plan
-    search.attempt("bias correction", bench.corrected(ranges))
-    for alpha in (0.5, 0.25):
-        equalized = bench.equalized(ranges, alpha)
-        if equalized.equalization:
-            search.attempt(
-                f"equalization {alpha:g} and bias correction",
-                bench.corrected(bench.scaled(equalized)),
-            )
-    search.attempt(
-        "rounding with feedback and bias correction",
-        bench.corrected(bench.rounded(search.plan)),
-    )
-    return search.plan.changed(notes=tuple(search.notes))
+    if math.isnan(search.best.db):  # nothing can be told apart
+        return search.best.plan.changed(notes=tuple(search.notes))
+    with progress.task("Trying corrections", 7) as counter:
+        search.counter = counter
+        for observer in ("percentile", "minmax") if bench.observer is None else ():
+            search.attempt(f"{observer} ranges", search.plain, partial(_ranged, bench, observer))
+        search.attempt("weight scales", search.best, scaled)
+        ranges = search.best
+        search.attempt("bias correction", ranges, corrected)
+        for alpha in (0.5, 0.25):
+            steps = (partial(_equalized, bench, alpha), scaled, corrected)
+            search.attempt(f"equalization {alpha:g} and bias correction", ranges, *steps)
+        rounding_steps = (rounded, corrected)
+        what = "rounding with feedback and bias correction"
+        search.attempt(what, search.best, *rounding_steps)
+    return search.refitted()
+
+
+Step = Callable[[QuantPlan, Feed], QuantPlan]
+
+
+def _ranged(bench: Workbench, observer: str, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    return bench.ranges(observer=observer)
+
+
+def _equalized(bench: Workbench, alpha: float, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    return bench.equalized(plan, alpha, feed)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A plan, the steps that make it of plain ranges, and its SQNR on images held back."""
+
+    plan: QuantPlan
+    steps: tuple[Step, ...]
+    db: float
 
 
 class _Search:
+    counter: progress.Task
+
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
-        self.plan = bench.ranges()
-        self.best_db = bench.fidelity_db(self.plan)
-        observer = next(iter(self.plan.activations.values())).observer
-        self.notes = [f"{observer} ranges: {shown(self.best_db)}"]
+        plan = bench.ranges()
+        self.best = self.plain = _Trial(plan, (), bench.fidelity_db(plan))
+        observer = next(iter(plan.activations.values())).observer
+        self.notes = [f"{observer} ranges: {shown(self.best.db)}"]
 
-    def attempt(self, what: str, changed: QuantPlan) -> None:
-        found_db = self.bench.fidelity_db(changed)
-        kept = found_db > self.best_db + _GAIN_DB
-        self.notes.append(f"{what}: {shown(found_db)}, {'kept' if kept else 'not kept'}")
+    def attempt(self, what: str, start: _Trial, *steps: Step) -> None:
+        """Take further steps from ``start``; keep the result if it is the best so far."""
+        plan = start.plan.changed(notes=())
+        for step in steps:
+            before, plan = plan, step(plan, self.bench.fitted)
+            if plan is before:  # nothing there to scale
+                self.counter.advance()
+                return
+        found_db = self.bench.fidelity_db(plan)
+        kept = found_db > self.best.db + _GAIN_DB
+        self.notes += [f"{what}: {shown(found_db)}, {'kept' if kept else 'not kept'}", *plan.notes]
         if kept:
-            self.plan, self.best_db = changed, found_db
+            self.best = _Trial(plan, (*start.steps, *steps), found_db)
+        self.counter.advance(note=f"best {shown(self.best.db)}")
+
+    def refitted(self) -> QuantPlan:
+        """Return the best plan, made once more with all images where any step is fitted to them."""
+        plan, feed = self.bench.ranges(), self.bench.all_images()
+        for step in self.best.steps:
+            plan = step(plan, feed)
+        found_db = self.bench.fidelity_db(plan)
+        if found_db < self.best.db - _GAIN_DB:  # on images that it has seen now
+            plan = self.best.plan
+        elif self.best.steps:
+            self.notes.append(f"made again with all {len(next(iter(feed.values())))} images")
+        return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
 
 
 METHODS: Mapping[str, Method] = {

@@ -94,7 +94,7 @@ def quantize_targets(
             graph = Graph(planned)
             bound = set(Graph(prepared).inputs) - set(graph.inputs)
             images = Images(graph, batches, bound=bound, usual=usual_range(model))
-            given = {name: to_array(graph.initializers[name]) for name in bound}
+            given = {name: to_array(graph.initializers[name]).copy() for name in bound}
             statistics = calibrate(planned, images, targets=outs)
             for target in outs:
                 own = statistics.of(observed_tensors(planned, [target]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compress.artifact import write_json, write_text
+from compress.errors import printable
 from compress.report.reading import read_run
 from compress.report.schema import Report
 from compress.report.several import compare_runs
@@ -30,7 +31,7 @@ def write(report: Report, folder: Path | str) -> Report:
     folder = Path(folder)
     if not report.verdict:
         report = report.model_copy(update={"verdict": verdict(report)})
-    write_text(folder / "report.html", html(report))
-    write_text(folder / "report.md", markdown(report))
+    write_text(folder / "report.html", printable(html(report)))
+    write_text(folder / "report.md", printable(markdown(report)))
     write_json(folder / "report.json", report.to_json())
     return report

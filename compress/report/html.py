@@ -14,7 +14,7 @@ from compress.report.pareto_chart import pareto_charts
 from compress.report.schema import Calibration, Details, Report
 from compress.report.tables import accuracies, compact, sizes, speeds
 from compress.report.terminal import gate_sentence, missing
-from compress.report.verdict import comparisons, verdicts
+from compress.report.verdict import comparisons, sizes_mib, verdicts
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -106,6 +106,7 @@ def _environment() -> Environment:
         place_lines=lambda curve: (lines(curve), lines(curve, LINES_NARROW)),
         missing=missing,
         plain_json=plain_json,
+        sizes_mib=sizes_mib,
     )
     environment.filters.update(
         count=figures.count,

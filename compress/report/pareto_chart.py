@@ -9,7 +9,7 @@ from compress.report import figures
 from compress.report.charts import NARROW, WIDE, Dot, Scatter, pareto, scatter
 from compress.report.places import Setting, place_name, setting_name, setting_of, settings
 from compress.report.schema import Report, Result, Variant
-from compress.report.verdict import accuracy_of
+from compress.report.verdict import accuracy_of, title
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,10 @@ def _dot(report: Report, variant: Variant, result: Result, series: int | None) -
     accuracy = accuracy_of(variant, result)
     if result.latency_ms_p50 is None or accuracy.top1_pct is None:
         return None
+    name = title(variant, result)
     return Dot(
-        name=variant.name if series is None else f"{report.name}: {variant.name}",
-        label=variant.name,
+        name=name if series is None else f"{report.name}: {name}",
+        label=name,
         x=result.latency_ms_p50,
         y=accuracy.top1_pct,
         x_ci=result.latency_ms_p50_ci95,
@@ -84,7 +85,7 @@ def _facts(variant: Variant, result: Result, accuracy: Result) -> list[str]:
         ("p50", figures.number(result.latency_ms_p50), "ms", result.latency_ms_p50_ci95, "number"),
         ("top-1", figures.percent(accuracy.top1_pct), "%", accuracy.top1_ci95, "percent"),
         ("speed-up", figures.factor(result.speedup), "", result.speedup_ci95, "number"),
-        ("file", figures.number(variant.size_mib), "MiB", None, "number"),
+        ("file", figures.number(result.size_mib or variant.size_mib), "MiB", None, "number"),
         ("peak memory", figures.number(result.peak_memory_mib), "MiB", None, "number"),
     )
     return [

@@ -55,7 +55,12 @@ class ChangeRecord(Record):
     unit: str
     ci95: Interval | None = None  # paired
     drop: float  # how much worse; negative where better
-    verdict: str  # "no significant difference", "better" or "worse"
+    verdict: str  # "better", "worse", "no significant difference", or what images cannot tell
+
+    @property
+    def differs(self) -> bool:
+        """Whether the change is significant."""
+        return self.verdict in {"better", "worse"}
 
 
 class Result(Record):
@@ -66,6 +71,7 @@ class Result(Record):
     device: str
     batch: int = Field(ge=1)
     threads: int | None = None
+    size_mib: float | None = None  # of what the runtime opened: the engine, where there is one
 
     latency_ms_p50: float | None = None
     latency_ms_p50_ci95: Interval | None = None
@@ -76,6 +82,7 @@ class Result(Record):
     throughput_ips: float | None = None  # images per second
     speedup: float | None = None  # original's p50 / this p50, same runtime, batch and threads
     speedup_ci95: Interval | None = None  # bootstrap of the ratio
+    busy: str | None = None  # what kept the processors from it while it was timed
     verdict: str | None = None  # of the speed: "faster", "slower", "no difference", ...
     device_latency_ms_p50: float | None = None  # on the GPU alone, without copies
     device_latency_ms_p99: float | None = None
@@ -139,7 +146,7 @@ class Variant(Record):
     parent: str | None = None  # name of the variant it was made from
     params: int | None = None
     macs: int | None = None  # for one image
-    size_mib: float | None = None  # of the artifact
+    size_mib: float | None = None  # of the artifact; what runs is in the results
     results: tuple[Result, ...] = ()
     skipped: Reasons = {}  # field or runtime -> why it is absent
 
@@ -154,7 +161,7 @@ class Gate(Record):
     variant: str | None = None
     runtime: str | None = None
     batch: int | None = None
-    reason: str | None = None  # why it could not be measured: then it is not passed
+    reason: str | None = None  # why it is not passed, where the two figures do not say it
 
 
 class Line(Record):
@@ -392,7 +399,7 @@ class Report(Record):
     details: Details = Details()
     skipped: Reasons = {}  # runtime, stage or anything else -> why it is absent
     incomplete: tuple[str, ...] = ()  # what is missing or wrong in the run folder itself
-    cautions: tuple[str, ...] = ()  # what is likely to be a mistake of the recipe's
+    cautions: tuple[str, ...] = ()  # likely mistakes of the recipe; machines that were busy
     untrained: str | None = None  # why the original's accuracy means nothing, if it does not
 
     @property

@@ -18,7 +18,7 @@ from compress.report.places import place_name, setting_of
 from compress.report.reading import read_run
 from compress.report.schema import SCHEMA, Interval, Report, Result, Variant
 from compress.report.tables import Cell, Column, Table, accuracies, compact, sizes, speeds
-from compress.report.verdict import accuracy_of, comparisons
+from compress.report.verdict import accuracy_of, comparisons, title
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -125,6 +125,11 @@ class Moment:
     variant: Variant
     result: Result
 
+    @property
+    def size_mib(self) -> float | None:
+        """Size of what ran; of the artifact where that was not noted."""
+        return self.result.size_mib or self.variant.size_mib
+
 
 def histories(reports: Sequence[Report]) -> list[Table]:
     """Return a table over time for each recipe that was run more than once.
@@ -182,7 +187,7 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
     return (
         Cell(now.report.name),
         Cell(now.report.provenance.created or figures.ABSENT),
-        Cell(now.variant.name),
+        Cell(title(now.variant, now.result)),
         Cell(
             figures.percent(accuracy.top1_pct),
             accuracy.top1_pct,
@@ -201,9 +206,9 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
             WORSE if slower else "",
         ),
         Cell(
-            figures.number(now.variant.size_mib),
-            now.variant.size_mib,
-            remark=WORSE if before and _grew(before.variant, now.variant) else "",
+            figures.number(now.size_mib),
+            now.size_mib,
+            remark=WORSE if before and _grew(before, now) else "",
         ),
     )
 
@@ -226,11 +231,14 @@ def _is_below(one: Interval | None, other: Interval | None, margin: float = 1.0)
     return one is not None and other is not None and one[1] * margin < other[0]
 
 
-def _grew(before: Variant, now: Variant) -> bool:
-    sizes_mib = before.size_mib, now.size_mib
-    if sizes_mib[0] is None or sizes_mib[1] is None:
-        return False
-    return sizes_mib[1] > sizes_mib[0] * SIZE_MARGIN
+def _grew(before: Moment, now: Moment) -> bool:
+    """Return whether what runs became larger; sizes of engines and of artifacts are not mixed."""
+    pairs = (
+        (before.result.size_mib, now.result.size_mib),
+        (before.variant.size_mib, now.variant.size_mib),
+    )
+    old, new = next((pair for pair in pairs if None not in pair), (None, None))
+    return old is not None and new is not None and new > old * SIZE_MARGIN
 
 
 def comparison_html(reports: Sequence[Report], problems: Sequence[str]) -> str:

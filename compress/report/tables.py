@@ -9,6 +9,7 @@ from compress.report import figures
 from compress.report.places import place_name, setting_of
 from compress.report.schema import Interval, Report, Result, Variant
 from compress.report.verdict import SAME, accuracy_differs, accuracy_of, speed_differs
+from compress.statistics import undecided
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def sizes(report: Report) -> Table:
         Column("Stage", is_number=False),
         Column("Parameters"),
         Column("MACs", about="multiply-accumulate operations for one image"),
-        Column("File", "MiB"),
+        Column("File", "MiB", "of the artifact; what runs where is below speed and memory"),
         Column("Smaller by", about="size of the original's file over this one's"),
         Column("Artifact", is_number=False),
     )
@@ -204,7 +205,7 @@ def _fill_change(name: str) -> Fill:
         change = (result.changes or {}).get(name)
         if change is None:
             return "changes", None, "points", None, None
-        return "changes", change.value, "points", change.ci95, change.verdict != SAME
+        return f"changes.{name}", change.value, "points", change.ci95, change.differs
 
     return fill
 
@@ -227,6 +228,10 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
     ),
     (Column("Loading", "ms", "from path to session", is_optional=True), _fill("load_ms")),
     (Column("First call", "ms", is_optional=True), _fill("first_call_ms")),
+    (
+        Column("Runs from", "MiB", "size of the file that the runtime opens", is_optional=True),
+        _fill("size_mib"),
+    ),
     (Column("Peak memory", "MiB", "what the artifact itself costs"), _fill("peak_memory_mib")),
 )
 
@@ -241,11 +246,21 @@ def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
         "points": figures.points,
         "factor": figures.factor,
     }[form]
-    remark = SAME if differs is False else ""
+    remark = _open(result, field) or SAME if differs is False else ""
     if field == "worst_class_drop_pct" and result.worst_class and value:
         remark = f"class {result.worst_class}"
     spelled = figures.interval(bounds, "number" if form == "factor" else form)
     return Cell(write(value), value, spelled, remark)
+
+
+def _open(result: Result, field: str) -> str | None:
+    """Return what an insignificant change of accuracy leaves open, or why it says nothing."""
+    if field == "top1_change_pct":
+        bounds = result.top1_change_ci95
+        said = result.top1_verdict if result.top1_verdict != SAME else None
+        return said or (undecided(result.images, bounds) if bounds else None)
+    change = (result.changes or {}).get(field.removeprefix("changes."))
+    return None if change is None else change.verdict
 
 
 def _entry(variant: Variant, result: Result, values: Mapping[str, float], key: str) -> Cell:

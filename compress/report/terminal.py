@@ -84,7 +84,11 @@ def _table(report: Report, setting: Setting | None) -> Table:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1))
-    longest = max(len(variant.name) for variant in report.variants)
+    longest = max(
+        len(_row_name(variant, result))
+        for variant in report.variants
+        for result in variant.results or (None,)
+    )
     table.add_column("variant", overflow="fold", min_width=min(longest, 16))
     for name in (
         _accuracy_heading(report),
@@ -101,8 +105,15 @@ def _table(report: Report, setting: Setting | None) -> Table:
         if setting is None and not variant.results:
             chosen = [None]
         for result in chosen:
-            table.add_row(Text(variant.name), *_numbers(variant, result))
+            table.add_row(Text(_row_name(variant, result)), *_numbers(variant, result))
     return table
+
+
+def _row_name(variant: Variant, result: Result | None) -> str:
+    """Return "pruned fp32"; a name that says its precision itself is left as it is."""
+    if result is None or variant.name.startswith(result.precision):
+        return variant.name
+    return f"{variant.name} {result.precision}"
 
 
 def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
@@ -111,7 +122,7 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
         _accuracy(accuracy),
         figures.count(variant.params),
         figures.count(variant.macs),
-        figures.number(variant.size_mib),
+        figures.number(result.size_mib if result and result.size_mib else variant.size_mib),
         figures.number(result.peak_memory_mib if result else None),
         figures.number(result.latency_ms_p50 if result else None),
         _speedup(result) if result else figures.ABSENT,
@@ -152,8 +163,13 @@ def _gate_line(gate: Gate) -> RenderableType:
     )
 
 
-def gate_sentence(gate: Gate) -> str:
-    """Return a gate in words: "loss of top-1 at most 1 point: measured 0.3, passed"."""
+def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
+    """Return a gate in words: "loss of top-1 at most 1 point: measured 0.3, passed".
+
+    Args:
+        gate: The gate; where it failed and has a reason, that follows the figure.
+        with_outcome: Say "passed" or "failed" in the end.
+    """
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
     side = "at least" if unit == "x" else "at most"
     limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
@@ -162,13 +178,18 @@ def gate_sentence(gate: Gate) -> str:
     elif gate.measured < 0 and unit == " points":
         measured = f"gained {figures.number(-gate.measured)}"
     else:
-        measured = f"measured {figures.number(gate.measured)}"
+        shown = figures.number(gate.measured)
+        if not gate.passed and shown == figures.number(gate.limit):
+            shown = f"{gate.measured:.6g}"
+        measured = f"measured {shown}"
+    if gate.measured is not None and gate.reason and not gate.passed:
+        measured += f" ({gate.reason})"
     place = " on ".join(str(part) for part in (gate.variant, gate.runtime) if part)
     if gate.name == "speedup" and gate.batch:
         place += f", batch {gate.batch}"
-    outcome = "passed" if gate.passed else "failed"
     about = f" ({place})" if place else ""
-    return f"{name} {side} {limit}{about}: {measured}, {outcome}"
+    outcome = (", passed" if gate.passed else ", failed") if with_outcome else ""
+    return f"{name} {side} {limit}{about}: {measured}{outcome}"
 
 
 _GATES = {  # name -> in words, unit

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from compress.report.figures import factor, interval, number, points
 from compress.report.schema import ChangeRecord, Interval, Report, Result, Variant
-from compress.statistics import excludes
+from compress.statistics import excludes, undecided
 
 LEVEL = 0.05  # of significance
-SETTLED_POINTS = 1.0  # a larger loss that is not ruled out is no "no difference"
 SAME = "no significant difference"
+PRECISIONS = ("int8", "fp16", "fp32")  # the narrowest first
 
 
 def verdict(report: Report) -> str:
@@ -24,7 +24,7 @@ def verdict(report: Report) -> str:
         return next(iter(sentences.values()))
     if report.original is None:
         return "Nothing was measured: the run has no variants."
-    if len(report.variants) == 1:
+    if len(report.variants) == 1:  # and it ran in one precision
         return "Only the original network was measured: there is nothing to compare it with."
     return "Not measured: no runtime has results of both the original and a compressed network."
 
@@ -43,7 +43,7 @@ def comparisons(report: Report) -> Iterator[tuple[Variant, Result, Result]]:
     if original is None:
         return
     for runtime in _runtimes(report):
-        for variant in reversed([v for v in report.variants if v is not original]):
+        for variant in reversed(report.variants):
             pair = _same_setting(original, variant, runtime)
             if pair:
                 yield variant, *pair
@@ -62,10 +62,10 @@ def speed_differs(result: Result) -> bool | None:
 
 def accuracy_differs(result: Result) -> bool | None:
     """Return whether top-1 differs from the original's; None when nothing says."""
-    if result.top1_verdict is not None:
-        return result.top1_verdict != SAME
     if result.top1_p_value is not None:
         return result.top1_p_value < LEVEL
+    if result.top1_verdict is not None:
+        return result.top1_verdict != SAME
     if result.top1_change_ci95 is not None:
         return excludes(result.top1_change_ci95, 0.0)
     return None
@@ -81,10 +81,35 @@ def change_of_top1(before: Result | None, after: Result) -> float | None:
 
 
 def matching(variant: Variant, result: Result) -> Result | None:
-    """Return the result of ``variant`` in the setting of ``result``, or None."""
+    """Return the first result of ``variant`` in the setting of ``result``, or None.
+
+    That of the original is fp32, which speed-ups are told against.
+    """
+    return next(_beside(variant, result), None)
+
+
+def _beside(variant: Variant, result: Result) -> Iterator[Result]:
     setting = (result.runtime, result.batch, result.threads)
-    found = (r for r in variant.results if (r.runtime, r.batch, r.threads) == setting)
-    return next(found, None)
+    yield from (r for r in variant.results if (r.runtime, r.batch, r.threads) == setting)
+
+
+def sizes_mib(original: Variant, variant: Variant, result: Result) -> tuple[float, float] | None:
+    """Return the sizes of the original and of a variant in the setting of ``result``, MiB.
+
+    They are those of what the runtime opens; where it was not noted, those of the artifacts.
+    """
+    before = matching(original, result)
+    opened = (before.size_mib if before else None, result.size_mib)
+    for one, other in (opened, (original.size_mib, variant.size_mib)):
+        if one and other:
+            return one, other
+    return None
+
+
+def size_ratio(original: Variant, variant: Variant, result: Result) -> float | None:
+    """Return how often what runs of ``variant`` goes into what runs of the original."""
+    sizes = sizes_mib(original, variant, result)
+    return sizes[0] / sizes[1] if sizes else None
 
 
 def accuracy_of(variant: Variant, result: Result) -> Result:
@@ -109,15 +134,21 @@ def _runtimes(report: Report) -> list[str]:
 def _same_setting(
     original: Variant, variant: Variant, runtime: str
 ) -> tuple[Result, Result] | None:
-    after = sorted((r for r in variant.results if r.runtime == runtime), key=lambda r: r.batch)
+    """Return the original's result and the variant's narrowest at the smallest batch."""
+    after = sorted(
+        (r for r in variant.results if r.runtime == runtime),
+        key=lambda r: (r.batch, PRECISIONS.index(r.precision)),
+    )
     pairs = ((matching(original, result), result) for result in after)
-    return next(((before, result) for before, result in pairs if before), None)
+    return next(((before, r) for before, r in pairs if before and before is not r), None)
 
 
 def _sentence(report: Report, variant: Variant, before: Result, after: Result) -> str:
-    parts = [part for part in (_speed(before, after), _size(report, variant)) if part]
+    parts = [part for part in (_speed(before, after), _size(report, variant, after)) if part]
     text = " and ".join(parts) or "speed and size not measured"
-    place = f"on {after.runtime} {after.device}, batch {after.batch}"
+    half = "in fp16 " if after.precision == "fp16" else ""
+    place = f"{half}on {after.runtime} {after.device}, batch {after.batch}"
+    place += ", timed on a busy machine" if after.busy else ""
     accuracy = _accuracy(report, variant, before, after)
     if report.untrained is not None:
         return f"{text[0].upper()}{text[1:]} {place}{accuracy}."
@@ -139,11 +170,11 @@ def _speed(before: Result, after: Result) -> str:
     return f"{factor(1 / speedup)} slower"
 
 
-def _size(report: Report, variant: Variant) -> str:
+def _size(report: Report, variant: Variant, result: Result) -> str:
     original = report.original
-    if original is None or not original.size_mib or not variant.size_mib:
+    ratio = None if original is None else size_ratio(original, variant, result)
+    if ratio is None:
         return ""
-    ratio = original.size_mib / variant.size_mib
     return f"{factor(ratio)} smaller" if ratio >= 1 else f"{factor(1 / ratio)} larger"
 
 
@@ -162,13 +193,8 @@ def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -
         return "with accuracy not measured"
     bounds = _ci(measured.top1_change_ci95, "points")
     if accuracy_differs(measured) is False:
-        low = min(measured.top1_change_ci95 or (0.0,))
-        if low < -SETTLED_POINTS:
-            few = f"{measured.images} images" if measured.images else "the images"
-            return (
-                f"at {points(change)} points of top-1, where {few} cannot rule out a loss of "
-                f"{-low:.1f} points ({bounds[2:]})"
-            )
+        if open_loss := undecided(measured.images, measured.top1_change_ci95 or (0.0, 0.0)):
+            return f"at {points(change)} points of top-1, where {open_loss} ({bounds[2:]})"
         return f"with no significant difference in top-1 ({points(change)} points{bounds})"
     return f"at {points(change)} points of top-1 ({bounds[2:] or 'no interval measured'})"
 
@@ -186,7 +212,9 @@ def _metric(name: str, change: ChangeRecord) -> str:
     """Return the change of a task's primary metric in words."""
     unit = "points" if change.unit == "pct" else change.unit
     bounds = _ci(change.ci95, "points")
-    if change.verdict == SAME:
+    if not change.differs and change.verdict != SAME:  # it says what so few images cannot tell
+        return f"at {points(change.value)} {unit} of {name}, where {change.verdict} ({bounds[2:]})"
+    if not change.differs:
         return f"with no significant difference in {name} ({points(change.value)} {unit}{bounds})"
     return f"at {points(change.value)} {unit} of {name} ({bounds[2:] or 'no interval measured'})"
 
@@ -199,20 +227,27 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}
     rivals = []
-    for rival in report.variants:
-        result = matching(rival, after)
-        if result is None or result.latency_ms_p50 is None or rival.name in missed:
+    for rival, result in ((v, r) for v in report.variants for r in _beside(v, after)):
+        if result.latency_ms_p50 is None or rival.name in missed:
             continue
         judged = accuracy_of(rival, result)
         change = judged.top1_change_pct
         if judged.main_change is not None:
             change = -judged.main_change.drop
         if rival is report.original or limit is None or (change or 0.0) >= -limit:
-            rivals.append((result.latency_ms_p50, rival.name))
-    if not rivals or min(rivals)[1] == variant.name:
+            rivals.append((result.latency_ms_p50, title(rival, result), result))
+    if not rivals:
+        return ""
+    milliseconds, name, result = min(rivals, key=lambda each: each[0])
+    if result is after:
         return ""
     within = "" if limit is None else f" that loses at most {limit:g} point{'s' * (limit != 1)}"
-    return f"; the fastest variant{within} is {min(rivals)[1]} ({number(min(rivals)[0])} ms)"
+    return f"; the fastest variant{within} is {name} ({number(milliseconds)} ms)"
+
+
+def title(variant: Variant, result: Result) -> str:
+    """Return the name of a variant, with its precision where that is half."""
+    return f"{variant.name} in fp16" if result.precision == "fp16" else variant.name
 
 
 def _ci(bounds: Interval | None, form: str = "number") -> str:

@@ -24,9 +24,12 @@ from compress.artifact import read_json, sha256, write_json
 from compress.errors import EngineError, UsageError
 from compress.onnx_facts import input_facts
 from compress.runtimes._session import BuildRequest, CheckedSession, RawSession, TensorSpec
+from compress.trust import check_engine, remember_engine
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most runtimes have no use for it
     from torch import nn
+
+ENGINES = {"tensorrt", "tensorrt-rtx"}  # kinds of files that run what is in them
 
 __all__ = [
     "BuildRequest",
@@ -122,6 +125,8 @@ def open_session(
     where = str(path) if isinstance(path, str | Path) else type(path).__name__
     if isinstance(source, Path):
         check_kind(source, name)
+        if kind_of(source) in ENGINES:
+            check_engine(source)
     return CheckedSession(plugin.open(source), where)
 
 
@@ -168,6 +173,7 @@ def build_engine(
         **facts,
     }
     write_json(record_path(target), record)
+    remember_engine(target)
     return target
 
 

@@ -172,6 +172,8 @@ def _caption(benched: Benched) -> Text | None:
         lines += [
             f"{where}: {name.replace('_', ' ')}; measure again when it is cool" for name in hot
         ]
+        if "busy" in state:
+            lines.append(f"{where}: busy machine: {state['busy']}; measure again when it is idle")
     unstable = [row["artifact"] for row in benched.rows if not row["warmup_stable"]]
     lines += [f"{name}: its latency had not settled after the warm-up" for name in unstable]
     return Text("\n".join(lines)) if lines else None

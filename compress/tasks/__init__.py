@@ -27,6 +27,8 @@ Target = Any  # of one image: a class, a row of zeros and ones, a mask, boxes wi
 Contribution = Mapping[str, Any]  # of one image to the metrics: a number or an array by name
 
 RESAMPLES = 1000  # bootstrap draws
+SAME = 1e-9  # draws that differ by less, relative to the value, are equal
+Z_SQUARED = 1.96**2  # of a 95 % interval
 DRAWN_AT_ONCE = 2_000_000  # numbers of a matrix of bootstrap draws held in memory
 
 
@@ -70,6 +72,13 @@ class Change:
         if not statistics.excludes(self.ci95, 0.0):
             return "no significant difference"
         return "better" if (self.value > 0) == self.higher_is_better else "worse"
+
+    def verdict_of(self, images: int) -> str:
+        """Return ``verdict``, or what so many images cannot rule out of a metric in percent."""
+        if statistics.excludes(self.ci95, 0.0) or self.unit != "pct":
+            return self.verdict
+        low, high = self.ci95 if self.higher_is_better else (-self.ci95[1], -self.ci95[0])
+        return statistics.undecided(images, (low, high)) or self.verdict
 
     @property
     def drop(self) -> float:
@@ -148,6 +157,14 @@ class Task(abc.ABC):
         """
         return None
 
+    def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return the places of the outputs that ``predict`` reads; None: all. Files hold no others.
+
+        Args:
+            outputs: Tensors that the network returns, by their places.
+        """
+        return None
+
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels
         """Raise DataError where labels (of all images) are not what this task needs."""
 
@@ -206,7 +223,12 @@ def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[s
     values = values_of(task, scores)
     drawn = _bootstrap(task, scores, seed)
     return {
-        name: Metric(values[name], _ends(drawn[name]), kind.unit, kind.higher_is_better)
+        name: Metric(
+            values[name],
+            _inside(_interval(drawn[name], values[name], kind, len(scores), drawn[name]), kind),
+            kind.unit,
+            kind.higher_is_better,
+        )
         for name, kind in task.kinds.items()
     }
 
@@ -232,7 +254,14 @@ def compare(
     return {
         name: Change(
             after[name] - before[name],
-            _ends(drawn[1][name] - drawn[0][name]) or (-np.inf, np.inf),
+            _interval(
+                drawn[1][name] - drawn[0][name],
+                after[name] - before[name],
+                kind,
+                len(reference),
+                drawn[0][name],
+            )
+            or (-np.inf, np.inf),
             kind.unit,
             kind.higher_is_better,
         )
@@ -255,7 +284,9 @@ def agreement(
         )
     each = np.array([task.agreement(a, b) for a, b in zip(reference, candidate, strict=True)])
     drawn = np.concatenate([counts @ each for counts in _draws(len(each), seed)]) / len(each)
-    return Metric(float(each.mean()), _ends(drawn), task.agreement_unit)
+    kind = Kind(task.agreement_unit)
+    ends = _interval(drawn, float(each.mean()), kind, len(each), drawn)
+    return Metric(float(each.mean()), _inside(ends, kind), task.agreement_unit)
 
 
 def mean_of(values: Sequence[float], counts: Array) -> Array:
@@ -343,9 +374,31 @@ def _draws(images: int, seed: int) -> Any:
         yield random.multinomial(images, even, size=min(step, RESAMPLES - start))
 
 
-def _ends(values: Array) -> Interval | None:
-    finite = values[np.isfinite(values)]
+def _interval(
+    drawn: Array, value: float, kind: Kind, images: int, spread: Array
+) -> Interval | None:
+    """Return the 95 % interval of bootstrap draws around a value; it always has a width.
+
+    Where no image differs from another the draws are all equal, and that is no certainty: then the
+    interval reaches as far as Wilson's of N images that all agree, z^2 / (N + z^2) of the scale,
+    which is 100 for percents and else what single images spread.
+    """
+    finite = drawn[np.isfinite(drawn)]
     if not len(finite):
         return None
-    low, high = np.quantile(finite, [0.025, 0.975])
-    return float(low), float(high)
+    low, high = (float(end) for end in np.quantile(finite, [0.025, 0.975]))
+    if high - low > SAME * max(1.0, abs(value)):
+        return low, high
+    known = spread[np.isfinite(spread)]
+    scale = 100.0
+    if kind.unit != "pct":
+        scale = float(known.std()) * images**0.5 or abs(float(known.mean())) or 1.0
+    reach = scale * Z_SQUARED / (images + Z_SQUARED)
+    return value - reach, value + reach
+
+
+def _inside(interval: Interval | None, kind: Kind) -> Interval | None:
+    """Return an interval of percents cut to 0..100."""
+    if interval is None or kind.unit != "pct":
+        return interval
+    return max(0.0, interval[0]), min(100.0, interval[1])

@@ -14,6 +14,7 @@ from compress.errors import DataError, EngineError, UsageError
 from compress.fitting import Fit
 from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, numeric
 from compress.tasks._drawing import boxed
+from compress.tasks._losses import ultralytics_loss
 from compress.tasks._ranking import coco_average_precision, mean_over
 
 IOUS = np.linspace(0.5, 0.95, 10)
@@ -46,14 +47,17 @@ class Detection(Task):
     target: ClassVar[str] = "boxes"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
-        """Return the sum of the losses that the network itself returns in training, a scalar.
+        """Return the sum of the losses that the network itself gives in training, a scalar.
 
         The network is called as ``model(images, targets)`` with torchvision's targets: a list of
-        dictionaries of "boxes" and "labels".
+        dictionaries of "boxes" and "labels". One of Ultralytics' has a loss of its own, which is
+        given what it returns.
 
         Raises:
             UsageError: it returns no losses.
         """
+        if hasattr(model, "init_criterion"):
+            return ultralytics_loss(model, images, targets)
         shift = int(self.background)
         told = [{"boxes": each["boxes"], "labels": each["labels"] + shift} for each in targets]
         losses = model(images, told)
@@ -122,6 +126,11 @@ class Detection(Task):
             for k, score in zip(seen["labels"], seen["scores"], strict=True)
         ]
         return boxed(image, seen["boxes"], seen["labels"], texts)
+
+    def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
+        """Return the first of several (B, rows, places): the others are what it is made of."""
+        rows = [name for name, value in outputs.items() if getattr(value, "ndim", 0) == 3]
+        return tuple(rows[:1]) if self.counted_outputs(outputs) else None
 
     def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return boxes and scores; feature maps beside several of them may change."""

@@ -83,7 +83,23 @@ def test_verdicts() -> None:
     assert compare(right, wrong).verdict == "less accurate"
     assert compare(wrong, right).verdict == "more accurate"
     few = answered([0] * 97 + [1] * 3, labels)
-    assert compare(right, few).verdict == "no significant difference"
+    assert compare(right, few).verdict == "100 images cannot rule out a loss of 8.5 points"
+
+
+def test_few_images_are_not_said_to_show_no_difference() -> None:
+    """Seven of 153 images lost and none won would be significant; nine lost and two won are not."""
+    labels = [0] * 153
+    before = answered([0] * 151 + [1] * 2, labels)
+    after = answered([1] * 9 + [0] * 144, labels)
+    found = compare(before, after)
+    assert found.top1_change_pct == pytest.approx(-100 * 7 / 153)
+    assert found.top1_p_value > 0.05 or found.verdict == "less accurate"
+    few = compare(answered([0] * 153, labels), answered([1] * 4 + [0] * 149, labels))
+    low = few.top1_change_ci95[0]
+    assert few.verdict == f"153 images cannot rule out a loss of {-low:.1f} points"
+    assert few.to_json()["top1_verdict"] == few.verdict
+    many = compare(answered([0] * 20_000, [0] * 20_000), answered([0] * 20_000, [0] * 20_000))
+    assert many.verdict == "no significant difference"
 
 
 def test_the_same_answers_differ_in_nothing() -> None:

@@ -394,7 +394,7 @@ def test_a_loss_on_features_refuses_a_teacher_from_a_file(onnx_teacher: tuple[nn
         objective(net(1), onnx_teacher[1], losses=("hint",))
     text = str(caught.value)
     assert "loss 'hint': it compares features, and a teacher from a file shows only its" in text
-    assert "Expected one of: dist, dkd, kd, nkd." in text
+    assert "Expected one of: dist, dkd, kd, mse, nkd." in text
 
 
 class Fixed:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ExportError
+from compress.errors import CompressError, ExportError
 from compress.export import Preprocess, conversion, ends, export_onnx, files, proof, read_metadata
 from compress.export.conversion import Example
 from compress.runtimes import open_session
@@ -424,6 +424,36 @@ class CachingHead(nn.Module):
             self.grid = torch.arange(x[0, 0].numel(), dtype=x.dtype).view(1, 1, *x.shape[2:])
             self.shape = x.shape
         return x + self.grid
+
+
+class BesideFeatures(nn.Module):
+    """A head that keeps its grid for a size, and returns the feature map beside its answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, 2, 1), nn.Conv2d(8, 6, 1)
+        self.size = self.grid = None
+
+    def forward(self, x):
+        feature = self.stem(x)
+        if self.size != tuple(feature.shape[2:]):
+            self.size = tuple(feature.shape[2:])
+            self.grid = (torch.arange(self.size[0] * self.size[1]) + feature.new_zeros(1))[None]
+        return (self.head(feature).flatten(2) + self.grid, {"feats": [feature]})
+
+
+def test_only_the_outputs_that_are_named_are_written(tmp_path):
+    network = BesideFeatures().eval()
+    example = torch.randn(1, 3, 32, 32)
+    export_onnx(network, example, tmp_path / "head.onnx", outputs="0")
+    assert network.grid is None and not network._forward_hooks
+    images = torch.randn(3, 3, 32, 32)
+    with open_session(tmp_path / "head.onnx") as session:
+        (found,) = session.run(images.numpy())
+    with torch.no_grad():
+        assert np.allclose(found, network(images)[0].numpy(), atol=1e-4)
+    with pytest.raises(CompressError, match=r"no output 'boxes'. Expected one of: 0 "):
+        export_onnx(network, example, tmp_path / "none.onnx", outputs=["boxes"])
 
 
 def test_what_a_dry_run_caches_does_not_fix_the_batch(tmp_path):

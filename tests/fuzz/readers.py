@@ -489,9 +489,11 @@ def pictures(folder: Path) -> Seeds:
     for suffix in ("png", "jpeg", "gif", "tiff", "webp", "bmp", "ppm"):
         for mode in ("RGB", "L", "P", "RGBA", "CMYK", "I;16", "F", "1"):
             file = io.BytesIO()
-            image = Image.fromarray(pixels)
+            image = Image.fromarray(pixels).convert(mode)
+            if mode == "F":  # white is 1
+                image = image.point(lambda value: value * (1 / 255) + 0.0)
             try:
-                image.convert(mode).save(file, suffix)
+                image.save(file, suffix)
             except (OSError, ValueError):
                 continue
             found.append(file.getvalue())

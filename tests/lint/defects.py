@@ -202,6 +202,18 @@ def computed_batch() -> Defect:
     return Defect(s.model(s.add("Concat", *flat, axis=2)), "openvino", 60)
 
 
+def vanishing_scores() -> Defect:
+    def draw(joined: bool) -> onnx.ModelProto:
+        s = Sketch()
+        x = s.pair("input", 4 / 127)
+        boxes = s.add("Mul", s.conv(x, s.weight(_weights(s))), s.constant(np.float32(100)))
+        scores = s.add("Sigmoid", s.conv(x, s.weight(s.kernel(8, 3, 3, 3))))
+        end = s.add("Concat", boxes, scores, axis=1)
+        return s.model(s.pair(end, 400 / 127) if joined else end)
+
+    return Defect(draw(True), "openvino", 60, draw(False))
+
+
 def double_quantization() -> Defect:
     def draw(s: Sketch, x: str) -> str:
         return s.conv(s.pair(x, 4 / 100), s.weight(_weights(s)))

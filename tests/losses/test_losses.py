@@ -29,6 +29,7 @@ def taps(seed: int, needs: str, *, channels: int = 6, batch: int = 8, grad: bool
         "embedding": (random(batch, channels),),
         "last": (random(batch, channels, 4, 4),),
         "stages": (random(batch, channels, 8, 8), random(batch, channels, 4, 4)),
+        "necks": (random(batch, channels, 8, 8), random(batch, channels, 4, 4)),
     }
     index = torch.arange(batch)
     return Taps(random(batch, 5), features[needs], index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,3 +173,47 @@ def test_pynvml_without_a_driver_is_no_error(
     with_driver(monkeypatch, nvml)
     assert EnergyMeter.all(tmp_path) == []
     Conditions(cpus=tmp_path).sample()
+
+
+def processors(monkeypatch: pytest.MonkeyPatch, **seconds: list[float]) -> None:
+    """Let psutil tell these seconds of the machine, and ``own`` of this process, in turns."""
+    own, steps = iter(seconds.pop("own")), iter(zip(*seconds.values(), strict=True))
+    kind = namedtuple("times", list(seconds))  # type: ignore[misc]
+    monkeypatch.setattr(psutil, "cpu_times", lambda: kind(*next(steps)))
+    process = SimpleNamespace(cpu_times=lambda: (next(own), 0.0, 0.0, 0.0))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+
+
+@pytest.mark.parametrize(
+    ("user", "steal", "own", "words"),
+    [
+        (50.0, 0.0, 50.0, None),  # all of it was ours
+        (50.0, 0.0, 45.0, None),
+        (50.0, 0.0, 20.0, "other processes took 30 % of the processors"),
+        (50.0, 5.0, 50.0, "the host gave 5 % of their time to other machines"),
+    ],
+)
+def test_others_that_take_the_processors_are_noticed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    user: float,
+    steal: float,
+    own: float,
+    words: str | None,
+) -> None:
+    idle = 100 - user - steal
+    processors(
+        monkeypatch, user=[7.0, 7.0 + user], idle=[3.0, 3.0 + idle], steal=[1.0, 1.0 + steal],
+        own=[2.0, 2.0 + own],
+    )  # fmt: skip
+    told = Conditions(cpus=tmp_path).summary()
+    assert told["cpu_others_pct"] == pytest.approx(user - own)
+    assert told["cpu_steal_pct"] == pytest.approx(steal)
+    assert told.get("busy") == words
+
+
+def test_the_load_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "getloadavg", lambda: (10.5, 1.0, 1.0))
+    conditions = Conditions(cpus=tmp_path)
+    conditions.sample()
+    assert conditions.summary()["load_average_1m"]["max"] == 10.5

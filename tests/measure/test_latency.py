@@ -12,11 +12,24 @@ import pytest
 
 from compress.errors import EngineError, UsageError
 from compress.measure import Timing, bench
-from compress.measure.conditions import EnergyMeter
+from compress.measure.conditions import Conditions, EnergyMeter
 from compress.measure.latency import verdict_of
 
 INPUT = [np.zeros((2, 3, 4, 4), np.float32)]
 QUICK = Timing(seconds=1.0, block_seconds=0.1, settle_seconds=0.01, min_rounds=10)
+
+
+class Watch(Conditions):
+    """An idle machine, or one where others took part of the processors."""
+
+    def __init__(self, busy: str | None = None) -> None:
+        self.busy = busy
+
+    def sample(self) -> None:
+        """Read nothing."""
+
+    def summary(self) -> dict[str, Any]:
+        return {} if self.busy is None else {"busy": self.busy}
 
 
 class Clock:
@@ -49,7 +62,18 @@ class Sleeper:
 def timed(durations: dict[str, Iterator[float]], timing: Timing = QUICK, **more: Any) -> Any:
     clock = Clock()
     sessions = {name: Sleeper(clock, values) for name, values in durations.items()}
+    more = {"conditions": Watch()} | more
     return bench(sessions, INPUT, timing=timing, clock=clock, meters=[], **more)
+
+
+def test_a_busy_machine_tells_small_differences_from_none() -> None:
+    durations = {"old": 0.0105, "new": 0.010}
+    verdicts = [
+        timed({name: repeat(each) for name, each in durations.items()}, conditions=Watch(busy))
+        for busy in (None, "other processes took 60 % of the processors")
+    ]
+    assert [found["new"].verdict for found in verdicts] == ["faster", "no difference"]
+    assert "busy" in verdicts[1].conditions
 
 
 def test_percentiles_and_throughput_of_known_delays() -> None:

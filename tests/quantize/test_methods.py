@@ -116,11 +116,54 @@ def test_activation_is_that_of_the_graph_and_its_slope_the_derivative(kind):
         assert seen["end"].through is None
 
 
+def with_uneven_channels(model):
+    """Return ``model`` with channels of very different sizes in every convolution."""
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.ndim == 4:
+            sizes = np.logspace(-1.5, 0, len(value), dtype=np.float32)
+            uneven = value * sizes[::-1].reshape(-1, 1, 1, 1)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(uneven, tensor.name))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "scaled"),
+    [
+        ("residual", {"stem", "c1", "c2", "c3", "c4", "down", "logits"}),
+        ("depthwise", {"stem", "expand", "filter", "project", "logits"}),
+        ("concat", {"stem", "a", "b", "c", "d", "logits"}),
+        ("squeeze_excite", {"reduce"}),
+        ("folded", {"c1", "c2"}),
+        ("shuffle", set()),
+        ("dense", {"c1", "bn1", "bn2", "logits"}),
+    ],
+)
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_equalization_goes_through_all_that_only_moves_or_adds(name, scaled, alpha):
+    model = prepare(with_uneven_channels(GRAPHS[name]()))
+    feed = images(model, 8)
+    plan = equalize(model, QuantPlan("tensorrt"), feed, alpha)
+    nodes = {step.producer or step.consumer for step in plan.equalization}
+    names = {n.name: n.output[0] for n in model.graph.node}
+    assert scaled <= nodes | {names[n] for n in nodes}, plan.notes
+    rescaled = ModelProto()
+    rescaled.CopyFrom(model)
+    apply_corrections(rescaled, plan)
+    np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_what_equalization_cannot_scale_is_said():
+    model = prepare(with_uneven_channels(GRAPHS["squeeze_excite"]()))
+    (note,) = equalize(model, QuantPlan("tensorrt"), images(model, 8), 0.5).notes
+    assert "Sigmoid" in note and "HardSwish" in note
+
+
 @pytest.mark.parametrize("name", ["residual", "depthwise", "dead_channels"])
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
 def test_equalized_graph_computes_the_same(name, alpha):
     model = prepare(GRAPHS[name]())
-    feed = images(model, 8)
+    feed = images(model, 64)
     plan = equalize(model, QuantPlan("onnxruntime"), feed, alpha)
     assert plan.equalization
     rescaled = ModelProto()

@@ -8,12 +8,15 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from compress.pipeline.assembly import gates
 from compress.report import Report, summary, verdict, write
 from compress.report.figures import count, factor, interval, number, points, reason
+from compress.report.html import html
 from compress.report.markdown import markdown, plain
 from compress.report.schema import Flip, Gate, Line, Result, Variant
 from compress.report.terminal import gate_sentence
 from compress.report.verdict import verdicts
+from compress.settings import Gates
 
 OTHER = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
 
@@ -254,3 +257,79 @@ def test_markdown_tables_have_equal_columns():
     widths = {line.count("|") for line in lines if "variant | stage" in line or "train" in line}
     assert len(widths) == 1
     assert any("no significant difference" in line for line in lines)
+
+
+# Precision, size and gates
+
+
+def in_place(precision: str, **values) -> Result:
+    return Result(**(OTHER | {"precision": precision}), **values)
+
+
+def test_an_original_in_half_precision_is_a_row_and_a_verdict_of_its_own():
+    report = Report(
+        variants=(
+            Variant(
+                name="original",
+                stage="original",
+                size_mib=8.0,
+                results=(
+                    in_place("fp32", size_mib=8.0, latency_ms_p50=10.0, verdict="reference"),
+                    in_place("fp16", size_mib=4.0, latency_ms_p50=5.0, speedup=2.0),
+                ),
+            ),
+        )
+    )
+    rows = [line.split() for line in rendered(report).splitlines() if "original" in line]
+    assert [row[1] for row in rows] == ["fp32", "fp16"]
+    assert [row[-3:] for row in rows] == [["–", "10.0", "–"], ["–", "5.00", "2.00x"]]
+    assert verdict(report) == (
+        "2.00x faster and 2.00x smaller with accuracy not measured in fp16 on onnxruntime cpu, "
+        "batch 1."
+    )
+
+
+def test_what_runs_is_what_is_smaller_and_not_the_file_it_was_made_from():
+    """The ONNX file shrinks to an eighth, what OpenVINO loads to a quarter."""
+    report = pair(size_mib=1.0, latency_ms_p50=5.0, speedup=2.0)
+    original, small = report.variants
+    before = original.results[0].model_copy(update={"size_mib": 4.0})
+    original = original.model_copy(update={"results": (before,)})
+    small = small.model_copy(update={"size_mib": 1.0})
+    report = report.model_copy(update={"variants": (original, small)})
+    assert "4.00x smaller" in verdict(report)
+    (gate,) = gates(Gates(size_ratio=5.0), report.variants)
+    assert gate.measured == 4.0 and not gate.passed
+    assert "4.00 MiB" in html(report) and "8.00 MiB" not in html(report).split("<nav")[0]
+
+
+def test_a_failed_gate_says_why_in_every_format():
+    why = "0.168 ms is 16 % faster than asked for: no network between was found, so more was cut"
+    gate = Gate(name="latency_ms", limit=0.2, measured=0.168, passed=False, reason=why)
+    report = pair((gate,), latency_ms_p50=5.0)
+    sentence = f"latency at most 0.2 ms: measured 0.168 ({why})"
+    assert gate_sentence(gate) == f"{sentence}, failed"
+    assert sentence in " ".join(rendered(report).split())
+    assert plain(sentence) in markdown(report)
+    assert f"✗ failed</b> {sentence}</li>" in html(report)
+
+
+def test_a_failed_gate_near_its_limit_is_told_with_all_digits():
+    gate = Gate(name="speedup", limit=1.5, measured=1.4993, passed=False)
+    assert gate_sentence(gate) == "speed-up at least 1.5x: measured 1.4993, failed"
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"speedup": 2.0}, "because it ran out of memory, failed"),
+        ({"top1_drop_pct": 2.0}, "because the task is judged by map50, not by classes"),
+        ({"metric_drop": 2.0}, "because the images have no labels, failed"),
+    ],
+)
+def test_a_gate_that_was_not_measured_says_why(limits, words):
+    skipped = {"latency": "it ran out of memory", "accuracy": "the images have no labels"}
+    primary = "map50" if "top1_drop_pct" in limits else None
+    report = pair(skipped=skipped, primary=primary)
+    (gate,) = gates(Gates(**limits), report.variants)
+    assert words in gate_sentence(gate)

@@ -86,6 +86,18 @@ for (const point of all("[data-tip]")) {
 addEventListener("scroll", () => (tip.hidden = true), { passive: true });
 addEventListener("keydown", (event) => event.key === "Escape" && (tip.hidden = true));
 
+// Tables that do not fit say that they go on.
+const tell = () => {
+  for (const place of all(".scroll")) {
+    const note = place.previousElementSibling;
+    if (!note?.classList.contains("aside")) continue;
+    note.classList.toggle("needed", place.scrollWidth > place.clientWidth + 1);
+  }
+};
+addEventListener("resize", tell);
+addEventListener("toggle", tell, true);
+tell();
+
 // On paper everything is open.
 addEventListener("beforeprint", () => {
   for (const part of all("details:not([open])")) {

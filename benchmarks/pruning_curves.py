@@ -1,0 +1,194 @@
+"""How accuracy falls before any training, over the MACs kept: ours, every criterion, Torch-Pruning.
+
+    python benchmarks/pruning_curves.py [--networks resnet20 resnet56 mobilenet]
+        [--keep 0.8 0.6 0.5 0.4 0.3 0.2] [--arms obs torch-pruning l1 ...] [--tested 2000]
+
+Needs COMPRESS_DATA (the folder with checkpoints/) and COMPRESS_CIFAR10 (cifar10.npz). Each arm cuts
+the same trained network once for every share of its MACs; criteria score and refit on the same
+images, without labels where the criterion needs none. "refit: no" cuts and leaves the weights, and
+the peer is shown as it cuts and with BatchNorm's statistics estimated anew. The depthwise network
+has no published weights: it is trained here for --epochs and kept in --cache. Written to
+benchmarks/results/pruning_curves.json after every cut; the same call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import cifar10_pruning as cifar
+import networks_for_int8
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import compress
+from compress import environment, networks, plugins
+from compress.data import Dataset, load_data
+from compress.modules import evaluating
+from compress.prune import plan_pruning, recalibrate_batchnorm, refit
+from compress.settings import DataSettings
+from compress.train import shown_batches
+from compress.weights import fit, read_weights
+
+RESULTS = Path(__file__).parent / "results" / "pruning_curves.json"
+PEERS = ("torch-pruning", "torch-pruning, BatchNorm again")
+PLAIN = "obs, not refitted"
+BATCHES = 8  # of 128 training images: to score, and to refit
+
+
+def arms() -> list[str]:
+    """Return ours, the peer, and every criterion, in the order in which they are worth knowing."""
+    rest = [name for name in plugins.names("criteria") if name != "obs"]
+    return ["obs", *PEERS, PLAIN, *rest]
+
+
+def network(name: str, given: argparse.Namespace) -> nn.Module:
+    """Return the trained network of that name."""
+    if name != "mobilenet":
+        depth = int(name.removeprefix("resnet"))
+        model: nn.Module = networks.CifarResNet(depth, 10, 3, 16)
+        file = Path(given.data) / "checkpoints" / cifar.CHECKPOINTS[depth]
+        fit(model, read_weights(file), where=str(file))
+        return model.eval()
+    model = networks_for_int8.mobilenet_se()
+    file = given.cache / f"mobilenet-{given.epochs}.safetensors"
+    if file.is_file():
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    import numpy as np
+
+    with np.load(given.npz) as arrays:
+        networks_for_int8.train(
+            model, arrays["x_train"], arrays["y_train"].reshape(-1), given.epochs, 0
+        )
+    model = model.to(memory_format=torch.contiguous_format)
+    given.cache.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)
+    return model.eval()
+
+
+def ours(model: nn.Module, dataset: Dataset, arm: str, keep: float) -> nn.Module:
+    """Cut by a criterion, then refit, unless the arm says not to."""
+    criterion = "obs" if arm == PLAIN else arm
+    seen = dataset.batches("train", 128, 128 * BATCHES)
+    plan = plan_pruning(model, dataset.example, criterion=criterion, keep_macs=keep, batches=seen)
+    small = compress.apply_pruning(model, plan)
+    if arm != PLAIN:
+        images = dataset.batches("train", 128, 128 * BATCHES)
+        shown = shown_batches(dataset, cifar.TRAINING, BATCHES)
+        refit(small, model, plan, images, training_batches=shown)
+    return small
+
+
+def peer(model: nn.Module, dataset: Dataset, keep: float, *, recalibrated: bool) -> nn.Module:
+    """Cut with Torch-Pruning's global group L2 in small steps until the budget is met."""
+    import torch_pruning as tp
+
+    is_resnet = isinstance(model, networks.CifarResNet)
+    twin = cifar.for_the_peer(model) if is_resnet else copy.deepcopy(model)
+    whole = cifar.macs_of(twin)
+    pruner = tp.pruner.BasePruner(
+        twin,
+        dataset.example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=0.98,
+        iterative_steps=400,
+        ignored_layers=[twin.linear],
+    )
+    while cifar.macs_of(twin) > keep * whole:
+        pruner.step()
+    if recalibrated:
+        recalibrate_batchnorm(twin, shown_batches(dataset, cifar.TRAINING, BATCHES))
+    return twin
+
+
+def top1_pct(model: nn.Module, dataset: Dataset, tested: int) -> float:
+    """Return the share of the first test images told apart rightly, percent."""
+    hits = count = 0
+    with torch.no_grad(), evaluating(model):
+        for images, labels in dataset.batches("test", 250, tested):
+            hits += int((model(images).argmax(1) == labels).sum())
+            count += len(labels)
+    return 100 * hits / count
+
+
+def measured(
+    model: nn.Module, dataset: Dataset, arm: str, keep: float, tested: int
+) -> dict[str, Any]:
+    """Cut, judge, and return what a point of a curve needs."""
+    start = time.perf_counter()
+    if arm in PEERS:
+        small = peer(model, dataset, keep, recalibrated=arm == PEERS[1])
+    else:
+        small = ours(model, dataset, arm, keep)
+    return {
+        "cut_s": round(time.perf_counter() - start, 1),
+        "macs": cifar.macs_of(small),
+        "macs_kept": round(cifar.macs_of(small) / cifar.macs_of(model), 4),
+        "params": sum(p.numel() for n, p in small.named_parameters() if "_shortcut" not in n),
+        "top1_pct": round(top1_pct(small, dataset, tested), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "mobilenet", "resnet56"])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.8, 0.6, 0.4, 0.2])
+    parser.add_argument("--arms", nargs="+", default=arms(), choices=arms())
+    parser.add_argument("--tested", type=int, default=2000, help="test images")
+    parser.add_argument("--epochs", type=int, default=8, help="of the depthwise network")
+    parser.add_argument("--npz", default=os.environ.get("COMPRESS_CIFAR10"))
+    parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA"))
+    parser.add_argument("--cache", type=Path, default=Path("runs") / "benchmarks")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    if not given.npz or not given.data:
+        raise SystemExit("set COMPRESS_DATA and COMPRESS_CIFAR10, or give --data and --npz")
+    dataset = load_data(DataSettings(name="npz", root=given.npz, validation=0.0))
+    content: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
+    if content.get("tested", given.tested) != given.tested:
+        raise SystemExit(f"{given.out} was measured on {content['tested']} images: give --tested")
+    points = content.get("points", [])
+    done = {(p["network"], p["arm"], p["asked"]) for p in points}
+    for name in given.networks:
+        jobs = [
+            job for job in itertools.product(given.arms, given.keep) if (name, *job) not in done
+        ]
+        if not jobs and (name, "original", 1.0) in done:
+            continue
+        model = network(name, given)
+        if (name, "original", 1.0) not in done:
+            whole = {"macs_kept": 1.0, "macs": cifar.macs_of(model)}
+            whole["top1_pct"] = round(top1_pct(model, dataset, given.tested), 2)
+            points.append({"network": name, "arm": "original", "asked": 1.0} | whole)
+        for arm, keep in jobs:
+            found = {"network": name, "arm": arm, "asked": keep}
+            try:
+                found |= measured(copy.deepcopy(model), dataset, arm, keep, given.tested)
+            except Exception as error:  # a peer's failure is a finding
+                if arm not in PEERS:
+                    raise
+                found["failed"] = f"{type(error).__name__}: {error}"[:200]
+            points.append(found)
+            print(found, flush=True)
+            content = {
+                "tested": given.tested,
+                "images": 128 * BATCHES,
+                "points": points,
+                "date": time.strftime("%Y-%m-%d"),
+                **environment.describe(Path(__file__).parent),
+            }
+            given.out.parent.mkdir(exist_ok=True)
+            given.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

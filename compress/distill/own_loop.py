@@ -1,0 +1,171 @@
+"""Distillation inside somebody else's training loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.distill.build import prepare, term_of
+from compress.distill.objective import Term, feature_at, main_answer
+from compress.distill.taps import Tap, survey, tapped
+from compress.distill.teachers import TorchTeacher
+from compress.errors import TrainingError, UsageError
+from compress.losses import Taps
+from compress.settings import Plugin
+
+
+class Distiller:
+    """Distillation losses for a training loop that is not ours: ``compress.distiller``.
+
+    Use it as a context manager. While it is open, hooks see what the student computes; after it
+    both networks are as they were. A forward pass that the trainer makes itself is used again:
+    ``loss`` runs the student only where it has not just run on as many images.
+
+    Args:
+        student: The network that is trained, by whoever trains it.
+        teacher: Another network; runs in eval mode, without gradients.
+        losses: Names, or ``{name: options}``; ``weight`` among the options.
+        example: One image, (1, C, H, W); where absent, the first images that ``loss`` is given.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        losses: Sequence[Plugin],
+        example: Tensor | None = None,
+    ) -> None:
+        if student is teacher:
+            raise UsageError("the student cannot be its own teacher", where="distiller")
+        if not losses:
+            raise UsageError("no losses are given", fix='losses=["cwd"], or [{"kd": {}}]')
+        self.student, self._model, self._losses = student, teacher, tuple(losses)
+        self._terms: list[Term] = []
+        self._teacher: TorchTeacher | None = None
+        self._open = contextlib.ExitStack()
+        self._features: dict[Tap, Tensor] = {}
+        self._outputs: list[Any] = []
+        if example is not None:
+            self._build(example[:1])
+
+    def __enter__(self) -> Distiller:
+        """Begin to watch the student."""
+        if self._teacher is not None:
+            self._watch()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove every hook, and leave the teacher as it was found."""
+        self._open.close()
+        if self._teacher is not None:
+            self._teacher.close()
+
+    def loss(self, images: Tensor) -> Tensor:
+        """Return the weighted sum of the losses on a batch, a scalar that carries gradients.
+
+        Args:
+            images: (B, C, H, W) as both networks take them.
+
+        Raises:
+            TrainingError: layers cannot be paired, or a loss needs what the student does not
+                return in training.
+        """
+        if self._teacher is None:
+            self._build(images[:1])
+            self._watch()
+        if not self._has_seen(images):
+            self._outputs.clear()
+            self.student(images)
+        taps = tuple(dict.fromkeys(p.teacher for term in self._terms for p in term.pairs))
+        answer, theirs = self._required()(images, None, taps)
+        logits = main_answer(self._outputs)
+        total = torch.zeros((), device=images.device)
+        for term in self._terms:
+            if logits is None and not term.pairs:
+                raise TrainingError(
+                    "it compares outputs, and in training this network returns its losses",
+                    where=f"loss {term.name!r}",
+                    expected="losses on features, such as cwd, mgd or attention",
+                )
+            mine = feature_at(self._features, [p.student for p in term.pairs])
+            others = feature_at(theirs, [p.teacher for p in term.pairs])
+            shown = answer if logits is None else logits
+            value = term.loss(Taps(shown, mine), Taps(answer, others), answer.argmax(1))
+            total = total + term.weight * value
+        self._outputs.clear()
+        self._features.clear()
+        return total
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights of all adapters: give them to the optimizer beside the student's.
+
+        Raises:
+            UsageError: no image has been seen yet, so that there are no adapters.
+        """
+        if self._teacher is None:
+            raise UsageError(
+                "the adapters are made for features that no image has shown yet",
+                fix="Give distiller(..., example=images), or call loss(images) once before",
+            )
+        for term in self._terms:
+            if isinstance(term.loss, nn.Module):
+                yield from term.loss.parameters()
+
+    def pairing(self) -> list[str]:
+        """Return which layers each loss compares, one line each."""
+        return [f"{term.name}: {pair}" for term in self._terms for pair in term.pairs]
+
+    def _build(self, example: Tensor) -> None:
+        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        example = example.detach().to(device)
+        self._teacher = TorchTeacher(self._model, example, None, None)
+        mine = survey(self.student, example)
+        self._terms = [term_of(each, mine, self._teacher, compiled=False) for each in self._losses]
+        prepare(self._terms, self.student, self._teacher, example, torch.zeros(0))
+
+    def _watch(self) -> None:
+        """Keep what the student computes from now on, until the end."""
+        taps = {pair.student for term in self._terms for pair in term.pairs}
+        self._features = self._open.enter_context(tapped(self.student, taps))
+        handle = self.student.register_forward_hook(self._note)
+        self._open.callback(handle.remove)
+
+    def _note(self, _module: nn.Module, _given: Any, output: Any) -> None:
+        self._outputs[:] = [output]
+
+    def _has_seen(self, images: Tensor) -> bool:
+        """Say whether the student has just run on as many images, with gradients."""
+        seen = list(self._features.values())
+        if not self._outputs:
+            return False
+        if any(not term.pairs for term in self._terms):
+            answer = main_answer(self._outputs)
+            if answer is None:
+                return False
+            seen.append(answer)
+        return all(len(each) == len(images) and each.requires_grad for each in seen)
+
+    def _required(self) -> TorchTeacher:
+        if self._teacher is None:
+            raise UsageError("the distiller has seen no image")
+        return self._teacher
+
+
+def distiller(
+    student: nn.Module,
+    teacher: nn.Module,
+    losses: Sequence[Plugin],
+    example: Tensor | None = None,
+) -> Distiller:
+    """Return a context manager that gives distillation losses: see :class:`Distiller`."""
+    return Distiller(student, teacher, losses, example)

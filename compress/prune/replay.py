@@ -1,0 +1,237 @@
+"""Forward passes of a network whose first layers stay as they are: modules are computed once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+
+from compress.groups import kernels
+from compress.prune.joins import Sums
+
+CACHE_MIB = 2048  # of outputs kept of one network; with more, later modules are computed again
+
+
+@dataclass
+class _Call:
+    """What is known of a module that runs once in a forward."""
+
+    entered: int
+    left: int = 0
+    sums: int = 0  # of two tensors, inside it
+    mib: float = 0.0  # of its output, for one image
+    is_alias: bool = False  # its output is its input, perhaps changed in place
+    parents: tuple[str, ...] = ()
+    readers: set[tuple[str, ...]] = field(default_factory=set)  # modules around ops that read it
+
+
+class Replay:
+    """Runs a network on the same batches again and again while its weights change in order.
+
+    A module that has run before the layer in question enters, and thus cannot change any more, is
+    computed once for each batch; later passes get its output from memory. Outputs that only such
+    modules read are not kept. Modules that run several times in a forward, return anything but one
+    tensor, or change a tensor of others in place, are computed in every pass.
+
+    Args:
+        model: In eval mode. It is left as it was after every pass.
+        image: What to look at it with, (1, C, H, W).
+        images: In all batches.
+    """
+
+    def __init__(self, model: nn.Module, image: Tensor, images: int) -> None:
+        self.model = model
+        self.images = images
+        self._modules = dict(model.named_modules())
+        self._names = {module: name for name, module in self._modules.items()}
+        self._calls, self._entered = _survey(model, self._modules, image)
+        self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # by batch
+        self._finished: set[str] = set()
+
+    def entered(self, layer: nn.Module) -> int:
+        """Return when a layer first runs in a forward; 0 if it was not seen."""
+        return self._entered.get(self._names.get(layer, ""), 0)
+
+    @contextlib.contextmanager
+    def passing(self, batch: int, limit: int, skip: Callable[[int], None]) -> Iterator[None]:
+        """Let one forward pass of a batch reuse what was computed before, and keep what is new.
+
+        Args:
+            batch: Number of the batch.
+            limit: Modules that have left before this moment do not change any more.
+            skip: Told of sums of two tensors that are left out.
+        """
+        kept = self._kept[batch]
+        wanted = self._outermost({n for n, c in self._calls.items() if c.left < limit})
+        needed = {name for name in wanted if self._is_read(name, wanted)}
+        with contextlib.ExitStack() as stack:
+            for name, value in kept.items():
+                stack.enter_context(self._replaced(name, value, skip))
+            size = sum(self._calls[name].mib for name in needed) * self.images
+            fresh: dict[str, Tensor] = {}
+            if size <= CACHE_MIB:
+                for name in wanted - set(kept):
+                    hook = self._keeping(name, fresh, name in needed)
+                    stack.callback(self._modules[name].register_forward_hook(hook).remove)
+            yield
+        if size <= CACHE_MIB and wanted - set(kept) <= set(fresh):
+            found = kept | fresh
+            self._kept[batch] = {
+                name: found[name] if name in needed else _shape_of(found[name]) for name in wanted
+            }
+
+    def _outermost(self, names: set[str]) -> set[str]:
+        return {name for name in names if not any(p in names for p in self._calls[name].parents)}
+
+    def _is_read(self, name: str, finished: set[str]) -> bool:
+        return any(finished.isdisjoint(stack) for stack in self._calls[name].readers)
+
+    def _keeping(self, name: str, fresh: dict[str, Tensor], is_needed: bool) -> Callable[..., None]:
+        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            # A copy: what comes after may change it in place.
+            fresh[name] = output.clone() if is_needed else _shape_of(output)
+
+        return keep
+
+    @contextlib.contextmanager
+    def _replaced(self, name: str, value: Tensor, skip: Callable[[int], None]) -> Iterator[None]:
+        module, call = self._modules[name], self._calls[name]
+
+        def forward(*inputs: Any, **_named: Any) -> Any:
+            skip(call.sums)
+            if _is_shape(value):
+                return value
+            if call.is_alias and not _is_shape(inputs[0]):
+                return inputs[0].copy_(value)
+            return value.clone()
+
+        own = module.__dict__.get("forward")
+        module.forward = forward
+        try:
+            yield
+        finally:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
+
+
+def _shape_of(tensor: Tensor) -> Tensor:
+    """Return zeros of that shape that take no memory: for outputs that nobody reads any more."""
+    return tensor.new_zeros(1).expand(tensor.shape) if tensor.ndim else tensor
+
+
+def _is_shape(tensor: Tensor) -> bool:
+    return tensor.numel() > 1 and not any(tensor.stride())
+
+
+class _Survey(Sums):  # type: ignore[no-untyped-call]
+    """Watches one forward pass: which op reads what, inside which modules."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _number, _operands: None)
+        self.stack: list[str] = []
+        self.clock = 0
+        self.sums = 0
+        self.storages: dict[int, list[_Call]] = defaultdict(list)  # outputs of modules
+        self.alive: list[Tensor] = []  # so that no storage is used twice
+        self.made: dict[int, int] = {}  # when a storage was first seen
+        self.open: list[tuple[str, int]] = []  # modules that run, and when they began
+        self.meddling: set[str] = set()  # modules that change what was there before them
+
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one op and note what it reads and changes."""
+        self.clock += 1
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.sums = self._done
+        for tensor in kernels.tensors_in((args, kwargs or {})):
+            for call in self.storages.get(_storage(tensor), ()):
+                call.readers.add(tuple(self.stack))
+        written = [
+            value
+            for value, spec in zip(args, func._schema.arguments, strict=False)
+            if spec.alias_info is not None and spec.alias_info.is_write
+        ]
+        for tensor in kernels.tensors_in(written):
+            since = self.made.get(_storage(tensor), 0)
+            self.meddling |= {name for name, begun in self.open if since < begun}
+        for tensor in kernels.tensors_in(result):
+            self.made.setdefault(_storage(tensor), self.clock)
+            self.alive.append(tensor)
+        return result
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _survey(
+    model: nn.Module, modules: dict[str, nn.Module], image: Tensor
+) -> tuple[dict[str, _Call], dict[str, int]]:
+    """Return the modules that can be replayed, and when each module first runs."""
+    calls: dict[str, list[_Call]] = defaultdict(list)
+    entered: dict[str, int] = {}
+    unfit: set[str] = set()
+    watch = _Survey()
+
+    def enters(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: Any) -> None:
+            watch.clock += 1
+            entered.setdefault(name, watch.clock)
+            calls[name].append(
+                _Call(watch.clock, sums=watch.sums, parents=tuple(n for n in watch.stack if n))
+            )
+            watch.stack.append(name)
+            watch.open.append((name, watch.clock))
+
+        return hook
+
+    def leaves(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            watch.clock += 1
+            watch.stack.pop()
+            watch.open.pop()
+            call = calls[name][-1]
+            call.left, call.sums = watch.clock, watch.sums - call.sums
+            if not isinstance(output, Tensor):
+                unfit.add(name)
+                return
+            call.mib = output.numel() * output.element_size() / 2**20
+            given = inputs[0] if inputs else None
+            call.is_alias = isinstance(given, Tensor) and _storage(given) == _storage(output)
+            watch.storages[_storage(output)].append(call)
+            watch.alive.append(output)
+
+        return hook
+
+    hooks = []
+    for name, module in modules.items():
+        hooks.append(module.register_forward_pre_hook(enters(name)))
+        hooks.append(module.register_forward_hook(leaves(name)))
+    try:
+        with watch:
+            model(image)
+    finally:
+        for each in hooks:
+            each.remove()
+    return {
+        name: found[0]
+        for name, found in calls.items()
+        if name
+        and len(found) == 1
+        and name not in unfit
+        and (name not in watch.meddling or found[0].is_alias)
+        and not isinstance(modules[name], torch.jit.ScriptModule)
+    }, entered

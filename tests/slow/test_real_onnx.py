@@ -1,0 +1,68 @@
+"""Other people's ONNX files: quantized for every target, clean for the linter, close to fp32."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import compress
+from compress.packages import is_installed
+from compress.qdq import TARGETS
+from compress.quantize.fidelity import answers, sqnr_each
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import real_files
+
+DATA = Path(os.environ.get("COMPRESS_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+IMAGES, HELD_BACK = 16, 4
+SMALL = {"mnist": 22.0, "mtcnn_pnet": 17.0}  # least SQNR of any output with plain ranges, decibels
+LARGE = {
+    "mtcnn_onet": 18.0,
+    "yunet_n320": 5.0,
+    "yunet_n_dyn": 1.0,
+    "ultra_rfb320": 28.0,
+    "yolox_nano": 6.0,
+    "ppocr2_det": 0.0,
+    "ppocr2_cls": 14.0,
+    "deeplab_v3": 20.0,
+    "litemono_dec": 45.0,
+}
+FILES = [
+    *(pytest.param(name, floor, id=name) for name, floor in SMALL.items()),
+    *(pytest.param(name, floor, id=name, marks=pytest.mark.slow) for name, floor in LARGE.items()),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("name", "floor_db"), FILES)
+def test_a_real_file_is_quantized_clean_and_close(name, floor_db, target, tmp_path):
+    path = DATA / "onnx" / f"{name}.onnx"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: set COMPRESS_DATA")
+    model = onnx.load(path)
+    feeds = real_files.feeds(model, name, DATA / "photos", IMAGES + HELD_BACK)
+    out = tmp_path / "int8.onnx"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some want pixels from 0 to 255
+        compress.quantize_onnx(path, feeds[HELD_BACK:], out, target=target, method="plain")
+    assert compress.lint_onnx(out, target=target) == []
+    written = onnx.load(out)
+    wanted = [answers(model, feed) for feed in feeds[:HELD_BACK]]
+    found = [answers(written, feed) for feed in feeds[:HELD_BACK]]
+    for k, output in enumerate(model.graph.output):
+        want, got = (np.concatenate([a[k].reshape(1, -1) for a in x], 1) for x in (wanted, found))
+        (db,) = sqnr_each([want], [got])
+        assert np.isnan(db) or db > floor_db, f"{output.name}: {db:.1f} dB"
+    fixed = all(d.dim_value > 0 for d in model.graph.input[0].type.tensor_type.shape.dim)
+    if target == "tensorrt" and fixed and is_installed("tensorrt_rtx"):
+        engine = compress.build_engine(
+            out, tmp_path / "int8.engine", runtime="tensorrt-rtx", batch=1
+        )
+        assert engine.stat().st_size > 0

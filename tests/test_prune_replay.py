@@ -1,0 +1,124 @@
+"""Passes that reuse what was computed before are passes: same inputs seen, same network after."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compress.networks import resnet8, unet
+from compress.prune.replay import Replay
+
+
+class InPlace(nn.Module):
+    """Activations that change their inputs, and a skip that reads what they left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.act = nn.ReLU(inplace=True)
+        self.second, self.third = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x))
+        self.act(x)
+        y = self.second(x)
+        y += x
+        return self.third(F.relu_(y) + x)
+
+
+class Shared(nn.Module):
+    """A layer that runs twice, shapes that are read, a list of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.twice = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.last = nn.Conv2d(18, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [self.stem(x)]
+        batch, channels = features[0].shape[:2]
+        features.append(self.twice(features[-1]))
+        features.append(self.twice(features[-1]).view(batch, channels, 16, 16))
+        return self.last(torch.cat(features, 1))
+
+
+NETWORKS = {
+    "residual": lambda: resnet8(width=4),
+    "skips": lambda: unet(3, 4),
+    "in place": InPlace,
+    "shared": Shared,
+}
+
+
+def seen(model: nn.Module, layer: nn.Module, run: object) -> list[Tensor]:
+    found: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _m, inputs, out: found.append(inputs[0].clone()))
+    try:
+        run()
+    finally:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_layer_sees_what_it_sees_in_a_whole_pass(name: str) -> None:
+    torch.manual_seed(0)
+    model = NETWORKS[name]().eval()
+    batches = [torch.randn(2, 3, 16, 16) for _ in range(2)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    computed: list[int] = []
+    for layer in layers:
+        layer.register_forward_hook(lambda *_: computed.append(1))
+    with torch.no_grad():
+        replay = Replay(model, batches[0][:1], 4)
+        for layer in layers:
+            for number, batch in enumerate(batches):
+
+                def again(number: int = number, batch: Tensor = batch, layer: nn.Module = layer):
+                    with replay.passing(number, replay.entered(layer), lambda _count: None):
+                        model(batch)
+
+                expected = seen(model, layer, lambda batch=batch: model(batch))
+                found = seen(model, layer, again)
+                assert len(found) == len(expected) > 0
+                for ours, theirs in zip(found, expected, strict=True):
+                    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+            layer.weight.mul_(1.1)  # as refitting does, in order
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_layers_that_are_done_are_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, image = resnet8(width=4).eval(), torch.randn(1, 3, 16, 16)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    computed: list[nn.Module] = []
+    original = nn.Conv2d._conv_forward
+
+    def counted(self: nn.Conv2d, *given: object) -> Tensor:
+        computed.append(self)
+        return original(self, *given)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+    counts: list[int] = []
+    with torch.no_grad():
+        replay = Replay(model, image, 1)
+        for _ in range(2):
+            computed.clear()
+            with replay.passing(0, replay.entered(convolutions[-1]), lambda _count: None):
+                model(image)
+            counts.append(len(computed))
+    assert counts == [len(convolutions), 1]
+
+
+def test_without_room_all_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.prune.replay.CACHE_MIB", 0)
+    torch.manual_seed(0)
+    model, image = resnet8(width=4).eval(), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        replay = Replay(model, image, 1)
+        for _ in range(2):
+            with replay.passing(0, replay.entered(model.linear), lambda _count: None):
+                torch.testing.assert_close(model(image), model(image), rtol=0, atol=0)
+    assert not any(replay._kept[0].values())

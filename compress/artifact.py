@@ -121,6 +121,12 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def cache_folder() -> Path:
+    """Return the folder for what outlives a run: measurements, and which code was agreed to."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "compress"
+
+
 def is_temporary(path: Path) -> bool:
     """Return whether a file is one that :func:`replacing` had not finished when it was killed."""
     return path.name.startswith(TEMPORARY)
@@ -137,12 +143,6 @@ def remove_temporaries(folder: Path) -> None:
             path.unlink()
         except OSError as error:
             raise _cannot_write(path, error) from None
-
-
-def cache_folder() -> Path:
-    """Return the folder for what outlives a run: measurements, and which code was agreed to."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "compress"
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -91,6 +91,7 @@ class Examination:
         from rich import box
         from rich.console import Group
         from rich.table import Table
+        from rich.text import Text
 
         def grid(title: str, *columns: str) -> Table:
             table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
@@ -106,9 +107,10 @@ class Examination:
         for state in self.runtimes:
             runtimes.add_row(state.name, "yes" if state.runs else "no", state.reason)
         pieces = grid("packages", "package", "version", "enables", "install")
+        pieces.columns[-1].no_wrap = True  # it is copied
         for piece in self.packages:
             install = "" if piece.version else piece.install
-            pieces.add_row(piece.name, piece.version or "-", piece.enables, install)
+            pieces.add_row(piece.name, piece.version or "-", piece.enables, Text(install))
         parts = [about, runtimes, pieces]
         if self.trials:
             trials = grid("self-test", "runtime", "precision", "outcome", "", "s")

@@ -77,6 +77,12 @@ def check_code(source: str) -> None:
         _remember(_identity(source))
 
 
+def agree(content: Any) -> None:
+    """Note that the user agreed to the code that ``content`` names, as it is now."""
+    for reference in code_in(content).values():
+        _remember(_identity(reference.rpartition(":")[0]))
+
+
 def check_engine(path: Path) -> None:
     """Refuse an engine that was not built by this user: loading one runs what is in it.
 

@@ -145,7 +145,6 @@ def test_defaults_in_the_help_are_those_of_the_recipe(monkeypatch, name):
     expected = {
         "prune": {"criterion", "runtime", "round_to"},
         "sparsify": {"pattern", "criterion"},
-        "distill": {"loss"},
         "quantize": {"method", "samples"},
     }
     assert expected.get(name, set()) <= set(checked)

@@ -68,6 +68,7 @@ def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
     from compress.artifact import write_text
     from compress.pipeline.preflight import preflight
     from compress.recipe import validate
+    from compress.trust import agree
 
     out = given["out"] or given["folder"] / RECIPE
     if out.exists() and not given["force"]:
@@ -76,6 +77,7 @@ def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
     text = written(proposal, out)
     preflight(validate(yaml.safe_load(text), where=str(out)), where=str(out))
     write_text(out, text)
+    agree({"model": proposal.model})
     weights = f" with {proposal.weights}" if proposal.weights else ""
     return (
         f"network {proposal.model}{weights}\n{proposal.summary}\ntask {proposal.task}, targets "

@@ -121,7 +121,7 @@ LONG = {
     "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 16},
     "stages": [{"train": {"epochs": 2, "batch_size": 8, "precision": "fp32"}}],
-    "targets": [{"runtime": "onnxruntime"}],
+    "targets": [{"runtime": "onnxruntime", "precision": "fp32"}],
     "measure": {"rounds": 3, "round_ms": 1, "explain_images": 0},
 }
 

@@ -20,6 +20,7 @@ from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
 from compress.feeding import Fed
+from compress.modules import evaluating
 from compress.outputs import logits_of
 from compress.predictions import Predictions
 from compress.tasks import Task
@@ -329,17 +330,11 @@ def _runnable(run: Any, form: Form) -> Iterator[Run]:
 
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[Run]:
-    """Put ``model`` and each part of it in eval mode; leave all modes as they were found."""
-    modes = {module: module.training for module in model.modules()}
+    """Yield ``model`` as a function of images on any device, in eval mode, without gradients."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield lambda images: model(images.to(device))
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model), torch.no_grad():
+        yield lambda images: model(images.to(device))
 
 
 def _run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:

@@ -115,10 +115,11 @@ def shapes_answered(path: Path, dataset: Dataset) -> list[tuple[int, ...]]:
         EngineError: it does not run on the images.
     """
     with open_session(path) as session:
-        images = dataset.splits["test"].take([0])
-        low = session.inputs[0].shape[0] if session.inputs[0].shape else 1
-        repeated = images.expand(low if isinstance(low, int) else 1, *images.shape[1:])
-        return [output.shape for output in Fed(session, dataset).run(repeated.numpy())]
+        fed = Fed(session, dataset)
+        shape = fed.inputs[0].shape
+        rows = shape[0] if shape and isinstance(shape[0], int) else 1
+        image = dataset.splits["test"].take([0])
+        return [output.shape for output in fed.run(image.expand(rows, -1, -1, -1).numpy())]
 
 
 class Fed:

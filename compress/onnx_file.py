@@ -41,7 +41,7 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
         _check_calls(model, source)
         tensors = list(_all_tensors(model))
         _check_external(tensors, source)
-        _free_negative_sizes(model.graph)
+        free_negative_sizes(model.graph)
         if weights:
             onnx.load_external_data_for_model(model, str(source.parent))
         for tensor in tensors:
@@ -193,7 +193,7 @@ def _all_tensors(model: ModelProto) -> Iterator[TensorProto]:
         yield from _tensors(training.algorithm)
 
 
-def _free_negative_sizes(graph: GraphProto) -> None:
+def free_negative_sizes(graph: GraphProto) -> None:
     """Leave sizes open that are written as -1 or 0, as Paddle writes free ones."""
     for value in (*graph.input, *graph.output, *graph.value_info):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):

@@ -1,5 +1,23 @@
-"""One thread for each test process: the suite runs several of them side by side."""
+"""What all tests share: one thread for each test process, and a call of the command line."""
 
 import os
+import sys
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs several processes side by side
+
+
+@pytest.fixture
+def compress(monkeypatch, capsys):
+    """Call the command line in this process; returns (exit code, stdout, stderr)."""
+    from compress import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from compress import cli, pipeline
+from compress import pipeline
 from compress.errors import RecipeError
 from compress.export import export_onnx
 from compress.models import load_model
@@ -48,18 +48,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("net.py").write_text(OWN)
     return tmp_path
-
-
-@pytest.fixture
-def compress(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 def exported(channels=1, classes=10):

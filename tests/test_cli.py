@@ -13,8 +13,6 @@ import pytest
 import torch
 import yaml
 
-from compress import cli
-
 RECIPE = {
     "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 16},
@@ -22,20 +20,6 @@ RECIPE = {
     "targets": [{"runtime": "onnxruntime", "precision": "fp32"}],
     "measure": {"rounds": 3, "round_ms": 5, "test_images": 32},
 }
-
-
-@pytest.fixture
-def compress(monkeypatch, capsys):
-    """Call the command line in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 @pytest.fixture

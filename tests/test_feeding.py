@@ -12,7 +12,9 @@ from PIL import Image
 from compress import onnx_file
 from compress.data import load_data
 from compress.errors import EngineError, UsageError
-from compress.feeding import Fed, arrays, completed, facts_of
+from compress.feeding import Fed, arrays, completed, facts_of, shapes_answered
+from compress.fitting import Fit
+from compress.images import decoded
 from compress.onnx_facts import layout_of, metadata, stamp, usual_range
 from compress.runtimes import TensorSpec, build_engine, open_session
 from compress.settings import DataSettings
@@ -235,7 +237,11 @@ def test_pictures_without_labels_are_split_by_name(pictures):
     assert (dataset.target, dataset.classes) == ("none", ())
     sizes = {name: len(split) for name, split in dataset.splits.items()}
     assert sizes == {"train": 6, "validation": 0, "calibration": 6, "test": 2}
-    assert len(set(dataset.splits["train"].indices) & set(dataset.splits["test"].images.labels)) < 2
+    for position, name in enumerate(("3.png", "7.png")):
+        alone = decoded(pictures / name, Fit((16, 16)), 3, where=name)
+        assert torch.equal(dataset.splits["test"].take([position])[0], alone)
+    every = torch.cat([dataset.splits[s].take(range(n)) for s, n in (("train", 6), ("test", 2))])
+    assert len({pixels.numpy().tobytes() for pixels in every}) == 8
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -250,3 +256,26 @@ def test_one_array_is_calibrated_with_as_it_is(tmp_path, suffix, order):
                        (("train", 6), ("test", 2))])  # fmt: skip
     order_of = [0, 1, 2, 4, 5, 6, 3, 7]
     np.testing.assert_allclose(found.numpy(), values[order_of], atol=1e-5)
+
+
+def test_a_further_input_that_comes_first_does_not_say_the_batch(tmp_path, pictures):
+    """A state of two layers before the picture: two is not how many pictures there are."""
+    nodes = [
+        helper.make_node("ReduceSum", ["state"], ["s"], keepdims=0),
+        helper.make_node("Add", ["x", "s"], ["moved"]),
+        helper.make_node("Flatten", ["moved"], ["y"]),
+    ]
+    values = (("state", [2, 1, 4]), ("x", ["n", 3, 8, 8]))
+    made = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in values],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        ),
+        opset_imports=[helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    onnx.save(made, tmp_path / "x.onnx")
+    settings = DataSettings(name="images", root=str(pictures), image_size=8, inputs={"state": 0.5})
+    assert shapes_answered(tmp_path / "x.onnx", load_data(settings)) == [(1, 192)]

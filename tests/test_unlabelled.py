@@ -1,7 +1,6 @@
 """An ONNX file and a folder of pictures: what most people hold who want int8."""
 
 import json
-import sys
 
 import numpy as np
 import onnx
@@ -9,7 +8,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from compress import cli
 from compress.onnx_facts import metadata
 
 QUICK = ["--set", "measure.rounds=3", "--set", "measure.round_ms=5", "--method", "plain"]
@@ -70,18 +68,6 @@ def network(path, *, size=(12, 16), layout="NHWC", threshold=False, classes=None
     )
     onnx.save(made, path)
     return path
-
-
-@pytest.fixture
-def compress(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
 
 
 @pytest.mark.parametrize(

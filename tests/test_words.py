@@ -13,18 +13,6 @@ from compress.recipe import validate
 COMMANDS = typer.main.get_command(cli.app).commands
 
 
-@pytest.fixture
-def compress(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return ended.value.code, out, err
-
-    return call
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -71,7 +71,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     if any(entry.key == _DONE for entry in model.metadata_props):
         return prepared
     _refuse_quantized(prepared, where)
-    _free_dimensions(prepared)
+    onnx_file.free_negative_sizes(prepared.graph)
     if prepared.functions:  # runtimes do not know the operators of others
         prepared = onnx.inliner.inline_local_functions(prepared)
     prepared = _modern(prepared, where)
@@ -107,14 +107,6 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
                 expected="an fp32 graph",
                 fix="Quantize the fp32 original, or mend this file with `compress lint --fix`",
             )
-
-
-def _free_dimensions(model: ModelProto) -> None:
-    """Give free dimensions that are written as -1 or 0, as by Paddle, a name instead."""
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
-        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if dim.HasField("dim_value") and dim.dim_value < 1:
-                dim.dim_param = f"{value.name}_{axis}" if axis else "batch"
 
 
 def _refuse_without_weights(model: ModelProto, where: str) -> None:

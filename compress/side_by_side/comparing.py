@@ -11,7 +11,7 @@ from compress import compare, evaluate, onnx_file
 from compress.compare import Bisection, Comparison, Link, Step
 from compress.compare.bisection import PLAIN, precision_of
 from compress.errors import DataError, UsageError
-from compress.feeding import arrays
+from compress.feeding import arrays, picture_of
 from compress.run_folder import one_artifact
 from compress.runtimes import open_session
 from compress.side_by_side.artifacts import (
@@ -177,7 +177,8 @@ def _outputs(
 
 def _bisection(old: Rival, new: Rival, dataset: Dataset) -> Bisection:
     with old.open() as session:
-        fixed = session.inputs[0].shape[0] if session.inputs[0].shape else None
+        shape = picture_of(session.inputs, dataset.inputs).shape
+        fixed = shape[0] if shape else None
         size = fixed if isinstance(fixed, int) else BISECT_IMAGES
         inputs = [
             tuple(arrays(session.inputs, images, dataset))

@@ -19,6 +19,7 @@ from compress.artifact import cache_folder, sha256
 from compress.errors import UsageError
 
 VARIABLE = "COMPRESS_CODE_ALLOWED"  # what was typed, a JSON list; everything may run if absent
+EVERYTHING = "null"  # its value after --trust
 OWN = "compress.networks"  # networks of this package, which recipes name as code
 BUILDERS = ("torchvision", "timm")  # not code of the file's: a name of theirs
 FREE = {"weights", "teacher_weights"}  # keys whose text is never run
@@ -40,13 +41,13 @@ def limited(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def allow_all() -> None:
-    """Let everything run: what --trust does."""
-    os.environ.pop(VARIABLE, None)
+    """Let everything run, and remember it: what --trust does."""
+    os.environ[VARIABLE] = EVERYTHING
 
 
 def is_limited() -> bool:
     """Return whether some code may not run: on the command line, without --trust."""
-    return VARIABLE in os.environ
+    return os.environ.get(VARIABLE, EVERYTHING) != EVERYTHING
 
 
 def allow(typed: str) -> None:
@@ -73,7 +74,7 @@ def check_code(source: str) -> None:
             expected="your agreement",
             fix=FIX,
         )
-    if is_limited():
+    if VARIABLE in os.environ:
         _remember(_identity(source))
 
 
@@ -106,7 +107,7 @@ def remember_engine(path: Path) -> None:
 def is_allowed(source: str) -> bool:
     """Return whether a Python file or module may be imported."""
     typed = os.environ.get(VARIABLE)
-    if typed is None or source == OWN:
+    if typed in (None, EVERYTHING) or source == OWN:
         return True
     named = any(
         f"{source}:" in each or Path(each.rpartition(":")[0]) == Path(source)

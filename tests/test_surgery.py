@@ -311,7 +311,7 @@ def _damaged(change: Any) -> Any:
     ("change", "message"),
     [
         (lambda d: d.pop("tensors"), "not a pruning plan: tensors: Field required"),
-        (lambda d: d.update(schema=9), "schema: Input should be 1"),
+        (lambda d: d.update(schema=9), "schema: Input should be 1 or 2"),
         (lambda d: d["groups"]["stem.0"].update(kept="0-99"), "not ascending within"),
         (lambda d: d["groups"]["stem.0"].update(kept="5,2"), "not ascending within"),
         (lambda d: d["groups"]["stem.0"].update(kept="all"), "is no row of positions"),

@@ -18,7 +18,7 @@ from compress.groups.network import Reduction
 from compress.surgery.positions import from_text, to_text
 from compress.surgery.stored import Side, StoredKeptOnly, StoredPlan
 
-_SCHEMA = 1
+_SCHEMA, _UNPROVED = 2, 1  # with and without an example input to be proved on
 Dims = Mapping[int, Positions]
 
 
@@ -66,7 +66,7 @@ class PrunePlan:
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-able data; rows of positions are text like ``0-3,5``."""
         return {
-            "schema": _SCHEMA,
+            "schema": _SCHEMA if "example" in self.about else _UNPROVED,
             "about": dict(self.about),
             "macs": {"before": self.macs_before, "after": self.macs_after},
             "params": {"before": self.params_before, "after": self.params_after},

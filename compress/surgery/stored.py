@@ -62,7 +62,7 @@ class StoredKeptOnly(Part):
 class StoredPlan(Part):
     """The content of a plan's file."""
 
-    version: Literal[1] = Field(alias="schema")
+    version: Literal[1, 2] = Field(alias="schema")  # 2: says what its network takes
     about: dict[str, Any]
     macs: StoredCounts
     params: StoredCounts
@@ -71,6 +71,12 @@ class StoredPlan(Part):
     attributes: dict[str, dict[str, Count]]
     kept_only: tuple[StoredKeptOnly, ...]
     frozen: dict[str, str]
+
+    @model_validator(mode="after")
+    def _can_be_proved(self) -> StoredPlan:
+        if self.version > 1 and "example" not in self.about:
+            raise ValueError("about.example is missing: what its network takes")
+        return self
 
     @model_validator(mode="after")
     def _sizes_are_bounded(self) -> StoredPlan:

@@ -1,0 +1,1 @@
+"""ONNX graphs: read safely, asked and changed; nothing here knows a target."""

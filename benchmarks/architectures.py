@@ -29,9 +29,9 @@ from torch.utils._pytree import tree_leaves
 
 from compress import environment
 from compress.export import export_onnx
+from compress.groups.proof import apply_pruning, prove
 from compress.models import load_model, save_model
 from compress.prune.plan import plan_pruning
-from compress.surgery import apply_pruning, prove
 
 RESULTS = Path(__file__).parent / "results"
 KEEP_MACS = 0.5

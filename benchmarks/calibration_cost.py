@@ -85,7 +85,7 @@ def ort_calibrate(path: Path, count: int, method: str) -> None:
 def nncf_calibrate(path: Path, count: int) -> None:
     import onnx
 
-    from compress.quantize.nncf_ranges import import_nncf
+    from compress.quantize.nncf import import_nncf
 
     nncf = import_nncf()
     data = nncf.Dataset(_Lazy(count), lambda image: {"input": image})
@@ -136,7 +136,7 @@ def load_packages(method: str) -> None:
     import onnxruntime
 
     if method == "nncf":
-        from compress.quantize.nncf_ranges import import_nncf
+        from compress.quantize.nncf import import_nncf
 
         import_nncf()
     elif method.startswith("ours"):

@@ -32,16 +32,16 @@ from torch import Tensor, nn
 
 import compress
 from compress.data import Dataset, load_data
-from compress.distill import build_objective
 from compress.evaluate import predict
-from compress.networks import BasicBlock, CifarResNet
+from compress.evaluate.predictions import Predictions
+from compress.models.cifar import BasicBlock, CifarResNet
+from compress.models.weights import fit, read_weights
 from compress.packages import version
-from compress.predictions import Predictions
 from compress.prune import plan_pruning, recalibrate_batchnorm, refit
-from compress.settings import AugmentSettings, DataSettings, DistillSettings
+from compress.recipe.settings import AugmentSettings, DataSettings, DistillSettings
 from compress.statistics import accuracy_change_interval, mcnemar
 from compress.train import shown_batches, train
-from compress.weights import fit, read_weights
+from compress.train.distill import build_objective
 
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}

@@ -24,12 +24,12 @@ import torchvision  # noqa: TID253 - the networks are its
 from torch import nn
 
 from compress.export import export_onnx
-from compress.fusion import check_fusion
+from compress.groups.proof import apply_pruning
 from compress.measure.latency import Timing, bench
 from compress.prune import plan_pruning
 from compress.quantize import quantize_onnx
 from compress.runtimes import Session, open_session
-from compress.surgery import apply_pruning
+from compress.runtimes._fusion import check_fusion
 
 RESULTS = Path(__file__).parent / "results" / "cpu_runtimes.json"
 NETWORKS = ("resnet18", "resnet18-half", "resnet50", "mobilenet_v2", "efficientnet_b0")

@@ -23,9 +23,9 @@ from torch import nn
 
 from compress.export import export_onnx
 from compress.export.proof import difference
+from compress.groups.proof import apply_pruning
 from compress.prune.plan import plan_pruning
 from compress.runtimes import build_engine, build_record, open_session
-from compress.surgery import apply_pruning
 
 RESULTS = Path(__file__).parent / "results" / "export_torchvision.json"
 NO_CNN = ("vit_", "swin", "maxvit")

@@ -26,17 +26,17 @@ import torch
 from torch import Tensor
 
 from compress import environment, plugins
-from compress.augment import augment
 from compress.data import Dataset
-from compress.distill import build_objective
-from compress.distill.taps import Tap
-from compress.distill.teachers import TorchTeacher
+from compress.data._augment import augment
+from compress.data._images import MemoryImages
 from compress.evaluate import predict
-from compress.images import MemoryImages
-from compress.networks import resnet8, resnet56
-from compress.settings import AugmentSettings, DistillSettings
+from compress.models.cifar import resnet8, resnet56
+from compress.recipe.settings import AugmentSettings, DistillSettings
 from compress.train import train
 from compress.train.batches import train_batches
+from compress.train.distill import build_objective
+from compress.train.distill.feature_hooks import Tap
+from compress.train.distill.teachers import TorchTeacher
 
 RESULTS = Path(__file__).parent / "results"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

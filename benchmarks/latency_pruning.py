@@ -30,16 +30,16 @@ from compress import environment
 from compress.data import Dataset, load_data
 from compress.evaluate import predict
 from compress.export import export_onnx
+from compress.groups.plan import PrunePlan
 from compress.measure import bench, count
 from compress.models import load_model
-from compress.networks import CifarResNet
+from compress.models.cifar import CifarResNet
+from compress.models.weights import fit, read_weights
 from compress.prune import plan_pruning, refit
+from compress.recipe.settings import AugmentSettings, DataSettings, TrainSettings
 from compress.runtimes import open_session
-from compress.settings import AugmentSettings, DataSettings, TrainSettings
 from compress.statistics import accuracy_change_interval
-from compress.surgery import PrunePlan
 from compress.train import train
-from compress.weights import fit, read_weights
 
 MACS, ORIGINAL = "MACs", "original"
 RESULTS = Path(__file__).parent / "results"

@@ -33,11 +33,11 @@ from torch.nn import functional as F
 
 from compress import environment
 from compress.data import Dataset
-from compress.distill import build_objective
-from compress.images import MemoryImages
-from compress.networks import resnet20, resnet56
-from compress.settings import AugmentSettings, DistillSettings, TrainSettings
+from compress.data._images import MemoryImages
+from compress.models.cifar import resnet20, resnet56
+from compress.recipe.settings import AugmentSettings, DistillSettings, TrainSettings
 from compress.train import train
+from compress.train.distill import build_objective
 from compress.train.precision import autocast, chosen_precision
 
 RESULTS = Path(__file__).parent / "results"

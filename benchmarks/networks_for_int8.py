@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress import networks, weights
+from compress.models import cifar, weights
 
 MEAN = torch.tensor((0.485, 0.456, 0.406)).reshape(1, 3, 1, 1)
 STD = torch.tensor((0.229, 0.224, 0.225)).reshape(1, 3, 1, 1)
@@ -28,7 +28,7 @@ CHECKPOINTS = {"resnet20": "resnet20-12fca82f.th", "resnet56": "resnet56-4bfd976
 
 def mobilenet_se() -> nn.Module:
     """Return the depthwise network with squeeze-excite and hard-swish, its first stride 2."""
-    model = networks.mobilenet()
+    model = cifar.mobilenet()
     model.stem[0].stride = (2, 2)
     return model
 
@@ -115,7 +115,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.checkpoints:  # exported first: the training takes longer
         for name, file in CHECKPOINTS.items():
-            model = getattr(networks, name)()
+            model = getattr(cifar, name)()
             state = weights.read_weights(options.checkpoints / file)
             model.load_state_dict(state)
             export(model, options.out / f"{name}.onnx")

@@ -29,13 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import compress
-from compress import environment, networks, plugins
+from compress import environment, plugins
 from compress.data import Dataset, load_data
+from compress.models import cifar as networks
+from compress.models.weights import fit, read_weights
 from compress.modules import evaluating
 from compress.prune import plan_pruning, recalibrate_batchnorm, refit
-from compress.settings import DataSettings
+from compress.recipe.settings import DataSettings
 from compress.train import shown_batches
-from compress.weights import fit, read_weights
 
 RESULTS = Path(__file__).parent / "results" / "pruning_curves.json"
 PEERS = ("torch-pruning", "torch-pruning, BatchNorm again")

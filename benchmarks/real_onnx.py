@@ -29,7 +29,7 @@ import onnx
 import real_files
 
 from compress.quantize import quantize_onnx
-from compress.quantize.fidelity import sqnr_db
+from compress.quantize.sqnr import sqnr_db
 from compress.runtimes import open_session
 
 HELD_BACK = 8  # images that judge

@@ -32,8 +32,8 @@ import torchvision  # noqa: TID253 - this script measures its networks
 from torch import nn
 
 from compress import environment
+from compress.groups.proof import apply_pruning, prove
 from compress.prune.plan import plan_pruning
-from compress.surgery import apply_pruning, prove
 
 RESULTS = Path(__file__).parent / "results"
 SKIPPED = ("vit", "swin", "maxvit")  # transformers

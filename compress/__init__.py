@@ -10,18 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.distill import distiller
     from compress.errors import CompressError
     from compress.export import export_onnx
-    from compress.lint import lint_onnx
+    from compress.groups.mask import mask_pruning
+    from compress.groups.plan import PrunePlan
+    from compress.groups.proof import apply_pruning
     from compress.models import load_model, save_model
     from compress.pipeline import run
     from compress.prune import plan_pruning
+    from compress.qdq.lint import lint_onnx
     from compress.quantize import QuantPlan, quantize_onnx
     from compress.report import Report
     from compress.runtimes import build_engine, open_session
-    from compress.surgery import PrunePlan, apply_pruning, mask_pruning
     from compress.tasks import load_task
+    from compress.train.distill import distiller
 
 __all__ = [
     "CompressError",
@@ -47,18 +49,18 @@ __all__ = [
 
 _HOMES = {
     "CompressError": "compress.errors",
-    "PrunePlan": "compress.surgery",
+    "PrunePlan": "compress.groups.plan",
     "QuantPlan": "compress.quantize",
     "Report": "compress.report",
-    "apply_pruning": "compress.surgery",
+    "apply_pruning": "compress.groups.proof",
     "build_engine": "compress.runtimes",
-    "distiller": "compress.distill",
+    "distiller": "compress.train.distill",
     "evaluate": "compress.evaluate",
     "export_onnx": "compress.export",
-    "lint_onnx": "compress.lint",
+    "lint_onnx": "compress.qdq.lint",
     "load_model": "compress.models",
     "load_task": "compress.tasks",
-    "mask_pruning": "compress.surgery",
+    "mask_pruning": "compress.groups.mask",
     "open_session": "compress.runtimes",
     "plan_pruning": "compress.prune",
     "prune": "compress.prune",

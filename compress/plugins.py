@@ -33,9 +33,9 @@ KINDS = {
     "tasks": "task",
 }
 PACKAGES = {  # where the files of each kind lie
-    "criteria": "compress.criteria",
-    "losses": "compress.losses",
-    "observers": "compress.observers",
+    "criteria": "compress.prune.criteria",
+    "losses": "compress.train.losses",
+    "observers": "compress.quantize.observers",
     "runtimes": "compress.runtimes",
     "data": "compress.data",
     "tasks": "compress.tasks",

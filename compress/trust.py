@@ -20,7 +20,15 @@ from compress.errors import UsageError
 
 VARIABLE = "COMPRESS_CODE_ALLOWED"  # what was typed, a JSON list; everything may run if absent
 EVERYTHING = "null"  # its value after --trust
-OWN = "compress.networks"  # networks of this package, which recipes name as code
+# Networks of this package, which recipes name as code; the last two as they once were named.
+OWN = frozenset(
+    {
+        "compress.models.cifar",
+        "compress.models.detector",
+        "compress.networks",
+        "compress.detector",
+    }
+)
 BUILDERS = ("torchvision", "timm")  # not code of the file's: a name of theirs
 FREE = {"weights", "teacher_weights"}  # keys whose text is never run
 FIX = "Read that code; if you trust whoever wrote it, give the same command with --trust"
@@ -65,7 +73,7 @@ def check_code(source: str) -> None:
     Raises:
         UsageError: a file named it, not the command line, and it did not run here before.
     """
-    if source == OWN:
+    if source in OWN:
         return
     if not is_allowed(source):
         raise UsageError(
@@ -107,7 +115,7 @@ def remember_engine(path: Path) -> None:
 def is_allowed(source: str) -> bool:
     """Return whether a Python file or module may be imported."""
     typed = os.environ.get(VARIABLE)
-    if typed in (None, EVERYTHING) or source == OWN:
+    if typed in (None, EVERYTHING) or source in OWN:
         return True
     named = any(
         f"{source}:" in each or Path(each.rpartition(":")[0]) == Path(source)
@@ -129,7 +137,7 @@ def code_in(content: Any, place: str = "") -> dict[str, str]:
     elif isinstance(content, str):
         name = place.removeprefix(".")
         match = _CODE.fullmatch(content)
-        if match and match[1] not in (*BUILDERS, OWN):
+        if match and match[1] not in (*BUILDERS, *OWN):
             found[name] = content
         elif (inside := _saved_reference(content)) is not None:
             found |= code_in(inside, f"{name}: {content}/model.json: reference")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import compress
 from compress.data import Dataset, load_data, parse_reference
 
-REFERENCE = "compress.networks:resnet8"
+REFERENCE = "compress.models.cifar:resnet8"
 OPTIONS = {"in_channels": 1}
 LOSSES = [{"kd": {"temperature": 4.0}}, {"mgd": {"layers": "auto"}}]
 

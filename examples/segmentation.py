@@ -15,7 +15,7 @@ from torch import nn
 import compress
 import compress.tasks
 from compress.data import Dataset, load_data
-from compress.settings import DataSettings
+from compress.recipe.settings import DataSettings
 
 REFERENCE = "torchvision:lraspp_mobilenet_v3_large"
 

@@ -11,12 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs several processe
 @pytest.fixture
 def compress(monkeypatch, capsys):
     """Call the command line in this process; returns (exit code, stdout, stderr)."""
-    from compress import cli
+    from compress.cli import app
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         return ended.value.code, out, err
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from compress import cli
+from compress.cli import app
 
 README = Path("README.md").read_text()
 COMMANDS = sorted(set(re.findall(r"`?compress ([a-z]+)\b", README)) - {"list"})
@@ -20,7 +20,7 @@ def test_files_that_the_readme_names_exist(path):
 
 
 def test_commands_that_the_readme_names_exist():
-    known = typer.main.get_command(cli.app).commands
+    known = typer.main.get_command(app.app).commands
     assert {name for name in COMMANDS if name not in known} == set()
     assert len(COMMANDS) > 5
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import compress
-from compress.detector import detector
 from compress.errors import TrainingError, UsageError
-from compress.networks import resnet8, unet
-from compress.surgery import prove
+from compress.groups.proof import prove
+from compress.models.cifar import resnet8, unet
+from compress.models.detector import detector
 
 EXAMPLE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -25,7 +25,7 @@ def test_an_absent_package_gives_the_install_line():
 
 def test_every_extra_that_a_message_names_exists():
     """``require(extra=...)``, ``install_command(...)`` and doctor's table against pyproject."""
-    from compress.doctor import OPTIONAL
+    from compress.cli.doctor import OPTIONAL
 
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     assert project["name"] == packages.DISTRIBUTION

@@ -14,7 +14,7 @@ import typer
 import yaml
 from PIL import Image
 
-from compress import cli
+from compress.cli import app
 
 PAGES = [
     Path("README.md"),
@@ -22,7 +22,7 @@ PAGES = [
     Path("examples/README.md"),
 ]
 SITE = yaml.safe_load(re.sub(r"!!\S+", "", Path("mkdocs.yml").read_text()))
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(app.app).commands
 ELSEWHERE = {"predict", "split", "search"}  # told in --help only
 NOT_RUN = "not run by the tests: "
 INSTALLS = "pip install"  # the two lines of the README that CI runs

@@ -13,10 +13,11 @@ import pytest
 import torch
 import yaml
 
-from compress import cli, trust
-from compress.constructors import build
+from compress import trust
+from compress.cli import app
 from compress.errors import ModelError, UsageError
 from compress.models import load_model, save_model
+from compress.models.references import build
 from compress.plugins import import_file
 from compress.runtimes import open_session
 
@@ -45,13 +46,13 @@ def elsewhere(tmp_path, monkeypatch):
 def compress(*arguments: str, monkeypatch) -> int:
     monkeypatch.setattr(sys, "argv", ["compress", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     return ended.value.code
 
 
 def recipe(**changes) -> Path:
     content = {
-        "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1}},
+        "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1}},
         "data": {"name": "digits"},
         "stages": [{"prune": {"keep_macs": 0.5}}],
     }
@@ -83,7 +84,7 @@ NAMED = {
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_recipes_code_is_listed_and_not_run(command, changes, monkeypatch, capsys):
     path = recipe(**changes, trust=True) if command == "none" else recipe(**changes)
-    assert compress(command, str(path), monkeypatch=monkeypatch) == cli.USER_ERROR
+    assert compress(command, str(path), monkeypatch=monkeypatch) == app.USER_ERROR
     told = capsys.readouterr().err
     assert "this would run code: " in told
     assert "--trust" in told
@@ -92,7 +93,7 @@ def test_a_recipes_code_is_listed_and_not_run(command, changes, monkeypatch, cap
 
 def test_the_file_itself_cannot_ask_for_trust(monkeypatch, capsys):
     path = recipe(model={"name": "evil.py:Net"}, trust=True)
-    assert compress("run", str(path), monkeypatch=monkeypatch) == cli.USER_ERROR
+    assert compress("run", str(path), monkeypatch=monkeypatch) == app.USER_ERROR
     assert "no such key" in capsys.readouterr().err
     assert not Path("ran").exists()
 
@@ -113,7 +114,7 @@ def test_what_was_typed_runs_and_is_remembered_as_long_as_it_stays_the_same(monk
     assert compress("check", str(path), monkeypatch=monkeypatch) == 0  # the same file again
     Path("ran").unlink()
     Path("evil.py").write_text(CODE + "# changed\n")
-    assert compress("check", str(path), monkeypatch=monkeypatch) == cli.USER_ERROR
+    assert compress("check", str(path), monkeypatch=monkeypatch) == app.USER_ERROR
     shutil.copytree(".", "copy", ignore=shutil.ignore_patterns("copy", "cache"))
     assert not Path("ran").exists()
 
@@ -133,14 +134,14 @@ def test_a_strangers_folder_builds_nothing(reference, monkeypatch, capsys):
         ("export", folder, "--out", "x.onnx", "--input-size", "1,8,8"),
         ("bench", folder),
         ("prune", folder, "--data", "digits"),
-        ("distill", "compress.networks:resnet8", "--teacher", folder, "--data", "digits"),
+        ("distill", "compress.models.cifar:resnet8", "--teacher", folder, "--data", "digits"),
         ("sensitivity", folder, "--data", "digits", "--prune"),
         ("report", folder),
         ("verify", folder),
         ("bundle", folder, "--out", "x.tar.gz"),
     )
     for command in commands:
-        assert compress(*command, monkeypatch=monkeypatch) == cli.USER_ERROR, command
+        assert compress(*command, monkeypatch=monkeypatch) == app.USER_ERROR, command
         assert not Path("ran").exists(), command
     assert "is code that the command line does not name" in capsys.readouterr().err
 

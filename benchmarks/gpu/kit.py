@@ -49,7 +49,7 @@ def units(rehearse: bool) -> list[Unit]:
     tiny = ("--rehearse",) if rehearse else ()
     measure, latency = str(HERE / "measure.py"), str(HERE / "latency.py")
     found = [Unit(name, (measure, name, *tiny)) for name in ("device", "tests", "engines")]
-    for net in ("compress.networks:resnet8",) if rehearse else NETWORKS:
+    for net in ("compress.models.cifar:resnet8",) if rehearse else NETWORKS:
         for size in BATCHES:
             name = f"latency-{net.split(':')[-1]}-{size}"
             found.append(Unit(name, (latency, "--network", net, "--batch", str(size), *tiny)))

@@ -24,10 +24,10 @@ from torch import nn
 import compress
 from compress.errors import CompressError
 from compress.export import export_onnx
-from compress.fusion import check_fusion
 from compress.measure.latency import Timing, bench
 from compress.quantize import quantize_onnx
 from compress.runtimes import Session, build_engine, build_record, open_session
+from compress.runtimes._fusion import check_fusion
 
 PYTORCH: dict[str, dict[str, Any]] = {
     "pytorch eager fp32": {},

@@ -24,7 +24,7 @@ WEIGHTS = {
     "cifar10-resnet56": "resnet56-4bfd9763.th",
 }
 TINY = (  # the recipes as rehearsed: a few images, steps and rounds
-    "model.name=compress.networks:resnet8", "data.name=digits",
+    "model.name=compress.models.cifar:resnet8", "data.name=digits",
     "model.options.in_channels=1", "model.num_classes=10", "data.batch_size=64",
     "data.root=null", "data.image_size=8", "data.calibration=16", "measure.rounds=3",
     "measure.round_ms=1", "measure.test_images=64",

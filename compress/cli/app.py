@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from compress import commands, progress
+from compress import progress
+from compress.cli import commands
 from compress.errors import CompressError, UsageError, printable
 from compress.interruption import MESSAGE, ending_on_signals
 from compress.trust import allow, allow_all, limited
 
 if TYPE_CHECKING:
-    from compress.commands.verbs import Done
+    from compress.cli.stages import Done
 
 # Of whichever click this typer carries: the class with show(), which has no public name there.
 ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
@@ -742,7 +743,7 @@ def _warn(
     line: str | None = None,
 ) -> None:
     """Print a warning of ours as one sentence; one of another package as Python does."""
-    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
         text = f"compress: warning: {message}\n"
     else:
         text = warnings.formatwarning(message, category, filename, lineno, line)

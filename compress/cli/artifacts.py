@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.commands.options import INPUT_SIZE, Given, integers, load_dataset, write_numbers
+from compress.cli.options import INPUT_SIZE, Given, integers, load_dataset, write_numbers
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def export(given: Given) -> str:
 def build(given: Given) -> str:
     """Build an engine and say what was built."""
     from compress.measure import size_mib
-    from compress.run_folder import one_artifact
+    from compress.report.run_folder import one_artifact
     from compress.runtimes import build_engine
 
     smallest, usual, largest = integers(given["batch"], "--batch", count=3, like=BATCH_RANGE)
@@ -70,7 +70,7 @@ def build(given: Given) -> str:
 
 def split(given: Given) -> RenderableType:
     """Split an ONNX file in two and return what each cut costs."""
-    from compress.split import split_onnx
+    from compress.pipeline.split import split_onnx
 
     found = split_onnx(
         given["file"],
@@ -89,20 +89,20 @@ def split(given: Given) -> RenderableType:
 @contextlib.contextmanager
 def _fixed(source: Path, sizes: list[int] | None) -> Iterator[Path]:
     """Yield the file, or a copy whose free sizes are fixed."""
-    from compress import onnx_file
+    from compress.graph import files
 
     if not sizes:
         yield source
         return
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder) / source.name
-        onnx_file.copy(source, copied, facts={}, sizes=(sizes[0], sizes[1], sizes[2]))
+        files.copy(source, copied, facts={}, sizes=(sizes[0], sizes[1], sizes[2]))
         yield copied
 
 
 def bench(given: Given) -> RenderableType:
     """Measure artifacts side by side."""
-    from compress.side_by_side import bench_artifacts
+    from compress.measure.benchmark import bench_artifacts
 
     found = bench_artifacts(
         given["artifacts"],
@@ -117,7 +117,7 @@ def bench(given: Given) -> RenderableType:
 
 def compare(given: Given) -> RenderableType:
     """Compare two artifacts on real images."""
-    from compress.side_by_side import compare_artifacts
+    from compress.measure.compare import compare_artifacts
 
     old, new = Path(given["reference"]), Path(given["candidate"])
     found = compare_artifacts(
@@ -138,8 +138,8 @@ def lint(given: Given) -> tuple[RenderableType, bool]:
     from rich import box
     from rich.table import Table
 
-    from compress.lint import fix_onnx, lint_onnx
-    from compress.run_folder import one_artifact
+    from compress.qdq.lint import fix_onnx, lint_onnx
+    from compress.report.run_folder import one_artifact
 
     file = one_artifact(given["file"])
     findings = lint_onnx(file, given["target"])
@@ -190,7 +190,7 @@ def verify(run: Path, json: Path | None, *, measure: bool) -> tuple[RenderableTy
     from rich.console import Group
     from rich.text import Text
 
-    from compress.verify import verify as verified
+    from compress.pipeline.verify import verify as verified
 
     found = verified(run)
     numbers, holds = found.to_json(), found.intact
@@ -199,7 +199,7 @@ def verify(run: Path, json: Path | None, *, measure: bool) -> tuple[RenderableTy
     lines.append(f"{len(found.files)} files checked, {problems}")
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if measure and found.intact:
-        from compress.pipeline.remeasuring import measure_again
+        from compress.pipeline.remeasure import measure_again
 
         again = measure_again(run)
         numbers["measured_again"] = again.to_json()
@@ -213,6 +213,6 @@ def verify(run: Path, json: Path | None, *, measure: bool) -> tuple[RenderableTy
 
 def bundle(run: Path, out: Path) -> str:
     """Pack a run for a device and say what was written."""
-    from compress.bundle import write_bundle
+    from compress.pipeline.bundle import write_bundle
 
     return f"{write_bundle(run, out)}: unpack it on the device and run python3 run.py"

@@ -1,6 +1,6 @@
 """What each command does: options to a recipe or to one call, and its answer ready to print."""
 
-from compress.commands.artifacts import (
+from compress.cli.artifacts import (
     bench,
     build,
     bundle,
@@ -11,10 +11,10 @@ from compress.commands.artifacts import (
     split,
     verify,
 )
-from compress.commands.beginning import init
-from compress.commands.layers import sensitivity
-from compress.commands.showing import SHOWN, doctor, list_plugins, names_of, schema, show
-from compress.commands.verbs import (
+from compress.cli.init import init
+from compress.cli.inspect import SHOWN, doctor, list_plugins, names_of, schema, show
+from compress.cli.sensitivity import sensitivity
+from compress.cli.stages import (
     check,
     distill,
     dry_run,

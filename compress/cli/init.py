@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from compress.commands.options import Given, data_part
+from compress.cli.options import Given, data_part
 from compress.errors import CompressError, ModelError, UsageError
 
 RECIPE = "compress.yaml"
@@ -66,8 +66,8 @@ def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
     import yaml
 
     from compress.artifact import write_text
-    from compress.pipeline.preflight import preflight
-    from compress.recipe import validate
+    from compress.pipeline.check import preflight
+    from compress.recipe.loading import validate
     from compress.trust import agree
 
     out = given["out"] or given["folder"] / RECIPE
@@ -90,7 +90,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     """Return the job for what the options say and what lies in the folder."""
     from compress.data import load_data
     from compress.packages import is_installed
-    from compress.settings import DataSettings
+    from compress.recipe.settings import DataSettings
     from compress.tasks import default_task, load_task
 
     folder = given["folder"]
@@ -232,7 +232,7 @@ def _sized(
 ) -> tuple[Any, dict[str, Any]]:
     """Return data and its part of the recipe in the size that the network takes."""
     from compress.data import load_data
-    from compress.settings import DataSettings
+    from compress.recipe.settings import DataSettings
 
     wanted = _onnx_size(model) if model.endswith(".onnx") else _torch_size(model, weights, dataset)
     if wanted is None or wanted == dataset.image_size:

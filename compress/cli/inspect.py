@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress import plugins
-from compress.commands.options import write_numbers
+from compress.cli.options import write_numbers
 from compress.errors import UnknownNameError, UsageError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def list_plugins(kind: str | None) -> RenderableType:
 
 def _recipes() -> Iterator[tuple[str, str]]:
     """Yield each packaged recipe with the first comment of its file."""
-    from compress.recipe import packaged_recipes
+    from compress.recipe.loading import packaged_recipes
 
     for name, path in packaged_recipes().items():
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -54,7 +54,7 @@ def _recipes() -> Iterator[tuple[str, str]]:
 
 def names_of(kind: str) -> list[str]:
     """Return what there is of a kind, by name."""
-    from compress.recipe import packaged_recipes, stage_settings
+    from compress.recipe.loading import packaged_recipes, stage_settings
 
     if kind == RECIPES:
         return sorted(packaged_recipes())
@@ -63,7 +63,7 @@ def names_of(kind: str) -> list[str]:
 
 def _recipe(name: str) -> str:
     """Return the text of a recipe that comes with the package."""
-    from compress.recipe import packaged_recipes
+    from compress.recipe.loading import packaged_recipes
 
     known = packaged_recipes()
     if name not in known:
@@ -99,7 +99,7 @@ def show(plugin: str) -> str:
 
 def _stage(name: str) -> str:
     """Return the options of one stage of a recipe, each with its default and what it means."""
-    from compress.recipe import stage_settings
+    from compress.recipe.loading import stage_settings
 
     known = stage_settings()
     if name not in known:
@@ -120,18 +120,18 @@ def schema(out: Path | None) -> str:
     """Return the JSON Schema of recipes, or write it to ``out``."""
     import json
 
-    from compress import recipe
     from compress.artifact import write_json
+    from compress.recipe import loading
 
     if out is None:
-        return json.dumps(recipe.schema(), indent=2)
-    write_json(out, recipe.schema())
+        return json.dumps(loading.schema(), indent=2)
+    write_json(out, loading.schema())
     return f"{out}: JSON Schema of recipes"
 
 
 def doctor(json: Path | None, *, selftest: bool) -> RenderableType:
     """Show what is installed, and what each missing piece would enable."""
-    from compress import doctor as examined
+    from compress.cli import doctor as examined
 
     found = examined.examine(selftest=selftest)
     write_numbers(json, found.to_json())

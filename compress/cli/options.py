@@ -25,7 +25,7 @@ def present(given: Given, **names: str) -> dict[str, Any]:
 
 def data_part(given: Given) -> dict[str, Any]:
     """Return the data part of a recipe from ``--data`` and the options beside it."""
-    from compress.settings import data_reference
+    from compress.recipe.settings import data_reference
 
     part: dict[str, Any] = data_reference(given["data"])
     part |= present(given, **{option: option for option in DATA_OPTIONS})
@@ -67,8 +67,8 @@ def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool
     from pydantic import ValidationError
 
     from compress.data import load_data
-    from compress.feeding import completed
-    from compress.settings import DataSettings
+    from compress.evaluate.feeding import completed
+    from compress.recipe.settings import DataSettings
 
     try:
         settings = DataSettings(**data_part(given))

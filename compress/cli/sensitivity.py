@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.commands.options import Given, load_dataset, write_numbers
+from compress.cli.options import Given, load_dataset, write_numbers
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,7 +32,7 @@ def _prune_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
 
     from compress.evaluate import predict
     from compress.models import check_classes, load_for
-    from compress.sensitivity.prune import plot_sensitivity, prune_sensitivity
+    from compress.prune.sensitivity import plot_sensitivity, prune_sensitivity
 
     classes = len(dataset.classes)
     model = load_for(classes, given["model"], given["weights"], given["num_classes"])
@@ -64,7 +64,7 @@ def _quantize_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
 
     from compress.qdq import read_onnx
     from compress.quantize import quantize_onnx
-    from compress.sensitivity.quantize import plot_quantize_sensitivity, quantize_sensitivity
+    from compress.quantize.sensitivity import plot_quantize_sensitivity, quantize_sensitivity
 
     with tempfile.TemporaryDirectory() as folder:
         path = _float_graph(given, dataset, Path(folder))

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.commands.options import INPUT_SIZE, Given, data_part, integers, present
+from compress.cli.options import INPUT_SIZE, Given, data_part, integers, present
 from compress.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from compress.recipe.settings import Recipe
     from compress.report import Report
-    from compress.settings import Recipe
 
     Done = tuple[Report, Path]  # and the folder that it lies in
 
@@ -29,7 +29,7 @@ def run(
     recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool, track: str | None
 ) -> Done | None:
     """Carry out a recipe; see ``pipeline.run``."""
-    from compress.recipe import load_recipe
+    from compress.recipe.loading import load_recipe
 
     chosen = _agreed(load_recipe(recipe, overrides), str(recipe))
     return _run(_tracked(chosen, track), out, fresh=fresh)
@@ -37,8 +37,8 @@ def run(
 
 def dry_run(recipe: Path, overrides: Sequence[str], track: str | None) -> str:
     """Return the recipe as it would be run, with every default, after all checks."""
-    from compress.pipeline.preflight import preflight
-    from compress.recipe import dump, load_recipe
+    from compress.pipeline.check import preflight
+    from compress.recipe.loading import dump, load_recipe
 
     resolved = _tracked(_agreed(load_recipe(recipe, overrides), str(recipe)), track)
     preflight(resolved, where=str(recipe))
@@ -47,8 +47,8 @@ def dry_run(recipe: Path, overrides: Sequence[str], track: str | None) -> str:
 
 def check(recipes: Sequence[Path], overrides: Sequence[str]) -> str:
     """Check recipes without running them; one error lists the problems of all of them."""
-    from compress.pipeline.preflight import preflight
-    from compress.recipe import load_recipe
+    from compress.pipeline.check import preflight
+    from compress.recipe.loading import load_recipe
 
     problems = []
     for path in recipes:
@@ -155,7 +155,7 @@ def _training_after(given: Given) -> list[dict[str, Any]]:
 def _keep_channels(text: str, max_drop_pct: float | None) -> float | dict[str, float]:
     """Return a share, or the share of each group that a sensitivity file allows."""
     from compress.artifact import read_json
-    from compress.sensitivity.prune import PruneSensitivity
+    from compress.prune.sensitivity import PruneSensitivity
 
     try:
         return float(text)
@@ -184,7 +184,7 @@ def _verb(
     targets: Sequence[Given] = DEFAULT_TARGETS,
 ) -> Done | None:
     """Run the recipe of one verb: the same pipeline, run folder and report as any other."""
-    from compress.recipe import apply_override, validate
+    from compress.recipe.loading import apply_override, validate
 
     written = content(given, name, stages, targets)
     for override in given["overrides"] or []:
@@ -200,7 +200,7 @@ def _agreed(recipe: Recipe, where: str) -> Recipe:
         UsageError: there is code in it that nobody agreed to.
     """
     from compress import trust
-    from compress.recipe import to_json
+    from compress.recipe.loading import to_json
 
     try:
         told = trust.check_recipe(to_json(recipe))
@@ -212,14 +212,14 @@ def _agreed(recipe: Recipe, where: str) -> Recipe:
 
 
 def _tracked(recipe: Recipe, tracker: str | None) -> Recipe:
-    from compress.recipe import tracked
+    from compress.recipe.loading import tracked
 
     return recipe if tracker is None else tracked(recipe, tracker)
 
 
 def _run(recipe: Recipe, out: Path | None, *, fresh: bool) -> Done | None:
     from compress import pipeline
-    from compress.run_folder import default_folder
+    from compress.report.run_folder import default_folder
 
     folder = out or default_folder(recipe)
     report = pipeline.run(recipe, folder, fresh=fresh)

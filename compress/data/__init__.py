@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import plugins
+from compress.data._images import Images, Subset
+from compress.data._targets import Target, tensors_of
 from compress.errors import DataError, UsageError
-from compress.images import Images, Subset
-from compress.settings import DataSettings, data_reference
-from compress.targets import Target, tensors_of
+from compress.recipe.settings import DataSettings, data_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._decoding import opened, upright_size
+from compress.data._images import FileImages, Images, MemoryImages, Names
 from compress.data._pictures import Pictures
-from compress.decoding import opened, upright_size
+from compress.data._resize import Fit
+from compress.data._targets import Boxes
 from compress.errors import DataError, UsageError, did_you_mean
-from compress.fitting import Fit
-from compress.images import FileImages, Images, MemoryImages, Names
-from compress.targets import Boxes
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 HELD_OUT = 10  # every tenth image is a test image where a data set has none
@@ -150,7 +150,7 @@ class BoxedPictures(Pictures):
 def dense_fit(kind: Pictures) -> Fit:
     """Return how pictures with boxes or masks are fitted: letterboxed unless asked otherwise."""
     from compress.data._pictures import DEFAULT_SIZE
-    from compress.fitting import sides
+    from compress.data._resize import sides
 
     return Fit(
         sides(kind.image_size or DEFAULT_SIZE),

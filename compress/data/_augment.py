@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.data._targets import VOID
 from compress.errors import UsageError
-from compress.settings import AugmentSettings
-from compress.targets import VOID
+from compress.recipe.settings import AugmentSettings
 
 ERASED_AREA = (0.02, 0.33)  # shares of the image, as in the paper on random erasing
 ERASED_ASPECT = (0.3, 1 / 0.3)

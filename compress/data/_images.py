@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.decoding import opened, to_8_bit
-from compress.fitting import Fit, ImageSize, sides
+from compress.data._decoding import opened, to_8_bit
+from compress.data._resize import Fit, ImageSize, sides
 
 Indices = Sequence[int] | NDArray[np.int64]
 

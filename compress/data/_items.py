@@ -13,10 +13,10 @@ from torch import Tensor
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._held_out import held_out
+from compress.data._images import Hash, Images, Indices, MemoryImages, Subset, in_parallel
 from compress.data._pictures import DEFAULT_SIZE
+from compress.data._resize import Fit, ImageSize, sides
 from compress.errors import DataError
-from compress.fitting import Fit, ImageSize, sides
-from compress.images import Hash, Images, Indices, MemoryImages, Subset, in_parallel
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 SAMPLED = 8  # items whose pictures are looked at for a common size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.fitting import Fit, ImageSize, Interpolation, Rule, sides
+from compress.data._resize import Fit, ImageSize, Interpolation, Rule, sides
 
 DEFAULT_SIZE = 224
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import progress
+from compress.data._images import Hash, Images, Indices, Subset, decoded, in_parallel
+from compress.data._resize import Fit
 from compress.errors import DataError
-from compress.fitting import Fit
-from compress.images import Hash, Images, Indices, Subset, decoded, in_parallel
 
 IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff"}
 LABELS = ("cls", "json")  # the first one counts

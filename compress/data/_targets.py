@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.decoding import opened, upright_size
+from compress.data._decoding import opened, upright_size
+from compress.data._resize import Fit
 from compress.errors import DataError
-from compress.fitting import Fit
 
 Indices = Sequence[int] | NDArray[np.int64]
 VOID = 255  # value of mask pixels that count nowhere

@@ -9,10 +9,10 @@ from typing import ClassVar
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._images import from_array
+from compress.data._resize import ImageSize
 from compress.data.npz import Npz
 from compress.errors import DataError
-from compress.fitting import ImageSize
-from compress.images import from_array
 
 
 @dataclass(frozen=True)

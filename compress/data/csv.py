@@ -12,9 +12,9 @@ import numpy as np
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._annotated import pictures
 from compress.data._held_out import TEST, held_out
+from compress.data._images import Images
 from compress.data._pictures import Pictures
 from compress.errors import DataError, UsageError, did_you_mean
-from compress.images import Images
 
 IMAGE = ("image", "path", "file", "filename", "filepath", "image_path", "img", "name", "id")
 LABEL = ("label", "class", "target", "category", "y", "species")

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.data import Source
-from compress.fitting import ImageSize
-from compress.images import from_array
+from compress.data._images import from_array
+from compress.data._resize import ImageSize
 
 TEST_SHARE = 5  # every fifth image is a test image
 

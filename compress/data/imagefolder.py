@@ -11,9 +11,9 @@ import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._held_out import TEST, held_out
+from compress.data._images import FileImages, Images, Names, Subset
 from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
-from compress.images import FileImages, Images, Names, Subset
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 

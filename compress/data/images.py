@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._images import FileImages, Names, Subset
 from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
-from compress.images import FileImages, Names, Subset
 
 TEST_SHARE = 4  # every fourth picture is a test picture
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._annotated import HELD_OUT, dense_fit, pictures
+from compress.data._images import Images
 from compress.data._pictures import ENDINGS, Pictures
+from compress.data._resize import Fit
+from compress.data._targets import VOID, mask_values
+from compress.data._targets import Masks as MaskFiles
 from compress.errors import DataError
-from compress.fitting import Fit
-from compress.images import Images
-from compress.targets import VOID, mask_values
-from compress.targets import Masks as MaskFiles
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
 SAMPLED = 64  # masks that are read to count the classes where they are not named

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from compress.artifact import check_zip
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._images import MemoryImages, Subset, from_array
+from compress.data._resize import ImageSize
 from compress.errors import DataError, boundary
-from compress.fitting import ImageSize
-from compress.images import MemoryImages, Subset, from_array
 
 MOST_CLASSES = 2**20
 REQUIRED = ("x_train", "y_train", "x_test", "y_test")

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data._images import Images, Subset
 from compress.data._pictures import Pictures
+from compress.data._shards import Shard, ShardImages, read_shards
 from compress.errors import DataError
-from compress.images import Images, Subset
-from compress.shards import Shard, ShardImages, read_shards
 
 WORDS = {  # in names of shards
     **dict.fromkeys(("train", "training"), "train"),

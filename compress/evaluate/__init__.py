@@ -19,10 +19,10 @@ from compress import statistics, tasks
 from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
-from compress.feeding import Fed
+from compress.evaluate.feeding import Fed
+from compress.evaluate.predictions import Predictions
 from compress.modules import evaluating
-from compress.outputs import logits_of
-from compress.predictions import Predictions
+from compress.modules.outputs import logits_of
 from compress.tasks import Task
 
 __all__ = [

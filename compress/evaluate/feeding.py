@@ -11,15 +11,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress import onnx_file, plugins
+from compress import plugins
 from compress.errors import EngineError, UsageError
-from compress.onnx_facts import FITTING, input_facts, layout_of
+from compress.graph import files
+from compress.graph.metadata import FITTING, input_facts, layout_of
 from compress.runtimes import TensorSpec, build_record, open_session
 
 if TYPE_CHECKING:
     from compress.data import Dataset
+    from compress.recipe.settings import DataSettings
     from compress.runtimes import Session
-    from compress.settings import DataSettings
 
 FACTS = ("image_size", "channels", "mean", "std", "color", "layout")
 ONNX_NAME = "model.onnx"  # in a stage's folder
@@ -38,7 +39,7 @@ def facts_of(path: Path) -> dict[str, Any]:
     if path.suffix != ".onnx":
         noted: dict[str, Any] = build_record(path).get("input", {})
         return noted
-    return input_facts(onnx_file.load(path, weights=False))
+    return input_facts(files.load(path, weights=False))
 
 
 def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:

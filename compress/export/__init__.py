@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from compress.errors import CompressError
-from compress.export import conversion, ends, files, proof
+from compress.export import conversion, files, io_wrapping, proof
 from compress.export.conversion import DEFAULT_OPSET, Free
-from compress.export.ends import Preprocess
 from compress.export.files import read_metadata
+from compress.export.io_wrapping import Preprocess
 from compress.modules import with_gradients
-from compress.outputs import as_places
+from compress.modules.outputs import as_places
 
 __all__ = ["DEFAULT_OPSET", "Preprocess", "export_onnx", "read_metadata"]
 
@@ -89,8 +89,8 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
         with files.writing(graph, target, facts) as written:
             proof.check(written, module, example, program.exported_program, images=check_images)
             if preprocess is not None or softmax:
-                ends.attach(graph, preprocess, softmax=softmax)
-                files.save(graph, written, facts | ends.facts(preprocess, softmax))
+                io_wrapping.attach(graph, preprocess, softmax=softmax)
+                files.save(graph, written, facts | io_wrapping.facts(preprocess, softmax))
                 proof.check_ends(written, module, example, preprocess, softmax=softmax)
     except CompressError as error:
         raise error.within(name) from None

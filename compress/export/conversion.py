@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
-from compress.groups.copying import full_copy
-from compress.inputs import example_of
 from compress.modules import network_of, set_mode
-from compress.outputs import chosen, leaves, named_tensors, tensors_of
+from compress.modules.copying import full_copy
+from compress.modules.inputs import example_of
+from compress.modules.outputs import chosen, leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
 OPSETS = range(18, 24)  # what torch writes and the three runtimes read

@@ -14,7 +14,7 @@ from torch import nn
 
 from compress.artifact import replacing
 from compress.errors import ExportError, boundary
-from compress.onnx_facts import PREFIX, as_text, metadata
+from compress.graph.metadata import PREFIX, as_text, metadata
 
 LARGEST_SINGLE_FILE = 2**31 - 2**24  # bytes of weights; protobuf ends at 2 GiB
 

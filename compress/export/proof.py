@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from compress.errors import ExportError
 from compress.export.conversion import Example, Free, outputs_of
-from compress.export.ends import Preprocess
-from compress.groups.copying import full_copy
+from compress.export.io_wrapping import Preprocess
+from compress.modules.copying import full_copy
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output
 SLACK = 10.0  # how many times torch's own fp32 rounding error ONNX Runtime may be off

@@ -13,7 +13,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from compress.artifact import replacing
 from compress.errors import EngineError, boundary
-from compress.onnx_facts import layout_of, stamp
+from compress.graph.metadata import layout_of, stamp
 
 DEEPEST = 64  # branches and loops inside each other, functions that call functions
 MOST_NODES = 2**20  # of the graph once its functions are written out

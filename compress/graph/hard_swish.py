@@ -6,7 +6,7 @@ import math
 
 from onnx import ModelProto, NodeProto, helper
 
-from compress.qdq.graph import Graph, replace_nodes
+from compress.graph.model import Graph, replace_nodes
 
 OLDEST_OPSET = 14  # the first with HardSwish
 

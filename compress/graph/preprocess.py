@@ -11,9 +11,10 @@ import onnx.inliner
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from compress import onnx_file
 from compress.errors import EngineError, QuantizationError
-from compress.qdq.graph import (
+from compress.graph import files
+from compress.graph.hard_swish import join_hard_swish
+from compress.graph.model import (
     WEIGHTED,
     Graph,
     all_names,
@@ -24,9 +25,8 @@ from compress.qdq.graph import (
     replace_nodes,
     set_constant,
 )
-from compress.qdq.hard_swish import join_hard_swish
-from compress.qdq.reshapes import keep_batch
-from compress.qdq.skeleton import check, infer_shapes
+from compress.graph.reshapes import keep_batch
+from compress.graph.weightless import check, infer_shapes
 
 OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
 CONVERTED_OPSET = 17
@@ -45,7 +45,7 @@ def read_onnx(path: Path | str) -> ModelProto:
         QuantizationError: the file is absent, damaged, or its data lies outside its folder.
     """
     try:
-        return onnx_file.load(path)
+        return files.load(path)
     except EngineError as error:
         raise QuantizationError(
             error.what, where=error.where, expected=error.expected, fix=error.fix
@@ -71,7 +71,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     if any(entry.key == _DONE for entry in model.metadata_props):
         return prepared
     _refuse_quantized(prepared, where)
-    onnx_file.free_negative_sizes(prepared.graph)
+    files.free_negative_sizes(prepared.graph)
     if prepared.functions:  # runtimes do not know the operators of others
         prepared = onnx.inliner.inline_local_functions(prepared)
     prepared = _modern(prepared, where)

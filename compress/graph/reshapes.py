@@ -7,8 +7,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from compress.qdq.graph import Graph, all_names, attribute, fresh_name, set_constant
-from compress.qdq.skeleton import infer_shapes
+from compress.graph.model import Graph, all_names, attribute, fresh_name, set_constant
+from compress.graph.weightless import infer_shapes
 
 _CARRIES = frozenset({"Unsqueeze", "Squeeze", "Cast", "Identity"})  # one number, as it was
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from compress.errors import PlanError, did_you_mean
-from compress.groups.copying import aliasing_copy, named_tensors, own_storage
-from compress.groups.counts import read_attribute
 from compress.groups.cutting import cut
+from compress.groups.plan import PrunePlan
+from compress.groups.traced_ints import read_attribute
 from compress.modules import network_of, with_gradients
-from compress.surgery.plan import PrunePlan
+from compress.modules.copying import aliasing_copy, named_tensors, own_storage
 
 
 @with_gradients()

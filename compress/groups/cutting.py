@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PlanError
-from compress.groups.copying import memory_format_of, named_tensors
-from compress.groups.counts import write_attribute
 from compress.groups.network import Positions
+from compress.groups.traced_ints import write_attribute
+from compress.modules.copying import memory_format_of, named_tensors
 
 Kept = Mapping[str, Mapping[int, Positions]]  # tensor -> dim -> positions kept
 _LARGE_BYTES, _PIECE_BYTES = 2**23, 2**20

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from compress.groups.counts import Attribute
+from compress.groups.traced_ints import Attribute
 
 Labels = npt.NDArray[np.int32]  # one label per position of a dimension; 0 = must stay
 Axis = Labels | None  # None: nothing along this dimension can be cut

@@ -21,10 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.errors import PlanError
 from compress.groups.calls import WatchedCalls, whole_name
-from compress.groups.copying import full_copy, named_tensors
+from compress.groups.cut import check_fit
+from compress.groups.plan import Dims, KeptOnly, PrunePlan
 from compress.modules import network_of, with_gradients
-from compress.surgery.cut import check_fit
-from compress.surgery.plan import Dims, KeptOnly, PrunePlan
+from compress.modules.copying import full_copy, named_tensors
 
 _NORMALIZED = ("norm", "softmax", "attention", "cumsum", "cumprod")  # 0 where cut; statistics get 1
 

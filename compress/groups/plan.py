@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from compress import artifact
 from compress.errors import PlanError, RunError, UnknownNameError
 from compress.groups import Network, Positions
+from compress.groups.index_ranges import from_text, to_text
 from compress.groups.network import Reduction
-from compress.surgery.positions import from_text, to_text
-from compress.surgery.stored import Side, StoredKeptOnly, StoredPlan
+from compress.groups.stored import Side, StoredKeptOnly, StoredPlan
 
 _SCHEMA, _UNPROVED = 2, 1  # with and without an example input to be proved on
 Dims = Mapping[int, Positions]

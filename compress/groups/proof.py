@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError, boundary
-from compress.groups.copying import full_copy, named_tensors
+from compress.groups.cut import check_fit, cut_by
+from compress.groups.mask import mask_pruning
+from compress.groups.plan import PrunePlan
 from compress.groups.trace import Example, inputs_of, undisturbed
-from compress.inputs import example_of
 from compress.modules import network_of, set_mode, with_gradients
-from compress.outputs import chosen, leaves
-from compress.surgery.cut import check_fit, cut_by
-from compress.surgery.mask import mask_pruning
-from compress.surgery.plan import PrunePlan
+from compress.modules.copying import full_copy, named_tensors
+from compress.modules.inputs import example_of
+from compress.modules.outputs import chosen, leaves
 
 logger = logging.getLogger(__name__)
 

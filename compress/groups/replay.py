@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress.groups import kernels
+from compress.groups import meta_ops
 from compress.groups.calls import TAKERS, WatchedCalls, whole_name
 from compress.groups.labels import Axis
 from compress.groups.tracer import Key, Record, describe, here, place_of
@@ -65,16 +65,16 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one op and compare it."""
-        name = kernels.op_name(func)
-        if name in kernels.SILENT:
+        name = meta_ops.op_name(func)
+        if name in meta_ops.SILENT:
             return func(*args, **(kwargs or {}))
         given = kwargs or {}
         if self._inside_whole:
-            return kernels.run(func, name, args, given, self._on)
-        dynamic = self._on is None and kernels.depends_on_values(func, args)
-        scalars = kernels.scalars_in(name, args, given)
+            return meta_ops.run(func, name, args, given, self._on)
+        dynamic = self._on is None and meta_ops.depends_on_values(func, args)
+        scalars = meta_ops.scalars_in(name, args, given)
         return self._compare(
-            name, lambda: kernels.run(func, name, args, given, self._on), scalars, dynamic=dynamic
+            name, lambda: meta_ops.run(func, name, args, given, self._on), scalars, dynamic=dynamic
         )
 
     def whole(self, name: str, run: Callable[[], Any]) -> Any:
@@ -106,7 +106,7 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         expected = [self._expected(shape, axes) for shape, axes in step.outputs]
         if dynamic:
             result = _reshaped(result, iter(expected))
-        shapes = [tuple(out.shape) for out in kernels.tensors_in(result)]
+        shapes = [tuple(out.shape) for out in meta_ops.tensors_in(result)]
         if shapes != expected:
             found = f"{name} gives {_write(shapes)} where {_write(expected)} should remain"
             raise self._mismatch(f"channel counts written in the program: {found}")

@@ -14,19 +14,19 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
-from compress.groups.copying import full_copy, meta_copy, named_tensors
-from compress.groups.counts import tag_attributes
 from compress.groups.cutting import cut
 from compress.groups.labels import Components, Ledger
 from compress.groups.network import Layer, Network, Positions, Reduction
 from compress.groups.replay import MismatchError, Replay, ReplayCalls
 from compress.groups.rules import RULES, freeze_all
+from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer
 from compress.groups.units import find_units, layer_name
-from compress.inputs import example_of
 from compress.modules import network_of, set_mode, with_gradients
-from compress.outputs import chosen
-from compress.outputs import named_tensors as output_tensors
+from compress.modules.copying import full_copy, meta_copy, named_tensors
+from compress.modules.inputs import example_of
+from compress.modules.outputs import chosen
+from compress.modules.outputs import named_tensors as output_tensors
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]  # or a shape
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts

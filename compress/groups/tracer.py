@@ -16,10 +16,10 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress.groups import kernels
+from compress.groups import meta_ops
 from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, whole_name
-from compress.groups.counts import Attribute, Count, Extent
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
+from compress.groups.traced_ints import Attribute, Count, Extent
 
 Axes = tuple[Axis, ...]
 Place = tuple[str, int]  # file and line of the user's program
@@ -237,7 +237,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._loose and not self._positions:
             return
         storages = [_memory(tensor)[0] for tensor in inputs]
-        if call.name not in kernels.SILENT:
+        if call.name not in meta_ops.SILENT:
             for storage in storages:
                 if storage in self._positions:
                     self.ledger.freeze(*self._positions[storage])
@@ -291,11 +291,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one op, then its rule."""
         kwargs = kwargs or {}
-        name = kernels.op_name(func)
+        name = meta_ops.op_name(func)
         if self._inside_whole:
-            return kernels.run(func, name, args, kwargs, self._on)
+            return meta_ops.run(func, name, args, kwargs, self._on)
         before = self._as_before(func, args)
-        result = kernels.run(func, name, args, kwargs, self._on)
+        result = meta_ops.run(func, name, args, kwargs, self._on)
         self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
         return result
 
@@ -311,9 +311,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _follow(self, call: Call, result: Any) -> None:
-        name, outputs = call.name, tuple(kernels.tensors_in(result))
+        name, outputs = call.name, tuple(meta_ops.tensors_in(result))
         call.outputs = outputs
-        inputs = list(kernels.tensors_in((*call.args, *call.kwargs.values())))
+        inputs = list(meta_ops.tensors_in((*call.args, *call.kwargs.values())))
         self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
         self._known.update(map(id, outputs))
         self._apply(call, inputs)
@@ -347,7 +347,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
         rule = self._rules.get(call.name)
         if rule is None:
-            rule = kernels.pointwise_rule(call.func, self._rules, self._fallback)
+            rule = meta_ops.pointwise_rule(call.func, self._rules, self._fallback)
         rule(self, call)
         self._write_restricted()
         for out in call.outputs:
@@ -371,13 +371,13 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._origin.setdefault(id(out), str(self.origin(largest)))
         self._alive.extend(call.outputs)
         self._alive.extend(inputs)
-        if call.name in kernels.SILENT:
+        if call.name in meta_ops.SILENT:
             return
         self.record.steps.append(
             Step(
                 call.name,
                 tuple((tuple(out.shape), self.axes(out)) for out in call.outputs),
-                kernels.scalars_in(call.name, call.args, call.kwargs),
+                meta_ops.scalars_in(call.name, call.args, call.kwargs),
                 tuple(self.axes(t) for t in inputs),
                 place(),
                 value,

@@ -1,6 +1,7 @@
 """Numbers of an artifact: size, parameters, MACs, latency, energy, memory."""
 
-from compress.measure.counting import (
+from compress.measure.latency import Bench, Latency, Timing, bench
+from compress.measure.macs import (
     Count,
     count,
     count_onnx,
@@ -9,7 +10,6 @@ from compress.measure.counting import (
     size_mib,
     zero_weights_pct,
 )
-from compress.measure.latency import Bench, Latency, Timing, bench
 from compress.measure.memory import Memory, activations_mib, memory, weights_mib
 from compress.measure.methods import METHODS
 

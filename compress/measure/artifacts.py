@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from compress import plugins
 from compress.errors import EngineError
 from compress.evaluate import BATCH, of_task, predict
-from compress.feeding import Fed, arrays
+from compress.evaluate.feeding import Fed, arrays
+from compress.evaluate.predictions import Predictions
 from compress.measure.probe import inputs_for
-from compress.predictions import Predictions
 from compress.progress import track
-from compress.run_folder import artifacts_in
+from compress.report.run_folder import artifacts_in
 from compress.runtimes import Session, kind_of, open_session
 from compress.tasks import Prediction
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import compare, environment, evaluate, measure
+from compress import environment, evaluate, measure
 from compress.errors import CompressError, EngineError, UsageError
+from compress.evaluate import comparison
+from compress.evaluate.predictions import Predictions
 from compress.measure import Timing
-from compress.predictions import Predictions
-from compress.runtimes import unavailable
-from compress.side_by_side.artifacts import (
+from compress.measure.artifacts import (
     Rival,
     answers_of,
     inputs_of,
@@ -22,6 +22,7 @@ from compress.side_by_side.artifacts import (
     rivals_of,
     shape_of,
 )
+from compress.runtimes import unavailable
 from compress.tasks import Prediction
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class Benched:
 
     def table(self) -> Table:
         """Return the rows as a table for the terminal."""
-        from compress.side_by_side.tables import bench_table
+        from compress.measure.tables import bench_table
 
         return bench_table(self)
 
@@ -201,8 +202,8 @@ def _accuracy(
     own, first = answers[name], answers.get(rivals[0].name)
     if isinstance(own, list):
         is_rival = isinstance(first, list) and own is not first
-        return compare.outputs_row(first, own) if is_rival and isinstance(first, list) else {}
+        return comparison.outputs_row(first, own) if is_rival and isinstance(first, list) else {}
     found = evaluate.accuracy(own, dataset.classes).row()
     if isinstance(first, Predictions) and own is not first:
-        found |= compare.against(first, own, dataset.classes)
+        found |= comparison.against(first, own, dataset.classes)
     return found

@@ -7,20 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import compare, evaluate, onnx_file
-from compress.compare import Bisection, Comparison, Link, Step
-from compress.compare.bisection import PLAIN, precision_of
+from compress import evaluate
 from compress.errors import DataError, UsageError
-from compress.feeding import arrays, picture_of
-from compress.run_folder import one_artifact
+from compress.evaluate import comparison
+from compress.evaluate.comparison import Bisection, Comparison, Link, Step
+from compress.evaluate.comparison.bisection import PLAIN, precision_of
+from compress.evaluate.feeding import arrays, picture_of
+from compress.graph import files
+from compress.measure.artifacts import Rival, answers_of, names_classes, outputs_of, rivals_of
+from compress.report.run_folder import one_artifact
 from compress.runtimes import open_session
-from compress.side_by_side.artifacts import (
-    Rival,
-    answers_of,
-    names_classes,
-    outputs_of,
-    rivals_of,
-)
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -62,7 +58,7 @@ class Compared:
 
     def table(self) -> RenderableType:
         """Return the comparison as tables for the terminal."""
-        from compress.side_by_side.tables import comparison_tables
+        from compress.measure.tables import comparison_tables
 
         return comparison_tables(self)
 
@@ -115,10 +111,10 @@ def compare_artifacts(
         reference=old.name,
         candidate=new.name,
         classes=dataset.classes,
-        answers=compare.compare(steps[0].predictions, steps[-1].predictions, dataset.classes)
+        answers=comparison.compare(steps[0].predictions, steps[-1].predictions, dataset.classes)
         if is_named
         else None,
-        links=compare.chain(steps) if is_named else (),
+        links=comparison.chain(steps) if is_named else (),
         outputs=_outputs(old, new, dataset, limit, threads, is_named=is_named),
         bisection=_bisection(old, new, dataset) if bisect else None,
     )
@@ -131,7 +127,7 @@ def _steps(
     yield Step(old.name, "", _answers(old, old.runtime, dataset, limit, threads))
     error = "engine"
     if new.path.suffix == ".onnx":
-        change = _CHANGES[precision_of(onnx_file.load(new.path))]
+        change = _CHANGES[precision_of(files.load(new.path))]
         change = "export" if old.runtime == "pytorch" and change == "conversion" else change
         plain = _answers(new, PLAIN, dataset, limit, threads)
         yield Step(f"{new.name}, node by node", change, plain)
@@ -171,7 +167,7 @@ def _outputs(
             if is_named and len(session.outputs) == 1:
                 return {}
             answers.append(outputs_of(session, dataset, limit))
-    found = compare.outputs_row(*answers)
+    found = comparison.outputs_row(*answers)
     return {"outputs": found["outputs"]} if is_named else {"images": len(answers[0]), **found}
 
 
@@ -185,4 +181,4 @@ def _bisection(old: Rival, new: Rival, dataset: Dataset) -> Bisection:
             for images, _ in dataset.pictures("test", size, BISECT_IMAGES)
             if len(images) == size or not isinstance(fixed, int)
         ]
-    return compare.bisect(old.path, new.path, inputs)
+    return comparison.bisect(old.path, new.path, inputs)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from compress import onnx_file
 from compress.errors import ModelError, boundary
-from compress.onnx_shapes import shapes_of
+from compress.graph import files
+from compress.graph.shapes import shapes_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -90,8 +90,8 @@ def count(model: nn.Module, example_input: Any) -> Count:
 
 
 def _in_eval_mode(model: nn.Module) -> nn.Module:
-    from compress.groups.copying import full_copy
     from compress.modules import set_mode
+    from compress.modules.copying import full_copy
 
     clone = full_copy(model)
     set_mode(clone, training=False)
@@ -138,7 +138,7 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
         EngineError: the file is no ONNX graph.
         ModelError: a shape that is needed cannot be inferred.
     """
-    model = source if isinstance(source, onnx.ModelProto) else onnx_file.load(source)
+    model = source if isinstance(source, onnx.ModelProto) else files.load(source)
     where = "the ONNX graph" if isinstance(source, onnx.ModelProto) else str(source)
     with boundary(ModelError, "is no valid graph", where=where):
         return Count(params=onnx_params(model.graph), macs=sum(node_macs(model).values()))
@@ -194,7 +194,7 @@ def zero_weights_pct(path: Path) -> float:
     **Method:** initializers of two dimensions and more, in float or int8, are what is counted.
     """
     zeros = total = 0
-    for tensor in onnx_file.load(path).graph.initializer:
+    for tensor in files.load(path).graph.initializer:
         if len(tensor.dims) > 1 and tensor.data_type in _WEIGHT_TYPES:
             values = onnx.numpy_helper.to_array(tensor)
             zeros += values.size - int(np.count_nonzero(values))
@@ -203,7 +203,7 @@ def zero_weights_pct(path: Path) -> float:
 
 
 def _external_files(path: Path) -> set[Path]:
-    graph = onnx_file.load(path, weights=False).graph
+    graph = files.load(path, weights=False).graph
     names = {
         entry.value
         for tensor in graph.initializer

@@ -15,10 +15,10 @@ from typing import Any
 import onnx
 
 import compress
-from compress import onnx_file
 from compress.errors import EngineError
-from compress.measure.counting import MIB, size_mib
-from compress.onnx_shapes import shapes_of
+from compress.graph import files
+from compress.graph.shapes import shapes_of
+from compress.measure.macs import MIB, size_mib
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def _static(
     """Return weights, activations, and why one of them is missing."""
     weights, activations = found.get("weights_mib"), found.get("activations_mib")
     if path.suffix == ".onnx":
-        model = onnx_file.load(path)
+        model = files.load(path)
         weights, activations = weights_mib(model), activations_mib(model, batch)
     elif path.suffix == ".xml" and path.with_suffix(".bin").is_file():
         weights = path.with_suffix(".bin").stat().st_size / MIB

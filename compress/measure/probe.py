@@ -89,7 +89,7 @@ def inputs_for(session: Any, batch: int, shapes: Any = None) -> list[np.ndarray]
 
 def _shape(own: Any, given: Any) -> Any:
     """Return the shape of an input, with what it leaves free as in ``given``, (B, C, H, W)."""
-    from compress.onnx_facts import layout_of
+    from compress.graph.metadata import layout_of
 
     if own is None or given is None or len(own) != len(given):
         return own if own is not None else given

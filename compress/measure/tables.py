@@ -10,12 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from compress.report import figures
+from compress.report import numbers
 
 if TYPE_CHECKING:
-    from compress.compare import Bisection, Comparison
-    from compress.side_by_side.comparing import Compared
-    from compress.side_by_side.timing import Benched
+    from compress.evaluate.comparison import Bisection, Comparison
+    from compress.measure.benchmark import Benched
+    from compress.measure.compare import Compared
 
 SHOWN = 5  # flips, classes and tensors listed; --json holds all
 
@@ -183,25 +183,25 @@ def _speedup(row: Mapping[str, Any]) -> str:
     if row["verdict"] in {"reference", "not compared"}:
         return str(row["verdict"])
     same = ", no difference" if row["verdict"] == "no difference" else ""
-    return f"{figures.factor(row['speedup'])} ({figures.interval(row['speedup_ci95'])}){same}"
+    return f"{numbers.factor(row['speedup'])} ({numbers.interval(row['speedup_ci95'])}){same}"
 
 
 def _with_interval(row: Mapping[str, Any], key: str, bounds: str) -> str:
     if key not in row:
-        return figures.ABSENT
-    return f"{figures.percent(row[key])} ({figures.interval(row[bounds], 'percent')})"
+        return numbers.ABSENT
+    return f"{numbers.percent(row[key])} ({numbers.interval(row[bounds], 'percent')})"
 
 
 def _worst_output(row: Mapping[str, Any]) -> str:
     """Return the smallest ratio among the outputs; "reference" for the first artifact."""
     if "outputs" not in row:
-        return "reference" if row["verdict"] == "reference" else figures.ABSENT
+        return "reference" if row["verdict"] == "reference" else numbers.ABSENT
     known = [each["sqnr_db"] for each in row["outputs"].values() if "sqnr_db" in each]
     return f"{min(known):.1f}" if known else _sqnr(next(iter(row["outputs"].values())))
 
 
 def _number(row: Mapping[str, Any], key: str) -> str:
-    return figures.number(row.get(key))
+    return numbers.number(row.get(key))
 
 
 def _sqnr(row: Mapping[str, Any]) -> str:
@@ -210,4 +210,4 @@ def _sqnr(row: Mapping[str, Any]) -> str:
         return f"{row['sqnr_db']:.1f}"
     if row.get("not_finite"):
         return f"{row['not_finite']} not finite"
-    return "equal" if row.get("max_abs_diff") == 0 else figures.ABSENT
+    return "equal" if row.get("max_abs_diff") == 0 else numbers.ABSENT

@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.constructors import accepts, build, described
 from compress.errors import ModelError, PlanError
-from compress.groups.copying import full_copy, memory_format_of
-from compress.head import classifier_layers
-from compress.modules import network_of, set_mode, with_gradients
-from compress.outputs import logits_of
-from compress.surgery import PrunePlan, apply_pruning
-from compress.weights import (
+from compress.groups.plan import PrunePlan
+from compress.groups.proof import apply_pruning
+from compress.models.classifier import classifier_layers
+from compress.models.references import accepts, build, described
+from compress.models.weights import (
     aligned,
     fit,
     is_weight_file,
@@ -26,6 +24,9 @@ from compress.weights import (
     read_weights,
     write_safetensors,
 )
+from compress.modules import network_of, set_mode, with_gradients
+from compress.modules.copying import full_copy, memory_format_of
+from compress.modules.outputs import logits_of
 
 SCHEMA = 1
 WEIGHTS_FILE = "model.safetensors"

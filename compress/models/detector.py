@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.networks import BasicBlock
+from compress.models.cifar import BasicBlock
 
 STRIDES = (8, 16)
 LARGE = 8.0  # objects with a side above this many steps of the fine grid belong to the coarse one

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
-from compress.head import replace_head
+from compress.models.classifier import replace_head
 from compress.packages import require
 from compress.plugins import import_file
 from compress.trust import check_code, is_limited
@@ -23,6 +23,13 @@ _ULTRALYTICS = {  # the class of each of their tasks
     "classify": "ClassificationModel",
     "pose": "PoseModel",
     "obb": "OBBModel",
+}
+
+
+# Modules that networks were in: recipes and run folders written then name them.
+FORMER_NAMES = {
+    "compress.detector": "compress.models.detector",
+    "compress.networks": "compress.models.cifar",
 }
 
 
@@ -192,7 +199,7 @@ def _import_file(path: Path) -> ModuleType:
 def _import_module(name: str) -> Any:
     check_code(name)
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(FORMER_NAMES.get(name, name))
     except ImportError as error:
         raise ModelError(f"cannot be imported: {error}", where=name) from None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.outputs import heads_of
+from compress.modules.outputs import heads_of
 
 AUXILIARY_WEIGHT = 0.3  # of the heads that GoogLeNet and Inception train beside the last one
 

@@ -6,28 +6,30 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from compress import artifact, progress, recipe, report
+from compress import artifact, progress, report
 from compress.artifact import Artifact
 from compress.errors import CompressError
-from compress.pipeline import cautions, measuring, pruning, quantizing, sparsifying, steps
-from compress.pipeline.assembly import assemble
-from compress.pipeline.job import Job, Outcome, Step, Variant, seeded
-from compress.pipeline.preflight import preflight, try_network
-from compress.pipeline.purpose import prepared
+from compress.pipeline import cautions, measure
+from compress.pipeline.check import preflight, try_network
+from compress.pipeline.context import Job, Outcome, Step, Variant, seeded
+from compress.pipeline.report_rows import assemble
+from compress.pipeline.stages import prune, quantize, sparsify, train
+from compress.pipeline.task import prepared
+from compress.recipe import loading
+from compress.recipe.settings import QuantizeSettings, Recipe, Settings
 from compress.report import Report
-from compress.run_folder import DONE_FILE, RunFolder, default_folder
-from compress.run_lock import held
-from compress.settings import QuantizeSettings, Recipe, Settings
-from compress.train.processes import Processes, join_processes
+from compress.report.run_folder import DONE_FILE, RunFolder, default_folder
+from compress.report.run_lock import held
+from compress.train.distributed import Processes, join_processes
 
 STEPS: dict[str, Step] = {
-    "original": steps.original,
-    "train": steps.train_original,
-    "prune": pruning.prune_channels,
-    "sparsify": sparsifying.zero_weights,
-    "distill": steps.distill_student,
-    "finetune": steps.finetune,
-    "quantize": quantizing.quantize_graphs,
+    "original": train.original,
+    "train": train.train_original,
+    "prune": prune.prune_channels,
+    "sparsify": sparsify.zero_weights,
+    "distill": train.distill_student,
+    "finetune": train.finetune,
+    "quantize": quantize.quantize_graphs,
 }
 MEASURE = "measure"
 
@@ -57,7 +59,7 @@ def run(
         CompressError: something that the user can mend; what was finished stays on disk. Another
             process runs in the folder.
     """
-    chosen = source if isinstance(source, Recipe) else recipe.load_recipe(source, overrides)
+    chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
     preflight(chosen, where=chosen.name, read_data=False)
     dataset, task = prepared(chosen)
@@ -65,7 +67,7 @@ def run(
     with held(root) if processes.is_main else contextlib.nullcontext():
         if not any(root.glob(f"00-*/{DONE_FILE}")):
             try_network(chosen, dataset, task, where=chosen.name)
-        chosen = recipe.from_anywhere(chosen)
+        chosen = loading.from_anywhere(chosen)
         if processes.is_main:
             RunFolder.open(root, chosen, fresh=fresh)
         processes.wait()
@@ -83,7 +85,7 @@ def _carry_out(job: Job, processes: Processes) -> Report | None:
     for number, (verb, settings) in enumerate(_stages(job.recipe)):
         stage = job.run.stage(number, verb)
         if isinstance(settings, QuantizeSettings) and not processes.is_main:
-            quantizing.train_along(job, settings, stage, variants)
+            quantize.train_along(job, settings, stage, variants)
             return None
         outcome = _once(job, stage, STEPS[verb], settings, variants)
         if verb != "quantize":  # after which one process works, the others of a torchrun leave
@@ -98,7 +100,7 @@ def _carry_out(job: Job, processes: Processes) -> Report | None:
     measured = job.run.result(stage)
     if measured is None:
         with progress.task(stage.name):
-            found = measuring.measure_targets(job, variants, stage)
+            found = measure.measure_targets(job, variants, stage)
         measured = found.to_json()
         job.run.finish(stage, measured, _engine_artifacts(job, stage, found.engines))
     return report.write(assemble(job, variants, outcomes, measured, stage), job.run.root)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import insights
-from compress.pipeline.job import Job, Variant, answers_path
-from compress.predictions import Predictions
+from compress.evaluate.predictions import Predictions
+from compress.pipeline import records
+from compress.pipeline.context import Job, Variant, answers_path
 from compress.runtimes import open_session
 
 if TYPE_CHECKING:
-    from compress.explain import Samples
+    from compress.evaluate.attribution import Samples
 
 READS_ONNX = ("onnxruntime", "openvino")  # without an engine built before
 
@@ -49,7 +49,7 @@ def explain_variants(
     found: dict[str, list[dict[str, Any]]] = {"attributions": [], "similarities": []}
     if not job.recipe.measure.explain_images:
         return found
-    from compress.explain import ANSWERS, compare_maps
+    from compress.evaluate.attribution import ANSWERS, compare_maps
 
     judged = list(_judged(job, variants, answers))
     for method in job.recipe.measure.explain_methods:
@@ -109,4 +109,4 @@ def _sessions(job: Job, original: Variant, rival: _Rival) -> Iterator[tuple[Any,
 
 def _samples(job: Job, rival: _Rival) -> Samples:
     before, after = map(Predictions.load, rival.answers)
-    return insights.samples(job.dataset, before, after, job.recipe.measure.explain_images)
+    return records.samples(job.dataset, before, after, job.recipe.measure.explain_images)

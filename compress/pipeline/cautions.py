@@ -14,10 +14,10 @@ from torch import nn
 from compress import evaluate, tasks
 from compress.data import Dataset
 from compress.errors import ModelError
-from compress.feeding import Fed
-from compress.head import classifier_layers
-from compress.pipeline.job import Job
-from compress.settings import Recipe, Settings, TrainSettings
+from compress.evaluate.feeding import Fed
+from compress.models.classifier import classifier_layers
+from compress.pipeline.context import Job
+from compress.recipe.settings import Recipe, Settings, TrainSettings
 from compress.train.batches import steps_in_epoch
 
 FEW_STEPS = 8  # of an epoch: fewer leave images out and hardly move the weights

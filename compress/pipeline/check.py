@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from compress import constructors, models, plugins
+from compress import models, plugins
 from compress.data import Dataset
 from compress.errors import CompressError, MissingPackageError, RecipeError
+from compress.models import references
+from compress.models.weights import is_weight_file
 from compress.packages import is_installed, require
 from compress.pipeline import network
-from compress.pipeline.purpose import prepared
+from compress.pipeline.task import prepared
 from compress.quantize.methods import check_method
+from compress.recipe.settings import Recipe, Stage, Target
 from compress.runtimes import unavailable
-from compress.settings import Recipe, Stage, Target
 from compress.tasks import Task
-from compress.weights import is_weight_file
 
 
 def preflight(recipe: Recipe, *, where: str, read_data: bool = True) -> None:
@@ -117,7 +118,7 @@ def _check_model(reference: str) -> None:
         if not Path(reference).is_file():
             raise RecipeError(f"no such file {reference!r}")
     elif models.model_folder(Path(reference)) is None:
-        constructors.check(reference)
+        references.check(reference)
 
 
 def _check_target(target: Target) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from compress import evaluate, measure, models, plugins
 from compress.data import Dataset
 from compress.export import export_onnx
+from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
-from compress.outputs import named_tensors
-from compress.run_folder import RunFolder
-from compress.settings import Recipe, Settings, TrainSettings
-from compress.sparsity import keeping_zeros
-from compress.surgery import PrunePlan
+from compress.modules.outputs import named_tensors
+from compress.prune.sparsity import keeping_zeros
+from compress.recipe.settings import Recipe, Settings, TrainSettings
+from compress.report.run_folder import RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
 from compress.train.validation import validate_task

@@ -8,16 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from compress import compare, evaluate, insights, measure, models
-from compress.pipeline.bearing import unmeasured
-from compress.pipeline.job import Job, Outcome, Variant, answers_path
-from compress.pipeline.sparsifying import sparsities
-from compress.predictions import Predictions
+from compress import evaluate, measure, models
+from compress.evaluate import comparison
+from compress.evaluate.predictions import Predictions
+from compress.groups.plan import PrunePlan
+from compress.pipeline import records
+from compress.pipeline.context import Job, Outcome, Variant, answers_path
+from compress.pipeline.sensitivity_chart import unmeasured
+from compress.pipeline.stages.sparsify import sparsities
 from compress.qdq import QuantPlan
 from compress.report import schema
-from compress.report.learning import learning_curves
+from compress.report.learning_curves import learning_curves
 from compress.report.pictures import thumbnail
-from compress.surgery import PrunePlan
 
 MOST_FLIPS = 24  # images shown
 Taken = Sequence[tuple[str, str, Predictions]]  # variant, runtime, its answers to the test images
@@ -56,7 +58,7 @@ def details(
         confusions=tuple(_confusions(taken)),
         flips=tuple(_flips(job, taken)),
         subgroups=tuple(_subgroups(job, taken)),
-        calibration=tuple(insights.calibration(each, name, place) for name, place, each in taken),
+        calibration=tuple(records.calibration(each, name, place) for name, place, each in taken),
         attributions=tuple(schema.Attribution(**each) for each in measured["attributions"]),
         similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
         artifacts=tuple(_artifacts(job)),
@@ -153,7 +155,7 @@ def _flips(job: Job, taken: Taken) -> Iterator[schema.Flip]:
         return
     reference = taken[0][2]
     name, runtime, candidate = taken[-1]
-    lost = [flip for flip in compare.compare(reference, candidate).flips if flip.kind == "lost"]
+    lost = [flip for flip in comparison.compare(reference, candidate).flips if flip.kind == "lost"]
     for flip in lost[:MOST_FLIPS]:
         image = job.dataset.splits["test"].take([flip.index])[0]
         yield schema.Flip(
@@ -184,7 +186,7 @@ def _ranges(outcomes: Sequence[Outcome]) -> Iterator[schema.TensorRange]:
     """Yield the range of every tensor that a plan of the run quantizes."""
     for outcome in outcomes:
         for form, plan in outcome.facts.get("plans", {}).items():
-            yield from insights.ranges(QuantPlan.from_json(plan), f"int8-{form}")
+            yield from records.ranges(QuantPlan.from_json(plan), f"int8-{form}")
 
 
 def _artifacts(job: Job) -> Iterator[schema.ArtifactRecord]:

@@ -15,18 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress import compare, evaluate, insights, measure, plugins, progress
+from compress import evaluate, measure, plugins, progress
 from compress.artifact import sha256
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
-from compress.evaluate import Evaluation, Predictions
-from compress.feeding import Fed, arrays
-from compress.fusion import check_fusion
+from compress.evaluate import Evaluation, Predictions, comparison
+from compress.evaluate.feeding import Fed, arrays
 from compress.measure import Timing
-from compress.pipeline.bearing import sensitivity
-from compress.pipeline.explaining import explain_variants
-from compress.pipeline.job import INT8_FORM, Job, Variant, answers_path
+from compress.pipeline import records
+from compress.pipeline.attributions import explain_variants
+from compress.pipeline.context import INT8_FORM, Job, Variant, answers_path
+from compress.pipeline.sensitivity_chart import sensitivity
+from compress.recipe.settings import Target
 from compress.runtimes import build_engine, build_record, open_session, unavailable
-from compress.settings import Target
+from compress.runtimes._fusion import check_fusion
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def _coverage(job: Job, rivals: Sequence[Rival]) -> list[dict[str, Any]]:
         engine = rival.path if rival.path != source else None
         with contextlib.suppress(EngineError, UsageError):  # it cannot tell: nothing is claimed
             fusion = check_fusion(source, runtime, engine=engine, threads=rival.target.threads)
-            told = insights.coverage(fusion, rival.variant.name)
+            told = records.coverage(fusion, rival.variant.name)
             found.append(told.model_dump(mode="json", exclude_none=True))
     return found
 
@@ -273,13 +274,13 @@ def accuracy_row(
         if own is reference:
             return own.row()
         if not job.task.kinds:
-            return own.row() | compare.outputs_row(reference.predictions, own.predictions)
+            return own.row() | comparison.outputs_row(reference.predictions, own.predictions)
         return own.row() | evaluate.change_row(job.task, reference, own)
     if isinstance(own, Evaluation) or isinstance(reference, Evaluation):
         raise TypeError("answers of different kinds cannot be compared")
     row = evaluate.accuracy(own, job.dataset.classes).row()
     if own is not reference:
-        row |= compare.against(reference, own, job.dataset.classes)
+        row |= comparison.against(reference, own, job.dataset.classes)
     return row
 
 

@@ -10,9 +10,9 @@ from torch import nn
 from compress import evaluate, models
 from compress.data import Dataset
 from compress.errors import CompressError, ModelError
-from compress.feeding import Fed
+from compress.evaluate.feeding import Fed
+from compress.recipe.settings import Recipe, Settings, TrainSettings
 from compress.runtimes import open_session
-from compress.settings import Recipe, Settings, TrainSettings
 from compress.tasks import Task
 from compress.train.optimizers import check_layer
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from compress.data import Dataset
 from compress.evaluate import Predictions, accuracy
-from compress.explain import Samples
-from compress.fusion import Fusion
+from compress.evaluate.attribution import Samples
 from compress.qdq.plan import QuantPlan
 from compress.report import schema
+from compress.runtimes._fusion import Fusion
 
 BITS = 8
 SYMMETRIC = {"tensorrt"}  # targets whose activations have no zero point

@@ -8,18 +8,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import artifact, environment, recipe
+from compress import artifact, environment
 from compress.errors import RunError
 from compress.measure import Timing
-from compress.pipeline.job import Job, Outcome, Variant
-from compress.pipeline.measuring import measure_rivals, places, rivals_on
-from compress.pipeline.purpose import prepared
-from compress.report.figures import factor, interval, percent
+from compress.pipeline.context import Job, Outcome, Variant
+from compress.pipeline.measure import measure_rivals, places, rivals_on
+from compress.pipeline.task import prepared
+from compress.recipe import loading
+from compress.recipe.settings import Target
+from compress.report.numbers import factor, interval, percent
 from compress.report.reading import read_report
+from compress.report.run_folder import DONE_FILE, RunFolder
 from compress.report.schema import Interval, Report, Result
-from compress.run_folder import DONE_FILE, RunFolder
 from compress.runtimes import unavailable
-from compress.settings import Target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -111,7 +112,7 @@ def measure_again(root: Path) -> Remeasured:
         RunError: the run is not finished, or its data are not those it was measured on.
     """
     report = read_report(root / "report.json")
-    settings = recipe.validate(report.recipe, where=str(root / "report.json"))
+    settings = loading.validate(report.recipe, where=str(root / "report.json"))
     dataset, task = prepared(settings)
     job = Job(settings, RunFolder(root), dataset, task)
     _check_data(job, report)

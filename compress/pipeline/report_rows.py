@@ -11,13 +11,13 @@ from typing import Any
 from compress import environment, measure
 from compress.artifact import sha256
 from compress.pipeline import cautions
+from compress.pipeline.context import Job, Outcome, Variant
 from compress.pipeline.details import details
-from compress.pipeline.job import Job, Outcome, Variant
-from compress.recipe import to_json
-from compress.report import figures, schema
+from compress.recipe.loading import to_json
+from compress.recipe.settings import Gates
+from compress.report import numbers, schema
+from compress.report.run_folder import RECIPE_FILE
 from compress.report.verdict import size_ratio
-from compress.run_folder import RECIPE_FILE
-from compress.settings import Gates
 
 OWN_FIELDS = set(schema.Result.model_fields)  # everything else a row holds goes below memory_mib
 
@@ -139,7 +139,7 @@ def _unmeasured(name: str, result: schema.Result, variant: schema.Variant) -> st
         return "the file has no size"
     if name in {"top1_drop_pct", "worst_class_drop_pct"} and result.primary is not None:
         return f"the task is judged by {result.primary}, not by classes: use metric_drop"
-    return figures.reason({"metric_drop": "top1_change_pct"}.get(name, name), result, variant)
+    return numbers.reason({"metric_drop": "top1_change_pct"}.get(name, name), result, variant)
 
 
 def _variant(

@@ -6,9 +6,9 @@ import itertools
 from typing import Any
 
 from compress import models
-from compress.pipeline.job import Job, Variant
+from compress.pipeline.context import Job, Variant
+from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.report.schema import Curve, Line
-from compress.sensitivity.prune import PruneSensitivity, prune_sensitivity
 
 RECALIBRATION_BATCHES = 8
 

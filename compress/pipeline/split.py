@@ -12,12 +12,12 @@ import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
-from compress import onnx_file
 from compress.artifact import replacing, write_json, write_text
 from compress.errors import EngineError, ExportError, UsageError, did_you_mean
+from compress.graph import files as onnx_file
+from compress.graph.shapes import shapes_of
 from compress.measure import Timing, bench, node_macs
 from compress.measure.probe import inputs_for
-from compress.onnx_shapes import shapes_of
 from compress.progress import track
 from compress.runtimes import open_session
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from compress import models
 from compress.data import Dataset, load_data
-from compress.distill.build import check_loss, losses_of
 from compress.errors import CompressError, RecipeError
-from compress.feeding import completed, shapes_answered
-from compress.settings import DistillSettings, Recipe
+from compress.evaluate.feeding import completed, shapes_answered
+from compress.recipe.settings import DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
+from compress.train.distill.build import check_loss, losses_of
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from compress.artifact import Finding
 from compress.errors import RunError
 from compress.progress import track
 from compress.report.reading import check_schema
-from compress.run_folder import RUN_FILE
-from compress.run_lock import LOCK_FILE
+from compress.report.run_folder import RUN_FILE
+from compress.report.run_lock import LOCK_FILE
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import DataError, PlanError
-from compress.outputs import chosen, logits_of, named_tensors
+from compress.modules.outputs import chosen, logits_of, named_tensors
 
 Answers = Literal["auto", "classes", "numbers"]
 LEAST_VARIANCE = 1e-8  # as a share of the mean square; a channel below it is constant

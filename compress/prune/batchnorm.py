@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.errors import DataError, UsageError
-from compress.inputs import read_batches
 from compress.modules import evaluating
+from compress.modules.inputs import read_batches
 
 
 def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:

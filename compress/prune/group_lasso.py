@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.groups import Network
-from compress.objective import Objective
+from compress.modules.objective import Objective
 
 
 class GroupLasso:

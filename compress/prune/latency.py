@@ -11,21 +11,17 @@ from torch import nn
 
 from compress.errors import PlanError
 from compress.groups import Network
-from compress.groups.copying import full_copy
+from compress.groups.plan import make_plan
+from compress.groups.proof import apply_pruning
 from compress.groups.trace import Example, inputs_of
-from compress.latency_table import (
-    LatencyTable,
-    LayerShape,
-    kernel_step,
-    table_for,
-)
 from compress.modules import evaluating
+from compress.modules.copying import full_copy
 from compress.progress import task
 from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
-from compress.prune.promise import TOLERANCE, Promise, Stopwatch
+from compress.prune.latency_table import LatencyTable, LayerShape, kernel_step, table_for
+from compress.prune.latency_target import TOLERANCE, Promise, Stopwatch
 from compress.prune.selection import Ladder
-from compress.surgery import apply_pruning, make_plan
 
 AIM = 0.97  # of the promise: what the plan is made for
 ATTEMPTS = 8

@@ -17,10 +17,10 @@ from torch import nn
 
 from compress.errors import PlanError
 from compress.export import export_onnx
+from compress.groups.plan import PrunePlan
 from compress.groups.trace import Example
-from compress.latency_table import open_on, time_calls
+from compress.prune.latency_table import open_on, time_calls
 from compress.runtimes import Session, open_session
-from compress.surgery import PrunePlan
 
 TOLERANCE = 0.10  # how far the measured latency may be from the promise
 ROUNDS = 9  # in which two networks take turns

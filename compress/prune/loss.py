@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import DataError, UsageError
-from compress.outputs import logits_of
+from compress.modules.outputs import logits_of
 
 Loss = Callable[[Any, Any], Tensor]  # of what the network returns, and the targets
 Kind = Literal["cross-entropy", "soft cross-entropy", "binary cross-entropy", "squared error"]

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from compress.criteria import Criterion
 from compress.errors import UsageError
+from compress.groups.plan import PrunePlan
+from compress.groups.proof import apply_pruning
 from compress.groups.trace import Example
 from compress.modules import network_of
-from compress.prune.evidence import Batches
+from compress.prune.criteria import Criterion
 from compress.prune.plan import plan_pruning
-from compress.prune.refit import refit as reconstruct
-from compress.surgery import PrunePlan, apply_pruning
+from compress.prune.reconstruction import refit as reconstruct
+from compress.prune.saliency import Batches
 
 
 def prune_network(

@@ -12,22 +12,23 @@ from typing import Any, get_args
 import numpy as np
 from torch import nn
 
-from compress.criteria import Criterion
 from compress.errors import PlanError, UsageError
 from compress.groups import Network, trace
+from compress.groups.plan import PrunePlan, make_plan
+from compress.groups.proof import example_shapes
 from compress.groups.trace import Example
-from compress.inputs import example_of, read_batches
 from compress.modules import network_of, with_gradients
-from compress.outputs import as_places
+from compress.modules.inputs import example_of, read_batches
+from compress.modules.outputs import as_places
 from compress.prune.answers import Answers, Reading
 from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
 from compress.prune.cost import CostModel, Counts, Floats, Quantity
-from compress.prune.evidence import Batches
+from compress.prune.criteria import Criterion
 from compress.prune.latency import counts_for_latency
 from compress.prune.loss import Loss
+from compress.prune.saliency import Batches
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
-from compress.surgery import PrunePlan, example_shapes, make_plan
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,8 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         min_channels: Channels that every group keeps at least.
         max_cut: Largest share of a group's channels that may go, in (0, 1].
         exclude: Layers, or modules holding layers, whose output channels stay.
-        batches: For criteria that need data, as ``compress.inputs.read_batch`` reads them: images
-            (B, C, H, W) alone (taylor and hessian need targets), (images, targets), dicts.
+        batches: For criteria that need data, as ``compress.modules.inputs.read_batch`` reads them:
+            images (B, C, H, W) alone (taylor and hessian need targets), (images, targets), dicts.
         loss: ``loss(outputs, targets)``, a scalar, for criteria that take its gradients (taylor,
             hessian): ``outputs`` is what ``model`` returns, ``targets`` comes from ``batches``. By
             default cross-entropy for classes and rows of probabilities, binary cross-entropy for

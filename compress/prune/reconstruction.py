@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import UsageError
-from compress.inputs import read_batches
+from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
+from compress.modules.inputs import read_batches
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
-from compress.prune.joins import Join, Sums, joins
 from compress.prune.replay import Replay
-from compress.surgery import PrunePlan
+from compress.prune.residual_adds import Join, Sums, joins
 
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
 ROWS_PER_FEATURE = 64  # samples of a layer's output, for each weight of one of its filters

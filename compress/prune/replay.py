@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from compress.groups import kernels
-from compress.prune.joins import Sums
+from compress.groups import meta_ops
+from compress.prune.residual_adds import Sums
 
 CACHE_MIB = 2048  # of outputs kept of one network; with more, later modules are computed again
 
@@ -156,7 +156,7 @@ class _Survey(Sums):  # type: ignore[no-untyped-call]
         self.clock += 1
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self.sums = self._done
-        for tensor in kernels.tensors_in((args, kwargs or {})):
+        for tensor in meta_ops.tensors_in((args, kwargs or {})):
             for call in self.storages.get(_storage(tensor), ()):
                 call.readers.add(tuple(self.stack))
         written = [
@@ -164,10 +164,10 @@ class _Survey(Sums):  # type: ignore[no-untyped-call]
             for value, spec in zip(args, func._schema.arguments, strict=False)
             if spec.alias_info is not None and spec.alias_info.is_write
         ]
-        for tensor in kernels.tensors_in(written):
+        for tensor in meta_ops.tensors_in(written):
             since = self.made.get(_storage(tensor), 0)
             self.meddling |= {name for name, begun in self.open if since < begun}
-        for tensor in kernels.tensors_in(result):
+        for tensor in meta_ops.tensors_in(result):
             self.made.setdefault(_storage(tensor), self.clock)
             self.alive.append(tensor)
         return result

@@ -12,7 +12,7 @@ from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress.groups import kernels
+from compress.groups import meta_ops
 
 LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up what others lost
 
@@ -68,7 +68,7 @@ class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one op."""
-        if kernels.op_name(func) == "add" and not kwargs:
+        if meta_ops.op_name(func) == "add" and not kwargs:
             operands = tuple(each for each in args if isinstance(each, Tensor))
             if len(operands) == 2:
                 self._show(self._done, operands)
@@ -151,6 +151,6 @@ class _Watch(Sums):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one op and note what it makes."""
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        for tensor in kernels.tensors_in(result):
+        for tensor in meta_ops.tensors_in(result):
             self._made.setdefault(id(tensor), (self.clock + 1, tensor))
         return result

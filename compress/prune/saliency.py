@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from compress.criteria import Evidence, Need
 from compress.errors import CompressError, DataError, UsageError
 from compress.groups import Group, Network, Slice
-from compress.inputs import Inputs, read_batches
 from compress.modules import evaluating, with_gradients
+from compress.modules.inputs import Inputs, read_batches
 from compress.prune.answers import AS_SEEN, Reading, SampledAnswers
+from compress.prune.criteria import Evidence, Need
 from compress.prune.loss import FittingLoss, Loss, checked
 
-Batches = Iterable[Any]  # each as ``compress.inputs.read_batch`` reads it
+Batches = Iterable[Any]  # each as ``compress.modules.inputs.read_batch`` reads it
 Place = tuple[str, int]  # a parameter and one of its dimensions
 
 LABELLED = ("gradients", "hessian")

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from compress import plugins
-from compress.criteria import ChannelGroup, Criterion, Evidence, Need
 from compress.errors import PlanError, UsageError
 from compress.groups import Group, Network
 from compress.prune.answers import AS_SEEN, Reading
 from compress.prune.cost import Floats
-from compress.prune.evidence import Batches, evidence
+from compress.prune.criteria import ChannelGroup, Criterion, Evidence, Need
 from compress.prune.loss import Loss
+from compress.prune.saliency import Batches, evidence
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -112,7 +112,7 @@ def _check_choice(rows: list[Floats], criterion: Criterion, needs: tuple[Need, .
 def spoken(criterion: Criterion) -> str:
     """Return the name of a criterion as users write it."""
     module = type(criterion).__module__
-    is_plugin = module.startswith("compress.criteria.")
+    is_plugin = module.startswith("compress.prune.criteria.")
     return module.rpartition(".")[2] if is_plugin else type(criterion).__name__
 
 

@@ -12,17 +12,18 @@ import numpy as np
 from torch import Tensor, nn
 
 from compress.artifact import replacing
-from compress.criteria import Criterion
 from compress.errors import PlanError, UsageError
 from compress.groups import trace
+from compress.groups.plan import make_plan
+from compress.groups.proof import apply_pruning
 from compress.groups.trace import Example
 from compress.progress import track
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.cost import CostModel
-from compress.prune.evidence import Batches
+from compress.prune.criteria import Criterion
+from compress.prune.saliency import Batches
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import ladder
-from compress.surgery import apply_pruning, make_plan
 
 SHARES = (0.75, 0.5, 0.25)
 

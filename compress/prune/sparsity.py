@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from compress.errors import UsageError
 from compress.groups.trace import Example
-from compress.inputs import read_batches
 from compress.modules import evaluating
+from compress.modules.inputs import read_batches
 from compress.prune.budget import one_budget
-from compress.prune.evidence import Batches
 from compress.prune.loss import FittingLoss
+from compress.prune.saliency import Batches
 
 Pattern = Literal["unstructured", "2:4"]
 Criterion = Literal["l1", "l2", "lamp", "taylor", "random"]
@@ -187,7 +187,7 @@ def _lamp(weight: Tensor) -> Tensor:
 def _masks_of_nncf(
     model: nn.Module, example_input: Example, keep: float, ranking: Ranking
 ) -> dict[str, Tensor]:
-    from compress.quantize.nncf_ranges import import_nncf
+    from compress.quantize.nncf import import_nncf
 
     nncf = import_nncf()
     modes = nncf.PruneMode

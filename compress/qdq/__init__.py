@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, ActivationRange, Equalization, QuantPlan, WeightScales
-from compress.qdq.prepare import prepare, read_onnx
 from compress.qdq.writer import write_qdq
 
 __all__ = [

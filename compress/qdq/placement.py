@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from onnx import NodeProto
 
-from compress.qdq.graph import ACTIVATIONS, WEIGHTED, Graph, attribute, tail
+from compress.graph.model import ACTIVATIONS, WEIGHTED, Graph, attribute, tail
 
 SAME_SCALE = frozenset(  # what comes out was in what went in
     {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}

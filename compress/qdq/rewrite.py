@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.qdq.graph import (
+from compress.graph.model import (
     Graph,
     all_names,
     attribute,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from compress.errors import QuantizationError, UnknownNameError
-from compress.qdq.graph import (
+from compress.graph.model import (
     BIAS_LIMIT,
     Graph,
     all_names,
@@ -21,11 +21,11 @@ from compress.qdq.graph import (
     reads,
     replace_nodes,
 )
+from compress.graph.preprocess import finished, prepare
+from compress.graph.weightless import check, infer_shapes
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.prepare import finished, prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
-from compress.qdq.skeleton import check, infer_shapes
 
 _SMALLEST_SCALE = 1e-12
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from compress.qdq import QuantPlan, write_qdq
-from compress.quantize.planning import make_plan
-from compress.quantize.statistics import Statistics, calibrate
-from compress.quantize.verb import quantize_onnx, quantize_targets
+from compress.quantize.api import quantize_onnx, quantize_targets
+from compress.quantize.calibration import Statistics, calibrate
+from compress.quantize.ranges import make_plan
 
 __all__ = [
     "QuantPlan",

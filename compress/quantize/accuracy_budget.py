@@ -15,8 +15,7 @@ import onnx
 from compress.artifact import read_json, write_bytes, write_json
 from compress.progress import Task, task
 from compress.qdq import QuantPlan, prepare, write_qdq
-from compress.quantize.sessions import session_of
-from compress.sensitivity.quantize import (
+from compress.quantize.sensitivity import (
     Array,
     Batches,
     QuantSensitivity,
@@ -25,6 +24,7 @@ from compress.sensitivity.quantize import (
     quantize_sensitivity,
     top1_pct,
 )
+from compress.quantize.sessions import session_of
 
 WHY = "given back to float to stay within the accuracy budget"
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from compress.qdq.graph import Graph, attribute
+from compress.graph.model import Graph, attribute
 
 Array = NDArray[Any]
 Function = Callable[[Array], Array]

@@ -11,15 +11,15 @@ from onnx.numpy_helper import to_array
 
 from compress.artifact import replacing
 from compress.errors import QuantizationError, UnknownNameError, boundary
-from compress.onnx_facts import usual_range
-from compress.qdq.graph import Graph
+from compress.graph.metadata import usual_range
+from compress.graph.model import Graph
+from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
-from compress.qdq.prepare import prepare, read_onnx
+from compress.quantize.calibration import calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, confirmed
 from compress.quantize.images import Batches, Images
 from compress.quantize.methods import METHODS, Workbench, plan_by
 from compress.quantize.planning_graph import planning_graph
-from compress.quantize.statistics import calibrate, observed_tensors
 
 BROKEN = "Check that ONNX Runtime runs the file on these images; export it again if it does not"
 
@@ -44,7 +44,7 @@ def quantize_onnx(
         target: "onnxruntime", "openvino" or "tensorrt".
         method: "auto" tries all corrections and keeps those that help; "plain", "bias-correction",
             "equalization", "rounding" and "nncf" do one thing.
-        observer: A plug-in of ``compress/observers``; the method's own choice if absent.
+        observer: A plug-in of ``compress/quantize/observers``; the method's own choice if absent.
         exclude: Names of nodes to leave in float.
 
     Raises:

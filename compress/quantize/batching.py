@@ -6,8 +6,8 @@ import numpy as np
 from onnx import ModelProto
 
 from compress.errors import QuantizationError
-from compress.qdq.graph import Graph, all_names, fresh_name, set_constant
-from compress.qdq.skeleton import infer_shapes
+from compress.graph.model import Graph, all_names, fresh_name, set_constant
+from compress.graph.weightless import infer_shapes
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
 

@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress import progress
-from compress.qdq.graph import Graph
+from compress.graph.model import Graph
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import write_qdq
 from compress.quantize.activations import Activation, activation_of, identity
 from compress.quantize.images import Feed
-from compress.quantize.sequence import channel_means, layers
+from compress.quantize.layerwise import channel_means, layers
 from compress.quantize.sessions import session_of, with_outputs
 
 _STEPS = 3

@@ -13,14 +13,14 @@ from onnx import ModelProto
 
 from compress import progress
 from compress.errors import QuantizationError
-from compress.observers import Histogram, Pointwise
-from compress.qdq.graph import Graph
+from compress.graph.model import Graph
+from compress.graph.preprocess import prepare
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS
-from compress.qdq.prepare import prepare
 from compress.qdq.rewrite import rewrite_for
 from compress.quantize.activations import activation_of
 from compress.quantize.images import Batches, Feed, Images
+from compress.quantize.observers import Histogram, Pointwise
 from compress.quantize.sessions import session_of, with_outputs
 
 SAMPLE = 16_384  # values counted of each tensor of each image; the smallest and largest are of all

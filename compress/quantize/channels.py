@@ -17,7 +17,7 @@ from onnx import NodeProto
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from compress.qdq.graph import Graph, attribute, channel_axis
+from compress.graph.model import Graph, attribute, channel_axis
 
 Labels = NDArray[np.int64]
 

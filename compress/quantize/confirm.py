@@ -15,14 +15,14 @@ from onnx import ModelProto
 
 from compress import plugins
 from compress.errors import QuantizationError
-from compress.qdq.graph import Graph, tail
+from compress.graph.model import Graph, tail
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
-from compress.quantize.fidelity import answers, portions, sqnr_each
 from compress.quantize.images import Feed
 from compress.quantize.methods import Workbench
 from compress.quantize.planning_graph import SELECTING
+from compress.quantize.sqnr import answers, portions, sqnr_each
 
 IMAGES = 4  # that the runtime answers
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less

@@ -6,12 +6,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from compress.qdq.graph import Graph, attribute
+from compress.graph.model import Graph, attribute
 from compress.qdq.plan import Equalization, QuantPlan
 from compress.quantize.channels import Channels, channels
-from compress.quantize.fidelity import portions
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of, with_outputs
+from compress.quantize.sqnr import portions
 
 _LEAST = 1 / 32  # factor
 _NONE = 1e-6  # relative size of a dead channel

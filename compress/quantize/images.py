@@ -15,7 +15,7 @@ import onnx
 from numpy.typing import NDArray
 
 from compress.errors import QuantizationError
-from compress.qdq.graph import Graph
+from compress.graph.model import Graph
 
 Feed = dict[str, NDArray[Any]]  # by input name
 Batch = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[str, NDArray[Any]]

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from compress.qdq.graph import Graph, reads
+from compress.graph.model import Graph, reads
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
 

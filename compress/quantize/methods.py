@@ -14,22 +14,22 @@ from onnx import ModelProto
 
 from compress import progress
 from compress.errors import QuantizationError, UnknownNameError
-from compress.qdq.graph import Graph
+from compress.graph.model import Graph
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
 from compress.quantize.batching import with_free_batch
 from compress.quantize.bias import correct_biases
-from compress.quantize.equalize import equalize
-from compress.quantize.fidelity import answers, mean_db, shown, sqnr_each
+from compress.quantize.calibration import Statistics, calibrate
+from compress.quantize.equalization import equalize
 from compress.quantize.images import Feed, Images
-from compress.quantize.nncf_ranges import plan_by_nncf
+from compress.quantize.nncf import plan_by_nncf
 from compress.quantize.notes import float_parts, of_judging
-from compress.quantize.planning import begin_below_zero, make_plan
 from compress.quantize.planning_graph import judged_tensors
+from compress.quantize.ranges import begin_below_zero, make_plan
 from compress.quantize.rounding import improve_rounding
-from compress.quantize.statistics import Statistics, calibrate
-from compress.quantize.weights import search_weight_scales
+from compress.quantize.sqnr import answers, mean_db, shown, sqnr_each
+from compress.quantize.weight_scales import search_weight_scales
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and judged by
 _GAIN_DB = 0.05  # less than this is noise

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
+from compress.graph.model import Graph
 from compress.packages import require
-from compress.qdq.graph import Graph
 from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize.images import Feed
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from onnx import AttributeProto, NodeProto
 
-from compress.qdq.graph import WEIGHTED, Graph
+from compress.graph.model import WEIGHTED, Graph
 from compress.qdq.placement import place
-from compress.quantize.fidelity import shown
+from compress.quantize.sqnr import shown
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})

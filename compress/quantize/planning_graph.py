@@ -8,9 +8,9 @@ import numpy as np
 from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.qdq.graph import Graph
+from compress.graph.model import Graph
+from compress.graph.weightless import infer_shapes
 from compress.qdq.placement import SAME_SCALE
-from compress.qdq.skeleton import infer_shapes
 from compress.quantize.images import Batches, Feed, by_name, first_batch
 from compress.quantize.sessions import CannotRunError, Session, session_of
 

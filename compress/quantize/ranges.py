@@ -10,9 +10,9 @@ from onnx import ModelProto
 
 from compress import plugins
 from compress.errors import UsageError
-from compress.qdq.graph import ACTIVATIONS, Graph
+from compress.graph.model import ACTIVATIONS, Graph
 from compress.qdq.plan import ActivationRange, QuantPlan
-from compress.quantize.statistics import Statistics
+from compress.quantize.calibration import Statistics
 
 
 def make_plan(

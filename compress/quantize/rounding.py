@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from compress import progress
-from compress.qdq.graph import Graph, attribute
+from compress.graph.model import Graph, attribute
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import along, default_scales, scale_axis, write_qdq
 from compress.quantize.bias import fewer
 from compress.quantize.images import Feed
-from compress.quantize.sequence import layers
+from compress.quantize.layerwise import layers
 
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from compress.artifact import replacing
 from compress.errors import DataError
-from compress.lint.graph import Graph, Use
-from compress.lint.quantized import WEIGHTED, Pair, Weight, pair_before, weight_of
-from compress.measure.counting import node_macs
+from compress.measure.macs import node_macs
 from compress.progress import track
 from compress.qdq import QuantPlan, prepare, write_qdq
+from compress.qdq.lint.graph import Graph, Use
+from compress.qdq.lint.patterns import WEIGHTED, Pair, Weight, pair_before, weight_of
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.quantize.sessions import session_of, with_outputs
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.qdq.skeleton import is_large, skeleton
+from compress.graph.weightless import is_large, skeleton
 from compress.runtimes.onnxruntime import EXACT_INT8, explained
 
 

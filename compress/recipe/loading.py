@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from compress import plugins
 from compress.errors import RecipeError, UnknownNameError, UsageError, did_you_mean
 from compress.packages import require
-from compress.settings import Recipe, Settings, Stage, TrainSettings
+from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 
 TRACKERS = ("tensorboard", "mlflow")
 Part = TypeVar("Part", bound=Settings)
@@ -44,7 +44,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def packaged_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, name -> file, sorted by name."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     folders = (package / "recipes", package.parent / "recipes")  # in a wheel, in a checkout
     files = next((f for f in (sorted(each.glob("*.yaml")) for each in folders) if f), [])
     return {file.stem: file for file in files}

@@ -7,8 +7,8 @@ from pathlib import Path
 from compress.artifact import write_json, write_text
 from compress.errors import printable
 from compress.report.reading import read_run
+from compress.report.runs import compare_runs
 from compress.report.schema import Report
-from compress.report.several import compare_runs
 from compress.report.terminal import summary
 from compress.report.verdict import verdict
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from compress.report import figures
+from compress.report import numbers
 from compress.report.pictures import png
 from compress.report.schema import ClassScores, Confusion, Details, Report
 from compress.report.tables import Cell, Column, Table
@@ -88,7 +88,7 @@ def _side_by_side(details: Details, before: ClassScores, after: ClassScores) -> 
             (
                 Cell(class_name(details, position)),
                 Cell(f"{images:,}", images),
-                Cell(figures.points(change), change),
+                Cell(numbers.points(change), change),
                 *map(_percent, scores),
             )
         )
@@ -99,7 +99,7 @@ def _side_by_side(details: Details, before: ClassScores, after: ClassScores) -> 
 
 
 def _percent(value: float | None) -> Cell:
-    return Cell(figures.percent(value), value)
+    return Cell(numbers.percent(value), value)
 
 
 def _change(before: float | None, after: float | None) -> float | None:
@@ -202,12 +202,12 @@ def subgroup_table(details: Details) -> Table | None:
         groups = [found.get((*key, variant)) for variant in variants]
         images = max(group.images for group in groups if group)
         cells = [
-            Cell(figures.ABSENT, reason="this variant was not measured on it")
+            Cell(numbers.ABSENT, reason="this variant was not measured on it")
             if group is None
             else Cell(
-                figures.percent(group.top1_pct),
+                numbers.percent(group.top1_pct),
                 group.top1_pct,
-                figures.interval(group.top1_ci95, "percent"),
+                numbers.interval(group.top1_ci95, "percent"),
             )
             for group in groups
         ]
@@ -227,7 +227,7 @@ def similarity_table(details: Details) -> Table | None:
         (
             Cell(part.variant),
             Cell(part.method, remark=part.measure),
-            Cell(figures.number(part.mean), part.mean, figures.interval(part.ci95)),
+            Cell(numbers.number(part.mean), part.mean, numbers.interval(part.ci95)),
             Cell(str(part.images), part.images),
         )
         for part in details.similarities

@@ -8,7 +8,7 @@ from base64 import b64encode
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
-from compress.report import figures, lost
+from compress.report import errors_by_class, numbers
 from compress.report.charts import LINES_NARROW, lines, reliability
 from compress.report.pareto_chart import pareto_charts
 from compress.report.schema import Calibration, Details, Report
@@ -38,7 +38,7 @@ def html(report: Report) -> str:
         charts=pareto_charts([report]),
         tables=[compact(accuracies(report)), compact(speeds(report)), compact(sizes(report))],
         rows_limit=ROWS,
-        flipped=lost.flipped(report),
+        flipped=errors_by_class.flipped(report),
         **_lost(report.details),
         **_looking(report.details),
     )
@@ -64,14 +64,14 @@ def render(template: str, **content: Any) -> str:
 
 def _lost(details: Details) -> dict[str, Any]:
     flips = details.flips[:FLIPS]
-    shown = lost.within_budget([(flip.thumbnail,) for flip in flips], PICTURES)
+    shown = errors_by_class.within_budget([(flip.thumbnail,) for flip in flips], PICTURES)
     bins = [(part.variant, *_well_filled(part)) for part in details.calibration]
     bins = [*bins[:1], *bins[1:][-LINES:]]  # the original, and what it became in the end
     return {
-        "class_tables": lost.class_tables(details),
-        "matrices": lost.matrices(details),
-        "confused": lost.grown_confusions(details),
-        "subgroups": lost.subgroup_table(details),
+        "class_tables": errors_by_class.class_tables(details),
+        "matrices": errors_by_class.matrices(details),
+        "confused": errors_by_class.grown_confusions(details),
+        "subgroups": errors_by_class.subgroup_table(details),
         "flips": flips[:shown],
         "reliability": reliability(bins) if any(points for _, points, _ in bins) else None,
     }
@@ -86,8 +86,10 @@ def _well_filled(part: Calibration) -> tuple[list[float], list[float]]:
 
 def _looking(details: Details) -> dict[str, Any]:
     maps = details.attributions[:ATTRIBUTIONS]
-    shown = lost.within_budget([(m.image, m.before_map, m.after_map) for m in maps], PICTURES)
-    return {"attributions": maps[:shown], "similarities": lost.similarity_table(details)}
+    shown = errors_by_class.within_budget(
+        [(m.image, m.before_map, m.after_map) for m in maps], PICTURES
+    )
+    return {"attributions": maps[:shown], "similarities": errors_by_class.similarity_table(details)}
 
 
 def _environment() -> Environment:
@@ -101,7 +103,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals.update(
-        class_name=lost.class_name,
+        class_name=errors_by_class.class_name,
         gate_sentence=gate_sentence,
         place_lines=lambda curve: (lines(curve), lines(curve, LINES_NARROW)),
         missing=missing,
@@ -109,13 +111,13 @@ def _environment() -> Environment:
         sizes_mib=sizes_mib,
     )
     environment.filters.update(
-        count=figures.count,
-        fact=figures.fact,
-        factor=figures.factor,
-        interval=figures.interval,
-        number=figures.number,
-        percent=figures.percent,
-        points=figures.points,
+        count=numbers.count,
+        fact=numbers.fact,
+        factor=numbers.factor,
+        interval=numbers.interval,
+        number=numbers.number,
+        percent=numbers.percent,
+        points=numbers.points,
     )
     return environment
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from compress.report.figures import fact
+from compress.report.numbers import fact
 from compress.report.schema import Report
 from compress.report.tables import Cell, Table, accuracies, compact, sizes, speeds
 from compress.report.terminal import gate_sentence, missing

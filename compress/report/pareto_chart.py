@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from compress.report import figures
+from compress.report import numbers
 from compress.report.charts import NARROW, WIDE, Dot, Scatter, pareto, scatter
-from compress.report.places import Setting, place_name, setting_name, setting_of, settings
+from compress.report.configuration import Setting, place_name, setting_name, setting_of, settings
 from compress.report.schema import Report, Result, Variant
 from compress.report.verdict import accuracy_of, title
 
@@ -48,7 +48,7 @@ def _chart(setting: Setting, dots: list[Dot]) -> ParetoChart:
 
 
 def _words(dot: Dot) -> str:
-    return f"{dot.name} ({figures.number(dot.x)} ms, {figures.percent(dot.y)} %)"
+    return f"{dot.name} ({numbers.number(dot.x)} ms, {numbers.percent(dot.y)} %)"
 
 
 def _dots(reports: Sequence[Report], setting: Setting) -> list[Dot]:
@@ -82,14 +82,14 @@ def _dot(report: Report, variant: Variant, result: Result, series: int | None) -
 
 def _facts(variant: Variant, result: Result, accuracy: Result) -> list[str]:
     named = (
-        ("p50", figures.number(result.latency_ms_p50), "ms", result.latency_ms_p50_ci95, "number"),
-        ("top-1", figures.percent(accuracy.top1_pct), "%", accuracy.top1_ci95, "percent"),
-        ("speed-up", figures.factor(result.speedup), "", result.speedup_ci95, "number"),
-        ("file", figures.number(result.size_mib or variant.size_mib), "MiB", None, "number"),
-        ("peak memory", figures.number(result.peak_memory_mib), "MiB", None, "number"),
+        ("p50", numbers.number(result.latency_ms_p50), "ms", result.latency_ms_p50_ci95, "number"),
+        ("top-1", numbers.percent(accuracy.top1_pct), "%", accuracy.top1_ci95, "percent"),
+        ("speed-up", numbers.factor(result.speedup), "", result.speedup_ci95, "number"),
+        ("file", numbers.number(result.size_mib or variant.size_mib), "MiB", None, "number"),
+        ("peak memory", numbers.number(result.peak_memory_mib), "MiB", None, "number"),
     )
     return [
-        f"{name} {value} {unit}".rstrip() + (f" ({figures.interval(ci, form)})" if ci else "")
+        f"{name} {value} {unit}".rstrip() + (f" ({numbers.interval(ci, form)})" if ci else "")
         for name, value, unit, ci, form in named
-        if value != figures.ABSENT
+        if value != numbers.ABSENT
     ]

@@ -14,9 +14,9 @@ from typing import Any
 from compress import artifact
 from compress.artifact import Artifact
 from compress.errors import RunError
-from compress.recipe import dump, from_anywhere, to_json
-from compress.run_lock import LOCK_FILE
-from compress.settings import Recipe
+from compress.recipe.loading import dump, from_anywhere, to_json
+from compress.recipe.settings import Recipe
+from compress.report.run_lock import LOCK_FILE
 
 SCHEMA = 1
 RUN_FILE = "run.json"

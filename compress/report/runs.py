@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress.artifact import write_json, write_text
 from compress.errors import RunError
-from compress.report import figures
+from compress.report import numbers
+from compress.report.configuration import place_name, setting_of
 from compress.report.markdown import bullets, plain, section
 from compress.report.pareto_chart import pareto_charts
-from compress.report.places import place_name, setting_of
 from compress.report.reading import read_run
 from compress.report.schema import SCHEMA, Interval, Report, Result, Variant
 from compress.report.tables import Cell, Column, Table, accuracies, compact, sizes, speeds
@@ -103,7 +103,7 @@ def joint(tables: Sequence[tuple[str, Table]]) -> Table:
     for run, table in tables:
         for row in table.rows:
             cells = dict(zip(table.columns, row, strict=True))
-            absent = Cell(figures.ABSENT, reason=f"{run} does not have it")
+            absent = Cell(numbers.ABSENT, reason=f"{run} does not have it")
             rows.append((Cell(run), *(cells.get(column, absent) for column in columns)))
     first = Column("Run", is_number=False)
     return replace(tables[0][1], columns=(first, *columns), rows=tuple(rows))
@@ -186,27 +186,27 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
     )
     return (
         Cell(now.report.name),
-        Cell(now.report.provenance.created or figures.ABSENT),
+        Cell(now.report.provenance.created or numbers.ABSENT),
         Cell(title(now.variant, now.result)),
         Cell(
-            figures.percent(accuracy.top1_pct),
+            numbers.percent(accuracy.top1_pct),
             accuracy.top1_pct,
-            figures.interval(accuracy.top1_ci95, "percent"),
+            numbers.interval(accuracy.top1_ci95, "percent"),
             WORSE if old and _is_below(accuracy.top1_ci95, old.top1_ci95) else "",
         ),
         Cell(
-            figures.number(now.result.latency_ms_p50),
+            numbers.number(now.result.latency_ms_p50),
             now.result.latency_ms_p50,
-            figures.interval(now.result.latency_ms_p50_ci95),
+            numbers.interval(now.result.latency_ms_p50_ci95),
         ),
         Cell(
-            figures.factor(now.result.speedup),
+            numbers.factor(now.result.speedup),
             now.result.speedup,
-            figures.interval(now.result.speedup_ci95),
+            numbers.interval(now.result.speedup_ci95),
             WORSE if slower else "",
         ),
         Cell(
-            figures.number(now.size_mib),
+            numbers.number(now.size_mib),
             now.size_mib,
             remark=WORSE if before and _grew(before, now) else "",
         ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from compress.report import figures
-from compress.report.places import place_name, setting_of
+from compress.report import numbers as figures
+from compress.report.configuration import place_name, setting_of
 from compress.report.schema import Interval, Report, Result, Variant
 from compress.report.verdict import SAME, accuracy_differs, accuracy_of, speed_differs
 from compress.statistics import undecided

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.report import figures
-from compress.report.places import Setting, setting_name, setting_of, settings
+from compress.report import numbers
+from compress.report.configuration import Setting, setting_name, setting_of, settings
 from compress.report.schema import Gate, Report, Result, Variant
 from compress.report.verdict import accuracy_of, speed_differs
 
@@ -120,21 +120,21 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
     accuracy = accuracy_of(variant, result) if result else None
     return (
         _accuracy(accuracy),
-        figures.count(variant.params),
-        figures.count(variant.macs),
-        figures.number(result.size_mib if result and result.size_mib else variant.size_mib),
-        figures.number(result.peak_memory_mib if result else None),
-        figures.number(result.latency_ms_p50 if result else None),
-        _speedup(result) if result else figures.ABSENT,
+        numbers.count(variant.params),
+        numbers.count(variant.macs),
+        numbers.number(result.size_mib if result and result.size_mib else variant.size_mib),
+        numbers.number(result.peak_memory_mib if result else None),
+        numbers.number(result.latency_ms_p50 if result else None),
+        _speedup(result) if result else numbers.ABSENT,
     )
 
 
 def _accuracy(result: Result | None) -> str:
     if result is not None and result.main_metric is not None:
-        return figures.percent(result.main_metric.value)
+        return numbers.percent(result.main_metric.value)
     if result is not None and result.outputs:
-        return figures.number(result.worst_sqnr_db)
-    return figures.percent(result.top1_pct if result else None)
+        return numbers.number(result.worst_sqnr_db)
+    return numbers.percent(result.top1_pct if result else None)
 
 
 def _accuracy_heading(report: Report) -> str:
@@ -151,7 +151,7 @@ def _accuracy_heading(report: Report) -> str:
 
 def _speedup(result: Result) -> str:
     sign = "=" if speed_differs(result) is False else ""  # no significant difference
-    return f"{sign}{figures.factor(result.speedup)}"
+    return f"{sign}{numbers.factor(result.speedup)}"
 
 
 def _gate_line(gate: Gate) -> RenderableType:
@@ -176,10 +176,10 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
     if gate.measured is None:
         measured = f"not measured because {gate.reason or 'no reason was recorded'}"
     elif gate.measured < 0 and unit == " points":
-        measured = f"gained {figures.number(-gate.measured)}"
+        measured = f"gained {numbers.number(-gate.measured)}"
     else:
-        shown = figures.number(gate.measured)
-        if not gate.passed and shown == figures.number(gate.limit):
+        shown = numbers.number(gate.measured)
+        if not gate.passed and shown == numbers.number(gate.limit):
             shown = f"{gate.measured:.6g}"
         measured = f"measured {shown}"
     if gate.measured is not None and gate.reason and not gate.passed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compress.report.figures import factor, interval, number, points
+from compress.report.numbers import factor, interval, number, points
 from compress.report.schema import ChangeRecord, Interval, Report, Result, Variant
 from compress.statistics import excludes, undecided
 

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 
 import numpy as np
 
-from compress import onnx_file, plugins
+from compress import plugins
 from compress.artifact import read_json, sha256, write_json
 from compress.errors import EngineError, UsageError
-from compress.onnx_facts import input_facts
+from compress.graph import files
+from compress.graph.metadata import input_facts
 from compress.runtimes._session import BuildRequest, CheckedSession, RawSession, TensorSpec
 from compress.trust import check_engine, remember_engine
 
@@ -169,7 +170,7 @@ def build_engine(
         "source_sha256": sha256(source),
         "sha256": sha256(target),
         "bytes": target.stat().st_size,
-        "input": input_facts(onnx_file.load(source, weights=False)),
+        "input": input_facts(files.load(source, weights=False)),
         **facts,
     }
     write_json(record_path(target), record)

@@ -7,8 +7,8 @@ from typing import Any
 
 from onnx import ModelProto, helper
 
-from compress import onnx_file
 from compress.errors import EngineError
+from compress.graph import files
 
 
 def of_precision(path: Path, precision: str | None) -> ModelProto:
@@ -18,7 +18,7 @@ def of_precision(path: Path, precision: str | None) -> ModelProto:
         EngineError: the file is damaged, or int8 is asked of a graph without Q/DQ nodes, or fp32
             of one with them.
     """
-    model = onnx_file.load(path)
+    model = files.load(path)
     has_qdq = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     if precision == "int8" and not has_qdq:
         raise EngineError(
@@ -33,7 +33,7 @@ def of_precision(path: Path, precision: str | None) -> ModelProto:
             fix="Build the ONNX file from before quantization",
         )
     if precision == "fp16":
-        from compress.half import to_half
+        from compress.graph.fp16 import to_half
 
         model = to_half(model)
     return model

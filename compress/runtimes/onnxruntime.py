@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx
 
-from compress import onnx_file
 from compress.artifact import replacing
 from compress.errors import EngineError, UsageError
+from compress.graph import files
 from compress.packages import require
 from compress.runtimes import _graph
 from compress.runtimes._session import BuildRequest, TensorSpec
@@ -101,7 +101,7 @@ class Onnxruntime:
         Raises:
             EngineError: it is damaged or holds an operator ONNX Runtime does not know.
         """
-        onnx_file.check(path)
+        files.check(path)
         return OnnxruntimeSession(self._session(str(path), self._options(), path))
 
     def _options(self) -> Any:

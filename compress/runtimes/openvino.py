@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from compress import onnx_file
 from compress.artifact import replacing
 from compress.errors import EngineError, UsageError
+from compress.graph import files
 from compress.packages import install_command, is_installed, require
 from compress.runtimes import _graph
 from compress.runtimes._session import BuildRequest, TensorSpec
@@ -67,7 +67,7 @@ class Openvino:
                 expected="an --out that ends in .xml",
             )
         ov = _package()
-        onnx_file.check(source)
+        files.check(source)
         if request.precision == "fp16":
             model = self._read(_graph.of_precision(source, "fp16").SerializeToString(), source)
         else:
@@ -90,7 +90,7 @@ class Openvino:
         """
         _package()
         if path.suffix != ".xml":
-            onnx_file.check(path)
+            files.check(path)
         elif not path.with_suffix(".bin").is_file():
             raise EngineError(
                 "its weights are not beside it",
@@ -182,7 +182,7 @@ def _nodes_of(path: Path | None, names: str) -> str:
     if path is None or path.suffix != ".onnx":
         return ""
     wanted = {name.rsplit(".", 1)[-1] for name in names.split(", ")}
-    graph = onnx_file.load(path, weights=False).graph
+    graph = files.load(path, weights=False).graph
     nodes = [repr(node.name) for node in graph.node if node.op_type in wanted]
     return f" (node {', '.join(nodes[:3])})" if nodes else ""
 

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from compress.errors import EngineError, UsageError
-from compress.groups.copying import full_copy
 from compress.modules import network_of, set_mode
-from compress.outputs import tensors_of
+from compress.modules.copying import full_copy
+from compress.modules.outputs import tensors_of
 from compress.runtimes._session import BuildRequest, TensorSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from compress import onnx_file
 from compress.errors import UsageError
+from compress.graph import files
 from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import TENSORRT, gpu_name
 from compress.runtimes._trt_build import Build, BuildSettings
@@ -56,7 +56,7 @@ class Tensorrt:
         Raises:
             EngineError: the graph is damaged, or TensorRT cannot take it.
         """
-        onnx_file.check(source)
+        files.check(source)
         settings = BuildSettings(
             workspace_mib=self.workspace_mib,
             optimization_level=self.optimization_level,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress import onnx_file
+from compress.graph import files
 from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import TENSORRT_RTX
 from compress.runtimes._trt_build import Build, BuildSettings
@@ -44,7 +44,7 @@ class TensorrtRtx:
         Raises:
             EngineError: the graph is damaged, or TensorRT-RTX cannot take it.
         """
-        onnx_file.check(source)
+        files.check(source)
         settings = BuildSettings(
             capabilities=tuple(self.capabilities),
             workspace_mib=self.workspace_mib,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.objective import CrossEntropy
+from compress.modules.objective import CrossEntropy
 from compress.tasks import Kind, Prediction, Target, Task, main_output
 from compress.tasks._drawing import captioned
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
-from compress.fitting import Fit
 from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, numeric
 from compress.tasks._drawing import boxed
 from compress.tasks._losses import ultralytics_loss

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.outputs import logits_of
+from compress.modules.outputs import logits_of
 from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
-from compress.outputs import logits_of
+from compress.modules.outputs import logits_of
 from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
 from compress.tasks._drawing import captioned
 from compress.tasks._ranking import average_precision, mean_over

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
-from compress.outputs import logits_of
+from compress.modules.outputs import logits_of
 from compress.tasks import Kind, Prediction, Target, Task, main_output, numeric
 
 LARGEST_PSNR_DB = 100.0  # of two equal images, where the ratio is infinite

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from compress.head import replace_head
-from compress.objective import CrossEntropy, Moment, Objective
+from compress.models.classifier import replace_head
+from compress.modules.objective import CrossEntropy, Moment, Objective
 from compress.train.batches import shown_batches
+from compress.train.distributed import join_processes
 from compress.train.loop import train
-from compress.train.processes import join_processes
 from compress.train.run import TrainResult
 
 __all__ = [

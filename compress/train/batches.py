@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.augment import CHANCES, augment, augment_with_labels, mixed
 from compress.data import Dataset, targets_of
+from compress.data._augment import CHANCES, augment, augment_with_labels, mixed
+from compress.data._images import Images
+from compress.data._shards import shuffled
 from compress.errors import TrainingError
-from compress.images import Images
-from compress.settings import TrainSettings
-from compress.shards import shuffled
+from compress.recipe.settings import TrainSettings
 
 PREFETCHED = 4  # batches that each decoding process works ahead
 

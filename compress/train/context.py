@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from compress.settings import TrainSettings
+from compress.recipe.settings import TrainSettings
 from compress.train.optimizers import frozen_layers
 
 

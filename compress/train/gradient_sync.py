@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compress.train.processes import Processes
+from compress.train.distributed import Processes
 
 
 class Sharing:

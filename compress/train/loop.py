@@ -9,12 +9,12 @@ from torch import nn
 from compress import progress
 from compress.data import Dataset
 from compress.errors import UsageError
-from compress.objective import CrossEntropy, Objective, TaskLoss
-from compress.settings import TrainSettings
+from compress.modules.objective import CrossEntropy, Objective, TaskLoss
+from compress.recipe.settings import TrainSettings
 from compress.tasks import Task
-from compress.train.processes import Processes, failing_together, join_processes
+from compress.train.context import left_as_found
+from compress.train.distributed import Processes, failing_together, join_processes
 from compress.train.run import Run, TrainResult
-from compress.train.surroundings import left_as_found
 
 
 def train(  # noqa: PLR0913  # what a training is about, each with its default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compress.errors import TrainingError
-from compress.settings import TrainSettings
+from compress.recipe.settings import TrainSettings
 
 MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")  # of the allocators
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from compress.errors import UnknownNameError, UsageError
-from compress.settings import TrainSettings
+from compress.recipe.settings import TrainSettings
 
 
 def make_optimizer(

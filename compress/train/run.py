@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from compress import interruption, progress, tasks
 from compress.data import Dataset
 from compress.errors import TrainingError
-from compress.objective import Informed, Moment, Movable, Objective, Stateful
-from compress.settings import TrainSettings
+from compress.modules.objective import Informed, Moment, Movable, Objective, Stateful
+from compress.recipe.settings import TrainSettings
 from compress.train import checkpoints
-from compress.train.average import Average
 from compress.train.batches import Batch, on_device, seed_of, shown, steps_in_epoch, train_batches
-from compress.train.journal import Journal, Row
+from compress.train.context import set_training
+from compress.train.distributed import Processes, SyncedBatchNorm
+from compress.train.ema import Average
+from compress.train.gradient_sync import Sharing
 from compress.train.memory import is_out_of_memory, more_parts, too_large
+from compress.train.metrics_log import Journal, Row
 from compress.train.optimizers import make_optimizer, set_rate
 from compress.train.precision import autocast, chosen_precision
-from compress.train.processes import Processes, SyncedBatchNorm
 from compress.train.schedules import factor
-from compress.train.sharing import Sharing
-from compress.train.surroundings import set_training
 from compress.train.validation import Score, validate, validate_task
 
 logger = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from compress.settings import TrainSettings
+from compress.recipe.settings import TrainSettings
 
 ONE_CYCLE_RISE = 0.3  # share of the training in which the rate rises
 ONE_CYCLE_START = 1 / 25  # of the peak

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from compress import evaluate
 from compress.data import Dataset
-from compress.outputs import logits_of
+from compress.modules.outputs import logits_of
 from compress.tasks import Task, values_of
+from compress.train.distributed import Processes
 from compress.train.precision import autocast
-from compress.train.processes import Processes
 
 BATCH_SIZE = 256  # at most
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 RECIPE = {
-    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 16},
     "stages": [{"train": {"epochs": 1, "precision": "fp32"}}],
     "targets": [{"runtime": "onnxruntime", "precision": "fp32"}],
@@ -44,7 +44,7 @@ def test_help_answers_in_half_a_second():
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; sys.argv = ['compress', '--help']\n"
-        "from compress.cli import main\n"
+        "from compress.cli.app import main\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'numpy', 'onnx', 'pydantic', 'rich') if m in sys.modules],"
@@ -161,7 +161,10 @@ def test_show_prints_documentation_and_options(compress):
         (["run", "none.yaml"], "none.yaml: the recipe cannot be read: No such file"),
         (["check", "none.yaml"], "none.yaml: the recipe cannot be read"),
         (["sensitivity", "x", "--data", "digits"], "Expected one of --prune and --quantize"),
-        (["export", "compress.networks:resnet8", "--out", "x", "--input-size", "3,32"], "3 whole"),
+        (
+            ["export", "compress.models.cifar:resnet8", "--out", "x", "--input-size", "3,32"],
+            "3 whole",
+        ),
         (["lint", "none.onnx", "--target", "tensorrt"], "none.onnx"),
         (["lint", "x.onnx", "--target", "tensorrt", "--out", "y"], "x.onnx"),
         (["report", "/none"], "/none: there is no such folder"),
@@ -172,7 +175,10 @@ def test_show_prints_documentation_and_options(compress):
         (["build", "none.onnx", "--runtime", "onnx", "--out", "x"], "no such runtime 'onnx'"),
         (["bench", "none.onnx"], "none.onnx"),
         (["compare", "none.onnx", "other.onnx", "--data", "digits"], "none.onnx"),
-        (["prune", "compress.networks:resnet8", "--data", "digit"], "no such kind of data 'digit'"),
+        (
+            ["prune", "compress.models.cifar:resnet8", "--data", "digit"],
+            "no such kind of data 'digit'",
+        ),
         (["prune", "torchvision:resnet81", "--data", "digits"], "no such torchvision network"),
         (["prune", "a.b:c", "--data", "digits", "--max-drop", "1"], "Add --keep-channels FILE"),
         (["sparsify", "a.b:c", "--data", "digits"], "give keep_weights, or pattern 2:4"),
@@ -182,7 +188,7 @@ def test_show_prints_documentation_and_options(compress):
         ),
         (["quantize", "none.onnx", "--data", "digits"], "no such file 'none.onnx'"),
         (
-            ["prune", "compress.networks:resnet8", "--data", "digits", "--keep-macs", "1.5"],
+            ["prune", "compress.models.cifar:resnet8", "--data", "digits", "--keep-macs", "1.5"],
             "stages[0].prune.keep_macs: 1.5: Input should be less than or equal to 1",
         ),
         (
@@ -230,7 +236,7 @@ def test_a_checkpoint_with_code_in_it_is_refused(compress, recipe, tmp_path):
 
 
 def test_a_runtime_that_is_not_installed_names_its_extra(compress, recipe, monkeypatch):
-    for name in ("compress.pipeline.preflight", "compress.runtimes._trt"):
+    for name in ("compress.pipeline.check", "compress.runtimes._trt"):
         module = importlib.import_module(name)
         monkeypatch.setattr(module, "is_installed", lambda package: package != "tensorrt")
     path = recipe(targets=[{"runtime": "tensorrt", "precision": "fp32"}])
@@ -251,7 +257,7 @@ def test_a_loss_that_is_not_a_number_names_stage_step_and_rate(compress, recipe,
 def test_one_verb_leaves_a_run_folder_like_any_other(compress, tmp_path):
     code, out, _ = compress(
         "prune",
-        "compress.networks:resnet8",
+        "compress.models.cifar:resnet8",
         *("--data", "digits", "--keep-macs", "0.5", "--criterion", "l1"),
         *("--out", tmp_path / "run"),
         *(
@@ -282,7 +288,7 @@ def test_track_reaches_the_trainings_of_every_command(
 
     seen = []
     monkeypatch.setattr(pipeline, "run", lambda recipe, *_, **__: seen.append(recipe))
-    network, data = "compress.networks:resnet8", ("--data", "digits", "--epochs", 1)
+    network, data = "compress.models.cifar:resnet8", ("--data", "digits", "--epochs", 1)
     arguments = {
         "run": (recipe(),),
         "train": (network, *data),
@@ -298,7 +304,7 @@ def test_track_reaches_the_trainings_of_every_command(
 
 def test_track_without_training_is_refused(compress):
     code, _, err = compress(
-        "prune", "compress.networks:resnet8", "--data", "digits", "--track", "mlflow"
+        "prune", "compress.models.cifar:resnet8", "--data", "digits", "--track", "mlflow"
     )
     assert code == 2
     assert "--track: nothing is trained that could be logged" in err
@@ -306,7 +312,7 @@ def test_track_without_training_is_refused(compress):
 
 def test_zeroed_weights_stay_zero_through_training_and_int8(compress, recipe, tmp_path):
     path = recipe(
-        model={"name": "compress.networks:resnet8", "options": {"in_channels": 1}},
+        model={"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1}},
         stages=[
             {"sparsify": {"pattern": "2:4"}},
             {"finetune": {"epochs": 1, "precision": "fp32"}},
@@ -335,7 +341,7 @@ def test_zeroed_weights_stay_zero_through_training_and_int8(compress, recipe, tm
 
 def test_the_verb_zeroes_the_share_it_is_told(compress, tmp_path):
     code, _, err = compress(
-        "sparsify", "compress.networks:resnet8", "--data", "digits", "--keep-weights", "0.3",
+        "sparsify", "compress.models.cifar:resnet8", "--data", "digits", "--keep-weights", "0.3",
         "--criterion", "lamp", *SMALL, "--out", tmp_path / "run",
     )  # fmt: skip
     assert code == 0, err
@@ -346,7 +352,7 @@ def test_the_verb_zeroes_the_share_it_is_told(compress, tmp_path):
 
 
 def test_a_sensitivity_is_a_budget_for_every_layer(compress, tmp_path):
-    network = ("compress.networks:resnet8", "--data", "digits")
+    network = ("compress.models.cifar:resnet8", "--data", "digits")
     curves = {
         "baseline_top1_pct": 90.0,
         "criterion": "l2",
@@ -380,7 +386,7 @@ def test_a_sensitivity_is_a_budget_for_every_layer(compress, tmp_path):
 
 
 def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkeypatch, recipe):
-    from compress import commands
+    from compress.cli import commands
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
@@ -400,7 +406,7 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkey
     ],
 )
 def test_out_of_memory_is_one_sentence_anywhere(compress, monkeypatch, recipe, error):
-    from compress import commands
+    from compress.cli import commands
 
     def hungry(*_, **__):
         raise error
@@ -417,7 +423,7 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(
     compress, monkeypatch, tmp_path, recipe, error
 ):
     """Never exit code 1, which continuous integration reads as a failed gate."""
-    from compress import commands
+    from compress.cli import commands
 
     def broken(*_, **__):
         raise error
@@ -434,7 +440,7 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(
 
 
 def test_a_traceback_that_no_file_takes_is_printed(compress, monkeypatch, tmp_path, recipe):
-    from compress import commands
+    from compress.cli import commands
 
     def broken(*_, **__):
         raise RuntimeError("shape mismatch")
@@ -448,7 +454,7 @@ def test_a_traceback_that_no_file_takes_is_printed(compress, monkeypatch, tmp_pa
 
 def test_a_warning_is_one_sentence_without_a_line_of_code(compress, tmp_path):
     from compress.export import export_onnx
-    from compress.networks import resnet8
+    from compress.models.cifar import resnet8
 
     export_onnx(resnet8(in_channels=1), torch.zeros(1, 1, 8, 8), tmp_path / "fp32.onnx")
     with warnings.catch_warnings():
@@ -467,7 +473,7 @@ def test_a_warning_is_one_sentence_without_a_line_of_code(compress, tmp_path):
 
 def test_a_lint_that_finds_something_exits_with_1(compress, tmp_path):
     from compress.export import export_onnx
-    from compress.networks import resnet8
+    from compress.models.cifar import resnet8
     from compress.quantize import quantize_onnx
 
     export_onnx(resnet8(), torch.zeros(1, 3, 16, 16), tmp_path / "fp32.onnx")
@@ -509,7 +515,7 @@ def test_a_size_that_is_none_is_refused(compress, size, said):
 
 
 def test_a_size_may_be_a_rectangle():
-    from compress.commands.options import data_part
+    from compress.cli.options import data_part
 
     given = {"data": "digits", "image_size": "12,16"}
     assert data_part(given) == {"name": "digits", "image_size": [12, 16]}
@@ -526,7 +532,7 @@ def test_labels_of_another_form_are_refused_where_classes_are_compared(compress,
             for number in range(12):
                 Image.new(mode, (8, 8), number % 2).save(folder / f"{number}.png")
     code, _, err = compress(
-        "sensitivity", "compress.networks:resnet8", "--prune", "--data", f"masks:{tmp_path}",
+        "sensitivity", "compress.models.cifar:resnet8", "--prune", "--data", f"masks:{tmp_path}",
         "--image-size", "8",
     )  # fmt: skip
     assert code == 2
@@ -535,7 +541,14 @@ def test_labels_of_another_form_are_refused_where_classes_are_compared(compress,
 
 def test_export_writes_free_sizes_and_fixed_batches(compress, tmp_path):
     out = tmp_path / "x.onnx"
-    command = ["export", "compress.networks:resnet8", "--out", str(out), "--input-size", "3,16,16"]
+    command = [
+        "export",
+        "compress.models.cifar:resnet8",
+        "--out",
+        str(out),
+        "--input-size",
+        "3,16,16",
+    ]
     for options, expected in (
         ([], ["batch", 3, 16, 16]),
         (["--fixed-batch"], [1, 3, 16, 16]),

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from compress import doctor, packages, plugins
+from compress import packages, plugins
+from compress.cli import doctor
 
 
 def test_examination_names_every_runtime_and_says_why_not() -> None:

@@ -10,9 +10,9 @@ import torch
 import yaml
 from PIL import Image
 
-from compress import cli
+from compress.cli import app
 from compress.models import load_model
-from compress.recipe import load_recipe
+from compress.recipe.loading import load_recipe
 
 FILE = '''
 from torch import nn
@@ -69,7 +69,7 @@ def compress(monkeypatch, capsys):
         terminal.isatty = lambda: answers is not None
         monkeypatch.setattr(sys, "stdin", terminal)
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         return ended.value.code, out, err
 
@@ -142,7 +142,9 @@ def test_what_cannot_be_found_is_asked_for(tmp_path, monkeypatch, compress):
              x_test=np.zeros((4, 8, 8), np.uint8), y_test=np.arange(4) % 2)  # fmt: skip
     code, _, err = compress("init")
     assert (code, err) == (2, "compress: no network was found here. Name it: --model.\n")
-    assert compress("init", "--model", "compress.networks:resnet8", "--data", "npz:d.npz")[0] == 2
+    assert (
+        compress("init", "--model", "compress.models.cifar:resnet8", "--data", "npz:d.npz")[0] == 2
+    )
     assert not Path("compress.yaml").exists()
 
 
@@ -156,7 +158,7 @@ def test_masks_are_segmented_and_not_distilled(tmp_path, monkeypatch, compress):
                 pixels = random.integers(0, 3, shape).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "street" / part / kind / f"{n}.png")
     code, out, err = compress(
-        "init", "--model", "compress.networks:unet", "--image-size", "16", "--out", "s.yaml"
+        "init", "--model", "compress.models.cifar:unet", "--image-size", "16", "--out", "s.yaml"
     )
     assert code == 0, err
     assert "task segmentation" in out

@@ -6,11 +6,11 @@ import sys
 import pytest
 import typer
 
-from compress import cli
+from compress.cli import app
 from compress.errors import CompressError, RecipeError
-from compress.recipe import validate
+from compress.recipe.loading import validate
 
-COMMANDS = typer.main.get_command(cli.app).commands
+COMMANDS = typer.main.get_command(app.app).commands
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ COMMANDS = typer.main.get_command(cli.app).commands
             "Expected 3 whole numbers, the smallest, usual and largest batch: 1,1,8.",
         ),
         (
-            ["export", "compress.networks:resnet8", "--out", "o", "--input-size", "224"],
+            ["export", "compress.models.cifar:resnet8", "--out", "o", "--input-size", "224"],
             "Expected 3 whole numbers, channels, height and width: 3,224,224.",
         ),
         (
@@ -113,7 +113,7 @@ def test_defaults_in_the_help_are_those_of_the_recipe(monkeypatch, name):
         sys, "argv", ["compress", name, "a.b:c", "--data", "digits", *given.get(name, []), *train]
     )
     with pytest.raises(SystemExit):
-        cli.main()
+        app.main()
     recipe = seen[0].model_dump()
     parts = [recipe["data"], *(p for s in recipe["stages"] for p in s.values() if p)]
     checked = []
@@ -145,7 +145,7 @@ def test_pruning_without_a_budget_says_in_its_help_what_it_cuts_to(monkeypatch):
     monkeypatch.setattr(pipeline, "run", lambda recipe, *_, **__: seen.append(recipe))
     monkeypatch.setattr(sys, "argv", ["compress", "prune", "a.b:c", "--data", "digits"])
     with pytest.raises(SystemExit):
-        cli.main()
+        app.main()
     budget = seen[0].stages[0].prune.keep_macs
     option = next(each for each in COMMANDS["prune"].params if each.name == "keep_macs")
     assert option.help.endswith(f"; {budget} if no budget is given")

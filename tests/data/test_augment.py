@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional  # noqa: TID253  # the oracle
 
-from compress.augment import (
+from compress.data._augment import (
     CHANCES,
     Chance,
     augment,
@@ -17,7 +17,7 @@ from compress.augment import (
     randaugmented,
     turned,
 )
-from compress.settings import AugmentSettings
+from compress.recipe.settings import AugmentSettings
 
 
 def images(count: int = 6, height: int = 8, width: int = 10) -> torch.Tensor:

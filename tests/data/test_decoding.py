@@ -13,11 +13,11 @@ import pytest
 from PIL import Image, ImageCms
 
 from compress.data._annotated import image_size
-from compress.decoding import MOST_PIXELS, opened, to_8_bit, upright_size
+from compress.data._decoding import MOST_PIXELS, opened, to_8_bit, upright_size
+from compress.data._images import decoded
+from compress.data._resize import Fit
+from compress.data._targets import mask_values
 from compress.errors import DataError
-from compress.fitting import Fit
-from compress.images import decoded
-from compress.targets import mask_values
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)  # black to white
 

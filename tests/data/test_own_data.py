@@ -10,7 +10,7 @@ from PIL import Image
 
 from compress.data import load_data, parse_reference
 from compress.errors import CompressError
-from compress.settings import DataSettings
+from compress.recipe.settings import DataSettings
 
 FILE = '''
 import numpy as np
@@ -328,14 +328,21 @@ def test_the_extra_is_named_where_datasets_is_absent(tmp_path, monkeypatch):
 
 
 def test_a_run_says_how_many_images_there_are(file, monkeypatch, capsys, tmp_path):
-    from compress import cli
+    from compress.cli import app
 
-    command = ["prune", "compress.networks:resnet8", "--data", f"{file}:by_split", "--seed", "0"]
+    command = [
+        "prune",
+        "compress.models.cifar:resnet8",
+        "--data",
+        f"{file}:by_split",
+        "--seed",
+        "0",
+    ]
     command += ["--keep-macs", "0.9", "--set", "measure.rounds=3", "--set", "data.calibration=8"]
     command += ["--set", "stages.0.prune.refit=false", "--set", "measure.round_ms=1"]
     monkeypatch.setattr(sys, "argv", ["compress", *command, "--out", str(tmp_path / "run")])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     said = capsys.readouterr().err
     assert ended.value.code == 0, said
     assert said.startswith(

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2  # noqa: TID253  # the oracle
 
+from compress.data._resize import PADDING, Fit
 from compress.errors import UsageError
-from compress.fitting import PADDING, Fit
 
 
 def picture(height: int, width: int) -> Image.Image:

@@ -12,13 +12,14 @@ import torch
 from PIL import Image, ImageDraw
 
 import compress
-from compress import recipe, tasks
+from compress import tasks
 from compress.data import load_data
 from compress.errors import DataError, UsageError
-from compress.settings import DataSettings
+from compress.recipe import loading
+from compress.recipe.settings import DataSettings
 from compress.tasks import load_task
 
-DATA = Path(os.environ.get("COMPRESS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("COMPRESS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 SIZE = (80, 60)  # width, height of every picture
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -155,7 +156,7 @@ def test_kinds_with_boxes_have_disjoint_splits(tmp_path, kind):
 
 
 def test_letterboxed_boxes_are_put_back_into_the_picture(tmp_path):
-    from compress.fitting import Fit
+    from compress.data._resize import Fit
     from compress.tasks.detection import in_picture
 
     fit = Fit((64, 64), "letterbox")
@@ -237,7 +238,7 @@ def test_several_classes_for_each_image(tmp_path):
 def test_a_kind_with_its_options_in_a_recipe(tmp_path):
     voc(tmp_path)
     content = {"model": {"name": "x:y"}, "data": {"voc": {"root": str(tmp_path), "labels": "boxs"}}}
-    made = recipe.validate(content, where="r")
+    made = loading.validate(content, where="r")
     assert made.data.name == "voc" and made.data.options == {"labels": "boxs"}
     with pytest.raises(UsageError, match=r"labels 'boxs'. Did you mean 'boxes'"):
         load_data(made.data)

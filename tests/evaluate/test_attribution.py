@@ -13,9 +13,16 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import nn
 
-from compress import explain as module
 from compress.errors import DataError, MissingPackageError, ModelError, UnknownNameError, UsageError
-from compress.explain import METHODS, Samples, compare_maps, explain, overlay, similarities
+from compress.evaluate import attribution as module
+from compress.evaluate.attribution import (
+    METHODS,
+    Samples,
+    compare_maps,
+    explain,
+    overlay,
+    similarities,
+)
 
 pytest.importorskip("captum", reason="no captum: pip install 'compress-cnn[explain]'")
 
@@ -260,14 +267,14 @@ def test_without_captum_the_extra_is_named(images, monkeypatch):
 
 def test_importing_it_does_not_import_captum():
     assert module.__name__ in sys.modules
-    code = "import sys, compress.explain; sys.exit('captum' in sys.modules)"
+    code = "import sys, compress.evaluate.attribution; sys.exit('captum' in sys.modules)"
     import subprocess
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_grad_cam_of_a_residual_network_looks_at_its_last_sum():
-    from compress.networks import resnet8
+    from compress.models.cifar import resnet8
 
     model, seen = resnet8(in_channels=3, width=8, num_classes=4).eval(), torch.randn(3, 3, 32, 32)
     found = explain(model, seen, CLASSES, method="grad-cam")

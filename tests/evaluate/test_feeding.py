@@ -9,15 +9,15 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from compress import onnx_file
 from compress.data import load_data
+from compress.data._images import decoded
+from compress.data._resize import Fit
 from compress.errors import EngineError, UsageError
-from compress.feeding import Fed, arrays, completed, facts_of, shapes_answered
-from compress.fitting import Fit
-from compress.images import decoded
-from compress.onnx_facts import layout_of, metadata, stamp, usual_range
+from compress.evaluate.feeding import Fed, arrays, completed, facts_of, shapes_answered
+from compress.graph import files
+from compress.graph.metadata import layout_of, metadata, stamp, usual_range
+from compress.recipe.settings import DataSettings
 from compress.runtimes import TensorSpec, build_engine, open_session
-from compress.settings import DataSettings
 
 
 @pytest.fixture
@@ -193,13 +193,13 @@ def test_an_engine_knows_what_its_graph_said(tmp_path):
 def test_a_copy_keeps_what_the_file_says_and_fixes_its_sizes(tmp_path):
     path = graph(tmp_path / "x.onnx", ["n", "h", "w", 3], facts={"labels": ["a"]})
     out = tmp_path / "copy" / "y.onnx"
-    onnx_file.copy(path, out, facts={"mean": [0.5]}, sizes=(3, 24, 32))
+    files.copy(path, out, facts={"mean": [0.5]}, sizes=(3, 24, 32))
     model = onnx.load(out)
     dims = model.graph.input[0].type.tensor_type.shape.dim
     assert [dim.dim_value or dim.dim_param for dim in dims] == ["n", 24, 32, 3]
     assert metadata(model) == {"labels": ["a"], "mean": [0.5]}
     with pytest.raises(EngineError, match="input 'x' has the shape"):
-        onnx_file.copy(out, tmp_path / "z.onnx", facts={}, sizes=(3, 8, 8))
+        files.copy(out, tmp_path / "z.onnx", facts={}, sizes=(3, 8, 8))
     assert not (tmp_path / "z.onnx").exists()
 
 
@@ -219,7 +219,7 @@ def test_a_copy_takes_the_weights_beside_it_along(tmp_path):
     )
     onnx.save(made, tmp_path / "a" / "x.onnx", save_as_external_data=True, location="x.data",
               size_threshold=0)  # fmt: skip
-    onnx_file.copy(tmp_path / "a" / "x.onnx", tmp_path / "b" / "y.onnx", facts={})
+    files.copy(tmp_path / "a" / "x.onnx", tmp_path / "b" / "y.onnx", facts={})
     with open_session(tmp_path / "b" / "y.onnx") as session:
         assert session.run(np.ones((1, 3, 8, 8), np.float32))[0].max() == 27
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, ExportError
-from compress.export import Preprocess, conversion, ends, export_onnx, files, proof, read_metadata
+from compress.export import Preprocess, conversion, export_onnx, files, proof, read_metadata
+from compress.export import io_wrapping as ends
 from compress.export.conversion import Example
 from compress.runtimes import open_session
 

@@ -11,12 +11,12 @@ import yaml
 from compress import pipeline
 from compress.artifact import TEMPORARY, read_json
 from compress.errors import RunError
-from compress.recipe import load_recipe
-from compress.run_folder import RunFolder
-from compress.verify import verify
+from compress.pipeline.verify import verify
+from compress.recipe.loading import load_recipe
+from compress.report.run_folder import RunFolder
 
 RECIPE = {
-    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 16},
     "stages": [
         {"train": {"epochs": 1, "batch_size": 64, "precision": "fp32"}},

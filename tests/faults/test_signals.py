@@ -14,12 +14,12 @@ import yaml
 from compress import interruption
 from compress.artifact import sha256
 from compress.errors import RunError
-from compress.run_lock import LOCK_FILE, held
+from compress.report.run_lock import LOCK_FILE, held
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from compress.run_lock import held
+from compress.report.run_lock import held
 with held(Path(sys.argv[1])):
     worker = os.fork()
     if worker:
@@ -118,7 +118,7 @@ def test_handlers_are_as_they_were_afterwards():
 
 
 LONG = {
-    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 16},
     "stages": [{"train": {"epochs": 2, "batch_size": 8, "precision": "fp32"}}],
     "targets": [{"runtime": "onnxruntime", "precision": "fp32"}],

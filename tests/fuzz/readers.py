@@ -23,16 +23,16 @@ from onnx import numpy_helper
 from torch import nn
 
 import compress
+from compress.data._images import decoded
+from compress.data._resize import Fit
 from compress.data.cifar10 import Cifar10
 from compress.data.mnist import Mnist
 from compress.data.npz import Npz
-from compress.fitting import Fit
-from compress.images import decoded
 from compress.measure import count_onnx
-from compress.recipe import load_recipe
+from compress.models.weights import aligned, fit, read_weights
+from compress.pipeline.verify import verify
+from compress.recipe.loading import load_recipe
 from compress.report import read_run, write
-from compress.verify import verify
-from compress.weights import aligned, fit, read_weights
 
 DATA = Path(os.environ.get("COMPRESS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
@@ -163,7 +163,7 @@ def lint(folder: Path, content: bytes) -> None:
     target = TARGETS[len(content) % 3]
     findings = compress.lint_onnx(path, target)
     if findings and len(content) % 2:
-        from compress.lint import fix_onnx
+        from compress.qdq.lint import fix_onnx
 
         fix_onnx(path, folder / "fixed.onnx", target)
     with contextlib.suppress(compress.CompressError):  # its sizes may be free
@@ -518,7 +518,7 @@ def picture(folder: Path, content: bytes) -> None:
 
 def recipes(folder: Path) -> Seeds:
     """Return the recipes that come with the package."""
-    from compress.recipe import packaged_recipes
+    from compress.recipe.loading import packaged_recipes
 
     return [path.read_text("utf-8") for path in packaged_recipes().values()]
 
@@ -535,7 +535,7 @@ def change_recipe(rng: random.Random, seeds: Seeds) -> bytes:
 
 def recipe(folder: Path, content: bytes) -> None:
     """Read a recipe, and write it resolved as a run does."""
-    from compress.recipe import dump
+    from compress.recipe.loading import dump
 
     loaded = load_recipe(write_file(folder, "case.yaml", content))
     again = load_recipe(write_file(folder, "resolved.yaml", dump(loaded).encode()))

@@ -8,8 +8,8 @@ import onnx
 import pytest
 from graphs import network
 
-from compress import onnx_file
 from compress.errors import EngineError
+from compress.graph import files
 from compress.plugins import names
 from compress.runtimes import build_engine, open_session
 
@@ -41,7 +41,7 @@ def test_weights_outside_the_folder_are_refused_everywhere(tmp_path: Path, locat
     (tmp_path / "secret.bin").write_bytes(bytes(64))
     path = with_external_weight(folder / "x.onnx", location)
     with pytest.raises(EngineError, match="outside the folder") as caught:
-        onnx_file.load(path)
+        files.load(path)
     assert "'b1'" in str(caught.value)
     for runtime in set(names("runtimes")) - {"pytorch", "tensorrt"}:
         with pytest.raises(EngineError):
@@ -56,21 +56,21 @@ def test_a_link_out_of_the_folder_is_followed_and_refused(tmp_path: Path) -> Non
     (tmp_path / "secret.bin").write_bytes(bytes(64))
     (folder / "weights.bin").symlink_to(tmp_path / "secret.bin")
     with pytest.raises(EngineError, match="outside the folder"):
-        onnx_file.check(with_external_weight(folder / "x.onnx", "weights.bin"))
+        files.check(with_external_weight(folder / "x.onnx", "weights.bin"))
 
 
 def test_weights_that_are_too_short_are_named(tmp_path: Path) -> None:
     path = with_external_weight(tmp_path / "x.onnx", "weights.bin", length=32)
     with pytest.raises(EngineError, match=r"needs 32 bytes of 'weights.bin', which has 0"):
-        onnx_file.check(path)
+        files.check(path)
     (tmp_path / "weights.bin").write_bytes(bytes(8))
     with pytest.raises(EngineError, match=r"needs 32 bytes of 'weights.bin', which has 8"):
-        onnx_file.check(path)
+        files.check(path)
 
 
 def test_weights_beside_the_file_are_read(tmp_path: Path) -> None:
     (tmp_path / "weights.bin").write_bytes(bytes(32))
-    model = onnx_file.load(with_external_weight(tmp_path / "x.onnx", "weights.bin", length=32))
+    model = files.load(with_external_weight(tmp_path / "x.onnx", "weights.bin", length=32))
     assert model.graph.initializer[1].raw_data == bytes(32)
 
 
@@ -82,4 +82,4 @@ def test_a_weight_hidden_in_a_subgraph_is_found(tmp_path: Path) -> None:
     model.graph.node.append(branch)
     (tmp_path / "y.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match="outside the folder"):
-        onnx_file.check(tmp_path / "y.onnx")
+        files.check(tmp_path / "y.onnx")

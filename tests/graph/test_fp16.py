@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 from sketch import Sketch, run, sqnr_db
 
 from compress.errors import ExportError
-from compress.half import to_half
+from compress.graph.fp16 import to_half
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 

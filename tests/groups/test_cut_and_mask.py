@@ -17,7 +17,9 @@ from torch.utils._pytree import tree_leaves
 
 from compress.errors import PlanError, UnknownNameError
 from compress.groups import Network, cutting, trace
-from compress.surgery import PrunePlan, apply_pruning, make_plan, mask_pruning, prove
+from compress.groups.mask import mask_pruning
+from compress.groups.plan import PrunePlan, make_plan
+from compress.groups.proof import apply_pruning, prove
 
 
 def random_keep(network: Network, seed: int) -> dict[str, np.ndarray]:

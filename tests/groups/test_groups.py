@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from compress.errors import PlanError
-from compress.groups import kernels, trace
+from compress.groups import meta_ops, trace
 
 STAYS = {  # network -> layers, besides those that make an output, of which something must stay
     "ConstantSplit": {"body.wide.0"},
@@ -305,14 +305,14 @@ def meta(*shape: int) -> torch.Tensor:
 def test_shapes_known_beforehand_are_those_of_pytorch(op: str, args: tuple[object, ...]) -> None:
     packet = getattr(torch.ops.aten, op)
     func = packet.Tensor if op == "mul" else packet.dim if op == "mean" else packet.default
-    fast = kernels._FAST[op](func, args)
+    fast = meta_ops._FAST[op](func, args)
     assert fast is not NotImplemented
     with torch.no_grad():
         expected = func(*args)
-    found = [tuple(t.shape) for t in kernels.tensors_in(fast)]
-    assert found[:1] == [tuple(t.shape) for t in kernels.tensors_in(expected)][:1]
+    found = [tuple(t.shape) for t in meta_ops.tensors_in(fast)]
+    assert found[:1] == [tuple(t.shape) for t in meta_ops.tensors_in(expected)][:1]
     if op == "native_layer_norm":
-        assert found == [tuple(t.shape) for t in kernels.tensors_in(expected)]
+        assert found == [tuple(t.shape) for t in meta_ops.tensors_in(expected)]
 
 
 @pytest.mark.parametrize(
@@ -324,6 +324,6 @@ def test_shapes_known_beforehand_are_those_of_pytorch(op: str, args: tuple[objec
 )
 def test_what_does_not_fit_is_left_for_pytorch_to_refuse(op: str, args: tuple[object, ...]) -> None:
     func = getattr(torch.ops.aten, op).default
-    assert kernels._FAST[op](func, args) is NotImplemented
+    assert meta_ops._FAST[op](func, args) is NotImplemented
     with pytest.raises(RuntimeError):
-        kernels.run(func, op, args, {}, torch.device("meta"))
+        meta_ops.run(func, op, args, {}, torch.device("meta"))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from compress import apply_pruning, mask_pruning, plan_pruning
 from compress.errors import PlanError
 from compress.groups import trace
-from compress.surgery import prove
+from compress.groups.proof import prove
 
 TRACING = sys.modules[trace.__module__]
 

@@ -10,10 +10,10 @@ import torch
 
 from compress.data import load_data, parse_reference
 from compress.export import export_onnx
-from compress.networks import CifarResNet
+from compress.measure.compare import compare_artifacts
+from compress.models.cifar import CifarResNet
+from compress.models.weights import fit, read_weights
 from compress.quantize import quantize_onnx
-from compress.side_by_side import compare_artifacts
-from compress.weights import fit, read_weights
 
 IMAGES = 300
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and std it was trained with

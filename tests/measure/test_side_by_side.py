@@ -14,13 +14,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compress import cli
+from compress.cli import app
 from compress.data import Dataset, load_data, parse_reference
 from compress.errors import CompressError, EngineError, UnknownNameError, UsageError
+from compress.graph.metadata import stamp
 from compress.measure import Timing
-from compress.onnx_facts import stamp
-from compress.side_by_side import bench_artifacts, compare_artifacts
-from compress.side_by_side.artifacts import rivals_of
+from compress.measure.artifacts import rivals_of
+from compress.measure.benchmark import bench_artifacts
+from compress.measure.compare import compare_artifacts
 
 QUICK = Timing(
     seconds=0.05, block_seconds=0.005, settle_seconds=0.001, min_rounds=10, warmup_seconds=0.01
@@ -254,7 +255,7 @@ def test_a_candidate_that_cannot_be_opened_is_told_before_any_image_is_run(
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(path.read_bytes()[:100])
     ran: list[Any] = []
-    monkeypatch.setattr("compress.side_by_side.comparing.answers_of", lambda *a: ran.append(a))
+    monkeypatch.setattr("compress.measure.compare.answers_of", lambda *a: ran.append(a))
     with pytest.raises(CompressError, match=r"broken\.onnx"):
         compare_artifacts(path, broken, digits())
     assert not ran
@@ -280,7 +281,7 @@ def accuracy_of(path: Path, dataset: Dataset) -> float:
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
     monkeypatch.setattr(sys, "argv", ["compress", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     return ended.value.code
 
 

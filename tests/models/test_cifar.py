@@ -56,8 +56,8 @@ def test_every_torchvision_cnn_is_exported(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"])
 def test_a_pruned_network_is_exported(name: str, tmp_path: Path) -> None:
+    from compress.groups.proof import apply_pruning
     from compress.prune import plan_pruning
-    from compress.surgery import apply_pruning
 
     model = with_real_statistics(load_model(f"torchvision:{name}"))
     plan = plan_pruning(model, torch.zeros(1, 3, 224, 224), criterion="l1", keep_macs=0.5)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from compress.errors import ModelError
-from compress.head import classifier_layers, replace_head
+from compress.models.classifier import classifier_layers, replace_head
 
 
 def test_a_new_head_gives_other_classes_and_keeps_every_other_weight():

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from compress import models
-from compress.constructors import accepts, check
 from compress.errors import ModelError, UnknownNameError, UsageError
-from compress.networks import resnet8, resnet20
+from compress.groups.proof import apply_pruning
+from compress.models.cifar import resnet8, resnet20
+from compress.models.references import accepts, check
+from compress.models.weights import read_weights
 from compress.prune import plan_pruning
-from compress.surgery import apply_pruning
-from compress.weights import read_weights
 
 EXAMPLE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -137,7 +137,7 @@ def _zeros(state):
 def test_checkpoints_of_all_forms_fit(tmp_path, wrapped):
     source = resnet8()
     torch.save(wrapped(source.state_dict()), tmp_path / "weights.th")
-    model = models.load_model("compress.networks:resnet8", tmp_path / "weights.th")
+    model = models.load_model("compress.models.cifar:resnet8", tmp_path / "weights.th")
     assert torch.equal(answers(model), answers(source))
 
 
@@ -146,7 +146,7 @@ def test_safetensors_fit(tmp_path):
 
     source = resnet8()
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    model = models.load_model("compress.networks:resnet8", tmp_path / "weights.safetensors")
+    model = models.load_model("compress.models.cifar:resnet8", tmp_path / "weights.safetensors")
     assert torch.equal(answers(model), answers(source))
 
 
@@ -184,7 +184,7 @@ def test_a_truncated_weight_file_is_named(tmp_path, name):
 def test_weights_that_do_not_fit_name_the_first_keys(tmp_path):
     torch.save(resnet20().state_dict(), tmp_path / "weights.pth")
     with pytest.raises(ModelError) as caught:
-        models.load_model("compress.networks:resnet8", tmp_path / "weights.pth")
+        models.load_model("compress.models.cifar:resnet8", tmp_path / "weights.pth")
     assert "layer1.1.conv1.weight is not in the network" in str(caught.value)
     assert "and 69 more" in str(caught.value)
 
@@ -193,7 +193,7 @@ def test_keys_of_a_file_and_the_nearest_are_told(tmp_path):
     state = {f"enc_{key}": value for key, value in resnet8().state_dict().items()}
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(ModelError, match=r"The file has enc_.* nearest to conv1.weight is enc_"):
-        models.load_model("compress.networks:resnet8", tmp_path / "weights.pth")
+        models.load_model("compress.models.cifar:resnet8", tmp_path / "weights.pth")
 
 
 def test_a_file_without_weights_names_its_keys(tmp_path):
@@ -205,7 +205,7 @@ def test_a_file_without_weights_names_its_keys(tmp_path):
 def test_a_new_head_keeps_its_own_weights_and_takes_the_rest(tmp_path):
     source = resnet8(num_classes=10)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    reference = "compress.networks:resnet8"
+    reference = "compress.models.cifar:resnet8"
     with pytest.raises(ModelError, match=r"linear.weight has shape \(10, 64\), the network \(4"):
         models.load_model(reference, tmp_path / "weights.pth", 4)
     model = models.load_model(reference, tmp_path / "weights.pth", 4, new_head=True)
@@ -215,7 +215,7 @@ def test_a_new_head_keeps_its_own_weights_and_takes_the_rest(tmp_path):
 
 def test_a_missing_weight_file_is_named():
     with pytest.raises(ModelError, match="no such weight file"):
-        models.load_model("compress.networks:resnet8", "none.pth")
+        models.load_model("compress.models.cifar:resnet8", "none.pth")
 
 
 def test_unknown_published_weights_list_the_known():
@@ -240,7 +240,9 @@ def pruned_twice(tmp_path):
     model = resnet8(num_classes=6)
     first = plan_pruning(model, EXAMPLE[:1], criterion="l1", keep_macs=0.7)
     small = apply_pruning(model, first)
-    models.save_model(small, tmp_path / "one", plan=first, reference="compress.networks:resnet8")
+    models.save_model(
+        small, tmp_path / "one", plan=first, reference="compress.models.cifar:resnet8"
+    )
     second = plan_pruning(small, EXAMPLE[:1], criterion="l1", keep_macs=0.7)
     smaller = apply_pruning(small, second)
     models.save_model(smaller, tmp_path / "two", plan=second, reference=tmp_path / "one")
@@ -264,26 +266,26 @@ def test_a_network_pruned_twice_comes_back_in_a_fresh_process_without_pickle(tmp
 
 def test_a_run_folder_stands_for_its_last_network(tmp_path):
     model = resnet8()
-    models.save_model(model, tmp_path / "00-original", reference="compress.networks:resnet8")
+    models.save_model(model, tmp_path / "00-original", reference="compress.models.cifar:resnet8")
     (tmp_path / "01-quantize").mkdir()
     assert torch.equal(answers(models.load_model(tmp_path)), answers(model))
 
 
 def test_a_network_that_its_reference_does_not_give_is_not_saved(tmp_path):
     with pytest.raises(ModelError, match="do not give a network of these shapes"):
-        models.save_model(resnet20(), tmp_path / "x", reference="compress.networks:resnet8")
+        models.save_model(resnet20(), tmp_path / "x", reference="compress.models.cifar:resnet8")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_saved_network_of_another_format_is_refused(tmp_path):
-    models.save_model(resnet8(), tmp_path, reference="compress.networks:resnet8")
+    models.save_model(resnet8(), tmp_path, reference="compress.models.cifar:resnet8")
     path = tmp_path / "model.json"
     path.write_text(path.read_text().replace('"schema": 1', '"schema": 2'))
     with pytest.raises(ModelError, match="was written in format 2"):
         models.load_model(tmp_path)
 
 
-SAVED = "compress.networks:resnet8"
+SAVED = "compress.models.cifar:resnet8"
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +364,7 @@ def test_channels_last_stays(tmp_path):
     model = resnet20().to(memory_format=torch.channels_last)
     plan = plan_pruning(model, EXAMPLE[:1], criterion="l1", keep_macs=0.5)
     small = apply_pruning(model, plan)
-    models.save_model(small, tmp_path, reference="compress.networks:resnet20", plan=plan)
+    models.save_model(small, tmp_path, reference="compress.models.cifar:resnet20", plan=plan)
     for network in (small, models.load_model(tmp_path)):
         weight = network.layer2[0].conv2.weight
         assert weight.is_contiguous(memory_format=torch.channels_last)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from compress.groups.copying import aliasing_copy, full_copy, meta_copy
-from compress.networks import resnet8
+from compress.models.cifar import resnet8
+from compress.modules.copying import aliasing_copy, full_copy, meta_copy
 
 
 class Own(nn.Conv2d):

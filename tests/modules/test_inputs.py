@@ -7,7 +7,7 @@ from torch import nn
 
 import compress
 from compress.errors import DataError, UsageError
-from compress.inputs import example_of, read_batch, read_batches
+from compress.modules.inputs import example_of, read_batch, read_batches
 
 IMAGES, LABELS = torch.randn(6, 3, 8, 8), torch.arange(6)
 

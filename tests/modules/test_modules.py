@@ -7,8 +7,8 @@ from torch.nn.utils import prune as torch_prune
 
 from compress.errors import ModelError
 from compress.models import check_forward
+from compress.models.cifar import resnet8
 from compress.modules import evaluating, network_of, set_mode, with_gradients
-from compress.networks import resnet8
 
 
 class ModelEmaV2(nn.Module):

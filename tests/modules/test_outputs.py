@@ -18,8 +18,10 @@ from torch import Tensor, nn
 import compress
 from compress.errors import CompressError, ModelError, PlanError
 from compress.groups import trace
-from compress.outputs import heads_of, leaves, logits_of, named_tensors, tensors_of
-from compress.surgery import PrunePlan, apply_pruning, mask_pruning, prove
+from compress.groups.mask import mask_pruning
+from compress.groups.plan import PrunePlan
+from compress.groups.proof import apply_pruning, prove
+from compress.modules.outputs import heads_of, leaves, logits_of, named_tensors, tensors_of
 
 EXAMPLE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
@@ -275,9 +277,10 @@ def test_classes_whose_number_or_reduction_is_the_answer_stay(name: str) -> None
 
 def test_the_reason_names_the_line() -> None:
     network = trace(randomized(Scores(ANSWERS["confidence"])), EXAMPLE)
-    assert "amax makes one number of its channels at tests/test_outputs.py" in network.frozen[
-        "classes"
-    ].replace("outputs/tests", "tests")
+    assert (
+        "amax makes one number of its channels at tests/modules/test_outputs.py"
+        in network.frozen["classes"].replace("outputs/tests", "tests")
+    )
 
 
 @pytest.mark.parametrize("op", [torch.max, torch.min])

@@ -16,8 +16,8 @@ from compress import pipeline
 from compress.errors import RecipeError
 from compress.export import export_onnx
 from compress.models import load_model
-from compress.recipe import from_anywhere, validate
-from compress.run_folder import RunFolder, default_folder
+from compress.recipe.loading import from_anywhere, validate
+from compress.report.run_folder import RunFolder, default_folder
 
 OWN = """
 from torch import nn

@@ -8,16 +8,17 @@ import torch
 import yaml
 from PIL import Image
 
-from compress import cli, pipeline
+from compress import pipeline
+from compress.cli import app
 from compress.data import load_data
 from compress.models import load_model
 from compress.pipeline import cautions
-from compress.pipeline.assembly import gates
-from compress.recipe import validate
+from compress.pipeline.report_rows import gates
+from compress.recipe.loading import validate
+from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant
-from compress.settings import DataSettings, Gates
 
-NETWORK = {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}}
+NETWORK = {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}}
 QUICK = {"rounds": 3, "round_ms": 2, "test_images": 64}
 TARGETS = [{"runtime": "onnxruntime", "precision": "fp32"}]
 
@@ -121,7 +122,7 @@ def test_an_untrained_segmentation_network_is_found(tmp_path):
                 Image.fromarray(pixels).save(tmp_path / part / kind / f"{n}.png")
     chosen = recipe(
         {"prune": {"criterion": "l1", "keep_macs": 0.9, "refit": False}},
-        model={"name": "compress.networks:unet", "options": {"width": 4}},
+        model={"name": "compress.models.cifar:unet", "options": {"width": 4}},
         data={"name": "masks", "root": str(tmp_path), "image_size": 16, "calibration": 8}
         | {"options": {"classes": ["a", "b", "c"]}},
         task="segmentation",
@@ -165,7 +166,7 @@ def test_batch_size_reaches_training(monkeypatch, arguments, place):
     options = ["--data", "digits", "--batch-size", "16"]
     monkeypatch.setattr("sys.argv", ["compress", *arguments, *options])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code == 0
     part = seen[0].model_dump()
     for key in place:
@@ -180,6 +181,6 @@ def test_the_command_line_warns_before_the_first_stage(monkeypatch, capsys, tmp_
     path.write_text(yaml.safe_dump(content.model_dump(mode="json", exclude_unset=True)))
     monkeypatch.setattr("sys.argv", ["compress", "run", str(path), "--out", str(tmp_path / "r")])
     with pytest.raises(SystemExit):
-        cli.main()
+        app.main()
     error = capsys.readouterr().err
     assert error.splitlines()[1].startswith("compress: warning: stages[0].train: ")

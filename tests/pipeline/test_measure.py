@@ -9,14 +9,14 @@ import pytest
 from onnx import TensorProto, load
 
 from compress import pipeline
-from compress.pipeline.measuring import places
-from compress.recipe import validate
+from compress.pipeline.measure import places
+from compress.recipe.loading import validate
+from compress.recipe.settings import Target
 from compress.report.schema import Report
-from compress.settings import Target
 
 RECIPE = {
     "name": "halves",
-    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 32},
     "targets": [
         {"runtime": "onnxruntime", "precision": "fp16"},

@@ -19,14 +19,14 @@ from compress.data import load_data
 from compress.errors import RunError
 from compress.evaluate import predict
 from compress.models import load_model
-from compress.pipeline.assembly import gates
-from compress.recipe import load_recipe
+from compress.pipeline.report_rows import gates
+from compress.recipe.loading import load_recipe
+from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant
-from compress.settings import DataSettings, Gates
 from compress.train import shown_batches
 
 RECIPE = {
-    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 8}},
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 8}},
     "data": {"name": "digits", "calibration": 32},
     "stages": [
         {"train": {"epochs": 2, "batch_size": 64, "precision": "fp32"}},
@@ -282,7 +282,7 @@ def test_a_full_disk_stops_the_run_and_more_room_lets_it_end(run, recipe, tmp_pa
     ],
 )
 def test_results_name_the_device_that_the_runtime_takes(monkeypatch, runtime, has_gpu, device):
-    from compress.pipeline.measuring import device_of
+    from compress.pipeline.measure import device_of
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
     assert device_of(runtime) == device

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 import compress
-from compress.augment import CHANCES, Chance, augment_with_labels
 from compress.data import load_data, targets_of
+from compress.data._augment import CHANCES, Chance, augment_with_labels
 from compress.errors import CompressError, UsageError
-from compress.objective import TaskLoss
-from compress.recipe import validate
-from compress.settings import AugmentSettings, TrainSettings
+from compress.modules.objective import TaskLoss
+from compress.recipe.loading import validate
+from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.tasks import load_task
 from compress.train import train
 
@@ -47,7 +47,7 @@ def content(root: Path, **changes: object) -> dict[str, object]:
     training = {"epochs": 6, "batch_size": 4, "optimizer": "adamw", "lr": 0.01, "keep": "best"}
     return {
         "name": "seg",
-        "model": {"name": "compress.networks:unet", "options": {"width": 4}},
+        "model": {"name": "compress.models.cifar:unet", "options": {"width": 4}},
         "data": {"name": "masks", "root": str(root), "image_size": [16, 20], "calibration": 8},
         "stages": [
             {"train": {**training, "augment": {"flip": True, "crop_padding": 2}}},
@@ -127,7 +127,7 @@ def test_its_metrics_are_those_of_the_file_that_ships(report, root):
             r"stages\[0\].distill.control: needs one class an image",
         ),
         ({"measure": {"explain_images": 2}}, r"measure.explain_images: needs one class an image"),
-        ({"model": {"name": "compress.networks:resnet20"}}, r"does not fit the network's o"),
+        ({"model": {"name": "compress.models.cifar:resnet20"}}, r"does not fit the network's o"),
     ],
 )
 def test_what_does_not_fit_the_task_is_refused(root, tmp_path, changes, message):
@@ -139,7 +139,7 @@ def test_what_does_not_fit_the_task_is_refused(root, tmp_path, changes, message)
 def test_the_best_checkpoint_is_that_of_the_primary_metric(root):
     recipe = validate(content(root), where="test")
     dataset, task = load_data(recipe.data), load_task("segmentation", classes=("a", "b", "c"))
-    model = compress.load_model("compress.networks:unet", num_classes=3)
+    model = compress.load_model("compress.models.cifar:unet", num_classes=3)
     settings = TrainSettings(epochs=3, batch_size=8, lr=0.05, keep="best")
     result = train(model, dataset, settings, task=task)
     scores = [row["validation_miou"] for row in result.history if "validation_miou" in row]

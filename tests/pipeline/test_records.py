@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from compress.evaluate import Predictions
-from compress.fusion import FloatLayer, Fusion
-from compress.insights import calibration, coverage, ranges, samples
+from compress.pipeline.records import calibration, coverage, ranges, samples
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
+from compress.runtimes._fusion import FloatLayer, Fusion
 
 
 def plan(target: str) -> QuantPlan:

@@ -10,21 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from compress import cli, environment, pipeline
+from compress import environment, pipeline
 from compress.artifact import read_json
+from compress.cli import app
 from compress.data import load_data
 from compress.errors import RunError
-from compress.pipeline import measuring
-from compress.pipeline.job import Job, Variant
-from compress.pipeline.purpose import task_of
-from compress.pipeline.remeasuring import Remeasured, measure_again
-from compress.recipe import validate
-from compress.run_folder import RunFolder
-from compress.verify import verify
+from compress.pipeline import measure
+from compress.pipeline.context import Job, Variant
+from compress.pipeline.remeasure import Remeasured, measure_again
+from compress.pipeline.task import task_of
+from compress.pipeline.verify import verify
+from compress.recipe.loading import validate
+from compress.report.run_folder import RunFolder
 
 RECIPE = {
     "name": "small",
-    "model": {"name": "compress.networks:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 32},
     "stages": [
         {"train": {"epochs": 1, "batch_size": 64, "precision": "fp32"}},
@@ -109,12 +110,12 @@ def test_an_engine_of_another_graph_is_built_anew(
     variants = job.run.result(run / "00-train")["variants"]
     original = Variant(**variants[0])
     built: list[Path] = []
-    monkeypatch.setattr(measuring, "build_engine", lambda source, out, **_: built.append(out))
+    monkeypatch.setattr(measure, "build_engine", lambda source, out, **_: built.append(out))
     target = recipe.targets[1]
-    measuring.rivals_on(job, [original], [target])
+    measure.rivals_on(job, [original], [target])
     assert built == []
     (run / "00-train/model.onnx").write_bytes(b"another graph")
-    measuring.rivals_on(job, [original], [target])
+    measure.rivals_on(job, [original], [target])
     assert built == [run / "00-train/model.openvino-b1.xml"]
 
 
@@ -188,7 +189,7 @@ def test_the_command_exits_with_1_where_something_differs(
         sys, "argv", ["compress", "verify", str(run), "--measure", "--json", f"{out}"]
     )
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        app.main()
     assert ended.value.code == (0 if changed == "nothing" else 1)
     numbers, text = json.loads(out.read_text()), capsys.readouterr().out
     if changed == "file":

@@ -13,14 +13,14 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from compress.cli import app
+from compress.cli.app import app
 from compress.errors import CompressError
 from compress.export import export_onnx
 from compress.measure import Timing
-from compress.networks import resnet8, unet
+from compress.models.cifar import resnet8, unet
+from compress.pipeline.split import _Graph, split_onnx
 from compress.quantize import quantize_onnx
 from compress.runtimes import open_session
-from compress.split import _Graph, split_onnx
 
 BRIEF = Timing(seconds=0.01, min_rounds=3, warmup_seconds=0.0, warmup_limit_seconds=0.01)
 

@@ -10,7 +10,7 @@ import pytest
 
 from compress import artifact
 from compress.errors import RunError
-from compress.verify import verify
+from compress.pipeline.verify import verify
 
 
 @pytest.fixture

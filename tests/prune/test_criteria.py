@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress import criteria, plugins
-from compress.criteria import ChannelGroup, Criterion, Evidence, reduced
+from compress import plugins
 from compress.errors import UnknownNameError, UsageError
 from compress.groups import Group, Slice
+from compress.prune import criteria
+from compress.prune.criteria import ChannelGroup, Criterion, Evidence, reduced
 
 
 def across(tensor: str, dim: int, role: str, size: int, k: int = 1) -> Slice:

@@ -16,10 +16,15 @@ import torch
 from torch import nn
 
 import compress
-from compress import cli, latency_table
+from compress.cli import app
 from compress.errors import EngineError, PlanError
 from compress.groups import trace
-from compress.latency_table import (
+from compress.measure import count
+from compress.pipeline.stages.prune import _budget
+from compress.prune import latency as latency_budget
+from compress.prune import latency_table, latency_target
+from compress.prune.latency import LayerTimes, knapsack
+from compress.prune.latency_table import (
     LatencyTable,
     LayerShape,
     kernel_step,
@@ -27,14 +32,9 @@ from compress.latency_table import (
     layer_module,
     time_calls,
 )
-from compress.measure import count
-from compress.pipeline.pruning import _budget
-from compress.prune import latency as latency_budget
-from compress.prune import promise
-from compress.prune.latency import LayerTimes, knapsack
-from compress.prune.promise import Promise, Stopwatch, check_promise
+from compress.prune.latency_target import Promise, Stopwatch, check_promise
 from compress.prune.selection import Ladder, ladder
-from compress.settings import PruneSettings
+from compress.recipe.settings import PruneSettings
 
 CONV = LayerShape((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (16, 16))
 
@@ -260,7 +260,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
             return self.pace * float(session)
 
     monkeypatch.setattr(latency_budget, "Stopwatch", Simulated)
-    monkeypatch.setattr(promise, "Stopwatch", Simulated)
+    monkeypatch.setattr(latency_target, "Stopwatch", Simulated)
 
 
 @pytest.mark.usefixtures("simulated")
@@ -306,14 +306,14 @@ class TestLatencyBudget:
     ) -> None:
         """The network takes 0.97 ms at the first pace."""
         command = [
-            "compress", "prune", "compress.networks:resnet8", "--data", "digits", *budget,
+            "compress", "prune", "compress.models.cifar:resnet8", "--data", "digits", *budget,
             "--runtime", "onnxruntime", "--criterion", "l2", "--out", str(tmp_path / "run"),
             "--set", "data.channels=3", "--set", "measure.test_images=16",
             "--set", "measure.rounds=3",
         ]  # fmt: skip
         monkeypatch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         assert ended.value.code == 0
         report = json.loads((tmp_path / "run" / "report.json").read_text())
         (gate,) = report["gates"]

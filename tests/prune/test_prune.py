@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.criteria import ChannelGroup
 from compress.errors import CompressError, PlanError
 from compress.groups import trace
 from compress.prune import (
@@ -24,7 +23,8 @@ from compress.prune import (
     recalibrate_batchnorm,
 )
 from compress.prune.cost import CostModel
-from compress.settings import PruneSettings
+from compress.prune.criteria import ChannelGroup
+from compress.recipe.settings import PruneSettings
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
@@ -84,7 +84,7 @@ def test_cost_model_agrees_with_the_cut_network(model: nn.Module) -> None:
     cost = CostModel(network)
     counts = np.array([max(1, group.size // (2 + n)) for n, group in enumerate(network.groups)])
     keep = {g.name: np.arange(c) for g, c in zip(network.groups, counts, strict=True)}
-    from compress.surgery import make_plan
+    from compress.groups.plan import make_plan
 
     pruned = trace(compress.apply_pruning(model, make_plan(network, keep)), EXAMPLE)
     assert cost.total("macs", counts) == pruned.macs

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.networks import resnet8, unet
+from compress.models.cifar import resnet8, unet
 from compress.prune.replay import Replay
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import compress
 from compress.errors import UsageError
 from compress.groups import trace
+from compress.groups.plan import make_plan
 from compress.prune import refit
-from compress.surgery import make_plan
 
 
 def twins(first: nn.Conv2d, second: nn.Module, between: nn.Module | None = None) -> nn.Module:

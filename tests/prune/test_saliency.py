@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.criteria import ChannelGroup
 from compress.errors import DataError
 from compress.groups import trace
 from compress.prune.answers import Reading
-from compress.prune.evidence import evidence
+from compress.prune.criteria import ChannelGroup
+from compress.prune.saliency import evidence
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)
 
@@ -206,7 +206,7 @@ def test_activations_are_those_that_enter_the_layer(model: nn.Module) -> None:
 def test_correlations_are_mean_products_of_channels_at_one_place(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = sys.modules["compress.prune.evidence"]
+    module = sys.modules["compress.prune.saliency"]
     monkeypatch.setattr(module, "PLACES", 64)  # all there are
     data = batches()
     network = trace(model, EXAMPLE)

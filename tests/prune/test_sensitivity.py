@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import compress
 from compress.errors import PlanError, UsageError
-from compress.sensitivity.prune import PruneSensitivity, plot_sensitivity, prune_sensitivity
+from compress.prune.sensitivity import PruneSensitivity, plot_sensitivity, prune_sensitivity
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
-from compress.sparsity import SparsityPlan, apply_sparsity, keeping_zeros, plan_sparsity
+from compress.prune.sparsity import SparsityPlan, apply_sparsity, keeping_zeros, plan_sparsity
 
 EXAMPLE = torch.zeros(1, 4, 8, 8)
 

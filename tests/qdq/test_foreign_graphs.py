@@ -9,11 +9,11 @@ from int8_graphs import Sketch, images, run
 
 import compress
 from compress.errors import QuantizationError
+from compress.graph.model import BIAS_LIMIT, set_constant
 from compress.qdq import prepare
-from compress.qdq.graph import BIAS_LIMIT, set_constant
 from compress.qdq.plan import TARGETS
-from compress.quantize.fidelity import answers, sqnr_db
 from compress.quantize.planning_graph import judged_tensors
+from compress.quantize.sqnr import answers, sqnr_db
 
 
 @pytest.mark.parametrize("value", [np.float32(6), np.float32([6]), np.ones((2, 3), np.float32)])

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from compress.export import export_onnx
-from compress.lint import lint_onnx
+from compress.qdq.lint import lint_onnx
 from compress.quantize import quantize_onnx
-from compress.quantize.fidelity import answers, sqnr_db
+from compress.quantize.sqnr import answers, sqnr_db
 
 SAID = ("layerType", "originalLayersNames", "runtimePrecision")
 

@@ -10,12 +10,12 @@ import pytest
 from int8_graphs import GRAPHS, SHAPE, Sketch, images, residual, run
 
 from compress.errors import QuantizationError, UnknownNameError
+from compress.graph.model import Graph
+from compress.graph.preprocess import finished
 from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
-from compress.qdq.graph import Graph
 from compress.qdq.plan import TARGETS, ActivationRange
-from compress.qdq.prepare import finished
 from compress.quantize import calibrate, make_plan
-from compress.quantize.fidelity import sqnr_db
+from compress.quantize.sqnr import sqnr_db
 
 CASES = [(name, target) for name in GRAPHS for target in TARGETS]
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from sketch import run
 
-import compress.sensitivity.budget as budget_module
+import compress.quantize.accuracy_budget as budget_module
 from compress.errors import DataError, RunError
 from compress.qdq import ActivationRange, QuantPlan, WeightScales, prepare, write_qdq
 from compress.quantize import calibrate, make_plan
-from compress.sensitivity.budget import meet_budget
-from compress.sensitivity.quantize import (
+from compress.quantize.accuracy_budget import meet_budget
+from compress.quantize.sensitivity import (
     Seen,
     diagnose,
     plot_quantize_sensitivity,

@@ -10,15 +10,15 @@ import pytest
 from int8_graphs import GRAPHS, Sketch, images, residual, run
 
 from compress.errors import QuantizationError, UnknownNameError, UsageError
-from compress.observers import Histogram
+from compress.graph.model import Graph
+from compress.graph.weightless import is_large, skeleton
 from compress.qdq import prepare, read_onnx
-from compress.qdq.graph import Graph
 from compress.qdq.plan import TARGETS
-from compress.qdq.skeleton import is_large, skeleton
 from compress.quantize import calibrate, make_plan, quantize_onnx
+from compress.quantize.calibration import SAMPLE, observed_tensors
 from compress.quantize.images import Images
+from compress.quantize.observers import Histogram
 from compress.quantize.sessions import session_of, with_outputs
-from compress.quantize.statistics import SAMPLE, observed_tensors
 
 
 @pytest.mark.parametrize("name", ["residual", "squeeze_excite", "two_inputs"])
@@ -165,7 +165,7 @@ def test_images_that_do_not_fit(case, message, tmp_path):
 def test_images_that_were_not_normalized_are_told_with_numbers():
     pixels = np.random.default_rng(0).uniform(0, 255, (8, 3, 16, 16)).astype(np.float32)
     graph_images = images(residual())["input"]
-    from compress.qdq.graph import Graph
+    from compress.graph.model import Graph
 
     with pytest.warns(UserWarning, match=r"range from 0\.\d+ to 2\d\d.*0 to 255"):
         Images(Graph(residual()), [pixels])

@@ -11,11 +11,11 @@ from test_openvino_reshapes import images as head_images
 
 import compress
 from compress.errors import QuantizationError
+from compress.graph.model import Graph
 from compress.qdq import prepare
-from compress.qdq.graph import Graph
 from compress.quantize import confirm
 from compress.quantize.confirm import last_layers
-from compress.quantize.fidelity import sqnr_db
+from compress.quantize.sqnr import sqnr_db
 
 
 def two_layers():
@@ -37,7 +37,7 @@ def test_what_openvino_computes_wrongly_is_left_in_float_and_said(tmp_path, monk
     """The rewriting that avoids the defect is taken out: the runtime itself finds it."""
     import onnxruntime
 
-    monkeypatch.setattr(importlib.import_module("compress.qdq.prepare"), "keep_batch", id)
+    monkeypatch.setattr(importlib.import_module("compress.graph.preprocess"), "keep_batch", id)
     path = head(tmp_path / "head.onnx")
     plan = compress.quantize_onnx(
         path, head_images(), tmp_path / "int8.onnx", target="openvino", method="plain"

@@ -8,8 +8,8 @@ from onnx import numpy_helper
 
 import compress
 from compress.qdq import TARGETS, prepare
-from compress.quantize.fidelity import sqnr_db
 from compress.quantize.planning_graph import judged_tensors
+from compress.quantize.sqnr import sqnr_db
 
 
 def detector():
@@ -76,6 +76,8 @@ def test_lint_finds_and_mends_scores_that_vanish(tmp_path):
     found = compress.lint_onnx(tmp_path / "joined.onnx", target="onnxruntime")
     (problem,) = [f for f in found if f.rule == "vanishing-scores"]
     assert problem.fixable and "'scores', at most 1" in problem.message
-    compress.lint.fix_onnx(tmp_path / "joined.onnx", tmp_path / "fixed.onnx", target="onnxruntime")
+    compress.qdq.lint.fix_onnx(
+        tmp_path / "joined.onnx", tmp_path / "fixed.onnx", target="onnxruntime"
+    )
     fixed = run(onnx.load(tmp_path / "fixed.onnx"), feed, plain=True)[0]
     assert sqnr_db([want[:, 4:]], [fixed[:, 4:]]) > 60

@@ -9,20 +9,20 @@ from int8_graphs import GRAPHS, Sketch, images, residual, run
 from onnx import ModelProto
 
 from compress.errors import QuantizationError
+from compress.graph.model import Graph
 from compress.qdq import TARGETS, QuantPlan, prepare, write_qdq
-from compress.qdq.graph import Graph
 from compress.qdq.rewrite import apply_corrections
-from compress.quantize import calibrate, make_plan, quantize_onnx, quantize_targets, verb
+from compress.quantize import api, calibrate, make_plan, quantize_onnx, quantize_targets
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import correct_biases, find_shift, float_means
-from compress.quantize.equalize import equalize
-from compress.quantize.fidelity import answers, sqnr_db
+from compress.quantize.equalization import equalize
 from compress.quantize.images import Images
+from compress.quantize.layerwise import channel_means, layers
 from compress.quantize.methods import METHODS, Workbench, plan_by
 from compress.quantize.rounding import _patches, fit_codes, improve_rounding
-from compress.quantize.sequence import channel_means, layers
 from compress.quantize.sessions import with_outputs
-from compress.quantize.weights import best_scales
+from compress.quantize.sqnr import answers, sqnr_db
+from compress.quantize.weight_scales import best_scales
 
 
 def bench_of(model, target="onnxruntime", count=32):
@@ -295,9 +295,9 @@ def test_nncf_leaves_through_our_writer():
 
 
 def test_importing_nncf_does_not_report_to_anybody():
-    from compress.quantize import nncf_ranges
+    from compress.quantize import nncf
 
-    source = nncf_ranges.import_nncf.__code__
+    source = nncf.import_nncf.__code__
     assert "NNCF_CI" in source.co_consts
 
 
@@ -311,7 +311,7 @@ def test_one_pass_serves_all_targets(tmp_path, monkeypatch):
         for target in TARGETS
     }
     passes = []
-    monkeypatch.setattr(verb, "calibrate", lambda *a, **k: passes.append(1) or calibrate(*a, **k))
+    monkeypatch.setattr(api, "calibrate", lambda *a, **k: passes.append(1) or calibrate(*a, **k))
     outs = {target: tmp_path / f"{target}.onnx" for target in TARGETS}
     plans = quantize_targets(path, [feed], outs, "plain")
     assert passes == [1]

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from int8_graphs import Sketch
 
-from compress import cli
+from compress.cli import app
 
 SMALL = (
     "--samples", "16", "--method", "plain", "--set", "measure.rounds=3",
@@ -28,7 +28,7 @@ def quantize(monkeypatch, capsys, tmp_path):
         words = ["compress", "quantize", *arguments, *options]
         monkeypatch.setattr(sys, "argv", list(map(str, words)))
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         out, _ = capsys.readouterr()
         return ended.value.code, " ".join(out.split())
 

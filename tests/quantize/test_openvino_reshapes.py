@@ -8,9 +8,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import compress
-from compress.lint import fix_onnx, lint_onnx
+from compress.qdq.lint import fix_onnx, lint_onnx
 from compress.quantize.confirm import Confirmation
-from compress.quantize.fidelity import sqnr_db
+from compress.quantize.sqnr import sqnr_db
 
 CHANNELS, SIZES = 16, (8, 4)
 
@@ -80,7 +80,7 @@ def test_lint_finds_and_mends_what_openvino_computes_wrongly(tmp_path, monkeypat
     import onnxruntime
 
     path = head(tmp_path / "head.onnx")
-    module = importlib.import_module("compress.qdq.prepare")
+    module = importlib.import_module("compress.graph.preprocess")
     monkeypatch.setattr(module, "keep_batch", lambda model: None)  # as others write it
     monkeypatch.setattr(Confirmation, "losses", lambda self, written: [])  # and hand it over
     compress.quantize_onnx(
@@ -100,7 +100,7 @@ def test_lint_finds_and_mends_what_openvino_computes_wrongly(tmp_path, monkeypat
 
 def test_a_batch_of_another_input_is_no_constant(tmp_path):
     """The two inputs may hold different numbers of images: only the first Reshape is certain."""
-    from compress.qdq.reshapes import constant_targets
+    from compress.graph.reshapes import constant_targets
 
     same = constant_targets(onnx.load(head(tmp_path / "same.onnx")))
     wanted = [0, CHANNELS, -1]

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compress import recipe, settings
 from compress.errors import CompressError, RecipeError, UsageError
+from compress.recipe import loading, settings
 
 GOOD = {
-    "model": {"name": "compress.networks:resnet8"},
+    "model": {"name": "compress.models.cifar:resnet8"},
     "data": {"name": "digits"},
     "stages": [{"prune": {"keep_macs": 0.5}}, {"distill": {"epochs": 2}}, "quantize"],
     "targets": [{"runtime": "onnxruntime"}],
@@ -30,7 +30,7 @@ def write(tmp_path):
 
 
 def test_a_recipe_is_named_after_its_file_and_frozen(write):
-    loaded = recipe.load_recipe(write(GOOD))
+    loaded = loading.load_recipe(write(GOOD))
     assert loaded.name == "mine"
     assert [stage.verb for stage in loaded.stages] == ["prune", "distill", "quantize"]
     assert loaded.stages[0].settings.keep_macs == 0.5
@@ -51,7 +51,7 @@ def test_all_problems_are_reported_at_once(write):
     }
     path = write(bad)
     with pytest.raises(RecipeError) as caught:
-        recipe.load_recipe(path)
+        loading.load_recipe(path)
     message = str(caught.value)
     assert all(line.startswith(f"{path}: ") for line in message.splitlines())
     for expected in (
@@ -84,13 +84,13 @@ def test_all_problems_are_reported_at_once(write):
 )
 def test_impossible_recipes_are_refused(write, change, message):
     with pytest.raises(RecipeError) as caught:
-        recipe.load_recipe(write(GOOD | change))
+        loading.load_recipe(write(GOOD | change))
     assert message in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match="the recipe cannot be read: No such file"):
-        recipe.load_recipe(tmp_path / "none.yaml")
+        loading.load_recipe(tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize(
@@ -104,12 +104,12 @@ def test_a_missing_file_is_named(tmp_path):
 )
 def test_what_is_no_recipe_is_refused(write, text, message):
     with pytest.raises(RecipeError) as caught:
-        recipe.load_recipe(write(text))
+        loading.load_recipe(write(text))
     assert message in str(caught.value)
 
 
 def test_overrides_reach_into_lists_and_make_missing_parts(write):
-    loaded = recipe.load_recipe(
+    loaded = loading.load_recipe(
         write(GOOD),
         ["stages.0.prune.keep_macs=0.25", "gates.speedup=2", "targets[0].batch=8", "seed=7"],
     )
@@ -127,23 +127,23 @@ def test_overrides_reach_into_lists_and_make_missing_parts(write):
 )
 def test_overrides_that_lead_nowhere_are_refused(write, override, message):
     with pytest.raises(UsageError) as caught:
-        recipe.load_recipe(write(GOOD), [override])
+        loading.load_recipe(write(GOOD), [override])
     assert message in str(caught.value)
 
 
 def test_a_dumped_recipe_is_the_same_recipe(write):
-    loaded = recipe.load_recipe(write(GOOD))
-    assert recipe.load_recipe(write(recipe.dump(loaded))) == loaded
+    loaded = loading.load_recipe(write(GOOD))
+    assert loading.load_recipe(write(loading.dump(loaded))) == loaded
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
 def test_published_recipes_validate_and_point_to_the_schema(path):
-    recipe.load_recipe(path)
+    loading.load_recipe(path)
     assert path.read_text().startswith("# yaml-language-server: $schema=schema.json\n")
 
 
 def test_the_published_schema_is_current():
-    assert json.loads(Path("recipes/schema.json").read_text()) == recipe.schema()
+    assert json.loads(Path("recipes/schema.json").read_text()) == loading.schema()
 
 
 def test_a_tracker_is_told_to_every_training_and_to_nothing_else(write):
@@ -153,8 +153,8 @@ def test_a_tracker_is_told_to_every_training_and_to_nothing_else(write):
   - finetune: {track: mlflow}
   - quantize: {qat: {epochs: 1}}
 """
-    plain = recipe.load_recipe(write(NO_STAGE + stages))
-    tracked = recipe.tracked(plain, "tensorboard")
+    plain = loading.load_recipe(write(NO_STAGE + stages))
+    tracked = loading.tracked(plain, "tensorboard")
     pruned, distilled, tuned, quantized = (stage.settings for stage in tracked.stages)
     for training in (pruned.round_training, distilled, tuned, quantized.qat):
         assert training.track == "tensorboard"
@@ -171,26 +171,26 @@ def test_a_tracker_is_told_to_every_training_and_to_nothing_else(write):
     ],
 )
 def test_trackers_that_cannot_log_are_refused(write, tracker, message):
-    plain = recipe.load_recipe(write(NO_STAGE))
+    plain = loading.load_recipe(write(NO_STAGE))
     with pytest.raises(CompressError) as caught:
-        recipe.tracked(plain, tracker)
+        loading.tracked(plain, tracker)
     assert message in str(caught.value)
 
 
 def test_recipes_of_the_package_go_by_name():
     assert (
-        recipe.find_recipe("quickstart").read_text() == Path("recipes/quickstart.yaml").read_text()
+        loading.find_recipe("quickstart").read_text() == Path("recipes/quickstart.yaml").read_text()
     )
-    assert recipe.load_recipe("quickstart").name == "quickstart"
-    assert set(recipe.packaged_recipes()) == {path.stem for path in PUBLISHED}
+    assert loading.load_recipe("quickstart").name == "quickstart"
+    assert set(loading.packaged_recipes()) == {path.stem for path in PUBLISHED}
     with pytest.raises(UsageError, match=r"no such recipe 'quikstart'. Did you mean 'quickstart'"):
-        recipe.load_recipe("quikstart")
+        loading.load_recipe("quikstart")
 
 
 def test_a_file_goes_before_a_recipe_of_the_package(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("quickstart").write_text("model: {name: mine}\ndata: {name: digits}\n")
-    assert recipe.load_recipe("quickstart").model.name == "mine"
+    assert loading.load_recipe("quickstart").model.name == "mine"
 
 
 def test_every_key_of_a_recipe_says_what_it_means():
@@ -199,6 +199,6 @@ def test_every_key_of_a_recipe_says_what_it_means():
             f"{model.__name__}.{k}" for k, f in model.model_fields.items() if not f.description
         )
 
-    models = [*recipe.stage_settings().values(), settings.ModelSettings, settings.DataSettings]
+    models = [*loading.stage_settings().values(), settings.ModelSettings, settings.DataSettings]
     models += [settings.Target, settings.Gates, settings.MeasureSettings, settings.AugmentSettings]
     assert [key for model in models for key in undescribed(model)] == []

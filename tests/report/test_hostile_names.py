@@ -15,7 +15,7 @@ from compress.report import write
 from compress.report.schema import Channels, Details, Report, Variant
 from compress.terminal import plain_console
 
-sys.path.append(str(Path(__file__).parent / "report"))
+sys.path.append(str(Path(__file__).parents[1] / "report"))
 ESCAPE, TURN = "\x1b[2J\x1b]8;;http://evil\x07", "\u202e"
 NAMES = {
     "escape": f"cat{ESCAPE}",

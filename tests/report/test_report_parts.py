@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from compress.report import lost
+from compress.report import errors_by_class
 from compress.report.charts import NARROW, Dot, lines, pareto, round_values, scale, scatter
 from compress.report.html import html
 from compress.report.pictures import thumbnail
@@ -111,12 +111,12 @@ def test_flipped_images_are_counted_though_not_all_are_recorded():
     result = Result(**PLACE, images=600, flip_pct=100 * 61 / 600)
     variants = (Variant(name="int8", stage="s", results=(result,)),)
     report = Report(variants=variants, details=Details(flips=flips))
-    assert lost.flipped(report) == 61
+    assert errors_by_class.flipped(report) == 61
     page = html(report)
     assert (
         "wrong now with int8: 61 images; 3 of those whose wrong answer is surest are shown" in page
     )
-    assert lost.flipped(Report(details=Details(flips=flips))) == 3
+    assert errors_by_class.flipped(Report(details=Details(flips=flips))) == 3
 
 
 def test_the_chart_of_confidence_always_shows_the_original():
@@ -240,7 +240,7 @@ def test_classes_that_lost_the_most_come_first_and_the_unknown_last():
         classes=("a", "b", "c"),
         class_scores=(scores("original", (90.0, 90.0, None)), scores("int8", (89.0, 70.0, 50.0))),
     )
-    (table,) = lost.class_tables(details)
+    (table,) = errors_by_class.class_tables(details)
     assert [row[0].text for row in table.rows] == ["b", "a", "c"]
     assert [row[2].text for row in table.rows] == ["−20.0", "−1.00", "–"]
 
@@ -249,11 +249,11 @@ def test_a_matrix_of_few_classes_is_numbers_and_of_many_a_picture():
     few = Details(
         classes=("a", "b"), confusions=(Confusion(variant="v", cells=((0, 0, 3), (0, 1, 1))),)
     )
-    (matrix,) = lost.matrices(few)
+    (matrix,) = errors_by_class.matrices(few)
     assert matrix.rows == (((3, 0.75), (1, 0.25)), ((0, 0.0), (0, 0.0)))
     cells = tuple((n, n, 10) for n in range(0, 1000, 4))
     many = Details(confusions=(Confusion(variant="v", cells=cells),))
-    (matrix,) = lost.matrices(many)
+    (matrix,) = errors_by_class.matrices(many)
     raw = base64.b64decode(matrix.picture.removeprefix("data:image/png;base64,"))
     opacity = np.asarray(Image.open(io.BytesIO(raw)))[..., 3]
     assert opacity.shape == (250, 250)  # each pixel is the largest of 4 x 4 classes
@@ -263,7 +263,9 @@ def test_a_matrix_of_few_classes_is_numbers_and_of_many_a_picture():
 def test_confusions_that_grew_are_listed_the_largest_first():
     before = Confusion(variant="o", cells=((0, 1, 5), (1, 0, 2), (0, 0, 9)))
     after = Confusion(variant="i", cells=((0, 1, 6), (1, 0, 9), (1, 2, 3), (0, 0, 1)))
-    table = lost.grown_confusions(Details(classes=("a", "b", "c"), confusions=(before, after)))
+    table = errors_by_class.grown_confusions(
+        Details(classes=("a", "b", "c"), confusions=(before, after))
+    )
     rows = [[cell.text for cell in row] for row in table.rows]
     assert rows == [
         ["b", "a", "2", "9", "+7"],
@@ -278,7 +280,7 @@ def test_subgroups_are_rows_and_variants_columns():
         Subgroup(column="light", value="day", variant="i", images=9, top1_pct=80.0),
         Subgroup(column="light", value="night", variant="o", images=4, top1_pct=70.0),
     )
-    table = lost.subgroup_table(Details(subgroups=groups))
+    table = errors_by_class.subgroup_table(Details(subgroups=groups))
     assert [column.name for column in table.columns] == ["Column", "Value", "Images", "o", "i"]
     assert [[cell.text for cell in row] for row in table.rows] == [
         ["light", "day", "9", "90.00", "80.00"],
@@ -287,8 +289,8 @@ def test_subgroups_are_rows_and_variants_columns():
 
 
 def test_pictures_stay_within_the_budget():
-    assert lost.within_budget([("a" * 10,), ("a" * 10, None), ("a",)], 20) == 2
-    assert lost.within_budget([], 20) == 0
+    assert errors_by_class.within_budget([("a" * 10,), ("a" * 10, None), ("a",)], 20) == 2
+    assert errors_by_class.within_budget([], 20) == 0
 
 
 @pytest.mark.parametrize("shape", [(100, 50, 3), (100, 50, 1), (100, 50)])

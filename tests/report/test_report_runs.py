@@ -14,8 +14,8 @@ from compress.artifact import sha256
 from compress.errors import RunError
 from compress.report import Report, compare_runs, read_run, write
 from compress.report.html import html
+from compress.report.runs import histories, incomparable, named, regressions
 from compress.report.schema import ArtifactRecord, DataRecord, Details, Variant
-from compress.report.several import histories, incomparable, named, regressions
 
 
 def with_files(folder: Path, **changes) -> Report:

@@ -8,15 +8,15 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from compress.pipeline.assembly import gates
+from compress.pipeline.report_rows import gates
+from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write
-from compress.report.figures import count, factor, interval, number, points, reason
 from compress.report.html import html
 from compress.report.markdown import markdown, plain
+from compress.report.numbers import count, factor, interval, number, points, reason
 from compress.report.schema import Flip, Gate, Line, Result, Variant
 from compress.report.terminal import gate_sentence
 from compress.report.verdict import verdicts
-from compress.settings import Gates
 
 OTHER = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
 

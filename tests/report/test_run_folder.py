@@ -4,8 +4,8 @@ import pytest
 
 from compress.artifact import Artifact
 from compress.errors import RunError
-from compress.recipe import load_recipe, validate
-from compress.run_folder import RunFolder
+from compress.recipe.loading import load_recipe, validate
+from compress.report.run_folder import RunFolder
 
 
 def recipe(**changes):

@@ -372,7 +372,7 @@ def test_fp16_is_in_the_graph(
 def test_pytorch_opens_a_stage_folder(tmp_path: Path) -> None:
     from compress.models import load_model, save_model
 
-    reference = "compress.networks:resnet8"
+    reference = "compress.models.cifar:resnet8"
     model = load_model(reference, num_classes=4)
     save_model(model, tmp_path / "stage", reference=reference, num_classes=4)
     images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)

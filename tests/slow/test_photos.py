@@ -13,7 +13,7 @@ PHOTOS = Path(os.environ.get("COMPRESS_DATA", "../shared/data")) / "photos"
 
 
 def test_most_of_the_tutorial_network_is_its_dense_layer():
-    model = load_model("compress.networks:tutorial_cnn")
+    model = load_model("compress.models.cifar:tutorial_cnn")
     sizes = {name: value.numel() for name, value in model.named_parameters()}
     assert sizes["classifier.1.weight"] == 128 * 7 * 7 * 512
     assert sizes["classifier.1.weight"] / sum(sizes.values()) > 0.9

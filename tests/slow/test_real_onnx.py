@@ -14,7 +14,7 @@ import pytest
 import compress
 from compress.packages import is_installed
 from compress.qdq import TARGETS
-from compress.quantize.fidelity import answers, sqnr_each
+from compress.quantize.sqnr import answers, sqnr_each
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

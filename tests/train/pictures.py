@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data import Dataset
-from compress.images import MemoryImages
+from compress.data._images import MemoryImages
 
 
 def dataset(

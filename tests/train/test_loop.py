@@ -15,10 +15,10 @@ from pictures import dataset, plain, same_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.data._images import MemoryImages, Subset
 from compress.errors import TrainingError, UnknownNameError, UsageError
-from compress.images import MemoryImages, Subset
-from compress.objective import CrossEntropy
-from compress.settings import AugmentSettings, TrainSettings
+from compress.modules.objective import CrossEntropy
+from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.train import TrainResult, shown_batches, train
 from compress.train.batches import permutation, train_batches
 from compress.train.schedules import factor
@@ -466,7 +466,7 @@ def test_choosing_a_checkpoint_needs_validation_images(changes: dict[str, Any]):
 def test_processes_that_resume_from_different_places_are_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from compress.train.processes import Processes
+    from compress.train.distributed import Processes
 
     monkeypatch.setattr(Processes, "sum", lambda self, values: values + 3)  # the other's steps
     with pytest.raises(TrainingError, match="checkpoint of step 0, another process found a diff"):
@@ -653,10 +653,10 @@ def test_the_batch_size_shrinks_to_a_small_data_set():
 
 
 def test_a_loss_in_which_processes_meet_excludes_repeated_steps():
-    from compress.distill import build_objective
-    from compress.settings import DistillSettings
+    from compress.recipe.settings import DistillSettings
     from compress.train import loop
-    from compress.train.processes import Processes
+    from compress.train.distill import build_objective
+    from compress.train.distributed import Processes
 
     settings = DistillSettings(losses=("kd", "crd"), halve_batch=True)
     objective = build_objective(plain(), plain(), dataset(), settings)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compress.settings import TrainSettings
+from compress.recipe.settings import TrainSettings
 from compress.train.schedules import factor
 
 STEPS = 50

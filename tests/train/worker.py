@@ -13,10 +13,10 @@ import torch
 from pictures import dataset, plain
 from torch import Tensor, nn
 
-from compress.objective import CrossEntropy
-from compress.settings import AugmentSettings, TrainSettings
+from compress.modules.objective import CrossEntropy
+from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.train import train
-from compress.train.processes import join_processes
+from compress.train.distributed import join_processes
 
 
 class Watched(CrossEntropy):

@@ -1,10 +1,10 @@
 """Two artifacts side by side: the same answers, the same numbers, and if not, from where on."""
 
-from compress.compare.answers import Comparison, Flip, against, compare
-from compress.compare.bisection import Bisection, bisect
-from compress.compare.chain import Link, Step, chain
-from compress.compare.drift import Drift, compare_outputs
-from compress.compare.outputs import drifts_of, outputs_row
+from compress.evaluate.comparison.bisection import Bisection, bisect
+from compress.evaluate.comparison.error_breakdown import Link, Step, chain
+from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
+from compress.evaluate.comparison.outputs import drifts_of, outputs_row
+from compress.evaluate.comparison.predictions import Comparison, Flip, against, compare
 
 __all__ = [
     "Bisection",

@@ -14,10 +14,10 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from compress import onnx_file
-from compress.compare.drift import Drift, compare_outputs
 from compress.errors import EngineError, UsageError
-from compress.onnx_shapes import shapes_of
+from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
+from compress.graph import files as onnx_file
+from compress.graph.shapes import shapes_of
 from compress.progress import task
 
 MIB = 2**20

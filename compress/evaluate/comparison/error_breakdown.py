@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.compare.answers import Comparison, compare
 from compress.errors import UsageError
-from compress.predictions import Predictions
+from compress.evaluate.comparison.predictions import Comparison, compare
+from compress.evaluate.predictions import Predictions
 
 
 @dataclass(frozen=True)

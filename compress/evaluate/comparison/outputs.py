@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from compress import statistics
-from compress.compare.drift import Drift
 from compress.errors import EngineError
+from compress.evaluate.comparison.numerical_difference import Drift
 from compress.tasks import Prediction
 
 

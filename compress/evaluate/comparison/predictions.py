@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import statistics
-from compress.compare.drift import Drift
 from compress.errors import DataError
-from compress.predictions import Predictions
+from compress.evaluate.comparison.numerical_difference import Drift
+from compress.evaluate.predictions import Predictions
 
 SIGNIFICANCE = 0.05
 

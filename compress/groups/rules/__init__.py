@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.groups.kernels import tensors_in
+from compress.groups.meta_ops import tensors_in
 from compress.groups.rules import layout, linear, moving, norms, pointwise, spatial, whole
 from compress.groups.tracer import Call, Rule, Tracer
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compress.groups.counts import Attribute, Count
-from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
+from compress.groups.meta_ops import words
+from compress.groups.traced_ints import Attribute, Count
 from compress.groups.tracer import Axes, Call, Rule, Tracer
 
 _AUTOMATIC = -1  # the size follows from the shape: nothing in the program fixes it

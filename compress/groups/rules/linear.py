@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from compress.groups.counts import Count
 from compress.groups.labels import Alternative, Axis, Labels
+from compress.groups.traced_ints import Count
 from compress.groups.tracer import Call, Rule, Tracer, Use
 
 

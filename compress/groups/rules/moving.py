@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from compress.groups.counts import Count, Extent
-from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
+from compress.groups.meta_ops import words
 from compress.groups.rules.layout import copies, follow
+from compress.groups.traced_ints import Count, Extent
 from compress.groups.tracer import Call, Rule, Tracer
 
 _WHOLE_CHANNELS = frozenset(words("feature_dropout feature_alpha_dropout"))

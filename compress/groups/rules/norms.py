@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from compress.groups.kernels import words
 from compress.groups.labels import Axis
+from compress.groups.meta_ops import words
 from compress.groups.tracer import Call, Rule, Tracer
 
 

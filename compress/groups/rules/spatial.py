@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.groups.counts import Attribute, Count
-from compress.groups.kernels import words
 from compress.groups.labels import Axis, Labels
+from compress.groups.meta_ops import words
+from compress.groups.traced_ints import Attribute, Count
 from compress.groups.tracer import Call, Rule, Tracer
 
 

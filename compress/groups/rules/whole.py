@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from compress.groups.kernels import tensors_in
 from compress.groups.labels import Axis
+from compress.groups.meta_ops import tensors_in
 from compress.groups.rules.norms import label_reduced
 from compress.groups.tracer import Call, Rule, Tracer, Use
 

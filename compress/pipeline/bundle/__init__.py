@@ -19,8 +19,8 @@ import yaml
 from compress.artifact import read_json, replacing
 from compress.data import Dataset, load_data
 from compress.errors import RunError
+from compress.recipe.settings import DataSettings
 from compress.runtimes import open_session
-from compress.settings import DataSettings
 
 __all__ = ["write_bundle"]
 

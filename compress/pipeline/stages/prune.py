@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from compress import prune
 from compress.groups import trace
-from compress.objective import TaskLoss
-from compress.pipeline.job import Job, Outcome, Variant, leave, returned
-from compress.settings import PruneSettings, TrainSettings
-from compress.surgery import PrunePlan, apply_pruning, prove
+from compress.groups.plan import PrunePlan
+from compress.groups.proof import apply_pruning, prove
+from compress.modules.objective import TaskLoss
+from compress.pipeline.context import Job, Outcome, Variant, leave, returned
+from compress.recipe.settings import PruneSettings, TrainSettings
 from compress.train import CrossEntropy, shown_batches
 
 

@@ -12,16 +12,16 @@ from numpy.typing import NDArray
 
 from compress import artifact
 from compress.data import Dataset
-from compress.feeding import arrays
-from compress.pipeline.job import INT8_FORM, Job, Outcome, Variant, training_facts
+from compress.evaluate.feeding import arrays
+from compress.pipeline.context import INT8_FORM, Job, Outcome, Variant, training_facts
+from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.runtimes import TensorSpec, open_session
-from compress.settings import QuantizeSettings, Recipe
-from compress.train.processes import join_processes
+from compress.train.distributed import join_processes
 
 if TYPE_CHECKING:
-    from compress.qat import Trained
     from compress.qdq import QuantPlan
-    from compress.sensitivity.budget import Budget
+    from compress.quantize.accuracy_budget import Budget
+    from compress.quantize.qat import Trained
 
 CALIBRATION_BATCH = 32
 
@@ -121,8 +121,8 @@ def _train_quantized(
     job: Job, settings: QuantizeSettings, plan: QuantPlan | None, parent: Variant, folder: Path
 ) -> Trained:
     """Train with the rounding of ``plan``, or with that of the first process."""
-    from compress.qat import train_quantized
     from compress.qdq import QuantPlan, read_onnx
+    from compress.quantize.qat import train_quantized
 
     text = None if plan is None else json.dumps(plan.to_json())
     told = join_processes().first_tells(job.relative(folder), text)
@@ -140,7 +140,7 @@ def _meet_budget(
     job: Job, settings: QuantizeSettings, plan: QuantPlan, model: onnx.ModelProto, stage: Path
 ) -> Budget:
     """Leave layers in float until the loss on validation images is within the budget."""
-    from compress.sensitivity.budget import meet_budget
+    from compress.quantize.accuracy_budget import meet_budget
 
     return meet_budget(
         model,

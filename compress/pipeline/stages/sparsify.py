@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from compress import measure, sparsity
-from compress.pipeline.job import Job, Outcome, Variant, leave
+from compress import measure
+from compress.pipeline.context import Job, Outcome, Variant, leave
+from compress.prune import sparsity
+from compress.recipe.settings import SparsifySettings
 from compress.report import schema
-from compress.settings import SparsifySettings
 
 
 def zero_weights(

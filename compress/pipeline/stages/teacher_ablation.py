@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from compress import distill
 from compress.errors import TrainingError
-from compress.pipeline.job import Job
-from compress.settings import DistillSettings
-from compress.train import train
+from compress.pipeline.context import Job
+from compress.recipe.settings import DistillSettings
+from compress.train import distill, train
 
 
 def does_teacher_help(

@@ -8,11 +8,12 @@ from typing import Any
 
 from onnx import ModelProto
 
-from compress import distill, measure, models, onnx_file
+from compress import measure, models
 from compress.errors import CompressError, ModelError
-from compress.feeding import Fed
+from compress.evaluate.feeding import Fed
+from compress.graph import files
 from compress.pipeline import cautions, network
-from compress.pipeline.job import (
+from compress.pipeline.context import (
     ONNX_FILE,
     Job,
     Outcome,
@@ -21,9 +22,10 @@ from compress.pipeline.job import (
     leave,
     training_facts,
 )
-from compress.pipeline.teaching import does_teacher_help
+from compress.pipeline.stages.teacher_ablation import does_teacher_help
+from compress.recipe.settings import DistillSettings, TrainSettings
 from compress.runtimes import open_session
-from compress.settings import DistillSettings, TrainSettings
+from compress.train import distill
 
 
 def original(job: Job, settings: None, stage: Path, before: tuple[Variant, ...]) -> Outcome:
@@ -85,9 +87,9 @@ def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
     target = stage / ONNX_FILE
-    onnx_file.copy(source, target, facts=facts_of(job), sizes=job.recipe.model.input_size)
+    files.copy(source, target, facts=facts_of(job), sizes=job.recipe.model.input_size)
     facts: dict[str, Any] = {}
-    model, macs = onnx_file.load(target), None
+    model, macs = files.load(target), None
     try:
         macs = sum(measure.node_macs(_sized(model, job)).values())
     except CompressError as error:
@@ -103,7 +105,7 @@ def _sized(model: ModelProto, job: Job) -> ModelProto:
     fixed = ModelProto()
     fixed.CopyFrom(model)
     channels, (height, width) = job.dataset.channels, job.dataset.image_size
-    onnx_file.fix_sizes(fixed, (channels, height, width), where="")
+    files.fix_sizes(fixed, (channels, height, width), where="")
     return fixed
 
 

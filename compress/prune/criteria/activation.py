@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Need, Reduction, check_option, reduced
-from compress.criteria.l2 import L2
+from compress.prune.criteria import ChannelGroup, Need, Reduction, check_option, reduced
+from compress.prune.criteria.l2 import L2
 
 Statistic = Literal["mean_abs", "nonzero", "contribution"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Reduction, check_option, reduced
-from compress.criteria.l2 import L2
+from compress.prune.criteria import ChannelGroup, Reduction, check_option, reduced
+from compress.prune.criteria.l2 import L2
 
 
 @dataclass(frozen=True)

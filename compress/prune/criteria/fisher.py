@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Need
+from compress.prune.criteria import ChannelGroup, Need
 
 
 @dataclass(frozen=True)

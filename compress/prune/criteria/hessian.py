@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Need, Reduction, check_option, reduced
+from compress.prune.criteria import ChannelGroup, Need, Reduction, check_option, reduced
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
+from compress.prune.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
 
 
 @dataclass(frozen=True)

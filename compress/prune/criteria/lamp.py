@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
+from compress.prune.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
 
 
 @dataclass(frozen=True)

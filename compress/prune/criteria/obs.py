@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Need, Reader
-from compress.criteria.fisher import Fisher
+from compress.prune.criteria import ChannelGroup, Need, Reader
+from compress.prune.criteria.fisher import Fisher
 
 STEPS = 64  # in which the channels of a group leave, one by one where there are no more
 RIDGE = 1e-2  # as a share of the mean square, as in refitting

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.criteria import ChannelGroup
+from compress.prune.criteria import ChannelGroup
 
 
 @dataclass(frozen=True)

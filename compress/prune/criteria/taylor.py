@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from compress.criteria import ChannelGroup, Need, check_option
+from compress.prune.criteria import ChannelGroup, Need, check_option
 
 Power = Literal["square", "magnitude"]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import onnx
 
 from compress.errors import ModelError, boundary
-from compress.lint.files import FIX, INVALID, load_onnx, save_onnx
-from compress.lint.finding import Finding
-from compress.lint.graph import Graph
-from compress.lint.rules import RULES, TARGETS, Rule, rules_for
+from compress.qdq.lint.files import FIX, INVALID, load_onnx, save_onnx
+from compress.qdq.lint.finding import Finding
+from compress.qdq.lint.graph import Graph
+from compress.qdq.lint.rules import RULES, TARGETS, Rule, rules_for
 
 __all__ = [
     "RULES",

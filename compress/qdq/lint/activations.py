@@ -8,9 +8,9 @@ from functools import partial
 import numpy as np
 import onnx
 
-from compress.lint.finding import Problem
-from compress.lint.graph import DType, Graph, Use, attribute, label
-from compress.lint.quantized import (
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import DType, Graph, Use, attribute, label
+from compress.qdq.lint.patterns import (
     DQ,
     INT8,
     MOVING,

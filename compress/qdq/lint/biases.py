@@ -9,9 +9,10 @@ from functools import partial
 import numpy as np
 import onnx
 
-from compress.lint.finding import Problem
-from compress.lint.graph import Array, Graph, Use, attribute, label
-from compress.lint.quantized import (
+from compress.graph.model import BIAS_LIMIT
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Array, Graph, Use, attribute, label
+from compress.qdq.lint.patterns import (
     DQ,
     WEIGHTED,
     Weight,
@@ -20,7 +21,6 @@ from compress.lint.quantized import (
     store_weight,
     weight_of,
 )
-from compress.qdq.graph import BIAS_LIMIT
 
 LARGEST = BIAS_LIMIT * (1 + 1e-6)  # what the writer aims at, rounded to float32, is no overflow
 

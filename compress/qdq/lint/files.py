@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx
 from onnx import checker, inliner
 
-from compress import onnx_file
 from compress.artifact import replacing
 from compress.errors import ModelError, boundary
+from compress.graph import files
 
 LARGEST = 2**31 - 1  # bytes of one protobuf message
 INVALID = "is not valid ONNX"
@@ -23,7 +23,7 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
         EngineError: the file is absent, cut short, or wants weights from outside its folder.
         ModelError: it is no valid ONNX.
     """
-    model = onnx_file.load(path)
+    model = files.load(path)
     with boundary(ModelError, INVALID, where=str(path), fix=FIX):
         if model.ByteSize() < LARGEST:
             checker.check_model(model)

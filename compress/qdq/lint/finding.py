@@ -12,7 +12,7 @@ class Finding:
     """One thing that costs accuracy or speed on the target.
 
     Args:
-        rule: Name of the rule, as in ``compress.lint.RULES``.
+        rule: Name of the rule, as in ``compress.qdq.lint.RULES``.
         node: Name of the node it is about.
         message: What is wrong, what it costs, and what to do.
         fixable: Whether ``fix_onnx`` mends it.

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import onnx
 
-from compress.lint.finding import Problem
-from compress.lint.graph import Graph, Use, label
-from compress.lint.placement import bypass
-from compress.lint.quantized import DQ, MOVING, WEIGHTED, Pair, pair_before, pairs
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Graph, Use, label
+from compress.qdq.lint.patterns import DQ, MOVING, WEIGHTED, Pair, pair_before, pairs
+from compress.qdq.lint.placement import bypass
 
 UP_TO_ONE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 FEWEST_STEPS = 32  # between 0 and 1; with fewer of them scores of different objects are equal

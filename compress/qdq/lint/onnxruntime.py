@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import onnx
 
-from compress.lint.finding import Problem
-from compress.lint.graph import Array, Graph, Use, attribute, label
-from compress.lint.quantized import (
+from compress.graph.model import tail
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Array, Graph, Use, attribute, label
+from compress.qdq.lint.patterns import (
     DQ,
     MOVING,
     UINT8,
@@ -21,7 +22,6 @@ from compress.lint.quantized import (
     pair_of,
     weight_of,
 )
-from compress.qdq.graph import tail
 
 # Operators with int8 kernels that need Q on their output.
 CHAINED = frozenset(

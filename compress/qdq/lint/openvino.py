@@ -7,11 +7,11 @@ from functools import partial
 
 import onnx
 
-from compress.lint.finding import Problem
-from compress.lint.graph import Array, Graph, Use, label
-from compress.lint.placement import bypass
-from compress.lint.quantized import WEIGHTED, Pair, is_quantized, pair_before
-from compress.qdq.reshapes import constant_targets
+from compress.graph.reshapes import constant_targets
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Array, Graph, Use, label
+from compress.qdq.lint.patterns import WEIGHTED, Pair, is_quantized, pair_before
+from compress.qdq.lint.placement import bypass
 
 
 def split_activation(graph: Graph) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
-from compress.lint.graph import Array, DType, Graph, Use, attribute, set_attribute
+from compress.qdq.lint.graph import Array, DType, Graph, Use, attribute, set_attribute
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})

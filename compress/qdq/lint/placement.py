@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import onnx
 
-from compress.lint.finding import Problem
-from compress.lint.graph import Graph, Use, attribute, label
-from compress.lint.quantized import (
+from compress.qdq.lint.activations import implied_clip
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Graph, Use, attribute, label
+from compress.qdq.lint.patterns import (
     DQ,
     INT8,
     WEIGHTED,
@@ -25,7 +26,6 @@ from compress.lint.quantized import (
     pairs,
     weight_of,
 )
-from compress.lint.scales import implied_clip
 
 FUSED_AFTER = frozenset({"Relu", "Clip", "BatchNormalization"})
 INTEGER_OPS = frozenset(

@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compress.errors import UnknownNameError
-from compress.lint import biases, chain, heads, kernels, openvino, placement, scales, tensorrt
-from compress.lint.finding import Problem
-from compress.lint.graph import Graph
+from compress.qdq.lint import (
+    activations,
+    biases,
+    heads,
+    onnxruntime,
+    openvino,
+    placement,
+    tensorrt,
+    weights,
+)
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Graph
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
 
@@ -35,19 +44,19 @@ RULES = (
     Rule(placement.operator_format),
     Rule(placement.nothing_quantized),
     Rule(placement.unread_quantize),
-    Rule(scales.scale_not_constant),
-    Rule(scales.scale_not_positive),
-    Rule(scales.pair_mismatch),
-    Rule(scales.activation_per_channel),
-    Rule(kernels.weight_axis),
-    Rule(kernels.weight_zero_point),
-    Rule(kernels.weight_clipped),
-    Rule(kernels.weight_minus_128, _TRT),
-    Rule(kernels.weight_half_range, _TRT),
-    Rule(kernels.weight_per_tensor),
+    Rule(activations.scale_not_constant),
+    Rule(activations.scale_not_positive),
+    Rule(activations.pair_mismatch),
+    Rule(activations.activation_per_channel),
+    Rule(weights.weight_axis),
+    Rule(weights.weight_zero_point),
+    Rule(weights.weight_clipped),
+    Rule(weights.weight_minus_128, _TRT),
+    Rule(weights.weight_half_range, _TRT),
+    Rule(weights.weight_per_tensor),
     Rule(placement.unfolded_batchnorm),
-    Rule(scales.unsigned_activation, _TRT),
-    Rule(scales.activation_zero_point, _TRT),
+    Rule(activations.unsigned_activation, _TRT),
+    Rule(activations.activation_zero_point, _TRT),
     Rule(placement.quantized_before_activation),
     Rule(openvino.split_activation, _OPENVINO),
     Rule(openvino.computed_batch, _OPENVINO),
@@ -57,16 +66,16 @@ RULES = (
     Rule(tensorrt.residual_both_sides, _TRT),
     Rule(tensorrt.residual_skip_float, _TRT),
     Rule(tensorrt.needless_pair, _TRT),
-    Rule(chain.reduce_mean, _ORT),
+    Rule(onnxruntime.reduce_mean, _ORT),
     Rule(placement.half_quantized),
     Rule(tensorrt.float_weight, _TRT),
-    Rule(scales.signed_activation, _ORT),
-    Rule(scales.signed_activation_with_zero_point, _OPENVINO),
-    Rule(scales.wasted_range, _CPU),
-    Rule(chain.missing_input_quantization, _ORT),
-    Rule(chain.missing_output_quantization, _ORT),
-    Rule(scales.moved_with_another_scale),
-    Rule(scales.concat_scales, _TRT),
+    Rule(activations.signed_activation, _ORT),
+    Rule(activations.signed_activation_with_zero_point, _OPENVINO),
+    Rule(activations.wasted_range, _CPU),
+    Rule(onnxruntime.missing_input_quantization, _ORT),
+    Rule(onnxruntime.missing_output_quantization, _ORT),
+    Rule(activations.moved_with_another_scale),
+    Rule(activations.concat_scales, _TRT),
     Rule(biases.bias_quantized, _TRT),
     Rule(biases.bias_overflow, _ORT),
     Rule(biases.bias_scale, _ORT),

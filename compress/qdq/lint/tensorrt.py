@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from compress.lint.finding import Problem
-from compress.lint.graph import Graph, Use, label
-from compress.lint.placement import bypass, quantize_weight
-from compress.lint.quantized import (
+from compress.qdq.lint.activations import implied_clip
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Graph, Use, label
+from compress.qdq.lint.patterns import (
     MOVING,
     WEIGHTED,
     Pair,
@@ -22,7 +22,7 @@ from compress.lint.quantized import (
     pairs,
     weight_of,
 )
-from compress.lint.scales import implied_clip
+from compress.qdq.lint.placement import bypass, quantize_weight
 
 JOINING = MOVING | {"Concat"}
 

@@ -7,9 +7,9 @@ from functools import partial
 
 import numpy as np
 
-from compress.lint.finding import Problem
-from compress.lint.graph import Array, Graph, label
-from compress.lint.quantized import INT8, Weight, along, best_scale, store_weight, weights
+from compress.qdq.lint.finding import Problem
+from compress.qdq.lint.graph import Array, Graph, label
+from compress.qdq.lint.patterns import INT8, Weight, along, best_scale, store_weight, weights
 
 FEW_LEVELS = 32  # a channel that reaches no higher than this has lost two bits to its neighbours
 CLIPPED_SHARE = 0.01

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from compress.observers._histogram import BINS, Histogram, Pointwise
+from compress.quantize.observers._histogram import BINS, Histogram, Pointwise
 
 __all__ = ["BINS", "Histogram", "Observer", "Pointwise"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.observers import Histogram
+from compress.quantize.observers import Histogram
 
 _BINS = 2048
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from compress.observers import Histogram
+from compress.quantize.observers import Histogram
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.observers import Histogram, Pointwise
+from compress.quantize.observers import Histogram, Pointwise
 
 _BINS = 2048  # 8 for each of 256 codes
 Error = Callable[[NDArray[np.float64]], NDArray[np.float64]]  # of each candidate, (K,) of (K,)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.observers import BINS, Histogram
+from compress.quantize.observers import BINS, Histogram
 
 
 @dataclass(frozen=True)

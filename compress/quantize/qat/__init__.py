@@ -9,12 +9,12 @@ import onnx
 from torch import nn
 
 from compress.data import Dataset
-from compress.distill import build_objective
-from compress.qat.network import OnnxNetwork
-from compress.qat.simulation import SimulatedNetwork
 from compress.qdq import QuantPlan, prepare
-from compress.settings import DistillSettings, QuantizeSettings, TrainSettings
+from compress.quantize.qat.network import OnnxNetwork
+from compress.quantize.qat.simulation import SimulatedNetwork
+from compress.recipe.settings import DistillSettings, QuantizeSettings, TrainSettings
 from compress.train import TrainResult, train
+from compress.train.distill import build_objective
 
 __all__ = ["OnnxNetwork", "SimulatedNetwork", "Trained", "train_quantized"]
 

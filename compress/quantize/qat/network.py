@@ -12,7 +12,7 @@ from onnx import NodeProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from compress.errors import QuantizationError
-from compress.qat.operators import OPERATORS
+from compress.quantize.qat.operators import OPERATORS
 
 TRAINED_INPUTS = {  # of an operator: positions of the constants that training may change
     "Conv": (1, 2),
@@ -41,7 +41,8 @@ class OnnxNetwork(nn.Module):
     It computes in float32 whatever autocast says: int8 steps are finer than those of bf16.
 
     Args:
-        model: A float graph whose constants are initializers, as ``compress.qdq.prepare`` makes it.
+        model: A float graph whose constants are initializers, as ``compress.graph.preprocess``
+            makes it.
 
     Raises:
         QuantizationError: the graph has an operator without a rule in ``operators.py``.

@@ -10,14 +10,14 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from compress.qat.fake import Quantizer, fake_quantize, scaled_gradient
-from compress.qat.network import OnnxNetwork, Rounding
-from compress.qdq.graph import BIAS_LIMIT, Graph
+from compress.graph.model import BIAS_LIMIT, Graph
+from compress.graph.preprocess import prepare
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
-from compress.qdq.prepare import prepare
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import RULES, default_scales, quantizer, scale_axis, write_qdq
+from compress.quantize.qat.fake import Quantizer, fake_quantize, scaled_gradient
+from compress.quantize.qat.network import OnnxNetwork, Rounding
 
 
 class WeightQuantizer(nn.Module):

@@ -15,10 +15,11 @@ from typing import Any
 
 import onnx
 
-from compress import onnx_file
 from compress.errors import UsageError
-from compress.fusion import kernels, work
-from compress.fusion.kernels import Kernel
+from compress.graph import files
+from compress.runtimes._fusion import kernels
+from compress.runtimes._fusion import macs as work
+from compress.runtimes._fusion.kernels import Kernel
 
 __all__ = ["FloatLayer", "Fusion", "check_fusion"]
 
@@ -97,7 +98,7 @@ def check_fusion(
             expected=f"one of {', '.join(RUNTIMES)}",
         )
     source = Path(path)
-    model = work.named(onnx_file.load(source))
+    model = work.named(files.load(source))
     graph = work.read(model, needs_quantized_output=runtime == "onnxruntime")
     if runtime == "onnxruntime":
         found = kernels.of_onnxruntime(model, graph, threads)

@@ -13,8 +13,8 @@ from onnx import ModelProto, TensorProto
 
 from compress.artifact import read_json
 from compress.errors import EngineError
-from compress.fusion.work import Graph
 from compress.runtimes import build_engine, open_session
+from compress.runtimes._fusion.macs import Graph
 from compress.runtimes.onnxruntime import EXACT_INT8
 
 _INT8 = re.compile(r"^(QLinear|QGemm|ConvInteger|MatMulInteger|DynamicQuantize)")

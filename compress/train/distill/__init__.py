@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from compress.distill.build import build_objective
-from compress.distill.control import Control, compare_without_teacher, shortened
-from compress.distill.objective import DistillObjective
-from compress.distill.own_loop import Distiller, distiller
+from compress.train.distill.build import build_objective
+from compress.train.distill.objective import DistillObjective
+from compress.train.distill.own_loop import Distiller, distiller
+from compress.train.distill.teacher_ablation import Control, compare_without_teacher, shortened
 
 __all__ = [
     "Control",

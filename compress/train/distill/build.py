@@ -14,28 +14,28 @@ import torch
 from torch import Tensor, nn
 
 from compress import evaluate, plugins
-from compress.augment import is_random
 from compress.data import Dataset, targets_of
-from compress.distill.objective import DistillObjective, Term, last_output, main_answer
-from compress.distill.pairing import pair_layers
-from compress.distill.taps import Survey, survey, tapped
-from compress.distill.teachers import (
+from compress.data._augment import is_random
+from compress.data._images import Subset
+from compress.errors import CompressError, TrainingError, UsageError
+from compress.modules import evaluating, set_mode
+from compress.modules.copying import full_copy
+from compress.modules.objective import CrossEntropy, TaskLoss
+from compress.modules.outputs import logits_of
+from compress.recipe.settings import DistillSettings, Plugin
+from compress.tasks import Task
+from compress.train.batches import on_device
+from compress.train.distill.feature_hooks import Survey, survey, tapped
+from compress.train.distill.layer_matching import pair_layers
+from compress.train.distill.objective import DistillObjective, Term, last_output, main_answer
+from compress.train.distill.teachers import (
     CachedTeacher,
     SessionTeacher,
     Teacher,
     TorchTeacher,
     class_order,
 )
-from compress.errors import CompressError, TrainingError, UsageError
-from compress.groups.copying import full_copy
-from compress.images import Subset
-from compress.losses import Needs, Taps
-from compress.modules import evaluating, set_mode
-from compress.objective import CrossEntropy, TaskLoss
-from compress.outputs import logits_of
-from compress.settings import DistillSettings, Plugin
-from compress.tasks import Task
-from compress.train.batches import on_device
+from compress.train.losses import Needs, Taps
 
 logger = logging.getLogger(__name__)
 

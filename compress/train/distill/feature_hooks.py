@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UnknownNameError
-from compress.groups.copying import full_copy
 from compress.modules import evaluating
-from compress.outputs import logits_of
+from compress.modules.copying import full_copy
+from compress.modules.outputs import logits_of
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.distill.taps import Feature, Survey, Tap
 from compress.errors import TrainingError, UnknownNameError
-from compress.losses import Layers, Needs
+from compress.train.distill.feature_hooks import Feature, Survey, Tap
+from compress.train.losses import Layers, Needs
 
 NECKS = 3  # sizes at which dense predictions are compared, the smallest ones
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.distill.pairing import Pair
-from compress.distill.taps import Tap, tapped
-from compress.distill.teachers import Teacher
-from compress.losses import Taps
-from compress.objective import CrossEntropy, Moment, TaskLoss
-from compress.outputs import logits_of, tensors_of
+from compress.modules.objective import CrossEntropy, Moment, TaskLoss
+from compress.modules.outputs import logits_of, tensors_of
+from compress.train.distill.feature_hooks import Tap, tapped
+from compress.train.distill.layer_matching import Pair
+from compress.train.distill.teachers import Teacher
+from compress.train.losses import Taps
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class Term:
     """One distillation loss of a weighted sum, and the layers that it compares."""
 
     name: str
-    loss: Any  # see compress.losses
+    loss: Any  # see compress.train.losses
     weight: float
     pairs: tuple[Pair, ...] = ()
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.distill.build import prepare, term_of
-from compress.distill.objective import Term, feature_at, main_answer
-from compress.distill.taps import Tap, survey, tapped
-from compress.distill.teachers import TorchTeacher
 from compress.errors import TrainingError, UsageError
-from compress.losses import Taps
-from compress.settings import Plugin
+from compress.recipe.settings import Plugin
+from compress.train.distill.build import prepare, term_of
+from compress.train.distill.feature_hooks import Tap, survey, tapped
+from compress.train.distill.objective import Term, feature_at, main_answer
+from compress.train.distill.teachers import TorchTeacher
+from compress.train.losses import Taps
 
 
 class Distiller:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from compress.settings import DistillSettings
+from compress.recipe.settings import DistillSettings
 
 SHARE = 0.2  # of the epochs, for each of the two trainings
 CONFIDENCE_Z = 1.96  # 95 %

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.distill.taps import Survey, Tap, survey, tapped
 from compress.errors import TrainingError
-from compress.outputs import logits_of
+from compress.modules.outputs import logits_of
+from compress.train.distill.feature_hooks import Survey, Tap, survey, tapped
 
 FEATURES = dict[Tap, Tensor]
 

@@ -10,7 +10,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.losses import Layers, Needs, OfClasses, Taps, _features, full_precision
+from compress.train.losses import Layers, Needs, OfClasses, Taps, _features, full_precision
 
 
 @dataclass(eq=False, repr=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.losses import Layers, Needs, Taps, _features, _logits
+from compress.train.losses import Layers, Needs, Taps, _features, _logits
 
 
 @dataclass(eq=False, repr=False)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.losses import OfClasses, Taps, _logits
+from compress.train.losses import OfClasses, Taps, _logits
 
 
 @dataclass(frozen=True)

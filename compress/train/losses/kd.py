@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress.losses import OfClasses, Taps, _logits
+from compress.train.losses import OfClasses, Taps, _logits
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.losses import Layers, Needs, Taps, _features
+from compress.train.losses import Layers, Needs, Taps, _features
 
 
 @dataclass(eq=False, repr=False)

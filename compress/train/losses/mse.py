@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress.losses import Taps
+from compress.train.losses import Taps
 
 
 @dataclass(frozen=True)

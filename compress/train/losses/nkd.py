@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.losses import OfClasses, Taps, _logits
+from compress.train.losses import OfClasses, Taps, _logits
 
 
 @dataclass(frozen=True)

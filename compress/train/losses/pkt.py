@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.losses import Layers, Needs, Taps, _features, full_precision
+from compress.train.losses import Layers, Needs, Taps, _features, full_precision
 
 EPSILON = 1e-7
 

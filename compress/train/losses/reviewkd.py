@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.losses import Layers, Needs, Taps
+from compress.train.losses import Layers, Needs, Taps
 
 WIDEST = 512  # channels in which features are fused
 PYRAMID = (4, 2, 1)  # sizes at which features are compared once more, with halving weights

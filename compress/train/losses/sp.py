@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.losses import Layers, Needs, Taps, full_precision
+from compress.train.losses import Layers, Needs, Taps, full_precision
 
 
 @dataclass(frozen=True)

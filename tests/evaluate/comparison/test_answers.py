@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compress.compare import Step, against, chain, compare
 from compress.errors import CompressError
 from compress.evaluate import accuracy
-from compress.predictions import Predictions
+from compress.evaluate.comparison import Step, against, chain, compare
+from compress.evaluate.predictions import Predictions
 
 
 def answered(answers: list[int], labels: list[int], classes: int = 3) -> Predictions:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.compare import Drift, compare_outputs
 from compress.errors import EngineError
+from compress.evaluate.comparison import Drift, compare_outputs
 
 
 class Session:

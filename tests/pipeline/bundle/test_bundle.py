@@ -15,10 +15,10 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from compress import bundle
-from compress.bundle import on_device, write_bundle
 from compress.errors import RunError
 from compress.packages import is_installed
+from compress.pipeline import bundle
+from compress.pipeline.bundle import on_device, write_bundle
 
 VARIANTS = [
     {"name": "original", "precision": "fp32", "target": None, "stage": "00-train"},

@@ -11,15 +11,7 @@ from defects import DEFECTS, biased
 from sketch import Sketch, as_tensorrt_reads, run, sqnr_db
 
 from compress.errors import CompressError, EngineError, UnknownNameError
-from compress.lint import (
-    RULES,
-    TARGETS,
-    fix_model,
-    fix_onnx,
-    lint_model,
-    lint_onnx,
-    rules_for,
-)
+from compress.qdq.lint import RULES, TARGETS, fix_model, fix_onnx, lint_model, lint_onnx, rules_for
 
 FIXABLE = [name for name, draw in DEFECTS.items() if draw().fixed_db is not None]
 

@@ -7,9 +7,9 @@ import pytest
 
 from compress import plugins
 from compress.errors import UsageError
-from compress.observers import BINS, Histogram
 from compress.qdq.plan import ActivationRange
 from compress.qdq.writer import quantizer
+from compress.quantize.observers import BINS, Histogram
 
 OBSERVERS = plugins.names("observers")
 

@@ -1,7 +1,6 @@
-"""The graphs that the tests of lint draw serve here as well."""
+"""Networks and data that tests of other folders made up."""
 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "lint"))
-sys.path.append(str(Path(__file__).parents[1] / "train"))
+sys.path.append(str(Path(__file__).parents[2] / "train"))

@@ -10,10 +10,10 @@ import torch
 from sketch import Sketch, run, sqnr_db
 
 from compress.errors import QuantizationError
-from compress.qat import OnnxNetwork, SimulatedNetwork
-from compress.qat.fake import Quantizer, fake_quantize
 from compress.qdq import TARGETS, prepare, write_qdq
 from compress.quantize import calibrate, make_plan
+from compress.quantize.qat import OnnxNetwork, SimulatedNetwork
+from compress.quantize.qat.fake import Quantizer, fake_quantize
 
 
 @pytest.fixture(scope="module")

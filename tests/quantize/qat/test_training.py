@@ -7,10 +7,10 @@ import pytest
 from sketch import Sketch, run
 
 from compress.errors import QuantizationError
-from compress.qat import train_quantized
 from compress.qdq import ActivationRange, write_qdq
 from compress.quantize import calibrate, make_plan
-from compress.settings import QuantizeSettings, TrainSettings
+from compress.quantize.qat import train_quantized
+from compress.recipe.settings import QuantizeSettings, TrainSettings
 
 
 @pytest.fixture(scope="module")

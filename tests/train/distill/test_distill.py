@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data import Dataset
-from compress.distill import build, build_objective, compare_without_teacher
-from compress.distill.control import Control, shortened
-from compress.distill.pairing import pair_layers
-from compress.distill.taps import Tap, survey, tapped
+from compress.data._images import MemoryImages, Subset
 from compress.errors import TrainingError, UnknownNameError, UsageError
-from compress.images import MemoryImages, Subset
-from compress.losses import Taps
-from compress.objective import Moment
-from compress.settings import AugmentSettings, DistillSettings
+from compress.modules.objective import Moment
+from compress.recipe.settings import AugmentSettings, DistillSettings
 from compress.train import train
+from compress.train.distill import build, build_objective, compare_without_teacher
+from compress.train.distill.feature_hooks import Tap, survey, tapped
+from compress.train.distill.layer_matching import pair_layers
+from compress.train.distill.teacher_ablation import Control, shortened
+from compress.train.losses import Taps
 
 
 class Net(nn.Module):
@@ -537,7 +537,7 @@ def test_a_short_schedule_keeps_its_proportions():
 
 
 def test_the_control_of_a_recipe_trains_copies():
-    from compress.pipeline.teaching import does_teacher_help
+    from compress.pipeline.stages.teacher_ablation import does_teacher_help
 
     teacher, student = net(2, width=8), net(1)
     train(teacher, DATA, settings(epochs=10), device="cpu")
@@ -550,7 +550,7 @@ def test_the_control_of_a_recipe_trains_copies():
 
 
 def test_a_control_needs_validation_images():
-    from compress.pipeline.teaching import does_teacher_help
+    from compress.pipeline.stages.teacher_ablation import does_teacher_help
 
     splits = {name: images for name, images in DATA.splits.items() if name != "validation"}
     job = SimpleNamespace(dataset=replace(DATA, splits=splits), recipe=SimpleNamespace(seed=0))

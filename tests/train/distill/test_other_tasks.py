@@ -10,21 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress import distill
 from compress.data import Dataset
-from compress.detector import detector
+from compress.data._images import MemoryImages
+from compress.data._targets import Boxes
 from compress.errors import TrainingError
-from compress.images import MemoryImages
-from compress.losses import Taps
-from compress.losses.cwd import Cwd
-from compress.losses.kd import Kd
-from compress.losses.mse import Mse
-from compress.networks import unet
-from compress.outputs import logits_of
-from compress.settings import DistillSettings
-from compress.targets import Boxes
+from compress.models.cifar import unet
+from compress.models.detector import detector
+from compress.modules.outputs import logits_of
+from compress.recipe.settings import DistillSettings
 from compress.tasks import load_task
-from compress.train import train
+from compress.train import distill, train
+from compress.train.losses import Taps
+from compress.train.losses.cwd import Cwd
+from compress.train.losses.kd import Kd
+from compress.train.losses.mse import Mse
 
 SIZE = (32, 48)
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from compress import plugins
 from compress.errors import UsageError
-from compress.losses import Taps
+from compress.train.losses import Taps
 
 NAMES = plugins.names("losses")
 LABELS = torch.arange(60) % 5

@@ -8,7 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.cli.options import INPUT_SIZE, Given, integers, load_dataset, write_numbers
+from compress.cli.options import (
+    INPUT_SIZE,
+    Given,
+    data_settings,
+    integers,
+    load_dataset,
+    write_numbers,
+)
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -125,6 +132,23 @@ def compare(given: Given) -> RenderableType:
         new,
         load_dataset(given, [old, new], labelled=False),
         bisect=given["bisect"],
+    )
+    write_numbers(given["json"], found.to_json())
+    return found.table()
+
+
+def predict(given: Given) -> RenderableType:
+    """Answer pictures and return what was answered."""
+    from compress.pipeline.predict import predict_pictures
+
+    found = predict_pictures(
+        given["artifact"],
+        given["images"],
+        data_settings({**given, "data": "images"}),
+        task=given["task"],
+        runtime=given["runtime"],
+        threads=given["threads"],
+        out=given["out"],
     )
     write_numbers(given["json"], found.to_json())
     return found.table()

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from compress.errors import DataError
 from compress.modules.outputs import logits_of
-from compress.tasks import Kind, Prediction, Target, Task, main_output, numeric
+from compress.tasks import Form, Kind, Prediction, Target, Task, main_output, numeric
 
 LARGEST_PSNR_DB = 100.0  # of two equal images, where the ratio is infinite
 
@@ -33,6 +33,7 @@ class Restoration(Task):
     primary: ClassVar[str] = "psnr"
     agreement_unit: ClassVar[str] = "dB"
     target: ClassVar[str] = "image"
+    form: ClassVar[Form] = "image"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the mean distance to the wanted images (B, C, H, W), a scalar."""

@@ -26,7 +26,6 @@ from compress.train.validation import validate_task
 
 ONNX_FILE = "model.onnx"
 CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
-INT8_FORM = {"tensorrt-rtx": "tensorrt"}  # runtime -> kind of Q/DQ graph, where names differ
 
 
 @dataclass(frozen=True)

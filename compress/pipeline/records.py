@@ -10,11 +10,11 @@ from compress.data import Dataset
 from compress.evaluate import Predictions, accuracy
 from compress.evaluate.attribution import Samples
 from compress.qdq.plan import QuantPlan
+from compress.qdq.writer import RULES
 from compress.report import schema
 from compress.runtimes._fusion import Fusion
 
 BITS = 8
-SYMMETRIC = {"tensorrt"}  # targets whose activations have no zero point
 LARGEST_CODE = 127  # of a weight
 
 
@@ -25,7 +25,7 @@ def ranges(plan: QuantPlan, variant: str) -> Iterator[schema.TensorRange]:
     """
     for name, found in plan.activations.items():
         low, high = found.low, found.high
-        if plan.target in SYMMETRIC:
+        if not RULES[plan.target].asymmetric:
             low, high = -found.limit, found.limit
         yield schema.TensorRange(
             tensor=name, kind="activation", bits=BITS, low=low, high=high, variant=variant

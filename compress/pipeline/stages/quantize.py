@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from compress import artifact
 from compress.data import Dataset
 from compress.evaluate.feeding import arrays
-from compress.pipeline.context import INT8_FORM, Job, Outcome, Variant, training_facts
+from compress.pipeline.context import Job, Outcome, Variant, training_facts
 from compress.recipe.settings import QuantizeSettings, Recipe
-from compress.runtimes import TensorSpec, open_session
+from compress.runtimes import DEFAULT, TensorSpec, facts, open_session
 from compress.train.distributed import join_processes
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ def train_along(
 def int8_forms(recipe: Recipe) -> list[str]:
     """Return the kinds of Q/DQ graph that the int8 targets of ``recipe`` need, without repeats."""
     runtimes = [each.runtime for each in recipe.targets if each.precision == "int8"]
-    forms = [INT8_FORM.get(name, name) for name in runtimes or ["onnxruntime"]]
-    return list(dict.fromkeys(forms))
+    forms = [facts(name).int8_form for name in runtimes]
+    wanted = dict.fromkeys(form for form in forms if form is not None)
+    return list(wanted) or [str(facts(DEFAULT).int8_form)]
 
 
 def calibration_batches(

@@ -42,7 +42,7 @@ WEIGHT = np.array([[-1.0, -2, -1], [0.1, 0, 0.2], [1, 2, 1]], np.float32)  # of 
 
 
 def network(path: Path, form: str, facts: dict[str, Any] = FACTS, *, nhwc: bool = False) -> Path:
-    """Write the network of a task; its input is (N, 3, 32, 48), or (N, 32, 48, 3)."""
+    """Write the network of a task; its input is (N, 3, 32, 48), or (N, 32, 48, 3), maps alike."""
     nodes, constants = _parts(form)
     shape: list[Any] = ["batch", 3, HEIGHT, WIDTH]
     source = "x"
@@ -50,6 +50,9 @@ def network(path: Path, form: str, facts: dict[str, Any] = FACTS, *, nhwc: bool 
         shape = ["batch", HEIGHT, WIDTH, 3]
         nodes.insert(0, helper.make_node("Transpose", ["x"], ["nchw"], perm=[0, 3, 1, 2]))
         source = "nchw"
+        if form in ("class map", "image"):
+            nodes[-1].output[:] = ["nchw_map"]
+            nodes.append(helper.make_node("Transpose", ["nchw_map"], ["y"], perm=[0, 2, 3, 1]))
     for node in nodes[int(nhwc) :]:
         node.input[:] = [source if name == "x" else name for name in node.input]
     graph = helper.make_graph(
@@ -83,4 +86,7 @@ def _parts(form: str) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
         ]
         return zero, rows | {"nothing": np.float32(0), "last": np.array([3], np.int64)}
     pooled = helper.make_node("GlobalAveragePool", ["map"], ["pooled"])
+    if form == "softmax":
+        flat = helper.make_node("Flatten", ["pooled"], ["flat"])
+        return [conv, pooled, flat, helper.make_node("Softmax", ["flat"], ["y"], axis=1)], weight
     return [conv, pooled, helper.make_node("Flatten", ["pooled"], ["y"])], weight

@@ -18,7 +18,8 @@ from compress.data.images import picture_files
 from compress.errors import CompressError, DataError, UsageError
 from compress.evaluate import BATCH, answered
 from compress.evaluate.feeding import Fed, completed, facts_of, picture_of
-from compress.measure.artifacts import runtime_of
+from compress.graph.metadata import CHANNELS
+from compress.measure.artifacts import DEFAULT_RUNTIME, runtime_of
 from compress.report import numbers
 from compress.report.run_folder import artifacts_in, one_artifact
 from compress.runtimes import Session, open_session
@@ -138,7 +139,7 @@ def predict_pictures(
 def _network(artifact: Path, runtime: str | None) -> Path:
     """Return the file or folder that ``artifact`` stands for on a runtime."""
     found = artifacts_in(artifact)
-    fitting = [file for file in found if file.name == f"model.{runtime or 'onnxruntime'}.onnx"]
+    fitting = [file for file in found if file.name == f"model.{runtime or DEFAULT_RUNTIME}.onnx"]
     source = fitting[0] if len(found) > 1 and fitting else one_artifact(artifact)
     runtime_of(source)  # refuses what does not exist
     return source
@@ -168,13 +169,21 @@ def _complete(
         found = found.model_copy(
             update={"options": {"resize": "squash", "crop": 1.0, **found.options}}
         )
+    picture = picture_of(session.inputs, found.inputs or {})
+    sizes = [picture.shape[axis] for axis in (1, 3)] if picture.shape else []
+    if sizes and all(isinstance(size, int) and size not in CHANNELS for size in sizes):
+        raise UsageError(
+            f"input {picture.name!r} of shape {picture.shape} takes no pictures",
+            where=str(source),
+            expected="1 or 3 channels",
+        )
     if found.image_size is None:
         raise UsageError(
             "does not say which size of images it takes",
             where=str(source),
             fix="Give --image-size SIDE, or H,W",
         )
-    normalizes_itself = picture_of(session.inputs, found.inputs or {}).dtype == "uint8"
+    normalizes_itself = picture.dtype == "uint8"
     absent = [f"--{key}" for key in ("mean", "std") if getattr(found, key) is None]
     if absent and found.input_range is None and not normalizes_itself:
         raise UsageError(

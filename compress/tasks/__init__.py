@@ -375,6 +375,12 @@ def main_output(outputs: Mapping[str, Any], ndim: int, what: str, task: str) -> 
     return found
 
 
+def channels_first(array: Array, channels: int) -> Array:
+    """Return (B, H, W, C) as (B, C, H, W), and what has its ``channels`` there already as it is."""
+    is_last = array.shape[1] != channels and array.shape[3] == channels
+    return np.moveaxis(array, 3, 1) if is_last else array
+
+
 def _nearest_task(arrays: Any) -> str:
     by_ndim = {2: "classification", 3: "detection", 4: "segmentation"}
     likely = [by_ndim[array.ndim] for array in arrays if array.ndim in by_ndim]

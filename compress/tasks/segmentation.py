@@ -21,6 +21,7 @@ from compress.tasks import (
     Row,
     Target,
     Task,
+    channels_first,
     main_output,
 )
 from compress.tasks._drawing import captioned, overlaid, palette
@@ -62,8 +63,13 @@ class Segmentation(Task):
         return first + AUXILIARY_WEIGHT * sum(others) if others else first
 
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
-        """Return "class_map" (H, W) for each image, from logits (B, K, H, W)."""
+        """Return "class_map" (H, W) for each image, from logits (B, K, H, W) or (B, H, W, K).
+
+        Without names of classes the two sides of a square map tell which of them it is.
+        """
         logits = main_output(outputs, 4, "out", "segmentation")
+        _, rows, columns, last = logits.shape
+        logits = channels_first(logits, len(self.classes) or (last if rows == columns else rows))
         kind = np.uint8 if logits.shape[1] <= 256 else np.uint16
         return [{"class_map": row.argmax(0).astype(kind)} for row in logits]
 

@@ -72,6 +72,34 @@ def test_classes_are_those_of_a_program_written_by_hand(compress, tmp_path, pict
     )
 
 
+def test_probabilities_are_not_made_probabilities_again(compress, tmp_path, picture):
+    facts = FACTS | {"task": "classification"}
+    logits = rows_of(compress, tmp_path, network(tmp_path / "a.onnx", "classes", facts), picture)
+    softmax = rows_of(compress, tmp_path, network(tmp_path / "b.onnx", "softmax", facts), picture)
+    wanted = [row["probability"] for row in logits]
+    assert [row["probability"] for row in softmax] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_file_that_a_stage_is_exported_to_carries_what_the_stage_says(
+    compress, tmp_path, picture
+):
+    model = package.load_model("compress.models.cifar:resnet8", num_classes=3).eval()
+    package.save_model(model, tmp_path / "stage", reference="compress.models.cifar:resnet8")
+    example = torch.zeros(1, 3, HEIGHT, WIDTH)
+    facts = FACTS | {"task": "classification", "image_size": [HEIGHT, WIDTH]}
+    package.export_onnx(model, example, tmp_path / "stage" / "model.onnx", metadata=facts)
+    out = tmp_path / "net.onnx"
+    code, _, err = compress(
+        "export", tmp_path / "stage", "--input-size", f"3,{HEIGHT},{WIDTH}", "--out", out
+    )
+    assert code == 0, err
+    wanted = rows_of(compress, tmp_path, tmp_path / "stage", picture)
+    got = rows_of(compress, tmp_path, out, picture)
+    assert [row["class"] for row in got] == [row["class"] for row in wanted]
+    chances = [row["probability"] for row in wanted]
+    assert [row["probability"] for row in got] == pytest.approx(chances, abs=1e-4)
+
+
 def test_the_table_says_how_it_was_fed_and_what_was_found(compress, tmp_path, picture):
     path = network(tmp_path / "net.onnx", "classes", FACTS | {"task": "classification"})
     _, out = answers(compress, tmp_path, path, picture, picture)
@@ -139,9 +167,10 @@ def test_an_upright_photo_is_what_boxes_are_told_of(compress, tmp_path):
     assert one == two
 
 
-def test_a_class_map_lies_where_the_pixels_are(compress, tmp_path):
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_a_class_map_lies_where_the_pixels_are(compress, tmp_path, nhwc):
     """Left of a picture is dark, right is light; what the crop cut away is not claimed."""
-    path = network(tmp_path / "net.onnx", "class map", FACTS | {"task": "segmentation"})
+    path = network(tmp_path / "net.onnx", "class map", FACTS | {"task": "segmentation"}, nhwc=nhwc)
     pixels = np.zeros((TALL, WIDE, 3), np.uint8)
     pixels[:, 70:] = 255
     Image.fromarray(pixels).save(tmp_path / "halves.png")
@@ -161,9 +190,10 @@ def test_a_class_map_lies_where_the_pixels_are(compress, tmp_path):
     assert (drawn[low, 80 * times] != 255).any()
 
 
-def test_a_restored_image_is_the_picture_that_is_written(compress, tmp_path, picture):
+@pytest.mark.parametrize("nhwc", [False, True])
+def test_a_restored_image_is_the_picture_that_is_written(compress, tmp_path, picture, nhwc):
     facts = FACTS | {"task": "restoration", "mean": [0.0] * 3, "std": [1.0] * 3}
-    path = network(tmp_path / "net.onnx", "image", facts)
+    path = network(tmp_path / "net.onnx", "image", facts, nhwc=nhwc)
     rows = answers(compress, tmp_path, path, picture, "--out", tmp_path / "drawn")[0]
     drawn = np.asarray(Image.open(tmp_path / "drawn" / "picture.png"))
     wanted = fed_by_hand(picture, facts)[0].transpose(1, 2, 0) * 255 / 2

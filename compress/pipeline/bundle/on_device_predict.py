@@ -151,7 +151,8 @@ class Answer:
     def _classes(self) -> list[dict[str, Any]]:
         logits = self._main(2, "logits")
         powers = np.exp(logits.astype(np.float64) - float(logits.max()))
-        chances = powers / powers.sum()
+        is_done = (logits >= 0).all() and abs(float(logits.sum()) - 1) < 1e-3  # by a softmax in it
+        chances = logits if is_done else powers / powers.sum()
         return [
             {"class": self._name(int(k)), "probability": float(chances[k])}
             for k in np.argsort(-logits, kind="stable")[:5]
@@ -172,7 +173,11 @@ class Answer:
         ]
 
     def _class_map(self) -> list[dict[str, Any]]:
-        found = self._main(4, "out").argmax(0)
+        logits = self._main(4, "out")
+        rows, columns, last = logits.shape
+        classes = len(self.labels) or (last if rows == columns else rows)
+        is_last = rows != classes and last == classes
+        found = logits.argmax(2 if is_last else 0)
         axes = []
         for axis in (0, 1):
             first = (self.fit.top, self.fit.left)[axis]
@@ -220,8 +225,10 @@ class Answer:
             boxes, scores, labels = found if found[0].ndim == 2 else [each[0] for each in found]
             return boxes, scores, labels.astype(np.int64) - shift
         head = self._main(3, "boxes")
-        if head.shape[1] == 6:
+        if head.shape[1] == 6:  # x1, y1, x2, y2, score, class
             return head[:, :4], head[:, 4], head[:, 5].astype(np.int64) - shift
+        if head.shape[0] - 4 != (len(self.labels) or head.shape[0] - 4):
+            raise DeviceError("boxes of shape " + str(head.shape) + " are not known here")
         scores, labels = head[4:].max(0), head[4:].argmax(0)
         likely = scores > self.options["score_threshold"]
         centre, size = head[:2, likely].T, head[2:4, likely].T
@@ -231,7 +238,10 @@ class Answer:
         return boxes[kept], scores[kept], labels[kept]
 
     def _image(self) -> list[dict[str, Any]]:
-        self.picture = np.clip(self._main(4, "image"), 0, self.options["peak"]).astype(np.float32)
+        image = self._main(4, "image")
+        if image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
+            image = np.moveaxis(image, 2, 0)
+        self.picture = np.clip(image, 0, self.options["peak"]).astype(np.float32)
         return told({"image": self.picture})
 
     def _embedding(self) -> list[dict[str, Any]]:

@@ -68,7 +68,9 @@ def details(
         confusions=tuple(_confusions(taken)),
         flips=tuple(_flips(job, taken)),
         subgroups=tuple(_subgroups(taken)),
-        calibration=tuple(_calibration(taken)),
+        calibration=tuple(
+            records.calibration(each.accuracy, each.variant, each.runtime) for each in taken
+        ),
         attributions=tuple(schema.Attribution(**each) for each in measured["attributions"]),
         similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
         artifacts=tuple(_artifacts(job)),
@@ -162,17 +164,6 @@ def _confusions(taken: Sequence[Answered]) -> Iterator[schema.Confusion]:
         matrix = np.array(answered.accuracy.confusion)
         cells = tuple((int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix))
         yield schema.Confusion(variant=answered.variant, runtime=answered.runtime, cells=cells)
-
-
-def _calibration(taken: Sequence[Answered]) -> Iterator[schema.Calibration]:
-    """Yield confidence against accuracy in equal bins, and the calibration error over them."""
-    for answered in taken:
-        yield schema.Calibration(
-            variant=answered.variant,
-            runtime=answered.runtime,
-            ece_pct=answered.accuracy.ece_pct,
-            **answered.accuracy.calibration,
-        )
 
 
 def _flips(job: Job, taken: Sequence[Answered]) -> Iterator[schema.Flip]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from compress.data import Dataset
-from compress.evaluate import Predictions
+from compress.evaluate import Accuracy, Predictions
 from compress.evaluate.attribution import Samples
 from compress.qdq.plan import QuantPlan
 from compress.qdq.writer import RULES
@@ -58,6 +58,13 @@ def coverage(fusion: Fusion, variant: str) -> schema.Coverage:
         int8_macs_pct=100 * fusion.int8_share,
         reformats=len(fusion.reformats),
         islands=tuple(islands),
+    )
+
+
+def calibration(accuracy: Accuracy, variant: str, runtime: str) -> schema.Calibration:
+    """Return confidence against accuracy in equal bins, and the calibration error over them."""
+    return schema.Calibration(
+        variant=variant, runtime=runtime, ece_pct=accuracy.ece_pct, **accuracy.calibration
     )
 
 

@@ -34,6 +34,8 @@ def quantize_graphs(
     from compress.quantize import quantize_targets
 
     parent = before[-1]
+    if not job.is_main:
+        return _train_along(job, settings, stage, parent)
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(job.recipe)}
     made = quantize_targets(
         job.path(parent),
@@ -83,13 +85,12 @@ def quantize_graphs(
     return Outcome(tuple(variants), {"plans": plans, "qat": training, "gates": gates})
 
 
-def train_along(
-    job: Job, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
-) -> None:
+def _train_along(job: Job, settings: QuantizeSettings, stage: Path, parent: Variant) -> Outcome:
     """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
-    if settings.qat is not None and job.run.result(stage) is None:
+    if settings.qat is not None:
         for form in int8_forms(job.recipe):
-            _train_quantized(job, settings, None, before[-1], stage / f"qat-{form}")
+            _train_quantized(job, settings, None, parent, stage / f"qat-{form}")
+    return Outcome(())
 
 
 def int8_forms(recipe: Recipe) -> list[str]:

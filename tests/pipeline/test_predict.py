@@ -261,6 +261,12 @@ def test_an_own_task_tells_and_draws_its_answer(compress, tmp_path, picture):
     assert found["images"][0]["answer"] == [{"brightness": pytest.approx(logits.mean(), abs=0.02)}]
     assert "brightness" in out
     drawn = np.asarray(Image.open(tmp_path / "drawn" / "picture.png"))
+    stage = tmp_path / "run" / "00-original"  # a run of this task says so itself
+    stage.mkdir(parents=True)
+    network(stage / "model.onnx", "classes")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": {"task": task}}))
+    again = answers(compress, tmp_path, tmp_path / "run", picture, "--trust")[0]
+    assert again["images"][0]["answer"] == found["images"][0]["answer"]
     assert drawn[0, 0].tolist() == (255 - np.asarray(Image.open(picture))[0, 0]).tolist()
 
 

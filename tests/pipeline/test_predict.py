@@ -9,6 +9,8 @@ from networks_of_tasks import BOXES, FACTS, HEIGHT, WIDTH, network
 from PIL import Image
 
 import compress as package
+from compress.data import load_data
+from compress.recipe.settings import DataSettings
 from compress.runtimes import build_engine
 
 TALL, WIDE = 60, 100  # of the picture: its proportions are not those of the input
@@ -380,3 +382,20 @@ def test_hostile_names_are_shown_not_obeyed(compress, tmp_path, picture):
     _, out = answers(compress, tmp_path, path, picture, "--out", tmp_path / "drawn")
     assert "\x1b" not in out
     assert "[bold]x" in out
+
+
+def test_pictures_of_the_size_that_arrays_had_are_not_cropped(compress, tmp_path):
+    """A file from arrays names no rule: a picture of its own size is fed pixel by pixel."""
+    facts = {key: value for key, value in FACTS.items() if key not in ("resize", "crop")}
+    facts |= {"task": "restoration", "mean": [0.0] * 3, "std": [1.0] * 3}
+    path = network(tmp_path / "net.onnx", "image", facts)
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    answers(compress, tmp_path, path, tmp_path / "noise.png", "--out", tmp_path / "drawn")
+    drawn = np.asarray(Image.open(tmp_path / "drawn" / "noise.png")).astype(int)
+    assert np.abs(drawn - pixels / 2).max() <= 1
+
+
+def test_data_of_arrays_says_that_its_images_are_not_cropped():
+    facts = load_data(DataSettings(name="digits")).facts()
+    assert (facts["resize"], facts["crop"]) == ("squash", 1.0)

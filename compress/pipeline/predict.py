@@ -17,7 +17,7 @@ from compress.data._resize import Fit
 from compress.data.images import picture_files
 from compress.errors import CompressError, DataError, UsageError
 from compress.evaluate import BATCH, answered
-from compress.evaluate.feeding import Fed, completed, facts_of, picture_of
+from compress.evaluate.feeding import ONNX_NAME, Fed, completed, facts_of, picture_of
 from compress.graph.metadata import CHANNELS
 from compress.measure.artifacts import runtime_of
 from compress.report import numbers
@@ -137,12 +137,16 @@ def predict_pictures(
 
 
 def _network(artifact: Path, runtime: str | None) -> Path:
-    """Return the file or folder that ``artifact`` stands for on a runtime."""
+    """Return the file or folder that ``artifact`` stands for on a runtime.
+
+    Of a stage that is its ONNX file, which runs none of the user's code, unless PyTorch is asked.
+    """
     found = artifacts_in(artifact)
     fitting = [file for file in found if file.name == f"model.{runtime or DEFAULT}.onnx"]
     source = fitting[0] if len(found) > 1 and fitting else one_artifact(artifact)
-    runtime_of(source)  # refuses what does not exist
-    return source
+    own = runtime_of(source)  # refuses what does not exist
+    exported = source / ONNX_NAME
+    return exported if exported.is_file() and own != runtime else source
 
 
 def _task_of_run(source: Path) -> Any:

@@ -95,7 +95,14 @@ def test_a_file_that_a_stage_is_exported_to_carries_what_the_stage_says(
         "export", tmp_path / "stage", "--input-size", f"3,{HEIGHT},{WIDTH}", "--out", out
     )
     assert code == 0, err
-    wanted = rows_of(compress, tmp_path, tmp_path / "stage", picture)
+    torch_too = answers(compress, tmp_path, tmp_path / "stage", picture, "--runtime", "pytorch")[0]
+    assert torch_too["artifact"] == str(tmp_path / "stage")
+    own, _ = answers(compress, tmp_path, tmp_path / "stage", picture)
+    assert own["artifact"] == str(tmp_path / "stage" / "model.onnx")  # runs no code of anybody
+    wanted = torch_too["images"][0]["answer"]
+    assert own["images"][0]["answer"] == [
+        row | {"probability": pytest.approx(row["probability"], abs=1e-4)} for row in wanted
+    ]
     got = rows_of(compress, tmp_path, out, picture)
     assert [row["class"] for row in got] == [row["class"] for row in wanted]
     chances = [row["probability"] for row in wanted]

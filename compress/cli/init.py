@@ -70,6 +70,12 @@ def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
     from compress.recipe.loading import validate
     from compress.trust import agree
 
+    if not given["folder"].is_dir():
+        raise UsageError(
+            "no such folder",
+            where=str(given["folder"]),
+            expected="the folder where network, weights and images lie",
+        )
     out = given["out"] or given["folder"] / RECIPE
     if out.exists() and not given["force"]:
         raise UsageError(f"{out} is there already", fix="Give another --out, or --force")

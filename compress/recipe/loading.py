@@ -213,7 +213,12 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise RecipeError(f"the recipe cannot be read: {reason}", where=str(path)) from None
+        named = "Those of the package go by name: compress list recipes"
+        raise RecipeError(
+            f"the recipe cannot be read: {reason}",
+            where=str(path),
+            fix=named if isinstance(error, FileNotFoundError) else "",
+        ) from None
     try:
         content = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError as error:

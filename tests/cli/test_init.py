@@ -166,3 +166,9 @@ def test_masks_are_segmented_and_not_distilled(tmp_path, monkeypatch, compress):
     assert [next(iter(stage)) for stage in recipe["stages"]] == [
         "train", "prune", "finetune", "quantize",
     ]  # fmt: skip
+
+
+def test_a_folder_that_is_not_there_is_a_sentence(tmp_path, compress):
+    code, out, err = compress("init", tmp_path / "nowhere", "--yes")
+    assert (code, out) == (2, "")
+    assert "nowhere: no such folder. Expected the folder where network, weights and images" in err

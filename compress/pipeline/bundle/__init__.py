@@ -23,6 +23,7 @@ from compress.data import Dataset, load_data
 from compress.errors import RunError
 from compress.evaluate.feeding import arrays, completed, facts_of, picture_of
 from compress.recipe.settings import DataSettings
+from compress.report.run_folder import RUN_FILE
 from compress.runtimes import Session, open_session
 from compress.tasks import Task, default_task, load_task
 
@@ -51,7 +52,9 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         DataError: the images of the run cannot be read here.
     """
     folder, target = Path(run), Path(out)
-    description = read_json(folder / "run.json")
+    if not (folder / RUN_FILE).is_file():
+        raise RunError("holds no run", where=str(folder), expected=f"a folder with {RUN_FILE}")
+    description = read_json(folder / RUN_FILE)
     models = _models(folder)
     recipe = description["recipe"]
     first = folder / models[0]["path"]

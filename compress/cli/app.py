@@ -417,6 +417,60 @@ def compare(
     _print(commands.compare(ctx.params))
 
 
+@app.command(epilog=example("predict runs/first photo.jpg more-photos --out drawn"))
+def predict(
+    ctx: typer.Context,
+    artifact: Annotated[
+        Path, typer.Argument(help="ONNX file, engine, stage folder, run or saved network")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the pictures with what was found; none if absent"),
+    ] = None,
+    json: Json = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="See: compress list tasks; the artifact's if absent"),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it runs; the engine's own, or onnxruntime, if absent",
+            autocompletion=names("runtimes"),
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="SIDE or H,W, pixels; as the artifact says if absent")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="0.5,0.5,0.5; as the artifact says if absent")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="0.2,0.2,0.2; as the artifact says if absent")
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="short side, squash or letterbox; as the artifact says if absent"),
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="bilinear, bicubic, ...; as the artifact says if absent")
+    ] = None,
+    crop: Annotated[
+        float | None,
+        typer.Option(help="Share of the resized picture; as the artifact says if absent"),
+    ] = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    threads: Threads = None,
+    trust: Trust = False,
+) -> None:
+    """Show what an artifact answers to pictures, with the preprocessing that it carries."""
+    _print(commands.predict(ctx.params))
+
+
 @app.command(epilog=example("lint net.int8.onnx --target tensorrt --fix --out mended.onnx"))
 def lint(
     ctx: typer.Context,

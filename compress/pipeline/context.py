@@ -185,5 +185,5 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
 def facts_of(job: Job) -> dict[str, Any]:
     """Return what every file of the run says of its input and its task."""
     task = job.recipe.task or default_task(job.dataset.target)
-    named = {"task": task} if isinstance(task, str) and task in plugins.names("tasks") else {}
-    return job.dataset.facts() | named
+    is_ours = plugins.parse("tasks", task)[0] in plugins.names("tasks")
+    return job.dataset.facts() | ({"task": task} if is_ours else {})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class Degraded(Derived):
 
     def _worse(self, pictures: Images) -> Images:
         kept = in_memory(pictures)
-        worse = Worse(kept, PictureTargets(kept), self.scale, self.noise, self.seed)
+        worse: Images = Worse(kept, PictureTargets(kept), self.scale, self.noise, self.seed)
         return worse if kept is pictures else MemoryImages(worse.take(range(len(worse))),
                                                            worse.labels)  # fmt: skip
 
@@ -68,7 +69,7 @@ class Worse:
     """Pictures made smaller and noisy when they are asked for."""
 
     pictures: Images
-    labels: PictureTargets
+    labels: Any
     scale: int
     noise: float
     seed: int

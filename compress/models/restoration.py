@@ -64,7 +64,8 @@ class Generator(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """Return the picture, (B, D, 1, 1) -> (B, C, side, side) in [0, 1]."""
-        return self.layers(code).sigmoid()
+        picture: Tensor = self.layers(code).sigmoid()
+        return picture
 
 
 def generator(code: int = 32, width: int = 16, side: int = 32, channels: int = 1) -> Generator:

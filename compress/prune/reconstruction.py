@@ -375,7 +375,8 @@ def _spread(layer: Any, x: Tensor) -> Tensor:
     strides = layer.stride
     extent = [(side - 1) * step + 1 for side, step in zip(x.shape[2:], strides, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *extent)
-    spread[(..., *(slice(None, None, step) for step in strides))] = x
+    every: list[slice] = [slice(None)] * 2 + [slice(None, None, step) for step in strides]
+    spread[tuple(every)] = x
     padding: list[int] = []
     for axis in reversed(range(len(extent))):
         edge = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - layer.padding[axis]

@@ -50,6 +50,20 @@ def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | Non
     return Score(value, None, len(scores), task.primary, better)
 
 
+def primary_value(model: nn.Module, dataset: Dataset, task: Task) -> float | None:
+    """Return the primary metric on "validation", percent of top-1 where one class is told.
+
+    None where no images are held back, or they have no labels.
+    """
+    if not task.kinds or not len(dataset.splits.get("validation", ())):
+        return None
+    if task.tells_classes:
+        predictions = evaluate.predict(model, dataset.batches("validation"))
+        return float(100 * predictions.correct.mean())
+    score = validate_task(model, dataset, task)
+    return None if score is None else score.value
+
+
 @torch.no_grad()
 def validate(
     model: nn.Module, dataset: Dataset, processes: Processes, precision: str, at_once: int

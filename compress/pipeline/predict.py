@@ -19,10 +19,10 @@ from compress.errors import CompressError, DataError, UsageError
 from compress.evaluate import BATCH, answered
 from compress.evaluate.feeding import Fed, completed, facts_of, picture_of
 from compress.graph.metadata import CHANNELS
-from compress.measure.artifacts import DEFAULT_RUNTIME, runtime_of
+from compress.measure.artifacts import runtime_of
 from compress.report import numbers
 from compress.report.run_folder import artifacts_in, one_artifact
-from compress.runtimes import Session, open_session
+from compress.runtimes import DEFAULT, Session, open_session
 from compress.tasks import Prediction, Row, Task, default_task, load_task
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def predict_pictures(
 def _network(artifact: Path, runtime: str | None) -> Path:
     """Return the file or folder that ``artifact`` stands for on a runtime."""
     found = artifacts_in(artifact)
-    fitting = [file for file in found if file.name == f"model.{runtime or DEFAULT_RUNTIME}.onnx"]
+    fitting = [file for file in found if file.name == f"model.{runtime or DEFAULT}.onnx"]
     source = fitting[0] if len(found) > 1 and fitting else one_artifact(artifact)
     runtime_of(source)  # refuses what does not exist
     return source

@@ -337,10 +337,13 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="ONNX file to write")],
     weights: Weights = None,
-    num_classes: Classes = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option("--num-classes", help="Outputs of the classifier; its own if absent"),
+    ] = None,
     input_size: Annotated[str, typer.Option(help="C,H,W")] = "3,224,224",
     opset: Annotated[
-        int | None, typer.Option(help="ONNX operator set; torch's own if absent")
+        int | None, typer.Option(help="ONNX operator set; 20 if absent, which every runtime reads")
     ] = None,
     softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
     fixed_batch: Annotated[
@@ -350,7 +353,9 @@ def export(
         bool,
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
-    outputs: Outputs = None,
+    outputs: Annotated[
+        str | None, typer.Option(help="Outputs of the file, by place: 0,1.boxes; all if absent")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
@@ -360,7 +365,7 @@ def export(
 @app.command(epilog=example("build net.onnx --runtime openvino --batch 1,1,8 --out net.xml"))
 def build(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="ONNX file")],
+    file: Annotated[Path, typer.Argument(help="ONNX file, or the stage folder or run of one")],
     runtime: Annotated[
         str, typer.Option(help="See: compress list runtimes", autocompletion=names("runtimes"))
     ],
@@ -376,12 +381,16 @@ def build(
 @app.command(epilog=example("bench net.onnx net.int8.onnx --runtime onnxruntime --batch 1,8"))
 def bench(
     ctx: typer.Context,
-    artifacts: Annotated[list[Path], typer.Argument(help="ONNX files, engines, stage folders")],
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="ONNX files, engines, stage folders, runs")
+    ],
     runtime: Annotated[
         list[str] | None, typer.Option(help="Where ONNX files run; onnxruntime if absent")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
-    data: Annotated[str | None, typer.Option(help="DATA, to measure accuracy as well")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="DATA, to measure accuracy as well; latency alone if absent")
+    ] = None,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -402,8 +411,8 @@ def bench(
 )
 def compare(
     ctx: typer.Context,
-    reference: Annotated[str, typer.Argument(help="ONNX file, engine or stage folder")],
-    candidate: Annotated[str, typer.Argument(help="ONNX file, engine or stage folder")],
+    reference: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
+    candidate: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     data: Data,
     bisect: Annotated[bool, typer.Option(help="Find the first tensor that differs")] = False,
     image_size: ImageSize = None,
@@ -477,13 +486,15 @@ def predict(
 @app.command(epilog=example("lint net.int8.onnx --target tensorrt --fix --out mended.onnx"))
 def lint(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file")],
+    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file, or the stage folder of one")],
     target: Annotated[str, typer.Option(help="onnxruntime, openvino or tensorrt")],
     fix: Annotated[bool, typer.Option(help="Mend what can be mended mechanically")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the mended file goes")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the mended file goes; needed with --fix")
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Find what costs accuracy or speed in anybody's int8 graph."""
+    """Check a Q/DQ file against a runtime's rules: what costs accuracy or speed, and mend it."""
     table, findings = commands.lint(ctx.params)
     _print(table)
     raise typer.Exit(GATE_FAILED if findings else 0)
@@ -506,7 +517,7 @@ def split(
     out: Annotated[Path, typer.Option("--out", help="Folder of both parts")] = Path("runs/split"),
     json: Json = None,
 ) -> None:
-    """Split an ONNX file: a head for the edge, a tail for the server, what crosses, both times."""
+    """Split an ONNX file into a head for the edge and a tail for the server, and time both."""
     _print(commands.split(ctx.params))
 
 
@@ -524,7 +535,9 @@ def sensitivity(
     target: Annotated[str, typer.Option(help="Runtime that int8 is for")] = "onnxruntime",
     weights: Weights = None,
     num_classes: Classes = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Plot to write, .png or .svg")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Plot to write, .png or .svg; none if absent")
+    ] = None,
     json: Json = None,
     image_size: ImageSize = None,
     mean: Mean = None,
@@ -535,7 +548,7 @@ def sensitivity(
     seed: Seed = 0,
     trust: Trust = False,
 ) -> None:
-    """Show which layers cannot bear to be pruned or quantized."""
+    """Measure how much accuracy each layer loses when pruned or quantized."""
     if prune == quantize:
         raise UsageError("say what for", expected="one of --prune and --quantize")
     _print(commands.sensitivity(ctx.params))
@@ -544,7 +557,10 @@ def sensitivity(
 @app.command(epilog=example("report runs/half runs/quarter --out runs/both"))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the comparison; of one run its own if absent"),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Compare what is not comparable")] = False,
     track: Annotated[
         str | None, typer.Option(help="Log each run to tensorboard or mlflow as well")
@@ -572,7 +588,7 @@ def bundle(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     out: Annotated[Path, typer.Option("--out", help="FILE.tar.gz")],
 ) -> None:
-    """Pack what a device needs to build, check and measure the engines itself."""
+    """Pack what a device needs to build, check and measure engines, and to answer pictures."""
     _print(commands.bundle(run, out))
 
 

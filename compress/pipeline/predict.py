@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.artifact import replacing
+from compress.artifact import read_json, replacing
 from compress.data import load_pictures
-from compress.data._decoding import opened, to_8_bit
+from compress.data._decoding import opened, to_8_bit, upright_size
 from compress.data._resize import Fit
 from compress.data.images import picture_files
 from compress.errors import CompressError, DataError, UsageError
 from compress.evaluate import BATCH, answered
-from compress.evaluate.feeding import Fed, completed, facts_of, picture_of
+from compress.evaluate.feeding import ONNX_NAME, Fed, completed, facts_of, picture_of
 from compress.graph.metadata import CHANNELS
 from compress.measure.artifacts import runtime_of
 from compress.report import numbers
-from compress.report.run_folder import artifacts_in, one_artifact
+from compress.report.run_folder import RUN_FILE, artifacts_in, one_artifact
 from compress.runtimes import DEFAULT, Session, open_session
 from compress.tasks import Prediction, Row, Task, default_task, load_task
 
@@ -104,7 +104,8 @@ def predict_pictures(
     files = _pictures(images)
     source = _network(artifact, runtime)
     said = facts_of(source)
-    chosen, name = _task(task or said.get("task"), said.get("labels"), source, given=bool(task))
+    reference = task or said.get("task") or _task_of_run(source)
+    chosen, name = _task(reference, said.get("labels"), source, given=bool(task))
     where = runtime or runtime_of(source)
     with open_session(source, where, threads=threads) as session:
         dataset = load_pictures(_complete(settings, source, said, session), files)
@@ -119,10 +120,9 @@ def predict_pictures(
             raise error if isinstance(error, DataError) else error.within(str(source)) from None
     facts = dataset.facts()
     fit = Fit(dataset.image_size, facts["resize"], facts["interpolation"], facts["crop"])
-    sizes = [_upright(file).shape[:2] for file in files]
     placed = [
-        chosen.in_picture(each, fit, (size[0], size[1]))
-        for each, size in zip(predictions, sizes, strict=True)
+        chosen.in_picture(each, fit, _size(file))
+        for each, file in zip(predictions, files, strict=True)
     ]
     return Answers(
         source,
@@ -137,12 +137,24 @@ def predict_pictures(
 
 
 def _network(artifact: Path, runtime: str | None) -> Path:
-    """Return the file or folder that ``artifact`` stands for on a runtime."""
+    """Return the file or folder that ``artifact`` stands for on a runtime.
+
+    Of a stage that is its ONNX file, which runs none of the user's code, unless PyTorch is asked.
+    """
     found = artifacts_in(artifact)
     fitting = [file for file in found if file.name == f"model.{runtime or DEFAULT}.onnx"]
     source = fitting[0] if len(found) > 1 and fitting else one_artifact(artifact)
-    runtime_of(source)  # refuses what does not exist
-    return source
+    own = runtime_of(source)  # refuses what does not exist
+    exported = source / ONNX_NAME
+    return exported if exported.is_file() and own != runtime else source
+
+
+def _task_of_run(source: Path) -> Any:
+    """Return the task of the run that a file lies in: files do not name a task of the user's."""
+    for folder in (source, *source.parents[:2]):
+        if (folder / RUN_FILE).is_file():
+            return read_json(folder / RUN_FILE).get("recipe", {}).get("task")
+    return None
 
 
 def _task(reference: Any, labels: Any, source: Path, *, given: bool) -> tuple[Task, str]:
@@ -210,6 +222,13 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
         else:
             raise DataError("no such file", where=str(path), expected="a picture")
     return files
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """Return height and width of a picture as it is looked at."""
+    with opened(file, where=str(file)) as image:
+        width, height = upright_size(image)
+    return height, width
 
 
 def _upright(file: Path) -> NDArray[np.uint8]:

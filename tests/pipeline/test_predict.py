@@ -9,6 +9,8 @@ from networks_of_tasks import BOXES, FACTS, HEIGHT, WIDTH, network
 from PIL import Image
 
 import compress as package
+from compress.data import load_data
+from compress.recipe.settings import DataSettings
 from compress.runtimes import build_engine
 
 TALL, WIDE = 60, 100  # of the picture: its proportions are not those of the input
@@ -93,7 +95,14 @@ def test_a_file_that_a_stage_is_exported_to_carries_what_the_stage_says(
         "export", tmp_path / "stage", "--input-size", f"3,{HEIGHT},{WIDTH}", "--out", out
     )
     assert code == 0, err
-    wanted = rows_of(compress, tmp_path, tmp_path / "stage", picture)
+    torch_too = answers(compress, tmp_path, tmp_path / "stage", picture, "--runtime", "pytorch")[0]
+    assert torch_too["artifact"] == str(tmp_path / "stage")
+    own, _ = answers(compress, tmp_path, tmp_path / "stage", picture)
+    assert own["artifact"] == str(tmp_path / "stage" / "model.onnx")  # runs no code of anybody
+    wanted = torch_too["images"][0]["answer"]
+    assert own["images"][0]["answer"] == [
+        row | {"probability": pytest.approx(row["probability"], abs=1e-4)} for row in wanted
+    ]
     got = rows_of(compress, tmp_path, out, picture)
     assert [row["class"] for row in got] == [row["class"] for row in wanted]
     chances = [row["probability"] for row in wanted]
@@ -261,6 +270,12 @@ def test_an_own_task_tells_and_draws_its_answer(compress, tmp_path, picture):
     assert found["images"][0]["answer"] == [{"brightness": pytest.approx(logits.mean(), abs=0.02)}]
     assert "brightness" in out
     drawn = np.asarray(Image.open(tmp_path / "drawn" / "picture.png"))
+    stage = tmp_path / "run" / "00-original"  # a run of this task says so itself
+    stage.mkdir(parents=True)
+    network(stage / "model.onnx", "classes")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": {"task": task}}))
+    again = answers(compress, tmp_path, tmp_path / "run", picture, "--trust")[0]
+    assert again["images"][0]["answer"] == found["images"][0]["answer"]
     assert drawn[0, 0].tolist() == (255 - np.asarray(Image.open(picture))[0, 0]).tolist()
 
 
@@ -374,3 +389,20 @@ def test_hostile_names_are_shown_not_obeyed(compress, tmp_path, picture):
     _, out = answers(compress, tmp_path, path, picture, "--out", tmp_path / "drawn")
     assert "\x1b" not in out
     assert "[bold]x" in out
+
+
+def test_pictures_of_the_size_that_arrays_had_are_not_cropped(compress, tmp_path):
+    """A file from arrays names no rule: a picture of its own size is fed pixel by pixel."""
+    facts = {key: value for key, value in FACTS.items() if key not in ("resize", "crop")}
+    facts |= {"task": "restoration", "mean": [0.0] * 3, "std": [1.0] * 3}
+    path = network(tmp_path / "net.onnx", "image", facts)
+    pixels = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise.png")
+    answers(compress, tmp_path, path, tmp_path / "noise.png", "--out", tmp_path / "drawn")
+    drawn = np.asarray(Image.open(tmp_path / "drawn" / "noise.png")).astype(int)
+    assert np.abs(drawn - pixels / 2).max() <= 1
+
+
+def test_data_of_arrays_says_that_its_images_are_not_cropped():
+    facts = load_data(DataSettings(name="digits")).facts()
+    assert (facts["resize"], facts["crop"]) == ("squash", 1.0)

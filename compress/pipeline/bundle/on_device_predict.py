@@ -303,9 +303,9 @@ def drawn(answer: Answer, picture: Any) -> Any:
         return Image.fromarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
     picture = picture.convert("RGB")
     if hasattr(answer, "map"):
-        hues = (np.arange(answer.map.max() + 1) * 158 % 256).astype(np.uint8)
-        flat = np.stack([hues, np.full_like(hues, 200), np.full_like(hues, 230)], 1)
-        colours = np.asarray(Image.fromarray(flat[None], "HSV").convert("RGB"))[0]
+        hues = (np.arange(answer.map.max() + 1) * 158 % 256).astype(np.uint8)[None]
+        bands = [Image.fromarray(np.full_like(hues, 0) + each) for each in (hues, 200, 230)]
+        colours = np.asarray(Image.merge("HSV", bands).convert("RGB"))[0]
         mixed = (np.asarray(picture) // 2 + colours[np.maximum(answer.map, 0)] // 2).astype(
             np.uint8
         )
@@ -383,6 +383,11 @@ def main() -> int:
     return 0
 
 
+def plain(value: Any) -> str:
+    """Return a text that a terminal shows and does not obey."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
+
+
 def show(paths: list[str], answers: list[Answer], title: str) -> None:
     """Print a line for each thing that is told of each picture."""
     say(title)
@@ -391,7 +396,7 @@ def show(paths: list[str], answers: list[Answer], title: str) -> None:
     for path, answer in zip(paths, answers):  # noqa: B905
         for row in answer.rows:
             cells = [row.get(key, "") for key in columns]
-            lines.append([path] + [f"{c:.4f}" if isinstance(c, float) else str(c) for c in cells])
+            lines.append([path] + [f"{c:.4f}" if isinstance(c, float) else plain(c) for c in cells])
         if not answer.rows:
             lines.append([path, "nothing found", *[""] * (len(columns) - 1)])
     table(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -376,3 +377,19 @@ def test_without_pillow_the_script_says_what_to_install(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install pillow" in done.stderr
+
+
+@pytest.mark.parametrize("script", list(bundle.SCRIPTS.values()))
+def test_scripts_are_written_for_the_python_of_old_devices(script: str) -> None:
+    source = Path(bundle.__file__).with_name(script).read_text()
+    ast.parse(source, feature_version=(3, 8))
+
+
+def test_names_of_classes_are_not_obeyed_on_the_device(tmp_path: Path) -> None:
+    pictures = picture_files(tmp_path / "pictures")
+    facts = FACTS | {"task": "classification", "labels": ["\x1b[31mred", "b", "c"]}
+    folder = bundled(tmp_path, "classes", facts)
+    done = on(folder, str(pictures[0]), script="predict.py")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "?[31mred" in done.stdout

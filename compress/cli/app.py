@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress import progress
 from compress.cli import commands
-from compress.errors import CompressError, UsageError, printable
-from compress.interruption import MESSAGE, ending_on_signals
-from compress.trust import allow, allow_all, limited
+from compress.cli.arguments import (
+    After,
+    BatchSize,
+    Classes,
+    Color,
+    Data,
+    Epochs,
+    FixedSize,
+    Fresh,
+    ImageSize,
+    Inputs,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Out,
+    Outputs,
+    Precision,
+    Range,
+    Seed,
+    Set,
+    Std,
+    TaskName,
+    Threads,
+    Track,
+    Trust,
+    Weights,
+    Workers,
+    kinds,
+    names,
+    shown,
+)
+from compress.cli.exits import GATE_FAILED, exit_code
+from compress.errors import UsageError, printable
+from compress.trust import allow, allow_all
 
 if TYPE_CHECKING:
     from compress.cli.stages import Done
-
-# Of whichever click this typer carries: the class with show(), which has no public name there.
-ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
-GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
 
 app = typer.Typer(
     help="Prune, distill and quantize trained CNNs, export them to engines, and prove it.",
@@ -32,110 +56,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py:FACTORY, ...")]
-Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder:ROOT, ...")]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="Weight file, or name of published weights; random if absent"),
-]
-Classes = Annotated[
-    int | None,
-    typer.Option("--num-classes", help="Outputs of the classifier; the data's classes if absent"),
-]
-ImageSize = Annotated[
-    str | None,
-    typer.Option(help="Network's input, pixels: SIDE or H,W; the data's if absent"),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(help="Of images in --input-range: 0.5,0.5,0.5; the data's if absent"),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(help="Of images in --input-range: 0.2,0.2,0.2; the data's if absent"),
-]
-Range = Annotated[
-    str | None,
-    typer.Option(help="Black and white of the input before mean and std: 0,255; 0,1 if absent"),
-]
-Color = Annotated[
-    str | None, typer.Option(help="Order of the network's channels: BGR; RGB if absent")
-]
-Layout = Annotated[
-    str | None, typer.Option(help="Of an ONNX file's input: NHWC; by its shape if absent")
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option("--input", help="Of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"),
-]
-FixedSize = Annotated[
-    str | None, typer.Option(help="C,H,W that free sizes of the file get; they stay if absent")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
-]
-Workers = Annotated[int | None, typer.Option(help="Threads that decode image files; 0 if absent")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
-After = Annotated[int | None, typer.Option(help="Epochs of training after it; none if absent")]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", help="Folder of the run; runs/NAME if absent, or NAME-2 where it is taken"
-    ),
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file")]
-Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
-Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
-TaskName = Annotated[str | None, typer.Option("--task", help="See: compress list tasks")]
-Outputs = Annotated[
-    str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust",
-        callback=lambda given: _trust(given),
-        help="Run code that recipes, run folders and .pt files hold or name; engines of others",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random")]
-Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
-
-
-def names(kind: str) -> Callable[[str], list[str]]:
-    """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
-
-    def completed(incomplete: str) -> list[str]:
-        return [name for name in commands.names_of(kind) if name.startswith(incomplete)]
-
-    return completed
-
-
-def _shown(incomplete: str) -> list[str]:
-    """Complete KIND/NAME."""
-    kind, slash, name = incomplete.partition("/")
-    if not slash:
-        return [f"{each}/" for each in commands.SHOWN if each.startswith(kind)]
-    known = commands.names_of(kind) if kind in commands.SHOWN else []
-    return [f"{kind}/{each}" for each in known if each.startswith(name)]
-
-
-def _kinds(incomplete: str) -> list[str]:
-    return [each for each in commands.SHOWN if each.startswith(incomplete)]
-
 
 def example(arguments: str) -> str:
     """Return what --help ends with: one command line, not wrapped."""
     return f"Example:\n\n\b\n  compress {arguments}"
-
-
-def _trust(given: bool) -> bool:
-    """Let everything run, if asked to; nothing but the command line can ask."""
-    if given:
-        allow_all()
-    return given
 
 
 def _version(asked: bool) -> None:
@@ -639,7 +563,7 @@ def check(
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(help="criteria, losses, data, tasks, recipes, ...", autocompletion=_kinds),
+        typer.Argument(help="criteria, losses, data, tasks, recipes, ...", autocompletion=kinds),
     ] = None,
 ) -> None:
     """List what there is, one line each."""
@@ -649,7 +573,8 @@ def list_(
 @app.command(epilog=example("show stages/prune"))
 def show(
     plugin: Annotated[
-        str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=_shown)
+        str,
+        typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=shown),
     ],
 ) -> None:
     """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
@@ -674,80 +599,8 @@ def doctor(
 
 
 def main() -> None:
-    """Run the command line; the only place where errors become messages and exit codes."""
-    try:
-        with (
-            ending_on_signals() as signals,
-            progress.shown(),
-            warnings.catch_warnings(),
-            limited(sys.argv[1:]),
-        ):
-            warnings.showwarning = _warn
-            code = app(standalone_mode=False)
-    except CompressError as error:
-        sys.stderr.write(f"compress: {error}\n")
-        code = USER_ERROR
-    except ClickException as error:
-        error.show()
-        code = USER_ERROR
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except SystemExit as ended:  # what typer makes of Ctrl-C
-        code = ended.code
-    except Exception as error:  # noqa: BLE001 - the last net: 1 would read as a failed gate
-        code = _unexpected(error)
-    if code == INTERRUPTED:
-        code = signals.exit_code or INTERRUPTED
-        sys.stderr.write(MESSAGE)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _unexpected(error: Exception) -> int:
-    """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
-    from compress.train.memory import is_out_of_memory
-
-    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
-        sys.stderr.write(
-            "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
-            "or --image-size, fewer images; a run keeps what is done, and the same command goes "
-            "on.\n"
-        )
-        return USER_ERROR
-    first = (str(error).splitlines() or [""])[0]
-    sys.stderr.write(
-        f"compress: this should not happen: {type(error).__name__}: {first}. "
-        f"Please report it with the traceback, which is {_traceback_file(error)}\n"
-    )
-    return OUR_FAULT
-
-
-def _traceback_file(error: Exception) -> str:
-    """Write the traceback of ``error`` to a file and return where it is, or the traceback."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", prefix="compress-", suffix="-traceback.txt", delete=False
-        ) as file:
-            file.write(text)
-    except OSError:  # no place to write
-        return f"this:\n{text}"
-    return f"in {file.name}"
-
-
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning of ours as one sentence; one of another package as Python does."""
-    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
-        text = f"compress: warning: {message}\n"
-    else:
-        text = warnings.formatwarning(message, category, filename, lineno, line)
-    (file or sys.stderr).write(text)
+    """Run the command line."""
+    sys.exit(exit_code(lambda: app(standalone_mode=False)))
 
 
 def _finish(done: Done | None) -> None:

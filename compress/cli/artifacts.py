@@ -49,6 +49,7 @@ def export(given: Given) -> str:
 
 def build(given: Given) -> str:
     """Build an engine and say what was built."""
+    from compress import plugins
     from compress.measure import size_mib
     from compress.report.run_folder import one_artifact
     from compress.runtimes import build_engine
@@ -61,7 +62,7 @@ def build(given: Given) -> str:
         path = build_engine(
             source,
             given["out"],
-            runtime=given["runtime"],
+            runtime=plugins.reference(given["runtime"]),
             batch=(smallest, usual, largest),
             precision=given["precision"],
         )
@@ -102,11 +103,12 @@ def _fixed(source: Path, sizes: list[int] | None) -> Iterator[Path]:
 
 def bench(given: Given) -> RenderableType:
     """Measure artifacts side by side."""
+    from compress import plugins
     from compress.measure.benchmark import bench_artifacts
 
     found = bench_artifacts(
         given["artifacts"],
-        runtimes=given["runtime"] or (),
+        runtimes=[plugins.reference(each) for each in given["runtime"] or ()],
         batches=integers(given["batch"], "--batch", like="batch sizes: 1,8"),
         threads=given["threads"],
         dataset=load_dataset(given, given["artifacts"], labelled=False) if given["data"] else None,

@@ -14,13 +14,25 @@ if TYPE_CHECKING:
 Given = Mapping[str, Any]  # the options of a command, as parsed
 INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 NOT: tuple[Any, ...] = (None, [], ())  # what an option is that was not given
-INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 DATA_OPTIONS = ("batch_size", "workers")
 
 
 def present(given: Given, **names: str) -> dict[str, Any]:
     """Return the options that were given, by their name in a recipe."""
     return {key: given[option] for option, key in names.items() if given.get(option) not in NOT}
+
+
+def chosen(given: Given, **names: str) -> dict[str, Any]:
+    """Return the plug-ins that were given, by their name in a recipe: NAME or NAME:OPTION=VALUE."""
+    from compress import plugins
+
+    found = present(given, **names)
+    return {
+        key: [plugins.reference(each) for each in value]
+        if isinstance(value, list)
+        else plugins.reference(value)
+        for key, value in found.items()
+    }
 
 
 def data_part(given: Given) -> dict[str, Any]:

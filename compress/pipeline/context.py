@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
 from compress.modules.outputs import named_tensors
 from compress.prune.sparsity import keeping_zeros
-from compress.recipe.settings import Recipe, Settings, TrainSettings
+from compress.recipe.settings import Recipe, TrainSettings
 from compress.report.run_folder import RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
@@ -26,7 +26,6 @@ from compress.train.validation import validate_task
 
 ONNX_FILE = "model.onnx"
 CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
-INT8_FORM = {"tensorrt-rtx": "tensorrt"}  # runtime -> kind of Q/DQ graph, where names differ
 
 
 @dataclass(frozen=True)
@@ -118,25 +117,9 @@ class Job:
         return float(100 * predictions.correct.mean())
 
 
-Step = Callable[[Job, Any, Path, tuple[Variant, ...]], Outcome]
-
-
 def answers_path(folder: Path, variant: str, runtime: str, precision: str) -> Path:
     """Return where the answers of a variant to the test images are kept."""
     return folder / f"{variant}.{runtime}.{precision}.npz"
-
-
-def seeded(step: Step, seed: int) -> Step:
-    """Return ``step`` with its own random state, so that a resumed run equals an uninterrupted."""
-
-    def run(
-        job: Job, settings: Settings | None, stage: Path, before: tuple[Variant, ...]
-    ) -> Outcome:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return step(job, settings, stage, before)
-
-    return run
 
 
 def leave(

@@ -160,7 +160,9 @@ def prune(
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="With FILE: top-1 that one group may cost, points; 1 if absent"),
+        typer.Option(
+            help="With FILE: loss of the metric that one group may cost, in its unit; 1 if absent"
+        ),
     ] = None,
     keep_latency: Annotated[
         float | None, typer.Option(help="Share of the latency on --runtime to keep")
@@ -297,7 +299,8 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration images; 512 if absent")] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Largest loss of top-1, points; no limit if absent")
+        float | None,
+        typer.Option(help="Largest loss of the primary metric, in its unit; no limit if absent"),
     ] = None,
     qat_epochs: Annotated[
         int | None, typer.Option(help="Epochs of quantization-aware training; none if absent")
@@ -540,6 +543,8 @@ def sensitivity(
     mean: Mean = None,
     std: Std = None,
     batch_size: BatchSize = None,
+    task: TaskName = None,
+    overrides: Set = None,
     seed: Seed = 0,
     trust: Trust = False,
 ) -> None:

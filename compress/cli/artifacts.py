@@ -164,11 +164,9 @@ def lint(given: Given) -> tuple[RenderableType, bool]:
 
     With ``--fix`` the mended file is written and what is left in it is returned.
     """
-    from rich import box
-    from rich.table import Table
-
     from compress.qdq.lint import fix_onnx, lint_onnx
     from compress.report.run_folder import one_artifact
+    from compress.terminal import table
 
     file = one_artifact(given["file"])
     findings = lint_onnx(file, given["target"])
@@ -182,10 +180,9 @@ def lint(given: Given) -> tuple[RenderableType, bool]:
     title = f"{len(findings)} findings for {given['target']}"
     if given["fix"]:
         title += f" left in {given['out']}"
-    table = Table("rule", "node", "what it costs", "fixable", title=title, box=box.SIMPLE_HEAD)
-    for finding in findings:
-        table.add_row(finding.rule, finding.node, finding.message, "yes" if finding.fixable else "")
-    return table, bool(findings)
+    rows = [(f.rule, f.node, f.message, "yes" if f.fixable else "") for f in findings]
+    headers = ("rule", "node", "what it costs", "fixable")
+    return table(headers, rows, title=title), bool(findings)
 
 
 def report(

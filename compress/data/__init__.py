@@ -86,7 +86,9 @@ class Dataset:
         height, width = self.image_size
         counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
         named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
-        labels = "no labels" if self.target == "none" else f"{len(self.classes)} classes{named}"
+        labels = {"none": "no labels", "image": "a picture to return for each"}.get(
+            self.target, f"{len(self.classes)} classes{named}"
+        )
         return f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; {labels}"
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -159,7 +161,7 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
     supplied = _options(settings) | {"seed": seed}
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
     source: Source = plugin.load()
-    least = {"class": 2, "none": 0}.get(source.target, 1)
+    least = {"class": 2, "none": 0, "image": 0}.get(source.target, 1)
     if len(source.classes) < least:
         raise DataError(
             f"only one class: {', '.join(source.classes) or 'none'}",

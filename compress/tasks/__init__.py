@@ -61,6 +61,40 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Primary:
+    """The metric that budgets and sensitivity use; top-1 of one class an image unless told."""
+
+    name: str = "top1_pct"
+    kind: Kind = Kind()
+
+    @property
+    def title(self) -> str:
+        """Its name with its unit, for axes and columns."""
+        name = "top-1" if self.name == "top1_pct" else self.name
+        unit = "%" if self.kind.unit == "pct" else self.kind.unit
+        return f"{name}, {unit}" if unit else name
+
+    @property
+    def points(self) -> str:
+        """The unit of a difference of two values."""
+        return "points" if self.kind.unit == "pct" else self.kind.unit
+
+    def drop(self, before: float, after: float) -> float:
+        """Return how much worse ``after`` is than ``before``; negative where it is better."""
+        return before - after if self.kind.higher_is_better else after - before
+
+
+TOP1 = Primary()
+
+
+def primary_of(task: Task | None) -> Primary:
+    """Return the primary metric of ``task``; None is classification."""
+    if task is None or task.tells_classes:
+        return TOP1
+    return Primary(task.primary, task.kinds[task.primary])
+
+
+@dataclass(frozen=True)
 class Change:
     """Candidate less reference of one metric on the same images, with its paired interval."""
 
@@ -102,6 +136,7 @@ class Task(abc.ABC):
     agreement_unit: ClassVar[str] = "pct"
     tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
     answers: ClassVar[Literal["classes", "numbers"]] = "numbers"  # "classes": logits of them
+    loss_reads_outputs: ClassVar[bool] = True  # not: labels, or what the network keeps inside
     losses: ClassVar[tuple[str, ...]] = ("mse",)  # that a student is taught by where none are named
     target: ClassVar[str] = "class"  # what labels must be: class, classes, mask, boxes, image
     form: ClassVar[Form] = "outputs"  # as which a device without this package shows its outputs

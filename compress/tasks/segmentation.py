@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import DataError, UsageError
-from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
-from compress.tasks._drawing import overlaid
+from compress.errors import DataError, EngineError, UsageError
+from compress.tasks import (
+    Array,
+    Contribution,
+    Kind,
+    Prediction,
+    Target,
+    Task,
+    class_metrics,
+    main_output,
+)
+from compress.tasks._drawing import outlined, overlaid
 from compress.tasks._ranking import mean_over
 
 AUXILIARY_WEIGHT = 0.5  # of the second head that torchvision's segmentation networks train
@@ -33,6 +43,7 @@ class Segmentation(Task):
     primary: ClassVar[str] = "miou"
     answers: ClassVar[Literal["classes", "numbers"]] = "classes"
     losses: ClassVar[tuple[str, ...]] = ("kd", "cwd")
+    class_metric: ClassVar[str] = "IoU"
     target: ClassVar[str] = "mask"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
@@ -50,6 +61,13 @@ class Segmentation(Task):
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
         """Return "class_map" (H, W) for each image, from logits (B, K, H, W)."""
         logits = main_output(outputs, 4, "out", "segmentation")
+        if logits.shape[1] < len(self.classes):
+            raise EngineError(
+                f"tells {logits.shape[1]} classes of pixels apart, the data has "
+                f"{len(self.classes)}: output {logits.shape}",
+                expected=f"logits ({len(logits)}, {len(self.classes)}, H, W)",
+                fix="Set num_classes, or use the data that the network was trained for",
+            )
         kind = np.uint8 if logits.shape[1] <= 256 else np.uint16
         return [{"class_map": row.argmax(0).astype(kind)} for row in logits]
 
@@ -64,22 +82,23 @@ class Segmentation(Task):
 
     def summarize(self, scores: Sequence[Contribution], counts: Array) -> dict[str, Array]:
         """Return mIoU and pixel accuracy, percent, of R samples of the images."""
-        both, found, truth = np.moveaxis(self._areas(scores, counts), 1, 0)
-        union = found + truth - both
-        iou = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
+        both, _, truth = np.moveaxis(self._areas(scores, counts), 1, 0)
         total = truth.sum(1)
         accuracy = np.divide(both.sum(1), total, out=np.full(len(total), np.nan), where=total > 0)
-        return {"miou": 100 * mean_over(iou), "pixel_accuracy": 100 * accuracy}
+        iou = self.class_values(scores, counts)
+        return {"miou": mean_over(iou), "pixel_accuracy": 100 * accuracy}
+
+    def class_values(self, scores: Sequence[Contribution], counts: Array) -> Array:
+        """Return the IoU of each class, (R, K) in percent, NaN where it never occurs."""
+        both, found, truth = np.moveaxis(self._areas(scores, counts), 1, 0)
+        union = found + truth - both
+        iou: Array = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
+        return 100 * iou
 
     def per_class(self, scores: Sequence[Contribution]) -> dict[str, float | None]:
         """Return the IoU of each class, percent; None for one that never occurs."""
-        both, found, truth = self._areas(scores, np.ones((1, len(scores)), np.int64))[0]
-        union = found + truth - both
-        names = self.classes or [str(k) for k in range(len(union))]
-        return {
-            name: 100 * float(both[k] / union[k]) if union[k] else None
-            for k, name in enumerate(names)
-        }
+        found = class_metrics(self, scores)
+        return {name: None if each is None else each.value for name, each in found.items()}
 
     def agreement(self, reference: Prediction, candidate: Prediction) -> float:
         """Return the mIoU between two class maps, percent, over the classes in either."""
@@ -92,7 +111,19 @@ class Segmentation(Task):
 
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the classes as colours over it."""
-        return overlaid(image, self._sized(prediction["class_map"], image.shape[:2]))
+        return overlaid(image, self._sized(prediction["class_map"], image.shape[:2]), self.ignore)
+
+    def draw_change(
+        self, image: Any, reference: Prediction, candidate: Prediction
+    ) -> NDArray[np.uint8] | None:
+        """Return the grey image with the new class where it changed, and a line around it."""
+        size = image.shape[:2]
+        old, new = (self._sized(each["class_map"], size) for each in (reference, candidate))
+        return outlined(image, new, old != new)
+
+    def truth(self, target: Target) -> Prediction:
+        """Return the mask as a class map; what counts nowhere has the number of ``ignore``."""
+        return {"class_map": np.asarray(target)}
 
     def check_targets(self, labels: Any) -> None:
         """Raise DataError unless every value of every mask is a class or the ignored one."""

@@ -41,7 +41,7 @@ class Score:
 
 def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | None:
     """Return the task's primary metric on "validation"; None where no images are held back."""
-    if not len(dataset.splits.get("validation", ())):
+    if not task.kinds or not len(dataset.splits.get("validation", ())):
         return None
     batches = dataset.batches("validation", evaluate.BATCH)
     _, scores = evaluate.predictions_of(model, task, dataset, batches)

@@ -104,11 +104,13 @@ def build_objective(
         answering,
         None if order is None else torch.from_numpy(order),
         hard=CrossEntropy(settings.label_smoothing) if task is None else TaskLoss(task),
-        hard_weight=settings.hard,
+        hard_weight=_hard_weight(settings, task),
         warmup_epochs=settings.loss_warmup_epochs,
     )
     for line in objective.pairing():
         logger.info(line)
+    if task is not None and not task.kinds:
+        return objective
     if task is None:
         _compare(objective, student, dataset)
     else:
@@ -124,6 +126,11 @@ def losses_of(settings: DistillSettings, task: Task | None) -> tuple[Plugin, ...
     if settings.losses is not None:
         return settings.losses
     return DEFAULT_LOSSES if task is None else task.losses
+
+
+def _hard_weight(settings: DistillSettings, task: Task | None) -> float:
+    """Return the weight of the loss with the labels: none where there are no labels."""
+    return settings.hard if task is None or task.kinds else 0.0
 
 
 def losses_on_outputs(task: Task) -> tuple[str, ...]:
@@ -191,7 +198,7 @@ def _check_terms(
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     with last_output(model) as seen:
         shown = dataset.normalize(images.take(some).to(device))
-        if settings.hard:
+        if _hard_weight(settings, task):
             task.loss(model, shown, on_device(targets_of(images, some), device))
         else:
             model(shown)

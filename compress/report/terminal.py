@@ -130,22 +130,19 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
 
 
 def _accuracy(result: Result | None) -> str:
-    if result is not None and result.main_metric is not None:
-        return numbers.percent(result.main_metric.value)
-    if result is not None and result.outputs:
-        return numbers.number(result.worst_sqnr_db)
-    return numbers.percent(result.top1_pct if result else None)
+    figure = None if result is None else result.figure
+    if figure is None:
+        return numbers.ABSENT
+    write = numbers.number if figure.name == "SQNR" else numbers.percent
+    return write(figure.value)
 
 
 def _accuracy_heading(report: Report) -> str:
     """Return the name of the primary metric with its unit."""
     for variant in report.variants:
         for result in variant.results:
-            if result.main_metric is not None:
-                unit = "%" if result.main_metric.unit == "pct" else result.main_metric.unit
-                return f"{result.primary} {unit}".strip()
-            if result.outputs:
-                return "SQNR dB"
+            if result.figure is not None:
+                return f"{result.figure.name} {result.figure.unit}".strip()
     return "top-1 %"
 
 

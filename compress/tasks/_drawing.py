@@ -61,12 +61,27 @@ def boxed(image: Image, boxes: NDArray[Any], labels: NDArray[Any], texts: Sequen
     return np.asarray(picture)
 
 
-def overlaid(image: Image, class_map: NDArray[Any]) -> Image:
-    """Return ``image`` with a colour over each class of ``class_map`` (H, W); none below 0."""
+def overlaid(image: Image, class_map: NDArray[Any], ignore: int | None = None) -> Image:
+    """Return ``image`` with a colour over each class of ``class_map`` (H, W).
+
+    There is none over ``ignore`` and below 0.
+    """
     colours = palette(int(class_map.max(initial=0)) + 1)[np.maximum(class_map, 0)]
     mixed = ((1 - OPACITY) * image + OPACITY * colours).round().astype(np.uint8)
-    shown: Image = np.where((class_map >= 0)[..., None], mixed, image)
+    counts = (class_map >= 0) & (class_map != (-1 if ignore is None else ignore))
+    shown: Image = np.where(counts[..., None], mixed, image)
     return shown
+
+
+def outlined(image: Image, class_map: NDArray[Any], chosen: NDArray[np.bool_]) -> Image:
+    """Return ``image`` in grey with the classes of ``chosen`` (H, W) pixels and a line around."""
+    grey = np.broadcast_to(image.mean(2, keepdims=True), image.shape).astype(np.uint8)
+    inside = chosen.copy()  # pixels whose four neighbours are chosen as well
+    for axis in (0, 1):
+        for step in (1, -1):
+            inside &= np.roll(chosen, step, axis)
+    found = np.where(chosen[..., None], overlaid(grey, class_map), grey)
+    return np.where((chosen & ~inside)[..., None], np.uint8(255), found)
 
 
 def palette(count: int) -> Image:

@@ -37,7 +37,8 @@ class Replay:
     A module that has run before the layer in question enters, and thus cannot change any more, is
     computed once for each batch; later passes get its output from memory. Outputs that only such
     modules read are not kept. Modules that run several times in a forward, return anything but one
-    tensor, or change a tensor of others in place, are computed in every pass.
+    tensor, return a part or another shape of their input, or change a tensor of others in place,
+    are computed in every pass.
 
     Args:
         model: In eval mode. It is left as it was after every pass.
@@ -177,6 +178,15 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def _lie_alike(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of one storage are the same numbers in the same order."""
+    return (
+        first.shape == second.shape
+        and first.stride() == second.stride()
+        and first.storage_offset() == second.storage_offset()
+    )
+
+
 def _survey(
     model: nn.Module, modules: dict[str, nn.Module], image: Tensor
 ) -> tuple[dict[str, _Call], dict[str, int]]:
@@ -210,7 +220,11 @@ def _survey(
                 return
             call.mib = output.numel() * output.element_size() / 2**20
             given = inputs[0] if inputs else None
-            call.is_alias = isinstance(given, Tensor) and _storage(given) == _storage(output)
+            is_view = isinstance(given, Tensor) and _storage(given) == _storage(output)
+            if is_view and not _lie_alike(given, output):
+                unfit.add(name)  # made anew in a moment, and its input may have other readers
+                return
+            call.is_alias = is_view
             watch.storages[_storage(output)].append(call)
             watch.alive.append(output)
 

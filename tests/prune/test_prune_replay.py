@@ -44,7 +44,32 @@ class Shared(nn.Module):
         return self.last(torch.cat(features, 1))
 
 
+class Turned(nn.Module):
+    """Returns a view of its input, of the same shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(2, 3)
+
+
+class Views(nn.Module):
+    """Modules that return views of their inputs, which others read as well; dense layers last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1)
+        self.turned = Turned()
+        self.dense = nn.Sequential(
+            nn.Flatten(), nn.Linear(512, 8), nn.ReLU(inplace=True), nn.Linear(8, 2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.turned(x)
+        return self.dense(self.second(y + 2 * x))
+
+
 NETWORKS = {
+    "views": Views,
     "residual": lambda: resnet8(width=4),
     "skips": lambda: unet(3, 4),
     "in place": InPlace,
@@ -67,7 +92,7 @@ def test_a_layer_sees_what_it_sees_in_a_whole_pass(name: str) -> None:
     torch.manual_seed(0)
     model = NETWORKS[name]().eval()
     batches = [torch.randn(2, 3, 16, 16) for _ in range(2)]
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     computed: list[int] = []
     for layer in layers:
         layer.register_forward_hook(lambda *_: computed.append(1))

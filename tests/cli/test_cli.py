@@ -536,7 +536,7 @@ def test_labels_that_do_not_fit_the_networks_outputs_are_refused(compress, tmp_p
         "--image-size", "8",
     )  # fmt: skip
     assert code == 2
-    assert "task segmentation does not fit the network's outputs: output (1, " in err
+    assert "task segmentation does not fit the network's outputs: output (4, " in err
 
 
 def test_export_writes_free_sizes_and_fixed_batches(compress, tmp_path):

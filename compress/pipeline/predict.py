@@ -266,25 +266,27 @@ def _free(target: Path, taken: Sequence[Path]) -> Path:
 
 
 def _table(answers: Answers) -> Table:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
+    """Return one row for each thing that is told of each image."""
+    from compress.terminal import table
 
-    columns = list(dict.fromkeys(key for rows in answers.rows for row in rows for key in row))
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("image", overflow="fold")
-    for name in columns or ["answer"]:
-        is_number = any(isinstance(row.get(name), float) for rows in answers.rows for row in rows)
-        table.add_column(name.replace("_pct", " %"), justify="right" if is_number else "left")
+    told = [row for rows in answers.rows for row in rows]
+    columns = list(dict.fromkeys(key for row in told for key in row)) or ["answer"]
+    headers = [name.replace("_pct", " %") for name in columns]
+    lines = []
     for image, rows in zip(answers.images, answers.rows, strict=True):
-        for number, row in enumerate(rows[:SHOWN_ROWS]):
-            cells = [Text(_cell(row.get(name))) for name in columns]
-            table.add_row(Text("" if number else str(image)), *cells)
+        found = [[_cell(row.get(name)) for name in columns] for row in rows[:SHOWN_ROWS]]
         if len(rows) > SHOWN_ROWS:
-            table.add_row("", Text(f"and {len(rows) - SHOWN_ROWS} more: --json FILE has all"))
-        if not rows:
-            table.add_row(Text(str(image)), Text("nothing found"))
-    return table
+            found.append([f"and {len(rows) - SHOWN_ROWS} more: --json FILE has all"])
+        names = [str(image)] + [""] * len(found)
+        lines += [
+            [name, *cells] for name, cells in zip(names, found or [["nothing found"]], strict=False)
+        ]
+    right = {
+        header
+        for name, header in zip(columns, headers, strict=True)
+        if any(isinstance(row.get(name), float) for row in told)
+    }
+    return table(["image", *headers], lines, numbers=right)
 
 
 def _fed(answers: Answers) -> str:

@@ -48,12 +48,10 @@ def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> Rende
     import itertools
     from dataclasses import replace
 
-    from rich import box
-    from rich.table import Table
-
     from compress.pipeline.network import build_original
     from compress.prune.sensitivity import plot_sensitivity, prune_sensitivity
     from compress.tasks import primary_of
+    from compress.terminal import table
     from compress.train.validation import primary_value
 
     judged = prune_sensitivity(
@@ -67,25 +65,19 @@ def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> Rende
     if given["out"] is not None:
         plot_sensitivity(found, given["out"])
     title = f"{found.metric.title} on validation images, of {found.baseline:.2f} uncut"
-    shares = [point.keep_channels for point in found.curves[0].points]
-    table = Table(
-        "layer", *(f"keep {share:g}" for share in shares), title=title, box=box.SIMPLE_HEAD
-    )
-    for curve in found.curves:
-        table.add_row(curve.group, *(f"{point.value:.2f}" for point in curve.points))
-    return table
+    shares = [f"keep {point.keep_channels:g}" for point in found.curves[0].points]
+    rows = [(c.group, *(f"{point.value:.2f}" for point in c.points)) for c in found.curves]
+    return table(("layer", *shares), rows, title=title, numbers=shares)
 
 
 def _quantized(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:
     import tempfile
 
-    from rich import box
-    from rich.table import Table
-
     from compress.pipeline.stages.quantize import calibration_batches
     from compress.qdq import read_onnx
     from compress.quantize import quantize_onnx
     from compress.quantize.sensitivity import plot_quantize_sensitivity, quantize_sensitivity
+    from compress.terminal import table
 
     with tempfile.TemporaryDirectory() as folder:
         path = _float_graph(recipe, dataset, task, Path(folder))
@@ -101,18 +93,20 @@ def _quantized(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> Re
         f"{found.metric.title}: {found.int8_value:.2f} of {found.float_value:.2f}"
     )
     lost = f"{found.metric.title.partition(',')[0]} lost"
-    columns = ("layer", "SQNR dB", "weight", "input", lost, "clipped %", "diagnosis")
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD)
-    for layer in found.worst_first():
-        decibels = (layer.sqnr_db, layer.sqnr_weight_db, layer.sqnr_activation_db)
-        table.add_row(
+    numbers = ("SQNR dB", "weight", "input", lost, "clipped %")
+    rows = [
+        (
             layer.node,
-            *(f"{value:.1f}" for value in decibels),
+            f"{layer.sqnr_db:.1f}",
+            f"{layer.sqnr_weight_db:.1f}",
+            f"{layer.sqnr_activation_db:.1f}",
             f"{layer.drop:.2f}",
             f"{layer.saturation_pct:.2f}",
             layer.diagnosis,
         )
-    return table
+        for layer in found.worst_first()
+    ]
+    return table(("layer", *numbers, "diagnosis"), rows, title=title, numbers=numbers)
 
 
 def _float_graph(recipe: Recipe, dataset: Dataset, task: Task, folder: Path) -> Path:

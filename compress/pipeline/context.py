@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from compress import measure, models, plugins
@@ -17,7 +16,7 @@ from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
 from compress.modules.outputs import returned
 from compress.prune.sparsity import keeping_zeros
-from compress.recipe.settings import Recipe, Settings, TrainSettings
+from compress.recipe.settings import Recipe, TrainSettings
 from compress.report.run_folder import RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
@@ -25,7 +24,6 @@ from compress.train.validation import primary_value
 
 ONNX_FILE = "model.onnx"
 CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
-INT8_FORM = {"tensorrt-rtx": "tensorrt"}  # runtime -> kind of Q/DQ graph, where names differ
 
 
 @dataclass(frozen=True)
@@ -111,25 +109,9 @@ class Job:
         return primary_value(model, self.dataset, self.task)
 
 
-Step = Callable[[Job, Any, Path, tuple[Variant, ...]], Outcome]
-
-
 def answers_path(folder: Path, variant: str, runtime: str, precision: str) -> Path:
     """Return where the answers of a variant to the test images are kept."""
     return folder / f"{variant}.{runtime}.{precision}.npz"
-
-
-def seeded(step: Step, seed: int) -> Step:
-    """Return ``step`` with its own random state, so that a resumed run equals an uninterrupted."""
-
-    def run(
-        job: Job, settings: Settings | None, stage: Path, before: tuple[Variant, ...]
-    ) -> Outcome:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return step(job, settings, stage, before)
-
-    return run
 
 
 def leave(
@@ -193,5 +175,5 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
 def facts_of(job: Job) -> dict[str, Any]:
     """Return what every file of the run says of its input and its task."""
     task = job.recipe.task or default_task(job.dataset.target)
-    named = {"task": task} if isinstance(task, str) and task in plugins.names("tasks") else {}
-    return job.dataset.facts() | named
+    is_ours = plugins.parse("tasks", task)[0] in plugins.names("tasks")
+    return job.dataset.facts() | ({"task": task} if is_ours else {})

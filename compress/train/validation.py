@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from compress import evaluate
 from compress.data import Dataset
+from compress.modules import evaluating
 from compress.modules.outputs import logits_of
 from compress.tasks import Task, values_of
 from compress.train.distributed import Processes
@@ -76,10 +77,8 @@ def validate(
     images = dataset.splits.get("validation")
     if images is None or not len(images):
         return None
-    modes = {module: module.training for module in model.modules()}
     sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
-    try:
-        model.eval()
+    with evaluating(model):
         count = min(BATCH_SIZE, at_once)
         starts = range(0, len(images), count)
         for start in list(starts)[processes.rank :: processes.world]:
@@ -89,9 +88,6 @@ def validate(
             with autocast(precision, processes.device):
                 logits = logits_of(model(inputs)).float()
             sums += _sums(logits, target)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     right, loss = processes.sum(sums).tolist()
     return Score(100 * right / len(images), loss / len(images), len(images))
 

@@ -117,3 +117,11 @@ def test_codes_cannot_be_changed_at_random() -> None:
         augment_with_labels(
             images, targets, torch.rand(4, CHANCES), AugmentSettings(flip=True), torch.Tensor.float
         )
+
+
+def test_seeds_in_an_array_are_what_a_generator_takes(tmp_path: Path) -> None:
+    seeds = np.random.default_rng(0).normal(size=(12, 32, 1, 1)).astype(np.float32)
+    np.save(tmp_path / "seeds.npy", seeds)
+    dataset = load("npz", root=str(tmp_path / "seeds.npy"))
+    images, _ = next(dataset.batches("test", 1))
+    assert dataset.target == "none" and torch.allclose(images[0], torch.from_numpy(seeds[3]))

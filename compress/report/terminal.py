@@ -168,11 +168,14 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
         with_outcome: Say "passed" or "failed" in the end.
     """
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
+    if gate.metric is not None:
+        name = name.replace("the primary metric", gate.metric)
+        unit = {"pct": " points", "": ""}.get(gate.unit or "", f" {gate.unit}")
     side = "at least" if unit in {"x", " %"} else "at most"
     limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
     if gate.measured is None:
         measured = f"not measured because {gate.reason or 'no reason was recorded'}"
-    elif gate.measured < 0 and unit == " points":
+    elif gate.measured < 0 and name.startswith("loss of"):
         measured = f"gained {numbers.number(-gate.measured)}"
     else:
         shown = numbers.number(gate.measured)

@@ -479,7 +479,8 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
                     expected="the same value for the same outputs and target",
                     fix="Take random numbers out of predict and score",
                 )
-    for key, value in tries[0][0].items() if tries[0] else ():
+    first: Contribution = tries[0][0] if tries[0] else {}
+    for key, value in first.items():
         if np.ndim(value) == 0 and all(np.isnan(numeric(each[key])) for each in tries[0]):
             raise UsageError(
                 f"score gives {key} as NaN for each of {len(tries[0])} images",

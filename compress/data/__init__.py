@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Dataset:
     color: str = "RGB"  # order of the channels that the network takes
     layout: str | None = None  # of an ONNX file's input, NCHW or NHWC; None: its shape tells
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)  # further ones
+    prepared: bool = False  # images are what the network takes, and no pictures
     fit: Mapping[str, Any] = field(default_factory=dict)  # rule, filter, crop; {} if not fitted
 
     @property
@@ -111,6 +112,8 @@ class Dataset:
 
     def facts(self) -> dict[str, Any]:
         """Return how pictures become the network's input, as files keep it; see ``feeding``."""
+        if self.prepared:
+            return {"image_size": list(self.image_size)}
         return {
             "labels": list(self.classes),
             "mean": list(self.mean),
@@ -205,6 +208,7 @@ def _dataset(
         color="RGB" if source.prepared else settings.color or "RGB",
         layout=settings.layout,
         inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
+        prepared=source.prepared,
         fit=_fit(plugin),
     )
 
@@ -258,7 +262,7 @@ def _fit(plugin: Any) -> dict[str, Any]:
 
 def _options(settings: DataSettings) -> dict[str, Any]:
     known = plugins.options("data", settings.name)
-    if "root" in known and settings.root is None:
+    if known.get("root") is MISSING and settings.root is None:
         raise UsageError(
             f"data {settings.name!r} needs to know where its images are",
             fix=f"Give the folder or file: --data {settings.name}:PATH, or data.root in a recipe",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
 from compress import plugins
@@ -35,7 +35,7 @@ class Derived:
             DataError: the images cannot be read.
         """
         known = plugins.options("data", self.of)
-        if "root" in known and self.root is None:
+        if known.get("root") is MISSING and self.root is None:
             raise UsageError(
                 f"data {self.of!r} needs to know where its images are", fix="Give data.root"
             )

@@ -272,7 +272,7 @@ def _form(target: Any) -> str:
         return "a name"
     array = np.asarray(target)
     if array.ndim == 0:
-        return f"a {type(target).__name__}"
+        return f"one {type(target).__name__}"
     if array.ndim == 2:
         return "a mask"
     return f"an array of shape {array.shape}"

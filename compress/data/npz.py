@@ -154,8 +154,12 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def _is_channels_last(pixels: NDArray[Any]) -> bool:
-    """Say whether (N, a, b, c) is (N, H, W, C): of images the channels are fewest."""
-    return bool(pixels.shape[3] <= pixels.shape[1])
+    """Say whether (N, a, b, c) is (N, H, W, C): of images the channels are fewest.
+
+    (N, C, 1, 1) are seeds of a generator.
+    """
+    is_seed = pixels.shape[2:] == (1, 1) and np.issubdtype(pixels.dtype, np.floating)
+    return bool(pixels.shape[3] <= pixels.shape[1]) and not is_seed
 
 
 def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:

@@ -80,7 +80,10 @@ def layout_of(shape: Sequence[int | str | None]) -> str | None:
     if len(shape) != 4:
         return None
     first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
-    if first:  # where both are: pictures of one or three columns are rarer
+    if first or tuple(shape[2:]) == (
+        1,
+        1,
+    ):  # where both are: pictures of one or three columns are rarer
         return "NCHW"
     return "NHWC" if last else None
 

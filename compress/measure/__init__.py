@@ -11,7 +11,7 @@ from compress.measure.macs import (
     zero_weights_pct,
 )
 from compress.measure.memory import Memory, activations_mib, memory, weights_mib
-from compress.measure.methods import METHODS
+from compress.measure.methods import METHODS, methods_of
 
 __all__ = [
     "METHODS",
@@ -25,6 +25,7 @@ __all__ = [
     "count",
     "count_onnx",
     "memory",
+    "methods_of",
     "node_macs",
     "onnx_params",
     "size_mib",

@@ -48,3 +48,17 @@ METHODS = {
     "sqnr_db": "signal-to-noise ratio of the logits against the original's: 20 dB is an error of a "
     "tenth, 40 dB of a hundredth",
 }
+OF_CLASSES = ("top1", "flip", "worst_class", "ece")  # what only one class an image has
+
+
+def methods_of(*, tells_classes: bool) -> dict[str, str]:
+    """Return how each quantity of a report is measured, for one class an image or another task."""
+    if tells_classes:
+        return dict(METHODS)
+    return {key: text for key, text in METHODS.items() if not key.startswith(OF_CLASSES)} | {
+        "metrics": "those of the task; intervals are of 1,000 bootstrap draws of the test images",
+        "changes": "a metric less that of the original, both over the same draws of images",
+        "agreement_pct": "how alike the predictions are to the original's, as the task compares "
+        "them, right or wrong: a mean over images",
+        "sqnr_db": METHODS["sqnr_db"].replace("the logits", "the worst output"),
+    }

@@ -79,7 +79,7 @@ def details(
         attributions=tuple(schema.Attribution(**each) for each in measured["attributions"]),
         similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
         artifacts=tuple(_artifacts(job)),
-        methods=dict(measure.METHODS),
+        methods=measure.methods_of(tells_classes=job.task.tells_classes),
         skipped=_skipped(job, plan, variants[0]),
     )
 

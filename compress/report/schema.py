@@ -192,6 +192,8 @@ class Gate(Record):
     variant: str | None = None
     runtime: str | None = None
     batch: int | None = None
+    metric: str | None = None  # the primary metric of the task, where the gate is on that
+    unit: str | None = None  # of limit and measured, where that is the metric's
     reason: str | None = None  # why it is not passed, where the two figures do not say it
 
 

@@ -168,11 +168,14 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
         with_outcome: Say "passed" or "failed" in the end.
     """
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
-    side = "at least" if unit == "x" else "at most"
+    if gate.metric is not None:
+        name = name.replace("the primary metric", gate.metric)
+        unit = {"pct": " points", "": ""}.get(gate.unit or "", f" {gate.unit}")
+    side = "at least" if unit in {"x", " %"} else "at most"
     limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
     if gate.measured is None:
         measured = f"not measured because {gate.reason or 'no reason was recorded'}"
-    elif gate.measured < 0 and unit == " points":
+    elif gate.measured < 0 and name.startswith("loss of"):
         measured = f"gained {numbers.number(-gate.measured)}"
     else:
         shown = numbers.number(gate.measured)
@@ -195,6 +198,7 @@ _GATES = {  # name -> in words, unit
     "max_drop": ("loss of the primary metric on validation images", ""),
     "max_drop_pct": ("loss of top-1 on validation images", " points"),
     "worst_class_drop_pct": ("loss of any class", " points"),
+    "agreement_pct": ("agreement with the original", " %"),
     "speedup": ("speed-up", "x"),
     "size_ratio": ("reduction of size", "x"),
     "latency_ms": ("latency", " ms"),

@@ -243,7 +243,9 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
     milliseconds, name, result = min(rivals, key=lambda each: each[0])
     if result is after:
         return ""
-    within = "" if limit is None else f" that loses at most {limit:g} point{'s' * (limit != 1)}"
+    unit = next((g.unit for g in budgets if g.metric), "pct")
+    spoken = f"point{'s' * (limit != 1)}" if unit == "pct" else unit
+    within = "" if limit is None else f" that loses at most {limit:g} {spoken}".rstrip()
     return f"; the fastest variant{within} is {name} ({number(milliseconds)} ms)"
 
 

@@ -208,10 +208,6 @@ class Task(abc.ABC):
         """Return ``image`` (H, W, 3) with the prediction, ``in_picture``, drawn onto it."""
         return image
 
-    def name_of(self, label: int) -> str:
-        """Return the name of a class, its number where it has none."""
-        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
-
     def draw_change(
         self, image: NDArray[np.uint8], reference: Prediction, candidate: Prediction
     ) -> NDArray[np.uint8] | None:
@@ -225,6 +221,10 @@ class Task(abc.ABC):
     def class_values(self, scores: Sequence[Contribution], counts: Array) -> Array | None:
         """Return ``class_metric`` of each class, (R, K) in percent, NaN where it never occurs."""
         return None
+
+    def name_of(self, label: int) -> str:
+        """Return the name of a class, its number where it has none."""
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
     def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return the places of the outputs whose channels must stay in pruning; None: all.
@@ -479,7 +479,8 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
                     expected="the same value for the same outputs and target",
                     fix="Take random numbers out of predict and score",
                 )
-    for key, value in tries[0][0].items() if tries[0] else ():
+    first: Contribution = tries[0][0] if tries[0] else {}
+    for key, value in first.items():
         if np.ndim(value) == 0 and all(np.isnan(numeric(each[key])) for each in tries[0]):
             raise UsageError(
                 f"score gives {key} as NaN for each of {len(tries[0])} images",

@@ -61,15 +61,11 @@ def boxed(image: Image, boxes: NDArray[Any], labels: NDArray[Any], texts: Sequen
     return np.asarray(picture)
 
 
-def overlaid(image: Image, class_map: NDArray[Any], ignore: int | None = None) -> Image:
-    """Return ``image`` with a colour over each class of ``class_map`` (H, W).
-
-    There is none over ``ignore`` and below 0.
-    """
+def overlaid(image: Image, class_map: NDArray[Any]) -> Image:
+    """Return ``image`` with a colour over each class of ``class_map`` (H, W); none below 0."""
     colours = palette(int(class_map.max(initial=0)) + 1)[np.maximum(class_map, 0)]
     mixed = ((1 - OPACITY) * image + OPACITY * colours).round().astype(np.uint8)
-    counts = (class_map >= 0) & (class_map != (-1 if ignore is None else ignore))
-    shown: Image = np.where(counts[..., None], mixed, image)
+    shown: Image = np.where((class_map >= 0)[..., None], mixed, image)
     return shown
 
 

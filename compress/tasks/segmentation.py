@@ -144,13 +144,12 @@ class Segmentation(Task):
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the classes as colours over it, and their names."""
         class_map = self._sized(prediction["class_map"], image.shape[:2])
-        counted = (class_map != UNSEEN) & (class_map != self.ignore)
-        found, pixels = np.unique(class_map[counted], return_counts=True)
+        found, pixels = np.unique(class_map[class_map != UNSEEN], return_counts=True)
         order = found[np.argsort(-pixels, kind="stable")][:LEGEND]
         return captioned(
-            overlaid(image, class_map, self.ignore),
+            overlaid(image, class_map),
             [self.name_of(int(k)) for k in order],
-            palette(int(class_map.max(initial=0)) + 1)[order],
+            palette(int(found.max(initial=0)) + 1)[order],
         )
 
     def draw_change(
@@ -162,8 +161,9 @@ class Segmentation(Task):
         return outlined(image, new, old != new)
 
     def truth(self, target: Target) -> Prediction:
-        """Return the mask as a class map; what counts nowhere has the number of ``ignore``."""
-        return {"class_map": np.asarray(target)}
+        """Return the mask as a class map, UNSEEN where nothing counts."""
+        mask = np.asarray(target).astype(np.int32)
+        return {"class_map": np.where(mask == self.ignore, UNSEEN, mask)}
 
     def check_targets(self, labels: Any) -> None:
         """Raise DataError unless every value of every mask is a class or the ignored one."""

@@ -66,7 +66,10 @@ def quantize_graphs(
                     "passed": budget.met,
                     "variant": f"int8-{form}",
                 }
-            )
+                | ({} if job.task.tells_classes else {
+                    "metric": job.task.primary, "unit": job.task.kinds[job.task.primary].unit
+                })
+            )  # fmt: skip
         plan.save(stage / f"plan.{form}.json")
         plans[form] = plan.to_json()
         variants.append(

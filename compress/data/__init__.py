@@ -37,6 +37,7 @@ class Source:
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
     target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
     prepared: bool = False  # images are what the network takes: they are not normalized
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see ``Dataset``
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ class Dataset:
     layout: str | None = None  # of an ONNX file's input, NCHW or NHWC; None: its shape tells
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)  # further ones
     fit: Mapping[str, Any] = field(default_factory=dict)  # rule, filter, crop; {} if not fitted
+    parts: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of an image, by input: what
+    # each input of the network takes of its values, in this order; {} where they are a picture
 
     @property
     def channels(self) -> int:
@@ -81,6 +86,9 @@ class Dataset:
         height, width = self.image_size
         counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
         named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
+        if self.parts:
+            each = ", ".join(f"{name} {shape}" for name, shape in self.parts.items())
+            return f"data {self.name}: samples {counts}; inputs {each}; no labels"
         labels = "no labels" if self.target == "none" else f"{len(self.classes)} classes{named}"
         return f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; {labels}"
 
@@ -178,6 +186,7 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
         layout=settings.layout,
         inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
         fit=_fit(plugin),
+        parts=source.parts,
     )
 
 

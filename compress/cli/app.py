@@ -160,7 +160,9 @@ def prune(
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="With FILE: top-1 that one group may cost, points; 1 if absent"),
+        typer.Option(
+            help="With FILE: loss of the metric that one group may cost, in its unit; 1 if absent"
+        ),
     ] = None,
     keep_latency: Annotated[
         float | None, typer.Option(help="Share of the latency on --runtime to keep")
@@ -297,7 +299,8 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration images; 512 if absent")] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Largest loss of top-1, points; no limit if absent")
+        float | None,
+        typer.Option(help="Largest loss of the primary metric, in its unit; no limit if absent"),
     ] = None,
     qat_epochs: Annotated[
         int | None, typer.Option(help="Epochs of quantization-aware training; none if absent")
@@ -334,10 +337,13 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="ONNX file to write")],
     weights: Weights = None,
-    num_classes: Classes = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option("--num-classes", help="Outputs of the classifier; its own if absent"),
+    ] = None,
     input_size: Annotated[str, typer.Option(help="C,H,W")] = "3,224,224",
     opset: Annotated[
-        int | None, typer.Option(help="ONNX operator set; torch's own if absent")
+        int | None, typer.Option(help="ONNX operator set; 20 if absent, which every runtime reads")
     ] = None,
     softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
     fixed_batch: Annotated[
@@ -347,7 +353,9 @@ def export(
         bool,
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
-    outputs: Outputs = None,
+    outputs: Annotated[
+        str | None, typer.Option(help="Outputs of the file, by place: 0,1.boxes; all if absent")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
@@ -357,7 +365,7 @@ def export(
 @app.command(epilog=example("build net.onnx --runtime openvino --batch 1,1,8 --out net.xml"))
 def build(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="ONNX file")],
+    file: Annotated[Path, typer.Argument(help="ONNX file, or the stage folder or run of one")],
     runtime: Annotated[
         str, typer.Option(help="See: compress list runtimes", autocompletion=names("runtimes"))
     ],
@@ -373,12 +381,16 @@ def build(
 @app.command(epilog=example("bench net.onnx net.int8.onnx --runtime onnxruntime --batch 1,8"))
 def bench(
     ctx: typer.Context,
-    artifacts: Annotated[list[Path], typer.Argument(help="ONNX files, engines, stage folders")],
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="ONNX files, engines, stage folders, runs")
+    ],
     runtime: Annotated[
         list[str] | None, typer.Option(help="Where ONNX files run; onnxruntime if absent")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
-    data: Annotated[str | None, typer.Option(help="DATA, to measure accuracy as well")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="DATA, to measure accuracy as well; latency alone if absent")
+    ] = None,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -399,8 +411,8 @@ def bench(
 )
 def compare(
     ctx: typer.Context,
-    reference: Annotated[str, typer.Argument(help="ONNX file, engine or stage folder")],
-    candidate: Annotated[str, typer.Argument(help="ONNX file, engine or stage folder")],
+    reference: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
+    candidate: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     data: Data,
     bisect: Annotated[bool, typer.Option(help="Find the first tensor that differs")] = False,
     image_size: ImageSize = None,
@@ -417,16 +429,72 @@ def compare(
     _print(commands.compare(ctx.params))
 
 
+@app.command(epilog=example("predict runs/first photo.jpg more-photos --out drawn"))
+def predict(
+    ctx: typer.Context,
+    artifact: Annotated[
+        Path, typer.Argument(help="ONNX file, engine, stage folder, run or saved network")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the pictures with what was found; none if absent"),
+    ] = None,
+    json: Json = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="See: compress list tasks; the artifact's if absent"),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it runs; the engine's own, or onnxruntime, if absent",
+            autocompletion=names("runtimes"),
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="SIDE or H,W, pixels; as the artifact says if absent")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="0.5,0.5,0.5; as the artifact says if absent")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="0.2,0.2,0.2; as the artifact says if absent")
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="short side, squash or letterbox; as the artifact says if absent"),
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="bilinear, bicubic, ...; as the artifact says if absent")
+    ] = None,
+    crop: Annotated[
+        float | None,
+        typer.Option(help="Share of the resized picture; as the artifact says if absent"),
+    ] = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    threads: Threads = None,
+    trust: Trust = False,
+) -> None:
+    """Show what an artifact answers to pictures, with the preprocessing that it carries."""
+    _print(commands.predict(ctx.params))
+
+
 @app.command(epilog=example("lint net.int8.onnx --target tensorrt --fix --out mended.onnx"))
 def lint(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file")],
+    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file, or the stage folder of one")],
     target: Annotated[str, typer.Option(help="onnxruntime, openvino or tensorrt")],
     fix: Annotated[bool, typer.Option(help="Mend what can be mended mechanically")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the mended file goes")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the mended file goes; needed with --fix")
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Find what costs accuracy or speed in anybody's int8 graph."""
+    """Check a Q/DQ file against a runtime's rules: what costs accuracy or speed, and mend it."""
     table, findings = commands.lint(ctx.params)
     _print(table)
     raise typer.Exit(GATE_FAILED if findings else 0)
@@ -449,7 +517,7 @@ def split(
     out: Annotated[Path, typer.Option("--out", help="Folder of both parts")] = Path("runs/split"),
     json: Json = None,
 ) -> None:
-    """Split an ONNX file: a head for the edge, a tail for the server, what crosses, both times."""
+    """Split an ONNX file into a head for the edge and a tail for the server, and time both."""
     _print(commands.split(ctx.params))
 
 
@@ -467,16 +535,20 @@ def sensitivity(
     target: Annotated[str, typer.Option(help="Runtime that int8 is for")] = "onnxruntime",
     weights: Weights = None,
     num_classes: Classes = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Plot to write, .png or .svg")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Plot to write, .png or .svg; none if absent")
+    ] = None,
     json: Json = None,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
     batch_size: BatchSize = None,
+    task: TaskName = None,
+    overrides: Set = None,
     seed: Seed = 0,
     trust: Trust = False,
 ) -> None:
-    """Show which layers cannot bear to be pruned or quantized."""
+    """Measure how much accuracy each layer loses when pruned or quantized."""
     if prune == quantize:
         raise UsageError("say what for", expected="one of --prune and --quantize")
     _print(commands.sensitivity(ctx.params))
@@ -485,7 +557,10 @@ def sensitivity(
 @app.command(epilog=example("report runs/half runs/quarter --out runs/both"))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the comparison; of one run its own if absent"),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Compare what is not comparable")] = False,
     track: Annotated[
         str | None, typer.Option(help="Log each run to tensorboard or mlflow as well")
@@ -513,7 +588,7 @@ def bundle(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     out: Annotated[Path, typer.Option("--out", help="FILE.tar.gz")],
 ) -> None:
-    """Pack what a device needs to build, check and measure the engines itself."""
+    """Pack what a device needs to build, check and measure engines, and to answer pictures."""
     _print(commands.bundle(run, out))
 
 

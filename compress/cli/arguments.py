@@ -23,15 +23,19 @@ Classes = Annotated[
 ]
 ImageSize = Annotated[
     str | None,
-    typer.Option(help="Network's input, pixels: SIDE or H,W; the data's if absent"),
+    typer.Option(help="Network's input, pixels: SIDE or H,W; the file's or the data's if absent"),
 ]
 Mean = Annotated[
     str | None,
-    typer.Option(help="Of images in --input-range: 0.5,0.5,0.5; the data's if absent"),
+    typer.Option(
+        help="Of images in --input-range: 0.5,0.5,0.5; the file's or the data's if absent"
+    ),
 ]
 Std = Annotated[
     str | None,
-    typer.Option(help="Of images in --input-range: 0.2,0.2,0.2; the data's if absent"),
+    typer.Option(
+        help="Of images in --input-range: 0.2,0.2,0.2; the file's or the data's if absent"
+    ),
 ]
 Range = Annotated[
     str | None,
@@ -62,12 +66,18 @@ Out = Annotated[
         "--out", help="Folder of the run; runs/NAME if absent, or NAME-2 where it is taken"
     ),
 ]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file")]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the numbers to this file; none if absent")
+]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
-Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
+Track = Annotated[
+    str | None, typer.Option(help="Also log trainings: tensorboard or mlflow; neither if absent")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
-TaskName = Annotated[str | None, typer.Option("--task", help="See: compress list tasks")]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="See: compress list tasks; that of the data if absent")
+]
 Outputs = Annotated[
     str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
 ]
@@ -80,7 +90,9 @@ Trust = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
-Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16 or int8 (of a Q/DQ file); the file's own if absent")
+]
 
 
 def names(kind: str) -> Callable[[str], list[str]]:

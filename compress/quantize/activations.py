@@ -98,7 +98,7 @@ def _sigmoid(z: Array) -> Array:
 
 def _sigmoid_slope(z: Array) -> Array:
     gate = _sigmoid(z)
-    return gate * (1 - gate)
+    return np.asarray(gate * (1 - gate))
 
 
 def _hard_swish(z: Array) -> Array:

@@ -42,6 +42,7 @@ class Source:
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
     target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
     prepared: bool = False  # images are what the network takes: they are not normalized
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see ``Dataset``
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,10 @@ class Dataset:
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)  # further ones
     prepared: bool = False  # images are what the network takes, and no pictures
     fit: Mapping[str, Any] = field(default_factory=dict)  # rule, filter, crop; {} if not fitted
+    parts: Mapping[str, tuple[int, ...]] = field(
+        default_factory=dict
+    )  # of an image, by input: what
+    # each input of the network takes of its values, in this order; {} where they are a picture
 
     @property
     def channels(self) -> int:
@@ -87,6 +92,9 @@ class Dataset:
         height, width = self.image_size
         counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
         named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
+        if self.parts:
+            each = ", ".join(f"{name} {shape}" for name, shape in self.parts.items())
+            return f"data {self.name}: samples {counts}; inputs {each}; no labels"
         labels = {"none": "no labels", "image": "a picture to return for each"}.get(
             self.target, f"{len(self.classes)} classes{named}"
         )
@@ -210,6 +218,7 @@ def _dataset(
         inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
         prepared=source.prepared,
         fit=_fit(plugin),
+        parts=source.parts,
     )
 
 

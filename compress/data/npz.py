@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ class Npz:
     and y_validation; ``classes``, the names; ``group_test``, a subgroup for each test image.
 
     Without labels: a .npy file, or an archive with one array. Floats, (N, C, H, W) or (N, H, W, C),
-    are taken to be what the network takes, and not normalized again.
+    are taken to be what the network takes, and not normalized again. An archive of other names
+    holds a float array for each input of an ONNX file, called as the input is: (N, ...) each.
     """
 
     root: str
@@ -45,6 +47,8 @@ class Npz:
             arrays = _read(path)
             if len(arrays) == 1:
                 return self._unlabelled(path, *arrays.values())
+            if not set(arrays).intersection(REQUIRED):
+                return _by_input(path, arrays)
             return self._source(path, arrays)
 
     def _source(self, path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
@@ -79,23 +83,11 @@ class Npz:
         if pixels.ndim == 4 and not _is_channels_last(pixels):
             pixels = pixels.transpose(0, 2, 3, 1)
         images = from_array(pixels, labels, size=self.image_size, channels=self.channels)
-        count, channels = len(labels), images.shape[0]
-        if count < 2:
-            raise DataError(f"holds {count} images", where=str(path), expected="at least 2")
-        is_test = np.arange(count) % 4 == 3
-        is_test[-1] |= not is_test.any()
+        channels = images.shape[0]
         mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
         if is_float:  # as they are: ``normalize`` divides by 255
             mean, std = (0.0,), (1 / 255,)
-        return Source(
-            Subset(images, np.flatnonzero(~is_test)),
-            Subset(images, np.flatnonzero(is_test)),
-            (),
-            mean=mean,
-            std=std,
-            target="none",
-            prepared=is_float,
-        )
+        return _without_labels(path, images, mean, std, prepared=is_float)
 
     def _images(self, path: Path, arrays: dict[str, NDArray[Any]], split: str) -> MemoryImages:
         pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -112,6 +104,52 @@ class Npz:
                 expected="one label for each image, and at least one image",
             )
         return from_array(pixels, labels, size=self.image_size, channels=self.channels)
+
+
+def _without_labels(
+    path: Path,
+    images: MemoryImages,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    prepared: bool,
+    parts: Mapping[str, tuple[int, ...]] | None = None,
+) -> Source:
+    """Return images of which every fourth is a test image."""
+    count = len(images)
+    if count < 2:
+        raise DataError(f"holds {count} images", where=str(path), expected="at least 2")
+    is_test = np.arange(count) % 4 == 3
+    is_test[-1] |= not is_test.any()
+    train, test = (Subset(images, np.flatnonzero(chosen)) for chosen in (~is_test, is_test))
+    return Source(
+        train, test, (), mean, std, target="none", prepared=prepared, parts=dict(parts or {})
+    )
+
+
+def _by_input(path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
+    """Return what an archive holds for the inputs of a network, in one row for each sample.
+
+    Raises:
+        DataError: the arrays are no floats, or of different numbers of samples.
+    """
+    told = ", ".join(f"{name} {each.dtype} {each.shape}" for name, each in arrays.items())
+    floats = all(np.issubdtype(each.dtype, np.floating) for each in arrays.values())
+    counts = {each.shape[0] if each.ndim > 1 else 0 for each in arrays.values()}
+    if not floats or len(counts) != 1 or 0 in counts:
+        raise DataError(
+            f"holds {told or 'nothing'}",
+            where=str(path),
+            expected=f"{', '.join(REQUIRED)}; or for an ONNX file a float array (N, ...) for each "
+            "input, called as the input is, N the same for all",
+        )
+    if not all(np.isfinite(each).all() for each in arrays.values()):
+        raise DataError("holds numbers that are not finite", where=str(path))
+    rows = np.concatenate([each.reshape(len(each), -1) for each in arrays.values()], 1)
+    labels = np.zeros(len(rows), np.int64)
+    images = from_array(rows[:, None, :, None], labels, size=None, channels=None)
+    parts = {name: each.shape[1:] for name, each in arrays.items()}
+    return _without_labels(path, images, (0.0,), (1 / 255,), prepared=True, parts=parts)
 
 
 def locate(path: Path, name: str = "*.npz") -> Path:
@@ -140,7 +178,7 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
     with archive:
         arrays = {name: archive[name] for name in archive.files}
     arrays = {name: each for name, each in arrays.items() if isinstance(each, np.ndarray)}
-    if len(arrays) == 1:
+    if not set(arrays).intersection(REQUIRED):
         return arrays
     wanted = [*REQUIRED, *(("y_validation",) if "x_validation" in arrays else ())]
     missing = [name for name in wanted if name not in arrays]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,9 @@ def arrays(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
     Raises:
         EngineError: an input is no picture and nothing says what it gets.
     """
-    picture = picture_of(specs, dataset.inputs)
+    if dataset.parts:
+        return _parts(specs, images, dataset)
+    picture = picture_of(specs, dataset)
     return [
         _picture(spec, images, dataset)
         if spec is picture
@@ -98,20 +101,47 @@ def arrays(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
     ]
 
 
-def picture_of(specs: Sequence[TensorSpec], given: Mapping[str, Any] = {}) -> TensorSpec:
+def _parts(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> list[NDArray[Any]]:
+    """Return what each input takes of rows that hold the values of all of them."""
+    rows, start, values = images.flatten(1).numpy(), 0, {}
+    for name, shape in dataset.parts.items():
+        end = start + math.prod(shape)
+        values[name], start = rows[:, start:end].reshape(-1, *shape), end
+    own = {spec.name for spec in specs}
+    absent = sorted(own - values.keys() - dataset.inputs.keys())
+    unknown = sorted(values.keys() - own)
+    if absent or unknown:
+        raise EngineError(
+            f"the data holds arrays for {', '.join(values)}",
+            expected=f"arrays for the inputs of the network: {', '.join(s.name for s in specs)}",
+            fix="Write it with np.savez(FILE, **{NAME: ARRAY, ...}), a name for each input",
+        )
+    return [
+        values[spec.name].astype(spec.dtype or "float32", copy=False)
+        if spec.name in values
+        else _further(spec, dataset.inputs, len(images))
+        for spec in specs
+    ]
+
+
+def picture_of(specs: Sequence[TensorSpec], dataset: Dataset) -> TensorSpec:
     """Return the input that takes pictures: the first with four dimensions that is not given.
+
+    The first of all where the data holds something for each.
 
     Raises:
         EngineError: there is none.
     """
-    others = [spec for spec in specs if spec.name not in given]
+    if dataset.parts:
+        return specs[0]
+    others = [spec for spec in specs if spec.name not in dataset.inputs]
     found = [spec for spec in others if spec.shape is None or len(spec.shape) == 4]
     if not found:
         shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in specs)
         raise EngineError(
             f"no input takes pictures: {shapes}",
             expected="an input (B, C, H, W) or (B, H, W, C)",
-            fix="Calibrate and compare with arrays: compress.quantize_onnx(path, batches, out)",
+            fix="Give an archive with an array for each input by name: --data npz:FILE.npz",
         )
     return found[0]
 
@@ -135,7 +165,7 @@ class Fed:
 
     def __init__(self, session: Session, dataset: Dataset) -> None:
         self._session, self._dataset = session, dataset
-        picture = picture_of(session.inputs, dataset.inputs)
+        picture = picture_of(session.inputs, dataset)
         self.inputs = (picture, *(spec for spec in session.inputs if spec is not picture))
         self.outputs = session.outputs
 
@@ -218,7 +248,8 @@ def _further(spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int) ->
         shown = ", ".join(map(str, spec.shape or ()))
         raise EngineError(
             f"the network also takes {spec.name!r} of shape ({shown}), and nothing says what",
-            fix=f"Give --input {spec.name}=0.5, or --input {spec.name}=FILE.npy",
+            fix=f"Give --input {spec.name}=0.5 or --input {spec.name}=FILE.npy, or an array for "
+            "each input by name: --data npz:FILE.npz",
         )
     value = given[spec.name].astype(spec.dtype or given[spec.name].dtype)
     if spec.shape is None:

@@ -174,7 +174,7 @@ def _outputs(
 
 def _bisection(old: Rival, new: Rival, dataset: Dataset) -> Bisection:
     with old.open() as session:
-        shape = picture_of(session.inputs, dataset.inputs).shape
+        shape = picture_of(session.inputs, dataset).shape
         fixed = shape[0] if shape else None
         size = fixed if isinstance(fixed, int) else BISECT_IMAGES
         inputs = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,9 @@ from compress.evaluate.feeding import Fed
 from compress.models.classifier import classifier_layers
 from compress.pipeline.context import Job
 from compress.recipe.settings import Recipe, Settings, TrainSettings
+from compress.report import numbers
+from compress.report.schema import Variant
+from compress.report.verdict import speed_differs, title
 from compress.train.batches import steps_in_epoch
 
 FEW_STEPS = 8  # of an epoch: fewer leave images out and hardly move the weights
@@ -170,6 +173,33 @@ def _judged(job: Job, run: Any) -> dict[str, Any]:
         "images": len(labels),
         "unit": kind.unit,
     }
+
+
+def of_slow_int8(variants: Sequence[Variant]) -> Iterator[str]:
+    """Yield where int8 takes longer than the original in fp32, and what is fastest there.
+
+    Args:
+        variants: Rows of the report, the original first.
+    """
+    for variant in variants:
+        for result in variant.results:
+            if result.precision != "int8" or (result.speedup or 1.0) >= 1:
+                continue
+            same = [
+                (each.latency_ms_p50, title(other, each), each.runtime)
+                for other in variants
+                for each in other.results
+                if (each.batch, each.device) == (result.batch, result.device)
+                and each.latency_ms_p50 is not None
+            ]
+            if not same or not speed_differs(result):
+                continue
+            milliseconds, name, runtime = min(same)
+            yield (
+                f"{variant.name} is {numbers.factor(1 / (result.speedup or 1.0))} slower than the "
+                f"original on {result.runtime}, batch {result.batch}; of all measured {name} on "
+                f"{runtime} is fastest ({numbers.number(milliseconds)} ms)"
+            )
 
 
 def of_timing(conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

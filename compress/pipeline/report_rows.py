@@ -59,7 +59,14 @@ def assemble(
         cautions=(
             *cautions.of_training(job.recipe, job.dataset),
             *trust.cautions(),
+            *cautions.of_slow_int8(rows),
             *cautions.of_timing(measured["conditions"]),
+        ),
+        notes=tuple(
+            f"int8-{form}: {note}"
+            for outcome in outcomes
+            for form, plan in outcome.facts.get("plans", {}).items()
+            for note in plan.get("notes", ())
         ),
         details=details(job, variants, outcomes, measured, rows, answers),
         skipped=measured["skipped"],

@@ -24,7 +24,7 @@ def markdown(report: Report) -> str:
         ),
         bullets(f"⚠ {plain(line)}" for line in (*report.incomplete, *report.cautions)),
         *(section(table(report)) for table in (accuracies, speeds, sizes)),
-        bullets(plain(line) for line in missing(report)),
+        bullets(plain(line) for line in (*report.notes, *missing(report))),
         _provenance(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -27,7 +27,7 @@ def summary(report: Report, folder: Path | str | None = None) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = [*_tables(report)]
-    parts += [Text(line, style="dim") for line in missing(report)]
+    parts += [Text(line, style="dim") for line in (*report.notes, *missing(report))]
     parts += [_gate_line(gate) for gate in report.gates]
     parts += [Text(f"! {line}", style="yellow") for line in (*report.incomplete, *report.cautions)]
     if report.verdict:

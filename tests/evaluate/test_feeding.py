@@ -12,7 +12,7 @@ from PIL import Image
 from compress.data import load_data
 from compress.data._images import decoded
 from compress.data._resize import Fit
-from compress.errors import EngineError, UsageError
+from compress.errors import DataError, EngineError, UsageError
 from compress.evaluate.feeding import Fed, arrays, completed, facts_of, shapes_answered
 from compress.graph import files
 from compress.graph.metadata import layout_of, metadata, stamp, usual_range
@@ -279,3 +279,63 @@ def test_a_further_input_that_comes_first_does_not_say_the_batch(tmp_path, pictu
     onnx.save(made, tmp_path / "x.onnx")
     settings = DataSettings(name="images", root=str(pictures), image_size=8, inputs={"state": 0.5})
     assert shapes_answered(tmp_path / "x.onnx", load_data(settings)) == [(1, 192)]
+
+
+def decoder(path):
+    """Write a graph of three feature maps, the second of which is pooled, and a state."""
+    shapes = {"low": ["n", 4, 8, 8], "high": ["n", 6, 4, 4], "state": ["n", 5]}
+    nodes = [helper.make_node("Flatten", [name], [f"{name}_flat"]) for name in shapes]
+    nodes.append(helper.make_node("Concat", [f"{name}_flat" for name in shapes], ["y"], axis=1))
+    made = helper.make_model(
+        helper.make_graph(
+            nodes,
+            "g",
+            [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        ),
+        opset_imports=[helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    onnx.save(made, path)
+    return path
+
+
+def test_an_archive_feeds_each_input_by_its_name_whatever_their_order(tmp_path):
+    rng = np.random.default_rng(0)
+    shapes = {"state": (5,), "high": (6, 4, 4), "low": (4, 8, 8)}
+    rows = {n: rng.normal(0, 9, (8, *s)).astype(np.float32) for n, s in shapes.items()}
+    np.savez(tmp_path / "features.npz", **rows)
+    dataset = load_data(DataSettings(name="npz", root=str(tmp_path / "features.npz")))
+    assert "low (4, 8, 8)" in dataset.summary()
+    with open_session(decoder(tmp_path / "m.onnx")) as session:
+        images = dataset.splits["test"].take([0, 1])
+        (got,) = Fed(session, dataset).run(images.numpy())
+    test = [3, 7]  # every fourth
+    flat = [rows[name][test].reshape(2, -1) for name in ("low", "high", "state")]
+    np.testing.assert_array_equal(got, np.concatenate(flat, 1))
+
+
+@pytest.mark.parametrize("names", [("low", "high"), ("low", "high", "state", "else")])
+def test_an_archive_with_other_names_than_the_inputs_is_refused(names, tmp_path):
+    shapes = {"low": (4, 8, 8), "high": (6, 4, 4), "state": (5,), "else": (3,)}
+    rows = {name: np.ones((8, *shapes[name]), np.float32) for name in names}
+    np.savez(tmp_path / "features.npz", **rows)
+    dataset = load_data(DataSettings(name="npz", root=str(tmp_path / "features.npz")))
+    told = pytest.raises(EngineError, match="arrays for the inputs of the network: low, high")
+    with open_session(decoder(tmp_path / "m.onnx")) as session, told:
+        Fed(session, dataset).run(dataset.splits["test"].take([0]).numpy())
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ({"a": np.ones((8, 3)), "b": np.ones((7, 3))}, "N the same for all"),
+        ({"a": np.ones((8, 3)), "b": np.ones((8, 3), np.int64)}, "a float array"),
+        ({"a": np.ones((8, 3)), "b": np.full((8, 3), np.nan)}, "not finite"),
+        ({"a": np.ones((1, 3)), "b": np.ones((1, 3))}, "at least 2"),
+    ],
+)
+def test_an_archive_that_feeds_no_network_is_refused(rows, told, tmp_path):
+    np.savez(tmp_path / "features.npz", **rows)
+    with pytest.raises(DataError, match=told):
+        load_data(DataSettings(name="npz", root=str(tmp_path / "features.npz")))

@@ -184,3 +184,27 @@ def test_the_command_line_warns_before_the_first_stage(monkeypatch, capsys, tmp_
         app.main()
     error = capsys.readouterr().err
     assert error.splitlines()[1].startswith("compress: warning: stages[0].train: ")
+
+
+def timed(name, *results):
+    rows = [
+        Result(
+            runtime=runtime, precision=precision, device="cpu", batch=1, threads=1,
+            latency_ms_p50=milliseconds, speedup=speedup, verdict=verdict or None,
+        )
+        for runtime, precision, milliseconds, speedup, verdict in results
+    ]  # fmt: skip
+    return Variant(name=name, stage="s", results=tuple(rows))
+
+
+def test_int8_that_is_slower_is_said_to_be_so_and_the_fastest_is_named():
+    rows = (
+        timed("original", ("onnxruntime", "fp32", 10.0, 1.0, ""), ("openvino", "fp32", 9, 1.0, "")),
+        timed("int8-onnxruntime", ("onnxruntime", "int8", 16.0, 0.625, "slower")),
+        timed("int8-openvino", ("openvino", "int8", 4.0, 2.25, "faster")),
+    )  # fmt: skip
+    (line,) = cautions.of_slow_int8(rows)
+    assert line.startswith("int8-onnxruntime is 1.60x slower than the original on onnxruntime")
+    assert line.endswith("int8-openvino on openvino is fastest (4.00 ms)")
+    same = timed("int8-onnxruntime", ("onnxruntime", "int8", 10.1, 0.99, "no difference"))
+    assert not list(cautions.of_slow_int8((rows[0], same)))

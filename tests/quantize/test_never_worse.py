@@ -48,7 +48,8 @@ def test_a_budget_of_accuracy_fails_where_the_original_is_untrained(quantize):
     assert "not measured because the original is untrained" in said
 
 
-def test_without_a_gate_the_work_is_done_and_the_verdict_tells(quantize):
+def test_without_a_gate_the_work_is_done_and_the_verdict_and_the_plan_tell(quantize):
     code, said = quantize()
     assert code == 0
+    assert "int8-onnxruntime: judged on 8 images: an SQNR may be some dB off" in said
     assert "on onnxruntime cpu, batch 1" in said

@@ -1,0 +1,124 @@
+"""Method auto: which corrections it tries, and which it keeps."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from compress.qdq.plan import ActivationRange, QuantPlan
+from compress.quantize.activations import activation_of
+from compress.quantize.bias import find_shift
+from compress.quantize.layerwise import channel_means
+from compress.quantize.notes import bearing_images, of_judging
+from compress.quantize.search import Trial, auto
+
+
+class Bench:
+    """Corrections that bring what a table says: SQNR of two outputs, by the steps taken."""
+
+    def __init__(self, **each_db):
+        self.observer, self.fitted = None, {"x": np.zeros((64, 1))}
+        self.each = each_db
+        self.fed: list[tuple[str, int]] = []
+
+    def ranges(self, observer="mse"):
+        ranges = {"t": ActivationRange(0.0, 1.0, 1.0, observer)}
+        return QuantPlan("onnxruntime", observer, ranges)
+
+    def step(self, name, plan, feed):
+        self.fed.append((name, len(feed["x"])))
+        return plan.changed(method=f"{plan.method} {name}")
+
+    def scaled(self, plan):
+        return plan.changed()
+
+    def corrected(self, plan, feed):
+        return self.step("bias", plan, feed)
+
+    def equalized(self, plan, alpha, feed):
+        return self.step(f"equal{alpha:g}", plan, feed)
+
+    def rounded(self, plan, feed):
+        return self.step("round", plan, feed)
+
+    def all_images(self):
+        return {"x": np.zeros((128, 1))}
+
+    def each_db(self, plan):
+        return self.each.get(plan.method.replace(" ", "_").replace(".", ""), (10.0, 10.0))
+
+
+def test_the_weakest_output_decides_and_not_the_mean():
+    # bias correction brings more over all outputs, rounding more to the weakest
+    bench = Bench(mse=(20.0, 20.0), mse_bias=(20.5, 60.0), mse_round_bias=(21.0, 21.0))
+    bench.each["mse_bias_round_bias"] = (21.5, 22.0)
+    assert auto(bench).method == "mse bias round bias"
+
+
+def test_what_lets_one_output_fall_below_plain_ranges_is_not_kept():
+    bench = Bench(mse=(20.0, 30.0), mse_bias=(26.0, 29.0))
+    plan = auto(bench)
+    assert plan.method == "mse"
+    assert any(note.endswith("not kept: an output falls below plain ranges") for note in plan.notes)
+
+
+def test_the_best_is_made_again_with_all_images_unless_an_output_falls():
+    bench = Bench(mse=(20.0, 20.0), mse_bias=(22.0, 22.0))
+    plan = auto(bench)
+    assert "made again with all 128 images" in plan.notes
+    assert bench.fed[0] == ("bias", 16) and bench.fed[-1] == ("bias", 128)
+
+
+def test_equalization_that_falls_far_behind_is_not_tried_again_nor_wider_ranges():
+    bench = Bench(mse=(20.0, 20.0), percentile=(18.0, 18.0), mse_bias=(22.0, 22.0))
+    told = " ".join(auto(bench).notes)
+    assert "equalization 0.5" in told and "equalization 0.25" not in told
+    assert "percentile" in told and "minmax" not in told
+
+
+def test_an_output_without_a_signal_decides_nothing():
+    plan = Bench().ranges()
+    one = Trial(plan, (), (math.nan, 20.0))
+    other = Trial(plan, (), (math.nan, 21.0))
+    assert other.exceeds(one) and not other.falls_below(one)
+
+
+@pytest.mark.parametrize(
+    ("powers", "count"), [((1, 1, 1, 1), 4.0), ((1, 0, 0, 0), 1.0), ((0,), 0.0)]
+)
+def test_images_that_bear_an_output(powers, count):
+    values = np.sqrt(np.array(powers, float))[:, None, None] * np.ones((1, 2, 3))
+    assert bearing_images(values) == pytest.approx(count)
+
+
+def test_a_detector_on_images_without_its_objects_is_told():
+    rng = np.random.default_rng(0)
+    boxes = rng.normal(size=(8, 20))
+    scores = np.full((8, 20), 1e-4)
+    scores[3, 7] = 0.5
+    told = of_judging(["boxes", "scores"], [boxes, scores], [20.0, 5.0])
+    assert "few hold what the network looks for" in told[-1] and "scores 1.0" in told[-1]
+    assert "boxes" not in told[-1]
+
+
+@pytest.mark.parametrize("kind", ["Relu", "Sigmoid"])
+def test_a_shift_found_on_some_positions_gives_the_mean_over_all(kind):
+    from int8_graphs import Sketch
+
+    from compress.graph.model import Graph
+    from compress.graph.preprocess import prepare
+
+    s = Sketch((3, 8, 8))
+    x = s.op(kind, [s.conv("input", "c", 3, 4)], "end")
+    s.head(x, 4)
+    graph = Graph(prepare(s.model()))
+    activation = activation_of(graph, next(n for n in graph.nodes if n.name == "c"))
+    rng = np.random.default_rng(0)
+    output = rng.normal(0.5, 2.0, (8, 4, 96, 96)).astype(np.float32)
+    output[:, :, :48] += 1.0  # halves that differ
+    wanted = channel_means(activation.value(output + np.float32(0.2)))
+    shift = find_shift(output, activation, wanted)
+    moved = output + shift.reshape(1, -1, 1, 1).astype(np.float32)
+    np.testing.assert_allclose(channel_means(activation.value(moved)), wanted, atol=2e-3)

@@ -160,12 +160,14 @@ def leave(
         reference=settings.name if parent is None else job.run.root / parent.stage,
         plan=plan,
         options=settings.options if parent is None else None,
+        num_classes=_classes_given(job) if parent is None else None,
     )
     export_onnx(
         model,
         job.dataset.example,
         stage / ONNX_FILE,
         metadata=facts_of(job),
+        nms=job.task.ending(),
         outputs=None if job.task.tells_classes else job.task.read_outputs(returned(job, model)),
         check_images=job.dataset.normalize(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
@@ -184,6 +186,14 @@ def leave(
         sparsity=facts.get("sparsity", {}).get("pattern", inherited),
     )
     return Outcome((variant,), facts)
+
+
+def _classes_given(job: Job) -> int | None:
+    """Return the number of classes that the network was built for; None: its weights tell."""
+    given, name = job.recipe.model.num_classes, job.recipe.model.name
+    if given is None and models.is_torchvision_detector(name):
+        return models.count_of(name, len(job.dataset.classes))
+    return given
 
 
 def returned(job: Job, model: nn.Module) -> dict[str, Tensor]:

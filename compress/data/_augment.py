@@ -108,6 +108,8 @@ def augment_with_labels(
             where="augment",
             expected="crop_padding, flip, rotation_degrees, scale or erasing",
         )
+    if settings == AugmentSettings():
+        return normalize(images), targets
     pairs = [_moved(*each, settings) for each in zip(images, targets, chances, strict=True)]
     out = normalize(torch.stack([image for image, _ in pairs]))
     moved: Any = [target for _, target in pairs]
@@ -131,7 +133,15 @@ def _moved(
         mask = change(tv_tensors.Mask(target), fill=VOID)
         return change(image, fill=0), mask.as_subclass(Tensor)
     if isinstance(target, Tensor):
-        return change(image, fill=0), change(target, fill=0)
+        scale = target.shape[1] // height  # a crop of the picture to restore is as much larger
+        if target.shape[1:] != (scale * height, scale * width) or (height, width) == (1, 1):
+            raise UsageError(
+                f"images of {height} x {width} and targets of {target.shape[1]} x "
+                f"{target.shape[2]} pixels cannot be changed alike",
+                where="augment",
+                fix="Leave augment out",
+            )
+        return change(image, fill=0), change(target, fill=0, scale=scale)
     boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=(height, width))
     moved = change(boxes, fill=0).as_subclass(Tensor)
     moved = moved.clamp(min=0).minimum(torch.tensor([width, height] * 2).to(moved))
@@ -140,15 +150,19 @@ def _moved(
     return change(image, fill=0), {"boxes": moved[seen], **rest}
 
 
-def _geometry(it: Any, *, chances: list[float], settings: AugmentSettings, fill: int) -> Any:
+def _geometry(
+    it: Any, *, chances: list[float], settings: AugmentSettings, fill: int, scale: int = 1
+) -> Any:
     """Return an image, a mask or boxes after the changes of shape that ``chances`` decide."""
     from torchvision.transforms.v2 import InterpolationMode, functional
 
     height, width = functional.get_size(it)
     padding = settings.crop_padding
     if padding:
-        top, left = (int(chances[c] * (2 * padding + 1)) for c in (Chance.CROP_Y, Chance.CROP_X))
-        it = functional.pad(it, [padding] * 4, fill=fill)
+        top, left = (
+            scale * int(chances[c] * (2 * padding + 1)) for c in (Chance.CROP_Y, Chance.CROP_X)
+        )
+        it = functional.pad(it, [scale * padding] * 4, fill=fill)
         it = functional.crop(it, top, left, height, width)
     if settings.flip and chances[Chance.FLIP] < 0.5:
         it = functional.horizontal_flip(it)

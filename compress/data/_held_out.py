@@ -12,7 +12,7 @@ from compress.errors import DataError
 TEST = 0.2  # share of images that become the test set where data has none
 
 
-def held_out(labels: NDArray[Any], share: float, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return positions of training and of test images, each class with its ``share`` of the test.
 
     Args:
@@ -24,7 +24,7 @@ def held_out(labels: NDArray[Any], share: float, seed: int) -> tuple[NDArray[Any
         DataError: a class would be without test or without training images.
     """
     random = np.random.default_rng(seed)
-    kinds = np.unique(labels) if labels.ndim == 1 else [None]
+    kinds = np.unique(labels) if getattr(labels, "ndim", 0) == 1 else [None]
     test = []
     for kind in kinds:
         own = np.arange(len(labels)) if kind is None else np.flatnonzero(labels == kind)

@@ -16,6 +16,7 @@ from compress.data._held_out import held_out
 from compress.data._images import Hash, Images, Indices, MemoryImages, Subset, in_parallel
 from compress.data._pictures import DEFAULT_SIZE
 from compress.data._resize import Fit, ImageSize, sides
+from compress.data._targets import VOID, PictureTargets
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -60,7 +61,7 @@ class ItemImages:
     """Images of a data set that are made anew each time they are asked for."""
 
     items: Items
-    labels: NDArray[Any]
+    labels: Any
     reader: Reader
 
     @property
@@ -153,7 +154,7 @@ def source_of(kind: Held, parts: Mapping[str, Items]) -> Source:
     )
 
 
-def _images(items: Items, labels: NDArray[Any], reader: Reader) -> Images:
+def _images(items: Items, labels: Any, reader: Reader) -> Images:
     images = ItemImages(items, labels, reader)
     if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
         return images
@@ -172,7 +173,10 @@ def _check_repeatable(items: Items, reader: Reader) -> None:
 
 def _pair(items: Items, index: int, where: str) -> tuple[Any, Any]:
     """Return picture and target of one item: a pair, or a dictionary with usual names."""
-    item = items[index]
+    try:
+        item = items[index]
+    except Exception as error:  # of the user's code
+        raise DataError(f"raises {error!r}", where=f"{where}, item {index}") from error
     if isinstance(item, Mapping):
         picture = next((item[key] for key in PICTURE_KEYS if key in item), None)
         target = next((item[key] for key in TARGET_KEYS if key in item), None)
@@ -233,8 +237,45 @@ def _targets(items: Items, where: str) -> list[Any]:
     """Return every target; a list that the data set keeps saves reading all pictures."""
     kept = getattr(items, "targets", None)
     if kept is not None and len(kept) == len(items):
-        return [_plain(each) for each in kept]
-    return [_plain(_pair(items, i, where)[1]) for i in range(len(items))]
+        found = [_plain(each) for each in kept]
+    else:
+        found = [_target(items, i, where) for i in range(len(items))]
+    forms = [_form(each) for each in found]
+    for index, form in enumerate(forms):
+        if form != forms[0]:
+            raise DataError(
+                f"has {form} as its target",
+                where=f"{where}, item {index}",
+                expected=f"{forms[0]}, as item 0 has",
+            )
+    return found
+
+
+def _target(items: Items, index: int, where: str) -> Any:
+    """Return the target of one item; a mask is of its picture's size."""
+    target = _plain(_pair(items, index, where)[1])
+    if isinstance(target, np.ndarray) and target.ndim == 2:
+        size = _shape(_picture(items, index, where))[1:]
+        if target.shape != size:
+            raise DataError(
+                f"has a mask of {target.shape[0]} x {target.shape[1]} pixels and a picture of "
+                f"{size[0]} x {size[1]}",
+                where=f"{where}, item {index}",
+                expected="a mask of its picture's size",
+            )
+    return target
+
+
+def _form(target: Any) -> str:
+    """Return what all targets of a data set have in common, in words."""
+    if isinstance(target, str):
+        return "a name"
+    array = np.asarray(target)
+    if array.ndim == 0:
+        return f"one {type(target).__name__}"
+    if array.ndim == 2:
+        return "a mask"
+    return f"an array of shape {array.shape}"
 
 
 def _plain(target: Any) -> Any:
@@ -247,7 +288,7 @@ def _plain(target: Any) -> Any:
 
 def _labels(
     targets: Mapping[str, list[Any]], given: Any, reader: Reader
-) -> tuple[tuple[str, ...], dict[str, NDArray[Any]], str]:
+) -> tuple[tuple[str, ...], dict[str, Any], str]:
     """Return the names of the classes, the labels of each split, and their form."""
     first = next(iter(targets.values()))[0]
     names = None if given is None else tuple(map(str, given))
@@ -264,13 +305,42 @@ def _labels(
             name: np.stack([_mask(nearest, m) for m in each]) for name, each in targets.items()
         }
         largest = max(int(each[each != 255].max(initial=0)) for each in masks.values())
+        if names is not None and largest >= len(names):
+            _refuse_values(targets, len(names), reader.where)
         return names or tuple(map(str, range(largest + 1))), masks, "mask"
+    if array.ndim == 3:
+        wanted = {
+            name: PictureTargets(_wanted(each, f"{reader.where}, {name}"))
+            for name, each in targets.items()
+        }
+        return (), wanted, "image"
     raise DataError(
         f"has targets such as {first!r}"[:200],
         where=reader.where,
-        expected="a class, zeros and ones of several classes, or a mask (H, W)",
+        expected="a class, zeros and ones of several classes, a mask (H, W) or a picture",
         fix="Boxes are read by the kinds of data voc, coco and yolo",
     )
+
+
+def _wanted(targets: Sequence[Any], where: str) -> Images:
+    """Return pictures that a network is to give back."""
+    stacked = torch.from_numpy(np.stack(targets))
+    if stacked.shape[1] not in {1, 3} and stacked.shape[3] in {1, 3}:
+        stacked = stacked.permute(0, 3, 1, 2)
+    return MemoryImages(_uint8(stacked, where), np.zeros(len(stacked), np.int64))
+
+
+def _refuse_values(targets: Mapping[str, list[Any]], classes: int, where: str) -> None:
+    """Raise DataError for the first mask with a value that is no class."""
+    for name, part in targets.items():
+        for index, mask in enumerate(part):
+            wrong = [int(v) for v in np.unique(mask) if v >= classes and v != VOID]
+            if wrong:
+                raise DataError(
+                    f"has a mask with the values {', '.join(map(str, wrong))}",
+                    where=f"{where}, {name}, item {index}",
+                    expected=f"classes 0 to {classes - 1}, or {VOID} where nothing counts",
+                )
 
 
 def _classes(

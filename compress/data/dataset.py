@@ -30,7 +30,8 @@ class Dataset(Pictures):
 
     An item is a picture (PIL, uint8 array or tensor, or floats in [0, 1]: before normalization,
     which ``data.mean`` and ``data.std`` are for) and its target: a class, a name, zeros and ones of
-    several classes, or a mask (H, W). Classes are called as the Dataset's ``classes`` say.
+    several classes, a mask (H, W), or a picture to give back. Classes are called as the Dataset's
+    ``classes`` say.
     """
 
     root: str

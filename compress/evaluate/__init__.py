@@ -36,6 +36,7 @@ __all__ = [
     "predict",
 ]
 
+TRIED = 4  # images that a task is tried on
 UNLABELLED_IMAGES = 64  # compared without labels, as all outputs are kept
 BATCH = 64  # images evaluated at a time; accuracy does not depend on it, only the time it takes
 _ROW = ("images", "top1_pct", "top1_ci95", "top5_pct", "top5_ci95", "ece_pct")
@@ -193,8 +194,7 @@ def answered(
 def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
     """Return what changed from one network to another on the same images, for a report."""
     changes = tasks.compare(task, reference.scores, candidate.scores)
-    alike = tasks.agreement(task, reference.predictions, candidate.predictions)
-    row: dict[str, Any] = {
+    return agreement_row(task, reference, candidate) | {
         "changes": {
             name: {
                 "value": change.value,
@@ -206,15 +206,39 @@ def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict
             for name, change in changes.items()
         }
     }
+
+
+def agreement_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
+    """Return how alike two networks predict, for a report."""
+    alike = tasks.agreement(task, reference.predictions, candidate.predictions)
     if alike.unit == "pct":
-        row |= {"agreement_pct": alike.value, "agreement_ci95": alike.ci95}
-    return row
+        return {"agreement_pct": alike.value, "agreement_ci95": alike.ci95}
+    return {"agreement": alike.to_json()}
 
 
-def check_outputs(model: nn.Module, example: Tensor, task: Task) -> None:
-    """Raise EngineError unless the outputs of ``model`` for ``example`` are what ``task`` reads."""
-    with _runnable(model, named_outputs) as answer:
-        task.predict(answer(example))
+def check_task(run: Any, task: Task, dataset: Dataset, *, images: int = TRIED) -> None:
+    """Try a network and its task on a few test images, before anything depends on them.
+
+    Args:
+        run: A module, or a session that takes pictures as the dataset stores them.
+        task: What the network is for.
+        dataset: The images.
+        images: How many.
+
+    Raises:
+        EngineError: the outputs are not what the task reads.
+        DataError: the targets do not fit the predictions.
+        UsageError: the task's own score is not repeatable, or NaN.
+    """
+    _check_labels(dataset, task)
+    batches = dataset.batches if isinstance(run, nn.Module) else dataset.pictures
+    with _runnable(run, named_outputs) as answer:
+        pictures, targets = next(iter(batches("test", images, images)))
+        outputs = answer(pictures)
+        if not task.kinds:
+            task.predict(outputs)
+            return
+        tasks.scored(task, outputs, targets)
 
 
 def named_outputs(output: Any) -> dict[str, Any]:

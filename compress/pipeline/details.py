@@ -57,6 +57,11 @@ def details(
     plan = _last_plan(job, variants)
     return schema.Details(
         classes=job.dataset.classes,
+        tells_classes=job.task.tells_classes,
+        class_metrics=tuple(
+            schema.ClassMetrics(**each) for each in measured.get("class_metrics", ())
+        ),
+        drawn=tuple(schema.DrawnChange(**each) for each in measured.get("drawn", ())),
         channels=tuple(_channels(plan)) if plan is not None else (),
         frozen=dict(plan.frozen) if plan is not None else {},
         sparsities=tuple(sparsities(job, variants, rows)),
@@ -97,6 +102,7 @@ def _skipped(job: Job, plan: PrunePlan | None, original: Variant) -> dict[str, s
     if not job.task.tells_classes:
         parts = ("class_scores", "confusions", "flips", "calibration")
         reasons |= dict.fromkeys(parts, "the network is not for one class an image")
+        reasons["drawn"] = "predictions of this task are no pictures, or nothing was compared"
     if job.dataset.test_groups is None:
         reasons["subgroups"] = "the data names no subgroups"
     return reasons

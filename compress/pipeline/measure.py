@@ -22,6 +22,7 @@ from compress.evaluate.feeding import Fed, arrays
 from compress.measure import Timing
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
+from compress.pipeline.changed_images import class_metrics, drawn_changes
 from compress.pipeline.context import Job, Variant, answers_path
 from compress.pipeline.sensitivity_chart import sensitivity
 from compress.recipe.settings import Target
@@ -90,6 +91,7 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
     engines: dict[Path, Path] = {}
     conditions: dict[str, Any] = {}
     coverage: list[dict[str, Any]] = []
+    shown: dict[str, list[dict[str, Any]]] = {}
     for targets in places(job.recipe.targets):
         target = targets[0]
         label = f"{target.runtime}, batch {target.batch}"
@@ -109,10 +111,13 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
             continue
         if (why := _absent_int8(targets, rivals)) is not None:
             skipped[f"int8 on {label}"] = why
-        rows, conditions[label] = measure_rivals(job, rivals, stage)
+        rows, conditions[label], answers = measure_rivals(job, rivals, stage)
+        if not shown:
+            shown = _shown(job, rivals, answers)
         for rival, row in zip(rivals, rows, strict=True):
             results[rival.variant.name].append(row | _memory(job, rival, row["skipped"]))
     explanations = explain_variants(job, variants, stage)
+    explanations |= shown
     explanations["sensitivity"] = sensitivity(job, variants[0])
     return Measured(results, skipped, engines, conditions, coverage, explanations)
 
@@ -208,8 +213,8 @@ def _coverage(job: Job, rivals: Sequence[Rival]) -> list[dict[str, Any]]:
 
 def measure_rivals(
     job: Job, rivals: Sequence[Rival], stage: Path
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Return accuracy and latency of each of ``rivals``, and the state of the machine.
+) -> tuple[list[dict[str, Any]], dict[str, Any], Sequence[Predictions | Evaluation]]:
+    """Return accuracy and latency of each of ``rivals``, the machine's state, and their answers.
 
     Answers to the test images that ``stage`` holds are not taken again.
     """
@@ -233,7 +238,25 @@ def measure_rivals(
         else:
             row["skipped"]["latency"] = latency.skipped[rival.name]
         rows.append(row)
-    return rows, latency.conditions
+    return rows, latency.conditions, answers
+
+
+def _shown(
+    job: Job, rivals: Sequence[Rival], answers: Sequence[Predictions | Evaluation]
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the images that changed most and the classes, where the task has such."""
+    pairs = [(rival, own) for rival, own in zip(rivals, answers, strict=True)
+             if isinstance(own, Evaluation)]  # fmt: skip
+    if len(pairs) < 2:
+        return {}
+    places = [(rival.variant.name, rival.target.runtime) for rival, _ in pairs]
+    classes = [
+        class_metrics(job, place, own) for place, (_, own) in zip(places, pairs, strict=True)
+    ]
+    return {
+        "drawn": drawn_changes(job, places[-1], pairs[0][1], pairs[-1][1]),
+        "class_metrics": [each for each in classes if each is not None],
+    }
 
 
 def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
@@ -263,7 +286,10 @@ def accuracy_row(
         if own is reference:
             return own.row()
         if not job.task.kinds:
-            return own.row() | comparison.outputs_row(reference.predictions, own.predictions)
+            alike = comparison.outputs_row(reference.predictions, own.predictions)
+            if getattr(job.task, "inner", None) is not None:
+                alike |= evaluate.agreement_row(job.task, reference, own)
+            return own.row() | alike
         return own.row() | evaluate.change_row(job.task, reference, own)
     if isinstance(own, Evaluation) or isinstance(reference, Evaluation):
         raise TypeError("answers of different kinds cannot be compared")

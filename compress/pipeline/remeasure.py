@@ -130,7 +130,7 @@ def measure_again(root: Path) -> Remeasured:
             continue
         rivals = rivals_on(job, variants, targets)
         with tempfile.TemporaryDirectory() as folder:
-            rows, _ = measure_rivals(job, rivals, Path(folder))
+            rows, _, _ = measure_rivals(job, rivals, Path(folder))
         for rival, row in zip(rivals, rows, strict=True):
             place = f"{rival.variant.name} on {target.runtime}, batch {target.batch}"
             skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}

@@ -19,6 +19,7 @@ from compress.report import numbers, schema
 from compress.report.run_folder import RECIPE_FILE
 from compress.report.verdict import size_ratio
 
+AT_LEAST = {"speedup", "size_ratio", "agreement_pct"}  # gates that are lower limits
 OWN_FIELDS = set(schema.Result.model_fields)  # everything else a row holds goes below memory_mib
 
 
@@ -84,9 +85,7 @@ def gates(
                 continue  # accuracy and size are the same for every batch
             seen.add((name, variant.name, result.runtime))
             value = _gate_value(name, original, variant, result)
-            passed = value is not None and (
-                value >= limit if name in {"speedup", "size_ratio"} else value <= limit
-            )
+            passed = value is not None and (value >= limit if name in AT_LEAST else value <= limit)
             reason = _unmeasured(name, result, variant) if value is None else None
             if untrained is not None and name not in {"speedup", "size_ratio"}:
                 value, passed, reason = None, False, f"the original is untrained: {untrained}"

@@ -64,10 +64,13 @@ def task_of(recipe: Recipe, dataset: Dataset, unlabelled: str | None = None) -> 
         RecipeError: the data has other labels than the task needs, or the recipe asks for what only
             networks that tell classes apart have; every problem is one line of the message.
     """
-    reference = recipe.task or default_task(dataset.target)
-    if unlabelled is not None:
-        reference = {reference: {"reason": unlabelled}} if isinstance(reference, str) else reference
+    default = default_task(dataset.target)
+    reference = recipe.task or default
     task = load_task(reference, classes=dataset.classes)
+    if unlabelled is not None:
+        task = load_task({default: {"reason": unlabelled}}, classes=dataset.classes)
+    elif dataset.target == "none" and task.kinds:  # its predictions are compared all the same
+        task = load_task({default: {"of": reference}}, classes=dataset.classes)
     problems = list(_problems(recipe, dataset, task))
     if problems:
         raise RecipeError("\n".join(problems))
@@ -109,6 +112,11 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
 
 def _only_with_labels(recipe: Recipe) -> Iterator[str]:
     """Yield what the recipe asks for that nothing but labels can tell."""
+    if any(
+        settings is not None and (settings.augment.mixup or settings.augment.cutmix)
+        for settings in (stage.distill for stage in recipe.stages)
+    ):
+        yield "augment: mixup and cutmix mix labels, and the images have none."
     if recipe.gates.metric_drop is not None:
         yield "gates.metric_drop: the images have no labels. Use gates.agreement_pct."
     for number, stage in enumerate(recipe.stages):

@@ -315,6 +315,9 @@ class Gates(Settings):
     speedup: float | None = Field(None, gt=0, description="Smallest speed-up over the original")
     size_ratio: float | None = Field(None, gt=0, description="Smallest original : result size")
     worst_class_drop_pct: float | None = Field(None, description="Largest loss of a class, points")
+    agreement_pct: float | None = Field(
+        None, description="Smallest agreement with the original's predictions"
+    )
 
 
 AttributionMethod = Literal["grad-cam", "integrated-gradients", "lime", "kernel-shap"]

@@ -77,12 +77,19 @@ class Dot:
     name: str
     label: str  # drawn beside it
     x: float  # latency, ms
-    y: float  # top-1, %
+    y: float  # top-1, or the task's metric
     x_ci: Interval | None = None
     y_ci: Interval | None = None
     facts: tuple[str, ...] = ()
     series: int | None = None  # the run it belongs to, where there are several
     is_original: bool = False
+    y_label: str = "top-1, %"
+    higher_is_better: bool = True
+
+    @property
+    def worth(self) -> float:
+        """``y``, or its negative where less is better."""
+        return self.y if self.higher_is_better else -self.y
 
 
 @dataclass(frozen=True)
@@ -113,8 +120,8 @@ class Scatter:
 def pareto(dots: Sequence[Dot]) -> list[Dot]:
     """Return the dots that no other beats in both latency and accuracy, fastest first."""
     best: list[Dot] = []
-    for dot in sorted(dots, key=lambda dot: (dot.x, -dot.y)):
-        if not best or dot.y > best[-1].y:
+    for dot in sorted(dots, key=lambda dot: (dot.x, -dot.worth)):
+        if not best or dot.worth > best[-1].worth:
             best.append(dot)
     return best
 

@@ -42,6 +42,27 @@ def class_tables(details: Details) -> list[Table]:
     return [_side_by_side(details, before, after) for after in chosen]
 
 
+def class_metric_table(details: Details) -> Table | None:
+    """Return the metric of each class for each variant, the largest loss of the last one first."""
+    if not details.class_metrics:
+        return None
+    first, last = details.class_metrics[0], details.class_metrics[-1]
+    columns = [Column("Class", is_number=False), Column("Change", "points")]
+    columns += [Column(each.variant, f"{each.metric}, %") for each in details.class_metrics]
+    rows = []
+    for k, name in enumerate(first.classes):
+        change = _change(first.values[k], last.values[k])
+        cells = [
+            Cell(numbers.percent(each.values[k]), each.values[k],
+                 numbers.interval(each.ci95[k], "percent"))
+            for each in details.class_metrics
+        ]  # fmt: skip
+        rows.append((Cell(name), Cell(numbers.points(change), change), *cells))
+    rows.sort(key=lambda row: (row[1].sort is None, row[1].sort or 0.0))
+    title = f"{first.metric} of each class, {last.variant} against {first.variant}"
+    return Table("class-metrics", title, tuple(columns), tuple(rows))
+
+
 def _single(details: Details, scores: ClassScores) -> Table:
     columns = (
         Column("Class", is_number=False),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.report import errors_by_class, numbers
 from compress.report.charts import LINES_NARROW, lines, reliability
 from compress.report.pareto_chart import pareto_charts
-from compress.report.schema import Calibration, Details, Report
+from compress.report.schema import Calibration, Details, DrawnChange, Report
 from compress.report.tables import accuracies, compact, sizes, speeds
 from compress.report.terminal import gate_sentence, missing
 from compress.report.verdict import comparisons, sizes_mib, verdicts
@@ -39,9 +39,30 @@ def html(report: Report) -> str:
         tables=[compact(accuracies(report)), compact(speeds(report)), compact(sizes(report))],
         rows_limit=ROWS,
         flipped=errors_by_class.flipped(report),
+        figures=_figures(report),
+        class_metrics=errors_by_class.class_metric_table(report.details),
+        drawn=_drawn(report.details),
         **_lost(report.details),
         **_looking(report.details),
     )
+
+
+def _figures(report: Report) -> list[tuple[str, float | None, float | None, str]]:
+    """Return the tile of accuracy: name, of the original, of the variant, unit."""
+    _, before, after = next(comparisons(report), (None, None, None))
+    if after is None:
+        return []
+    one, two = (None if each is None else each.figure for each in (before, after))
+    shown = two or one
+    if shown is None:
+        return [("Top-1", None, None, "%")] if report.details.tells_classes else []
+    name = shown.name[:1].upper() + shown.name[1:]
+    return [(name, one and one.value, two and two.value, shown.unit)]
+
+
+def _drawn(details: Details) -> tuple[DrawnChange, ...]:
+    pictures = [(d.truth, d.before, d.after, d.change) for d in details.drawn]
+    return details.drawn[: errors_by_class.within_budget(pictures, PICTURES)]
 
 
 def render(template: str, **content: Any) -> str:

@@ -15,7 +15,13 @@ CURVES = (  # key of a row, title, label of the y axis
 
 def learning_curves(stage: str, history: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
     """Yield a chart of each figure that ``history``, rows of metrics.jsonl, has two points of."""
-    for key, title, label in CURVES:
+    known = {key for key, _, _ in CURVES}
+    others = {key for row in history for key in row if key.startswith("validation_")} - known
+    own = [
+        (key, "Validation images", key.removeprefix("validation_").replace("_", " "))
+        for key in sorted(others - {"validation_loss"})
+    ]
+    for key, title, label in (*CURVES, *own):
         points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
         if len(points) > 1:
             x, y = zip(*points, strict=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compress.report import numbers
 from compress.report.charts import NARROW, WIDE, Dot, Scatter, pareto, scatter
 from compress.report.configuration import Setting, place_name, setting_name, setting_of, settings
-from compress.report.schema import Report, Result, Variant
+from compress.report.schema import Figure, Report, Result, Variant
 from compress.report.verdict import accuracy_of, title
 
 
@@ -42,13 +42,20 @@ def _chart(setting: Setting, dots: list[Dot]) -> ParetoChart:
         setting_name(setting),
         scatter(dots, WIDE),
         scatter(dots, NARROW),
-        f"Top-1 against median latency of {len(dots)} networks on {setting_name(setting)}. "
+        f"{_capital(dots[0].y_label)} against median latency of {len(dots)} networks on "
+        f"{setting_name(setting)}. "
         f"Not beaten in both: {best}.",
     )
 
 
 def _words(dot: Dot) -> str:
-    return f"{dot.name} ({numbers.number(dot.x)} ms, {numbers.percent(dot.y)} %)"
+    unit = dot.y_label.partition(", ")[2]
+    return f"{dot.name} ({numbers.number(dot.x)} ms, {numbers.percent(dot.y)} {unit})"
+
+
+def _capital(label: str) -> str:
+    name = label.partition(",")[0]
+    return name[:1].upper() + name[1:]
 
 
 def _dots(reports: Sequence[Report], setting: Setting) -> list[Dot]:
@@ -64,26 +71,29 @@ def _dots(reports: Sequence[Report], setting: Setting) -> list[Dot]:
 
 def _dot(report: Report, variant: Variant, result: Result, series: int | None) -> Dot | None:
     accuracy = accuracy_of(variant, result)
-    if result.latency_ms_p50 is None or accuracy.top1_pct is None:
-        return None
+    figure = accuracy.figure
+    if result.latency_ms_p50 is None or figure is None or accuracy.outputs:
+        return None  # the noise against the original says nothing of the original itself
     name = title(variant, result)
     return Dot(
         name=name if series is None else f"{report.name}: {name}",
         label=name,
         x=result.latency_ms_p50,
-        y=accuracy.top1_pct,
+        y=figure.value,
         x_ci=result.latency_ms_p50_ci95,
-        y_ci=accuracy.top1_ci95,
-        facts=tuple(_facts(variant, result, accuracy)),
+        y_ci=figure.ci95,
+        facts=tuple(_facts(variant, result, figure)),
         series=series,
         is_original=variant is report.original,
+        y_label=figure.title,
+        higher_is_better=figure.higher_is_better,
     )
 
 
-def _facts(variant: Variant, result: Result, accuracy: Result) -> list[str]:
+def _facts(variant: Variant, result: Result, figure: Figure) -> list[str]:
     named = (
         ("p50", numbers.number(result.latency_ms_p50), "ms", result.latency_ms_p50_ci95, "number"),
-        ("top-1", numbers.percent(accuracy.top1_pct), "%", accuracy.top1_ci95, "percent"),
+        (figure.name, numbers.percent(figure.value), figure.unit, figure.ci95, "percent"),
         ("speed-up", numbers.factor(result.speedup), "", result.speedup_ci95, "number"),
         ("file", numbers.number(result.size_mib or variant.size_mib), "MiB", None, "number"),
         ("peak memory", numbers.number(result.peak_memory_mib), "MiB", None, "number"),

@@ -48,6 +48,21 @@ class MetricRecord(Record):
     higher_is_better: bool | None = None  # yes unless it says no
 
 
+class Figure(Record):
+    """The figure that stands for how good a result is: what charts, tiles and tables show."""
+
+    name: str  # "top-1", the task's primary metric, "SQNR"
+    value: float
+    unit: str  # "%", "dB", ...
+    ci95: Interval | None = None
+    higher_is_better: bool = True
+
+    @property
+    def title(self) -> str:
+        """Its name with its unit."""
+        return f"{self.name}, {self.unit}" if self.unit else self.name
+
+
 class ChangeRecord(Record):
     """One metric of a variant less the original's, on the same images."""
 
@@ -111,6 +126,7 @@ class Result(Record):
     worst_class_drop_ci95: Interval | None = None
     worst_class: str | None = None
 
+    agreement: MetricRecord | None = None  # with the original, where it is no percentage
     outputs: dict[str, dict[str, float]] | None = None  # of each output: sqnr_db, max_abs_diff
     metrics: dict[str, MetricRecord] | None = None  # of the task, where it is no classification
     primary: str | None = None  # the metric that gates and the verdict use
@@ -124,6 +140,21 @@ class Result(Record):
         """Signal-to-noise ratio of the worst output, where images have no labels."""
         known = [each["sqnr_db"] for each in (self.outputs or {}).values() if "sqnr_db" in each]
         return min(known, default=None)
+
+    @property
+    def figure(self) -> Figure | None:
+        """How good this is: the primary metric, top-1, or where nothing is labelled the SQNR."""
+        main = self.main_metric
+        if main is not None:
+            unit = "%" if main.unit == "pct" else main.unit
+            higher = main.higher_is_better is not False
+            return Figure(name=self.primary or "", value=main.value, unit=unit, ci95=main.ci95,
+                          higher_is_better=higher)  # fmt: skip
+        if self.worst_sqnr_db is not None:
+            return Figure(name="SQNR", value=self.worst_sqnr_db, unit="dB")
+        if self.top1_pct is None:
+            return None
+        return Figure(name="top-1", value=self.top1_pct, unit="%", ci95=self.top1_ci95)
 
     @property
     def main_metric(self) -> MetricRecord | None:
@@ -339,10 +370,38 @@ class ArtifactRecord(Record):
     bytes: int | None = None
 
 
+class ClassMetrics(Record):
+    """The task's metric of each class, where a task is not about one class an image."""
+
+    variant: str
+    runtime: str
+    metric: str  # "IoU", "AP"; percent
+    classes: tuple[str, ...]
+    values: tuple[float | None, ...]  # None: the class never occurs
+    ci95: tuple[Interval | None, ...]
+
+
+class DrawnChange(Record):
+    """A test image with what the original and a variant predict for it."""
+
+    index: int
+    variant: str
+    runtime: str
+    agreement: float  # of the two predictions
+    unit: str
+    before: Png
+    after: Png
+    truth: Png | None = None
+    change: Png | None = None  # where they differ
+
+
 class Details(Record):
     """What changed inside, what was lost and for whom; each part is optional."""
 
     classes: tuple[str, ...] = ()
+    tells_classes: bool = True  # one class an image: what follows from that is told
+    class_metrics: tuple[ClassMetrics, ...] = ()  # the original first
+    drawn: tuple[DrawnChange, ...] = ()  # the least alike first
     channels: tuple[Channels, ...] = ()
     frozen: dict[str, str] = {}  # layer -> why it could not be cut
     sparsities: tuple[Sparsity, ...] = ()

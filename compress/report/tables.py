@@ -63,7 +63,12 @@ def sizes(report: Report) -> Table:
 def accuracies(report: Report) -> Table:
     """Return how right each variant is on each runtime, and how far from the original."""
     own = _task_columns(report)
-    filled = (*own, *(fill for fill in _ACCURACY if not own or fill[0].name == "Agreement"))
+    filled = _ACCURACY
+    if own or not report.details.tells_classes:
+        kept = {"Agreement"} - {column.name for column, _ in own}
+        if not any(result.metrics for variant in report.variants for result in variant.results):
+            kept |= {"SQNR"}
+        filled = (*own, *(fill for fill in _ACCURACY if fill[0].name in kept))
     columns = (*_PLACE, *(column for column, _ in filled))
     rows = []
     for variant in report.variants:
@@ -186,7 +191,17 @@ def _task_columns(report: Report) -> tuple[tuple[Column, Fill], ...]:
         found.append((Column(name, sign), _fill_metric(name)))
         about = f"of {name} against the original, on the same images"
         found.append((Column(f"Change of {name}", spoken, about), _fill_change(name)))
+    units = {result.agreement.unit for result in results if result.agreement}
+    for unit in units:
+        found.append((Column("Agreement", unit, "with the original's predictions"), _alike))
     return tuple(found)
+
+
+def _alike(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+    alike = result.agreement
+    if alike is None:
+        return "agreement_pct", None, "number", None, None
+    return "agreement_pct", alike.value, "number", alike.ci95, None
 
 
 def _fill_metric(name: str) -> Fill:

@@ -130,22 +130,19 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
 
 
 def _accuracy(result: Result | None) -> str:
-    if result is not None and result.main_metric is not None:
-        return numbers.percent(result.main_metric.value)
-    if result is not None and result.outputs:
-        return numbers.number(result.worst_sqnr_db)
-    return numbers.percent(result.top1_pct if result else None)
+    figure = None if result is None else result.figure
+    if figure is None:
+        return numbers.ABSENT
+    write = numbers.number if figure.name == "SQNR" else numbers.percent
+    return write(figure.value)
 
 
 def _accuracy_heading(report: Report) -> str:
     """Return the name of the primary metric with its unit."""
     for variant in report.variants:
         for result in variant.results:
-            if result.main_metric is not None:
-                unit = "%" if result.main_metric.unit == "pct" else result.main_metric.unit
-                return f"{result.primary} {unit}".strip()
-            if result.outputs:
-                return "SQNR dB"
+            if result.figure is not None:
+                return f"{result.figure.name} {result.figure.unit}".strip()
     return "top-1 %"
 
 
@@ -171,7 +168,7 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
         with_outcome: Say "passed" or "failed" in the end.
     """
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
-    side = "at least" if unit == "x" else "at most"
+    side = "at least" if unit in {"x", " %"} else "at most"
     limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
     if gate.measured is None:
         measured = f"not measured because {gate.reason or 'no reason was recorded'}"
@@ -198,6 +195,7 @@ _GATES = {  # name -> in words, unit
     "max_drop": ("loss of the primary metric on validation images", ""),
     "max_drop_pct": ("loss of top-1 on validation images", " points"),
     "worst_class_drop_pct": ("loss of any class", " points"),
+    "agreement_pct": ("agreement with the original", " %"),
     "speedup": ("speed-up", "x"),
     "size_ratio": ("reduction of size", "x"),
     "latency_ms": ("latency", " ms"),

@@ -139,6 +139,7 @@ class Task(abc.ABC):
     answers: ClassVar[Literal["classes", "numbers"]] = "numbers"  # "classes": logits of them
     loss_reads_outputs: ClassVar[bool] = True  # not: labels, or what the network keeps inside
     losses: ClassVar[tuple[str, ...]] = ("mse",)  # that a student is taught by where none are named
+    class_metric: ClassVar[str] = ""  # what ``class_values`` returns: "IoU", "AP"
     target: ClassVar[str] = "class"  # what labels must be: class, classes, mask, boxes, image
     form: ClassVar[Form] = "outputs"  # as which a device without this package shows its outputs
     classes: Sequence[str] = ()
@@ -207,6 +208,20 @@ class Task(abc.ABC):
     def draw(self, image: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
         """Return ``image`` (H, W, 3) with the prediction, ``in_picture``, drawn onto it."""
         return image
+
+    def draw_change(
+        self, image: NDArray[np.uint8], reference: Prediction, candidate: Prediction
+    ) -> NDArray[np.uint8] | None:
+        """Return where two predictions for ``image`` (H, W, 3) differ; None: no such picture."""
+        return None
+
+    def truth(self, target: Target) -> Prediction | None:
+        """Return what a perfect network would predict, for ``draw``; None where that is unknown."""
+        return None
+
+    def class_values(self, scores: Sequence[Contribution], counts: Array) -> Array | None:
+        """Return ``class_metric`` of each class, (R, K) in percent, NaN where it never occurs."""
+        return None
 
     def name_of(self, label: int) -> str:
         """Return the name of a class, its number where it has none."""
@@ -313,6 +328,23 @@ def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[s
         )
         for name, kind in task.kinds.items()
     }
+
+
+def class_metrics(
+    task: Task, scores: Sequence[Contribution], seed: int = 0
+) -> dict[str, Metric | None]:
+    """Return the task's metric of each class with its interval; None for one that never occurs."""
+    found = task.class_values(scores, np.ones((1, len(scores)), dtype=np.int64))
+    if found is None:
+        return {}
+    parts = (task.class_values(scores, counts) for counts in _draws(len(scores), seed))
+    drawn = np.concatenate([part for part in parts if part is not None])
+    kind, metrics = Kind(), dict[str, Metric | None]()
+    for k, value in enumerate(found[0].tolist()):
+        name = task.classes[k] if k < len(task.classes) else str(k)
+        ends = _interval(drawn[:, k], value, kind, len(scores), drawn[:, k])
+        metrics[name] = None if np.isnan(value) else Metric(value, _inside(ends, kind))
+    return metrics
 
 
 def compare(
@@ -423,8 +455,47 @@ def channels_first(array: Array, channels: int) -> Array:
 
 def _nearest_task(arrays: Any) -> str:
     by_ndim = {2: "classification", 3: "detection", 4: "segmentation"}
-    likely = [by_ndim[array.ndim] for array in arrays if array.ndim in by_ndim]
+    likely = [
+        "restoration" if array.ndim == 4 and array.shape[1] in {1, 3} else by_ndim[array.ndim]
+        for array in arrays
+        if array.ndim in by_ndim
+    ]
     return f"Set task: {likely[0]}" if likely else "Set another task"
+
+
+def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contribution]:
+    """Return what a few images contribute, from a task that is tried before anything depends on it.
+
+    Raises:
+        UsageError: predictions or scores change when they are computed again from the same outputs,
+            or every score is NaN.
+    """
+    tries = []
+    for _ in range(2):
+        found = task.predict(outputs)
+        tries.append([task.score(each, targets[i]) for i, each in enumerate(found)])
+    name = type(task).__name__
+    for number, (one, two) in enumerate(zip(*tries, strict=True)):
+        for key, value in one.items():
+            if not np.array_equal(numeric(value), numeric(two[key]), equal_nan=_is_number(value)):
+                raise UsageError(
+                    f"score of image {number} gives {key} as {value} and then as {two[key]}",
+                    where=name,
+                    expected="the same value for the same outputs and target",
+                    fix="Take random numbers out of predict and score",
+                )
+    for key, value in tries[0][0].items() if tries[0] else ():
+        if np.ndim(value) == 0 and all(np.isnan(numeric(each[key])) for each in tries[0]):
+            raise UsageError(
+                f"score gives {key} as NaN for each of {len(tries[0])} images",
+                where=name,
+                expected="a number; NaN only for images that do not count",
+            )
+    return tries[0]
+
+
+def _is_number(value: Any) -> bool:
+    return bool(np.issubdtype(numeric(value).dtype, np.floating))
 
 
 def values_of(task: Task, scores: Sequence[Contribution]) -> dict[str, float]:

@@ -69,6 +69,17 @@ def overlaid(image: Image, class_map: NDArray[Any]) -> Image:
     return shown
 
 
+def outlined(image: Image, class_map: NDArray[Any], chosen: NDArray[np.bool_]) -> Image:
+    """Return ``image`` in grey with the classes of ``chosen`` (H, W) pixels and a line around."""
+    grey = np.broadcast_to(image.mean(2, keepdims=True), image.shape).astype(np.uint8)
+    inside = chosen.copy()  # pixels whose four neighbours are chosen as well
+    for axis in (0, 1):
+        for step in (1, -1):
+            inside &= np.roll(chosen, step, axis)
+    found = np.where(chosen[..., None], overlaid(grey, class_map), grey)
+    return np.where((chosen & ~inside)[..., None], np.uint8(255), found)
+
+
 def palette(count: int) -> Image:
     """Return ``count`` colours that are far apart, (count, 3)."""
     import colorsys

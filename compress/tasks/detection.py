@@ -60,6 +60,8 @@ class Detection(Task):
     kinds: ClassVar[Mapping[str, Kind]] = {"map50_95": Kind(), "map50": Kind()}
     primary: ClassVar[str] = "map50_95"
     losses: ClassVar[tuple[str, ...]] = ("cwd",)
+    class_metric: ClassVar[str] = "AP 50-95"
+    loss_reads_outputs: ClassVar[bool] = False
     target: ClassVar[str] = "boxes"
     form: ClassVar[Form] = "boxes"
 
@@ -117,11 +119,16 @@ class Detection(Task):
 
     def per_class(self, scores: Sequence[Contribution]) -> dict[str, float | None]:
         """Return the AP 50-95 of each class, percent; None for one that has no objects."""
-        found = 100 * self._precisions(scores, np.ones((1, len(scores)), np.int64))[0].mean(1)
+        found = self.class_values(scores, np.ones((1, len(scores)), np.int64))[0]
         names = self.classes or [str(k) for k in range(len(found))]
         return {
             name: None if np.isnan(found[k]) else float(found[k]) for k, name in enumerate(names)
         }
+
+    def class_values(self, scores: Sequence[Contribution], counts: Array) -> Array:
+        """Return the AP 50-95 of each class, (R, K) in percent, NaN where it has no objects."""
+        values: Array = 100 * self._precisions(scores, counts).mean(2)
+        return values
 
     def agreement(self, reference: Prediction, candidate: Prediction) -> float:
         """Return the F1 of boxes of equal class that overlap by half, percent."""

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import DataError
+from compress.errors import DataError, EngineError
 from compress.modules.outputs import logits_of
 from compress.tasks import (
     Array,
@@ -39,6 +39,7 @@ class Multilabel(Task):
 
     kinds: ClassVar[Mapping[str, Kind]] = {"map": Kind(), "f1": Kind()}
     primary: ClassVar[str] = "map"
+    class_metric: ClassVar[str] = "AP"
     target: ClassVar[str] = "classes"
     form: ClassVar[Form] = "several classes"
 
@@ -50,6 +51,12 @@ class Multilabel(Task):
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
         """Return "probabilities" (K,) and "present" (K,) for each image, from logits (B, K)."""
         logits = main_output(outputs, 2, "logits", "multilabel").astype(np.float64)
+        if self.classes and logits.shape[1] != len(self.classes):
+            raise EngineError(
+                f"has {logits.shape[1]} outputs, the data {len(self.classes)} classes",
+                expected=f"logits ({len(logits)}, {len(self.classes)})",
+                fix="Set num_classes, or use the data that the network was trained for",
+            )
         chances = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
         return [{"probabilities": row, "present": row > self.threshold} for row in chances]
 
@@ -65,6 +72,13 @@ class Multilabel(Task):
 
     def summarize(self, scores: Sequence[Contribution], counts: Array) -> dict[str, Array]:
         """Return mAP and micro F1, percent, of R samples of the images."""
+        both = counts @ np.array([each["both"] for each in scores])
+        either = counts @ np.array([each["either"] for each in scores])
+        f1 = np.divide(200 * both, either, out=np.full(len(both), 100.0), where=either > 0)
+        return {"map": mean_over(self.class_values(scores, counts)), "f1": f1}
+
+    def class_values(self, scores: Sequence[Contribution], counts: Array) -> Array:
+        """Return the average precision of each class, (R, K) in percent, NaN without positives."""
         chances = np.stack([each["probabilities"] for each in scores])
         truth = np.stack([each["truth"] for each in scores])
         per_class = np.empty((len(counts), truth.shape[1]))
@@ -73,10 +87,7 @@ class Multilabel(Task):
             ranked = (chances[order, k], truth[order, k])
             for r, drawn in enumerate(counts[:, order]):
                 per_class[r, k] = average_precision(*ranked, drawn)
-        both = counts @ np.array([each["both"] for each in scores])
-        either = counts @ np.array([each["either"] for each in scores])
-        f1 = np.divide(200 * both, either, out=np.full(len(both), 100.0), where=either > 0)
-        return {"map": 100 * mean_over(per_class), "f1": f1}
+        return 100 * per_class
 
     def agreement(self, reference: Prediction, candidate: Prediction) -> float:
         """Return the percentage of classes that both call present or both absent."""

@@ -25,6 +25,7 @@ from compress.tasks import (
     numeric,
 )
 
+AMPLIFIED = 8.0  # how much a difference is made visible
 LARGEST_PSNR_DB = 100.0  # of two equal images, where the ratio is infinite
 
 
@@ -82,6 +83,16 @@ class Restoration(Task):
         """Return the restored image, (H, W, 3) uint8."""
         restored = np.round(255 * prediction["image"] / self.peak).astype(np.uint8)
         return np.broadcast_to(restored, (3, *restored.shape[1:])).transpose(1, 2, 0)
+
+    def draw_change(self, image: Any, reference: Prediction, candidate: Prediction) -> Any:
+        """Return the mean difference over channels, ``AMPLIFIED`` times, grey."""
+        difference = np.abs(reference["image"] - candidate["image"]).mean(0) / self.peak
+        grey = np.round(255 * np.clip(AMPLIFIED * difference, 0, 1)).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+
+    def truth(self, target: Target) -> Prediction:
+        """Return the wanted image."""
+        return {"image": np.clip(numeric(target), 0, self.peak).astype(np.float32)}
 
     def _psnr(self, found: Any, wanted: Any) -> float:
         error = float(np.mean((found.astype(np.float64) - wanted) ** 2))

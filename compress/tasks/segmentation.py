@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data._resize import Fit
-from compress.errors import DataError, UsageError
+from compress.errors import DataError, EngineError, UsageError
 from compress.tasks import (
     Array,
     Contribution,
@@ -22,9 +23,10 @@ from compress.tasks import (
     Target,
     Task,
     channels_first,
+    class_metrics,
     main_output,
 )
-from compress.tasks._drawing import captioned, overlaid, palette
+from compress.tasks._drawing import captioned, outlined, overlaid, palette
 from compress.tasks._ranking import mean_over
 
 UNSEEN = -1  # in a class map: pixels of the picture that the network was not shown
@@ -47,6 +49,7 @@ class Segmentation(Task):
     primary: ClassVar[str] = "miou"
     answers: ClassVar[Literal["classes", "numbers"]] = "classes"
     losses: ClassVar[tuple[str, ...]] = ("kd", "cwd")
+    class_metric: ClassVar[str] = "IoU"
     target: ClassVar[str] = "mask"
     form: ClassVar[Form] = "class map"
 
@@ -70,6 +73,13 @@ class Segmentation(Task):
         logits = main_output(outputs, 4, "out", "segmentation")
         _, rows, columns, last = logits.shape
         logits = channels_first(logits, len(self.classes) or (last if rows == columns else rows))
+        if logits.shape[1] < len(self.classes):
+            raise EngineError(
+                f"tells {logits.shape[1]} classes of pixels apart, the data has "
+                f"{len(self.classes)}: output {logits.shape}",
+                expected=f"logits ({len(logits)}, {len(self.classes)}, H, W)",
+                fix="Set num_classes, or use the data that the network was trained for",
+            )
         kind = np.uint8 if logits.shape[1] <= 256 else np.uint16
         return [{"class_map": row.argmax(0).astype(kind)} for row in logits]
 
@@ -84,22 +94,23 @@ class Segmentation(Task):
 
     def summarize(self, scores: Sequence[Contribution], counts: Array) -> dict[str, Array]:
         """Return mIoU and pixel accuracy, percent, of R samples of the images."""
-        both, found, truth = np.moveaxis(self._areas(scores, counts), 1, 0)
-        union = found + truth - both
-        iou = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
+        both, _, truth = np.moveaxis(self._areas(scores, counts), 1, 0)
         total = truth.sum(1)
         accuracy = np.divide(both.sum(1), total, out=np.full(len(total), np.nan), where=total > 0)
-        return {"miou": 100 * mean_over(iou), "pixel_accuracy": 100 * accuracy}
+        iou = self.class_values(scores, counts)
+        return {"miou": mean_over(iou), "pixel_accuracy": 100 * accuracy}
+
+    def class_values(self, scores: Sequence[Contribution], counts: Array) -> Array:
+        """Return the IoU of each class, (R, K) in percent, NaN where it never occurs."""
+        both, found, truth = np.moveaxis(self._areas(scores, counts), 1, 0)
+        union = found + truth - both
+        iou: Array = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
+        return 100 * iou
 
     def per_class(self, scores: Sequence[Contribution]) -> dict[str, float | None]:
         """Return the IoU of each class, percent; None for one that never occurs."""
-        both, found, truth = self._areas(scores, np.ones((1, len(scores)), np.int64))[0]
-        union = found + truth - both
-        names = self.classes or [str(k) for k in range(len(union))]
-        return {
-            name: 100 * float(both[k] / union[k]) if union[k] else None
-            for k, name in enumerate(names)
-        }
+        found = class_metrics(self, scores)
+        return {name: None if each is None else each.value for name, each in found.items()}
 
     def agreement(self, reference: Prediction, candidate: Prediction) -> float:
         """Return the mIoU between two class maps, percent, over the classes in either."""
@@ -140,6 +151,19 @@ class Segmentation(Task):
             [self.name_of(int(k)) for k in order],
             palette(int(found.max(initial=0)) + 1)[order],
         )
+
+    def draw_change(
+        self, image: Any, reference: Prediction, candidate: Prediction
+    ) -> NDArray[np.uint8] | None:
+        """Return the grey image with the new class where it changed, and a line around it."""
+        size = image.shape[:2]
+        old, new = (self._sized(each["class_map"], size) for each in (reference, candidate))
+        return outlined(image, new, old != new)
+
+    def truth(self, target: Target) -> Prediction:
+        """Return the mask as a class map, UNSEEN where nothing counts."""
+        mask = np.asarray(target).astype(np.int32)
+        return {"class_map": np.where(mask == self.ignore, UNSEEN, mask)}
 
     def check_targets(self, labels: Any) -> None:
         """Raise DataError unless every value of every mask is a class or the ignored one."""

@@ -199,3 +199,73 @@ def test_int8_training_learns_from_the_original_where_there_are_no_labels(
     assert code == 0, err
     (result,) = json.loads((tmp_path / "run" / "report.json").read_text())["variants"][1]["results"]
     assert result["sqnr_db"] > 20
+
+
+@pytest.mark.parametrize("task", [None, "classification"])
+def test_pictures_are_enough_to_prune_and_to_learn_from_the_original(
+    compress, tmp_path, pictures, task
+):
+    """Channels are scored, weights fitted and a student taught without one label."""
+    run = tmp_path / "run"
+    quick = ["--set", "measure.rounds=3", "--set", "measure.round_ms=5", "--image-size", "16"]
+    quick += [] if task is None else ["--task", task]
+    model = ("compress.models.cifar:resnet8", "--num-classes", "5", "--data", f"images:{pictures}")
+    training = ("--epochs", "1", "--batch-size", "4")
+    teacher = ("--teacher", "compress.models.cifar:resnet8", "--set",
+               "stages.1.distill.teacher_num_classes=5")  # fmt: skip
+    code, out, err = compress("prune", *model, *training, *teacher, "--out", run, *quick)
+    assert code == 0, err
+    report = json.loads((run / "report.json").read_text())
+    assert [each["name"] for each in report["variants"]] == ["original", "pruned", "distilled"]
+    before, *others = report["variants"]
+    assert all(each["macs"] < 0.55 * before["macs"] for each in others)
+    for each in others:
+        (result,) = each["results"]
+        assert result["sqnr_db"] > 0 and 0 <= result["agreement_pct"] <= 100
+        assert result["skipped"]["accuracy"] == "the images have no labels"
+        assert not {"top1_pct", "metrics"} & result.keys()
+    assert "top-1" not in out
+
+
+def test_a_whole_recipe_needs_no_labels(compress, tmp_path, pictures):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+model: {{name: "compress.models.cifar:unet", num_classes: 3, options: {{width: 4}}}}
+data: {{name: images, root: "{pictures}", image_size: 16}}
+task: segmentation
+stages:
+  - prune: {{keep_macs: 0.5}}
+  - distill: {{epochs: 1, batch_size: 4}}
+  - quantize: {{method: plain}}
+targets: [{{runtime: onnxruntime}}]
+measure: {{rounds: 3, round_ms: 5}}
+gates: {{agreement_pct: 101}}
+""")
+    code, out, err = compress("run", recipe, "--out", tmp_path / "run")
+    assert code == 1, err  # nothing agrees to 101 %
+    assert "agreement with the original at least 101 %" in out
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    last = report["variants"][-1]
+    assert last["name"] == "int8-onnxruntime" and last["results"][0]["speedup"] > 0
+    assert 0 < last["results"][0]["agreement_pct"] <= 100
+    assert report["details"]["drawn"][0]["change"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("train: {epochs: 1}", "the images have no labels to learn. Learn from a teacher: distill"),
+        ("quantize: {max_drop: 1}", "max_drop: the images have no labels to measure it on"),
+        ("quantize: {max_drop_pct: 1}", "max_drop_pct: this task does not name one class"),
+        ("distill: {augment: {mixup: 0.2}}", "mixup and cutmix mix labels"),
+    ],
+)
+def test_what_needs_labels_is_refused_without(compress, tmp_path, pictures, stage, message):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+model: {{name: "compress.models.cifar:resnet8"}}
+data: {{name: images, root: "{pictures}", image_size: 16}}
+stages: [{{{stage}}}]
+""")
+    code, _, err = compress("run", recipe, "--out", tmp_path / "run")
+    assert code == 2 and message in err

@@ -47,9 +47,21 @@ class Shades(Dataset):
             "tensor": torch.tensor(label),
             "hot": [label, 1, 1 - label],
             "mask": np.full(self.size, label, np.uint8),
+            "picture": array[..., :1].repeat(3, 2),
+            "resized": np.full((5, 5), label, np.uint8),
+            "ragged": [label] * (2 + (i == 7)),
+            "turning": "dark" if i == 5 else label,
+            "beyond": np.full(self.size, 9 if i == 4 else label, np.uint8),
             "boxes": {"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)},
         }[self.target]
         return picture, target
+
+
+class Failing(Shades):
+    def __getitem__(self, i):
+        if i == 11:
+            raise OSError("no such block")
+        return super().__getitem__(i)
 
 
 class Named(Shades):
@@ -170,13 +182,15 @@ def test_pictures_of_any_form_keep_their_pixels(file, form):
         ("name", "class", ("dark", "light")),
         ("hot", "classes", ("0", "1", "2")),
         ("mask", "mask", ("0", "1")),
+        ("picture", "image", ()),
     ],
 )
 def test_targets_say_what_the_data_is_for(file, target, form, classes):
     data = load(f"{file}:Shades", options={"arguments": {"target": target}})
     assert (data.target, data.classes) == (form, classes)
     _, targets = next(iter(data.batches("test", 2)))
-    assert tuple(targets.shape[1:]) == {"class": (), "classes": (3,), "mask": (12, 10)}[form]
+    assert tuple(targets.shape[1:]) == {"class": (), "classes": (3,), "mask": (12, 10),
+                                        "image": (3, 12, 10)}[form]  # fmt: skip
 
 
 def test_classes_are_called_as_the_dataset_calls_them(file):
@@ -195,6 +209,10 @@ def test_classes_are_called_as_the_dataset_calls_them(file):
         ("Shades", {"form": "normalized"}, "pictures before normalization"),
         ("Shades", {"form": "random"}, "is another picture each time"),
         ("Shades", {"target": "boxes"}, "Boxes are read by the kinds of data voc, coco and yolo"),
+        ("Failing", {}, "item 11: raises OSError('no such block')"),
+        ("Shades", {"target": "resized"}, "item 0: has a mask of 5 x 5 pixels and a picture of 12"),
+        ("Shades", {"target": "ragged"}, "item 7: has an array of shape (3,) as its target"),
+        ("Shades", {"target": "turning"}, "item 5: has a name as its target. Expected one int"),
         ("Shades", {"count": 0}, "holds no items"),
         ("Shades", {"colour": 3}, "colour"),
     ],
@@ -203,6 +221,15 @@ def test_what_is_no_data_is_refused_in_words(file, name, arguments, said):
     with pytest.raises(CompressError) as error:
         load(f"{file}:{name}", options={"arguments": arguments})
     assert said in str(error.value)
+
+
+def test_a_mask_with_a_value_beyond_the_named_classes_is_found(file):
+    with pytest.raises(CompressError, match=r"item 4: has a mask with the values 9") as error:
+        load(
+            f"{file}:Shades",
+            options={"arguments": {"target": "beyond"}, "classes": ["ground", "sky"]},
+        )
+    assert "classes 0 to 1" in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path):

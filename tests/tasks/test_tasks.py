@@ -441,6 +441,63 @@ def test_an_own_task_that_returns_nan_is_refused(tmp_path):
         tasks.metrics(task, scores(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0]))
 
 
+def test_a_score_that_changes_from_call_to_call_is_found_before_a_run(tmp_path):
+    file = tmp_path / "draws.py"
+    file.write_text(OWN.replace('"error": abs', '"error": np.random.rand() + abs')
+                    .replace("from compress", "import numpy as np\nfrom compress", 1))  # fmt: skip
+    task = load_task(f"{file}:Brightness")
+    with pytest.raises(
+        UsageError, match=r"Brightness: score of image 0 gives error as .* and then"
+    ):
+        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
+
+
+def test_a_score_that_is_never_a_number_is_found_before_a_run(tmp_path):
+    file = tmp_path / "nan.py"
+    file.write_text(OWN.replace('"error": abs', '"error": float("nan") * abs'))
+    task = load_task(f"{file}:Brightness")
+    with pytest.raises(UsageError, match="score gives error as NaN for each of 2 images"):
+        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tasks_are_repeatable(name):
+    given = case(name)
+    assert len(tasks.scored(made(name), given.outputs, given.targets)) == IMAGES
+
+
+def test_class_metrics_are_those_of_torchmetrics_with_intervals():
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(6, 3, 8, 8))
+    masks = random.integers(0, 3, (6, 8, 8))
+    found = tasks.class_metrics(
+        made("segmentation"), scores(made("segmentation"), {"out": logits}, masks)
+    )
+    from torchmetrics.functional.classification import multiclass_jaccard_index
+
+    wanted = multiclass_jaccard_index(
+        torch.from_numpy(logits.argmax(1)), torch.from_numpy(masks), 3, average=None
+    )
+    for each, value in zip(found.values(), wanted.tolist(), strict=True):
+        assert each.value == pytest.approx(100 * value, abs=1e-4)
+        assert each.ci95[0] < each.value < each.ci95[1]
+
+
+def test_a_segmentation_network_of_too_few_classes_is_refused():
+    task = load_task("segmentation", classes=("a", "b", "c", "d", "e"))
+    with pytest.raises(EngineError, match=r"tells 3 classes of pixels apart, the data has 5"):
+        task.predict({"out": np.zeros((2, 3, 4, 7))})
+
+
+def test_without_labels_the_predictions_of_a_task_are_compared():
+    task = load_task({"fidelity": {"of": "segmentation"}})
+    one, two = np.zeros((2, 1, 2, 2, 2))
+    two[0, 1] = 1.0
+    pair = [task.predict({"out": each})[0] for each in (one, two)]
+    assert task.agreement(pair[0], pair[0]) == 100.0 and task.agreement(*pair) == 0.0
+    assert task.answers == "classes" and "kd" in task.losses and not task.kinds
+
+
 @pytest.mark.parametrize(
     ("reference", "message"),
     [

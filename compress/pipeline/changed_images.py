@@ -1,0 +1,89 @@
+"""The test images whose predictions changed most, drawn; and the classes that lost or won."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress import tasks
+from compress.data import targets_of
+from compress.evaluate import Evaluation
+from compress.pipeline.context import Job
+from compress.report.pictures import thumbnail
+from compress.tasks import Task
+
+MOST = 6  # images drawn
+SIDE = 224  # pixels of the longer side, at most
+
+
+def drawn_changes(
+    job: Job, place: tuple[str, str], reference: Evaluation, candidate: Evaluation
+) -> list[dict[str, Any]]:
+    """Return the images on which two networks agree least, with both predictions drawn.
+
+    Args:
+        job: The run.
+        place: Name of the variant, and the runtime.
+        reference: The original on the test images.
+        candidate: The variant on the same.
+    """
+    task = job.task
+    if type(task).draw is Task.draw or getattr(task, "inner", task) is None:
+        return []  # its predictions are no pictures
+    pairs = list(zip(reference.predictions, candidate.predictions, strict=True))
+    agreements = np.array([task.agreement(*pair) for pair in pairs])
+    found = []
+    for index in np.argsort(agreements, kind="stable")[:MOST].tolist():
+        picture = _picture(job, index)
+        truth = _truth(job, index)
+        before, after = pairs[index]
+        changed = task.draw_change(picture, before, after)
+        found.append(
+            {
+                "index": index,
+                "variant": place[0],
+                "runtime": place[1],
+                "agreement": float(agreements[index]),
+                "unit": task.agreement_unit,
+                "truth": None if truth is None else _png(task.draw(picture, truth)),
+                "before": _png(task.draw(picture, before)),
+                "after": _png(task.draw(picture, after)),
+                "change": None if changed is None else _png(changed),
+            }
+        )
+    return found
+
+
+def class_metrics(job: Job, place: tuple[str, str], own: Evaluation) -> dict[str, Any] | None:
+    """Return the task's metric of each class with its interval; None where it has none."""
+    found = tasks.class_metrics(job.task, own.scores) if own.scores else {}
+    if not found:
+        return None
+    return {
+        "variant": place[0],
+        "runtime": place[1],
+        "metric": job.task.class_metric,
+        "classes": list(found),
+        "values": [None if each is None else each.value for each in found.values()],
+        "ci95": [None if each is None else each.ci95 for each in found.values()],
+    }
+
+
+def _truth(job: Job, index: int) -> tasks.Prediction | None:
+    if not job.task.kinds:
+        return None
+    return job.task.truth(targets_of(job.dataset.splits["test"], np.array([index]))[0])
+
+
+def _picture(job: Job, index: int) -> NDArray[np.uint8]:
+    """Return a test image as RGB, (H, W, 3); black where the network takes no picture."""
+    pixels = job.dataset.splits["test"].take([index])[0]
+    if pixels.is_floating_point() or pixels.shape[0] not in {1, 3}:
+        return np.zeros((*pixels.shape[1:], 3), np.uint8)
+    return np.ascontiguousarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+
+
+def _png(image: NDArray[np.uint8]) -> str:
+    return thumbnail(np.ascontiguousarray(image), SIDE)

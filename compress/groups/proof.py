@@ -18,8 +18,8 @@ from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan
 from compress.groups.trace import Example, inputs_of, undisturbed
 from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.detectors import before_nms
 from compress.modules.copying import full_copy, named_tensors
+from compress.modules.detectors import before_nms
 from compress.modules.inputs import example_of
 from compress.modules.outputs import chosen, leaves
 

@@ -7,10 +7,13 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.models import get_model
-from torchvision.models.detection import FCOS, SSD, FasterRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.models import get_model  # noqa: TID253
+from torchvision.models.detection import FCOS, SSD, FasterRCNN, RetinaNet  # noqa: TID253
+from torchvision.models.detection.anchor_utils import (  # noqa: TID253
+    AnchorGenerator,
+    DefaultBoxGenerator,
+)
+from torchvision.ops import MultiScaleRoIAlign  # noqa: TID253
 
 import compress
 from compress.groups.proof import prove
@@ -41,7 +44,7 @@ class Backbone(nn.Module):
         return {"0": fine, "1": self.side(self.down(fine))}
 
 
-def detector(kind: str, **options: object) -> nn.Module:
+def detector(kind: str) -> nn.Module:
     """Return a tiny detector whose scores are spread over (0, 1)."""
     torch.manual_seed(1)
     sizes = ((12,), (28,))
@@ -50,8 +53,8 @@ def detector(kind: str, **options: object) -> nn.Module:
     if kind == "ssd":
         boxes = DefaultBoxGenerator([[2], [2]])
         model: nn.Module = SSD(
-            Backbone(), boxes, (64, 96), 4, score_thresh=0.001, nms_thresh=0.7, topk_candidates=5000,
-            detections_per_img=5000, **options,
+            Backbone(), boxes, (64, 96), 4, score_thresh=0.001, nms_thresh=0.7,
+            topk_candidates=5000, detections_per_img=5000,
         )  # fmt: skip
     elif kind == "retinanet":
         model = RetinaNet(

@@ -1,7 +1,7 @@
 """The blood-cell detector pruned and in int8: ours, Torch-Pruning's group L2, the int8 peers.
 
-    python benchmarks/detection.py pruning --original RUN/00-train --data BCCD [--keep 0.7 0.5]
-    python benchmarks/detection.py int8 --original RUN/00-train --data BCCD [--yolox yolox_nano.onnx]
+    python benchmarks/detection.py pruning --original RUN/00-train --data BCCD
+    python benchmarks/detection.py int8 --original RUN/00-train --data BCCD
 
 RUN is what ``compress run recipes/bccd-detection.yaml`` left. Pruning: both arms are cut to the
 same MACs and fine-tuned alike; mAP on the 72 test images, changes paired over images. Int8: the
@@ -291,8 +291,8 @@ def pruning_table(result: dict[str, Any]) -> str:
         "get BatchNorm statistics from the same images before they are trained by AdamW with the "
         "task's loss, batch 8; one seed.",
         "",
-        "| MACs kept (peer, ours) | epochs | rate | mAP50-95 peer, % | ours, % | ours - peer, paired "
-        "| mAP50 peer, % | ours, % | ours - peer, paired |",
+        "| MACs kept (peer, ours) | epochs | rate | mAP50-95 peer, % | ours, % | ours - peer, "
+        "paired | mAP50 peer, % | ours, % | ours - peer, paired |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in result["rows"]:

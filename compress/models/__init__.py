@@ -15,14 +15,7 @@ from compress.errors import ModelError, PlanError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
 from compress.models.classifier import classifier_layers
-from compress.models.references import (
-    accepts,
-    build,
-    count_of,
-    described,
-    is_torchvision_detector,
-    takes_unit_range,
-)
+from compress.models.references import accepts, build, count_of, described
 from compress.models.weights import (
     aligned,
     fit,

@@ -14,6 +14,7 @@ from compress import measure, models, plugins
 from compress.data import Dataset
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
+from compress.models.references import count_of, is_torchvision_detector
 from compress.modules.outputs import returned
 from compress.prune.sparsity import keeping_zeros
 from compress.recipe.settings import Recipe, TrainSettings
@@ -170,8 +171,8 @@ def leave(
 def _classes_given(job: Job) -> int | None:
     """Return the number of classes that the network was built for; None: its weights tell."""
     given, name = job.recipe.model.num_classes, job.recipe.model.name
-    if given is None and models.is_torchvision_detector(name):
-        return models.count_of(name, len(job.dataset.classes))
+    if given is None and is_torchvision_detector(name):
+        return count_of(name, len(job.dataset.classes))
     return given
 
 

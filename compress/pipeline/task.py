@@ -11,6 +11,7 @@ from compress import models
 from compress.data import Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
+from compress.models.references import takes_unit_range
 from compress.recipe.settings import DataSettings, DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
 from compress.train.distill.build import check_loss, losses_of
@@ -30,7 +31,7 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     reference = recipe.model.name
     source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))
     settings = recipe.data if source is None else completed(recipe.data, [source])
-    if source is None and models.takes_unit_range(reference):
+    if source is None and takes_unit_range(reference):
         settings = _in_unit_range(settings)
     dataset = load_data(settings, recipe.seed)
     if source is None or source.is_dir():

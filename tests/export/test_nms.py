@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime
+import onnxruntime  # noqa: TID253
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def trained_like() -> nn.Module:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
-            if name.endswith("scores.weight") or name.endswith("sides.weight"):
+            if name.endswith(("scores.weight", "sides.weight")):
                 tensor.normal_(0, 0.4, generator=generator)
             elif name.endswith("sides.bias"):
                 tensor.fill_(0.7)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-import onnxruntime
+import onnxruntime  # noqa: TID253
 import pytest
 import torch
 from torch import Tensor, nn
@@ -150,7 +150,7 @@ def test_other_networks_are_left_as_they_are() -> None:
 
 
 def test_references_of_detectors_download_nothing_and_count_the_background() -> None:
-    from compress.models import count_of, takes_unit_range
+    from compress.models.references import count_of, takes_unit_range
 
     assert count_of("torchvision:ssdlite320_mobilenet_v3_large", 3) == 4
     assert count_of("torchvision:retinanet_resnet50_fpn", 3) == 3

@@ -24,7 +24,7 @@ def before_nms(model: nn.Module) -> nn.Module | None:
     if detection is None:
         return None
     for kind, rows in (
-        (detection.SSD, _OneStage),
+        (detection.ssd.SSD, _OneStage),
         (detection.RetinaNet, _OneStage),
         (detection.FCOS, _OneStage),
         (detection.FasterRCNN, _TwoStages),
@@ -38,7 +38,7 @@ def before_nms(model: nn.Module) -> nn.Module | None:
 def has_background(model: nn.Module) -> bool:
     """Return whether the first class of a detector of torchvision stands for no object."""
     detection: Any = sys.modules.get("torchvision.models.detection")
-    return detection is not None and isinstance(model, detection.SSD | detection.FasterRCNN)
+    return detection is not None and isinstance(model, detection.ssd.SSD | detection.FasterRCNN)
 
 
 class _Rows(nn.Module):

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import get_model  # noqa: TID253
-from torchvision.models.detection import FCOS, SSD, FasterRCNN, RetinaNet  # noqa: TID253
+from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet  # noqa: TID253
 from torchvision.models.detection.anchor_utils import (  # noqa: TID253
     AnchorGenerator,
     DefaultBoxGenerator,
 )
+from torchvision.models.detection.ssd import SSD  # noqa: TID253
 from torchvision.ops import MultiScaleRoIAlign  # noqa: TID253
 
 import compress

@@ -90,10 +90,8 @@ def test_lint_finds_and_mends_scores_that_vanish(tmp_path):
 def test_lint_finds_vanished_scores_in_graphs_of_others_and_only_there(by, tmp_path):
     model = detector()
     model.graph.node[-1].name = "joined"
-    if by == "nncf":
-        written = foreign.by_nncf(model)
-    else:
-        written = foreign.by_onnxruntime(model, tmp_path)
+    is_nncf = by == "nncf"
+    written = foreign.by_nncf(model) if is_nncf else foreign.by_onnxruntime(model, tmp_path)
     onnx.save(written, tmp_path / "theirs.onnx")
     feed = {"input": foreign.images(16, 9)}
     want, got = run(model, feed)[0], run(written, feed, plain=True)[0]
@@ -104,7 +102,7 @@ def test_lint_finds_vanished_scores_in_graphs_of_others_and_only_there(by, tmp_p
         if problem.rule == "vanishing-scores"
     ]
     assert bool(found) == have_vanished
-    assert have_vanished or by == "nncf"  # ONNX Runtime's own quantizer has this fault
+    assert have_vanished or is_nncf  # ONNX Runtime's own quantizer has this fault
     if found:
         fixed = tmp_path / "fixed.onnx"
         compress.qdq.lint.fix_onnx(tmp_path / "theirs.onnx", fixed, target="onnxruntime")

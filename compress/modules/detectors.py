@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 SMALLEST_PROPOSAL = -1.0  # the score of proposals that NMS took out
+SMALLEST_SIDE = 0.01  # pixels; boxes of Faster R-CNN below it are left out
 
 
 def before_nms(model: nn.Module) -> nn.Module | None:
@@ -118,6 +120,8 @@ class _TwoStages(_Rows):
     def _found(
         self, images: Tensor, maps: dict[str, Tensor], size: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
+        from torchvision.ops import clip_boxes_to_image
+
         roi_heads = self.network.roi_heads
         proposals, is_kept = self._proposals(images, maps, size)  # (B, P, 4), (B, P)
         pooled = self._pooled(maps, proposals, size)
@@ -125,8 +129,9 @@ class _TwoStages(_Rows):
         boxes = roi_heads.box_coder.decode_single(codes, proposals.flatten(0, 1))
         classes = logits.shape[1] - 1
         count = proposals.shape[1]
-        boxes = boxes.reshape(-1, count, classes + 1, 4)[:, :, 1:]
-        scores = logits.softmax(1)[:, 1:].reshape(-1, count, classes) * is_kept[..., None]
+        boxes = clip_boxes_to_image(boxes.reshape(-1, count, classes + 1, 4)[:, :, 1:], size)
+        is_seen = ((boxes[..., 2:] - boxes[..., :2]) >= SMALLEST_SIDE).all(3)
+        scores = logits.softmax(1)[:, 1:].reshape(-1, count, classes) * is_kept[..., None] * is_seen
         own = scores[..., None] * torch.eye(classes, dtype=scores.dtype, device=scores.device)
         return boxes.flatten(1, 2), own.flatten(1, 2)  # a place for each proposal and class
 
@@ -157,10 +162,10 @@ class _TwoStages(_Rows):
         scores = logits.reshape(-1, every).gather(1, chosen).sigmoid()
         sides = boxes[..., 2:] - boxes[..., :2]
         scores = torch.where((sides >= rpn.min_size).all(2), scores, SMALLEST_PROPOSAL)
-        image = torch.arange(len(boxes), device=boxes.device)[:, None] * len(counts)
+        image = torch.arange(boxes.shape[0], device=boxes.device)[:, None] * len(counts)
         apart = (image + torch.tensor(levels, device=boxes.device)) * (max(size) + 1.0)
         kept = nms((boxes + apart[..., None]).flatten(0, 1), scores.flatten(), rpn.nms_thresh)
-        is_kept = torch.zeros_like(scores).flatten().index_fill(0, kept, 1.0).reshape(scores.shape)
+        is_kept = torch.zeros_like(scores).flatten().scatter(0, kept, 1.0).reshape(scores.shape)
         scores = torch.where(is_kept > 0, scores, SMALLEST_PROPOSAL)
         found = scores.topk(min(rpn.post_nms_top_n(), scores.shape[1]), 1)
         return _rows_at(boxes, found.indices), (found.values >= rpn.score_thresh).to(boxes)
@@ -173,17 +178,18 @@ class _TwoStages(_Rows):
 
         pool = self.network.roi_heads.box_roi_pool
         used = [value for name, value in maps.items() if name in pool.featmap_names]
-        scales, mapper = poolers._setup_scales(
-            used, [size], pool.canonical_scale, pool.canonical_level
+        steps = [round(math.log2(size[0] / each.shape[2])) for each in used]
+        mapper = poolers.initLevelMapper(
+            steps[0], steps[-1], pool.canonical_scale, pool.canonical_level
         )
         flat = proposals.flatten(0, 1)
-        image = torch.arange(len(proposals), device=flat.device, dtype=flat.dtype)
+        image = torch.arange(proposals.shape[0], device=flat.device, dtype=flat.dtype)
         image = image[:, None].expand(proposals.shape[:2]).reshape(-1, 1)
         rois = torch.cat([image, flat], 1)
         level = mapper([flat])[:, None, None, None]
         found = [
-            roi_align(each, rois, pool.output_size, scale, pool.sampling_ratio)
-            for each, scale in zip(used, scales, strict=True)
+            roi_align(each, rois, pool.output_size, 0.5**step, pool.sampling_ratio)
+            for each, step in zip(used, steps, strict=True)
         ]
         out = found[0]
         for number, each in enumerate(found[1:], 1):
@@ -193,7 +199,7 @@ class _TwoStages(_Rows):
 
 def _decoded(coder: Any, codes: Tensor, anchors: Tensor) -> Tensor:
     """Return boxes (B, A, 4) as x1, y1, x2, y2 from codes (B, A, 4) and anchors (A, 4)."""
-    every = anchors.expand(len(codes), -1, -1).reshape(-1, 4)
+    every = anchors.expand(codes.shape[0], -1, -1).reshape(-1, 4)
     boxes: Tensor = coder.decode_single(codes.reshape(-1, 4), every)
     return boxes.reshape(codes.shape)
 

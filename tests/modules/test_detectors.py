@@ -45,6 +45,12 @@ class Backbone(nn.Module):
         return {"0": fine, "1": self.side(self.down(fine))}
 
 
+class Maps(Backbone):
+    """The same, as SSD asks for it: channels of each map."""
+
+    out_channels = (32, 32)  # type: ignore[assignment]
+
+
 def detector(kind: str) -> nn.Module:
     """Return a tiny detector whose scores are spread over (0, 1)."""
     torch.manual_seed(1)
@@ -54,7 +60,7 @@ def detector(kind: str) -> nn.Module:
     if kind == "ssd":
         boxes = DefaultBoxGenerator([[2], [2]])
         model: nn.Module = SSD(
-            Backbone(), boxes, (64, 96), 4, score_thresh=0.001, nms_thresh=0.7,
+            Maps(), boxes, (64, 96), 4, score_thresh=0.001, nms_thresh=0.7,
             topk_candidates=5000, detections_per_img=5000,
         )  # fmt: skip
     elif kind == "retinanet":

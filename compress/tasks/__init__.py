@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compress import plugins, statistics
 from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
+from compress.graph.nms import Nms
 from compress.statistics import Interval
 
 Array = NDArray[Any]
@@ -240,6 +241,10 @@ class Task(abc.ABC):
         Args:
             outputs: Tensors that the network returns, by their places.
         """
+        return None
+
+    def ending(self) -> Nms | None:
+        """Return the NMS that exported files end in; None: they end as the network does."""
         return None
 
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels

@@ -191,7 +191,7 @@ class _TwoStages(_Rows):
             roi_align(each, rois, pool.output_size, 0.5**step, pool.sampling_ratio)
             for each, step in zip(used, steps, strict=True)
         ]
-        out = found[0]
+        out: Tensor = found[0]
         for number, each in enumerate(found[1:], 1):
             out = torch.where(level == number, each, out)
         return out

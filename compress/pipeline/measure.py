@@ -229,6 +229,7 @@ def measure_rivals(
             "device": plugins.create("runtimes", rival.target.reference).device_kind(),
             "batch": rival.target.batch,
             "threads": rival.target.threads,
+            "options": dict(rival.target.options) or None,
             "skipped": {},
         }
         row |= accuracy_row(job, answers[0], own)

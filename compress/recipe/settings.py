@@ -395,6 +395,14 @@ class Recipe(Settings):
             raise ValueError("quantize must be the last stage: what follows it would train floats")
         if any(target.precision == "int8" for target in self.targets) and "quantize" not in verbs:
             raise ValueError("a target asks for int8 and no stage is quantize")
+        options: dict[tuple[Any, ...], dict[str, Any]] = {}
+        for number, target in enumerate(self.targets):
+            place = (target.runtime, target.batch, target.threads)
+            if options.setdefault(place, target.options) != target.options:
+                raise ValueError(
+                    f"targets[{number}] has other options of {target.runtime} than one before it, "
+                    "and one report tells of one: run them as two recipes, or measure with bench"
+                )
         if "sparsify" in verbs:
             after = self.stages[verbs.index("sparsify") + 1 :]
             if "prune" in [stage.verb for stage in after]:

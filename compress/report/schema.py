@@ -86,6 +86,7 @@ class Result(Record):
     device: str
     batch: int = Field(ge=1)
     threads: int | None = None
+    options: dict[str, Any] | None = None  # of the runtime, where the recipe gives any
     size_mib: float | None = None  # of what the runtime opened: the engine, where there is one
 
     latency_ms_p50: float | None = None

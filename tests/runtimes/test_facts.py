@@ -118,6 +118,15 @@ def test_an_option_that_a_runtime_lacks_is_found_by_check(tmp_path: Path, compre
     assert "device" in out + err
 
 
+def test_one_place_has_one_set_of_options(tmp_path: Path) -> None:
+    path = recipe(tmp_path, {"runtime": "openvino", "precision": "fp32"})
+    content = json.loads(path.read_text())
+    content["targets"].append({"runtime": {"openvino": {"device": "gpu"}}, "precision": "fp16"})
+    path.write_text(json.dumps(content))
+    with pytest.raises(RecipeError, match="other options of openvino"):
+        load_recipe(path)
+
+
 @pytest.mark.parametrize(
     ("text", "reference"),
     [

@@ -92,7 +92,7 @@ def arrays(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
     """
     if dataset.parts:
         return _parts(specs, images, dataset)
-    picture = picture_of(specs, dataset)
+    picture = picture_of(specs, dataset.inputs)
     return [
         _picture(spec, images, dataset)
         if spec is picture
@@ -124,17 +124,18 @@ def _parts(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
     ]
 
 
-def picture_of(specs: Sequence[TensorSpec], dataset: Dataset) -> TensorSpec:
-    """Return the input that takes pictures: the first with four dimensions that is not given.
+def leading_input(specs: Sequence[TensorSpec], dataset: Dataset) -> TensorSpec:
+    """Return the input that says how many rows a run takes: that of pictures, if there is one."""
+    return specs[0] if dataset.parts else picture_of(specs, dataset.inputs)
 
-    The first of all where the data holds something for each.
+
+def picture_of(specs: Sequence[TensorSpec], given: Mapping[str, Any] = {}) -> TensorSpec:
+    """Return the input that takes pictures: the first with four dimensions that is not given.
 
     Raises:
         EngineError: there is none.
     """
-    if dataset.parts:
-        return specs[0]
-    others = [spec for spec in specs if spec.name not in dataset.inputs]
+    others = [spec for spec in specs if spec.name not in given]
     found = [spec for spec in others if spec.shape is None or len(spec.shape) == 4]
     if not found:
         shapes = ", ".join(f"{spec.name} {spec.shape}" for spec in specs)
@@ -165,7 +166,7 @@ class Fed:
 
     def __init__(self, session: Session, dataset: Dataset) -> None:
         self._session, self._dataset = session, dataset
-        picture = picture_of(session.inputs, dataset)
+        picture = leading_input(session.inputs, dataset)
         self.inputs = (picture, *(spec for spec in session.inputs if spec is not picture))
         self.outputs = session.outputs
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ def arrays(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
     """
     if dataset.parts:
         return _parts(specs, images, dataset)
-    picture = first_of(specs, dataset)
+    picture = picture_of(specs, dataset.inputs)
     return [
         _picture(spec, images, dataset)
         if spec is picture
@@ -124,17 +124,13 @@ def _parts(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
     ]
 
 
-def first_of(specs: Sequence[TensorSpec], dataset: Dataset) -> TensorSpec:
-    """Return the input that takes pictures; the first where the data holds arrays for each.
-
-    Raises:
-        EngineError: there is none.
-    """
+def leading_input(specs: Sequence[TensorSpec], dataset: Dataset) -> TensorSpec:
+    """Return the input that says how many rows a run takes: that of pictures, if there is one."""
     return specs[0] if dataset.parts else picture_of(specs, dataset.inputs)
 
 
-def picture_of(specs: Sequence[TensorSpec], given: Container[str] = ()) -> TensorSpec:
-    """Return the input that takes pictures: the first with four dimensions that is not ``given``.
+def picture_of(specs: Sequence[TensorSpec], given: Mapping[str, Any] = {}) -> TensorSpec:
+    """Return the input that takes pictures: the first with four dimensions that is not given.
 
     Raises:
         EngineError: there is none.
@@ -170,7 +166,7 @@ class Fed:
 
     def __init__(self, session: Session, dataset: Dataset) -> None:
         self._session, self._dataset = session, dataset
-        picture = first_of(session.inputs, dataset)
+        picture = leading_input(session.inputs, dataset)
         self.inputs = (picture, *(spec for spec in session.inputs if spec is not picture))
         self.outputs = session.outputs
 

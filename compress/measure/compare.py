@@ -12,7 +12,7 @@ from compress.errors import DataError, UsageError
 from compress.evaluate import comparison
 from compress.evaluate.comparison import Bisection, Comparison, Link, Step
 from compress.evaluate.comparison.bisection import PLAIN, precision_of
-from compress.evaluate.feeding import arrays, first_of
+from compress.evaluate.feeding import arrays, leading_input
 from compress.graph import files
 from compress.measure.artifacts import Rival, answers_of, names_classes, outputs_of, rivals_of
 from compress.report.run_folder import one_artifact
@@ -174,7 +174,7 @@ def _outputs(
 
 def _bisection(old: Rival, new: Rival, dataset: Dataset) -> Bisection:
     with old.open() as session:
-        shape = first_of(session.inputs, dataset).shape
+        shape = leading_input(session.inputs, dataset).shape
         fixed = shape[0] if shape else None
         size = fixed if isinstance(fixed, int) else BISECT_IMAGES
         inputs = [

@@ -33,7 +33,8 @@ def before_nms(model: nn.Module) -> nn.Module | None:
     ):
         if type(model) is kind:
             made: nn.Module = rows(model)
-            return made.train(model.training)
+            made.training = model.training  # each part keeps its own mode
+            return made
     return None
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from compress import plugins, statistics
 from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
-from compress.graph.nms import Nms
 from compress.statistics import Interval
+
+if TYPE_CHECKING:
+    from compress.graph.nms import Nms
 
 Array = NDArray[Any]
 Prediction = dict[str, Array]  # of one image, by name: "label", "boxes", "class_map", ...

@@ -152,6 +152,14 @@ def test_the_file_of_a_detector_finds_its_boxes(kind: str, tmp_path) -> None:
     assert int8.shape == got.shape
 
 
+def test_no_part_of_a_detector_changes_its_mode() -> None:
+    model = detector("ssd").train()
+    model.backbone.stem[0].eval()  # type: ignore[union-attr,index]
+    modes = [part.training for part in model.modules()]
+    assert before_nms(model) is not None
+    assert [part.training for part in model.modules()] == modes
+
+
 def test_other_networks_are_left_as_they_are() -> None:
     assert before_nms(nn.Conv2d(3, 4, 1)) is None
 

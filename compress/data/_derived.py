@@ -9,7 +9,7 @@ from typing import Any
 from compress import plugins
 from compress.data import Source
 from compress.data._images import Images, MemoryImages
-from compress.data._resize import ImageSize
+from compress.data._resize import Fit, ImageSize
 from compress.errors import UsageError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -27,6 +27,22 @@ class Derived:
     workers: int = 0
     seed: int = 0
 
+    @property
+    def fit(self) -> Fit | None:
+        """How the pictures are fitted that this data is made from; None where they are arrays."""
+        fit: Fit | None = getattr(self._kind(self.image_size), "fit", None)
+        return fit
+
+    def _kind(self, image_size: ImageSize | None) -> Any:
+        supplied = {
+            "root": self.root,
+            "image_size": image_size,
+            "channels": self.channels,
+            "workers": self.workers,
+            "seed": self.seed,
+        }
+        return plugins.create("data", {self.of: dict(self.options)}, **supplied)
+
     def source(self, image_size: ImageSize | None) -> Source:
         """Return the images that this data is made from, of ``image_size``.
 
@@ -39,14 +55,7 @@ class Derived:
             raise UsageError(
                 f"data {self.of!r} needs to know where its images are", fix="Give data.root"
             )
-        supplied = {
-            "root": self.root,
-            "image_size": image_size,
-            "channels": self.channels,
-            "workers": self.workers,
-            "seed": self.seed,
-        }
-        found: Source = plugins.create("data", {self.of: dict(self.options)}, **supplied).load()
+        found: Source = self._kind(image_size).load()
         if found.prepared:
             raise UsageError(f"data {self.of!r} holds arrays", expected="8-bit pictures")
         return found

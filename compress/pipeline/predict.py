@@ -165,6 +165,9 @@ def _task(reference: Any, labels: Any, source: Path, *, given: bool) -> tuple[Ta
         task = load_task(reference, classes=classes)
     except CompressError as error:
         raise (error if given else error.within(str(source))) from None
+    inner = getattr(task, "inner", None)  # of one that compares outputs of a known task
+    if inner is not None:
+        return inner, type(inner).__name__.lower()
     return task, reference if isinstance(reference, str) else next(iter(reference))
 
 

@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from compress.artifact import read_json, replacing
-from compress.data import Dataset, load_data
+from compress.data import UNFITTED, Dataset, load_data
 from compress.errors import RunError
 from compress.evaluate.feeding import arrays, completed, facts_of, picture_of
 from compress.recipe.settings import DataSettings
@@ -110,9 +110,18 @@ def _models(folder: Path) -> list[dict[str, Any]]:
 
 def _input(dataset: Dataset) -> dict[str, Any]:
     """Return how pictures become the input of the networks."""
-    fit = {"interpolation": "bilinear", "channels": dataset.channels, "layout": dataset.layout}
-    told = fit | {key: value for key, value in dataset.facts().items() if key != "labels"}
-    return told | {"range": told.pop("input_range")}
+    told: dict[str, Any] = {
+        "channels": dataset.channels,
+        "layout": dataset.layout,
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "range": [0, 1],
+        "color": dataset.color,
+        "interpolation": "bilinear",
+        **UNFITTED,
+    }
+    left_out = ("labels", "input_range")
+    return told | {key: value for key, value in dataset.facts().items() if key not in left_out}
 
 
 def _options(task: Task) -> dict[str, Any]:

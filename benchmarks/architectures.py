@@ -6,15 +6,19 @@ Each network gets random weights and random BatchNorm statistics and goes throug
 process of its own with one thread: plan to half the MACs (l2), cut, proof in float64 (equal to the
 masked reference to 1e-8), save, reload (equal outputs), export to ONNX (equal in ONNX Runtime,
 which export checks). A row holds the first step that failed and why. Rows of a file that exists are
-kept, so that a run that was stopped goes on; ``--again`` starts anew. ``--until reload`` leaves out
-the export, which takes most of the time; the row then says up to which step a network is right.
+kept, so that a run that was stopped goes on; ``--again`` tries them anew and ``--seconds`` ends it
+in between. ``--until reload`` leaves out the export, which takes most of the time; the row then
+says up to which step a network is right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
+import resource
+import signal
 import tempfile
 import time
 import warnings
@@ -36,7 +40,7 @@ from compress.prune.plan import plan_pruning
 RESULTS = Path(__file__).parent / "results"
 KEEP_MACS = 0.5
 STEPS = ("reload", "export")  # where a run may end
-LIMIT_S = 400
+LIMIT_CPU_S = 400  # for each network: of the processor, so that load does not change the result
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,17 @@ def _monai(name: str, side: int, **options: Any) -> Architecture:
     return Architecture("monai", f"monai.networks.nets:{name}", options, shape)
 
 
+def _pytorchcv(side: int, *names: str, **options: Any) -> list[Architecture]:
+    package, shape = "pytorchcv", (1, 3, side, side)
+    return [Architecture(package, f"{package}.models.{n}", options, shape) for n in names]
+
+
+def _torchvision(names: str, module: str = "models") -> list[Architecture]:
+    package, options = "torchvision", {"weights": None, "weights_backbone": None}
+    given = options if module == "models.segmentation" else {"weights": None}
+    return [Architecture(package, f"{package}.{module}:{n}", given) for n in names.split()]
+
+
 ARCHITECTURES: tuple[Architecture, ...] = (
     *_timm(
         64,
@@ -119,6 +134,33 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     _monai("HighResNet", 64, spatial_dims=2, in_channels=1, out_channels=2),
     _monai("DenseNet121", 64, spatial_dims=2, in_channels=1, out_channels=2),
     _monai("SEResNet50", 64, spatial_dims=2, in_channels=1, num_classes=2),
+    *_torchvision("resnet18 vgg11_bn squeezenet1_1 shufflenet_v2_x0_5 mnasnet0_5 regnet_y_400mf"),
+    *_torchvision("efficientnet_b0 mobilenet_v3_small convnext_tiny densenet121"),
+    *_torchvision("deeplabv3_mobilenet_v3_large lraspp_mobilenet_v3_large", "models.segmentation"),
+    *_pytorchcv(32, "nin_cifar:nin_cifar10", "preresnet_cifar:preresnet20_cifar10"),
+    *_pytorchcv(32, "densenet_cifar:densenet40_k12_cifar10", "diaresnet_cifar:diaresnet20_cifar10"),
+    *_pytorchcv(32, "rir_cifar:rir_cifar10", "xdensenet_cifar:xdensenet40_2_k24_bc_cifar10"),
+    *_pytorchcv(32, "shakeshakeresnet_cifar:shakeshakeresnet20_2x16d_cifar10"),
+    *_pytorchcv(32, "ror_cifar:ror3_56_cifar10", "pyramidnet_cifar:pyramidnet110_a48_cifar10"),
+    *_pytorchcv(224, "squeezenext:sqnxt23_w1", "shufflenet:shufflenet_g3_w1"),
+    *_pytorchcv(224, "menet:menet108_8x1_g3", "channelnet:channelnet", "bagnet:bagnet9"),
+    *_pytorchcv(224, "condensenet:condensenet74_c4_g4", "bninception:bninception"),
+    *_pytorchcv(224, "cbamresnet:cbam_resnet18", "bamresnet:bam_resnet18", "vovnet:vovnet27s"),
+    *_pytorchcv(224, "dicenet:dicenet_wd5", "diracnetv2:diracnet18v2", "espnetv2:espnetv2_wd2"),
+    *_pytorchcv(224, "hardnet:hardnet39ds", "igcv3:igcv3_wd4", "peleenet:peleenet"),
+    *_pytorchcv(224, "ibnresnet:ibn_resnet50", "sepreresnet:sepreresnet10", "scnet:scnet50"),
+    *_pytorchcv(224, "sharesnet:sharesnet18", "sparsenet:sparsenet121", "drn:drnc26"),
+    *_pytorchcv(224, "airnet:airnet50_1x64d_r16", "airnext:airnext50_32x4d_r2"),
+    *_pytorchcv(224, "mobilenet:mobilenet_wd4", "fdmobilenet:fdmobilenet_wd4"),
+    *_pytorchcv(224, "proxylessnas:proxylessnas_mobile", "resnesta:resnestabc14"),
+    *_pytorchcv(64, "bisenet:bisenet_resnet18_celebamaskhq", in_size=[64, 64]),
+    *_pytorchcv(64, "cgnet:cgnet_cityscapes", "dabnet:dabnet_cityscapes", in_size=[64, 64]),
+    *_pytorchcv(64, "edanet:edanet_cityscapes", "enet:enet_cityscapes", in_size=[64, 64]),
+    *_pytorchcv(64, "erfnet:erfnet_cityscapes", "esnet:esnet_cityscapes", in_size=[64, 64]),
+    *_pytorchcv(64, "fpenet:fpenet_cityscapes", "lednet:lednet_cityscapes", in_size=[64, 64]),
+    *_pytorchcv(64, "linknet:linknet_cityscapes", "unet:unet_cityscapes", in_size=[64, 64]),
+    *_pytorchcv(64, "simplepose_coco:simplepose_resnet18_coco", in_size=[64, 64]),
+    *_pytorchcv(64, "centernet:centernet_resnet18_voc", in_size=[64, 64]),
 )  # fmt: skip
 
 
@@ -189,8 +231,14 @@ def _steps(architecture: Architecture, row: dict[str, Any], until: str) -> None:
     row["right"] = True
 
 
+def is_done(row: dict[str, Any] | None, until: str) -> bool:
+    """Say whether a row of an earlier run answers how far a network is right."""
+    return row is not None and not (row["right"] and row["step"] == "reload" != until)
+
+
 def _child(pipe: Any, architecture: Architecture, until: str) -> None:
     warnings.simplefilter("ignore")
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_CPU_S, LIMIT_CPU_S + 1))
     pipe.send(try_out(architecture, until))
 
 
@@ -202,13 +250,13 @@ def forked(architecture: Architecture, until: str) -> dict[str, Any]:
     process.start()
     theirs.close()
     try:
-        late = {"right": False, "step": "time", "error": f"more than {LIMIT_S} s"}
-        row = mine.recv() if mine.poll(LIMIT_S) else late
+        row = dict(mine.recv())
     except EOFError:
         row = {"right": False, "step": "process", "error": "the process died"}
-    process.kill()
     process.join()
-    return dict(row)
+    if process.exitcode == -signal.SIGXCPU:
+        row = {"right": False, "step": "time", "error": f"more than {LIMIT_CPU_S} s of processor"}
+    return row
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
@@ -239,15 +287,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--until", choices=STEPS[-2:], default=STEPS[-1])
+    parser.add_argument("--seconds", type=float, help="begin no network after this long")
     given = parser.parse_args()
+    end = time.monotonic() + (given.seconds or math.inf)
     warnings.simplefilter("ignore")
     given.folder.mkdir(parents=True, exist_ok=True)
     path = given.folder / "architectures.json"
-    known = json.loads(path.read_text())["networks"] if path.exists() and not given.again else {}
+    known = json.loads(path.read_text())["networks"] if path.exists() else {}
     for architecture in ARCHITECTURES:
         name = architecture.name
-        if name in known or not any(word in name for word in given.networks):
+        if not any(word in name for word in given.networks):
             continue
+        if not given.again and is_done(known.get(name), given.until):
+            continue
+        if time.monotonic() > end:
+            break
         if not architecture.installed:
             print(f"{name}: skipped, {architecture.package} is not installed", flush=True)
             continue

@@ -7,6 +7,7 @@ networks is tested on all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -690,7 +691,7 @@ class AttributeView(Classifier):
 
 @zoo()
 class ScaledByCount(Classifier):
-    """A number computed from the channel count: every shape is right after a wrong cut."""
+    """A number that the program computes from the channel count."""
 
     class Body(nn.Module):
         def __init__(self) -> None:
@@ -1166,6 +1167,8 @@ class QuantileTaken(Stages):
 class Attended(nn.Module):
     """Pixels attend to each other through nn.MultiheadAttention."""
 
+    need_weights = False
+
     def __init__(self, width: int, **sizes: int) -> None:
         super().__init__()
         self.stem, self.query = conv_bn(3, 16), nn.Linear(16, width)
@@ -1176,7 +1179,7 @@ class Attended(nn.Module):
         rows = self.stem(x).flatten(2).transpose(1, 2)
         asked = self.query(rows)
         keys = rows if self.attention.q_proj_weight is not None else asked
-        found, _ = self.attention(asked, keys, keys, need_weights=False)
+        found, _ = self.attention(asked, keys, keys, need_weights=self.need_weights)
         return self.head((asked + found).mean(1))
 
 
@@ -1194,3 +1197,61 @@ class CrossAttention(Attended):
 
     def __init__(self) -> None:
         super().__init__(12, kdim=16, vdim=16)
+
+
+@zoo()
+class AttentionWithWeights(CrossAttention):
+    """Its weights are asked for: PyTorch scales queries by a number made of a width."""
+
+    need_weights = True
+
+
+@zoo()
+class ScaledAttention(Classifier):
+    """Attention as people write it, each scale by another way from a width to a number."""
+
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = (nn.Linear(16, n) for n in (8, 8, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            rows = x.flatten(2).transpose(1, 2)
+            query, key, value = self.query(rows), self.key(rows), self.value(rows)
+            scores = query @ key.transpose(1, 2) / math.sqrt(query.size(-1))
+            scores = scores / torch.sqrt(torch.tensor(key.shape[2], dtype=torch.float32))
+            scores = torch.add(scores, scores, alpha=1 / value.shape[2])
+            found = scores.div_(query.new_tensor([value.shape[2]])).softmax(-1) @ value
+            return found.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def __init__(self) -> None:
+        super().__init__(self.Body(), outputs=12)
+
+
+class Picked(Stages):
+    """Channels picked by a buffer, some twice and some not at all, for a grouped convolution."""
+
+    numbers = (5, 0, 3, 3, 11, 8, 22, 9, 13, 21, 6, 15, 12, 10, 7, 7)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.grouped = nn.Conv2d(len(self.numbers), 24, 1, groups=4)
+        self.register_buffer("index", torch.tensor(self.numbers))
+
+
+@zoo()
+class PickedChannels(Picked):
+    """By index_select, as in CondenseNet."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.grouped(x.index_select(1, self.index))
+
+
+@zoo()
+class ReorderedChannels(Picked):
+    """By indexing, two layers by one buffer."""
+
+    numbers = tuple(number ^ 1 for number in range(24))
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.grouped(x[:, self.index])[:, self.index] + x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ WHOLE = frozenset(  # followed as one op each
         "nanquantile",
     )
 )
+MAKERS = frozenset(("tensor", "as_tensor", "new_tensor"))  # of numbers: followed as one op each
 TAKERS = frozenset(("tolist", "numpy", "__array__"))  # they give values that are no tensors
 
 
@@ -53,10 +54,20 @@ def opened(function: types.FunctionType) -> types.FunctionType:
     return _OPENED[function]
 
 
-def whole_name(func: Any) -> str | None:
+def whole_name(func: Any, args: Sequence[Any]) -> str | None:
     """Return the name of a call that is followed as a whole, None for any other."""
     name = getattr(func, "__name__", None)
+    if name in MAKERS:
+        data = args[-1 if name == "new_tensor" else 0] if args else None
+        return name if _is_number(data) else None
     return name if name in WHOLE else None
+
+
+def _is_number(data: Any) -> bool:
+    """Say whether ``data`` is a number, or a list of one."""
+    if type(data) in {list, tuple} and len(data) == 1:
+        data = data[0]
+    return isinstance(data, int | float) and not isinstance(data, bool)
 
 
 class WatchedCalls(TorchFunctionMode):

@@ -22,7 +22,7 @@ def cut_by(model: nn.Module, plan: PrunePlan) -> nn.Module:
     model = network_of(model)
     check_fit(model, plan)
     small = aliasing_copy(model)
-    cut(small, plan.tensors, plan.attributes)
+    cut(small, plan.tensors, plan.attributes, plan.indices)
     own_storage(small, plan.tensors)
     return small
 
@@ -35,7 +35,8 @@ def check_fit(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
     """
     tensors = dict(named_tensors(model))
     fix = "Use the network the plan was made for, not yet pruned, from the same constructor"
-    for name, shape in plan.shapes.items():
+    numbers = {name: (len(index.values),) for name, index in plan.indices.items()}
+    for name, shape in {**numbers, **plan.shapes}.items():
         if name not in tensors:
             what = f"the network has no such tensor{did_you_mean(name, tensors)}"
             raise PlanError(what, where=name, fix=fix)

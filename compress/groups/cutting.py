@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PlanError
-from compress.groups.network import Positions
+from compress.groups.network import KeptIndex, Positions
 from compress.groups.traced_ints import write_attribute
 from compress.modules.copying import memory_format_of, named_tensors
 
@@ -16,13 +16,19 @@ Kept = Mapping[str, Mapping[int, Positions]]  # tensor -> dim -> positions kept
 _LARGE_BYTES, _PIECE_BYTES = 2**23, 2**20
 
 
-def cut(model: nn.Module, kept: Kept, attributes: Mapping[str, Mapping[str, int]]) -> None:
+def cut(
+    model: nn.Module,
+    kept: Kept,
+    attributes: Mapping[str, Mapping[str, int]],
+    indices: Mapping[str, KeptIndex],
+) -> None:
     """Keep only the given positions of tensors and set attributes, in place.
 
     Args:
         model: A copy that may be changed.
         kept: For each tensor to cut: dimension -> positions that stay.
         attributes: Module -> attribute (or item, or closure variable) -> new value.
+        indices: Buffers whose values are numbers of channels.
     """
     modules = dict(model.named_modules())
     for path, values in attributes.items():
@@ -30,6 +36,9 @@ def cut(model: nn.Module, kept: Kept, attributes: Mapping[str, Mapping[str, int]
             write_attribute(modules[path], name, value)
     tensors = dict(named_tensors(model))
     swaps = {id(tensors[name]): _shortened(tensors[name], dims) for name, dims in kept.items()}
+    for name, index in indices.items():
+        values = torch.from_numpy(index.after()).to(tensors[name])
+        swaps[id(tensors[name])] = _shortened(values, kept.get(name, {}))
     changed = {id(module) for module in modules.values() if _swap(module, swaps)}
     for module in modules.values():
         parametrized = getattr(module._modules.get("parametrizations"), "weight", None)

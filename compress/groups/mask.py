@@ -3,7 +3,8 @@
 It shares no code with the cut: values are zeroed in place, shapes and attributes stay. Ops that
 look across channels (LayerNorm, GroupNorm, a mean over channels, standardized weights) compute
 over the kept channels only, in both; that is what pruning such a network means, and it is another
-function than plain zeroing.
+function than plain zeroing. So is a scale that the program computes from a width: the twin asks
+the pruned network for the number.
 """
 
 from __future__ import annotations
@@ -18,14 +19,18 @@ import torch.nn.attention
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError
 from compress.groups.calls import WatchedCalls, whole_name
-from compress.groups.cut import check_fit
+from compress.groups.cut import check_fit, cut_by
 from compress.groups.plan import Dims, KeptOnly, PrunePlan
-from compress.modules import network_of, with_gradients
+from compress.groups.trace import undisturbed
+from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, named_tensors
 
+Call = tuple[str, int]  # an op, and which call of it in one forward
+Given = tuple[Any, Any]  # arguments and keyword arguments
 _NORMALIZED = ("norm", "softmax", "attention", "cumsum", "cumprod")  # 0 where cut; statistics get 1
 
 
@@ -47,10 +52,14 @@ def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     with torch.no_grad():
         for name, dims in plan.tensors.items():
             for dim, kept in dims.items():
-                _zero(tensors[name], dim, kept)
+                if name not in plan.indices:
+                    _zero(tensors[name], dim, kept)
+        for name, index in plan.indices.items():
+            tensors[name].copy_(torch.from_numpy(index.values))
     if plan.kept_only:
-        watcher = _Watcher(plan.kept_only)
-        twin.register_forward_pre_hook(watcher.enter)
+        numbers = any(item.numbers for item in plan.kept_only)
+        watcher = _Watcher(plan.kept_only, cut_by(model, plan) if numbers else None)
+        twin.register_forward_pre_hook(watcher.enter, with_kwargs=True)
         twin.register_forward_hook(watcher.leave, always_call=True)
     return twin
 
@@ -66,30 +75,71 @@ def _zero(tensor: Tensor, dim: int, kept: Any) -> None:
 
 
 class _Watcher:
-    """Turns the mode on while the twin's forward runs."""
+    """Turns the mode on while the twin's forward runs.
 
-    def __init__(self, items: tuple[KeptOnly, ...]) -> None:
+    Args:
+        items: The ops that are computed in another way.
+        pruned: The pruned network, if some of them are given numbers that it computes.
+    """
+
+    def __init__(self, items: tuple[KeptOnly, ...], pruned: nn.Module | None) -> None:
         self._items = items
+        self._pruned = pruned
         self._entered: list[tuple[_OverKept, contextlib.ExitStack]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watcher:
-        return _Watcher(self._items)
+        return _Watcher(self._items, self._pruned)
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        ops, stack = _OverKept(self._items), contextlib.ExitStack()
-        stack.enter_context(_unfused())
-        stack.enter_context(ops)
-        stack.enter_context(_WholeCalls(ops))
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        ops = _OverKept(self._items, self._numbers(module, args, kwargs))
+        stack = contextlib.ExitStack()
+        _watch(stack, ops)
         self._entered.append((ops, stack))
+
+    def _numbers(self, twin: nn.Module, args: Any, kwargs: Any) -> Mapping[Call, Given]:
+        """Return what the pruned network gives, on these inputs, to the ops that need numbers."""
+        if self._pruned is None:
+            return {}
+        like, own = (
+            next(t for _, t in named_tensors(net) if t.is_floating_point())
+            for net in (twin, self._pruned)
+        )
+        if (like.dtype, like.device) != (own.dtype, own.device):
+            self._pruned.to(like)
+        pruned, listener = self._pruned, _Listener(self._items, {})
+        set_mode(pruned, training=twin.training)
+        inputs, named = tree_map(_cloned, (args, kwargs))
+        with undisturbed(), contextlib.ExitStack() as stack:
+            _watch(stack, listener)
+            _read_out(pruned(*inputs, **named))
+        return listener.given
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         ops, stack = self._entered.pop()
         with stack:
-            if isinstance(output, Iterator):
-                output = iter(list(output))  # it runs on while it is read
+            output = _read_out(output)
         if output is not None and not module.training:
             ops.check_finished()
         return output
+
+
+def _read_out(output: Any) -> Any:
+    """Return the output, an iterator only after it was read: it runs on while it is."""
+    return iter(list(output)) if isinstance(output, Iterator) else output
+
+
+def _watch(stack: contextlib.ExitStack, ops: _OverKept) -> None:
+    stack.enter_context(_unfused())
+    stack.enter_context(ops)
+    stack.enter_context(_WholeCalls(ops))
+
+
+def _own_tensor(mine: Any, its: Any) -> Any:
+    return mine if isinstance(mine, Tensor) else its
+
+
+def _cloned(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextlib.contextmanager
@@ -105,10 +155,16 @@ def _unfused() -> Iterator[None]:
 
 
 class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Computes the listed ops over kept positions only, and puts the results back in place."""
+    """Computes the listed ops over kept positions only, and puts the results back in place.
 
-    def __init__(self, items: tuple[KeptOnly, ...]) -> None:
+    Args:
+        items: The ops.
+        numbers: Of those that are given other numbers: their arguments in the pruned network.
+    """
+
+    def __init__(self, items: tuple[KeptOnly, ...], numbers: Mapping[Call, Given]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._numbers = numbers
         self._items = {(item.op, item.occurrence): item for item in items}
         self._watched = {_packet(item.op) for item in items}
         self._calls: dict[str, int] = {}
@@ -155,7 +211,27 @@ class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if item is None:
             return func(*args, **kwargs)
         self._missing.discard((name, occurrence))
-        return _over_kept(func, item, args, kwargs)
+        return self._meet(func, item, args, kwargs)
+
+    def _meet(self, func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if not item.numbers:
+            return _over_kept(func, item, args, kwargs)
+        theirs = self._numbers.get((item.op, item.occurrence), (args, kwargs))
+        own, named = tree_map(_own_tensor, (args, kwargs), theirs)
+        return func(*own, **named)
+
+
+class _Listener(_OverKept):  # type: ignore[no-untyped-call]
+    """Remembers what ops that need numbers are given; runs in the pruned network."""
+
+    def __init__(self, items: tuple[KeptOnly, ...], numbers: Mapping[Call, Given]) -> None:
+        super().__init__(items, numbers)
+        self.given: dict[Call, Given] = {}
+
+    def _meet(self, func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: Any) -> Any:
+        if item.numbers:
+            self.given[item.op, item.occurrence] = (args, kwargs)
+        return func(*args, **kwargs)
 
 
 class _WholeCalls(WatchedCalls):
@@ -173,7 +249,7 @@ class _WholeCalls(WatchedCalls):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one call of the program."""
-        if (name := whole_name(func)) is not None:
+        if (name := whole_name(func, args)) is not None:
             return self._ops.whole(func, name, args, kwargs or {})
         return self.inside(func, args, kwargs or {})
 

@@ -82,18 +82,43 @@ class Follower:
 
 
 @dataclass(frozen=True)
+class KeptIndex:
+    """A buffer whose values are numbers of channels, some of which are cut."""
+
+    values: Positions  # before the cut, at all its positions
+    kept: Positions  # the channels that stay: value v becomes the rank of v among them
+
+    def after(self) -> Positions:
+        """Return the values in the pruned network, at all positions; 0 for channels that go."""
+        new = np.zeros(max(int(self.values.max()), int(self.kept.max())) + 1, np.int64)
+        new[self.kept] = np.arange(len(self.kept))
+        return np.asarray(new[self.values])
+
+
+@dataclass(frozen=True)
+class Index:
+    """A buffer of the model by which the program picks channels."""
+
+    tensor: str
+    units: Positions  # (P,) number of the unit of each channel it may pick, -1 for those that stay
+    values: Positions
+
+
+@dataclass(frozen=True)
 class Reduction:
     """An op that looks across channels which can be cut: it sees the kept ones only.
 
     ``inputs`` maps the position of a tensor argument to {dimension: units}, ``outputs`` that of an
-    output. With ``mask_only`` the inputs are zeroed at cut positions, else they are left out.
+    output. With ``mask_only`` the inputs are zeroed at cut positions, else they are left out. With
+    ``numbers`` it is given a number that the program computes from channel counts.
     """
 
     op: str
     occurrence: int  # the how manieth call of this op in one forward
     inputs: Mapping[int, Mapping[int, Positions]]
     outputs: Mapping[int, Mapping[int, Positions]]
-    mask_only: bool
+    mask_only: bool = False
+    numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +133,7 @@ class Network:
     followers: tuple[Follower, ...] = ()
     reductions: tuple[Reduction, ...] = ()
     side_outputs: tuple[str, ...] = ()  # attributes that the forward leaves cut channels on
+    indices: tuple[Index, ...] = ()
 
     def kept_units(self, keep: Mapping[str, Positions]) -> npt.NDArray[np.bool_]:
         """Return, for the units of all groups in a row, which are kept, (sum of sizes,).
@@ -155,6 +181,20 @@ class Network:
             if not stay.all():
                 value = int(stay.sum()) * follower.denominator // follower.numerator
                 new.setdefault(follower.module, {})[follower.attribute] = value
+        return new
+
+    def kept_indices(self, kept: npt.NDArray[np.bool_]) -> dict[str, KeptIndex]:
+        """Return the buffers that number channels, where some of those are cut.
+
+        Args:
+            kept: Which units stay, as ``kept_units`` returns it.
+        """
+        new = {}
+        for index in self.indices:
+            stay = index.units < 0
+            stay[~stay] = kept[index.units[~stay]]
+            if not stay.all():
+                new[index.tensor] = KeptIndex(index.values, np.flatnonzero(stay))
         return new
 
     @property

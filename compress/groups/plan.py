@@ -15,8 +15,8 @@ from compress import artifact
 from compress.errors import PlanError, RunError, UnknownNameError
 from compress.groups import Network, Positions
 from compress.groups.index_ranges import from_text, to_text
-from compress.groups.network import Reduction
-from compress.groups.stored import Side, StoredKeptOnly, StoredPlan
+from compress.groups.network import KeptIndex, Reduction
+from compress.groups.stored import LARGEST_SIZE, Side, StoredKeptOnly, StoredPlan
 
 _SCHEMA, _UNPROVED = 2, 1  # with and without an example input to be proved on
 Dims = Mapping[int, Positions]
@@ -27,7 +27,8 @@ class KeptOnly:
     """An op that looks across cut channels: the masked twin computes it over kept ones only.
 
     ``inputs`` maps the position of a tensor argument to {dimension: kept positions}, ``outputs``
-    that of an output. With ``mask_only`` inputs are zeroed at cut positions, not left out.
+    that of an output. With ``mask_only`` inputs are zeroed at cut positions, not left out. With
+    ``numbers`` the twin gives it the number that the pruned network computes from its widths.
     """
 
     op: str
@@ -37,6 +38,7 @@ class KeptOnly:
     sizes: Mapping[int, Mapping[int, int]]  # of the inputs before the cut: argument -> dim -> size
     output_sizes: Mapping[int, Mapping[int, int]]
     mask_only: bool = False
+    numbers: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class PrunePlan:
     params_before: int
     params_after: int
     frozen: Mapping[str, str]  # layer -> why it could not be cut
+    indices: Mapping[str, KeptIndex] = field(default_factory=dict)  # buffers that number channels
     about: Mapping[str, Any] = field(default_factory=dict)  # criterion, settings, seed, example
     is_proved: bool = field(default=True, compare=False)  # False: from a file, to be proved first
 
@@ -65,6 +68,10 @@ class PrunePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON-able data; rows of positions are text like ``0-3,5``."""
+        indices = {
+            name: {"values": index.values.tolist(), "kept": to_text(index.kept)}
+            for name, index in self.indices.items()
+        }
         return {
             "schema": _SCHEMA if "example" in self.about else _UNPROVED,
             "about": dict(self.about),
@@ -81,6 +88,7 @@ class PrunePlan:
             "attributes": {module: dict(values) for module, values in self.attributes.items()},
             "kept_only": [_write_kept_only(item) for item in self.kept_only],
             "frozen": dict(self.frozen),
+            **({"indices": indices} if indices else {}),
         }
 
     @classmethod
@@ -164,6 +172,7 @@ def make_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> PruneP
         params_before=network.params,
         params_after=_params(network, tensors),
         frozen=dict(network.frozen),
+        indices=network.kept_indices(units),
         about=remembered,
     )
 
@@ -189,6 +198,8 @@ def _kept_only(reduction: Reduction, kept: Any) -> KeptOnly | None:
     def positions(dims: Mapping[int, Positions]) -> dict[int, Positions]:
         return {d: np.flatnonzero((row < 0) | kept[row]) for d, row in dims.items()}
 
+    if reduction.numbers:
+        return KeptOnly(reduction.op, reduction.occurrence, {}, {}, {}, {}, numbers=True)
     inputs = {i: positions(dims) for i, dims in reduction.inputs.items()}
     sizes = {i: {d: len(row) for d, row in dims.items()} for i, dims in reduction.inputs.items()}
     if all(len(inputs[i][d]) == size for i, dims in sizes.items() for d, size in dims.items()):
@@ -237,6 +248,7 @@ def _write_kept_only(item: KeptOnly) -> dict[str, Any]:
         "op": item.op,
         "occurrence": item.occurrence,
         "mask_only": item.mask_only,
+        **({"numbers": True} if item.numbers else {}),
         "inputs": sides(item.inputs, item.sizes),
         "outputs": sides(item.outputs, item.output_sizes),
     }
@@ -258,6 +270,10 @@ def _read(stored: StoredPlan) -> PrunePlan:
         params_before=stored.params.before,
         params_after=stored.params.after,
         frozen=stored.frozen,
+        indices={
+            name: KeptIndex(np.asarray(i.values, np.int64), from_text(i.kept, LARGEST_SIZE))
+            for name, i in stored.indices.items()
+        },
         about=stored.about,
         is_proved=False,
     )
@@ -281,6 +297,7 @@ def _read_kept_only(stored: StoredKeptOnly) -> KeptOnly:
         sizes(stored.inputs),
         sizes(stored.outputs),
         stored.mask_only,
+        stored.numbers,
     )
 
 
@@ -317,6 +334,7 @@ def _compose(first: PrunePlan, later: PrunePlan) -> PrunePlan:
         params_before=first.params_before,
         params_after=later.params_after,
         frozen=dict(later.frozen),
+        indices=_compose_indices(first, later),
         about={**later.about, "after": dict(first.about)},
         is_proved=first.is_proved and later.is_proved,
     )
@@ -331,6 +349,16 @@ def _compose_groups(
         if name in groups and len(groups[name]) == later.group_sizes[name]:
             groups[name] = groups[name][row]
     return groups, dict(first.group_sizes)
+
+
+def _compose_indices(first: PrunePlan, later: PrunePlan) -> dict[str, KeptIndex]:
+    """Return the buffers of both plans: the later one counts among the channels the first left."""
+    found = {**later.indices, **first.indices}
+    for name in first.indices.keys() & later.indices.keys():
+        found[name] = KeptIndex(
+            first.indices[name].values, first.indices[name].kept[later.indices[name].kept]
+        )
+    return found
 
 
 def _compose_kept_only(
@@ -351,6 +379,7 @@ def _compose_kept_only(
             before.sizes,
             before.output_sizes,
             item.mask_only,
+            item.numbers,
         )
     return tuple(found.values())
 

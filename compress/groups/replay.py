@@ -13,9 +13,9 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import meta_ops
-from compress.groups.calls import TAKERS, WatchedCalls, whole_name
+from compress.groups.calls import MAKERS, TAKERS, WatchedCalls, whole_name
 from compress.groups.labels import Axis
-from compress.groups.tracer import Key, Record, describe, here, place_of
+from compress.groups.tracer import Key, Record, Step, describe, here, place_of
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
 
@@ -56,6 +56,8 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._inside_whole = False
         self._running = False  # an op runs: what is raised comes from it, not from the program
         self._sizes: dict[int, int] = {}
+        self._calls: dict[str, int] = {}
+        self.numbers: list[tuple[str, int]] = []  # ops given other numbers than in the original
 
     def __torch_dispatch__(
         self,
@@ -73,33 +75,51 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return meta_ops.run(func, name, args, given, self._on)
         dynamic = self._on is None and meta_ops.depends_on_values(func, args)
         scalars = meta_ops.scalars_in(name, args, given)
+        pointwise = meta_ops.is_pointwise(func)
+        self._check_numbers(str(func), name, scalars, may_follow=pointwise)
         return self._compare(
-            name, lambda: meta_ops.run(func, name, args, given, self._on), scalars, dynamic=dynamic
+            name, lambda: meta_ops.run(func, name, args, given, self._on), dynamic=dynamic
         )
 
-    def whole(self, name: str, run: Callable[[], Any]) -> Any:
+    def whole(self, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         """Run a call that was followed as one op and compare it."""
         self._inside_whole = True
         try:
-            return self._compare(name, run, None)
+            if name in MAKERS:
+                scalars = meta_ops.scalars_in(name, args, kwargs)
+                self._check_numbers(f"aten.{name}.whole", name, scalars, may_follow=True)
+            else:
+                self._check_step(name)
+            return self._compare(name, run)
         finally:
             self._inside_whole = False
 
-    def _compare(
-        self,
-        name: str,
-        run: Callable[[], Any],
-        scalars: tuple[float, ...] | None,
-        *,
-        dynamic: bool = False,
-    ) -> Any:
+    def _check_step(self, name: str) -> Step:
         if self.finished:
             raise self._mismatch("the pruned network does more than the original")
         step = self._steps[self._done]
         if step.name != name:
             raise self._mismatch(f"the pruned network calls {name} where the original {step.name}")
-        if scalars is not None and scalars != step.scalars:
+        return step
+
+    def _check_numbers(
+        self, op: str, name: str, scalars: tuple[float, ...], *, may_follow: bool
+    ) -> None:
+        """Note an op that works position by position with a number of channels, refuse others.
+
+        A scale like ``width ** -0.5`` means that of the pruned network as soon as it is pruned.
+        """
+        occurrence = self._calls.get(name, 0)
+        self._calls[name] = occurrence + 1
+        step = self._check_step(name)
+        if scalars == step.scalars:
+            return
+        if not may_follow or len(scalars) != len(step.scalars):
             raise self._mismatch(f"{name} is given a number that depends on the channel count")
+        self.numbers.append((op, occurrence))
+
+    def _compare(self, name: str, run: Callable[[], Any], *, dynamic: bool = False) -> Any:
+        step = self._steps[self._done]
         self._running = True
         result = run()
         self._running = False
@@ -178,8 +198,9 @@ class ReplayCalls(WatchedCalls):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run one call of the program."""
-        if (whole := whole_name(func)) is not None:
-            return self._replay.whole(whole, lambda: func(*args, **(kwargs or {})))
+        if (whole := whole_name(func, args)) is not None:
+            given = kwargs or {}
+            return self._replay.whole(whole, args, given, lambda: func(*args, **given))
         result = self.inside(func, args, kwargs or {})
         return self._replay.take(result) if getattr(func, "__name__", "") in TAKERS else result
 

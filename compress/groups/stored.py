@@ -55,8 +55,16 @@ class StoredKeptOnly(Part):
     op: Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]
     occurrence: Count
     mask_only: bool
+    numbers: bool = False
     inputs: Side
     outputs: Side
+
+
+class StoredIndex(Part):
+    """A buffer whose values are numbers of channels."""
+
+    values: Annotated[tuple[Size, ...], Field(min_length=1)]
+    kept: str
 
 
 class StoredPlan(Part):
@@ -71,6 +79,7 @@ class StoredPlan(Part):
     attributes: dict[str, dict[str, Count]]
     kept_only: tuple[StoredKeptOnly, ...]
     frozen: dict[str, str]
+    indices: dict[str, StoredIndex] = {}
 
     @model_validator(mode="after")
     def _can_be_proved(self) -> StoredPlan:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
 from compress.groups.cutting import cut
 from compress.groups.labels import Components, Ledger
-from compress.groups.network import Layer, Network, Positions, Reduction
+from compress.groups.network import Index, Layer, Network, Positions, Reduction
 from compress.groups.replay import MismatchError, Replay, ReplayCalls
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.traced_ints import tag_attributes
@@ -25,8 +26,7 @@ from compress.groups.units import find_units, layer_name
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, meta_copy, named_tensors
 from compress.modules.inputs import example_of
-from compress.modules.outputs import chosen
-from compress.modules.outputs import named_tensors as output_tensors
+from compress.modules.outputs import chosen, leaves
 
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]  # or a shape
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
@@ -143,6 +143,7 @@ class _Traced:
         self._model = full_copy(model) if with_values else meta_copy(model)
         self._tensors = dict(named_tensors(self._model))
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
+        self._constants = _constants(model)
         args, kwargs = inputs_of(example_input)
         self._inputs = tree_map(_copied if with_values else _to_meta, (args, kwargs))
         self._ledger = Ledger()
@@ -187,15 +188,20 @@ class _Traced:
     ) -> _Forward:
         set_mode(self._model, training=training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
-        tracer = Tracer(self._ledger, named, RULES, freeze_all, distrusted, self._on)
+        tracer = Tracer(
+            self._ledger, named, RULES, freeze_all, distrusted, self._on, self._constants
+        )
         found = run_traced(self._model, self._inputs_in(training), tracer)
-        for _, tensor in self._counted(found, training):
-            tracer.freeze_output(tensor, "its channels are an output of the network")
+        for _, leaf in self._counted(found, training):
+            if isinstance(leaf, Tensor):
+                tracer.freeze_output(leaf, "its channels are an output of the network")
+            elif isinstance(leaf, Number):
+                tracer.freeze_taken("that number is an output of the network")
         if before is not None:
             self._left = _left_on_attributes(self._model, before, tracer)
         return _Forward(training, tracer.record)
 
-    def _counted(self, found: list[tuple[str, Tensor]], training: bool) -> list[tuple[str, Tensor]]:
+    def _counted(self, found: list[tuple[str, Any]], training: bool) -> list[tuple[str, Any]]:
         """Return the outputs whose channels stay; in training mode there may be others."""
         try:
             return chosen(found, self._outputs, where=type(self._model).__name__)
@@ -254,6 +260,7 @@ class _Traced:
             parameters=parameters,
             followers=followers(self._components, self.units),
             reductions=self._reductions(),
+            indices=tuple(self._indices()),
             side_outputs=tuple(
                 name
                 for name, rows in self._left.items()
@@ -293,6 +300,12 @@ class _Traced:
                 found.append(Reduction(item.op, item.occurrence, inputs, outputs, item.mask_only))
         return tuple(found)
 
+    def _indices(self) -> Iterator[Index]:
+        for name, axis in {
+            n: a for f in self._forwards for n, a in f.record.indexed.items()
+        }.items():
+            yield Index(name, self.units.of[axis].astype(np.int64), self._constants[name])
+
     def _axis_units(self, axes: Axes) -> dict[int, Positions]:
         rows = {d: self.units.of[axis] for d, axis in enumerate(axes) if axis is not None}
         return {d: row for d, row in rows.items() if (row >= 0).any()}
@@ -318,7 +331,8 @@ class _Traced:
         cuttable = self.units.of >= 0
         stays[cuttable] = kept[self.units.of[cuttable]]
         model = self._model
-        cut(model, self.network.kept_positions(keep), self.network.attributes(kept))
+        positions, attributes = self.network.kept_positions(keep), self.network.attributes(kept)
+        cut(model, positions, attributes, self.network.kept_indices(kept))
         for number, forward in enumerate(self._forwards):
             replay = Replay(forward.record, stays, self._on)
             set_mode(model, training=forward.training)
@@ -329,11 +343,14 @@ class _Traced:
                 mismatch = replay.failure(error)
                 mismatch.forward = number
                 return mismatch
+            if number == 0:
+                numbers = [Reduction(op, at, {}, {}, numbers=True) for op, at in replay.numbers]
+        self.network = replace(self.network, reductions=(*self.network.reductions, *numbers))
         return None
 
 
-def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[tuple[str, Tensor]]:
-    """Return the tensors that ``model`` returns, by their places, while ``mode`` watches.
+def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[tuple[str, Any]]:
+    """Return what ``model`` returns, by places as of ``leaves``, while ``mode`` watches.
 
     Raises:
         PlanError: the network raised an error, or returns what cannot be looked into;
@@ -343,7 +360,7 @@ def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[tup
     watcher = CallWatcher(mode) if isinstance(mode, Tracer) else ReplayCalls(mode)
     try:
         with undisturbed(), mode, watcher:
-            return output_tensors(model(*args, **kwargs))  # iterators run on while they are read
+            return leaves(model(*args, **kwargs))  # iterators run on while they are read
     except MismatchError:
         raise
     except ModelError as error:
@@ -355,6 +372,15 @@ def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[tup
             where=type(model).__name__,
             expected="an example that the network accepts",
         ) from error
+
+
+def _constants(model: nn.Module) -> dict[str, Positions]:
+    """Return the values of buffers of whole numbers, by which a program may pick channels."""
+    return {
+        name: tensor.detach().cpu().numpy().astype(np.int64)
+        for name, tensor in model.named_buffers()
+        if tensor.ndim == 1 and tensor.dtype in {torch.int32, torch.int64} and not tensor.is_meta
+    }
 
 
 def _left_on_attributes(

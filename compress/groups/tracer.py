@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import meta_ops
 from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, whole_name
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
+from compress.groups.network import Positions
 from compress.groups.traced_ints import Attribute, Count, Extent
 
 Axes = tuple[Axis, ...]
@@ -121,6 +122,7 @@ class Record:
     uses: list[Use] = field(default_factory=list)
     taken: list[Any] = field(default_factory=list)  # values that the program took out, in order
     touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use
+    indexed: dict[str, Labels] = field(default_factory=dict)  # buffer -> channels it picks from
     occurrences: dict[str, int] = field(default_factory=dict)
 
 
@@ -132,6 +134,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         named: Tensor of the model -> (name, labels for each dimension).
         rules: Op name -> rule.
         on: Where tensors that the program makes are made; None leaves that to the program.
+        constants: Values of the model's buffers of whole numbers.
     """
 
     def __init__(
@@ -142,19 +145,23 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fallback: Rule,
         distrusted: Mapping[Key, str],
         on: torch.device | None = None,
+        constants: Mapping[str, Positions] = types.MappingProxyType({}),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._constants = constants
         self.ledger = ledger
         self.record = Record()
         self.raw: list[RawCall] = [NO_CALL]
         self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
         self._origin: dict[int, str] = {id(t): name for t, name, _ in named}
         self._own = dict(self._origin)
+        self._fixed = {name for t, name, _ in named if not isinstance(t, nn.Parameter)}
         self._assigned: set[int] = set()  # parameters whose values the program replaced
         self._alive: list[Tensor] = [t for t, _, _ in named]
         self._known = set(self._own)
         self._aliases: dict[Memory, int] = {}  # where a labelled tensor lies -> its identity
         self._loose: dict[int, dict[int, Loose]] = {}  # storage -> by identity of the labels
+        self._taken: list[Loose] = []  # channels that numbers which the program took are made of
         self._positions: dict[int, Loose] = {}  # storage of numbers of channels -> those channels
         self._is_weighted = False
         for tensor, _, _ in named:
@@ -192,6 +199,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Return the weight that ``tensor`` is, or was computed from alone; None otherwise."""
         return self._origin.get(self._identity(tensor))
 
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Say whether ``tensor`` is a buffer of the model, or was computed from buffers alone."""
+        return self.origin(tensor) in self._fixed
+
     def is_own(self, tensor: Tensor) -> bool:
         """Say whether ``tensor`` is a parameter or buffer of the model itself."""
         own = self._identity(tensor)
@@ -210,6 +221,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.ledger.freeze(labels, f"{reduced}, and {why}")
         if storage in self._positions:
             self.ledger.freeze(*self._positions[storage])
+
+    def freeze_taken(self, why: str) -> None:
+        """Keep the channels that numbers are made of which the program took out of tensors."""
+        for labels, reduced in self._taken:
+            self.ledger.freeze(labels, f"{reduced}, and {why}")
 
     def reduced(self, call: Call, axes: Iterable[Axis]) -> None:
         """Note that the outputs are made of channels that they do not have.
@@ -244,6 +260,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if weighted:
             return
         for held in [self._loose[s] for s in storages if s in self._loose]:
+            if call.name == "_local_scalar_dense":
+                self._taken.extend(held.values())
             for out in call.outputs:
                 self._loose.setdefault(_memory(out)[0], {}).update(held)
 
@@ -261,6 +279,27 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         scale = count.scale
         return AttributeUse(count.origin, labels, scale.numerator, scale.denominator, here())
+
+    def picked(self, axis: Axis, numbers: Tensor) -> Axis:
+        """Return the labels of the channels that ``numbers`` picks; None if all must stay.
+
+        A buffer of the model loses the numbers of channels that go, and counts the others anew.
+        """
+        (own,) = self.axes(numbers)
+        name = self.origin(numbers) if self.is_own(numbers) else None
+        values = self._constants.get(name or "")
+        if axis is None or own is None or name is None or values is None or values.min() < 0:
+            for each in (axis, own):
+                self.freeze(each, "channels are taken by number")
+            return None
+        before = self.record.indexed.setdefault(name, axis)
+        if len(before) != len(axis):
+            for each in (axis, before):
+                self.freeze(each, "one buffer numbers channels of two layers")
+            return None
+        self.ledger.unify(before, axis)
+        self.ledger.unify(own, axis[values])
+        return axis[values]
 
     def restrict(self, call: Call, *, mask_only: bool = False) -> None:
         """Note that the twin must compute this op on the kept channels only."""
@@ -417,7 +456,7 @@ class CallWatcher(WatchedCalls):
         raw = self._tracer.raw
         raw.append(RawCall(func, args, kwargs))
         try:
-            if (whole := whole_name(func)) is not None:
+            if (whole := whole_name(func, args)) is not None:
                 return self._tracer.whole(whole, lambda: func(*args, **kwargs))
             result = self.inside(func, args, kwargs)
         finally:

@@ -18,7 +18,6 @@ from compress.groups import meta_ops, trace
 STAYS = {  # network -> layers, besides those that make an output, of which something must stay
     "ConstantSplit": {"body.wide.0"},
     "HardCodedView": {"body.wide.0"},
-    "ScaledByCount": {"body.wide.0"},
     "SpatialGate": {"body.gate"},
     "ChannelAttention": {"body.eca"},
     "KernelOfOne": {"mix"},
@@ -59,6 +58,8 @@ def test_every_unit_owns_its_positions_alone(name: str) -> None:
 NO_LAYERS_COST = {"Attention", "FusedAttention", "RecurrentLstm", "RecurrentGru"} | {
     "PackedAttention",
     "CrossAttention",
+    "AttentionWithWeights",
+    "ScaledAttention",
     "ChannelTokens",
 }  # products of activations, recurrent steps: the flop counter counts what no layer costs
 
@@ -165,7 +166,7 @@ class TakenByNumber(nn.Module):
 
 
 class CountedOutside(nn.Module):
-    """A factor that depends on the channel count through a float."""
+    """The order of a norm depends on the channel count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +175,7 @@ class CountedOutside(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.touched(F.relu(self.free(x))).mean((2, 3))
-        return self.head(x * (1 / len(x[0])))
+        return self.head(x / torch.linalg.vector_norm(x, len(x[0]), 1, keepdim=True))
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ class CountedOutside(nn.Module):
         (Unknown, "no rule for the operation renorm at ", "renorm"),
         (FixedByConstant, "add joins it with channels that are fixed at ", "arange"),
         (TakenByNumber, "select takes channels by number at ", "x[:, 3]"),
-        (CountedOutside, "mul is given a number that depends on the channel count at ", "len("),
+        (CountedOutside, "linalg_vector_norm is given a number that depends on the ", "len("),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -102,6 +103,41 @@ def test_the_trace_with_values_finds_what_the_one_without_does(
     assert [(g.name, g.size) for g in valued.groups] == [(g.name, g.size) for g in plain.groups]
     assert dict(valued.frozen) == dict(plain.frozen)
     assert valued.macs == plain.macs
+
+
+class Answers(nn.Module):
+    """Class scores, of which ``answer`` makes what the network returns."""
+
+    def __init__(self, answer: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.body, self.scores = zoo.conv_bn(3, 16), nn.Linear(16, 10)
+        self.answer = answer
+        self.register_buffer("ages", torch.linspace(0, 90, 10))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(self.scores(self.body(x).mean((2, 3))), self.ages)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda scores, ages: float(scores.max()),
+        lambda scores, ages: {"energy": -scores.logsumexp(1)[0].item()},
+        lambda scores, ages: scores.softmax(1) @ ages,
+        lambda scores, ages: scores.softmax(1) @ ages[:, None],
+        lambda scores, ages: nn.functional.linear(scores.softmax(1), ages[None] / 2),
+        lambda scores, ages: nn.functional.conv1d(
+            scores.softmax(1)[..., None], ages[None, :, None]
+        ),
+    ],
+    ids=["number", "numbers in a dict", "mv", "mm", "linear", "convolution"],
+)
+def test_classes_stay_where_a_number_or_a_constant_mean_of_their_scores_is_the_answer(
+    answer: Callable[[Tensor, Tensor], Any],
+) -> None:
+    network = trace(Answers(answer).eval(), torch.randn(2, 3, 8, 8))
+    assert {group.name for group in network.groups} == {"body.0"}
+    assert "makes one number of its channels" in network.frozen["scores"]
 
 
 class TwoStages(nn.Module):

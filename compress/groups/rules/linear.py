@@ -30,8 +30,7 @@ def convolution(tracer: Tracer, call: Call) -> None:
         made = _grouped(tracer, call, inputs, made, taken, transposed=transposed)
     if bias is not None:
         made = tracer.unify(made, tracer.axes(bias)[0], "its bias cannot be cut")
-    _produced(tracer, made)
-    tracer.weighted()
+    _weighed(tracer, call, weight, made, inputs if groups < x.shape[-1 - spatial] else None)
     tracer.label(out, (batch if x.ndim == out.ndim else None, made, *slid))
     cost = weight.numel() * math.prod((x if transposed else out).shape[2:]) * out.shape[0]
     _note_use(tracer, call, weight, cost, made, taken)
@@ -64,9 +63,14 @@ def _padded(axes: tuple[Axis, ...], ndim: int) -> tuple[Axis, ...]:
     return axes if len(axes) == ndim else (None, *axes)
 
 
-def _produced(tracer: Tracer, made: Axis) -> None:
+def _weighed(tracer: Tracer, call: Call, weight: Tensor, made: Axis, taken: Axis) -> None:
+    """Note a layer that makes channels of those it weighs; a constant buffer only sums them."""
     if made is not None:
         tracer.ledger.produced.append(made)
+    if tracer.is_constant(weight):
+        tracer.reduced(call, [taken])
+    else:
+        tracer.weighted()
 
 
 def _note_use(
@@ -162,12 +166,10 @@ def matmul(tracer: Tracer, call: Call) -> None:
     tracer.label(out, axes)
     cost = out.numel() * left.shape[-1]
     if tracer.origin(right) is not None and tracer.origin(left) is None:
-        _produced(tracer, columns)
-        tracer.weighted()
+        _weighed(tracer, call, right, columns, inner)
         _note_use(tracer, call, right, cost, columns, inner_right)
     elif tracer.origin(left) is not None and tracer.origin(right) is None:
-        _produced(tracer, rows)
-        tracer.weighted()
+        _weighed(tracer, call, left, rows, inner)
         _note_use(tracer, call, left, cost, rows, inner_left)
     elif inner is not None:
         tracer.restrict(call, mask_only=True)
@@ -183,7 +185,8 @@ def vector(tracer: Tracer, call: Call) -> None:
     inner = tracer.unify(tracer.axes(left)[-1], tracer.axes(right)[-1], "a product sums it")
     tracer.label(call.outputs[0], tracer.axes(left)[:-1])
     if (tracer.origin(left) is None) != (tracer.origin(right) is None):
-        tracer.weighted()
+        weight = right if tracer.origin(left) is None else left
+        _weighed(tracer, call, weight, None, inner)
     if inner is not None:
         tracer.restrict(call, mask_only=True)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
@@ -210,11 +211,14 @@ def select(tracer: Tracer, call: Call) -> None:
 
 
 def index_select(tracer: Tracer, call: Call) -> None:
-    """Positions by a tensor of numbers: that dimension must stay."""
-    x, dim = call.args[0], call.args[1]
+    """Positions by a tensor of numbers: that dimension must stay, or the numbers follow."""
+    x, dim, numbers = call.args[:3]
     axes = list(tracer.axes(x))
-    tracer.freeze(axes[dim], "channels are taken by number")
-    axes[dim] = None
+    if numbers.ndim == 1:
+        axes[dim] = tracer.picked(axes[dim], numbers)
+    else:
+        tracer.freeze(axes[dim], "channels are taken by number")
+        axes[dim] = None
     tracer.label(call.outputs[0], axes)
 
 
@@ -224,13 +228,18 @@ def index(tracer: Tracer, call: Call) -> None:
     out = call.outputs[0]
     axes = list(tracer.axes(x))
     used = [d for d, i in enumerate(indices) if i is not None]
+    simple = len(used) == 1 and indices[used[0]].ndim == 1 and out.ndim == x.ndim
+    if simple and indices[used[0]].dtype not in {torch.bool, torch.uint8}:
+        axes[used[0]] = tracer.picked(axes[used[0]], indices[used[0]])
+        tracer.label(out, axes)
+        return
     for tensor in indices:
         if tensor is not None:
             for axis in tracer.axes(tensor):
                 tracer.freeze(axis, "it is used as an index")
     for d in used:
         tracer.freeze(axes[d], "channels are taken by number")
-    if len(used) == 1 and indices[used[0]].ndim == 1 and out.ndim == x.ndim:
+    if simple:
         axes[used[0]] = None
         tracer.label(out, axes)
     else:

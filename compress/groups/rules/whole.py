@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from compress.groups.calls import MAKERS
 from compress.groups.labels import Axis
 from compress.groups.meta_ops import tensors_in
 from compress.groups.rules.norms import label_reduced
@@ -73,7 +74,12 @@ def quantile(tracer: Tracer, call: Call) -> None:
     label_reduced(tracer, call, dims, leading=int(isinstance(share, Tensor) and share.ndim))
 
 
+def number(tracer: Tracer, call: Call) -> None:
+    """A tensor made of one number."""
+
+
 RULES: dict[str, Rule] = {
+    **dict.fromkeys(MAKERS, number),
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     **dict.fromkeys(("quantile", "nanquantile"), quantile),

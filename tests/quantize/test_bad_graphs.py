@@ -156,3 +156,27 @@ def test_free_dimensions_written_as_minus_one_are_free(tmp_path):
     plan = quantized(model, [feed], tmp_path, observer="minmax", method="plain")
     seen = plan.activations["input"]
     assert (seen.low, seen.high) == (feed["input"].min(), feed["input"].max())
+
+
+@pytest.mark.parametrize("method", ["plain", "auto"])
+def test_outputs_that_are_integers_are_judged_by_what_they_are_made_of(method, tmp_path):
+    s = two_layers()
+    s.op("ArgMax", ["logits"], "class", axis=1)
+    model = s.model(["class"])
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    plan = quantized(model, [images(model, 24)], tmp_path, method=method)
+    assert any("judged on 12 images" in note for note in plan.notes)
+    got = onnx.load(tmp_path / "q.onnx")
+    assert any(node.op_type == "QuantizeLinear" for node in got.graph.node)
+
+
+def test_a_graph_without_a_layer_in_float_is_refused(tmp_path):
+    s = Sketch((3, 8, 8))
+    s.op("Cast", ["input"], "pixels", to=onnx.TensorProto.INT64)
+    s.op("ArgMax", ["pixels"], "brightest", axis=1)
+    model = s.model(["brightest"])
+    model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.INT64
+    with pytest.raises(CompressError) as caught:
+        quantized(model, [images(model, 16)], tmp_path)
+    assert "Traceback" not in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "q.onnx").exists()

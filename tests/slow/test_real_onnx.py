@@ -12,6 +12,7 @@ import onnx
 import pytest
 
 import compress
+from compress.errors import CompressError
 from compress.packages import is_installed
 from compress.qdq import TARGETS
 from compress.quantize.sqnr import answers, sqnr_each
@@ -38,6 +39,55 @@ FILES = [
     *(pytest.param(name, floor, id=name) for name, floor in SMALL.items()),
     *(pytest.param(name, floor, id=name, marks=pytest.mark.slow) for name, floor in LARGE.items()),
 ]
+
+
+EVERY = [*SMALL, *LARGE]
+
+
+def loaded(name):
+    path = DATA / "onnx" / f"{name}.onnx"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: set COMPRESS_DATA")
+    model = onnx.load(path)
+    return path, real_files.feeds(model, name, DATA / "photos", 8)
+
+
+def transposed(array):
+    """Return an array of the other layout: NCHW as NHWC, NHWC as NCHW."""
+    return (
+        np.moveaxis(array, 1, -1) if array.shape[1] < array.shape[3] else np.moveaxis(array, 3, 1)
+    )
+
+
+WRONG = {
+    "layout": (lambda a: np.ascontiguousarray(transposed(a)), "Expected a batch of shape"),
+    "rank": (lambda a: a[0], "Expected a batch of shape"),
+    "kind": (lambda a: a.astype(np.uint8), "holds uint8"),
+    "NaN": (lambda a: np.where(a == a.max(), np.nan, a), "holds NaN or infinity"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("name", EVERY)
+def test_images_that_a_real_file_does_not_take_are_refused(name, wrong, tmp_path):
+    path, feeds = loaded(name)
+    change, told = WRONG[wrong]
+    first = next(iter(feeds[0]))
+    broken = [feed | {first: change(feed[first])} for feed in feeds]
+    with pytest.raises(CompressError) as caught:
+        compress.quantize_onnx(path, broken, tmp_path / "q.onnx", method="plain")
+    message = str(caught.value)
+    assert told in message and path.name in message and f"{first!r}" in message
+    assert not (tmp_path / "q.onnx").exists()
+
+
+@pytest.mark.parametrize("name", ["mtcnn_onet", "ultra_rfb320", "ppocr2_cls", "deeplab_v3"])
+def test_pixels_that_a_real_file_wants_normalized_are_warned_of(name, tmp_path):
+    path, feeds = loaded(name)
+    pixels = [{n: np.abs(a) * 127 for n, a in feed.items()} for feed in feeds]
+    with pytest.warns(UserWarning, match="look like pixels from 0 to 255"):
+        compress.quantize_onnx(path, pixels, tmp_path / "q.onnx", method="plain")
 
 
 @pytest.mark.parametrize("target", TARGETS)

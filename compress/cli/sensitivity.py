@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.artifact import scratch
 from compress.cli.options import Given, load_dataset, write_numbers
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ def _prune_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
 
 
 def _quantize_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
-    import tempfile
 
     from rich import box
     from rich.table import Table
@@ -66,10 +66,10 @@ def _quantize_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
     from compress.quantize import quantize_onnx
     from compress.quantize.sensitivity import plot_quantize_sensitivity, quantize_sensitivity
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = _float_graph(given, dataset, Path(folder))
+    with scratch() as folder:
+        path = _float_graph(given, dataset, folder)
         images = [x.numpy() for x, _ in dataset.batches("calibration", 32)]
-        plan = quantize_onnx(path, images, Path(folder) / "int8.onnx", given["target"])
+        plan = quantize_onnx(path, images, folder / "int8.onnx", given["target"])
         labelled = dataset.batches("validation", 64, SENSITIVITY_IMAGES)
         found = quantize_sensitivity(read_onnx(path), plan, labelled)
     write_numbers(given["json"], found.to_json())

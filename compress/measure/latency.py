@@ -18,6 +18,7 @@ from compress.measure.conditions import Conditions, EnergyMeter
 from compress.progress import track
 
 LARGEST_BLOCK = 200  # calls in a row; more of the same moment tell nothing new
+LONGEST_CALL = 3600.0  # seconds: more is no latency but a clock that was set
 DEVICE_CALLS = 20  # timed on the device in each round, beside those timed on the host
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -195,7 +196,10 @@ class _Entrant:
         """Return the seconds of one call."""
         start = self.clock()
         self.session.run(*self.arrays)
-        return self.clock() - start
+        seconds = self.clock() - start
+        if not 0 <= seconds < LONGEST_CALL:
+            raise EngineError(f"a call took {seconds} s by the clock")
+        return seconds
 
     def warm_up(self, timing: Timing) -> None:
         """Call until two windows in a row have the same median, and choose the block's length."""

@@ -67,6 +67,8 @@ def run(
     with held(root) if processes.is_main else contextlib.nullcontext():
         if not any(root.glob(f"00-*/{DONE_FILE}")):
             try_network(chosen, dataset, task, where=chosen.name)
+            for line in cautions.of_splits(dataset):
+                progress.warn(line)
         chosen = loading.from_anywhere(chosen)
         if processes.is_main:
             RunFolder.open(root, chosen, fresh=fresh)

@@ -60,14 +60,15 @@ class RunFolder:
         wanted = to_json(recipe)
         if begun and not fresh:
             folder._check_recipe(wanted)
-            if folder.description()["recipe"] == wanted:
-                return folder
             description = folder.description() | {"recipe": wanted}
         else:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             description = {"created": now, "recipe": wanted, "artifacts": []}
-        folder.write_description(description)
-        artifact.write_text(root / RECIPE_FILE, dump(recipe))
+        if not begun or fresh or folder.description() != description:
+            folder.write_description(description)
+        written, text = root / RECIPE_FILE, dump(recipe)  # a kill may have come between the two
+        if not written.is_file() or artifact.read_text(written) != text:
+            artifact.write_text(written, text)
         return folder
 
     def description(self) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import yaml
+
 from compress.errors import UnknownNameError, UsageError, did_you_mean
 from compress.trust import check_code
 
@@ -142,6 +144,30 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
             expected="a mapping, as in {kd: {temperature: 4.0}}",
         )
     return name, dict(given or {})
+
+
+def reference(text: str) -> str | dict[str, dict[str, Any]]:
+    """Return the reference that ``text`` of a command line stands for.
+
+    Args:
+        text: A name, or one with options: ``kd:temperature=4,alpha=0.5``. Values are YAML.
+
+    Raises:
+        UsageError: an option has no value.
+    """
+    name, colon, tail = text.rpartition(":")
+    if not colon or "=" not in tail:
+        return text
+    options = {}
+    for part in tail.split(","):
+        key, equals, value = part.partition("=")
+        if not key or not equals or not value:
+            raise UsageError(
+                f"{part!r} in {text!r} is no option",
+                expected="NAME:OPTION=VALUE,OPTION=VALUE",
+            )
+        options[key] = yaml.safe_load(value)
+    return {name: options}
 
 
 def _folder(kind: str) -> Path:

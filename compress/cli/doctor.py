@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress import packages, plugins
 from compress.artifact import scratch
-from compress.runtimes import build_engine, open_session, unavailable
+from compress.runtimes import build_engine, facts, open_session, unavailable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -24,17 +24,12 @@ if TYPE_CHECKING:
 FLOAT_TOLERANCE = 1e-2  # relative to the largest logit: tf32 on a GPU, bf16 nowhere
 INT8_TOLERANCE = 0.1
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-OPTIONAL = {  # distribution: (extra, what it enables)
-    "torch": ("", "everything"),
+OPTIONAL = {  # distribution: (extra, what it enables); runtimes tell of their own packages
     "torchvision": ("", "networks and data sets by name"),
     "onnx": ("", "the fp32 and int8 graphs"),
     "onnxscript": ("", "export from torch"),
-    "onnxruntime": ("", "runs ONNX on the CPU, and proves every export"),
     "onnxruntime-gpu": ("", "runs ONNX on NVIDIA GPUs (instead of onnxruntime)"),
     "nncf": ("", "quantize --method nncf"),
-    "openvino": ("openvino", "the fastest int8 on Intel and AMD CPUs"),
-    "tensorrt": ("tensorrt", "engines for the NVIDIA GPU at hand"),
-    "tensorrt-rtx": ("tensorrt-rtx", "engines for RTX GPUs, built on any x86-64 machine"),
     "timm": ("timm", "networks by timm:NAME"),
     "captum": ("explain", "attributions in the report"),
     "tensorboard": ("tracking", "training curves in TensorBoard"),
@@ -88,35 +83,41 @@ class Examination:
 
     def table(self) -> RenderableType:
         """Return what is printed."""
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
 
-        def grid(title: str, *columns: str) -> Table:
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            for column in columns:
-                table.add_column(column, overflow="fold")
-            return table
+        from compress.terminal import table
 
-        about = grid("machine", "", "")
-        for key, value in self.machine.items():
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            about.add_row(key, shown)
-        runtimes = grid("runtimes", "runtime", "runs here", "")
-        for state in self.runtimes:
-            runtimes.add_row(state.name, "yes" if state.runs else "no", state.reason)
-        pieces = grid("packages", "package", "version", "enables", "install")
-        pieces.columns[-1].no_wrap = True  # it is copied
-        for piece in self.packages:
-            install = "" if piece.version else piece.install
-            pieces.add_row(piece.name, piece.version or "-", piece.enables, Text(install))
-        parts = [about, runtimes, pieces]
+        machine = [
+            (key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+            for key, value in self.machine.items()
+        ]
+        runtimes = [(s.name, "yes" if s.runs else "no", s.reason) for s in self.runtimes]
+        pieces = [
+            (
+                piece.name,
+                piece.version or "-",
+                piece.enables,
+                "" if piece.version else piece.install,
+            )
+            for piece in self.packages
+        ]
+        parts = [
+            table(("", ""), machine, title="machine"),
+            table(("runtime", "runs here", ""), runtimes, title="runtimes"),
+            table(
+                ("package", "version", "enables", "install"),
+                pieces,
+                title="packages",
+                whole={"install"},
+            ),
+        ]
         if self.trials:
-            trials = grid("self-test", "runtime", "precision", "outcome", "", "s")
-            for t in self.trials:
-                trials.add_row(t.runtime, t.precision, t.outcome, t.detail, f"{t.seconds:.1f}")
-            parts.append(trials)
+            trials = [
+                (t.runtime, t.precision, t.outcome, t.detail, f"{t.seconds:.1f}")
+                for t in self.trials
+            ]
+            headers = ("runtime", "precision", "outcome", "", "s")
+            parts.append(table(headers, trials, title="self-test", numbers={"s"}))
         return Group(*parts)
 
 
@@ -155,7 +156,9 @@ def machine() -> dict[str, Any]:
 
 def pieces() -> Iterator[Piece]:
     """Yield every package that enables something, installed or not."""
-    for name, (extra, enables) in OPTIONAL.items():
+    of_runtimes = [facts(name) for name in plugins.names("runtimes")]
+    needed = {each.package.replace("_", "-"): (each.extra, each.enables) for each in of_runtimes}
+    for name, (extra, enables) in (needed | OPTIONAL).items():
         install = packages.install_command(extra) if extra else f"pip install {name}"
         yield Piece(name, packages.version(name), enables, install)
 
@@ -164,8 +167,8 @@ def state(runtime: str) -> RuntimeState:
     """Return whether ``runtime`` runs here, and why not or with what."""
     reason = unavailable(runtime)
     if reason is None:
-        return RuntimeState(runtime, True, _how(runtime))
-    if runtime == "tensorrt-rtx" and packages.is_installed("tensorrt_rtx"):
+        return RuntimeState(runtime, True, plugins.create("runtimes", runtime).how())
+    if facts(runtime).builds_without_device and packages.is_installed(facts(runtime).package):
         reason += "; it builds engines here all the same, for GPUs that are elsewhere"
     return RuntimeState(runtime, False, reason)
 
@@ -176,6 +179,7 @@ def trials() -> Iterator[Trial]:
     The network is exported from torch and quantized here, so this tries the whole chain.
     """
     from compress.export import export_onnx
+    from compress.qdq.plan import TARGETS
     from compress.quantize import quantize_onnx
 
     torch.manual_seed(0)
@@ -186,14 +190,14 @@ def trials() -> Iterator[Trial]:
     with scratch() as folder:
         array = images.numpy()
         files = {"fp32": export_onnx(network, images[:1], folder / "small.onnx")}
-        for target in ("onnxruntime", "openvino", "tensorrt"):
+        for target in TARGETS:
             files[target] = folder / f"small.{target}.onnx"
             quantize_onnx(files["fp32"], [array] * 2, files[target], target=target, method="plain")
-        yield _try("pytorch", "fp32", network, array, expected)
         for runtime in plugins.names("runtimes"):
-            if runtime != "pytorch":
-                form = "tensorrt" if runtime.startswith("tensorrt") else runtime
-                yield _try(runtime, "fp32", files["fp32"], array, expected)
+            opens, form = facts(runtime).opens, facts(runtime).int8_form
+            source = network if opens == "network" else files["fp32"]
+            yield _try(runtime, "fp32", source, array, expected)
+            if form is not None:
                 yield _try(runtime, "int8", files[form], array, expected)
 
 
@@ -208,8 +212,8 @@ def _try(
 
     reason = unavailable(runtime)
     try:
-        if isinstance(source, Path) and runtime.startswith("tensorrt"):
-            if reason and not packages.is_installed(runtime.replace("-", "_")):
+        if isinstance(source, Path) and facts(runtime).opens == "engine":
+            if reason and not packages.is_installed(facts(runtime).package):
                 return told("skipped", reason)
             engine = source.with_suffix(f".{runtime}")
             source = build_engine(source, engine, runtime=runtime, batch=(1, 4, 4))
@@ -238,19 +242,6 @@ class _Small(nn.Module):
         x = torch.relu(self.second(x) + x)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
-
-
-def _how(runtime: str) -> str:
-    if runtime == "onnxruntime":
-        import onnxruntime
-
-        providers = onnxruntime.get_available_providers()
-        return ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
-    if runtime == "openvino":
-        import openvino
-
-        return ", ".join(openvino.Core().available_devices)
-    return "on the GPU" if torch.cuda.is_available() else "on the CPU"
 
 
 def _cpu_name() -> str:

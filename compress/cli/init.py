@@ -88,9 +88,11 @@ def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
 def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     """Return the job for what the options say and what lies in the folder."""
+    from compress import plugins
     from compress.data import load_data
     from compress.packages import is_installed
     from compress.recipe.settings import DataSettings
+    from compress.runtimes import facts
     from compress.tasks import default_task, load_task
 
     folder = given["folder"]
@@ -107,7 +109,12 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         dataset, part = _sized(model, weights, dataset, part)
     task = given["task"] or default_task(dataset.target)
     loaded = load_task(task, classes=dataset.classes)
-    installed = [name for name in ("onnxruntime", "openvino") if is_installed(name)]
+    runtimes = {name: facts(name) for name in plugins.names("runtimes")}
+    installed = [
+        name
+        for name, runtime in runtimes.items()
+        if runtime.opens == "onnx" and is_installed(runtime.package)
+    ]
     keep = given["keep_macs"] or float(_answer(ask, "share of the MACs to keep", None, "0.5", ""))
     return Proposal(
         model=model,
@@ -244,9 +251,9 @@ def _sized(
 
 def _onnx_size(model: str) -> tuple[int, int] | None:
     """Return height and width that an ONNX file fixes."""
-    import onnx
+    from compress.graph import files
 
-    graph = onnx.load(model, load_external_data=False).graph
+    graph = files.load(Path(model), weights=False).graph
     stored = {each.name for each in graph.initializer}
     first = next(each for each in graph.input if each.name not in stored)
     height, width = ([0, 0] + [d.dim_value for d in first.type.tensor_type.shape.dim])[-2:]

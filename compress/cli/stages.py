@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.cli.options import INPUT_SIZE, Given, data_part, integers, present
+from compress.cli.options import INPUT_SIZE, Given, chosen, data_part, integers, present
 from compress.errors import RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DROP_PCT = 1.0  # of top-1 that one group may cost alone, where a sensitivity is the budget
+DROP_PCT = 1.0  # of the metric that one group may cost alone, where a sensitivity is the budget
 TRAINING = {"epochs": "epochs", "batch_size": "batch_size"}  # options of every training
-DEFAULT_TARGETS = ({"runtime": "onnxruntime", "precision": "fp32"},)
+DEFAULT_RUNTIME = "onnxruntime"  # written out: runtimes are not imported to parse options
+DEFAULT_TARGETS = ({"runtime": DEFAULT_RUNTIME, "precision": "fp32"},)
 
 
 def run(
@@ -69,8 +70,8 @@ def train(given: Given) -> Done | None:
 def prune(given: Given) -> Done | None:
     """Run a recipe that prunes, and then trains if epochs are given."""
     shares = ("keep_macs", "keep_params", "keep_latency")
-    names = ("criterion", *shares, "latency_ms", "runtime", "round_to")
-    cut = present(given, **{name: name for name in names})
+    names = (*shares, "latency_ms", "runtime", "round_to")
+    cut = present(given, **{name: name for name in names}) | chosen(given, criterion="criterion")
     if given["outputs"] is not None:
         cut["outputs"] = given["outputs"].split(",")
     if given["keep_channels"] is not None:
@@ -82,7 +83,7 @@ def prune(given: Given) -> Done | None:
         )
     if not {*shares, "keep_channels", "latency_ms"} & cut.keys():
         cut["keep_macs"] = 0.5
-    targets = [{"runtime": given["runtime"] or "onnxruntime", "precision": "fp32"}]
+    targets = [{"runtime": given["runtime"] or DEFAULT_RUNTIME, "precision": "fp32"}]
     return _verb("prune", given, [{"prune": cut}, *_training_after(given)], targets)
 
 
@@ -94,22 +95,20 @@ def sparsify(given: Given) -> Done | None:
 
 def distill(given: Given) -> Done | None:
     """Run a recipe of one distillation."""
-    learn = present(
-        given, teacher="teacher", teacher_weights="teacher_weights", loss="losses", **TRAINING
-    )
+    learn = present(given, teacher="teacher", teacher_weights="teacher_weights", **TRAINING)
+    learn |= chosen(given, loss="losses")
     return _verb("distill", {**given, "model": given["student"]}, [{"distill": learn}])
 
 
 def quantize(given: Given) -> Done | None:
     """Run a recipe that writes int8 graphs."""
-    settings = present(
-        given, method="method", observer="observer", samples="samples", max_drop="max_drop_pct"
-    )
+    settings = present(given, method="method", samples="samples", max_drop="max_drop")
+    settings |= chosen(given, observer="observer")
     if given["qat_epochs"]:
         settings["qat"] = {
             "epochs": given["qat_epochs"], "lr": 1e-3, **present(given, batch_size="batch_size")
         }  # fmt: skip
-    targets = [_int8_target(name) for name in given["target"] or ["onnxruntime"]]
+    targets = [_int8_target(name) for name in given["target"] or [DEFAULT_RUNTIME]]
     return _verb("quantize", given, [{"quantize": settings}], targets)
 
 
@@ -152,7 +151,7 @@ def _training_after(given: Given) -> list[dict[str, Any]]:
     return []
 
 
-def _keep_channels(text: str, max_drop_pct: float | None) -> float | dict[str, float]:
+def _keep_channels(text: str, max_drop: float | None) -> float | dict[str, float]:
     """Return a share, or the share of each group that a sensitivity file allows."""
     from compress.artifact import read_json
     from compress.prune.sensitivity import PruneSensitivity
@@ -167,11 +166,11 @@ def _keep_channels(text: str, max_drop_pct: float | None) -> float | dict[str, f
             expected="a share such as 0.5, or what compress sensitivity --prune --json wrote",
         )
     found = PruneSensitivity.from_json(read_json(Path(text)))
-    shares = found.keep_channels(DROP_PCT if max_drop_pct is None else max_drop_pct)
+    shares = found.keep_channels(DROP_PCT if max_drop is None else max_drop)
     if all(share == 1 for share in shares.values()):
         raise UsageError(
             f"--keep-channels {text}: no group can be cut without losing more",
-            where=f"--max-drop {max_drop_pct or DROP_PCT:g}",
+            where=f"--max-drop {DROP_PCT if max_drop is None else max_drop:g}",
             fix="Allow more: --max-drop",
         )
     return shares
@@ -227,9 +226,17 @@ def _run(recipe: Recipe, out: Path | None, *, fresh: bool) -> Done | None:
 
 
 def _int8_target(name: str) -> dict[str, Any]:
-    """Return where the graph for ``name`` is run: TensorRT in the flavour that is installed."""
+    """Return where the graph for ``name`` is run: of the runtimes that take it, one installed."""
+    from compress import plugins
     from compress.packages import is_installed
+    from compress.runtimes import facts
 
-    if name == "tensorrt" and not is_installed("tensorrt"):
-        return {"runtime": "tensorrt-rtx", "precision": "int8", "when_installed": True}
-    return {"runtime": name, "precision": "int8"}
+    known = plugins.names("runtimes")
+    if name not in known or is_installed(facts(name).package):
+        return {"runtime": name, "precision": "int8"}
+    others = [each for each in known if each != name and facts(each).int8_form == name]
+    return {
+        "runtime": next(iter(others), name),
+        "precision": "int8",
+        "when_installed": bool(others),
+    }

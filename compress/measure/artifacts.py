@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,11 @@ from compress.evaluate.predictions import Predictions
 from compress.measure.probe import inputs_for
 from compress.progress import track
 from compress.report.run_folder import artifacts_in
-from compress.runtimes import Session, kind_of, open_session
+from compress.runtimes import DEFAULT, Session, kind_of, open_session
 from compress.tasks import Prediction
 
 if TYPE_CHECKING:
     from compress.data import Dataset
-
-DEFAULT_RUNTIME = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,16 @@ class Rival:
     name: str  # shown to the user; unique among those side by side
     path: Path
     runtime: str
+    options: Mapping[str, Any] = field(default_factory=dict)  # of the runtime
+
+    @property
+    def reference(self) -> str | dict[str, Mapping[str, Any]]:
+        """The runtime with its options."""
+        return {self.runtime: self.options} if self.options else self.runtime
 
     def open(self, *, threads: int | None = None, batch: int | None = None) -> Session:
         """Load it; with ``batch``, for this size alone where the runtime can make use of that."""
-        return open_session(self.path, self.runtime, threads=threads, batch=batch)
+        return open_session(self.path, self.reference, threads=threads, batch=batch)
 
 
 def runtime_of(path: Path) -> str:
@@ -48,38 +52,44 @@ def runtime_of(path: Path) -> str:
     """
     if not path.exists():
         raise EngineError("no such file", where=str(path), expected="an ONNX file or an engine")
-    return kind_of(path) or DEFAULT_RUNTIME
+    return kind_of(path) or DEFAULT
 
 
-def rivals_of(paths: Sequence[Path], runtimes: Sequence[str] = ()) -> list[Rival]:
+def rivals_of(
+    paths: Sequence[Path], runtimes: Sequence[str | Mapping[str, Any]] = ()
+) -> list[Rival]:
     """Return each artifact on each runtime that opens it, the first artifact first.
 
     Args:
         paths: ONNX files, engines, stage folders, runs (the files of their last stage).
         runtimes: Where ONNX files run, each on all of them; ONNX Runtime if empty. Engines and
-            stage folders run where they belong.
+            stage folders run where they belong. One with options: ``{"openvino": {...}}``.
 
     Raises:
         UnknownNameError: there is no such runtime.
         EngineError: a file does not exist.
     """
-    for name in runtimes:
-        plugins.load("runtimes", name)
+    for reference in runtimes:
+        plugins.create("runtimes", reference)
     places = []
     for path in (file for each in paths for file in artifacts_in(each)):
         own = runtime_of(path)
         is_onnx = path.suffix == ".onnx"
-        places += [(path, name) for name in (runtimes or [own] if is_onnx else [own])]
-    several = len({runtime for _, runtime in places}) > 1
-    labels = _labels([path for path, _ in places])
+        chosen = [*runtimes] if is_onnx and runtimes else [own]
+        places += [(path, *plugins.parse("runtimes", each)) for each in chosen]
+    several = len({repr(place[1:]) for place in places}) > 1
+    labels = _labels([path for path, *_ in places])
     names = [
-        f"{label} on {runtime}" if several else label
-        for label, (_, runtime) in zip(labels, places, strict=True)
+        f"{label} on {_spoken(runtime, options)}" if several else label
+        for label, (_, runtime, options) in zip(labels, places, strict=True)
     ]
-    return [
-        Rival(name, path, runtime)
-        for name, (path, runtime) in zip(_distinct(names), places, strict=True)
-    ]
+    return [Rival(name, *place) for name, place in zip(_distinct(names), places, strict=True)]
+
+
+def _spoken(runtime: str, options: Mapping[str, Any]) -> str:
+    """Return how a runtime with its options is called."""
+    told = ", ".join(f"{key}={value}" for key, value in options.items())
+    return f"{runtime} ({told})" if told else runtime
 
 
 def shape_of(dataset: Dataset | None, batch: int) -> list[tuple[int, ...]] | None:

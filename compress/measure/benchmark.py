@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,7 @@ class Benched:
 def bench_artifacts(
     paths: Sequence[Path],
     *,
-    runtimes: Sequence[str] = (),
+    runtimes: Sequence[str | Mapping[str, Any]] = (),
     batches: Sequence[int] = (1,),
     threads: int | None = None,
     dataset: Dataset | None = None,
@@ -153,6 +153,7 @@ def _row(
         "artifact": rival.name,
         "path": str(rival.path),
         "runtime": rival.runtime,
+        "options": dict(rival.options) or None,
         "threads": threads,
         **latency.to_json(),
         "batch": batch,
@@ -160,7 +161,7 @@ def _row(
     try:
         memory = measure.memory(
             rival.path,
-            rival.runtime,
+            rival.reference,
             batch=batch,
             shapes=shape_of(dataset, batch),
             threads=threads,

@@ -16,7 +16,7 @@ from compress.evaluate.feeding import arrays, picture_of
 from compress.graph import files
 from compress.measure.artifacts import Rival, answers_of, names_classes, outputs_of, rivals_of
 from compress.report.run_folder import one_artifact
-from compress.runtimes import open_session
+from compress.runtimes import facts, open_session
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -124,17 +124,18 @@ def _steps(
     old: Rival, new: Rival, dataset: Dataset, limit: int | None, threads: int | None
 ) -> Iterator[Step]:
     """Yield the answers of the reference, of the candidate's graph, and of the candidate."""
-    yield Step(old.name, "", _answers(old, old.runtime, dataset, limit, threads))
+    yield Step(old.name, "", _answers(old, old.reference, dataset, limit, threads))
     error = "engine"
     if new.path.suffix == ".onnx":
         change = _CHANGES[precision_of(files.load(new.path))]
-        change = "export" if old.runtime == "pytorch" and change == "conversion" else change
+        if change == "conversion" and facts(old.runtime).opens == "network":
+            change = "export"
         plain = _answers(new, PLAIN, dataset, limit, threads)
         yield Step(f"{new.name}, node by node", change, plain)
     else:
         error = "all of it"
     yield Step(
-        f"{new.name}, as it runs", error, _answers(new, new.runtime, dataset, limit, threads)
+        f"{new.name}, as it runs", error, _answers(new, new.reference, dataset, limit, threads)
     )
 
 

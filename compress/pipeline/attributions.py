@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 from compress.evaluate.predictions import Predictions
 from compress.pipeline import records
 from compress.pipeline.context import Job, Variant, answers_path
-from compress.runtimes import open_session
+from compress.runtimes import facts, open_session
 
 if TYPE_CHECKING:
     from compress.evaluate.attribution import Samples
-
-READS_ONNX = ("onnxruntime", "openvino")  # without an engine built before
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def explain_variants(
         rival = _explained(judged, needs_gradients=method not in ANSWERS)
         if rival is None:
             continue
-        in_torch = method not in ANSWERS or rival.runtime not in READS_ONNX
+        in_torch = method not in ANSWERS or facts(rival.runtime).opens != "onnx"
         opened = _networks if in_torch else _sessions
         with opened(job, variants[0], rival) as (original, compressed):
             pairs, similarity = compare_maps(
@@ -86,7 +84,7 @@ def _judged(job: Job, variants: Sequence[Variant], answers: Path) -> Iterator[_R
 
 def _explained(judged: Sequence[_Rival], *, needs_gradients: bool) -> _Rival | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [rival for rival in judged if rival.variant.target and rival.runtime in READS_ONNX]
+    int8 = [each for each in judged if each.variant.target and facts(each.runtime).opens == "onnx"]
     if int8 and not needs_gradients:
         return int8[0]
     floats = [rival for rival in judged if rival.variant.target is None]

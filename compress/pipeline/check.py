@@ -16,7 +16,7 @@ from compress.pipeline import network
 from compress.pipeline.task import prepared
 from compress.quantize.methods import check_method
 from compress.recipe.settings import Recipe, Stage, Target
-from compress.runtimes import unavailable
+from compress.runtimes import facts, unavailable
 from compress.tasks import Task
 
 
@@ -122,8 +122,8 @@ def _check_model(reference: str) -> None:
 
 
 def _check_target(target: Target) -> None:
-    """Check that the runtime is installed; a runtime and its package are called alike."""
-    package = target.runtime.replace("-", "_")
-    if target.when_installed or target.runtime == "pytorch" or is_installed(package):
-        return
-    raise MissingPackageError(unavailable(target.runtime) or f"{package} is not installed")
+    """Check that the runtime is installed and has the options that it is given."""
+    plugins.create("runtimes", target.reference)
+    package = facts(target.runtime).package
+    if not target.when_installed and not is_installed(package):
+        raise MissingPackageError(unavailable(target.runtime) or f"{package} is not installed")

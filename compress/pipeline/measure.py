@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from compress import evaluate, measure, plugins, progress
 from compress.artifact import sha256
@@ -23,10 +22,10 @@ from compress.evaluate.feeding import Fed, arrays
 from compress.measure import Timing
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
-from compress.pipeline.context import INT8_FORM, Job, Variant, answers_path
+from compress.pipeline.context import Job, Variant, answers_path
 from compress.pipeline.sensitivity_chart import sensitivity
 from compress.recipe.settings import Target
-from compress.runtimes import build_engine, build_record, open_session, unavailable
+from compress.runtimes import build_engine, build_record, facts, open_session, unavailable
 from compress.runtimes._fusion import check_fusion
 
 
@@ -125,7 +124,8 @@ def places(targets: Sequence[Target]) -> list[list[Target]]:
     """
     found: dict[tuple[Any, ...], list[Target]] = {}
     for target in targets:
-        found.setdefault((target.runtime, target.batch, target.threads), []).append(target)
+        place = (target.runtime, repr(target.options), target.batch, target.threads)
+        found.setdefault(place, []).append(target)
     return list(found.values())
 
 
@@ -137,10 +137,8 @@ def rivals_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target]) 
     do, in fp16 alone.
     """
     target = targets[0]
-    form = INT8_FORM.get(target.runtime, target.runtime)
+    form = facts(target.runtime).int8_form
     chosen = [variant for variant in variants if variant.target in {None, form}]
-    if target.runtime == "pytorch":
-        chosen = [variant for variant in chosen if variant.target is None]
     wanted = {each.precision for each in targets}
     entries = [
         (variant, precision)
@@ -166,15 +164,16 @@ def _absent_int8(targets: Sequence[Target], rivals: Sequence[Rival]) -> str | No
     is_wanted = any(target.precision == "int8" for target in targets)
     if not is_wanted or any(rival.precision == "int8" for rival in rivals):
         return None
-    if targets[0].runtime == "pytorch":
-        return "PyTorch runs no Q/DQ graph; its float networks are measured"
+    if facts(targets[0].runtime).int8_form is None:
+        return f"{targets[0].runtime} runs no Q/DQ graph; its float networks are measured"
     return f"no stage wrote an int8 graph for {targets[0].runtime}"
 
 
 def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
     source = job.path(variant)
-    extension = plugins.load("runtimes", target.runtime).extension
-    if target.runtime == "pytorch":
+    plugin = facts(target.runtime)
+    extension = plugin.extension
+    if plugin.opens == "network":
         return job.run.root / variant.stage
     if extension == source.suffix and precision != "fp16":
         return source
@@ -186,7 +185,7 @@ def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
     return build_engine(
         source,
         out,
-        runtime=target.runtime,
+        runtime=target.reference,
         batch=(1, target.batch, largest),
         precision=precision if precision == "fp16" else None,
     )
@@ -222,7 +221,7 @@ def measure_rivals(
             "runtime": rival.target.runtime,
             "precision": rival.precision,
             "size_mib": measure.size_mib(rival.path),
-            "device": device_of(rival.target.runtime),
+            "device": plugins.create("runtimes", rival.target.reference).device_kind(),
             "batch": rival.target.batch,
             "threads": rival.target.threads,
             "skipped": {},
@@ -237,16 +236,6 @@ def measure_rivals(
     return rows, latency.conditions
 
 
-def device_of(runtime: str) -> str:
-    """Return where ``runtime`` runs when it is left to itself: "cpu" or "cuda".
-
-    ONNX Runtime and OpenVINO take the CPU, TensorRT knows GPUs only, PyTorch takes one it finds.
-    """
-    if runtime.startswith("tensorrt"):
-        return "cuda"
-    return "cuda" if runtime == "pytorch" and torch.cuda.is_available() else "cpu"
-
-
 def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
     """Return the answers to the test images; logits are from disk if they were taken before."""
     path = answers_path(stage, rival.variant.name, rival.target.runtime, rival.precision)
@@ -256,7 +245,7 @@ def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
     images = len(job.dataset.splits["test"])
     total = min(images, job.recipe.measure.test_images or images) / evaluate.BATCH
     name = f"{rival.name} on {rival.target.runtime}"
-    with open_session(rival.path, rival.target.runtime, **rival.options) as session:
+    with open_session(rival.path, rival.target.reference, **rival.options) as session:
         if not job.task.tells_classes:
             limit = job.recipe.measure.test_images
             return evaluate.of_task(session, job.dataset, job.task, limit=limit)
@@ -297,7 +286,7 @@ def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
         sessions = {
             rival.name: stack.enter_context(
                 open_session(
-                    rival.path, rival.target.runtime, batch=rival.target.batch, **rival.options
+                    rival.path, rival.target.reference, batch=rival.target.batch, **rival.options
                 )
             )
             for rival in rivals
@@ -313,7 +302,7 @@ def _memory(job: Job, rival: Rival, skipped: dict[str, str]) -> dict[str, Any]:
     try:
         memory = measure.memory(
             rival.path,
-            target.runtime,
+            target.reference,
             batch=target.batch,
             shapes=[(target.batch, *job.dataset.example.shape[1:])],
             **rival.options,

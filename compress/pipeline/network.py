@@ -16,7 +16,6 @@ from compress.runtimes import open_session
 from compress.tasks import Task
 from compress.train.optimizers import check_layer
 
-ORT = "onnxruntime"  # opens any ONNX file
 LAYER_KEYS = ("freeze_until", "layer_lr", "exclude")  # settings that name layers of the network
 
 
@@ -85,7 +84,7 @@ def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
         EngineError: it does not take the images, or does not answer as the task needs.
         ModelError: it tells another number of classes apart.
     """
-    with open_session(Path(recipe.model.name), ORT) as session:
+    with open_session(Path(recipe.model.name)) as session:
         fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
         if not task.tells_classes:
             evaluate.predictions_of(fed, task, dataset, one)

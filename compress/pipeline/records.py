@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from compress.data import Dataset
-from compress.evaluate import Predictions, accuracy
+from compress.evaluate import Accuracy, Predictions
 from compress.evaluate.attribution import Samples
 from compress.qdq.plan import QuantPlan
+from compress.qdq.writer import RULES
 from compress.report import schema
 from compress.runtimes._fusion import Fusion
 
 BITS = 8
-SYMMETRIC = {"tensorrt"}  # targets whose activations have no zero point
 LARGEST_CODE = 127  # of a weight
 
 
@@ -25,7 +25,7 @@ def ranges(plan: QuantPlan, variant: str) -> Iterator[schema.TensorRange]:
     """
     for name, found in plan.activations.items():
         low, high = found.low, found.high
-        if plan.target in SYMMETRIC:
+        if not RULES[plan.target].asymmetric:
             low, high = -found.limit, found.limit
         yield schema.TensorRange(
             tensor=name, kind="activation", bits=BITS, low=low, high=high, variant=variant
@@ -61,11 +61,10 @@ def coverage(fusion: Fusion, variant: str) -> schema.Coverage:
     )
 
 
-def calibration(predictions: Predictions, variant: str, runtime: str) -> schema.Calibration:
+def calibration(accuracy: Accuracy, variant: str, runtime: str) -> schema.Calibration:
     """Return confidence against accuracy in equal bins, and the calibration error over them."""
-    found = accuracy(predictions)
     return schema.Calibration(
-        variant=variant, runtime=runtime, ece_pct=found.ece_pct, **found.calibration
+        variant=variant, runtime=runtime, ece_pct=accuracy.ece_pct, **accuracy.calibration
     )
 
 

@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter
 from compress import artifact, environment, packages, progress
 from compress.artifact import read_json, scratch, write_json
 from compress.errors import EngineError, RunError
-from compress.runtimes import Session, build_engine, open_session, unavailable
+from compress.runtimes import facts, open_built, open_session, unavailable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -202,8 +202,8 @@ def table_for(runtime: str, threads: int | None = None, cache: Path | None = Non
     reason = unavailable(runtime)
     if reason is not None:
         raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="runtime")
-    package = {"pytorch": "torch"}.get(runtime, runtime)
-    machine = [runtime, packages.version(package), *_processor(), threads]
+    version = packages.version(facts(runtime).package.replace("_", "-"))
+    machine = [runtime, version, *_processor(), threads]
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
     folder = cache or cache_folder()
     measure = functools.partial(measure_layer, runtime=runtime, threads=threads)
@@ -233,22 +233,24 @@ def measure_layer(
     were measured.
     """
     inputs = outputs if shape.groups == 0 else inputs
-    if runtime == "pytorch":  # reads no ONNX
-        return _measure_module(shape, inputs, outputs, threads)
+    if facts(runtime).opens == "network":
+        return _measure_module(shape, inputs, outputs, runtime, threads)
     array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
     with scratch() as folder:
         path = folder / "layer.onnx"
         onnx.save(layer_graph(shape, inputs, outputs), path)
-        with open_on(path, runtime, threads) as session:
+        with open_built(path, runtime, threads=threads) as session:
             return time_calls(functools.partial(session.run, array), SECONDS, quantile=0.1)
 
 
-def _measure_module(shape: LayerShape, inputs: int, outputs: int, threads: int | None) -> float:
+def _measure_module(
+    shape: LayerShape, inputs: int, outputs: int, runtime: str, threads: int | None
+) -> float:
     import torch
 
     size = _input_shape(shape, inputs)
     image = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
-    with open_session(layer_module(shape, inputs, outputs), "pytorch", threads=threads) as session:
+    with open_session(layer_module(shape, inputs, outputs), runtime, threads=threads) as session:
         return time_calls(functools.partial(session.run, image), SECONDS, quantile=0.1)
 
 
@@ -269,13 +271,6 @@ def layer_module(shape: LayerShape, inputs: int, outputs: int) -> nn.Module:
     around = [size for pair in zip(before[::-1], after[::-1], strict=True) for size in pair]
     pad: Any = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d)[rank - 1]
     return nn.Sequential(pad(tuple(around), 0.0), kind(inputs, outputs, shape.kernel, **options))
-
-
-def open_on(path: Path, runtime: str, threads: int | None = None) -> Session:
-    """Open an ONNX file on a runtime; runtimes that need an engine get one built beside it."""
-    if runtime.startswith("tensorrt"):
-        path = build_engine(path, path.with_suffix(".engine"), runtime=runtime, batch=1)
-    return open_session(path, runtime, threads=threads)
 
 
 def time_calls(call: Callable[[], object], seconds: float, quantile: float = 0.5) -> float:

@@ -18,8 +18,8 @@ from compress.errors import PlanError
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
 from compress.groups.trace import Example
-from compress.prune.latency_table import open_on, time_calls
-from compress.runtimes import Session, open_session
+from compress.prune.latency_table import time_calls
+from compress.runtimes import Session, facts, open_built, open_session
 
 TOLERANCE = 0.10  # how far the measured latency may be from the promise
 ROUNDS = 9  # in which two networks take turns
@@ -85,13 +85,13 @@ class Stopwatch:
         return time_calls(lambda: session.run(*self._arrays), seconds)
 
     def _session(self, model: nn.Module, stack: ExitStack) -> Session:
-        if self._runtime == "pytorch":
+        if facts(self._runtime).opens == "network":
             return stack.enter_context(open_session(model, self._runtime))
         folder = stack.enter_context(scratch())
         example: Any = self._example
         example = tuple(example) if isinstance(example, list) else example
         path = export_onnx(model, example, folder / "network.onnx")
-        return stack.enter_context(open_on(path, self._runtime))
+        return stack.enter_context(open_built(path, self._runtime))
 
 
 @dataclass(frozen=True)

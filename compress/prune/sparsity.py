@@ -23,15 +23,6 @@ Pattern = Literal["unstructured", "2:4"]
 Criterion = Literal["l1", "l2", "lamp", "taylor", "random"]
 Ranking = Literal["global", "uniform"]
 
-WHAT_RUNTIMES_DO = {
-    "onnxruntime": "runs dense kernels: zeros cost as much as other weights; the file compresses",
-    "openvino": "runs dense kernels for convolutions: zeros cost as much as other weights",
-    "pytorch": "runs dense kernels: zeros cost as much as other weights",
-    "tensorrt": "may choose 2:4 kernels on Ampere and later where they are faster; other zeros "
-    "cost as much as other weights",
-}
-WHAT_RUNTIMES_DO["tensorrt-rtx"] = WHAT_RUNTIMES_DO["tensorrt"]
-
 
 @dataclass(frozen=True)
 class SparsityPlan:

@@ -22,7 +22,12 @@ TRACKERS = ("tensorboard", "mlflow")
 Part = TypeVar("Part", bound=Settings)
 PATHS = (".model.name", ".weights", ".root", ".teacher", ".teacher_weights")  # may be paths
 TYPE_NAMES = {"str", "int", "float", "bool", "constrained-int", "constrained-float"}
-PLUGIN_KEYS = {"criterion": "criteria", "losses": "losses", "observer": "observers"}
+PLUGIN_KEYS = {
+    "criterion": "criteria",
+    "losses": "losses",
+    "observer": "observers",
+    "runtime": "runtimes",
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -391,6 +396,10 @@ def _plugin_references(content: dict[str, Any]) -> Iterable[tuple[str, str, Any]
         yield "data.name", "data", data["name"]
     if isinstance(content.get("task"), str | dict):
         yield "task", "tasks", content["task"]
+    targets = content.get("targets")
+    for number, target in enumerate(targets if isinstance(targets, list) else []):
+        if isinstance(target, dict) and isinstance(target.get("runtime"), str | dict):
+            yield f"targets[{number}].runtime", "runtimes", target["runtime"]
     stages = content.get("stages")
     for number, stage in enumerate(stages if isinstance(stages, list) else []):
         for verb, given in stage.items() if isinstance(stage, dict) else []:

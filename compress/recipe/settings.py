@@ -6,12 +6,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from compress import plugins
+
 Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=4)]  # pixels
+OWN = ".py:"  # in the name of what the user's own file gives
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
-RuntimeName = Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "pytorch"]
+
+RuntimeName = Annotated[str, Field(json_schema_extra={"examples": plugins.names("runtimes")})]
 Precision = Literal["fp32", "fp16", "int8"]
 
 
@@ -32,9 +36,6 @@ class ModelSettings(Settings):
     input_size: tuple[int, int, int] | None = Field(
         None, description="Channels, height and width that an ONNX file with free ones is fixed to"
     )
-
-
-OWN = ".py:"  # in the name of data that the user's own file gives
 
 
 def data_reference(reference: str) -> dict[str, str]:
@@ -256,19 +257,52 @@ class QuantizeSettings(Settings):
     observer: Plugin | None = Field(None, description="Overrides the method's own choice")
     samples: int = Field(512, ge=8, description="Calibration images")
     max_drop_pct: float | None = Field(None, ge=0, description="Largest loss of top-1, in points")
+    max_drop: float | None = Field(
+        None, ge=0, description="Largest loss of the task's primary metric, in its unit"
+    )
     qat: TrainSettings | None = Field(None, description="Quantization-aware training, if given")
     learned_scales: bool = Field(False, description="LSQ: train the scales in qat as well")
     exclude: tuple[str, ...] = Field((), description="ONNX nodes that stay in float")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> QuantizeSettings:
+        if self.max_drop is not None and self.max_drop_pct is not None:
+            raise ValueError("give max_drop or max_drop_pct, not both")
+        return self
+
+    @property
+    def drop_limit(self) -> float | None:
+        """Largest loss of the primary metric, by either name; None where there is no limit."""
+        return self.max_drop if self.max_drop_pct is None else self.max_drop_pct
 
 
 class Target(Settings):
     """Where the result must run."""
 
-    runtime: RuntimeName = Field(description="Runtime, e.g. onnxruntime")
+    runtime: RuntimeName = Field(description="Name, or {NAME: {OPTION: VALUE}}")
+    options: dict[str, Any] = Field(
+        {}, description="Options of the runtime, as compress show runtimes/NAME lists them"
+    )
     precision: Precision = Field("int8", description="Number format: fp32, fp16 or int8")
     batch: int = Field(1, ge=1, description="Images in a batch")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
     when_installed: bool = Field(False, description="Leave it out, and say so, where it is absent")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unfolded(cls, value: Any) -> Any:
+        """Take ``runtime: {NAME: {OPTION: VALUE}}`` apart."""
+        if not isinstance(value, dict) or not isinstance(value.get("runtime"), dict):
+            return value
+        if len(value["runtime"]) != 1:
+            raise ValueError("runtime names one runtime, as in {openvino: {device: gpu}}")
+        name, options = next(iter(value["runtime"].items()))
+        return {**value, "runtime": name, "options": (options or {}) | value.get("options", {})}
+
+    @property
+    def reference(self) -> Plugin:
+        """The runtime with its options."""
+        return {self.runtime: self.options} if self.options else self.runtime
 
 
 class Gates(Settings):

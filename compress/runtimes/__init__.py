@@ -1,7 +1,7 @@
 """Where a network runs: one file per runtime, all with the same few verbs.
 
-A runtime is a dataclass whose fields are its options. It has an ``extension`` (of the files it
-builds), and::
+A runtime is a dataclass whose fields are its options. Every fact about it stands on it (class
+``Runtime`` below has the list), so that no other file spells its name, and::
 
     available() -> str | None              why it cannot run on this machine, or None
     build(source, out, request) -> dict    write an engine for the ONNX file; facts for its record
@@ -24,13 +24,14 @@ from compress.artifact import read_json, sha256, write_json
 from compress.errors import EngineError, UsageError
 from compress.graph import files
 from compress.graph.metadata import input_facts
-from compress.runtimes._session import BuildRequest, CheckedSession, RawSession, TensorSpec
+from compress.runtimes._session import BuildRequest, CheckedSession, Opens, RawSession, TensorSpec
 from compress.trust import check_engine, remember_engine
 
 if TYPE_CHECKING:  # torch takes seconds to import, and most runtimes have no use for it
     from torch import nn
 
-ENGINES = {"tensorrt", "tensorrt-rtx"}  # kinds of files that run what is in them
+DEFAULT = "onnxruntime"  # every installation has it, and it opens any ONNX file
+ONNX_MAGIC = b"\x08"  # of the field ir_version, which ONNX files begin with
 
 __all__ = [
     "BuildRequest",
@@ -79,7 +80,27 @@ class Session(Protocol):
 class Runtime(Protocol):
     """What a file in this folder offers."""
 
-    extension: ClassVar[str]
+    extension: ClassVar[str]  # of the files it builds
+    opens: ClassVar[Opens]  # ONNX files, engines that it built of them, or torch networks
+    int8_form: ClassVar[str | None]  # the kind of Q/DQ graph it wants; None: it runs none
+    package: ClassVar[str]  # that it needs, as it is imported
+    extra: ClassVar[str]  # that installs it; empty where every installation has it
+    builds_without_device: ClassVar[bool]  # whether it builds where it cannot run
+    enables: ClassVar[str]  # what the package is good for
+    zero_weights: ClassVar[str]  # what it does with weights that are zero
+
+    @staticmethod
+    def owns(path: Path, magic: bytes) -> bool:
+        """Return whether ``path``, whose first bytes are ``magic``, is a file of it alone."""
+        ...
+
+    def device_kind(self) -> str:
+        """Return where it runs with these options: "cpu", "cuda", ..."""
+        ...
+
+    def how(self) -> str:
+        """Return what it runs on here, for people."""
+        ...
 
     def available(self) -> str | None:
         """Return why this runtime cannot run anything on this machine, or None if it can."""
@@ -126,7 +147,7 @@ def open_session(
     where = str(path) if isinstance(path, str | Path) else type(path).__name__
     if isinstance(source, Path):
         check_kind(source, name)
-        if kind_of(source) in ENGINES:
+        if type(plugin).opens == "engine":  # it runs what is in the file
             check_engine(source)
     return CheckedSession(plugin.open(source), where)
 
@@ -198,6 +219,28 @@ def unavailable(runtime: str) -> str | None:
     return reason
 
 
+def facts(runtime: str | Mapping[str, Any]) -> type[Runtime]:
+    """Return the class of a runtime, which has every fact about it.
+
+    Raises:
+        UnknownNameError: there is no such runtime.
+    """
+    name, _ = plugins.parse("runtimes", runtime)
+    plugin: type[Runtime] = plugins.load("runtimes", name)
+    return plugin
+
+
+def open_built(
+    path: Path, runtime: str | Mapping[str, Any], *, batch: int = 1, threads: int | None = None
+) -> Session:
+    """Open an ONNX file on a runtime; where that opens engines only, one is built beside it."""
+    plugin = facts(runtime)
+    if plugin.opens == "engine":
+        engine = path.with_suffix(plugin.extension)
+        path = build_engine(path, engine, runtime=runtime, batch=batch)
+    return open_session(path, runtime, threads=threads)
+
+
 def check_kind(path: Path, runtime: str) -> None:
     """Check that ``path`` is an artifact that ``runtime`` opens.
 
@@ -217,14 +260,15 @@ def check_kind(path: Path, runtime: str) -> None:
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the runtime that an engine file belongs to, by its first bytes; None for others."""
-    if path.is_dir():
-        return "pytorch"
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic in (b"ftrt", b"vtrt"):
-        return "tensorrt" if magic == b"ftrt" else "tensorrt-rtx"
-    return "openvino" if path.suffix == ".xml" else None
+    """Return the runtime that a file or folder is for; None for ONNX files and others."""
+    magic = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            magic = file.read(4)
+    if magic.startswith(ONNX_MAGIC):
+        return None
+    owners = (name for name in plugins.names("runtimes") if facts(name).owns(path, magic))
+    return next(owners, None)
 
 
 def _check_threads(threads: int | None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 
 from compress.errors import EngineError, UsageError
 
 PRECISIONS = ("fp32", "fp16", "int8")
+Opens = Literal["onnx", "engine", "network"]  # what ``open`` takes
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from compress.errors import EngineError, UsageError
 from compress.graph import files
 from compress.packages import require
 from compress.runtimes import _graph
-from compress.runtimes._session import BuildRequest, TensorSpec
+from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -64,6 +64,15 @@ class Onnxruntime:
     optimization: str = "all"
 
     extension: ClassVar[str] = ".onnx"
+    opens: ClassVar[Opens] = "onnx"
+    int8_form: ClassVar[str | None] = "onnxruntime"
+    package: ClassVar[str] = "onnxruntime"
+    extra: ClassVar[str] = ""
+    builds_without_device: ClassVar[bool] = False
+    enables: ClassVar[str] = "runs ONNX on the CPU, and proves every export"
+    zero_weights: ClassVar[str] = (
+        "runs dense kernels: zeros cost as much as other weights; the file compresses"
+    )
 
     def __post_init__(self) -> None:
         if self.optimization not in LEVELS:
@@ -72,6 +81,20 @@ class Onnxruntime:
                 where="runtime 'onnxruntime'",
                 expected=f"one of {', '.join(LEVELS)}",
             )
+
+    @staticmethod
+    def owns(path: Path, magic: bytes) -> bool:
+        """Return whether ``path`` is a file of this runtime alone: ONNX files are everybody's."""
+        return False
+
+    def device_kind(self) -> str:
+        """Return where it runs: "cpu" or "cuda"."""
+        return "cpu" if self.device in {"auto", "cpu"} else "cuda"
+
+    def how(self) -> str:
+        """Return the providers that are here."""
+        providers = _package().get_available_providers()
+        return ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
 
     def available(self) -> str | None:
         """Return why nothing can run here, or None."""

@@ -15,7 +15,7 @@ from compress.errors import EngineError, UsageError
 from compress.graph import files
 from compress.packages import install_command, is_installed, require
 from compress.runtimes import _graph
-from compress.runtimes._session import BuildRequest, TensorSpec
+from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 PRECISIONS = ("f32", "bf16", "f16", "auto")
 
@@ -39,6 +39,15 @@ class Openvino:
     inference_precision: str = "f32"
 
     extension: ClassVar[str] = ".xml"
+    opens: ClassVar[Opens] = "onnx"
+    int8_form: ClassVar[str | None] = "openvino"
+    package: ClassVar[str] = "openvino"
+    extra: ClassVar[str] = "openvino"
+    builds_without_device: ClassVar[bool] = False
+    enables: ClassVar[str] = "the fastest int8 on Intel and AMD CPUs"
+    zero_weights: ClassVar[str] = (
+        "runs dense kernels for convolutions: zeros cost as much as other weights"
+    )
 
     def __post_init__(self) -> None:
         if self.inference_precision not in PRECISIONS:
@@ -47,6 +56,19 @@ class Openvino:
                 where="runtime 'openvino'",
                 expected=f"one of {', '.join(PRECISIONS)}",
             )
+
+    @staticmethod
+    def owns(path: Path, magic: bytes) -> bool:
+        """Return whether ``path`` is a file of this runtime alone."""
+        return path.suffix == ".xml"
+
+    def device_kind(self) -> str:
+        """Return where it runs: "cpu", or a device by OpenVINO's name."""
+        return "cpu" if self.device == "auto" else self.device
+
+    def how(self) -> str:
+        """Return the devices that are here."""
+        return ", ".join(_core().available_devices)
 
     def available(self) -> str | None:
         """Return why nothing can run here, or None."""

@@ -16,7 +16,7 @@ from compress.errors import EngineError, UsageError
 from compress.modules import network_of, set_mode
 from compress.modules.copying import full_copy
 from compress.modules.outputs import tensors_of
-from compress.runtimes._session import BuildRequest, TensorSpec
+from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -41,6 +41,13 @@ class Pytorch:
     channels_last: bool = True
 
     extension: ClassVar[str] = ""
+    opens: ClassVar[Opens] = "network"
+    int8_form: ClassVar[str | None] = None
+    package: ClassVar[str] = "torch"
+    extra: ClassVar[str] = ""
+    builds_without_device: ClassVar[bool] = False
+    enables: ClassVar[str] = "everything"
+    zero_weights: ClassVar[str] = "runs dense kernels: zeros cost as much as other weights"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -49,6 +56,21 @@ class Pytorch:
                 where="runtime 'pytorch'",
                 expected=f"one of {', '.join(DTYPES)}",
             )
+
+    @staticmethod
+    def owns(path: Path, magic: bytes) -> bool:
+        """Return whether ``path`` is a stage folder."""
+        return path.is_dir()
+
+    def device_kind(self) -> str:
+        """Return where it runs: "cpu" or "cuda"."""
+        if self.device != "auto":
+            return self.device.partition(":")[0]
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def how(self) -> str:
+        """Return what it would run on."""
+        return "on the GPU" if torch.cuda.is_available() else "on the CPU"
 
     def available(self) -> str | None:
         """Return why nothing can run here, or None."""

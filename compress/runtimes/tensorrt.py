@@ -11,8 +11,8 @@ import torch
 from compress.artifact import cache_folder
 from compress.errors import UsageError
 from compress.graph import files
-from compress.runtimes._session import BuildRequest
-from compress.runtimes._trt import TENSORRT, gpu_name
+from compress.runtimes._session import BuildRequest, Opens
+from compress.runtimes._trt import TENSORRT, ZERO_WEIGHTS, gpu_name
 from compress.runtimes._trt_build import Build, BuildSettings
 from compress.runtimes._trt_session import TrtSession, load
 
@@ -39,6 +39,13 @@ class Tensorrt:
     cuda_graph: bool = False
 
     extension: ClassVar[str] = ".engine"
+    opens: ClassVar[Opens] = "engine"
+    int8_form: ClassVar[str | None] = "tensorrt"
+    package: ClassVar[str] = "tensorrt"
+    extra: ClassVar[str] = "tensorrt"
+    builds_without_device: ClassVar[bool] = False
+    enables: ClassVar[str] = "engines for the NVIDIA GPU at hand"
+    zero_weights: ClassVar[str] = ZERO_WEIGHTS
 
     def __post_init__(self) -> None:
         level = self.optimization_level
@@ -46,6 +53,19 @@ class Tensorrt:
             raise UsageError(
                 f"optimization_level is {level}", where="runtime 'tensorrt'", expected="0 to 5"
             )
+
+    @staticmethod
+    def owns(path: Path, magic: bytes) -> bool:
+        """Return whether ``path`` begins as an engine of this runtime does."""
+        return magic == TENSORRT.tag
+
+    def device_kind(self) -> str:
+        """Return where it runs: "cuda"."""
+        return "cuda"
+
+    def how(self) -> str:
+        """Return what it would run on."""
+        return "on the GPU"
 
     def available(self) -> str | None:
         """Return why engines cannot run here, or None."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from compress.graph import files
-from compress.runtimes._session import BuildRequest
-from compress.runtimes._trt import TENSORRT_RTX
+from compress.runtimes._session import BuildRequest, Opens
+from compress.runtimes._trt import TENSORRT_RTX, ZERO_WEIGHTS
 from compress.runtimes._trt_build import Build, BuildSettings
 from compress.runtimes._trt_session import TrtSession, load
 
@@ -33,6 +33,26 @@ class TensorrtRtx:
     cuda_graph: bool = False
 
     extension: ClassVar[str] = ".engine"
+    opens: ClassVar[Opens] = "engine"
+    int8_form: ClassVar[str | None] = "tensorrt"
+    package: ClassVar[str] = "tensorrt_rtx"
+    extra: ClassVar[str] = "tensorrt-rtx"
+    builds_without_device: ClassVar[bool] = True
+    enables: ClassVar[str] = "engines for RTX GPUs, built on any x86-64 machine"
+    zero_weights: ClassVar[str] = ZERO_WEIGHTS
+
+    @staticmethod
+    def owns(path: Path, magic: bytes) -> bool:
+        """Return whether ``path`` begins as an engine of this runtime does."""
+        return magic == TENSORRT_RTX.tag
+
+    def device_kind(self) -> str:
+        """Return where it runs: "cuda"."""
+        return "cuda"
+
+    def how(self) -> str:
+        """Return what it would run on."""
+        return "on the GPU"
 
     def available(self) -> str | None:
         """Return why engines cannot run here, or None."""

@@ -7,7 +7,7 @@ from compress.modules.objective import CrossEntropy, Moment, Objective
 from compress.train.batches import shown_batches
 from compress.train.distributed import join_processes
 from compress.train.loop import train
-from compress.train.run import TrainResult
+from compress.train.state import TrainResult
 
 __all__ = [
     "CrossEntropy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ def left_as_found(
                 parameter.grad = None
 
 
-def set_training(model: nn.Module, frozen: list[nn.Module]) -> None:
+def set_training(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
     """Put a network into training mode, but for frozen modules: their statistics stay."""
     model.train()
     for module in frozen:

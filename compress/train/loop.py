@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from torch import nn
 
-from compress import progress
+from compress import interruption, progress
 from compress.data import Dataset
 from compress.errors import UsageError
 from compress.modules.objective import CrossEntropy, Objective, TaskLoss
 from compress.recipe.settings import TrainSettings
 from compress.tasks import Task
-from compress.train.context import left_as_found
+from compress.train.batches import train_batches
+from compress.train.context import left_as_found, set_training
 from compress.train.distributed import Processes, failing_together, join_processes
-from compress.train.run import Run, TrainResult
+from compress.train.metrics_log import MetricsLog
+from compress.train.state import Training, TrainResult
+from compress.train.step import TrainStep
+
+ROWS_IN_EPOCH = 10  # of metrics.jsonl
 
 
 def train(  # noqa: PLR0913  # what a training is about, each with its default
@@ -61,14 +67,66 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
         place = join_processes(device)
         _check_repeatable(objective, settings, place)
         with failing_together(place), left_as_found(model, settings, place.device) as frozen:
-            run = Run(model, dataset, settings, objective, place, folder, seed, frozen, task)
-            with run.journal_open(), progress.task("train", run.images_in_all) as counter:
-                counter.advance(run.images_done)
-                while not run.is_finished:
-                    run.one_epoch(counter)
-            return run.result()
+            training = Training(
+                model, dataset, settings, objective, place, folder, seed, task, tuple(frozen)
+            )
+            return _all_epochs(TrainStep(training), training)
     finally:
         objective.close()
+
+
+def _all_epochs(train_step: TrainStep, training: Training) -> TrainResult:
+    """Train to the end, from where the folder's checkpoint stands.
+
+    Raises:
+        InterruptedBySignal: a signal asked to stop; the steps taken are saved.
+    """
+    state, writes = train_step.state, training.processes.is_main
+    state.resume()
+    log = MetricsLog(
+        training.folder if writes else None, training.settings.track if writes else None, state.rows
+    )
+    with log, progress.task("train", training.images) as counter:
+        counter.advance(state.images_done)
+        while not state.is_finished:
+            with interruption.deferred():
+                _one_epoch(train_step, training, log, counter)
+            interruption.stop_if_asked()
+    return state.result()
+
+
+def _one_epoch(
+    train_step: TrainStep, training: Training, log: MetricsLog, counter: progress.Task
+) -> None:
+    """Train to the end of the current epoch, validate, save."""
+    state, settings, processes = train_step.state, training.settings, training.processes
+    every = max(1, training.steps // ROWS_IN_EPOCH)
+    set_training(training.model, training.frozen)
+    batches = train_batches(
+        training.dataset,
+        settings,
+        state.epoch,
+        training.seed,
+        rank=processes.rank,
+        world=processes.world,
+        skip=state.step,
+    )
+    started, note = time.perf_counter(), ""
+    for batch in batches:
+        if interruption.is_asked():
+            state.save_between_rows()
+            interruption.stop_if_asked()
+        train_step(batch)
+        counter.advance(batch.total, note)
+        if state.step % every == 0 or state.step == training.steps:
+            row = state.take_row(batch.total, started)
+            note = f"{row['images_per_second']:.0f} images/s, loss {row['loss']:.3f}"
+            if state.step < training.steps:
+                log.add(row)
+                state.save_if_due()
+            started = time.perf_counter()
+    log.add(state.end_epoch(row))
+    state.save()
 
 
 def _check_validation(dataset: Dataset, settings: TrainSettings) -> None:

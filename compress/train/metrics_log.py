@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from compress import artifact, packages
 
@@ -24,17 +24,18 @@ class Tracker(Protocol):
         """Write what is left."""
 
 
-class Journal:
+class MetricsLog:
     """Rows of a learning curve, one line of JSON each, as they come.
 
     Args:
         folder: Where metrics.jsonl is written; None keeps rows in memory only.
         track: "tensorboard" or "mlflow", to log there too.
-        rows: Rows of an interrupted training; what the file holds beyond them is dropped.
+        rows: Rows of an interrupted training, which grow; what the file holds beyond them is
+            dropped.
     """
 
-    def __init__(self, folder: Path | None, track: str | None, rows: Sequence[Row] = ()) -> None:
-        self.rows = list(rows)
+    def __init__(self, folder: Path | None, track: str | None, rows: list[Row]) -> None:
+        self.rows = rows
         self._path = folder / FILE if folder is not None else None
         if self._path is not None:
             artifact.write_text(self._path, "".join(_line(row) for row in rows))
@@ -49,7 +50,11 @@ class Journal:
         if self._tracker is not None:
             self._tracker.log(row)
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        """Return the log."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Close the tracker."""
         if self._tracker is not None:
             self._tracker.close()

@@ -282,10 +282,10 @@ def test_a_full_disk_stops_the_run_and_more_room_lets_it_end(run, recipe, tmp_pa
     ],
 )
 def test_results_name_the_device_that_the_runtime_takes(monkeypatch, runtime, has_gpu, device):
-    from compress.pipeline.measure import device_of
+    from compress import plugins
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
-    assert device_of(runtime) == device
+    assert plugins.create("runtimes", runtime).device_kind() == device
 
 
 def test_published_recipes_name_files_that_exist_or_are_set():

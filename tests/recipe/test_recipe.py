@@ -63,7 +63,7 @@ def test_all_problems_are_reported_at_once(write):
         "stages[1].distill.epochs: -1: Input should be greater than or equal to 0.",
         "stages[1].distill.optimizer: 'sdg' is none of the choices. Did you mean 'sgd'? Known: ",
         "stages[1].distill.losses: no such loss 'kdd'",
-        "targets[0].runtime: 'onnx' is none of the choices.",
+        "targets[0].runtime: no such runtime 'onnx'. Did you mean 'onnxruntime'?",
         "seeds: no such key. Did you mean 'seed'?",
     ):
         assert expected in message

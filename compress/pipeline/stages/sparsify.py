@@ -10,6 +10,7 @@ from compress.pipeline.context import Job, Outcome, Variant, leave
 from compress.prune import sparsity
 from compress.recipe.settings import SparsifySettings
 from compress.report import schema
+from compress.runtimes import facts
 
 
 def zero_weights(
@@ -29,8 +30,8 @@ def zero_weights(
         seed=job.recipe.seed,
     )
     sparse = sparsity.apply_sparsity(model, plan)
-    facts = {"sparsity": plan.to_json()}
-    return leave(job, sparse, stage, "sparse", parent=parent, facts=facts)
+    told = {"sparsity": plan.to_json()}
+    return leave(job, sparse, stage, "sparse", parent=parent, facts=told)
 
 
 def sparsities(
@@ -63,7 +64,7 @@ def _dense_results(
 
 def _gain(result: schema.Result, dense: tuple[str, tuple[schema.Result, ...]]) -> str:
     """Return what a runtime does with zeros, and what was measured of it here."""
-    word = sparsity.WHAT_RUNTIMES_DO[result.runtime]
+    word = facts(result.runtime).zero_weights
     name, rows = dense
     key = (result.runtime, result.precision, result.batch, result.threads)
     other = next((r for r in rows if (r.runtime, r.precision, r.batch, r.threads) == key), None)

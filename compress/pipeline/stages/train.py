@@ -96,7 +96,7 @@ def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
         facts = {"skipped": {"macs": str(error)}}
     params = measure.onnx_params(model.graph)
     variant = Variant("original", job.relative(target), stage.name, params=params, macs=macs)
-    with open_session(target, network.ORT) as session:
+    with open_session(target) as session:
         return Outcome((variant,), facts | cautions.of_original(job, Fed(session, job.dataset)))
 
 

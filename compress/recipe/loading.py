@@ -247,7 +247,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"the recipe cannot be read: {reason}", where=str(path)) from None
     try:
         content = _content(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date 2026-99-99, [[[[...
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"is no valid YAML: {error}", where=str(path)) from None
     if not isinstance(content, dict):
         raise RecipeError(

@@ -14,7 +14,7 @@ begun = time.monotonic()
 from compress.data import load_data, parse_reference
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 begun = time.monotonic()
-data = load_data(parse_reference(f"imagefolder:{sys.argv[1]}", image_size=64))
+data = load_data(parse_reference(f"imagefolder:{sys.argv[1]}", image_size=224))
 listed = time.monotonic() - begun
 from compress.recipe.settings import TrainSettings
 from compress.train.batches import train_batches

@@ -125,7 +125,7 @@ def test_damaged_answers_of_a_teacher_are_computed_again(tmp_path, warned, tried
         reopened = CachedTeacher(Answering(), path, 12)
         assert torch.equal(reopened(images, index, ())[0], expected)
         assert reopened.teacher.asked == 0
-        assert warned or path.read_bytes()[:128] == whole[:128] or content[:128] != whole[:128]
+        assert warned or len(content) == len(whole)
         count += 1
     tried("damaged answers of a teacher: computed again, and said", count)
 

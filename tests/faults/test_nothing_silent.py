@@ -87,7 +87,7 @@ def test_a_gate_without_a_figure_fails(name, value, tried):
 
 def images(count, seed=0, size=8):
     draw = np.random.default_rng(seed)
-    pixels = torch.from_numpy(draw.integers(0, 256, (count, 1, size, size)).astype(np.uint8))
+    pixels = torch.from_numpy(4 * draw.integers(0, 64, (count, 1, size, size)).astype(np.uint8))
     return MemoryImages(pixels, np.arange(count) % 2)
 
 
@@ -139,6 +139,8 @@ def test_a_run_on_learnt_test_images_is_refused(tmp_path, tried):
     recipe = tmp_path / "x.yaml"
     reference = archive(tmp_path / "many.npz", 30)
     data = {"name": "npz", "root": reference.removeprefix("npz:"), "calibration": 8}
-    recipe.write_text(yaml.safe_dump(RECIPE | {"data": data}))
+    options = {"in_channels": 1, "width": 4, "num_classes": 2}
+    model = RECIPE["model"] | {"options": options}
+    recipe.write_text(yaml.safe_dump(RECIPE | {"data": data, "model": model}))
     with pytest.raises(DataError, match="30 of 40 test images are training images as well"):
         compress.run(recipe, tmp_path / "run")

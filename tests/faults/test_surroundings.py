@@ -14,7 +14,8 @@ from test_disk import disk, is_root, without_memory
 
 PRUNE = (
     *("prune", "compress.models.cifar:resnet8", "--data", "digits", "--criterion", "l1"),
-    *("--set", "model.options={in_channels: 1, width: 4}", "--keep-latency", "0.9"),
+    *("--set", "model.options.in_channels=1", "--set", "model.options.width=4"),
+    *("--keep-latency", "0.9"),
     *("--set", "measure.rounds=3", "--set", "measure.round_ms=1", "--set", "measure.test_images=9"),
 )
 
@@ -75,7 +76,7 @@ ODD = {
     "long": "n" * 200,
     "deep": "/".join(["d" * 100] * 12),
 }
-SLOW = {"long", "deep"}
+SLOW = {"no text", "long", "deep"}
 
 
 @pytest.mark.parametrize(
@@ -110,9 +111,8 @@ def test_a_path_that_is_too_long_is_a_sentence(small, tmp_path, tried):
         assert ended.code == 2 and "File name too long" in ended.sentence, ended.told
 
 
-@pytest.mark.parametrize(
-    "way", ["moved", *(pytest.param(w, marks=pytest.mark.slow) for w in ("copied", "linked"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["moved", "copied", "linked"])
 def test_a_run_folder_elsewhere(way, small, whole, tmp_path, tried):
     """Half a run goes on where it lies now, to the same files; a whole one is checked there."""
     tried("a run folder moved, copied or reached by a symlink: goes on, report, check", 3)

@@ -24,6 +24,7 @@ from compress.data import load_data, parse_reference
 from compress.errors import CompressError, EngineError, ModelError, RecipeError, RunError
 from compress.graph import files
 from compress.models.weights import read_weights
+from compress.pipeline.bundle import write_bundle
 from compress.pipeline.context import Outcome
 from compress.recipe.loading import load_recipe
 
@@ -241,13 +242,13 @@ BOMBS = {
     "deep": "[" * 100_000,
     "deep maps": "{a: " * 50_000,
     "object": "!!python/object/apply:os.system ['touch {}']",
-    "name": "model: !!python/name:os.system ''",
-    "module": "model: !!python/module:subprocess ''",
-    "new": "model: !!python/object/new:subprocess.Popen [['touch', '{}']]",
-    "own tag": "model: !exec 'touch {}'",
-    "binary": "model: !!binary aGFsbG8=",
+    "name": "task: !!python/name:os.system ''",
+    "module": "task: !!python/module:subprocess ''",
+    "new": "task: !!python/object/new:subprocess.Popen [['touch', '{}']]",
+    "own tag": "task: !exec 'touch {}'",
+    "binary": "task: !!binary aGFsbG8=",
     "date": "seed: 2026-99-99",
-    "set": "model: !!set {a, b}",
+    "set": "task: !!set {a, b}",
     "key": "? [a, b]\n: c",
     "long number": f"seed: {'9' * 10000}",
     "two documents": "a: 1\n---\nb: 2",
@@ -318,8 +319,9 @@ def test_members_of_archives_are_never_written(name, tmp_path, tried):
     members.append((hostile, b""))
     shard(tmp_path / "data" / "a.tar", members)
     before = sorted(tmp_path.rglob("*"))
-    data = load_data(parse_reference(f"webdataset:{tmp_path / 'data'}", image_size=8))
-    data.splits["train"].take(range(8))
+    with contextlib.suppress(CompressError):  # ".." is hidden, and then there are no images
+        data = load_data(parse_reference(f"webdataset:{tmp_path / 'data'}", image_size=8))
+        data.splits["train"].take(range(8))
     assert sorted(tmp_path.rglob("*")) == before
     assert not Path("/tmp/climbed0.png").exists()
 
@@ -419,7 +421,7 @@ def test_a_bundle_does_not_hold_members_that_climb(tmp_path, tried):
     write_json(run / "00-original" / "metrics.json", record)
     write_json(run / "run.json", {"recipe": GOOD | {"name": "x", "seed": 0}, "artifacts": []})
     with pytest.raises(RunError, match="is no name of a network"):
-        compress.write_bundle(run, tmp_path / "x.tar.gz")
+        write_bundle(run, tmp_path / "x.tar.gz")
 
 
 @pytest.mark.parametrize("record", [{}, {"variants": 1, "facts": {}}, {"variants": [{}]}, [], None])
@@ -445,7 +447,7 @@ def test_hostile_class_names_through_a_whole_run(tmp_path, tried):
     draw = np.random.default_rng(0)
     names = np.array(list(HOSTILE.values()))
     labels = np.arange(240) % len(names)
-    pixels = draw.integers(0, 256, (240, 8, 8, 1)).astype(np.uint8)
+    pixels = draw.integers(0, 256, (300, 8, 8, 1)).astype(np.uint8)
     np.savez(
         tmp_path / "x.npz",
         x_train=pixels,
@@ -457,7 +459,8 @@ def test_hostile_class_names_through_a_whole_run(tmp_path, tried):
     run = tmp_path / "run"
     ended = attempt(
         *("prune", "compress.models.cifar:resnet8", "--data", f"npz:{tmp_path / 'x.npz'}"),
-        *("--set", "model.options={in_channels: 1, width: 4}", "--set", "measure.rounds=3"),
+        *("--set", "model.options.in_channels=1", "--set", "model.options.width=4"),
+        *("--set", "measure.rounds=3"),
         *("--set", "measure.round_ms=1", "--criterion", "l1", "--out", run),
         log=tmp_path / "log",
     )

@@ -87,6 +87,7 @@ def without_measuring(whole, here):
         path.unlink()
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_be_built(small, whole, tmp_path, tried):
     """What is done stays, and the same command goes on once the cause is gone."""
     tried("an engine build that fails: a sentence with the stage, then the run goes on", 1)
@@ -99,6 +100,7 @@ def test_an_engine_that_cannot_be_built(small, whole, tmp_path, tried):
     assert recorded(run) == recorded(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_engine_build_that_hangs_is_ended_by_a_signal(
     number, code, small, whole, tmp_path, tried

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress import artifact, progress
-from compress.errors import TrainingError
+from compress.errors import TrainingError, boundary
 from compress.modules.outputs import logits_of
 from compress.train.distill.feature_hooks import Survey, Tap, survey, tapped
 
 FEATURES = dict[Tap, Tensor]
+HEADER_BYTES = 128  # of a .npy file of two dimensions
 PARITY = np.uint32(0x9E3779B9)  # of a row that is whole; of one not yet written it is 0
 
 
@@ -241,13 +242,15 @@ def _parity(rows: NDArray[np.float32]) -> NDArray[np.uint32]:
 def _open_rows(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
     """Open the file, made anew where it is absent or damaged: it is only a cache."""
     if path.exists():
+        reason = f"is no table of {shape[0]} x {shape[1]} figures"
         try:
-            rows = np.lib.format.open_memmap(path, mode="r+")
-            if rows.shape == shape and rows.dtype == np.float32:
-                return rows
-            reason = f"holds {rows.dtype} of shape {rows.shape}"
-        except (OSError, ValueError, EOFError, SyntaxError) as error:
-            reason = f"cannot be read ({error})"
+            with boundary(TrainingError, "cannot be read"):
+                if path.stat().st_size == HEADER_BYTES + 4 * shape[0] * shape[1]:
+                    rows = np.lib.format.open_memmap(path, mode="r+")
+                    if (rows.shape, rows.dtype) == (shape, np.float32) and rows.flags.c_contiguous:
+                        return rows
+        except TrainingError as error:
+            reason = error.what
         progress.warn(f"{path}: {reason}; the teacher's answers are computed again")
     with artifact.replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.zeros(shape, dtype=np.float32))

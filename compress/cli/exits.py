@@ -7,7 +7,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from errno import EACCES, EIO, EMFILE, ENFILE, ENOMEM, EPERM, EROFS
+from errno import EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPERM, EROFS
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,7 +22,7 @@ from compress.trust import limited
 # Of whichever click this typer carries: the class with show(), which has no public name there.
 ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
 GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
-OF_THE_MACHINE = {*FULL, EACCES, EIO, EMFILE, ENFILE, ENOMEM, EPERM, EROFS}
+OF_THE_MACHINE = {*FULL, EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPERM, EROFS}
 
 
 def exit_code(call: Callable[[], Any]) -> int:
@@ -73,8 +73,8 @@ def _unexpected(error: Exception) -> int:
         place = f"{error.filename}: " if error.filename else ""
         sys.stderr.write(
             printable(
-                f"compress: {place}{error.strerror}. Make room or change the permissions; a run "
-                "keeps what is done, and the same command goes on.\n"
+                f"compress: {place}{error.strerror}. Make room, change the permissions or the "
+                "path; a run keeps what is done, and the same command goes on.\n"
             )
         )
         return USER_ERROR

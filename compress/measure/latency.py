@@ -230,9 +230,12 @@ class _Entrant:
             self.device_ms += [self.device_timer(self.arrays) for _ in range(calls)]
 
     def _call_for(self, seconds: float, at_least: int) -> list[float]:
-        calls: list[float] = []
-        while len(calls) < at_least or sum(calls) < seconds:
+        calls, spent = list[float](), 0.0
+        while len(calls) < at_least or spent < seconds:
             calls.append(self.call())
+            spent += calls[-1]
+            if not spent and len(calls) > LARGEST_BLOCK:
+                raise EngineError("took no time at all by the clock")
         return calls
 
     def latency(self, first: _Entrant | None, resolution_pct: float) -> Latency:

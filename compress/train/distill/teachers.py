@@ -247,7 +247,8 @@ def _open_rows(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np
             with boundary(TrainingError, "cannot be read"):
                 if path.stat().st_size == HEADER_BYTES + 4 * shape[0] * shape[1]:
                     rows = np.lib.format.open_memmap(path, mode="r+")
-                    if (rows.shape, rows.dtype) == (shape, np.float32) and rows.flags.c_contiguous:
+                    fits = rows.shape == shape and rows.dtype == np.float32
+                    if fits and rows.flags.c_contiguous:
                         return rows
         except TrainingError as error:
             reason = error.what

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from rich import box
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from compress.errors import printable
 
@@ -29,3 +32,42 @@ def plain_console(**options: Any) -> PlainConsole:
     settings = {"soft_wrap": False, "markup": False, "emoji": False, "highlight": False} | options
     console = PlainConsole(**settings)
     return console if console.is_terminal else PlainConsole(**settings | {"width": WIDE})
+
+
+def table(
+    headers: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    *,
+    title: str = "",
+    caption: str = "",
+    numbers: Collection[str] = (),
+    whole: Collection[str] = (),
+) -> Table:
+    """Return a table as every command draws it.
+
+    Args:
+        headers: Of the columns, with units.
+        rows: Of cells; one may be shorter.
+        title: Above the table.
+        caption: Below it.
+        numbers: Headers of columns that are set to the right and never folded.
+        whole: Headers of other columns that are never folded, as what people copy.
+    """
+    drawn = Table(
+        box=box.SIMPLE_HEAD,
+        title=Text(title) if title else None,
+        title_justify="left",
+        caption=Text(caption) if caption else None,
+        caption_justify="left",
+    )
+    for header in headers:
+        is_number = header in numbers
+        drawn.add_column(
+            header,
+            justify="right" if is_number else "left",
+            no_wrap=is_number or header in whole,
+            overflow="fold",
+        )
+    for row in rows:
+        drawn.add_row(*map(Text, row))
+    return drawn

@@ -25,6 +25,7 @@ OWN = frozenset(
     {
         "compress.models.cifar",
         "compress.models.detector",
+        "compress.models.restoration",
         "compress.networks",
         "compress.detector",
     }

@@ -15,6 +15,7 @@ import yaml
 
 from compress import trust
 from compress.cli import app
+from compress.cli.exits import USER_ERROR
 from compress.errors import ModelError, UsageError
 from compress.models import load_model, save_model
 from compress.models.references import build
@@ -84,7 +85,7 @@ NAMED = {
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_recipes_code_is_listed_and_not_run(command, changes, monkeypatch, capsys):
     path = recipe(**changes, trust=True) if command == "none" else recipe(**changes)
-    assert compress(command, str(path), monkeypatch=monkeypatch) == app.USER_ERROR
+    assert compress(command, str(path), monkeypatch=monkeypatch) == USER_ERROR
     told = capsys.readouterr().err
     assert "this would run code: " in told
     assert "--trust" in told
@@ -93,7 +94,7 @@ def test_a_recipes_code_is_listed_and_not_run(command, changes, monkeypatch, cap
 
 def test_the_file_itself_cannot_ask_for_trust(monkeypatch, capsys):
     path = recipe(model={"name": "evil.py:Net"}, trust=True)
-    assert compress("run", str(path), monkeypatch=monkeypatch) == app.USER_ERROR
+    assert compress("run", str(path), monkeypatch=monkeypatch) == USER_ERROR
     assert "no such key" in capsys.readouterr().err
     assert not Path("ran").exists()
 
@@ -114,7 +115,7 @@ def test_what_was_typed_runs_and_is_remembered_as_long_as_it_stays_the_same(monk
     assert compress("check", str(path), monkeypatch=monkeypatch) == 0  # the same file again
     Path("ran").unlink()
     Path("evil.py").write_text(CODE + "# changed\n")
-    assert compress("check", str(path), monkeypatch=monkeypatch) == app.USER_ERROR
+    assert compress("check", str(path), monkeypatch=monkeypatch) == USER_ERROR
     shutil.copytree(".", "copy", ignore=shutil.ignore_patterns("copy", "cache"))
     assert not Path("ran").exists()
 
@@ -141,7 +142,7 @@ def test_a_strangers_folder_builds_nothing(reference, monkeypatch, capsys):
         ("bundle", folder, "--out", "x.tar.gz"),
     )
     for command in commands:
-        assert compress(*command, monkeypatch=monkeypatch) == app.USER_ERROR, command
+        assert compress(*command, monkeypatch=monkeypatch) == USER_ERROR, command
         assert not Path("ran").exists(), command
     assert "is code that the command line does not name" in capsys.readouterr().err
 

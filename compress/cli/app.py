@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import sys
-import tempfile
-import traceback
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from compress import progress
 from compress.cli import commands
-from compress.errors import CompressError, UsageError, printable
-from compress.interruption import MESSAGE, ending_on_signals
-from compress.trust import allow, allow_all, limited
+from compress.cli.arguments import (
+    After,
+    BatchSize,
+    Classes,
+    Color,
+    Data,
+    Epochs,
+    FixedSize,
+    Fresh,
+    ImageSize,
+    Inputs,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Out,
+    Outputs,
+    Precision,
+    Range,
+    Seed,
+    Set,
+    Std,
+    TaskName,
+    Threads,
+    Track,
+    Trust,
+    Weights,
+    Workers,
+    kinds,
+    names,
+    shown,
+)
+from compress.cli.exits import GATE_FAILED, exit_code
+from compress.errors import UsageError, printable
+from compress.trust import allow, allow_all
 
 if TYPE_CHECKING:
     from compress.cli.stages import Done
-
-# Of whichever click this typer carries: the class with show(), which has no public name there.
-ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
-GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
 
 app = typer.Typer(
     help="Prune, distill and quantize trained CNNs, export them to engines, and prove it.",
@@ -32,110 +56,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py:FACTORY, ...")]
-Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder:ROOT, ...")]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="Weight file, or name of published weights; random if absent"),
-]
-Classes = Annotated[
-    int | None,
-    typer.Option("--num-classes", help="Outputs of the classifier; the data's classes if absent"),
-]
-ImageSize = Annotated[
-    str | None,
-    typer.Option(help="Network's input, pixels: SIDE or H,W; the data's if absent"),
-]
-Mean = Annotated[
-    str | None,
-    typer.Option(help="Of images in --input-range: 0.5,0.5,0.5; the data's if absent"),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(help="Of images in --input-range: 0.2,0.2,0.2; the data's if absent"),
-]
-Range = Annotated[
-    str | None,
-    typer.Option(help="Black and white of the input before mean and std: 0,255; 0,1 if absent"),
-]
-Color = Annotated[
-    str | None, typer.Option(help="Order of the network's channels: BGR; RGB if absent")
-]
-Layout = Annotated[
-    str | None, typer.Option(help="Of an ONNX file's input: NHWC; by its shape if absent")
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option("--input", help="Of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"),
-]
-FixedSize = Annotated[
-    str | None, typer.Option(help="C,H,W that free sizes of the file get; they stay if absent")
-]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
-]
-Workers = Annotated[int | None, typer.Option(help="Threads that decode image files; 0 if absent")]
-Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
-After = Annotated[int | None, typer.Option(help="Epochs of training after it; none if absent")]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out", help="Folder of the run; runs/NAME if absent, or NAME-2 where it is taken"
-    ),
-]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file")]
-Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
-Track = Annotated[str | None, typer.Option(help="Also log trainings: tensorboard or mlflow")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
-TaskName = Annotated[str | None, typer.Option("--task", help="See: compress list tasks")]
-Outputs = Annotated[
-    str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
-]
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust",
-        callback=lambda given: _trust(given),
-        help="Run code that recipes, run folders and .pt files hold or name; engines of others",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random")]
-Precision = Annotated[str | None, typer.Option(help="fp32, fp16 or int8")]
-
-
-def names(kind: str) -> Callable[[str], list[str]]:
-    """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
-
-    def completed(incomplete: str) -> list[str]:
-        return [name for name in commands.names_of(kind) if name.startswith(incomplete)]
-
-    return completed
-
-
-def _shown(incomplete: str) -> list[str]:
-    """Complete KIND/NAME."""
-    kind, slash, name = incomplete.partition("/")
-    if not slash:
-        return [f"{each}/" for each in commands.SHOWN if each.startswith(kind)]
-    known = commands.names_of(kind) if kind in commands.SHOWN else []
-    return [f"{kind}/{each}" for each in known if each.startswith(name)]
-
-
-def _kinds(incomplete: str) -> list[str]:
-    return [each for each in commands.SHOWN if each.startswith(incomplete)]
-
 
 def example(arguments: str) -> str:
     """Return what --help ends with: one command line, not wrapped."""
     return f"Example:\n\n\b\n  compress {arguments}"
-
-
-def _trust(given: bool) -> bool:
-    """Let everything run, if asked to; nothing but the command line can ask."""
-    if given:
-        allow_all()
-    return given
 
 
 def _version(asked: bool) -> None:
@@ -236,7 +160,9 @@ def prune(
     ] = None,
     max_drop: Annotated[
         float | None,
-        typer.Option(help="With FILE: top-1 that one group may cost, points; 1 if absent"),
+        typer.Option(
+            help="With FILE: loss of the metric that one group may cost, in its unit; 1 if absent"
+        ),
     ] = None,
     keep_latency: Annotated[
         float | None, typer.Option(help="Share of the latency on --runtime to keep")
@@ -373,7 +299,8 @@ def quantize(
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration images; 512 if absent")] = None,
     max_drop: Annotated[
-        float | None, typer.Option(help="Largest loss of top-1, points; no limit if absent")
+        float | None,
+        typer.Option(help="Largest loss of the primary metric, in its unit; no limit if absent"),
     ] = None,
     qat_epochs: Annotated[
         int | None, typer.Option(help="Epochs of quantization-aware training; none if absent")
@@ -410,10 +337,13 @@ def export(
     model: Model,
     out: Annotated[Path, typer.Option("--out", help="ONNX file to write")],
     weights: Weights = None,
-    num_classes: Classes = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option("--num-classes", help="Outputs of the classifier; its own if absent"),
+    ] = None,
     input_size: Annotated[str, typer.Option(help="C,H,W")] = "3,224,224",
     opset: Annotated[
-        int | None, typer.Option(help="ONNX operator set; torch's own if absent")
+        int | None, typer.Option(help="ONNX operator set; 20 if absent, which every runtime reads")
     ] = None,
     softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
     fixed_batch: Annotated[
@@ -423,7 +353,9 @@ def export(
         bool,
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
-    outputs: Outputs = None,
+    outputs: Annotated[
+        str | None, typer.Option(help="Outputs of the file, by place: 0,1.boxes; all if absent")
+    ] = None,
     trust: Trust = False,
 ) -> None:
     """Write a network as ONNX, checked against torch."""
@@ -433,7 +365,7 @@ def export(
 @app.command(epilog=example("build net.onnx --runtime openvino --batch 1,1,8 --out net.xml"))
 def build(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="ONNX file")],
+    file: Annotated[Path, typer.Argument(help="ONNX file, or the stage folder or run of one")],
     runtime: Annotated[
         str, typer.Option(help="See: compress list runtimes", autocompletion=names("runtimes"))
     ],
@@ -449,12 +381,16 @@ def build(
 @app.command(epilog=example("bench net.onnx net.int8.onnx --runtime onnxruntime --batch 1,8"))
 def bench(
     ctx: typer.Context,
-    artifacts: Annotated[list[Path], typer.Argument(help="ONNX files, engines, stage folders")],
+    artifacts: Annotated[
+        list[Path], typer.Argument(help="ONNX files, engines, stage folders, runs")
+    ],
     runtime: Annotated[
         list[str] | None, typer.Option(help="Where ONNX files run; onnxruntime if absent")
     ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes: 1,8")] = "1",
-    data: Annotated[str | None, typer.Option(help="DATA, to measure accuracy as well")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="DATA, to measure accuracy as well; latency alone if absent")
+    ] = None,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
@@ -475,8 +411,8 @@ def bench(
 )
 def compare(
     ctx: typer.Context,
-    reference: Annotated[str, typer.Argument(help="ONNX file, engine or stage folder")],
-    candidate: Annotated[str, typer.Argument(help="ONNX file, engine or stage folder")],
+    reference: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
+    candidate: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     data: Data,
     bisect: Annotated[bool, typer.Option(help="Find the first tensor that differs")] = False,
     image_size: ImageSize = None,
@@ -493,16 +429,72 @@ def compare(
     _print(commands.compare(ctx.params))
 
 
+@app.command(epilog=example("predict runs/first photo.jpg more-photos --out drawn"))
+def predict(
+    ctx: typer.Context,
+    artifact: Annotated[
+        Path, typer.Argument(help="ONNX file, engine, stage folder, run or saved network")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the pictures with what was found; none if absent"),
+    ] = None,
+    json: Json = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="See: compress list tasks; the artifact's if absent"),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it runs; the engine's own, or onnxruntime, if absent",
+            autocompletion=names("runtimes"),
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="SIDE or H,W, pixels; as the artifact says if absent")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="0.5,0.5,0.5; as the artifact says if absent")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="0.2,0.2,0.2; as the artifact says if absent")
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="short side, squash or letterbox; as the artifact says if absent"),
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="bilinear, bicubic, ...; as the artifact says if absent")
+    ] = None,
+    crop: Annotated[
+        float | None,
+        typer.Option(help="Share of the resized picture; as the artifact says if absent"),
+    ] = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    threads: Threads = None,
+    trust: Trust = False,
+) -> None:
+    """Show what an artifact answers to pictures, with the preprocessing that it carries."""
+    _print(commands.predict(ctx.params))
+
+
 @app.command(epilog=example("lint net.int8.onnx --target tensorrt --fix --out mended.onnx"))
 def lint(
     ctx: typer.Context,
-    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file")],
+    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file, or the stage folder of one")],
     target: Annotated[str, typer.Option(help="onnxruntime, openvino or tensorrt")],
     fix: Annotated[bool, typer.Option(help="Mend what can be mended mechanically")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Where the mended file goes")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Where the mended file goes; needed with --fix")
+    ] = None,
     json: Json = None,
 ) -> None:
-    """Find what costs accuracy or speed in anybody's int8 graph."""
+    """Check a Q/DQ file against a runtime's rules: what costs accuracy or speed, and mend it."""
     table, findings = commands.lint(ctx.params)
     _print(table)
     raise typer.Exit(GATE_FAILED if findings else 0)
@@ -525,7 +517,7 @@ def split(
     out: Annotated[Path, typer.Option("--out", help="Folder of both parts")] = Path("runs/split"),
     json: Json = None,
 ) -> None:
-    """Split an ONNX file: a head for the edge, a tail for the server, what crosses, both times."""
+    """Split an ONNX file into a head for the edge and a tail for the server, and time both."""
     _print(commands.split(ctx.params))
 
 
@@ -543,16 +535,20 @@ def sensitivity(
     target: Annotated[str, typer.Option(help="Runtime that int8 is for")] = "onnxruntime",
     weights: Weights = None,
     num_classes: Classes = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Plot to write, .png or .svg")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Plot to write, .png or .svg; none if absent")
+    ] = None,
     json: Json = None,
     image_size: ImageSize = None,
     mean: Mean = None,
     std: Std = None,
     batch_size: BatchSize = None,
+    task: TaskName = None,
+    overrides: Set = None,
     seed: Seed = 0,
     trust: Trust = False,
 ) -> None:
-    """Show which layers cannot bear to be pruned or quantized."""
+    """Measure how much accuracy each layer loses when pruned or quantized."""
     if prune == quantize:
         raise UsageError("say what for", expected="one of --prune and --quantize")
     _print(commands.sensitivity(ctx.params))
@@ -561,7 +557,10 @@ def sensitivity(
 @app.command(epilog=example("report runs/half runs/quarter --out runs/both"))
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder of the comparison; of one run its own if absent"),
+    ] = None,
     force: Annotated[bool, typer.Option(help="Compare what is not comparable")] = False,
     track: Annotated[
         str | None, typer.Option(help="Log each run to tensorboard or mlflow as well")
@@ -589,7 +588,7 @@ def bundle(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     out: Annotated[Path, typer.Option("--out", help="FILE.tar.gz")],
 ) -> None:
-    """Pack what a device needs to build, check and measure the engines itself."""
+    """Pack what a device needs to build, check and measure engines, and to answer pictures."""
     _print(commands.bundle(run, out))
 
 
@@ -639,7 +638,7 @@ def check(
 def list_(
     kind: Annotated[
         str | None,
-        typer.Argument(help="criteria, losses, data, tasks, recipes, ...", autocompletion=_kinds),
+        typer.Argument(help="criteria, losses, data, tasks, recipes, ...", autocompletion=kinds),
     ] = None,
 ) -> None:
     """List what there is, one line each."""
@@ -649,7 +648,8 @@ def list_(
 @app.command(epilog=example("show stages/prune"))
 def show(
     plugin: Annotated[
-        str, typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=_shown)
+        str,
+        typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=shown),
     ],
 ) -> None:
     """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
@@ -674,80 +674,8 @@ def doctor(
 
 
 def main() -> None:
-    """Run the command line; the only place where errors become messages and exit codes."""
-    try:
-        with (
-            ending_on_signals() as signals,
-            progress.shown(),
-            warnings.catch_warnings(),
-            limited(sys.argv[1:]),
-        ):
-            warnings.showwarning = _warn
-            code = app(standalone_mode=False)
-    except CompressError as error:
-        sys.stderr.write(f"compress: {error}\n")
-        code = USER_ERROR
-    except ClickException as error:
-        error.show()
-        code = USER_ERROR
-    except (KeyboardInterrupt, typer.Abort):
-        code = INTERRUPTED
-    except SystemExit as ended:  # what typer makes of Ctrl-C
-        code = ended.code
-    except Exception as error:  # noqa: BLE001 - the last net: 1 would read as a failed gate
-        code = _unexpected(error)
-    if code == INTERRUPTED:
-        code = signals.exit_code or INTERRUPTED
-        sys.stderr.write(MESSAGE)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _unexpected(error: Exception) -> int:
-    """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
-    from compress.train.memory import is_out_of_memory
-
-    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
-        sys.stderr.write(
-            "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
-            "or --image-size, fewer images; a run keeps what is done, and the same command goes "
-            "on.\n"
-        )
-        return USER_ERROR
-    first = (str(error).splitlines() or [""])[0]
-    sys.stderr.write(
-        f"compress: this should not happen: {type(error).__name__}: {first}. "
-        f"Please report it with the traceback, which is {_traceback_file(error)}\n"
-    )
-    return OUR_FAULT
-
-
-def _traceback_file(error: Exception) -> str:
-    """Write the traceback of ``error`` to a file and return where it is, or the traceback."""
-    text = "".join(traceback.format_exception(error))
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", prefix="compress-", suffix="-traceback.txt", delete=False
-        ) as file:
-            file.write(text)
-    except OSError:  # no place to write
-        return f"this:\n{text}"
-    return f"in {file.name}"
-
-
-def _warn(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    """Print a warning of ours as one sentence; one of another package as Python does."""
-    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
-        text = f"compress: warning: {message}\n"
-    else:
-        text = warnings.formatwarning(message, category, filename, lineno, line)
-    (file or sys.stderr).write(text)
+    """Run the command line."""
+    sys.exit(exit_code(lambda: app(standalone_mode=False)))
 
 
 def _finish(done: Done | None) -> None:

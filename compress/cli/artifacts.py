@@ -8,7 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.cli.options import INPUT_SIZE, Given, integers, load_dataset, write_numbers
+from compress.cli.options import (
+    INPUT_SIZE,
+    Given,
+    data_settings,
+    integers,
+    load_dataset,
+    write_numbers,
+)
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,15 +28,17 @@ def export(given: Given) -> str:
     """Write a network as ONNX and say what was written."""
     import torch
 
+    from compress.evaluate.feeding import carried
     from compress.export import export_onnx
     from compress.measure import count, count_onnx, size_mib
-    from compress.models import check_forward, load_model
+    from compress.models import check_forward, load_model, model_folder
 
     options = {"trust": True} if given["trust"] else {}
     model = load_model(given["model"], given["weights"], given["num_classes"], options=options)
     size = integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
     example = torch.zeros(1, *size)
     check_forward(model, example)
+    folder = model_folder(Path(given["model"]))
     path = export_onnx(
         model,
         example,
@@ -39,6 +48,7 @@ def export(given: Given) -> str:
         dynamic_batch=not given["fixed_batch"],
         dynamic_size=given["dynamic_size"],
         outputs=given["outputs"].split(",") if given["outputs"] else None,
+        metadata=carried(folder) if folder is not None else None,
     )
     work = count(model, example) if given["dynamic_size"] else count_onnx(path)
     return (
@@ -132,16 +142,31 @@ def compare(given: Given) -> RenderableType:
     return found.table()
 
 
+def predict(given: Given) -> RenderableType:
+    """Answer pictures and return what was answered."""
+    from compress.pipeline.predict import predict_pictures
+
+    found = predict_pictures(
+        given["artifact"],
+        given["images"],
+        data_settings({**given, "data": "images"}),
+        task=given["task"],
+        runtime=given["runtime"],
+        threads=given["threads"],
+        out=given["out"],
+    )
+    write_numbers(given["json"], found.to_json())
+    return found.table()
+
+
 def lint(given: Given) -> tuple[RenderableType, bool]:
     """Return what an int8 graph suffers from, and whether anything is left that it does.
 
     With ``--fix`` the mended file is written and what is left in it is returned.
     """
-    from rich import box
-    from rich.table import Table
-
     from compress.qdq.lint import fix_onnx, lint_onnx
     from compress.report.run_folder import one_artifact
+    from compress.terminal import table
 
     file = one_artifact(given["file"])
     findings = lint_onnx(file, given["target"])
@@ -155,10 +180,9 @@ def lint(given: Given) -> tuple[RenderableType, bool]:
     title = f"{len(findings)} findings for {given['target']}"
     if given["fix"]:
         title += f" left in {given['out']}"
-    table = Table("rule", "node", "what it costs", "fixable", title=title, box=box.SIMPLE_HEAD)
-    for finding in findings:
-        table.add_row(finding.rule, finding.node, finding.message, "yes" if finding.fixable else "")
-    return table, bool(findings)
+    rows = [(f.rule, f.node, f.message, "yes" if f.fixable else "") for f in findings]
+    headers = ("rule", "node", "what it costs", "fixable")
+    return table(headers, rows, title=title), bool(findings)
 
 
 def report(

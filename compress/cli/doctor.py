@@ -83,35 +83,41 @@ class Examination:
 
     def table(self) -> RenderableType:
         """Return what is printed."""
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
 
-        def grid(title: str, *columns: str) -> Table:
-            table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-            for column in columns:
-                table.add_column(column, overflow="fold")
-            return table
+        from compress.terminal import table
 
-        about = grid("machine", "", "")
-        for key, value in self.machine.items():
-            shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-            about.add_row(key, shown)
-        runtimes = grid("runtimes", "runtime", "runs here", "")
-        for state in self.runtimes:
-            runtimes.add_row(state.name, "yes" if state.runs else "no", state.reason)
-        pieces = grid("packages", "package", "version", "enables", "install")
-        pieces.columns[-1].no_wrap = True  # it is copied
-        for piece in self.packages:
-            install = "" if piece.version else piece.install
-            pieces.add_row(piece.name, piece.version or "-", piece.enables, Text(install))
-        parts = [about, runtimes, pieces]
+        machine = [
+            (key, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))
+            for key, value in self.machine.items()
+        ]
+        runtimes = [(s.name, "yes" if s.runs else "no", s.reason) for s in self.runtimes]
+        pieces = [
+            (
+                piece.name,
+                piece.version or "-",
+                piece.enables,
+                "" if piece.version else piece.install,
+            )
+            for piece in self.packages
+        ]
+        parts = [
+            table(("", ""), machine, title="machine"),
+            table(("runtime", "runs here", ""), runtimes, title="runtimes"),
+            table(
+                ("package", "version", "enables", "install"),
+                pieces,
+                title="packages",
+                whole={"install"},
+            ),
+        ]
         if self.trials:
-            trials = grid("self-test", "runtime", "precision", "outcome", "", "s")
-            for t in self.trials:
-                trials.add_row(t.runtime, t.precision, t.outcome, t.detail, f"{t.seconds:.1f}")
-            parts.append(trials)
+            trials = [
+                (t.runtime, t.precision, t.outcome, t.detail, f"{t.seconds:.1f}")
+                for t in self.trials
+            ]
+            headers = ("runtime", "precision", "outcome", "", "s")
+            parts.append(table(headers, trials, title="self-test", numbers={"s"}))
         return Group(*parts)
 
 

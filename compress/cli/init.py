@@ -251,9 +251,9 @@ def _sized(
 
 def _onnx_size(model: str) -> tuple[int, int] | None:
     """Return height and width that an ONNX file fixes."""
-    import onnx
+    from compress.graph import files
 
-    graph = onnx.load(model, load_external_data=False).graph
+    graph = files.load(Path(model), weights=False).graph
     stored = {each.name for each in graph.initializer}
     first = next(each for each in graph.input if each.name not in stored)
     height, width = ([0, 0] + [d.dim_value for d in first.type.tensor_type.shape.dim])[-2:]

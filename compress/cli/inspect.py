@@ -24,22 +24,18 @@ def list_plugins(kind: str | None) -> RenderableType:
     Raises:
         UnknownNameError: there is no such kind.
     """
-    from rich import box
-    from rich.table import Table
+    from compress.terminal import table
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for header in ("kind", "name", "what it is"):
-        table.add_column(header, no_wrap=header != "what it is")
     if kind not in {None, RECIPES, *plugins.KINDS}:
         raise UnknownNameError("kind", str(kind), [*plugins.KINDS, RECIPES])
-    for each in plugins.KINDS if kind is None else {kind} - {RECIPES}:
-        for name in plugins.names(each):
-            first, *_ = plugins.documentation(each, name).splitlines() or [""]
-            table.add_row(each, name, first)
+    rows = [
+        (each, name, next(iter(plugins.documentation(each, name).splitlines()), ""))
+        for each in (plugins.KINDS if kind is None else {kind} - {RECIPES})
+        for name in plugins.names(each)
+    ]
     if kind in {None, RECIPES}:
-        for name, first in _recipes():
-            table.add_row(RECIPES, name, first)
-    return table
+        rows += [(RECIPES, name, first) for name, first in _recipes()]
+    return table(("kind", "name", "what it is"), rows, whole={"kind", "name"})
 
 
 def _recipes() -> Iterator[tuple[str, str]]:

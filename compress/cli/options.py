@@ -10,6 +10,7 @@ from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from compress.data import Dataset
+    from compress.recipe.settings import DataSettings
 
 Given = Mapping[str, Any]  # the options of a command, as parsed
 INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
@@ -47,6 +48,8 @@ def data_part(given: Given) -> dict[str, Any]:
         if given.get(option) is not None:
             part[option] = floats(given[option], f"--{option.replace('_', '-')}")
     part |= present(given, color="color", layout="layout")
+    if fitting := present(given, resize="resize", interpolation="interpolation", crop="crop"):
+        part["options"] = fitting
     if given.get("inputs"):
         part["inputs"] = dict(_named_value(text) for text in given["inputs"])
     return part
@@ -64,6 +67,24 @@ def _named_value(text: str) -> tuple[str, float | list[float] | str]:
     return name, numbers[0] if len(numbers) == 1 else numbers
 
 
+def data_settings(given: Given) -> DataSettings:
+    """Return the settings of the images that ``--data`` and the options beside it name.
+
+    Raises:
+        UsageError: an option is wrong.
+    """
+    from pydantic import ValidationError
+
+    from compress.recipe.settings import DataSettings
+
+    try:
+        return DataSettings(**data_part(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        option = str(first["loc"][0]).replace("_", "-")
+        raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
+
+
 def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool = True) -> Dataset:
     """Return the images that ``--data`` and the options beside it name.
 
@@ -76,19 +97,10 @@ def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool
     Raises:
         UsageError: an option is wrong, or the labels are of another form.
     """
-    from pydantic import ValidationError
-
     from compress.data import load_data
     from compress.evaluate.feeding import completed
-    from compress.recipe.settings import DataSettings
 
-    try:
-        settings = DataSettings(**data_part(given))
-    except ValidationError as error:
-        first = error.errors()[0]
-        option = str(first["loc"][0]).replace("_", "-")
-        raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
-    dataset = load_data(completed(settings, artifacts), given.get("seed", 0))
+    dataset = load_data(completed(data_settings(given), artifacts), given.get("seed", 0))
     if dataset.target != "class" and (labelled or dataset.target != "none"):
         raise UsageError(
             f"--data {given['data']}: has labels of the form {dataset.target!r}",

@@ -5,102 +5,119 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.cli.options import Given, load_dataset, write_numbers
+from compress.cli.options import Given, write_numbers
+from compress.cli.stages import content
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from compress.data import Dataset
+    from compress.recipe.settings import Recipe
+    from compress.tasks import Task
 
 RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 SENSITIVITY_IMAGES = 1000
 
 
 def sensitivity(given: Given) -> RenderableType:
-    """Show which layers cannot bear to be pruned or quantized."""
-    dataset = load_dataset(given)
-    if given["quantize"]:
-        return _quantize_sensitivity(given, dataset)
-    return _prune_sensitivity(given, dataset)
+    """Show which layers cannot bear to be pruned or quantized.
+
+    Raises:
+        CompressError: the images cannot be read, or have no labels to judge by.
+    """
+    from compress.errors import UsageError
+    from compress.pipeline.task import prepared
+    from compress.recipe.loading import apply_override, validate
+
+    written = content(given, "sensitivity", [])
+    for override in given["overrides"] or []:
+        apply_override(written, override)
+    recipe = validate(written, where="compress sensitivity")
+    dataset, task = prepared(recipe)
+    if not task.kinds or not len(dataset.splits["validation"]):
+        raise UsageError(
+            f"--data {given['data']}: the images have no labels to judge by"
+            if not task.kinds
+            else f"--data {given['data']}: holds no validation images",
+            expected="labelled images, some of them held back: data.validation",
+        )
+    return (_quantized if given["quantize"] else _pruned)(given, recipe, dataset, task)
 
 
-def _prune_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
+def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:
     import itertools
+    from dataclasses import replace
 
-    from rich import box
-    from rich.table import Table
-
-    from compress.evaluate import predict
-    from compress.models import check_classes, load_for
+    from compress.pipeline.network import build_original
     from compress.prune.sensitivity import plot_sensitivity, prune_sensitivity
+    from compress.tasks import primary_of
+    from compress.terminal import table
+    from compress.train.validation import primary_value
 
-    classes = len(dataset.classes)
-    model = load_for(classes, given["model"], given["weights"], given["num_classes"])
-    check_classes(model, dataset.example, classes)
-    found = prune_sensitivity(
-        model,
+    judged = prune_sensitivity(
+        build_original(recipe, dataset, task),
         dataset.example,
-        lambda cut: float(100 * predict(cut, dataset.batches("validation")).correct.mean()),
+        lambda cut: primary_value(cut, dataset, task) or 0.0,
         recalibrate=list(itertools.islice(dataset.batches("train"), RECALIBRATION_BATCHES)),
     )
+    found = replace(judged, metric=primary_of(task))
     write_numbers(given["json"], found.to_json())
     if given["out"] is not None:
         plot_sensitivity(found, given["out"])
-    title = f"top-1 on validation images, %, of {found.baseline_top1_pct:.2f} uncut"
-    shares = [point.keep_channels for point in found.curves[0].points]
-    table = Table(
-        "layer", *(f"keep {share:g}" for share in shares), title=title, box=box.SIMPLE_HEAD
-    )
-    for curve in found.curves:
-        table.add_row(curve.group, *(f"{point.top1_pct:.2f}" for point in curve.points))
-    return table
+    title = f"{found.metric.title} on validation images, of {found.baseline:.2f} uncut"
+    shares = [f"keep {point.keep_channels:g}" for point in found.curves[0].points]
+    rows = [(c.group, *(f"{point.value:.2f}" for point in c.points)) for c in found.curves]
+    return table(("layer", *shares), rows, title=title, numbers=shares)
 
 
-def _quantize_sensitivity(given: Given, dataset: Dataset) -> RenderableType:
+def _quantized(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:
     import tempfile
 
-    from rich import box
-    from rich.table import Table
-
+    from compress.pipeline.stages.quantize import calibration_batches
     from compress.qdq import read_onnx
     from compress.quantize import quantize_onnx
     from compress.quantize.sensitivity import plot_quantize_sensitivity, quantize_sensitivity
+    from compress.terminal import table
 
     with tempfile.TemporaryDirectory() as folder:
-        path = _float_graph(given, dataset, Path(folder))
-        images = [x.numpy() for x, _ in dataset.batches("calibration", 32)]
+        path = _float_graph(recipe, dataset, task, Path(folder))
+        images = calibration_batches(path, dataset)
         plan = quantize_onnx(path, images, Path(folder) / "int8.onnx", given["target"])
         labelled = dataset.batches("validation", 64, SENSITIVITY_IMAGES)
-        found = quantize_sensitivity(read_onnx(path), plan, labelled)
+        found = quantize_sensitivity(read_onnx(path), plan, labelled, task=task)
     write_numbers(given["json"], found.to_json())
     if given["out"] is not None:
         plot_quantize_sensitivity(found, given["out"])
     title = (
         f"one layer in int8 at a time, worst first; all of them: {found.int8_sqnr_db:.1f} dB, "
-        f"top-1 {found.int8_top1_pct:.2f} % of {found.float_top1_pct:.2f} %"
+        f"{found.metric.title}: {found.int8_value:.2f} of {found.float_value:.2f}"
     )
-    columns = ("layer", "SQNR dB", "weight", "input", "top-1 lost", "clipped %", "diagnosis")
-    table = Table(*columns, title=title, box=box.SIMPLE_HEAD)
-    for layer in found.worst_first():
-        decibels = (layer.sqnr_db, layer.sqnr_weight_db, layer.sqnr_activation_db)
-        table.add_row(
+    lost = f"{found.metric.title.partition(',')[0]} lost"
+    numbers = ("SQNR dB", "weight", "input", lost, "clipped %")
+    rows = [
+        (
             layer.node,
-            *(f"{value:.1f}" for value in decibels),
-            f"{layer.top1_drop_pct:.2f}",
+            f"{layer.sqnr_db:.1f}",
+            f"{layer.sqnr_weight_db:.1f}",
+            f"{layer.sqnr_activation_db:.1f}",
+            f"{layer.drop:.2f}",
             f"{layer.saturation_pct:.2f}",
             layer.diagnosis,
         )
-    return table
+        for layer in found.worst_first()
+    ]
+    return table(("layer", *numbers, "diagnosis"), rows, title=title, numbers=numbers)
 
 
-def _float_graph(given: Given, dataset: Dataset, folder: Path) -> Path:
-    """Return the fp32 ONNX file of MODEL: itself, or its export in ``folder``."""
+def _float_graph(recipe: Recipe, dataset: Dataset, task: Task, folder: Path) -> Path:
+    """Return the fp32 ONNX file of the model: itself, or its export in ``folder``."""
     from compress.export import export_onnx
-    from compress.models import check_classes, is_onnx, load_for
+    from compress.models import is_onnx
+    from compress.modules.outputs import returned
+    from compress.pipeline.network import build_original
 
-    if is_onnx(given["model"]):
-        return Path(given["model"])
-    classes = len(dataset.classes)
-    model = load_for(classes, given["model"], given["weights"], given["num_classes"])
-    check_classes(model, dataset.example, classes)
-    return export_onnx(model, dataset.example, folder / "model.onnx")
+    if is_onnx(recipe.model.name):
+        return Path(recipe.model.name)
+    model = build_original(recipe, dataset, task)
+    read = None if task.tells_classes else task.read_outputs(returned(model, dataset.example))
+    return export_onnx(model, dataset.example, folder / "model.onnx", outputs=read)

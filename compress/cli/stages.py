@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DROP_PCT = 1.0  # of top-1 that one group may cost alone, where a sensitivity is the budget
+DROP_PCT = 1.0  # of the metric that one group may cost alone, where a sensitivity is the budget
 TRAINING = {"epochs": "epochs", "batch_size": "batch_size"}  # options of every training
 DEFAULT_RUNTIME = "onnxruntime"  # written out: runtimes are not imported to parse options
 DEFAULT_TARGETS = ({"runtime": DEFAULT_RUNTIME, "precision": "fp32"},)
@@ -102,7 +102,7 @@ def distill(given: Given) -> Done | None:
 
 def quantize(given: Given) -> Done | None:
     """Run a recipe that writes int8 graphs."""
-    settings = present(given, method="method", samples="samples", max_drop="max_drop_pct")
+    settings = present(given, method="method", samples="samples", max_drop="max_drop")
     settings |= chosen(given, observer="observer")
     if given["qat_epochs"]:
         settings["qat"] = {
@@ -151,7 +151,7 @@ def _training_after(given: Given) -> list[dict[str, Any]]:
     return []
 
 
-def _keep_channels(text: str, max_drop_pct: float | None) -> float | dict[str, float]:
+def _keep_channels(text: str, max_drop: float | None) -> float | dict[str, float]:
     """Return a share, or the share of each group that a sensitivity file allows."""
     from compress.artifact import read_json
     from compress.prune.sensitivity import PruneSensitivity
@@ -166,11 +166,11 @@ def _keep_channels(text: str, max_drop_pct: float | None) -> float | dict[str, f
             expected="a share such as 0.5, or what compress sensitivity --prune --json wrote",
         )
     found = PruneSensitivity.from_json(read_json(Path(text)))
-    shares = found.keep_channels(DROP_PCT if max_drop_pct is None else max_drop_pct)
+    shares = found.keep_channels(DROP_PCT if max_drop is None else max_drop)
     if all(share == 1 for share in shares.values()):
         raise UsageError(
             f"--keep-channels {text}: no group can be cut without losing more",
-            where=f"--max-drop {max_drop_pct or DROP_PCT:g}",
+            where=f"--max-drop {DROP_PCT if max_drop is None else max_drop:g}",
             fix="Allow more: --max-drop",
         )
     return shares

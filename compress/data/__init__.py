@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import plugins
-from compress.data._images import Images, Subset
+from compress.data._images import FileImages, Images, Names, Subset
 from compress.data._targets import Target, tensors_of
 from compress.errors import DataError, UsageError
 from compress.recipe.settings import DataSettings, data_reference
@@ -21,6 +22,10 @@ from compress.recipe.settings import DataSettings, data_reference
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NAMED = 12  # classes that are called by name in one line
+UNFITTED = {
+    "resize": "squash",
+    "crop": 1.0,
+}  # images of the network's own size, as arrays hold them
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a small set keeps most of its images for training
 
 
@@ -81,7 +86,9 @@ class Dataset:
         height, width = self.image_size
         counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
         named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
-        labels = "no labels" if self.target == "none" else f"{len(self.classes)} classes{named}"
+        labels = {"none": "no labels", "image": "a picture to return for each"}.get(
+            self.target, f"{len(self.classes)} classes{named}"
+        )
         return f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; {labels}"
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -111,7 +118,7 @@ class Dataset:
             "input_range": [0.0, 1.0],
             "color": self.color if self.channels == 3 else "grey",
             "image_size": list(self.image_size),
-            **self.fit,
+            **(self.fit or UNFITTED),
         }
 
     def batches(
@@ -154,14 +161,35 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
     supplied = _options(settings) | {"seed": seed}
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
     source: Source = plugin.load()
-    least = {"class": 2, "none": 0}.get(source.target, 1)
+    least = {"class": 2, "none": 0, "image": 0}.get(source.target, 1)
     if len(source.classes) < least:
         raise DataError(
             f"only one class: {', '.join(source.classes) or 'none'}",
             where=settings.root or settings.name,
             expected="at least two classes to tell apart",
         )
-    splits = _split(source, settings, seed)
+    return _dataset(settings, plugin, source, _split(source, settings, seed))
+
+
+def load_pictures(settings: DataSettings, files: Sequence[Path]) -> Dataset:
+    """Return picture files as a network takes them: test images without labels.
+
+    Args:
+        settings: Of a kind of data that reads pictures from files; its root does not count.
+        files: The pictures, at least one; each is read when it is asked for.
+    """
+    supplied = _options(settings.model_copy(update={"root": ""}))
+    plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
+    labels = np.zeros(len(files), dtype=np.int64)
+    names = Names.of(map(str, files))
+    images = FileImages(Path(), names, labels, plugin.fit, plugin.channels or 3, plugin.workers)
+    source = Source(images, images, (), mean=(0.0,), std=(1.0,), target="none")
+    return _dataset(settings, plugin, source, {"test": images})
+
+
+def _dataset(
+    settings: DataSettings, plugin: Any, source: Source, splits: Mapping[str, Images]
+) -> Dataset:
     channels = source.test.shape[0]
     mean, std = _normalization(settings, source)
     return Dataset(

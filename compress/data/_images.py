@@ -58,7 +58,7 @@ class MemoryImages:
     """Images held as one uint8 tensor, (N, C, H, W)."""
 
     pixels: Tensor
-    labels: NDArray[np.int64]
+    labels: Any  # classes (N,), or what else targets are
 
     @property
     def shape(self) -> tuple[int, int, int]:

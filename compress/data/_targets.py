@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data._decoding import opened, upright_size
+from compress.data._images import Images, Subset
 from compress.data._resize import Fit
 from compress.errors import DataError
 
@@ -143,8 +144,31 @@ class Masks:
         return np.array(fit.image(Image.fromarray(values), fill=VOID), dtype=np.uint8)
 
 
+@dataclass(frozen=True)
+class PictureTargets:
+    """Pictures that a network is to give back; read when asked for."""
+
+    pictures: Images
+
+    def __len__(self) -> int:
+        """Return how many pictures there are."""
+        return len(self.pictures)
+
+    def __getitem__(self, indices: Indices) -> PictureTargets:
+        """Return the pictures at ``indices``."""
+        return PictureTargets(Subset(self.pictures, np.asarray(indices, dtype=np.int64)))
+
+    def tensors(self) -> Tensor:
+        """Return the pictures, (N, C, H, W) float32 in [0, 1]."""
+        return self.pictures.take(range(len(self.pictures))).float() / 255
+
+    def tobytes(self) -> bytes:
+        """Return nothing: inputs are made of the pictures, and a fingerprint holds those."""
+        return b""
+
+
 def tensors_of(labels: Any) -> Tensor | list[Target]:
     """Return labels as what losses and metrics take: a tensor, or a dictionary for each image."""
-    if isinstance(labels, Boxes | Masks):
+    if isinstance(labels, Boxes | Masks | PictureTargets):
         return labels.tensors()
     return torch.from_numpy(np.asarray(labels))

@@ -33,7 +33,7 @@ class Images(Pictures):
             DataError: there is no such folder, or it holds fewer than two pictures.
         """
         root = Path(self.root)
-        files = _files(root)
+        files = picture_files(root)
         if len(files) < 2:
             raise DataError(
                 f"holds {len(files)} pictures" if root.exists() else "no such file or folder",
@@ -57,7 +57,7 @@ class Images(Pictures):
         )
 
 
-def _files(root: Path) -> list[str]:
+def picture_files(root: Path) -> list[str]:
     """Return the pictures below ``root``, from there on, sorted; links to folders are left out."""
     return sorted(
         os.path.relpath(os.path.join(place, file), root)

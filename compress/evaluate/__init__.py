@@ -163,6 +163,21 @@ def predictions_of(
     _check_labels(dataset, task)
     predictions: list[tasks.Prediction] = []
     scores: list[tasks.Contribution] = []
+    for found, targets in answered(run, task, batches):
+        predictions += found
+        if task.kinds:
+            scores += [task.score(each, targets[i]) for i, each in enumerate(found)]
+    return predictions, scores
+
+
+def answered(
+    run: Any, task: Task, batches: Iterable[tuple[Tensor, Any]]
+) -> Iterator[tuple[list[tasks.Prediction], Any]]:
+    """Yield the predictions for the images of each batch, and its targets as they are.
+
+    Raises:
+        EngineError: the outputs are not what the task reads.
+    """
     with _runnable(run, named_outputs) as answer:
         for images, targets in batches:
             found = task.predict(answer(images))
@@ -171,11 +186,7 @@ def predictions_of(
                     f"{len(found)} predictions for {len(images)} images",
                     expected="outputs with the images along the first dimension",
                 )
-            predictions += found
-            if not task.kinds:
-                continue
-            scores += [task.score(each, targets[i]) for i, each in enumerate(found)]
-    return predictions, scores
+            yield found, targets
 
 
 def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:

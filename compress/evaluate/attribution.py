@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.errors import DataError, ModelError, UnknownNameError, UsageError
 from compress.evaluate import predict
+from compress.modules import evaluating
 from compress.packages import require
 from compress.report.pictures import png
 from compress.report.schema import Attribution, Interval, Similarity
@@ -224,14 +225,11 @@ def _squares(height: int, width: int) -> Tensor:
 @contextlib.contextmanager
 def _as_found(model: nn.Module) -> Iterator[nn.Module]:
     """Yield ``model`` in eval mode with frozen parameters; leave modes and flags as they were."""
-    modes = {module: module.training for module in model.modules()}
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.eval().requires_grad_(False)
     try:
-        yield model
+        with evaluating(model):
+            yield model.requires_grad_(False)
     finally:
-        for module, training in modes.items():
-            module.training = training
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from compress import plugins
 from compress.errors import EngineError, UsageError
 from compress.graph import files
-from compress.graph.metadata import FITTING, input_facts, layout_of
+from compress.graph.metadata import CARRIED, FITTING, input_facts, layout_of, metadata
 from compress.runtimes import TensorSpec, build_record, open_session
 
 if TYPE_CHECKING:
@@ -40,6 +40,13 @@ def facts_of(path: Path) -> dict[str, Any]:
         noted: dict[str, Any] = build_record(path).get("input", {})
         return noted
     return input_facts(files.load(path, weights=False))
+
+
+def carried(folder: Path) -> dict[str, Any]:
+    """Return what the ONNX file of a stage notes that holds for any file of its network."""
+    path = folder / ONNX_NAME
+    noted = metadata(files.load(path, weights=False)) if path.is_file() else {}
+    return {key: noted[key] for key in CARRIED if key in noted}
 
 
 def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:

@@ -14,6 +14,7 @@ CHANNELS = (1, 3)  # of pictures: how an input of unknown layout is recognised
 FITTING = ("resize", "interpolation", "crop")  # how a picture is fitted to the size
 LARGEST_PIXEL = 256.0  # of images that are not normalized
 _KEPT = (*FITTING, "mean", "std", "labels", "task")
+CARRIED = (*_KEPT, "color", "input_range")  # that hold for any file of the same network
 
 
 def metadata(model: onnx.ModelProto) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
-from rich.text import Text
 
 from compress.report import numbers
+from compress.terminal import table
 
 if TYPE_CHECKING:
     from compress.evaluate.comparison import Bisection, Comparison
@@ -22,17 +21,15 @@ SHOWN = 5  # flips, classes and tensors listed; --json holds all
 
 def bench_table(benched: Benched) -> Table:
     """Return one row for each artifact, runtime and batch size."""
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(benched), caption_justify="left")
-    table.add_column("artifact", overflow="fold")
     headers = ["batch", "p50 ms", "p99 ms", "images/s", "speed-up (95 %)", "file MiB", "peak MiB"]
     has_accuracy = any("top1_pct" in row for row in benched.rows)
     has_outputs = any("outputs" in row for row in benched.rows)
     headers += ["top-1 % (95 %)", "agreement %"] if has_accuracy else []
     headers += ["SQNR dB, worst output"] if has_outputs else []
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
+    rows = []
     for row in benched.rows:
         cells = [
+            row["artifact"],
             str(row["batch"]),
             _number(row, "latency_ms_p50"),
             _number(row, "latency_ms_p99"),
@@ -45,8 +42,8 @@ def bench_table(benched: Benched) -> Table:
             cells += [_with_interval(row, "top1_pct", "top1_ci95"), _number(row, "agreement_pct")]
         if has_outputs:
             cells.append(_worst_output(row))
-        table.add_row(Text(row["artifact"]), *cells)
-    return table
+        rows.append(cells)
+    return table(("artifact", *headers), rows, caption=_caption(benched), numbers=headers)
 
 
 def comparison_tables(compared: Compared) -> RenderableType:
@@ -67,62 +64,59 @@ def comparison_tables(compared: Compared) -> RenderableType:
 
 
 def _facts(answers: Comparison, reference: str, candidate: str) -> Table:
-    table = _table(f"{candidate} against {reference}, {answers.images} images", "", "value")
     row = answers.row()
     low, high = answers.top1_change_ci95
     change = f"{answers.top1_change_pct:+.2f} points (95 % {low:+.2f} to {high:+.2f})"
-    table.add_row("top-1", f"{change}: {answers.verdict}, p = {answers.top1_p_value:.3g}")
-    table.add_row("same answer", f"{_with_interval(row, 'agreement_pct', 'agreement_ci95')} %")
-    table.add_row("was right, now wrong", f"{answers.flip_pct:.2f} %")
-    table.add_row("was wrong, now right", f"{answers.won_pct:.2f} %")
-    table.add_row("logits, SQNR", f"{row['sqnr_db']:.1f} dB" if "sqnr_db" in row else "equal")
-    table.add_row(
-        "logits, difference",
-        f"{answers.logits.max_abs_diff:.3g} at most, {answers.logits.mean_abs_diff:.3g} on average",
-    )
-    table.add_row("calibration error", f"{answers.ece_change_pct:+.2f} points")
-    return table
+    largest, mean = answers.logits.max_abs_diff, answers.logits.mean_abs_diff
+    rows = [
+        ("top-1", f"{change}: {answers.verdict}, p = {answers.top1_p_value:.3g}"),
+        ("same answer", f"{_with_interval(row, 'agreement_pct', 'agreement_ci95')} %"),
+        ("was right, now wrong", f"{answers.flip_pct:.2f} %"),
+        ("was wrong, now right", f"{answers.won_pct:.2f} %"),
+        ("logits, SQNR", f"{row['sqnr_db']:.1f} dB" if "sqnr_db" in row else "equal"),
+        ("logits, difference", f"{largest:.3g} at most, {mean:.3g} on average"),
+        ("calibration error", f"{answers.ece_change_pct:+.2f} points"),
+    ]
+    title = f"{candidate} against {reference}, {answers.images} images"
+    return table(("", "value"), rows, title=title)
 
 
 def _chain(compared: Compared) -> Table:
     headers = ("top-1 %", "SQNR dB", "agreement %", "SQNR dB so far")
-    table = _table("What each step adds", "step", "error", *headers)
+    rows = []
     for link in compared.links:
         added, total = (c.row() if c is not None else {} for c in (link.added, link.total))
-        table.add_row(
-            Text(link.name),
-            link.error or "reference",
-            f"{link.top1_pct:.2f}",
-            _sqnr(added),
-            _number(added, "agreement_pct"),
-            _sqnr(total),
+        top1, agreement = f"{link.top1_pct:.2f}", _number(added, "agreement_pct")
+        rows.append(
+            (link.name, link.error or "reference", top1, _sqnr(added), agreement, _sqnr(total))
         )
-    return table
+    return table(("step", "error", *headers), rows, title="What each step adds", numbers=headers)
 
 
 def _classes(answers: Comparison) -> Table:
-    table = _table("Classes that lost most", "class", "images", "recall lost, points (95 %)")
+    rows = []
     for drop in answers.class_drops[:SHOWN]:
         low, high = drop.drop_ci95
-        lost = f"{drop.drop_pct:.2f} ({low:.2f} to {high:.2f})"
-        table.add_row(Text(drop.name), str(drop.images), lost)
-    return table
+        rows.append((drop.name, str(drop.images), f"{drop.drop_pct:.2f} ({low:.2f} to {high:.2f})"))
+    headers = ("images", "recall lost, points (95 %)")
+    return table(("class", *headers), rows, title="Classes that lost most", numbers=headers)
 
 
 def _flips(answers: Comparison, names: Sequence[str]) -> Table:
-    table = _table("Images answered differently", "image", "label", "before", "after", "outcome")
     flips = answers.flips
-    for flip in flips[:SHOWN]:
-        table.add_row(
+    rows = [
+        (
             str(flip.index),
-            Text(names[flip.label]),
-            Text(f"{names[flip.before]} ({flip.before_confidence_pct:.0f} %)"),
-            Text(f"{names[flip.after]} ({flip.after_confidence_pct:.0f} %)"),
+            names[flip.label],
+            f"{names[flip.before]} ({flip.before_confidence_pct:.0f} %)",
+            f"{names[flip.after]} ({flip.after_confidence_pct:.0f} %)",
             flip.kind,
         )
-    if len(flips) > SHOWN:
-        table.caption = f"{SHOWN} of {len(flips)}; --json FILE holds all"
-    return table
+        for flip in flips[:SHOWN]
+    ]
+    more = f"{SHOWN} of {len(flips)}; --json FILE holds all" if len(flips) > SHOWN else ""
+    headers = ("image", "label", "before", "after", "outcome")
+    return table(headers, rows, title="Images answered differently", caption=more)
 
 
 def _outputs(compared: Compared) -> Table:
@@ -130,13 +124,16 @@ def _outputs(compared: Compared) -> Table:
     title = "Outputs"
     if "images" in found:
         title = f"{compared.candidate} against {compared.reference}, {found['images']} images"
-    table = _table(title, "output", "SQNR dB", "largest difference")
-    for name, drift in found["outputs"].items():
-        table.add_row(Text(name), _sqnr(drift), f"{drift['max_abs_diff']:.3g}")
+    rows = [
+        (name, _sqnr(drift), f"{drift['max_abs_diff']:.3g}")
+        for name, drift in found["outputs"].items()
+    ]
+    alike = ""
     if "agreement_pct" in found:
-        alike = _with_interval(found, "agreement_pct", "agreement_ci95")
-        table.caption = f"same answer: {alike} % of images"
-    return table
+        share = _with_interval(found, "agreement_pct", "agreement_ci95")
+        alike = f"same answer: {share} % of images"
+    headers = ("SQNR dB", "largest difference")
+    return table(("output", *headers), rows, title=title, caption=alike, numbers=headers)
 
 
 def _bisection(found: Bisection) -> Table:
@@ -146,26 +143,21 @@ def _bisection(found: Bisection) -> Table:
         if first is None
         else f"First tensor below {found.threshold_db:g} dB: {first.name} ({first.op})"
     )
-    table = _table(title, "tensor", "operator", "SQNR dB", "lost here, dB", "largest difference")
-    for tensor in sorted(found.tensors, key=lambda tensor: -tensor.drop_db)[:SHOWN]:
-        table.add_row(
-            Text(tensor.name),
+    rows = [
+        (
+            tensor.name,
             tensor.op,
             _sqnr(tensor.drift.to_json()),
             f"{tensor.drop_db:.1f}",
             f"{tensor.drift.max_abs_diff:.3g}",
         )
-    return table
+        for tensor in sorted(found.tensors, key=lambda tensor: -tensor.drop_db)[:SHOWN]
+    ]
+    headers = ("SQNR dB", "lost here, dB", "largest difference")
+    return table(("tensor", "operator", *headers), rows, title=title, numbers=headers)
 
 
-def _table(title: str, *headers: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=Text(title), title_justify="left")
-    for index, header in enumerate(headers):
-        table.add_column(header, overflow="fold", justify="left" if index < 2 else "right")
-    return table
-
-
-def _caption(benched: Benched) -> Text | None:
+def _caption(benched: Benched) -> str:
     lines = [f"not measured: {name}: {why}" for name, why in benched.skipped.items()]
     for where, state in benched.conditions.items():
         hot = [name for name in ("cpu_throttled", "gpu_throttled") if state.get(name)]
@@ -176,7 +168,7 @@ def _caption(benched: Benched) -> Text | None:
             lines.append(f"{where}: busy machine: {state['busy']}; measure again when it is idle")
     unstable = [row["artifact"] for row in benched.rows if not row["warmup_stable"]]
     lines += [f"{name}: its latency had not settled after the warm-up" for name in unstable]
-    return Text("\n".join(lines)) if lines else None
+    return "\n".join(lines)
 
 
 def _speedup(row: Mapping[str, Any]) -> str:

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.errors import ModelError, UsageError
+from compress.modules import evaluating
 
 Leaf = TypeVar("Leaf")
 
@@ -50,6 +51,12 @@ def named_tensors(output: Any) -> list[tuple[str, Tensor]]:
     named = [one for one in numbers if one[0] == "logits"]
     main = next(iter((*named, *numbers)), None)
     return found if main is None else [main, *(one for one in found if one is not main)]
+
+
+def returned(model: nn.Module, example: Tensor) -> dict[str, Tensor]:
+    """Return the tensors that ``model`` gives for an example in eval mode, by their places."""
+    with evaluating(model), torch.no_grad():
+        return dict(named_tensors(model(example)))
 
 
 def tensors_of(output: Any) -> list[Tensor]:

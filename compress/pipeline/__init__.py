@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from compress import artifact, progress, report
-from compress.artifact import Artifact
-from compress.errors import CompressError
-from compress.pipeline import cautions, measure
+from compress import progress, report
+from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
-from compress.pipeline.context import Job, Outcome, Step, Variant, seeded
+from compress.pipeline.context import Job, Variant
+from compress.pipeline.measure import measure_targets
+from compress.pipeline.once import Step, measured_once, once
 from compress.pipeline.report_rows import assemble
 from compress.pipeline.stages import prune, quantize, sparsify, train
 from compress.pipeline.task import prepared
 from compress.recipe import loading
-from compress.recipe.settings import QuantizeSettings, Recipe, Settings
+from compress.recipe.settings import Recipe, Settings
 from compress.report import Report
 from compress.report.run_folder import DONE_FILE, RunFolder, default_folder
 from compress.report.run_lock import held
@@ -61,6 +62,33 @@ def run(
     """
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
+    with opened(chosen, out, processes, fresh=fresh) as job:
+        outcomes, variants = [], tuple[Variant, ...]()
+        stages = list(stages_of(job.recipe))
+        for number, (verb, settings) in enumerate(stages):
+            folder = job.run.stage(number, verb)
+            together = None if verb == "quantize" else processes  # after which one process works
+            outcome = once(job, folder, STEPS[verb], settings, variants, together)
+            for line in cautions.of_stage(outcome.facts):
+                progress.warn(line)
+            outcomes.append(outcome)
+            variants += outcome.variants
+        if not processes.is_main:
+            return None
+        folder = job.run.stage(len(stages), MEASURE)
+        measured = measured_once(job, folder, partial(measure_targets, job, variants, folder))
+        return report.write(assemble(job, variants, outcomes, measured, folder), job.run.root)
+
+
+@contextlib.contextmanager
+def opened(
+    chosen: Recipe, out: str | Path | None, processes: Processes, *, fresh: bool = False
+) -> Iterator[Job]:
+    """Yield a run whose recipe was checked and whose folder this process holds.
+
+    Raises:
+        CompressError: the recipe cannot be run, or the folder is another run's.
+    """
     preflight(chosen, where=chosen.name, read_data=False)
     dataset, task = prepared(chosen)
     root = Path(out or default_folder(chosen))
@@ -74,88 +102,11 @@ def run(
         progress.say(dataset.summary())
         for line in cautions.of_training(chosen, dataset):
             progress.warn(line)
-        job = Job(chosen, RunFolder(root), dataset, task, processes.is_main)
-        return _carry_out(job, processes)
+        yield Job(chosen, RunFolder(root), dataset, task, processes.is_main)
 
 
-def _carry_out(job: Job, processes: Processes) -> Report | None:
-    """Carry out every stage that is not finished, measure, and write the report."""
-    variants: tuple[Variant, ...] = ()
-    outcomes: list[Outcome] = []
-    for number, (verb, settings) in enumerate(_stages(job.recipe)):
-        stage = job.run.stage(number, verb)
-        if isinstance(settings, QuantizeSettings) and not processes.is_main:
-            quantize.train_along(job, settings, stage, variants)
-            return None
-        outcome = _once(job, stage, STEPS[verb], settings, variants)
-        if verb != "quantize":  # after which one process works, the others of a torchrun leave
-            processes.wait()
-        outcomes.append(outcome or _recorded(job, stage))
-        for line in cautions.of_stage(outcomes[-1].facts):
-            progress.warn(line)
-        variants += outcomes[-1].variants
-    if not processes.is_main:
-        return None
-    stage = job.run.stage(len(outcomes), MEASURE)
-    measured = job.run.result(stage)
-    if measured is None:
-        with progress.task(stage.name):
-            found = measure.measure_targets(job, variants, stage)
-        measured = found.to_json()
-        job.run.finish(stage, measured, _engine_artifacts(job, stage, found.engines))
-    return report.write(assemble(job, variants, outcomes, measured, stage), job.run.root)
-
-
-def _stages(chosen: Recipe) -> list[tuple[str, Settings | None]]:
-    """Return the verbs of a recipe; one that does not begin with training loads its original."""
-    stages: list[tuple[str, Settings | None]] = [
-        (each.verb, each.settings) for each in chosen.stages
-    ]
-    return stages if stages and stages[0][0] == "train" else [("original", None), *stages]
-
-
-def _once(
-    job: Job, stage: Path, step: Step, settings: Settings | None, before: tuple[Variant, ...]
-) -> Outcome | None:
-    """Carry out a step unless an earlier call has; None in processes that only help."""
-    if job.run.result(stage) is not None:
-        return _recorded(job, stage)
-    try:
-        with progress.task(stage.name):
-            outcome = seeded(step, job.recipe.seed)(job, settings, stage, before)
-    except CompressError as error:
-        raise error.within(f"stage {stage.name}") from None
-    if not job.is_main:
-        return None
-    files = sorted(
-        path for path in stage.iterdir() if path.is_file() and not artifact.is_temporary(path)
-    )
-    job.run.finish(stage, outcome.to_json(), _artifacts(job, stage, files, settings, before))
-    return outcome
-
-
-def _recorded(job: Job, stage: Path) -> Outcome:
-    return Outcome.from_json(job.run.result(stage) or {"variants": [], "facts": {}})
-
-
-def _artifacts(
-    job: Job,
-    stage: Path,
-    files: Iterable[Path],
-    settings: Settings | None = None,
-    before: tuple[Variant, ...] = (),
-) -> list[Artifact]:
-    parent = artifact.sha256(job.path(before[-1])) if before else None
-    facts = {} if settings is None else settings.model_dump(mode="json")
-    return [
-        artifact.describe(path, root=job.run.root, stage=stage.name, parent=parent, settings=facts)
-        for path in files
-    ]
-
-
-def _engine_artifacts(job: Job, stage: Path, engines: Mapping[Path, Path]) -> Iterator[Artifact]:
-    """Yield every engine with the files that lie beside it: weights, record, layers."""
-    for engine, source in engines.items():
-        parent = artifact.sha256(source)
-        for path in sorted(engine.parent.glob(f"{engine.stem}.*")):
-            yield artifact.describe(path, root=job.run.root, stage=stage.name, parent=parent)
+def stages_of(chosen: Recipe) -> Iterator[tuple[str, Settings | None]]:
+    """Yield the verbs of a recipe; one that does not begin with training loads its original."""
+    if not chosen.stages or chosen.stages[0].verb != "train":
+        yield "original", None
+    yield from ((each.verb, each.settings) for each in chosen.stages)

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from compress import evaluate, measure, models, plugins
+from compress import measure, models, plugins
 from compress.data import Dataset
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
-from compress.modules import evaluating
-from compress.modules.outputs import named_tensors
+from compress.modules.outputs import returned
 from compress.prune.sparsity import keeping_zeros
-from compress.recipe.settings import Recipe, Settings, TrainSettings
+from compress.recipe.settings import Recipe, TrainSettings
 from compress.report.run_folder import RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
-from compress.train.validation import validate_task
+from compress.train.validation import primary_value
 
 ONNX_FILE = "model.onnx"
 CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
@@ -108,34 +106,12 @@ class Job:
 
     def validation_pct(self, model: nn.Module) -> float | None:
         """Return the primary metric of ``model`` on the validation images, if there are any."""
-        if not len(self.dataset.splits["validation"]):
-            return None
-        if not self.task.tells_classes:
-            score = validate_task(model, self.dataset, self.task)
-            return None if score is None else score.value
-        predictions = evaluate.predict(model, self.dataset.batches("validation"))
-        return float(100 * predictions.correct.mean())
-
-
-Step = Callable[[Job, Any, Path, tuple[Variant, ...]], Outcome]
+        return primary_value(model, self.dataset, self.task)
 
 
 def answers_path(folder: Path, variant: str, runtime: str, precision: str) -> Path:
     """Return where the answers of a variant to the test images are kept."""
     return folder / f"{variant}.{runtime}.{precision}.npz"
-
-
-def seeded(step: Step, seed: int) -> Step:
-    """Return ``step`` with its own random state, so that a resumed run equals an uninterrupted."""
-
-    def run(
-        job: Job, settings: Settings | None, stage: Path, before: tuple[Variant, ...]
-    ) -> Outcome:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return step(job, settings, stage, before)
-
-    return run
 
 
 def leave(
@@ -165,7 +141,11 @@ def leave(
         job.dataset.example,
         stage / ONNX_FILE,
         metadata=facts_of(job),
-        outputs=None if job.task.tells_classes else job.task.read_outputs(returned(job, model)),
+        outputs=(
+            None
+            if job.task.tells_classes
+            else job.task.read_outputs(returned(model, job.dataset.example))
+        ),
         check_images=job.dataset.normalize(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
         ),
@@ -185,12 +165,6 @@ def leave(
     return Outcome((variant,), facts)
 
 
-def returned(job: Job, model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that ``model`` gives for an example, by their places."""
-    with evaluating(model), torch.no_grad():
-        return dict(named_tensors(model(job.dataset.example)))
-
-
 def training_facts(result: TrainResult) -> dict[str, Any]:
     """Return what a stage records of its training."""
     facts = asdict(result)
@@ -201,5 +175,5 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
 def facts_of(job: Job) -> dict[str, Any]:
     """Return what every file of the run says of its input and its task."""
     task = job.recipe.task or default_task(job.dataset.target)
-    named = {"task": task} if isinstance(task, str) and task in plugins.names("tasks") else {}
-    return job.dataset.facts() | named
+    is_ours = plugins.parse("tasks", task)[0] in plugins.names("tasks")
+    return job.dataset.facts() | ({"task": task} if is_ours else {})

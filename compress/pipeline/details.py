@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from compress import evaluate, measure, models
-from compress.evaluate import comparison
+from compress.evaluate import Accuracy, comparison
 from compress.evaluate.predictions import Predictions
 from compress.groups.plan import PrunePlan
 from compress.pipeline import records
@@ -22,7 +23,16 @@ from compress.report.learning_curves import learning_curves
 from compress.report.pictures import thumbnail
 
 MOST_FLIPS = 24  # images shown
-Taken = Sequence[tuple[str, str, Predictions]]  # variant, runtime, its answers to the test images
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a variant answers to the test images, and how right that is."""
+
+    variant: str
+    runtime: str
+    predictions: Predictions
+    accuracy: Accuracy
 
 
 def details(
@@ -43,7 +53,7 @@ def details(
         rows: The variants of the report.
         answers: Folder with the answers of each variant to the test images.
     """
-    taken = _answers(rows, answers) if job.task.tells_classes else []
+    taken = _answers(job, rows, answers) if job.task.tells_classes else []
     plan = _last_plan(job, variants)
     return schema.Details(
         classes=job.dataset.classes,
@@ -54,11 +64,13 @@ def details(
         coverage=tuple(dict.fromkeys(schema.Coverage(**each) for each in measured["coverage"])),
         learning=tuple(_learning_curves(outcomes)),
         sensitivity=tuple(schema.Curve(**each) for each in measured.get("sensitivity", ())),
-        class_scores=tuple(_class_scores(job, taken)),
+        class_scores=tuple(_class_scores(taken)),
         confusions=tuple(_confusions(taken)),
         flips=tuple(_flips(job, taken)),
-        subgroups=tuple(_subgroups(job, taken)),
-        calibration=tuple(records.calibration(each, name, place) for name, place, each in taken),
+        subgroups=tuple(_subgroups(taken)),
+        calibration=tuple(
+            records.calibration(each.accuracy, each.variant, each.runtime) for each in taken
+        ),
         attributions=tuple(schema.Attribution(**each) for each in measured["attributions"]),
         similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
         artifacts=tuple(_artifacts(job)),
@@ -90,8 +102,8 @@ def _skipped(job: Job, plan: PrunePlan | None, original: Variant) -> dict[str, s
     return reasons
 
 
-def _answers(rows: Sequence[schema.Variant], folder: Path) -> list[tuple[str, str, Predictions]]:
-    """Return (variant, runtime, answers) of each variant on the first runtime that ran it.
+def _answers(job: Job, rows: Sequence[schema.Variant], folder: Path) -> list[Answered]:
+    """Return the answers of each variant on the first runtime that ran it.
 
     The original is first, and last is the variant that the verdict of the report is about: the last
     one on the runtime of the first target.
@@ -100,8 +112,12 @@ def _answers(rows: Sequence[schema.Variant], folder: Path) -> list[tuple[str, st
     for row in rows:
         for result in row.results[:1]:
             path = answers_path(folder, row.name, result.runtime, result.precision)
-            found.append((row.name, result.runtime, Predictions.load(path)))
-    return [*found[:1], *sorted(found[1:], key=lambda each: each[1] == found[0][1])]
+            predictions = Predictions.load(path)
+            named, images = job.dataset.test_groups, len(predictions.labels)
+            groups = None if named is None else [str(group) for group in named[:images]]
+            judged = evaluate.accuracy(predictions, job.dataset.classes, groups)
+            found.append(Answered(row.name, result.runtime, predictions, judged))
+    return [*found[:1], *sorted(found[1:], key=lambda each: each.runtime == found[0].runtime)]
 
 
 def _last_plan(job: Job, variants: Sequence[Variant]) -> PrunePlan | None:
@@ -130,12 +146,12 @@ def _learning_curves(outcomes: Sequence[Outcome]) -> Iterator[schema.Curve]:
             yield from learning_curves(outcome.variants[0].stage, history)
 
 
-def _class_scores(job: Job, taken: Taken) -> Iterator[schema.ClassScores]:
-    for name, runtime, predictions in taken:
-        per_class = evaluate.accuracy(predictions, job.dataset.classes).per_class
+def _class_scores(taken: Sequence[Answered]) -> Iterator[schema.ClassScores]:
+    for answered in taken:
+        per_class = answered.accuracy.per_class
         yield schema.ClassScores(
-            variant=name,
-            runtime=runtime,
+            variant=answered.variant,
+            runtime=answered.runtime,
             images=tuple(each.images for each in per_class),
             precision_pct=tuple(each.precision_pct for each in per_class),
             recall_pct=tuple(each.recall_pct for each in per_class),
@@ -143,19 +159,19 @@ def _class_scores(job: Job, taken: Taken) -> Iterator[schema.ClassScores]:
         )
 
 
-def _confusions(taken: Taken) -> Iterator[schema.Confusion]:
-    for name, runtime, predictions in taken:
-        matrix = np.array(evaluate.accuracy(predictions).confusion)
+def _confusions(taken: Sequence[Answered]) -> Iterator[schema.Confusion]:
+    for answered in taken:
+        matrix = np.array(answered.accuracy.confusion)
         cells = tuple((int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix))
-        yield schema.Confusion(variant=name, runtime=runtime, cells=cells)
+        yield schema.Confusion(variant=answered.variant, runtime=answered.runtime, cells=cells)
 
 
-def _flips(job: Job, taken: Taken) -> Iterator[schema.Flip]:
+def _flips(job: Job, taken: Sequence[Answered]) -> Iterator[schema.Flip]:
     if len(taken) < 2:
         return
-    reference = taken[0][2]
-    name, runtime, candidate = taken[-1]
-    lost = [flip for flip in comparison.compare(reference, candidate).flips if flip.kind == "lost"]
+    candidate = taken[-1]
+    compared = comparison.compare(taken[0].predictions, candidate.predictions)
+    lost = [flip for flip in compared.flips if flip.kind == "lost"]
     for flip in lost[:MOST_FLIPS]:
         image = job.dataset.splits["test"].take([flip.index])[0]
         yield schema.Flip(
@@ -165,21 +181,17 @@ def _flips(job: Job, taken: Taken) -> Iterator[schema.Flip]:
             after=flip.after,
             before_confidence_pct=flip.before_confidence_pct,
             after_confidence_pct=flip.after_confidence_pct,
-            variant=name,
-            runtime=runtime,
+            variant=candidate.variant,
+            runtime=candidate.runtime,
             thumbnail=thumbnail(image.permute(1, 2, 0).numpy()),
         )
 
 
-def _subgroups(job: Job, taken: Taken) -> Iterator[schema.Subgroup]:
+def _subgroups(taken: Sequence[Answered]) -> Iterator[schema.Subgroup]:
     """Yield the accuracy of each variant on each subgroup, where the data names them."""
-    if job.dataset.test_groups is None:
-        return
-    for name, _, predictions in taken:
-        groups = [str(group) for group in job.dataset.test_groups[: len(predictions.labels)]]
-        found = evaluate.accuracy(predictions, subgroups=groups).per_subgroup
-        for group, numbers in found.items():
-            yield schema.Subgroup(column="group", value=group, variant=name, **numbers)
+    for each in taken:
+        for group, numbers in each.accuracy.per_subgroup.items():
+            yield schema.Subgroup(column="group", value=group, variant=each.variant, **numbers)
 
 
 def _ranges(outcomes: Sequence[Outcome]) -> Iterator[schema.TensorRange]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from compress.data import Dataset
-from compress.evaluate import Predictions, accuracy
+from compress.evaluate import Accuracy, Predictions
 from compress.evaluate.attribution import Samples
 from compress.qdq.plan import QuantPlan
 from compress.qdq.writer import RULES
@@ -61,11 +61,10 @@ def coverage(fusion: Fusion, variant: str) -> schema.Coverage:
     )
 
 
-def calibration(predictions: Predictions, variant: str, runtime: str) -> schema.Calibration:
+def calibration(accuracy: Accuracy, variant: str, runtime: str) -> schema.Calibration:
     """Return confidence against accuracy in equal bins, and the calibration error over them."""
-    found = accuracy(predictions)
     return schema.Calibration(
-        variant=variant, runtime=runtime, ece_pct=found.ece_pct, **found.calibration
+        variant=variant, runtime=runtime, ece_pct=accuracy.ece_pct, **accuracy.calibration
     )
 
 

@@ -73,26 +73,30 @@ class Remeasured:
 
     def table(self) -> RenderableType:
         """Return the figures side by side, for the terminal."""
-        from rich import box
         from rich.console import Group
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD)
-        for header in ("variant", "runtime", "batch", "figure", "reported", "now", "outcome"):
-            table.add_column(header, justify="right" if header in {"reported", "now"} else "left")
-        for check in self.checks:
-            reported = _figure(check.figure, check.reported, check.reported_ci95)
-            now = _figure(check.figure, check.measured, check.measured_ci95)
-            name = Text(check.variant)
-            place = (check.runtime, str(check.batch), FIGURES[check.figure])
-            table.add_row(name, *place, reported, now, check.outcome)
+        from compress.terminal import table
+
+        rows = [
+            (
+                check.variant,
+                check.runtime,
+                str(check.batch),
+                FIGURES[check.figure],
+                _figure(check.figure, check.reported, check.reported_ci95),
+                _figure(check.figure, check.measured, check.measured_ci95),
+                check.outcome,
+            )
+            for check in self.checks
+        ]
+        headers = ("variant", "runtime", "batch", "figure", "reported", "now", "outcome")
         lines = [f"not measured: {what}: {why}" for what, why in self.skipped.items()]
         if self.elsewhere:
             lines.insert(0, f"not where the report was made: {self.elsewhere}")
         differing = sum(check.outcome == DIFFERS for check in self.checks)
         lines.append(f"{len(self.checks)} figures taken again, {differing} differ")
-        return Group(table, *map(Text, lines))
+        return Group(table(headers, rows, numbers={"reported", "now"}), *map(Text, lines))
 
 
 def measure_again(root: Path) -> Remeasured:

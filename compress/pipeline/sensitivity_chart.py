@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 from compress import models
 from compress.pipeline.context import Job, Variant
 from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.report.schema import Curve, Line
+from compress.tasks import primary_of
 
 RECALIBRATION_BATCHES = 8
 
@@ -21,6 +23,8 @@ def unmeasured(job: Job, original: Variant) -> str | None:
         return "the original is an ONNX file, and cuts are tried on torch networks"
     if not len(job.dataset.splits["validation"]):
         return "the data has no validation images to judge cuts on"
+    if not job.task.kinds:
+        return "the images have no labels to judge cuts by"
     return None
 
 
@@ -37,6 +41,7 @@ def sensitivity(job: Job, original: Variant) -> list[dict[str, Any]]:
         lambda cut: job.validation_pct(cut) or 0.0,
         recalibrate=list(itertools.islice(job.dataset.batches("train"), RECALIBRATION_BATCHES)),
     )
+    found = replace(found, metric=primary_of(job.task))
     return [chart(found).model_dump(mode="json")]
 
 
@@ -44,13 +49,13 @@ def chart(found: PruneSensitivity) -> Curve:
     """Return ``found`` as a chart whose lines end where the network is whole."""
     lines = []
     for curve in found.curves:
-        points = sorted((point.keep_channels, point.top1_pct) for point in curve.points)
-        x, y = zip(*points, (1.0, found.baseline_top1_pct), strict=True)
+        points = sorted((point.keep_channels, point.value) for point in curve.points)
+        x, y = zip(*points, (1.0, found.baseline), strict=True)
         lines.append(Line(name=curve.group, x=x, y=y))
     return Curve(
         title="Each group of channels cut alone, the rest whole",
         x_label="share of channels kept",
-        y_label="validation top-1, %",
+        y_label=f"validation {found.metric.title}",
         lines=tuple(lines),
         variant=None,
     )

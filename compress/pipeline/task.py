@@ -89,13 +89,13 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
         place = f"stages[{number}].{stage.verb}"
         if stage.distill is not None:
             yield from _distillation(stage.distill, task, place)
-        settings = stage.quantize
-        for name in ("qat", "max_drop_pct"):
-            if settings is not None and getattr(settings, name) is not None:
-                yield f"{place}.{name}: needs one class an image. {drop}"
-    for name in ("explain_images", "sensitivity"):
-        if getattr(recipe.measure, name):
-            yield f"measure.{name}: needs one class an image."
+        if stage.quantize is not None and stage.quantize.max_drop_pct is not None:
+            yield (
+                f"{place}.max_drop_pct: this task does not name one class an image. "
+                f"{drop.replace('gates.metric_drop', 'max_drop')}"
+            )
+    if recipe.measure.explain_images:
+        yield "measure.explain_images: needs one class an image."
 
 
 def _only_with_labels(recipe: Recipe) -> Iterator[str]:
@@ -103,8 +103,13 @@ def _only_with_labels(recipe: Recipe) -> Iterator[str]:
     if recipe.gates.metric_drop is not None:
         yield "gates.metric_drop: the images have no labels. Use gates.agreement_pct."
     for number, stage in enumerate(recipe.stages):
+        place = f"stages[{number}].{stage.verb}"
         if stage.verb in ("train", "finetune"):
-            yield f"stages[{number}].{stage.verb}: the images have no labels to learn."
+            yield f"{place}: the images have no labels to learn. Learn from a teacher: distill."
+        if stage.quantize is not None and stage.quantize.max_drop is not None:
+            yield f"{place}.max_drop: the images have no labels to measure it on."
+    if recipe.measure.sensitivity:
+        yield "measure.sensitivity: the images have no labels to judge cuts by."
 
 
 def _distillation(settings: DistillSettings, task: Task, place: str) -> Iterator[str]:

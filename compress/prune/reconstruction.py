@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -50,9 +50,9 @@ def refit(
     few hundred images do. In the end BatchNorm's statistics become those of training, without a
     change of the answers (``rebase_batchnorm``).
 
-    A layer that several calls share is fitted to all of them. Transposed convolutions, layers that
-    share a weight, and those that see fewer than four samples for each weight of a filter, stay as
-    they are.
+    A layer that several calls share is fitted to all of them. Transposed convolutions in groups,
+    layers that share a weight, and those that see fewer than four samples for each weight of a
+    filter, stay as they are.
 
     Args:
         pruned: What ``apply_pruning(original, plan)`` returned. Its weights are replaced.
@@ -93,7 +93,8 @@ def refit(
     return rebase_batchnorm(pruned, training_batches)
 
 
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | Transposed
 
 
 class _EnoughSeen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
@@ -118,7 +119,7 @@ class _Pair:
     @property
     def features(self) -> int:
         """Weights of one filter, its bias included."""
-        return self.layer.weight[0].numel() + (self.layer.bias is not None)
+        return _filters(self.layer)[0].numel() + (self.layer.bias is not None)
 
     @property
     def rows(self) -> int:
@@ -128,7 +129,7 @@ class _Pair:
     @property
     def mib(self) -> float:
         """Size of the answers, at most."""
-        return self.rows * self.batches * self.calls * len(self.layer.weight) * 4 / 2**20
+        return self.rows * self.batches * self.calls * len(_filters(self.layer)) * 4 / 2**20
 
     def note(self, answer: Tensor, other: Tensor | None) -> None:
         """Keep what the original answered at places drawn for this call.
@@ -159,6 +160,17 @@ class _Pair:
         return noted.reshape(len(noted), groups, -1).transpose(0, 1)  # (G, rows, O / G)
 
 
+def _filters(layer: Layer) -> Tensor:
+    """Return the weight by outputs: (O, ...), as a convolution with the same answers has it."""
+    return _turned(layer, layer.weight)
+
+
+def _turned(layer: Layer, weight: Tensor) -> Tensor:
+    """Return a transposed convolution's weight as a convolution's, or back; others as they are."""
+    is_transposed = isinstance(layer, Transposed)
+    return weight.transpose(0, 1).flip(*range(2, weight.ndim)) if is_transposed else weight
+
+
 def _rows(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Tensor:
     """Return what is answered at some places, (rows, O), of all channels or of those kept."""
     if isinstance(layer, nn.Linear):
@@ -181,7 +193,8 @@ def _pairs(
     )
     left = {before[name]: m for name, m in pruned.named_modules() if name in before}
     for name, layer, calls in layers:
-        kept = plan.tensors.get(f"{name}.weight", {}).get(0)
+        axis = int(isinstance(layer, Transposed))
+        kept = plan.tensors.get(f"{name}.weight", {}).get(axis)
         join = added.get(before[name])
         if join is not None and join.norm is not None:
             join = dataclasses.replace(join, norm=left[join.norm])
@@ -196,7 +209,8 @@ def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
             yield portion
             portion = []
         portion.append(pair)
-    yield portion
+    if portion:
+        yield portion
 
 
 def _asked(pairs: Sequence[_Pair], original: Replay, images: Sequence[Tensor]) -> Iterator[_Pair]:
@@ -222,7 +236,8 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     for name, module in modules.items():
         # Only plain classes: a subclass may compute something else with its weight. A weight that
         # is no parameter of its own is computed from others, as by spectral normalization.
-        is_plain = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+        is_plain = type(module) in get_args(Layer)
+        is_plain &= not isinstance(module, Transposed) or module.groups == 1
         weight = module._parameters.get("weight")
         if is_plain and weight is not None and owners[id(weight)] == 1:
             hook = module.register_forward_hook(
@@ -332,8 +347,12 @@ def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:
 
 def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
     """Return what a convolution sees at some places of its output: (G, B * places, F)."""
-    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    if isinstance(layer, Transposed):
+        padded, strides = _spread(layer, x), (1,) * len(places)
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+        strides = layer.stride
     dimensions = len(places)
     index: list[Any] = [slice(None), slice(None)]
     for axis, place in enumerate(places):
@@ -342,7 +361,7 @@ def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
         shape[1 + axis] = len(offsets)
         index.append(
             torch.as_tensor(
-                (place[:, None] * layer.stride[axis] + offsets).reshape(shape), device=x.device
+                (place[:, None] * strides[axis] + offsets).reshape(shape), device=x.device
             )
         )
     window = padded[tuple(index)]  # (B, C, places, kernel...)
@@ -351,10 +370,25 @@ def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
     return window.permute(1, 0, 3, 2, 4).reshape(layer.groups, batch * count, -1)
 
 
+def _spread(layer: Any, x: Tensor) -> Tensor:
+    """Return the input over which a transposed convolution slides: zeros between and around."""
+    strides = layer.stride
+    extent = [(side - 1) * step + 1 for side, step in zip(x.shape[2:], strides, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *extent)
+    every: list[slice] = [slice(None)] * 2 + [slice(None, None, step) for step in strides]
+    spread[tuple(every)] = x
+    padding: list[int] = []
+    for axis in reversed(range(len(extent))):
+        edge = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - layer.padding[axis]
+        padding += [edge, edge + layer.output_padding[axis]]
+    return F.pad(spread, padding)
+
+
 def _solve(layer: Layer, squares: Tensor, products: Tensor) -> None:
     """Solve the normal equations and write the weights."""
     groups, features = squares.shape[:2]
-    now = layer.weight.reshape(groups, -1, layer.weight[0].numel()).double()  # (G, O, F)
+    filters = _filters(layer)
+    now = filters.reshape(groups, -1, filters[0].numel()).double()  # (G, O, F)
     if layer.bias is not None:
         now = torch.cat([now, layer.bias.reshape(groups, -1, 1).double()], dim=2)
     pull = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
@@ -366,4 +400,4 @@ def _solve(layer: Layer, squares: Tensor, products: Tensor) -> None:
     if layer.bias is not None:
         layer.bias.copy_(fitted[:, :, -1].reshape(layer.bias.shape))
         fitted = fitted[:, :, :-1]
-    layer.weight.copy_(fitted.reshape(layer.weight.shape))
+    layer.weight.copy_(_turned(layer, fitted.reshape(filters.shape)))

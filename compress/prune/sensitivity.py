@@ -24,6 +24,7 @@ from compress.prune.criteria import Criterion
 from compress.prune.saliency import Batches
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import ladder
+from compress.tasks import TOP1, Kind, Primary
 
 SHARES = (0.75, 0.5, 0.25)
 
@@ -34,7 +35,7 @@ class Point:
 
     keep_channels: float  # share of the group's units that is left
     kept: int
-    top1_pct: float
+    value: float  # of the metric
     macs_share: float  # of the whole network's MACs that is left
 
 
@@ -52,24 +53,25 @@ class Curve:
 class PruneSensitivity:
     """Accuracy against kept channels for every group of a network."""
 
-    baseline_top1_pct: float
+    baseline: float  # of the metric
     criterion: str
     curves: tuple[Curve, ...]  # in the order of execution
+    metric: Primary = TOP1
 
-    def keep_channels(self, max_drop_pct: float) -> dict[str, float]:
-        """Return the smallest share that costs each group at most ``max_drop_pct`` points.
+    def keep_channels(self, max_drop: float) -> dict[str, float]:
+        """Return the smallest share that costs each group at most ``max_drop``.
 
         It is a budget for ``plan_pruning(keep_channels=...)``. Groups are judged one at a time, so
         cutting them together costs more than that.
 
         Args:
-            max_drop_pct: Loss of top-1 that one group may cost alone, points.
+            max_drop: Loss of the metric that one group may cost alone, in its unit.
         """
         found = {}
         for curve in self.curves:
             share = 1.0
             for point in curve.points:
-                if self.baseline_top1_pct - point.top1_pct > max_drop_pct:
+                if self.metric.drop(self.baseline, point.value) > max_drop:
                     break
                 share = point.keep_channels
             found[curve.group] = share
@@ -77,16 +79,27 @@ class PruneSensitivity:
 
     def ranked(self) -> list[Curve]:
         """Return the curves, the one that loses the most accuracy at its smallest width first."""
-        return sorted(self.curves, key=lambda curve: min(p.top1_pct for p in curve.points))
+        return sorted(
+            self.curves,
+            key=lambda curve: -max(self.metric.drop(self.baseline, p.value) for p in curve.points),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the curves as JSON-able data."""
         data = asdict(self)
-        data["curves"] = [
-            one | {"layers": list(one["layers"]), "points": list(one["points"])}
-            for one in data["curves"]
-        ]
-        return data
+        metric, baseline = data.pop("metric"), data.pop("baseline")
+        is_top1 = self.metric == TOP1
+        named = {f"baseline_{TOP1.name}": baseline} if is_top1 else {
+            "metric": metric, "baseline": baseline
+        }  # fmt: skip
+        curves = []
+        for one in data["curves"]:
+            points = [
+                {(TOP1.name if key == "value" and is_top1 else key): v for key, v in point.items()}
+                for point in one["points"]
+            ]
+            curves.append(one | {"layers": list(one["layers"]), "points": points})
+        return named | data | {"curves": curves}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> PruneSensitivity:
@@ -101,11 +114,22 @@ class PruneSensitivity:
                     one["group"],
                     one["size"],
                     tuple(one["layers"]),
-                    tuple(Point(**point) for point in one["points"]),
+                    tuple(
+                        Point(
+                            **{
+                                ("value" if key == TOP1.name else key): v
+                                for key, v in point.items()
+                            }
+                        )
+                        for point in one["points"]
+                    ),
                 )
                 for one in data["curves"]
             )
-            return cls(data["baseline_top1_pct"], data["criterion"], curves)
+            if f"baseline_{TOP1.name}" in data:
+                return cls(data[f"baseline_{TOP1.name}"], data["criterion"], curves)
+            metric = Primary(data["metric"]["name"], Kind(**data["metric"]["kind"]))
+            return cls(data["baseline"], data["criterion"], curves, metric)
         except (KeyError, TypeError) as error:
             raise PlanError(f"this is no sensitivity to pruning: {error!r}") from None
 
@@ -125,7 +149,8 @@ def prune_sensitivity(
     Args:
         model: A trained network. Not modified.
         example_input: An input for one image, as ``plan_pruning`` takes it.
-        evaluate: Returns the top-1 accuracy of a network, percent, always on the same images.
+        evaluate: Returns the accuracy of a network, always on the same images; where it is not
+            top-1 in percent, replace ``metric`` in the result.
         criterion: Decides which channels of a group stay.
         shares: Shares of each group's channels to keep, in (0, 1).
         batches: Images and labels, for criteria that need data.
@@ -162,7 +187,7 @@ def prune_sensitivity(
 
 
 def plot_sensitivity(found: PruneSensitivity, path: str | Path) -> Path:
-    """Draw one small chart per group, top-1 against kept channels, and return the file's path.
+    """Draw one small chart per group, the metric against kept channels, and return the file's path.
 
     Args:
         found: What ``prune_sensitivity`` returned.
@@ -177,15 +202,15 @@ def plot_sensitivity(found: PruneSensitivity, path: str | Path) -> Path:
     axes = np.atleast_1d(figure.subplots(rows, columns, sharex=True, sharey=True)).ravel()
     for axis, curve in zip(axes, found.curves, strict=False):
         shares = [1.0, *(point.keep_channels for point in curve.points)]
-        top1 = [found.baseline_top1_pct, *(point.top1_pct for point in curve.points)]
-        axis.plot(shares, top1, marker="o", markersize=3, linewidth=1.2, color="#2a6f97")
-        axis.axhline(found.baseline_top1_pct, color="#9aa5b1", linewidth=0.8)
+        values = [found.baseline, *(point.value for point in curve.points)]
+        axis.plot(shares, values, marker="o", markersize=3, linewidth=1.2, color="#2a6f97")
+        axis.axhline(found.baseline, color="#9aa5b1", linewidth=0.8)
         axis.set_title(f"{curve.group} ({curve.size})", fontsize=8)
         axis.tick_params(labelsize=7)
     for axis in axes[len(found.curves) :]:
         axis.set_visible(False)
     figure.supxlabel("share of the group's channels kept", fontsize=9)
-    figure.supylabel("top-1, %", fontsize=9)
+    figure.supylabel(found.metric.title, fontsize=9)
     with replacing(target) as temporary:
         figure.savefig(temporary, format=target.suffix.lstrip(".") or "png", dpi=150)
     return target

@@ -35,10 +35,10 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> None:
             _scale_output(tensors, _named(nodes, step.producer), 1 / factors)
         if step.consumer:
             _scale_input(tensors, _named(nodes, step.consumer), factors)
-    taken = all_names(model)
+    taken, graph = all_names(model), Graph(model)
     for name, bias in plan.biases.items():
         node = _named(nodes, name)
-        wanted = _outputs_of(model, node)
+        wanted = _outputs_of(graph, node)
         if len(bias) != wanted:
             raise QuantizationError(
                 f"the plan has {len(bias)} biases for node {name!r}", expected=f"{wanted}"
@@ -94,17 +94,17 @@ def _named(nodes: dict[str, NodeProto], name: str) -> NodeProto:
     return nodes[name]
 
 
-def _outputs_of(model: ModelProto, node: NodeProto) -> int:
+def _outputs_of(graph: Graph, node: NodeProto) -> int:
     """Return the number of output channels of a weighted node.
 
     Raises:
         QuantizationError: it has no constant weight.
     """
-    weight = Graph(model).weight(node)
+    weight = graph.weight(node)
     if weight is None:
         raise QuantizationError(f"node {node.name!r} of the plan has no constant weight")
     groups = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
-    shape = next(t.dims for t in model.graph.initializer if t.name == weight)
+    shape = graph.initializers[weight].dims
     return int(shape[channel_axis(node)]) * int(groups)
 
 

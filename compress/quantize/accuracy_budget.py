@@ -5,26 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
+import torch
 
+from compress import progress
 from compress.artifact import read_json, write_bytes, write_json
-from compress.progress import Task, task
 from compress.qdq import QuantPlan, prepare, write_qdq
 from compress.quantize.sensitivity import (
-    Array,
     Batches,
+    Judge,
     QuantSensitivity,
     arrays,
     layer_macs,
     quantize_sensitivity,
-    top1_pct,
 )
-from compress.quantize.sessions import session_of
+from compress.tasks import Task
 
 WHY = "given back to float to stay within the accuracy budget"
 
@@ -34,8 +33,8 @@ class Trial:
     """One set of layers in float, and what the graph answers then."""
 
     float_nodes: tuple[str, ...]  # beyond those of the plan
-    top1_pct: float
-    drop_pct: float  # percentage points, against the fp32 graph on the same images
+    value: float  # of the metric
+    drop: float  # in its unit, against the fp32 graph on the same images
     float_cost: float  # share of the network's cost that is in float again
 
 
@@ -43,17 +42,13 @@ class Trial:
 class Budget:
     """How a budget was met, or how near it came."""
 
-    max_drop_pct: float
+    max_drop: float
     images: int
-    float_top1_pct: float
+    float_value: float
     met: bool
     best: Trial
     trials: tuple[Trial, ...]  # in order
     plan: QuantPlan = field(compare=False)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return this as JSON-able data, without the plan, which is a file of its own."""
-        return {key: value for key, value in asdict(self).items() if key != "plan"}
 
 
 def meet_budget(
@@ -61,12 +56,12 @@ def meet_budget(
     plan: QuantPlan,
     batches: Batches,
     *,
-    max_drop_pct: float,
+    max_drop: float,
     folder: Path,
     costs: Mapping[str, float] | None = None,
-    sensitivity: QuantSensitivity | None = None,
+    task: Task | None = None,
 ) -> Budget:
-    """Leave as few and as cheap layers in float as keep the loss of top-1 within a budget.
+    """Leave as few and as cheap layers in float as keep the loss of accuracy within a budget.
 
     Layers are ranked by the noise that each makes alone, divided by what it costs in float. The
     shortest head of that ranking that meets the budget is found by doubling and bisection; then
@@ -77,30 +72,30 @@ def meet_budget(
         model: The fp32 graph that the plan was made for. Not modified.
         plan: Where to begin; its target counts.
         batches: Labelled validation images, not those of calibration.
-        max_drop_pct: Largest loss of top-1, in points, on these images.
+        max_drop: Largest loss of the primary metric, in its unit, on these images.
         folder: For ``model.<target>.onnx``, ``plan.<target>.json`` and ``budget.<target>.json``.
         costs: What each node costs in float, any unit, such as measured latencies; MACs if absent.
-        sensitivity: Of the same plan, if it was measured already.
+        task: Whose primary metric counts; top-1 of one class an image if absent.
 
     Raises:
         QuantizationError: the plan does not fit the graph.
         DataError: there are no images.
         RunError: the folder cannot be written.
     """
-    images, labels = arrays(batches)
-    pairs = _pairs(images, labels)
-    search = _Search(model, plan, images, labels, max_drop_pct, folder, dict(costs or {}))
-    with task("Accuracy budget") as counter:
+    judge = Judge(arrays(batches), task)
+    search = _Search(model, plan, judge, max_drop, folder, dict(costs or {}))
+    with progress.task("Accuracy budget") as counter:
         search.counter = counter
         if not search.fits(()):
-            found = sensitivity or quantize_sensitivity(model, plan, pairs)
+            pairs = [(torch.from_numpy(images), each) for images, each in judge.labelled]
+            found = quantize_sensitivity(model, plan, pairs, task=task)
             search.run(_ranked(found, search.costs))
     best = search.best
     return Budget(
-        max_drop_pct,
-        len(labels),
-        search.float_top1,
-        best.drop_pct <= max_drop_pct,
+        max_drop,
+        judge.images,
+        search.float_value,
+        best.drop <= max_drop,
         best,
         tuple(search.trials),
         search.plan_of(best),
@@ -110,35 +105,34 @@ def meet_budget(
 class _Search:
     """The trials made so far, the best of them on disk."""
 
-    counter: Task
+    counter: progress.Task
 
     def __init__(  # the parts of one call of meet_budget
         self,
         model: onnx.ModelProto,
         plan: QuantPlan,
-        images: Sequence[Array],
-        labels: Array,
-        max_drop_pct: float,
+        judge: Judge,
+        max_drop: float,
         folder: Path,
         costs: dict[str, float],
     ) -> None:
-        self.model, self.plan, self.images, self.labels = model, plan, images, labels
-        self.limit, self.folder = max_drop_pct, folder
+        self.model, self.plan, self.judge = model, plan, judge
+        self.limit, self.folder = max_drop, folder
         prepared = prepare(model)
         self.costs = costs or {name: float(n) for name, n in layer_macs(prepared).items()}
         self.total = sum(self.costs.values()) or 1.0
-        self.float_top1 = self._top1(prepared)
-        self.identity = _identity(model, plan, labels, images)
+        self.float_value = self._value(prepared)
+        self.identity = _identity(model, plan, judge)
         self.trials: list[Trial] = []
         self.known = self._recall()
 
     @property
     def best(self) -> Trial:
         """The cheapest trial within the budget; the most accurate one if there is none."""
-        fitting = [t for t in self.trials if t.drop_pct <= self.limit]
+        fitting = [t for t in self.trials if t.drop <= self.limit]
         if fitting:
-            return min(fitting, key=lambda t: (t.float_cost, t.drop_pct))
-        return min(self.trials, key=lambda t: (t.drop_pct, t.float_cost))
+            return min(fitting, key=lambda t: (t.float_cost, t.drop))
+        return min(self.trials, key=lambda t: (t.drop, t.float_cost))
 
     def plan_of(self, trial: Trial) -> QuantPlan:
         """Return the plan that leaves the layers of ``trial`` in float."""
@@ -167,19 +161,21 @@ class _Search:
         trial = next((t for t in self.trials if t.float_nodes == names), None)
         if trial is None:
             trial = self._try(names)
-        return trial.drop_pct <= self.limit
+        return trial.drop <= self.limit
 
     def _try(self, names: tuple[str, ...]) -> Trial:
         before = self.best if self.trials else None
         candidate = Trial(names, 0.0, 0.0, sum(self.costs.get(n, 0.0) for n in names) / self.total)
         written = write_qdq(self.model, self.plan_of(candidate))
-        top1 = self.known[names] if names in self.known else self._top1(written)
-        trial = Trial(names, top1, self.float_top1 - top1, candidate.float_cost)
+        value = self.known[names] if names in self.known else self._value(written)
+        drop = self.judge.metric.drop(self.float_value, value)
+        trial = Trial(names, value, drop, candidate.float_cost)
         self.trials.append(trial)
         if self.best != before:
             self._save(written)
         self._note()
-        self.counter.advance(note=f"{len(names)} in float: {trial.drop_pct:+.2f} points lost")
+        unit = self.judge.metric.points
+        self.counter.advance(note=f"{len(names)} in float: {drop:+.2f} {unit} lost")
         return trial
 
     def _save(self, written: onnx.ModelProto) -> None:
@@ -187,9 +183,9 @@ class _Search:
         self.plan_of(self.best).save(self.folder / f"plan.{self.plan.target}.json")
 
     def _note(self) -> None:
-        trials = {json.dumps(t.float_nodes): t.top1_pct for t in self.trials}
+        trials = {json.dumps(t.float_nodes): t.value for t in self.trials}
         known = {json.dumps(names): value for names, value in self.known.items()}
-        write_json(self._journal, {"identity": self.identity, "top1_pct": known | trials})
+        write_json(self._journal, {"identity": self.identity, "values": known | trials})
 
     def _recall(self) -> dict[tuple[str, ...], float]:
         if not self._journal.is_file():
@@ -197,17 +193,17 @@ class _Search:
         content = read_json(self._journal)
         if not isinstance(content, dict) or content.get("identity") != self.identity:
             return {}  # of another graph, plan or images
-        return {tuple(json.loads(names)): value for names, value in content["top1_pct"].items()}
+        return {
+            tuple(json.loads(names)): value for names, value in content.get("values", {}).items()
+        }
 
     @property
     def _journal(self) -> Path:
         return self.folder / f"budget.{self.plan.target}.json"
 
-    def _top1(self, model: onnx.ModelProto) -> float:
-        session = session_of(model, float_qdq=self.plan.target != "onnxruntime")
-        name = session.get_inputs()[0].name
-        answers = [session.run(None, {name: batch})[0] for batch in self.images]
-        return top1_pct(np.concatenate(answers), self.labels)
+    def _value(self, model: onnx.ModelProto) -> float:
+        float_qdq = self.plan.target != "onnxruntime"
+        return self.judge.value(self.judge.outputs(model, float_qdq=float_qdq))
 
 
 def _ranked(found: QuantSensitivity, costs: Mapping[str, float]) -> list[str]:
@@ -221,23 +217,12 @@ def _ranked(found: QuantSensitivity, costs: Mapping[str, float]) -> list[str]:
     return [layer.node for layer in layers]
 
 
-def _identity(
-    model: onnx.ModelProto, plan: QuantPlan, labels: Array, images: Sequence[Array]
-) -> str:
+def _identity(model: onnx.ModelProto, plan: QuantPlan, judge: Judge) -> str:
     digest = hashlib.sha256(model.SerializeToString(deterministic=True))
     digest.update(json.dumps(plan.to_json(), sort_keys=True).encode())
-    digest.update(labels.tobytes())
-    for batch in images:
-        digest.update(np.ascontiguousarray(batch).tobytes())
+    digest.update(f"{judge.metric}".encode())
+    for images, targets in judge.labelled:
+        digest.update(np.ascontiguousarray(images).tobytes())
+        for target in torch.utils._pytree.tree_leaves(targets):
+            digest.update(np.ascontiguousarray(target).tobytes())
     return digest.hexdigest()
-
-
-def _pairs(images: Sequence[Array], labels: Array) -> Batches:
-    import torch
-
-    ends = np.cumsum([len(batch) for batch in images])[:-1]
-    parts = np.split(labels, ends)
-    return [
-        (torch.from_numpy(batch), torch.from_numpy(part))
-        for batch, part in zip(images, parts, strict=True)
-    ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
+from scipy.special import expit
 
 from compress.graph.model import Graph, attribute
 
@@ -81,7 +82,7 @@ def _clip(output: str, low: float, high: float) -> Activation:
 def _gate(node: NodeProto) -> tuple[Function, Function]:
     """Return the function and the derivative of a Sigmoid or HardSigmoid."""
     if node.op_type == "Sigmoid":
-        return _sigmoid, lambda z: _sigmoid(z) * (1 - _sigmoid(z))
+        return _sigmoid, _sigmoid_slope
     steep, middle = attribute(node, "alpha", 0.2), attribute(node, "beta", 0.5)
 
     def slope(z: Array) -> Array:
@@ -92,7 +93,12 @@ def _gate(node: NodeProto) -> tuple[Function, Function]:
 
 
 def _sigmoid(z: Array) -> Array:
-    return np.asarray(1 / (1 + np.exp(-np.clip(z, -60, 60))))
+    return np.asarray(expit(z))
+
+
+def _sigmoid_slope(z: Array) -> Array:
+    gate = _sigmoid(z)
+    return np.asarray(gate * (1 - gate))
 
 
 def _hard_swish(z: Array) -> Array:

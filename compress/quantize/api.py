@@ -18,8 +18,9 @@ from compress.qdq.plan import TARGETS, QuantPlan
 from compress.quantize.calibration import calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, confirmed
 from compress.quantize.images import Batches, Images
-from compress.quantize.methods import METHODS, Workbench, plan_by
+from compress.quantize.methods import METHODS, plan_by
 from compress.quantize.planning_graph import planning_graph
+from compress.quantize.workbench import Workbench
 
 BROKEN = "Check that ONNX Runtime runs the file on these images; export it again if it does not"
 

@@ -20,9 +20,9 @@ from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.images import Feed
-from compress.quantize.methods import Workbench
 from compress.quantize.planning_graph import SELECTING
-from compress.quantize.sqnr import answers, portions, sqnr_each
+from compress.quantize.sqnr import answers_each, portions, sqnr_each
+from compress.quantize.workbench import Workbench
 
 IMAGES = 4  # that the runtime answers
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
@@ -65,8 +65,8 @@ class Confirmation:
         """
         names = self.names
         feeds = list(self._feeds())
-        wanted = [answers(self.prepared, feed, names=names) for feed in feeds]
-        expected = [answers(written, feed, names=names) for feed in feeds]
+        wanted = answers_each(self.prepared, feeds, names=names)
+        expected = answers_each(written, feeds, names=names)
         found = self._in_runtime(written, feeds, names)
         lost = []
         for k, name in enumerate(names):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from onnx import AttributeProto, NodeProto
 
 from compress.graph.model import WEIGHTED, Graph
@@ -12,6 +15,7 @@ from compress.qdq.placement import place
 from compress.quantize.sqnr import shown
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
+_BEARING = 3  # an output that rests on less than every third image is not known well
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 
 
@@ -34,12 +38,14 @@ def float_parts(graph: Graph, target: str) -> list[str]:
     return found
 
 
-def of_judging(images: int, names: Sequence[str], each_db: Sequence[float]) -> list[str]:
+def of_judging(
+    names: Sequence[str], reference: Sequence[NDArray[Any]], each_db: Sequence[float]
+) -> list[str]:
     """Return sentences on the answers that were compared.
 
     Args:
-        images: How many they were compared on.
         names: Tensors that were compared.
+        reference: What each is in float, (B, ...).
         each_db: SQNR of each, decibels.
     """
     found = []
@@ -47,11 +53,30 @@ def of_judging(images: int, names: Sequence[str], each_db: Sequence[float]) -> l
     if len(names) > 1 and told:
         pairs = zip(names, each_db, strict=True)
         found.append("SQNR by output: " + ", ".join(f"{name} {shown(db)}" for name, db in pairs))
+    images = max(map(len, reference), default=0)
     if images < ENOUGH and told:
         found.append(
             f"judged on {images} images: an SQNR may be some dB off; give {2 * ENOUGH} or more"
         )
+    rows = {n: v for n, v in zip(names, reference, strict=True) if len(v) == images}
+    few = {n: count for n, v in rows.items() if (count := bearing_images(v)) < images / _BEARING}
+    if few and told:
+        each = ", ".join(f"{name} {count:.1f}" for name, count in few.items())
+        found.append(
+            f"of {images} images few hold what the network looks for, so that the SQNR of these "
+            f"outputs says little (images that it rests on: {each}); give images of its subject"
+        )
     return found
+
+
+def bearing_images(values: NDArray[Any]) -> float:
+    """Return on how many images the power of ``values``, (B, ...), rests.
+
+    B where all have the same power, 1 where one has nearly all of it: detectors answer next to
+    nothing to images without their objects, and a ratio of noise to that is none of quality.
+    """
+    power = np.square(values.reshape(len(values), -1), dtype=np.float64).sum(1)
+    return float(power.sum() ** 2 / max(np.square(power).sum(), 1e-300)) if power.any() else 0.0
 
 
 def _weighted_inside(node: NodeProto) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,17 @@ from compress.qdq.lint.graph import Graph, Use
 from compress.qdq.lint.patterns import WEIGHTED, Pair, Weight, pair_before, weight_of
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.quantize.sessions import session_of, with_outputs
+from compress.tasks import TOP1, Primary, Task, primary_of, values_of
 
 HARMLESS_DB = 40.0  # one layer this quiet is not heard in the answer
 MUCH_CLIPPED_PCT = 0.5
 OUTLYING = 24.0  # largest value over root mean square: more stretches the range of few values
 UNEVEN = 16.0  # largest over median peak of a channel
 
-Batches = Iterable[tuple[Tensor, Tensor]]
+Batches = Iterable[tuple[Tensor, Any]]
 Array = NDArray[Any]
+Labelled = Sequence[tuple[Array, Any]]  # images as the graph takes them, and their targets
+Outputs = Mapping[str, Array]  # of one batch, by name
 
 
 @dataclass(frozen=True)
@@ -41,8 +44,8 @@ class LayerSensitivity:
     sqnr_db: float  # of the network's answer, weight and input of this layer quantized
     sqnr_weight_db: float  # only its weight
     sqnr_activation_db: float  # only its input
-    top1_pct: float
-    top1_drop_pct: float
+    value: float  # of the metric
+    drop: float  # of the metric, in its unit
     saturation_pct: float  # share of its input's values that are clipped
     dynamic_range: float  # largest magnitude of its input over root mean square
     channel_spread: float  # largest peak of an input channel over the median one
@@ -56,11 +59,12 @@ class QuantSensitivity:
 
     target: str
     images: int
-    float_top1_pct: float
-    int8_top1_pct: float  # everything the plan quantizes
+    float_value: float  # of the metric
+    int8_value: float  # everything the plan quantizes
     int8_sqnr_db: float
     layers: tuple[LayerSensitivity, ...]  # in the order of the graph
     left_float: dict[str, str]  # node -> why the plan leaves it
+    metric: Primary = TOP1
 
     def worst_first(self) -> list[LayerSensitivity]:
         """Return the layers, the most sensitive first."""
@@ -68,7 +72,70 @@ class QuantSensitivity:
 
     def to_json(self) -> dict[str, Any]:
         """Return this as JSON-able data."""
-        return asdict(self)
+        data = asdict(self)
+        if self.metric != TOP1:
+            return data
+        del data["metric"]
+        data["layers"] = [_spelled(layer) for layer in data["layers"]]
+        return _spelled(data)
+
+
+def _spelled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of the metric by the names that they have where it is top-1."""
+    names = {"value": "top1_pct", "drop": "top1_drop_pct"}
+    names |= {f"{form}_value": f"{form}_top1_pct" for form in ("float", "int8")}
+    return {names.get(key, key): value for key, value in data.items()}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The primary metric of a graph's outputs over labelled images: top-1 unless a task is told."""
+
+    labelled: Labelled
+    task: Task | None = None
+
+    @property
+    def metric(self) -> Primary:
+        """What is measured."""
+        return primary_of(self.task)
+
+    @property
+    def images(self) -> int:
+        """How many images it is measured on."""
+        return sum(len(images) for images, _ in self.labelled)
+
+    def outputs(self, model: onnx.ModelProto, *, float_qdq: bool) -> list[Outputs]:
+        """Return what ``model`` answers to every batch."""
+        session = session_of(model, float_qdq=float_qdq)
+        feed, names = session.get_inputs()[0].name, [each.name for each in model.graph.output]
+        return [
+            dict(zip(names, session.run(names, {feed: images}), strict=True))
+            for images, _ in self.labelled
+        ]
+
+    def value(self, outputs: Sequence[Outputs]) -> float:
+        """Return the metric."""
+        if self.task is None or self.task.tells_classes:
+            logits = np.concatenate([next(iter(batch.values())) for batch in outputs])
+            labels = np.concatenate([np.asarray(targets) for _, targets in self.labelled])
+            return top1_pct(logits, labels)
+        scores = [
+            self.task.score(prediction, targets[i])
+            for batch, (_, targets) in zip(outputs, self.labelled, strict=True)
+            for i, prediction in enumerate(self.task.predict(batch))
+        ]
+        return values_of(self.task, scores)[self.task.primary]
+
+    def sqnr_db(self, reference: Sequence[Outputs], answers: Sequence[Outputs]) -> float:
+        """Return the signal-to-noise ratio of the worst output; of classification, the first."""
+        names = list(reference[0])
+        if self.task is None or self.task.tells_classes:
+            names = names[:1]
+        return min(
+            _sqnr_db(*(np.concatenate([batch[name] for batch in each]) for each in (reference,
+                                                                                   answers)))
+            for name in names
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +157,12 @@ class Seen:
 
 
 def quantize_sensitivity(
-    model: onnx.ModelProto, plan: QuantPlan, batches: Batches, *, target: str | None = None
+    model: onnx.ModelProto,
+    plan: QuantPlan,
+    batches: Batches,
+    *,
+    target: str | None = None,
+    task: Task | None = None,
 ) -> QuantSensitivity:
     """Quantize one layer at a time and see what it does to the answers.
 
@@ -102,50 +174,53 @@ def quantize_sensitivity(
     Args:
         model: The fp32 graph with one input that the plan was made for. Not modified.
         plan: Which layers are quantized, and how.
-        batches: Labelled images, float32 (B, C, H, W) and int64 (B,).
+        batches: Labelled images, float32 (B, C, H, W) and int64 (B,), or the task's targets.
         target: The runtime; the plan's own if absent.
+        task: Whose primary metric counts; top-1 of one class an image if absent.
 
     Raises:
         QuantizationError: the plan does not fit the graph.
         DataError: there are no images.
     """
     target = target or plan.target
-    images, labels = arrays(batches)
+    judge = Judge(arrays(batches), task)
+    images = [batch for batch, _ in judge.labelled]
     base = prepare(model)
     apply_corrections(base, plan)
     rewrite_for(base, target)
     whole = write_qdq(model, plan, target)
     layers = list(_layers(Graph(whole)))
-    reference = _answers(base, images)
-    top1 = top1_pct(reference, labels)
+    reference = judge.outputs(base, float_qdq=True)
+    value = judge.value(reference)
     seen = _observe(base, layers, images)
     macs = layer_macs(base)
     found = []
     for layer in track(layers, "Sensitivity"):
         both, weight, activation = (
-            _answers(_with_layer(base, layer, w, a), images)
+            judge.outputs(_with_layer(base, layer, w, a), float_qdq=True)
             for w, a in ((True, True), (True, False), (False, True))
         )
         found.append(
             _describe(
                 layer,
-                [_sqnr_db(reference, answer) for answer in (both, weight, activation)],
-                (top1, top1_pct(both, labels)),
+                [judge.sqnr_db(reference, answer) for answer in (both, weight, activation)],
+                (found_value := judge.value(both), judge.metric.drop(value, found_value)),
                 seen[layer.node.name],
                 macs.get(layer.node.name, 0),
             )
         )
-    answer = _answers(whole, images)
+    answer = judge.outputs(whole, float_qdq=True)
     names = {layer.node.name for layer in layers}
     weighted = [n.name for n in base.graph.node if n.op_type in WEIGHTED and n.name not in names]
     return QuantSensitivity(
         target,
-        len(labels),
-        top1,
-        top1_pct(answer, labels),
-        _sqnr_db(reference, answer),
+        judge.images,
+        value,
+        judge.value(answer),
+        judge.sqnr_db(reference, answer),
         tuple(found),
         {name: plan.float_nodes.get(name, f"not for {target}") for name in weighted},
+        judge.metric,
     )
 
 
@@ -253,7 +328,7 @@ def _seen(totals: Array, peaks: Array) -> Seen:
 
 
 def _describe(
-    layer: _Layer, sqnrs: list[float], top1: tuple[float, float], seen: Seen, macs: int
+    layer: _Layer, sqnrs: list[float], judged: tuple[float, float], seen: Seen, macs: int
 ) -> LayerSensitivity:
     both, weight, activation = sqnrs
     values = np.asarray(layer.weight.values, np.float64)
@@ -268,8 +343,7 @@ def _describe(
         both,
         weight,
         activation,
-        top1[1],
-        top1[0] - top1[1],
+        *judged,
         seen.saturation_pct,
         seen.dynamic_range,
         seen.channel_spread,
@@ -312,18 +386,16 @@ def diagnose(
     return "Both cost alike: leave it in float if it is cheap, or train with qat."
 
 
-def _answers(model: onnx.ModelProto, images: list[Array]) -> Array:
-    session = session_of(model, float_qdq=True)
-    name = session.get_inputs()[0].name
-    return np.concatenate([session.run(None, {name: batch})[0] for batch in images])
+def arrays(batches: Batches) -> Labelled:
+    """Return images and their targets, batch by batch.
 
-
-def arrays(batches: Batches) -> tuple[list[Array], Array]:
-    """Return images, batch by batch, and all labels."""
-    pairs = [(images.numpy(), labels.numpy()) for images, labels in batches]
+    Raises:
+        DataError: there are none.
+    """
+    pairs = [(images.numpy(), targets) for images, targets in batches]
     if not pairs:
         raise DataError("there are no images to measure sensitivity on")
-    return [images for images, _ in pairs], np.concatenate([labels for _, labels in pairs])
+    return pairs
 
 
 def top1_pct(logits: Array, labels: Array) -> float:

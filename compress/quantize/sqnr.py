@@ -30,11 +30,23 @@ def answers(
             any other computes the Q/DQ arithmetic in float.
         names: Tensors of the graph; its outputs if absent.
     """
+    (found,) = answers_each(model, [feed], target=target, names=names)
+    return found
+
+
+def answers_each(
+    model: ModelProto,
+    feeds: Sequence[Feed],
+    *,
+    target: str | None = None,
+    names: Sequence[str] | None = None,
+) -> list[list[NDArray[Any]]]:
+    """Return what ``answers`` does for each of ``feeds``, of one session."""
     wanted = [output.name for output in model.graph.output] if names is None else list(names)
     session = session_of(with_outputs(model, wanted), float_qdq=target != "onnxruntime")
     fixed = next((i.shape[0] for i in session.get_inputs() if len(i.shape) > 1), None)
-    parts = [session.run(wanted, part) for part in portions(feed, fixed)]
-    return [_joined(found) for found in zip(*parts, strict=True)]
+    runs = [[session.run(wanted, part) for part in portions(feed, fixed)] for feed in feeds]
+    return [[_joined(found) for found in zip(*parts, strict=True)] for parts in runs]
 
 
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -75,6 +87,11 @@ def mean_db(values: Sequence[float]) -> float:
     """Return the SQNR of which the noise is the mean of that of ``values``; NaN without any."""
     noise = [10 ** (-value / 10) for value in values if not math.isnan(value)]
     return -10 * math.log10(max(sum(noise) / len(noise), 1e-30)) if noise else math.nan
+
+
+def weakest_db(values: Sequence[float]) -> float:
+    """Return the smallest of ``values``; NaN without any."""
+    return min((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def shown(value_db: float) -> str:

@@ -257,9 +257,23 @@ class QuantizeSettings(Settings):
     observer: Plugin | None = Field(None, description="Overrides the method's own choice")
     samples: int = Field(512, ge=8, description="Calibration images")
     max_drop_pct: float | None = Field(None, ge=0, description="Largest loss of top-1, in points")
+    max_drop: float | None = Field(
+        None, ge=0, description="Largest loss of the task's primary metric, in its unit"
+    )
     qat: TrainSettings | None = Field(None, description="Quantization-aware training, if given")
     learned_scales: bool = Field(False, description="LSQ: train the scales in qat as well")
     exclude: tuple[str, ...] = Field((), description="ONNX nodes that stay in float")
+
+    @model_validator(mode="after")
+    def _one_limit(self) -> QuantizeSettings:
+        if self.max_drop is not None and self.max_drop_pct is not None:
+            raise ValueError("give max_drop or max_drop_pct, not both")
+        return self
+
+    @property
+    def drop_limit(self) -> float | None:
+        """Largest loss of the primary metric, by either name; None where there is no limit."""
+        return self.max_drop if self.max_drop_pct is None else self.max_drop_pct
 
 
 class Target(Settings):

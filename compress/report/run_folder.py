@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from compress import artifact
 from compress.artifact import Artifact
 from compress.errors import RunError
@@ -60,7 +62,7 @@ class RunFolder:
         wanted = to_json(recipe)
         if begun and not fresh:
             folder._check_recipe(wanted)
-            if folder.description()["recipe"] == wanted:
+            if _completed(folder.description()["recipe"]) == wanted:
                 return folder
             description = folder.description() | {"recipe": wanted}
         else:
@@ -101,7 +103,7 @@ class RunFolder:
 
     def _check_recipe(self, wanted: dict[str, Any]) -> None:
         """Refuse a recipe that changes stages which have left something here already."""
-        stored = self.description().get("recipe", {})
+        stored = _completed(self.description().get("recipe", {}))
         changed = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
         first = _first_changed(stored, wanted, changed) if changed else len(wanted["stages"]) + 2
         begun = [path for path in self._stages() if int(path.name[:2]) >= first]
@@ -151,6 +153,14 @@ def default_folder(recipe: Recipe) -> Path:
                 RunFolder(root)._check_recipe(wanted)
                 return root
     raise RunError("no free folder", where=str(first))
+
+
+def _completed(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return a stored recipe with the defaults of keys that are younger than it."""
+    try:
+        return to_json(Recipe.model_validate(stored))
+    except ValidationError:  # it has keys that are gone: another recipe
+        return stored
 
 
 def _first_changed(

@@ -195,6 +195,7 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
 _GATES = {  # name -> in words, unit
     "metric_drop": ("loss of the primary metric", ""),
     "top1_drop_pct": ("loss of top-1", " points"),
+    "max_drop": ("loss of the primary metric on validation images", ""),
     "max_drop_pct": ("loss of top-1 on validation images", " points"),
     "worst_class_drop_pct": ("loss of any class", " points"),
     "speedup": ("speed-up", "x"),

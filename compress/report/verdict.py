@@ -222,7 +222,9 @@ def _metric(name: str, change: ChangeRecord) -> str:
 def _better(report: Report, variant: Variant, after: Result) -> str:
     """Name the fastest variant within the accuracy gate where the last variant is not it."""
     budgets = [
-        g for g in report.gates if g.name in ("top1_drop_pct", "max_drop_pct", "metric_drop")
+        g
+        for g in report.gates
+        if g.name in ("top1_drop_pct", "max_drop_pct", "max_drop", "metric_drop")
     ]
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}

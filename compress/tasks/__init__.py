@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import plugins, statistics
+from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
 from compress.statistics import Interval
 
@@ -25,6 +26,8 @@ Array = NDArray[Any]
 Prediction = dict[str, Array]  # of one image, by name: "label", "boxes", "class_map", ...
 Target = Any  # of one image: a class, a row of zeros and ones, a mask, boxes with labels, an image
 Contribution = Mapping[str, Any]  # of one image to the metrics: a number or an array by name
+Row = dict[str, Any]  # of a table about one image: JSON-able values by the names of the columns
+Form = Literal["outputs", "classes", "several classes", "class map", "boxes", "image", "embedding"]
 
 RESAMPLES = 1000  # bootstrap draws
 SAME = 1e-9  # draws that differ by less, relative to the value, are equal
@@ -55,6 +58,40 @@ class Metric:
         if self.ci95 is not None:
             told["ci95"] = list(self.ci95)
         return told | ({} if self.higher_is_better else {"higher_is_better": False})
+
+
+@dataclass(frozen=True)
+class Primary:
+    """The metric that budgets and sensitivity use; top-1 of one class an image unless told."""
+
+    name: str = "top1_pct"
+    kind: Kind = Kind()
+
+    @property
+    def title(self) -> str:
+        """Its name with its unit, for axes and columns."""
+        name = "top-1" if self.name == "top1_pct" else self.name
+        unit = "%" if self.kind.unit == "pct" else self.kind.unit
+        return f"{name}, {unit}" if unit else name
+
+    @property
+    def points(self) -> str:
+        """The unit of a difference of two values."""
+        return "points" if self.kind.unit == "pct" else self.kind.unit
+
+    def drop(self, before: float, after: float) -> float:
+        """Return how much worse ``after`` is than ``before``; negative where it is better."""
+        return before - after if self.kind.higher_is_better else after - before
+
+
+TOP1 = Primary()
+
+
+def primary_of(task: Task | None) -> Primary:
+    """Return the primary metric of ``task``; None is classification."""
+    if task is None or task.tells_classes:
+        return TOP1
+    return Primary(task.primary, task.kinds[task.primary])
 
 
 @dataclass(frozen=True)
@@ -99,8 +136,10 @@ class Task(abc.ABC):
     agreement_unit: ClassVar[str] = "pct"
     tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
     answers: ClassVar[Literal["classes", "numbers"]] = "numbers"  # "classes": logits of them
+    loss_reads_outputs: ClassVar[bool] = True  # not: labels, or what the network keeps inside
     losses: ClassVar[tuple[str, ...]] = ("mse",)  # that a student is taught by where none are named
     target: ClassVar[str] = "class"  # what labels must be: class, classes, mask, boxes, image
+    form: ClassVar[Form] = "outputs"  # as which a device without this package shows its outputs
     classes: Sequence[str] = ()
 
     @abc.abstractmethod
@@ -145,9 +184,32 @@ class Task(abc.ABC):
         same = [np.array_equal(reference[key], candidate[key]) for key in reference]
         return 100.0 * float(np.mean(same))
 
+    def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
+        """Return a prediction for the network's input as one for the picture it was made from.
+
+        Args:
+            prediction: What ``predict`` returned.
+            fit: How the picture was fitted to the input.
+            size: Height and width of the picture, pixels.
+        """
+        return prediction
+
+    def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
+        """Return what is told of each image: rows of one table.
+
+        Args:
+            predictions: Of each image, ``in_picture``.
+            images: Their names, for tasks that compare images.
+        """
+        return [arrays_told(each) for each in predictions]
+
     def draw(self, image: NDArray[np.uint8], prediction: Prediction) -> NDArray[np.uint8]:
-        """Return ``image`` (H, W, 3) with the prediction drawn onto it."""
+        """Return ``image`` (H, W, 3) with the prediction, ``in_picture``, drawn onto it."""
         return image
+
+    def name_of(self, label: int) -> str:
+        """Return the name of a class, its number where it has none."""
+        return self.classes[label] if 0 <= label < len(self.classes) else str(label)
 
     def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return the places of the outputs whose channels must stay in pruning; None: all.
@@ -167,6 +229,21 @@ class Task(abc.ABC):
 
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels
         """Raise DataError where labels (of all images) are not what this task needs."""
+
+
+def arrays_told(arrays: Mapping[str, Any]) -> list[Row]:
+    """Return shape and range of each array, (nothing,) of an empty one."""
+    found = {name: np.asarray(value) for name, value in arrays.items()}
+    return [
+        {
+            "output": name,
+            "shape": "x".join(map(str, each.shape)) or "a number",
+            "lowest": float(each.min()) if each.size else None,
+            "mean": float(each.mean()) if each.size else None,
+            "highest": float(each.max()) if each.size else None,
+        }
+        for name, each in found.items()
+    ]
 
 
 def load_task(reference: str | Mapping[str, Any], **supplied: Any) -> Task:
@@ -331,6 +408,12 @@ def main_output(outputs: Mapping[str, Any], ndim: int, what: str, task: str) -> 
             fix="A half-precision network overflows so; keep its widest layers in fp32",
         )
     return found
+
+
+def channels_first(array: Array, channels: int) -> Array:
+    """Return (B, H, W, C) as (B, C, H, W), and what has its ``channels`` there already as it is."""
+    is_last = array.shape[1] != channels and array.shape[3] == channels
+    return np.moveaxis(array, 3, 1) if is_last else array
 
 
 def _nearest_task(arrays: Any) -> str:

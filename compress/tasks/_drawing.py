@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.errors import printable
+
+if TYPE_CHECKING:
+    from PIL import ImageFont
+
 Image = NDArray[np.uint8]  # (H, W, 3)
 OPACITY = 0.5
+LETTERS = 28  # lines of text in the shorter side of an image, where that leaves them legible
+SMALLEST_FONT = 10  # pixels
+DARK = 110  # mean of a colour below which text on it is white
 
 
-def captioned(image: Image, text: str) -> Image:
-    """Return ``image`` with ``text`` in its upper left corner."""
+def captioned(
+    image: Image, lines: Sequence[str], colours: NDArray[np.uint8] | None = None
+) -> Image:
+    """Return ``image`` with ``lines`` in its upper left corner.
+
+    Args:
+        image: (H, W, 3). Not modified.
+        lines: What is written, one below the other.
+        colours: Of the ground of each line, (N, 3); black if None.
+    """
     from PIL import Image as Pillow
     from PIL import ImageDraw
 
     picture = Pillow.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    draw.rectangle(draw.textbbox((2, 1), text), fill=(0, 0, 0))
-    draw.text((2, 1), text, fill=(255, 255, 255))
+    draw, font = ImageDraw.Draw(picture), _font(image)
+    grounds = np.zeros((len(lines), 3), np.uint8) if colours is None else colours
+    top = 0
+    for text, ground in zip(lines, grounds.tolist(), strict=True):
+        _label(draw, (0, top), text, font, ground)
+        top += _height(font)
     return np.asarray(picture)
 
 
@@ -30,20 +49,24 @@ def boxed(image: Image, boxes: NDArray[Any], labels: NDArray[Any], texts: Sequen
     from PIL import ImageDraw
 
     picture = Pillow.fromarray(image)
-    draw = ImageDraw.Draw(picture)
-    colours = palette(int(labels.max(initial=0)) + 1)
-    for (x1, y1, x2, y2), label, text in zip(boxes.tolist(), labels, texts, strict=True):
-        colour = tuple(colours[int(label)].tolist())
-        draw.rectangle((min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=colour)
-        draw.text((x1 + 2, y1 + 1), text, fill=colour)
+    draw, font = ImageDraw.Draw(picture), _font(image)
+    width = max(1, _height(font) // 8)
+    colours = palette(int(labels.max(initial=0)) + 1).tolist()
+    places = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes.tolist()]
+    for place, label in zip(places, labels, strict=True):
+        draw.rectangle(place, outline=tuple(colours[int(label)]), width=width)
+    for place, label, text in zip(places, labels, texts, strict=True):  # over all the boxes
+        corner = (place[0], max(0.0, place[1] - _height(font)))
+        _label(draw, corner, text, font, colours[int(label)])
     return np.asarray(picture)
 
 
 def overlaid(image: Image, class_map: NDArray[Any]) -> Image:
-    """Return ``image`` with a colour over each class of ``class_map`` (H, W)."""
-    colours = palette(int(class_map.max(initial=0)) + 1)[class_map]
-    mixed: Image = ((1 - OPACITY) * image + OPACITY * colours).round().astype(np.uint8)
-    return mixed
+    """Return ``image`` with a colour over each class of ``class_map`` (H, W); none below 0."""
+    colours = palette(int(class_map.max(initial=0)) + 1)[np.maximum(class_map, 0)]
+    mixed = ((1 - OPACITY) * image + OPACITY * colours).round().astype(np.uint8)
+    shown: Image = np.where((class_map >= 0)[..., None], mixed, image)
+    return shown
 
 
 def palette(count: int) -> Image:
@@ -53,3 +76,26 @@ def palette(count: int) -> Image:
     hues = [(0.6180339887 * k) % 1.0 for k in range(count)]
     colours = [colorsys.hsv_to_rgb(hue, 0.8, 0.95 if k % 2 else 0.7) for k, hue in enumerate(hues)]
     return (255 * np.array(colours).reshape(-1, 3)).astype(np.uint8)
+
+
+def _font(image: Image) -> Any:
+    """Return a font that can be read in an image of this size."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=max(SMALLEST_FONT, min(image.shape[:2]) // LETTERS))
+
+
+def _height(font: ImageFont.FreeTypeFont) -> int:
+    """Return the height of a line, pixels."""
+    return int(font.size * 1.3)
+
+
+def _label(
+    draw: Any, corner: tuple[float, float], text: str, font: Any, ground: Sequence[int]
+) -> None:
+    x, y = corner
+    text = printable(text).replace("\n", " ")
+    length = draw.textlength(text, font=font)
+    draw.rectangle((x, y, x + length + 4, y + _height(font)), fill=tuple(ground))
+    ink = (255, 255, 255) if sum(ground) < 3 * DARK else (0, 0, 0)
+    draw.text((x + 2, y + _height(font) // 8), text, font=font, fill=ink)

@@ -12,7 +12,17 @@ from torch import Tensor, nn
 
 from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
-from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, numeric
+from compress.tasks import (
+    Array,
+    Contribution,
+    Form,
+    Kind,
+    Prediction,
+    Row,
+    Target,
+    Task,
+    numeric,
+)
 from compress.tasks._drawing import boxed
 from compress.tasks._losses import ultralytics_loss
 from compress.tasks._ranking import coco_average_precision, mean_over
@@ -45,6 +55,7 @@ class Detection(Task):
     primary: ClassVar[str] = "map50_95"
     losses: ClassVar[tuple[str, ...]] = ("cwd",)
     target: ClassVar[str] = "boxes"
+    form: ClassVar[Form] = "boxes"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the sum of the losses that the network itself gives in training, a scalar.
@@ -118,13 +129,29 @@ class Detection(Task):
             both += int(_matched(box_iou(b, a), np.zeros(len(a), bool))[0].sum())
         return 200.0 * both / total
 
+    def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
+        """Return the boxes in pixels of the picture."""
+        return prediction | {"boxes": in_picture(prediction["boxes"], fit, size)}
+
+    def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
+        """Return the boxes of each image that have a score of 0.3 or more, best first."""
+        return [
+            [
+                {
+                    "class": self.name_of(int(k)),
+                    "score": float(score),
+                    **dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True)),
+                }
+                for k, score, box in zip(seen["labels"], seen["scores"], seen["boxes"], strict=True)
+            ]
+            for seen in map(_confident, predictions)
+        ]
+
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the boxes that have a score of 0.3 or more."""
         seen = _confident(prediction)
-        texts = [
-            f"{self._name(int(k))} {score:.2f}"
-            for k, score in zip(seen["labels"], seen["scores"], strict=True)
-        ]
+        rows = self.describe([prediction], [""])[0]
+        texts = [f"{row['class']} {row['score']:.2f}" for row in rows]
         return boxed(image, seen["boxes"], seen["labels"], texts)
 
     def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -235,9 +262,6 @@ class Detection(Task):
                 for t, row in enumerate(hits[:, mine]):
                     out[r, k, t] = coco_average_precision(row == 1, weights * (row >= 0), positives)
         return out
-
-    def _name(self, k: int) -> str:
-        return self.classes[k] if k < len(self.classes) else str(k)
 
 
 def box_iou(one: Array, two: Array) -> Array:

@@ -12,7 +12,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.modules.outputs import logits_of
-from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
+from compress.tasks import (
+    Array,
+    Contribution,
+    Form,
+    Kind,
+    Prediction,
+    Row,
+    Target,
+    Task,
+    arrays_told,
+    main_output,
+)
+
+NEAREST = 5  # images that are told of each
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Embedding(Task):
     kinds: ClassVar[Mapping[str, Kind]] = {"recall_at_k": Kind(), "verification": Kind()}
     primary: ClassVar[str] = "recall_at_k"
     target: ClassVar[str] = "class"
+    form: ClassVar[Form] = "embedding"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the supervised contrastive loss of a batch, a scalar."""
@@ -80,6 +94,19 @@ class Embedding(Task):
     def agreement(self, reference: Prediction, candidate: Prediction) -> float:
         """Return the cosine of two vectors in percent."""
         return 100.0 * min(1.0, float(reference["embedding"] @ candidate["embedding"] + 1e-9))
+
+    def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
+        """Return the nearest five of the other images by cosine; of an image alone, its vector."""
+        if len(predictions) == 1:
+            return [arrays_told(predictions[0])]
+        vectors = np.stack([each["embedding"] for each in predictions])
+        cosines = vectors @ vectors.T
+        np.fill_diagonal(cosines, -np.inf)
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, : min(NEAREST, len(images) - 1)]
+        return [
+            [{"nearest": images[other], "cosine": float(cosines[row, other])} for other in others]
+            for row, others in enumerate(order)
+        ]
 
 
 def _share(right: Array, counts: Array) -> Array:

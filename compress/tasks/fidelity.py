@@ -27,6 +27,7 @@ class Fidelity(Task):
     kinds: ClassVar[Mapping[str, Kind]] = {}
     primary: ClassVar[str] = ""
     target: ClassVar[str] = "none"
+    loss_reads_outputs: ClassVar[bool] = False
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Raise DataError: nothing says what is right.

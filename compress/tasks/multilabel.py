@@ -12,7 +12,17 @@ from torch.nn import functional as F
 
 from compress.errors import DataError
 from compress.modules.outputs import logits_of
-from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
+from compress.tasks import (
+    Array,
+    Contribution,
+    Form,
+    Kind,
+    Prediction,
+    Row,
+    Target,
+    Task,
+    main_output,
+)
 from compress.tasks._drawing import captioned
 from compress.tasks._ranking import average_precision, mean_over
 
@@ -30,6 +40,7 @@ class Multilabel(Task):
     kinds: ClassVar[Mapping[str, Kind]] = {"map": Kind(), "f1": Kind()}
     primary: ClassVar[str] = "map"
     target: ClassVar[str] = "classes"
+    form: ClassVar[Form] = "several classes"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the mean binary cross-entropy of logits (B, K), a scalar."""
@@ -71,10 +82,16 @@ class Multilabel(Task):
         """Return the percentage of classes that both call present or both absent."""
         return 100.0 * float((reference["present"] == candidate["present"]).mean())
 
+    def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
+        """Return the classes of each image, likeliest first: those present, else the likeliest."""
+        return [self._ranked(each["probabilities"], each["present"]) for each in predictions]
+
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the classes that are present."""
-        names = [self._name(int(k)) for k in np.flatnonzero(prediction["present"])]
-        return captioned(image, ", ".join(names) or "none")
+        rows = self.describe([prediction], [""])[0]
+        return captioned(
+            image, [f"{row['class']} {100 * row['probability']:.0f} %" for row in rows]
+        )
 
     def check_targets(self, labels: Any) -> None:
         """Raise DataError unless labels are (N, K) zeros and ones."""
@@ -86,5 +103,13 @@ class Multilabel(Task):
                 fix="Use task: classification for one class an image",
             )
 
-    def _name(self, k: int) -> str:
-        return self.classes[k] if k < len(self.classes) else str(k)
+    def _ranked(self, probabilities: Array, present: Array) -> list[Row]:
+        order = np.argsort(-probabilities, kind="stable")[: max(1, int(present.sum()))]
+        return [
+            {
+                "class": self.name_of(int(k)),
+                "probability": float(probabilities[k]),
+                "present": bool(present[k]),
+            }
+            for k in order
+        ]

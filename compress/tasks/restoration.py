@@ -12,8 +12,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.errors import DataError
+from compress.graph.metadata import CHANNELS
 from compress.modules.outputs import logits_of
-from compress.tasks import Kind, Prediction, Target, Task, main_output, numeric
+from compress.tasks import (
+    Form,
+    Kind,
+    Prediction,
+    Target,
+    Task,
+    channels_first,
+    main_output,
+    numeric,
+)
 
 LARGEST_PSNR_DB = 100.0  # of two equal images, where the ratio is infinite
 
@@ -33,6 +43,7 @@ class Restoration(Task):
     primary: ClassVar[str] = "psnr"
     agreement_unit: ClassVar[str] = "dB"
     target: ClassVar[str] = "image"
+    form: ClassVar[Form] = "image"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the mean distance to the wanted images (B, C, H, W), a scalar."""
@@ -41,8 +52,10 @@ class Restoration(Task):
         return distance(output, targets.float())
 
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
-        """Return "image" (C, H, W) in [0, peak] for each image, from (B, C, H, W)."""
+        """Return "image" (C, H, W) in [0, peak] for each image; outputs may be (B, H, W, C)."""
         images = main_output(outputs, 4, "image", "restoration")
+        if images.shape[1] not in CHANNELS:
+            images = channels_first(images, 3 if images.shape[3] == 3 else 1)
         return [{"image": np.clip(row, 0, self.peak).astype(np.float32)} for row in images]
 
     def score(self, prediction: Prediction, target: Target) -> dict[str, float]:

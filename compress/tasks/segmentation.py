@@ -10,11 +10,25 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.data._resize import Fit
 from compress.errors import DataError, UsageError
-from compress.tasks import Array, Contribution, Kind, Prediction, Target, Task, main_output
-from compress.tasks._drawing import overlaid
+from compress.tasks import (
+    Array,
+    Contribution,
+    Form,
+    Kind,
+    Prediction,
+    Row,
+    Target,
+    Task,
+    channels_first,
+    main_output,
+)
+from compress.tasks._drawing import captioned, overlaid, palette
 from compress.tasks._ranking import mean_over
 
+UNSEEN = -1  # in a class map: pixels of the picture that the network was not shown
+LEGEND = 12  # classes that are named in a drawing
 AUXILIARY_WEIGHT = 0.5  # of the second head that torchvision's segmentation networks train
 
 
@@ -34,6 +48,7 @@ class Segmentation(Task):
     answers: ClassVar[Literal["classes", "numbers"]] = "classes"
     losses: ClassVar[tuple[str, ...]] = ("kd", "cwd")
     target: ClassVar[str] = "mask"
+    form: ClassVar[Form] = "class map"
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the mean cross-entropy over pixels, a scalar; targets (B, H, W) classes.
@@ -48,8 +63,13 @@ class Segmentation(Task):
         return first + AUXILIARY_WEIGHT * sum(others) if others else first
 
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
-        """Return "class_map" (H, W) for each image, from logits (B, K, H, W)."""
+        """Return "class_map" (H, W) for each image, from logits (B, K, H, W) or (B, H, W, K).
+
+        Without names of classes the two sides of a square map tell which of them it is.
+        """
         logits = main_output(outputs, 4, "out", "segmentation")
+        _, rows, columns, last = logits.shape
+        logits = channels_first(logits, len(self.classes) or (last if rows == columns else rows))
         kind = np.uint8 if logits.shape[1] <= 256 else np.uint16
         return [{"class_map": row.argmax(0).astype(kind)} for row in logits]
 
@@ -90,9 +110,36 @@ class Segmentation(Task):
         ]
         return 100.0 * float(np.mean(union))
 
+    def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
+        """Return the class of each pixel of the picture; UNSEEN where the input was cropped."""
+        place = fit.place(*size)
+        sized = self._sized(prediction["class_map"], fit.size).astype(np.int32)
+        rows, columns = (
+            np.floor((np.arange(length) + 0.5) * scale + first).astype(np.int64)
+            for length, scale, first in zip(size, place.scale, (place.top, place.left), strict=True)
+        )
+        seen = [
+            (each >= 0) & (each < side)
+            for each, side in zip((rows, columns), fit.size, strict=True)
+        ]
+        found = np.full(size, UNSEEN, np.int32)
+        found[np.ix_(*seen)] = sized[np.ix_(rows[seen[0]], columns[seen[1]])]
+        return {"class_map": found}
+
+    def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
+        """Return the classes in each image with their share of the pixels, the largest first."""
+        return [self._shares(each["class_map"]) for each in predictions]
+
     def draw(self, image: Any, prediction: Prediction) -> Any:
-        """Return the image with the classes as colours over it."""
-        return overlaid(image, self._sized(prediction["class_map"], image.shape[:2]))
+        """Return the image with the classes as colours over it, and their names."""
+        class_map = self._sized(prediction["class_map"], image.shape[:2])
+        found, pixels = np.unique(class_map[class_map != UNSEEN], return_counts=True)
+        order = found[np.argsort(-pixels, kind="stable")][:LEGEND]
+        return captioned(
+            overlaid(image, class_map),
+            [self.name_of(int(k)) for k in order],
+            palette(int(found.max(initial=0)) + 1)[order],
+        )
 
     def check_targets(self, labels: Any) -> None:
         """Raise DataError unless every value of every mask is a class or the ignored one."""
@@ -120,6 +167,16 @@ class Segmentation(Task):
             logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
         void = -100 if self.ignore is None else self.ignore
         return F.cross_entropy(logits.float(), targets.long(), ignore_index=void)
+
+    def _shares(self, class_map: Array) -> list[Row]:
+        found, pixels = np.unique(class_map[class_map != UNSEEN], return_counts=True)
+        return [
+            {
+                "class": self.name_of(int(found[k])),
+                "pixels_pct": 100 * float(pixels[k] / pixels.sum()),
+            }
+            for k in np.argsort(-pixels, kind="stable")
+        ]
 
     @staticmethod
     def _sized(class_map: Array, shape: tuple[int, ...]) -> Array:

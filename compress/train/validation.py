@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from compress import evaluate
 from compress.data import Dataset
+from compress.modules import evaluating
 from compress.modules.outputs import logits_of
 from compress.tasks import Task, values_of
 from compress.train.distributed import Processes
@@ -41,13 +42,27 @@ class Score:
 
 def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | None:
     """Return the task's primary metric on "validation"; None where no images are held back."""
-    if not len(dataset.splits.get("validation", ())):
+    if not task.kinds or not len(dataset.splits.get("validation", ())):
         return None
     batches = dataset.batches("validation", evaluate.BATCH)
     _, scores = evaluate.predictions_of(model, task, dataset, batches)
     value = values_of(task, scores)[task.primary]
     better = task.kinds[task.primary].higher_is_better
     return Score(value, None, len(scores), task.primary, better)
+
+
+def primary_value(model: nn.Module, dataset: Dataset, task: Task) -> float | None:
+    """Return the primary metric on "validation", percent of top-1 where one class is told.
+
+    None where no images are held back, or they have no labels.
+    """
+    if not task.kinds or not len(dataset.splits.get("validation", ())):
+        return None
+    if task.tells_classes:
+        predictions = evaluate.predict(model, dataset.batches("validation"))
+        return float(100 * predictions.correct.mean())
+    score = validate_task(model, dataset, task)
+    return None if score is None else score.value
 
 
 @torch.no_grad()
@@ -62,10 +77,8 @@ def validate(
     images = dataset.splits.get("validation")
     if images is None or not len(images):
         return None
-    modes = {module: module.training for module in model.modules()}
     sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
-    try:
-        model.eval()
+    with evaluating(model):
         count = min(BATCH_SIZE, at_once)
         starts = range(0, len(images), count)
         for start in list(starts)[processes.rank :: processes.world]:
@@ -75,9 +88,6 @@ def validate(
             with autocast(precision, processes.device):
                 logits = logits_of(model(inputs)).float()
             sums += _sums(logits, target)
-    finally:
-        for module, training in modes.items():
-            module.training = training
     right, loss = processes.sum(sums).tolist()
     return Score(100 * right / len(images), loss / len(images), len(images))
 

@@ -522,7 +522,7 @@ def test_a_size_may_be_a_rectangle():
     assert data_part(given | {"image_size": "12"})["image_size"] == 12
 
 
-def test_labels_of_another_form_are_refused_where_classes_are_compared(compress, tmp_path):
+def test_labels_that_do_not_fit_the_networks_outputs_are_refused(compress, tmp_path):
     from PIL import Image
 
     for part in ("train", "test"):
@@ -536,7 +536,7 @@ def test_labels_of_another_form_are_refused_where_classes_are_compared(compress,
         "--image-size", "8",
     )  # fmt: skip
     assert code == 2
-    assert "has labels of the form 'mask'. Expected one class for each image" in err
+    assert "task segmentation does not fit the network's outputs: output (1, " in err
 
 
 def test_export_writes_free_sizes_and_fixed_batches(compress, tmp_path):

@@ -147,7 +147,6 @@ def test_scores_of_classes_agree_without_labels(compress, tmp_path, pictures):
         (("--input-range", "255,0"), "black below white"),
         (("--input", "threshold"), "NAME=0.5"),
         (("--set", "gates.metric_drop=1"), "the images have no labels. Use gates.agreement_pct"),
-        (("--qat-epochs", "1"), "the images have no labels"),
     ],
 )
 def test_what_cannot_be_right_is_told_before_any_work(
@@ -189,3 +188,14 @@ def test_bench_takes_pictures(compress, tmp_path, pictures):
     (row,) = json.loads((tmp_path / "b.json").read_text())["results"]
     assert "top1_pct" not in row
     assert row["latency_ms_p50"] > 0
+
+
+def test_int8_training_learns_from_the_original_where_there_are_no_labels(
+    compress, tmp_path, pictures
+):
+    path = network(tmp_path / "x.onnx")  # whose layout is NHWC
+    data = ("--data", f"images:{pictures}", "--target", "onnxruntime", "--out", tmp_path / "run")
+    code, _, err = compress("quantize", path, *data, "--qat-epochs", "1", *QUICK)
+    assert code == 0, err
+    (result,) = json.loads((tmp_path / "run" / "report.json").read_text())["variants"][1]["results"]
+    assert result["sqnr_db"] > 20

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.evaluate import Predictions
+from compress.evaluate import Predictions, accuracy
 from compress.pipeline.records import calibration, coverage, ranges, samples
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 from compress.runtimes._fusion import FloatLayer, Fusion
@@ -60,7 +60,8 @@ def predictions(answers, labels, size: float = 2.0) -> Predictions:
 
 def test_calibration_of_equal_confidence_is_its_distance_from_the_accuracy():
     sure = float(np.exp(2) / (np.exp(2) + 2))
-    found = calibration(predictions([0, 1, 2, 0], [0, 1, 2, 1]), "int8", "onnxruntime")
+    judged = accuracy(predictions([0, 1, 2, 0], [0, 1, 2, 1]))
+    found = calibration(judged, "int8", "onnxruntime")
     assert found.ece_pct == pytest.approx(100 * abs(sure - 0.75))
     assert found.confidence_pct == pytest.approx([100 * sure])
     assert found.accuracy_pct == (75.0,)

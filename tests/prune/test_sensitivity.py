@@ -48,10 +48,10 @@ def found() -> PruneSensitivity:
 
 def test_the_group_that_matters_loses_accuracy(found: PruneSensitivity) -> None:
     curves = {curve.group: curve for curve in found.curves}
-    assert found.baseline_top1_pct == 100
+    assert found.baseline == 100
     assert [point.kept for point in curves["vital"].points] == [4, 2]
-    assert min(point.top1_pct for point in curves["vital"].points) < 90
-    assert all(point.top1_pct == 100 for point in curves["idle"].points)
+    assert min(point.value for point in curves["vital"].points) < 90
+    assert all(point.value == 100 for point in curves["idle"].points)
     assert found.ranked()[0].group == "vital"
     assert curves["idle"].layers == ("idle",)
 
@@ -67,7 +67,7 @@ def test_macs_left_are_those_of_the_cut_network(found: PruneSensitivity) -> None
 
 
 def test_it_is_a_budget(found: PruneSensitivity) -> None:
-    shares = found.keep_channels(max_drop_pct=1.0)
+    shares = found.keep_channels(max_drop=1.0)
     assert shares == {"vital": 1.0, "idle": 0.25}
     plan = compress.plan_pruning(TwoBranches(), EXAMPLE, keep_channels=shares)
     assert {name: len(units) for name, units in plan.groups.items() if len(units) < 8} == {

@@ -9,11 +9,10 @@ import pytest
 import torch
 from sketch import run
 
-import compress.quantize.accuracy_budget as budget_module
 from compress.errors import DataError, RunError
 from compress.qdq import ActivationRange, QuantPlan, WeightScales, prepare, write_qdq
 from compress.quantize import calibrate, make_plan
-from compress.quantize.accuracy_budget import meet_budget
+from compress.quantize.accuracy_budget import _Search, meet_budget
 from compress.quantize.sensitivity import (
     Seen,
     diagnose,
@@ -81,7 +80,7 @@ def test_spoiled_weight_is_the_most_sensitive_and_is_said_to_be_the_weight(
     assert worst.node == node.name
     assert worst.sqnr_weight_db < worst.sqnr_activation_db - 10
     assert worst.diagnosis.startswith("Its weight costs most")
-    assert found.float_top1_pct == 100.0
+    assert found.float_value == 100.0
     assert {layer.node for layer in found.layers} | set(found.left_float) >= {
         n.name for n in convs(network)
     }
@@ -145,10 +144,10 @@ def test_budget_gives_back_the_spoiled_layer_and_no_other(
         plan = with_spoiled_weight(network, plan, node)
     else:
         plan = with_spoiled_input(plan, node)
-    met = meet_budget(network, plan, labelled, max_drop_pct=2.0, folder=tmp_path)
+    met = meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path)
     assert met.met
     assert met.trials[0].float_nodes == ()
-    assert met.trials[0].drop_pct > 2
+    assert met.trials[0].drop > 2
     assert met.best.float_nodes == (node.name,)
     assert met.plan.float_nodes[node.name].startswith("given back to float")
     x = foreign.images(8)
@@ -159,7 +158,7 @@ def test_budget_gives_back_the_spoiled_layer_and_no_other(
 
 def test_budget_that_is_met_already_costs_one_evaluation(network, statistics, labelled, tmp_path):
     plan = make_plan(statistics, target="onnxruntime")
-    met = meet_budget(network, plan, labelled, max_drop_pct=20.0, folder=tmp_path)
+    met = meet_budget(network, plan, labelled, max_drop=20.0, folder=tmp_path)
     assert met.met
     assert met.best.float_nodes == ()
     assert len(met.trials) == 1
@@ -171,11 +170,10 @@ def test_budget_that_cannot_be_met_says_so_and_leaves_the_best(
 ):
     node = convs(network)[1]
     plan = with_spoiled_weight(network, make_plan(statistics, target="tensorrt"), node)
-    met = meet_budget(network, plan, labelled, max_drop_pct=-1.0, folder=tmp_path)
+    met = meet_budget(network, plan, labelled, max_drop=-1.0, folder=tmp_path)
     assert not met.met
-    assert met.best.drop_pct == min(trial.drop_pct for trial in met.trials)
+    assert met.best.drop == min(trial.drop for trial in met.trials)
     assert QuantPlan.load(tmp_path / "plan.tensorrt.json") == met.plan
-    assert json.loads(json.dumps(met.to_json()))["met"] is False
 
 
 def test_costs_decide_which_of_two_remedies_is_taken(network, statistics, labelled, tmp_path):
@@ -191,7 +189,7 @@ def test_costs_decide_which_of_two_remedies_is_taken(network, statistics, labell
         network,
         plan.changed(weights=both),
         labelled,
-        max_drop_pct=0.0,
+        max_drop=0.0,
         folder=tmp_path,
         costs=costs,
     )
@@ -204,22 +202,22 @@ def test_killed_search_goes_on_without_repeating_an_evaluation(
 ):
     node = convs(network)[1]
     plan = with_spoiled_weight(network, make_plan(statistics, target="tensorrt"), node)
-    whole = meet_budget(network, plan, labelled, max_drop_pct=2.0, folder=tmp_path / "whole")
-    real = budget_module.top1_pct
+    whole = meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path / "whole")
+    real = _Search._value
     evaluations = []
 
-    def dying(answers, labels):
+    def dying(search, model):
         evaluations.append(1)
         if len(evaluations) == 3:
             raise KeyboardInterrupt
-        return real(answers, labels)
+        return real(search, model)
 
-    monkeypatch.setattr(budget_module, "top1_pct", dying)
+    monkeypatch.setattr(_Search, "_value", dying)
     with pytest.raises(KeyboardInterrupt):
-        meet_budget(network, plan, labelled, max_drop_pct=2.0, folder=tmp_path / "killed")
+        meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path / "killed")
     assert (tmp_path / "killed" / "model.tensorrt.onnx").is_file()  # the best so far
     done = len(evaluations)
-    again = meet_budget(network, plan, labelled, max_drop_pct=2.0, folder=tmp_path / "killed")
+    again = meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path / "killed")
     assert [t.float_nodes for t in again.trials] == [t.float_nodes for t in whole.trials]
     assert again.best == whole.best
     assert len(evaluations) - done == 1 + len(whole.trials) - 1  # fp32 once more, all but one trial
@@ -228,7 +226,7 @@ def test_killed_search_goes_on_without_repeating_an_evaluation(
 def test_no_images_and_damaged_journal_are_refused(network, statistics, tmp_path, labelled):
     plan = make_plan(statistics, target="tensorrt")
     with pytest.raises(DataError, match="no images"):
-        meet_budget(network, plan, [], max_drop_pct=1.0, folder=tmp_path)
+        meet_budget(network, plan, [], max_drop=1.0, folder=tmp_path)
     (tmp_path / "budget.tensorrt.json").write_text("{")
     with pytest.raises(RunError, match="cannot be read as JSON"):
-        meet_budget(network, plan, labelled, max_drop_pct=1.0, folder=tmp_path)
+        meet_budget(network, plan, labelled, max_drop=1.0, folder=tmp_path)

@@ -96,3 +96,14 @@ def test_what_a_stage_left_is_never_lost_to_another_recipe(tmp_path, stage, chan
     with pytest.raises(RunError, match="belongs to another recipe"):
         RunFolder.open(tmp_path, recipe(**(begun | changes)))
     assert checkpoint.read_text() == "hours of work"
+
+
+def test_a_run_of_before_a_key_existed_goes_on(tmp_path):
+    wanted = recipe(targets=[{"runtime": "onnxruntime", "precision": "fp32"}])
+    folder = RunFolder.open(tmp_path, wanted)
+    folder.finish(folder.stage(0, "original"), {"a": 1}, [])
+    described = folder.description()
+    del described["recipe"]["targets"][0]["options"]  # younger than the run
+    folder.write_description(described)
+    again = RunFolder.open(tmp_path, wanted)
+    assert again.result(again.stage(0, "original")) == {"a": 1}

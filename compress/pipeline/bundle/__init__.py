@@ -1,10 +1,11 @@
-"""A run packed for a device: ONNX files, recipe, ranges, labels, images, and one script.
+"""A run packed for a device: ONNX files, recipe, ranges, labels, images, and two scripts.
 
-The script needs numpy and one runtime there, and nothing of this package.
+The scripts need numpy and one runtime there (to read pictures Pillow too), nothing of this package.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -15,19 +16,22 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
 from compress.artifact import read_json, replacing
 from compress.data import Dataset, load_data
 from compress.errors import RunError
+from compress.evaluate.feeding import arrays, completed, facts_of, picture_of
 from compress.recipe.settings import DataSettings
-from compress.runtimes import open_session
+from compress.runtimes import Session, open_session
+from compress.tasks import Task, default_task, load_task
 
 __all__ = ["write_bundle"]
 
-DECIDED = ("class", "mask")  # labels of tasks whose largest output of dimension 1 is the answer
+DECIDED = ("classes", "class map")  # forms whose largest output of dimension 1 is the answer
 IMAGES = 64  # of the test split: enough to see a wrong engine, small enough to send
 KEYS = ("name", "file", "precision", "target")  # of a network, that the script needs
-SCRIPT = Path(__file__).with_name("on_device.py")
+SCRIPTS = {"run.py": "on_device.py", "predict.py": "on_device_predict.py"}
 
 
 def write_bundle(run: str | Path, out: str | Path) -> Path:
@@ -38,30 +42,31 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         out: The file to write, FILE.tar.gz.
 
     Returns:
-        ``out``. It unpacks into one folder, whose ``run.py`` builds, checks and measures there.
+        ``out``. It unpacks into one folder, whose ``run.py`` builds, checks and measures there and
+        whose ``predict.py`` answers pictures.
 
     Raises:
-        RunError: the folder holds no run, a file of it is missing, or its task names no classes.
+        RunError: the folder holds no run, a file of it is missing, or its networks take more than
+            pictures or do not answer each by itself.
         DataError: the images of the run cannot be read here.
     """
     folder, target = Path(run), Path(out)
     description = read_json(folder / "run.json")
     models = _models(folder)
     recipe = description["recipe"]
-    dataset = load_data(DataSettings.model_validate(recipe["data"]), recipe["seed"])
-    if dataset.target not in DECIDED:
-        raise RunError(
-            f"its data {dataset.name!r} has labels of the form {dataset.target!r}",
-            where=str(folder),
-            expected="networks that name a class, of each image or of each pixel: the script on "
-            "the device compares these decisions with the host's",
-            fix="Copy the ONNX files of the run and its report",
-        )
+    first = folder / models[0]["path"]
+    data = completed(DataSettings.model_validate(recipe["data"]), [first])
+    dataset = load_data(data, recipe["seed"])
+    said = facts_of(first)
+    labels = [str(name) for name in dataset.classes or said.get("labels", ())]
+    task = load_task(
+        recipe.get("task") or said.get("task") or default_task(dataset.target), classes=labels
+    )
     files: dict[str, bytes] = {
-        "run.py": SCRIPT.read_bytes(),
+        **{name: Path(__file__).with_name(file).read_bytes() for name, file in SCRIPTS.items()},
         "recipe.yaml": yaml.safe_dump(_without_defaults(recipe), sort_keys=False).encode(),
-        "labels.txt": "".join(f"{name}\n" for name in dataset.classes).encode(),
-        "sample.npz": _sample(folder, models, dataset),
+        "labels.txt": "".join(f"{name}\n" for name in labels).encode(),
+        "sample.npz": _sample(folder, models, dataset, task),
     }
     for model in models:
         files[model["file"]] = (folder / model["path"]).read_bytes()
@@ -71,7 +76,9 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         "schema": 1,
         "name": recipe["name"],
         "images": min(IMAGES, len(dataset.splits["test"])),
-        "input": {"mean": list(dataset.mean), "std": list(dataset.std), "range": [0, 1]},
+        "labels": labels,
+        "input": _input(dataset),
+        "answer": {"form": task.form, "options": _options(task)},
         "models": [{key: model[key] for key in KEYS} for model in models],
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
@@ -98,24 +105,66 @@ def _models(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _sample(folder: Path, models: list[dict[str, Any]], dataset: Dataset) -> bytes:
+def _input(dataset: Dataset) -> dict[str, Any]:
+    """Return how pictures become the input of the networks."""
+    fit = {"interpolation": "bilinear", "channels": dataset.channels, "layout": dataset.layout}
+    told = fit | {key: value for key, value in dataset.facts().items() if key != "labels"}
+    return told | {"range": told.pop("input_range")}
+
+
+def _options(task: Task) -> dict[str, Any]:
+    """Return the options of a task but its classes, which are written once."""
+    known: dict[str, Any] = dataclasses.asdict(task) if dataclasses.is_dataclass(task) else {}
+    return {key: value for key, value in known.items() if key != "classes"}
+
+
+def _sample(folder: Path, models: list[dict[str, Any]], dataset: Dataset, task: Task) -> bytes:
     """Return test images and what every network answers to them here, as .npz; classes if known.
 
     Int8 graphs are computed here operator by operator, which is the arithmetic all runtimes follow.
     """
     split = dataset.splits["test"]
     chosen = np.linspace(0, len(split) - 1, min(IMAGES, len(split))).astype(int)
-    images = dataset.normalize(split.take(chosen)).numpy()
-    content: dict[str, Any] = {"images": images}
-    if dataset.target == "class":
-        content["labels"] = split.labels[chosen]
+    stored = split.take(chosen)
+    content: dict[str, Any] = {}
     for model in models:
         level = "none" if model["precision"] == "int8" else "all"
         with open_session(folder / model["path"], optimization=level) as session:
-            content[f"answers_{model['name']}"] = session.run(images)[0]
+            images = arrays([picture_of(session.inputs)], stored, dataset)[0]
+            if len(session.inputs) > 1:
+                raise RunError(
+                    f"takes {len(session.inputs)} inputs",
+                    where=model["path"],
+                    expected="networks that take pictures and nothing else",
+                    fix="Copy the ONNX files of the run and its report",
+                )
+            content["images"] = images
+            content[f"answers_{model['name']}"] = _answers(session, images, model["path"])
+    if task.form in DECIDED:
+        content["decided"] = np.ones(1, bool)
+        if dataset.target == "class":
+            content["labels"] = split.labels[chosen]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **content)
     return buffer.getvalue()
+
+
+def _answers(session: Session, images: NDArray[Any], where: str) -> NDArray[Any]:
+    """Return the first output for all images, in batches that the session takes."""
+    shape = session.inputs[0].shape
+    size = shape[0] if shape and isinstance(shape[0], int) else len(images)
+    parts = [
+        session.run(images[i : i + size])[0] for i in range(0, len(images) // size * size, size)
+    ]
+    answers = np.concatenate(parts)
+    if len(answers) != len(images) // size * size:
+        raise RunError(
+            f"answers {len(images)} images with an output of shape {answers.shape}",
+            where=where,
+            expected="the images along the first dimension of the first output",
+            fix="Copy the ONNX files of the run and its report",
+        )
+    return answers
 
 
 def _pack(files: Mapping[str, bytes], target: Path, *, root: str) -> None:
@@ -123,7 +172,7 @@ def _pack(files: Mapping[str, bytes], target: Path, *, root: str) -> None:
         for name, content in sorted(files.items()):
             entry = tarfile.TarInfo(f"{root}/{name}")
             entry.size = len(content)
-            entry.mode = 0o755 if name == "run.py" else 0o644
+            entry.mode = 0o755 if name in SCRIPTS else 0o644
             archive.addfile(entry, io.BytesIO(content))
 
 

@@ -15,7 +15,8 @@ from compress.groups import trace
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning, prove
 from compress.modules.objective import TaskLoss
-from compress.pipeline.context import Job, Outcome, Variant, leave, returned
+from compress.modules.outputs import returned
+from compress.pipeline.context import Job, Outcome, Variant, leave
 from compress.recipe.settings import PruneSettings, TrainSettings
 from compress.train import CrossEntropy, shown_batches
 
@@ -148,7 +149,7 @@ def _reading(job: Job, model: nn.Module, settings: PruneSettings) -> dict[str, A
         return {"outputs": settings.outputs}
     outputs = settings.outputs
     if outputs is None:
-        outputs = job.task.counted_outputs(returned(job, model))
+        outputs = job.task.counted_outputs(returned(model, job.dataset.example))
     return {"outputs": outputs, "answers": job.task.answers}
 
 

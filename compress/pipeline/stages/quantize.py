@@ -34,6 +34,8 @@ def quantize_graphs(
     from compress.quantize import quantize_targets
 
     parent = before[-1]
+    if not job.is_main:
+        return _train_along(job, settings, stage, parent)
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(job.recipe)}
     made = quantize_targets(
         job.path(parent),
@@ -53,14 +55,14 @@ def quantize_graphs(
             with artifact.replacing(out) as temporary:
                 onnx.save(trained.written, str(temporary))
             training[form] = training_facts(trained.result)["training"]
-        if settings.max_drop_pct is not None:
-            budget = _meet_budget(job, settings, plan, model, stage)
+        if settings.drop_limit is not None:
+            budget = _meet_budget(job, settings.drop_limit, plan, model, stage)
             plan = budget.plan
             gates.append(
                 {
-                    "name": "max_drop_pct",
-                    "limit": budget.max_drop_pct,
-                    "measured": budget.best.drop_pct,
+                    "name": "max_drop_pct" if job.task.tells_classes else "max_drop",
+                    "limit": budget.max_drop,
+                    "measured": budget.best.drop,
                     "passed": budget.met,
                     "variant": f"int8-{form}",
                 }
@@ -83,13 +85,12 @@ def quantize_graphs(
     return Outcome(tuple(variants), {"plans": plans, "qat": training, "gates": gates})
 
 
-def train_along(
-    job: Job, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
-) -> None:
+def _train_along(job: Job, settings: QuantizeSettings, stage: Path, parent: Variant) -> Outcome:
     """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
-    if settings.qat is not None and job.run.result(stage) is None:
+    if settings.qat is not None:
         for form in int8_forms(job.recipe):
-            _train_quantized(job, settings, None, before[-1], stage / f"qat-{form}")
+            _train_quantized(job, settings, None, parent, stage / f"qat-{form}")
+    return Outcome(())
 
 
 def int8_forms(recipe: Recipe) -> list[str]:
@@ -134,11 +135,12 @@ def _train_quantized(
         settings,
         folder=folder,
         seed=job.recipe.seed,
+        task=job.task,
     )
 
 
 def _meet_budget(
-    job: Job, settings: QuantizeSettings, plan: QuantPlan, model: onnx.ModelProto, stage: Path
+    job: Job, limit: float, plan: QuantPlan, model: onnx.ModelProto, stage: Path
 ) -> Budget:
     """Leave layers in float until the loss on validation images is within the budget."""
     from compress.quantize.accuracy_budget import meet_budget
@@ -147,6 +149,7 @@ def _meet_budget(
         model,
         plan,
         job.dataset.batches("validation"),
-        max_drop_pct=settings.max_drop_pct or 0.0,
+        max_drop=limit,
         folder=stage,
+        task=job.task,
     )

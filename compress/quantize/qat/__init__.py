@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from torch import nn
 
 from compress.data import Dataset
 from compress.qdq import QuantPlan, prepare
 from compress.quantize.qat.network import OnnxNetwork
 from compress.quantize.qat.simulation import SimulatedNetwork
 from compress.recipe.settings import DistillSettings, QuantizeSettings, TrainSettings
+from compress.tasks import Task
 from compress.train import TrainResult, train
 from compress.train.distill import build_objective
+from compress.train.distill.build import losses_on_outputs
 
 __all__ = ["OnnxNetwork", "SimulatedNetwork", "Trained", "train_quantized"]
 
@@ -35,14 +36,16 @@ def train_quantized(
     dataset: Dataset,
     settings: QuantizeSettings,
     *,
-    teacher: nn.Module | None = None,
     folder: Path | None = None,
     seed: int = 0,
+    task: Task | None = None,
 ) -> Trained:
     """Train the weights of a quantized graph so that rounding costs less, and write it again.
 
-    The loss is cross-entropy plus distillation from the fp32 network; the loop is the one of all
-    training, so it resumes from ``folder``.
+    The loss is cross-entropy, or that of the task, plus distillation from the fp32 network by the
+    losses on outputs that suit the task; the outputs alone where the task's loss is computed inside
+    the original network or there are no labels. The loop is the one of all training, so it resumes
+    from ``folder``.
 
     Args:
         model: The fp32 graph that ``plan`` was made for. Not modified.
@@ -50,9 +53,9 @@ def train_quantized(
         dataset: Trained on "train", watched on "validation".
         settings: ``qat`` says how to train (a learning rate of 1e-3 is enough; one epoch at the
             defaults if absent), ``learned_scales`` whether the scales are trained as well (LSQ).
-        teacher: The fp32 network; ``model`` itself if absent.
         folder: For checkpoints.
         seed: Of the training.
+        task: What the network is for; one class an image if absent.
 
     Raises:
         QuantizationError: the plan does not fit, or an operator of the graph cannot be trained.
@@ -60,14 +63,17 @@ def train_quantized(
     """
     loop = settings.qat or TrainSettings(lr=1e-3)
     network = SimulatedNetwork(model, plan, learned_scales=settings.learned_scales)
-    distilling = DistillSettings(**loop.model_dump(), losses=("kd",))
+    known = ("kd",) if task is None or task.tells_classes else losses_on_outputs(task)
+    hard = 1.0 if task is None or task.loss_reads_outputs else 0.0
+    distilling = DistillSettings(**loop.model_dump(), losses=known, hard=hard)
     objective = build_objective(
         network,
-        teacher or OnnxNetwork(prepare(model)),
+        OnnxNetwork(prepare(model)),
         dataset,
         distilling,
         folder=folder,
         seed=seed,
+        task=task,
     )
-    result = train(network, dataset, loop, objective=objective, folder=folder, seed=seed)
+    result = train(network, dataset, loop, objective=objective, folder=folder, seed=seed, task=task)
     return Trained(network.trained_model(), network.trained_plan(), network.write(), result)

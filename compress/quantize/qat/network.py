@@ -12,6 +12,7 @@ from onnx import NodeProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from compress.errors import QuantizationError
+from compress.graph.metadata import input_facts
 from compress.quantize.qat.operators import OPERATORS
 
 TRAINED_INPUTS = {  # of an operator: positions of the constants that training may change
@@ -61,6 +62,7 @@ class OnnxNetwork(nn.Module):
             )
         self.steps = [(n, _attributes(n)) for n in model.graph.node]
         self.inputs = [v.name for v in model.graph.input]
+        self.layout = input_facts(model).get("layout")
         self.outputs = [v.name for v in model.graph.output]
         self.places: dict[str, tuple[nn.Module, str]] = {}  # initializer -> where it is kept
         self.scalars: dict[str, Tensor] = {}  # shapes, indices and single numbers, on the CPU
@@ -78,7 +80,12 @@ class OnnxNetwork(nn.Module):
         return value
 
     def forward(self, *images: Tensor) -> Any:
-        """Return the logits (B, K), or a tuple where the graph has several outputs."""
+        """Return the logits (B, K), or a tuple where the graph has several outputs.
+
+        Images are (B, C, H, W) whatever the graph's own layout is.
+        """
+        if self.layout == "NHWC":
+            images = tuple(each.permute(0, 2, 3, 1) if each.ndim == 4 else each for each in images)
         with torch.autocast(images[0].device.type, enabled=False):
             results = self._run([image.float() for image in images])
         return results[0] if len(results) == 1 else tuple(results)
@@ -95,7 +102,8 @@ class OnnxNetwork(nn.Module):
             made = made if isinstance(made, tuple) else (made,)
             values.update(zip(node.output, made, strict=False))
             for name in self._last_use.get(index, ()):
-                values.pop(name, None)
+                if name not in self.outputs:  # which a later node may read as well
+                    values.pop(name, None)
         return [values[name] for name in self.outputs]
 
     def _rounding(self) -> Rounding:

@@ -90,7 +90,7 @@ def build_objective(
         losses = losses_of(settings, task)
         terms = [term_of(each, mine, answering, compiled=settings.compile) for each in losses]
         if task is not None:
-            _check_terms(terms, task, student, dataset)
+            _check_terms(terms, task, student, dataset, settings)
         given: Any = dataset.splits["train"].labels
         labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
         prepare(terms, student, answering, example, labels)
@@ -104,11 +104,13 @@ def build_objective(
         answering,
         None if order is None else torch.from_numpy(order),
         hard=CrossEntropy(settings.label_smoothing) if task is None else TaskLoss(task),
-        hard_weight=settings.hard,
+        hard_weight=_hard_weight(settings, task),
         warmup_epochs=settings.loss_warmup_epochs,
     )
     for line in objective.pairing():
         logger.info(line)
+    if task is not None and not task.kinds:
+        return objective
     if task is None:
         _compare(objective, student, dataset)
     else:
@@ -124,6 +126,16 @@ def losses_of(settings: DistillSettings, task: Task | None) -> tuple[Plugin, ...
     if settings.losses is not None:
         return settings.losses
     return DEFAULT_LOSSES if task is None else task.losses
+
+
+def _hard_weight(settings: DistillSettings, task: Task | None) -> float:
+    """Return the weight of the loss with the labels: none where there are no labels."""
+    return settings.hard if task is None or task.kinds else 0.0
+
+
+def losses_on_outputs(task: Task) -> tuple[str, ...]:
+    """Return those of the task's losses that compare outputs, else the one for any outputs."""
+    return tuple(name for name in task.losses if name in _logit_losses()) or ("mse",)
 
 
 def check_loss(reference: Plugin, task: Task) -> None:
@@ -164,7 +176,13 @@ def _check_student(seen: Survey, dataset: Dataset) -> None:
         )
 
 
-def _check_terms(terms: Sequence[Term], task: Task, student: nn.Module, dataset: Dataset) -> None:
+def _check_terms(
+    terms: Sequence[Term],
+    task: Task,
+    student: nn.Module,
+    dataset: Dataset,
+    settings: DistillSettings,
+) -> None:
     """Refuse losses on outputs where the network returns its losses in training instead.
 
     A copy of the network is asked for the loss of two images.
@@ -179,8 +197,11 @@ def _check_terms(terms: Sequence[Term], task: Task, student: nn.Module, dataset:
     set_mode(model, training=True)
     device = next((p.device for p in student.parameters()), torch.device("cpu"))
     with last_output(model) as seen:
-        target = on_device(targets_of(images, some), device)
-        task.loss(model, dataset.normalize(images.take(some).to(device)), target)
+        shown = dataset.normalize(images.take(some).to(device))
+        if _hard_weight(settings, task):
+            task.loss(model, shown, on_device(targets_of(images, some), device))
+        else:
+            model(shown)
     if main_answer(seen) is None:
         raise TrainingError(
             "it compares outputs, and in training this network returns its losses instead",

@@ -91,8 +91,10 @@ class DistillObjective:
             logits = logits_of(model(images))
             return logits, self.hard.of(logits, target)
         with last_output(model) as seen:
-            hard = self.hard(model, images, target)
-        return main_answer(seen), hard
+            if self.hard_weight:
+                return main_answer(seen), self.hard(model, images, target)
+            model(images)
+        return main_answer(seen), images.new_zeros(())
 
     def answer(self, images: Tensor) -> Tensor:
         """Return the teacher's logits in the student's class order, (B, K)."""

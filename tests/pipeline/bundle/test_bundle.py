@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
 import json
@@ -11,9 +12,12 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import yaml
+from networks_of_tasks import FACTS, network
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from compress.errors import RunError
 from compress.packages import is_installed
@@ -84,7 +88,7 @@ def unpacked(run: Path, tmp_path: Path) -> Path:
 
 
 DEVICE = """
-import runpy, sys
+import os, runpy, sys
 
 class Without:
     def __init__(self, finder):
@@ -96,15 +100,16 @@ class Without:
 
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))  # as for any script
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 ABSENT = ("compress", "torch", "torchvision", "onnx", "onnxscript", "openvino", "nncf", "scipy")
 ABSENT += ("pydantic", "yaml", "sklearn", "rich", "tensorrt", "tensorrt_rtx")
 
 
-def on(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the script of a bundle where only numpy and onnxruntime can be imported."""
-    command = [sys.executable, "-c", DEVICE % (ABSENT,), str(folder / "run.py"), *arguments]
+def on(folder: Path, *arguments: str, script: str = "run.py") -> subprocess.CompletedProcess[str]:
+    """Run a script of a bundle where only numpy, Pillow and onnxruntime can be imported."""
+    command = [sys.executable, "-c", DEVICE % (ABSENT,), str(folder / script), *arguments]
     return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
 
 
@@ -116,6 +121,7 @@ def test_bundle_holds_what_a_device_needs_and_nothing_of_this_machine(unpacked: 
         "models/int8-onnxruntime.onnx",
         "models/int8-tensorrt.onnx",
         "models/original.onnx",
+        "predict.py",
         "ranges/plan.tensorrt.json",
         "recipe.yaml",
         "run.py",
@@ -232,13 +238,158 @@ def test_labels_are_left_out_where_an_image_has_no_single_class(
     assert all(result["agreement_with_host_pct"] == 100 for result in results)
 
 
-def test_a_task_without_decisions_is_refused(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# --- answers to pictures: those of `compress predict`, with numpy, Pillow and one runtime ---
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """Write one picture of each kind that files come in: modes, depths, turned, transparent."""
+    folder.mkdir()
+    rows, columns = np.mgrid[:70, :90]
+    ramp = np.stack([2 * columns, 255 - 3 * rows, 100 + columns - rows], 2).clip(0, 255)
+    colours = Image.fromarray(ramp.astype(np.uint8))
+    deep = Image.fromarray((257 * (rows + columns)).astype(np.uint16))
+    exif = colours.getexif()
+    exif[0x0112] = 6
+    glass = colours.copy()
+    glass.putalpha(Image.fromarray((2 * columns).astype(np.uint8)))
+    colours.save(folder / "rgb.png")
+    colours.save(folder / "turned.jpg", exif=exif)
+    glass.save(folder / "glass.png")
+    colours.convert("P").save(folder / "palette.gif")
+    colours.convert("L").save(folder / "grey.bmp")
+    colours.convert("CMYK").save(folder / "inks.tif")
+    deep.save(folder / "deep.png")
+    Image.fromarray((rows / 70).astype(np.float32)).save(folder / "float.tif")
+    colours.resize((20, 200)).save(folder / "tall.webp", lossless=True)
+    return sorted(folder.iterdir())
+
+
+def bundled(tmp_path: Path, form: str, facts: dict[str, object], *, nhwc: bool = False) -> Path:
+    """Pack a run of one network and unpack it as on a device."""
+    stage = tmp_path / "run" / "00-original"
+    stage.mkdir(parents=True)
+    network(stage / "model.onnx", form, facts, nhwc=nhwc)
+    variant = {"name": "original", "precision": "fp32", "target": None, "stage": stage.name}
+    variant |= {"path": f"{stage.name}/model.onnx"}
+    (stage / "metrics.json").write_text(json.dumps({"variants": [variant]}))
+    data = {"name": "images", "root": str(tmp_path / "pictures")}
+    recipe = {"name": "small", "data": data, "seed": 0, "stages": []}
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"recipe": recipe}))
+    with tarfile.open(write_bundle(tmp_path / "run", tmp_path / "small.tar.gz")) as archive:
+        archive.extractall(tmp_path / "device", filter="data")
+    return tmp_path / "device" / "small"
+
+
+LETTERBOX = {"resize": "letterbox", "interpolation": "bicubic", "crop": 1.0}
+SQUASH = {"resize": "squash", "interpolation": "lanczos", "crop": 0.9, "color": "BGR"}
+
+
+@pytest.mark.parametrize(
+    ("form", "told", "nhwc"),
+    [
+        ("classes", {"task": "classification"}, False),
+        ("classes", {"task": "classification", **SQUASH}, True),
+        ("softmax", {"task": "classification"}, False),
+        ("classes", {"task": {"multilabel": {"threshold": 0.6}}}, False),
+        ("class map", {"task": "segmentation", **LETTERBOX}, False),
+        ("class map", {"task": "segmentation"}, True),
+        ("boxes", {"task": "detection"}, False),
+        ("yolo", {"task": {"detection": {"nms_iou": 0.5}}, **LETTERBOX}, False),
+        ("image", {"task": "restoration", "mean": [0.0] * 3, "std": [1.0] * 3}, False),
+        ("image", {"task": "restoration", "mean": [0.0] * 3, "std": [1.0] * 3}, True),
+        ("embedding", {"task": "embedding"}, False),
+        ("classes", {}, False),
+    ],
+)
+def test_pictures_are_answered_on_the_device_as_by_compress_predict(
+    tmp_path: Path, compress, form: str, told: dict[str, object], nhwc: bool
 ) -> None:
-    digits = bundle.load_data
-    monkeypatch.setattr(
-        bundle, "load_data", lambda *given: dataclasses.replace(digits(*given), target="boxes")
-    )
-    with pytest.raises(RunError, match="has labels of the form 'boxes'"):
-        write_bundle(run, tmp_path / "boxes.tar.gz")
-    assert not (tmp_path / "boxes.tar.gz").exists()
+    pictures = picture_files(tmp_path / "pictures")
+    folder = bundled(tmp_path, form, FACTS | told, nhwc=nhwc)
+    here, there = tmp_path / "here.json", tmp_path / "there.json"
+    code, _, err = compress("predict", tmp_path / "run", *pictures, "--json", here)
+    assert code == 0, err
+    done = on(folder, *map(str, pictures), "--json", str(there), script="predict.py")
+    assert done.returncode == 0, done.stderr
+    wanted, found = (json.loads(path.read_text())["images"] for path in (here, there))
+    assert [each["image"] for each in found] == [each["image"] for each in wanted]
+    for one, two in zip(found, wanted, strict=True):
+        assert [list(row) for row in one["answer"]] == [list(row) for row in two["answer"]]
+        for mine, theirs in zip(one["answer"], two["answer"], strict=True):
+            for key, value in theirs.items():
+                if isinstance(value, float):
+                    assert mine[key] == pytest.approx(value, rel=1e-4, abs=1e-4), (
+                        one["image"],
+                        key,
+                    )
+                elif key not in ("output",):  # a file may name what torch does not
+                    assert mine[key] == value, (one["image"], key)
+    drawn = tmp_path / "drawn"
+    assert on(folder, str(pictures[0]), "--out", str(drawn), script="predict.py").returncode == 0
+    assert len(list(drawn.glob("*.png"))) == 1
+    checked = on(folder, "--seconds", "0.05", "--batch", "2")
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent.jpg"], "absent.jpg is not a readable picture"),
+        (["{folder}/run.py"], "run.py is not a readable picture"),
+        (
+            ["{folder}/../../pictures/rgb.png", "--model", "other"],
+            "no network 'other'. Known: original",
+        ),
+    ],
+)
+def test_what_cannot_be_answered_there_is_said(
+    tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    picture_files(tmp_path / "pictures")
+    folder = bundled(tmp_path, "classes", FACTS | {"task": "classification"})
+    done = on(folder, *(each.format(folder=folder) for each in arguments), script="predict.py")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_network_with_further_inputs_is_refused(tmp_path: Path) -> None:
+    picture_files(tmp_path / "pictures")
+    bundled(tmp_path, "classes", FACTS)
+    path = tmp_path / "run" / "00-original" / "model.onnx"
+    model = onnx.load(path)
+    model.graph.input.append(helper.make_tensor_value_info("also", TensorProto.FLOAT, [1]))
+    onnx.save(model, path)
+    with pytest.raises(RunError, match="takes 2 inputs"):
+        write_bundle(tmp_path / "run", tmp_path / "two.tar.gz")
+
+
+def test_without_pillow_the_script_says_what_to_install(tmp_path: Path) -> None:
+    picture_files(tmp_path / "pictures")
+    folder = bundled(tmp_path, "classes", FACTS | {"task": "classification"})
+    command = [
+        sys.executable,
+        "-c",
+        DEVICE % ((*ABSENT, "PIL"),),
+        str(folder / "predict.py"),
+        "x.png",
+    ]
+    done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install pillow" in done.stderr
+
+
+@pytest.mark.parametrize("script", list(bundle.SCRIPTS.values()))
+def test_scripts_are_written_for_the_python_of_old_devices(script: str) -> None:
+    source = Path(bundle.__file__).with_name(script).read_text()
+    ast.parse(source, feature_version=(3, 8))
+
+
+def test_names_of_classes_are_not_obeyed_on_the_device(tmp_path: Path) -> None:
+    pictures = picture_files(tmp_path / "pictures")
+    facts = FACTS | {"task": "classification", "labels": ["\x1b[31mred", "b", "c"]}
+    folder = bundled(tmp_path, "classes", facts)
+    done = on(folder, str(pictures[0]), script="predict.py")
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "?[31mred" in done.stdout

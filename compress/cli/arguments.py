@@ -1,0 +1,125 @@
+"""What options and arguments of several commands are: their types, help and completion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compress.cli import commands
+from compress.trust import allow_all
+
+Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py:FACTORY, ...")]
+Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder:ROOT, ...")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="Weight file, or name of published weights; random if absent"),
+]
+Classes = Annotated[
+    int | None,
+    typer.Option("--num-classes", help="Outputs of the classifier; the data's classes if absent"),
+]
+ImageSize = Annotated[
+    str | None,
+    typer.Option(help="Network's input, pixels: SIDE or H,W; the file's or the data's if absent"),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        help="Of images in --input-range: 0.5,0.5,0.5; the file's or the data's if absent"
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option(
+        help="Of images in --input-range: 0.2,0.2,0.2; the file's or the data's if absent"
+    ),
+]
+Range = Annotated[
+    str | None,
+    typer.Option(help="Black and white of the input before mean and std: 0,255; 0,1 if absent"),
+]
+Color = Annotated[
+    str | None, typer.Option(help="Order of the network's channels: BGR; RGB if absent")
+]
+Layout = Annotated[
+    str | None, typer.Option(help="Of an ONNX file's input: NHWC; by its shape if absent")
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", help="Of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"),
+]
+FixedSize = Annotated[
+    str | None, typer.Option(help="C,H,W that free sizes of the file get; they stay if absent")
+]
+BatchSize = Annotated[
+    int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
+]
+Workers = Annotated[int | None, typer.Option(help="Threads that decode image files; 0 if absent")]
+Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
+After = Annotated[int | None, typer.Option(help="Epochs of training after it; none if absent")]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", help="Folder of the run; runs/NAME if absent, or NAME-2 where it is taken"
+    ),
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write the numbers to this file; none if absent")
+]
+Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
+Track = Annotated[
+    str | None, typer.Option(help="Also log trainings: tensorboard or mlflow; neither if absent")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
+TaskName = Annotated[
+    str | None, typer.Option("--task", help="See: compress list tasks; that of the data if absent")
+]
+Outputs = Annotated[
+    str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        callback=lambda given: _trust(given),
+        help="Run code that recipes, run folders and .pt files hold or name; engines of others",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16 or int8 (of a Q/DQ file); the file's own if absent")
+]
+
+
+def names(kind: str) -> Callable[[str], list[str]]:
+    """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
+
+    def completed(incomplete: str) -> list[str]:
+        return [name for name in commands.names_of(kind) if name.startswith(incomplete)]
+
+    return completed
+
+
+def shown(incomplete: str) -> list[str]:
+    """Complete KIND/NAME."""
+    kind, slash, name = incomplete.partition("/")
+    if not slash:
+        return [f"{each}/" for each in commands.SHOWN if each.startswith(kind)]
+    known = commands.names_of(kind) if kind in commands.SHOWN else []
+    return [f"{kind}/{each}" for each in known if each.startswith(name)]
+
+
+def kinds(incomplete: str) -> list[str]:
+    """Complete KIND."""
+    return [each for each in commands.SHOWN if each.startswith(incomplete)]
+
+
+def _trust(given: bool) -> bool:
+    """Let everything run, if asked to; nothing but the command line can ask."""
+    if given:
+        allow_all()
+    return given

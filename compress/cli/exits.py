@@ -1,0 +1,103 @@
+"""How a command ends: with an exit code and one sentence, whatever happens."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import typer
+
+from compress import progress
+from compress.errors import CompressError
+from compress.interruption import MESSAGE, ending_on_signals
+from compress.trust import limited
+
+# Of whichever click this typer carries: the class with show(), which has no public name there.
+ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
+GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
+
+
+def exit_code(call: Callable[[], Any]) -> int:
+    """Return the exit code of a command; what went wrong is said on stderr.
+
+    Args:
+        call: Carries the command out and returns its exit code, or None.
+    """
+    try:
+        with (
+            ending_on_signals() as signals,
+            progress.shown(),
+            warnings.catch_warnings(),
+            limited(sys.argv[1:]),
+        ):
+            warnings.showwarning = _warn
+            code = call()
+    except CompressError as error:
+        sys.stderr.write(f"compress: {error}\n")
+        code = USER_ERROR
+    except ClickException as error:
+        error.show()
+        code = USER_ERROR
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except SystemExit as ended:  # what typer makes of Ctrl-C
+        code = ended.code
+    except Exception as error:  # noqa: BLE001 - the last net: 1 would read as a failed gate
+        code = _unexpected(error)
+    if code == INTERRUPTED:
+        code = signals.exit_code or INTERRUPTED
+        sys.stderr.write(MESSAGE)
+    return code if isinstance(code, int) else 0
+
+
+def _unexpected(error: Exception) -> int:
+    """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
+    from compress.train.memory import is_out_of_memory
+
+    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+        sys.stderr.write(
+            "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
+            "or --image-size, fewer images; a run keeps what is done, and the same command goes "
+            "on.\n"
+        )
+        return USER_ERROR
+    first = (str(error).splitlines() or [""])[0]
+    sys.stderr.write(
+        f"compress: this should not happen: {type(error).__name__}: {first}. "
+        f"Please report it with the traceback, which is {_traceback_file(error)}\n"
+    )
+    return OUR_FAULT
+
+
+def _traceback_file(error: Exception) -> str:
+    """Write the traceback of ``error`` to a file and return where it is, or the traceback."""
+    text = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="compress-", suffix="-traceback.txt", delete=False
+        ) as file:
+            file.write(text)
+    except OSError:  # no place to write
+        return f"this:\n{text}"
+    return f"in {file.name}"
+
+
+def _warn(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Print a warning of ours as one sentence; one of another package as Python does."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parents[1]):
+        text = f"compress: warning: {message}\n"
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+    (file or sys.stderr).write(text)

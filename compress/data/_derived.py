@@ -1,0 +1,72 @@
+"""Data made from the images of another kind: what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from compress import plugins
+from compress.data import Source
+from compress.data._images import Images, MemoryImages
+from compress.data._resize import ImageSize
+from compress.errors import UsageError
+
+LARGEST_IN_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """Images of the kind ``of``, read from ``root`` with its own ``options``."""
+
+    of: str = "images"
+    root: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    image_size: ImageSize | None = None
+    channels: int | None = None
+    workers: int = 0
+    seed: int = 0
+
+    def source(self, image_size: ImageSize | None) -> Source:
+        """Return the images that this data is made from, of ``image_size``.
+
+        Raises:
+            UsageError: ``of`` needs a root, or gives what is no 8-bit picture.
+            DataError: the images cannot be read.
+        """
+        known = plugins.options("data", self.of)
+        if "root" in known and self.root is None:
+            raise UsageError(
+                f"data {self.of!r} needs to know where its images are", fix="Give data.root"
+            )
+        supplied = {
+            "root": self.root,
+            "image_size": image_size,
+            "channels": self.channels,
+            "workers": self.workers,
+            "seed": self.seed,
+        }
+        found: Source = plugins.create("data", {self.of: dict(self.options)}, **supplied).load()
+        if found.prepared:
+            raise UsageError(f"data {self.of!r} holds arrays", expected="8-bit pictures")
+        return found
+
+
+def in_every_split(source: Source, change: Callable[[Images], Images], **facts: Any) -> Source:
+    """Return ``source`` with ``change`` applied to the images of each split, and new facts."""
+    held = source.validation
+    return replace(
+        source,
+        train=change(source.train),
+        test=change(source.test),
+        validation=None if held is None else change(held),
+        **facts,
+    )
+
+
+def in_memory(images: Images) -> Images:
+    """Return ``images`` read once where they are few; else as they are."""
+    channels, height, width = images.shape
+    if len(images) * channels * height * width > LARGEST_IN_MEMORY_BYTES:
+        return images
+    return MemoryImages(images.take(range(len(images))), images.labels)

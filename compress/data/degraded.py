@@ -1,0 +1,104 @@
+"""Pictures made worse, for networks that restore them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress.data import Source
+from compress.data._derived import Derived, in_every_split, in_memory
+from compress.data._images import Hash, Images, Indices, MemoryImages
+from compress.data._resize import sides
+from compress.data._targets import PictureTargets
+from compress.errors import DataError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Degraded(Derived):
+    """Pictures made worse, with the pictures as targets: super-resolution, denoising.
+
+    The input is a picture of the kind ``of`` (any folder of pictures unless told otherwise),
+    ``scale`` times smaller (bicubic, antialiased) and with Gaussian noise of ``noise`` of 255 grey
+    levels, the same each time an image is read. ``image_size`` is that of the input. Targets are
+    (C, H, W) in [0, 1].
+    """
+
+    scale: int = 2
+    noise: float = 0.0
+
+    def load(self) -> Source:
+        """Return the images.
+
+        Raises:
+            UsageError: nothing is made worse, or a size is no multiple of ``scale``.
+            DataError: the pictures cannot be read.
+        """
+        if self.scale < 1 or self.noise < 0 or (self.scale == 1 and not self.noise):
+            raise UsageError(
+                f"scale {self.scale} and noise {self.noise:g} leave pictures as they are",
+                expected="a scale of 2 or more, or noise above 0",
+            )
+        size = self.image_size
+        wanted = None if size is None else tuple(self.scale * side for side in sides(size))
+        found = self.source((wanted[0], wanted[1]) if wanted else None)
+        height, width = found.test.shape[1:]
+        if height % self.scale or width % self.scale:
+            raise DataError(
+                f"pictures of {height} x {width} pixels cannot be made {self.scale} times smaller",
+                expected=f"sides that are multiples of {self.scale}",
+                fix="Set data.image_size, the size of the network's input",
+            )
+        return in_every_split(
+            found, self._worse, classes=(), mean=(0.0,), std=(1.0,), target="image"
+        )
+
+    def _worse(self, pictures: Images) -> Images:
+        kept = in_memory(pictures)
+        worse: Images = Worse(kept, PictureTargets(kept), self.scale, self.noise, self.seed)
+        return worse if kept is pictures else MemoryImages(worse.take(range(len(worse))),
+                                                           worse.labels)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Worse:
+    """Pictures made smaller and noisy when they are asked for."""
+
+    pictures: Images
+    labels: Any
+    scale: int
+    noise: float
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of every image."""
+        channels, height, width = self.pictures.shape
+        return channels, height // self.scale, width // self.scale
+
+    def __len__(self) -> int:
+        """Return how many images there are."""
+        return len(self.pictures)
+
+    def take(self, indices: Indices) -> Tensor:
+        """Return the images at ``indices``, (B, C, H, W) uint8."""
+        images = self.pictures.take(indices).float()
+        if self.scale > 1:
+            size = self.shape[1:]
+            images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        if self.noise:
+            drawn = [
+                np.random.default_rng([self.seed, int(i)]).standard_normal(images.shape[1:])
+                for i in indices
+            ]
+            images = images + self.noise * torch.from_numpy(np.stack(drawn)).float()
+        return images.round().clamp(0, 255).to(torch.uint8)
+
+    def update_hash(self, digest: Hash) -> None:
+        """Add what identifies these images to ``digest``."""
+        self.pictures.update_hash(digest)
+        digest.update(f"{self.scale} {self.noise} {self.seed}".encode())

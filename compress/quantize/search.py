@@ -1,0 +1,148 @@
+"""Method `auto`: tries corrections, cheap ones first, and keeps those that help every output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from compress import progress
+from compress.qdq.plan import QuantPlan
+from compress.quantize.images import Feed
+from compress.quantize.sqnr import mean_db, shown, weakest_db
+from compress.quantize.workbench import TRIED, Workbench, first
+
+_GAIN_DB = 0.05  # less than this is noise
+_NEAR_DB = 1.0  # equalization that falls further behind is not tried with another strength
+Step = Callable[[QuantPlan, Feed], QuantPlan]
+# Effort of each attempt in passes over the images, for the time left.
+_RANGES, _BIASES, _EQUALIZATION, _ROUNDING = 1, 4, 6, 7
+
+
+def auto(bench: Workbench) -> QuantPlan:
+    """Every pass, cheapest first; one is kept if the weakest output comes closer and none falls.
+
+    Corrections are tried on a few images; what was kept is made once more at the end, fitted to
+    all of them.
+    """
+
+    def corrected(plan: QuantPlan, feed: Feed) -> QuantPlan:
+        return bench.corrected(plan, feed)
+
+    def scaled(plan: QuantPlan, feed: Feed) -> QuantPlan:
+        return bench.scaled(plan)
+
+    def rounded(plan: QuantPlan, feed: Feed) -> QuantPlan:
+        return bench.rounded(plan, feed)
+
+    search = _Search(bench)
+    if math.isnan(weakest_db(search.best.each_db)):  # nothing can be told apart
+        return search.best.plan.changed(notes=tuple(search.notes))
+    effort = 3 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
+    refit = _BIASES * len(next(iter(bench.all_images().values()))) / TRIED
+    with progress.task("Trying corrections", round(effort + refit)) as counter:
+        search.counter = counter
+        if bench.observer is None:
+            wider = partial(_ranged, bench, "percentile")
+            if search.attempt("percentile ranges", _RANGES, search.plain, wider):
+                widest = partial(_ranged, bench, "minmax")
+                search.attempt("minmax ranges", _RANGES, search.plain, widest)
+        search.attempt("weight scales", _RANGES, search.best, scaled)
+        ranges = search.best
+        search.attempt("bias correction", _BIASES, ranges, corrected)
+        for alpha in (0.5, 0.25):
+            steps = (partial(_equalized, bench, alpha), scaled, corrected)
+            what = f"equalization {alpha:g} and bias correction"
+            if not search.attempt(what, _EQUALIZATION, ranges, *steps, within_db=_NEAR_DB):
+                break
+        what = "rounding with feedback and bias correction"
+        search.attempt(what, _ROUNDING, search.best, rounded, corrected)
+        return search.refitted()
+
+
+def _ranged(bench: Workbench, observer: str, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    return bench.ranges(observer=observer)
+
+
+def _equalized(bench: Workbench, alpha: float, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    return bench.equalized(plan, alpha, feed)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan, the steps that make it of plain ranges, and the SQNR of each output, decibels."""
+
+    plan: QuantPlan
+    steps: tuple[Step, ...]
+    each_db: tuple[float, ...]
+
+    def falls_below(self, plain: Trial) -> bool:
+        """Return whether an output has more noise than with plain ranges."""
+        pairs = zip(self.each_db, plain.each_db, strict=True)
+        return any(found < least - _GAIN_DB for found, least in pairs)
+
+    def exceeds(self, other: Trial, by_db: float = _GAIN_DB) -> bool:
+        """Return whether the weakest output is closer; if it is as close, all outputs together."""
+        gain = weakest_db(self.each_db) - weakest_db(other.each_db)
+        if abs(gain) <= _GAIN_DB:
+            gain = mean_db(self.each_db) - mean_db(other.each_db)
+        return gain > by_db
+
+
+class _Search:
+    counter: progress.Task
+
+    def __init__(self, bench: Workbench) -> None:
+        self.bench = bench
+        self.few = first(bench.fitted, TRIED)
+        plan = bench.ranges()
+        self.best = self.plain = Trial(plan, (), tuple(bench.each_db(plan)))
+        observer = next(iter(plan.activations.values())).observer
+        self.notes = [f"{observer} ranges: {_told(self.best.each_db)}"]
+
+    def attempt(
+        self, what: str, effort: float, start: Trial, *steps: Step, within_db: float = 0.0
+    ) -> bool:
+        """Take further steps from ``start``; keep the result if it is the best so far.
+
+        Returns:
+            Whether it was kept, or falls behind the best by less than ``within_db``.
+        """
+        plan = start.plan.changed(notes=())
+        for step in steps:
+            before, plan = plan, step(plan, self.few)
+            if plan is before:  # nothing there to scale
+                self.counter.advance(effort)
+                return False
+        found = Trial(plan, (*start.steps, *steps), tuple(self.bench.each_db(plan)))
+        falls = found.falls_below(self.plain)
+        kept = not falls and found.exceeds(self.best)
+        verdict = "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
+        self.notes += [f"{what}: {_told(found.each_db)}, {verdict}", *plan.notes]
+        near = kept or found.exceeds(self.best, -within_db)
+        if kept:
+            self.best = found
+        self.counter.advance(effort, note=f"best {_told(self.best.each_db)}")
+        return near
+
+    def refitted(self) -> QuantPlan:
+        """Return the best plan, made once more with all images where any step is fitted to them."""
+        if not self.best.steps:
+            return self.best.plan.changed(notes=tuple(self.notes))
+        plan, feed = self.plain.plan, self.bench.all_images()
+        for step in self.best.steps:
+            plan = step(plan, feed)
+        found = Trial(plan, self.best.steps, tuple(self.bench.each_db(plan)))
+        if found.falls_below(self.plain) or self.best.exceeds(found):  # on images it has seen now
+            plan = self.best.plan
+        else:
+            self.notes.append(f"made again with all {len(next(iter(feed.values())))} images")
+        return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
+
+
+def _told(each_db: Sequence[float]) -> str:
+    """Return the SQNR of one output, or of the weakest and of all together, for people to read."""
+    if len(each_db) < 2:
+        return shown(mean_db(each_db))
+    return f"weakest output {shown(weakest_db(each_db))}, all together {shown(mean_db(each_db))}"

@@ -1,0 +1,141 @@
+"""What the methods of quantization share: the graph, its ranges, the corrections, the judging."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from compress.graph.model import Graph
+from compress.qdq.plan import QuantPlan
+from compress.qdq.rewrite import apply_corrections
+from compress.qdq.writer import write_qdq
+from compress.quantize.batching import with_free_batch
+from compress.quantize.bias import FloatMeans, correct_biases
+from compress.quantize.calibration import Statistics, calibrate
+from compress.quantize.equalization import equalize
+from compress.quantize.images import Feed, Images
+from compress.quantize.notes import float_parts, of_judging
+from compress.quantize.planning_graph import judged_tensors
+from compress.quantize.ranges import begin_below_zero, make_plan
+from compress.quantize.rounding import improve_rounding
+from compress.quantize.sqnr import answers, mean_db, sqnr_each
+from compress.quantize.weight_scales import search_weight_scales
+
+FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
+TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried
+
+
+@dataclass
+class Workbench:
+    """What every method works with.
+
+    Args:
+        prepared: The fp32 graph.
+        images: All calibration images.
+        statistics: What the pass over them saw.
+        target: The runtime the plan is for.
+        observer: The user's choice, or None.
+        exclude: Nodes to leave in float, and why.
+    """
+
+    prepared: ModelProto
+    images: Images
+    statistics: Statistics
+    target: str
+    observer: str | Mapping[str, Any] | None
+    exclude: Mapping[str, str]
+    fitted: Feed = field(default_factory=dict)
+    held_back: Feed = field(default_factory=dict)
+    judging: Feed = field(default_factory=dict)
+    reference: list[NDArray[Any]] = field(default_factory=list)
+    judged: list[str] = field(default_factory=list)  # tensors that are compared
+    is_free: bool = True
+    float_means: FloatMeans = field(default_factory=dict)
+    known: list[tuple[QuantPlan, list[float]]] = field(default_factory=list)  # plans judged before
+
+    def __post_init__(self) -> None:
+        """Set images aside for judging; let the graph take any number of them."""
+        self.fitted, self.held_back = self.images.split(FITTED, HELD_BACK)
+        freed = with_free_batch(self.prepared, self.fitted)
+        self.is_free = freed is not None
+        self.prepared = freed or self.prepared
+        self.judged = judged_tensors(self.prepared)
+        self.judging = first(self.held_back, JUDGED)
+        self.reference = answers(self.prepared, self.judging, names=self.judged)
+
+    def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:
+        """Return a plan with the ranges of the user's observer, or of ``observer``."""
+        plan = make_plan(
+            statistics or self.statistics,
+            target=self.target,
+            observer=self.observer or observer,
+            exclude=self.exclude,
+        )
+        return begin_below_zero(plan, self.prepared)
+
+    def equalized(self, plan: QuantPlan, alpha: float, feed: Feed | None = None) -> QuantPlan:
+        """Return ``plan`` with rescalings and the ranges of the rescaled graph."""
+        feed = feed or self.fitted
+        bare = plan.changed(weights={}, biases={})
+        step = equalize(self.prepared, bare, feed, alpha)
+        if not step.equalization:
+            return plan
+        rescaled = ModelProto()
+        rescaled.CopyFrom(self.prepared)
+        apply_corrections(rescaled, step)
+        images = self.images
+        if images.fixed_batch is not None or _count(feed) < _count(self.fitted):
+            images = Images(Graph(rescaled), [self.fitted], fewest=1)
+        seen = calibrate(rescaled, images, targets=[self.target])
+        observer = next(iter(plan.activations.values())).observer
+        return step.changed(activations=self.ranges(seen, observer).activations)
+
+    def scaled(self, plan: QuantPlan) -> QuantPlan:
+        """Return ``plan`` with searched weight scales."""
+        return search_weight_scales(self.prepared, plan)
+
+    def corrected(self, plan: QuantPlan, feed: Feed | None = None) -> QuantPlan:
+        """Return ``plan`` with corrected biases."""
+        return correct_biases(self.prepared, plan, feed or self.fitted, self.float_means)
+
+    def rounded(self, plan: QuantPlan, feed: Feed | None = None) -> QuantPlan:
+        """Return ``plan`` with the integers of its weights chosen anew."""
+        return improve_rounding(self.prepared, plan, feed or self.fitted)
+
+    def all_images(self) -> Feed:
+        """Return the images that were fitted to and those held back, together."""
+        return {n: np.concatenate([a, self.held_back[n]]) for n, a in self.fitted.items()}
+
+    def fidelity_db(self, plan: QuantPlan) -> float:
+        """Return the SQNR of all answers together on the images that judge."""
+        return mean_db(self.each_db(plan))
+
+    def each_db(self, plan: QuantPlan) -> list[float]:
+        """Return the SQNR of each judged tensor on the images that judge."""
+        bare = plan.changed(method="", notes=())
+        for known, each in self.known:
+            if known == bare:
+                return each
+        written = write_qdq(self.prepared, plan)
+        found = answers(written, self.judging, target=self.target, names=self.judged)
+        self.known.append((bare, sqnr_each(self.reference, found)))
+        return self.known[-1][1]
+
+    def notes(self, plan: QuantPlan) -> list[str]:
+        """Return what else there is to say of ``plan``."""
+        judged = of_judging(self.judged, self.reference, self.each_db(plan)) if self.judging else []
+        return [*judged, *float_parts(Graph(self.prepared), self.target)]
+
+
+def first(feed: Feed, count: int) -> Feed:
+    """Return the first ``count`` images of ``feed``."""
+    return {name: array[:count] for name, array in feed.items()}
+
+
+def _count(feed: Feed) -> int:
+    return len(next(iter(feed.values()), ()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._images import FileImages, Images, Names, Subset
@@ -42,6 +42,7 @@ class Source:
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
     target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
     prepared: bool = False  # images are what the network takes: they are not normalized
+    note: str = ""  # what to say of figures and int8 ranges that were taken from these images
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Dataset:
     layout: str | None = None  # of an ONNX file's input, NCHW or NHWC; None: its shape tells
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)  # further ones
     fit: Mapping[str, Any] = field(default_factory=dict)  # rule, filter, crop; {} if not fitted
+    note: str = ""  # what to say of figures and int8 ranges that were taken from these images
 
     @property
     def channels(self) -> int:
@@ -148,11 +150,18 @@ def parse_reference(reference: str, **options: Any) -> DataSettings:
     return DataSettings(**data_reference(reference), **options)
 
 
-def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
+def load_data(
+    settings: DataSettings, seed: int = 0, network: Callable[[], nn.Module] | None = None
+) -> Dataset:
     """Read the images that ``settings`` names and split them.
 
     Calibration and validation images are taken out of train by a permutation that depends on
     ``seed`` alone, so the splits are disjoint and the same in every process.
+
+    Args:
+        settings: Kind of data, where it is, how it is prepared and split.
+        seed: Of the permutation.
+        network: Builds the network, for images that are made from it.
 
     Raises:
         UsageError: no such kind of data, or its root is missing.
@@ -160,7 +169,7 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
     """
     supplied = _options(settings) | {"seed": seed}
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
-    source: Source = plugin.load()
+    source: Source = plugin.load(network) if hasattr(plugin, "of_network") else plugin.load()
     least = {"class": 2, "none": 0, "image": 0}.get(source.target, 1)
     if len(source.classes) < least:
         raise DataError(
@@ -206,6 +215,7 @@ def _dataset(
         layout=settings.layout,
         inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
         fit=_fit(plugin),
+        note=source.note,
     )
 
 
@@ -213,10 +223,16 @@ def _normalization(
     settings: DataSettings, source: Source
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std of images in [0, 1], from those of images in ``input_range``."""
-    if source.prepared:
-        return source.mean, source.std
+    mean, std = (None, None) if source.prepared else _given_normalization(settings)
+    return mean or source.mean, std or source.std
+
+
+def _given_normalization(
+    settings: DataSettings,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return mean and std of images in [0, 1] as far as the settings give them."""
     if settings.input_range is None:
-        return settings.mean or source.mean, settings.std or source.std
+        return settings.mean, settings.std
     black, white = settings.input_range
     if not white > black:
         raise UsageError(
@@ -258,6 +274,12 @@ def _fit(plugin: Any) -> dict[str, Any]:
 
 def _options(settings: DataSettings) -> dict[str, Any]:
     known = plugins.options("data", settings.name)
+    mean, std = _given_normalization(settings)
+    if settings.root is not None and "root" not in known:
+        raise UsageError(
+            f"data {settings.name!r} takes no folder or file, and {settings.root!r} is given",
+            fix=f"Name it alone: --data {settings.name}",
+        )
     if "root" in known and settings.root is None:
         raise UsageError(
             f"data {settings.name!r} needs to know where its images are",
@@ -269,6 +291,9 @@ def _options(settings: DataSettings) -> dict[str, Any]:
         "channels": settings.channels,
         "workers": settings.workers,
         "shuffle_buffer": settings.shuffle_buffer,
+        "mean": mean,
+        "std": std,
+        "color": settings.color,
     }
 
 

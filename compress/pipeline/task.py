@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from compress import models
 from compress.data import Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
+from compress.pipeline.network import as_torch
 from compress.recipe.settings import DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
 from compress.train.distill.build import check_loss, losses_of
@@ -30,7 +32,7 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     reference = recipe.model.name
     source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))
     settings = recipe.data if source is None else completed(recipe.data, [source])
-    dataset = load_data(settings, recipe.seed)
+    dataset = load_data(settings, recipe.seed, partial(as_torch, reference, recipe.model))
     if source is None or source.is_dir():
         return dataset, task_of(recipe, dataset)
     shapes = shapes_answered(source, dataset)

@@ -515,6 +515,7 @@ def split(
     int8: Annotated[bool, typer.Option("--int8", help="Send float tensors as int8")] = False,
     runtime: Annotated[str, typer.Option(help="Where both parts are timed")] = "onnxruntime",
     threads: Threads = None,
+    input_size: FixedSize = None,
     out: Annotated[Path, typer.Option("--out", help="Folder of both parts")] = Path("runs/split"),
     json: Json = None,
 ) -> None:

@@ -67,10 +67,7 @@ def build(given: Given) -> str:
     from compress.runtimes import build_engine
 
     smallest, usual, largest = integers(given["batch"], "--batch", count=3, like=BATCH_RANGE)
-    sizes = given["input_size"] and integers(
-        given["input_size"], "--input-size", count=3, like=INPUT_SIZE
-    )
-    with _fixed(one_artifact(given["file"]), sizes) as source:
+    with _fixed(one_artifact(given["file"]), _sizes(given)) as source:
         path = build_engine(
             source,
             given["out"],
@@ -84,19 +81,20 @@ def build(given: Given) -> str:
 def split(given: Given) -> RenderableType:
     """Split an ONNX file in two and return what each cut costs."""
     from compress.pipeline.split import split_onnx
+    from compress.pipeline.split.chart import split_table
+    from compress.report.run_folder import one_artifact
 
-    found = split_onnx(
-        given["file"],
-        given["out"],
-        at=given["at"],
-        link_mbps=given["link_mbps"],
-        edge_slowdown=given["edge_slowdown"],
-        int8=given["int8"],
-        runtime=given["runtime"],
-        threads=given["threads"],
-    )
+    options = ("at", "link_mbps", "edge_slowdown", "int8", "runtime", "threads")
+    with _fixed(one_artifact(given["file"]), _sizes(given)) as source:
+        found = split_onnx(source, given["out"], **{name: given[name] for name in options})
     write_numbers(given["json"], found.to_json())
-    return found.table()
+    return split_table(found)
+
+
+def _sizes(given: Given) -> list[int] | None:
+    """Return the channels, height and width of ``--input-size``, if it is given."""
+    text = given["input_size"]
+    return text and integers(text, "--input-size", count=3, like=INPUT_SIZE)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._images import FileImages, Images, Names, Subset
@@ -43,6 +43,7 @@ class Source:
     target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
     prepared: bool = False  # images are what the network takes: they are not normalized
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see ``Dataset``
+    note: str = ""  # what to say of figures and int8 ranges that were taken from these images
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,10 @@ class Dataset:
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)  # further ones
     prepared: bool = False  # images are what the network takes, and no pictures
     fit: Mapping[str, Any] = field(default_factory=dict)  # rule, filter, crop; {} if not fitted
-    parts: Mapping[str, tuple[int, ...]] = field(
-        default_factory=dict
-    )  # of an image, by input: what
-    # each input of the network takes of its values, in this order; {} where they are a picture
+    # Of an image, by input: what each input of the network takes of its values, in this order; {}
+    # where they are a picture.
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    note: str = ""  # what to say of figures and int8 ranges that were taken from these images
 
     @property
     def channels(self) -> int:
@@ -160,11 +161,18 @@ def parse_reference(reference: str, **options: Any) -> DataSettings:
     return DataSettings(**data_reference(reference), **options)
 
 
-def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
+def load_data(
+    settings: DataSettings, seed: int = 0, network: Callable[[], nn.Module] | None = None
+) -> Dataset:
     """Read the images that ``settings`` names and split them.
 
     Calibration and validation images are taken out of train by a permutation that depends on
     ``seed`` alone, so the splits are disjoint and the same in every process.
+
+    Args:
+        settings: Kind of data, where it is, how it is prepared and split.
+        seed: Of the permutation.
+        network: Builds the network, for images that are made from it.
 
     Raises:
         UsageError: no such kind of data, or its root is missing.
@@ -172,7 +180,7 @@ def load_data(settings: DataSettings, seed: int = 0) -> Dataset:
     """
     supplied = _options(settings) | {"seed": seed}
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
-    source: Source = plugin.load()
+    source: Source = plugin.load(network) if hasattr(plugin, "of_network") else plugin.load()
     least = {"class": 2, "none": 0, "image": 0}.get(source.target, 1)
     if len(source.classes) < least:
         raise DataError(
@@ -220,6 +228,7 @@ def _dataset(
         prepared=source.prepared,
         fit=_fit(plugin),
         parts=source.parts,
+        note=source.note,
     )
 
 
@@ -227,10 +236,16 @@ def _normalization(
     settings: DataSettings, source: Source
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return mean and std of images in [0, 1], from those of images in ``input_range``."""
-    if source.prepared:
-        return source.mean, source.std
+    mean, std = (None, None) if source.prepared else _given_normalization(settings)
+    return mean or source.mean, std or source.std
+
+
+def _given_normalization(
+    settings: DataSettings,
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return mean and std of images in [0, 1] as far as the settings give them."""
     if settings.input_range is None:
-        return settings.mean or source.mean, settings.std or source.std
+        return settings.mean, settings.std
     black, white = settings.input_range
     if not white > black:
         raise UsageError(
@@ -272,6 +287,12 @@ def _fit(plugin: Any) -> dict[str, Any]:
 
 def _options(settings: DataSettings) -> dict[str, Any]:
     known = plugins.options("data", settings.name)
+    mean, std = _given_normalization(settings)
+    if settings.root is not None and "root" not in known:
+        raise UsageError(
+            f"data {settings.name!r} takes no folder or file, and {settings.root!r} is given",
+            fix=f"Name it alone: --data {settings.name}",
+        )
     if known.get("root") is MISSING and settings.root is None:
         raise UsageError(
             f"data {settings.name!r} needs to know where its images are",
@@ -283,6 +304,9 @@ def _options(settings: DataSettings) -> dict[str, Any]:
         "channels": settings.channels,
         "workers": settings.workers,
         "shuffle_buffer": settings.shuffle_buffer,
+        "mean": mean,
+        "std": std,
+        "color": settings.color,
     }
 
 

@@ -52,7 +52,7 @@ def read_onnx(path: Path | str) -> ModelProto:
         ) from None
 
 
-def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
+def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = True) -> ModelProto:
     """Return a copy in the form that calibration, plan and writer share; the same every time.
 
     Constants are initializers and folded, BatchNorm is part of the convolution before it, a mean
@@ -61,6 +61,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     Args:
         model: An fp32 graph of any opset that can be converted. Not modified.
         where: What to call it in errors.
+        fold: Make BatchNorm part of the convolution before it; else it stays.
 
     Raises:
         QuantizationError: it is quantized already, has nothing to quantize, is too old to convert,
@@ -79,14 +80,15 @@ def prepare(model: ModelProto, where: str = "the ONNX graph") -> ModelProto:
     steps = (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes, join_hard_swish)
     for step in steps:
         step(prepared)
-    while _fold_one_round(prepared):
+    while fold and _fold_one_round(prepared):
         pass
     _pool_globally(prepared)
     keep_batch(prepared)
     _drop_unused(prepared)
     del prepared.graph.value_info[:]
     infer_shapes(prepared, where)
-    prepared.metadata_props.add(key=_DONE, value="1")
+    if fold:
+        prepared.metadata_props.add(key=_DONE, value="1")
     _refuse_without_weights(prepared, where)
     return prepared
 

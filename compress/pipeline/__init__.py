@@ -104,7 +104,7 @@ def opened(
             RunFolder.open(root, chosen, fresh=fresh)
         processes.wait()
         progress.say(dataset.summary())
-        for line in cautions.of_training(chosen, dataset):
+        for line in (*cautions.of_training(chosen, dataset), *cautions.of_data(dataset)):
             progress.warn(line)
         yield Job(chosen, RunFolder(root), dataset, task, processes.is_main)
 

@@ -139,6 +139,14 @@ def trust_of(facts: Mapping[str, Any]) -> Trust:
 def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield what is to be said of the facts that a stage recorded."""
     yield from trust_of(facts).cautions()
+    if note := facts.get("calibration", {}).get("note"):
+        yield f"int8 ranges come from {note}"
+
+
+def of_data(dataset: Dataset) -> Iterator[str]:
+    """Yield what is to be said of images that are not what the network will see."""
+    if dataset.note:
+        yield f"what is measured on images is measured on {dataset.note}: real ones may differ"
 
 
 def _trainings(settings: Settings, place: str) -> Iterator[tuple[str, TrainSettings]]:

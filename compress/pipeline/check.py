@@ -83,6 +83,9 @@ def _stage_problems(recipe: Recipe, stage: Stage, place: str) -> Iterator[str]:
         )
     if stage.quantize is not None:
         yield from _complaint(f"{place}.method", partial(check_method, stage.quantize.method))
+        if stage.quantize.data is not None:
+            kind = stage.quantize.data.name
+            yield from _complaint(f"{place}.data", partial(plugins.load, "data", kind))
     if stage.distill is not None and stage.distill.teacher is not None:
         teacher, weights = stage.distill.teacher, stage.distill.teacher_weights
         yield from _complaint(f"{place}.teacher", partial(_check_model, teacher))

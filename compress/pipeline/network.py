@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from onnx import TensorProto
+from torch import Tensor, nn
 
 from compress import evaluate, models
 from compress.data import Dataset
 from compress.errors import CompressError, ModelError
 from compress.evaluate.feeding import Fed
-from compress.recipe.settings import Recipe, Settings, TrainSettings
+from compress.graph.metadata import input_facts
+from compress.graph.preprocess import prepare, read_onnx
+from compress.quantize.qat.network import OnnxNetwork
+from compress.recipe.settings import ModelSettings, Recipe, Settings, TrainSettings
 from compress.runtimes import open_session
 from compress.tasks import Task
 from compress.train.optimizers import check_layer
@@ -30,6 +35,47 @@ def load_original(recipe: Recipe, dataset: Dataset) -> nn.Module:
         options=settings.options,
         new_head=settings.replace_head,
     )
+
+
+def as_torch(reference: str | Path, settings: ModelSettings | None = None) -> nn.Module:
+    """Return a network to make images from, whatever holds it; of ONNX with its BatchNorm.
+
+    Args:
+        reference: As ``model.name`` of a recipe, or a folder of a stage.
+        settings: Weights and options of the network, unless a folder or an ONNX file has them.
+
+    Raises:
+        QuantizationError: an ONNX file has an operator that torch is not told how to run.
+        ModelError: an ONNX file takes more than one float input.
+    """
+    if not models.is_onnx(str(reference)):
+        known = settings or ModelSettings(name=str(reference))
+        return models.load_for(
+            0, known.name, known.weights, known.num_classes, options=known.options
+        )
+    model = prepare(read_onnx(reference), str(reference), fold=False)
+    network, layout = OnnxNetwork(model), input_facts(model).get("layout")
+    kinds = [value.type.tensor_type.elem_type for value in model.graph.input]
+    if kinds != [TensorProto.FLOAT]:
+        shown = ", ".join(TensorProto.DataType.Name(kind).lower() for kind in kinds)
+        raise ModelError(
+            f"takes {len(kinds)} inputs ({shown}); synthetic images are made for one of floats",
+            where=str(reference),
+            fix="Calibrate on images: --data images:FOLDER",
+        )
+    return _ChannelsFirst(network) if layout == "NHWC" else network
+
+
+class _ChannelsFirst(nn.Module):
+    """A network of (B, H, W, C) that takes (B, C, H, W)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Any:
+        """Return what the network returns."""
+        return self.network(images.permute(0, 2, 3, 1))
 
 
 def build_original(recipe: Recipe, dataset: Dataset, task: Task) -> nn.Module:

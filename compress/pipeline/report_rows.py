@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,14 +52,15 @@ def assemble(
     return schema.Report(
         name=job.recipe.name,
         recipe=to_json(job.recipe),
-        provenance=_provenance(job, measured),
+        provenance=_provenance(job, outcomes, measured),
         variants=rows,
         gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows, trust.untrained)),
         untrained=trust.untrained,
         cautions=(
             *cautions.of_training(job.recipe, job.dataset),
             *cautions.of_splits(job.dataset),
-            *trust.cautions(),
+            *cautions.of_data(job.dataset),
+            *(line for outcome in outcomes for line in cautions.of_stage(outcome.facts)),
             *cautions.of_slow_int8(rows),
             *cautions.of_timing(measured["conditions"]),
         ),
@@ -210,7 +210,9 @@ def _result(row: Mapping[str, Any]) -> schema.Result:
     return schema.Result(**(dict(row) | {"memory_mib": memory}))
 
 
-def _provenance(job: Job, measured: Mapping[str, Any]) -> schema.Provenance:
+def _provenance(
+    job: Job, outcomes: Sequence[Outcome], measured: Mapping[str, Any]
+) -> schema.Provenance:
     description = job.run.description()
     found = environment.describe()
     return schema.Provenance(
@@ -223,24 +225,12 @@ def _provenance(job: Job, measured: Mapping[str, Any]) -> schema.Provenance:
             name=job.dataset.name,
             fingerprint=job.dataset.fingerprint,
             images={name: len(split) for name, split in job.dataset.splits.items()},
-            calibration_sha256=_calibration_hash(job),
+            calibration_sha256=outcomes[-1].facts.get("calibration", {}).get("sha256"),
         ),
         versions=found.pop("versions", {}),
         device=found.pop("device", {}),
         conditions=measured["conditions"],
     )
-
-
-def _calibration_hash(job: Job) -> str | None:
-    """Return the hash of every pixel that int8 ranges were taken from, if any were."""
-    samples = [stage.quantize.samples for stage in job.recipe.stages if stage.quantize]
-    if not samples:
-        return None
-    images, digest = job.dataset.splits["calibration"], hashlib.sha256()
-    count = min(len(images), max(samples))
-    for start in range(0, count, 64):
-        digest.update(images.take(range(start, min(start + 64, count))).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _command(job: Job) -> str:

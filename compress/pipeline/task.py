@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from compress import models
@@ -12,6 +13,7 @@ from compress.data import Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
 from compress.models.references import takes_unit_range
+from compress.pipeline.network import as_torch
 from compress.recipe.settings import DataSettings, DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
 from compress.train.distill.build import check_loss, losses_of
@@ -33,7 +35,7 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     settings = recipe.data if source is None else completed(recipe.data, [source])
     if source is None and takes_unit_range(reference):
         settings = _in_unit_range(settings)
-    dataset = load_data(settings, recipe.seed)
+    dataset = load_data(settings, recipe.seed, partial(as_torch, reference, recipe.model))
     if source is None or source.is_dir():
         return dataset, task_of(recipe, dataset)
     shapes = shapes_answered(source, dataset)

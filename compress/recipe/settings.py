@@ -85,7 +85,9 @@ class DataSettings(Settings):
     @model_validator(mode="before")
     @classmethod
     def _kind_with_options(cls, value: Any) -> Any:
-        """Accept ``{voc: {root: DIR, labels: classes}}``: a kind with all of its options."""
+        """Accept ``voc:DIR``, or ``{voc: {root: DIR, labels: classes}}`` with all options."""
+        if isinstance(value, str):
+            return data_reference(value)
         if isinstance(value, dict) and isinstance(value.get("name"), str):
             return value | data_reference(value["name"]) if OWN in value["name"] else value
         if not isinstance(value, dict) or len(value) != 1:
@@ -256,6 +258,9 @@ class QuantizeSettings(Settings):
     method: str = Field("auto", description="Corrections to make; auto keeps those that help")
     observer: Plugin | None = Field(None, description="Overrides the method's own choice")
     samples: int = Field(512, ge=8, description="Calibration images")
+    data: DataSettings | None = Field(
+        None, description="Where calibration images come from instead: synthetic, or any DATA"
+    )
     max_drop_pct: float | None = Field(None, ge=0, description="Largest loss of top-1, in points")
     max_drop: float | None = Field(
         None, ge=0, description="Largest loss of the task's primary metric, in its unit"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,15 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
+from compress import progress
 from compress.cli.app import app
-from compress.errors import CompressError
+from compress.errors import CompressError, UsageError
 from compress.export import export_onnx
+from compress.graph import files
 from compress.measure import Timing
 from compress.models.cifar import resnet8, unet
-from compress.pipeline.split import _Graph, split_onnx
+from compress.pipeline.split import split_onnx
+from compress.pipeline.split.cutting import Cuttable
 from compress.quantize import quantize_onnx
 from compress.runtimes import open_session
 
@@ -67,8 +72,7 @@ def test_every_cut_of_a_residual_network_composes_to_the_whole(
 ) -> None:
     images = np.random.default_rng(1).normal(size=(3, 3, 32, 32)).astype(np.float32)
     expected = whole(resnet, images)
-    graph = _Graph(onnx.load(resnet))
-    tensors = [node.output[0] for node in graph.nodes[:-1]]
+    tensors = [node.output[0] for node in onnx.load(resnet).graph.node[:-1]]
     several = 0
     for tensor in tensors[::5]:
         split = split_onnx(resnet, tmp_path, at=tensor, timing=BRIEF)
@@ -224,11 +228,11 @@ def test_the_command_prints_the_cut(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"at": "convolution"}, "is no tensor of this graph"),
-        ({"at": "OUTPUT"}, "leaves nothing for the tail"),
+        ({"at": "convolution"}, "is no tensor of it"),
+        ({"at": "OUTPUT"}, "nothing is left for the tail"),
         ({"at": "INPUT"}, "is an input or a constant"),
-        ({"link_mbps": 0.0}, "link_mbps is 0.0"),
-        ({"edge_slowdown": math.nan}, "edge_slowdown is nan"),
+        ({"link_mbps": 0.0}, "--link-mbps 0"),
+        ({"edge_slowdown": math.nan}, "--edge-slowdown nan"),
     ],
 )
 def test_what_cannot_be_split_is_said(
@@ -239,3 +243,41 @@ def test_what_cannot_be_split_is_said(
     given = {key: names.get(value, value) for key, value in options.items()}
     with pytest.raises(CompressError, match=said):
         split_onnx(resnet, tmp_path, timing=BRIEF, **given)
+
+
+def test_what_crosses_beside_the_tensor_is_said(
+    resnet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = onnx.load(resnet).graph.node
+    inside = next(n for n in nodes[3:] if n.op_type == "Relu").output[0]
+    with progress.shown():
+        split = split_onnx(resnet, tmp_path, at=inside, timing=BRIEF)
+    others = set(split.cut.crossing) - {inside}
+    said = capsys.readouterr().err
+    assert others and f"{inside} alone does not separate the graph: " in said
+    assert all(name in said for name in others)
+
+
+FOREIGN = Path(os.environ.get("COMPRESS_DATA", "../shared/data")) / "onnx"
+FREE = {"mtcnn_pnet": "3,48,64", "ppocr2_cls": "3,48,192", "ppocr2_det": "3,64,96",
+        "yunet_n_dyn": "3,96,128"}  # fmt: skip
+
+
+@pytest.mark.skipif(not FOREIGN.is_dir(), reason=f"no networks of others at {FOREIGN}")
+@pytest.mark.parametrize(
+    "name", ["mnist", "mtcnn_pnet", "mtcnn_onet", "ppocr2_cls", "yunet_n_dyn", "litemono_dec"]
+)
+def test_networks_of_others_answer_in_two_parts_as_in_one(name: str, tmp_path: Path) -> None:
+    source = FOREIGN / f"{name}.onnx"
+    if name in FREE:
+        with pytest.raises(CompressError, match="--input-size C,H,W"):
+            split_onnx(source, tmp_path, timing=BRIEF)
+        sizes = tuple(map(int, FREE[name].split(",")))
+        files.copy(source, tmp_path / "fixed.onnx", facts={}, sizes=sizes)
+        source = tmp_path / "fixed.onnx"
+    graph = Cuttable(onnx.load(source))
+    tensors = graph.candidates()
+    for tensor in tensors[:: max(1, len(tensors) // 5)]:
+        with contextlib.suppress(UsageError):  # nothing is left behind it
+            split = split_onnx(source, tmp_path, at=tensor, timing=BRIEF)
+            assert split.difference <= 1e-4  # of random values, on the runtime

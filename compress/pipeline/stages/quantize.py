@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
 from numpy.typing import NDArray
 
-from compress import artifact
-from compress.data import Dataset
-from compress.evaluate.feeding import arrays
+from compress import artifact, models
+from compress.data import Dataset, load_data
+from compress.evaluate.feeding import arrays, completed
 from compress.pipeline.context import Job, Outcome, Variant, training_facts
+from compress.pipeline.network import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.runtimes import DEFAULT, TensorSpec, facts, open_session
 from compress.train.distributed import join_processes
@@ -36,10 +39,11 @@ def quantize_graphs(
     parent = before[-1]
     if not job.is_main:
         return _train_along(job, settings, stage, parent)
+    calibration = calibration_data(job, settings, parent)
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(job.recipe)}
     made = quantize_targets(
         job.path(parent),
-        calibration_batches(job.path(parent), job.dataset, settings.samples),
+        calibration_batches(job.path(parent), calibration, settings.samples),
         outs,
         settings.method,
         settings.observer,
@@ -48,6 +52,8 @@ def quantize_graphs(
     variants, plans, training, gates = [], {}, {}, []
     for form, plan in made.items():
         out = outs[form]
+        if calibration.note:
+            plan = plan.changed(notes=(*plan.notes, f"calibrated on {calibration.note}"))
         model = read_onnx(job.path(parent))
         if settings.qat is not None:
             trained = _train_quantized(job, settings, plan, parent, stage / f"qat-{form}")
@@ -85,7 +91,8 @@ def quantize_graphs(
                 parent.sparsity,
             )
         )
-    return Outcome(tuple(variants), {"plans": plans, "qat": training, "gates": gates})
+    facts = {"plans": plans, "qat": training, "gates": gates}
+    return Outcome(tuple(variants), facts | {"calibration": _facts(calibration, settings.samples)})
 
 
 def _train_along(job: Job, settings: QuantizeSettings, stage: Path, parent: Variant) -> Outcome:
@@ -102,6 +109,29 @@ def int8_forms(recipe: Recipe) -> list[str]:
     forms = [facts(name).int8_form for name in runtimes]
     wanted = dict.fromkeys(form for form in forms if form is not None)
     return list(wanted) or [str(facts(DEFAULT).int8_form)]
+
+
+def calibration_data(job: Job, settings: QuantizeSettings, parent: Variant) -> Dataset:
+    """Return the data that ranges come from: that of the recipe, or where the stage says.
+
+    Images from elsewhere are prepared as those of the recipe, unless the stage says how.
+    """
+    if settings.data is None:
+        return job.dataset
+    own = settings.data.model_dump(exclude_unset=True)
+    given = job.recipe.data.model_copy(update={"root": None, "options": {}} | own)
+    path = job.path(parent)
+    is_onnx = models.is_onnx(job.recipe.model.name)
+    source = path if is_onnx else job.run.root / parent.stage
+    return load_data(completed(given, [path]), job.recipe.seed, partial(as_torch, source))
+
+
+def _facts(dataset: Dataset, samples: int) -> dict[str, str]:
+    """Return what the images were, with a hash of every pixel that ranges were taken from."""
+    digest = hashlib.sha256()
+    for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples):
+        digest.update(images.numpy().tobytes())
+    return {"data": dataset.name, "note": dataset.note, "sha256": digest.hexdigest()}
 
 
 def calibration_batches(

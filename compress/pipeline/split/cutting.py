@@ -1,0 +1,157 @@
+"""Cuts of an ONNX graph: which nodes are the head's, what crosses, and the graphs of both parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import onnx
+import onnx_ir as ir
+from onnx import ModelProto, TensorProto, helper
+
+from compress.errors import UsageError, did_you_mean
+from compress.graph.model import reads
+from compress.graph.shapes import shapes_of
+from compress.measure import node_macs
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A way to split the nodes of a graph: what is computed before ``tensor``, and the rest."""
+
+    tensor: str
+    crossing: tuple[str, ...]  # tensors that the tail needs from the head, inputs of the graph last
+    bytes: int | None  # of them, for one image; None where a shape is not known
+    head_macs_pct: float
+    head: int = field(repr=False)  # nodes of the head, as bits
+
+
+class Parts(NamedTuple):
+    """The graphs on both sides of a cut."""
+
+    head: ModelProto
+    tail: ModelProto
+
+
+class Cuttable:
+    """An ONNX graph, and who depends on whom in it.
+
+    Args:
+        model: The graph. Not modified.
+    """
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        graph = self.model.graph
+        constants = {tensor.name for tensor in graph.initializer}
+        self.inputs = [value.name for value in graph.input if value.name not in constants]
+        self.outputs = [value.name for value in graph.output]
+        self.shapes, self.kinds = shapes_of(model)
+        self.reads = [reads(node) for node in graph.node]
+        self.maker = {name: n for n, node in enumerate(graph.node) for name in node.output if name}
+        self._macs = node_macs(model)
+        self._names = {*self.maker, *constants, *self.inputs}
+        self._before: list[int] = []  # of each node: itself and all it depends on, as bits
+        self._live = 0  # nodes that depend on an input of the graph, as bits
+        for number, names in enumerate(self.reads):
+            makers = [self.maker[name] for name in names if name in self.maker]
+            bits = 1 << number
+            for maker in makers:
+                bits |= self._before[maker]
+            self._before.append(bits)
+            if bits & self._live or not names.isdisjoint(self.inputs):
+                self._live |= 1 << number
+
+    def candidates(self) -> list[str]:
+        """Return the tensors that depend on the graph's inputs, in order."""
+        return [name for name, maker in self.maker.items() if self._live >> maker & 1]
+
+    def cut(self, tensor: str) -> Cut:
+        """Return the cut before which ``tensor`` is computed.
+
+        Raises:
+            UsageError: there is no such tensor, or nothing would be left for the tail.
+        """
+        known = self.candidates()
+        if tensor not in known:
+            what = "is an input or a constant" if tensor in self._names else "is no tensor of it"
+            raise UsageError(
+                f"cannot be cut at {tensor!r}, which {what}{did_you_mean(tensor, known)}",
+                expected=f"the output of a node, such as {known[len(known) // 2]!r}"
+                if known
+                else "a graph that computes something with its inputs",
+            )
+        bits = self._before[self.maker[tensor]] & self._live
+        rest = self._live & ~bits
+        if not rest:
+            raise UsageError(
+                f"cut at {tensor!r}, nothing is left for the tail",
+                fix="Name a tensor that other nodes compute with",
+            )
+        needed, made = self._read_by(rest), self._made_by(bits)
+        crossing = tuple(name for name in (*made, *self.inputs) if name in needed)
+        work = sum(self._macs.get(name, 0) for name in made)
+        share = 100 * work / max(1, sum(self._macs.values()))
+        return Cut(tensor, crossing, self.size(crossing), share, bits)
+
+    def size(self, tensors: Sequence[str]) -> int | None:
+        """Return the bytes of tensors for one image; None where a shape is not known."""
+        total = 0
+        for name in tensors:
+            shape = self.shapes.get(name)
+            if shape is None or None in shape or not self.kinds.get(name):
+                return None
+            count = math.prod(size or 1 for size in shape)
+            total += count * helper.tensor_dtype_to_np_dtype(self.kinds[name]).itemsize
+        return total
+
+    def floats(self, cut: Cut) -> list[str]:
+        """Return what crosses in float from the head, and could cross in int8."""
+        made = [name for name in cut.crossing if name not in self.inputs]
+        return [name for name in made if self.kinds.get(name) == TensorProto.FLOAT]
+
+    def parts(self, cut: Cut) -> Parts:
+        """Return both graphs: the head gives what crosses, and outputs that it has computed.
+
+        Raises:
+            UsageError: the type of a tensor that crosses is not known.
+        """
+        for name in cut.crossing:
+            if not self.kinds.get(name):
+                raise UsageError(
+                    f"cannot be cut at {cut.tensor!r}: the type of {name!r}, which crosses too, is "
+                    "not known",
+                    fix="Cut elsewhere, or export the network again with shapes",
+                )
+        made, used = self._made_by(cut.head), self._read_by(cut.head)
+        sent = [name for name in cut.crossing if name in made]
+        own = [name for name in self.outputs if name in made and name not in sent]
+        inputs = [name for name in self.inputs if name in used]
+        shared = [name for name in cut.crossing if name not in made]
+        later = [name for name in self.outputs if name not in made]
+        return Parts(
+            self._extracted("head", inputs, [*sent, *own]),
+            self._extracted("tail", [*shared, *sent], later),
+        )
+
+    def _made_by(self, nodes: int) -> list[str]:
+        return [name for name, maker in self.maker.items() if nodes >> maker & 1]
+
+    def _read_by(self, nodes: int) -> set[str]:
+        return set[str]().union(*(names for n, names in enumerate(self.reads) if nodes >> n & 1))
+
+    def _extracted(self, name: str, inputs: list[str], outputs: list[str]) -> ModelProto:
+        """Return the graph between tensors, with the constants and functions that it needs."""
+        whole = ir.from_proto(self.model)
+        graph = ir.convenience.extract(whole.graph, inputs, outputs)
+        graph.name = name
+        part = ir.Model(
+            graph,
+            ir_version=whole.ir_version,
+            producer_name=whole.producer_name,
+            functions=list(whole.functions.values()),
+            metadata_props=whole.metadata_props if name == "head" else None,
+        )
+        return ir.to_proto(part)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from compress.errors import ExportError
 from compress.export.conversion import Example, Free, outputs_of
 from compress.export.io_wrapping import Preprocess
-from compress.graph.nms import Nms
 from compress.modules.copying import full_copy
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output
@@ -58,7 +57,6 @@ def check_ends(
     preprocess: Preprocess | None,
     *,
     softmax: bool,
-    nms: Nms | None = None,
 ) -> None:
     """Compare the file with its ends attached with torch doing the same in front and behind.
 
@@ -77,8 +75,6 @@ def check_ends(
     reference = outputs_of(module, Example((inputs,), {}))
     if softmax:
         reference = [reference[0].softmax(1)]
-    if nms is not None:
-        reference = [torch.from_numpy(nms.rows(reference[0].numpy()))]
     answers = [torch.from_numpy(a) for a in _session(path).run(None, {"input": feed.numpy()})]
     worst = difference(answers, reference)
     if worst > TOLERANCE:
@@ -87,31 +83,6 @@ def check_ends(
             f"{worst:.2g} of the output's magnitude",
             expected=f"at most {TOLERANCE:g}",
         )
-
-
-def check_nms(path: Path, example: Example, heads: str, nms: Nms) -> None:
-    """Compare the boxes that the file returns with torch's NMS of its own boxes before NMS.
-
-    Args:
-        path: A file that ends in NMS.
-        example: Inputs; random ones of their shape are tried as well.
-        heads: The tensor of boxes before NMS.
-        nms: What the file ends in.
-
-    Raises:
-        ExportError: they differ.
-    """
-    model = onnx.load(str(path))
-    model.graph.output.append(onnx.ValueInfoProto(name=heads))
-    session = _session(model.SerializeToString())
-    for label, inputs in _trials(example, None, _free_sizes(session)):
-        boxes, before = _run(session, inputs, label)
-        worst = difference([boxes], [torch.from_numpy(nms.rows(before.numpy()))])
-        if worst > TOLERANCE:
-            raise ExportError(
-                f"boxes after NMS differ from torch's by {worst:.2g} of the largest on {label}",
-                expected=f"at most {TOLERANCE:g}",
-            )
 
 
 def difference(answers: Iterable[Tensor], reference: Iterable[Tensor]) -> float:

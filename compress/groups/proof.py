@@ -19,7 +19,6 @@ from compress.groups.plan import PrunePlan
 from compress.groups.trace import Example, inputs_of, undisturbed
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, named_tensors
-from compress.modules.detectors import before_nms
 from compress.modules.inputs import example_of
 from compress.modules.outputs import chosen, leaves
 
@@ -164,8 +163,6 @@ def _answers(
     outputs: Sequence[str] | None,
 ) -> list[Any]:
     own, named = tree_map(_clone, (args, kwargs))  # a network may write into its inputs
-    if outputs is None and len(own) == 1 and isinstance(own[0], Tensor):
-        model = before_nms(model) or model  # the least difference may reorder boxes after it
     set_mode(model, training=False)
     found = chosen(leaves(model(*own, **named)), outputs)
     return [_value(leaf) for _, leaf in found if leaf is not None]

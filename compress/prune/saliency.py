@@ -15,7 +15,6 @@ from torch.nn.modules.conv import _ConvNd
 from compress.errors import CompressError, DataError, UsageError
 from compress.groups import Group, Network, Slice
 from compress.modules import evaluating, with_gradients
-from compress.modules.detectors import before_nms
 from compress.modules.inputs import Inputs, read_batches
 from compress.prune.answers import AS_SEEN, Reading, SampledAnswers
 from compress.prune.criteria import Evidence, Need
@@ -102,9 +101,6 @@ def _run(model: nn.Module, inputs: Inputs, weights: dict[str, Tensor] | None = N
         DataError: it does not run on it.
     """
     try:
-        if (rows := before_nms(model)) is not None and not inputs.kwargs:
-            named = {f"network.{name}": value for name, value in (weights or {}).items()}
-            return torch.func.functional_call(rows, named, inputs.args)
         return torch.func.functional_call(model, weights or {}, inputs.args, dict(inputs.kwargs))
     except CompressError:
         raise

@@ -83,6 +83,15 @@ class BoxedPictures(Pictures):
             test, train = train[::HELD_OUT], [a for i, a in enumerate(train) if i % HELD_OUT]
         if not train or not test:
             raise DataError("holds no images for training, or none to test on")
+        for part, images in (("train", train), ("test", test)):
+            if not any(each.names for each in images):
+                raise DataError(
+                    f"none of the {len(images)} {part} images has an object",
+                    where=images[0].where,
+                    expected="labels of most images",
+                    fix="Check that the label files lie where this layout has them; images without "
+                    "labels are read by images:FOLDER",
+                )
         classes = tuple(self.classes or names or sorted({n for a in train for n in a.names}))
         return Source(
             self._images(train, classes),

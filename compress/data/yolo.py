@@ -72,19 +72,22 @@ def _annotation(image: Path, names: list[str]) -> Annotation:
         parts[at] = "labels"
     file = Path(*parts).with_suffix(".txt")
     found = Annotation(image, str(file), relative=True)
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"is no readable text ({error})", where=str(file)) from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             label, x, y, width, height = (float(value) for value in line.split())
-        except ValueError:
+            k = int(label)
+        except (ValueError, OverflowError):
             raise DataError(
                 f"{line!r} is no object",
                 where=f"{file}, line {number}",
                 expected="five numbers: class, centre x, centre y, width, height",
             ) from None
-        k = int(label)
         found.boxes.append((x - width / 2, y - height / 2, x + width / 2, y + height / 2))
         found.names.append(names[k] if 0 <= k < len(names) and k == label else f"{label:g}")
         found.ignored.append(False)

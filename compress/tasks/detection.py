@@ -161,6 +161,31 @@ class Detection(Task):
         texts = [f"{row['class']} {row['score']:.2f}" for row in rows]
         return boxed(image, seen["boxes"], seen["labels"], texts)
 
+    def truth(self, target: Target) -> Prediction:
+        """Return the objects that are to be found, as boxes of score 1."""
+        counted = ~numeric(target.get("ignored", np.zeros(len(target["labels"]), bool))).astype(
+            bool
+        )
+        boxes, labels = numeric(target["boxes"]).reshape(-1, 4), numeric(target["labels"])
+        return {
+            "boxes": boxes[counted],
+            "scores": np.ones(counted.sum(), np.float32),
+            "labels": labels[counted],
+        }
+
+    def draw_change(self, image: Any, reference: Prediction, candidate: Prediction) -> Any:
+        """Return the image with the boxes that the candidate lost, and those that appeared."""
+        before, after = _confident(reference), _confident(candidate)
+        parts = [("lost", _without(before, after)), ("new", _without(after, before))]
+        boxes = np.concatenate([seen["boxes"] for _, seen in parts])
+        kinds = np.repeat([0, 1], [len(seen["boxes"]) for _, seen in parts])
+        texts = [
+            f"{word} {self.name_of(int(k))} {score:.2f}"
+            for word, seen in parts
+            for k, score in zip(seen["labels"], seen["scores"], strict=True)
+        ]
+        return boxed(image, boxes, kinds, texts)
+
     def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return the first of several (B, rows, places): the others are what it is made of."""
         rows = [name for name, value in outputs.items() if getattr(value, "ndim", 0) == 3]
@@ -306,6 +331,16 @@ def _matched(iou: Array, ignored: Array) -> Array:
 def _confident(prediction: Prediction) -> Prediction:
     kept = prediction["scores"] >= DRAWN_SCORE
     return {name: value[kept] for name, value in prediction.items()}
+
+
+def _without(one: Prediction, two: Prediction) -> Prediction:
+    """Return the boxes of ``one`` that no box of ``two`` of their class overlaps by half."""
+    alone = np.ones(len(one["labels"]), bool)
+    for label in np.intersect1d(one["labels"], two["labels"]):
+        mine, theirs = one["labels"] == label, two["labels"] == label
+        iou = box_iou(one["boxes"][mine], two["boxes"][theirs])
+        alone[mine] = _matched(iou, np.zeros(iou.shape[1], bool))[0] == 0
+    return {name: value[alone] for name, value in one.items()}
 
 
 def _is_array(value: Any) -> bool:

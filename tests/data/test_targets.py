@@ -279,6 +279,8 @@ def test_invalid_boxes_can_be_dropped(tmp_path):
         ("0 0.1", "7 0.1", r"im01.txt, line 1: no such class '7'"),
         ("0 0.1", "0 1.1", r"im01.txt, line 1: the box .* lies outside"),
         ("0 0.1", "0", r"im01.txt, line 1: .* is no object"),
+        ("0 0.1", "nan 0.1", r"im01.txt, line 1: .* is no object"),
+        ("0 0.1", "inf 0.1", r"im01.txt, line 1: .* is no object"),
     ],
 )
 def test_bad_yolo_objects_are_refused_with_their_line(tmp_path, edit, by, message):
@@ -365,3 +367,17 @@ def test_street_scenes_are_read():
     images, target = next(dataset.batches("test", 4))
     assert images.shape == (4, 3, 90, 120) and target.shape == (4, 90, 120)
     assert set(target.unique().tolist()) <= {*range(11), 255}
+
+
+def test_labels_that_lie_elsewhere_are_missed_before_training(tmp_path):
+    settings = yolo(tmp_path)
+    (tmp_path / "labels").rename(tmp_path / "annotations")
+    with pytest.raises(DataError, match=r"im00.txt: none of the 10 train images has an object"):
+        load_data(settings)
+
+
+def test_a_label_file_that_is_no_text_is_named(tmp_path):
+    settings = yolo(tmp_path)
+    (tmp_path / "labels" / "train" / "im02.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DataError, match=r"im02.txt: is no readable text"):
+        load_data(settings)

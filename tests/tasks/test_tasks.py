@@ -528,6 +528,35 @@ def test_one_class_an_image_is_no_multilabel():
         made("multilabel").check_targets(np.array([0, 1, 2]))
 
 
+def test_what_a_detector_lost_and_what_appeared_is_drawn():
+    task = load_task("detection", classes=("cell", "plate"))
+    image = np.full((80, 80, 3), 255, np.uint8)
+    boxes = np.array([[5, 30, 25, 50], [40, 30, 60, 50]], np.float32)
+
+    def found(*kept: int, label: int = 0) -> dict[str, np.ndarray]:
+        rows = list(kept)
+        return {
+            "boxes": boxes[rows],
+            "scores": np.full(len(rows), 0.9, np.float32),
+            "labels": np.full(len(rows), label, np.int64),
+        }
+
+    def edges(picture: np.ndarray) -> list[list[int]]:
+        """Colour of the lower edge of each box; white where none is drawn."""
+        return [picture[50, x].tolist() for x in (15, 50)]
+
+    white = [255] * 3
+    assert np.array_equal(task.draw_change(image, found(0, 1), found(0, 1)), image)
+    lost = edges(task.draw_change(image, found(0, 1), found(0)))
+    new = edges(task.draw_change(image, found(0), found(0, 1)))
+    assert lost[0] == new[0] == white and white not in (lost[1], new[1]) and lost[1] != new[1]
+    both = task.draw_change(image, found(0), found(0, label=1))  # another class: lost, and new
+    assert edges(both)[0] != white and edges(both)[1] == white
+    truth = task.truth({"boxes": torch.tensor(boxes), "labels": torch.tensor([0, 1]),
+                        "ignored": torch.tensor([False, True])})  # fmt: skip
+    assert truth["labels"].tolist() == [0] and truth["boxes"].tolist() == boxes[:1].tolist()
+
+
 def test_detection_needs_boxes():
     with pytest.raises(DataError, match="the label of image 0 is"):
         made("detection").check_targets(np.array([0, 1]))

@@ -37,8 +37,8 @@ def cut(
     tensors = dict(named_tensors(model))
     swaps = {id(tensors[name]): _shortened(tensors[name], dims) for name, dims in kept.items()}
     for name, index in indices.items():
-        values = torch.from_numpy(index.after()).to(tensors[name])
-        swaps[id(tensors[name])] = _shortened(values, kept.get(name, {}))
+        renumbered = torch.from_numpy(index.after()).to(tensors[name])
+        swaps[id(tensors[name])] = _shortened(renumbered, kept.get(name, {}))
     changed = {id(module) for module in modules.values() if _swap(module, swaps)}
     for module in modules.values():
         parametrized = getattr(module._modules.get("parametrizations"), "weight", None)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from compress.data._images import FileImages, Images, MemoryImages, Subset
 
 BLOCK = 1024  # images looked at together
+SMALLEST = 32  # pixels: thumbnails of smaller images are alike by chance
 HASH_SIDES = (8, 9)  # rows and columns of the thumbnail whose 64 differences are compared
 
 
@@ -44,6 +45,8 @@ def overlap(others: Sequence[Images], images: Images) -> Overlap | None:
         seen = {key for part in others for key in _pixels(part)}
         own = list(_pixels(images))
         equal = np.array([key in seen for key in own])
+        if min(images.shape[1:]) < SMALLEST:
+            return Overlap(len(own), int(equal.sum()), None)
         known = np.unique(np.concatenate([_thumbnails(part) for part in others]))
         alike = np.isin(_thumbnails(images), known[known != 0]) & ~equal
         return Overlap(len(own), int(equal.sum()), int(alike.sum()))

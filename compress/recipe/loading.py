@@ -17,6 +17,7 @@ from compress.errors import RecipeError, UnknownNameError, UsageError, did_you_m
 from compress.packages import require
 from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 
+MOST_BRACKETS = 2000
 MOST_VALUES = 100_000  # of a recipe with its aliases written out
 TRACKERS = ("tensorboard", "mlflow")
 Part = TypeVar("Part", bound=Settings)
@@ -216,6 +217,8 @@ def _content(text: str) -> Any:
     Raises:
         YAMLError: it is none, or a few lines that refer to each other stand for very many values.
     """
+    if text.count("[") + text.count("{") > MOST_BRACKETS:  # they take the square in time
+        raise yaml.YAMLError(f"it opens more than {MOST_BRACKETS:,} brackets")
     loader = _UniqueKeyLoader(text)
     try:
         node = loader.get_single_node()

@@ -73,6 +73,7 @@ def check(root, images, classes, tried, *, seconds, mib):
     )
 
 
+@pytest.mark.slow
 def test_a_large_tree_is_listed_quickly(tmp_path, tried):
     """A sixty-fourth of ImageNet."""
     check(tree(tmp_path / "x", 100, 200, 2), 20_000, 100, tried, seconds=20, mib=1200)

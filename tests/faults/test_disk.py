@@ -77,6 +77,7 @@ def writers(network, graphs):
 NAMES = {"openvino": "x.xml", "checkpoint": "x.pt", "predictions": "x.npz", "json": "x.json"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(writers(None, artifact.Path())))
 def test_a_file_that_cannot_be_written_whole_is_a_sentence(name, network, graphs, tmp_path, tried):
     tried("a full disk while one file is written (9 kinds of file)")

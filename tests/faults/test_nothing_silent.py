@@ -85,7 +85,7 @@ def test_a_gate_without_a_figure_fails(name, value, tried):
     assert not gate.passed and gate.measured is None and gate.reason
 
 
-def images(count, seed=0, size=8):
+def images(count, seed=0, size=32):
     draw = np.random.default_rng(seed)
     pixels = torch.from_numpy(4 * draw.integers(0, 64, (count, 1, size, size)).astype(np.uint8))
     return MemoryImages(pixels, np.arange(count) % 2)
@@ -101,8 +101,8 @@ def test_equal_and_alike_images_are_counted(tried):
     )
     found = overlap([Subset(train, np.arange(40)), images(5, seed=3)], mixed)
     assert (found.images, found.equal, found.alike) == (25, 3, 2)
-    even = MemoryImages(torch.full((4, 1, 8, 8), 7, dtype=torch.uint8), np.zeros(4))
-    other = MemoryImages(torch.full((4, 1, 8, 8), 9, dtype=torch.uint8), np.zeros(4))
+    even = MemoryImages(torch.full((4, 1, 32, 32), 7, dtype=torch.uint8), np.zeros(4))
+    other = MemoryImages(torch.full((4, 1, 32, 32), 9, dtype=torch.uint8), np.zeros(4))
     assert overlap([even], other).alike == 0  # nothing to tell them by
 
 

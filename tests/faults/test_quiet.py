@@ -16,6 +16,7 @@ FAMILY = re.compile(r"socket\((AF_\w+)|connect\(\d+, \{sa_family=(AF_\w+)")
 HARMLESS = ("/dev/", "/proc/", "/sys/fs/cgroup")
 
 
+@pytest.mark.slow
 def test_a_run_opens_no_connection_and_leaves_home_clean(whole, tried):
     """The run that all others are compared with could reach nothing, and began without a home."""
     tried("a whole run with every connection refused: none is tried, HOME holds the cache alone")

@@ -45,6 +45,7 @@ def no_temporary_files():
     tempfile._candidate_tempdir_list = lambda: ["/nowhere"]
 
 
+@pytest.mark.slow
 def test_without_a_place_for_temporary_files(small, tmp_path, tried):
     tried("no writable temporary folder")
     ended = attempt(
@@ -104,6 +105,7 @@ def test_odd_paths(name, small, whole, tmp_path, tried):
     assert files(folder / "run") >= files(whole)
 
 
+@pytest.mark.slow
 def test_a_path_that_is_too_long_is_a_sentence(small, tmp_path, tried):
     tried("a path beyond what the system takes", 2)
     for name in ("x" * 300, "/".join(["d" * 200] * 25)):

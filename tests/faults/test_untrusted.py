@@ -246,7 +246,6 @@ BOMBS = {
     "module": "task: !!python/module:subprocess ''",
     "new": "task: !!python/object/new:subprocess.Popen [['touch', '{}']]",
     "own tag": "task: !exec 'touch {}'",
-    "binary": "task: !!binary aGFsbG8=",
     "date": "seed: 2026-99-99",
     "set": "task: !!set {a, b}",
     "key": "? [a, b]\n: c",

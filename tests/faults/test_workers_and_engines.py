@@ -42,6 +42,7 @@ class Images:
         return self.images.take(indices)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["SIGKILL", "SIGSEGV", "SIGTERM"])
 def test_a_decoding_process_that_dies(what, tried):
     tried("a process that decodes images dies (SIGKILL, SIGSEGV, SIGTERM) or raises")
@@ -52,6 +53,7 @@ def test_a_decoding_process_that_dies(what, tried):
             pass
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_in_a_decoding_process_is_told_as_it_is(tried):
     tried("a process that decodes images dies (SIGKILL, SIGSEGV, SIGTERM) or raises")
     data = load_data(parse_reference("digits"))

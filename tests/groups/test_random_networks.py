@@ -9,6 +9,7 @@ SLOW = 200
 MANY = int(os.environ.get("COMPRESS_RANDOM_NETWORKS", "0"))  # 5000: a night
 
 
+@pytest.mark.slow
 def test_random_networks(tmp_path, tried):
     found = checked(range(2), tmp_path)
     assert all(set(each["sqnr_db"]) == set(TARGETS) for each in found.values())

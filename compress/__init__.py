@@ -7,6 +7,7 @@ that ``import compress`` takes no time and loads no runtime.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from compress.runtimes import build_engine, open_session
     from compress.tasks import load_task
     from compress.train.distill import distiller
+
+# ONNX Runtime reports home, and keeps a device id, unless it is told not to before it is loaded.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __all__ = [
     "CompressError",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
 import os
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from compress import progress
 from compress.errors import RunError, boundary, printable
 
-FULL_BYTES = 1 << 16  # a disk with less room than this is full
+FULL_BYTES = 1 << 16  # what is written to find out whether there is room
+_FREE = "Free some space and run the same command with --resume"
+FULL = {  # by the error's number: what it means, and what to do
+    errno.ENOSPC: ("the disk is full", _FREE),
+    errno.EDQUOT: ("your quota of the disk is used up", _FREE),
+    errno.EFBIG: ("is larger than a file may be here", "Raise the limit (ulimit -f)"),
+}
 TEMPORARY = ".compress-writing-"  # begins the name of a file that is not yet whole
 LARGEST_TEXT = 1 << 28  # bytes of JSON or YAML: a report with all its images has some MiB
 
@@ -71,10 +79,26 @@ class Finding:
         return f"{name}: {self.problem}; expected {self.expected}{tail}"
 
 
+def inside(root: Path, path: str) -> Path:
+    """Return the file that a run recorded as ``path``.
+
+    Raises:
+        RunError: it leads out of ``root``, as no run records it.
+    """
+    if not (root / path).resolve().is_relative_to(root.resolve()):
+        raise RunError(
+            f"its file {path!r} lies outside the run folder",
+            where=str(root),
+            fix="Do not use this folder unless you trust who wrote it",
+        )
+    return root / path
+
+
 def check(root: Path, path: str, digest: str) -> Finding | None:
     """Return what is wrong with a file that was recorded as ``path`` with SHA-256 ``digest``."""
-    file = root / path
-    if not file.resolve().is_relative_to(root.resolve()):
+    try:
+        file = inside(root, path)
+    except RunError:
         return Finding(path, "outside the run folder", "a path inside it")
     if not file.is_file():
         return Finding(path, "missing", f"a file with SHA-256 {digest}")
@@ -114,17 +138,68 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _cannot_write(path, error) from error
     except Exception as error:  # writers in C++ tell a full disk in words of their own
-        if shutil.disk_usage(path.parent).free < FULL_BYTES:
-            raise _cannot_write(path, OSError(errno.ENOSPC, str(error))) from error
+        try:
+            _try_room(temporary)
+        except OSError as full:
+            raise _cannot_write(path, full) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _try_room(path: Path) -> None:
+    """Write a little more to a file that could not be written.
+
+    Raises:
+        OSError: that fails as well, for this reason.
+    """
+    with path.open("ab") as file:
+        file.write(bytes(FULL_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """Yield a folder for files that nobody needs after the block.
+
+    Raises:
+        RunError: there is no place for it, or no room in it.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="compress-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise RunError(
+            f"no temporary folder can be written: {error.strerror or error}",
+            fix="Set TMPDIR to a folder with some free space",
+        ) from None
+    with folder as name:
+        try:
+            yield Path(name)
+        except OSError as error:
+            if error.errno in FULL:
+                raise _cannot_write(Path(name), error) from error
+            raise
+
+
 def cache_folder() -> Path:
-    """Return the folder for what outlives a run: measurements, and which code was agreed to."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "compress"
+    """Return the folder for what outlives a run: measurements, and which code was agreed to.
+
+    Without a home it is one that ends with the process.
+    """
+    chosen = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(chosen) if chosen else Path.home() / ".cache") / "compress"
+    except RuntimeError:  # neither HOME nor an entry for this user
+        return _homeless()
+
+
+@functools.cache
+def _homeless() -> Path:
+    progress.warn("there is no home folder: what is measured is not kept. Set XDG_CACHE_HOME")
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(scratch())
 
 
 def is_temporary(path: Path) -> bool:
@@ -242,11 +317,7 @@ def _umask() -> int:
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:
-    full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+    told, fix = FULL.get(error.errno or 0, ("", "Check the path and its permissions"))
     return RunError(
-        "the disk is full" if full else f"cannot be written: {error.strerror or error}",
-        where=str(path),
-        fix="Free some space and run the same command with --resume"
-        if full
-        else "Check the path and its permissions",
+        told or f"cannot be written: {error.strerror or error}", where=str(path), fix=fix
     )

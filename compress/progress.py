@@ -12,6 +12,8 @@ from collections.abc import Iterable, Iterator, Sized
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
+from compress.errors import printable
+
 T = TypeVar("T")
 
 LINE_EVERY_S = 10.0  # seconds between two plain lines
@@ -143,9 +145,9 @@ def say(text: str, style: str = "dim") -> None:
     """Print a line on stderr, above the bars; silent unless asked."""
     bars = _bars.get()
     if bars == "lines":
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{printable(text)}\n")
     elif bars is not None:
-        bars.console.print(text, style=style, markup=False)
+        bars.console.print(printable(text), style=style, markup=False)
 
 
 def warn(text: str) -> None:

@@ -1,5 +1,6 @@
 """What all tests share: one thread for each test process, and a call of the command line."""
 
+import json
 import os
 import sys
 
@@ -21,3 +22,16 @@ def compress(monkeypatch, capsys):
         return ended.value.code, out, err
 
     return call
+
+
+@pytest.fixture
+def tried(record_property):
+    """Note how many cases of an input a test has tried, for a row of docs/reliability.md.
+
+    ``benchmarks/reliability.py tests`` reads it: (input, cases, what was found beside "as stated").
+    """
+
+    def note(what, cases=1, found=""):
+        record_property("tried", json.dumps([what, cases, found]))
+
+    return note

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import shutil
 
 import pytest
 
@@ -29,8 +28,10 @@ def test_a_full_disk_is_said_plainly(tmp_path):
 
 
 def test_a_full_disk_is_said_plainly_whatever_the_writer_says(tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifact, "_try_room", full)
     with (
         pytest.raises(RunError, match="the disk is full"),
         artifact.replacing(tmp_path / "a"),

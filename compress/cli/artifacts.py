@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.artifact import scratch
 from compress.cli.options import (
     INPUT_SIZE,
     Given,
@@ -105,8 +105,8 @@ def _fixed(source: Path, sizes: list[int] | None) -> Iterator[Path]:
     if not sizes:
         yield source
         return
-    with tempfile.TemporaryDirectory() as folder:
-        copied = Path(folder) / source.name
+    with scratch() as folder:
+        copied = folder / source.name
         files.copy(source, copied, facts={}, sizes=(sizes[0], sizes[1], sizes[2]))
         yield copied
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import packages, plugins
+from compress.artifact import scratch
 from compress.runtimes import build_engine, facts, open_session, unavailable
 
 if TYPE_CHECKING:
@@ -187,8 +187,8 @@ def trials() -> Iterator[Trial]:
     images = torch.randn(4, 3, 16, 16)
     with torch.inference_mode():
         expected = network(images).numpy()
-    with tempfile.TemporaryDirectory() as name:
-        folder, array = Path(name), images.numpy()
+    with scratch() as folder:
+        array = images.numpy()
         files = {"fp32": export_onnx(network, images[:1], folder / "small.onnx")}
         for target in TARGETS:
             files[target] = folder / f"small.{target}.onnx"

@@ -7,19 +7,22 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from errno import EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPERM, EROFS
 from pathlib import Path
 from typing import Any, TextIO
 
 import typer
 
 from compress import progress
-from compress.errors import CompressError
+from compress.artifact import FULL
+from compress.errors import CompressError, printable
 from compress.interruption import MESSAGE, ending_on_signals
 from compress.trust import limited
 
 # Of whichever click this typer carries: the class with show(), which has no public name there.
 ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
 GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
+OF_THE_MACHINE = {*FULL, EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPERM, EROFS}
 
 
 def exit_code(call: Callable[[], Any]) -> int:
@@ -64,6 +67,15 @@ def _unexpected(error: Exception) -> int:
             "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
             "or --image-size, fewer images; a run keeps what is done, and the same command goes "
             "on.\n"
+        )
+        return USER_ERROR
+    if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
+        place = f"{error.filename}: " if error.filename else ""
+        sys.stderr.write(
+            printable(
+                f"compress: {place}{error.strerror}. Make room, change the permissions or the "
+                "path; a run keeps what is done, and the same command goes on.\n"
+            )
         )
         return USER_ERROR
     first = (str(error).splitlines() or [""])[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.artifact import scratch
 from compress.cli.options import Given, write_numbers
 from compress.cli.stages import content
 
@@ -71,7 +72,6 @@ def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> Rende
 
 
 def _quantized(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:
-    import tempfile
 
     from compress.pipeline.stages.quantize import calibration_batches
     from compress.qdq import read_onnx
@@ -79,10 +79,10 @@ def _quantized(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> Re
     from compress.quantize.sensitivity import plot_quantize_sensitivity, quantize_sensitivity
     from compress.terminal import table
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = _float_graph(recipe, dataset, task, Path(folder))
+    with scratch() as folder:
+        path = _float_graph(recipe, dataset, task, folder)
         images = calibration_batches(path, dataset)
-        plan = quantize_onnx(path, images, Path(folder) / "int8.onnx", given["target"])
+        plan = quantize_onnx(path, images, folder / "int8.onnx", given["target"])
         labelled = dataset.batches("validation", 64, SENSITIVITY_IMAGES)
         found = quantize_sensitivity(read_onnx(path), plan, labelled, task=task)
     write_numbers(given["json"], found.to_json())

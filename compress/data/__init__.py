@@ -85,7 +85,8 @@ class Dataset:
         """Return how many images of which size and classes there are, in one line."""
         height, width = self.image_size
         counts = ", ".join(f"{len(images):,} {name}" for name, images in self.splits.items())
-        named = f": {', '.join(self.classes)}" if len(self.classes) <= NAMED else ""
+        names = ", ".join(self.classes).replace("\n", "\\n")
+        named = f": {names}" if len(self.classes) <= NAMED else ""
         labels = {"none": "no labels", "image": "a picture to return for each"}.get(
             self.target, f"{len(self.classes)} classes{named}"
         )

@@ -95,6 +95,13 @@ def _check_external(tensors: list[TensorProto], path: Path) -> None:
                 expected="weights inside the file or in a file beside it",
                 fix="Do not use this file unless you trust who wrote it",
             )
+        if file.is_file() and file.stat().st_nlink > 1:
+            raise EngineError(
+                f"its weight {tensor.name!r} is to be read from {location!r}, a hard link: what "
+                "it holds may be a file outside the folder",
+                where=str(path),
+                fix=f"Copy it ({location}) if you know where it comes from",
+            )
         offset, length = (int(entry.get(key) or 0) for key in ("offset", "length"))
         needed = offset + length
         present = files[file] = file.stat().st_size if file.is_file() else 0

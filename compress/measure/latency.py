@@ -18,6 +18,7 @@ from compress.measure.conditions import Conditions, EnergyMeter
 from compress.progress import track
 
 LARGEST_BLOCK = 200  # calls in a row; more of the same moment tell nothing new
+LONGEST_CALL = 3600.0  # seconds: more is no latency but a clock that was set
 DEVICE_CALLS = 20  # timed on the device in each round, beside those timed on the host
 
 Clock = Callable[[], float]  # seconds, monotonic
@@ -195,7 +196,10 @@ class _Entrant:
         """Return the seconds of one call."""
         start = self.clock()
         self.session.run(*self.arrays)
-        return self.clock() - start
+        seconds = self.clock() - start
+        if not 0 <= seconds < LONGEST_CALL:
+            raise EngineError(f"a call took {seconds} s by the clock")
+        return seconds
 
     def warm_up(self, timing: Timing) -> None:
         """Call until two windows in a row have the same median, and choose the block's length."""
@@ -226,9 +230,12 @@ class _Entrant:
             self.device_ms += [self.device_timer(self.arrays) for _ in range(calls)]
 
     def _call_for(self, seconds: float, at_least: int) -> list[float]:
-        calls: list[float] = []
-        while len(calls) < at_least or sum(calls) < seconds:
+        calls, spent = list[float](), 0.0
+        while len(calls) < at_least or spent < seconds:
             calls.append(self.call())
+            spent += calls[-1]
+            if not spent and len(calls) > LARGEST_BLOCK:
+                raise EngineError("took no time at all by the clock")
         return calls
 
     def latency(self, first: _Entrant | None, resolution_pct: float) -> Latency:

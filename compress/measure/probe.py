@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -147,8 +146,10 @@ def _run_one_layer(runtime: Any, options: dict[str, Any]) -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 9
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "one-layer.onnx"
+    from compress.artifact import scratch
+
+    with scratch() as folder:
+        path = folder / "one-layer.onnx"
         onnx.save(model, path)
         try:
             with open_session(path, runtime, **options) as session:

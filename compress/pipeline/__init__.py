@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from compress import progress, report
+from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
 from compress.pipeline.context import Job, Variant
@@ -92,9 +92,13 @@ def opened(
     preflight(chosen, where=chosen.name, read_data=False)
     dataset, task = prepared(chosen)
     root = Path(out or default_folder(chosen))
+    with artifact.scratch():
+        pass  # exporters and runtimes need one, and tell its absence badly
     with held(root) if processes.is_main else contextlib.nullcontext():
         if not any(root.glob(f"00-*/{DONE_FILE}")):
             try_network(chosen, dataset, task, where=chosen.name)
+            for line in cautions.of_splits(dataset):
+                progress.warn(line)
         chosen = loading.from_anywhere(chosen)
         if processes.is_main:
             RunFolder.open(root, chosen, fresh=fresh)

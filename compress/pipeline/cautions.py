@@ -13,7 +13,8 @@ from torch import nn
 
 from compress import evaluate, tasks
 from compress.data import Dataset
-from compress.errors import ModelError
+from compress.data._overlap import overlap
+from compress.errors import DataError, ModelError
 from compress.evaluate.feeding import Fed
 from compress.models.classifier import classifier_layers
 from compress.pipeline.context import Job
@@ -21,6 +22,7 @@ from compress.recipe.settings import Recipe, Settings, TrainSettings
 from compress.train.batches import steps_in_epoch
 
 FEW_STEPS = 8  # of an epoch: fewer leave images out and hardly move the weights
+LARGEST_OVERLAP = 0.1  # share of the test images that may be training images as well
 IMAGES = 128  # that the original is judged on before anything is done with it
 SHUFFLES = 19  # of the labels: one in twenty useless networks beats all of them
 NEAR_CHANCE = 0.1  # of the way from guessing to no error at all, where guessing is easy
@@ -82,6 +84,35 @@ def of_training(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
                 f"{steps} step{'s' * (steps != 1)} an epoch, which trains next to nothing. Set a "
                 f"smaller batch_size (--batch-size): {1 << fitting.bit_length() - 1}."
             )
+
+
+def of_splits(dataset: Dataset) -> Iterator[str]:
+    """Yield what is to be said about test images that are training images as well.
+
+    Raises:
+        DataError: they are so many that accuracy would be that on learnt images.
+    """
+    if dataset.target == "none":
+        return
+    splits = dataset.splits
+    others = [splits[name] for name in ("train", "calibration", "validation") if len(splits[name])]
+    found = overlap(others, splits["test"])
+    if found is None:
+        return
+    if found.share > LARGEST_OVERLAP:
+        raise DataError(
+            f"{found.equal} of {found.images} test images are training images as well",
+            where=f"data {dataset.name}",
+            expected="test images that the network has not learnt",
+            fix="Remove them from one of the two",
+        )
+    if found.equal:
+        yield f"{found.equal} of {found.images} test images are training images as well."
+    if found.alike:
+        yield (
+            f"{found.alike} of {found.images} test images look nearly like a training image (the "
+            "same thumbnail)."
+        )
 
 
 def of_original(

@@ -10,14 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from compress import measure, models, plugins
+from compress import artifact, measure, models, plugins
 from compress.data import Dataset
+from compress.errors import RunError, boundary
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
 from compress.modules.outputs import returned
 from compress.prune.sparsity import keeping_zeros
 from compress.recipe.settings import Recipe, TrainSettings
-from compress.report.run_folder import RunFolder
+from compress.report.run_folder import DONE_FILE, RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
 from compress.train.validation import primary_value
@@ -54,8 +55,13 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
-        """Return what ``to_json`` wrote."""
-        return cls(tuple(Variant(**each) for each in data["variants"]), data["facts"])
+        """Return what ``to_json`` wrote.
+
+        Raises:
+            RunError: it is no record of a stage.
+        """
+        with boundary(RunError, "is no record of a stage", where=DONE_FILE):
+            return cls(tuple(Variant(**each) for each in data["variants"]), dict(data["facts"]))
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ class Job:
 
     def path(self, variant: Variant) -> Path:
         """Return the ONNX file of ``variant``."""
-        return self.run.root / variant.path
+        return artifact.inside(self.run.root, variant.path)
 
     def network(self, variant: Variant) -> nn.Module:
         """Return the torch network of ``variant``, in eval mode."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,8 +128,8 @@ def measure_again(root: Path) -> Remeasured:
             skipped[f"{target.runtime}, batch {target.batch}"] = reason
             continue
         rivals = rivals_on(job, variants, targets)
-        with tempfile.TemporaryDirectory() as folder:
-            rows, _ = measure_rivals(job, rivals, Path(folder))
+        with artifact.scratch() as folder:
+            rows, _ = measure_rivals(job, rivals, folder)
         for rival, row in zip(rivals, rows, strict=True):
             place = f"{rival.variant.name} on {target.runtime}, batch {target.batch}"
             skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ def assemble(
         untrained=trust.untrained,
         cautions=(
             *cautions.of_training(job.recipe, job.dataset),
+            *cautions.of_splits(job.dataset),
             *trust.cautions(),
             *cautions.of_timing(measured["conditions"]),
         ),
@@ -83,7 +85,7 @@ def gates(
             if name != "speedup" and (name, variant.name, result.runtime) in seen:
                 continue  # accuracy and size are the same for every batch
             seen.add((name, variant.name, result.runtime))
-            value = _gate_value(name, original, variant, result)
+            value = _finite(_gate_value(name, original, variant, result))
             passed = value is not None and (
                 value >= limit if name in {"speedup", "size_ratio"} else value <= limit
             )
@@ -131,6 +133,11 @@ def _gate_value(
         return size_ratio(original, variant, result)
     value: float | None = getattr(result, name)
     return value
+
+
+def _finite(value: float | None) -> float | None:
+    """Return a figure, or None where it is no number: then nothing was measured."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _unmeasured(name: str, result: schema.Result, variant: schema.Variant) -> str:

@@ -7,19 +7,19 @@ import hashlib
 import json
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+from pydantic import Field, TypeAdapter
 
-from compress import artifact, environment, packages
-from compress.artifact import read_json, write_json
+from compress import artifact, environment, packages, progress
+from compress.artifact import read_json, scratch, write_json
 from compress.errors import EngineError, RunError
 from compress.runtimes import facts, open_built, open_session, unavailable
 
@@ -31,6 +31,8 @@ NOISE_MS = 0.003  # differences below this are never called rough
 SMALLEST_CELL = 4  # channels; finer cells are measured point by point
 SECONDS = 0.03  # of timed calls for one point
 LEAST_CALLS = 10
+LONGEST_MS = 3.6e6  # an hour: nothing that is looked up takes longer
+_POINTS = TypeAdapter(dict[str, dict[str, Annotated[float, Field(gt=0, lt=LONGEST_MS)]]])
 
 Measure = Callable[["LayerShape", int, int], float]
 
@@ -89,12 +91,16 @@ class LatencyTable:
         return self._answers[question]
 
     def save(self) -> None:
-        """Write what was measured to the file, if there is one."""
-        if self._file is not None and self.measured:
-            merged = _read(self._file)
-            for key, points in self._known.items():
-                merged[key] = merged.get(key, {}) | points
+        """Write what was measured to the file, if there is one; it is only a cache."""
+        if self._file is None or not self.measured:
+            return
+        merged = _read(self._file)
+        for key, points in self._known.items():
+            merged[key] = merged.get(key, {}) | points
+        try:
             write_json(self._file, merged)
+        except RunError as error:
+            progress.warn(f"latencies are not kept: {error}")
 
     def _looked_up(
         self, shape: LayerShape, inputs: int, outputs: int, whole: tuple[int, int]
@@ -134,7 +140,7 @@ class LatencyTable:
         points = self._known.setdefault(shape.key, {})
         place = f"{inputs},{outputs}"
         if place not in points:
-            points[place] = round(self.measure(shape, inputs, outputs), 6)
+            points[place] = _checked(round(self.measure(shape, inputs, outputs), 6), shape.key)
             self.measured += 1
         return points[place]
 
@@ -164,10 +170,24 @@ def _read(file: Path | None) -> dict[str, dict[str, float]]:
     if file is None or not file.exists():
         return {}
     try:
-        found = read_json(file)
-    except RunError:
+        return _POINTS.validate_python(read_json(file), strict=True)
+    except (RunError, ValueError) as error:
+        reason = error.what if isinstance(error, RunError) else "holds no table of latencies"
+        progress.warn(f"{file}: {reason}; it is measured again")
         return {}
-    return found if isinstance(found, dict) else {}
+
+
+def _checked(ms: float, where: str) -> float:
+    """Return a latency, unless no layer can have it.
+
+    Raises:
+        EngineError: it is not above 0, no number, or beyond an hour.
+    """
+    if not 0 < ms < LONGEST_MS:
+        raise EngineError(
+            f"was measured to take {ms} ms", where=where, fix="Measure again; check the clock"
+        )
+    return ms
 
 
 @functools.lru_cache(maxsize=8)
@@ -216,8 +236,8 @@ def measure_layer(
     if facts(runtime).opens == "network":
         return _measure_module(shape, inputs, outputs, runtime, threads)
     array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "layer.onnx"
+    with scratch() as folder:
+        path = folder / "layer.onnx"
         onnx.save(layer_graph(shape, inputs, outputs), path)
         with open_built(path, runtime, threads=threads) as session:
             return time_calls(functools.partial(session.run, array), SECONDS, quantile=0.1)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from compress.artifact import scratch
 from compress.errors import PlanError
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
@@ -88,7 +87,7 @@ class Stopwatch:
     def _session(self, model: nn.Module, stack: ExitStack) -> Session:
         if facts(self._runtime).opens == "network":
             return stack.enter_context(open_session(model, self._runtime))
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(scratch())
         example: Any = self._example
         example = tuple(example) if isinstance(example, list) else example
         path = export_onnx(model, example, folder / "network.onnx")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress import plugins
+from compress.artifact import scratch
 from compress.errors import QuantizationError
 from compress.graph.model import Graph, tail
 from compress.qdq.plan import QuantPlan, WeightScales
@@ -87,8 +86,8 @@ class Confirmation:
     def _in_runtime(
         self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str]
     ) -> list[list[NDArray[Any]]]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "model.onnx"
+        with scratch() as folder:
+            path = folder / "model.onnx"
             onnx.save(written, str(path))
             # its own session: ours wants a batch, and an input that is no image has none
             session = plugins.create("runtimes", self.target).open(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from compress.errors import RecipeError, UnknownNameError, UsageError, did_you_m
 from compress.packages import require
 from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 
+MOST_BRACKETS = 2000
+MOST_VALUES = 100_000  # of a recipe with its aliases written out
 TRACKERS = ("tensorboard", "mlflow")
 Part = TypeVar("Part", bound=Settings)
 PATHS = (".model.name", ".weights", ".root", ".teacher", ".teacher_weights")  # may be paths
@@ -208,6 +211,37 @@ def _mapping(loader: _UniqueKeyLoader, node: yaml.MappingNode) -> dict[Any, Any]
 _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
+def _content(text: str) -> Any:
+    """Return what a YAML text holds.
+
+    Raises:
+        YAMLError: it is none, or a few lines that refer to each other stand for very many values.
+    """
+    if text.count("[") + text.count("{") > MOST_BRACKETS:  # they take the square in time
+        raise yaml.YAMLError(f"it opens more than {MOST_BRACKETS:,} brackets")
+    loader = _UniqueKeyLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None and _values_in(node, {}) > MOST_VALUES:
+            raise yaml.MarkedYAMLError(
+                problem=f"its aliases stand for over {MOST_VALUES:,} values, or for themselves",
+                problem_mark=node.start_mark,
+            )
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values_in(node: yaml.Node, counted: dict[int, float]) -> float:
+    """Return how many values a node stands for once its aliases are written out."""
+    if id(node) not in counted:
+        counted[id(node)] = math.inf  # of one that holds itself
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = (part for each in inner for part in (each if isinstance(each, tuple) else (each,)))
+        counted[id(node)] = 1 + sum(_values_in(part, counted) for part in parts)
+    return counted[id(node)]
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -215,8 +249,8 @@ def _read(path: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or str(error)
         raise RecipeError(f"the recipe cannot be read: {reason}", where=str(path)) from None
     try:
-        content = yaml.load(text, Loader=_UniqueKeyLoader)
-    except yaml.YAMLError as error:
+        content = _content(text)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise RecipeError(f"is no valid YAML: {error}", where=str(path)) from None
     if not isinstance(content, dict):
         raise RecipeError(

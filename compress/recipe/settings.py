@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from compress import plugins
 
@@ -384,6 +384,13 @@ class Recipe(Settings):
     targets: tuple[Target, ...] = ()
     gates: Gates = Gates()
     measure: MeasureSettings = MeasureSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if name in {".", ".."} or set(name) & set("/\\\0"):
+            raise ValueError("the name of a run is that of one folder: no /, no ..")
+        return name
 
     @model_validator(mode="after")
     def _order(self) -> Recipe:

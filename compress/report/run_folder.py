@@ -60,16 +60,20 @@ class RunFolder:
         if begun and fresh:
             folder._clear()
         wanted = to_json(recipe)
+        written = root / RECIPE_FILE
         if begun and not fresh:
             folder._check_recipe(wanted)
             if _completed(folder.description()["recipe"]) == wanted:
+                if not written.is_file():  # it was killed between the two
+                    artifact.write_text(written, dump(recipe))
                 return folder
             description = folder.description() | {"recipe": wanted}
         else:
             now = datetime.now(UTC).isoformat(timespec="seconds")
             description = {"created": now, "recipe": wanted, "artifacts": []}
+        written.unlink(missing_ok=True)
         folder.write_description(description)
-        artifact.write_text(root / RECIPE_FILE, dump(recipe))
+        artifact.write_text(written, dump(recipe))
         return folder
 
     def description(self) -> dict[str, Any]:

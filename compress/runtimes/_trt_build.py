@@ -13,6 +13,7 @@ from typing import Any
 
 from onnx import ModelProto, TensorProto, helper
 
+from compress import progress
 from compress.artifact import replacing, write_json
 from compress.errors import EngineError, UsageError
 from compress.runtimes import _graph, _trt_layers
@@ -168,12 +169,15 @@ class Build:
             yield facts
             return
         before = path.read_bytes() if path.is_file() else b""
-        if not config.set_timing_cache(config.create_timing_cache(before), False):
-            raise EngineError(
-                "is no timing cache of this GPU, driver and version",
-                where=str(path),
-                fix="Delete it; it is only a cache",
+        if not _takes(config, before):
+            progress.warn(
+                f"{path}: is no timing cache of this GPU, driver and version; it is made again"
             )
+            before = b""
+            if not _takes(config, before):
+                raise EngineError(
+                    "no timing cache can be made", where=str(path), fix="Set timing_cache: none"
+                )
         yield facts
         after = bytes(memoryview(config.get_timing_cache().serialize()))
         with replacing(path) as temporary:
@@ -231,6 +235,12 @@ class Build:
         if self.flavour.builds_without_gpu or self.settings.hardware_compatible:
             return ["SM80+"]
         return [here] if here else []
+
+
+def _takes(config: Any, content: bytes) -> bool:
+    """Return whether the builder takes a timing cache with this content; empty is a new one."""
+    cache = config.create_timing_cache(content)
+    return cache is not None and bool(config.set_timing_cache(cache, False))
 
 
 def capabilities(trt: ModuleType, names: tuple[str, ...]) -> list[Any]:

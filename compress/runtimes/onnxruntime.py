@@ -145,9 +145,18 @@ class Onnxruntime:
     def _session(self, model: str | bytes, options: Any, path: Path) -> Any:
         ort, providers = _package(), self._providers()
         try:
-            return ort.InferenceSession(model, options, providers=providers)
+            session = ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # onnxruntime has no common error class
             raise explained(error, path) from error
+        got = session.get_providers()
+        if got[:1] != providers[:1]:  # it only warns, and takes the next one
+            raise EngineError(
+                f"ONNX Runtime could not start {providers[0]} and fell back to {', '.join(got)}",
+                where=str(path),
+                fix="compress doctor shows what is missing; or ask for device 'cpu'",
+            )
+        session.disable_fallback()  # to another provider, when a call fails
+        return session
 
     def _providers(self) -> list[str]:
         device = "cpu" if self.device == "auto" else self.device

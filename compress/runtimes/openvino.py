@@ -140,9 +140,33 @@ class Openvino:
         if device == "CPU":
             config["INFERENCE_NUM_THREADS"] = self.threads or 0
         try:
-            return core.compile_model(model, device, config)
+            compiled = core.compile_model(model, device, config)
         except RuntimeError as error:
             raise explained(error, path) from error
+        self._check_kept(compiled, device, path)
+        return compiled
+
+    def _check_kept(self, compiled: Any, device: str, path: Path) -> None:
+        """Refuse a device or a precision that OpenVINO took instead of the one asked for.
+
+        Raises:
+            EngineError: it did; the message has both.
+        """
+        got = list(compiled.get_property("EXECUTION_DEVICES"))
+        if any(name.split(".")[0] != device.split(".")[0] for name in got):
+            raise EngineError(
+                f"OpenVINO runs it on {', '.join(got)} instead of {device}", where=str(path)
+            )
+        wanted = self.inference_precision
+        if wanted == "auto":
+            return
+        kept = compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name()
+        if kept != wanted:
+            raise EngineError(
+                f"OpenVINO computes in {kept} on this {device} instead of {wanted}",
+                where=str(path),
+                fix=f"Set inference_precision: {kept}, or 'auto'",
+            )
 
     def _device(self) -> str:
         device = "CPU" if self.device == "auto" else self.device.upper()

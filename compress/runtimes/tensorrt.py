@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from compress.artifact import cache_folder
 from compress.errors import UsageError
 from compress.graph import files
 from compress.runtimes._session import BuildRequest, Opens
@@ -108,7 +109,7 @@ class Tensorrt:
             f"{self.optimization_level}-{flags}",
         )
         name = "-".join("".join(c if c.isalnum() else "_" for c in part) for part in parts)
-        return Path.home() / ".cache" / "compress" / f"{name}.timing"
+        return cache_folder() / f"{name}.timing"
 
 
 def driver_version() -> str:

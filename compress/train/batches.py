@@ -16,7 +16,7 @@ from compress.data import Dataset, targets_of
 from compress.data._augment import CHANCES, augment, augment_with_labels, mixed
 from compress.data._images import Images
 from compress.data._shards import shuffled
-from compress.errors import TrainingError
+from compress.errors import CompressError, TrainingError
 from compress.recipe.settings import TrainSettings
 
 PREFETCHED = 4  # batches that each decoding process works ahead
@@ -155,13 +155,36 @@ def _taken(images: Images, parts: list[NDArray[np.int64]]) -> Iterable[Tensor]:
         return (images.take(part) for part in parts)
     from torch.utils.data import DataLoader
 
-    return DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Taking(images, parts),  # type: ignore[arg-type]  # a map from position to batch
         batch_size=None,
         num_workers=workers,
         prefetch_factor=PREFETCHED,
         pin_memory=torch.cuda.is_available(),
     )
+    return _received(loader)
+
+
+def _received(batches: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield what the decoding processes send.
+
+    Raises:
+        CompressError: what went wrong in one of them, or one has ended.
+    """
+    try:
+        for batch in batches:
+            if isinstance(batch, CompressError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise TrainingError(
+            f"a process that decodes images has ended: {str(error).splitlines()[0]}",
+            where="data.workers",
+            fix="Where memory ran out, set fewer workers or a smaller batch_size; a run goes on "
+            "from its last checkpoint",
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -172,5 +195,8 @@ class _Taking:
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, position: int) -> Tensor:
-        return self.images.take(self.parts[position])
+    def __getitem__(self, position: int) -> Tensor | CompressError:
+        try:
+            return self.images.take(self.parts[position])
+        except CompressError as error:  # raised here it would come as a traceback in a text
+            return error

@@ -149,9 +149,9 @@ def test_the_default_folder_gets_a_number_when_it_is_taken(here):
 
 def test_a_run_works_from_any_directory_and_where_it_was_moved(here, monkeypatch):
     random = np.random.default_rng(0)
-    pixels = random.integers(0, 255, (60, 8, 8, 1)).astype(np.uint8)
+    pixels = random.integers(0, 255, (80, 8, 8, 1)).astype(np.uint8)
     labels = random.integers(0, 10, 60)
-    np.savez("d.npz", x_train=pixels, y_train=labels, x_test=pixels[:20], y_test=labels[:20])
+    np.savez("d.npz", x_train=pixels[20:], y_train=labels, x_test=pixels[:20], y_test=labels[:20])
     given = content("net.py:net", CUT, data={"name": "npz", "root": "d.npz", "calibration": 8})
     pipeline.run(validate(given, where="r"), "run")
     image = torch.zeros(1, 1, 8, 8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from compress.artifact import scratch
 from compress.errors import EngineError, UsageError
 from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
 from compress.graph import files as onnx_file
@@ -227,10 +227,10 @@ def _compare_portion(
 ) -> dict[str, Drift]:
     from compress.runtimes import open_session
 
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         files = []
         for label, graph in zip(("reference", "candidate"), graphs, strict=True):
-            file = Path(folder) / f"{label}.onnx"
+            file = folder / f"{label}.onnx"
             onnx.save(
                 cut(graph, names),
                 file,

@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from compress.artifact import read_json, replacing
+from compress.artifact import inside, read_json, replacing
 from compress.data import Dataset, load_data
 from compress.errors import RunError
 from compress.evaluate.feeding import arrays, completed, facts_of, picture_of
@@ -99,8 +99,10 @@ def _models(folder: Path) -> list[dict[str, Any]]:
             fix="Finish the run first: compress run RECIPE --resume",
         )
     for model in found:
-        if not (folder / model["path"]).is_file():
+        if not inside(folder, model["path"]).is_file():
             raise RunError("is gone from the run", where=str(folder / model["path"]))
+        if Path(model["name"]).name != model["name"]:
+            raise RunError(f"{model['name']!r} is no name of a network", where=str(folder))
         model["file"] = f"models/{model['name']}.onnx"
     return found
 

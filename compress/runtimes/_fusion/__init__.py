@@ -7,7 +7,6 @@ inspector (or the build log) of TensorRT.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import onnx
 
+from compress.artifact import scratch
 from compress.errors import UsageError
 from compress.graph import files
 from compress.runtimes._fusion import kernels
@@ -103,9 +103,9 @@ def check_fusion(
     if runtime == "onnxruntime":
         found = kernels.of_onnxruntime(model, graph, threads)
     elif runtime == "openvino":
-        with tempfile.TemporaryDirectory() as folder:
-            onnx.save(model, str(Path(folder, "named.onnx")))
-            found = kernels.of_openvino(Path(folder, "named.onnx"), graph, threads)
+        with scratch() as folder:
+            onnx.save(model, str(folder / "named.onnx"))
+            found = kernels.of_openvino(folder / "named.onnx", graph, threads)
     else:
         found = kernels.of_tensorrt(source, runtime, Path(engine) if engine else None)
     return summed(runtime, graph, found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import onnx
 from onnx import ModelProto, TensorProto
 
-from compress.artifact import read_json
+from compress.artifact import read_json, scratch
 from compress.errors import EngineError
 from compress.runtimes import build_engine, open_session
 from compress.runtimes._fusion.macs import Graph
@@ -47,8 +46,8 @@ def of_onnxruntime(model: ModelProto, graph: Graph, threads: int | None) -> list
     """Return the nodes of the graph as ONNX Runtime optimizes it for this CPU."""
     import onnxruntime as ort
 
-    with tempfile.TemporaryDirectory() as folder:
-        source, optimized = Path(folder, "source.onnx"), Path(folder, "optimized.onnx")
+    with scratch() as folder:
+        source, optimized = folder / "source.onnx", folder / "optimized.onnx"
         onnx.save(model, str(source))
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -125,9 +124,9 @@ def of_tensorrt(path: Path, runtime: str, engine: Path | None) -> list[Kernel]:
     Raises:
         EngineError: the engine was built without its layers.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch() as folder:
         if engine is None:
-            engine = build_engine(path, Path(folder, "engine"), runtime=runtime, batch=1)
+            engine = build_engine(path, folder / "engine", runtime=runtime, batch=1)
         file = engine.with_name(f"{engine.name}.layers.json")
         if not file.is_file():
             raise EngineError(

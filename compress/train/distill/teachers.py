@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import TrainingError
+from compress import artifact, progress
+from compress.errors import TrainingError, boundary
 from compress.modules.outputs import logits_of
 from compress.train.distill.feature_hooks import Survey, Tap, survey, tapped
 
 FEATURES = dict[Tap, Tensor]
+HEADER_BYTES = 128  # of a .npy file of two dimensions
+PARITY = np.uint32(0x9E3779B9)  # of a row that is whole; of one not yet written it is 0
 
 
 class Teacher(Protocol):
@@ -151,7 +154,8 @@ class CachedTeacher:
 
     Args:
         teacher: Asked for images that are not known yet.
-        path: File of (N, K) float32, shared by the processes of one machine.
+        path: File of (N, K + 1) float32, shared by the processes of one machine; the last column
+            holds the parity of a row's bits.
         images: N.
     """
 
@@ -159,7 +163,7 @@ class CachedTeacher:
 
     def __init__(self, teacher: Teacher, path: Path, images: int) -> None:
         self.teacher, self.classes = teacher, teacher.classes
-        self._rows = _open_rows(path, (images, self.classes))
+        self._rows = _open_rows(path, (images, self.classes + 1))
 
     def __call__(
         self, images: Tensor, index: Tensor | None, taps: Sequence[Tap]
@@ -168,12 +172,15 @@ class CachedTeacher:
         if index is None:
             return self.teacher(images, None, ())
         places = index.cpu().numpy()
-        unknown = np.isnan(self._rows[places]).any(1)
+        rows = self._rows[places]
+        unknown = _parity(rows) != PARITY
         if unknown.any():
             missing = torch.from_numpy(unknown.nonzero()[0]).to(images.device)
-            answers = self.teacher(images[missing], None, ())[0]
-            self._rows[places[unknown]] = answers.float().cpu().numpy()
-        return torch.from_numpy(self._rows[places]).to(images.device), {}
+            answers = self.teacher(images[missing], None, ())[0].float().cpu().numpy()
+            rows[unknown, :-1], rows[unknown, -1] = answers, 0
+            rows[unknown, -1] = (_parity(rows[unknown]) ^ PARITY).view(np.float32)
+            self._rows[places[unknown]] = rows[unknown]
+        return torch.from_numpy(rows[:, :-1].copy()).to(images.device), {}
 
     def close(self) -> None:
         """Write what is left, and close the teacher."""
@@ -226,11 +233,26 @@ def class_order(
     return np.array([list(teacher).index(name) for name in student])
 
 
-def _open_rows(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        from compress import artifact
+def _parity(rows: NDArray[np.float32]) -> NDArray[np.uint32]:
+    """Return the exclusive or of the bits of each row, (B,)."""
+    bits: NDArray[np.uint32] = np.bitwise_xor.reduce(rows.view(np.uint32), axis=1)
+    return bits
 
-        with artifact.replacing(path) as temporary, temporary.open("wb") as file:
-            np.save(file, np.full(shape, np.nan, dtype=np.float32))
+
+def _open_rows(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np.float32]]:
+    """Open the file, made anew where it is absent or damaged: it is only a cache."""
+    if path.exists():
+        reason = f"is no table of {shape[0]} x {shape[1]} figures"
+        try:
+            with boundary(TrainingError, "cannot be read"):
+                if path.stat().st_size == HEADER_BYTES + 4 * shape[0] * shape[1]:
+                    rows = np.lib.format.open_memmap(path, mode="r+")
+                    fits = rows.shape == shape and rows.dtype == np.float32
+                    if fits and rows.flags.c_contiguous:
+                        return rows
+        except TrainingError as error:
+            reason = error.what
+        progress.warn(f"{path}: {reason}; the teacher's answers are computed again")
+    with artifact.replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, np.zeros(shape, dtype=np.float32))
     return np.lib.format.open_memmap(path, mode="r+")

@@ -1,0 +1,107 @@
+"""Images that two splits share: accuracy on learnt images says nothing about others."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from compress.data._images import FileImages, Images, MemoryImages, Subset
+
+BLOCK = 1024  # images looked at together
+SMALLEST = 32  # pixels: thumbnails of smaller images are alike by chance
+HASH_SIDES = (8, 9)  # rows and columns of the thumbnail whose 64 differences are compared
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How many images of one split are in others as well."""
+
+    images: int  # of the split
+    equal: int  # the same file or the same pixels
+    alike: int | None  # not equal, but of the same small thumbnail; None where not looked for
+
+    @property
+    def share(self) -> float:
+        """Share of the split's images that are in the others, in [0, 1]."""
+        return self.equal / max(1, self.images)
+
+
+def overlap(others: Sequence[Images], images: Images) -> Overlap | None:
+    """Return how many of ``images`` are among ``others``; None where it cannot be told cheaply.
+
+    **Method:** images in memory are compared by their pixels, and by the sign of the differences
+    between neighbours in a grey thumbnail of 8 x 9 pixels (the "difference hash"), which survives
+    another size, brightness or compression. Files are compared by their content where their sizes
+    are equal, and nothing is decoded.
+    """
+    parts = [*others, images]
+    if all(isinstance(_whole(part), MemoryImages) for part in parts):
+        seen = {key for part in others for key in _pixels(part)}
+        own = list(_pixels(images))
+        equal = np.array([key in seen for key in own])
+        if min(images.shape[1:]) < SMALLEST:
+            return Overlap(len(own), int(equal.sum()), None)
+        known = np.unique(np.concatenate([_thumbnails(part) for part in others]))
+        alike = np.isin(_thumbnails(images), known[known != 0]) & ~equal
+        return Overlap(len(own), int(equal.sum()), int(alike.sum()))
+    if all(isinstance(_whole(part), FileImages) for part in parts):
+        return Overlap(len(images), _equal_files(others, images), None)
+    return None
+
+
+def _whole(images: Images) -> Images:
+    """Return the set that a subset is taken from."""
+    return _whole(images.images) if isinstance(images, Subset) else images
+
+
+def _blocks(images: Images) -> Iterator[Any]:
+    for start in range(0, len(images), BLOCK):
+        yield images.take(range(start, min(start + BLOCK, len(images))))
+
+
+def _pixels(images: Images) -> Iterator[bytes]:
+    for block in _blocks(images):
+        for image in block.numpy():
+            yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+
+
+def _thumbnails(images: Images) -> NDArray[np.uint64]:
+    """Return the difference hash of each image, (N,); that of an even one is 0."""
+    found = [np.zeros(0, np.uint64)]
+    for block in _blocks(images):
+        grey = block.float().mean(1, keepdim=True)
+        small = F.interpolate(grey, HASH_SIDES, mode="bilinear", antialias=True)[:, 0]
+        bits = (small[:, :, 1:] > small[:, :, :-1] + 1e-3).flatten(1).numpy()
+        found.append(np.packbits(bits, axis=1).view(np.uint64)[:, 0])
+    return np.concatenate(found)
+
+
+def _equal_files(others: Sequence[Images], images: Images) -> int:
+    sizes = {size for part in others for _, size in _files(part)}
+    candidates = [(path, size) for path, size in _files(images) if size in sizes]
+    wanted = {size for _, size in candidates}
+    rivals = ((path, size) for part in others for path, size in _files(part))
+    seen = set(_contents(path for path, size in rivals if size in wanted))
+    return sum(key in seen for key in _contents(path for path, _ in candidates))
+
+
+def _files(images: Images, indices: Iterable[int] | None = None) -> Iterator[tuple[Any, int]]:
+    """Yield path and size of every file, bytes."""
+    positions = range(len(images)) if indices is None else indices
+    if isinstance(images, Subset):
+        yield from _files(images.images, images.indices[np.fromiter(positions, np.int64)])
+    elif isinstance(images, FileImages):
+        for index in positions:
+            path = images.folder / images.names[int(index)]
+            yield path, path.stat().st_size
+
+
+def _contents(paths: Iterable[Any]) -> Iterator[bytes]:
+    for path in paths:
+        yield hashlib.blake2b(path.read_bytes(), digest_size=16).digest()

@@ -1,8 +1,11 @@
 """How many damaged and hostile inputs were tried, and what became of them: docs/reliability.md.
 
     python benchmarks/reliability.py fuzz [--reader NAME]... [--cases 10000] [--seed 0] [--keep DIR]
+    python benchmarks/reliability.py tests MODULE... [--fast] [--select WORD]
     python benchmarks/reliability.py table
 
+``tests`` runs test modules, the slow tests as well, and makes a row of what each says to have tried
+(the fixture ``tried``); a test that fails is a fault.
 ``fuzz`` changes valid files at random and reads them, each in ten seconds at most; what is neither
 a result nor a CompressError is a fault. It writes one JSON for each reader to
 benchmarks/results/reliability. ``table`` makes the page of all JSON files there: each is a list of
@@ -12,10 +15,14 @@ rows {"input", "tried", "outcome", "command"}, whoever wrote it.
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from xml.etree import ElementTree
 
 import torch
 import typer
@@ -29,7 +36,8 @@ Every row was produced by the command in its last column, `python` before it;
 `python benchmarks/reliability.py table` makes this page of the rows in
 `benchmarks/results/reliability`. A *fault* is anything that is neither a result nor one sentence
 that says what is wrong (a CompressError; exit code 2): another exception, a crash, more than ten
-seconds, or a wrong result. Files are changed at random (bytes, fields of protobuf messages, values
+seconds, or a wrong result; *as stated* means that the tests of the module say what must hold, and
+it does. Files are changed at random (bytes, fields of protobuf messages, values
 and keys of JSON, members of archives with their checksums set right); file number *i* depends on
 the seed and *i* alone.
 
@@ -76,6 +84,55 @@ def fuzz(
         RESULTS.mkdir(parents=True, exist_ok=True)
         (RESULTS / f"fuzz-{one.name}.json").write_text(json.dumps([row], indent=1) + "\n")
     raise typer.Exit(int(failed))
+
+
+@app.command()
+def tests(
+    modules: Annotated[list[Path], typer.Argument(help="Test modules")],
+    fast: Annotated[bool, typer.Option("--fast", help="Leave the slow tests out")] = False,
+    select: Annotated[str, typer.Option(help="As pytest -k")] = "",
+) -> None:
+    """Run tests and note what they tried."""
+    failed = False
+    for module in modules:
+        with tempfile.TemporaryDirectory() as folder:
+            found = Path(folder) / "found.xml"
+            command = [sys.executable, "-m", "pytest", "-q", str(module), f"--junitxml={found}"]
+            command += [] if fast else ["-m", "not gpu"]
+            command += ["-k", select] if select else []
+            failed = bool(subprocess.run(command, cwd=ROOT).returncode) or failed
+            cases = list(ElementTree.parse(found).iter("testcase"))
+        arguments = f"{module}{' --fast' * fast}{f' --select {select!r}' * bool(select)}"
+        rows = list(_rows(cases, f"benchmarks/reliability.py tests {arguments}"))
+        name = "-".join([*module.with_suffix("").parts, *([select] if select else [])])
+        place = RESULTS / f"{name}.json"
+        place.write_text(json.dumps(rows, indent=1) + "\n")
+    raise typer.Exit(int(failed))
+
+
+def _rows(cases: list[ElementTree.Element], command: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for everything that the tests of a module have tried."""
+    counts: dict[str, int] = {}
+    faults: dict[str, list[str]] = {}
+    notes: dict[str, list[str]] = {}
+    for case in cases:
+        bad = case.find("failure") is not None or case.find("error") is not None
+        for each in case.iter("property"):
+            if each.get("name") != "tried":
+                continue
+            what, count, note = json.loads(each.get("value", ""))
+            counts[what] = counts.get(what, 0) + count
+            notes.setdefault(what, []).extend([note] * bool(note))
+            faults.setdefault(what, []).extend([str(case.get("name"))] * bad)
+    for what, count in counts.items():
+        told = "; ".join(dict.fromkeys(notes[what]))
+        yield {
+            "input": what,
+            "tried": count,
+            "outcome": f"as stated, **{len(faults[what])} faults**" + f"; {told}" * bool(told),
+            "command": command,
+            "kinds": faults[what],
+        }
 
 
 @app.command()

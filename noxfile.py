@@ -1,0 +1,56 @@
+"""The suite with the oldest and the newest packages that pyproject.toml allows.
+
+nox -s oldest            the least version of every dependency, the part of the suite that
+touches them
+nox -s newest            the latest versions, the whole fast suite
+nox -s audit             known weaknesses of what newest installs (pip-audit)
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import nox
+
+PYTHON = "3.11"
+PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+EXTRAS = ("openvino",)
+# Of the suite: what calls torch, onnx, onnxruntime, nncf, pydantic, typer and rich.
+CHOSEN = (
+    *("tests/groups", "tests/graph", "tests/export", "tests/recipe", "tests/cli/test_cli.py"),
+    *("tests/models", "tests/prune/test_prune.py", "tests/qdq/test_writer.py"),
+    *("tests/quantize/test_calibration.py", "tests/runtimes/test_contract.py"),
+    *("tests/report/test_report_parts.py", "tests/pipeline/test_pipeline.py"),
+)
+TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
+
+nox.options.sessions = ["newest"]
+
+
+def least() -> list[str]:
+    """Return every dependency at the least version that pyproject.toml allows: name==version."""
+    optional = (each for extra in EXTRAS for each in PROJECT["optional-dependencies"][extra])
+    return [each.replace(">=", "==") for each in (*PROJECT["dependencies"], *optional)]
+
+
+@nox.session(python=PYTHON)
+def oldest(session: nox.Session) -> None:
+    """Install the least versions and run the chosen part of the suite."""
+    session.install(*least(), *TOOLS)
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "-W", "ignore", "-m", "pytest", *CHOSEN, "-n", "2", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def newest(session: nox.Session) -> None:
+    """Install the latest versions and run the fast suite."""
+    session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev]")
+    session.run("python", "-m", "pytest", "-n", "2", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def audit(session: nox.Session) -> None:
+    """Ask the database of known weaknesses about every installed package."""
+    session.install("-e", ".", "pip-audit")
+    session.run("pip-audit", "--skip-editable")

@@ -57,7 +57,8 @@ def _figures(report: Report) -> list[tuple[str, float | None, float | None, str]
     if shown is None:
         return [("Top-1", None, None, "%")] if report.details.tells_classes else []
     name = shown.name[:1].upper() + shown.name[1:]
-    return [(name, one and one.value, two and two.value, shown.unit)]
+    values = [None if each is None else each.value for each in (one, two)]
+    return [(name, values[0], values[1], shown.unit)]
 
 
 def _drawn(details: Details) -> tuple[DrawnChange, ...]:

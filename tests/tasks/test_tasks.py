@@ -222,9 +222,10 @@ def test_outputs_that_are_not_finite_are_refused(name):
         made(name).predict({"x": value})
 
 
-def test_the_nearest_task_is_named():
-    with pytest.raises(EngineError, match="Set task: segmentation"):
-        made("classification").predict({"out": np.zeros((2, 3, 8, 8))})
+@pytest.mark.parametrize(("channels", "nearest"), [(5, "segmentation"), (3, "restoration")])
+def test_the_nearest_task_is_named(channels, nearest):
+    with pytest.raises(EngineError, match=f"Set task: {nearest}"):
+        made("classification").predict({"out": np.zeros((2, channels, 8, 8))})
 
 
 def test_an_unknown_task_lists_the_known():

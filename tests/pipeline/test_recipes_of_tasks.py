@@ -30,7 +30,7 @@ EMBEDDED = (
     "model.options={in_channels: 1, width: 4}", "stages.0.train.epoch_images=64",
     "stages.2.distill.epoch_images=64", "measure.test_images=64",
 )  # fmt: skip
-LABELLED = ("data.name=csv", "data.options={}", "data.image_size=16")
+LABELLED = ("data.name=csv", "data.options={label: 'red,green'}", "data.image_size=16")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Smooth pictures, and a table of which of two colours are in them."""
     root, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     rows: list[list[object]] = [["file", "red", "green"]]
-    for n in range(40):
+    for n in range(60):
         coarse = random.integers(0, 80, (4, 4, 3)).astype(np.uint8)
         red, green = n % 2, (n // 2) % 2
         coarse[: 2 * red, :, 0] = 250

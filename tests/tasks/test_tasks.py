@@ -222,9 +222,9 @@ def test_outputs_that_are_not_finite_are_refused(name):
         made(name).predict({"x": value})
 
 
-@pytest.mark.parametrize(("channels", "task"), [(5, "segmentation"), (3, "restoration")])
-def test_the_nearest_task_is_named(channels, task):
-    with pytest.raises(EngineError, match=f"Set task: {task}"):
+@pytest.mark.parametrize(("channels", "nearest"), [(5, "segmentation"), (3, "restoration")])
+def test_the_nearest_task_is_named(channels, nearest):
+    with pytest.raises(EngineError, match=f"Set task: {nearest}"):
         made("classification").predict({"out": np.zeros((2, channels, 8, 8))})
 
 

@@ -81,8 +81,8 @@ class Synthetic:
             )
         network = build()
         channels = self.channels or _channels(network)
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
-        mean, std = self.mean or mean, self.std or std
+        mean = self.mean or (IMAGENET_MEAN if channels == 3 else (0.5,))
+        std = self.std or (IMAGENET_STD if channels == 3 else (0.5,))
         shape = channels, *sides(self.image_size)
         matching_loss(network, torch.zeros(2, *shape))  # refuses before any work
         made = _Made(network, shape, mean, std, self)
@@ -232,6 +232,6 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     layers, step = 1, 2
     while min(height, width) // step >= COARSEST:
         small = torch.randn(*shape[:2], height // step, width // step, generator=generator)
-        total += F.interpolate(small, (height, width), mode="bilinear")
+        total = total + F.interpolate(small, (height, width), mode="bilinear")
         layers, step = layers + 1, step * 2
-    return total / layers**0.5
+    return total / float(layers**0.5)

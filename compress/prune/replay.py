@@ -180,11 +180,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _lie_alike(first: Tensor, second: Tensor) -> bool:
     """Return whether two tensors of one storage are the same numbers in the same order."""
-    return (
-        first.shape == second.shape
-        and first.stride() == second.stride()
-        and first.storage_offset() == second.storage_offset()
-    )
+    places = [(t.shape, t.stride(), int(t.storage_offset())) for t in (first, second)]
+    return places[0] == places[1]
 
 
 def _survey(
@@ -220,11 +217,11 @@ def _survey(
                 return
             call.mib = output.numel() * output.element_size() / 2**20
             given = inputs[0] if inputs else None
-            is_view = isinstance(given, Tensor) and _storage(given) == _storage(output)
-            if is_view and not _lie_alike(given, output):
-                unfit.add(name)  # made anew in a moment, and its input may have other readers
-                return
-            call.is_alias = is_view
+            if isinstance(given, Tensor) and _storage(given) == _storage(output):
+                if not _lie_alike(given, output):
+                    unfit.add(name)  # made anew in a moment, and its input may have other readers
+                    return
+                call.is_alias = True
             watch.storages[_storage(output)].append(call)
             watch.alive.append(output)
 

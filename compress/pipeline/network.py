@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from onnx import TensorProto
-from torch import Tensor, nn
+from torch import nn
 
 from compress import evaluate, models
 from compress.data import Dataset
 from compress.errors import CompressError, ModelError
 from compress.evaluate.feeding import Fed
-from compress.graph.metadata import input_facts
 from compress.graph.preprocess import prepare, read_onnx
 from compress.quantize.qat.network import OnnxNetwork
 from compress.recipe.settings import ModelSettings, Recipe, Settings, TrainSettings
@@ -54,7 +52,6 @@ def as_torch(reference: str | Path, settings: ModelSettings | None = None) -> nn
             0, known.name, known.weights, known.num_classes, options=known.options
         )
     model = prepare(read_onnx(reference), str(reference), fold=False)
-    network, layout = OnnxNetwork(model), input_facts(model).get("layout")
     kinds = [value.type.tensor_type.elem_type for value in model.graph.input]
     if kinds != [TensorProto.FLOAT]:
         shown = ", ".join(TensorProto.DataType.Name(kind).lower() for kind in kinds)
@@ -63,19 +60,7 @@ def as_torch(reference: str | Path, settings: ModelSettings | None = None) -> nn
             where=str(reference),
             fix="Calibrate on images: --data images:FOLDER",
         )
-    return _ChannelsFirst(network) if layout == "NHWC" else network
-
-
-class _ChannelsFirst(nn.Module):
-    """A network of (B, H, W, C) that takes (B, C, H, W)."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Any:
-        """Return what the network returns."""
-        return self.network(images.permute(0, 2, 3, 1))
+    return OnnxNetwork(model)
 
 
 def build_original(recipe: Recipe, dataset: Dataset, task: Task) -> nn.Module:

@@ -157,6 +157,7 @@ def test_a_disk_that_is_full_at_any_time(small, whole, tmp_path, tried):
 
 
 @is_root
+@pytest.mark.slow
 def test_a_run_folder_that_is_read_only(small, whole, tmp_path, tried):
     tried("a folder that is read-only: a new run, a finished one run again, its report", 3)
     with disk(tmp_path / "disk", 4096) as again:

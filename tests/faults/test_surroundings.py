@@ -55,6 +55,7 @@ def test_without_a_place_for_temporary_files(small, tmp_path, tried):
     assert "Set TMPDIR" in ended.sentence
 
 
+@pytest.mark.slow
 def test_a_locale_without_letters(whole, tmp_path, tried):
     """ASCII from end to end, as in a bare container or a cron job of old."""
     tried("locale C, output in ASCII: doctor, list, report, a path with umlauts that is absent", 4)
@@ -77,12 +78,10 @@ ODD = {
     "long": "n" * 200,
     "deep": "/".join(["d" * 100] * 12),
 }
-SLOW = {"no text", "long", "deep"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in ODD]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ODD)
 def test_odd_paths(name, small, whole, tmp_path, tried):
     """A run, its report, its check, its bundle and a lint in folders that few people make."""
     tried("a folder with an odd name: run, report, verify, lint, bundle", 5)

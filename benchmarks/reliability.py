@@ -98,6 +98,7 @@ def tests(
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.xml"
         command = [sys.executable, "-m", "pytest", "-q", *map(str, modules), f"--junitxml={found}"]
+        command += ["--tb=short", "-o", "junit_family=xunit1"]  # the other has no properties
         command += [] if fast else ["-m", "not gpu"]
         command += ["-k", select] if select else []
         code = subprocess.run(command, cwd=ROOT).returncode

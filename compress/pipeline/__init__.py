@@ -62,7 +62,8 @@ def run(
     """
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
-    with opened(chosen, out, processes, fresh=fresh) as job:
+    where = chosen.name if isinstance(source, Recipe) else str(source)
+    with opened(chosen, out, processes, where=where, fresh=fresh) as job:
         outcomes, variants = [], tuple[Variant, ...]()
         stages = list(stages_of(job.recipe))
         for number, (verb, settings) in enumerate(stages):
@@ -82,21 +83,26 @@ def run(
 
 @contextlib.contextmanager
 def opened(
-    chosen: Recipe, out: str | Path | None, processes: Processes, *, fresh: bool = False
+    chosen: Recipe,
+    out: str | Path | None,
+    processes: Processes,
+    *,
+    where: str,
+    fresh: bool = False,
 ) -> Iterator[Job]:
-    """Yield a run whose recipe was checked and whose folder this process holds.
+    """Yield a run whose recipe, which came from ``where``, was checked and whose folder is held.
 
     Raises:
         CompressError: the recipe cannot be run, or the folder is another run's.
     """
-    preflight(chosen, where=chosen.name, read_data=False)
+    preflight(chosen, where=where, read_data=False)
     dataset, task = prepared(chosen)
     root = Path(out or default_folder(chosen))
     with artifact.scratch():
         pass  # exporters and runtimes need one, and tell its absence badly
     with held(root) if processes.is_main else contextlib.nullcontext():
         if not any(root.glob(f"00-*/{DONE_FILE}")):
-            try_network(chosen, dataset, task, where=chosen.name)
+            try_network(chosen, dataset, task, where=where)
             for line in cautions.of_splits(dataset):
                 progress.warn(line)
         chosen = loading.from_anywhere(chosen)

@@ -93,6 +93,9 @@ def test_check_lists_the_problems_of_all_recipes(compress, recipe, tmp_path):
     assert f"{worse}: model.name: none.py: no such file." in err
     assert f"{worse}: model.weights: no such file 'none.pth'." in err
     assert f"{worse}: data: /none: no such file or folder." in err
+    code, _, err = compress("run", worse, "--trust")
+    assert code == 2
+    assert f"compress: {worse}: model.name: none.py: no such file." in err
 
 
 @pytest.mark.parametrize("kind", ["criteria", "losses", "observers", "runtimes", "data"])

@@ -350,7 +350,7 @@ def written(proposal: Proposal, out: Path) -> str:
         ),
         "gates: # compress run exits with 1 where one of these is missed",
         f"  metric_drop: 2.0 # largest loss of {proposal.primary}, in its unit",
-        "  size_ratio: 3.0 # the original's file over the result's",
+        "  # size_ratio: 3.0 # the original's file over the result's",
     ]
     return "\n".join(lines) + "\n"
 

@@ -105,14 +105,14 @@ def gates(
                 variant=variant.name,
                 runtime=result.runtime,
                 batch=result.batch,
-                metric=result.primary if name == "metric_drop" else None,
+                metric=(result.primary or "top-1") if name == "metric_drop" else None,
                 unit=_unit(result) if name == "metric_drop" else None,
                 reason=reason,
             )
 
 
 def _unit(result: schema.Result) -> str | None:
-    return None if result.main_metric is None else result.main_metric.unit
+    return "pct" if result.main_metric is None else result.main_metric.unit
 
 
 def _last_results(

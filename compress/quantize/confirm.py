@@ -22,6 +22,7 @@ from compress.quantize.images import Feed
 from compress.quantize.planning_graph import SELECTING
 from compress.quantize.sqnr import answers_each, portions, sqnr_each
 from compress.quantize.workbench import Workbench
+from compress.runtimes import BuildRequest
 
 IMAGES = 4  # that the runtime answers
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
@@ -37,13 +38,11 @@ class Confirmation:
         prepared: The fp32 graph, with all inputs of the file.
         feed: Images, and the values of inputs that are none.
         fixed: The batch that the graph fixes, or None.
-        target: The runtime.
     """
 
     prepared: ModelProto
     feed: Feed
     fixed: int | None
-    target: str
 
     @property
     def names(self) -> list[str]:
@@ -56,8 +55,8 @@ class Confirmation:
         outputs = [output.name for output in self.prepared.graph.output]
         return [name for name in outputs if name not in selected and graph.is_float(name)]
 
-    def losses(self, written: ModelProto) -> list[str]:
-        """Return a sentence for each output that the runtime computes wrongly.
+    def losses(self, written: ModelProto, runtime: str) -> list[str]:
+        """Return a sentence for each output that ``runtime`` computes wrongly.
 
         Raises:
             EngineError: the runtime cannot load or run the graph.
@@ -66,7 +65,7 @@ class Confirmation:
         feeds = list(self._feeds())
         wanted = answers_each(self.prepared, feeds, names=names)
         expected = answers_each(written, feeds, names=names)
-        found = self._in_runtime(written, feeds, names)
+        found = self._in_runtime(written, feeds, names, runtime)
         lost = []
         for k, name in enumerate(names):
             for want, should, got in zip(wanted, expected, found, strict=True):
@@ -84,13 +83,18 @@ class Confirmation:
         return list(portions(some, batch))
 
     def _in_runtime(
-        self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str]
+        self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str], runtime: str
     ) -> list[list[NDArray[Any]]]:
+        plugin = plugins.create("runtimes", runtime)
         with scratch() as folder:
             path = folder / "model.onnx"
             onnx.save(written, str(path))
+            if plugin.opens == "engine":
+                engine = path.with_suffix(plugin.extension)
+                plugin.build(path, engine, BuildRequest.checked(self.fixed or 1, None))
+                path = engine
             # its own session: ours wants a batch, and an input that is no image has none
-            session = plugins.create("runtimes", self.target).open(path)
+            session = plugin.open(path)
             order = [spec.name for spec in session.inputs]
             outputs = [output.name for output in written.graph.output]
             found = []
@@ -105,41 +109,48 @@ class Confirmation:
 def confirmed(
     bench: Workbench, plan: QuantPlan, confirmation: Confirmation
 ) -> tuple[QuantPlan, ModelProto]:
-    """Return ``plan`` and its graph, once the target's own runtime has computed it rightly.
+    """Return ``plan`` and its graph, once a runtime that it was made for has computed it rightly.
 
     Where it does not, it is asked again with weights of 7 bits (kernels for CPUs without VNNI add
     pairs of 8 bit products in 16 bits, which overflow), then with the last layers in float. A
-    target whose runtime is not installed here, or lacks its hardware, is noted as not asked.
+    target without a runtime that is installed here and has its hardware is noted as not asked.
 
     Raises:
         QuantizationError: the runtime computes wrong answers all the same.
     """
-    from compress.runtimes import unavailable
-
     prepared = confirmation.prepared
     written = write_qdq(prepared, plan)
-    absent = unavailable(plan.target)
-    if absent is not None:
-        note = f"not judged in {plan.target} itself: {absent}"
-        return plan.changed(notes=(*plan.notes, note)), written
-    lost = still = confirmation.losses(written)
+    absent = _unavailable(plan.target)
+    runtime = next((name for name, why in absent.items() if why is None), None)
+    if runtime is None:
+        whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
+        return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
+    lost = still = confirmation.losses(written, runtime)
     for remedies in ([seven_bits], [ends_in_float], [seven_bits, ends_in_float]) if lost else ():
         safer = plan
         for remedy in remedies:
             safer = remedy(bench, safer)
         written = write_qdq(prepared, safer)
-        still = confirmation.losses(written)
+        still = confirmation.losses(written, runtime)
         if not still:
             said = " and ".join(_SAID[remedy.__name__] for remedy in remedies)
-            note = f"{said}: else {plan.target} computes {'; '.join(lost)}"
+            note = f"{said}: else {runtime} computes {'; '.join(lost)}"
             return safer.changed(notes=(*safer.notes, note)), written
     if still:
         raise QuantizationError(
-            f"{plan.target} computes the int8 graph wrongly: {'; '.join(lost)}",
+            f"{runtime} computes the int8 graph wrongly: {'; '.join(lost)}",
             expected="what Q and DQ computed in float give",
             fix="Leave layers near these outputs in float with --exclude, or use another runtime",
         )
     return plan, written
+
+
+def _unavailable(target: str) -> dict[str, str | None]:
+    """Return, for each runtime that runs graphs for ``target``, why it cannot here, or None."""
+    from compress.runtimes import facts, unavailable
+
+    names = [n for n in plugins.names("runtimes") if facts(n).int8_form == target]
+    return {name: unavailable(name) for name in names}
 
 
 _SAID = {

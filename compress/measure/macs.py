@@ -236,7 +236,7 @@ def size_mib(path: Path) -> float:
     if path.suffix == ".xml" and path.with_suffix(".bin").is_file():
         parts.add(path.with_suffix(".bin"))
     if path.suffix == ".onnx":
-        parts |= _external_files(path)
+        parts = files.parts(path)
     return sum(part.stat().st_size for part in parts) / MIB
 
 
@@ -252,17 +252,6 @@ def zero_weights_pct(path: Path) -> float:
             zeros += values.size - int(np.count_nonzero(values))
             total += values.size
     return 100 * zeros / max(1, total)
-
-
-def _external_files(path: Path) -> set[Path]:
-    graph = files.load(path, weights=False).graph
-    names = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return {path.parent / name for name in names if (path.parent / name).is_file()}
 
 
 def onnx_params(graph: onnx.GraphProto) -> int:

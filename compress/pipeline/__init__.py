@@ -1,4 +1,4 @@
-"""The whole story: one recipe through its stages to engines and a report."""
+"""Run a recipe: open the run, its stages, measurements, report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
 from compress.pipeline.context import Job, Variant
+from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
 from compress.pipeline.report_rows import assemble
@@ -77,8 +78,9 @@ def run(
         if not processes.is_main:
             return None
         folder = job.run.stage(len(stages), MEASURE)
-        measured = measured_once(job, folder, partial(measure_targets, job, variants, folder))
-        return report.write(assemble(job, variants, outcomes, measured, folder), job.run.root)
+        judged = JudgedPredictions(folder, job.dataset)
+        measured = measured_once(job, folder, partial(measure_targets, job, variants, judged))
+        return report.write(assemble(job, variants, outcomes, measured, judged), job.run.root)
 
 
 @contextlib.contextmanager

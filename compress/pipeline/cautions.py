@@ -1,4 +1,4 @@
-"""What is likely to be a mistake of the recipe's, said before the work that it would spoil."""
+"""Warnings about likely mistakes of a recipe, before the work that they would spoil."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
@@ -125,15 +126,18 @@ def tail(nodes: Sequence[NodeProto]) -> set[str]:
     return found
 
 
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+def attribute(node: NodeProto | ir.Node, name: str, default: Any = None) -> Any:
     """Return the value of an attribute of ``node``."""
+    if isinstance(node, ir.Node):
+        item = node.attributes.get(name)
+        return default if item is None else item.value
     for found in node.attribute:
         if found.name == name:
             return onnx.helper.get_attribute_value(found)
     return default
 
 
-def channel_axis(node: NodeProto) -> int:
+def channel_axis(node: NodeProto | ir.Node) -> int:
     """Return which dimension of the weight of ``node`` is its output channel.
 
     A grouped ConvTranspose shares one slice of dimension 1 among its groups.

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from compress.artifact import replacing
 from compress.errors import DataError
+from compress.graph.model import WEIGHTED
 from compress.graph.values import Graph, label
 from compress.measure.macs import node_macs
 from compress.progress import track
 from compress.qdq import QuantPlan, prepare, write_qdq
-from compress.qdq.lint.patterns import WEIGHTED, Pair, Weight, pair_before, weight_of
+from compress.qdq.lint.patterns import Pair, Weight, pair_before, weight_of
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.quantize.sessions import session_of, with_outputs
 from compress.tasks import TOP1, Primary, Task, primary_of, values_of

@@ -9,18 +9,10 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from compress.graph.model import BIAS_LIMIT, attribute
+from compress.graph.model import BIAS_LIMIT, WEIGHTED, attribute
 from compress.graph.values import Array, Graph, constant, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import (
-    DQ,
-    WEIGHTED,
-    Weight,
-    numbers_of,
-    pair_before,
-    store_weight,
-    weight_of,
-)
+from compress.qdq.lint.patterns import DQ, Weight, numbers_of, pair_before, store_weight, weight_of
 from compress.qdq.writer import add_dequantize
 
 LARGEST = BIAS_LIMIT * (1 + 1e-6)  # what the writer aims at, rounded to float32, is no overflow

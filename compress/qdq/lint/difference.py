@@ -10,19 +10,10 @@ import onnx_ir as ir
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from compress.graph import model as float_graph
-from compress.graph.model import attribute
+from compress.graph.model import WEIGHTED, attribute
 from compress.graph.values import Array, Graph, constant, label, maker, name_of
 from compress.graph.weightless import LARGEST, infer_shapes
-from compress.qdq.lint.patterns import (
-    DQ,
-    WEIGHTED,
-    Pair,
-    Q,
-    is_quantized,
-    pair_before,
-    pairs_on,
-    weight_of,
-)
+from compress.qdq.lint.patterns import DQ, Pair, Q, is_quantized, pair_before, pairs_on, weight_of
 from compress.qdq.placement import Placement, place
 
 
@@ -81,7 +72,7 @@ def source_of(value: ir.Value | None) -> ir.Value | None:
 
 
 def _is_left(node: ir.Node, target: str) -> bool:
-    if weight_of(node) is not None:
+    if weight_of(node) is not None or _constant(node.inputs[1]) is None:
         return False
     return target != "tensorrt" or not is_quantized(node.inputs[0])  # which rounds weights itself
 

@@ -8,9 +8,10 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from compress.graph.model import WEIGHTED
 from compress.graph.values import Graph, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import MOVING, WEIGHTED, Pair, pair_before, pairs
+from compress.qdq.lint.patterns import MOVING, Pair, pair_before, pairs
 from compress.qdq.lint.placement import bypass
 
 UP_TO_ONE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})

@@ -8,15 +8,14 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from compress.graph.model import ACTIVATIONS, WEIGHTED
 from compress.graph.reshapes import is_spatial_mean, write_pool
 from compress.graph.values import Array, Graph, label, maker, name_of
 from compress.qdq.lint.difference import wanted
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
-    ACTIVATIONS,
     MOVING,
     UINT8,
-    WEIGHTED,
     Q,
     insert_pair,
     is_never_negative,

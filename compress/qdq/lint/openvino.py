@@ -7,10 +7,11 @@ from functools import partial
 
 import onnx_ir as ir
 
+from compress.graph.model import WEIGHTED
 from compress.graph.reshapes import constant_targets, set_target
 from compress.graph.values import Graph, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import WEIGHTED, Pair, is_quantized, pair_before
+from compress.qdq.lint.patterns import Pair, is_quantized, pair_before
 from compress.qdq.lint.placement import bypass
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from compress.graph.model import ACTIVATIONS, WEIGHTED, attribute, channel_axis
+from compress.graph.model import WEIGHTED, attribute, channel_axis
 from compress.graph.values import Array, Graph, constant, maker, set_attribute, set_input
 from compress.qdq.placement import SAME_SCALE
 from compress.qdq.writer import add_pair, along, encode
@@ -28,8 +28,6 @@ KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Mul", "Max", "Sum"})
 SMALLEST_SCALE = 2.0**-14  # smallest normal fp16: stays positive when the graph goes to fp16
 INT8 = np.dtype(np.int8)
 UINT8 = np.dtype(np.uint8)
-
-__all__ = ["ACTIVATIONS", "DQ", "INT8", "MOVING", "SMALLEST_SCALE", "UINT8", "WEIGHTED", "Q"]
 
 
 @dataclass(frozen=True)

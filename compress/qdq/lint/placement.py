@@ -8,14 +8,12 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from compress.graph.model import attribute
+from compress.graph.model import ACTIVATIONS, WEIGHTED, attribute
 from compress.graph.values import Graph, constant, is_read_once, label, maker, set_input
 from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
-    ACTIVATIONS,
     DQ,
-    WEIGHTED,
     Pair,
     Q,
     Weight,

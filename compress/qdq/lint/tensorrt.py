@@ -10,20 +10,12 @@ from functools import partial
 
 import onnx_ir as ir
 
+from compress.graph.model import WEIGHTED
 from compress.graph.values import Graph, constant, label, maker
 from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.difference import Wanted, wanted
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import (
-    DQ,
-    MOVING,
-    WEIGHTED,
-    Pair,
-    Q,
-    is_quantized,
-    pair_before,
-    pairs,
-)
+from compress.qdq.lint.patterns import DQ, MOVING, Pair, Q, is_quantized, pair_before, pairs
 from compress.qdq.lint.placement import bypass, quantize_weight
 
 

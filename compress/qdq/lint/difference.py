@@ -33,10 +33,6 @@ class Wanted:
         """Return whether anything is to read ``value`` quantized."""
         return name_of(value) in self.placement.readers
 
-    def has_weight(self, node: ir.Node) -> bool:
-        """Return whether the weight of ``node`` is to be quantized."""
-        return self.names.get(node) in self.placement.weights
-
     def missing(self, graph: Graph) -> Iterator[tuple[ir.Node, int, Pair | None]]:
         """Yield inputs that are read in float and are to be read quantized; a pair of the tensor.
 

@@ -131,8 +131,8 @@ def tracked(recipe: Recipe, tracker: str | None) -> Recipe:
     return recipe if tracker is None else loading.tracked(recipe, tracker)
 
 
-def finish(recipe: Recipe, out: Path | None, *, fresh: bool) -> None:
-    """Run a recipe and print its summary.
+def finish(recipe: Recipe, out: Path | None, *, fresh: bool, where: str = "") -> None:
+    """Run a recipe, which came from the file ``where`` or from options, and print its summary.
 
     Raises:
         Exit: one of its gates failed.
@@ -142,7 +142,7 @@ def finish(recipe: Recipe, out: Path | None, *, fresh: bool) -> None:
     from compress.report.run_folder import default_folder
 
     folder = out or default_folder(recipe)
-    report = pipeline.run(recipe, folder, fresh=fresh)
+    report = pipeline.run(recipe, folder, fresh=fresh, where=where)
     if report is None:  # another process of the same torchrun reports
         return
     say(summary(report, folder))

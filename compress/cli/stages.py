@@ -75,7 +75,7 @@ def run(
         preflight(resolved, where=str(recipe))
         say(dump(resolved))
     else:
-        finish(tracked(loaded(recipe, overrides), track), out, fresh=fresh)
+        finish(tracked(loaded(recipe, overrides), track), out, fresh=fresh, where=str(recipe))
 
 
 def train(

@@ -42,6 +42,7 @@ def run(
     *,
     overrides: Sequence[str] = (),
     fresh: bool = False,
+    where: str = "",
 ) -> Report | None:
     """Carry out a recipe and write its report.
 
@@ -53,6 +54,7 @@ def run(
         out: Folder of the run; ``runs/NAME`` if absent, with a number where another run has it.
         overrides: ``key.path=value`` each, over what the file says.
         fresh: Start over, removing what an earlier run left in ``out``.
+        where: What messages call the recipe; its file or its name if absent.
 
     Returns:
         The report; None in the processes of a torchrun that only help to train.
@@ -63,7 +65,7 @@ def run(
     """
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
-    where = chosen.name if isinstance(source, Recipe) else str(source)
+    where = where or (chosen.name if isinstance(source, Recipe) else str(source))
     with opened(chosen, out, processes, where=where, fresh=fresh) as job:
         outcomes, variants = [], tuple[Variant, ...]()
         stages = list(stages_of(job.recipe))

@@ -217,7 +217,7 @@ def test_classes_that_do_not_match_are_refused_before_any_work(compress, recipe,
     path = recipe(model=RECIPE["model"] | {"num_classes": 7})
     code, _, err = compress("run", path, "--out", tmp_path / "run")
     assert code == 2
-    assert "mine: model: " in err
+    assert "mine.yaml: model: " in err
     assert "output has shape (1, 7) and the data has 10 classes" in err
     assert not (tmp_path / "run").exists()
 

@@ -201,6 +201,24 @@ def test_rounding_with_feedback_answers_better_than_rounding_to_nearest():
     assert errors[0] < 0.6 * errors[1]
 
 
+def test_rounding_in_blocks_equals_rounding_one_weight_after_the_other():
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, 600, 150)).astype(np.float32)
+    weight = random.standard_normal((2, 5, 150))
+    codes, scales = fit_codes(x, weight)
+    for group in range(2):
+        gram = (x[group].T @ x[group]).astype(np.float64)
+        gram += 0.02 * np.diag(gram).mean() * np.eye(150)
+        upper = np.linalg.cholesky(np.linalg.inv(gram)).T  # Frantar et al., algorithm 1
+        left, expected = weight[group].copy(), np.zeros((5, 150))
+        for k in range(150):
+            step = scales[group]
+            expected[:, k] = np.clip(np.rint(left[:, k] / step), -127, 127)
+            error = (left[:, k] - expected[:, k] * step) / upper[k, k]
+            left[:, k:] -= error[:, None] * upper[k, k:]
+        assert (codes[group] == expected).mean() > 0.999  # ties may fall either way
+
+
 @pytest.mark.parametrize(("group", "stride", "dilation"), [(1, 1, 1), (8, 2, 1), (2, 1, 2)])
 def test_patches_times_weights_is_the_convolution(group, stride, dilation):
     s = Sketch((8, 9, 9))

@@ -18,6 +18,7 @@ MOST_LAYERS = 3
 MOST_MACS_PCT = 15.0  # of one layer
 _GAIN_DB = 2.0  # of the weakest output, for which a layer is worth its time
 _PARTS = 8
+TRIED = "to see what it costs"
 
 
 def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
@@ -42,7 +43,7 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
             if found is None:
                 break
             share = 100 * macs.get(next(n.output[0] for n in graph.nodes if n.name == found), 0)
-            better = plan.keep_float([found], "")
+            better = plan.keep_float([found], TRIED)
             before, after = bench.each_db(plan), bench.each_db(better)
             gain = weakest_db(after) - weakest_db(before)
             closer = gain >= _GAIN_DB and mean_db(after) - mean_db(before) >= _GAIN_DB / 2
@@ -61,7 +62,7 @@ def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str
         return None
     parts = _split(names, _PARTS)
     while True:
-        best = max(parts, key=lambda part: weakest_db(bench.each_db(plan.keep_float(part, ""))))
+        best = max(parts, key=lambda part: weakest_db(bench.each_db(plan.keep_float(part, TRIED))))
         if len(best) == 1:
             return best[0]
         parts = _split(best, 2)

@@ -157,9 +157,8 @@ class Detection(Task):
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the boxes that have a score of 0.3 or more."""
         seen = _confident(prediction)
-        rows = self.describe([prediction], [""])[0]
-        texts = [f"{row['class']} {row['score']:.2f}" for row in rows]
-        return boxed(image, seen["boxes"], seen["labels"], texts)
+        names = [self.name_of(int(k)) for k in seen["labels"]]
+        return boxed(image, seen["boxes"], seen["labels"], names, seen["scores"])
 
     def truth(self, target: Target) -> Prediction:
         """Return the objects that are to be found, as boxes of score 1."""
@@ -179,12 +178,9 @@ class Detection(Task):
         parts = [("lost", _without(before, after)), ("new", _without(after, before))]
         boxes = np.concatenate([seen["boxes"] for _, seen in parts])
         kinds = np.repeat([0, 1], [len(seen["boxes"]) for _, seen in parts])
-        texts = [
-            f"{word} {self.name_of(int(k))} {score:.2f}"
-            for word, seen in parts
-            for k, score in zip(seen["labels"], seen["scores"], strict=True)
-        ]
-        return boxed(image, boxes, kinds, texts)
+        names = [f"{word} {self.name_of(int(k))}" for word, seen in parts for k in seen["labels"]]
+        scores = np.concatenate([seen["scores"] for _, seen in parts])
+        return boxed(image, boxes, kinds, names, scores)
 
     def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return the first of several (B, rows, places): the others are what it is made of."""
@@ -329,7 +325,9 @@ def _matched(iou: Array, ignored: Array) -> Array:
 
 
 def _confident(prediction: Prediction) -> Prediction:
-    kept = prediction["scores"] >= DRAWN_SCORE
+    """Return the boxes of a score of 0.3 or more; those without an area overlap nothing."""
+    has_area = (prediction["boxes"][:, 2:] > prediction["boxes"][:, :2]).all(1)
+    kept = has_area & (prediction["scores"] >= DRAWN_SCORE)
     return {name: value[kept] for name, value in prediction.items()}
 
 

@@ -346,6 +346,7 @@ def export(
         int | None, typer.Option(help="ONNX operator set; 20 if absent, which every runtime reads")
     ] = None,
     softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
+    nms: Annotated[bool, typer.Option("--nms", help="Return a detector's boxes after NMS")] = False,
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch/--dynamic-batch", help="Batch of 1, or any")
     ] = False,

@@ -30,6 +30,7 @@ def export(given: Given) -> str:
 
     from compress.evaluate.feeding import carried
     from compress.export import export_onnx
+    from compress.graph.nms import Nms
     from compress.measure import count, count_onnx, size_mib
     from compress.models import check_forward, load_model, model_folder
 
@@ -45,6 +46,7 @@ def export(given: Given) -> str:
         given["out"],
         opset=given["opset"],
         softmax=given["softmax"],
+        nms=Nms() if given["nms"] else None,
         dynamic_batch=not given["fixed_batch"],
         dynamic_size=given["dynamic_size"],
         outputs=given["outputs"].split(",") if given["outputs"] else None,

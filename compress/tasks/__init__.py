@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from compress import plugins, statistics
 from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
 from compress.statistics import Interval
+
+if TYPE_CHECKING:
+    from compress.graph.nms import Nms
 
 Array = NDArray[Any]
 Prediction = dict[str, Array]  # of one image, by name: "label", "boxes", "class_map", ...
@@ -240,6 +243,10 @@ class Task(abc.ABC):
         Args:
             outputs: Tensors that the network returns, by their places.
         """
+        return None
+
+    def ending(self) -> Nms | None:
+        """Return the NMS that exported files end in; None: they end as the network does."""
         return None
 
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,7 @@ FULL = {  # by the error's number: what it means, and what to do
     errno.EFBIG: ("is larger than a file may be here", "Raise the limit (ulimit -f)"),
 }
 TEMPORARY = ".compress-writing-"  # begins the name of a file that is not yet whole
+TICK_NS = 10_000_000  # of the clock by which changes of files are dated, at most
 LARGEST_TEXT = 1 << 28  # bytes of JSON or YAML: a report with all its images has some MiB
 
 
@@ -107,9 +109,26 @@ def check(root: Path, path: str, digest: str) -> Finding | None:
 
 
 def sha256(path: Path) -> str:
-    """Return the hex SHA-256 of a file."""
+    """Return the hex SHA-256 of a file, which is read again only when it has changed."""
+    return _digest(path, state_of(path))
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, state: tuple[int, ...]) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def state_of(path: Path) -> tuple[int, ...]:
+    """Return numbers of a file that differ after any change of it: what is known of it can be kept.
+
+    A change within the same tick of the clock would not show, so this waits for the next one.
+    """
+    found = path.stat()
+    while 0 <= (age := time.time_ns() - found.st_ctime_ns) < TICK_NS:
+        time.sleep((TICK_NS - age) / 1e9)
+        found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 @contextlib.contextmanager

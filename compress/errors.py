@@ -119,7 +119,7 @@ class RunError(CompressError):
 
 @contextlib.contextmanager
 def boundary(
-    kind: type[CompressError], what: str, *, where: str = "", expected: str = "", fix: str = ""
+    kind: type[CompressError], what: str, *, where: str = "", fix: str = ""
 ) -> Iterator[None]:
     """Turn whatever is raised while a file of somebody else is read into one error of ours.
 
@@ -129,8 +129,7 @@ def boundary(
     Args:
         kind: The error that is raised instead.
         what: What is wrong; the first line of the cause is added.
-        where: As in CompressError, like the rest.
-        expected: As in CompressError.
+        where: As in CompressError.
         fix: As in CompressError.
     """
     try:
@@ -140,7 +139,7 @@ def boundary(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:LONGEST_REASON]
         cause = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
-        raise kind(f"{what}: {cause}", where=where, expected=expected, fix=fix) from error
+        raise kind(f"{what}: {cause}", where=where, fix=fix) from error
 
 
 def printable(text: str) -> str:

@@ -15,6 +15,7 @@ Floats = NDArray[np.floating[Any]]
 Interval = tuple[float, float]
 
 SETTLED_POINTS = 1.0  # a larger loss that is not ruled out is no "no difference"
+LEVEL = 0.95  # share of samples whose interval holds the true value
 RESAMPLES = 1000  # bootstrap draws: the ends of an interval move by 3 % of its width
 
 
@@ -123,32 +124,26 @@ def _tango(lost: int, won: int, total: int, z: float) -> Interval:
     return float(low), float(high)
 
 
-def quantile_interval(
-    blocks: Floats, q: float, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    """Return the block bootstrap interval of a quantile of all values.
+def quantile_interval(blocks: Floats, q: float, *, resamples: int = RESAMPLES) -> Interval:
+    """Return the 95 % block bootstrap interval of a quantile of all values.
 
     Args:
         blocks: Values, (R, n): R rounds of n. Rounds are drawn whole, because values within one
             are not independent of each other.
         q: Which quantile, in (0, 1); 0.5 is the median.
-        level: Coverage.
         resamples: Bootstrap draws.
-        seed: Of the draws.
     """
-    drawn = _draws(len(blocks), resamples, seed)
-    return _ends(_quantiles(blocks, drawn, q), level)
+    return _ends(_quantiles(blocks, _draws(len(blocks), resamples, seed=0), q))
 
 
 def ratio_interval(
     reference: Floats,
     candidate: Floats,
     *,
-    level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval:
-    """Return the paired block bootstrap interval of median(reference) / median(candidate).
+    """Return the paired 95 % block bootstrap interval of median(reference) / median(candidate).
 
     Round i of the one was timed beside round i of the other, so rounds are drawn in pairs: what
     slows the machine down for a while hits both and leaves the ratio alone.
@@ -156,7 +151,6 @@ def ratio_interval(
     Args:
         reference: Positive values, (R, n).
         candidate: Positive values, (R, m).
-        level: Coverage.
         resamples: Bootstrap draws.
         seed: Of the draws.
 
@@ -170,7 +164,7 @@ def ratio_interval(
     if min(reference.min(), candidate.min()) <= 0:
         raise UsageError("a ratio needs positive values", expected="values > 0")
     drawn = _draws(len(reference), resamples, seed)
-    return _ends(_quantiles(reference, drawn, 0.5) / _quantiles(candidate, drawn, 0.5), level)
+    return _ends(_quantiles(reference, drawn, 0.5) / _quantiles(candidate, drawn, 0.5))
 
 
 @dataclass(frozen=True)
@@ -267,8 +261,8 @@ def _quantiles(blocks: Floats, drawn: NDArray[np.int32], q: float) -> Floats:
     return found
 
 
-def _ends(values: Floats, level: float) -> Interval:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+def _ends(values: Floats) -> Interval:
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

@@ -1,4 +1,4 @@
-"""What options and arguments of several commands are: their types, help and completion."""
+"""Options and arguments that several commands share: types, help texts and shell completion."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ from typing import Annotated
 
 import typer
 
-from compress.cli import commands
+from compress import plugins
 from compress.trust import allow_all
+
+RECIPES, STAGES = "recipes", "stages"  # shown as plug-ins are, though they are none
+SHOWN = (*plugins.KINDS, RECIPES, STAGES)
 
 Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py:FACTORY, ...")]
 Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder:ROOT, ...")]
@@ -28,38 +31,42 @@ ImageSize = Annotated[
 Mean = Annotated[
     str | None,
     typer.Option(
-        help="Of images in --input-range: 0.5,0.5,0.5; the file's or the data's if absent"
+        help="Mean of each channel, for normalization: 0.5,0.5,0.5; the file's or data's if absent"
     ),
 ]
 Std = Annotated[
     str | None,
     typer.Option(
-        help="Of images in --input-range: 0.2,0.2,0.2; the file's or the data's if absent"
+        help="Standard deviation of each channel: 0.2,0.2,0.2; the file's or data's if absent"
     ),
 ]
 Range = Annotated[
     str | None,
-    typer.Option(help="Black and white of the input before mean and std: 0,255; 0,1 if absent"),
+    typer.Option(help="Pixel values of black and white before normalization: 0,255; 0,1 if absent"),
 ]
 Color = Annotated[
     str | None, typer.Option(help="Order of the network's channels: BGR; RGB if absent")
 ]
 Layout = Annotated[
-    str | None, typer.Option(help="Of an ONNX file's input: NHWC; by its shape if absent")
+    str | None,
+    typer.Option(help="Dimension order of an ONNX file's input: NHWC; by its shape if absent"),
 ]
 Inputs = Annotated[
     list[str] | None,
-    typer.Option("--input", help="Of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"),
+    typer.Option(
+        "--input", help="Value of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"
+    ),
 ]
 FixedSize = Annotated[
-    str | None, typer.Option(help="C,H,W that free sizes of the file get; they stay if absent")
+    str | None,
+    typer.Option(help="C,H,W to fix free sizes of the file's input to; they stay free if absent"),
 ]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
 ]
 Workers = Annotated[int | None, typer.Option(help="Threads that decode image files; 0 if absent")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
-After = Annotated[int | None, typer.Option(help="Epochs of training after it; none if absent")]
+After = Annotated[int | None, typer.Option(help="Epochs of fine-tuning afterwards; none if absent")]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -79,14 +86,17 @@ TaskName = Annotated[
     str | None, typer.Option("--task", help="See: compress list tasks; that of the data if absent")
 ]
 Outputs = Annotated[
-    str | None, typer.Option(help="Outputs that count, by place: 0,1.boxes; the others may change")
+    str | None,
+    typer.Option(
+        help="Outputs whose channels stay, by place: 0,1.boxes; the others may lose channels"
+    ),
 ]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
         callback=lambda given: _trust(given),
-        help="Run code that recipes, run folders and .pt files hold or name; engines of others",
+        help="Run code that recipes, run folders or .pt files hold; load engines built by others",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random")]
@@ -95,11 +105,20 @@ Precision = Annotated[
 ]
 
 
+def names_of(kind: str) -> list[str]:
+    """Return what there is of a kind, by name."""
+    from compress.recipe.loading import packaged_recipes, stage_settings
+
+    if kind == RECIPES:
+        return sorted(packaged_recipes())
+    return sorted(stage_settings()) if kind == STAGES else plugins.names(kind)
+
+
 def names(kind: str) -> Callable[[str], list[str]]:
     """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
 
     def completed(incomplete: str) -> list[str]:
-        return [name for name in commands.names_of(kind) if name.startswith(incomplete)]
+        return [name for name in names_of(kind) if name.startswith(incomplete)]
 
     return completed
 
@@ -108,14 +127,14 @@ def shown(incomplete: str) -> list[str]:
     """Complete KIND/NAME."""
     kind, slash, name = incomplete.partition("/")
     if not slash:
-        return [f"{each}/" for each in commands.SHOWN if each.startswith(kind)]
-    known = commands.names_of(kind) if kind in commands.SHOWN else []
+        return [f"{each}/" for each in SHOWN if each.startswith(kind)]
+    known = names_of(kind) if kind in SHOWN else []
     return [f"{kind}/{each}" for each in known if each.startswith(name)]
 
 
 def kinds(incomplete: str) -> list[str]:
     """Complete KIND."""
-    return [each for each in commands.SHOWN if each.startswith(incomplete)]
+    return [each for each in SHOWN if each.startswith(incomplete)]
 
 
 def _trust(given: bool) -> bool:

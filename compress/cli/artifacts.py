@@ -1,31 +1,64 @@
-"""Commands about files: write, build, measure, compare, mend, check and pack them."""
+"""Commands about files: export, build, predict, lint, split and pack them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
+
+import typer
 
 from compress.artifact import scratch
-from compress.cli.options import (
-    INPUT_SIZE,
-    Given,
-    data_settings,
-    integers,
-    load_dataset,
-    write_numbers,
+from compress.cli.arguments import (
+    Color,
+    FixedSize,
+    Inputs,
+    Json,
+    Layout,
+    Model,
+    Precision,
+    Range,
+    Threads,
+    Trust,
+    Weights,
+    names,
 )
+from compress.cli.exits import GATE_FAILED
+from compress.cli.options import INPUT_SIZE, data_settings, integers
+from compress.cli.output import say, write_numbers
 from compress.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 BATCH_RANGE = "3 whole numbers, the smallest, usual and largest batch: 1,1,8"
 
 
-def export(given: Given) -> str:
-    """Write a network as ONNX and say what was written."""
+def export(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", help="ONNX file to write")],
+    weights: Weights = None,
+    num_classes: Annotated[
+        int | None,
+        typer.Option("--num-classes", help="Outputs of the classifier; its own if absent"),
+    ] = None,
+    input_size: Annotated[str, typer.Option(help="C,H,W")] = "3,224,224",
+    opset: Annotated[
+        int | None, typer.Option(help="ONNX operator set; 20 if absent, which every runtime reads")
+    ] = None,
+    softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
+    nms: Annotated[bool, typer.Option("--nms", help="Return a detector's boxes after NMS")] = False,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch/--dynamic-batch", help="Batch of 1, or any")
+    ] = False,
+    dynamic_size: Annotated[
+        bool,
+        typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
+    ] = False,
+    outputs: Annotated[
+        str | None, typer.Option(help="Outputs of the file, by place: 0,1.boxes; all if absent")
+    ] = None,
+    trust: Trust = False,
+) -> None:
+    """Export a network to ONNX, checked against PyTorch."""
     import torch
 
     from compress.evaluate.feeding import carried
@@ -34,211 +67,217 @@ def export(given: Given) -> str:
     from compress.measure import count, count_onnx, size_mib
     from compress.models import check_forward, load_model, model_folder
 
-    options = {"trust": True} if given["trust"] else {}
-    model = load_model(given["model"], given["weights"], given["num_classes"], options=options)
-    size = integers(given["input_size"], "--input-size", count=3, like=INPUT_SIZE)
+    options = {"trust": True} if trust else {}
+    network = load_model(model, weights, num_classes, options=options)
+    size = integers(input_size, "--input-size", count=3, like=INPUT_SIZE)
     example = torch.zeros(1, *size)
-    check_forward(model, example)
-    folder = model_folder(Path(given["model"]))
+    check_forward(network, example)
+    folder = model_folder(Path(model))
     path = export_onnx(
-        model,
+        network,
         example,
-        given["out"],
-        opset=given["opset"],
-        softmax=given["softmax"],
-        nms=Nms() if given["nms"] else None,
-        dynamic_batch=not given["fixed_batch"],
-        dynamic_size=given["dynamic_size"],
-        outputs=given["outputs"].split(",") if given["outputs"] else None,
+        out,
+        opset=opset,
+        softmax=softmax,
+        nms=Nms() if nms else None,
+        dynamic_batch=not fixed_batch,
+        dynamic_size=dynamic_size,
+        outputs=outputs.split(",") if outputs else None,
         metadata=carried(folder) if folder is not None else None,
     )
-    work = count(model, example) if given["dynamic_size"] else count_onnx(path)
-    return (
+    work = count(network, example) if dynamic_size else count_onnx(path)
+    say(
         f"{path}: {work.params:,} parameters, {work.macs:,} MACs, {size_mib(path):.2f} MiB; "
         f"equal to torch"
     )
 
 
-def build(given: Given) -> str:
-    """Build an engine and say what was built."""
+def build(
+    file: Annotated[Path, typer.Argument(help="ONNX file, or the stage folder or run of one")],
+    runtime: Annotated[
+        str, typer.Option(help="See: compress list runtimes", autocompletion=names("runtimes"))
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Engine to write")],
+    batch: Annotated[str, typer.Option(help="Smallest, usual and largest batch size")] = "1,1,8",
+    input_size: FixedSize = None,
+    precision: Precision = None,
+) -> None:
+    """Build an engine from an ONNX file."""
     from compress import plugins
     from compress.measure import size_mib
     from compress.report.run_folder import one_artifact
     from compress.runtimes import build_engine
 
-    smallest, usual, largest = integers(given["batch"], "--batch", count=3, like=BATCH_RANGE)
-    with _fixed(one_artifact(given["file"]), _sizes(given)) as source:
+    smallest, usual, largest = integers(batch, "--batch", count=3, like=BATCH_RANGE)
+    with _fixed(one_artifact(file), input_size) as source:
         path = build_engine(
             source,
-            given["out"],
-            runtime=plugins.reference(given["runtime"]),
+            out,
+            runtime=plugins.reference(runtime),
             batch=(smallest, usual, largest),
-            precision=given["precision"],
+            precision=precision,
         )
-    return f"{path}: engine for {given['runtime']}, {size_mib(path):.2f} MiB"
+    say(f"{path}: engine for {runtime}, {size_mib(path):.2f} MiB")
 
 
-def split(given: Given) -> RenderableType:
-    """Split an ONNX file in two and return what each cut costs."""
+def predict(
+    ctx: typer.Context,
+    artifact: Annotated[
+        Path, typer.Argument(help="ONNX file, engine, stage folder, run or saved network")
+    ],
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or folders of them")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Folder for pictures with the predictions drawn; none if absent"
+        ),
+    ] = None,
+    json: Json = None,
+    task: Annotated[
+        str | None,
+        typer.Option("--task", help="See: compress list tasks; the artifact's if absent"),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Where it runs; the engine's own, or onnxruntime, if absent",
+            autocompletion=names("runtimes"),
+        ),
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="SIDE or H,W, pixels; as the artifact says if absent")
+    ] = None,
+    mean: Annotated[
+        str | None, typer.Option(help="0.5,0.5,0.5; as the artifact says if absent")
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="0.2,0.2,0.2; as the artifact says if absent")
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="short side, squash or letterbox; as the artifact says if absent"),
+    ] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="bilinear, bicubic, ...; as the artifact says if absent")
+    ] = None,
+    crop: Annotated[
+        float | None,
+        typer.Option(help="Share of the resized picture; as the artifact says if absent"),
+    ] = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    threads: Threads = None,
+    trust: Trust = False,
+) -> None:
+    """Predict pictures with an artifact, preprocessed as it says."""
+    from compress.pipeline.predict import predict_pictures
+
+    given = ctx.params
+    found = predict_pictures(
+        artifact,
+        images,
+        data_settings({**given, "data": "images"}),
+        task=task,
+        runtime=runtime,
+        threads=threads,
+        out=out,
+    )
+    write_numbers(json, found.to_json())
+    say(found.table())
+
+
+def lint(
+    file: Annotated[Path, typer.Argument(help="Q/DQ ONNX file, or the stage folder of one")],
+    target: Annotated[str, typer.Option(help="onnxruntime, openvino or tensorrt")],
+    fix: Annotated[bool, typer.Option(help="Fix what can be fixed automatically")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Fixed file to write; needed with --fix")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Check a Q/DQ file against a runtime's rules: what costs accuracy or speed; fix it."""
+    from compress.qdq.lint import fix_onnx, lint_onnx
+    from compress.report.run_folder import one_artifact
+    from compress.terminal import table
+
+    source = one_artifact(file)
+    findings = lint_onnx(source, target)
+    if fix:
+        if out is None:
+            raise UsageError("--fix needs a file to write", fix="Give --out FILE")
+        findings = fix_onnx(source, out, target)
+    elif out is not None:
+        raise UsageError("--out without --fix would write nothing", fix="Give --fix as well")
+    write_numbers(json, [finding.to_json() for finding in findings])
+    title = f"{len(findings)} findings for {target}"
+    if fix:
+        title += f" left in {out}"
+    rows = [(f.rule, f.node, f.message, "yes" if f.fixable else "") for f in findings]
+    headers = ("rule", "node", "what it costs", "fixable")
+    say(table(headers, rows, title=title))
+    raise typer.Exit(GATE_FAILED if findings else 0)
+
+
+def split(
+    file: Annotated[Path, typer.Argument(help="ONNX file")],
+    at: Annotated[str, typer.Option(help="Tensor to cut at, or auto: the fastest cut")],
+    link_mbps: Annotated[float, typer.Option(help="Speed of the link, megabits a second")] = 10.0,
+    edge_slowdown: Annotated[
+        float, typer.Option(help="How many times slower than this machine the edge is")
+    ] = 1.0,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize float tensors at the cut to 8 bits")
+    ] = False,
+    runtime: Annotated[
+        str, typer.Option(help="Runtime that both parts are timed on")
+    ] = "onnxruntime",
+    threads: Threads = None,
+    input_size: FixedSize = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of both parts")] = Path("runs/split"),
+    json: Json = None,
+) -> None:
+    """Split an ONNX file into a head for the edge and a tail for the server, and time both."""
     from compress.pipeline.split import split_onnx
     from compress.pipeline.split.chart import split_table
     from compress.report.run_folder import one_artifact
 
-    options = ("at", "link_mbps", "edge_slowdown", "int8", "runtime", "threads")
-    with _fixed(one_artifact(given["file"]), _sizes(given)) as source:
-        found = split_onnx(source, given["out"], **{name: given[name] for name in options})
-    write_numbers(given["json"], found.to_json())
-    return split_table(found)
-
-
-def _sizes(given: Given) -> list[int] | None:
-    """Return the channels, height and width of ``--input-size``, if it is given."""
-    text = given["input_size"]
-    return text and integers(text, "--input-size", count=3, like=INPUT_SIZE)
+    with _fixed(one_artifact(file), input_size) as source:
+        found = split_onnx(
+            source,
+            out,
+            at=at,
+            link_mbps=link_mbps,
+            edge_slowdown=edge_slowdown,
+            int8=int8,
+            runtime=runtime,
+            threads=threads,
+        )
+    write_numbers(json, found.to_json())
+    say(split_table(found))
 
 
 @contextlib.contextmanager
-def _fixed(source: Path, sizes: list[int] | None) -> Iterator[Path]:
+def _fixed(source: Path, input_size: str | None) -> Iterator[Path]:
     """Yield the file, or a copy whose free sizes are fixed."""
     from compress.graph import files
 
-    if not sizes:
+    if not input_size:
         yield source
         return
+    sizes = integers(input_size, "--input-size", count=3, like=INPUT_SIZE)
     with scratch() as folder:
         copied = folder / source.name
         files.copy(source, copied, facts={}, sizes=(sizes[0], sizes[1], sizes[2]))
         yield copied
 
 
-def bench(given: Given) -> RenderableType:
-    """Measure artifacts side by side."""
-    from compress import plugins
-    from compress.measure.benchmark import bench_artifacts
-
-    found = bench_artifacts(
-        given["artifacts"],
-        runtimes=[plugins.reference(each) for each in given["runtime"] or ()],
-        batches=integers(given["batch"], "--batch", like="batch sizes: 1,8"),
-        threads=given["threads"],
-        dataset=load_dataset(given, given["artifacts"], labelled=False) if given["data"] else None,
-    )
-    write_numbers(given["json"], found.to_json())
-    return found.table()
-
-
-def compare(given: Given) -> RenderableType:
-    """Compare two artifacts on real images."""
-    from compress.measure.compare import compare_artifacts
-
-    old, new = Path(given["reference"]), Path(given["candidate"])
-    found = compare_artifacts(
-        old,
-        new,
-        load_dataset(given, [old, new], labelled=False),
-        bisect=given["bisect"],
-    )
-    write_numbers(given["json"], found.to_json())
-    return found.table()
-
-
-def predict(given: Given) -> RenderableType:
-    """Answer pictures and return what was answered."""
-    from compress.pipeline.predict import predict_pictures
-
-    found = predict_pictures(
-        given["artifact"],
-        given["images"],
-        data_settings({**given, "data": "images"}),
-        task=given["task"],
-        runtime=given["runtime"],
-        threads=given["threads"],
-        out=given["out"],
-    )
-    write_numbers(given["json"], found.to_json())
-    return found.table()
-
-
-def lint(given: Given) -> tuple[RenderableType, bool]:
-    """Return what an int8 graph suffers from, and whether anything is left that it does.
-
-    With ``--fix`` the mended file is written and what is left in it is returned.
-    """
-    from compress.qdq.lint import fix_onnx, lint_onnx
-    from compress.report.run_folder import one_artifact
-    from compress.terminal import table
-
-    file = one_artifact(given["file"])
-    findings = lint_onnx(file, given["target"])
-    if given["fix"]:
-        if given["out"] is None:
-            raise UsageError("--fix needs a file to write", fix="Give --out FILE")
-        findings = fix_onnx(file, given["out"], given["target"])
-    elif given["out"] is not None:
-        raise UsageError("--out without --fix would write nothing", fix="Give --fix as well")
-    write_numbers(given["json"], [finding.to_json() for finding in findings])
-    title = f"{len(findings)} findings for {given['target']}"
-    if given["fix"]:
-        title += f" left in {given['out']}"
-    rows = [(f.rule, f.node, f.message, "yes" if f.fixable else "") for f in findings]
-    headers = ("rule", "node", "what it costs", "fixable")
-    return table(headers, rows, title=title), bool(findings)
-
-
-def report(
-    runs: Sequence[Path], out: Path | None, *, force: bool, track: str | None
-) -> RenderableType:
-    """Write the report of one run again, or one comparison of several; log each run if asked."""
-    from rich.console import Group
-    from rich.text import Text
-
-    from compress import report as reports
-    from compress.report.tracking import tracker
-
-    log = tracker(track) if track else None
-    if len(runs) == 1:
-        folder = out or runs[0]
-        shown = reports.summary(reports.write(reports.read_run(runs[0]), folder), folder)
-    elif out is None:
-        raise UsageError("several runs need a folder for their comparison", fix="Give --out DIR")
-    else:
-        shown = reports.compare_runs(runs, out, force=force)
-    if log is None:
-        return shown
-    return Group(shown, *(Text(log(reports.read_run(run), run)) for run in runs))
-
-
-def verify(run: Path, json: Path | None, *, measure: bool) -> tuple[RenderableType, bool]:
-    """Return whether a run is what its record says, as text and as a claim.
-
-    With ``measure`` its figures are taken again, unless its files are no longer those measured.
-    """
-    from rich.console import Group
-    from rich.text import Text
-
-    from compress.pipeline.verify import verify as verified
-
-    found = verified(run)
-    numbers, holds = found.to_json(), found.intact
-    lines = [str(finding) for finding in found.findings]
-    problems = f"{len(lines)} problem{'' if len(lines) == 1 else 's'}"
-    lines.append(f"{len(found.files)} files checked, {problems}")
-    parts: list[RenderableType] = [Text("\n".join(lines))]
-    if measure and found.intact:
-        from compress.pipeline.remeasure import measure_again
-
-        again = measure_again(run)
-        numbers["measured_again"] = again.to_json()
-        parts.append(again.table())
-        holds = again.holds
-    elif measure:
-        parts.append(Text("not measured again: these are no longer the files of the report"))
-    write_numbers(json, numbers)
-    return Group(*parts), holds
-
-
-def bundle(run: Path, out: Path) -> str:
-    """Pack a run for a device and say what was written."""
+def bundle(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    out: Annotated[Path, typer.Option("--out", help="FILE.tar.gz")],
+) -> None:
+    """Pack what a device needs to build, check and measure engines, and to predict."""
     from compress.pipeline.bundle import write_bundle
 
-    return f"{write_bundle(run, out)}: unpack it on the device and run python3 run.py"
+    say(f"{write_bundle(run, out)}: unpack it on the device and run python3 run.py")

@@ -1,4 +1,4 @@
-"""The command ``init``: look at a folder, propose a job, write a recipe that can be run."""
+"""The command ``init``: propose a recipe for the network and the images in a folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import ast
 import contextlib
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Annotated, Any, TypeGuard
 
+import typer
+
+from compress.cli.arguments import ImageSize
 from compress.cli.options import Given, data_part
+from compress.cli.output import say
 from compress.errors import CompressError, ModelError, UsageError
+from compress.trust import agree, allow, allow_all
 
 RECIPE = "compress.yaml"
 WEIGHTS = (".safetensors", ".pt", ".pth", ".th")
@@ -52,7 +58,40 @@ class Proposal:
         return self.model.endswith(".onnx")
 
 
-def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
+def init(
+    ctx: typer.Context,
+    folder: Annotated[
+        Path, typer.Argument(help="Folder with the network, weights and images")
+    ] = Path(),
+    model: Annotated[str | None, typer.Option(help="MODEL; searched for if absent")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights; searched for if absent")] = None,
+    data: Annotated[str | None, typer.Option(help="DATA; searched for if absent")] = None,
+    image_size: ImageSize = None,
+    task: Annotated[str | None, typer.Option(help="Task; that of the data if absent")] = None,
+    keep_macs: Annotated[
+        float | None, typer.Option(help="Share of the MACs to keep; 0.5 if absent")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Runtimes; the installed ones if absent")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Recipe to write; DIR/compress.yaml if absent")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a recipe")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,
+) -> None:
+    """Write a commented recipe for what lies in a folder."""
+    allow_all()  # it looks for networks in the folder that it is called in
+
+    def ask(what: str, found: str) -> str:
+        answer = str(typer.prompt(what, default=found or None, err=True))
+        allow(answer)
+        return answer
+
+    say(write_recipe(ctx.params, None if yes or not sys.stdin.isatty() else ask))
+
+
+def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
     """Write a recipe for what lies in a folder and return what was found and done.
 
     Args:
@@ -68,7 +107,6 @@ def init(given: Given, ask: Callable[[str, str], str] | None) -> str:
     from compress.artifact import write_text
     from compress.pipeline.check import preflight
     from compress.recipe.loading import validate
-    from compress.trust import agree
 
     if not given["folder"].is_dir():
         raise UsageError(
@@ -312,7 +350,7 @@ def written(proposal: Proposal, out: Path) -> str:
         ),
         "gates: # compress run exits with 1 where one of these is missed",
         f"  metric_drop: 2.0 # largest loss of {proposal.primary}, in its unit",
-        "  size_ratio: 3.0 # the original's file over the result's",
+        "  # size_ratio: 3.0 # the original's file over the result's",
     ]
     return "\n".join(lines) + "\n"
 

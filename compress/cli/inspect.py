@@ -1,29 +1,28 @@
-"""Commands that show what there is: plug-ins, the schema of recipes, this machine."""
+"""Commands that list and explain: plug-ins, the schema of recipes, this machine."""
 
 from __future__ import annotations
 
+import dataclasses
+import json as json_text
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
+
+import typer
 
 from compress import plugins
-from compress.cli.options import write_numbers
+from compress.cli.arguments import RECIPES, SHOWN, STAGES, Json, kinds, names_of, shown
+from compress.cli.output import say, write_numbers
 from compress.errors import UnknownNameError, UsageError
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
-
-RECIPES, STAGES = "recipes", "stages"  # shown as plug-ins are, though they are none
-SHOWN = (*plugins.KINDS, RECIPES, STAGES)
-
-
-def list_plugins(kind: str | None) -> RenderableType:
-    """Return a table of plug-ins and packaged recipes, each with its first line of documentation.
-
-    Raises:
-        UnknownNameError: there is no such kind.
-    """
+def list_(
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="criteria, losses, data, tasks, recipes, ...", autocompletion=kinds),
+    ] = None,
+) -> None:
+    """List plug-ins and recipes, one line each."""
     from compress.terminal import table
 
     if kind not in {None, RECIPES, *plugins.KINDS}:
@@ -35,7 +34,7 @@ def list_plugins(kind: str | None) -> RenderableType:
     ]
     if kind in {None, RECIPES}:
         rows += [(RECIPES, name, first) for name, first in _recipes()]
-    return table(("kind", "name", "what it is"), rows, whole={"kind", "name"})
+    say(table(("kind", "name", "what it is"), rows, whole={"kind", "name"}))
 
 
 def _recipes() -> Iterator[tuple[str, str]]:
@@ -48,13 +47,32 @@ def _recipes() -> Iterator[tuple[str, str]]:
         yield name, next((text for text in comments if not text.startswith("yaml-language")), "")
 
 
-def names_of(kind: str) -> list[str]:
-    """Return what there is of a kind, by name."""
-    from compress.recipe.loading import packaged_recipes, stage_settings
-
+def show(
+    plugin: Annotated[
+        str,
+        typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=shown),
+    ],
+) -> None:
+    """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
+    kind, _, name = plugin.partition("/")
+    if kind not in SHOWN:
+        raise UnknownNameError("kind", kind, SHOWN)
+    if not name:
+        known = ", ".join(names_of(kind))
+        raise UsageError(f"{kind!r} says no name", expected=f"{kind}/NAME, NAME one of: {known}")
     if kind == RECIPES:
-        return sorted(packaged_recipes())
-    return sorted(stage_settings()) if kind == STAGES else plugins.names(kind)
+        say(_recipe(name))
+    else:
+        say(_stage(name) if kind == STAGES else _plugin(kind, name))
+
+
+def _plugin(kind: str, name: str) -> str:
+    """Return the documentation and the options of a plug-in."""
+    lines = [plugins.documentation(kind, name), "", "Options:"]
+    for option, default in plugins.options(kind, name).items():
+        required = default is dataclasses.MISSING
+        lines.append(f"  {option}: {'required' if required else repr(default)}")
+    return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
 
 
 def _recipe(name: str) -> str:
@@ -65,32 +83,6 @@ def _recipe(name: str) -> str:
     if name not in known:
         raise UnknownNameError("recipe", name, known)
     return known[name].read_text(encoding="utf-8")
-
-
-def show(plugin: str) -> str:
-    """Return the documentation and the options of a plug-in or a stage, or a packaged recipe.
-
-    Raises:
-        UnknownNameError: there is no such kind, or no such plug-in.
-        UsageError: a kind without a name.
-    """
-    import dataclasses
-
-    kind, _, name = plugin.partition("/")
-    if kind not in SHOWN:
-        raise UnknownNameError("kind", kind, SHOWN)
-    if not name:
-        known = ", ".join(names_of(kind))
-        raise UsageError(f"{kind!r} says no name", expected=f"{kind}/NAME, NAME one of: {known}")
-    if kind == RECIPES:
-        return _recipe(name)
-    if kind == STAGES:
-        return _stage(name)
-    lines = [plugins.documentation(kind, name), "", "Options:"]
-    for option, default in plugins.options(kind, name).items():
-        required = default is dataclasses.MISSING
-        lines.append(f"  {option}: {'required' if required else repr(default)}")
-    return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
 
 
 def _stage(name: str) -> str:
@@ -112,23 +104,29 @@ def _stage(name: str) -> str:
     return "\n".join(lines)
 
 
-def schema(out: Path | None) -> str:
-    """Return the JSON Schema of recipes, or write it to ``out``."""
-    import json
-
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", help="File; printed if absent")] = None,
+) -> None:
+    """Write the JSON Schema of recipes, with which editors complete and check them."""
     from compress.artifact import write_json
     from compress.recipe import loading
 
     if out is None:
-        return json.dumps(loading.schema(), indent=2)
-    write_json(out, loading.schema())
-    return f"{out}: JSON Schema of recipes"
+        say(json_text.dumps(loading.schema(), indent=2))
+    else:
+        write_json(out, loading.schema())
+        say(f"{out}: JSON Schema of recipes")
 
 
-def doctor(json: Path | None, *, selftest: bool) -> RenderableType:
+def doctor(
+    selftest: Annotated[
+        bool, typer.Option(help="Build and run a small network on every runtime")
+    ] = False,
+    json: Json = None,
+) -> None:
     """Show what is installed, and what each missing piece would enable."""
     from compress.cli import doctor as examined
 
     found = examined.examine(selftest=selftest)
     write_numbers(json, found.to_json())
-    return found.table()
+    say(found.table())

@@ -145,11 +145,3 @@ def floats(text: str, option: str) -> list[float]:
         raise UsageError(
             f"{option} {text!r}", expected="a number for each channel: 0.5,0.5,0.5"
         ) from None
-
-
-def write_numbers(path: Path | None, numbers: Any) -> None:
-    """Write ``numbers`` to the file of ``--json``, if there is one."""
-    from compress.artifact import write_json
-
-    if path is not None:
-        write_json(path, numbers)

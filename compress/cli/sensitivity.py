@@ -1,13 +1,32 @@
-"""The command ``sensitivity``: which layers cannot bear to be pruned or quantized."""
+"""The command ``sensitivity``: how much accuracy each layer loses when pruned or quantized."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from compress.artifact import scratch
-from compress.cli.options import Given, write_numbers
-from compress.cli.stages import content
+from compress.cli.arguments import (
+    BatchSize,
+    Classes,
+    Data,
+    ImageSize,
+    Json,
+    Mean,
+    Model,
+    Seed,
+    Set,
+    Std,
+    TaskName,
+    Trust,
+    Weights,
+)
+from compress.cli.options import Given
+from compress.cli.output import say, write_numbers
+from compress.cli.recipes import recipe_of
+from compress.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,29 +39,48 @@ RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 SENSITIVITY_IMAGES = 1000
 
 
-def sensitivity(given: Given) -> RenderableType:
-    """Show which layers cannot bear to be pruned or quantized.
-
-    Raises:
-        CompressError: the images cannot be read, or have no labels to judge by.
-    """
-    from compress.errors import UsageError
+def sensitivity(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Prune one group of layers at a time")
+    ] = False,
+    quantize: Annotated[
+        bool, typer.Option("--quantize", help="Quantize one layer at a time")
+    ] = False,
+    target: Annotated[str, typer.Option(help="Target runtime of --quantize")] = "onnxruntime",
+    weights: Weights = None,
+    num_classes: Classes = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Plot to write, .png or .svg; none if absent")
+    ] = None,
+    json: Json = None,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    batch_size: BatchSize = None,
+    task: TaskName = None,
+    overrides: Set = None,
+    seed: Seed = 0,
+    trust: Trust = False,
+) -> None:
+    """Measure how much accuracy each layer loses when pruned or quantized."""
     from compress.pipeline.task import prepared
-    from compress.recipe.loading import apply_override, validate
 
-    written = content(given, "sensitivity", [])
-    for override in given["overrides"] or []:
-        apply_override(written, override)
-    recipe = validate(written, where="compress sensitivity")
-    dataset, task = prepared(recipe)
-    if not task.kinds or not len(dataset.splits["validation"]):
+    if prune == quantize:
+        raise UsageError("say what for", expected="one of --prune and --quantize")
+    given = ctx.params
+    recipe = recipe_of("sensitivity", given, [])
+    dataset, judge = prepared(recipe)
+    if not judge.kinds or not len(dataset.splits["validation"]):
         raise UsageError(
-            f"--data {given['data']}: the images have no labels to judge by"
-            if not task.kinds
-            else f"--data {given['data']}: holds no validation images",
+            f"--data {data}: the images have no labels to judge by"
+            if not judge.kinds
+            else f"--data {data}: holds no validation images",
             expected="labelled images, some of them held back: data.validation",
         )
-    return (_quantized if given["quantize"] else _pruned)(given, recipe, dataset, task)
+    say((_quantized if quantize else _pruned)(given, recipe, dataset, judge))
 
 
 def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:

@@ -1,242 +1,328 @@
-"""Verbs as recipes of one stage, and recipes: all of them go through the one pipeline."""
+"""Commands that run a recipe: one from a file, or one of a single stage."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from compress.cli.options import INPUT_SIZE, Given, chosen, data_part, integers, present
+import typer
+
+from compress.cli.arguments import (
+    After,
+    BatchSize,
+    Classes,
+    Color,
+    Data,
+    Epochs,
+    FixedSize,
+    Fresh,
+    ImageSize,
+    Inputs,
+    Layout,
+    Mean,
+    Model,
+    Out,
+    Outputs,
+    Range,
+    Seed,
+    Set,
+    Std,
+    TaskName,
+    Track,
+    Trust,
+    Weights,
+    Workers,
+    names,
+)
+from compress.cli.options import chosen, present
+from compress.cli.output import say
+from compress.cli.recipes import (
+    DEFAULT_RUNTIME,
+    TRAINING,
+    finish,
+    int8_target,
+    kept_channels,
+    loaded,
+    run_stages,
+    tracked,
+    training_after,
+)
 from compress.errors import RecipeError, UsageError
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from compress.recipe.settings import Recipe
-    from compress.report import Report
-
-    Done = tuple[Report, Path]  # and the folder that it lies in
-
-logger = logging.getLogger(__name__)
-
-DROP_PCT = 1.0  # of the metric that one group may cost alone, where a sensitivity is the budget
-TRAINING = {"epochs": "epochs", "batch_size": "batch_size"}  # options of every training
-DEFAULT_RUNTIME = "onnxruntime"  # written out: runtimes are not imported to parse options
-DEFAULT_TARGETS = ({"runtime": DEFAULT_RUNTIME, "precision": "fp32"},)
 
 
 def run(
-    recipe: Path, out: Path | None, overrides: Sequence[str], *, fresh: bool, track: str | None
-) -> Done | None:
-    """Carry out a recipe; see ``pipeline.run``."""
-    from compress.recipe.loading import load_recipe
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            help="Recipe: a YAML file, or a name of compress list", autocompletion=names("recipes")
+        ),
+    ],
+    out: Out = None,
+    overrides: Set = None,
+    fresh: Fresh = False,
+    track: Track = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Print the recipe with all defaults and stop")
+    ] = False,
+    trust: Trust = False,
+) -> None:
+    """Carry out a recipe: prune, distill, quantize, build, measure, report."""
+    if dry_run:
+        from compress.pipeline.check import preflight
+        from compress.recipe.loading import dump
 
-    chosen = _agreed(load_recipe(recipe, overrides), str(recipe))
-    return _run(_tracked(chosen, track), out, fresh=fresh)
-
-
-def dry_run(recipe: Path, overrides: Sequence[str], track: str | None) -> str:
-    """Return the recipe as it would be run, with every default, after all checks."""
-    from compress.pipeline.check import preflight
-    from compress.recipe.loading import dump, load_recipe
-
-    resolved = _tracked(_agreed(load_recipe(recipe, overrides), str(recipe)), track)
-    preflight(resolved, where=str(recipe))
-    return dump(resolved)
-
-
-def check(recipes: Sequence[Path], overrides: Sequence[str]) -> str:
-    """Check recipes without running them; one error lists the problems of all of them."""
-    from compress.pipeline.check import preflight
-    from compress.recipe.loading import load_recipe
-
-    problems = []
-    for path in recipes:
-        try:
-            preflight(_agreed(load_recipe(path, overrides), str(path)), where=str(path))
-        except (RecipeError, UsageError) as error:
-            problems.append(str(error))
-    if problems:
-        raise RecipeError("\n".join(problems))
-    return "\n".join(f"{path}: can be run" for path in recipes)
+        resolved = tracked(loaded(recipe, overrides), track)
+        preflight(resolved, where=str(recipe))
+        say(dump(resolved))
+    else:
+        finish(tracked(loaded(recipe, overrides), track), out, fresh=fresh, where=str(recipe))
 
 
-def train(given: Given) -> Done | None:
-    """Run a recipe of one training."""
-    return _verb("train", given, [{"train": present(given, **TRAINING)}])
+def train(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    epochs: Epochs = 10,
+    out: Out = None,
+    overrides: Set = None,
+    track: Track = None,
+    fresh: Fresh = False,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
+    seed: Seed = 0,
+) -> None:
+    """Train a network on labelled images."""
+    given = ctx.params
+    run_stages("train", given, [{"train": present(given, **TRAINING)}])
 
 
-def prune(given: Given) -> Done | None:
-    """Run a recipe that prunes, and then trains if epochs are given."""
+def prune(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="See: compress list criteria; obs if absent", autocompletion=names("criteria")
+        ),
+    ] = None,
+    keep_macs: Annotated[
+        float | None, typer.Option(help="Share of the MACs to keep; 0.5 if no budget is given")
+    ] = None,
+    keep_params: Annotated[
+        float | None, typer.Option(help="Share of the parameters to keep")
+    ] = None,
+    keep_channels: Annotated[
+        str | None,
+        typer.Option(help="Share of the channels to keep, or FILE of compress sensitivity"),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="With FILE: loss of the primary metric allowed for each group; 1 if absent"
+        ),
+    ] = None,
+    keep_latency: Annotated[
+        float | None, typer.Option(help="Share of the latency on --runtime to keep")
+    ] = None,
+    latency_ms: Annotated[float | None, typer.Option(help="Latency limit on --runtime, ms")] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Runtime that latency is measured on; onnxruntime if absent",
+            autocompletion=names("runtimes"),
+        ),
+    ] = None,
+    round_to: Annotated[
+        int | None, typer.Option(help="Keep channels in multiples of this; 1 if absent")
+    ] = None,
+    epochs: After = None,
+    teacher: Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")] = None,
+    out: Out = None,
+    overrides: Set = None,
+    track: Track = None,
+    fresh: Fresh = False,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    task: TaskName = None,
+    outputs: Outputs = None,
+    trust: Trust = False,
+    seed: Seed = 0,
+) -> None:
+    """Prune channels of a network to a budget; fine-tune it if --epochs is given."""
+    given = ctx.params
     shares = ("keep_macs", "keep_params", "keep_latency")
     names = (*shares, "latency_ms", "runtime", "round_to")
     cut = present(given, **{name: name for name in names}) | chosen(given, criterion="criterion")
-    if given["outputs"] is not None:
-        cut["outputs"] = given["outputs"].split(",")
-    if given["keep_channels"] is not None:
-        cut["keep_channels"] = _keep_channels(given["keep_channels"], given["max_drop"])
-    elif given["max_drop"] is not None:
+    if outputs is not None:
+        cut["outputs"] = outputs.split(",")
+    if keep_channels is not None:
+        cut["keep_channels"] = kept_channels(keep_channels, max_drop)
+    elif max_drop is not None:
         raise UsageError(
             "--max-drop says how to read a sensitivity, and none is given",
             fix="Add --keep-channels FILE, made by compress sensitivity --prune --json",
         )
     if not {*shares, "keep_channels", "latency_ms"} & cut.keys():
         cut["keep_macs"] = 0.5
-    targets = [{"runtime": given["runtime"] or DEFAULT_RUNTIME, "precision": "fp32"}]
-    return _verb("prune", given, [{"prune": cut}, *_training_after(given)], targets)
+    targets = [{"runtime": runtime or DEFAULT_RUNTIME, "precision": "fp32"}]
+    run_stages("prune", given, [{"prune": cut}, *training_after(given)], targets)
 
 
-def sparsify(given: Given) -> Done | None:
-    """Run a recipe that zeroes single weights, and then trains if epochs are given."""
+def sparsify(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    keep_weights: Annotated[
+        float | None,
+        typer.Option(help="Share of the weights to keep; not with --pattern 2:4, which keeps half"),
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="unstructured or 2:4; unstructured if absent")
+    ] = None,
+    criterion: Annotated[
+        str | None, typer.Option(help="l1, l2, lamp, taylor or random; l1 if absent")
+    ] = None,
+    epochs: After = None,
+    teacher: Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")] = None,
+    out: Out = None,
+    overrides: Set = None,
+    track: Track = None,
+    fresh: Fresh = False,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
+    seed: Seed = 0,
+) -> None:
+    """Set single weights to zero (sparsity); fine-tune if --epochs is given."""
+    given = ctx.params
     zero = present(given, keep_weights="keep_weights", pattern="pattern", criterion="criterion")
-    return _verb("sparsify", given, [{"sparsify": zero}, *_training_after(given)])
+    run_stages("sparsify", given, [{"sparsify": zero}, *training_after(given)])
 
 
-def distill(given: Given) -> Done | None:
-    """Run a recipe of one distillation."""
+def distill(
+    ctx: typer.Context,
+    student: Model,
+    teacher: Annotated[str, typer.Option(help="MODEL to distill from")],
+    data: Data,
+    weights: Weights = None,
+    teacher_weights: Weights = None,
+    num_classes: Classes = None,
+    loss: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="See: compress list losses; the task's if absent", autocompletion=names("losses")
+        ),
+    ] = None,
+    epochs: Epochs = 10,
+    out: Out = None,
+    overrides: Set = None,
+    track: Track = None,
+    fresh: Fresh = False,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    batch_size: BatchSize = None,
+    workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
+    seed: Seed = 0,
+) -> None:
+    """Train a network on the outputs and features of a teacher."""
+    given = ctx.params
     learn = present(given, teacher="teacher", teacher_weights="teacher_weights", **TRAINING)
     learn |= chosen(given, loss="losses")
-    return _verb("distill", {**given, "model": given["student"]}, [{"distill": learn}])
+    run_stages("distill", {**given, "model": student}, [{"distill": learn}])
 
 
-def quantize(given: Given) -> Done | None:
-    """Run a recipe that writes int8 graphs."""
+def quantize(
+    ctx: typer.Context,
+    model: Model,
+    data: Data,
+    weights: Weights = None,
+    num_classes: Classes = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="onnxruntime, openvino or tensorrt; several allowed; onnxruntime if absent"
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="auto, or one of its passes; auto if absent")
+    ] = None,
+    observer: Annotated[
+        str | None,
+        typer.Option(help="See: compress list observers; the method's own choice if absent"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration images; 512 if absent")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Largest loss of the primary metric, in its unit; no limit if absent"),
+    ] = None,
+    qat_epochs: Annotated[
+        int | None, typer.Option(help="Epochs of quantization-aware training; none if absent")
+    ] = None,
+    out: Out = None,
+    overrides: Set = None,
+    track: Track = None,
+    fresh: Fresh = False,
+    image_size: ImageSize = None,
+    mean: Mean = None,
+    std: Std = None,
+    batch_size: BatchSize = None,
+    input_range: Range = None,
+    color: Color = None,
+    layout: Layout = None,
+    inputs: Inputs = None,
+    input_size: FixedSize = None,
+    workers: Workers = None,
+    task: TaskName = None,
+    trust: Trust = False,
+    seed: Seed = 0,
+) -> None:
+    """Quantize to int8: write one Q/DQ file for each target runtime."""
+    given = ctx.params
     settings = present(given, method="method", samples="samples", max_drop="max_drop")
     settings |= chosen(given, observer="observer")
-    if given["qat_epochs"]:
-        settings["qat"] = {
-            "epochs": given["qat_epochs"], "lr": 1e-3, **present(given, batch_size="batch_size")
-        }  # fmt: skip
-    targets = [_int8_target(name) for name in given["target"] or [DEFAULT_RUNTIME]]
-    return _verb("quantize", given, [{"quantize": settings}], targets)
+    if qat_epochs:
+        qat = {"epochs": qat_epochs, "lr": 1e-3}
+        settings["qat"] = qat | present(given, batch_size="batch_size")
+    targets = [int8_target(name) for name in target or [DEFAULT_RUNTIME]]
+    run_stages("quantize", given, [{"quantize": settings}], targets)
 
 
-def summary(done: Done) -> RenderableType:
-    """Return what is printed after a run: tables, gates, verdict, where the files are."""
-    from compress.report import summary as summarized
+def check(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes, YAML")],
+    overrides: Set = None,
+    trust: Trust = False,
+) -> None:
+    """Check recipes without running them."""
+    from compress.pipeline.check import preflight
 
-    return summarized(*done)
-
-
-def content(
-    given: Given, name: str, stages: Sequence[Given], targets: Sequence[Given] = DEFAULT_TARGETS
-) -> dict[str, Any]:
-    """Return the recipe that the options of a verb stand for, as it would be in YAML."""
-    model = {"name": given["model"]}
-    model |= present(given, weights="weights", num_classes="num_classes")
-    if given.get("input_size") is not None:
-        model["input_size"] = integers(
-            given["input_size"], "--input-size", count=3, like=INPUT_SIZE
-        )
-    if given.get("trust"):
-        model["options"] = {"trust": True}
-    return present(given, task="task") | {
-        "name": name,
-        "model": model,
-        "data": data_part(given),
-        "seed": given["seed"],
-        "stages": list(stages),
-        "targets": list(targets),
-    }
-
-
-def _training_after(given: Given) -> list[dict[str, Any]]:
-    """Return the stage that ``--epochs`` and ``--teacher`` ask for, if they do."""
-    after = present(given, teacher="teacher", **TRAINING)
-    if after.get("epochs"):
-        return [{"distill" if "teacher" in after else "finetune": after}]
-    if "teacher" in after:
-        raise UsageError("a teacher without training", fix="Say how long: --epochs N")
-    return []
-
-
-def _keep_channels(text: str, max_drop: float | None) -> float | dict[str, float]:
-    """Return a share, or the share of each group that a sensitivity file allows."""
-    from compress.artifact import read_json
-    from compress.prune.sensitivity import PruneSensitivity
-
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    if not Path(text).is_file():
-        raise UsageError(
-            f"--keep-channels {text!r}: is no number and no file",
-            expected="a share such as 0.5, or what compress sensitivity --prune --json wrote",
-        )
-    found = PruneSensitivity.from_json(read_json(Path(text)))
-    shares = found.keep_channels(DROP_PCT if max_drop is None else max_drop)
-    if all(share == 1 for share in shares.values()):
-        raise UsageError(
-            f"--keep-channels {text}: no group can be cut without losing more",
-            where=f"--max-drop {DROP_PCT if max_drop is None else max_drop:g}",
-            fix="Allow more: --max-drop",
-        )
-    return shares
-
-
-def _verb(
-    name: str,
-    given: Given,
-    stages: Sequence[Given],
-    targets: Sequence[Given] = DEFAULT_TARGETS,
-) -> Done | None:
-    """Run the recipe of one verb: the same pipeline, run folder and report as any other."""
-    from compress.recipe.loading import apply_override, validate
-
-    written = content(given, name, stages, targets)
-    for override in given["overrides"] or []:
-        apply_override(written, override)
-    recipe = validate(written, where=f"compress {name}")
-    return _run(_tracked(recipe, given["track"]), given["out"], fresh=given["fresh"])
-
-
-def _agreed(recipe: Recipe, where: str) -> Recipe:
-    """Return a recipe whose code the user agreed to run; it is listed before any of it runs.
-
-    Raises:
-        UsageError: there is code in it that nobody agreed to.
-    """
-    from compress import trust
-    from compress.recipe.loading import to_json
-
-    try:
-        told = trust.check_recipe(to_json(recipe))
-    except UsageError as error:
-        raise error.within(where) from None
-    if told:
-        logger.warning("%s: %s", where, told)
-    return recipe
-
-
-def _tracked(recipe: Recipe, tracker: str | None) -> Recipe:
-    from compress.recipe.loading import tracked
-
-    return recipe if tracker is None else tracked(recipe, tracker)
-
-
-def _run(recipe: Recipe, out: Path | None, *, fresh: bool) -> Done | None:
-    from compress import pipeline
-    from compress.report.run_folder import default_folder
-
-    folder = out or default_folder(recipe)
-    report = pipeline.run(recipe, folder, fresh=fresh)
-    return None if report is None else (report, folder)
-
-
-def _int8_target(name: str) -> dict[str, Any]:
-    """Return where the graph for ``name`` is run: of the runtimes that take it, one installed."""
-    from compress import plugins
-    from compress.packages import is_installed
-    from compress.runtimes import facts
-
-    known = plugins.names("runtimes")
-    if name not in known or is_installed(facts(name).package):
-        return {"runtime": name, "precision": "int8"}
-    others = [each for each in known if each != name and facts(each).int8_form == name]
-    return {
-        "runtime": next(iter(others), name),
-        "precision": "int8",
-        "when_installed": bool(others),
-    }
+    problems = []
+    for path in recipes:
+        try:
+            preflight(loaded(path, overrides), where=str(path))
+        except (RecipeError, UsageError) as error:
+            problems.append(str(error))
+    if problems:
+        raise RecipeError("\n".join(problems))
+    say("\n".join(f"{path}: can be run" for path in recipes))

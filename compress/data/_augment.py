@@ -1,4 +1,4 @@
-"""Random changes of whole batches of images: pure functions of a row of chances per image."""
+"""Augmentation of whole batches: functions of the images and random draws for each."""
 
 from __future__ import annotations
 

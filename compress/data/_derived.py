@@ -1,4 +1,4 @@
-"""Data made from the images of another kind: what they have in common."""
+"""What kinds of data that are derived from another kind have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A test set for data that comes in one piece: held back by seed, alike in every process."""
+"""A test set held back from data without one: by seed, the same in every process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items of anybody's data set as images of one size with their labels."""
+"""Items of a user's data set as images of one size with their labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images that two splits share: accuracy on learnt images says nothing about others."""
+"""Test images that are training images as well."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Codes of pictures and the pictures: what a generator is trained on."""
+"""Pairs of codes and pictures, to train generators on."""
 
 from __future__ import annotations
 

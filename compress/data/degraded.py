@@ -1,4 +1,4 @@
-"""Pictures made worse, for networks that restore them."""
+"""Degraded pictures with their originals, for restoration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images made so that the BatchNorm layers of a network see what they saw in training."""
+"""Images synthesized so that activations match the statistics of the BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from compress import progress
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._images import Hash, Indices, Subset
 from compress.data._resize import ImageSize, sides
 from compress.errors import DataError, ModelError, UsageError, boundary
+from compress.groups.calls import WatchedCalls
 from compress.modules import evaluating
 
 TEST_SHARE = 4  # every fourth image is a test image
@@ -191,18 +191,15 @@ def matching_loss(network: nn.Module, images: Tensor) -> Tensor:
     return torch.stack(found.mismatches).mean()
 
 
-class _BatchNormMismatch(TorchFunctionMode):
+class _BatchNormMismatch(WatchedCalls):
     """Records for each call of ``F.batch_norm`` how far its input is from its statistics."""
 
     def __init__(self) -> None:
         super().__init__()
         self.mismatches: list[Tensor] = []
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run ``func``; of a BatchNorm in eval mode, look at what it reads."""
-        kwargs = kwargs or {}
         if func is F.batch_norm:
             given = inspect.signature(F.batch_norm).bind(*args, **kwargs).arguments
             if given["running_mean"] is not None and not given.get("training", False):

@@ -1,4 +1,4 @@
-"""Images whose test classes are not among those of training."""
+"""Test images of classes that are not trained on, for embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy of anything that maps a batch of images to logits; the metrics of any task.
+"""Evaluate networks: accuracy from logits, and the metrics of any task.
 
 The module can be called: ``compress.evaluate(network, dataset, task)`` is :func:`of_task`.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import statistics, tasks
+from compress import tasks
 from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
+from compress.evaluate.class_accuracy import Accuracy, ClassAccuracy, accuracy
 from compress.evaluate.feeding import Fed
 from compress.evaluate.predictions import Predictions
 from compress.modules import evaluating
@@ -39,45 +40,8 @@ __all__ = [
 TRIED = 4  # images that a task is tried on
 UNLABELLED_IMAGES = 64  # compared without labels, as all outputs are kept
 BATCH = 64  # images evaluated at a time; accuracy does not depend on it, only the time it takes
-_ROW = ("images", "top1_pct", "top1_ci95", "top5_pct", "top5_ci95", "ece_pct")
 Run = Callable[[Tensor], Any]  # images float32 (B, C, H, W) -> logits (B, K), as tensor or array
 Batches = Iterable[tuple[Tensor, Tensor]]  # of images float32 (B, C, H, W) and labels int64 (B,)
-
-
-@dataclass(frozen=True)
-class ClassAccuracy:
-    """How one class fares. A share of nothing (no such image, no such answer) is None."""
-
-    name: str
-    images: int
-    precision_pct: float | None
-    recall_pct: float | None
-    f1_pct: float | None
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """How right a network is, with 95 % intervals."""
-
-    images: int
-    top1_pct: float
-    top1_ci95: tuple[float, float]  # percent, Wilson
-    top5_pct: float | None  # None where there are five classes or fewer
-    top5_ci95: tuple[float, float] | None
-    ece_pct: float  # expected calibration error, 15 bins
-    calibration: dict[str, list[float]]  # confidence_pct, accuracy_pct, images of each bin in use
-    confusion: tuple[tuple[int, ...], ...]  # (K, K), row = label, column = answer
-    per_class: tuple[ClassAccuracy, ...]
-    per_subgroup: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def row(self) -> dict[str, Any]:
-        """Return what a table of results holds of this, without what was not measured."""
-        told = self.to_json()
-        return {key: told[key] for key in _ROW if key in told}
-
-    def to_json(self) -> dict[str, Any]:
-        """Return this accuracy as JSON-able data, without what was not measured."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 def predict(run: Any, batches: Batches) -> Predictions:
@@ -261,92 +225,6 @@ def _check_labels(dataset: Dataset, task: Task) -> None:
             expected=f"labels of the form {task.target!r}",
             fix="Choose another task, or other labels of the data: {voc: {labels: masks}}",
         )
-
-
-def accuracy(
-    predictions: Predictions,
-    classes: Sequence[str] | None = None,
-    subgroups: Sequence[str] | None = None,
-) -> Accuracy:
-    """Return how right ``predictions`` are.
-
-    **Method:** top-1 is the share of images whose largest logit is the label; its interval is
-    Wilson's, so it says how far another sample of as many images might differ, not how the
-    network would do on other kinds of images. Top-5 counts a label whose logit has fewer than five
-    larger ones.
-
-    Args:
-        predictions: Of N images and K classes.
-        classes: K names; numbers where absent.
-        subgroups: For each image the subgroup it belongs to, (N,), where the data has that.
-
-    Raises:
-        DataError: the number of names or subgroups does not fit.
-    """
-    total, count = predictions.logits.shape
-    names = tuple(classes) if classes is not None else tuple(str(k) for k in range(count))
-    if len(names) != count:
-        raise DataError(f"{len(names)} class names, but the network tells {count} classes apart")
-    right = int(predictions.correct.sum())
-    near = _among_top(predictions, 5) if count > 5 else None
-    bins = statistics.calibration_bins(predictions.confidence, predictions.correct)
-    confusion = np.bincount(
-        predictions.labels * count + predictions.answers, minlength=count * count
-    ).reshape(count, count)
-    return Accuracy(
-        images=total,
-        top1_pct=100 * right / total,
-        top1_ci95=_percent(statistics.wilson_interval(right, total)),
-        top5_pct=None if near is None else 100 * near / total,
-        top5_ci95=None if near is None else _percent(statistics.wilson_interval(near, total)),
-        ece_pct=100 * bins.error,
-        calibration={
-            "confidence_pct": [100 * value for value in bins.confidence],
-            "accuracy_pct": [100 * value for value in bins.accuracy],
-            "images": list(bins.answers),
-        },
-        confusion=tuple(tuple(int(n) for n in row) for row in confusion),
-        per_class=tuple(_class_accuracy(confusion, k, name) for k, name in enumerate(names)),
-        per_subgroup=_per_subgroup(predictions, subgroups) if subgroups is not None else {},
-    )
-
-
-def _per_subgroup(predictions: Predictions, subgroups: Sequence[str]) -> dict[str, dict[str, Any]]:
-    if len(subgroups) != len(predictions.labels):
-        raise DataError(
-            f"{len(subgroups)} subgroups for {len(predictions.labels)} images",
-            expected="one subgroup for each image",
-        )
-    member = np.asarray(subgroups)
-    found: dict[str, dict[str, Any]] = {}
-    for name in sorted(set(subgroups)):
-        correct = predictions.correct[member == name]
-        right, images = int(correct.sum()), len(correct)
-        interval = _percent(statistics.wilson_interval(right, images))
-        found[name] = {"images": images, "top1_pct": 100 * right / images, "top1_ci95": interval}
-    return found
-
-
-def _class_accuracy(confusion: NDArray[Any], k: int, name: str) -> ClassAccuracy:
-    hit, images, answers = confusion[k, k], confusion[k].sum(), confusion[:, k].sum()
-    return ClassAccuracy(
-        name=name,
-        images=int(images),
-        precision_pct=float(100 * hit / answers) if answers else None,
-        recall_pct=float(100 * hit / images) if images else None,
-        f1_pct=float(200 * hit / (images + answers)) if images + answers else None,
-    )
-
-
-def _among_top(predictions: Predictions, k: int) -> int:
-    """Return how many labels have fewer than ``k`` larger logits."""
-    own = np.take_along_axis(predictions.logits, predictions.labels[:, None], 1)
-    larger = (predictions.logits > own).sum(1)
-    return int((larger < k).sum())
-
-
-def _percent(interval: tuple[float, float]) -> tuple[float, float]:
-    return 100 * interval[0], 100 * interval[1]
 
 
 Form = Callable[[Any], Any]  # from what a network returns to what is read of it

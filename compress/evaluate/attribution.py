@@ -1,4 +1,4 @@
-"""What a network looks at: attribution maps of the original and a compressed network, compared.
+"""Attribution maps of the original and a compressed network, compared.
 
 Grad-CAM and integrated gradients need a torch network; LIME and KernelSHAP need answers only, so
 they explain ONNX files and engines of any runtime as well.
@@ -262,7 +262,6 @@ def compare_maps(
     variant: str,
     method: str = "grad-cam",
     shown: int = 6,
-    layer: str | None = None,
 ) -> tuple[tuple[Attribution, ...], Similarity]:
     """Return map pairs of a few images, flipped ones first, and the similarity over all.
 
@@ -276,14 +275,10 @@ def compare_maps(
         variant: Name of the compressed network in the report.
         method: As in ``explain``.
         shown: Pairs returned, at most.
-        layer: As in ``explain``, for both networks.
     """
     batches = [(samples.images, torch.from_numpy(samples.labels))]
     before, after = (predict(run, batches).answers for run in (original, compressed))
-    maps = [
-        explain(run, samples.images, before, method=method, layer=layer)
-        for run in (original, compressed)
-    ]
+    maps = [explain(run, samples.images, before, method=method) for run in (original, compressed)]
     alike = similarities(*maps)
     flipped = (before == samples.labels) & (after != samples.labels)
     order = np.argsort(~flipped, kind="stable")[:shown]

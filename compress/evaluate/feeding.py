@@ -1,4 +1,4 @@
-"""What a file says of its input, and pictures as the arrays that it takes."""
+"""Feed artifacts: what a file says of its input, and images as the arrays it takes."""
 
 from __future__ import annotations
 

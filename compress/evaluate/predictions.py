@@ -1,4 +1,4 @@
-"""What a network answered to images whose right answers are known."""
+"""Predictions of a network on labelled images."""
 
 from __future__ import annotations
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
-from compress.artifact import replacing
+from compress.artifact import replacing, state_of
 from compress.errors import EngineError, boundary
 from compress.graph.metadata import layout_of, stamp
 
@@ -20,6 +20,7 @@ MOST_NODES = 2**20  # of the graph once its functions are written out
 MOST_READ = 4  # times the bytes of the files beside it: a part of one can be shared by weights
 _PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 _COMPLEX = {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
+_intact: dict[Path, dict[Path, tuple[int, ...]]] = {}  # a checked file -> states of its parts
 _DAMAGED = "Export it again, or copy it again and compare its SHA-256"
 
 
@@ -36,16 +37,20 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
         EngineError: the file is absent, damaged, or its weights lie outside its folder.
     """
     source = Path(path)
+    states = {source.absolute(): state_of(source)} if source.is_file() else {}
     model = _parse(source)
     with boundary(EngineError, "is no valid ONNX file", where=str(source), fix=_DAMAGED):
         _check_calls(model, source)
         tensors = list(_all_tensors(model))
         _check_external(tensors, source)
+        for location in _locations(tensors):
+            states[(source.parent / location).absolute()] = state_of(source.parent / location)
         free_negative_sizes(model.graph)
         if weights:
             onnx.load_external_data_for_model(model, str(source.parent))
         for tensor in tensors:
             _check_size(tensor, source)
+    _intact[source.absolute()] = states
     return model
 
 
@@ -55,7 +60,22 @@ def check(path: str | Path) -> None:
     Raises:
         EngineError: it is not; the message says what is wrong.
     """
-    load(path, weights=False)
+    parts(path)
+
+
+def parts(path: str | Path) -> set[Path]:
+    """Return the files that a model lies in: ``path`` and those of its weights, after ``check``.
+
+    It is read again only if one of them has changed.
+
+    Raises:
+        EngineError: it is no whole ONNX file.
+    """
+    source = Path(path).absolute()
+    known = _intact.get(source, {})
+    if not known or any(not p.is_file() or state_of(p) != known[p] for p in known):
+        load(path, weights=False)
+    return set(_intact[source])
 
 
 def _parse(path: Path) -> ModelProto:
@@ -251,7 +271,7 @@ def copy(
         fix_sizes(model, sizes, where=str(source))
     stamp(model, facts)
     target.parent.mkdir(parents=True, exist_ok=True)
-    for location in sorted(_locations(model)):
+    for location in sorted(_locations(_all_tensors(model))):
         with replacing(target.parent / location) as temporary:
             shutil.copyfile(source.parent / location, temporary)
     with replacing(target) as temporary:
@@ -290,11 +310,11 @@ def fix_sizes(model: ModelProto, sizes: tuple[int, int, int], *, where: str) -> 
     raise EngineError("no input has four dimensions", where=where, fix="Leave --input-size out")
 
 
-def _locations(model: ModelProto) -> set[str]:
+def _locations(tensors: Iterable[TensorProto]) -> set[str]:
     """Return the files beside a model that its weights lie in."""
     return {
         entry.value
-        for tensor in _all_tensors(model)
+        for tensor in tensors
         if tensor.data_location == TensorProto.EXTERNAL
         for entry in tensor.external_data
         if entry.key == "location"

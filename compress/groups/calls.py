@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 WHOLE = frozenset(  # followed as one op each
     (
@@ -70,8 +73,32 @@ def _is_number(data: Any) -> bool:
     return isinstance(data, int | float) and not isinstance(data, bool)
 
 
-class WatchedCalls(TorchFunctionMode):
-    """A mode that sees the calls inside PyTorch's own functions as well."""
+class WatchedOps(TorchDispatchMode, abc.ABC):  # type: ignore[no-untyped-call]
+    """A mode in which ``op`` runs every op."""
+
+    @abc.abstractmethod
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the op gives."""
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one op."""
+        return self.op(func, args, kwargs or {})
+
+
+class WatchedCalls(TorchFunctionMode, abc.ABC):
+    """A mode in which ``call`` makes every call, also those inside PyTorch's own functions."""
+
+    @abc.abstractmethod
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the call gives."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Make one call of the program."""
+        return self.call(func, args, kwargs or {})
 
     def inside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return what ``func`` gives; the calls in its body come to this mode."""

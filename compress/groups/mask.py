@@ -1,4 +1,4 @@
-"""The masked twin of a pruned network: original shapes, zero wherever the plan cuts.
+"""The masked reference of a pruned network: original shapes, zero where the plan cuts.
 
 It shares no code with the cut: values are zeroed in place, shapes and attributes stay. Ops that
 look across channels (LayerNorm, GroupNorm, a mean over channels, standardized weights) compute
@@ -18,11 +18,10 @@ import torch
 import torch.nn.attention
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError
-from compress.groups.calls import WatchedCalls, whole_name
+from compress.groups.calls import WatchedCalls, WatchedOps, whole_name
 from compress.groups.cut import check_fit, cut_by
 from compress.groups.plan import Dims, KeptOnly, PrunePlan
 from compress.groups.trace import undisturbed
@@ -154,7 +153,7 @@ def _unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OverKept(WatchedOps):  # type: ignore[no-untyped-call]
     """Computes the listed ops over kept positions only, and puts the results back in place.
 
     Args:
@@ -181,19 +180,13 @@ class _OverKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 fix="Run it in eval mode on inputs shaped like the plan's example",
             )
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
         name = str(func)
         packet = _packet(name)
         if packet not in self._watched or self._inside_whole:
-            return func(*args, **(kwargs or {}))
-        return self._run(func, name, args, kwargs or {})
+            return func(*args, **kwargs)
+        return self._run(func, name, args, kwargs)
 
     def whole(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that the plan counts as one op."""
@@ -241,17 +234,11 @@ class _WholeCalls(WatchedCalls):
         super().__init__()
         self._ops = ops
 
-    def __torch_function__(
-        self,
-        func: Any,
-        kinds: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the program."""
         if (name := whole_name(func, args)) is not None:
-            return self._ops.whole(func, name, args, kwargs or {})
-        return self.inside(func, args, kwargs or {})
+            return self._ops.whole(func, name, args, kwargs)
+        return self.inside(func, args, kwargs)
 
 
 def _packet(op: str) -> str:

@@ -1,4 +1,4 @@
-"""The proof of a plan: pruned network and masked twin give the same answers."""
+"""Prove a plan: pruned network and masked reference give the same outputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError, boundary
 from compress.groups.cut import check_fit, cut_by
+from compress.groups.inputs import Example, inputs_of
 from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan
-from compress.groups.trace import Example, inputs_of, undisturbed
+from compress.groups.trace import undisturbed
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, named_tensors
 from compress.modules.detectors import on_batch

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import meta_ops
-from compress.groups.calls import MAKERS, TAKERS, WatchedCalls, whole_name
+from compress.groups.calls import MAKERS, TAKERS, WatchedCalls, WatchedOps, whole_name
 from compress.groups.labels import Axis
-from compress.groups.tracer import Key, Record, Step, describe, here, place_of
+from compress.groups.places import describe, here, place_of
+from compress.groups.record import Key, Record, Step
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
 
@@ -37,7 +37,7 @@ class MismatchError(Exception):
         self.forward = 0  # which of the traced forwards it was, set by who ran them
 
 
-class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Replay(WatchedOps):  # type: ignore[no-untyped-call]
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
     Args:
@@ -59,26 +59,19 @@ class Replay(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls: dict[str, int] = {}
         self.numbers: list[tuple[str, int]] = []  # ops given other numbers than in the original
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and compare it."""
         name = meta_ops.op_name(func)
         if name in meta_ops.SILENT:
-            return func(*args, **(kwargs or {}))
-        given = kwargs or {}
+            return func(*args, **kwargs)
         if self._inside_whole:
-            return meta_ops.run(func, name, args, given, self._on)
+            return meta_ops.run(func, name, args, kwargs, self._on)
         dynamic = self._on is None and meta_ops.depends_on_values(func, args)
-        scalars = meta_ops.scalars_in(name, args, given)
+        scalars = meta_ops.scalars_in(name, args, kwargs)
         pointwise = meta_ops.is_pointwise(func)
         self._check_numbers(str(func), name, scalars, may_follow=pointwise)
         return self._compare(
-            name, lambda: meta_ops.run(func, name, args, given, self._on), dynamic=dynamic
+            name, lambda: meta_ops.run(func, name, args, kwargs, self._on), dynamic=dynamic
         )
 
     def whole(self, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
@@ -190,18 +183,11 @@ class ReplayCalls(WatchedCalls):
         super().__init__()
         self._replay = replay
 
-    def __torch_function__(
-        self,
-        func: Any,
-        kinds: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the program."""
         if (whole := whole_name(func, args)) is not None:
-            given = kwargs or {}
-            return self._replay.whole(whole, args, given, lambda: func(*args, **given))
-        result = self.inside(func, args, kwargs or {})
+            return self._replay.whole(whole, args, kwargs, lambda: func(*args, **kwargs))
+        result = self.inside(func, args, kwargs)
         return self._replay.take(result) if getattr(func, "__name__", "") in TAKERS else result
 
 

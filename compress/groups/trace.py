@@ -16,20 +16,28 @@ from torch.utils._pytree import tree_leaves, tree_map
 from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
 from compress.groups.cutting import cut
+from compress.groups.inputs import (
+    Example,
+    batch_size,
+    copied,
+    inputs_of,
+    is_images,
+    to_meta,
+    twice,
+)
 from compress.groups.labels import Components, Ledger
 from compress.groups.network import Index, Layer, Network, Positions, Reduction
+from compress.groups.record import Axes, Key, Record
 from compress.groups.replay import MismatchError, Replay, ReplayCalls
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.traced_ints import tag_attributes
-from compress.groups.tracer import Axes, CallWatcher, Key, Record, Tracer
+from compress.groups.tracer import CallWatcher, Tracer
 from compress.groups.units import find_units, layer_name
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, meta_copy, named_tensors
 from compress.modules.detectors import on_batch
-from compress.modules.inputs import example_of
 from compress.modules.outputs import chosen, leaves
 
-Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]  # or a shape
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
 
@@ -76,20 +84,6 @@ def trace(
             fix=reasons or "It has no convolution or linear layer with a weight",
         )
     return network
-
-
-def inputs_of(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments for a call with ``example_input``.
-
-    Raises:
-        UsageError: it holds no tensor.
-    """
-    example_input = example_of(example_input)
-    if isinstance(example_input, Mapping):
-        return (), dict(example_input)
-    if isinstance(example_input, Tensor):
-        return (example_input,), {}
-    return tuple(example_input), {}
 
 
 @contextlib.contextmanager
@@ -147,7 +141,7 @@ class _Traced:
         self._tensors = dict(named_tensors(self._model))
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._constants = _constants(model)
-        self._inputs = tree_map(_copied if with_values else _to_meta, (args, kwargs))
+        self._inputs = tree_map(copied if with_values else to_meta, (args, kwargs))
         self._ledger = Ledger()
         self._named = self._label_tensors()
         with _attributes_restored(self._model):
@@ -214,10 +208,10 @@ class _Traced:
 
     def _inputs_in(self, training: bool) -> Any:
         """Return the inputs; in training mode at least two images, as batch statistics need."""
-        inputs = tree_map(_copied, self._inputs)  # a network may write into them
-        if not training or _batch_size(inputs) > 1:
+        inputs = tree_map(copied, self._inputs)  # a network may write into them
+        if not training or batch_size(inputs) > 1:
             return inputs
-        return tree_map(_twice, inputs, is_leaf=_is_images)
+        return tree_map(twice, inputs, is_leaf=is_images)
 
     def _unused(self) -> bool:
         touched = self._forwards[0].record.touched
@@ -241,7 +235,7 @@ class _Traced:
         return components
 
     def _find_layers(self) -> dict[str, Layer]:
-        batch = _batch_size(self._inputs)
+        batch = batch_size(self._inputs)
         layers: dict[str, Layer] = {}
         for use in self._forwards[0].record.uses:
             shape, axes = self._shapes[use.weight], self._named[use.weight]
@@ -415,37 +409,6 @@ def _has_own_hooks(model: nn.Module) -> bool:
 
 def _is_pytorchs(hook: Any) -> bool:
     return str(getattr(hook, "__module__", "")).startswith("torch.")
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _to_meta(value: Any) -> Any:
-    return value.detach().to("meta") if isinstance(value, Tensor) else value
-
-
-def _batch_size(inputs: Any) -> int:
-    for leaf in tree_leaves(inputs, is_leaf=_is_images):
-        if _is_images(leaf) or (isinstance(leaf, Tensor) and leaf.ndim):
-            return len(leaf)
-    return 1
-
-
-def _twice(value: Any) -> Any:
-    if _is_images(value):
-        return [*value, *value]
-    is_one = isinstance(value, Tensor) and value.ndim and len(value) == 1
-    return torch.cat([value, value]) if is_one else value
-
-
-def _is_images(value: Any) -> bool:
-    """Say whether ``value`` is a list of images (C, H, W) of any sizes, as detectors take them."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(each, Tensor) and each.ndim == 3 for each in value)
-    )
 
 
 def _dim_of(axes: Axes, axis: Any, default: int) -> int:

@@ -2,131 +2,32 @@
 
 from __future__ import annotations
 
-import linecache
-import os
-import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import meta_ops
-from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, whole_name
+from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, WatchedOps, whole_name
 from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
 from compress.groups.network import Positions
+from compress.groups.places import here, place
+from compress.groups.record import NO_CALL, Axes, Call, Key, RawCall, Record, Restricted, Step
 from compress.groups.traced_ints import Attribute, Count, Extent
 
-Axes = tuple[Axis, ...]
-Place = tuple[str, int]  # file and line of the user's program
-Key = tuple[str, str, int]  # an op and its place
 Memory = tuple[int, tuple[int, ...]]
 Loose = tuple[Labels, str]  # channels that a tensor is made of, or numbers, and how
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-_OURS = str(Path(__file__).parent) + os.sep
 _SHAPE = torch.Tensor.shape
 _SIZERS = {torch.Tensor.size}
-
-
-@dataclass(frozen=True)
-class RawCall:
-    """A call as the program wrote it, before PyTorch turned it into ops, Counts and all."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def name(self) -> str:
-        """Return the function's own name: ``view``, ``chunk``, ``__getitem__``."""
-        return str(getattr(self.function, "__name__", ""))
-
-    def argument(self, position: int, name: str, default: Any = None) -> Any:
-        """Return an argument given by position or by name."""
-        if position < len(self.args):
-            return self.args[position]
-        return self.kwargs.get(name, default)
-
-
-NO_CALL = RawCall(None, (), {})
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one op did in the traced forward; a replay is compared with it."""
-
-    name: str
-    outputs: tuple[tuple[tuple[int, ...], Axes], ...]  # shape and labels of each output
-    scalars: tuple[float, ...]
-    inputs: tuple[Axes, ...]
-    place: Place
-    value: Any = None  # a number the op gave instead of tensors
-
-    @property
-    def key(self) -> Key:
-        """Return the op and the line of the program it came from."""
-        return (self.name, *self.place)
-
-
-@dataclass(frozen=True)
-class Restricted:
-    """An op that mixes channels which can be cut: the masked twin computes it on kept ones only."""
-
-    op: str
-    occurrence: int  # among the calls of this op in one forward
-    inputs: tuple[tuple[int, Axes], ...]  # position of a tensor argument, its labels
-    outputs: tuple[Axes, ...]
-    mask_only: bool  # zero the first operand instead of leaving positions out
-
-
-@dataclass(frozen=True)
-class Use:
-    """One matrix product or convolution with a weight: what the layer's cost is made of."""
-
-    weight: str
-    macs: int  # of the whole batch
-    output: Axis
-    input: Axis
-
-
-@dataclass
-class Call:
-    """One op on its way through the rules."""
-
-    name: str
-    func: Any  # the op; the program's function where a call is followed as a whole
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    outputs: tuple[Tensor, ...]
-    raw: RawCall
-
-    def argument(self, position: int, default: Any = None) -> Any:
-        """Return the positional argument, or ``default`` where the op got fewer."""
-        return self.args[position] if position < len(self.args) else default
 
 
 Rule = Callable[["Tracer", Call], None]
 
 
-@dataclass
-class Record:
-    """Everything one forward left behind."""
-
-    steps: list[Step] = field(default_factory=list)
-    restricted: list[Restricted] = field(default_factory=list)
-    uses: list[Use] = field(default_factory=list)
-    taken: list[Any] = field(default_factory=list)  # values that the program took out, in order
-    touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use
-    indexed: dict[str, Labels] = field(default_factory=dict)  # buffer -> channels it picks from
-    occurrences: dict[str, int] = field(default_factory=dict)
-
-
-class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
     """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
 
     Args:
@@ -321,15 +222,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         )
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        kinds: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op, then its rule."""
-        kwargs = kwargs or {}
         name = meta_ops.op_name(func)
         if self._inside_whole:
             return meta_ops.run(func, name, args, kwargs, self._on)
@@ -440,15 +334,8 @@ class CallWatcher(WatchedCalls):
         super().__init__()
         self._tracer = tracer
 
-    def __torch_function__(
-        self,
-        func: Any,
-        kinds: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the program."""
-        kwargs = kwargs or {}
         if getattr(func, "__self__", None) is _SHAPE:
             return torch.Size(self._shape(args[0]))
         if func in _SIZERS:
@@ -476,56 +363,3 @@ class CallWatcher(WatchedCalls):
     def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
         sizes = tuple(self._shape(tensor))
         return torch.Size(sizes) if dim is None else sizes[dim]
-
-
-_FOREIGN: dict[types.CodeType, bool] = {}  # code of PyTorch, or ours: not the user's program
-
-
-def _is_foreign(code: types.CodeType) -> bool:
-    found = _FOREIGN.get(code)
-    if found is None:
-        found = _FOREIGN[code] = code.co_filename.startswith((_TORCH, _OURS, "<"))
-    return found
-
-
-def place() -> Place:
-    """Return file and line of the user's program that is running now.
-
-    A network made of PyTorch's modules alone has no program of its own: then it is the line of
-    PyTorch that called the op.
-    """
-    frame: types.FrameType | None = sys._getframe(1)
-    innermost: Place | None = None
-    while frame is not None:
-        code = frame.f_code
-        if not _is_foreign(code):
-            return code.co_filename, frame.f_lineno
-        if innermost is None and not code.co_filename.startswith(_OURS):
-            innermost = code.co_filename, frame.f_lineno
-        if code.co_name == "run_traced" and code.co_filename.startswith(_OURS):
-            break
-        frame = frame.f_back
-    return innermost or ("", 0)
-
-
-def place_of(error: BaseException) -> Place:
-    """Return file and line of the user's program where an exception passed last."""
-    found: Place = ("", 0)
-    trail = error.__traceback__
-    while trail is not None:
-        if not _is_foreign(trail.tb_frame.f_code) or found == ("", 0):
-            found = trail.tb_frame.f_code.co_filename, trail.tb_lineno
-        trail = trail.tb_next
-    return found
-
-
-def here() -> str:
-    """Return file, line and text of the user's program that is running now."""
-    return describe(place())
-
-
-def describe(at: Place) -> str:
-    """Return a place as text: the end of the file's path, the line, and what it says."""
-    file, line = at
-    text = linecache.getline(file, line).strip()
-    return f"{'/'.join(Path(file).parts[-2:])}:{line} ({text})"

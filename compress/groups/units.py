@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from compress.groups.labels import Components, Labels
 from compress.groups.network import Group, Layer, Positions, Role, Slice
-from compress.groups.tracer import Axes
+from compress.groups.record import Axes
 
 Named = Sequence[tuple[str, Axes]]  # tensors of the model, in order of first use
 

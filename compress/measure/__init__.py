@@ -3,6 +3,7 @@
 from compress.measure.latency import Bench, Latency, Timing, bench
 from compress.measure.macs import (
     Count,
+    complete_shapes,
     count,
     count_onnx,
     node_macs,
@@ -22,6 +23,7 @@ __all__ = [
     "Timing",
     "activations_mib",
     "bench",
+    "complete_shapes",
     "count",
     "count_onnx",
     "memory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 
-from compress.errors import ModelError, boundary
+from compress.artifact import scratch
+from compress.errors import CompressError, ModelError, boundary
 from compress.graph import files
 from compress.graph.shapes import shapes_of
 
@@ -144,8 +146,14 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
         return Count(params=onnx_params(model.graph), macs=sum(node_macs(model).values()))
 
 
-def node_macs(model: onnx.ModelProto) -> dict[str, int]:
+def node_macs(
+    model: onnx.ModelProto, shapes: Mapping[str, tuple[int | None, ...]] | None = None
+) -> dict[str, int]:
     """Return the MACs of one image of each convolution and matrix product.
+
+    Args:
+        model: The graph.
+        shapes: Of its tensors, where they are known: ``complete_shapes``.
 
     Returns:
         The name of a node's first output -> MACs, in graph order. Other nodes are absent.
@@ -153,15 +161,59 @@ def node_macs(model: onnx.ModelProto) -> dict[str, int]:
     Raises:
         ModelError: a shape that is needed cannot be inferred.
     """
-    shapes, _ = shapes_of(model)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    inputs = [shapes.get(v.name, ()) for v in model.graph.input if v.name not in constants]
+    if shapes is None:
+        shapes, _ = complete_shapes(model)
+    inputs = [shapes.get(value.name, ()) for value in _inputs(model.graph)]
     images = (inputs[0][0] if inputs and inputs[0] else 1) or 1
     return {
         node.output[0]: _macs(node, shapes) // images
         for node in model.graph.node
         if node.op_type in _PRODUCTS
     }
+
+
+def complete_shapes(
+    model: onnx.ModelProto,
+) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
+    """Return shape and element type of each tensor, with a free batch set to 1.
+
+    Shapes that depend on values, such as those of a Pad whose amounts the graph computes, cannot be
+    inferred: where only the batch is free, they are those of one run in ONNX Runtime.
+
+    Raises:
+        ModelError: the graph breaks the rules of ONNX.
+    """
+    shapes, kinds = shapes_of(model)
+    made = [name for node in model.graph.node for name in node.output if name]
+    unknown = [name for name in made if None in shapes.get(name, (None,))]
+    free = any(None in shapes.get(value.name, (None,)) for value in _inputs(model.graph))
+    if unknown and not free:
+        with contextlib.suppress(CompressError):  # what does not run stays as it was inferred
+            for name, array in zip(unknown, _values(model, unknown), strict=True):
+                shapes[name] = array.shape
+                kinds[name] = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return shapes, kinds
+
+
+def _values(model: onnx.ModelProto, names: list[str]) -> list[np.ndarray]:
+    """Return what tensors are for random inputs."""
+    from compress.measure.probe import inputs_for
+    from compress.runtimes import open_session
+
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    watched.graph.ClearField("output")
+    watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    with scratch() as folder:
+        onnx.save(watched, folder / "watched.onnx")
+        with open_session(folder / "watched.onnx", "onnxruntime", optimization="none") as session:
+            found: list[np.ndarray] = session.run(*inputs_for(session, 1))
+    return found
+
+
+def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    constants = {tensor.name for tensor in graph.initializer}
+    return [value for value in graph.input if value.name not in constants]
 
 
 def size_mib(path: Path) -> float:
@@ -184,7 +236,7 @@ def size_mib(path: Path) -> float:
     if path.suffix == ".xml" and path.with_suffix(".bin").is_file():
         parts.add(path.with_suffix(".bin"))
     if path.suffix == ".onnx":
-        parts |= _external_files(path)
+        parts = files.parts(path)
     return sum(part.stat().st_size for part in parts) / MIB
 
 
@@ -200,17 +252,6 @@ def zero_weights_pct(path: Path) -> float:
             zeros += values.size - int(np.count_nonzero(values))
             total += values.size
     return 100 * zeros / max(1, total)
-
-
-def _external_files(path: Path) -> set[Path]:
-    graph = files.load(path, weights=False).graph
-    names = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    return {path.parent / name for name in names if (path.parent / name).is_file()}
 
 
 def onnx_params(graph: onnx.GraphProto) -> int:

@@ -1,7 +1,8 @@
-"""Memory of an artifact: five numbers that are often mixed up, each with its method."""
+"""Memory of an artifact: five quantities that are often mixed up, each with its method."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 import onnx
 
 import compress
+from compress.artifact import state_of
 from compress.errors import EngineError
 from compress.graph import files
 from compress.graph.shapes import shapes_of
@@ -140,14 +142,20 @@ def _tensor_bytes(kind: int, dims: Sequence[int]) -> int:
     return math.prod(dims) * bits // 8
 
 
+@functools.lru_cache(maxsize=256)
+def _graph_mib(path: Path, state: tuple[int, ...], batch: int) -> tuple[float, float | None]:
+    """Return weights and activations of an ONNX file in ``state``."""
+    model = files.load(path)
+    return weights_mib(model), activations_mib(model, batch)
+
+
 def _static(
     path: Path, batch: int, found: Mapping[str, Any]
 ) -> tuple[float | None, float | None, dict[str, str]]:
     """Return weights, activations, and why one of them is missing."""
     weights, activations = found.get("weights_mib"), found.get("activations_mib")
     if path.suffix == ".onnx":
-        model = files.load(path)
-        weights, activations = weights_mib(model), activations_mib(model, batch)
+        weights, activations = _graph_mib(path.absolute(), state_of(path), batch)
     elif path.suffix == ".xml" and path.with_suffix(".bin").is_file():
         weights = path.with_suffix(".bin").stat().st_size / MIB
     skipped = {}

@@ -1,4 +1,4 @@
-"""How each quantity is measured, and what the number is not: one sentence or two for reports."""
+"""How each quantity is measured and what it does not mean, in a sentence or two."""
 
 METHODS = {
     "latency_ms": "time of one call on the host, from arrays to arrays, copies to and from a "

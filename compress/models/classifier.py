@@ -1,4 +1,4 @@
-"""A new classifier for other classes."""
+"""Replace the classifier head for other classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small detector of objects: the network that the detection recipe trains."""
+"""A small object detector that the detection recipe trains."""
 
 from __future__ import annotations
 

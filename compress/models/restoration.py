@@ -1,4 +1,4 @@
-"""Small networks that return pictures: the ones that the recipes of restoration train."""
+"""Small restoration networks that the recipes train."""
 
 from __future__ import annotations
 

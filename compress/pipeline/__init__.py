@@ -1,4 +1,4 @@
-"""The whole story: one recipe through its stages to engines and a report."""
+"""Run a recipe: open the run, its stages, measurements, report."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
 from compress.pipeline.context import Job, Variant
+from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
 from compress.pipeline.report_rows import assemble
@@ -41,6 +42,7 @@ def run(
     *,
     overrides: Sequence[str] = (),
     fresh: bool = False,
+    where: str = "",
 ) -> Report | None:
     """Carry out a recipe and write its report.
 
@@ -52,6 +54,7 @@ def run(
         out: Folder of the run; ``runs/NAME`` if absent, with a number where another run has it.
         overrides: ``key.path=value`` each, over what the file says.
         fresh: Start over, removing what an earlier run left in ``out``.
+        where: What messages call the recipe; its file or its name if absent.
 
     Returns:
         The report; None in the processes of a torchrun that only help to train.
@@ -62,7 +65,8 @@ def run(
     """
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
-    with opened(chosen, out, processes, fresh=fresh) as job:
+    where = where or (chosen.name if isinstance(source, Recipe) else str(source))
+    with opened(chosen, out, processes, where=where, fresh=fresh) as job:
         outcomes, variants = [], tuple[Variant, ...]()
         stages = list(stages_of(job.recipe))
         for number, (verb, settings) in enumerate(stages):
@@ -76,27 +80,33 @@ def run(
         if not processes.is_main:
             return None
         folder = job.run.stage(len(stages), MEASURE)
-        measured = measured_once(job, folder, partial(measure_targets, job, variants, folder))
-        return report.write(assemble(job, variants, outcomes, measured, folder), job.run.root)
+        judged = JudgedPredictions(folder, job.dataset)
+        measured = measured_once(job, folder, partial(measure_targets, job, variants, judged))
+        return report.write(assemble(job, variants, outcomes, measured, judged), job.run.root)
 
 
 @contextlib.contextmanager
 def opened(
-    chosen: Recipe, out: str | Path | None, processes: Processes, *, fresh: bool = False
+    chosen: Recipe,
+    out: str | Path | None,
+    processes: Processes,
+    *,
+    where: str,
+    fresh: bool = False,
 ) -> Iterator[Job]:
-    """Yield a run whose recipe was checked and whose folder this process holds.
+    """Yield a run whose recipe, which came from ``where``, was checked and whose folder is held.
 
     Raises:
         CompressError: the recipe cannot be run, or the folder is another run's.
     """
-    preflight(chosen, where=chosen.name, read_data=False)
+    preflight(chosen, where=where, read_data=False)
     dataset, task = prepared(chosen)
     root = Path(out or default_folder(chosen))
     with artifact.scratch():
         pass  # exporters and runtimes need one, and tell its absence badly
     with held(root) if processes.is_main else contextlib.nullcontext():
         if not any(root.glob(f"00-*/{DONE_FILE}")):
-            try_network(chosen, dataset, task, where=chosen.name)
+            try_network(chosen, dataset, task, where=where)
             for line in cautions.of_splits(dataset):
                 progress.warn(line)
         chosen = loading.from_anywhere(chosen)

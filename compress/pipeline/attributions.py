@@ -1,4 +1,4 @@
-"""What the variants of a run look at, beside what the original looks at."""
+"""Attribution maps of the variants of a run, beside those of the original."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from compress.evaluate.predictions import Predictions
 from compress.pipeline import records
-from compress.pipeline.context import Job, Variant, answers_path
+from compress.pipeline.context import Job, Variant
+from compress.pipeline.judged import JudgedPredictions
 from compress.runtimes import facts, open_session
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class _Rival:
 
 
 def explain_variants(
-    job: Job, variants: Sequence[Variant], answers: Path
+    job: Job, variants: Sequence[Variant], judged: JudgedPredictions
 ) -> dict[str, list[dict[str, Any]]]:
     """Return attribution maps of what the run made, if the recipe asks for them.
 
@@ -39,7 +40,7 @@ def explain_variants(
     Args:
         job: The run.
         variants: All variants, the original first.
-        answers: Folder with the answers of each variant to the test images.
+        judged: Predictions of each variant on the test images.
 
     Raises:
         MissingPackageError: captum is not installed.
@@ -49,9 +50,9 @@ def explain_variants(
         return found
     from compress.evaluate.attribution import ANSWERS, compare_maps
 
-    judged = list(_judged(job, variants, answers))
+    rivals = list(_rivals(job, variants, judged))
     for method in job.recipe.measure.explain_methods:
-        rival = _explained(judged, needs_gradients=method not in ANSWERS)
+        rival = _explained(rivals, needs_gradients=method not in ANSWERS)
         if rival is None:
             continue
         in_torch = method not in ANSWERS or facts(rival.runtime).opens != "onnx"
@@ -69,25 +70,24 @@ def explain_variants(
     return found
 
 
-def _judged(job: Job, variants: Sequence[Variant], answers: Path) -> Iterator[_Rival]:
+def _rivals(job: Job, variants: Sequence[Variant], judged: JudgedPredictions) -> Iterator[_Rival]:
     """Yield the variants whose answers to the test images are known, beside the original's."""
     runtimes = dict.fromkeys(target.runtime for target in job.recipe.targets)
     for variant in variants[1:]:
         for runtime in runtimes:
             before, after = (
-                answers_path(answers, each.name, runtime, each.precision)
-                for each in (variants[0], variant)
+                judged.path(each.name, runtime, each.precision) for each in (variants[0], variant)
             )
             if before.is_file() and after.is_file():
                 yield _Rival(variant, runtime, (before, after))
 
 
-def _explained(judged: Sequence[_Rival], *, needs_gradients: bool) -> _Rival | None:
+def _explained(rivals: Sequence[_Rival], *, needs_gradients: bool) -> _Rival | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [each for each in judged if each.variant.target and facts(each.runtime).opens == "onnx"]
+    int8 = [each for each in rivals if each.variant.target and facts(each.runtime).opens == "onnx"]
     if int8 and not needs_gradients:
         return int8[0]
-    floats = [rival for rival in judged if rival.variant.target is None]
+    floats = [rival for rival in rivals if rival.variant.target is None]
     return floats[-1] if floats else None
 
 

@@ -1,4 +1,4 @@
-"""What is likely to be a mistake of the recipe's, said before the work that it would spoil."""
+"""Warnings about likely mistakes of a recipe, before the work that they would spoil."""
 
 from __future__ import annotations
 
@@ -44,6 +44,7 @@ class Trust:
     at_chance: bool = False
     images: int = 0
     unit: str = "pct"
+    trained_here: bool = False  # by the first stage of the recipe
 
     @property
     def untrained(self) -> str | None:
@@ -64,7 +65,12 @@ class Trust:
     def cautions(self) -> Iterator[str]:
         """Yield what to say of the original."""
         fix = "Give trained weights (model.weights, --weights), or begin with a stage train."
-        if self.untrained is not None:
+        if self.untrained is not None and self.trained_here:
+            yield (
+                f"the training taught the network nothing that shows: {self.untrained}. Train it "
+                "for more epochs, with another learning rate, or on more images."
+            )
+        elif self.untrained is not None:
             yield f"the original network is untrained: {self.untrained}. {fix}"
         elif self.random_pct:
             yield (
@@ -128,7 +134,9 @@ def of_original(
         run: The network, or a session of it.
         rebuild: Builds it again; None where its weights are known to be trained or to come with it.
     """
-    return {"trust": asdict(Trust(**_randomness(run, rebuild), **_judged(job, run)))}
+    here = bool(job.recipe.stages) and job.recipe.stages[0].verb == "train"
+    found = Trust(**_randomness(run, rebuild), **_judged(job, run), trained_here=here)
+    return {"trust": asdict(found)}
 
 
 def trust_of(facts: Mapping[str, Any]) -> Trust:
@@ -185,6 +193,8 @@ def _judged(job: Job, run: Any) -> dict[str, Any]:
         return {}
     read = job.dataset.pictures if isinstance(run, Fed) else job.dataset.batches
     pairs = list(read("calibration", 32, IMAGES))
+    missing = IMAGES - sum(len(images) for images, _ in pairs)
+    pairs += read("validation", 32, missing) if missing > 0 else ()
     predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
     labels = [target for _, targets in pairs for target in targets]
     name = task.primary

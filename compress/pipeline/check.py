@@ -1,4 +1,4 @@
-"""Everything that can be known of a recipe short of running it: names, options, files, packages."""
+"""Check a recipe without running it: names, options, files, packages."""
 
 from __future__ import annotations
 

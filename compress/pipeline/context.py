@@ -1,4 +1,4 @@
-"""What every step of a run works on and leaves behind: variants on disk, facts about them."""
+"""What stages of a run share and return: the run, its variants, stage results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from compress.groups.plan import PrunePlan
 from compress.models.references import count_of, is_torchvision_detector
 from compress.modules.outputs import returned
 from compress.prune.sparsity import keeping_zeros
+from compress.qdq import QuantPlan
 from compress.recipe.settings import Recipe, TrainSettings
+from compress.report import schema
 from compress.report.run_folder import DONE_FILE, RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
@@ -48,7 +50,28 @@ class Outcome:
     """What a step leaves behind: variants, and facts about how they were made."""
 
     variants: tuple[Variant, ...]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, as its record has them
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """What was not measured of its variants, and why."""
+        return dict(self.facts.get("skipped", {}))
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Rows of metrics.jsonl of its training; empty where nothing was trained."""
+        return list(self.facts.get("training", {}).get("history", ()))
+
+    @property
+    def plans(self) -> dict[str, QuantPlan]:
+        """The plan of each int8 graph, by the runtime it is written for."""
+        plans = self.facts.get("plans", {})
+        return {form: QuantPlan.from_json(plan) for form, plan in plans.items()}
+
+    @property
+    def gates(self) -> tuple[schema.Gate, ...]:
+        """Limits that the stage was given itself: milliseconds, loss of accuracy."""
+        return tuple(schema.Gate(**gate) for gate in self.facts.get("gates", ()))
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able data."""
@@ -114,11 +137,6 @@ class Job:
     def validation_pct(self, model: nn.Module) -> float | None:
         """Return the primary metric of ``model`` on the validation images, if there are any."""
         return primary_value(model, self.dataset, self.task)
-
-
-def answers_path(folder: Path, variant: str, runtime: str, precision: str) -> Path:
-    """Return where the answers of a variant to the test images are kept."""
-    return folder / f"{variant}.{runtime}.{precision}.npz"
 
 
 def leave(

@@ -1,4 +1,4 @@
-"""What changed inside a network, what was lost and for whom: the details of the report."""
+"""The details of the report: cut channels, ranges, per-class scores, flips, learning curves."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from compress import evaluate, measure, models
+from compress import measure, models
 from compress.evaluate import Accuracy, comparison
 from compress.evaluate.predictions import Predictions
 from compress.groups.plan import PrunePlan
 from compress.pipeline import records
-from compress.pipeline.context import Job, Outcome, Variant, answers_path
+from compress.pipeline.context import Job, Outcome, Variant
+from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.sensitivity_chart import unmeasured
 from compress.pipeline.stages.sparsify import sparsities
-from compress.qdq import QuantPlan
 from compress.report import schema
 from compress.report.learning_curves import learning_curves
 from compress.report.pictures import thumbnail
@@ -31,7 +31,7 @@ class Answered:
 
     variant: str
     runtime: str
-    predictions: Predictions
+    path: Path  # of its predictions
     accuracy: Accuracy
 
 
@@ -41,7 +41,7 @@ def details(
     outcomes: Sequence[Outcome],
     measured: Mapping[str, Any],
     rows: Sequence[schema.Variant],
-    answers: Path,
+    judged: JudgedPredictions,
 ) -> schema.Details:
     """Return everything the report tells beside its tables.
 
@@ -49,11 +49,11 @@ def details(
         job: The run.
         variants: All variants, the original first.
         outcomes: What each stage recorded.
-        measured: What ``measuring.measure_targets`` recorded.
+        measured: What ``measure_targets`` recorded.
         rows: The variants of the report.
-        answers: Folder with the answers of each variant to the test images.
+        judged: Predictions of each variant on the test images.
     """
-    taken = _answers(job, rows, answers) if job.task.tells_classes else []
+    taken = _answers(rows, judged) if job.task.tells_classes else []
     plan = _last_plan(job, variants)
     return schema.Details(
         classes=job.dataset.classes,
@@ -108,7 +108,7 @@ def _skipped(job: Job, plan: PrunePlan | None, original: Variant) -> dict[str, s
     return reasons
 
 
-def _answers(job: Job, rows: Sequence[schema.Variant], folder: Path) -> list[Answered]:
+def _answers(rows: Sequence[schema.Variant], judged: JudgedPredictions) -> list[Answered]:
     """Return the answers of each variant on the first runtime that ran it.
 
     The original is first, and last is the variant that the verdict of the report is about: the last
@@ -117,12 +117,8 @@ def _answers(job: Job, rows: Sequence[schema.Variant], folder: Path) -> list[Ans
     found = []
     for row in rows:
         for result in row.results[:1]:
-            path = answers_path(folder, row.name, result.runtime, result.precision)
-            predictions = Predictions.load(path)
-            named, images = job.dataset.test_groups, len(predictions.labels)
-            groups = None if named is None else [str(group) for group in named[:images]]
-            judged = evaluate.accuracy(predictions, job.dataset.classes, groups)
-            found.append(Answered(row.name, result.runtime, predictions, judged))
+            path = judged.path(row.name, result.runtime, result.precision)
+            found.append(Answered(row.name, result.runtime, path, judged.accuracy(path)))
     return [*found[:1], *sorted(found[1:], key=lambda each: each.runtime == found[0].runtime)]
 
 
@@ -147,9 +143,8 @@ def _channels(plan: PrunePlan) -> Iterator[schema.Channels]:
 
 def _learning_curves(outcomes: Sequence[Outcome]) -> Iterator[schema.Curve]:
     for outcome in outcomes:
-        history = outcome.facts.get("training", {}).get("history", [])
         if outcome.variants:
-            yield from learning_curves(outcome.variants[0].stage, history)
+            yield from learning_curves(outcome.variants[0].stage, outcome.history)
 
 
 def _class_scores(taken: Sequence[Answered]) -> Iterator[schema.ClassScores]:
@@ -176,7 +171,8 @@ def _flips(job: Job, taken: Sequence[Answered]) -> Iterator[schema.Flip]:
     if len(taken) < 2:
         return
     candidate = taken[-1]
-    compared = comparison.compare(taken[0].predictions, candidate.predictions)
+    before, after = Predictions.load(taken[0].path), Predictions.load(candidate.path)
+    compared = comparison.compare(before, after)
     lost = [flip for flip in compared.flips if flip.kind == "lost"]
     for flip in lost[:MOST_FLIPS]:
         image = job.dataset.splits["test"].take([flip.index])[0]
@@ -203,8 +199,8 @@ def _subgroups(taken: Sequence[Answered]) -> Iterator[schema.Subgroup]:
 def _ranges(outcomes: Sequence[Outcome]) -> Iterator[schema.TensorRange]:
     """Yield the range of every tensor that a plan of the run quantizes."""
     for outcome in outcomes:
-        for form, plan in outcome.facts.get("plans", {}).items():
-            yield from records.ranges(QuantPlan.from_json(plan), f"int8-{form}")
+        for form, plan in outcome.plans.items():
+            yield from records.ranges(plan, f"int8-{form}")
 
 
 def _artifacts(job: Job) -> Iterator[schema.ArtifactRecord]:

@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from compress import evaluate, measure, plugins, progress
 from compress.artifact import sha256
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions, comparison
-from compress.evaluate.feeding import Fed, arrays
 from compress.measure import Timing
+from compress.measure.artifacts import answers_of, inputs_of
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
 from compress.pipeline.changed_images import class_metrics, drawn_changes
-from compress.pipeline.context import Job, Variant, answers_path
+from compress.pipeline.context import Job, Variant
+from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.sensitivity_chart import sensitivity
 from compress.recipe.settings import Target
 from compress.runtimes import build_engine, build_record, facts, open_session, unavailable
@@ -75,13 +74,13 @@ class Measured:
         }
 
 
-def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measured:
+def measure_targets(job: Job, variants: Sequence[Variant], judged: JudgedPredictions) -> Measured:
     """Build and measure every variant on every target of the recipe.
 
     Args:
         job: The run.
         variants: All variants, the original first.
-        stage: Folder where the answers of each variant to the test images are kept.
+        judged: Where the predictions of each variant on the test images are kept.
 
     Returns:
         Results by variant; targets that cannot be built or run here are under "skipped".
@@ -111,12 +110,12 @@ def measure_targets(job: Job, variants: Sequence[Variant], stage: Path) -> Measu
             continue
         if (why := _absent_int8(targets, rivals)) is not None:
             skipped[f"int8 on {label}"] = why
-        rows, conditions[label], answers = measure_rivals(job, rivals, stage)
+        rows, conditions[label], answers = measure_rivals(job, rivals, judged)
         if not shown:
             shown = _shown(job, rivals, answers)
         for rival, row in zip(rivals, rows, strict=True):
             results[rival.variant.name].append(row | _memory(job, rival, row["skipped"]))
-    explanations = explain_variants(job, variants, stage)
+    explanations = explain_variants(job, variants, judged)
     explanations |= shown
     explanations["sensitivity"] = sensitivity(job, variants[0])
     return Measured(results, skipped, engines, conditions, coverage, explanations)
@@ -212,13 +211,13 @@ def _coverage(job: Job, rivals: Sequence[Rival]) -> list[dict[str, Any]]:
 
 
 def measure_rivals(
-    job: Job, rivals: Sequence[Rival], stage: Path
+    job: Job, rivals: Sequence[Rival], judged: JudgedPredictions
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Sequence[Predictions | Evaluation]]:
-    """Return accuracy and latency of each of ``rivals``, the machine's state, and their answers.
+    """Return accuracy and latency of ``rivals``, the machine's state, and their predictions.
 
-    Answers to the test images that ``stage`` holds are not taken again.
+    Predictions that ``judged`` holds are not taken again.
     """
-    answers = [_answers(job, rival, stage) for rival in rivals]
+    answers = [_answers(job, rival, judged) for rival in rivals]
     latency = _latency(job, rivals)
     rows = []
     for rival, own in zip(rivals, answers, strict=True):
@@ -232,7 +231,9 @@ def measure_rivals(
             "options": dict(rival.target.options) or None,
             "skipped": {},
         }
-        row |= accuracy_row(job, answers[0], own)
+        if isinstance(own, Predictions):
+            row |= judged.accuracy(_kept(judged, rival)).row()
+        row |= _change_row(job, answers[0], own)
         if rival.name in latency:
             row |= latency[rival.name].to_json()
             row |= {key: latency.conditions[key] for key in ("busy",) if key in latency.conditions}
@@ -260,44 +261,43 @@ def _shown(
     }
 
 
-def _answers(job: Job, rival: Rival, stage: Path) -> Predictions | Evaluation:
+def _kept(judged: JudgedPredictions, rival: Rival) -> Path:
+    return judged.path(rival.variant.name, rival.target.runtime, rival.precision)
+
+
+def _answers(job: Job, rival: Rival, judged: JudgedPredictions) -> Predictions | Evaluation:
     """Return the answers to the test images; logits are from disk if they were taken before."""
-    path = answers_path(stage, rival.variant.name, rival.target.runtime, rival.precision)
+    path = _kept(judged, rival)
     if path.is_file():
         return Predictions.load(path)
-    test = job.dataset.pictures("test", evaluate.BATCH, job.recipe.measure.test_images)
-    images = len(job.dataset.splits["test"])
-    total = min(images, job.recipe.measure.test_images or images) / evaluate.BATCH
-    name = f"{rival.name} on {rival.target.runtime}"
+    limit = job.recipe.measure.test_images
     with open_session(rival.path, rival.target.reference, **rival.options) as session:
         if not job.task.tells_classes:
-            limit = job.recipe.measure.test_images
             return evaluate.of_task(session, job.dataset, job.task, limit=limit)
-        fed = Fed(session, job.dataset)
-        predictions = evaluate.predict(fed, progress.track(test, name, -(-total // 1)))
+        name = f"{rival.name} on {rival.target.runtime}"
+        predictions = answers_of(session, job.dataset, name, limit)
     predictions.save(path)
     return predictions
 
 
-def accuracy_row(
+def _change_row(
     job: Job, reference: Predictions | Evaluation, own: Predictions | Evaluation
 ) -> dict[str, Any]:
-    """Return how good a variant is, and what changed against the original."""
-    if isinstance(own, Evaluation) and isinstance(reference, Evaluation):
+    """Return the metrics of an evaluation, and what changed against the original."""
+    if isinstance(own, Predictions) and isinstance(reference, Predictions):
         if own is reference:
-            return own.row()
-        if not job.task.kinds:
-            alike = comparison.outputs_row(reference.predictions, own.predictions)
-            if getattr(job.task, "inner", None) is not None:
-                alike |= evaluate.agreement_row(job.task, reference, own)
-            return own.row() | alike
-        return own.row() | evaluate.change_row(job.task, reference, own)
-    if isinstance(own, Evaluation) or isinstance(reference, Evaluation):
+            return {}
+        return comparison.against(reference, own, job.dataset.classes)
+    if isinstance(own, Predictions) or isinstance(reference, Predictions):
         raise TypeError("answers of different kinds cannot be compared")
-    row = evaluate.accuracy(own, job.dataset.classes).row()
-    if own is not reference:
-        row |= comparison.against(reference, own, job.dataset.classes)
-    return row
+    if own is reference:
+        return own.row()
+    if job.task.kinds:
+        return own.row() | evaluate.change_row(job.task, reference, own)
+    alike = comparison.outputs_row(reference.predictions, own.predictions)
+    if getattr(job.task, "inner", None) is not None:
+        alike |= evaluate.agreement_row(job.task, reference, own)
+    return own.row() | alike
 
 
 def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
@@ -307,8 +307,6 @@ def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
         block_seconds=settings.round_ms / 1000,
         min_rounds=settings.rounds,
     )
-    images = job.dataset.splits["test"]
-    batch = images.take(np.arange(rivals[0].target.batch) % len(images))
     with contextlib.ExitStack() as stack:
         sessions = {
             rival.name: stack.enter_context(
@@ -318,9 +316,8 @@ def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
             )
             for rival in rivals
         }
-        inputs = {
-            name: arrays(session.inputs, batch, job.dataset) for name, session in sessions.items()
-        }
+        batch = rivals[0].target.batch
+        inputs = {name: inputs_of(each, batch, job.dataset) for name, each in sessions.items()}
         return measure.bench(sessions, inputs, timing=timing)
 
 

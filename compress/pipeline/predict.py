@@ -1,4 +1,4 @@
-"""``compress predict``: what an artifact answers to pictures, with its own preprocessing."""
+"""``compress predict``: predictions of an artifact for pictures, preprocessed as it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What changed inside and what networks look at, as parts of the report."""
+"""Quantization ranges, int8 coverage, calibration and image samples as records of the report."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from compress import artifact, environment
 from compress.errors import RunError
 from compress.measure import Timing
 from compress.pipeline.context import Job, Outcome, Variant
+from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import measure_rivals, places, rivals_on
 from compress.pipeline.task import prepared
 from compress.recipe import loading
@@ -129,7 +130,7 @@ def measure_again(root: Path) -> Remeasured:
             continue
         rivals = rivals_on(job, variants, targets)
         with artifact.scratch() as folder:
-            rows, _, _ = measure_rivals(job, rivals, folder)
+            rows, _, _ = measure_rivals(job, rivals, JudgedPredictions(folder, dataset))
         for rival, row in zip(rivals, rows, strict=True):
             place = f"{rival.variant.name} on {target.runtime}, batch {target.batch}"
             skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}

@@ -1,11 +1,10 @@
-"""From what stages and measurements left behind to the Report; it measures nothing itself."""
+"""Assemble the report from what stages and measurements recorded; nothing is measured here."""
 
 from __future__ import annotations
 
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from compress import environment, measure
@@ -13,6 +12,7 @@ from compress.artifact import sha256
 from compress.pipeline import cautions
 from compress.pipeline.context import Job, Outcome, Variant
 from compress.pipeline.details import details
+from compress.pipeline.judged import JudgedPredictions
 from compress.recipe.loading import to_json
 from compress.recipe.settings import Gates
 from compress.report import numbers, schema
@@ -28,7 +28,7 @@ def assemble(
     variants: Sequence[Variant],
     outcomes: Sequence[Outcome],
     measured: Mapping[str, Any],
-    answers: Path,
+    judged: JudgedPredictions,
 ) -> schema.Report:
     """Return the report of a run whose stages are finished.
 
@@ -36,14 +36,10 @@ def assemble(
         job: The run.
         variants: All variants, the original first.
         outcomes: What each stage recorded.
-        measured: What ``measuring.measure_targets`` recorded.
-        answers: Folder with the answers of each variant to the test images.
+        measured: What ``measure_targets`` recorded.
+        judged: Predictions of each variant on the test images.
     """
-    absent = {
-        variant.name: outcome.facts.get("skipped", {})
-        for outcome in outcomes
-        for variant in outcome.variants
-    }
+    absent = {variant.name: outcome.skipped for outcome in outcomes for variant in outcome.variants}
     trust = cautions.trust_of(outcomes[0].facts)
     results = measured["results"] if trust.untrained is None else _undecided(measured["results"])
     rows = tuple(
@@ -54,7 +50,10 @@ def assemble(
         recipe=to_json(job.recipe),
         provenance=_provenance(job, outcomes, measured),
         variants=rows,
-        gates=(*_stage_gates(outcomes), *gates(job.recipe.gates, rows, trust.untrained)),
+        gates=(
+            *(gate for outcome in outcomes for gate in outcome.gates),
+            *gates(job.recipe.gates, rows, trust.untrained),
+        ),
         untrained=trust.untrained,
         cautions=(
             *cautions.of_training(job.recipe, job.dataset),
@@ -67,10 +66,10 @@ def assemble(
         notes=tuple(
             f"int8-{form}: {note}"
             for outcome in outcomes
-            for form, plan in outcome.facts.get("plans", {}).items()
-            for note in plan.get("notes", ())
+            for form, plan in outcome.plans.items()
+            for note in plan.notes
         ),
-        details=details(job, variants, outcomes, measured, rows, answers),
+        details=details(job, variants, outcomes, measured, rows, judged),
         skipped=measured["skipped"],
     )
 
@@ -106,20 +105,14 @@ def gates(
                 variant=variant.name,
                 runtime=result.runtime,
                 batch=result.batch,
-                metric=result.primary if name == "metric_drop" else None,
+                metric=(result.primary or "top-1") if name == "metric_drop" else None,
                 unit=_unit(result) if name == "metric_drop" else None,
                 reason=reason,
             )
 
 
 def _unit(result: schema.Result) -> str | None:
-    return None if result.main_metric is None else result.main_metric.unit
-
-
-def _stage_gates(outcomes: Sequence[Outcome]) -> Iterator[schema.Gate]:
-    """Yield the limits that stages were given themselves: milliseconds, loss of accuracy."""
-    for outcome in outcomes:
-        yield from (schema.Gate(**gate) for gate in outcome.facts.get("gates", ()))
+    return "pct" if result.main_metric is None else result.main_metric.unit
 
 
 def _last_results(

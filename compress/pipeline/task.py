@@ -1,4 +1,4 @@
-"""What the network of a recipe is for, and what of a recipe that purpose allows."""
+"""The task of a recipe, and which settings it allows."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Decide which channels to cut: scores and a budget in, a plan out.
+"""Plan which channels to cut: scores and a budget in, a plan out.
 
 The package can be called: ``compress.prune(model, example_input, ...)`` is :func:`prune_network`.
 """
 
 from compress.callables import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
-from compress.prune.budget import BUDGETS
+from compress.prune.budget import BUDGETS, one_budget
 from compress.prune.group_lasso import GroupLasso, WithGroupLasso
-from compress.prune.latency_target import Promise, check_promise, latency_left
+from compress.prune.latency_target import Promise, check_promise
 from compress.prune.network import prune_network
 from compress.prune.plan import plan_pruning
 from compress.prune.reconstruction import refit
@@ -20,7 +20,7 @@ __all__ = [
     "WithGroupLasso",
     "check_promise",
     "keep_in_round",
-    "latency_left",
+    "one_budget",
     "plan_pruning",
     "prune_network",
     "rebase_batchnorm",

@@ -1,4 +1,4 @@
-"""The Fisher information of what a network answers: losses whose gradients are samples of it."""
+"""Fisher information of a network's outputs: losses whose gradients are samples of it."""
 
 from __future__ import annotations
 

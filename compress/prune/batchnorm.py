@@ -1,4 +1,4 @@
-"""BatchNorm statistics, estimated again: whatever was cut upstream has shifted them."""
+"""Recalibrate BatchNorm: statistics are estimated again after a cut upstream."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from compress.errors import PlanError, UsageError, nearest
 from compress.groups import Network
+from compress.groups.plan import PrunePlan
+from compress.prune.schedule import keep_in_round, latency_left, rounds_of
 
 Kind = Literal["macs", "params", "channels", "latency", "latency_ms"]
 NAMES: dict[Kind, str] = {
@@ -35,6 +37,27 @@ class Budget:
         if isinstance(self.value, Mapping):
             raise TypeError("this budget has one number for each layer")
         return self.value
+
+    def in_round(self, number: int, rounds: int, done: PrunePlan | None) -> Budget:
+        """Return the budget of one of several rounds, of the network that those before it left.
+
+        Args:
+            number: 1, 2, ..., rounds.
+            rounds: Rounds in all.
+            done: The joined plan of the rounds before; None in the first.
+        """
+        if self.kind == "latency_ms" or isinstance(self.value, Mapping):
+            return self
+        if self.kind == "channels":
+            return Budget(self.kind, self.value ** (1 / rounds))
+        if done is None:
+            left = 1.0
+        elif self.kind == "latency":
+            left = latency_left(rounds_of(done.about))
+        else:
+            before, after = (getattr(done, f"{self.kind}_{when}") for when in ("before", "after"))
+            left = after / before
+        return Budget(self.kind, min(1.0, keep_in_round(self.value, number, rounds) / left))
 
     def to_json(self) -> dict[str, Any]:
         """Return this budget under the name that the user gave it."""

@@ -1,4 +1,4 @@
-"""Prune to milliseconds: a knapsack over groups, corrected by networks that were measured."""
+"""Prune to a latency: a knapsack over groups, corrected by networks that were measured."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 from compress.errors import PlanError
 from compress.groups import Network
+from compress.groups.inputs import Example, inputs_of
 from compress.groups.plan import make_plan
 from compress.groups.proof import apply_pruning
-from compress.groups.trace import Example, inputs_of
 from compress.modules import evaluating
 from compress.modules.copying import full_copy
 from compress.progress import task
@@ -81,8 +81,7 @@ def counts_for_latency(
         whole = np.array([one.size for one in ladders], dtype=np.int64)
         smallest = np.array([one.levels[0] for one in ladders], dtype=np.int64)
         original_ms = stopwatch.original_ms
-        is_share = budget.kind == "latency"
-        latency_ms = budget.share * (original_ms if is_share else 1.0)
+        latency_ms = budget.share * (original_ms if budget.kind == "latency" else 1.0)
         measured.append((layers.total(whole), original_ms))
         facts: dict[str, Any] = {
             "original_ms": round(original_ms, 4),
@@ -92,14 +91,7 @@ def counts_for_latency(
             return whole, facts | {"planned_ms": round(original_ms, 4), "kept": True}
         least_ms = measure(smallest)
         if least_ms > latency_ms:
-            least = f"{least_ms / original_ms:.3f}" if is_share else f"{least_ms:.3f} ms"
-            raise PlanError(
-                f"{NAMES[budget.kind]} = {budget.share:g} cannot be reached on {runtime}: with "
-                f"every group at its smallest the network takes {least_ms:.3f} ms (uncut "
-                f"{original_ms:.3f} ms)",
-                expected=f"at least {least}",
-                fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
-            )
+            raise _unreachable(budget, runtime, least_ms, original_ms)
         best, best_ms = smallest, least_ms
         for _ in range(ATTEMPTS):  # a regula falsi: every plan narrows the sum from above or below
             target = _layers_for(max(AIM * latency_ms, least_ms), measured)
@@ -116,6 +108,17 @@ def counts_for_latency(
         "planned_ms": round(best_ms, 4),
         "kept": Promise(latency_ms, best_ms, runtime).broken is None,
     }
+
+
+def _unreachable(budget: Budget, runtime: str, least_ms: float, original_ms: float) -> PlanError:
+    """Return the error for a latency that not even the smallest network keeps."""
+    least = f"{least_ms:.3f} ms" if budget.kind == "latency_ms" else f"{least_ms / original_ms:.3f}"
+    return PlanError(
+        f"{NAMES[budget.kind]} = {budget.share:g} cannot be reached on {runtime}: with every group "
+        f"at its smallest the network takes {least_ms:.3f} ms (uncut {original_ms:.3f} ms)",
+        expected=f"at least {least}",
+        fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
+    )
 
 
 def _layers_for(latency_ms: float, measured: Sequence[tuple[float, float]]) -> float:

@@ -191,10 +191,10 @@ def _checked(ms: float, where: str) -> float:
 
 
 @functools.lru_cache(maxsize=8)
-def table_for(runtime: str, threads: int | None = None, cache: Path | None = None) -> LatencyTable:
+def table_for(runtime: str) -> LatencyTable:
     """Return the table of ``runtime`` on this machine, with what earlier runs have measured.
 
-    Its file is named after the runtime, its version, the processor and the threads.
+    Its file is named after the runtime, its version and the processor.
 
     Raises:
         EngineError: nothing can run on ``runtime`` here.
@@ -203,11 +203,10 @@ def table_for(runtime: str, threads: int | None = None, cache: Path | None = Non
     if reason is not None:
         raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="runtime")
     version = packages.version(facts(runtime).package.replace("_", "-"))
-    machine = [runtime, version, *_processor(), threads]
+    machine = [runtime, version, *_processor(), None]  # None: all threads
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
-    folder = cache or cache_folder()
-    measure = functools.partial(measure_layer, runtime=runtime, threads=threads)
-    return LatencyTable(measure, folder / f"{runtime}-{name}.json")
+    measure = functools.partial(measure_layer, runtime=runtime)
+    return LatencyTable(measure, cache_folder() / f"{runtime}-{name}.json")
 
 
 def _processor() -> tuple[str, Any]:
@@ -221,9 +220,7 @@ def cache_folder() -> Path:
     return artifact.cache_folder() / "latency"
 
 
-def measure_layer(
-    shape: LayerShape, inputs: int, outputs: int, *, runtime: str, threads: int | None = None
-) -> float:
+def measure_layer(shape: LayerShape, inputs: int, outputs: int, *, runtime: str) -> float:
     """Return the latency of one layer alone on ``runtime``, ms, for a batch of one.
 
     **Method:** the layer is written as an ONNX file of its own with random weights, loaded, and
@@ -234,23 +231,21 @@ def measure_layer(
     """
     inputs = outputs if shape.groups == 0 else inputs
     if facts(runtime).opens == "network":
-        return _measure_module(shape, inputs, outputs, runtime, threads)
+        return _measure_module(shape, inputs, outputs, runtime)
     array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
     with scratch() as folder:
         path = folder / "layer.onnx"
         onnx.save(layer_graph(shape, inputs, outputs), path)
-        with open_built(path, runtime, threads=threads) as session:
+        with open_built(path, runtime) as session:
             return time_calls(functools.partial(session.run, array), SECONDS, quantile=0.1)
 
 
-def _measure_module(
-    shape: LayerShape, inputs: int, outputs: int, runtime: str, threads: int | None
-) -> float:
+def _measure_module(shape: LayerShape, inputs: int, outputs: int, runtime: str) -> float:
     import torch
 
     size = _input_shape(shape, inputs)
     image = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
-    with open_session(layer_module(shape, inputs, outputs), runtime, threads=threads) as session:
+    with open_session(layer_module(shape, inputs, outputs), runtime) as session:
         return time_calls(functools.partial(session.run, image), SECONDS, quantile=0.1)
 
 

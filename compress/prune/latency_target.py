@@ -1,9 +1,8 @@
-"""Whether a pruned network takes the milliseconds that it was pruned to."""
+"""Latency target: whether a pruned network takes the milliseconds it was pruned to."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,9 +15,10 @@ from torch import nn
 from compress.artifact import scratch
 from compress.errors import PlanError
 from compress.export import export_onnx
+from compress.groups.inputs import Example
 from compress.groups.plan import PrunePlan
-from compress.groups.trace import Example
 from compress.prune.latency_table import time_calls
+from compress.prune.schedule import latency_left, rounds_of
 from compress.runtimes import Session, facts, open_built, open_session
 
 TOLERANCE = 0.10  # how far the measured latency may be from the promise
@@ -138,7 +138,7 @@ def check_promise(
     Raises:
         PlanError: the plan, or a round of it, was made for something else than a latency.
     """
-    last, *earlier = rounds = list(_rounds(plan.about))
+    last, *earlier = rounds = list(rounds_of(plan.about))
     if not all("latency" in each for each in rounds):
         raise PlanError(
             "the plan promises no latency",
@@ -146,28 +146,10 @@ def check_promise(
         )
     runtime, original_ms = last["budget"]["runtime"], rounds[-1]["latency"]["original_ms"]
     if (promised_ms := last["budget"].get("latency_ms")) is None:
-        promised_ms = last["budget"]["keep_latency"] * _latency_left(earlier) * original_ms
+        promised_ms = last["budget"]["keep_latency"] * latency_left(earlier) * original_ms
     with Stopwatch(original, example_input, runtime, original_ms) as stopwatch:
         measured = stopwatch.ms(pruned)
     return Promise(promised_ms, measured, runtime, bool(plan.tensors))
-
-
-def latency_left(plan: PrunePlan) -> float:
-    """Return the share of the original's latency that was measured when ``plan`` was made."""
-    return _latency_left(_rounds(plan.about))
-
-
-def _rounds(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield what is known of every round of a plan, the last first."""
-    yield about
-    if "after" in about:
-        yield from _rounds(about["after"])
-
-
-def _latency_left(rounds: Iterable[Mapping[str, Any]]) -> float:
-    facts = (each["latency"] for each in rounds)
-    shares: Iterator[float] = (fact["planned_ms"] / fact["original_ms"] for fact in facts)
-    return math.prod(shares)
 
 
 def _arrays(example_input: Example) -> list[np.ndarray]:

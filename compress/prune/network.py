@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from compress.errors import UsageError
+from compress.groups.inputs import Example
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
-from compress.groups.trace import Example
 from compress.modules import network_of
 from compress.prune.criteria import Criterion
 from compress.prune.plan import plan_pruning

@@ -1,4 +1,4 @@
-"""The decision itself: trace, score, select, and write it down as a plan."""
+"""Plan pruning: trace, score, select, and write the decision down as a plan."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from torch import nn
 
 from compress.errors import PlanError, UsageError
 from compress.groups import Network, trace
+from compress.groups.inputs import Example
 from compress.groups.plan import PrunePlan, make_plan
 from compress.groups.proof import example_shapes
-from compress.groups.trace import Example
 from compress.modules import network_of, with_gradients
 from compress.modules.inputs import example_of, read_batches
 from compress.modules.outputs import as_places

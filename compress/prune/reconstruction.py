@@ -1,4 +1,4 @@
-"""Fit the weights that are left, so that every layer answers again as it did before the cut."""
+"""Layer-wise reconstruction: fit remaining weights to the original's outputs."""
 
 from __future__ import annotations
 

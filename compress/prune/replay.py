@@ -1,4 +1,4 @@
-"""Forward passes of a network whose first layers stay as they are: modules are computed once."""
+"""Forward passes that reuse the outputs of modules which do not change any more."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,19 +146,45 @@ class _Survey(Sums):  # type: ignore[no-untyped-call]
         self.made: dict[int, int] = {}  # when a storage was first seen
         self.open: list[tuple[str, int]] = []  # modules that run, and when they began
         self.meddling: set[str] = set()  # modules that change what was there before them
+        self.calls: dict[str, list[_Call]] = defaultdict(list)  # by module
+        self.entered: dict[str, int] = {}  # when each module first runs
+        self.unfit: set[str] = set()  # modules that cannot be replayed
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def enter(self, name: str, _module: nn.Module, _inputs: Any) -> None:
+        """Note that a module begins."""
+        self.clock += 1
+        self.entered.setdefault(name, self.clock)
+        parents = tuple(parent for parent in self.stack if parent)
+        self.calls[name].append(_Call(self.clock, sums=self.sums, parents=parents))
+        self.stack.append(name)
+        self.open.append((name, self.clock))
+
+    def leave(self, name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        """Note that a module has ended, and what it returned."""
+        self.clock += 1
+        self.stack.pop()
+        self.open.pop()
+        call = self.calls[name][-1]
+        call.left, call.sums = self.clock, self.sums - call.sums
+        if not isinstance(output, Tensor):
+            self.unfit.add(name)
+            return
+        call.mib = output.numel() * output.element_size() / 2**20
+        given = inputs[0] if inputs else None
+        if isinstance(given, Tensor) and _storage(given) == _storage(output):
+            if not _lie_alike(given, output):
+                self.unfit.add(name)  # made anew in a moment, and its input may have other readers
+                return
+            call.is_alias = True
+        self.storages[_storage(output)].append(call)
+        self.alive.append(output)
+
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and note what it reads and changes."""
         self.clock += 1
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().op(func, args, kwargs)
         self.sums = self._done
-        for tensor in meta_ops.tensors_in((args, kwargs or {})):
+        for tensor in meta_ops.tensors_in((args, kwargs)):
             for call in self.storages.get(_storage(tensor), ()):
                 call.readers.add(tuple(self.stack))
         written = [
@@ -191,49 +218,11 @@ def _survey(
     model: nn.Module, modules: dict[str, nn.Module], image: Tensor
 ) -> tuple[dict[str, _Call], dict[str, int]]:
     """Return the modules that can be replayed, and when each module first runs."""
-    calls: dict[str, list[_Call]] = defaultdict(list)
-    entered: dict[str, int] = {}
-    unfit: set[str] = set()
     watch = _Survey()
-
-    def enters(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _inputs: Any) -> None:
-            watch.clock += 1
-            entered.setdefault(name, watch.clock)
-            calls[name].append(
-                _Call(watch.clock, sums=watch.sums, parents=tuple(n for n in watch.stack if n))
-            )
-            watch.stack.append(name)
-            watch.open.append((name, watch.clock))
-
-        return hook
-
-    def leaves(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            watch.clock += 1
-            watch.stack.pop()
-            watch.open.pop()
-            call = calls[name][-1]
-            call.left, call.sums = watch.clock, watch.sums - call.sums
-            if not isinstance(output, Tensor):
-                unfit.add(name)
-                return
-            call.mib = output.numel() * output.element_size() / 2**20
-            given = inputs[0] if inputs else None
-            if isinstance(given, Tensor) and _storage(given) == _storage(output):
-                if not _lie_alike(given, output):
-                    unfit.add(name)  # made anew in a moment, and its input may have other readers
-                    return
-                call.is_alias = True
-            watch.storages[_storage(output)].append(call)
-            watch.alive.append(output)
-
-        return hook
-
     hooks = []
     for name, module in modules.items():
-        hooks.append(module.register_forward_pre_hook(enters(name)))
-        hooks.append(module.register_forward_hook(leaves(name)))
+        hooks.append(module.register_forward_pre_hook(partial(watch.enter, name)))
+        hooks.append(module.register_forward_hook(partial(watch.leave, name)))
     try:
         with watch:
             model(image)
@@ -242,10 +231,10 @@ def _survey(
             each.remove()
     return {
         name: found[0]
-        for name, found in calls.items()
+        for name, found in watch.calls.items()
         if name
         and len(found) == 1
-        and name not in unfit
+        and name not in watch.unfit
         and (name not in watch.meddling or found[0].is_alias)
         and not isinstance(modules[name], torch.jit.ScriptModule)
-    }, entered
+    }, watch.entered

@@ -1,4 +1,4 @@
-"""Where the answer of a layer is added to something else, and what it is added to."""
+"""Find residual additions: which layer output is added to which earlier tensor."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.groups import meta_ops
+from compress.groups.calls import WatchedOps
 
 LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up what others lost
 
@@ -44,7 +44,7 @@ class Join:
         return torch.where(passes, 1 / slope, torch.zeros_like(slope))
 
 
-class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Sums(WatchedOps):  # type: ignore[no-untyped-call]
     """Shows every sum of two tensors: its number and both operands, before it is done.
 
     Args:
@@ -60,20 +60,14 @@ class Sums(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Count sums that are not done in this pass."""
         self._done += count
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
         if meta_ops.op_name(func) == "add" and not kwargs:
             operands = tuple(each for each in args if isinstance(each, Tensor))
             if len(operands) == 2:
                 self._show(self._done, operands)
                 self._done += 1
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[nn.Module, Join]:
@@ -142,15 +136,9 @@ class _Watch(Sums):  # type: ignore[no-untyped-call]
         """Return when a tensor was made; 0 if before the forward."""
         return self._made.get(id(tensor), (0, tensor))[0]
 
-    def __torch_dispatch__(
-        self,
-        func: OpOverload,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and note what it makes."""
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().op(func, args, kwargs)
         for tensor in meta_ops.tensors_in(result):
             self._made.setdefault(id(tensor), (self.clock + 1, tensor))
         return result

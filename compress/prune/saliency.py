@@ -1,4 +1,4 @@
-"""What data-driven criteria need: gradients, curvature and activations on the user's images."""
+"""Saliency statistics for data-driven criteria: gradients, curvature and activations."""
 
 from __future__ import annotations
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
 
 def keep_in_round(keep: float, number: int, rounds: int) -> float:
     """Return the share of the *original* that is kept after round ``number`` of ``rounds``.
@@ -21,3 +25,17 @@ def keep_in_round(keep: float, number: int, rounds: int) -> float:
     if not 1 <= number <= rounds:
         raise ValueError(f"round {number} of {rounds}")
     return keep if number == rounds else keep ** (number / rounds)
+
+
+def rounds_of(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what is known of every round of a plan, the last first."""
+    yield about
+    if "after" in about:
+        yield from rounds_of(about["after"])
+
+
+def latency_left(rounds: Iterable[Mapping[str, Any]]) -> float:
+    """Return the share of the original's latency that was measured when ``rounds`` were planned."""
+    facts = (each["latency"] for each in rounds)
+    shares: Iterator[float] = (fact["planned_ms"] / fact["original_ms"] for fact in facts)
+    return math.prod(shares)

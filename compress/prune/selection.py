@@ -1,4 +1,4 @@
-"""Which units to cut: scores and a budget in, kept units out. Knows nothing of networks."""
+"""Select units to keep from scores and a budget; knows nothing of networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Accuracy against kept channels, group by group: which layers cannot bear to be pruned."""
+"""Pruning sensitivity: accuracy against kept channels, one group at a time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from torch import Tensor, nn
 from compress.artifact import replacing
 from compress.errors import PlanError, UsageError
 from compress.groups import trace
+from compress.groups.inputs import Example
 from compress.groups.plan import make_plan
 from compress.groups.proof import apply_pruning
-from compress.groups.trace import Example
 from compress.progress import track
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.cost import CostModel
-from compress.prune.criteria import Criterion
-from compress.prune.saliency import Batches
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import ladder
 from compress.tasks import TOP1, Kind, Primary
@@ -139,33 +137,29 @@ def prune_sensitivity(
     example_input: Example,
     evaluate: Callable[[nn.Module], float],
     *,
-    criterion: str | Mapping[str, Any] | Criterion = "l2",
     shares: Sequence[float] = SHARES,
-    batches: Batches | None = None,
     recalibrate: Iterable[tuple[Tensor, Tensor]] = (),
 ) -> PruneSensitivity:
-    """Cut one group at a time to several widths and return the accuracy of each cut.
+    """Cut one group at a time to several widths by L2 and return the accuracy of each cut.
 
     Args:
         model: A trained network. Not modified.
         example_input: An input for one image, as ``plan_pruning`` takes it.
         evaluate: Returns the accuracy of a network, always on the same images; where it is not
             top-1 in percent, replace ``metric`` in the result.
-        criterion: Decides which channels of a group stay.
         shares: Shares of each group's channels to keep, in (0, 1).
-        batches: Images and labels, for criteria that need data.
         recalibrate: Images to re-estimate BatchNorm on after every cut; none leaves it as it is.
 
     Raises:
-        UsageError: a share is out of range, or the criterion lacks its data.
+        UsageError: a share is out of range.
         PlanError: nothing can be cut.
     """
     for share in shares:
         if not 0 < share < 1:
             raise UsageError(f"shares holds {share!r}", expected="shares above 0 and below 1")
     network = trace(model, example_input)
-    scorer = build_criterion(criterion, seed=0)
-    found = scores(model, network, scorer, batches, seed=0)
+    scorer = build_criterion("l2", seed=0)
+    found = scores(model, network, scorer, None, seed=0)
     cost = CostModel(network)
     whole = cost.total("macs", cost.sizes)
     images = list(recalibrate)

@@ -1,4 +1,4 @@
-"""Zero single weights: anywhere, or two of every four in a row as NVIDIA's sparse kernels want."""
+"""Weight sparsity: single weights set to zero, anywhere or two of every four (2:4)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import UsageError
-from compress.groups.trace import Example
+from compress.groups.inputs import Example
 from compress.modules import evaluating
 from compress.modules.inputs import read_batches
 from compress.prune.budget import one_budget

@@ -101,7 +101,7 @@ def quantize_targets(
                 own = statistics.of(observed_tensors(planned, [target]))
                 bench = Workbench(planned, images, own, target, observer, excluded)
                 plan = plan_by(method, bench)
-                check = Confirmation(prepared, given | bench.held_back, images.fixed_batch, target)
+                check = Confirmation(prepared, given | bench.held_back, images.fixed_batch)
                 plans[target], written[target] = confirmed(bench, plan, check)
     except QuantizationError as error:
         raise error if str(path) in error.where else error.within(str(path)) from error.__cause__

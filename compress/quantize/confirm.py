@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,30 @@ from compress.graph.model import Graph, tail
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
+from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
 from compress.quantize.planning_graph import SELECTING
 from compress.quantize.sqnr import answers_each, portions, sqnr_each
 from compress.quantize.workbench import Workbench
+from compress.runtimes import BuildRequest
 
 IMAGES = 4  # that the runtime answers
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
 _FINE_DB = 40.0  # and above this nothing is wrong
+_SOUND_DB = 30.0  # what no remedy brings closer is handed over from here on, and said
 WHY = "the runtime computes it wrongly in int8"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An output that a runtime computes with more noise than Q and DQ have in float, decibels."""
+
+    name: str
+    told_db: float
+    real_db: float
+
+    def __str__(self) -> str:
+        return f"{self.name} has {self.real_db:.1f} dB instead of {self.told_db:.1f} dB"
 
 
 @dataclass(frozen=True)
@@ -37,13 +52,11 @@ class Confirmation:
         prepared: The fp32 graph, with all inputs of the file.
         feed: Images, and the values of inputs that are none.
         fixed: The batch that the graph fixes, or None.
-        target: The runtime.
     """
 
     prepared: ModelProto
     feed: Feed
     fixed: int | None
-    target: str
 
     @property
     def names(self) -> list[str]:
@@ -56,8 +69,8 @@ class Confirmation:
         outputs = [output.name for output in self.prepared.graph.output]
         return [name for name in outputs if name not in selected and graph.is_float(name)]
 
-    def losses(self, written: ModelProto) -> list[str]:
-        """Return a sentence for each output that the runtime computes wrongly.
+    def losses(self, written: ModelProto, runtime: str) -> list[Loss]:
+        """Return each output that ``runtime`` computes wrongly, by its worst image.
 
         Raises:
             EngineError: the runtime cannot load or run the graph.
@@ -66,15 +79,16 @@ class Confirmation:
         feeds = list(self._feeds())
         wanted = answers_each(self.prepared, feeds, names=names)
         expected = answers_each(written, feeds, names=names)
-        found = self._in_runtime(written, feeds, names)
+        found = self._in_runtime(written, feeds, names, runtime)
         lost = []
         for k, name in enumerate(names):
+            each = []
             for want, should, got in zip(wanted, expected, found, strict=True):
                 (told,) = sqnr_each([want[k]], [should[k]])
                 (real,) = sqnr_each([want[k]], [got[k]])
                 if not math.isnan(real) and real < min(told, _FINE_DB) - _LOST_DB:
-                    lost.append(f"{name} has {real:.1f} dB instead of {told:.1f} dB")
-                    break
+                    each.append(Loss(name, told, real))
+            lost += sorted(each, key=lambda loss: loss.real_db)[:1]
         return lost
 
     def _feeds(self) -> list[Feed]:
@@ -84,13 +98,18 @@ class Confirmation:
         return list(portions(some, batch))
 
     def _in_runtime(
-        self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str]
+        self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str], runtime: str
     ) -> list[list[NDArray[Any]]]:
+        plugin = plugins.create("runtimes", runtime)
         with scratch() as folder:
             path = folder / "model.onnx"
             onnx.save(written, str(path))
+            if plugin.opens == "engine":
+                engine = path.with_suffix(plugin.extension)
+                plugin.build(path, engine, BuildRequest.checked(self.fixed or 1, None))
+                path = engine
             # its own session: ours wants a batch, and an input that is no image has none
-            session = plugins.create("runtimes", self.target).open(path)
+            session = plugin.open(path)
             order = [spec.name for spec in session.inputs]
             outputs = [output.name for output in written.graph.output]
             found = []
@@ -105,47 +124,57 @@ class Confirmation:
 def confirmed(
     bench: Workbench, plan: QuantPlan, confirmation: Confirmation
 ) -> tuple[QuantPlan, ModelProto]:
-    """Return ``plan`` and its graph, once the target's own runtime has computed it rightly.
+    """Return ``plan`` and its graph, once a runtime that it was made for has computed it rightly.
 
-    Where it does not, it is asked again with weights of 7 bits (kernels for CPUs without VNNI add
-    pairs of 8 bit products in 16 bits, which overflow), then with the last layers in float. A
-    target whose runtime is not installed here, or lacks its hardware, is noted as not asked.
+    Where it does not, it is asked again with weights whose products cannot overflow (kernels for
+    CPUs without VNNI add pairs of them in 16 bits), with 7 bits, with the last layers in float. A
+    target without a runtime that is installed here and has its hardware is noted as not asked.
 
     Raises:
         QuantizationError: the runtime computes wrong answers all the same.
     """
-    from compress.runtimes import unavailable
-
     prepared = confirmation.prepared
     written = write_qdq(prepared, plan)
-    absent = unavailable(plan.target)
-    if absent is not None:
-        note = f"not judged in {plan.target} itself: {absent}"
-        return plan.changed(notes=(*plan.notes, note)), written
-    lost = still = confirmation.losses(written)
-    for remedies in ([seven_bits], [ends_in_float], [seven_bits, ends_in_float]) if lost else ():
+    absent = _unavailable(plan.target)
+    runtime = next((name for name, why in absent.items() if why is None), None)
+    if runtime is None:
+        whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
+        return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
+    lost = confirmation.losses(written, runtime)
+    if not lost:
+        return plan, written
+    tried = [(plan, written, lost, "")]
+    for remedies in _LADDER:
         safer = plan
         for remedy in remedies:
             safer = remedy(bench, safer)
+        said = " and ".join(_SAID[remedy] for remedy in remedies)
         written = write_qdq(prepared, safer)
-        still = confirmation.losses(written)
-        if not still:
-            said = " and ".join(_SAID[remedy.__name__] for remedy in remedies)
-            note = f"{said}: else {plan.target} computes {'; '.join(lost)}"
+        tried.append((safer, written, confirmation.losses(written, runtime), said))
+        if not tried[-1][2]:
+            note = f"{said}: else {runtime} computes {_listed(lost)}"
             return safer.changed(notes=(*safer.notes, note)), written
-    if still:
+    safer, written, left, said = max(tried, key=lambda each: min(x.real_db for x in each[2]))
+    if any(loss.real_db < _SOUND_DB for loss in left):
         raise QuantizationError(
-            f"{plan.target} computes the int8 graph wrongly: {'; '.join(lost)}",
+            f"{runtime} computes the int8 graph wrongly: {_listed(lost)}",
             expected="what Q and DQ computed in float give",
             fix="Leave layers near these outputs in float with --exclude, or use another runtime",
         )
-    return plan, written
+    note = f"{f'{said}: ' * bool(said)}{runtime} computes {_listed(left)}"
+    return safer.changed(notes=(*safer.notes, note)), written
 
 
-_SAID = {
-    "seven_bits": "weights have 7 bits, as int8 kernels of CPUs without VNNI need",
-    "ends_in_float": "the last layers are left in float",
-}
+def _listed(lost: Sequence[Loss]) -> str:
+    return "; ".join(map(str, lost))
+
+
+def _unavailable(target: str) -> dict[str, str | None]:
+    """Return, for each runtime that runs graphs for ``target``, why it cannot here, or None."""
+    from compress.runtimes import facts, unavailable
+
+    names = [n for n in plugins.names("runtimes") if facts(n).int8_form == target]
+    return {name: unavailable(name) for name in names}
 
 
 def seven_bits(bench: Workbench, plan: QuantPlan) -> QuantPlan:
@@ -181,3 +210,17 @@ def last_layers(graph: Graph) -> list[str]:
         if graph.weight(node)
         and all(made.issuperset(reader.output) for reader, _ in graph.readers[node.output[0]])
     ]
+
+
+_SAID: dict[Callable[[Workbench, QuantPlan], QuantPlan], str] = {
+    with_headroom: "weights whose products overflow in 16 bits have longer steps",
+    seven_bits: "weights have 7 bits, as int8 kernels of CPUs without VNNI need",
+    ends_in_float: "the last layers are left in float",
+}
+_LADDER = (
+    (with_headroom,),
+    (seven_bits,),
+    (ends_in_float,),
+    (with_headroom, ends_in_float),
+    (seven_bits, ends_in_float),
+)

@@ -1,4 +1,4 @@
-"""Where everything in a chart goes: scales, ticks, points and labels; templates draw them."""
+"""Layout of charts: scales, ticks, points and labels in pixels; templates draw them."""
 
 from __future__ import annotations
 
@@ -126,23 +126,17 @@ def pareto(dots: Sequence[Dot]) -> list[Dot]:
     return best
 
 
-def scatter(
-    dots: Sequence[Dot],
-    size: tuple[float, float] = WIDE,
-    within: Sequence[Dot] | None = None,
-) -> Scatter:
+def scatter(dots: Sequence[Dot], size: tuple[float, float] = WIDE) -> Scatter:
     """Place dots, their intervals and labels, and the Pareto front.
 
     Args:
         dots: At least one.
         size: Width and height in pixels.
-        within: Dots that the axes shall hold as well, to give several charts the same scales.
     """
     left, top, right, bottom = 52.0, 24.0, size[0] - 14, size[1] - 42
-    held = [*dots, *(within or ())]
-    wide = max(d.x for d in held) > 6 * min(d.x for d in held) > 0
-    across = scale((v for d in held for v in (d.x, *(d.x_ci or ()))), left, right, is_log=wide)
-    upright = scale((v for d in held for v in (d.y, *(d.y_ci or ()))), bottom, top)
+    wide = max(d.x for d in dots) > 6 * min(d.x for d in dots) > 0
+    across = scale((v for d in dots for v in (d.x, *(d.x_ci or ()))), left, right, is_log=wide)
+    upright = scale((v for d in dots for v in (d.y, *(d.y_ci or ()))), bottom, top)
     best = pareto(dots)
     placed = _labelled(
         [

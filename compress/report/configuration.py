@@ -1,4 +1,4 @@
-"""Where a result was measured: runtime, device, batch and threads, as key and in words."""
+"""The configuration of a result: runtime, device, batch and threads, as key and text."""
 
 from __future__ import annotations
 

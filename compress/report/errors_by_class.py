@@ -1,4 +1,4 @@
-"""What was lost, and for whom: classes, confusions, flipped images and subgroups, for display."""
+"""Errors by class for display: classes, confusions, flipped images and subgroups."""
 
 from __future__ import annotations
 

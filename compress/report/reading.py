@@ -1,4 +1,4 @@
-"""Run folders read back: finished, half-finished, tampered with, or of a newer version."""
+"""Read run folders: finished, half-finished, damaged, or of a newer version."""
 
 from __future__ import annotations
 

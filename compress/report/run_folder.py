@@ -173,6 +173,8 @@ def _first_changed(
     """Return the number of the first stage folder that depends on one of the ``changed`` keys."""
     before, after = stored.get("stages", []), wanted["stages"]
     has_original = [not stages or "train" not in stages[0] for stages in (before, after)]
+    if set(changed) == {"gates"}:
+        return len(after) + 2  # no folder depends on them: they judge what was measured
     if set(changed) - {"stages", "targets", "gates", "measure"} or len(set(has_original)) > 1:
         return 0
     alike = 0

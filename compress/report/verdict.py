@@ -1,4 +1,4 @@
-"""The outcome in one sentence: the last variant against the original, with intervals."""
+"""The verdict in one sentence: the last variant against the original, with intervals."""
 
 from __future__ import annotations
 

@@ -105,7 +105,13 @@ class Onnxruntime:
 
         Raises:
             EngineError: the graph is damaged or holds an operator ONNX Runtime does not know.
+            UsageError: the name is one that ONNX Runtime reads as its own ORT format.
         """
+        if out.suffix.lower() == ".ort":
+            raise UsageError(
+                f"ONNX Runtime reads {out.name!r} as its ORT format, and this writes ONNX",
+                expected="an --out that ends in .onnx",
+            )
         model = _graph.of_precision(source, request.precision)
         options = self._options()
         ort = _package()

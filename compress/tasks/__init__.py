@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -17,77 +16,61 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress import plugins, statistics
+from compress import plugins
 from compress.data._resize import Fit
-from compress.errors import DataError, EngineError, UsageError
-from compress.statistics import Interval
+from compress.errors import EngineError, UsageError
+from compress.tasks._metrics import (
+    TOP1,
+    Array,
+    Change,
+    Kind,
+    Metric,
+    Primary,
+    agreement,
+    class_metrics,
+    compare,
+    mean_of,
+    metrics,
+    values_of,
+)
+
+__all__ = [
+    "TOP1",
+    "Array",
+    "Change",
+    "Contribution",
+    "Form",
+    "Kind",
+    "Metric",
+    "Prediction",
+    "Primary",
+    "Row",
+    "Target",
+    "Task",
+    "agreement",
+    "arrays_told",
+    "channels_first",
+    "class_metrics",
+    "compare",
+    "default_task",
+    "load_task",
+    "main_output",
+    "mean_of",
+    "metrics",
+    "numeric",
+    "primary_of",
+    "scored",
+    "values_of",
+]
 
 if TYPE_CHECKING:
     from compress.graph.nms import Nms
 
-Array = NDArray[Any]
 Prediction = dict[str, Array]  # of one image, by name: "label", "boxes", "class_map", ...
 Target = Any  # of one image: a class, a row of zeros and ones, a mask, boxes with labels, an image
 Contribution = Mapping[str, Any]  # of one image to the metrics: a number or an array by name
 Row = dict[str, Any]  # of a table about one image: JSON-able values by the names of the columns
 Form = Literal["outputs", "classes", "several classes", "class map", "boxes", "image", "embedding"]
-
-RESAMPLES = 1000  # bootstrap draws
-SAME = 1e-9  # draws that differ by less, relative to the value, are equal
-Z_SQUARED = 1.96**2  # of a 95 % interval
-DRAWN_AT_ONCE = 2_000_000  # numbers of a matrix of bootstrap draws held in memory
-
-
-@dataclass(frozen=True)
-class Kind:
-    """Unit of a metric, and which way is better."""
-
-    unit: str = "pct"
-    higher_is_better: bool = True
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A measured metric with its 95 % interval over images (None where it needs more images)."""
-
-    value: float
-    ci95: Interval | None
-    unit: str = "pct"
-    higher_is_better: bool = True
-
-    def to_json(self) -> dict[str, Any]:
-        """Return this metric as JSON-able data."""
-        told: dict[str, Any] = {"value": self.value, "unit": self.unit}
-        if self.ci95 is not None:
-            told["ci95"] = list(self.ci95)
-        return told | ({} if self.higher_is_better else {"higher_is_better": False})
-
-
-@dataclass(frozen=True)
-class Primary:
-    """The metric that budgets and sensitivity use; top-1 of one class an image unless told."""
-
-    name: str = "top1_pct"
-    kind: Kind = Kind()
-
-    @property
-    def title(self) -> str:
-        """Its name with its unit, for axes and columns."""
-        name = "top-1" if self.name == "top1_pct" else self.name
-        unit = "%" if self.kind.unit == "pct" else self.kind.unit
-        return f"{name}, {unit}" if unit else name
-
-    @property
-    def points(self) -> str:
-        """The unit of a difference of two values."""
-        return "points" if self.kind.unit == "pct" else self.kind.unit
-
-    def drop(self, before: float, after: float) -> float:
-        """Return how much worse ``after`` is than ``before``; negative where it is better."""
-        return before - after if self.kind.higher_is_better else after - before
-
-
-TOP1 = Primary()
 
 
 def primary_of(task: Task | None) -> Primary:
@@ -95,35 +78,6 @@ def primary_of(task: Task | None) -> Primary:
     if task is None or task.tells_classes:
         return TOP1
     return Primary(task.primary, task.kinds[task.primary])
-
-
-@dataclass(frozen=True)
-class Change:
-    """Candidate less reference of one metric on the same images, with its paired interval."""
-
-    value: float
-    ci95: Interval
-    unit: str = "pct"
-    higher_is_better: bool = True
-
-    @property
-    def verdict(self) -> str:
-        """Return "no significant difference", "better" or "worse"."""
-        if not statistics.excludes(self.ci95, 0.0):
-            return "no significant difference"
-        return "better" if (self.value > 0) == self.higher_is_better else "worse"
-
-    def verdict_of(self, images: int) -> str:
-        """Return ``verdict``, or what so many images cannot rule out of a metric in percent."""
-        if statistics.excludes(self.ci95, 0.0) or self.unit != "pct":
-            return self.verdict
-        low, high = self.ci95 if self.higher_is_better else (-self.ci95[1], -self.ci95[0])
-        return statistics.undecided(images, (low, high)) or self.verdict
-
-    @property
-    def drop(self) -> float:
-        """How much worse the candidate is, in the metric's unit; negative where it is better."""
-        return -self.value if self.higher_is_better else self.value
 
 
 class Task(abc.ABC):
@@ -308,112 +262,6 @@ def default_task(target: str) -> str:
     raise UsageError(f"no task is for labels of the form {target!r}", fix="Set task: NAME")
 
 
-def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[str, Metric]:
-    """Return every metric with its bootstrap interval over images.
-
-    Args:
-        task: Says how images contribute.
-        scores: What each of N images contributes, as ``score`` returned it.
-        seed: Of the draws.
-
-    Raises:
-        DataError: there are no images, or a metric is not a finite number.
-    """
-    values = values_of(task, scores)
-    drawn = _bootstrap(task, scores, seed)
-    return {
-        name: Metric(
-            values[name],
-            _inside(_interval(drawn[name], values[name], kind, len(scores), drawn[name]), kind),
-            kind.unit,
-            kind.higher_is_better,
-        )
-        for name, kind in task.kinds.items()
-    }
-
-
-def class_metrics(
-    task: Task, scores: Sequence[Contribution], seed: int = 0
-) -> dict[str, Metric | None]:
-    """Return the task's metric of each class with its interval; None for one that never occurs."""
-    found = task.class_values(scores, np.ones((1, len(scores)), dtype=np.int64))
-    if found is None:
-        return {}
-    parts = (task.class_values(scores, counts) for counts in _draws(len(scores), seed))
-    drawn = np.concatenate([part for part in parts if part is not None])
-    kind, metrics = Kind(), dict[str, Metric | None]()
-    for k, value in enumerate(found[0].tolist()):
-        name = task.classes[k] if k < len(task.classes) else str(k)
-        ends = _interval(drawn[:, k], value, kind, len(scores), drawn[:, k])
-        metrics[name] = None if np.isnan(value) else Metric(value, _inside(ends, kind))
-    return metrics
-
-
-def compare(
-    task: Task,
-    reference: Sequence[Contribution],
-    candidate: Sequence[Contribution],
-    seed: int = 0,
-) -> dict[str, Change]:
-    """Return candidate less reference of every metric, paired: both are drawn the same images.
-
-    Raises:
-        DataError: the number of images differs or is zero.
-    """
-    if len(reference) != len(candidate):
-        raise DataError(
-            f"the reference answered {len(reference)} images, the candidate {len(candidate)}",
-            expected="predictions for the same images",
-        )
-    before, after = values_of(task, reference), values_of(task, candidate)
-    drawn = (_bootstrap(task, reference, seed), _bootstrap(task, candidate, seed))
-    return {
-        name: Change(
-            after[name] - before[name],
-            _interval(
-                drawn[1][name] - drawn[0][name],
-                after[name] - before[name],
-                kind,
-                len(reference),
-                drawn[0][name],
-            )
-            or (-np.inf, np.inf),
-            kind.unit,
-            kind.higher_is_better,
-        )
-        for name, kind in task.kinds.items()
-    }
-
-
-def agreement(
-    task: Task, reference: Sequence[Prediction], candidate: Sequence[Prediction], seed: int = 0
-) -> Metric:
-    """Return the mean agreement of two networks' predictions for the same images.
-
-    Raises:
-        DataError: the number of images differs or is zero.
-    """
-    if len(reference) != len(candidate) or not reference:
-        raise DataError(
-            f"{len(reference)} and {len(candidate)} predictions are no pairs",
-            expected="predictions for the same images, at least one",
-        )
-    each = np.array([task.agreement(a, b) for a, b in zip(reference, candidate, strict=True)])
-    drawn = np.concatenate([counts @ each for counts in _draws(len(each), seed)]) / len(each)
-    kind = Kind(task.agreement_unit)
-    ends = _interval(drawn, float(each.mean()), kind, len(each), drawn)
-    return Metric(float(each.mean()), _inside(ends, kind), task.agreement_unit)
-
-
-def mean_of(values: Sequence[float], counts: Array) -> Array:
-    """Return the mean of per-image values in each sample, (R,); NaN values do not count."""
-    array = np.asarray(values, dtype=np.float64)
-    there = ~np.isnan(array)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean: Array = (counts[:, there] @ array[there]) / counts[:, there].sum(1)
-    return mean
-
-
 def numeric(value: Any) -> Array:
     """Return a tensor or array as a NumPy array on the CPU."""
     if isinstance(value, Tensor):
@@ -499,68 +347,3 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
 
 def _is_number(value: Any) -> bool:
     return bool(np.issubdtype(numeric(value).dtype, np.floating))
-
-
-def values_of(task: Task, scores: Sequence[Contribution]) -> dict[str, float]:
-    """Return every metric without an interval.
-
-    Raises:
-        DataError: there are no images, or a metric is not a finite number.
-    """
-    if not scores:
-        raise DataError("there are no images to evaluate on", expected="at least one image")
-    found = task.summarize(scores, np.ones((1, len(scores)), dtype=np.int64))
-    values = {name: float(found[name][0]) for name in task.kinds}
-    broken = {name: value for name, value in values.items() if not np.isfinite(value)}
-    if broken:
-        name, value = next(iter(broken.items()))
-        raise DataError(
-            f"metric {name} is {value} over {len(scores)} images",
-            where=type(task).__name__,
-            expected="a finite number",
-            fix="Check that the images have labels of this task",
-        )
-    return values
-
-
-def _bootstrap(task: Task, scores: Sequence[Contribution], seed: int) -> dict[str, Array]:
-    parts = [task.summarize(scores, counts) for counts in _draws(len(scores), seed)]
-    return {name: np.concatenate([part[name] for part in parts]) for name in task.kinds}
-
-
-def _draws(images: int, seed: int) -> Any:
-    """Yield matrices of how often each image is drawn, (r, N), RESAMPLES rows in all."""
-    random, even = np.random.default_rng(seed), np.full(images, 1 / images)
-    step = max(1, min(RESAMPLES, DRAWN_AT_ONCE // images))
-    for start in range(0, RESAMPLES, step):
-        yield random.multinomial(images, even, size=min(step, RESAMPLES - start))
-
-
-def _interval(
-    drawn: Array, value: float, kind: Kind, images: int, spread: Array
-) -> Interval | None:
-    """Return the 95 % interval of bootstrap draws around a value; it always has a width.
-
-    Where no image differs from another the draws are all equal, and that is no certainty: then the
-    interval reaches as far as Wilson's of N images that all agree, z^2 / (N + z^2) of the scale,
-    which is 100 for percents and else what single images spread.
-    """
-    finite = drawn[np.isfinite(drawn)]
-    if not len(finite):
-        return None
-    low, high = (float(end) for end in np.quantile(finite, [0.025, 0.975]))
-    if high - low > SAME * max(1.0, abs(value)):
-        return low, high
-    known = spread[np.isfinite(spread)]
-    scale = 100.0
-    if kind.unit != "pct":
-        scale = float(known.std()) * images**0.5 or abs(float(known.mean())) or 1.0
-    reach = scale * Z_SQUARED / (images + Z_SQUARED)
-    return value - reach, value + reach
-
-
-def _inside(interval: Interval | None, kind: Kind) -> Interval | None:
-    """Return an interval of percents cut to 0..100."""
-    if interval is None or kind.unit != "pct":
-        return interval
-    return max(0.0, interval[0]), min(100.0, interval[1])

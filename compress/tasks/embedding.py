@@ -1,4 +1,4 @@
-"""A vector for each image, near those of alike images."""
+"""An embedding for each image: near those of the same class."""
 
 from __future__ import annotations
 

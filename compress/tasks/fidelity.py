@@ -1,4 +1,4 @@
-"""The outputs of the original network, where images have no labels."""
+"""Equality with the outputs of the original, for images without labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An image from an image."""
+"""A restored image for each image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a training stands, on disk: tensors and plain data, written whole or not at all."""
+"""Checkpoints of a training: tensors and plain data, written whole or not at all."""
 
 from __future__ import annotations
 

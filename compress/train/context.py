@@ -1,4 +1,4 @@
-"""Everything that training changes around the weights, put back when it ends."""
+"""Training context: modes, random state, device and flags are restored afterwards."""
 
 from __future__ import annotations
 

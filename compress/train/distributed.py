@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from compress.errors import CompressError, TrainingError
+from compress.groups.calls import WatchedCalls
 
 FAILURE_KEY = "compress/failure"
 LONGEST_WAIT = timedelta(days=7)  # torchrun ends a process that waits for one that died
@@ -141,7 +141,7 @@ def _tell_torchrun(error: Exception) -> None:
         get_error_handler().record_exception(error)
 
 
-class SyncedBatchNorm(TorchFunctionMode):
+class SyncedBatchNorm(WatchedCalls):
     """While active, BatchNorm in training takes its statistics over all processes.
 
     Works on CPUs and GPUs and leaves the network's modules as they are: it replaces the function
@@ -151,15 +151,8 @@ class SyncedBatchNorm(TorchFunctionMode):
     with mean and variance of the whole batch.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Replace ``F.batch_norm``; pass everything else on."""
-        kwargs = kwargs or {}
         if func is F.batch_norm:
             return _synced_batch_norm(*args, **kwargs)
         return func(*args, **kwargs)

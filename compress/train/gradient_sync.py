@@ -1,4 +1,4 @@
-"""How the processes of a training come to take the same step."""
+"""Gradient synchronization: gradients averaged over the processes of a training."""
 
 from __future__ import annotations
 

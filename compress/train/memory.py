@@ -1,4 +1,4 @@
-"""Running out of memory: how it looks, and what to say."""
+"""Out of memory: how to tell, and what to advise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training is about, how far it is, and how that is kept on disk."""
+"""The state of a training, and how it is saved and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step: gradients of a batch, in as many parts as memory asks for, and the update."""
+"""One training step: gradients of a batch, accumulated in parts, and the update."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good a network is on images held back from training."""
+"""Accuracy on validation images."""
 
 from __future__ import annotations
 

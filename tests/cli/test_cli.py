@@ -93,6 +93,9 @@ def test_check_lists_the_problems_of_all_recipes(compress, recipe, tmp_path):
     assert f"{worse}: model.name: none.py: no such file." in err
     assert f"{worse}: model.weights: no such file 'none.pth'." in err
     assert f"{worse}: data: /none: no such file or folder." in err
+    code, _, err = compress("run", worse, "--trust")
+    assert code == 2
+    assert f"compress: {worse}: model.name: none.py: no such file." in err
 
 
 @pytest.mark.parametrize("kind", ["criteria", "losses", "observers", "runtimes", "data"])
@@ -214,7 +217,7 @@ def test_classes_that_do_not_match_are_refused_before_any_work(compress, recipe,
     path = recipe(model=RECIPE["model"] | {"num_classes": 7})
     code, _, err = compress("run", path, "--out", tmp_path / "run")
     assert code == 2
-    assert "mine: model: " in err
+    assert "mine.yaml: model: " in err
     assert "output has shape (1, 7) and the data has 10 classes" in err
     assert not (tmp_path / "run").exists()
 
@@ -386,12 +389,12 @@ def test_a_sensitivity_is_a_budget_for_every_layer(compress, tmp_path):
 
 
 def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkeypatch, recipe):
-    from compress.cli import commands
+    from compress import pipeline
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "run", interrupted)
+    monkeypatch.setattr(pipeline, "run", interrupted)
     code, _, err = compress("run", recipe())
     assert code == 130
     assert "the same command continues where it stopped" in err
@@ -406,12 +409,12 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkey
     ],
 )
 def test_out_of_memory_is_one_sentence_anywhere(compress, monkeypatch, recipe, error):
-    from compress.cli import commands
+    from compress import pipeline
 
     def hungry(*_, **__):
         raise error
 
-    monkeypatch.setattr(commands, "run", hungry)
+    monkeypatch.setattr(pipeline, "run", hungry)
     code, _, err = compress("run", recipe())
     assert code == 2
     assert err.startswith("compress: out of memory. Make room")
@@ -423,12 +426,12 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(
     compress, monkeypatch, tmp_path, recipe, error
 ):
     """Never exit code 1, which continuous integration reads as a failed gate."""
-    from compress.cli import commands
+    from compress import pipeline
 
     def broken(*_, **__):
         raise error
 
-    monkeypatch.setattr(commands, "run", broken)
+    monkeypatch.setattr(pipeline, "run", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code, out, err = compress("run", recipe())
     assert (code, out) == (70, "")
@@ -440,12 +443,12 @@ def test_what_nobody_foresaw_is_a_sentence_and_a_file(
 
 
 def test_a_traceback_that_no_file_takes_is_printed(compress, monkeypatch, tmp_path, recipe):
-    from compress.cli import commands
+    from compress import pipeline
 
     def broken(*_, **__):
         raise RuntimeError("shape mismatch")
 
-    monkeypatch.setattr(commands, "run", broken)
+    monkeypatch.setattr(pipeline, "run", broken)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
     code, _, err = compress("run", recipe())
     assert code == 70

@@ -14,7 +14,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from compress.errors import EngineError, ModelError
-from compress.measure import count, count_onnx, node_macs, size_mib
+from compress.graph.shapes import shapes_of
+from compress.measure import complete_shapes, count, count_onnx, node_macs, size_mib
 
 
 class Shared(nn.Module):
@@ -131,6 +132,26 @@ def test_onnx_products_equal_the_closed_formula() -> None:
     )
     assert node_macs(model) == {"a": 4 * 64 * 6 * 4, "d": 15360, "output": 50}
     assert count_onnx(model).params == 96 + 15360 + 10 + 50
+
+
+def test_a_shape_that_the_graph_computes_is_seen_by_running_it() -> None:
+    """As PyTorch exports ReflectionPad2d: amounts through arithmetic that inference gives up."""
+    model = graph_of(
+        [
+            helper.make_node("Mul", ["half", "two"], ["amounts"]),
+            helper.make_node("Cast", ["amounts"], ["whole"], to=TensorProto.INT64),
+            helper.make_node("Pad", ["input", "whole"], ["padded"]),
+            helper.make_node("Conv", ["padded", "w"], ["output"]),
+        ],
+        {
+            "half": np.array([0, 0, 0.5, 0.5, 0, 0, 0.5, 0.5], np.float32),
+            "two": np.array(2, np.float32),
+            "w": np.zeros((8, 4, 3, 3), np.float32),
+        },
+    )
+    assert shapes_of(model)[0].get("padded", (None,)) != (1, 4, 10, 10)
+    assert complete_shapes(model)[0]["padded"] == (1, 4, 10, 10)
+    assert count_onnx(model).macs == 8 * 4 * 9 * 8 * 8
 
 
 def test_quantized_onnx_counts_weights_but_not_scales() -> None:

@@ -17,6 +17,7 @@ from compress.pipeline.report_rows import gates
 from compress.recipe.loading import validate
 from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant
+from compress.report.terminal import gate_sentence
 
 NETWORK = {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}}
 QUICK = {"rounds": 3, "round_ms": 2, "test_images": 64}
@@ -109,6 +110,28 @@ def test_the_sentence_names_the_figures(value, chance, at_chance):
     )
     sentence = "its top1 of 52 % on 48 images cannot be told from guessing (50 %)"
     assert trust.untrained == (sentence if at_chance else None)
+
+
+def test_a_training_that_taught_nothing_is_not_told_to_begin_with_a_training(tmp_path):
+    stage = {"train": {"epochs": 1, "batch_size": 64, "lr": 1e-9, "precision": "fp32"}}
+    chosen = recipe(
+        stage, {"prune": {"criterion": "l1", "keep_macs": 0.9}}, gates={"metric_drop": 1}
+    )
+    report = pipeline.run(chosen, tmp_path)
+    (said,) = [line for line in report.cautions if "cannot be told from guessing" in line]
+    assert said.startswith("the training taught the network nothing that shows: its top1 of")
+    assert "begin with a stage train" not in said
+    (gate,) = report.gates
+    assert not gate.passed
+    assert gate_sentence(gate).startswith("loss of top-1 at most 1 point (pruned on onnxruntime)")
+
+
+def test_validation_images_help_to_tell_a_network_from_guessing(tmp_path):
+    data = {"name": "digits", "calibration": 40, "validation": 0.1}
+    chosen = recipe({"prune": {"criterion": "l1", "keep_macs": 0.9}}, data=data)
+    pipeline.run(chosen, tmp_path)
+    facts = json.loads((tmp_path / "00-original" / "metrics.json").read_text())["facts"]
+    assert facts["trust"]["images"] > 40 + 64
 
 
 def test_an_untrained_segmentation_network_is_found(tmp_path):

@@ -259,11 +259,13 @@ def test_what_crosses_beside_the_tensor_is_said(
 
 
 FOREIGN = Path(os.environ.get("COMPRESS_DATA", "../shared/data")) / "onnx"
-FREE = {"mtcnn_pnet": "3,48,64", "yunet_n_dyn": "3,96,128"}
+FREE = {"mtcnn_pnet": "3,48,64", "yunet_n_dyn": "3,96,128", "ppocr2_cls": "3,48,192"}
 
 
 @pytest.mark.skipif(not FOREIGN.is_dir(), reason=f"no networks of others at {FOREIGN}")
-@pytest.mark.parametrize("name", ["mnist", "mtcnn_pnet", "mtcnn_onet", "yunet_n_dyn"])
+@pytest.mark.parametrize(
+    "name", ["mnist", "mtcnn_pnet", "mtcnn_onet", "yunet_n_dyn", "litemono_dec", "ppocr2_cls"]
+)
 def test_networks_of_others_answer_in_two_parts_as_in_one(name: str, tmp_path: Path) -> None:
     source = FOREIGN / f"{name}.onnx"
     if name in FREE:
@@ -278,9 +280,3 @@ def test_networks_of_others_answer_in_two_parts_as_in_one(name: str, tmp_path: P
         with contextlib.suppress(UsageError):  # nothing is left behind it
             split = split_onnx(source, tmp_path, at=tensor, timing=BRIEF)
             assert split.difference <= 1e-4  # of random values, on the runtime
-
-
-@pytest.mark.skipif(not FOREIGN.is_dir(), reason=f"no networks of others at {FOREIGN}")
-def test_sizes_that_no_shape_inference_tells_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match=r"shape of .* is not known.*fixed image size"):
-        split_onnx(FOREIGN / "litemono_dec.onnx", tmp_path, timing=BRIEF)

@@ -20,9 +20,8 @@ from compress.cli import app
 from compress.errors import EngineError, PlanError
 from compress.groups import trace
 from compress.measure import count
-from compress.pipeline.stages.prune import _budget
 from compress.prune import latency as latency_budget
-from compress.prune import latency_table, latency_target
+from compress.prune import latency_table, latency_target, one_budget
 from compress.prune.latency import LayerTimes, knapsack
 from compress.prune.latency_table import (
     LatencyTable,
@@ -34,7 +33,6 @@ from compress.prune.latency_table import (
 )
 from compress.prune.latency_target import Promise, Stopwatch, check_promise
 from compress.prune.selection import Ladder, ladder
-from compress.recipe.settings import PruneSettings
 
 CONV = LayerShape((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (16, 16))
 
@@ -284,11 +282,10 @@ class TestLatencyBudget:
 
     @pytest.mark.parametrize("rounds", [1, 3])
     def test_rounds_share_the_latency_and_keep_the_promise_together(self, rounds: int) -> None:
-        settings = PruneSettings(criterion="l2", keep_latency=0.5, rounds=rounds)
         model = small = Net()
         total = None
         for number in range(1, rounds + 1):
-            budget = _budget(settings, number, total)
+            budget = one_budget(keep_latency=0.5).in_round(number, rounds, total).to_json()
             plan = compress.plan_pruning(small, EXAMPLE, criterion="l2", **budget)
             small = compress.apply_pruning(small, plan)
             total = plan if total is None else total.then(plan)

@@ -82,7 +82,9 @@ def test_lint_finds_and_mends_what_openvino_computes_wrongly(tmp_path, monkeypat
     path = head(tmp_path / "head.onnx")
     module = importlib.import_module("compress.graph.preprocess")
     monkeypatch.setattr(module, "keep_batch", lambda model: None)  # as others write it
-    monkeypatch.setattr(Confirmation, "losses", lambda self, written: [])  # and hand it over
+    monkeypatch.setattr(
+        Confirmation, "losses", lambda self, written, runtime: []
+    )  # and hand it over
     compress.quantize_onnx(
         path, images(), tmp_path / "int8.onnx", target="openvino", method="plain"
     )

@@ -15,7 +15,7 @@ from compress.report.html import html
 from compress.report.markdown import markdown, plain
 from compress.report.numbers import count, factor, interval, number, points, reason
 from compress.report.schema import Flip, Gate, Line, Result, Variant
-from compress.report.terminal import gate_sentence
+from compress.report.terminal import gate_sentence, missing
 from compress.report.verdict import verdicts
 
 OTHER = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
@@ -233,6 +233,15 @@ def test_a_gate_is_told_in_words(name, limit, measured, words):
         name=name, limit=limit, measured=measured, passed=True, variant="b", runtime="r", batch=8
     )
     assert gate_sentence(gate).startswith(words)
+
+
+def test_the_memory_of_a_gpu_is_missed_only_where_one_was_used():
+    lines = []
+    for device in ("cpu", "cuda"):
+        skipped = {"peak_device_mib": "it used no GPU that PyTorch sees"}
+        result = Result(**OTHER | {"device": device}, skipped=skipped)
+        lines.append(missing(Report(variants=(Variant(name="a", stage="s", results=(result,)),))))
+    assert [len(each) for each in lines] == [0, 1]
 
 
 def test_terminal_shows_markup_in_names_as_it_is():

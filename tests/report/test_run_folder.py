@@ -83,7 +83,7 @@ def test_a_stage_that_left_nothing_may_be_corrected(tmp_path):
     [
         ("01-prune", {"stages": [{"prune": {"keep_macs": 0.4}}, "quantize"]}),
         ("02-quantize", {"targets": [{"runtime": "openvino"}]}),
-        ("03-measure", {"gates": {"speedup": 2}}),
+        ("03-measure", {"measure": {"rounds": 7}}),
         ("00-original", {"stages": ["train", CUT, "quantize"]}),
     ],
 )
@@ -96,6 +96,15 @@ def test_what_a_stage_left_is_never_lost_to_another_recipe(tmp_path, stage, chan
     with pytest.raises(RunError, match="belongs to another recipe"):
         RunFolder.open(tmp_path, recipe(**(begun | changes)))
     assert checkpoint.read_text() == "hours of work"
+
+
+def test_a_finished_run_is_judged_by_other_gates(tmp_path):
+    folder = RunFolder.open(tmp_path, recipe(stages=[CUT]))
+    folder.finish(folder.stage(2, "measure"), {"a": 1}, [])
+    judged = recipe(stages=[CUT], gates={"speedup": 2})
+    again = RunFolder.open(tmp_path, judged)
+    assert again.result(again.stage(2, "measure")) == {"a": 1}
+    assert load_recipe(tmp_path / "recipe.yaml") == judged
 
 
 def test_a_run_of_before_a_key_existed_goes_on(tmp_path):

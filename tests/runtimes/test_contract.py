@@ -221,6 +221,12 @@ def test_wishes_that_cannot_be_right_are_refused(
         build_engine(network(tmp_path / "x.onnx"), tmp_path / "y.engine", **options)
 
 
+def test_a_name_of_the_ort_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Expected an --out that ends in \.onnx"):
+        build_engine(network(tmp_path / "x.onnx"), tmp_path / "y.ort")
+    assert not (tmp_path / "y.ort").exists()
+
+
 @pytest.mark.parametrize(
     ("runtime", "options", "error", "message"),
     [

@@ -1,4 +1,4 @@
-"""Two artifacts side by side: the same answers, the same numbers, and if not, from where on."""
+"""Compare two artifacts: predictions, numbers, and the first tensor that differs."""
 
 from compress.evaluate.comparison.bisection import Bisection, bisect
 from compress.evaluate.comparison.error_breakdown import Link, Step, chain

@@ -1,4 +1,4 @@
-"""The chain from the trained network to the engine: which link adds which error."""
+"""Error breakdown from the trained network to the engine: which step adds what."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far numbers are apart: signal-to-noise ratio, largest and mean difference."""
+"""Numerical difference of arrays: signal-to-noise ratio, largest and mean."""
 
 from __future__ import annotations
 

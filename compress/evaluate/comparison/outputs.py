@@ -1,4 +1,4 @@
-"""How near the outputs of two networks are, whatever they mean."""
+"""Numerical difference of the outputs of two networks, whatever they mean."""
 
 from __future__ import annotations
 

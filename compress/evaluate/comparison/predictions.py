@@ -1,4 +1,4 @@
-"""What changed for the images: agreement, flips, accuracy and the classes that paid for it."""
+"""Compare predictions: agreement, flips, change of accuracy, classes that lost most."""
 
 from __future__ import annotations
 

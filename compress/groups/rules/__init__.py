@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from compress.groups.meta_ops import tensors_in
+from compress.groups.record import Call
 from compress.groups.rules import layout, linear, moving, norms, pointwise, spatial, whole
-from compress.groups.tracer import Call, Rule, Tracer
+from compress.groups.tracer import Rule, Tracer
 
 RULES: dict[str, Rule] = {
     name: rule

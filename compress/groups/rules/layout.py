@@ -10,8 +10,9 @@ from torch import Tensor
 
 from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
+from compress.groups.record import Axes, Call
 from compress.groups.traced_ints import Attribute, Count
-from compress.groups.tracer import Axes, Call, Rule, Tracer
+from compress.groups.tracer import Rule, Tracer
 
 _AUTOMATIC = -1  # the size follows from the shape: nothing in the program fixes it
 _SIZED = {"view", "reshape", "unflatten", "_reshape_alias"}

@@ -9,8 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from compress.groups.labels import Alternative, Axis, Labels
+from compress.groups.record import Call, Use
 from compress.groups.traced_ints import Count
-from compress.groups.tracer import Call, Rule, Tracer, Use
+from compress.groups.tracer import Rule, Tracer
 
 
 def convolution(tracer: Tracer, call: Call) -> None:

@@ -11,9 +11,10 @@ import torch
 
 from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
+from compress.groups.record import Call
 from compress.groups.rules.layout import copies, follow
 from compress.groups.traced_ints import Count, Extent
-from compress.groups.tracer import Call, Rule, Tracer
+from compress.groups.tracer import Rule, Tracer
 
 _WHOLE_CHANNELS = frozenset(words("feature_dropout feature_alpha_dropout"))
 _CONSTANT = "has channel counts written in the program"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from compress.groups.labels import Axis
 from compress.groups.meta_ops import words
-from compress.groups.tracer import Call, Rule, Tracer
+from compress.groups.record import Call
+from compress.groups.tracer import Rule, Tracer
 
 
 def batch_norm(tracer: Tracer, call: Call) -> None:

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from compress.groups.labels import Axis
 from compress.groups.meta_ops import tensors_in, words
-from compress.groups.tracer import Call, Rule, Tracer
+from compress.groups.record import Call
+from compress.groups.tracer import Rule, Tracer
 
 
 def pointwise(tracer: Tracer, call: Call) -> None:

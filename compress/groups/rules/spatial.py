@@ -8,8 +8,9 @@ import numpy as np
 
 from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
+from compress.groups.record import Call
 from compress.groups.traced_ints import Attribute, Count
-from compress.groups.tracer import Call, Rule, Tracer
+from compress.groups.tracer import Rule, Tracer
 
 
 def over_last(count: int) -> Rule:

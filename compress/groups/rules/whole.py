@@ -7,8 +7,9 @@ from torch import Tensor
 from compress.groups.calls import MAKERS
 from compress.groups.labels import Axis
 from compress.groups.meta_ops import tensors_in
+from compress.groups.record import Call, Use
 from compress.groups.rules.norms import label_reduced
-from compress.groups.tracer import Call, Rule, Tracer, Use
+from compress.groups.tracer import Rule, Tracer
 
 
 def attention(tracer: Tracer, call: Call) -> None:

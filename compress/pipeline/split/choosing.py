@@ -1,4 +1,4 @@
-"""Which cuts are worth timing: the front of bytes that cross and work of the edge."""
+"""Which cuts are worth timing: the Pareto front of bytes that cross and MACs of the edge."""
 
 from __future__ import annotations
 

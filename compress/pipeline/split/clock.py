@@ -1,4 +1,4 @@
-"""What the parts of a split graph cost on a runtime, and how far they answer from the whole."""
+"""Latency of the parts of a split graph, and their numerical difference from the whole."""
 
 from __future__ import annotations
 

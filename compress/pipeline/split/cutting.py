@@ -14,7 +14,7 @@ from onnx import ModelProto, TensorProto, helper
 from compress.errors import UsageError, did_you_mean
 from compress.graph.model import reads
 from compress.graph.shapes import shapes_of
-from compress.measure import node_macs
+from compress.measure import complete_shapes, node_macs
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,11 @@ class Cuttable:
         constants = {tensor.name for tensor in graph.initializer}
         self.inputs = [value.name for value in graph.input if value.name not in constants]
         self.outputs = [value.name for value in graph.output]
-        self.shapes, self.kinds = shapes_of(model)
+        self.shapes, self.kinds = complete_shapes(model)
         self.reads = [reads(node) for node in graph.node]
         self.maker = {name: n for n, node in enumerate(graph.node) for name in node.output if name}
-        self._macs = node_macs(model)
+        self._macs = node_macs(model, self.shapes)
+        self._declare_shapes()
         self._names = {*self.maker, *constants, *self.inputs}
         self._before: list[int] = []  # of each node: itself and all it depends on, as bits
         self._live = 0  # nodes that depend on an input of the graph, as bits
@@ -95,6 +96,20 @@ class Cuttable:
         work = sum(self._macs.get(name, 0) for name in made)
         share = 100 * work / max(1, sum(self._macs.values()))
         return Cut(tensor, crossing, self.size(crossing), share, bits)
+
+    def _declare_shapes(self) -> None:
+        """Write down shapes that inference cannot tell: a runtime asks for those of inputs."""
+        graph, (inferred, _) = self.model.graph, shapes_of(self.model)
+        sizes = next(v for v in graph.input if v.name in self.inputs).type.tensor_type.shape.dim
+        batch = "batch" if sizes and sizes[0].dim_value < 1 else None
+        for name in self.maker:
+            shape = self.shapes.get(name) or (None,)
+            if None in shape or None not in inferred.get(name, (None,)):
+                continue
+            declared = shape if batch is None else (batch, *shape[1:])
+            for value in [value for value in graph.value_info if value.name == name]:
+                graph.value_info.remove(value)
+            graph.value_info.append(helper.make_tensor_value_info(name, self.kinds[name], declared))
 
     def size(self, tensors: Sequence[str]) -> int | None:
         """Return the bytes of tensors for one image; None where a shape is not known."""

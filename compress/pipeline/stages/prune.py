@@ -1,10 +1,10 @@
-"""The step that cuts channels: in rounds if asked, every cut proved, refitted or recalibrated."""
+"""The stage prune: cut in rounds if asked, prove every cut, reconstruct or recalibrate."""
 
 from __future__ import annotations
 
-import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,18 @@ from compress.modules.objective import TaskLoss
 from compress.modules.outputs import returned
 from compress.pipeline.context import Job, Outcome, Variant, leave
 from compress.recipe.settings import PruneSettings, TrainSettings
+from compress.report import schema
 from compress.train import CrossEntropy, shown_batches
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """A network after all rounds."""
+
+    model: nn.Module
+    plan: PrunePlan  # of all rounds together
+    difference: float  # largest relative one between a pruned network and its masked original
+    validation: Mapping[str, float | None]  # primary metric after each step of the last round
 
 
 def prune_channels(
@@ -29,42 +40,54 @@ def prune_channels(
     model = job.network(parent)
     if settings.sparsity_training is not None:
         _train_sparse(job, model, settings, stage)
-    plan, rounds = _prune_in_rounds(job, model, settings, stage)
-    small = rounds.pop("model")
-    facts = rounds | {
+    pruned = _prune_in_rounds(job, model, settings, stage)
+    plan = pruned.plan
+    facts: dict[str, Any] = {
+        "proof_relative_difference": pruned.difference,
+        "validation_top1_pct": dict(pruned.validation),
         "macs": [plan.macs_before, plan.macs_after],
         "params": [plan.params_before, plan.params_after],
         "frozen": dict(plan.frozen),
     }
     if settings.latency_ms is not None or settings.keep_latency is not None:
-        promise = prune.check_promise(small, job.network(parent), plan, job.dataset.example)
-        facts["gates"] = [
-            {
-                "name": "latency_ms",
-                "limit": promise.promised_ms,
-                "measured": promise.measured_ms,
-                "passed": promise.broken is None,
-                "variant": "pruned",
-                "runtime": promise.runtime,
-                "reason": promise.broken,
-            }
-        ]
-    return leave(job, small, stage, "pruned", parent=parent, plan=plan, facts=facts)
+        promise = prune.check_promise(pruned.model, job.network(parent), plan, job.dataset.example)
+        gate = schema.Gate(
+            name="latency_ms",
+            limit=promise.promised_ms,
+            measured=promise.measured_ms,
+            passed=promise.broken is None,
+            variant="pruned",
+            runtime=promise.runtime,
+            reason=promise.broken,
+        )
+        facts["gates"] = [gate.model_dump(exclude_unset=True)]
+    return leave(job, pruned.model, stage, "pruned", parent=parent, plan=plan, facts=facts)
 
 
-def _prune_in_rounds(
-    job: Job, model: nn.Module, settings: PruneSettings, stage: Path
-) -> tuple[PrunePlan, dict[str, Any]]:
-    """Return the joined plan of all rounds; the pruned network is the fact "model"."""
-    example, total = job.dataset.example, None
+def _prune_in_rounds(job: Job, model: nn.Module, settings: PruneSettings, stage: Path) -> _Pruned:
+    """Return the network after all rounds, with their joined plan."""
+    example = job.dataset.example
+    budget = prune.one_budget(**{name: getattr(settings, name) for name in prune.BUDGETS})
+    total: PrunePlan | None = None
     differences, validation = [], {"before": job.validation_pct(model)}
     for number in range(1, settings.rounds + 1):
-        budget = _budget(settings, number, total)
         batches = list(job.dataset.batches("calibration"))
         plan = prune.plan_pruning(
-            model, example, **budget, **_plan_options(settings), batches=batches,
-            seed=job.recipe.seed, **_reading(job, model, settings),
-        )  # fmt: skip
+            model,
+            example,
+            **budget.in_round(number, settings.rounds, total).to_json(),
+            runtime=settings.runtime,
+            criterion=settings.criterion,
+            ranking=settings.ranking,
+            normalize=settings.normalize,
+            round_to=settings.round_to,
+            min_channels=settings.min_channels,
+            max_cut=settings.max_cut,
+            exclude=settings.exclude,
+            batches=batches,
+            seed=job.recipe.seed,
+            **_reading(job, model, settings),
+        )
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
         shown = _shown_batches(job, settings, number)
@@ -79,12 +102,9 @@ def _prune_in_rounds(
             validation["recalibrated"] = job.validation_pct(model)
         if settings.round_training is not None and number < settings.rounds:
             job.train(model, settings.round_training, stage / f"round-{number}")
-    facts = {
-        "model": model,
-        "proof_relative_difference": max(differences),
-        "validation_top1_pct": validation,
-    }
-    return _required(total), facts
+    if total is None:
+        raise ValueError("pruning in no rounds")
+    return _Pruned(model, total, max(differences), validation)
 
 
 def _shown_batches(
@@ -103,44 +123,6 @@ def _training_after(job: Job, settings: PruneSettings) -> TrainSettings | None:
     stages = itertools.dropwhile(lambda stage: stage.prune is not settings, job.recipe.stages)
     trainings = (stage.distill or stage.finetune for stage in stages)
     return next((each for each in trainings if each is not None), None)
-
-
-def _required(plan: PrunePlan | None) -> PrunePlan:
-    if plan is None:
-        raise ValueError("pruning in no rounds")
-    return plan
-
-
-def _budget(settings: PruneSettings, number: int, done: PrunePlan | None) -> dict[str, Any]:
-    """Return the budget of a round, as a share of what the round before it left."""
-    for name, before, after in (
-        ("keep_macs", "macs_before", "macs_after"),
-        ("keep_params", "params_before", "params_after"),
-    ):
-        keep = getattr(settings, name)
-        if keep is not None:
-            wanted = prune.keep_in_round(keep, number, settings.rounds)
-            left = 1.0 if done is None else getattr(done, after) / getattr(done, before)
-            return {name: min(1.0, wanted / left)}
-    if isinstance(settings.keep_channels, float):
-        return {"keep_channels": settings.keep_channels ** (1 / settings.rounds)}
-    if settings.keep_latency is not None:
-        wanted = prune.keep_in_round(settings.keep_latency, number, settings.rounds)
-        left = 1.0 if done is None else prune.latency_left(done)
-        return {"keep_latency": min(1.0, wanted / left), "runtime": settings.runtime}
-    if settings.latency_ms is not None:
-        return {"latency_ms": settings.latency_ms, "runtime": settings.runtime}
-    return {"keep_channels": settings.keep_channels}
-
-
-def _plan_options(settings: PruneSettings) -> dict[str, Any]:
-    accepted = inspect.signature(prune.plan_pruning).parameters
-    budget = {*prune.BUDGETS, "runtime", "outputs"}
-    return {
-        name: getattr(settings, name)
-        for name in type(settings).model_fields
-        if name in accepted and name not in budget
-    }
 
 
 def _reading(job: Job, model: nn.Module, settings: PruneSettings) -> dict[str, Any]:

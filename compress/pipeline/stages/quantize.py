@@ -1,10 +1,11 @@
-"""The step that writes int8 graphs, one for each kind of runtime, after training if asked."""
+"""The stage quantize: one int8 graph for each kind of runtime, after training if asked."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from compress.evaluate.feeding import arrays, completed
 from compress.pipeline.context import Job, Outcome, Variant, training_facts
 from compress.pipeline.network import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
+from compress.report import schema
 from compress.runtimes import DEFAULT, TensorSpec, facts, open_session
 from compress.train.distributed import join_processes
 
@@ -29,11 +31,20 @@ if TYPE_CHECKING:
 CALIBRATION_BATCH = 32
 
 
+@dataclass(frozen=True)
+class _Written:
+    """One int8 graph of the stage, and how it came about."""
+
+    variant: Variant
+    plan: QuantPlan
+    training: Mapping[str, Any] | None  # None: it was not trained
+    gate: schema.Gate | None  # None: its loss of accuracy has no limit
+
+
 def quantize_graphs(
     job: Job, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
 ) -> Outcome:
     """Write one int8 graph for each kind of runtime among the recipe's targets."""
-    from compress.qdq import read_onnx
     from compress.quantize import quantize_targets
 
     parent = before[-1]
@@ -41,7 +52,7 @@ def quantize_graphs(
         return _train_along(job, settings, stage, parent)
     calibration = calibration_data(job, settings, parent)
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(job.recipe)}
-    made = quantize_targets(
+    plans = quantize_targets(
         job.path(parent),
         calibration_batches(job.path(parent), calibration, settings.samples),
         outs,
@@ -49,50 +60,63 @@ def quantize_graphs(
         settings.observer,
         exclude=settings.exclude,
     )
-    variants, plans, training, gates = [], {}, {}, []
-    for form, plan in made.items():
-        out = outs[form]
+    made = {}
+    for form, plan in plans.items():
         if calibration.note:
             plan = plan.changed(notes=(*plan.notes, f"calibrated on {calibration.note}"))
-        model = read_onnx(job.path(parent))
-        if settings.qat is not None:
-            trained = _train_quantized(job, settings, plan, parent, stage / f"qat-{form}")
-            model, plan = trained.model, trained.plan
-            with artifact.replacing(out) as temporary:
-                onnx.save(trained.written, str(temporary))
-            training[form] = training_facts(trained.result)["training"]
-        if settings.drop_limit is not None:
-            budget = _meet_budget(job, settings.drop_limit, plan, model, stage)
-            plan = budget.plan
-            gates.append(
-                {
-                    "name": "max_drop_pct" if job.task.tells_classes else "max_drop",
-                    "limit": budget.max_drop,
-                    "measured": budget.best.drop,
-                    "passed": budget.met,
-                    "variant": f"int8-{form}",
-                }
-                | ({} if job.task.tells_classes else {
-                    "metric": job.task.primary, "unit": job.task.kinds[job.task.primary].unit
-                })
-            )  # fmt: skip
-        plan.save(stage / f"plan.{form}.json")
-        plans[form] = plan.to_json()
-        variants.append(
-            Variant(
-                f"int8-{form}",
-                job.relative(out),
-                stage.name,
-                parent.name,
-                "int8",
-                form,
-                parent.params,
-                parent.macs,
-                parent.sparsity,
-            )
-        )
-    facts = {"plans": plans, "qat": training, "gates": gates}
-    return Outcome(tuple(variants), facts | {"calibration": _facts(calibration, settings.samples)})
+        made[form] = _finished(job, settings, plan, parent, stage, form)
+    facts = {
+        "plans": {form: each.plan.to_json() for form, each in made.items()},
+        "qat": {form: each.training for form, each in made.items() if each.training is not None},
+        "gates": [
+            each.gate.model_dump(exclude_unset=True)
+            for each in made.values()
+            if each.gate is not None
+        ],
+        "calibration": _facts(calibration, settings.samples),
+    }
+    return Outcome(tuple(each.variant for each in made.values()), facts)
+
+
+def _finished(
+    job: Job, settings: QuantizeSettings, plan: QuantPlan, parent: Variant, stage: Path, form: str
+) -> _Written:
+    """Train a graph and hold it to its limit of loss, where the stage asks for it."""
+    from compress.qdq import read_onnx
+
+    out, source = stage / f"model.{form}.onnx", None
+    training = gate = None
+    if settings.qat is not None:
+        trained = _train_quantized(job, settings, plan, parent, stage / f"qat-{form}")
+        source, plan = trained.model, trained.plan
+        with artifact.replacing(out) as temporary:
+            onnx.save(trained.written, str(temporary))
+        training = training_facts(trained.result)["training"]
+    if settings.drop_limit is not None:
+        source = read_onnx(job.path(parent)) if source is None else source
+        budget = _meet_budget(job, settings.drop_limit, plan, source, stage)
+        plan = budget.plan
+        gate = schema.Gate(
+            name="max_drop_pct" if job.task.tells_classes else "max_drop",
+            limit=budget.max_drop,
+            measured=budget.best.drop,
+            passed=budget.met,
+            variant=f"int8-{form}",
+            **({} if job.task.tells_classes else {
+                "metric": job.task.primary, "unit": job.task.kinds[job.task.primary].unit
+            }),
+        )  # fmt: skip
+    plan.save(stage / f"plan.{form}.json")
+    variant = replace(
+        parent,
+        name=f"int8-{form}",
+        path=job.relative(out),
+        stage=stage.name,
+        parent=parent.name,
+        precision="int8",
+        target=form,
+    )
+    return _Written(variant, plan, training, gate)
 
 
 def _train_along(job: Job, settings: QuantizeSettings, stage: Path, parent: Variant) -> Outcome:
@@ -139,7 +163,7 @@ def calibration_batches(
 ) -> list[dict[str, NDArray[Any]]]:
     """Return calibration images as the inputs of an ONNX file take them, by name."""
     with open_session(path) as session:
-        specs = [dataclasses.replace(spec, shape=_any_batch(spec)) for spec in session.inputs]
+        specs = [replace(spec, shape=_any_batch(spec)) for spec in session.inputs]
     return [
         dict(zip((s.name for s in specs), arrays(specs, images, dataset), strict=True))
         for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples)

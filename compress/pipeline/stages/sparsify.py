@@ -1,4 +1,4 @@
-"""The step that zeroes single weights, and what runtimes make of it."""
+"""The stage sparsify: set single weights to zero, and what runtimes gain from zeros."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Does the teacher of a distillation help? Two short trainings of copies of the student tell."""
+"""Teacher ablation: two short trainings of the student, with the teacher and without."""
 
 from __future__ import annotations
 

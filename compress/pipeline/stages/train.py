@@ -1,4 +1,4 @@
-"""Steps that load or train a network: original, train, finetune, distill."""
+"""Stages that load or train a network: original, train, finetune, distill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the network's own answers would change if the channel were gone (needs images only)."""
+"""Fisher information of the network's own outputs (needs images only)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much the answers would change if the channel were gone and others made up for it."""
+"""Loss increase from removing a channel after the rest is re-fitted (OBS)."""
 
 from __future__ import annotations
 

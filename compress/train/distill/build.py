@@ -1,4 +1,4 @@
-"""From settings, a student and a teacher to an objective."""
+"""Build the distillation objective from settings, a student and a teacher."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings, Plugin
 from compress.tasks import Task
 from compress.train.batches import on_device
-from compress.train.distill.feature_hooks import Survey, survey, tapped
+from compress.train.distill.feature_hooks import Survey, device_of, survey, tapped
 from compress.train.distill.layer_matching import pair_layers
 from compress.train.distill.objective import DistillObjective, Term, last_output, main_answer
 from compress.train.distill.teachers import (
@@ -78,22 +78,11 @@ def build_objective(
         raise UsageError("the student cannot be its own teacher", where="distill.teacher")
     if task is not None and task.tells_classes:
         task = None
-    example = dataset.example
-    answering = _teacher(teacher, example, settings)
+    answering = _teacher(teacher, dataset.example, settings)
     try:
         names = settings.teacher_classes
         order = class_order(dataset.classes, names, answering.classes) if task is None else None
-        device = next((p.device for p in student.parameters()), torch.device("cpu"))
-        mine = survey(student, example.to(device))
-        if task is None:
-            _check_student(mine, dataset)
-        losses = losses_of(settings, task)
-        terms = [term_of(each, mine, answering, compiled=settings.compile) for each in losses]
-        if task is not None:
-            _check_terms(terms, task, student, dataset, settings)
-        given: Any = dataset.splits["train"].labels
-        labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
-        prepare(terms, student, answering, example, labels)
+        terms = _terms(student, answering, dataset, settings, task)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
     except CompressError:
@@ -116,6 +105,28 @@ def build_objective(
     else:
         _compare_at_task(objective, answering, student, dataset, task)
     return objective
+
+
+def _terms(
+    student: nn.Module,
+    answering: Teacher,
+    dataset: Dataset,
+    settings: DistillSettings,
+    task: Task | None,
+) -> list[Term]:
+    """Return the losses between the networks, with the layers that they compare."""
+    device = device_of(student)
+    mine = survey(student, dataset.example.to(device))
+    if task is None:
+        _check_student(mine, dataset)
+    losses = losses_of(settings, task)
+    terms = [term_of(each, mine, answering, compiled=settings.compile) for each in losses]
+    if task is not None:
+        _check_terms(terms, task, student, dataset, settings)
+    given: Any = dataset.splits["train"].labels
+    labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
+    prepare(terms, student, answering, dataset.example, labels)
+    return terms
 
 
 DEFAULT_LOSSES = ("dkd",)  # of one class for each image
@@ -195,7 +206,7 @@ def _check_terms(
     model, images = full_copy(student), dataset.splits["train"]
     some = np.arange(min(2, len(images)))
     set_mode(model, training=True)
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    device = device_of(student)
     with last_output(model) as seen:
         shown = dataset.normalize(images.take(some).to(device))
         if _hard_weight(settings, task):
@@ -262,7 +273,7 @@ def prepare(
         example: One image, (1, C, H, W).
         labels: Classes of all training images, (N,), for losses that remember images.
     """
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    device = device_of(student)
     example = example.to(device)
     pairs = [pair for term in terms for pair in term.pairs]
     with evaluating(student), torch.no_grad(), tapped(student, {p.student for p in pairs}) as mine:
@@ -318,7 +329,7 @@ def _compare(objective: DistillObjective, student: nn.Module, dataset: Dataset) 
     images = dataset.splits.get("validation")
     if images is None or not len(images):
         return
-    device = next((p.device for p in student.parameters()), torch.device("cpu"))
+    device = device_of(student)
     spread = np.linspace(0, len(images) - 1, min(len(images), CHECKED_IMAGES)).astype(np.int64)
     some = replace(dataset, splits={"validation": Subset(images, spread)})  # may be sorted by class
     right = np.zeros(2)

@@ -1,4 +1,4 @@
-"""What a network computes on the way, seen through hooks that never stay."""
+"""Feature maps of a network, read by forward hooks that are removed afterwards."""
 
 from __future__ import annotations
 
@@ -72,6 +72,11 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
         known = [layer for layer in layers if layer]
         raise UnknownNameError("layer", name, known, where=type(model).__name__)
     return layers[name]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a network computes: the device of its first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def survey(model: nn.Module, example: Tensor) -> Survey:

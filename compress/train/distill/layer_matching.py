@@ -1,4 +1,4 @@
-"""Which layers of student and teacher are compared."""
+"""Match layers of the student with layers of the teacher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Taps, losses and a teacher as one objective that training minimizes."""
+"""The distillation objective: losses on features and logits of a teacher, and labels."""
 
 from __future__ import annotations
 

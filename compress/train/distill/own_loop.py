@@ -1,4 +1,4 @@
-"""Distillation inside somebody else's training loop."""
+"""Distillation in the user's own training loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.errors import TrainingError, UsageError
 from compress.recipe.settings import Plugin
 from compress.train.distill.build import prepare, term_of
-from compress.train.distill.feature_hooks import Tap, survey, tapped
+from compress.train.distill.feature_hooks import Tap, device_of, survey, tapped
 from compress.train.distill.objective import Term, feature_at, main_answer
 from compress.train.distill.teachers import TorchTeacher
 from compress.train.losses import Taps
@@ -126,7 +126,7 @@ class Distiller:
         return [f"{term.name}: {pair}" for term in self._terms for pair in term.pairs]
 
     def _build(self, example: Tensor) -> None:
-        device = next((p.device for p in self.student.parameters()), torch.device("cpu"))
+        device = device_of(self.student)
         example = example.detach().to(device)
         self._teacher = TorchTeacher(self._model, example, None, None)
         mine = survey(self.student, example)

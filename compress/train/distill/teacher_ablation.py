@@ -1,4 +1,4 @@
-"""Does the teacher help? A short training with it, the same without, compared."""
+"""Teacher ablation: a short training with the teacher against the same without."""
 
 from __future__ import annotations
 

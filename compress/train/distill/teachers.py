@@ -1,4 +1,4 @@
-"""Whoever answers for the student to learn from: a network, an ONNX file or an engine, a cache."""
+"""Teachers: a torch module, an ONNX file or session, or cached logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from compress import artifact, progress
 from compress.errors import TrainingError, boundary
 from compress.modules.outputs import logits_of
-from compress.train.distill.feature_hooks import Survey, Tap, survey, tapped
+from compress.train.distill.feature_hooks import Survey, Tap, device_of, survey, tapped
 
 FEATURES = dict[Tap, Tensor]
 HEADER_BYTES = 128  # of a .npy file of two dimensions
@@ -55,7 +55,7 @@ class TorchTeacher:
         self.model, self.image_size = model, image_size
         self.device = torch.device(device) if device is not None else None
         self._modes = {module: module.training for module in model.modules()}
-        self._home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self._home = device_of(model)
         self.survey: Survey | None = survey(model, self._resized(example.to(self._home)))
         self.classes = self.survey.classes
         self._placed: torch.device | None = None

@@ -1,4 +1,4 @@
-"""What a student is pulled to: one file per distillation loss.
+"""Distillation losses: one file for each.
 
 A loss is a dataclass, named after its file, whose fields are its options. Besides
 ``__call__(student, teacher, target)`` it may have:

@@ -1,4 +1,4 @@
-"""Where the teacher looks."""
+"""Attention transfer (Zagoruyko and Komodakis 2017)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Contrast with the answers to other images."""
+"""Contrastive representation distillation (Tian et al. 2020)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where in the image each channel of the teacher is strong: distillation for dense prediction."""
+"""Channel-wise distillation for dense prediction (Shu et al. 2021)."""
 
 from __future__ import annotations
 

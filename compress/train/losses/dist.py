@@ -1,4 +1,4 @@
-"""Correlation with the teacher, per image and per class."""
+"""Correlation with the teacher within images and within classes (Huang et al. 2022)."""
 
 from __future__ import annotations
 

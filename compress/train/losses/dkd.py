@@ -1,4 +1,4 @@
-"""Target and non-target classes, weighed apart."""
+"""Decoupled knowledge distillation (Zhao et al. 2022)."""
 
 from __future__ import annotations
 

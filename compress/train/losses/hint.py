@@ -1,4 +1,4 @@
-"""Features of the teacher, regressed."""
+"""Regression of the teacher's features: FitNets (Romero et al. 2015)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Softened probabilities of the teacher."""
+"""Knowledge distillation with softened probabilities (Hinton et al. 2015)."""
 
 from __future__ import annotations
 

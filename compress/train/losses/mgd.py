@@ -1,4 +1,4 @@
-"""Features of the teacher, generated from masked ones of the student."""
+"""Masked generative distillation (Yang et al. 2022)."""
 
 from __future__ import annotations
 

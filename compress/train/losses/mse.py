@@ -1,4 +1,4 @@
-"""The teacher's raw outputs, whatever they mean."""
+"""Regression of the teacher's raw outputs, whatever they mean."""
 
 from __future__ import annotations
 

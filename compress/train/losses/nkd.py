@@ -1,4 +1,4 @@
-"""Soft targets whose other classes are normalized."""
+"""Normalized knowledge distillation (Yang et al. 2023)."""
 
 from __future__ import annotations
 

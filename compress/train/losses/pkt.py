@@ -1,4 +1,4 @@
-"""Probabilities that two images are neighbours."""
+"""Probabilistic knowledge transfer (Passalis and Tefas 2018)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shallow features of the teacher, taught to deep ones of the student."""
+"""Knowledge review (Chen et al. 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distances and angles between images."""
+"""Relational knowledge distillation (Park et al. 2019)."""
 
 from __future__ import annotations
 

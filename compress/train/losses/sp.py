@@ -1,4 +1,4 @@
-"""Which images are alike."""
+"""Similarity-preserving distillation (Tung and Mori 2019)."""
 
 from __future__ import annotations
 

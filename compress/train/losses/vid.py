@@ -1,4 +1,4 @@
-"""Information that two features share."""
+"""Variational information distillation (Ahn et al. 2019)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""Longer steps where two products overflow in 16 bits, against the arithmetic of such kernels."""
+
+import numpy as np
+import onnx
+import pytest
+from int8_graphs import Sketch
+from onnx import helper
+from test_methods import bench_of
+
+from compress.graph.model import Graph
+from compress.qdq.plan import unpack_codes
+from compress.qdq.writer import write_qdq
+from compress.quantize.confirm import seven_bits
+from compress.quantize.headroom import largest_codes, largest_sums, with_headroom
+from compress.quantize.layerwise import layers
+
+
+def saturating(codes, activations):
+    """Return what vpmaddubsw and additions in 32 bits make of rows, (O, K), and inputs, (B, K)."""
+    products = codes[None].astype(np.int64) * activations[:, None].astype(np.int64)
+    if products.shape[-1] % 2:
+        products = np.pad(products, ((0, 0), (0, 0), (0, 1)))
+    pairs = products[..., ::2] + products[..., 1::2]
+    return np.clip(pairs, -(2**15), 2**15 - 1).sum(-1)
+
+
+@pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul", "ConvTranspose"])
+def test_the_largest_sum_is_that_of_every_pair(op):
+    rng = np.random.default_rng(0)
+    shape = {"Conv": (6, 5, 3, 3), "Gemm": (6, 7), "MatMul": (7, 6), "ConvTranspose": (5, 6, 2, 2)}
+    codes = rng.integers(-127, 128, shape[op]).astype(np.int8)
+    inputs = {"Conv": 5, "ConvTranspose": 5}.get(op, 7)
+    largest = rng.integers(0, 256, inputs).astype(float)
+    node = helper.make_node(op, ["x", "w"], ["y"], **({"transB": 1} if op == "Gemm" else {}))
+    rows = {
+        "Conv": lambda: codes.transpose(0, 2, 3, 1).reshape(6, -1),
+        "Gemm": lambda: codes,
+        "MatMul": lambda: codes.T,
+        "ConvTranspose": lambda: codes.transpose(1, 2, 3, 0).reshape(6, -1),
+    }[op]()
+    seen = np.tile(largest, rows.shape[1] // inputs)
+    expected = [
+        max(
+            (abs(row[k] * seen[k] + row[k + 1] * seen[k + 1]) for k in range(len(row) - 1)
+             if row[k] * row[k + 1] * seen[k] * seen[k + 1] > 0),
+            default=0,
+        )
+        for row in rows.astype(int)
+    ]  # fmt: skip
+    np.testing.assert_allclose(largest_sums(node, codes, largest), expected)
+
+
+def test_groups_have_inputs_of_their_own_and_depthwise_layers_no_neighbours():
+    codes = np.full((4, 2, 1, 1), 100, np.int8)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=2)
+    sums = largest_sums(node, codes, np.array([1.0, 2, 30, 40]))
+    assert sums.tolist() == [300, 300, 7000, 7000]
+    node = helper.make_node("Conv", ["x", "w"], ["y"], group=8)
+    assert not largest_sums(node, np.full((8, 1, 3, 3), 127, np.int8), np.full(8, 255.0)).any()
+
+
+def network():
+    """Pointwise layers of mostly positive weights, behind activations that all are large."""
+    s = Sketch((16, 8, 8))
+    x = s.relu(s.conv("input", "first", 16, 16, 1))
+    x = s.relu(s.conv(x, "second", 16, 16, 1))
+    s.head(x, 16)
+    model = s.model()
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor)
+        if value.ndim == 4:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.abs(value), tensor.name))
+    return model
+
+
+def integers(bench, plan):
+    """Yield codes of the weights, (O, K), and of the inputs, (B, K), of each pointwise layer."""
+    written = write_qdq(bench.prepared, plan, float_bias=True)
+    graph = Graph(written)
+    for layer in layers(written, bench.fitted, ["first", "second"]):
+        made = graph.producer[layer.node.input[1]]
+        codes = graph.constant(made.input[0])
+        activations = graph.producer[layer.node.input[0]]
+        scale, zero = (graph.constant(name) for name in activations.input[1:])
+        inputs = np.rint(layer.incoming / scale) + zero
+        yield codes.reshape(len(codes), -1), inputs.transpose(0, 2, 3, 1).reshape(-1, 16)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_no_pair_of_products_overflows_and_steps_are_shorter_than_with_seven_bits(rounded):
+    bench = bench_of(network(), target="openvino")
+    plain = bench.rounded(bench.ranges()) if rounded else bench.ranges()
+
+    def overflows(plan):
+        found = integers(bench, plan)
+        return [
+            (saturating(codes, inputs) != inputs @ codes.T.astype(int)).any()
+            for codes, inputs in found
+        ]
+
+    safe = with_headroom(bench, plain)
+    assert any(overflows(plain)) and not any(overflows(safe))
+    steps = {
+        name: np.mean(plan.weights["second_w"].scales)
+        for name, plan in {"safe": safe, "seven": seven_bits(bench, plain)}.items()
+    }
+    assert steps["safe"] < 0.95 * steps["seven"]
+
+
+def test_channels_that_cannot_overflow_keep_their_step():
+    bench = bench_of(network(), target="openvino")
+    plan = bench.rounded(bench.ranges())
+    safe = with_headroom(bench, plan)
+    for name in ("first_w", "second_w"):
+        before, after = plan.weights[name], safe.weights[name]
+        factors = np.asarray(after.scales) / np.asarray(before.scales)
+        assert factors.min() >= 1 and 1.2 < factors.max() < 2.05
+        codes = [unpack_codes(each.codes, (16, 16, 1, 1)) for each in (before, after)]
+        same = factors == 1
+        np.testing.assert_array_equal(codes[0][same], codes[1][same])
+
+
+def test_a_layer_that_reads_float_has_no_integers():
+    bench = bench_of(network(), target="openvino")
+    plan = bench.ranges().keep_float(["first"], "for this test")
+    written = write_qdq(bench.prepared, plan, float_bias=True)
+    found = {
+        x.node.name: largest_codes(x) for x in layers(written, bench.fitted, ["first", "second"])
+    }
+    assert found["first"] is None
+    assert found["second"].shape == (16,) and found["second"].max() > 200

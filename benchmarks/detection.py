@@ -209,7 +209,7 @@ def heads(
         onnx.save(model, folder / "yolox.onnx")
         return folder / "yolox.onnx", large.numpy(), False
 
-    found: dict[str, Callable[[], Head]] = {"blood cells": cells}
+    found: dict[str, Callable[[], Head]] = {"blood cells": cells} if given.original else {}
     found |= {f"{name}, random weights": partial(yolo, name) for name in ("yolov8n", "yolo11n")}
     return found | ({"yolox_nano": yolox} if given.yolox else {})
 
@@ -348,7 +348,7 @@ TABLES = {"pruning": pruning_table, "int8": int8_table}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=["pruning", "int8"])
-    parser.add_argument("--original", type=Path, required=True, help="folder of the train stage")
+    parser.add_argument("--original", type=Path, help="folder of the train stage")
     parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA", ".") + "/bccd")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5], help="MACs kept")
     parser.add_argument("--epochs", type=int, default=5)
@@ -364,6 +364,8 @@ def main() -> None:
         DataSettings(name="voc", root=given.data, options={"invalid": "drop"}, **settings)
     )
     task = tasks.load_task("detection", classes=dataset.classes)
+    if given.what == "pruning" and given.original is None:
+        parser.error("pruning needs --original")
     (pruning if given.what == "pruning" else int8)(given, dataset, task)
 
 

@@ -28,16 +28,16 @@ TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100")
 nox.options.sessions = ["newest"]
 
 
-def least() -> list[str]:
-    """Return every dependency at the least version that pyproject.toml allows: name==version."""
+def needed() -> list[str]:
+    """Return every dependency with the least version that pyproject.toml allows: name>=version."""
     optional = (each for extra in EXTRAS for each in PROJECT["optional-dependencies"][extra])
-    return [each.replace(">=", "==") for each in (*PROJECT["dependencies"], *optional)]
+    return [*PROJECT["dependencies"], *optional]
 
 
 @nox.session(python=PYTHON)
 def oldest(session: nox.Session) -> None:
     """Install the least versions and run the chosen part of the suite."""
-    session.install(*least(), *TOOLS)
+    session.install(*(each.replace(">=", "==") for each in needed()), *TOOLS)
     session.install("--no-deps", "-e", ".")
     session.run("python", "-W", "ignore", "-m", "pytest", *CHOSEN, "-n", "2", *session.posargs)
 
@@ -51,6 +51,6 @@ def newest(session: nox.Session) -> None:
 
 @nox.session(python=PYTHON)
 def audit(session: nox.Session) -> None:
-    """Ask the database of known weaknesses about every installed package."""
-    session.install("-e", ".", "pip-audit")
-    session.run("pip-audit", "--skip-editable")
+    """Ask the database of known weaknesses about every installed package; none may be unknown."""
+    session.install(*needed(), "pip-audit")
+    session.run("pip-audit", "--strict")

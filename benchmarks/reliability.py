@@ -4,12 +4,14 @@
     python benchmarks/reliability.py tests MODULE... [--fast] [--select WORD]
     python benchmarks/reliability.py table
 
-``tests`` runs test modules, the slow tests as well, and makes a row of what each says to have tried
-(the fixture ``tried``); a test that fails is a fault.
+``tests`` runs test modules, the slow tests as well, and notes what each says to have tried (the
+fixture ``tried``); a test that fails is a fault. A module may be run in parts: what was noted of
+the rest stays.
 ``fuzz`` changes valid files at random and reads them, each in ten seconds at most; what is neither
 a result nor a CompressError is a fault. It writes one JSON for each reader to
 benchmarks/results/reliability. ``table`` makes the page of all JSON files there: each is a list of
-rows {"input", "tried", "outcome", "command"}, whoever wrote it.
+rows {"input", "tried", "outcome", "command"}, whoever wrote it, or what the tests of a module have
+tried.
 """
 
 from __future__ import annotations
@@ -90,48 +92,60 @@ def fuzz(
 def tests(
     modules: Annotated[list[Path], typer.Argument(help="Test modules")],
     fast: Annotated[bool, typer.Option("--fast", help="Leave the slow tests out")] = False,
-    select: Annotated[str, typer.Option(help="As pytest -k")] = "",
+    select: Annotated[str, typer.Option(help="As pytest -k: a part; the rest stays noted")] = "",
 ) -> None:
     """Run tests and note what they tried."""
-    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.xml"
+        command = [sys.executable, "-m", "pytest", "-q", *map(str, modules), f"--junitxml={found}"]
+        command += ["--tb=short", "-o", "junit_family=xunit1"]  # the other has no properties
+        command += [] if fast else ["-m", "not gpu"]
+        command += ["-k", select] if select else []
+        code = subprocess.run(command, cwd=ROOT).returncode
+        cases = list(ElementTree.parse(found).iter("testcase"))
     for module in modules:
-        with tempfile.TemporaryDirectory() as folder:
-            found = Path(folder) / "found.xml"
-            command = [sys.executable, "-m", "pytest", "-q", str(module), f"--junitxml={found}"]
-            command += [] if fast else ["-m", "not gpu"]
-            command += ["-k", select] if select else []
-            failed = bool(subprocess.run(command, cwd=ROOT).returncode) or failed
-            cases = list(ElementTree.parse(found).iter("testcase"))
-        arguments = f"{module}{' --fast' * fast}{f' --select {select!r}' * bool(select)}"
-        rows = list(_rows(cases, f"benchmarks/reliability.py tests {arguments}"))
-        name = "-".join([*module.with_suffix("").parts, *([select] if select else [])])
-        place = RESULTS / f"{name}.json"
-        place.write_text(json.dumps(rows, indent=1) + "\n")
-    raise typer.Exit(int(failed))
+        name = ".".join(module.with_suffix("").parts)
+        ran = {each["test"]: each for each in map(_noted, cases) if each["module"] == name}
+        place = RESULTS / f"{name.replace('.', '-')}.json"
+        before = json.loads(place.read_text())["tests"] if place.exists() else []
+        kept = [each for each in before if each["test"] not in ran]
+        noted = sorted([*kept, *(each for each in ran.values() if each["tried"])], key=_test)
+        place.write_text(json.dumps({"module": str(module), "tests": noted}, indent=1) + "\n")
+    raise typer.Exit(code)
 
 
-def _rows(cases: list[ElementTree.Element], command: str) -> Iterator[dict[str, Any]]:
+def _test(noted: dict[str, Any]) -> str:
+    return str(noted["test"])
+
+
+def _noted(case: ElementTree.Element) -> dict[str, Any]:
+    """Return what one test says to have tried, [input, cases, what was found], and if it failed."""
+    properties = (each for each in case.iter("property") if each.get("name") == "tried")
+    return {
+        "module": case.get("classname"),
+        "test": case.get("name", ""),
+        "tried": [json.loads(each.get("value", "")) for each in properties],
+        "failed": case.find("failure") is not None or case.find("error") is not None,
+    }
+
+
+def _rows(module: str, tests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a row for everything that the tests of a module have tried."""
     counts: dict[str, int] = {}
-    faults: dict[str, list[str]] = {}
+    faults: dict[str, int] = {}
     notes: dict[str, list[str]] = {}
-    for case in cases:
-        bad = case.find("failure") is not None or case.find("error") is not None
-        for each in case.iter("property"):
-            if each.get("name") != "tried":
-                continue
-            what, count, note = json.loads(each.get("value", ""))
+    for test in tests:
+        for what, count, note in test["tried"]:
             counts[what] = counts.get(what, 0) + count
+            faults[what] = faults.get(what, 0) + test["failed"]
             notes.setdefault(what, []).extend([note] * bool(note))
-            faults.setdefault(what, []).extend([str(case.get("name"))] * bad)
     for what, count in counts.items():
         told = "; ".join(dict.fromkeys(notes[what]))
         yield {
             "input": what,
             "tried": count,
-            "outcome": f"as stated, **{len(faults[what])} faults**" + f"; {told}" * bool(told),
-            "command": command,
-            "kinds": faults[what],
+            "outcome": f"as stated, **{faults[what]} faults**" + f"; {told}" * bool(told),
+            "command": f"benchmarks/reliability.py tests {module}",
         }
 
 
@@ -140,7 +154,8 @@ def table() -> None:
     """Write docs/reliability.md."""
     rows: list[dict[str, Any]] = []
     for path in sorted(RESULTS.glob("*.json")):
-        rows += json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        rows += found if isinstance(found, list) else _rows(found["module"], found["tests"])
     lines = [
         f"| {row['input']} | {row['tried']:,} | {row['outcome']} | `{row['command']}` |"
         for row in rows

@@ -567,6 +567,26 @@ class HandWrittenNorm(Classifier):
 
 
 @zoo()
+class ResponseNormed(Classifier):
+    """GRN as timm's ConvNeXt-V2 has it: an attribute holds the shape, the channels left over."""
+
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shape = (1, -1, 1, 1)
+            self.weight, self.bias = nn.Parameter(torch.ones(24)), nn.Parameter(torch.ones(24))
+
+        def forward(self, x: Tensor) -> Tensor:
+            energy = x.norm(p=2, dim=(2, 3), keepdim=True)
+            x = x * energy / (energy.mean(1, keepdim=True) + 1e-6)
+            return x * self.weight.view(self.shape) + self.bias.view(self.shape)
+
+    def __init__(self) -> None:
+        ends = nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+        super().__init__(nn.Sequential(ends[0], self.Norm(), ends[1]))
+
+
+@zoo()
 class InstanceNormed(Classifier):
     """InstanceNorm with affine weights."""
 

@@ -176,7 +176,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
 
     def use_attribute(self, count: Count, labels: Labels) -> AttributeUse | None:
         """Return the fact that ``count`` must follow ``labels``; None unless it is an attribute."""
-        if not isinstance(count.origin, Attribute):
+        if not isinstance(count.origin, Attribute) or count < 0:  # -1 is what is left over
             return None
         scale = count.scale
         return AttributeUse(count.origin, labels, scale.numerator, scale.denominator, here())

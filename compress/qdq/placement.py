@@ -71,12 +71,16 @@ def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = Non
 
 
 def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
-    """Return the nodes left in float on purpose, and what moves values to them alone."""
+    """Return the nodes left in float on purpose, and cheap ops that only these read.
+
+    An int8 kernel needs an int8 output, which nobody would read.
+    """
     floating = set(refused)
     for node in reversed(graph.nodes):
         readers = [r.name for end in node.output for r, _ in graph.readers.get(end, [])]
         is_end = not readers or graph.outputs.intersection(node.output)
-        if node.op_type in _MOVES and not is_end and floating.issuperset(readers):
+        cheap = node.op_type in _MOVES | _CHAIN | ELEMENTWISE
+        if cheap and not is_end and floating.issuperset(readers):
             floating.add(node.name)
     return floating
 

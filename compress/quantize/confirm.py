@@ -135,8 +135,7 @@ def confirmed(
     """
     prepared = confirmation.prepared
     written = write_qdq(prepared, plan)
-    absent = _unavailable(plan.target)
-    runtime = next((name for name, why in absent.items() if why is None), None)
+    runtime, absent = _runtime_for(plan.target)
     if runtime is None:
         whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
@@ -169,20 +168,23 @@ def _listed(lost: Sequence[Loss]) -> str:
     return "; ".join(map(str, lost))
 
 
-def _unavailable(target: str) -> dict[str, str | None]:
-    """Return, for each runtime that runs graphs for ``target``, why it cannot here, or None."""
+def _runtime_for(target: str) -> tuple[str | None, dict[str, str]]:
+    """Return a runtime that runs graphs for ``target`` here, or None and why each cannot."""
     from compress.runtimes import facts, unavailable
 
-    names = [n for n in plugins.names("runtimes") if facts(n).int8_form == target]
-    return {name: unavailable(name) for name in names}
+    absent = {}
+    for name in sorted(plugins.names("runtimes"), key=lambda name: name != target):
+        if name == target or facts(name).int8_form == target:
+            why = unavailable(name)
+            if why is None:
+                return name, {}
+            absent[name] = why
+    return None, absent
 
 
 def seven_bits(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with steps of weights twice as long, and biases that make up for it."""
-    corrected = ModelProto()
-    corrected.CopyFrom(bench.prepared)
-    apply_corrections(corrected, plan)
-    graph = Graph(corrected)
+    graph = Graph(apply_corrections(bench.prepared, plan))
     scales = {}
     for node in graph.nodes:
         value = graph.constant(node.input[1]) if graph.weight(node) else None

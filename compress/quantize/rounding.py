@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
+from scipy.linalg.lapack import dtrtri
 
 from compress import progress
 from compress.graph.model import Graph, attribute
@@ -22,6 +23,7 @@ from compress.quantize.layerwise import layers
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted
 _FEWEST_ROWS, _MOST_ROWS = 2048, 12_288
+_BLOCK = 64  # weights of an output that are rounded before the others hear of it
 _RIDGE = 0.02  # of the mean diagonal: how strongly each weight is held where it was
 
 
@@ -41,10 +43,7 @@ def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quant
     Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
     """
     feed = fewer(prepared, feed)
-    corrected = ModelProto()
-    corrected.CopyFrom(prepared)
-    apply_corrections(corrected, plan.changed(biases={}))
-    graph = Graph(corrected)
+    graph = Graph(apply_corrections(prepared, plan.changed(biases={})))
     nodes = {node.name: node for node in graph.nodes}
     names = [
         n for n in place(graph, plan.target, plan.float_nodes).weights if _fits(graph, nodes[n])
@@ -73,7 +72,7 @@ def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quant
 
 
 def fit_codes(
-    x: NDArray[np.float64], weight: NDArray[np.float64]
+    x: NDArray[np.float32], weight: NDArray[np.float64]
 ) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """Return integers, (G, O, K), and scales, (G, O), with codes * scale near ``weight`` on ``x``.
 
@@ -81,7 +80,7 @@ def fit_codes(
         x: Inputs of each group, (G, P, K).
         weight: Float weights, (G, O, K).
     """
-    gram = np.einsum("gpk,gpl->gkl", x, x, optimize=True)
+    gram = np.stack([each.T @ each for each in x]).astype(np.float64)
     ridge = _RIDGE * np.einsum("gkk->gk", gram).mean(1) + 1e-12
     gram += ridge[:, None, None] * np.eye(gram.shape[1])
     scales = default_scales(weight.reshape(-1, weight.shape[2]), 0).astype(np.float64)
@@ -92,15 +91,35 @@ def fit_codes(
 def _round_with_feedback(
     weight: NDArray[np.float64], scales: NDArray[np.float64], gram: NDArray[np.float64]
 ) -> NDArray[np.int8]:
-    upper = np.linalg.cholesky(np.linalg.inv(gram)).transpose(0, 2, 1)
+    """Return integers, (G, O, K); what rounding leaves over goes to the weights that follow.
+
+    Weights of a block see the errors before it at once, in one product of matrices.
+    """
+    upper = np.stack([_upper_root_of_inverse(each) for each in gram])
     left = weight.copy()
     codes = np.zeros(weight.shape, np.int8)
-    for k in range(weight.shape[2]):
-        code = np.clip(np.rint(left[:, :, k] / scales), -127, 127)
-        codes[:, :, k] = code.astype(np.int8)
-        error = (left[:, :, k] - code * scales) / upper[:, None, k, k]
-        left[:, :, k + 1 :] -= error[:, :, None] * upper[:, None, k, k + 1 :]
+    for start in range(0, weight.shape[2], _BLOCK):
+        end = min(start + _BLOCK, weight.shape[2])
+        errors = np.empty((*weight.shape[:2], end - start))
+        for k in range(start, end):
+            code = np.clip(np.rint(left[:, :, k] / scales), -127, 127)
+            codes[:, :, k] = code.astype(np.int8)
+            error = (left[:, :, k] - code * scales) / upper[:, None, k, k]
+            left[:, :, k + 1 : end] -= error[:, :, None] * upper[:, None, k, k + 1 : end]
+            errors[:, :, k - start] = error
+        left[:, :, end:] -= errors @ upper[:, start:end, end:]
     return codes
+
+
+def _upper_root_of_inverse(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return upper triangular U with U.T @ U = inverse of ``gram``, (K, K), without inverting it.
+
+    The Cholesky factor of the matrix read backwards is, read backwards, upper triangular: R with
+    R @ R.T = gram, and U is its inverse.
+    """
+    backwards = np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
+    inverse, _ = dtrtri(backwards)
+    return np.asarray(inverse)
 
 
 def _fits(graph: Graph, node: NodeProto) -> bool:
@@ -120,7 +139,8 @@ def _positions(
     wanted = _ROWS * int(np.prod(weight.shape[1:]))
     count = min(max(wanted, _FEWEST_ROWS), _MOST_ROWS)
     height, width = _output_size(node, weight.shape, shape)
-    picks = generator.integers(0, shape[0] * height * width, count)
+    there = shape[0] * height * width
+    picks = np.arange(there) if there <= count else generator.integers(0, there, count)
     return tuple(np.unravel_index(picks, (shape[0], height, width)))
 
 
@@ -148,7 +168,7 @@ def _patches(
     weight: Sequence[int],
     incoming: NDArray[Any],
     at: tuple[NDArray[np.int64], ...],
-) -> NDArray[np.float64]:
+) -> NDArray[np.float32]:
     """Return what each output position sees, (G, P, K)."""
     pads, strides, dilations = _geometry(node)
     padded = np.pad(incoming, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
@@ -158,4 +178,4 @@ def _patches(
     seen = padded[image[:, None, None], :, y, x]  # (P, kh, kw, C)
     groups = attribute(node, "group", 1)
     split = seen.transpose(0, 3, 1, 2).reshape(len(row), groups, -1)
-    return np.asarray(split.transpose(1, 0, 2).astype(np.float64))
+    return np.asarray(split.transpose(1, 0, 2).astype(np.float32))

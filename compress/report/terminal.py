@@ -57,7 +57,7 @@ def missing(report: Report) -> list[str]:
             for name, why in result.skipped.items():
                 if name == "peak_device_mib" and result.device == "cpu":
                     continue  # nobody looks for it there
-                place = f"{variant.name} on {result.runtime} batch {result.batch}"
+                place = f"{_row_name(variant, result)} on {result.runtime} batch {result.batch}"
                 found.setdefault((name, why), []).append(place)
     return [f"not measured: {name}{_of(places)}: {why}" for (name, why), places in found.items()]
 

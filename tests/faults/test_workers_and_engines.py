@@ -25,6 +25,7 @@ class Images:
     images: object
     what: str
     workers: int = 1
+    taken: list = dataclasses.field(default_factory=list)  # each process has its own
 
     def __len__(self):
         return len(self.images)
@@ -35,7 +36,8 @@ class Images:
 
     def take(self, indices):
         in_worker = torch.utils.data.get_worker_info() is not None
-        if in_worker and 7 in indices:
+        self.taken.append(len(indices))
+        if in_worker and len(self.taken) == 3:
             if self.what == "error":
                 raise DataError("is not a readable image", where="x.jpg", fix="Replace it")
             os.kill(os.getpid(), getattr(signal, self.what))

@@ -239,7 +239,27 @@ def build(blocks: str, heads: int = 0, side: int = 16) -> RandomNet:
         torch.manual_seed(0)
         model = RandomNet(json.loads(blocks), heads, side)
         zoo.randomize(model)
+        liven(model, images({"side": side}))
     return model.eval()
+
+
+def liven(model: nn.Module, x: Tensor) -> None:
+    """Let signals live through all layers, as in a trained network: weights as large as He's.
+
+    The statistics of BatchNorm are those of ``x``. Else a deep network answers its biases alone,
+    and images differ by less than any rounding.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 4:
+                parameter.mul_(6**0.5)
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean of all calls
+        model.train()(x)
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 def drawn(seed: int) -> dict[str, Any]:

@@ -148,9 +148,7 @@ def test_equalization_goes_through_all_that_only_moves_or_adds(name, scaled, alp
     nodes = {step.producer or step.consumer for step in plan.equalization}
     names = {n.name: n.output[0] for n in model.graph.node}
     assert scaled <= nodes | {names[n] for n in nodes}, plan.notes
-    rescaled = ModelProto()
-    rescaled.CopyFrom(model)
-    apply_corrections(rescaled, plan)
+    rescaled = apply_corrections(model, plan)
     np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
 
 
@@ -167,9 +165,7 @@ def test_equalized_graph_computes_the_same(name, alpha):
     feed = images(model, 64)
     plan = equalize(model, QuantPlan("onnxruntime"), feed, alpha)
     assert plan.equalization
-    rescaled = ModelProto()
-    rescaled.CopyFrom(model)
-    apply_corrections(rescaled, plan)
+    rescaled = apply_corrections(model, plan)
     assert any(np.ptp(step.factors) > 0.05 for step in plan.equalization)
     np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
 
@@ -199,6 +195,24 @@ def test_rounding_with_feedback_answers_better_than_rounding_to_nearest():
     feedback, nearest = codes * step, np.rint(weight / step) * step
     errors = [np.square(x[0] @ (w - weight)[0].T).mean() for w in (feedback, nearest)]
     assert errors[0] < 0.6 * errors[1]
+
+
+def test_rounding_in_blocks_equals_rounding_one_weight_after_the_other():
+    random = np.random.default_rng(0)
+    x = random.standard_normal((2, 600, 150)).astype(np.float32)
+    weight = random.standard_normal((2, 5, 150))
+    codes, scales = fit_codes(x, weight)
+    for group in range(2):
+        gram = (x[group].T @ x[group]).astype(np.float64)
+        gram += 0.02 * np.diag(gram).mean() * np.eye(150)
+        upper = np.linalg.cholesky(np.linalg.inv(gram)).T  # Frantar et al., algorithm 1
+        left, expected = weight[group].copy(), np.zeros((5, 150))
+        for k in range(150):
+            step = scales[group]
+            expected[:, k] = np.clip(np.rint(left[:, k] / step), -127, 127)
+            error = (left[:, k] - expected[:, k] * step) / upper[k, k]
+            left[:, k:] -= error[:, None] * upper[k, k:]
+        assert (codes[group] == expected).mean() > 0.999  # ties may fall either way
 
 
 @pytest.mark.parametrize(("group", "stride", "dilation"), [(1, 1, 1), (8, 2, 1), (2, 1, 2)])

@@ -45,6 +45,7 @@ def export(
         int | None, typer.Option(help="ONNX operator set; 20 if absent, which every runtime reads")
     ] = None,
     softmax: Annotated[bool, typer.Option(help="Return probabilities")] = False,
+    nms: Annotated[bool, typer.Option("--nms", help="Return a detector's boxes after NMS")] = False,
     fixed_batch: Annotated[
         bool, typer.Option("--fixed-batch/--dynamic-batch", help="Batch of 1, or any")
     ] = False,
@@ -62,6 +63,7 @@ def export(
 
     from compress.evaluate.feeding import carried
     from compress.export import export_onnx
+    from compress.graph.nms import Nms
     from compress.measure import count, count_onnx, size_mib
     from compress.models import check_forward, load_model, model_folder
 
@@ -77,6 +79,7 @@ def export(
         out,
         opset=opset,
         softmax=softmax,
+        nms=Nms() if nms else None,
         dynamic_batch=not fixed_batch,
         dynamic_size=dynamic_size,
         outputs=outputs.split(",") if outputs else None,

@@ -23,6 +23,7 @@ from compress.evaluate.class_accuracy import Accuracy, ClassAccuracy, accuracy
 from compress.evaluate.feeding import Fed
 from compress.evaluate.predictions import Predictions
 from compress.modules import evaluating
+from compress.modules.detectors import before_nms
 from compress.modules.outputs import logits_of
 from compress.tasks import Task
 
@@ -246,8 +247,9 @@ def _evaluation(model: nn.Module) -> Iterator[Run]:
     """Yield ``model`` as a function of images on any device, in eval mode, without gradients."""
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
-    with evaluating(model), torch.no_grad():
-        yield lambda images: model(images.to(device))
+    answering = before_nms(model) or model
+    with evaluating(model), evaluating(answering), torch.no_grad():
+        yield lambda images: answering(images.to(device))
 
 
 def _run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:

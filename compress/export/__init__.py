@@ -17,6 +17,7 @@ from compress.export import conversion, files, io_wrapping, proof
 from compress.export.conversion import DEFAULT_OPSET, Free
 from compress.export.files import read_metadata
 from compress.export.io_wrapping import Preprocess
+from compress.graph.nms import Nms
 from compress.modules import with_gradients
 from compress.modules.outputs import as_places
 
@@ -35,6 +36,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     metadata: Mapping[str, Any] | None = None,
     preprocess: Preprocess | None = None,
     softmax: bool = False,
+    nms: Nms | None = None,
     check_images: Tensor | None = None,
     outputs: Iterable[str | int] | str | int | None = None,
 ) -> Path:
@@ -60,6 +62,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
             ``read_metadata``. "weights_sha256" is added.
         preprocess: Take uint8 (B, H, W, C) images in 0..255 and normalize inside the graph.
         softmax: Return probabilities instead of logits.
+        nms: Return boxes after NMS, (B, M, 6), instead of before it, (B, 4 + K, A).
         check_images: Real inputs to check on as well, (B, C, H, W) normalized like the example.
         outputs: Places of the outputs that the file has, such as ``"0"`` or ``"boxes"``; all if
             absent. What only others need is left out.
@@ -90,8 +93,14 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
             proof.check(written, module, example, program.exported_program, images=check_images)
             if preprocess is not None or softmax:
                 io_wrapping.attach(graph, preprocess, softmax=softmax)
-                files.save(graph, written, facts | io_wrapping.facts(preprocess, softmax))
+                facts |= io_wrapping.facts(preprocess, softmax)
+                files.save(graph, written, facts)
                 proof.check_ends(written, module, example, preprocess, softmax=softmax)
+            if nms is not None:
+                heads = graph.graph.outputs[0]
+                nms.attach(graph.graph)
+                proof.check_nms(graph, heads, nms)
+                files.save(graph, written, facts)
     except CompressError as error:
         raise error.within(name) from None
     return target

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compress.errors import ExportError
 from compress.modules import network_of, set_mode
 from compress.modules.copying import full_copy
+from compress.modules.detectors import before_nms
 from compress.modules.inputs import example_of
 from compress.modules.outputs import chosen, leaves, named_tensors, tensors_of
 
@@ -95,11 +96,14 @@ def checked_opset(opset: int | None) -> int:
 def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Module:
     """Return a copy of ``model`` on the CPU, in fp32 and eval mode, out of any wrapper.
 
+    A detector of torchvision becomes one that returns boxes before NMS, for any batch.
+
     Args:
         model: The network.
         outputs: Places of the outputs that the copy returns, in its order; all if None.
     """
     copied = full_copy(network_of(model))
+    copied = before_nms(copied) or copied
     set_mode(copied, training=False)
     if outputs is not None:
 

@@ -8,18 +8,21 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
 from compress.export.conversion import Example, Free, outputs_of
 from compress.export.io_wrapping import Preprocess
+from compress.graph.nms import OUTPUT, Nms
 from compress.modules.copying import full_copy
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output
 SLACK = 10.0  # how many times torch's own fp32 rounding error ONNX Runtime may be off
 LARGEST_ROUNDING = 0.01  # a float64 copy further away than this is another function
 NODE_TOLERANCE = 1e-3
+MADE_UP_BOXES = 300  # that NMS at the end of a graph is tried on
 
 
 def check(
@@ -83,6 +86,43 @@ def check_ends(
             f"{worst:.2g} of the output's magnitude",
             expected=f"at most {TOLERANCE:g}",
         )
+
+
+def check_nms(model: ir.Model, heads: ir.Value, nms: Nms) -> None:
+    """Compare NMS at the end of a graph with torchvision's, on made-up boxes and scores.
+
+    Scores all differ and sides are whole: which of two equal boxes is kept, and how an overlap at
+    the limit is rounded, may differ.
+
+    Args:
+        model: A graph that ends in NMS.
+        heads: The boxes before NMS, (B, 4 + K, A).
+        nms: What it ends in.
+
+    Raises:
+        ExportError: they differ.
+    """
+    whole = ir.from_proto(ir.to_proto(model))
+    graph = ir.convenience.extract(whole.graph, [str(heads.name)], [OUTPUT])
+    graph.name = "nms"
+    session = _session(ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString())
+    shape: Any = heads.shape
+    batch_size, rows, places = shape
+    random, some = np.random.default_rng(0), min(places, MADE_UP_BOXES)
+    for batch in (batch_size,) if isinstance(batch_size, int) else (1, 2):
+        made = np.zeros((batch, rows, places), np.float32)
+        made[:, :2, :some] = random.integers(0, 200, (batch, 2, some))
+        made[:, 2:4, :some] = 2 * random.integers(5, 40, (batch, 2, some))
+        count = (rows - 4) * some
+        for each in made:
+            each[4:, :some] = (random.permutation(count).reshape(-1, some) + 1) / (count + 1)
+        answers = [torch.from_numpy(each) for each in session.run(None, {heads.name: made})]
+        worst = difference(answers, [torch.from_numpy(nms.rows(made))])
+        if worst > TOLERANCE:
+            raise ExportError(
+                f"boxes after NMS differ from torchvision's by {worst:.2g} of the largest",
+                expected=f"at most {TOLERANCE:g}",
+            )
 
 
 def difference(answers: Iterable[Tensor], reference: Iterable[Tensor]) -> float:

@@ -13,7 +13,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from compress.artifact import replacing, state_of
 from compress.errors import EngineError, boundary
-from compress.graph.metadata import layout_of, stamp
+from compress.graph.metadata import dims_of, layout_of, picture_input, stamp
 
 DEEPEST = 64  # branches and loops inside each other, functions that call functions
 MOST_NODES = 2**20  # of the graph once its functions are written out
@@ -284,30 +284,25 @@ def fix_sizes(model: ModelProto, sizes: tuple[int, int, int], *, where: str) -> 
     Raises:
         EngineError: there is no such input, or a size that is fixed is another.
     """
-    weights = {tensor.name for tensor in model.graph.initializer}
-    for value in model.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if value.name in weights or len(dims) != 4:
-            continue
-        shape = [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
-        channels, height, width = sizes
-        wanted = sizes if layout_of(shape) != "NHWC" else (height, width, channels)
-        for dim, size in zip(list(dims)[1:], wanted, strict=True):
-            if dim.dim_value > 0 and dim.dim_value != size:
-                raise EngineError(
-                    f"input {value.name!r} has the shape {shape}",
-                    where=where,
-                    expected=f"sizes {sizes} (C, H, W), or free ones",
-                    fix="Leave --input-size out",
-                )
-            dim.dim_value = size
-        del model.graph.value_info[:]  # they may tell of other sizes
-        for output in model.graph.output:
-            for dim in list(output.type.tensor_type.shape.dim)[1:]:
-                if not dim.HasField("dim_value"):
-                    dim.ClearField("dim_param")
-        return
-    raise EngineError("no input has four dimensions", where=where, fix="Leave --input-size out")
+    value = picture_input(model)
+    if value is None:
+        raise EngineError("no input has four dimensions", where=where, fix="Leave --input-size out")
+    shape, (channels, height, width) = dims_of(value), sizes
+    wanted = sizes if layout_of(shape) != "NHWC" else (height, width, channels)
+    for dim, size in zip(list(value.type.tensor_type.shape.dim)[1:], wanted, strict=True):
+        if dim.dim_value > 0 and dim.dim_value != size:
+            raise EngineError(
+                f"input {value.name!r} has the shape {shape}",
+                where=where,
+                expected=f"sizes {sizes} (C, H, W), or free ones",
+                fix="Leave --input-size out",
+            )
+        dim.dim_value = size
+    del model.graph.value_info[:]  # they may tell of other sizes
+    for output in model.graph.output:
+        for dim in list(output.type.tensor_type.shape.dim)[1:]:
+            if not dim.HasField("dim_value"):
+                dim.ClearField("dim_param")
 
 
 def _locations(tensors: Iterable[TensorProto]) -> set[str]:

@@ -8,16 +8,18 @@ scales, without its warning that it converts them back, and small scales are not
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper, numpy_helper
 
 from compress.errors import ExportError
+from compress.graph.model import WEIGHTED, attribute
+from compress.graph.values import Graph, constant, has_body, maker
 
 LARGEST = 65504.0  # of fp16
 SMALLEST = 2.0**-24  # subnormal of fp16
@@ -39,7 +41,6 @@ TYPED_BY_ATTRIBUTE = frozenset(
     {"Cast", "CastLike", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike"}
     | {"RandomUniform", "RandomUniformLike", "Constant", "Range"}
 )
-HEAVY = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ANY_TYPE = frozenset({"Shape", "Size"})  # read what is there, whatever its type
 
 
@@ -53,222 +54,133 @@ def to_half(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.Model
     Raises:
         ExportError: ``keep`` names a node that is not there.
     """
-    graph = _Half(model)
-    held = graph.hold(keep)
-    return graph.write(held)
+    graph = Graph(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    held = _held(graph, keep)
+    casts = _Casts(graph)
+    for node in graph.nodes:
+        slots = set() if node in held else set(_slots(node))
+        if node.op_type not in ANY_TYPE:
+            for index, value in enumerate(node.inputs):
+                if value is not None and _is_float(value):
+                    node.replace_input_with(index, casts.typed(value, index in slots))
+        if node not in held:
+            casts.make_half(node)
+    half = graph.to_model()
+    del half.graph.value_info[:]
+    half = onnx.shape_inference.infer_shapes(half)
+    onnx.checker.check_model(half, full_check=True)
+    return half
 
 
-_FLOAT = TensorProto.FLOAT
-_HALF = TensorProto.FLOAT16
+def _held(graph: Graph, keep: Collection[str]) -> dict[ir.Node, str]:
+    """Return the nodes that stay in fp32, and why."""
+    if absent := sorted(set(keep) - {node.name for node in graph.nodes}):
+        raise ExportError(
+            f"there is no node {absent[0]!r} to hold in fp32",
+            fix="Name nodes as they are called in the ONNX file",
+        )
+    held = {}
+    for node in graph.nodes:
+        why = "asked for" if node.name in keep else _why_held(node)
+        if not why and any(reader.graph is not graph.body for reader in _readers(node)):
+            why = "read by the body of an If or Loop"
+        if why:
+            held[node] = why
+    for node in graph.nodes:  # between held nodes two casts cost more than they save
+        made = [made for value in node.inputs if (made := maker(value)) is not None]
+        readers = _readers(node)
+        if node in held or not made or not readers or node.op_type in ANY_TYPE:
+            continue
+        if node.op_type in WEIGHTED and any(
+            constant(value) is not None for value in node.inputs[:2]
+        ):
+            continue
+        if all(each in held for each in (*made, *readers)):
+            held[node] = "between ops in fp32"
+    return held
 
 
-@dataclass
-class _Half:
-    """One conversion: the model, what is known of its values, and the casts made so far."""
-
-    model: onnx.ModelProto
-    casts: dict[tuple[str, int], str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        """Index types, constants and readers."""
-        inferred = onnx.shape_inference.infer_shapes(self.model, data_prop=True)
-        graph = inferred.graph
-        self.nodes: Sequence[NodeProto] = self.model.graph.node
-        self.opsets = {o.domain: o.version for o in self.model.opset_import}
-        self.constants = {t.name: t for t in graph.initializer}
-        self.types = {name: t.data_type for name, t in self.constants.items()}
-        self.shapes: dict[str, list[int]] = {}
-        for value in [*graph.input, *graph.value_info, *graph.output]:
-            kind = value.type.tensor_type
-            self.types.setdefault(value.name, kind.elem_type)
-            if kind.HasField("shape"):
-                self.shapes[value.name] = [d.dim_value for d in kind.shape.dim]
-        self.makers = {name: i for i, node in enumerate(self.nodes) for name in node.output}
-        self.readers: dict[str, list[int]] = {}
-        for i, node in enumerate(self.nodes):
-            for name in node.input:
-                self.readers.setdefault(name, []).append(i)
-
-    def hold(self, keep: Collection[str]) -> dict[int, str]:
-        """Return the positions of the nodes that stay in fp32, and why."""
-        names = {node.name for node in self.nodes}
-        if absent := sorted(set(keep) - names):
-            raise ExportError(
-                f"there is no node {absent[0]!r} to hold in fp32",
-                fix="Name nodes as they are called in the ONNX file",
-            )
-        captured = _captured(self.nodes)
-        held = {}
-        for i, node in enumerate(self.nodes):
-            why = "asked for" if node.name in keep else self._why_held(node)
-            if not why and captured & set(node.output):
-                why = "read by the body of an If or Loop"
-            if why:
-                held[i] = why
-        self._close_islands(held)
-        return held
-
-    def _why_held(self, node: NodeProto) -> str:
-        kind = node.op_type
-        if kind in ("QuantizeLinear", "DequantizeLinear"):
-            return "its scale stays fp32"
-        if kind in NORMS:
-            return "a norm: squares overflow, small variances vanish"
-        if kind in STEEP:
-            return "steep: small errors of its input grow, large values overflow"
-        if kind in SUMS or (kind in MEANS and self._elements(node) > MANY):
-            return "a sum of many or large values"
-        if kind in TYPED_BY_ATTRIBUTE:
-            return "its type is an attribute"
-        if any(a.HasField("g") or a.graphs for a in node.attribute):
-            return "it has a body"
-        if not self._slots(node):
-            return "it has no form in half precision"
-        return self._why_constants_do_not_fit(node)
-
-    def _why_constants_do_not_fit(self, node: NodeProto) -> str:
-        for name in node.input:
-            tensor = self.constants.get(name)
-            if tensor is None or tensor.data_type != _FLOAT:
-                continue
-            array = np.abs(numpy_helper.to_array(tensor).astype(np.float64))
-            if array.size and float(array.max()) > LARGEST and np.isfinite(array).all():
-                return f"constant {name!r} reaches {array.max():.3g}"
-        return ""
-
-    def _elements(self, node: NodeProto) -> float:
-        """Return how many elements are averaged into one; infinite where it is unknown."""
-        shape = self.shapes.get(node.input[0])
-        if shape is None:
-            return float("inf")
-        axes: Sequence[int] = range(2, len(shape))
-        if node.op_type == "ReduceMean":
-            found = next((list(a.ints) for a in node.attribute if a.name == "axes"), None)
-            if found is None and len(node.input) > 1 and node.input[1] in self.constants:
-                found = numpy_helper.to_array(self.constants[node.input[1]]).tolist()
-            axes = found if found is not None else range(len(shape))
-        sizes = [shape[axis] for axis in axes]
-        return float(np.prod(sizes)) if all(sizes) else float("inf")
-
-    def _slots(self, node: NodeProto) -> list[int]:
-        """Return the inputs of ``node`` that may be fp16 instead of fp32."""
-        schema = _schema(node, self.opsets)
-        if schema is None:
-            return []
-        slots = []
-        for i, name in enumerate(node.input):
-            formal = schema.inputs[min(i, len(schema.inputs) - 1)]
-            is_float = self.types.get(name, _FLOAT) == _FLOAT
-            if name and is_float and _allows_half(schema, formal.type_str):
-                slots.append(i)
-        return slots
-
-    def _makes_half(self, node: NodeProto) -> list[str]:
-        """Return the outputs of a node in half precision that are fp16 instead of fp32."""
-        schema = _schema(node, self.opsets)
-        if schema is None:
-            return []
-        return [
-            name
-            for i, name in enumerate(node.output)
-            if name
-            and self.types.get(name, _FLOAT) == _FLOAT
-            and _allows_half(schema, schema.outputs[min(i, len(schema.outputs) - 1)].type_str)
-        ]
-
-    def _close_islands(self, held: dict[int, str]) -> None:
-        """Hold what lies between held nodes only: two casts cost more than they save."""
-        for i, node in enumerate(self.nodes):
-            makers = [self.makers[name] for name in node.input if name in self.makers]
-            readers = [r for name in node.output for r in self.readers.get(name, [])]
-            if i in held or not makers or not readers or node.op_type in ANY_TYPE:
-                continue
-            if node.op_type in HEAVY and any(name in self.constants for name in node.input[:2]):
-                continue
-            if all(m in held for m in makers) and all(r in held for r in readers):
-                held[i] = "between ops in fp32"
-
-    def write(self, held: Mapping[int, str]) -> onnx.ModelProto:
-        """Return the converted model."""
-        native: dict[str, int] = {}
-        for i, node in enumerate(self.nodes):
-            if i not in held:
-                native |= dict.fromkeys(self._makes_half(node), _HALF)
-        outputs = {value.name for value in self.model.graph.output}
-        nodes: list[NodeProto] = []
-        for i, node in enumerate(self.nodes):
-            new = NodeProto()
-            new.CopyFrom(node)
-            slots = set() if i in held else set(self._slots(node))
-            for position, name in enumerate(node.input):
-                if not name or node.op_type in ANY_TYPE:
-                    new.input[position] = _renamed(name, native, outputs)
-                    continue
-                wanted = _HALF if position in slots else _FLOAT
-                new.input[position] = self._typed(name, wanted, native, outputs, nodes)
-            for position, name in enumerate(node.output):
-                new.output[position] = _renamed(name, native, outputs)
-            nodes.append(new)
-            nodes += [
-                _cast(_renamed(name, native, outputs), name, _FLOAT)
-                for name in node.output
-                if name in outputs and native.get(name) == _HALF
-            ]
-        return self._assemble(nodes)
-
-    def _typed(
-        self,
-        name: str,
-        wanted: int,
-        native: Mapping[str, int],
-        outputs: Collection[str],
-        nodes: list[NodeProto],
-    ) -> str:
-        """Return the name under which ``name`` is to be had in the type ``wanted``."""
-        if self.types.get(name, _FLOAT) != _FLOAT:
-            return name
-        present = native.get(name, _FLOAT)
-        if present == wanted:
-            return _renamed(name, native, outputs)
-        if (name, wanted) in self.casts:
-            return self.casts[name, wanted]
-        made = self.casts[name, wanted] = f"{name}_{'fp16' if wanted == _HALF else 'fp32'}"
-        if name in self.constants:
-            array = numpy_helper.to_array(self.constants[name])
-            self.constants[made] = numpy_helper.from_array(_as_half(array), made)
-        elif name in outputs:  # already cast back for the caller
-            self.casts[name, wanted] = made = name
-        else:
-            nodes.append(_cast(_renamed(name, native, outputs), made, wanted))
-        return made
-
-    def _assemble(self, nodes: Iterable[NodeProto]) -> onnx.ModelProto:
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        graph = model.graph
-        del graph.node[:], graph.value_info[:], graph.initializer[:]
-        graph.node.extend(nodes)
-        read = {name for node in graph.node for name in node.input} | _captured(graph.node)
-        read |= {value.name for value in graph.output}
-        graph.initializer.extend(t for name, t in self.constants.items() if name in read)
-        model = onnx.shape_inference.infer_shapes(model)
-        onnx.checker.check_model(model, full_check=True)
-        return model
+def _readers(node: ir.Node) -> list[ir.Node]:
+    return [reader for value in node.outputs for reader, _ in value.uses()]
 
 
-def _schema(node: NodeProto, opsets: Mapping[str, int]) -> onnx.defs.OpSchema | None:
+def _why_held(node: ir.Node) -> str:
+    kind = node.op_type
+    if kind in ("QuantizeLinear", "DequantizeLinear"):
+        return "its scale stays fp32"
+    if kind in NORMS:
+        return "a norm: squares overflow, small variances vanish"
+    if kind in STEEP:
+        return "steep: small errors of its input grow, large values overflow"
+    if kind in SUMS or (kind in MEANS and _elements(node) > MANY):
+        return "a sum of many or large values"
+    if kind in TYPED_BY_ATTRIBUTE:
+        return "its type is an attribute"
+    if has_body(node):
+        return "it has a body"
+    if not _slots(node):
+        return "it has no form in half precision"
+    return _too_large(node)
+
+
+def _too_large(node: ir.Node) -> str:
+    for value in node.inputs:
+        array = constant(value)
+        if value is None or array is None or array.dtype != np.float32 or not array.size:
+            continue
+        largest = float(np.abs(array.astype(np.float64)).max())
+        if largest > LARGEST and np.isfinite(array).all():
+            return f"constant {value.name!r} reaches {largest:.3g}"
+    return ""
+
+
+def _elements(node: ir.Node) -> float:
+    """Return how many elements are averaged into one; infinite where it is unknown."""
+    image = node.inputs[0]
+    shape = None if image is None else image.shape
+    if shape is None:
+        return float("inf")
+    axes = range(2, len(shape))
+    if node.op_type == "ReduceMean":
+        given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = attribute(node, "axes", range(len(shape)) if given is None else given.tolist())
+    sizes = [shape[axis] for axis in axes]
+    return math.prod(n if isinstance(n, int) and n else float("inf") for n in sizes)
+
+
+def _slots(node: ir.Node) -> list[int]:
+    """Return the inputs of ``node`` that may be fp16 instead of fp32."""
+    schema = _schema(node)
+    return [
+        index
+        for index, value in enumerate(node.inputs)
+        if value is not None and _is_float(value) and _allows(schema, "inputs", index)
+    ]
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype in (None, ir.DataType.FLOAT)
+
+
+def _schema(node: ir.Node) -> onnx.defs.OpSchema | None:
     domain = "" if node.domain == "ai.onnx" else node.domain
+    versions = node.graph.opset_imports if node.graph is not None else {}
     try:
-        return onnx.defs.get_schema(node.op_type, opsets.get(domain, 1), domain)
+        return onnx.defs.get_schema(node.op_type, versions.get(domain, 1), domain)
     except onnx.defs.SchemaError:  # an operator of somebody's own
         return None
 
 
-def _allows_half(schema: onnx.defs.OpSchema, kind: str) -> bool:
+def _allows(schema: onnx.defs.OpSchema | None, ends: str, index: int) -> bool:
+    """Return whether an operator's "inputs" or "outputs" at this place may be fp16."""
+    if schema is None:
+        return False
+    formal = getattr(schema, ends)
+    kind = formal[min(index, len(formal) - 1)].type_str
     for constraint in schema.type_constraints:
         if constraint.type_param_str == kind:
             return "tensor(float16)" in constraint.allowed_type_strs
-    return kind == "tensor(float16)"
+    return str(kind) == "tensor(float16)"
 
 
 def _as_half(array: NDArray[Any]) -> NDArray[np.float16]:
@@ -279,21 +191,39 @@ def _as_half(array: NDArray[Any]) -> NDArray[np.float16]:
     return np.where(vanished, np.float16(SMALLEST), half).astype(np.float16)
 
 
-def _renamed(name: str, native: Mapping[str, int], outputs: Collection[str]) -> str:
-    """Return the inner name of a value: an output made in fp16 leaves its own to the cast."""
-    return f"{name}_fp16" if name in outputs and native.get(name) == _HALF else name
+class _Casts:
+    """The values of one graph in the other precision, each made once."""
 
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.made: dict[ir.Value, ir.Value] = {}
+        self.half: set[ir.Value] = set()  # values that their own node makes in fp16
 
-def _cast(source: str, target: str, to: int) -> NodeProto:
-    return helper.make_node("Cast", [source], [target], name=f"{target}_cast", to=to)
+    def typed(self, value: ir.Value, as_half: bool) -> ir.Value:
+        """Return ``value`` in one precision, made where it is not there yet."""
+        if (value in self.half) == as_half:
+            return value
+        if value not in self.made:
+            array = constant(value)
+            hint = f"{value.name}_fp{16 if as_half else 32}"
+            is_given = array is not None and value.producer() is None
+            self.made[value] = (
+                self.graph.add_constant(hint, _as_half(array))
+                if array is not None and is_given
+                else self._cast(value, hint, as_half)
+            )
+        return self.made[value]
 
+    def make_half(self, node: ir.Node) -> None:
+        """Let ``node`` make fp16 values; an output of the graph leaves its name to a cast back."""
+        schema = _schema(node)
+        for index, value in enumerate(node.outputs if schema is not None else ()):
+            if not value.name or not _is_float(value) or not _allows(schema, "outputs", index):
+                continue
+            self.half.add(value)
+            if value.is_graph_output():
+                back = self.made[value] = self._cast(value, f"{value.name}", False)
+                self.graph.hand_over(value, back, f"{value.name}_fp16")
 
-def _captured(nodes: Iterable[NodeProto]) -> set[str]:
-    """Return the names that the bodies of If, Loop and Scan read."""
-    names: set[str] = set()
-    for node in nodes:
-        for attribute in node.attribute:
-            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
-                names |= {name for inner in body.node for name in inner.input}
-                names |= {v.name for v in body.output} | _captured(body.node)
-    return names
+    def _cast(self, value: ir.Value, hint: str, as_half: bool) -> ir.Value:
+        return self.graph.add("Cast", [value], hint, f"{hint}_cast", to=10 if as_half else 1)

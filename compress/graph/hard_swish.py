@@ -4,101 +4,91 @@ from __future__ import annotations
 
 import math
 
-from onnx import ModelProto, NodeProto, helper
+import onnx_ir as ir
 
-from compress.graph.model import Graph, replace_nodes
+from compress.graph.model import attribute
+from compress.graph.values import Graph, constant, is_read_once, maker
 
 OLDEST_OPSET = 14  # the first with HardSwish
 
 
-def join_hard_swish(model: ModelProto) -> None:
-    """Write x * clip(x + 3, 0, 6) / 6, in any order, as HardSwish; ``model`` is changed.
+def join_hard_swish(graph: Graph) -> None:
+    """Write x * clip(x + 3, 0, 6) / 6, in any order, as HardSwish.
 
     Exporters of older opsets write four operators. Quantized one by one they cost more time than
     the convolution before them saves, and each adds its noise. A gate clip(x + 3, 0, 6) / 6 becomes
     HardSigmoid.
     """
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < OLDEST_OPSET:
+    if graph.body.opset_imports.get("", 0) < OLDEST_OPSET:
         return
-    graph = Graph(model)
-    replaced: dict[str, NodeProto] = {}
-    for node in graph.nodes:
-        found = _swish(graph, node) or _gate(graph, node)
-        if found is not None:
-            kind, source = found
-            made = helper.make_node(kind, [source], [node.output[0]], name=node.name)
-            if kind == "HardSigmoid":
-                made.attribute.append(helper.make_attribute("alpha", 1 / 6))
-            replaced[node.output[0]] = made
-    if replaced:  # what nobody reads any more is dropped later
-        replace_nodes(model, [replaced.get(node.output[0], node) for node in graph.nodes])
+    found = [(node, _swish(node), _gate(node)) for node in graph.nodes]
+    for node, swish, gate in found:
+        if swish is not None:
+            graph.substitute(node, "HardSwish", [swish])
+        elif gate is not None:
+            graph.substitute(node, "HardSigmoid", [gate], alpha=1 / 6)
 
 
-def _swish(graph: Graph, node: NodeProto) -> tuple[str, str] | None:
-    whole = _sixth(graph, node)
-    product = _maker(graph, whole, "Mul")
-    if product is not None and whole is not None and graph.only_reader(whole) is not None:
-        for source, gate in (product.input, product.input[::-1]):
-            if _clipped(graph, gate) == source:
-                return "HardSwish", source
-    if node.op_type == "Mul" and len(graph.data_inputs(node)) == 2:
-        for source, gate in (node.input, node.input[::-1]):
-            if _gated(graph, gate) == source:
-                return "HardSwish", source
+def _swish(node: ir.Node) -> ir.Value | None:
+    whole = _sixth(node)
+    product = _made_by(whole, "Mul")
+    if product is not None and whole is not None and is_read_once(whole):
+        for source, gate in (product.inputs, product.inputs[::-1]):
+            if source is not None and _clipped(gate) is source:
+                return source
+    if node.op_type == "Mul" and all(constant(value) is None for value in node.inputs):
+        for source, gate in (node.inputs, node.inputs[::-1]):
+            if source is not None and _gated(gate) is source:
+                return source
     return None
 
 
-def _gate(graph: Graph, node: NodeProto) -> tuple[str, str] | None:
-    source = _clipped(graph, _sixth(graph, node))
-    return None if source is None else ("HardSigmoid", source)
+def _gate(node: ir.Node) -> ir.Value | None:
+    return _clipped(_sixth(node))
 
 
-def _gated(graph: Graph, name: str) -> str | None:
-    """Return x where ``name`` is clip(x + 3, 0, 6) / 6 in whatever form."""
-    node = graph.producer.get(name)
-    if node is None:
-        return None
-    if node.op_type == "HardSigmoid":
-        values = {a.name: a.f for a in node.attribute}
-        is_sixth = math.isclose(values.get("alpha", 0.2), 1 / 6, rel_tol=1e-3)
-        return str(node.input[0]) if is_sixth and values.get("beta", 0.5) == 0.5 else None
-    return _clipped(graph, _sixth(graph, node))
+def _gated(value: ir.Value | None) -> ir.Value | None:
+    """Return x where ``value`` is clip(x + 3, 0, 6) / 6 in whatever form."""
+    node = maker(value)
+    if node is None or node.op_type != "HardSigmoid":
+        return None if node is None else _gate(node)
+    is_sixth = math.isclose(attribute(node, "alpha", 0.2), 1 / 6, rel_tol=1e-3)
+    return node.inputs[0] if is_sixth and attribute(node, "beta", 0.5) == 0.5 else None
 
 
-def _sixth(graph: Graph, node: NodeProto) -> str | None:
+def _sixth(node: ir.Node) -> ir.Value | None:
     """Return what ``node`` divides by six, or None."""
-    if node.op_type not in ("Div", "Mul") or len(node.input) != 2:
+    if node.op_type not in ("Div", "Mul") or len(node.inputs) != 2:
         return None
     for position, wanted in ((1, 6.0), (1, 1 / 6), (0, 1 / 6)):
-        if (wanted == 6.0) == (node.op_type == "Div") and _is(graph, node.input[position], wanted):
-            return str(node.input[1 - position])
+        if (wanted == 6.0) == (node.op_type == "Div") and _is(node.inputs[position], wanted):
+            return node.inputs[1 - position]
     return None
 
 
-def _clipped(graph: Graph, name: str | None) -> str | None:
-    """Return x where ``name`` is clip(x + 3, 0, 6), or None."""
-    clip = _maker(graph, name, "Clip")
-    if clip is None or len(clip.input) < 3:
+def _clipped(value: ir.Value | None) -> ir.Value | None:
+    """Return x where ``value`` is clip(x + 3, 0, 6), or None."""
+    clip = _made_by(value, "Clip")
+    if clip is None or len(clip.inputs) < 3:
         return None
-    if not (_is(graph, clip.input[1], 0.0) and _is(graph, clip.input[2], 6.0)):
+    if not (_is(clip.inputs[1], 0.0) and _is(clip.inputs[2], 6.0)):
         return None
-    add = _maker(graph, clip.input[0], "Add")
+    add = _made_by(clip.inputs[0], "Add")
     for position in (0, 1) if add is not None else ():
-        if add is not None and _is(graph, add.input[position], 3.0):
-            return str(add.input[1 - position])
+        if add is not None and _is(add.inputs[position], 3.0):
+            return add.inputs[1 - position]
     return None
 
 
-def _maker(graph: Graph, name: str | None, kind: str) -> NodeProto | None:
-    node = graph.producer.get(name or "")
+def _made_by(value: ir.Value | None, kind: str) -> ir.Node | None:
+    node = maker(value)
     return node if node is not None and node.op_type == kind else None
 
 
-def _is(graph: Graph, name: str, value: float) -> bool:
-    constant = graph.constant(name)
+def _is(value: ir.Value | None, number: float) -> bool:
+    array = constant(value)
     return (
-        constant is not None
-        and constant.size == 1
-        and math.isclose(float(constant.reshape(-1)[0]), value, rel_tol=1e-4, abs_tol=1e-9)
+        array is not None
+        and array.size == 1
+        and math.isclose(float(array.reshape(-1)[0]), number, rel_tol=1e-4, abs_tol=1e-9)
     )

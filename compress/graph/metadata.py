@@ -80,30 +80,40 @@ def layout_of(shape: Sequence[int | str | None]) -> str | None:
     if len(shape) != 4:
         return None
     first, last = shape[1] in CHANNELS, shape[3] in CHANNELS
-    if first or tuple(shape[2:]) == (
-        1,
-        1,
-    ):  # where both are: pictures of one or three columns are rarer
+    if first or tuple(shape[2:]) == (1, 1):  # where both are, one or three columns are rarer
         return "NCHW"
     return "NHWC" if last else None
 
 
 def _of_graph(model: onnx.ModelProto, layout: str | None) -> dict[str, Any]:
     """Return size, channels and layout of the first input with four dimensions."""
+    value = picture_input(model)
+    shape = [] if value is None else dims_of(value)
+    layout = layout or layout_of(shape)
+    if value is None or layout is None:
+        return {}
+    rows, columns, channels = (1, 2, 3) if layout == "NHWC" else (2, 3, 1)
+    found: dict[str, Any] = {"layout": layout}
+    if shape[rows] and shape[columns]:
+        found["image_size"] = (shape[rows], shape[columns])
+    if shape[channels] in CHANNELS:
+        found["channels"] = shape[channels]
+    return found
+
+
+def picture_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
+    """Return the first input with four dimensions that is no weight, or None."""
+    inputs = real_inputs(model)
+    return next((v for v in inputs if len(v.type.tensor_type.shape.dim) == 4), None)
+
+
+def real_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs that are no weights; old exporters list both."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    for value in model.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if value.name in weights or len(dims) != 4:
-            continue
-        shape = [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
-        layout = layout or layout_of(shape)
-        if layout is None:
-            return {}
-        rows, columns, channels = (1, 2, 3) if layout == "NHWC" else (2, 3, 1)
-        found: dict[str, Any] = {"layout": layout}
-        if shape[rows] and shape[columns]:
-            found["image_size"] = (shape[rows], shape[columns])
-        if shape[channels] in CHANNELS:
-            found["channels"] = shape[channels]
-        return found
-    return {}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def dims_of(value: onnx.ValueInfoProto) -> list[int | None]:
+    """Return the sizes of an input; None where one is free."""
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.dim_value > 0 else None for dim in dims]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
@@ -125,15 +125,18 @@ def tail(nodes: Sequence[NodeProto]) -> set[str]:
     return found
 
 
-def attribute(node: NodeProto, name: str, default: Any = None) -> Any:
+def attribute(node: NodeProto | ir.Node, name: str, default: Any = None) -> Any:
     """Return the value of an attribute of ``node``."""
+    if isinstance(node, ir.Node):
+        item = node.attributes.get(name)
+        return default if item is None else item.value
     for found in node.attribute:
         if found.name == name:
             return onnx.helper.get_attribute_value(found)
     return default
 
 
-def channel_axis(node: NodeProto) -> int:
+def channel_axis(node: NodeProto | ir.Node) -> int:
     """Return which dimension of the weight of ``node`` is its output channel.
 
     A grouped ConvTranspose shares one slice of dimension 1 among its groups.
@@ -147,23 +150,6 @@ def channel_axis(node: NodeProto) -> int:
     return -1  # MatMul: (..., in, out)
 
 
-def replace_nodes(model: onnx.ModelProto, nodes: Iterable[NodeProto]) -> None:
-    """Make ``nodes`` the nodes of ``model``."""
-    kept = list(nodes)
-    del model.graph.node[:]
-    model.graph.node.extend(kept)
-
-
-def set_constant(model: onnx.ModelProto, name: str, value: NDArray[Any]) -> None:
-    """Add the initializer ``name``, or give it another value."""
-    tensor = numpy_helper.from_array(np.asarray(value, order="C"), name)  # a scalar stays one
-    for existing in model.graph.initializer:
-        if existing.name == name:
-            existing.CopyFrom(tensor)
-            return
-    model.graph.initializer.append(tensor)
-
-
 def fresh_name(taken: set[str], wish: str) -> str:
     """Return ``wish``, numbered if taken, and take it."""
     name, number = wish, 1
@@ -172,15 +158,6 @@ def fresh_name(taken: set[str], wish: str) -> str:
         name = f"{wish}_{number}"
     taken.add(name)
     return name
-
-
-def all_names(model: onnx.ModelProto) -> set[str]:
-    """Return every name of a tensor or node."""
-    graph = model.graph
-    names = {v.name for v in (*graph.input, *graph.output, *graph.initializer)}
-    for node in graph.node:
-        names |= {node.name, *node.input, *node.output}
-    return names
 
 
 def _dims(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:

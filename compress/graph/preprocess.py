@@ -8,24 +8,18 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto
+from onnx import ModelProto
+from onnx_ir.passes import common as passes
 
 from compress.errors import EngineError, QuantizationError
 from compress.graph import files
 from compress.graph.hard_swish import join_hard_swish
-from compress.graph.model import (
-    WEIGHTED,
-    Graph,
-    all_names,
-    attribute,
-    channel_axis,
-    fresh_name,
-    reads,
-    replace_nodes,
-    set_constant,
-)
-from compress.graph.reshapes import keep_batch
+from compress.graph.model import WEIGHTED, attribute, channel_axis, fresh_name
+from compress.graph.model import Graph as View
+from compress.graph.reshapes import is_spatial_mean, keep_batch, write_pool
+from compress.graph.values import Graph, constant, has_body, is_read_once, maker, name_of, set_input
 from compress.graph.weightless import check, infer_shapes
 
 OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
@@ -76,16 +70,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
     if prepared.functions:  # runtimes do not know the operators of others
         prepared = onnx.inliner.inline_local_functions(prepared)
     prepared = _modern(prepared, where)
-    _drop_initializer_inputs(prepared)
-    steps = (_lift_constants, _drop_no_effect, _fold_constants, _name_nodes, join_hard_swish)
-    for step in steps:
-        step(prepared)
-    while fold and _fold_one_round(prepared):
-        pass
-    _pool_globally(prepared)
-    keep_batch(prepared)
-    _drop_unused(prepared)
-    del prepared.graph.value_info[:]
+    prepared = _tidied(prepared, fold=fold)
     infer_shapes(prepared, where)
     if fold:
         prepared.metadata_props.add(key=_DONE, value="1")
@@ -112,7 +97,7 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
 
 
 def _refuse_without_weights(model: ModelProto, where: str) -> None:
-    graph = Graph(model)
+    graph = View(model)
     if any(graph.weight(node) for node in graph.nodes):
         return
     weighted = [node for node in graph.nodes if node.op_type in WEIGHTED]
@@ -150,131 +135,123 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
     return model
 
 
-def _drop_initializer_inputs(model: ModelProto) -> None:
-    constants = {t.name for t in model.graph.initializer}
-    kept = [i for i in model.graph.input if i.name not in constants]
-    del model.graph.input[:]
-    model.graph.input.extend(kept)
+def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
+    graph = Graph(model)
+    passes.RemoveInitializersFromInputsPass()(graph.model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
+    _drop_no_effect(graph)
+    _fold_constants(graph)
+    _name_nodes(graph)
+    join_hard_swish(graph)
+    graph.sweep()
+    for node in graph.nodes if fold else ():
+        _fold_into_layer(graph, node)
+    graph.infer_shapes()
+    for node in graph.of_type("ReduceMean"):
+        if is_spatial_mean(graph, node):
+            write_pool(graph, node)
+    keep_batch(graph)
+    tidied = graph.to_model()
+    del tidied.graph.value_info[:]
+    return tidied
 
 
-def _lift_constants(model: ModelProto) -> None:
-    kept = []
-    for node in model.graph.node:
-        value = _constant_value(node) if node.op_type == "Constant" else None
-        if value is None:
-            kept.append(node)
-        else:
-            set_constant(model, node.output[0], value)
-    replace_nodes(model, kept)
+def _drop_no_effect(graph: Graph) -> None:
+    for node in graph.of_type(*_NO_EFFECT):
+        value, source = node.outputs[0], node.inputs[0]
+        mask_read = any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
+        if source is not None and not value.is_graph_output() and not mask_read:
+            value.replace_all_uses_with(source)
+            graph.body.remove(node, safe=True)
 
 
-def _constant_value(node: NodeProto) -> NDArray[Any] | None:
-    found = node.attribute[0]
-    value = onnx.helper.get_attribute_value(found)
-    if found.name == "value":
-        return onnx.numpy_helper.to_array(value)
-    kind = {"value_float": "f4", "value_floats": "f4", "value_int": "i8", "value_ints": "i8"}
-    return np.asarray(value, kind[found.name]) if found.name in kind else None
-
-
-def _drop_no_effect(model: ModelProto) -> None:
-    outputs = {o.name for o in model.graph.output}
-    renamed: dict[str, str] = {}
-    kept = []
-    for node in model.graph.node:
-        for position, name in enumerate(node.input):
-            node.input[position] = renamed.get(name, name)
-        mask_read = any(node.output[1:])
-        if node.op_type in _NO_EFFECT and node.output[0] not in outputs and not mask_read:
-            renamed[node.output[0]] = node.input[0]
-        else:
-            kept.append(node)
-    replace_nodes(model, kept)
-
-
-def _fold_constants(model: ModelProto) -> None:
+def _fold_constants(graph: Graph) -> None:
     """Compute every node that depends on constants only, with ONNX's own reference evaluator."""
     from onnx.reference import ReferenceEvaluator
 
-    known = {t.name for t in model.graph.initializer}
-    folded, kept = [], []
-    for node in model.graph.node:
-        constant = bool(node.input) and all(not n or n in known for n in node.input)
-        if constant and not node.op_type.startswith("Random") and not _has_subgraph(node):
-            folded.append(node)
-            known.update(node.output)
-        else:
-            kept.append(node)
-    if not folded:
-        return
-    read = {n for node in kept for n in node.input} | {o.name for o in model.graph.output}
-    wanted = [n for node in folded for n in node.output if n in read]
-    outputs = [onnx.helper.make_empty_tensor_value_info(name) for name in wanted]
-    part = onnx.helper.make_graph(folded, "constants", [], outputs, list(model.graph.initializer))
-    values = ReferenceEvaluator(
-        onnx.helper.make_model(part, opset_imports=model.opset_import, ir_version=model.ir_version)
-    ).run(None, {})
-    for name, value in zip(wanted, values, strict=True):
-        set_constant(model, name, np.asarray(value))
-    replace_nodes(model, kept)
-
-
-def _has_subgraph(node: NodeProto) -> bool:
-    graphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-    return any(found.type in graphs for found in node.attribute)
-
-
-def _name_nodes(model: ModelProto) -> None:
-    taken: set[str] = set()
-    for node in model.graph.node:
-        node.name = fresh_name(taken, node.name or f"{node.op_type}_{node.output[0]}")
-
-
-def _fold_one_round(model: ModelProto) -> bool:
-    """Fold each affine op into the weighted op before it; return whether one was."""
-    graph = Graph(model)
-    taken = all_names(model)
-    gone: set[str] = set()
+    known = set(graph.body.initializers.values())
+    folded: list[ir.Node] = []
     for node in graph.nodes:
-        affine = _affine_of(graph, node)
-        if affine is None or node.input[affine[2]] not in graph.producer:
-            continue
-        before = graph.producer[node.input[affine[2]]]
-        foldable = (
-            before.op_type in ("Conv", "ConvTranspose", "Gemm")
-            and graph.weight(before) is not None
-            and graph.only_reader(before.output[0]) is node
-            and before.name not in gone
-            and len(graph.readers[before.input[1]]) == 1
-            and (len(before.input) < 3 or graph.is_constant(before.input[2]))
-        )
-        if foldable and _fold(model, graph, before, affine, taken):
-            before.output[0] = node.output[0]
-            gone.add(node.name)
-            break  # the index is stale now
-    replace_nodes(model, [node for node in model.graph.node if node.name not in gone])
-    return bool(gone)
+        known_inputs = [value for value in node.inputs if value is not None]
+        is_fixed = not node.op_type.startswith("Random") and not has_body(node)
+        if known_inputs and is_fixed and known.issuperset(known_inputs):
+            folded.append(node)
+            known.update(node.outputs)
+    inside = set(folded)
+    wanted = [
+        value
+        for node in folded
+        for value in node.outputs
+        if value.is_graph_output() or any(reader not in inside for reader, _ in value.uses())
+    ]
+    if not wanted:
+        return
+    read = {value for node in folded for value in node.inputs if value is not None}
+    given = [(value.name, constant(value)) for value in read]
+    tensors = [onnx.numpy_helper.from_array(a, name) for name, a in given if a is not None]
+    ends = [onnx.helper.make_empty_tensor_value_info(name_of(value)) for value in wanted]
+    part = onnx.helper.make_graph([ir.to_proto(n) for n in folded], "constants", [], ends, tensors)
+    opsets = [onnx.helper.make_opsetid(*each) for each in graph.body.opset_imports.items()]
+    whole = onnx.helper.make_model(part, opset_imports=opsets, ir_version=graph.model.ir_version)
+    for value, array in zip(wanted, ReferenceEvaluator(whole).run(None, {}), strict=True):
+        graph.set_constant(value, np.asarray(array))
+    graph.sweep()
+
+
+def _name_nodes(graph: Graph) -> None:
+    taken: set[str] = set()
+    for node in graph.nodes:
+        node.name = fresh_name(taken, node.name or f"{node.op_type}_{node.outputs[0].name}")
+
+
+def _fold_into_layer(graph: Graph, node: ir.Node) -> None:
+    """Let the weighted op before an affine one compute both."""
+    affine = _affine_of(graph, node)
+    before = maker(node.inputs[affine[2]]) if affine is not None else None
+    if affine is None or before is None or before.op_type not in ("Conv", "ConvTranspose", "Gemm"):
+        return
+    given, bias = before.inputs[1], before.inputs[2] if len(before.inputs) > 2 else None
+    weight, old = constant(given), constant(bias)
+    if given is None or weight is None or weight.dtype != np.float32 or not _plain(before):
+        return
+    if not is_read_once(before.outputs[0]) or not is_read_once(given):
+        return
+    channels = _channels(before, weight)
+    factor, offset, _ = affine
+    if factor.size not in (1, channels) or (bias is not None and old is None):
+        return
+    if old is not None and old.size not in (1, channels):
+        return
+    factor, offset = (np.broadcast_to(v, (channels,)) for v in (factor, offset))
+    start = np.broadcast_to(0.0 if old is None else old.reshape(-1), (channels,))
+    total = (start * factor + offset).astype(weight.dtype)
+    graph.set_constant(given, _scaled(before, weight, factor).astype(weight.dtype))
+    if bias is not None and is_read_once(bias):
+        graph.set_constant(bias, total)
+    else:
+        set_input(before, 2, graph.add_constant(f"{before.name}_bias", total))
+    graph.take_over(node, before)
 
 
 Affine = tuple[NDArray[Any], NDArray[Any], int]  # factor (C,) or (1,), offset, data input
 
 
-def _affine_of(graph: Graph, node: NodeProto) -> Affine | None:
+def _affine_of(graph: Graph, node: ir.Node) -> Affine | None:
     """Return y = factor * x + offset, per channel, where ``node`` computes just that."""
     if node.op_type == "BatchNormalization":
-        scale, bias, mean, variance = (graph.constant(n) for n in node.input[1:5])
+        scale, bias, mean, variance = (constant(value) for value in node.inputs[1:5])
         if scale is None or bias is None or mean is None or variance is None:
             return None
         factor = scale / np.sqrt(variance.astype(np.float64) + attribute(node, "epsilon", 1e-5))
         return factor, bias - mean * factor, 0
     if node.op_type not in ("Mul", "Add"):
         return None
-    constants = [graph.constant(name) for name in node.input]
+    constants = [constant(value) for value in node.inputs]
     if (constants[0] is None) == (constants[1] is None):
         return None
     data = 0 if constants[0] is None else 1
     value = constants[1 - data]
-    rank = graph.rank(node.output[0]) or graph.rank(node.input[data]) or 4
+    rank = next((v.shape.rank() for v in (node.outputs[0], node.inputs[data]) if v and v.shape), 4)
     if value is None or not _is_per_channel(value, rank):
         return None
     flat = value.reshape(-1).astype(np.float64)
@@ -292,43 +269,17 @@ def _is_per_channel(value: NDArray[Any], rank: int) -> bool:
     return bool(len(padded) == rank and rank in (2, 4) and padded[1] == value.size)
 
 
-def _fold(
-    model: ModelProto, graph: Graph, node: NodeProto, affine: Affine, taken: set[str]
-) -> bool:
-    weight = graph.constant(node.input[1])
-    has_bias = len(node.input) > 2 and bool(node.input[2])
-    bias = graph.constant(node.input[2]) if has_bias else None
-    if weight is None or not _plain(node):
-        return False
-    channels = _channels(node, weight)
-    factor, offset, _ = affine
-    if factor.size not in (1, channels) or (bias is not None and bias.size not in (1, channels)):
-        return False
-    factor, offset = (np.broadcast_to(v, (channels,)) for v in (factor, offset))
-    old = np.broadcast_to(0.0 if bias is None else bias.reshape(-1), (channels,))
-    set_constant(model, node.input[1], _scaled(node, weight, factor).astype(weight.dtype))
-    name = node.input[2] if has_bias else fresh_name(taken, f"{node.name}_bias")
-    if has_bias and len(graph.readers[name]) > 1:
-        name = fresh_name(taken, f"{node.name}_bias")
-    set_constant(model, name, (old * factor + offset).astype(weight.dtype))
-    del node.input[2:]
-    node.input.append(name)
-    return True
-
-
-def _plain(node: NodeProto) -> bool:
-    if node.op_type != "Gemm":
-        return True
+def _plain(node: ir.Node) -> bool:
     alpha, beta = (float(attribute(node, name, 1.0)) for name in ("alpha", "beta"))
-    return alpha == 1.0 == beta
+    return node.op_type != "Gemm" or alpha == 1.0 == beta
 
 
-def _channels(node: NodeProto, weight: NDArray[Any]) -> int:
+def _channels(node: ir.Node, weight: NDArray[Any]) -> int:
     groups = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
     return int(weight.shape[channel_axis(node)]) * int(groups)
 
 
-def _scaled(node: NodeProto, weight: NDArray[Any], factor: NDArray[Any]) -> NDArray[Any]:
+def _scaled(node: ir.Node, weight: NDArray[Any], factor: NDArray[Any]) -> NDArray[Any]:
     """Return ``weight`` with output channel c multiplied by factor[c]."""
     if node.op_type == "ConvTranspose":  # (in, out/groups, ...)
         groups = attribute(node, "group", 1)
@@ -338,53 +289,3 @@ def _scaled(node: NodeProto, weight: NDArray[Any], factor: NDArray[Any]) -> NDAr
     shape = [1] * weight.ndim
     shape[channel_axis(node)] = -1
     return np.asarray(weight * factor.reshape(shape))
-
-
-def _pool_globally(model: ModelProto) -> None:
-    """Write a mean over space as GlobalAveragePool, which has int8 kernels."""
-    infer_shapes(model)
-    graph = Graph(model)
-    taken = all_names(model)
-    nodes: list[NodeProto] = []
-    for node in model.graph.node:
-        nodes.extend(_as_pool(model, graph, node, taken) or [node])
-    replace_nodes(model, nodes)
-
-
-def _as_pool(
-    model: ModelProto, graph: Graph, node: NodeProto, taken: set[str]
-) -> list[NodeProto] | None:
-    if node.op_type != "ReduceMean" or graph.rank(node.input[0]) != 4:
-        return None
-    axes = attribute(node, "axes")
-    if axes is None and len(node.input) > 1:
-        constant = graph.constant(node.input[1])
-        axes = None if constant is None else constant.tolist()
-    if axes is None or sorted(a % 4 for a in axes) != [2, 3]:
-        return None
-    if attribute(node, "keepdims", 1):
-        pool = onnx.helper.make_node(
-            "GlobalAveragePool", [node.input[0]], [node.output[0]], name=node.name
-        )
-        return [pool]
-    pooled = fresh_name(taken, f"{node.output[0]}_pooled")
-    return [
-        onnx.helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name),
-        onnx.helper.make_node(
-            "Flatten", [pooled], [node.output[0]], name=fresh_name(taken, f"{node.name}_flatten")
-        ),
-    ]
-
-
-def _drop_unused(model: ModelProto) -> None:
-    """Remove nodes and constants that nothing reads."""
-    needed = {o.name for o in model.graph.output}
-    kept = []
-    for node in reversed(model.graph.node):
-        if any(name in needed for name in node.output):
-            needed.update(reads(node))
-            kept.append(node)
-    replace_nodes(model, reversed(kept))
-    for position in reversed(range(len(model.graph.initializer))):
-        if model.graph.initializer[position].name not in needed:
-            del model.graph.initializer[position]

@@ -20,6 +20,7 @@ from compress.groups.plan import PrunePlan
 from compress.groups.trace import undisturbed
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, named_tensors
+from compress.modules.detectors import on_batch
 from compress.modules.inputs import example_of
 from compress.modules.outputs import chosen, leaves
 
@@ -164,6 +165,9 @@ def _answers(
     outputs: Sequence[str] | None,
 ) -> list[Any]:
     own, named = tree_map(_clone, (args, kwargs))  # a network may write into its inputs
+    model = (
+        model if outputs else on_batch(model, own, named)
+    )  # the least difference may reorder boxes after NMS
     set_mode(model, training=False)
     found = chosen(leaves(model(*own, **named)), outputs)
     return [_value(leaf) for _, leaf in found if leaf is not None]

@@ -35,6 +35,7 @@ from compress.groups.tracer import CallWatcher, Tracer
 from compress.groups.units import find_units, layer_name
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, meta_copy, named_tensors
+from compress.modules.detectors import on_batch
 from compress.modules.outputs import chosen, leaves
 
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
@@ -134,11 +135,12 @@ class _Traced:
     ) -> None:
         self._outputs = outputs
         self._on = None if with_values else torch.device("meta")
+        args, kwargs = inputs_of(example_input)
+        model = model if outputs else on_batch(model, args, kwargs)
         self._model = full_copy(model) if with_values else meta_copy(model)
         self._tensors = dict(named_tensors(self._model))
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._constants = _constants(model)
-        args, kwargs = inputs_of(example_input)
         self._inputs = tree_map(copied if with_values else to_meta, (args, kwargs))
         self._ledger = Ledger()
         self._named = self._label_tensors()

@@ -15,7 +15,7 @@ from compress.errors import ModelError, PlanError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
 from compress.models.classifier import classifier_layers
-from compress.models.references import accepts, build, described
+from compress.models.references import accepts, build, count_of, described
 from compress.models.weights import (
     aligned,
     fit,
@@ -101,7 +101,7 @@ def load_for(
     other arguments are those of ``load_model``.
     """
     if num_classes is None and classes and accepts(reference, "num_classes"):
-        num_classes = classes
+        num_classes = count_of(reference, classes)
     return load_model(reference, weights, num_classes, **options)
 
 

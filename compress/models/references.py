@@ -26,6 +26,9 @@ _ULTRALYTICS = {  # the class of each of their tasks
 }
 
 
+_WITH_BACKGROUND = ("ssd", "fasterrcnn_")  # names of torchvision's detectors
+_DETECTORS = (*_WITH_BACKGROUND, "retinanet_", "fcos_")
+
 # Modules that networks were in: recipes and run folders written then name them.
 FORMER_NAMES = {
     "compress.detector": "compress.models.detector",
@@ -41,6 +44,26 @@ def accepts(reference: str, option: str) -> bool:
     if ":" not in reference:  # a folder: its constructor's arguments are stored in it
         return False
     return _takes(_own(reference), option)
+
+
+def count_of(reference: str, classes: int) -> int:
+    """Return the ``num_classes`` of a network for data of ``classes`` classes.
+
+    It is one more for detectors of torchvision whose first class stands for no object.
+    """
+    scheme, _, name = reference.partition(":")
+    return classes + int(scheme == "torchvision" and name.startswith(_WITH_BACKGROUND))
+
+
+def takes_unit_range(reference: str) -> bool:
+    """Return whether a network takes images in [0, 1]: as they are, or it normalizes by itself."""
+    return reference.startswith("ultralytics:") or is_torchvision_detector(reference)
+
+
+def is_torchvision_detector(reference: str) -> bool:
+    """Return whether ``reference`` names one of torchvision's networks that find boxes."""
+    scheme, _, name = reference.partition(":")
+    return scheme == "torchvision" and name.startswith(_DETECTORS)
 
 
 def check(reference: str) -> None:
@@ -96,6 +119,8 @@ def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.
     from torchvision import models
 
     _known_torchvision(name)
+    if _takes(models.get_model_builder(name), "weights_backbone"):
+        given = {"weights_backbone": None, **given}  # else torchvision downloads them
     if published is None:
         return _call(f"torchvision:{name}", models.get_model, {"name": name, **given})
     try:

@@ -15,7 +15,9 @@ from compress.report.pictures import thumbnail
 from compress.tasks import Task
 
 MOST = 6  # images drawn
-SIDE = 224  # pixels of the longer side, at most
+SIDE = 256  # pixels of the longer side, at most
+SMALLEST = 192  # of the shorter side, where what is drawn grows with the image: names stay small
+COLOURS = 64  # of a picture; six images of four pictures stay within what a report holds
 
 
 def drawn_changes(
@@ -82,8 +84,10 @@ def _picture(job: Job, index: int) -> NDArray[np.uint8]:
     pixels = job.dataset.splits["test"].take([index])[0]
     if pixels.is_floating_point() or pixels.shape[0] not in {1, 3}:
         return np.zeros((*pixels.shape[1:], 3), np.uint8)
-    return np.ascontiguousarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    times = -(-SMALLEST // min(pixels.shape[1:])) if job.task.form == "class map" else 1
+    large = pixels.repeat_interleave(times, 1).repeat_interleave(times, 2)
+    return np.ascontiguousarray(large.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 
 def _png(image: NDArray[np.uint8]) -> str:
-    return thumbnail(np.ascontiguousarray(image), SIDE)
+    return thumbnail(np.ascontiguousarray(image), SIDE, COLOURS)

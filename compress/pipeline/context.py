@@ -15,6 +15,7 @@ from compress.data import Dataset
 from compress.errors import RunError, boundary
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
+from compress.models.references import count_of, is_torchvision_detector
 from compress.modules.outputs import returned
 from compress.prune.sparsity import keeping_zeros
 from compress.qdq import QuantPlan
@@ -159,12 +160,14 @@ def leave(
         reference=settings.name if parent is None else job.run.root / parent.stage,
         plan=plan,
         options=settings.options if parent is None else None,
+        num_classes=_classes_given(job) if parent is None else None,
     )
     export_onnx(
         model,
         job.dataset.example,
         stage / ONNX_FILE,
         metadata=facts_of(job),
+        nms=job.task.ending(),
         outputs=(
             None
             if job.task.tells_classes
@@ -187,6 +190,14 @@ def leave(
         sparsity=facts.get("sparsity", {}).get("pattern", inherited),
     )
     return Outcome((variant,), facts)
+
+
+def _classes_given(job: Job) -> int | None:
+    """Return the number of classes that the network was built for; None: its weights tell."""
+    given, name = job.recipe.model.num_classes, job.recipe.model.name
+    if given is None and is_torchvision_detector(name):
+        return count_of(name, len(job.dataset.classes))
+    return given
 
 
 def training_facts(result: TrainResult) -> dict[str, Any]:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+    from compress.data import Dataset
     from compress.recipe.settings import DataSettings
 
 DRAWN_SIDE = 320  # pixels: pictures with a shorter side are enlarged before they are drawn on
@@ -109,15 +110,7 @@ def predict_pictures(
     where = runtime or runtime_of(source)
     with open_session(source, where, threads=threads) as session:
         dataset = load_pictures(_complete(settings, source, said, session), files)
-        try:
-            batches = dataset.pictures("test", BATCH)
-            predictions = [
-                each
-                for found, _ in answered(Fed(session, dataset), chosen, batches)
-                for each in found
-            ]
-        except CompressError as error:
-            raise error if isinstance(error, DataError) else error.within(str(source)) from None
+        predictions = _predictions(session, dataset, chosen, source)
     facts = dataset.facts()
     fit = Fit(dataset.image_size, facts["resize"], facts["interpolation"], facts["crop"])
     placed = [
@@ -134,6 +127,15 @@ def predict_pictures(
         tuple(_drawn(chosen, predictions, files, fit, out)) if out is not None else (),
         tuple(predictions),
     )
+
+
+def _predictions(session: Session, dataset: Dataset, task: Task, source: Path) -> list[Prediction]:
+    """Return the prediction for each picture."""
+    try:
+        batches = answered(Fed(session, dataset), task, dataset.pictures("test", BATCH))
+        return [each for predictions, _ in batches for each in predictions]
+    except CompressError as error:
+        raise error if isinstance(error, DataError) else error.within(str(source)) from None
 
 
 def _network(artifact: Path, runtime: str | None) -> Path:

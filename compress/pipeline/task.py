@@ -12,8 +12,9 @@ from compress import models
 from compress.data import Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
+from compress.models.references import takes_unit_range
 from compress.pipeline.network import as_torch
-from compress.recipe.settings import DistillSettings, Recipe
+from compress.recipe.settings import DataSettings, DistillSettings, Recipe
 from compress.tasks import Task, default_task, load_task
 from compress.train.distill.build import check_loss, losses_of
 
@@ -32,6 +33,8 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     reference = recipe.model.name
     source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))
     settings = recipe.data if source is None else completed(recipe.data, [source])
+    if source is None and takes_unit_range(reference):
+        settings = _in_unit_range(settings)
     dataset = load_data(settings, recipe.seed, partial(as_torch, reference, recipe.model))
     if source is None or source.is_dir():
         return dataset, task_of(recipe, dataset)
@@ -43,6 +46,13 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     logger.warning("%s: outputs are compared with those of the original", reason)
     dataset = dataclasses.replace(dataset, target="none", classes=())
     return dataset, task_of(recipe, dataset, reason)
+
+
+def _in_unit_range(settings: DataSettings) -> DataSettings:
+    """Return settings that leave images in [0, 1], unless they say how to normalize."""
+    if settings.mean or settings.std or settings.input_range is not None:
+        return settings
+    return settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})
 
 
 def _shown(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from compress.errors import CompressError, DataError, UsageError
 from compress.groups import Group, Network, Slice
 from compress.modules import evaluating, with_gradients
+from compress.modules.detectors import on_batch
 from compress.modules.inputs import Inputs, read_batches
 from compress.prune.answers import AS_SEEN, Reading, SampledAnswers
 from compress.prune.criteria import Evidence, Need
@@ -101,6 +102,7 @@ def _run(model: nn.Module, inputs: Inputs, weights: dict[str, Tensor] | None = N
         DataError: it does not run on it.
     """
     try:
+        model = on_batch(model, inputs.args, inputs.kwargs)
         return torch.func.functional_call(model, weights or {}, inputs.args, dict(inputs.kwargs))
     except CompressError:
         raise

@@ -54,9 +54,12 @@ def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = Non
     """
     placement = Placement()
     refused = float_nodes or {}
+    floating = _floating(graph, refused)
     for node in graph.nodes:
         if node.op_type in WEIGHTED:
             why = refused.get(node.name) or _why_float(graph, node, target)
+            if not why and target == "onnxruntime" and _feeds_only(graph, node, floating):
+                why = "what reads it is in float, and its int8 kernels make int8"
             if why:
                 placement.left_float[node.name] = why
             else:
@@ -66,19 +69,28 @@ def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = Non
         "openvino": _place_where_read,
         "tensorrt": _place_on_weighted,
     }
-    rules[target](graph, placement, _floating(graph, refused))
+    rules[target](graph, placement, floating)
     return placement
 
 
 def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
-    """Return the nodes left in float on purpose, and what moves values to them alone."""
+    """Return the nodes left in float on purpose, and cheap ops that only these read.
+
+    An int8 kernel needs an int8 output, which nobody would read.
+    """
     floating = set(refused)
     for node in reversed(graph.nodes):
         readers = [r.name for end in node.output for r, _ in graph.readers.get(end, [])]
         is_end = not readers or graph.outputs.intersection(node.output)
-        if node.op_type in _MOVES and not is_end and floating.issuperset(readers):
+        cheap = node.op_type in _MOVES | _CHAIN | ELEMENTWISE
+        if cheap and not is_end and floating.issuperset(readers):
             floating.add(node.name)
     return floating
+
+
+def _feeds_only(graph: Graph, node: NodeProto, floating: set[str]) -> bool:
+    readers = {reader.name for reader, _ in graph.readers.get(node.output[0], [])}
+    return bool(readers) and node.output[0] not in graph.outputs and readers <= floating
 
 
 def _why_float(graph: Graph, node: NodeProto, target: str) -> str:

@@ -5,86 +5,69 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto
 
 from compress.errors import QuantizationError
-from compress.graph.model import (
-    Graph,
-    all_names,
-    attribute,
-    channel_axis,
-    fresh_name,
-    replace_nodes,
-    set_constant,
-)
+from compress.graph.model import WEIGHTED, attribute, channel_axis
+from compress.graph.values import Graph, constant, set_input
 from compress.qdq.plan import QuantPlan
 
 
-def apply_corrections(model: ModelProto, plan: QuantPlan) -> None:
-    """Rescale neighbouring layers and replace biases as ``plan`` says; ``model`` is changed.
+def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
+    """Return ``model`` with neighbouring layers rescaled and biases replaced as ``plan`` says.
 
     Raises:
         QuantizationError: the plan names a node that is not there or does not fit.
     """
-    nodes = {node.name: node for node in model.graph.node}
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    graph = Graph(model)
+    nodes = {node.name or "": node for node in graph.nodes}
     for step in plan.equalization:
         factors = np.asarray(step.factors, np.float64)
         if step.producer:
-            _scale_output(tensors, _named(nodes, step.producer), 1 / factors)
+            _scale_output(graph, _named(nodes, step.producer), 1 / factors)
         if step.consumer:
-            _scale_input(tensors, _named(nodes, step.consumer), factors)
-    taken, graph = all_names(model), Graph(model)
+            _scale_input(graph, _named(nodes, step.consumer), factors)
     for name, bias in plan.biases.items():
         node = _named(nodes, name)
-        wanted = _outputs_of(graph, node)
+        wanted = _outputs_of(node)
         if len(bias) != wanted:
             raise QuantizationError(
                 f"the plan has {len(bias)} biases for node {name!r}", expected=f"{wanted}"
             )
-        del node.input[2:]
-        node.input.append(fresh_name(taken, f"{name}_bias"))
-        set_constant(model, node.input[2], np.asarray(bias, np.float32))
+        set_input(node, 2, graph.add_constant(f"{name}_bias", np.asarray(bias, np.float32)))
+    return graph.to_model()
 
 
-def rewrite_for(model: ModelProto, target: str) -> None:
-    """Write ops as others that ``target`` computes in int8; ``model`` is changed."""
+def rewrite_for(model: ModelProto, target: str) -> ModelProto:
+    """Return ``model`` with ops written as others that ``target`` computes in int8."""
     if target != "onnxruntime":  # the others fuse a BatchNorm into what is around it
-        return
+        return model
     graph = Graph(model)
-    taken = all_names(model)
-    nodes = []
-    for node in model.graph.node:
-        nodes.append(_batchnorm_as_conv(model, graph, node, taken) or node)
-    replace_nodes(model, nodes)
+    for node in graph.of_type("BatchNormalization"):
+        _write_as_conv(graph, node)
+    return graph.to_model()
 
 
-def _batchnorm_as_conv(
-    model: ModelProto, graph: Graph, node: NodeProto, taken: set[str]
-) -> NodeProto | None:
-    """Return a BatchNorm that could not be folded as a 1x1 depthwise Conv, exact in int8."""
-    values = [graph.constant(name) for name in node.input[1:5]]
-    if node.op_type != "BatchNormalization" or any(v is None for v in values):
-        return None
-    if graph.rank(node.input[0]) != 4:
-        return None
+def _write_as_conv(graph: Graph, node: ir.Node) -> None:
+    """Write a BatchNorm that could not be folded as a 1x1 depthwise Conv, exact in int8."""
+    values = [constant(value) for value in node.inputs[1:5]]
+    image = node.inputs[0]
+    if image is None or any(v is None for v in values) or graph.rank(image) != 4:
+        return
     scale, bias, mean, variance = (np.asarray(v, np.float64) for v in values)
     factor = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
-    names = [fresh_name(taken, f"{node.name}_{part}") for part in ("factor", "offset")]
-    set_constant(model, names[0], factor.reshape(-1, 1, 1, 1).astype(np.float32))
-    set_constant(model, names[1], (bias - mean * factor).astype(np.float32))
-    return helper.make_node(
-        "Conv",
-        [node.input[0], *names],
-        [node.output[0]],
-        name=node.name,
-        group=len(factor),
-        kernel_shape=[1, 1],
-    )
+    weight = factor.reshape(-1, 1, 1, 1).astype(np.float32)
+    inputs = [
+        image,
+        graph.add_constant(f"{node.name}_factor", weight),
+        graph.add_constant(f"{node.name}_offset", (bias - mean * factor).astype(np.float32)),
+    ]
+    graph.substitute(node, "Conv", inputs, group=len(factor), kernel_shape=[1, 1])
 
 
-def _named(nodes: dict[str, NodeProto], name: str) -> NodeProto:
+def _named(nodes: dict[str, ir.Node], name: str) -> ir.Node:
     if name not in nodes:
         raise QuantizationError(
             f"the plan speaks of node {name!r}, which is not in the graph",
@@ -94,66 +77,66 @@ def _named(nodes: dict[str, NodeProto], name: str) -> NodeProto:
     return nodes[name]
 
 
-def _outputs_of(graph: Graph, node: NodeProto) -> int:
+def _outputs_of(node: ir.Node) -> int:
     """Return the number of output channels of a weighted node.
 
     Raises:
         QuantizationError: it has no constant weight.
     """
-    weight = graph.weight(node)
+    weight = constant(node.inputs[1]) if node.op_type in WEIGHTED else None
     if weight is None:
         raise QuantizationError(f"node {node.name!r} of the plan has no constant weight")
     groups = attribute(node, "group", 1) if node.op_type == "ConvTranspose" else 1
-    shape = graph.initializers[weight].dims
-    return int(shape[channel_axis(node)]) * int(groups)
+    return int(weight.shape[channel_axis(node)]) * int(groups)
 
 
-Tensors = dict[str, TensorProto]
-
-
-def _scale_output(tensors: Tensors, node: NodeProto, factors: NDArray[Any]) -> None:
+def _scale_output(graph: Graph, node: ir.Node, factors: NDArray[Any]) -> None:
     if node.op_type == "BatchNormalization":
         for position in (1, 2):  # its scale and offset
-            _multiply(tensors, node, position, factors)
+            _multiply(graph, node, position, factors)
         return
-    weight = tensors.get(node.input[1])
-    if weight is None or weight.dims[channel_axis(node)] != len(factors):
-        raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}")
-    shape = [1] * len(weight.dims)
+    weight = constant(node.inputs[1])
+    if weight is None or weight.shape[channel_axis(node)] != len(factors):
+        raise _unfit(node)
+    shape = [1] * weight.ndim
     shape[channel_axis(node)] = -1
-    _multiply(tensors, node, 1, factors.reshape(shape))
-    if len(node.input) > 2 and node.input[2]:
-        _multiply(tensors, node, 2, factors)
+    _multiply(graph, node, 1, factors.reshape(shape))
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        _multiply(graph, node, 2, factors)
 
 
-def _scale_input(tensors: Tensors, node: NodeProto, factors: NDArray[Any]) -> None:
+def _scale_input(graph: Graph, node: ir.Node, factors: NDArray[Any]) -> None:
     if node.op_type == "BatchNormalization":
-        _multiply(tensors, node, 1, factors)
-        _multiply(tensors, node, 3, 1 / factors)  # the mean
+        _multiply(graph, node, 1, factors)
+        _multiply(graph, node, 3, 1 / factors)  # the mean
         return
-    weight = tensors.get(node.input[1])
+    weight = constant(node.inputs[1])
     if weight is None:
         raise QuantizationError(f"node {node.name!r} has no constant weight to rescale")
     if node.op_type == "Conv":  # (out, in/groups, ...): each group reads channels of its own
         groups = attribute(node, "group", 1)
-        if len(factors) != groups * weight.dims[1]:
-            raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}")
-        rows = factors.reshape(groups, -1).repeat(weight.dims[0] // groups, 0)
-        factors = rows.reshape(*rows.shape, *[1] * (len(weight.dims) - 2))
+        if len(factors) != groups * weight.shape[1]:
+            raise _unfit(node)
+        rows = factors.reshape(groups, -1).repeat(weight.shape[0] // groups, 0)
+        factors = rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))
     elif not attribute(node, "transB", 0):  # (in, out)
         factors = factors.reshape(-1, 1)
-    _multiply(tensors, node, 1, factors)
+    _multiply(graph, node, 1, factors)
 
 
-def _multiply(tensors: Tensors, node: NodeProto, position: int, factors: NDArray[Any]) -> None:
+def _multiply(graph: Graph, node: ir.Node, position: int, factors: NDArray[Any]) -> None:
     """Multiply a constant that ``node`` reads."""
-    tensor = tensors.get(node.input[position])
-    if tensor is None:
+    given = node.inputs[position]
+    value = constant(given)
+    if value is None or given is None:
         raise QuantizationError(f"what node {node.name!r} reads is no constant to rescale")
-    value = numpy_helper.to_array(tensor)
     flat = value.reshape(-1) if position == 2 else value
     try:
         scaled = np.asarray(flat * factors, value.dtype).reshape(value.shape)
     except ValueError:
-        raise QuantizationError(f"the factors of the plan do not fit node {node.name!r}") from None
-    tensor.CopyFrom(numpy_helper.from_array(scaled, tensor.name))
+        raise _unfit(node) from None
+    graph.set_constant(given, scaled)
+
+
+def _unfit(node: ir.Node) -> QuantizationError:
+    return QuantizationError(f"the factors of the plan do not fit node {node.name!r}")

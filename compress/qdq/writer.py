@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
+from onnx import ModelProto, NodeProto
 
 from compress.errors import QuantizationError, UnknownNameError
-from compress.graph.model import (
-    BIAS_LIMIT,
-    Graph,
-    all_names,
-    channel_axis,
-    fresh_name,
-    reads,
-    replace_nodes,
-)
+from compress.graph import model as view
+from compress.graph.model import BIAS_LIMIT, channel_axis
 from compress.graph.preprocess import finished, prepare
+from compress.graph.values import Graph, constant, maker, name_of
 from compress.graph.weightless import check, infer_shapes
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
@@ -78,11 +72,9 @@ def write_qdq(
 
 
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
-    apply_corrections(prepared, plan)
-    rewrite_for(prepared, target)
-    graph = Graph(prepared)
-    writer = _Writer(graph, plan, target, place(graph, target, plan.float_nodes), float_bias)
-    written = writer.write()
+    corrected = rewrite_for(apply_corrections(prepared, plan), target)
+    placement = place(view.Graph(corrected), target, plan.float_nodes)
+    written = _Writer(Graph(corrected), plan, target, placement, float_bias).write()
     del written.graph.value_info[:]
     finished(written)
     infer_shapes(written)
@@ -125,11 +117,31 @@ def along(values: NDArray[Any], axis: int | None, rank: int) -> NDArray[Any]:
     return values.reshape(shape)
 
 
-def scale_axis(node: NodeProto, rank: int) -> int | None:
+def scale_axis(node: NodeProto | ir.Node, rank: int) -> int | None:
     """Return the dimension of the weight of ``node`` that has scales of its own."""
     if node.op_type == "ConvTranspose":  # runtimes disagree on its axis
         return None
     return channel_axis(node) % rank
+
+
+def add_pair(graph: Graph, value: ir.Value, numbers: Sequence[ir.Value | None]) -> ir.Value:
+    """Add Q and DQ of ``value``, with a scale and a zero point; return what comes out of them."""
+    hint = value.name
+    codes = graph.add("QuantizeLinear", [value, *numbers], f"{hint}_quantized", f"{hint}_q")
+    return graph.add("DequantizeLinear", [codes, *numbers], f"{hint}_dequantized", f"{hint}_dq")
+
+
+def add_dequantize(
+    graph: Graph, hint: str, codes: NDArray[Any], scales: NDArray[Any], axis: int | None
+) -> ir.Value:
+    """Add a constant stored as integers with symmetric ``scales``, and return its real value."""
+    inputs = [
+        graph.add_constant(f"{hint}_quantized", codes),
+        graph.add_constant(f"{hint}_scale", scales),
+        graph.add_constant(f"{hint}_zero_point", np.zeros(scales.shape, codes.dtype)),
+    ]
+    attributes = {} if axis is None else {"axis": axis}
+    return graph.add("DequantizeLinear", inputs, f"{hint}_dequantized", f"{hint}_dq", **attributes)
 
 
 class _Writer:
@@ -138,29 +150,24 @@ class _Writer:
     ) -> None:
         self.graph, self.plan, self.target, self.placement = graph, plan, target, placement
         self.int32_bias = RULES[target].int32_bias and not float_bias
-        self.taken = all_names(graph.model)
+        self.nodes = {node.name: node for node in graph.nodes}
         self.joined = {name: group for group in placement.joined for name in group}
-        self.dequantized: dict[str, str] = {}  # tensor -> what its readers read
-        self.weighted = set(placement.weights)
+        made = [value for node in graph.nodes for value in node.outputs]
+        self.values = {name_of(value): value for value in (*graph.body.inputs, *made)}
 
     def write(self) -> ModelProto:
-        nodes: list[NodeProto] = []
-        for name in self.graph.inputs:
-            nodes.extend(self._pair(name))
-        for node in self.graph.nodes:
-            copy = NodeProto()
-            copy.CopyFrom(node)
-            for position, name in enumerate(node.input):
-                if (node.name, position) in self.placement.readers.get(name, ()):
-                    copy.input[position] = self.dequantized[name]
-            if node.name in self.weighted:
-                nodes.extend(self._weight(node, copy))
-            nodes.append(copy)
-            for name in node.output:
-                nodes.extend(self._pair(name))
-        replace_nodes(self.graph.model, nodes)
-        self._drop_unread()
-        return self.graph.model
+        readers = self.placement.readers
+        quantizers = {name: self.quantizer_of(name) for name in self.values if name in readers}
+        for name in self.placement.weights:
+            node = self.nodes[name]
+            self._quantize_weight(node, quantizers[name_of(node.inputs[0])].scale)
+        for tensor, found in quantizers.items():
+            scale = self.graph.add_constant(f"{tensor}_scale", _checked(tensor, found.scale))
+            zero = self.graph.add_constant(f"{tensor}_zero_point", found.zero_point)
+            real = add_pair(self.graph, self.values[tensor], [scale, zero])
+            for name, position in readers[tensor]:
+                self.nodes[name].replace_input_with(position, real)
+        return self.graph.to_model()
 
     def quantizer_of(self, tensor: str) -> Quantizer:
         source = self.placement.source(tensor)
@@ -170,61 +177,41 @@ class _Writer:
     def _range(self, tensor: str) -> ActivationRange:
         source = tensor
         while source not in self.plan.activations:
-            maker = self.graph.producer.get(source)
-            if maker is None or maker.op_type not in SAME_SCALE:
+            made = maker(self.values.get(source))
+            if made is None or made.op_type not in SAME_SCALE:
                 raise QuantizationError(
                     f"the plan has no range for tensor {tensor!r}, which {self.target} quantizes",
                     expected="the plan that was made for this graph",
                     fix="Calibrate again, or check that the plan and the ONNX file belong together",
                 )
-            source = maker.input[0]
+            source = name_of(made.inputs[0])
         return self.plan.activations[source]
 
-    def _pair(self, tensor: str) -> list[NodeProto]:
-        """Return Q and DQ of ``tensor``, if it is to have them."""
-        if tensor not in self.placement.readers:
-            return []
-        found = self.quantizer_of(tensor)
-        scale = self._scale(tensor, found.scale)
-        zero = self._constant(f"{tensor}_zero_point", found.zero_point)
-        codes, back = (self._name(f"{tensor}_{end}") for end in ("quantized", "dequantized"))
-        self.dequantized[tensor] = back
-        make = helper.make_node
-        return [
-            make("QuantizeLinear", [tensor, scale, zero], [codes], name=self._name(f"{tensor}_q")),
-            make("DequantizeLinear", [codes, scale, zero], [back], name=self._name(f"{tensor}_dq")),
-        ]
+    def _quantize_weight(self, node: ir.Node, incoming: np.float32) -> None:
+        """Let ``node`` read its weight, and its bias where the target wants it so, from integers.
 
-    def _weight(self, node: NodeProto, copy: NodeProto) -> list[NodeProto]:
-        """Return the DQ nodes of weight and bias of ``node`` and let ``copy`` read them."""
-        name = node.input[1]
-        weight = self.graph.constant(name)
+        Integers and zero point are its own even where layers share a weight: with kernels that do
+        not overflow ONNX Runtime converts them once for each layer and refuses the second time.
+        """
+        name, weight = name_of(node.inputs[1]), constant(node.inputs[1])
         if weight is None:
             raise TypeError(f"{node.name} has no constant weight")
         axis = scale_axis(node, weight.ndim)
         planned = self.plan.weights.get(name)
         scales = self._scales(planned, weight, axis, name)
-        bias = self.graph.constant(node.input[2]) if len(node.input) > 2 else None
-        incoming = self.quantizer_of(node.input[0]).scale
-        if bias is not None and self.int32_bias:
+        bias = constant(node.inputs[2]) if len(node.inputs) > 2 and self.int32_bias else None
+        if bias is not None:
             floor = np.abs(bias.reshape(-1)).astype(np.float64) / BIAS_LIMIT / incoming
             scales = np.maximum(scales, floor if axis is not None else floor.max())
         scales = np.maximum(scales, _SMALLEST_SCALE).astype(np.float32)
-        nodes = []
-        # Integers and zero point of its own even where layers share a weight: with kernels that do
-        # not overflow ONNX Runtime converts them once for each layer and refuses the second time.
         codes = self._codes(planned, weight, scales, axis)
-        nodes.append(self._dequantize(name, codes, scales, axis))
-        copy.input[1] = nodes[-1].output[0]
-        if bias is not None and self.int32_bias:
+        node.replace_input_with(1, self._stored(name, codes, scales, axis))
+        if bias is not None:
             unit = scales.astype(np.float64) * incoming
             codes32 = np.rint(bias.reshape(-1) / unit).astype(np.int32)
-            bias_axis = 0 if axis is not None else None
-            nodes.append(
-                self._dequantize(f"{node.name}_bias", codes32, unit.astype(np.float32), bias_axis)
-            )
-            copy.input[2] = nodes[-1].output[0]
-        return nodes
+            axis = 0 if axis is not None else None
+            hint = f"{node.name}_bias"
+            node.replace_input_with(2, self._stored(hint, codes32, unit.astype(np.float32), axis))
 
     def _scales(
         self, planned: WeightScales | None, weight: NDArray[Any], axis: int | None, name: str
@@ -256,47 +243,22 @@ class _Writer:
             along(kept, axis, weight.ndim), unpack_codes(planned.codes, weight.shape), codes
         )
 
-    def _dequantize(
+    def _stored(
         self, name: str, codes: NDArray[Any], scales: NDArray[Any], axis: int | None
-    ) -> NodeProto:
-        if axis is None:
-            scales = scales.reshape(())
-        inputs = [
-            self._constant(f"{name}_quantized", codes),
-            self._scale(name, scales),
-            self._constant(f"{name}_zero_point", np.zeros(scales.shape, codes.dtype)),
-        ]
-        out = self._name(f"{name}_dequantized")
-        node = helper.make_node("DequantizeLinear", inputs, [out], name=self._name(f"{name}_dq"))
-        if axis is not None:
-            node.attribute.append(helper.make_attribute("axis", axis))
-        return node
+    ) -> ir.Value:
+        scales = _checked(name, scales if axis is not None else scales.reshape(()))
+        return add_dequantize(self.graph, name, codes, scales, axis)
 
-    def _scale(self, tensor: str, value: Any) -> str:
-        scales = np.asarray(value, np.float32)
-        if not np.isfinite(scales).all() or not (scales > 0).all():
-            raise QuantizationError(
-                f"the scales of {tensor!r} would be {scales.min()} to {scales.max()}",
-                expected="finite and positive",
-                fix="Make the plan again; look for infinite or enormous weights in the network",
-            )
-        return self._constant(f"{tensor}_scale", scales)
 
-    def _constant(self, wish: str, value: NDArray[Any]) -> str:
-        name = self._name(wish)
-        self.graph.model.graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-        return name
-
-    def _name(self, wish: str) -> str:
-        return fresh_name(self.taken, wish)
-
-    def _drop_unread(self) -> None:
-        graph = self.graph.model.graph
-        read = {name for node in graph.node for name in reads(node)}
-        read |= self.graph.outputs
-        kept = [tensor for tensor in graph.initializer if tensor.name in read]
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+def _checked(tensor: str, value: Any) -> NDArray[np.float32]:
+    scales = np.asarray(value, np.float32)
+    if not np.isfinite(scales).all() or not (scales > 0).all():
+        raise QuantizationError(
+            f"the scales of {tensor!r} would be {scales.min()} to {scales.max()}",
+            expected="finite and positive",
+            fix="Make the plan again; look for infinite or enormous weights in the network",
+        )
+    return scales
 
 
 def _widest(ranges: Iterable[ActivationRange]) -> ActivationRange:

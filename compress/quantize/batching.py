@@ -6,7 +6,8 @@ import numpy as np
 from onnx import ModelProto
 
 from compress.errors import QuantizationError
-from compress.graph.model import Graph, all_names, fresh_name, set_constant
+from compress.graph.metadata import dims_of
+from compress.graph.values import Graph, constant, name_of
 from compress.graph.weightless import infer_shapes
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
@@ -22,18 +23,15 @@ def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
     Returns:
         None where the batch cannot be freed: the copy must answer as the original does.
     """
-    graph = Graph(prepared)
-    shape = graph.shapes.get(graph.inputs[0])
-    fixed = shape[0] if shape else None
+    first = dims_of(prepared.graph.input[0])
+    fixed = first[0] if first else None
     if fixed is None:
         return prepared
-    copy = ModelProto()
-    copy.CopyFrom(prepared)
+    copy = _with_free_reshapes(prepared, fixed)
     for value in (*copy.graph.input, *copy.graph.output):
         dims = value.type.tensor_type.shape.dim
         if dims and dims[0].dim_value == fixed:
             dims[0].dim_param = "batch"
-    _free_reshapes(copy, graph, fixed)
     copy.graph.ClearField("value_info")
     try:
         infer_shapes(copy)
@@ -42,14 +40,15 @@ def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
         return None
 
 
-def _free_reshapes(copy: ModelProto, graph: Graph, fixed: int) -> None:
-    taken = all_names(copy)
-    for node in copy.graph.node:
-        target = graph.constant(node.input[1]) if node.op_type == "Reshape" else None
+def _with_free_reshapes(prepared: ModelProto, fixed: int) -> ModelProto:
+    graph = Graph(prepared)
+    for node in graph.of_type("Reshape"):
+        target = constant(node.inputs[1])
         if target is not None and target.size and target[0] == fixed:
             freed = np.array([0, *target[1:]], np.int64)  # 0 = as the input has it
-            node.input[1] = fresh_name(taken, f"{node.input[1]}_free")
-            set_constant(copy, node.input[1], freed)
+            hint = f"{name_of(node.inputs[1])}_free"
+            node.replace_input_with(1, graph.add_constant(hint, freed))
+    return graph.to_model()
 
 
 def _agrees(prepared: ModelProto, copy: ModelProto, feed: Feed, fixed: int) -> bool:

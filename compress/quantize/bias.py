@@ -49,13 +49,8 @@ def correct_biases(
     ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.2, with measured means.
     """
     feed = fewer(prepared, feed)
-    corrected = ModelProto()
-    corrected.CopyFrom(prepared)
-    apply_corrections(corrected, plan.changed(biases={}))
-    rewritten = ModelProto()
-    rewritten.CopyFrom(corrected)
-    rewrite_for(rewritten, plan.target)
-    graph = Graph(rewritten)
+    corrected = apply_corrections(prepared, plan.changed(biases={}))
+    graph = Graph(rewrite_for(corrected, plan.target))
     own = {node.name for node in Graph(prepared).nodes if node.op_type in _CORRECTED}
     names = [n for n in place(graph, plan.target, plan.float_nodes).weights if n in own]
     nodes = {node.name: node for node in graph.nodes}

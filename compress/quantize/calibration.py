@@ -93,10 +93,7 @@ def observed_tensors(prepared: ModelProto, targets: Iterable[str]) -> list[str]:
     """Return every tensor whose range one of ``targets`` needs, in the order of the graph."""
     wanted: set[str] = set()
     for target in targets:
-        copy = ModelProto()
-        copy.CopyFrom(prepared)
-        rewrite_for(copy, target)
-        placement = place(Graph(copy), target)
+        placement = place(Graph(rewrite_for(prepared, target)), target)
         wanted |= {placement.source(name) for name in placement.readers}
         wanted |= {name for group in placement.joined for name in group}
     graph = Graph(prepared)

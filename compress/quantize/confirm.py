@@ -187,10 +187,7 @@ def _runtime_for(target: str) -> tuple[str | None, dict[str, str]]:
 
 def seven_bits(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with steps of weights twice as long, and biases that make up for it."""
-    corrected = ModelProto()
-    corrected.CopyFrom(bench.prepared)
-    apply_corrections(corrected, plan)
-    graph = Graph(corrected)
+    graph = Graph(apply_corrections(bench.prepared, plan))
     scales = {}
     for node in graph.nodes:
         value = graph.constant(node.input[1]) if graph.weight(node) else None

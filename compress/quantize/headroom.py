@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto
+from onnx import NodeProto
 
 from compress.graph.model import Graph, attribute
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
@@ -30,10 +30,7 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
     Source: Intel, "Lower Numerical Precision Deep Learning Inference and Training", 2018.
     """
-    corrected = ModelProto()
-    corrected.CopyFrom(bench.prepared)
-    apply_corrections(corrected, plan)
-    graph = Graph(corrected)
+    graph = Graph(apply_corrections(bench.prepared, plan))
     names = {node.name: node.input[1] for node in graph.nodes if graph.weight(node)}
     written = write_qdq(bench.prepared, plan, float_bias=True)
     weights = dict(plan.weights)

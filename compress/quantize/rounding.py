@@ -43,10 +43,7 @@ def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quant
     Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
     """
     feed = fewer(prepared, feed)
-    corrected = ModelProto()
-    corrected.CopyFrom(prepared)
-    apply_corrections(corrected, plan.changed(biases={}))
-    graph = Graph(corrected)
+    graph = Graph(apply_corrections(prepared, plan.changed(biases={})))
     nodes = {node.name: node for node in graph.nodes}
     names = [
         n for n in place(graph, plan.target, plan.float_nodes).weights if _fits(graph, nodes[n])

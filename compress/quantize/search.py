@@ -10,6 +10,7 @@ from functools import partial
 from compress import progress
 from compress.qdq.plan import QuantPlan
 from compress.quantize.images import Feed
+from compress.quantize.sparing import spare_layers
 from compress.quantize.sqnr import mean_db, shown, weakest_db
 from compress.quantize.workbench import TRIED, Workbench, first
 
@@ -39,6 +40,7 @@ def auto(bench: Workbench) -> QuantPlan:
     search = _Search(bench)
     if math.isnan(weakest_db(search.best.each_db)):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
+    search.spare()
     effort = 3 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
     refit = _BIASES * len(next(iter(bench.all_images().values()))) / TRIED
     with progress.task("Trying corrections", round(effort + refit)) as counter:
@@ -62,7 +64,7 @@ def auto(bench: Workbench) -> QuantPlan:
 
 
 def _ranged(bench: Workbench, observer: str, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    return bench.ranges(observer=observer)
+    return bench.ranges(observer=observer).changed(float_nodes=plan.float_nodes)
 
 
 def _equalized(bench: Workbench, alpha: float, plan: QuantPlan, feed: Feed) -> QuantPlan:
@@ -100,6 +102,15 @@ class _Search:
         self.best = self.plain = Trial(plan, (), tuple(bench.each_db(plan)))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.each_db)}"]
+
+    def spare(self) -> None:
+        """Leave layers in float that spoil every plan; what is tried then is compared with that."""
+        plan = spare_layers(self.bench, self.plain.plan)
+        spared = plan.float_nodes.keys() - self.plain.plan.float_nodes.keys()
+        if spared:
+            self.best = self.plain = Trial(plan, (), tuple(self.bench.each_db(plan)))
+            told = _told(self.best.each_db)
+            self.notes.append(f"{', '.join(sorted(spared))} in float: {told}, kept")
 
     def attempt(
         self, what: str, effort: float, start: Trial, *steps: Step, within_db: float = 0.0

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from compress.artifact import replacing
 from compress.errors import DataError
+from compress.graph.model import WEIGHTED
+from compress.graph.values import Graph, label
 from compress.measure.macs import node_macs
 from compress.progress import track
 from compress.qdq import QuantPlan, prepare, write_qdq
-from compress.qdq.lint.graph import Graph, Use
-from compress.qdq.lint.patterns import WEIGHTED, Pair, Weight, pair_before, weight_of
+from compress.qdq.lint.patterns import Pair, Weight, pair_before, weight_of
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.quantize.sessions import session_of, with_outputs
 from compress.tasks import TOP1, Primary, Task, primary_of, values_of
@@ -142,7 +143,7 @@ class Judge:
 class _Layer:
     """One weighted op of the written graph: its quantized weight and input."""
 
-    node: onnx.NodeProto
+    name: str
     weight: Weight
     pair: Pair
 
@@ -185,9 +186,7 @@ def quantize_sensitivity(
     target = target or plan.target
     judge = Judge(arrays(batches), task)
     images = [batch for batch, _ in judge.labelled]
-    base = prepare(model)
-    apply_corrections(base, plan)
-    rewrite_for(base, target)
+    base = rewrite_for(apply_corrections(prepare(model), plan), target)
     whole = write_qdq(model, plan, target)
     layers = list(_layers(Graph(whole)))
     reference = judge.outputs(base, float_qdq=True)
@@ -205,12 +204,12 @@ def quantize_sensitivity(
                 layer,
                 [judge.sqnr_db(reference, answer) for answer in (both, weight, activation)],
                 (found_value := judge.value(both), judge.metric.drop(value, found_value)),
-                seen[layer.node.name],
-                macs.get(layer.node.name, 0),
+                seen[layer.name],
+                macs.get(layer.name, 0),
             )
         )
     answer = judge.outputs(whole, float_qdq=True)
-    names = {layer.node.name for layer in layers}
+    names = {layer.name for layer in layers}
     weighted = [n.name for n in base.graph.node if n.op_type in WEIGHTED and n.name not in names]
     return QuantSensitivity(
         target,
@@ -258,9 +257,9 @@ def layer_macs(model: onnx.ModelProto) -> dict[str, int]:
 
 def _layers(graph: Graph) -> Iterable[_Layer]:
     for node in graph.of_type(*WEIGHTED):
-        weight, pair = weight_of(graph, node), pair_before(graph, node.input[0])
+        weight, pair = weight_of(node), pair_before(node.inputs[0])
         if weight is not None and pair is not None:
-            yield _Layer(node, weight, pair)
+            yield _Layer(label(node), weight, pair)
 
 
 def _with_layer(
@@ -268,7 +267,7 @@ def _with_layer(
 ) -> onnx.ModelProto:
     """Return ``base`` with one layer quantized in weight, input, or both."""
     graph = Graph(base)
-    node = next(node for node in graph.nodes if node.name == layer.node.name)
+    node = next(node for node in graph.nodes if node.name == layer.name)
     if activation:
         numbers = layer.pair.numbers
         if numbers.scale is None:
@@ -277,12 +276,12 @@ def _with_layer(
             graph.add_constant("sensitivity_scale", numbers.scale),
             graph.add_constant("sensitivity_zero_point", numbers.zero.astype(numbers.dtype)),
         ]
-        codes = graph.add("QuantizeLinear", [node.input[0], *constants], "sensitivity_codes")
+        codes = graph.add("QuantizeLinear", [node.inputs[0], *constants], "sensitivity_codes")
         real = graph.add("DequantizeLinear", [codes, *constants], "sensitivity_real")
-        graph.rewire(Use(node, 0), real)
+        node.replace_input_with(0, real)
     if weight:
         values = np.asarray(layer.weight.values, np.float32)
-        graph.rewire(Use(node, 1), graph.add_constant("sensitivity_weight", values))
+        node.replace_input_with(1, graph.add_constant("sensitivity_weight", values))
     return graph.to_model()
 
 
@@ -291,11 +290,11 @@ def _observe(
 ) -> dict[str, Seen]:
     """Return what the images do to the input of each layer, in one more pass of the fp32 graph."""
     inputs = {node.name: node.input[0] for node in base.graph.node if node.input}
-    names = sorted({inputs[layer.node.name] for layer in layers})
+    names = sorted({inputs[layer.name] for layer in layers})
     made = [name for name in names if name not in {v.name for v in base.graph.input}]
     session = session_of(with_outputs(base, made))
     feed_name = session.get_inputs()[0].name
-    limits = {inputs[layer.node.name]: layer.pair.numbers.limits for layer in layers}
+    limits = {inputs[layer.name]: layer.pair.numbers.limits for layer in layers}
     totals = {name: np.zeros(3) for name in names}  # values, squares, clipped
     peaks: dict[str, Array] = {}
     for batch in images:
@@ -311,8 +310,7 @@ def _observe(
             peak = np.abs(value).max(axis=others) if value.ndim > 1 else np.abs(value)
             peaks[name] = np.maximum(peaks.get(name, 0.0), peak)
     return {
-        layer.node.name: _seen(totals[inputs[layer.node.name]], peaks[inputs[layer.node.name]])
-        for layer in layers
+        layer.name: _seen(totals[inputs[layer.name]], peaks[inputs[layer.name]]) for layer in layers
     }
 
 
@@ -337,8 +335,8 @@ def _describe(
     rms = np.sqrt(np.square(rows).mean(1))
     peak_over_rms = float((np.abs(rows).max(1) / np.maximum(rms, 1e-30)).max())
     return LayerSensitivity(
-        layer.node.name,
-        layer.node.op_type,
+        layer.name,
+        layer.weight.node.op_type,
         macs,
         both,
         weight,

@@ -24,10 +24,7 @@ def search_weight_scales(prepared: ModelProto, plan: QuantPlan) -> QuantPlan:
     Few values, as the nine of a depthwise filter, may lie on a coarser grid by luck; the
     largest is always kept exactly.
     """
-    corrected = ModelProto()
-    corrected.CopyFrom(prepared)
-    apply_corrections(corrected, plan)
-    graph = Graph(corrected)
+    graph = Graph(apply_corrections(prepared, plan))
     nodes = {node.name: node for node in graph.nodes}
     weights = dict(plan.weights)
     for name in place(graph, plan.target, plan.float_nodes).weights:

@@ -85,9 +85,7 @@ class Workbench:
         step = equalize(self.prepared, bare, feed, alpha)
         if not step.equalization:
             return plan
-        rescaled = ModelProto()
-        rescaled.CopyFrom(self.prepared)
-        apply_corrections(rescaled, step)
+        rescaled = apply_corrections(self.prepared, step)
         images = self.images
         if images.fixed_batch is not None or _count(feed) < _count(self.fitted):
             images = Images(Graph(rescaled), [self.fitted], fewest=1)

@@ -10,16 +10,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 
-def thumbnail(image: NDArray[np.uint8], side: int = 64) -> str:
+def thumbnail(image: NDArray[np.uint8], side: int = 64, colours: int | None = None) -> str:
     """Return ``image`` as PNG data URI, its longer side ``side`` pixels.
 
     Args:
         image: uint8, (H, W), (H, W, 1) or (H, W, 3) RGB.
         side: Pixels of the longer side; smaller images are kept as they are.
+        colours: How many are left of an image in colour, for a smaller file; all if None.
     """
     flat = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
     picture = Image.fromarray(np.ascontiguousarray(flat))
     picture.thumbnail((side, side))
+    if colours is not None and picture.mode == "RGB":
+        picture = picture.quantize(colours)
     return png(picture)
 
 

@@ -16,7 +16,7 @@ from compress.report.configuration import place_name, setting_of
 from compress.report.markdown import bullets, plain, section
 from compress.report.pareto_chart import pareto_charts
 from compress.report.reading import read_run
-from compress.report.schema import SCHEMA, Interval, Report, Result, Variant
+from compress.report.schema import SCHEMA, Figure, Interval, Report, Result, Variant
 from compress.report.tables import Cell, Column, Table, accuracies, compact, sizes, speeds
 from compress.report.verdict import accuracy_of, comparisons, title
 
@@ -89,9 +89,17 @@ def _differences(one: Report, other: Report) -> list[str]:
         values = devices[0][key], devices[1][key]
         if all(isinstance(value, str | int) for value in values) and values[0] != values[1]:
             lines.append(f"{both} ran on different devices ({key}: {values[0]}, {values[1]})")
+    figures = [_figure_name(report) for report in (one, other)]
+    if all(figures) and figures[0] != figures[1]:
+        lines.append(f"{both} were judged by different metrics ({figures[0]}, {figures[1]})")
     if one.details.classes != other.details.classes:
         lines.append(f"{both} tell different classes apart")
     return sorted(lines)
+
+
+def _figure_name(report: Report) -> str | None:
+    results = (result for variant in report.variants for result in variant.results)
+    return next((result.figure.name for result in results if result.figure), None)
 
 
 def joint(tables: Sequence[tuple[str, Table]]) -> Table:
@@ -130,6 +138,11 @@ class Moment:
         """Size of what ran; of the artifact where that was not noted."""
         return self.result.size_mib or self.variant.size_mib
 
+    @property
+    def figure(self) -> Figure | None:
+        """How good the result is."""
+        return accuracy_of(self.variant, self.result).figure
+
 
 def histories(reports: Sequence[Report]) -> list[Table]:
     """Return a table over time for each recipe that was run more than once.
@@ -167,7 +180,7 @@ def _history(name: str, place: str, batch: int, moments: Sequence[Moment]) -> Ta
         Column("Run", is_number=False),
         Column("Created", is_number=False),
         Column("Variant", is_number=False),
-        Column("Top-1", "%"),
+        _figure_column(moments),
         Column("p50", "ms"),
         Column("Speed-up"),
         Column("File", "MiB"),
@@ -179,8 +192,6 @@ def _history(name: str, place: str, batch: int, moments: Sequence[Moment]) -> Ta
 
 
 def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
-    accuracy = accuracy_of(now.variant, now.result)
-    old = accuracy_of(before.variant, before.result) if before else None
     slower = before is not None and _is_below(
         now.result.speedup_ci95, before.result.speedup_ci95, SPEED_MARGIN
     )
@@ -188,12 +199,7 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
         Cell(now.report.name),
         Cell(now.report.provenance.created or numbers.ABSENT),
         Cell(title(now.variant, now.result)),
-        Cell(
-            numbers.percent(accuracy.top1_pct),
-            accuracy.top1_pct,
-            numbers.interval(accuracy.top1_ci95, "percent"),
-            WORSE if old and _is_below(accuracy.top1_ci95, old.top1_ci95) else "",
-        ),
+        _figure_cell(now.figure, before.figure if before else None),
         Cell(
             numbers.number(now.result.latency_ms_p50),
             now.result.latency_ms_p50,
@@ -211,6 +217,25 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
             remark=WORSE if before and _grew(before, now) else "",
         ),
     )
+
+
+def _figure_column(moments: Sequence[Moment]) -> Column:
+    """Return the column of what stands for how good a result is: the task's metric, top-1, SQNR."""
+    figure = next((moment.figure for moment in reversed(moments) if moment.figure), None)
+    if figure is None:
+        return Column("Accuracy")
+    return Column(figure.name[:1].upper() + figure.name[1:], figure.unit)
+
+
+def _figure_cell(figure: Figure | None, old: Figure | None) -> Cell:
+    if figure is None:
+        return Cell(numbers.ABSENT, reason="not measured")
+    form, write = ("percent", numbers.percent) if figure.unit == "%" else ("number", numbers.number)
+    one, other = figure.ci95, old.ci95 if old and old.name == figure.name else None
+    if not figure.higher_is_better:
+        one, other = other, one
+    remark = WORSE if _is_below(one, other) else ""
+    return Cell(write(figure.value), figure.value, numbers.interval(figure.ci95, form), remark)
 
 
 def regressions(tables: Sequence[Table]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from compress.errors import UnknownNameError
 from compress.packages import require
@@ -83,13 +84,20 @@ def _to_tensorboard(report: Report, folder: Path) -> str:
     return f"{report.name} is in TensorBoard: tensorboard --logdir {logs}"
 
 
-def _to_mlflow(report: Report, folder: Path) -> str:
+def mlflow_run(name: str) -> tuple[Any, str]:
+    """Return a client of MLflow's server and the id of a new run, one experiment for all."""
     import mlflow
 
     client = mlflow.MlflowClient()
     experiment = client.get_experiment_by_name(EXPERIMENT)
     identity = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
-    run = client.create_run(identity, run_name=report.name).info.run_id
+    return client, client.create_run(identity, run_name=name).info.run_id
+
+
+def _to_mlflow(report: Report, folder: Path) -> str:
+    import mlflow
+
+    client, run = mlflow_run(report.name)
     for name, text in settings(report).items():
         client.log_param(run, name, text)
     for name, value in metrics(report).items():

@@ -120,7 +120,7 @@ def accuracy_of(variant: Variant, result: Result) -> Result:
     """
     if result.top1_pct is not None or result.primary is not None or result.outputs:
         return result
-    same = [r for r in variant.results if r.runtime == result.runtime and r.top1_pct is not None]
+    same = [r for r in variant.results if r.runtime == result.runtime and r.figure is not None]
     return next((r for r in same if r.precision == result.precision), result)
 
 

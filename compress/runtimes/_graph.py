@@ -9,6 +9,7 @@ from onnx import ModelProto, helper
 
 from compress.errors import EngineError
 from compress.graph import files
+from compress.graph.metadata import real_inputs
 
 
 def of_precision(path: Path, precision: str | None) -> ModelProto:
@@ -41,7 +42,6 @@ def of_precision(path: Path, precision: str | None) -> ModelProto:
 
 def inputs(model: ModelProto) -> list[dict[str, Any]]:
     """Return name, shape and dtype of every input, as JSON-able data."""
-    weights = {tensor.name for tensor in model.graph.initializer}
     return [
         {
             "name": value.name,
@@ -51,6 +51,5 @@ def inputs(model: ModelProto) -> list[dict[str, Any]]:
             ],
             "dtype": helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
         }
-        for value in model.graph.input
-        if value.name not in weights
+        for value in real_inputs(model)
     ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -62,6 +62,9 @@ __all__ = [
     "scored",
     "values_of",
 ]
+
+if TYPE_CHECKING:
+    from compress.graph.nms import Nms
 
 Prediction = dict[str, Array]  # of one image, by name: "label", "boxes", "class_map", ...
 Target = Any  # of one image: a class, a row of zeros and ones, a mask, boxes with labels, an image
@@ -194,6 +197,10 @@ class Task(abc.ABC):
         Args:
             outputs: Tensors that the network returns, by their places.
         """
+        return None
+
+    def ending(self) -> Nms | None:
+        """Return the NMS that exported files end in; None: they end as the network does."""
         return None
 
     def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels

@@ -43,22 +43,39 @@ def captioned(
     return np.asarray(picture)
 
 
-def boxed(image: Image, boxes: NDArray[Any], labels: NDArray[Any], texts: Sequence[str]) -> Image:
-    """Return ``image`` with boxes (M, 4) as x1, y1, x2, y2, one colour for each class."""
+def boxed(
+    image: Image,
+    boxes: NDArray[Any],
+    labels: NDArray[Any],
+    names: Sequence[str],
+    scores: NDArray[Any],
+) -> Image:
+    """Return ``image`` with boxes (M, 4) as x1, y1, x2, y2, one colour for each label.
+
+    A box wide enough for it has its name and score at its edge, others the score alone; names that
+    no box shows stand in the upper left corner.
+    """
     from PIL import Image as Pillow
     from PIL import ImageDraw
 
     picture = Pillow.fromarray(image)
     draw, font = ImageDraw.Draw(picture), _font(image)
     width = max(1, _height(font) // 8)
-    colours = palette(int(labels.max(initial=0)) + 1).tolist()
+    colours = palette(int(labels.max(initial=0)) + 1)
     places = [(min(a, c), min(b, d), max(a, c), max(b, d)) for a, b, c, d in boxes.tolist()]
     for place, label in zip(places, labels, strict=True):
-        draw.rectangle(place, outline=tuple(colours[int(label)]), width=width)
-    for place, label, text in zip(places, labels, texts, strict=True):  # over all the boxes
+        draw.rectangle(place, outline=tuple(colours[int(label)].tolist()), width=width)
+    hidden = dict(zip(names, labels, strict=True))
+    for place, label, name, score in zip(places, labels, names, scores, strict=True):
+        text = f"{name} {score:.2f}"
+        if draw.textlength(printable(text), font=font) + 4 > place[2] - place[0]:
+            text = f"{score:.2f}"
+        else:
+            hidden.pop(name, None)
         corner = (place[0], max(0.0, place[1] - _height(font)))
-        _label(draw, corner, text, font, colours[int(label)])
-    return np.asarray(picture)
+        _label(draw, corner, text, font, colours[int(label)].tolist())
+    lines, grounds = list(hidden), colours[np.array([*hidden.values()], np.int64)]
+    return captioned(np.asarray(picture), lines, grounds)
 
 
 def overlaid(image: Image, class_map: NDArray[Any]) -> Image:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
+from compress.graph.nms import Nms
+from compress.modules.detectors import has_background
 from compress.tasks import (
     Array,
     Contribution,
@@ -37,8 +39,10 @@ class Detection(Task):
 
     Reads what torchvision's detectors return (a list of boxes, scores and labels for each image),
     arrays of these names, boxes after NMS (B, M, 6) as x1, y1, x2, y2, score, class, and YOLO heads
-    before NMS (B, 4 + K, A) as centre, size and class scores, which get NMS here. ``background``
-    says that the network's class 0 is none of the data's. Targets are dictionaries of "boxes"
+    before NMS (B, 4 + K, A) as centre, size and class scores, which get NMS here: the best class of
+    each place, or with ``multi_label`` all of them. ``background`` says that class 0 of a network
+    that returns boxes after NMS is none of the data's. With ``nms_in_graph`` exported files end in
+    NMS and give (B, max_boxes, 6). Targets are dictionaries of "boxes"
     (M, 4) as x1, y1, x2, y2 in pixels of the input, "labels" (M,), and optionally "ignored" (M,):
     objects that need not be found.
 
@@ -46,6 +50,8 @@ class Detection(Task):
     """
 
     background: bool = False
+    multi_label: bool = False
+    nms_in_graph: bool = False
     score_threshold: float = 0.001
     nms_iou: float = 0.7
     max_boxes: int = 100
@@ -71,7 +77,7 @@ class Detection(Task):
         """
         if hasattr(model, "init_criterion"):
             return ultralytics_loss(model, images, targets)
-        shift = int(self.background)
+        shift = int(self.background or has_background(model))
         told = [{"boxes": each["boxes"], "labels": each["labels"] + shift} for each in targets]
         losses = model(images, told)
         if isinstance(losses, Mapping):
@@ -157,9 +163,8 @@ class Detection(Task):
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the boxes that have a score of 0.3 or more."""
         seen = _confident(prediction)
-        rows = self.describe([prediction], [""])[0]
-        texts = [f"{row['class']} {row['score']:.2f}" for row in rows]
-        return boxed(image, seen["boxes"], seen["labels"], texts)
+        names = [self.name_of(int(k)) for k in seen["labels"]]
+        return boxed(image, seen["boxes"], seen["labels"], names, seen["scores"])
 
     def truth(self, target: Target) -> Prediction:
         """Return the objects that are to be found, as boxes of score 1."""
@@ -179,17 +184,18 @@ class Detection(Task):
         parts = [("lost", _without(before, after)), ("new", _without(after, before))]
         boxes = np.concatenate([seen["boxes"] for _, seen in parts])
         kinds = np.repeat([0, 1], [len(seen["boxes"]) for _, seen in parts])
-        texts = [
-            f"{word} {self.name_of(int(k))} {score:.2f}"
-            for word, seen in parts
-            for k, score in zip(seen["labels"], seen["scores"], strict=True)
-        ]
-        return boxed(image, boxes, kinds, texts)
+        names = [f"{word} {self.name_of(int(k))}" for word, seen in parts for k in seen["labels"]]
+        scores = np.concatenate([seen["scores"] for _, seen in parts])
+        return boxed(image, boxes, kinds, names, scores)
 
     def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return the first of several (B, rows, places): the others are what it is made of."""
         rows = [name for name, value in outputs.items() if getattr(value, "ndim", 0) == 3]
         return tuple(rows[:1]) if self.counted_outputs(outputs) else None
+
+    def ending(self) -> Nms | None:
+        """Return the NMS that exported files end in, if they do."""
+        return self._nms if self.nms_in_graph else None
 
     def counted_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return boxes and scores; feature maps beside several of them may change."""
@@ -242,22 +248,14 @@ class Detection(Task):
 
     def _decoded(self, head: Array) -> tuple[Array, Array, Array]:
         """Return the boxes of one YOLO head (4 + K, A) after NMS within each class."""
-        from torchvision.ops import batched_nms
+        if self.multi_label:
+            labels, places = np.nonzero(head[4:] > self.score_threshold)
+            return self._nms.suppressed(head, labels, places)
+        return self._nms.of(head)
 
-        chances = head[4:]
-        labels = chances.argmax(0)
-        scores = chances.max(0)
-        likely = scores > self.score_threshold
-        centre, size = head[:2, likely].T, head[2:4, likely].T
-        boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).astype(np.float32)
-        scores, labels = scores[likely].astype(np.float32), labels[likely]
-        kept = batched_nms(
-            torch.from_numpy(boxes),
-            torch.from_numpy(scores),
-            torch.from_numpy(labels),
-            self.nms_iou,
-        ).numpy()
-        return boxes[kept], scores[kept], labels[kept]
+    @property
+    def _nms(self) -> Nms:
+        return Nms(self.nms_iou, self.score_threshold, self.max_boxes)
 
     def _best(self, boxes: Array, scores: Array, labels: Array) -> Prediction:
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
@@ -329,7 +327,9 @@ def _matched(iou: Array, ignored: Array) -> Array:
 
 
 def _confident(prediction: Prediction) -> Prediction:
-    kept = prediction["scores"] >= DRAWN_SCORE
+    """Return the boxes of a score of 0.3 or more; those without an area overlap nothing."""
+    has_area = (prediction["boxes"][:, 2:] > prediction["boxes"][:, :2]).all(1)
+    kept = has_area & (prediction["scores"] >= DRAWN_SCORE)
     return {name: value[kept] for name, value in prediction.items()}
 
 

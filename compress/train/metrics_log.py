@@ -91,15 +91,10 @@ class Mlflow:
     """Logs a run to the tracking server that MLflow is configured for, one experiment for all."""
 
     def __init__(self, folder: Path) -> None:
-        mlflow = packages.require("mlflow", extra="tracking", purpose="track: mlflow")
-        self._client = mlflow.MlflowClient()
-        experiment = self._client.get_experiment_by_name("compress")
-        identity = (
-            experiment.experiment_id
-            if experiment is not None
-            else self._client.create_experiment("compress")
-        )
-        self._run = self._client.create_run(identity, run_name=folder.name).info.run_id
+        packages.require("mlflow", extra="tracking", purpose="track: mlflow")
+        from compress.report.tracking import mlflow_run
+
+        self._client, self._run = mlflow_run(folder.name)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Log the numbers of one row."""

@@ -11,7 +11,8 @@ from int8_graphs import Sketch, images, run
 
 import compress
 from compress.errors import QuantizationError
-from compress.graph.model import BIAS_LIMIT, set_constant
+from compress.graph.model import BIAS_LIMIT
+from compress.graph.values import Graph, constant
 from compress.qdq import prepare
 from compress.qdq.plan import TARGETS
 from compress.quantize.planning_graph import judged_tensors
@@ -20,12 +21,14 @@ from compress.quantize.sqnr import answers, sqnr_db
 
 @pytest.mark.parametrize("value", [np.float32(6), np.float32([6]), np.ones((2, 3), np.float32)])
 def test_a_constant_keeps_its_rank(value):
-    model = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], []))
+    graph = Graph(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])))
+    added = graph.add_constant("c", value)
     for _ in range(2):  # added, then replaced
-        set_constant(model, "c", value)
-    (stored,) = model.graph.initializer
-    assert tuple(stored.dims) == np.shape(value)
-    assert np.array_equal(onnx.numpy_helper.to_array(stored), value)
+        stored = constant(added)
+        assert stored is not None
+        assert stored.shape == np.shape(value)
+        assert np.array_equal(stored, value)
+        graph.set_constant(added, value)
 
 
 def scalar_arithmetic():

@@ -148,9 +148,7 @@ def test_equalization_goes_through_all_that_only_moves_or_adds(name, scaled, alp
     nodes = {step.producer or step.consumer for step in plan.equalization}
     names = {n.name: n.output[0] for n in model.graph.node}
     assert scaled <= nodes | {names[n] for n in nodes}, plan.notes
-    rescaled = ModelProto()
-    rescaled.CopyFrom(model)
-    apply_corrections(rescaled, plan)
+    rescaled = apply_corrections(model, plan)
     np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
 
 
@@ -167,9 +165,7 @@ def test_equalized_graph_computes_the_same(name, alpha):
     feed = images(model, 64)
     plan = equalize(model, QuantPlan("onnxruntime"), feed, alpha)
     assert plan.equalization
-    rescaled = ModelProto()
-    rescaled.CopyFrom(model)
-    apply_corrections(rescaled, plan)
+    rescaled = apply_corrections(model, plan)
     assert any(np.ptp(step.factors) > 0.05 for step in plan.equalization)
     np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
 

@@ -291,3 +291,46 @@ def test_a_run_without_figures_can_be_compared(tmp_path):
     write(bare, tmp_path / "b")
     compare_runs([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     assert "Only the original" in (tmp_path / "out/report.md").read_text()
+
+
+def judged_by(report: Report, name: str, *, higher: bool = True, plus: float = 0.0) -> Report:
+    """The same run of a task with metrics of its own, in decibels."""
+
+    def told(result, value: float):
+        metric = {"value": value, "unit": "db", "ci95": (value - 0.5, value + 0.5),
+                  "higher_is_better": higher}  # fmt: skip
+        changed = result.model_copy(update=dict.fromkeys(("top1_pct", "top1_ci95")))
+        return type(result).model_validate(
+            changed.model_dump() | {"metrics": {name: metric}, "primary": name}
+        )
+
+    variants = tuple(
+        variant.model_copy(update={"results": tuple(told(r, 30.0 + plus) for r in variant.results)})
+        for variant in report.variants
+    )
+    return report.model_copy(update={"variants": variants})
+
+
+@pytest.mark.parametrize(("higher", "plus"), [(True, -2.0), (False, 2.0)])
+def test_a_history_speaks_of_the_metric_of_the_task(higher, plus):
+    first = judged_by(moved(made_up.report(3), name="a", created="2026-01"), "psnr", higher=higher)
+    run = moved(made_up.report(3), name="b", created="2026-02")
+    worse = judged_by(run, "psnr", higher=higher, plus=plus)
+    better = judged_by(run, "psnr", higher=higher, plus=-plus)
+    tables = histories([first, worse])
+    assert tables
+    for table in tables:
+        (column,) = (c for c in table.columns if c.name in {"Psnr", "Top-1"})
+        assert (column.name, column.unit) == ("Psnr", "db")
+        cells = [row[table.columns.index(column)] for row in table.rows]
+        assert [cell.sort for cell in cells] == [30.0, 30.0 + plus]
+    assert all("Psnr on" in line for line in regressions(tables)) and regressions(tables)
+    assert regressions(histories([first, better])) == []
+
+
+def test_runs_judged_by_different_metrics_are_not_comparable():
+    one, two = (moved(made_up.report(3), name=name) for name in "ab")
+    assert incomparable([one, two]) == []
+    assert incomparable([one, judged_by(two, "psnr")]) == [
+        "a and b were judged by different metrics (top-1, psnr)"
+    ]

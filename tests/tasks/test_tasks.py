@@ -557,6 +557,29 @@ def test_what_a_detector_lost_and_what_appeared_is_drawn():
     assert truth["labels"].tolist() == [0] and truth["boxes"].tolist() == boxes[:1].tolist()
 
 
+def test_a_detector_agrees_with_itself_where_a_box_has_no_area():
+    task = load_task("detection", classes=("a",))
+    boxes = np.array([[5, 30, 25, 50], [40, 30, 40, 50]], np.float32)
+    found = {"boxes": boxes, "scores": np.full(2, 0.9), "labels": np.zeros(2, np.int64)}
+    assert task.agreement(found, found) == 100.0
+    picture = np.zeros((60, 60, 3), np.uint8)
+    assert np.array_equal(task.draw_change(picture, found, found), picture)
+
+
+def test_a_name_that_no_box_has_room_for_stands_in_the_corner():
+    task = load_task("detection", classes=("a platelet of some length", "b"))
+    image = np.full((80, 120, 3), 255, np.uint8)
+    boxes = np.array([[60, 40, 72, 60], [60, 62, 119, 78]], np.float32)
+
+    def drawn(*kept: int) -> np.ndarray:
+        found = {"boxes": boxes, "scores": np.array([0.9, 0.8], np.float32), "labels": np.arange(2)}
+        return task.draw(image, {name: value[list(kept)] for name, value in found.items()})
+
+    assert (drawn(0)[:13, :60] != 255).any() and (drawn(0)[15:26, :50] == 255).all()
+    assert (drawn(1)[:27, :50] == 255).all()  # its name fits, beside its box
+    assert (drawn(1)[50:62, 60:110] != 255).any()
+
+
 def test_detection_needs_boxes():
     with pytest.raises(DataError, match="the label of image 0 is"):
         made("detection").check_targets(np.array([0, 1]))

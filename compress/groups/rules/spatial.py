@@ -113,6 +113,14 @@ def grid_sample(tracer: Tracer, call: Call) -> None:
     tracer.label(out, [*tracer.axes(x)[:2], *(None,) * (out.ndim - 2)])
 
 
+def roi_align(tracer: Tracer, call: Call) -> None:
+    """The maps' channels go on; there is a row for each region."""
+    x, regions = call.args[:2]
+    for axis in (*tracer.axes(x)[2:], *tracer.axes(regions)):
+        tracer.freeze(axis, "it is a place in an image")
+    tracer.label(call.outputs[0], [None, tracer.axes(x)[1], None, None])
+
+
 def unfold(tracer: Tracer, call: Call) -> None:
     """``im2col``: every channel becomes as many as the window has places."""
     x, out = call.args[0], call.outputs[0]
@@ -162,4 +170,5 @@ RULES: dict[str, Rule] = {
     "grid_sampler_2d": grid_sample,
     "grid_sampler": grid_sample,
     "im2col": unfold,
+    "torchvision::roi_align": roi_align,
 }

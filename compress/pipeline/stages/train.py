@@ -22,7 +22,6 @@ from compress.pipeline.context import (
     leave,
     training_facts,
 )
-from compress.pipeline.stages.teacher_ablation import does_teacher_help
 from compress.recipe.settings import DistillSettings, TrainSettings
 from compress.runtimes import open_session
 from compress.train import distill
@@ -72,7 +71,10 @@ def distill_student(
     teacher = _teacher(job, settings, before[0])
     facts: dict[str, Any] = {}
     if settings.control:
-        facts["control"] = does_teacher_help(job, student, teacher, settings).to_json()
+        control = distill.does_teacher_help(
+            student, teacher, job.dataset, settings, seed=job.recipe.seed
+        )
+        facts["control"] = control.to_json()
     objective = distill.build_objective(
         student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed, task=job.task
     )

@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx
 
 from compress.errors import ModelError, boundary
+from compress.graph.values import Graph
 from compress.qdq.lint.files import FIX, INVALID, load_onnx, save_onnx
 from compress.qdq.lint.finding import Finding
-from compress.qdq.lint.graph import Graph
 from compress.qdq.lint.rules import RULES, TARGETS, Rule, rules_for
 
 __all__ = [

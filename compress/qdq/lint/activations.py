@@ -6,27 +6,29 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
+from compress.graph.model import attribute
+from compress.graph.values import Graph, constant, label, maker, name_of
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.graph import DType, Graph, Use, attribute, label
 from compress.qdq.lint.patterns import (
     DQ,
     INT8,
     MOVING,
     SMALLEST_SCALE,
     UINT8,
+    DType,
     Numbers,
     Pair,
     Q,
-    along,
     is_never_negative,
     numbers_of,
     pair_before,
-    pair_of,
     pairs,
+    pairs_on,
     set_numbers,
 )
+from compress.qdq.writer import along
 
 SPARED = 0.01  # share of a range below zero that is no waste: a zero point of 1 or 2
 
@@ -34,18 +36,18 @@ SPARED = 0.01  # share of a range below zero that is no waste: a zero point of 1
 def scale_not_constant(graph: Graph) -> Iterator[Problem]:
     """Scales computed at run time: no runtime makes int8 kernels of them."""
     for node in graph.of_type(Q, DQ):
-        if graph.constant(node.input[1]) is None:
+        if constant(node.inputs[1]) is None:
             yield Problem(
                 label(node),
-                f"the scale {node.input[1]!r} is computed at run time, so no int8 kernel can be "
-                "chosen; quantize statically, from calibration images",
+                f"the scale {name_of(node.inputs[1])!r} is computed at run time, so no int8 kernel "
+                "can be chosen; quantize statically, from calibration images",
             )
 
 
 def scale_not_positive(graph: Graph) -> Iterator[Problem]:
     """Zero, negative or non-finite scales, as pruned or dead channels leave them."""
     for node in graph.of_type(Q, DQ):
-        scale = numbers_of(graph, node).scale
+        scale = numbers_of(node).scale
         if scale is None or bool(np.all(scale > 0) and np.all(np.isfinite(scale))):
             continue
         finite = bool(np.all(np.isfinite(scale)))
@@ -63,7 +65,7 @@ def pair_mismatch(graph: Graph) -> Iterator[Problem]:
     """A DQ whose numbers are not those of the Q it reads: values come back scaled or shifted."""
     for pair in _constant_pairs(graph):
         for node in pair.dequantizes:
-            if pair.numbers.equals(numbers_of(graph, node)):
+            if pair.numbers.equals(numbers_of(node)):
                 continue
             yield Problem(
                 label(node),
@@ -145,7 +147,7 @@ def wasted_range(graph: Graph) -> Iterator[Problem]:
     """Values that are never negative in a range that reaches below zero."""
     for pair in _constant_pairs(graph):
         low, high = pair.numbers.limits
-        if -low > SPARED * (high - low) and is_never_negative(graph, pair.source):
+        if -low > SPARED * (high - low) and is_never_negative(pair.source):
             yield Problem(
                 label(pair.quantize),
                 f"the range [{low:.4g}, {high:.4g}] holds values that are never negative: "
@@ -158,10 +160,10 @@ def wasted_range(graph: Graph) -> Iterator[Problem]:
 def moved_with_another_scale(graph: Graph) -> Iterator[Problem]:
     """Pooling or reshaping between two different scales: rounded twice, and not done in int8."""
     for pair in _constant_pairs(graph):
-        node = graph.maker(pair.source)
+        node = maker(pair.source)
         if node is None or node.op_type not in MOVING:
             continue
-        before = pair_before(graph, node.input[0])
+        before = pair_before(node.inputs[0])
         if before is None or before.numbers.equals(pair.numbers) or not _is_usable(before):
             continue
         yield Problem(
@@ -175,15 +177,11 @@ def moved_with_another_scale(graph: Graph) -> Iterator[Problem]:
 def concat_scales(graph: Graph) -> Iterator[Problem]:
     """Concatenated tensors with different scales, each of which is then converted at run time."""
     for node in graph.of_type("Concat"):
-        joined = [pair_before(graph, value) for value in node.input]
+        joined = [pair_before(value) for value in node.inputs]
         around = [p for p in joined if p is not None and _is_usable(p)]
         if len(around) < len(joined):
             continue
-        around += [
-            pair
-            for use in graph.readers(node.output[0])
-            if use.node.op_type == Q and _is_usable(pair := pair_of(graph, use.node))
-        ]
+        around += [pair for pair in pairs_on(node.outputs[0]) if _is_usable(pair)]
         if all(pair.numbers.equals(around[0].numbers) for pair in around):
             continue
         scales = [float(np.max(p.numbers.scale)) for p in around if p.numbers.scale is not None]
@@ -195,39 +193,39 @@ def concat_scales(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def implied_clip(graph: Graph, pair: Pair) -> str:
+def implied_clip(graph: Graph, pair: Pair) -> ir.Value:
     """Return the value that bypasses ``pair``: its source, or the source clipped as Q clipped it.
 
     A quantizer whose smallest integer stands for zero acts as a Relu; ONNX Runtime's tools delete
     the Relu itself. Where the quantizer goes, the Relu has to come back.
     """
     low, high = pair.numbers.limits
-    if low < 0 or is_never_negative(graph, pair.source):
-        return pair.source
+    source = pair.source
+    if low < 0 or is_never_negative(source):
+        return source
     like_relu6 = abs(high - 6) < high / 255
     op = "Clip" if like_relu6 else "Relu"
-    for use in graph.readers(pair.source):
-        if use.node.op_type == op and use.index == 0:
-            return str(use.node.output[0])
+    for node, index in source.uses():
+        if node.op_type == op and index == 0:
+            return node.outputs[0]
     if not like_relu6:
-        return graph.add("Relu", [pair.source], f"{pair.source}_relu")
-    dtype = pair.numbers.scale.dtype if pair.numbers.scale is not None else np.dtype(np.float32)
-    limits = [graph.add_constant(f"{pair.source}_{v}", np.asarray(v, dtype)) for v in (0, 6)]
-    return graph.add("Clip", [pair.source, *limits], f"{pair.source}_relu6")
+        return graph.add("Relu", [source], f"{source.name}_relu")
+    limits = [
+        graph.add_constant(f"{source.name}_{v}", np.asarray(v, _scale_dtype(pair))) for v in (0, 6)
+    ]
+    return graph.add("Clip", [source, *limits], f"{source.name}_relu6")
 
 
 def _make_symmetric(graph: Graph, pair: Pair) -> None:
     low, high = pair.numbers.limits
-    clipped = implied_clip(graph, pair)
-    if clipped != pair.source:
-        graph.rewire(Use(pair.quantize, 0), clipped)
+    pair.quantize.replace_input_with(0, implied_clip(graph, pair))
     scale = np.asarray(max(-low, high) / 127, _scale_dtype(pair))
     _set_pair(graph, pair, Numbers(scale, np.zeros((), np.int64), INT8))
 
 
 def _make_unsigned(graph: Graph, pair: Pair) -> None:
     low, high = pair.numbers.limits
-    if is_never_negative(graph, pair.source):
+    if is_never_negative(pair.source):
         low = 0.0
     if pair.numbers.dtype == INT8 and low < 0:  # the same integers, 128 higher
         shifted = Numbers(pair.numbers.scale, pair.numbers.zero + 128, UINT8)
@@ -264,21 +262,22 @@ def _share_scale(graph: Graph, around: list[Pair]) -> None:
         _set_pair(graph, pair, Numbers(shared, np.asarray(zero), dtype))
 
 
-def _make_positive(graph: Graph, node: onnx.NodeProto) -> None:
-    numbers = numbers_of(graph, node)
+def _make_positive(graph: Graph, node: ir.Node) -> None:
+    numbers = numbers_of(node)
     if numbers.scale is None:
         return
     scale = np.where(numbers.scale == 0, SMALLEST_SCALE, np.abs(numbers.scale))
     scale = scale.astype(numbers.scale.dtype)
-    stored = graph.constant(node.input[0]) if node.op_type == DQ else None
+    stored = constant(node.inputs[0]) if node.op_type == DQ else None
     if stored is not None:
         axis = attribute(node, "axis", 1) % stored.ndim if stored.ndim else None
         sign = along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
         zero = along(numbers.zero, axis, stored.ndim)
         integers = (sign * (stored.astype(np.int64) - zero) + zero).astype(stored.dtype)
-        name = graph.add_constant(f"{node.input[0]}_mended", integers)
-        graph.rewire(Use(node, 0), name)
-    graph.rewire(Use(node, 1), graph.add_constant(f"{node.output[0]}_mended_scale", scale))
+        mended = graph.add_constant(f"{node.outputs[0].name}_mended", integers)
+        node.replace_input_with(0, mended)
+    hint = f"{node.outputs[0].name}_mended_scale"
+    node.replace_input_with(1, graph.add_constant(hint, scale))
 
 
 def _set_pair(graph: Graph, pair: Pair, numbers: Numbers) -> None:

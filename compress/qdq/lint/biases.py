@@ -7,20 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
-from compress.graph.model import BIAS_LIMIT
+from compress.graph.model import BIAS_LIMIT, WEIGHTED, attribute
+from compress.graph.values import Array, Graph, constant, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.graph import Array, Graph, Use, attribute, label
-from compress.qdq.lint.patterns import (
-    DQ,
-    WEIGHTED,
-    Weight,
-    numbers_of,
-    pair_before,
-    store_weight,
-    weight_of,
-)
+from compress.qdq.lint.patterns import DQ, Weight, numbers_of, pair_before, store_weight, weight_of
+from compress.qdq.writer import add_dequantize
 
 LARGEST = BIAS_LIMIT * (1 + 1e-6)  # what the writer aims at, rounded to float32, is no overflow
 
@@ -29,7 +22,7 @@ LARGEST = BIAS_LIMIT * (1 + 1e-6)  # what the writer aims at, rounded to float32
 class Bias:
     """The constant bias of an op whose input and weight are quantized."""
 
-    node: onnx.NodeProto
+    node: ir.Node
     values: Array  # (C,)
     weight: Weight
     input_scale: float
@@ -40,12 +33,10 @@ class Bias:
 def bias_quantized(graph: Graph) -> Iterator[Problem]:
     """A quantized bias, which TensorRT refuses: it adds the bias in float."""
     for node in graph.of_type(*WEIGHTED):
-        if len(node.input) < 3:
+        made = maker(node.inputs[2]) if len(node.inputs) > 2 else None
+        if made is None or made.op_type != DQ:
             continue
-        maker = graph.maker(node.input[2])
-        if maker is None or maker.op_type != DQ:
-            continue
-        values = _dequantized(graph, maker)
+        values = _dequantized(made)
         yield Problem(
             label(node),
             "its bias is quantized; TensorRT refuses int32 biases and adds them in float",
@@ -97,9 +88,9 @@ def bias_float(graph: Graph) -> Iterator[Problem]:
 
 def _biases(graph: Graph) -> Iterator[Bias]:
     for node in graph.of_type("Conv", "Gemm"):
-        if len(node.input) < 3 or not node.input[2] or attribute(node, "beta", 1.0) != 1.0:
+        if len(node.inputs) < 3 or attribute(node, "beta", 1.0) != 1.0:
             continue
-        pair, weight = pair_before(graph, node.input[0]), weight_of(graph, node)
+        pair, weight = pair_before(node.inputs[0]), weight_of(node)
         if pair is None or weight is None:
             continue
         input_scale, weight_scale = pair.numbers.scale, weight.numbers.scale
@@ -107,7 +98,7 @@ def _biases(graph: Graph) -> Iterator[Bias]:
             continue
         if weight.axis not in (None, weight.channel_axis):
             continue
-        values, stored = _values(graph, node.input[2])
+        values, stored = _values(node.inputs[2])
         if values is None or values.ndim != 1:
             continue
         scale = weight_scale.astype(np.float64) * float(input_scale.item())
@@ -115,43 +106,35 @@ def _biases(graph: Graph) -> Iterator[Bias]:
         yield Bias(node, values, weight, float(input_scale.item()), scale, stored)
 
 
-def _values(graph: Graph, name: str) -> tuple[Array | None, Array | None]:
-    constant = graph.constant(name)
-    if constant is not None:
-        return constant, None
-    maker = graph.maker(name)
-    if maker is None or maker.op_type != DQ:
-        return None, None
-    return _dequantized(graph, maker), numbers_of(graph, maker).scale
+def _values(value: ir.Value | None) -> tuple[Array | None, Array | None]:
+    given, made = constant(value), maker(value)
+    if given is not None or made is None or made.op_type != DQ:
+        return given, None
+    return _dequantized(made), numbers_of(made).scale
 
 
-def _dequantized(graph: Graph, node: onnx.NodeProto) -> Array | None:
-    stored, numbers = graph.constant(node.input[0]), numbers_of(graph, node)
+def _dequantized(node: ir.Node) -> Array | None:
+    stored, numbers = constant(node.inputs[0]), numbers_of(node)
     if stored is None:
-        before = graph.maker(node.input[0])  # a Q of a float constant
-        return graph.constant(before.input[0]) if before is not None else None
+        before = maker(node.inputs[0])  # a Q of a float constant
+        return constant(before.inputs[0]) if before is not None else None
     if numbers.scale is None:
         return None
     real = (stored.astype(np.int64) - numbers.zero) * numbers.scale.astype(np.float64)
     return real.astype(numbers.scale.dtype)
 
 
-def _store_float(graph: Graph, node: onnx.NodeProto, values: Array) -> None:
-    graph.rewire(Use(node, 2), graph.add_constant(f"{node.input[2]}_float", values))
+def _store_float(graph: Graph, node: ir.Node, values: Array) -> None:
+    node.replace_input_with(2, graph.add_constant(f"{label(node)}_bias_float", values))
 
 
 def _store_int32(graph: Graph, bias: Bias) -> None:
     info = np.iinfo(np.int32)
     integers = np.clip(np.rint(bias.values / bias.scale), info.min, info.max).astype(np.int32)
     scale = bias.scale.astype(np.float32)
-    name = bias.node.input[2]
-    inputs = [
-        graph.add_constant(f"{name}_int32", integers),
-        graph.add_constant(f"{name}_int32_scale", scale),
-        graph.add_constant(f"{name}_int32_zero_point", np.zeros(scale.shape, np.int32)),
-    ]
-    axis = {"axis": 0} if scale.ndim else {}
-    graph.rewire(Use(bias.node, 2), graph.add(DQ, inputs, f"{name}_dequantized", **axis))
+    axis = 0 if scale.ndim else None
+    stored = add_dequantize(graph, f"{label(bias.node)}_bias", integers, scale, axis)
+    bias.node.replace_input_with(2, stored)
 
 
 def _raise_scale(graph: Graph, bias: Bias) -> None:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
+from compress.graph.model import WEIGHTED
+from compress.graph.values import Graph, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.graph import Graph, Use, label
-from compress.qdq.lint.patterns import DQ, MOVING, WEIGHTED, Pair, pair_before, pairs
+from compress.qdq.lint.patterns import MOVING, Pair, pair_before, pairs
 from compress.qdq.lint.placement import bypass
 
 UP_TO_ONE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
@@ -23,10 +24,10 @@ def vanishing_scores(graph: Graph) -> Iterator[Problem]:
         if pair.numbers.scale is None or pair.numbers.scale.size != 1:
             continue
         step = float(np.max(pair.numbers.scale))
-        scores = [n for n in _makers(graph, pair.source) if n.op_type in UP_TO_ONE]
+        scores = [n for n in _makers(pair.source) if n.op_type in UP_TO_ONE]
         if not scores or step * FEWEST_STEPS <= 1:
             continue
-        feeds_layer = any(use.node.op_type in WEIGHTED for use in _uses(graph, pair))
+        feeds_layer = any(node.op_type in WEIGHTED for node, _ in _uses(pair))
         yield Problem(
             label(pair.quantize),
             f"values of {label(scores[0])!r}, at most 1, are quantized in steps of {step:.3g}: "
@@ -35,30 +36,30 @@ def vanishing_scores(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def _makers(graph: Graph, value: str) -> Iterator[onnx.NodeProto]:
+def _makers(value: ir.Value) -> Iterator[ir.Node]:
     """Yield the nodes whose values ``value`` holds, as they were but for their place."""
-    waiting = [value]
+    waiting: list[ir.Value | None] = [value]
     while waiting:
-        name = waiting.pop()
-        pair, node = pair_before(graph, name), graph.maker(name)
+        each = waiting.pop()
+        pair, node = pair_before(each), maker(each)
         if pair is not None:
             waiting.append(pair.source)
         elif node is not None and node.op_type == "Concat":
-            waiting += node.input
-        elif node is not None and node.op_type in MOVING and node.op_type != DQ:
-            waiting.append(node.input[0])
+            waiting += node.inputs
+        elif node is not None and node.op_type in MOVING:
+            waiting.append(node.inputs[0])
         elif node is not None:
             yield node
 
 
-def _uses(graph: Graph, pair: Pair) -> list[Use]:
-    return [use for node in pair.dequantizes for use in graph.readers(node.output[0])]
+def _uses(pair: Pair) -> list[tuple[ir.Node, int]]:
+    return [use for node in pair.dequantizes for use in node.outputs[0].uses()]
 
 
 def _skip(graph: Graph, pair: Pair) -> None:
     """Let all that reads ``pair`` read what it quantizes."""
-    for node in pair.dequantizes:
-        for use in graph.readers(node.output[0]):
-            bypass(graph, use, pair)
-        if node.output[0] in graph.outputs:
-            graph.replace(node.output[0], pair.source)
+    for node, index in _uses(pair):
+        bypass(graph, node, index, pair)
+    for dequantize in pair.dequantizes:
+        if dequantize.outputs[0].is_graph_output():
+            graph.replace(dequantize.outputs[0], pair.source)

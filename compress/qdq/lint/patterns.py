@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 
-from compress.qdq.lint.graph import Array, DType, Graph, Use, attribute, set_attribute
+from compress.graph.model import WEIGHTED, attribute, channel_axis
+from compress.graph.values import Array, Graph, constant, maker, set_attribute, set_input
+from compress.qdq.placement import SAME_SCALE
+from compress.qdq.writer import add_pair, along, encode
+
+DType = np.dtype[Any]
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 # Operators that pick or move values and compute none: quantizing before or after is the same.
-MOVING = frozenset(
-    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
-    | {"Identity", "DepthToSpace", "SpaceToDepth", "Gather", "GlobalMaxPool", "Expand", "Tile"}
-)
+MOVING = (SAME_SCALE - {"Resize"}) | {"Identity", "GlobalMaxPool", "Expand", "Tile"}
 NEVER_NEGATIVE = frozenset(
     {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Exp", "Abs", "Softplus", "ReduceL1", "Sqrt"}
 )
@@ -65,23 +67,28 @@ class Numbers:
 class Pair:
     """An activation on its way through one Q and the DQ nodes that read it."""
 
-    quantize: onnx.NodeProto
-    dequantizes: tuple[onnx.NodeProto, ...]
+    quantize: ir.Node
+    dequantizes: tuple[ir.Node, ...]
     numbers: Numbers
 
     @property
-    def source(self) -> str:
-        """Name of the float value that is quantized."""
-        return str(self.quantize.input[0])
+    def source(self) -> ir.Value:
+        """The float value that is quantized."""
+        return _input(self.quantize, 0)
+
+    @property
+    def real(self) -> ir.Value:
+        """What a reader of the quantized value reads."""
+        return self.dequantizes[0].outputs[0]
 
 
 @dataclass(frozen=True)
 class Weight:
     """A constant that reaches a layer through DQ: stored as integers, or as floats before a Q."""
 
-    node: onnx.NodeProto  # the op it is a weight of
-    dequantize: onnx.NodeProto
-    quantize: onnx.NodeProto | None  # None: the integers are stored
+    node: ir.Node  # the op it is a weight of
+    dequantize: ir.Node
+    quantize: ir.Node | None  # None: the integers are stored
     stored: Array  # integers, or floats if there is a Q
     numbers: Numbers
     axis: int | None  # dimension of ``stored`` that numbers.scale runs along; None = one scale
@@ -113,42 +120,29 @@ class Weight:
         return self.numbers.scale
 
 
-def numbers_of(graph: Graph, node: onnx.NodeProto) -> Numbers:
+def numbers_of(node: ir.Node) -> Numbers:
     """Return scale, zero point and type of a Q or DQ node."""
-    scale = graph.constant(node.input[1])
-    zero = graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else None
+    scale = constant(node.inputs[1])
+    zero = constant(node.inputs[2]) if len(node.inputs) > 2 else None
     if zero is not None:
         return Numbers(scale, zero.astype(np.int64), zero.dtype)
     nothing = np.zeros((), np.int64)
     if node.op_type == Q:
-        kind = attribute(node, "output_dtype", 0) or onnx.TensorProto.UINT8
-        return Numbers(scale, nothing, onnx.helper.tensor_dtype_to_np_dtype(kind))
-    stored = graph.constant(node.input[0])
+        kind = ir.DataType(attribute(node, "output_dtype", 0) or ir.DataType.UINT8)
+        return Numbers(scale, nothing, kind.numpy())
+    stored, before = constant(node.inputs[0]), maker(node.inputs[0])
     if stored is not None:
         return Numbers(scale, nothing, stored.dtype)
-    maker = graph.maker(node.input[0])
-    return Numbers(
-        scale, nothing, numbers_of(graph, maker).dtype if maker and maker.op_type == Q else INT8
-    )
+    is_pair = before is not None and before.op_type == Q
+    return Numbers(scale, nothing, numbers_of(before).dtype if before and is_pair else INT8)
 
 
-def set_numbers(
-    graph: Graph,
-    node: onnx.NodeProto,
-    scale: Array,
-    zero: Array,
-    dtype: DType,
-) -> None:
+def set_numbers(graph: Graph, node: ir.Node, scale: Array, zero: Array, dtype: DType) -> None:
     """Give a Q or DQ node another scale, zero point and type."""
-    hint = f"{node.output[0]}_mended"
-    graph.rewire(Use(node, 1), graph.add_constant(f"{hint}_scale", scale))
-    name = graph.add_constant(
-        f"{hint}_zero_point", np.broadcast_to(zero, scale.shape).astype(dtype)
-    )
-    if len(node.input) > 2:
-        graph.rewire(Use(node, 2), name)
-    else:
-        graph.extend_input(node, name)
+    hint = f"{node.outputs[0].name}_mended"
+    node.replace_input_with(1, graph.add_constant(f"{hint}_scale", scale))
+    point = np.broadcast_to(zero, scale.shape).astype(dtype)
+    set_input(node, 2, graph.add_constant(f"{hint}_zero_point", point))
     set_attribute(node, "output_dtype", None)
     if scale.ndim == 0:
         set_attribute(node, "axis", None)
@@ -157,103 +151,114 @@ def set_numbers(
 def pairs(graph: Graph) -> Iterator[Pair]:
     """Yield every activation pair; a Q that no DQ reads has none."""
     for node in graph.of_type(Q):
-        if graph.constant(node.input[0]) is None:
-            yield pair_of(graph, node)
+        if constant(node.inputs[0]) is None:
+            yield pair_of(node)
 
 
-def pair_of(graph: Graph, quantize: onnx.NodeProto) -> Pair:
+def pair_of(quantize: ir.Node) -> Pair:
     """Return the pair of a Q node."""
-    readers = [u.node for u in graph.readers(quantize.output[0]) if u.node.op_type == DQ]
-    return Pair(quantize, tuple(readers), numbers_of(graph, quantize))
+    readers = [node for node, _ in quantize.outputs[0].uses() if node.op_type == DQ]
+    return Pair(quantize, tuple(readers), numbers_of(quantize))
 
 
-def pair_before(graph: Graph, value: str) -> Pair | None:
+def pair_before(value: ir.Value | None) -> Pair | None:
     """Return the activation pair whose DQ makes ``value``."""
-    node = graph.maker(value)
+    node = maker(value)
     if node is None or node.op_type != DQ:
         return None
-    before = graph.maker(node.input[0])
-    if before is None or before.op_type != Q or graph.constant(before.input[0]) is not None:
+    before = maker(node.inputs[0])
+    if before is None or before.op_type != Q or constant(before.inputs[0]) is not None:
         return None
-    return pair_of(graph, before)
+    return pair_of(before)
 
 
-def is_quantized(graph: Graph, value: str) -> bool:
+def pairs_on(value: ir.Value) -> list[Pair]:
+    """Return the pairs that quantize ``value``."""
+    found = [pair_of(node) for node, _ in value.uses() if node.op_type == Q]
+    return [pair for pair in found if pair.dequantizes]
+
+
+def insert_pair(graph: Graph, value: ir.Value, numbers: Sequence[ir.Value | None]) -> None:
+    """Let all that reads ``value`` read it quantized, with ``numbers`` as scale and zero point."""
+    readers = {node for node, _ in value.uses()}
+    real = add_pair(graph, value, numbers)
+    graph.replace(value, real, keep=[node for node, _ in value.uses() if node not in readers])
+
+
+def is_quantized(value: ir.Value | None) -> bool:
     """Return whether ``value`` comes from DQ nodes, directly or through ops that move values."""
-    node = graph.maker(value)
+    node = maker(value)
     if node is None:
         return False
     if node.op_type == DQ:
         return True
     if node.op_type == "Concat":
-        return all(is_quantized(graph, name) for name in node.input)
-    return node.op_type in MOVING and is_quantized(graph, node.input[0])
+        return all(is_quantized(each) for each in node.inputs)
+    return node.op_type in MOVING and is_quantized(node.inputs[0])
 
 
-def is_never_negative(graph: Graph, value: str, depth: int = 12) -> bool:
+def is_never_negative(value: ir.Value | None, depth: int = 12) -> bool:
     """Return whether ``value`` is certainly not negative, judged by the ops that make it."""
-    node = graph.maker(value)
+    node = maker(value)
     if node is None or depth == 0:
         return False
     if node.op_type in NEVER_NEGATIVE:
         return True
     if node.op_type == "Clip":
-        low = graph.constant(node.input[1]) if len(node.input) > 1 and node.input[1] else None
+        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         low = low if low is not None else np.asarray(attribute(node, "min", -1.0))
         return bool(low >= 0)
     if node.op_type == DQ:
-        pair = pair_before(graph, value)
+        pair = pair_before(value)
         return pair is not None and pair.numbers.limits[0] >= 0
     if node.op_type in KEEPS_SIGN_OF_ALL:
-        return all(is_never_negative(graph, name, depth - 1) for name in node.input)
-    return node.op_type in KEEPS_SIGN and is_never_negative(graph, node.input[0], depth - 1)
+        return all(is_never_negative(each, depth - 1) for each in node.inputs)
+    return node.op_type in KEEPS_SIGN and is_never_negative(node.inputs[0], depth - 1)
 
 
 def weights(graph: Graph) -> Iterator[Weight]:
     """Yield the quantized weight of every weighted op whose scale is constant."""
     for node in graph.of_type(*WEIGHTED):
-        weight = weight_of(graph, node)
+        weight = weight_of(node)
         if weight is not None and weight.numbers.scale is not None:
             yield weight
 
 
-def weight_of(graph: Graph, node: onnx.NodeProto) -> Weight | None:
+def weight_of(node: ir.Node) -> Weight | None:
     """Return the quantized constant weight of ``node``, seen through Transpose and Identity."""
-    axis = _channel_axis(graph, node)
-    value = node.input[1]
-    while (maker := graph.maker(value)) is not None and maker.op_type in ("Transpose", "Identity"):
-        if maker.op_type == "Transpose" and axis is not None:
-            order = attribute(maker, "perm")
+    axis = _channel_axis(node)
+    value = node.inputs[1]
+    while (made := maker(value)) is not None and made.op_type in ("Transpose", "Identity"):
+        if made.op_type == "Transpose" and axis is not None:
+            order = attribute(made, "perm")
             axis = order[axis] if order is not None else -1 - axis if axis >= 0 else None
-        value = maker.input[0]
-    if maker is None or maker.op_type != DQ:
+        value = made.inputs[0]
+    if made is None or made.op_type != DQ:
         return None
-    numbers = numbers_of(graph, maker)
-    stored = graph.constant(maker.input[0])
-    quantize = None if stored is not None else graph.maker(maker.input[0])
+    numbers = numbers_of(made)
+    stored = constant(made.inputs[0])
+    quantize = None if stored is not None else maker(made.inputs[0])
     if quantize is not None and quantize.op_type == Q:
-        stored = graph.constant(quantize.input[0])
+        stored = constant(quantize.inputs[0])
     if stored is None:
         return None
     several = numbers.scale is not None and numbers.scale.size > 1
-    along_axis = attribute(maker, "axis", 1) % stored.ndim if several else None
+    along_axis = attribute(made, "axis", 1) % stored.ndim if several else None
     channel = axis % stored.ndim if axis is not None else None
-    return Weight(node, maker, quantize, stored, numbers, along_axis, channel)
+    return Weight(node, made, quantize, stored, numbers, along_axis, channel)
 
 
 def store_weight(graph: Graph, weight: Weight, scale: Array, axis: int | None) -> None:
     """Store the real values of ``weight`` as symmetric int8, with ``scale`` along ``axis``."""
     dtype = weight.values.dtype if weight.values.dtype.kind == "f" else np.dtype(np.float32)
     scale = scale.astype(dtype)
-    zero = np.zeros(scale.shape, np.int8)
     if weight.quantize is None:
-        raw = np.rint(weight.values / along(scale, axis, weight.stored.ndim))
-        integers = np.clip(raw, -127, 127).astype(np.int8)
-        hint = f"{weight.dequantize.input[0]}_mended"
-        graph.rewire(Use(weight.dequantize, 0), graph.add_constant(hint, integers))
+        integers = encode(weight.values, scale, axis)
+        hint = f"{_input(weight.dequantize, 0).name}_mended"
+        weight.dequantize.replace_input_with(0, graph.add_constant(hint, integers))
     for node in (weight.quantize, weight.dequantize):
         if node is not None:
-            set_numbers(graph, node, scale, zero, INT8)
+            set_numbers(graph, node, scale, np.zeros(scale.shape, np.int8), INT8)
             set_attribute(node, "axis", axis)
 
 
@@ -264,18 +269,13 @@ def best_scale(values: Array, axis: int | None) -> Array:
     return np.maximum(peak / 127, SMALLEST_SCALE).astype(values.dtype)
 
 
-def along(array: Array, axis: int | None, rank: int) -> Array:
-    """Reshape a scale or zero point (C,) to broadcast along ``axis`` of ``rank`` dimensions."""
-    if array.size == 1 or axis is None:
-        return array.reshape(())
-    return array.reshape([-1 if d == axis else 1 for d in range(rank)])
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    if value is None:
+        raise ValueError(f"input {index} of {node.name!r} is left out")
+    return value
 
 
-def _channel_axis(graph: Graph, node: onnx.NodeProto) -> int | None:
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "ConvTranspose":
-        return 1 if attribute(node, "group", 1) == 1 else None
-    if node.op_type == "Gemm":
-        return 0 if attribute(node, "transB", 0) else 1
-    return -1
+def _channel_axis(node: ir.Node) -> int | None:
+    grouped = node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1
+    return None if grouped else channel_axis(node)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compress.errors import UnknownNameError
+from compress.graph.values import Graph
 from compress.qdq.lint import (
     activations,
     biases,
@@ -17,7 +18,6 @@ from compress.qdq.lint import (
     weights,
 )
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.graph import Graph
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
 

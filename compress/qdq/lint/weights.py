@@ -7,9 +7,10 @@ from functools import partial
 
 import numpy as np
 
+from compress.graph.values import Array, Graph, label
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.graph import Array, Graph, label
-from compress.qdq.lint.patterns import INT8, Weight, along, best_scale, store_weight, weights
+from compress.qdq.lint.patterns import INT8, Weight, best_scale, store_weight, weights
+from compress.qdq.writer import along
 
 FEW_LEVELS = 32  # a channel that reaches no higher than this has lost two bits to its neighbours
 CLIPPED_SHARE = 0.01
@@ -25,13 +26,7 @@ def weight_axis(graph: Graph) -> Iterator[Problem]:
             label(weight.node),
             f"the scales of its weight run along dimension {weight.axis}; output channels are "
             f"dimension {weight.channel_axis}, and no int8 kernel can use another",
-            partial(
-                store_weight,
-                graph,
-                weight,
-                best_scale(weight.values, weight.channel_axis),
-                weight.channel_axis,
-            ),
+            partial(_fit, graph, weight, weight.channel_axis),
         )
 
 
@@ -45,7 +40,7 @@ def weight_zero_point(graph: Graph) -> Iterator[Problem]:
             label(weight.node),
             f"its weight is {weight.numbers.dtype} with a zero point of "
             f"{int(weight.numbers.zero.flat[0])}; int8 kernels want symmetric int8 weights",
-            partial(store_weight, graph, weight, best_scale(weight.values, axis), axis),
+            partial(_fit, graph, weight, axis),
         )
 
 
@@ -72,9 +67,7 @@ def weight_clipped(graph: Graph) -> Iterator[Problem]:
                 label(weight.node),
                 f"{100 * share:.1f} % of its weights lie outside the range of their scale, the "
                 f"worst {ratio.max() / 127:.1f} times; they are clipped",
-                partial(
-                    store_weight, graph, weight, best_scale(weight.values, weight.axis), weight.axis
-                ),
+                partial(_fit, graph, weight, weight.axis),
             )
 
 
@@ -106,18 +99,13 @@ def weight_per_tensor(graph: Graph) -> Iterator[Problem]:
             f"one scale for {peaks.size} channels: the smallest uses {int(live.min())} of 127 "
             "levels; a scale for each channel costs nothing"
             + ("" if floats else ", but needs the float weights: quantize again per channel"),
-            (
-                partial(
-                    store_weight,
-                    graph,
-                    weight,
-                    best_scale(weight.values, weight.channel_axis),
-                    weight.channel_axis,
-                )
-            )
-            if floats
-            else None,
+            partial(_fit, graph, weight, weight.channel_axis) if floats else None,
         )
+
+
+def _fit(graph: Graph, weight: Weight, axis: int | None) -> None:
+    """Store ``weight`` with the smallest scales along ``axis`` that hold it."""
+    store_weight(graph, weight, best_scale(weight.values, axis), axis)
 
 
 def _symmetric(graph: Graph) -> Iterator[Weight]:

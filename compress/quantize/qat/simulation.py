@@ -85,9 +85,7 @@ class SimulatedNetwork(OnnxNetwork):
     ) -> None:
         target = target or plan.target
         write_qdq(model, plan, target)  # whatever does not fit is said here, and in its words
-        prepared = prepare(model)
-        apply_corrections(prepared, plan)
-        rewrite_for(prepared, target)
+        prepared = rewrite_for(apply_corrections(prepare(model), plan), target)
         super().__init__(prepared)
         self.plan, self.target, self.learned_scales = plan, target, learned_scales
         self.graph_nodes = {node.name: node for node in prepared.graph.node}

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import onnx
 from onnx import ModelProto, NodeProto
 
-WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+from compress.graph import model as onnx_graph
+from compress.graph.model import WEIGHTED, attribute
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,14 @@ def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
             quantizer behind it, as ONNX Runtime does.
     """
     shapes, tensors = _inferred(model)
-    producers = {output: node for node in model.graph.node for output in node.output}
+    view = onnx_graph.Graph(model)
     constants = _constants(model)
     work = {
         node.name: Work(
             node.name,
             node.op_type,
             macs(node, shapes),
-            _doubt(node, producers, _consumers(model), needs_quantized_output),
+            _doubt(view, node, needs_quantized_output),
         )
         for node in model.graph.node
         if node.op_type in WEIGHTED
@@ -76,7 +77,7 @@ def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
         if node.op_type in ("Add", "Sum") and not set(node.input) & constants
     )
     nodes = frozenset(node.name for node in model.graph.node)
-    makers = {output: node.name for output, node in producers.items()}
+    makers = {output: node.name for output, node in view.producer.items()}
     return Graph(work, adds, tensors, nodes, makers)
 
 
@@ -90,8 +91,7 @@ def macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
         return math.prod(answer) * math.prod(second[1:])
     if node.op_type == "ConvTranspose":
         return math.prod(first) * math.prod(second[1:])
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    return math.prod(answer) * (first[0] if transposed else first[-1])
+    return math.prod(answer) * (first[0] if attribute(node, "transA", 0) else first[-1])
 
 
 def _inferred(model: ModelProto) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
@@ -127,31 +127,17 @@ def _constants(model: ModelProto) -> set[str]:
     return known
 
 
-def _consumers(model: ModelProto) -> dict[str, list[NodeProto]]:
-    readers: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    return readers
-
-
-def _doubt(
-    node: NodeProto,
-    producers: dict[str, NodeProto],
-    consumers: dict[str, list[NodeProto]],
-    needs_quantized_output: bool,
-) -> str:
+def _doubt(graph: onnx_graph.Graph, node: NodeProto, needs_quantized_output: bool) -> str:
     def is_dequantized(name: str) -> bool:
-        return name in producers and producers[name].op_type == "DequantizeLinear"
+        return name in graph.producer and graph.producer[name].op_type == "DequantizeLinear"
 
     if not is_dequantized(node.input[0]):
         return "its input is not quantized"
     if not is_dequantized(node.input[1]):
         return "its weight is not quantized"
     if needs_quantized_output and node.op_type in ("Conv", "MatMul"):
-        readers = consumers.get(node.output[0], [])
-        if len(readers) == 1 and readers[0].op_type in ("Relu", "Clip"):
-            readers = consumers.get(readers[0].output[0], [])
-        if not readers or any(reader.op_type != "QuantizeLinear" for reader in readers):
+        last = graph.activation_after(node) or node
+        readers = [reader.op_type for reader, _ in graph.readers.get(last.output[0], [])]
+        if not readers or set(readers) != {"QuantizeLinear"}:
             return "its output is not quantized"
     return ""

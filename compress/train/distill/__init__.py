@@ -5,14 +5,13 @@ from __future__ import annotations
 from compress.train.distill.build import build_objective
 from compress.train.distill.objective import DistillObjective
 from compress.train.distill.own_loop import Distiller, distiller
-from compress.train.distill.teacher_ablation import Control, compare_without_teacher, shortened
+from compress.train.distill.teacher_ablation import Control, does_teacher_help
 
 __all__ = [
     "Control",
     "DistillObjective",
     "Distiller",
     "build_objective",
-    "compare_without_teacher",
     "distiller",
-    "shortened",
+    "does_teacher_help",
 ]

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
+from compress.data import Dataset
+from compress.errors import TrainingError
 from compress.recipe.settings import DistillSettings
+from compress.train import train
+from compress.train.distill.build import build_objective
 
 SHARE = 0.2  # of the epochs, for each of the two trainings
 CONFIDENCE_Z = 1.96  # 95 %
@@ -70,16 +76,35 @@ def shortened(settings: DistillSettings, epochs: int) -> DistillSettings:
     )
 
 
-def compare_without_teacher(
-    run: Callable[[bool, int], float], *, epochs: int, images: int
+def does_teacher_help(
+    student: nn.Module, teacher: Any, dataset: Dataset, settings: DistillSettings, *, seed: int = 0
 ) -> Control:
-    """Train shortly with and without the teacher.
+    """Train a copy of the student briefly with the teacher, another without, and compare them.
 
     Args:
-        run: Trains a fresh copy of the student, with the teacher or without, for so many epochs
-            with a whole schedule, and returns its top-1 on validation images in percent.
-        epochs: Of the training that is to be judged.
-        images: Validation images.
+        student: Not modified.
+        teacher: As ``build_objective`` takes it.
+        dataset: With validation images, which both are compared on.
+        settings: Of the training that is to be judged; its schedule is squeezed.
+        seed: Of both trainings.
+
+    Raises:
+        TrainingError: there are no validation images to compare them on.
     """
-    short = max(1, round(SHARE * epochs))
-    return Control(run(True, short), run(False, short), images, short)
+    images = len(dataset.splits.get("validation", ()))
+    if not images:
+        raise TrainingError(
+            "without validation images, nothing tells whether the teacher helps",
+            where="distill.control",
+            fix="Hold some back: data.validation: 0.1",
+        )
+    short = shortened(settings, max(1, round(SHARE * settings.epochs)))
+
+    def top1_pct(*, with_teacher: bool) -> float:
+        model = copy.deepcopy(student)
+        objective = build_objective(model, teacher, dataset, short) if with_teacher else None
+        result = train(model, dataset, short, objective=objective, seed=seed)
+        return float(result.last_top1_pct or 0.0)
+
+    found = top1_pct(with_teacher=True), top1_pct(with_teacher=False)
+    return Control(*found, images, short.epochs)

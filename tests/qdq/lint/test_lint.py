@@ -259,3 +259,57 @@ def test_weights_outside_the_folder_are_refused(tmp_path, location):
     (folder / "x.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(CompressError, match="outside"):
         lint_onnx(folder / "x.onnx")
+
+
+def without_pair(model: onnx.ModelProto, quantize: onnx.NodeProto) -> onnx.ModelProto:
+    """Return a copy in which all that reads this pair reads what it quantizes."""
+    bare = onnx.ModelProto()
+    bare.CopyFrom(model)
+    codes = quantize.output[0]
+    real = {node.output[0] for node in model.graph.node if codes in node.input}
+    kept = [node for node in bare.graph.node if not {codes, *real}.intersection(node.output)]
+    for node in kept:
+        for position, name in enumerate(node.input):
+            if name in real:
+                node.input[position] = quantize.input[0]
+    del bare.graph.node[:]
+    bare.graph.node.extend(kept)
+    return bare
+
+
+def test_every_pair_that_the_writer_places_is_missed_where_it_lacks(network):
+    written = foreign.by_compress(network, "onnxruntime")
+    pairs = [node for node in written.graph.node if node.op_type == "QuantizeLinear"]
+    asks = {"missing-input-quantization", "missing-output-quantization", "half-quantized"}
+    assert len(pairs) > 20
+    for quantize in pairs:
+        assert rules_that_fire(without_pair(written, quantize), "onnxruntime") & asks, quantize.name
+
+
+def test_a_read_that_the_writer_leaves_in_float_is_needless_in_int8(network):
+    written = foreign.by_compress(network, "tensorrt")
+    sources = {n.output[0]: n.input[0] for n in written.graph.node if n.op_type == "QuantizeLinear"}
+    real = {
+        sources[node.input[0]]: node.output[0]
+        for node in written.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in sources
+    }
+    tried = 0
+    for index, node in enumerate(written.graph.node):
+        for position, name in enumerate(node.input):
+            if name in real and node.op_type not in ("QuantizeLinear", "Concat", "MaxPool"):
+                other = onnx.ModelProto()
+                other.CopyFrom(written)
+                other.graph.node[index].input[position] = real[name]
+                found = rules_that_fire(other, "tensorrt")
+                assert found & {"needless-pair", "residual-both-sides"}, node.name
+                tried += 1
+    assert tried
+
+
+def test_a_convolution_that_ends_the_network_is_to_be_quantized_as_the_writer_does():
+    """Its output is moved on its way out; without Q behind it the convolution runs in float."""
+    s = Sketch()
+    y = s.conv(s.pair("input", 8 / 255, 128, np.uint8), s.weight(s.kernel(8, 3, 3, 3)))
+    model = s.model(s.add("Transpose", y, perm=[0, 2, 3, 1]))
+    assert "missing-output-quantization" in rules_that_fire(model, "onnxruntime")

@@ -5,7 +5,6 @@ import itertools
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from compress.errors import TrainingError, UnknownNameError, UsageError
 from compress.modules.objective import Moment
 from compress.recipe.settings import AugmentSettings, DistillSettings
 from compress.train import train
-from compress.train.distill import build, build_objective, compare_without_teacher
+from compress.train.distill import build, build_objective
 from compress.train.distill.feature_hooks import Tap, survey, tapped
 from compress.train.distill.layer_matching import pair_layers
-from compress.train.distill.teacher_ablation import Control, shortened
+from compress.train.distill.teacher_ablation import Control, does_teacher_help, shortened
 from compress.train.losses import Taps
 
 
@@ -504,15 +503,8 @@ def test_a_better_teacher_is_not_complained_about():
     assert objective(net(1), teacher).notes == []
 
 
-def test_a_control_trains_briefly_with_and_without_the_teacher():
-    calls = []
-
-    def run(with_teacher: bool, epochs: int) -> float:
-        calls.append((with_teacher, epochs))
-        return 70.0 if with_teacher else 60.0
-
-    control = compare_without_teacher(run, epochs=30, images=1000)
-    assert calls == [(True, 6), (False, 6)]
+def test_a_control_says_how_sure_it_is():
+    control = Control(70.0, 60.0, 1000, 6)
     assert control.verdict == "helps"
     # error of a difference of two shares
     error = 196 * np.sqrt(0.7 * 0.3 / 1000 + 0.6 * 0.4 / 1000)
@@ -537,25 +529,19 @@ def test_a_short_schedule_keeps_its_proportions():
 
 
 def test_the_control_of_a_recipe_trains_copies():
-    from compress.pipeline.stages.teacher_ablation import does_teacher_help
-
     teacher, student = net(2, width=8), net(1)
     train(teacher, DATA, settings(epochs=10), device="cpu")
     before = copy.deepcopy(student.state_dict())
-    job = SimpleNamespace(dataset=DATA, recipe=SimpleNamespace(seed=0))
-    control = does_teacher_help(job, student, teacher, settings(epochs=20, losses=("kd",)))
+    control = does_teacher_help(student, teacher, DATA, settings(epochs=20, losses=("kd",)))
     assert (control.epochs, control.images) == (4, 24)
     assert control.verdict in {"helps", "hurts", "no difference seen"}
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())
 
 
 def test_a_control_needs_validation_images():
-    from compress.pipeline.stages.teacher_ablation import does_teacher_help
-
     splits = {name: images for name, images in DATA.splits.items() if name != "validation"}
-    job = SimpleNamespace(dataset=replace(DATA, splits=splits), recipe=SimpleNamespace(seed=0))
     with pytest.raises(TrainingError, match=r"without validation images.*data.validation: 0.1"):
-        does_teacher_help(job, net(1), net(2), settings())
+        does_teacher_help(net(1), net(2), replace(DATA, splits=splits), settings())
 
 
 # -- bad input -----------------------------------------------------------------------------------

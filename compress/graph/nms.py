@@ -1,0 +1,173 @@
+"""NMS at the end of a graph: boxes before NMS, as YOLO heads give them, become boxes after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+
+from compress.errors import ExportError
+
+OUTPUT = "detections"
+
+
+@dataclass(frozen=True)
+class Nms:
+    """Non-maximum suppression within each class; a place has the class of its highest score.
+
+    Args:
+        iou: Overlap from which the box of the lower score is left out.
+        score: Boxes up to this score are left out.
+        max_boxes: Of an image, the best; fewer are filled up with zeros.
+    """
+
+    iou: float = 0.7
+    score: float = 0.001
+    max_boxes: int = 100
+
+    def of(self, head: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return boxes (M, 4) as x1, y1, x2, y2, scores and labels of one image, best first.
+
+        Args:
+            head: (4 + K, A): centre and size of each box, and the score of each class.
+        """
+        likely = np.flatnonzero(head[4:].max(0) > self.score)
+        return self.suppressed(head, head[4:, likely].argmax(0), likely)
+
+    def suppressed(
+        self, head: NDArray[Any], labels: NDArray[Any], places: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Return what ``of`` does, of the boxes at ``places`` (M,) with these labels (M,)."""
+        from torchvision.ops import batched_nms
+
+        scores = head[4:][labels, places].astype(np.float32)
+        centre, size = head[:2, places].T, head[2:4, places].T
+        boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).astype(np.float32)
+        given = (torch.from_numpy(each) for each in (boxes, scores, labels))
+        kept = batched_nms(*given, self.iou).numpy()
+        return boxes[kept], scores[kept], labels[kept]
+
+    def rows(self, heads: NDArray[Any]) -> NDArray[np.float32]:
+        """Return (B, M, 6) as the graph does, for heads (B, 4 + K, A)."""
+        count = min(self.max_boxes, (heads.shape[1] - 4) * heads.shape[2])
+        out = np.zeros((len(heads), count, 6), np.float32)
+        for row, head in zip(out, heads, strict=True):
+            found = self.of(head)
+            kept = min(count, len(found[1]))
+            columns = (found[0], found[1][:, None], found[2][:, None])
+            row[:kept] = np.concatenate(columns, 1)[:kept]
+        return out
+
+    def attach(self, graph: ir.Graph) -> None:
+        """Put NMS behind the only output of ``graph``, (B, 4 + K, A): (B, M, 6) comes out.
+
+        Each row is x1, y1, x2, y2, score and class, best first.
+
+        Raises:
+            ExportError: the graph has several outputs, or one of another form.
+        """
+        shapes = [output.shape for output in graph.outputs]
+        shape = shapes[0] if len(shapes) == 1 else None
+        if shape is None or len(shape) != 3 or not all(isinstance(n, int) for n in shape[1:]):
+            raise ExportError(
+                "NMS goes behind boxes and scores, and the outputs of this network are "
+                + ", ".join(map(str, shapes)),
+                expected="one output (B, 4 + classes, places) of a fixed image size",
+                fix="Choose the output: outputs=0 (--outputs 0)",
+            )
+        rows, places = int(shape[1]), int(shape[2])  # type: ignore[arg-type]
+        if rows <= 4 or rows > places:
+            raise ExportError(
+                f"NMS goes behind boxes and scores, and the output of this network is {shape}",
+                expected="(B, 4 + classes, places), more places than rows",
+            )
+        tape = _Tape(graph)
+        boxes, scores = self._best(tape, graph.outputs[0], rows)
+        kept = self._kept(tape, boxes, scores)
+        count = min(self.max_boxes, (rows - 4) * places)
+        graph.outputs[0] = _ordered(tape, boxes, kept, count, places)
+        graph.outputs[0].name = OUTPUT
+        graph.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        graph.outputs[0].shape = ir.Shape([shape[0], count, 6])
+
+    def _best(self, tape: _Tape, head: ir.Value, rows: int) -> tuple[ir.Value, ir.Value]:
+        """Return boxes (B, A, 4), and scores (B, K, A) of which only each place's best is left."""
+        boxes = tape.slice(head, 0, 4, 1)
+        scores = tape.slice(head, 4, rows, 1)
+        best = tape.op("ReduceMax", [scores, tape.integers(1)], keepdims=1)
+        alone = tape.op("Where", [tape.op("Equal", [scores, best]), scores, tape.number(0.0)])
+        return tape.op("Transpose", [boxes], perm=[0, 2, 1]), alone
+
+    def _kept(self, tape: _Tape, boxes: ir.Value, scores: ir.Value) -> ir.Value:
+        """Return the scores (B, K, A) with zeros where NMS took a box out."""
+        limits = [tape.integers(self.max_boxes), tape.number(self.iou), tape.number(self.score)]
+        index = tape.op("NonMaxSuppression", [boxes, scores, *limits], center_point_box=1)
+        values = tape.op("GatherND", [scores, index])
+        nothing = tape.op("Mul", [scores, tape.number(0.0)])
+        return tape.op("ScatterND", [nothing, index, values])
+
+
+def _ordered(tape: _Tape, boxes: ir.Value, kept: ir.Value, count: int, places: int) -> ir.Value:
+    """Return the ``count`` best boxes, (B, M, 6)."""
+    flat = tape.op("Reshape", [kept, tape.integers(0, -1)])
+    scores, index = tape.ops("TopK", [flat, tape.integers(count)], 2, axis=1)
+    size = tape.integers(places)
+    label, place = tape.op("Div", [index, size]), tape.op("Mod", [index, size])
+    last = tape.integers(-1)
+    where = tape.op("Tile", [tape.op("Unsqueeze", [place, last]), tape.integers(1, 1, 4)])
+    chosen = tape.op("GatherElements", [boxes, where], axis=1)
+    half = tape.op("Mul", [tape.slice(chosen, 2, 4, 2), tape.number(0.5)])
+    centre = tape.slice(chosen, 0, 2, 2)
+    parts = [tape.op(name, [centre, half]) for name in ("Sub", "Add")]
+    label = tape.op("Cast", [label], to=int(ir.DataType.FLOAT))
+    parts += [tape.op("Unsqueeze", [each, last]) for each in (scores, label)]
+    return tape.op("Concat", parts, axis=2)
+
+
+class _Tape:
+    """Nodes appended to a graph one by one."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph, self.count = graph, 0
+
+    def ops(self, kind: str, inputs: list[ir.Value], outputs: int, **given: Any) -> Any:
+        """Append a node and return its outputs."""
+        self.count += 1
+        name = f"nms_{self.count}_{kind}"
+        node = ir.node(kind, inputs, given, num_outputs=outputs, name=name)
+        for number, value in enumerate(node.outputs):
+            value.name = f"{name}_{number}"
+        self.graph.append(node)
+        return node.outputs
+
+    def op(self, kind: str, inputs: list[ir.Value], **given: Any) -> ir.Value:
+        """Append a node and return its output."""
+        return self.ops(kind, inputs, 1, **given)[0]  # type: ignore[no-any-return]
+
+    def slice(self, value: ir.Value, start: int, stop: int, axis: int) -> ir.Value:
+        """Return a part of ``value``."""
+        return self.op("Slice", [value, *map(self.integers, (start, stop, axis))])
+
+    def integers(self, *values: int) -> ir.Value:
+        """Return a constant, int64."""
+        return self._constant(np.array(values, np.int64))
+
+    def number(self, value: float) -> ir.Value:
+        """Return a constant of one float32, (1,)."""
+        return self._constant(np.array([value], np.float32))
+
+    def _constant(self, array: NDArray[Any]) -> ir.Value:
+        self.count += 1
+        tensor = ir.tensor(array, name=f"nms.{self.count}")
+        value = ir.Value(
+            name=tensor.name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value

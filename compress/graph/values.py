@@ -1,0 +1,197 @@
+"""An ONNX graph on onnx_ir, to question and edit: values know their makers and their readers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import ModelProto
+from onnx_ir.passes import common as passes
+
+from compress.graph.model import fresh_name
+
+Array = NDArray[Any]
+
+
+class Graph:
+    """Nodes, constants, and the wires between them; the model it was made from is not modified."""
+
+    def __init__(self, model: ModelProto) -> None:
+        self.model = ir.from_proto(model)
+        self.body = self.model.graph
+        names = {value.name for value in (*self.body.inputs, *self.body.initializers.values())}
+        for node in self.nodes:
+            names |= {node.name, *(value.name for value in node.outputs)}
+        self._taken = {name or "" for name in names}
+
+    @property
+    def nodes(self) -> list[ir.Node]:
+        """The nodes, in the order of the file; added ones last."""
+        return list(self.body)
+
+    def of_type(self, *ops: str) -> Iterator[ir.Node]:
+        """Yield the nodes of the given operators; the graph may be edited meanwhile."""
+        for node in self.nodes:
+            if node.op_type in ops and node.graph is self.body:
+                yield node
+
+    def add_constant(self, hint: str, array: Array) -> ir.Value:
+        """Add an initializer named after ``hint``."""
+        return self._initializer(self._free(hint), array)
+
+    def set_constant(self, value: ir.Value, array: Array) -> None:
+        """Give a constant another value, or a computed value a constant in its place."""
+        if value.producer() is None:
+            value.const_value = ir.tensor(np.asarray(array, order="C"), name=value.name)
+            return
+        name, value.name = value.name, None
+        value.replace_all_uses_with(self._initializer(name, array), replace_graph_outputs=True)
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        hint: str,
+        name: str | None = None,
+        **attributes: Any,
+    ) -> ir.Value:
+        """Add a node with one output, named after ``hint``, and return the output.
+
+        The node has the name of its output, or is named after ``name``.
+        """
+        output = self._free(hint)
+        node = ir.node(op, inputs, attributes, name=output if name is None else self._free(name))
+        node.outputs[0].name = output
+        self.body.append(node)
+        return node.outputs[0]
+
+    def substitute(
+        self, node: ir.Node, op: str, inputs: Sequence[ir.Value | None], **attributes: Any
+    ) -> None:
+        """Let another operator make the first output of ``node``, under the same names."""
+        new = ir.node(op, inputs, attributes, name=node.name)
+        self.body.insert_before(node, new)
+        self.take_over(node, new)
+
+    def take_over(self, node: ir.Node, other: ir.Node) -> None:
+        """Let ``other`` make what ``node`` makes, under its name; ``node`` goes."""
+        old, new = node.outputs[0], other.outputs[0]
+        name, old.name = old.name, None
+        new.name, new.shape, new.type = name, old.shape, old.type
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self.body.remove(node, safe=True)
+
+    def replace(self, old: ir.Value, new: ir.Value, *, keep: Collection[ir.Node] = ()) -> None:
+        """Let everything that reads ``old`` read ``new``, but for the nodes of ``keep``.
+
+        A graph output keeps its name: the node that makes ``new`` takes it over.
+        """
+        for node, index in old.uses():
+            if node not in keep:
+                node.replace_input_with(index, new)
+        if old.is_graph_output():
+            if new.producer() is None or new.is_graph_output():
+                new = self.add("Identity", [new], f"{old.name}_identity")
+            self.hand_over(old, new, f"{old.name}_unused")
+
+    def hand_over(self, old: ir.Value, new: ir.Value, hint: str) -> None:
+        """Make ``new`` the graph output that ``old`` is; ``old`` is named after ``hint``."""
+        self.body.outputs[self.body.outputs.index(old)] = new
+        name, old.name = old.name, self._free(hint)
+        new.name, new.shape, new.type = name, old.shape, old.type
+
+    def rank(self, value: ir.Value) -> int | None:
+        """Return the number of dimensions of ``value`` where shape inference knows it."""
+        if value.shape is None:
+            self.infer_shapes()
+        return None if value.shape is None else value.shape.rank()
+
+    def infer_shapes(self) -> None:
+        """Fill in the shapes and types of values where inference finds them."""
+        passes.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)
+
+    def sweep(self) -> None:
+        """Remove nodes and constants that nothing reads."""
+        passes.RemoveUnusedNodesPass()(self.model)
+
+    def to_model(self) -> ModelProto:
+        """Return the graph as a model: nodes in topological order, nothing unused."""
+        self.sweep()
+        self.body.sort()
+        for node in self.of_type("QuantizeLinear"):  # its type may be another by now
+            node.outputs[0].type = node.outputs[0].shape = None
+        model: ModelProto = ir.to_proto(self.model)
+        known = [v for v in model.graph.value_info if v.name not in self.body.initializers]
+        del model.graph.value_info[:]
+        model.graph.value_info.extend(known)
+        return model
+
+    def _initializer(self, name: str | None, array: Array) -> ir.Value:
+        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
+        value = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
+        self.body.register_initializer(value)
+        return value
+
+    def _free(self, hint: str) -> str:
+        return fresh_name(self._taken, hint)
+
+
+def maker(value: ir.Value | None) -> ir.Node | None:
+    """Return the node that computes ``value``; None for inputs and constants."""
+    return None if value is None else value.producer()
+
+
+def is_read_once(value: ir.Value) -> bool:
+    """Return whether one input of one node is all that reads ``value``."""
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """Return the array of an initializer or Constant; None where ``value`` is computed."""
+    if value is None:
+        return None
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    node = value.producer()
+    if node is not None and node.op_type == "Identity":
+        return constant(node.inputs[0])
+    if node is None or node.op_type != "Constant":
+        return None
+    ((name, item),) = node.attributes.items()
+    if name == "value":
+        return np.asarray(item.value.numpy())
+    kind = np.float32 if "float" in name else np.int64
+    return np.asarray(item.value, dtype=None if "string" in name else kind)
+
+
+def set_attribute(node: ir.Node, name: str, value: Any) -> None:
+    """Set an attribute; None removes it."""
+    node.attributes.pop(name, None)
+    if value is not None:
+        node.attributes.add(ir.convenience.convert_attribute(name, value))
+
+
+def set_input(node: ir.Node, index: int, value: ir.Value) -> None:
+    """Let ``node`` read ``value`` there, as one more input if need be."""
+    node.resize_inputs(max(len(node.inputs), index + 1))
+    node.replace_input_with(index, value)
+
+
+def has_body(node: ir.Node) -> bool:
+    """Return whether ``node`` has graphs of its own, as If and Loop have."""
+    bodies = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(item.type in bodies for item in node.attributes.values())
+
+
+def label(node: ir.Node) -> str:
+    """Return the name of a node, or of its first output where it has none."""
+    return node.name or next(filter(None, map(name_of, node.outputs)), node.op_type)
+
+
+def name_of(value: ir.Value | None) -> str:
+    """Return the name of a value; "" for an input that is left out."""
+    return (value.name or "") if value is not None else ""

@@ -1,0 +1,75 @@
+"""The few layers that spoil an int8 network alone are found by halving, and left in float."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from compress import progress
+from compress.graph.model import Graph
+from compress.measure.macs import node_macs
+from compress.qdq.placement import place
+from compress.qdq.plan import QuantPlan
+from compress.quantize.sqnr import mean_db, weakest_db
+from compress.quantize.workbench import Workbench
+
+POOR_DB = 20.0  # of the weakest output: above it nothing is looked for
+MOST_LAYERS = 3
+MOST_MACS_PCT = 15.0  # of one layer
+_GAIN_DB = 2.0  # of the weakest output, for which a layer is worth its time
+_PARTS = 8
+TRIED = "to see what it costs"
+
+
+def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
+    """Return ``plan`` with the layers in float without which its weakest output is much closer.
+
+    Depthwise layers behind activations that no scale can be moved through, such as SiLU, are
+    typical: a few channels take the range, and all others get a step or two. Runs of layers are
+    left in float to see what they cost, and the best run is halved until one layer is left; up to
+    three are spared in this way, each for at least 2 dB. Where the weakest output has 20 dB and
+    more, ``plan`` is returned as it is.
+    """
+    each_db = bench.each_db(plan)
+    if not weakest_db(each_db) < POOR_DB:
+        return plan
+    graph = Graph(bench.prepared)
+    macs = node_macs(bench.prepared)
+    total = max(1, sum(macs.values()))
+    with progress.task("Looking for layers that need float"):
+        for _ in range(MOST_LAYERS):
+            names = list(place(graph, bench.target, plan.float_nodes).weights)
+            found = _worst_layer(bench, plan, names)
+            if found is None:
+                break
+            share = 100 * macs.get(next(n.output[0] for n in graph.nodes if n.name == found), 0)
+            better = plan.keep_float([found], TRIED)
+            before, after = bench.each_db(plan), bench.each_db(better)
+            gain = weakest_db(after) - weakest_db(before)
+            closer = gain >= _GAIN_DB and mean_db(after) - mean_db(before) >= _GAIN_DB / 2
+            if not closer or share / total > MOST_MACS_PCT:
+                break
+            why = f"an int8 network is {gain:.1f} dB closer without it, for {share / total:.2g} %"
+            plan = plan.keep_float([found], f"{why} of the MACs")
+            if weakest_db(after) >= POOR_DB:
+                break
+    return plan
+
+
+def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str | None:
+    """Return the layer whose being in float helps most, as far as halving tells."""
+    if len(names) < 2:
+        return None
+    parts = _split(names, _PARTS)
+    while True:
+        best = max(parts, key=lambda part: weakest_db(bench.each_db(plan.keep_float(part, TRIED))))
+        if len(best) == 1:
+            return best[0]
+        parts = _split(best, 2)
+
+
+def _split(names: Sequence[str], count: int) -> list[Sequence[str]]:
+    """Return ``names`` in ``count`` runs of nearly the same length, none empty."""
+    count = min(count, len(names))
+    edges = [len(names) * part // count for part in range(count + 1)]
+    return [names[start:end] for start, end in itertools.pairwise(edges)]

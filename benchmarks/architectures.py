@@ -76,10 +76,10 @@ def _ultralytics(kind: str, *names: str) -> list[Architecture]:
     ]
 
 
-def _segmentation(encoder: str, *names: str) -> list[Architecture]:
+def _segmentation(encoder: str, *names: str, side: int = 64) -> list[Architecture]:
     options = {"encoder_name": encoder, "encoder_weights": None}
-    package = "segmentation_models_pytorch"
-    return [Architecture(package, f"{package}:{name}", dict(options)) for name in names]
+    package, shape = "segmentation_models_pytorch", (1, 3, side, side)
+    return [Architecture(package, f"{package}:{name}", dict(options), shape) for name in names]
 
 
 def _monai(name: str, side: int, **options: Any) -> Architecture:
@@ -119,7 +119,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     *_ultralytics("PoseModel", "yolov8n-pose"),
     *_ultralytics("ClassificationModel", "yolov8n-cls", "yolo11n-cls"),
     *_segmentation("resnet18", *["Unet", "UnetPlusPlus", "Linknet", "FPN"]),
-    *_segmentation("resnet18", "PSPNet", "PAN", "MAnet"),
+    *_segmentation("resnet18", "PSPNet", "MAnet"),
+    *_segmentation("resnet18", "PAN", side=128),
     *_segmentation("resnet18", *["DeepLabV3", "DeepLabV3Plus", "UPerNet"]),
     *_segmentation("mobilenet_v2", "Unet", "FPN", "DeepLabV3Plus"),
     *_segmentation("timm-efficientnet-b0", "Unet"),

@@ -67,6 +67,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         self._is_weighted = False
         for tensor, _, _ in named:
             self._register(tensor)
+        self._places = {_memory(tensor): name for tensor, name, _ in named}
         self._rules = rules
         self._fallback = fallback
         self._distrusted = distrusted
@@ -187,7 +188,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         A buffer of the model loses the numbers of channels that go, and counts the others anew.
         """
         (own,) = self.axes(numbers)
-        name = self.origin(numbers) if self.is_own(numbers) else None
+        name = self._places.get(_memory(numbers))  # other objects over it are it: Variable(buffer)
         values = self._constants.get(name or "")
         if axis is None or own is None or name is None or values is None or values.min() < 0:
             for each in (axis, own):

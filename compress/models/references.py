@@ -119,7 +119,7 @@ def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.
     from torchvision import models
 
     _known_torchvision(name)
-    if _takes(models.get_model_builder(name), "weights_backbone"):
+    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
         given = {"weights_backbone": None, **given}  # else torchvision downloads them
     if published is None:
         return _call(f"torchvision:{name}", models.get_model, {"name": name, **given})

@@ -9,6 +9,7 @@ import pathlib
 import pickle
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,10 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
             where=where,
             fix=_nearest(state, own),
         )
-    model.load_state_dict(state, strict=False)
+    whole = OrderedDict(state)
+    # the versions of its modules, which files of tensors leave out and some networks ask for
+    whole._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]
+    model.load_state_dict(whole, strict=False)
 
 
 def _nearest(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

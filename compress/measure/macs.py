@@ -198,7 +198,7 @@ def complete_shapes(
 def _values(model: onnx.ModelProto, names: list[str]) -> list[np.ndarray]:
     """Return what tensors are for random inputs."""
     from compress.measure.probe import inputs_for
-    from compress.runtimes import open_session
+    from compress.runtimes import DEFAULT, open_session
 
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -206,7 +206,7 @@ def _values(model: onnx.ModelProto, names: list[str]) -> list[np.ndarray]:
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     with scratch() as folder:
         onnx.save(watched, folder / "watched.onnx")
-        with open_session(folder / "watched.onnx", "onnxruntime", optimization="none") as session:
+        with open_session(folder / "watched.onnx", DEFAULT, optimization="none") as session:
             found: list[np.ndarray] = session.run(*inputs_for(session, 1))
     return found
 

@@ -215,6 +215,7 @@ class Answer:
                 **dict(zip(("x1", "y1", "x2", "y2"), map(float, box))),  # noqa: B905
             }
             for k, box in zip(order, placed)  # noqa: B905
+            if (box[2:] > box[:2]).all()
         ]
 
     def _detected(self) -> Any:

@@ -202,4 +202,6 @@ def _sqnr(row: Mapping[str, Any]) -> str:
         return f"{row['sqnr_db']:.1f}"
     if row.get("not_finite"):
         return f"{row['not_finite']} not finite"
-    return "equal" if row.get("max_abs_diff") == 0 else numbers.ABSENT
+    if row.get("max_abs_diff") == 0:
+        return "both zero" if row.get("zero_reference") else "equal"
+    return numbers.ABSENT

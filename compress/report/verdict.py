@@ -205,6 +205,8 @@ def _likeness(result: Result) -> str:
     parts = [] if noise is None else [f"outputs at {number(noise)} dB of the original's"]
     if result.agreement_pct is not None:
         parts.append(f"the same answer for {number(result.agreement_pct)} % of images")
+    if all(each.get("zero_reference") for each in (result.outputs or {}).values()):
+        parts = ["outputs that are zero for every image, which tells nothing"]
     return f"with {' and '.join(parts) or 'equal outputs'} (accuracy not measured)"
 
 

@@ -244,6 +244,24 @@ def test_the_memory_of_a_gpu_is_missed_only_where_one_was_used():
     assert [len(each) for each in lines] == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"max_abs_diff": 0.0}, "with equal outputs (accuracy not measured)"),
+        (
+            {"max_abs_diff": 0.0, "zero_reference": 1.0},
+            "with outputs that are zero for every image, which tells nothing",
+        ),
+    ],
+)
+def test_equal_zeros_are_no_proof(told, words):
+    rows = [
+        Variant(name=name, stage="s", results=(Result(**OTHER, outputs=outputs, size_mib=1.0),))
+        for name, outputs in (("original", None), ("int8", {"boxes": told}))
+    ]
+    assert words in verdict(Report(variants=tuple(rows)))
+
+
 def test_terminal_shows_markup_in_names_as_it_is():
     report = Report(variants=(Variant(name="[red]x[/red]", stage="s"),))
     assert "[red]x[/red]" in rendered(report)

@@ -53,7 +53,10 @@ class Drift:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Return this drift as JSON-able data; an infinite ratio is absent."""
+        """Return this drift as JSON-able data; an infinite ratio is absent.
+
+        ``zero_reference`` is 1 where the reference is zero everywhere: to equal it tells nothing.
+        """
         told: dict[str, Any] = {
             "max_abs_diff": self.max_abs_diff,
             "mean_abs_diff": self.mean_abs_diff,
@@ -62,6 +65,8 @@ class Drift:
             told["sqnr_db"] = self.sqnr_db
         if self.not_finite:
             told["not_finite"] = self.not_finite
+        if not self.signal:
+            told["zero_reference"] = 1.0
         return told
 
     @classmethod

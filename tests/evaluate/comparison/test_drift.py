@@ -104,3 +104,9 @@ def test_outputs_of_other_names_are_matched_by_position() -> None:
 def test_what_cannot_be_compared_is_explained(candidate: Any, batches: Any, message: str) -> None:
     with pytest.raises(EngineError, match=message):
         compare_outputs(Session(a=same), candidate, batches)
+
+
+def test_zeros_that_equal_zeros_are_told():
+    zeros = np.zeros((2, 3), np.float32)
+    assert Drift.between(zeros, zeros).to_json()["zero_reference"] == 1
+    assert "zero_reference" not in Drift.between(zeros + 1, zeros + 1).to_json()

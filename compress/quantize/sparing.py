@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from onnx import ModelProto
+
 from compress import progress
+from compress.errors import ModelError
 from compress.graph.model import Graph
 from compress.measure.macs import node_macs
 from compress.qdq.placement import place
@@ -34,26 +37,47 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     if not weakest_db(each_db) < POOR_DB:
         return plan
     graph = Graph(bench.prepared)
-    macs = node_macs(bench.prepared)
-    total = max(1, sum(macs.values()))
+    shares = _shares(bench)
     with progress.task("Looking for layers that need float"):
         for _ in range(MOST_LAYERS):
             names = list(place(graph, bench.target, plan.float_nodes).weights)
             found = _worst_layer(bench, plan, names)
             if found is None:
                 break
-            share = 100 * macs.get(next(n.output[0] for n in graph.nodes if n.name == found), 0)
+            share = shares.get(next(n.output[0] for n in graph.nodes if n.name == found), 0.0)
             better = plan.keep_float([found], TRIED)
             before, after = bench.each_db(plan), bench.each_db(better)
             gain = weakest_db(after) - weakest_db(before)
             closer = gain >= _GAIN_DB and mean_db(after) - mean_db(before) >= _GAIN_DB / 2
-            if not closer or share / total > MOST_MACS_PCT:
+            if not closer or share > MOST_MACS_PCT:
                 break
-            why = f"an int8 network is {gain:.1f} dB closer without it, for {share / total:.2g} %"
-            plan = plan.keep_float([found], f"{why} of the MACs")
+            cost = f", for {share:.2g} % of the MACs" if share else ""
+            why = f"an int8 network is {gain:.1f} dB closer without it{cost}"
+            plan = plan.keep_float([found], why)
             if weakest_db(after) >= POOR_DB:
                 break
     return plan
+
+
+def _shares(bench: Workbench) -> dict[str, float]:
+    """Return the share of the MACs of each layer, percent, by its output, at the images' size.
+
+    Empty where they cannot be counted.
+    """
+    sized = ModelProto()
+    sized.CopyFrom(bench.prepared)
+    del sized.graph.value_info[:]
+    for value in sized.graph.input:
+        image = bench.fitted.get(value.name)
+        dims = value.type.tensor_type.shape.dim[1:]
+        for dim, size in zip(dims, () if image is None else image.shape[1:], strict=False):
+            dim.dim_value = size
+    try:
+        macs = node_macs(sized)
+    except ModelError:
+        return {}
+    total = max(1, sum(macs.values()))
+    return {name: 100 * each / total for name, each in macs.items()}
 
 
 def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str | None:

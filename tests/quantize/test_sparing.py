@@ -2,14 +2,18 @@
 
 import onnx
 import pytest
-from int8_graphs import GRAPHS, Sketch
+from int8_graphs import GRAPHS, Sketch, images
 from test_methods import bench_of
 
-from compress.quantize import sparing
+from compress.graph.model import Graph
+from compress.qdq import prepare
+from compress.quantize import calibrate, sparing
+from compress.quantize.images import Images
 from compress.quantize.methods import plan_by
 from compress.quantize.search import auto
 from compress.quantize.sparing import spare_layers
 from compress.quantize.sqnr import weakest_db
+from compress.quantize.workbench import Workbench
 
 
 def spoiled():
@@ -50,6 +54,19 @@ def test_the_layer_that_spoils_the_network_is_left_in_float(target):
     assert "c" in plan.float_nodes
     assert any(note.startswith("c") and "in float:" in note for note in plan.notes)
     assert weakest_db(bench.each_db(plan)) > weakest_db(bench.each_db(spared)) - 0.1
+
+
+def test_sizes_that_the_file_leaves_free_are_those_of_the_images():
+    model = spoiled()
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "any"
+    prepared = prepare(model)
+    feed = images(spoiled(), 32)
+    calibration = Images(Graph(prepared), [feed])
+    statistics = calibrate(prepared, calibration, targets=["openvino"])
+    bench = Workbench(prepared, calibration, statistics, "openvino", None, {})
+    spared = spare_layers(bench, bench.ranges())
+    assert spared.float_nodes["c"].endswith("% of the MACs")
 
 
 def test_nothing_is_looked_for_in_a_network_that_is_well(monkeypatch):

@@ -152,9 +152,12 @@ def confirmed(
             continue
         said = " and ".join(_SAID[remedy] for remedy in remedies)
         written = write_qdq(prepared, safer)
-        tried.append((safer, written, confirmation.losses(written, runtime), said))
-        if not tried[-1][2]:
+        left = confirmation.losses(written, runtime)
+        tried.append((safer, written, left, said))
+        if all(loss.real_db >= _SOUND_DB for loss in left):  # coarser remedies would cost more
             note = f"{said}: else {runtime} computes {_listed(lost)}"
+            if left:
+                note += f"; and still {_listed(left)}"
             return safer.changed(notes=(*safer.notes, note)), written
     safer, written, left, said = max(tried, key=lambda each: min(x.real_db for x in each[2]))
     if any(loss.real_db < _SOUND_DB for loss in left):

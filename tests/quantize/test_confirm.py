@@ -91,6 +91,17 @@ def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(tmp
     assert "transposed convolutions are left in float" in said
 
 
+def test_a_little_noise_of_the_runtime_is_no_reason_for_a_coarser_remedy(tmp_path, monkeypatch):
+    found = iter([[confirm.Loss("logits", 45, 20)], [confirm.Loss("logits", 45, 36)]])
+    monkeypatch.setattr(confirm.Confirmation, "losses", lambda *asked: next(found))
+    plan = quantized(two_layers(), tmp_path)
+    (said,) = [note for note in plan.notes if "computes logits has" in note]
+    assert said.startswith("weights whose products overflow in 16 bits")
+    assert said.endswith(
+        "20.0 dB instead of 45.0 dB; and still logits has 36.0 dB instead of 45.0 dB"
+    )
+
+
 def test_a_runtime_that_agrees_is_asked_once(tmp_path):
     asked = []
     original = confirm.Confirmation.losses

@@ -102,6 +102,32 @@ def test_a_little_noise_of_the_runtime_is_no_reason_for_a_coarser_remedy(tmp_pat
     )
 
 
+def test_few_values_are_judged_over_all_images(tmp_path, monkeypatch):
+    """An answer of ten scores: one image whose noise falls badly is no defect, all images are."""
+
+    def noisy(amount):
+        def answer(self, written, feeds, names, runtime):
+            told = confirm.answers_each(self.prepared, feeds, names=names)
+            moved = told[0][0] * (1 + amount[0])
+            rest = [[each[0] * (1 + amount[1])] for each in told[1:]]
+            return [[moved], *rest]
+
+        return answer
+
+    seen = []
+    original = confirm.Confirmation.losses
+
+    def recorded(self, written, runtime):
+        seen.append(original(self, written, runtime))
+        return []
+
+    monkeypatch.setattr(confirm.Confirmation, "losses", recorded)
+    for amount in ((0.016, 0.0), (0.1, 0.1)):
+        lying(monkeypatch, noisy(amount))
+        quantized(two_layers(), tmp_path)
+    assert seen[0] == [] and len(seen[1]) == 1
+
+
 def test_a_runtime_that_agrees_is_asked_once(tmp_path):
     asked = []
     original = confirm.Confirmation.losses

@@ -38,8 +38,12 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
         name, largest = names[layer.node.name], largest_codes(layer)
         value = graph.constant(name)
         if value is not None and largest is not None:
-            weights[name] = _widened(layer.node, value, plan.weights.get(name), largest)
+            widened = _widened(layer.node, value, plan.weights.get(name), largest)
+            if widened is not None:
+                weights[name] = widened
     safe = plan.changed(weights=weights)
+    if safe == plan:
+        return plan
     return bench.corrected(safe) if plan.biases else safe
 
 
@@ -67,7 +71,8 @@ def _widened(
     value: NDArray[Any],
     planned: WeightScales | None,
     largest: NDArray[np.float64],
-) -> WeightScales:
+) -> WeightScales | None:
+    """Return the scales that a layer needs; None where those it has will do."""
     axis = scale_axis(node, value.ndim)
     scales, codes = default_scales(value, axis), None
     if planned is not None:
@@ -77,6 +82,8 @@ def _widened(
     sums = largest_sums(node, whole, largest)
     needed = sums if axis is not None else sums.max(keepdims=True)
     factors = np.maximum(1, needed / LARGEST_SUM).astype(np.float32)
+    if (factors == 1).all():
+        return None
     scales = scales * factors
     if codes is not None:  # the integers that were chosen stay where their step does
         kept = along(factors == 1, axis, value.ndim)

@@ -10,6 +10,7 @@ from test_methods import bench_of
 from compress.graph.model import Graph
 from compress.qdq.plan import unpack_codes
 from compress.qdq.writer import write_qdq
+from compress.quantize import headroom
 from compress.quantize.confirm import seven_bits
 from compress.quantize.headroom import largest_codes, largest_sums, with_headroom
 from compress.quantize.layerwise import layers
@@ -118,6 +119,13 @@ def test_channels_that_cannot_overflow_keep_their_step():
         codes = [unpack_codes(each.codes, (16, 16, 1, 1)) for each in (before, after)]
         same = factors == 1
         np.testing.assert_array_equal(codes[0][same], codes[1][same])
+
+
+def test_a_network_that_cannot_overflow_keeps_its_plan(monkeypatch):
+    monkeypatch.setattr(headroom, "LARGEST_SUM", 2**20)
+    bench = bench_of(network(), target="openvino")
+    plan = bench.ranges()
+    assert with_headroom(bench, plan) is plan
 
 
 def test_a_layer_that_reads_float_has_no_integers():

@@ -122,13 +122,16 @@ def _digest(path: Path, state: tuple[int, ...]) -> str:
 def state_of(path: Path) -> tuple[int, ...]:
     """Return numbers of a file that differ after any change of it: what is known of it can be kept.
 
-    A change within the same tick of the clock would not show, so this waits for the next one.
+    A change within the same tick of the clock would not show, so this waits until the next one is
+    past: two ticks, as the clock that dates changes is behind by up to one. A file dated in the
+    future, as by the clock of a file server, has a new state at every call.
     """
     found = path.stat()
-    while 0 <= (age := time.time_ns() - found.st_ctime_ns) < TICK_NS:
-        time.sleep((TICK_NS - age) / 1e9)
+    while 0 <= (age := time.time_ns() - found.st_ctime_ns) < 2 * TICK_NS:
+        time.sleep((2 * TICK_NS - age) / 1e9)
         found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    now = time.time_ns() if age < 0 else 0
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, now
 
 
 @contextlib.contextmanager

@@ -68,19 +68,29 @@ def test_a_run_does_each_thing_once(compress, counted, monkeypatch, tmp_path):
 
 
 def test_a_file_that_changes_is_read_again(monkeypatch, tmp_path):
-    """At the same size, where changes are dated by a clock of the coarsest tick."""
-    whole = Path.stat
+    """At the same size, where changes are dated by a clock of the coarsest tick, and late."""
+    whole, late = Path.stat, artifact.TICK_NS * 4 // 10
 
     def coarse(path, **options):
         found = whole(path, **options)
         exact = {name: getattr(found, name) for name in ("st_dev", "st_ino", "st_size")}
         times = {name: getattr(found, name) for name in ("st_mtime_ns", "st_ctime_ns")}
-        return SimpleNamespace(**exact, **{k: t - t % artifact.TICK_NS for k, t in times.items()})
+        return SimpleNamespace(
+            **exact, **{k: t - late - (t - late) % artifact.TICK_NS for k, t in times.items()}
+        )
 
     monkeypatch.setattr(Path, "stat", coarse)
     path = tmp_path / "file"
-    for number in range(30):
+    for number in range(20):
         content = bytes([number]) * 100
         path.write_bytes(content)
         digest = hashlib.sha256(content).hexdigest()
         assert artifact.sha256(path) == digest == artifact.sha256(path)
+
+
+def test_a_file_dated_in_the_future_is_read_each_time(monkeypatch, tmp_path):
+    """The clock of a file server is ahead, so that waiting for its tick says nothing."""
+    monkeypatch.setattr(artifact.time, "time_ns", iter(range(100)).__next__)
+    path = tmp_path / "file"
+    path.write_bytes(b"0")
+    assert artifact.state_of(path) != artifact.state_of(path)

@@ -7,19 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.cli.arguments import (
-    Color,
-    Data,
-    ImageSize,
-    Inputs,
-    Json,
-    Layout,
-    Mean,
-    Range,
-    Std,
-    Threads,
-    Trust,
-)
+from compress.cli.arguments import Data, FileInput, Json, Pixels, Threads, Trust, with_options
 from compress.cli.exits import GATE_FAILED
 from compress.cli.options import integers, load_dataset
 from compress.cli.output import say, write_numbers
@@ -29,6 +17,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+@with_options(Pixels, FileInput)
 def bench(
     ctx: typer.Context,
     artifacts: Annotated[
@@ -41,13 +30,6 @@ def bench(
     data: Annotated[
         str | None, typer.Option(help="DATA, to measure accuracy as well; latency alone if absent")
     ] = None,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    input_range: Range = None,
-    color: Color = None,
-    layout: Layout = None,
-    inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
     trust: Trust = False,
@@ -68,19 +50,13 @@ def bench(
     say(found.table())
 
 
+@with_options(Pixels, FileInput)
 def compare(
     ctx: typer.Context,
     reference: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     candidate: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     data: Data,
     bisect: Annotated[bool, typer.Option(help="Find the first tensor that differs")] = False,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    input_range: Range = None,
-    color: Color = None,
-    layout: Layout = None,
-    inputs: Inputs = None,
     json: Json = None,
     trust: Trust = False,
 ) -> None:

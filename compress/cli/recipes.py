@@ -76,7 +76,7 @@ def training_after(given: Given) -> list[dict[str, Any]]:
     if after.get("epochs"):
         return [{"distill" if "teacher" in after else "finetune": after}]
     if "teacher" in after:
-        raise UsageError("a teacher without training", fix="Say how long: --epochs N")
+        raise UsageError("--teacher without training", fix="Say how long: --epochs N")
     return []
 
 

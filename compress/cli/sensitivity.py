@@ -57,7 +57,7 @@ def sensitivity(
     from compress.pipeline.task import prepared
 
     if prune == quantize:
-        raise UsageError("say what for", expected="one of --prune and --quantize")
+        raise UsageError("one of --prune and --quantize is needed", expected="exactly one")
     given = ctx.params
     recipe = recipe_of("sensitivity", given, [])
     dataset, judge = prepared(recipe)

@@ -194,7 +194,7 @@ def _check_calls(model: ModelProto, path: Path) -> None:
     total = max(nodes_in(body, 0) for body in (model.graph, *model.functions))
     if total > MOST_NODES:
         raise EngineError(
-            f"its functions stand for {total} nodes",
+            f"its functions expand to {total} nodes",
             where=str(path),
             expected=f"at most {MOST_NODES}",
         )

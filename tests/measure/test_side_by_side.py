@@ -19,7 +19,7 @@ from compress.data import Dataset, load_data, parse_reference
 from compress.errors import CompressError, EngineError, UnknownNameError, UsageError
 from compress.graph.metadata import stamp
 from compress.measure import Timing
-from compress.measure.artifacts import rivals_of
+from compress.measure.artifacts import candidates_of
 from compress.measure.benchmark import bench_artifacts
 from compress.measure.compare import compare_artifacts
 
@@ -159,12 +159,12 @@ def test_names_tell_artifacts_apart(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         onnx.save(linear(), tmp_path / name / "model.onnx")
     paths = [tmp_path / "a/model.onnx", tmp_path / "b/model.onnx", tmp_path / "a/model.onnx"]
-    assert [rival.name for rival in rivals_of(paths)] == [
+    assert [candidate.name for candidate in candidates_of(paths)] == [
         "a/model.onnx",
         "b/model.onnx",
         "a/model.onnx #2",
     ]
-    names = [rival.name for rival in rivals_of(paths[:1], ["onnxruntime", "openvino"])]
+    names = [candidate.name for candidate in candidates_of(paths[:1], ["onnxruntime", "openvino"])]
     assert names == ["model.onnx on onnxruntime", "model.onnx on openvino"]
 
 
@@ -388,8 +388,8 @@ def test_stages_and_runs_stand_for_their_files(tmp_path: Path) -> None:
     saved(tmp_path / "run" / "00-original", model=linear())
     onnx.save(linear(noise=0.1), stage / "model.onnxruntime.onnx")
     for path in (stage, tmp_path / "run"):
-        assert [r.path for r in rivals_of([path])] == [stage / "model.onnxruntime.onnx"]
+        assert [r.path for r in candidates_of([path])] == [stage / "model.onnxruntime.onnx"]
     onnx.save(linear(noise=0.1), stage / "model.openvino.onnx")
-    assert len(rivals_of([stage])) == 2
+    assert len(candidates_of([stage])) == 2
     with pytest.raises(CompressError, match="holds 2 networks"):
         compare_artifacts(stage, stage, digits())

@@ -84,6 +84,9 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of 
 Track = Annotated[
     str | None, typer.Option(help="Also log trainings: tensorboard or mlflow; neither if absent")
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Also print what was tried and what was not measured")
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
 TaskName = Annotated[
     str | None, typer.Option("--task", help="See: compress list tasks; that of the data if absent")
@@ -142,6 +145,7 @@ class Running:
     fresh: Fresh = False
     track: Track = None
     workers: Workers = None
+    verbose: Verbose = False
 
 
 class FineTuning:

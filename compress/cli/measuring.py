@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.cli.arguments import Data, FileInput, Json, Pixels, Threads, Trust, with_options
+from compress.cli.arguments import (
+    Data,
+    FileInput,
+    Json,
+    Pixels,
+    Threads,
+    Trust,
+    Verbose,
+    with_options,
+)
 from compress.cli.exits import GATE_FAILED
 from compress.cli.options import integers, load_dataset
 from compress.cli.output import say, write_numbers
@@ -87,6 +96,7 @@ def report(
     track: Annotated[
         str | None, typer.Option(help="Log each run to tensorboard or mlflow as well")
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Write the report of a run again, or one comparison of several runs."""
     from rich.console import Group
@@ -98,7 +108,8 @@ def report(
     log = tracker(track) if track else None
     if len(runs) == 1:
         folder = out or runs[0]
-        shown = reports.summary(reports.write(reports.read_run(runs[0]), folder), folder)
+        written = reports.write(reports.read_run(runs[0]), folder)
+        shown = reports.summary(written, folder, verbose=verbose)
     elif out is None:
         raise UsageError("several runs need a folder for their comparison", fix="Give --out DIR")
     else:

@@ -24,6 +24,7 @@ from compress.cli.arguments import (
     Set,
     Track,
     Trust,
+    Verbose,
     Weights,
     names,
     with_options,
@@ -59,6 +60,7 @@ def run(
         bool, typer.Option(help="Print the recipe with all defaults and stop")
     ] = False,
     trust: Trust = False,
+    verbose: Verbose = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
     if dry_run:
@@ -69,7 +71,8 @@ def run(
         preflight(resolved, where=str(recipe))
         say(dump(resolved))
     else:
-        finish(tracked(loaded(recipe, overrides), track), out, fresh=fresh, where=str(recipe))
+        resolved = tracked(loaded(recipe, overrides), track)
+        finish(resolved, out, fresh=fresh, verbose=verbose, where=str(recipe))
 
 
 @with_options(Running, Pixels, Experiment)

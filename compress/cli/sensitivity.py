@@ -57,7 +57,7 @@ def sensitivity(
     from compress.pipeline.task import prepared
 
     if prune == quantize:
-        raise UsageError("one of --prune and --quantize is needed", expected="exactly one")
+        raise UsageError("nothing says what to measure", expected="one of --prune and --quantize")
     given = ctx.params
     recipe = recipe_of("sensitivity", given, [])
     dataset, judge = prepared(recipe)

@@ -21,7 +21,7 @@ from onnx import (
     numpy_helper,
 )
 
-from compress.artifact import replacing, state_of
+from compress.artifact import is_utf8, replacing, state_of
 from compress.errors import EngineError, boundary
 from compress.graph.metadata import dims_of, layout_of, picture_input, stamp
 
@@ -94,6 +94,8 @@ def parts(path: str | Path) -> set[Path]:
 def _parse(path: Path) -> ModelProto:
     if not path.is_file():
         raise EngineError("no such file", where=str(path), expected="an ONNX file")
+    if not is_utf8(path):
+        raise EngineError("has a name that is not UTF-8", where=str(path), fix="Rename it")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except Exception:  # noqa: BLE001 - protobuf and onnx raise several kinds

@@ -312,13 +312,6 @@ def test_nncf_leaves_through_our_writer():
     assert bench.fidelity_db(plan) > 20
 
 
-def test_importing_nncf_does_not_report_to_anybody():
-    from compress.quantize import nncf
-
-    source = nncf.import_nncf.__code__
-    assert "NNCF_CI" in source.co_consts
-
-
 def test_one_pass_serves_all_targets(tmp_path, monkeypatch):
     """Each target gets what it would get alone, and the images are read once."""
     path = tmp_path / "m.onnx"

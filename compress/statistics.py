@@ -169,7 +169,7 @@ def ratio_interval(
 
 @dataclass(frozen=True)
 class CalibrationBins:
-    """Answers sorted by confidence into equal parts of (0, 1]; parts without any are left out."""
+    """Predictions in bins of equal width of confidence; empty bins are left out."""
 
     confidence: tuple[float, ...]  # mean of each part, in [0, 1]
     accuracy: tuple[float, ...]  # share of right answers of each part

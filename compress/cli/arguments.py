@@ -120,7 +120,7 @@ class Pixels:
 
 
 class FileInput:
-    """What else an ONNX file or an engine may want of its input."""
+    """What the input of an ONNX file or an engine needs besides."""
 
     input_range: Range = None
     color: Color = None
@@ -129,7 +129,7 @@ class FileInput:
 
 
 class Experiment:
-    """What stands in a recipe beside its stages."""
+    """Keys of a recipe besides its stages."""
 
     batch_size: BatchSize = None
     task: TaskName = None
@@ -179,7 +179,7 @@ def with_options(*groups: type) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def names_of(kind: str) -> list[str]:
-    """Return what there is of a kind, by name."""
+    """Return the names of all plug-ins of a kind, or of recipes or stages."""
     from compress.recipe.loading import packaged_recipes, stage_settings
 
     if kind == RECIPES:
@@ -188,7 +188,7 @@ def names_of(kind: str) -> list[str]:
 
 
 def names(kind: str) -> Callable[[str], list[str]]:
-    """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
+    """Return the shell completion for names of a kind of plug-in, or of recipes."""
 
     def completed(incomplete: str) -> list[str]:
         return [name for name in names_of(kind) if name.startswith(incomplete)]

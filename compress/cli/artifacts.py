@@ -158,7 +158,7 @@ def predict(
     threads: Threads = None,
     trust: Trust = False,
 ) -> None:
-    """Predict pictures with an artifact, preprocessed as it says."""
+    """Run pictures through an artifact, with its own preprocessing, and show the predictions."""
     from compress.pipeline.predict import predict_pictures
 
     given = ctx.params

@@ -79,7 +79,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
 
 
 def finished(model: ModelProto) -> None:
-    """Take the mark off that tells a prepared graph."""
+    """Remove the mark that says a graph is prepared."""
     kept = [entry for entry in model.metadata_props if entry.key != _DONE]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
@@ -92,7 +92,7 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
                 f"quantized already: node {node.name or node.output[0]!r} is a {node.op_type}",
                 where=where,
                 expected="an fp32 graph",
-                fix="Quantize the fp32 original, or mend this file with `compress lint --fix`",
+                fix="Quantize the fp32 original, or fix this file with `compress lint --fix`",
             )
 
 

@@ -1,4 +1,4 @@
-"""Attributes of modules that must follow the cut, and those that cannot."""
+"""Attributes of modules that depend on channel counts: which follow a cut, which cannot."""
 
 from __future__ import annotations
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
 
 from compress import models
-from compress.pipeline.context import Job, Variant
+from compress.pipeline.context import RunContext, Variant
 from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.report.schema import Curve, Line
 from compress.tasks import primary_of
@@ -15,34 +14,34 @@ from compress.tasks import primary_of
 RECALIBRATION_BATCHES = 8
 
 
-def unmeasured(job: Job, original: Variant) -> str | None:
+def unmeasured(context: RunContext, original: Variant) -> str | None:
     """Return why a run has no sensitivity curves; None if it is to have them."""
-    if not job.recipe.measure.sensitivity:
+    if not context.recipe.measure.sensitivity:
         return "the recipe does not ask for it: measure.sensitivity"
-    if not (job.run.root / original.stage / models.DESCRIPTION_FILE).is_file():
+    if not (context.run.root / original.stage / models.DESCRIPTION_FILE).is_file():
         return "the original is an ONNX file, and cuts are tried on torch networks"
-    if not len(job.dataset.splits["validation"]):
+    if not len(context.dataset.splits["validation"]):
         return "the data has no validation images to judge cuts on"
-    if not job.task.kinds:
+    if not context.task.kinds:
         return "the images have no labels to judge cuts by"
     return None
 
 
-def sensitivity(job: Job, original: Variant) -> list[dict[str, Any]]:
+def sensitivity(context: RunContext, original: Variant) -> tuple[Curve, ...]:
     """Return accuracy on validation images against kept channels, a line for each group.
 
     One group is cut at a time, by L2, and BatchNorm is re-estimated; nothing is refitted.
     """
-    if unmeasured(job, original) is not None:
-        return []
+    if unmeasured(context, original) is not None:
+        return ()
     found = prune_sensitivity(
-        job.network(original),
-        job.dataset.example,
-        lambda cut: job.validation_pct(cut) or 0.0,
-        recalibrate=list(itertools.islice(job.dataset.batches("train"), RECALIBRATION_BATCHES)),
+        context.network(original),
+        context.dataset.example,
+        lambda cut: context.validation_pct(cut) or 0.0,
+        recalibrate=list(itertools.islice(context.dataset.batches("train"), RECALIBRATION_BATCHES)),
     )
-    found = replace(found, metric=primary_of(job.task))
-    return [chart(found).model_dump(mode="json")]
+    found = replace(found, metric=primary_of(context.task))
+    return (chart(found),)
 
 
 def chart(found: PruneSensitivity) -> Curve:

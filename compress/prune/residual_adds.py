@@ -19,7 +19,7 @@ LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up w
 
 @dataclass(frozen=True)
 class Join:
-    """A sum that the answer of a layer goes into, as it is or after a BatchNorm.
+    """A residual addition: a layer's output, as it is or after a BatchNorm, is one operand.
 
     Args:
         number: Which of the sums of one forward it is.
@@ -71,7 +71,7 @@ class Sums(WatchedOps):  # type: ignore[no-untyped-call]
 
 
 def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[nn.Module, Join]:
-    """Return the sum that each layer's answer goes into, if what it is added to is there before.
+    """Return the addition that each layer's output goes into, if the other operand comes first.
 
     Where the answers of two layers meet, this is so for the one that runs last.
 

@@ -1,4 +1,4 @@
-"""What the methods of quantization share: the graph, its ranges, the corrections, the judging."""
+"""The quantization context that all methods share: graph, ranges, corrections, SQNR."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried
 
 @dataclass
 class Workbench:
-    """What every method works with.
+    """The quantization context: everything that a method works with.
 
     Args:
         prepared: The fp32 graph.

@@ -107,7 +107,7 @@ def sizes_mib(original: Variant, variant: Variant, result: Result) -> tuple[floa
 
 
 def size_ratio(original: Variant, variant: Variant, result: Result) -> float | None:
-    """Return how often what runs of ``variant`` goes into what runs of the original."""
+    """Return the size of what runs of the original over that of ``variant``."""
     sizes = sizes_mib(original, variant, result)
     return sizes[0] / sizes[1] if sizes else None
 

@@ -48,7 +48,7 @@ __all__ = [
 
 @runtime_checkable
 class Session(Protocol):
-    """A loaded artifact that answers batches."""
+    """A loaded artifact that runs batches."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:

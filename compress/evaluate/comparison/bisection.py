@@ -45,7 +45,7 @@ class TensorDrift:
 
 @dataclass(frozen=True)
 class Bisection:
-    """Where two graphs part."""
+    """The first tensor at which two graphs differ, and all tensors compared."""
 
     first: TensorDrift | None  # first in graph order below the threshold; None: they agree
     steepest: TensorDrift | None  # where most is lost at once
@@ -72,7 +72,7 @@ def bisect(
     candidate_runtime: str | Mapping[str, Any] | None = None,
     memory_mib: float = 256.0,
 ) -> Bisection:
-    """Return the first tensor at which ``candidate`` parts from ``reference``.
+    """Return the first tensor at which ``candidate`` differs from ``reference``.
 
     **Method:** tensors are matched by name, as quantizing keeps the names of what it quantizes.
     Both graphs are cut so that they end in as many of these tensors as fit ``memory_mib``, run on

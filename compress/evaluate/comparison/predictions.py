@@ -19,7 +19,7 @@ SIGNIFICANCE = 0.05
 
 @dataclass(frozen=True)
 class Flip:
-    """An image that both answer differently, or with another outcome."""
+    """An image whose prediction or outcome differs between the two networks."""
 
     index: int  # in the order of the images
     label: int
@@ -42,7 +42,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class ClassDrop:
-    """What one class lost."""
+    """Loss of recall of one class."""
 
     name: str
     images: int

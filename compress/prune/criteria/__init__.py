@@ -19,7 +19,7 @@ _CACHED = 1 << 18  # elements that stay in a processor's cache
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a network showed on the user's images; only what the criterion ``needs`` is filled.
+    """Saliency statistics of a network on images; only what the criterion ``needs`` is filled.
 
     Everything is kept per position along one dimension of one parameter (D positions), so that it
     stays small whatever the network.

@@ -274,8 +274,8 @@ def _make_positive(graph: Graph, node: ir.Node) -> None:
         sign = along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
         zero = along(numbers.zero, axis, stored.ndim)
         integers = (sign * (stored.astype(np.int64) - zero) + zero).astype(stored.dtype)
-        mended = graph.add_constant(f"{node.outputs[0].name}_mended", integers)
-        node.replace_input_with(0, mended)
+        fixed = graph.add_constant(f"{node.outputs[0].name}_fixed", integers)
+        node.replace_input_with(0, fixed)
     hint = f"{node.outputs[0].name}_mended_scale"
     node.replace_input_with(1, graph.add_constant(hint, scale))
 

@@ -1,4 +1,4 @@
-"""What a runtime really did with an int8 graph: how much of the work runs in int8, and why not all.
+"""What a runtime really runs in int8: the share of the work, and what stays in float and why.
 
 Writing Q/DQ nodes is a wish. Whether the runtime fuses them into int8 kernels shows in what it
 says about itself: the optimized graph of ONNX Runtime, the execution graph of OpenVINO, the engine

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+from torch import nn
+
 from compress import models
+from compress.data import Dataset
 from compress.pipeline.context import RunContext, Variant
 from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.report.schema import Curve, Line
-from compress.tasks import primary_of
+from compress.tasks import Task, primary_of
+from compress.train.validation import primary_value
 
-RECALIBRATION_BATCHES = 8
+RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 
 
 def unmeasured(context: RunContext, original: Variant) -> str | None:
@@ -34,14 +38,18 @@ def sensitivity(context: RunContext, original: Variant) -> tuple[Curve, ...]:
     """
     if unmeasured(context, original) is not None:
         return ()
+    return (chart(cut_alone(context.network(original), context.dataset, context.task)),)
+
+
+def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivity:
+    """Return the primary metric on validation images with one group cut at a time."""
     found = prune_sensitivity(
-        context.network(original),
-        context.dataset.example,
-        lambda cut: context.validation_pct(cut) or 0.0,
-        recalibrate=list(itertools.islice(context.dataset.batches("train"), RECALIBRATION_BATCHES)),
+        model,
+        dataset.example,
+        lambda cut: primary_value(cut, dataset, task) or 0.0,
+        recalibrate=list(itertools.islice(dataset.batches("train"), RECALIBRATION_BATCHES)),
     )
-    found = replace(found, metric=primary_of(context.task))
-    return (chart(found),)
+    return replace(found, metric=primary_of(task))
 
 
 def chart(found: PruneSensitivity) -> Curve:

@@ -230,19 +230,19 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
     ]
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}
-    rivals = []
-    for rival, result in ((v, r) for v in report.variants for r in _beside(v, after)):
-        if result.latency_ms_p50 is None or rival.name in missed:
+    candidates = []
+    for variant, result in ((v, r) for v in report.variants for r in _beside(v, after)):
+        if result.latency_ms_p50 is None or variant.name in missed:
             continue
-        judged = accuracy_of(rival, result)
+        judged = accuracy_of(variant, result)
         change = judged.top1_change_pct
         if judged.main_change is not None:
             change = -judged.main_change.drop
-        if rival is report.original or limit is None or (change or 0.0) >= -limit:
-            rivals.append((result.latency_ms_p50, title(rival, result), result))
-    if not rivals:
+        if variant is report.original or limit is None or (change or 0.0) >= -limit:
+            candidates.append((result.latency_ms_p50, title(variant, result), result))
+    if not candidates:
         return ""
-    milliseconds, name, result = min(rivals, key=lambda each: each[0])
+    milliseconds, name, result = min(candidates, key=lambda each: each[0])
     if result is after:
         return ""
     unit = next((g.unit for g in budgets if g.metric), "pct")

@@ -464,7 +464,7 @@ def test_a_cache_that_would_be_wrong_is_refused(
 
 
 def test_a_cache_needs_a_folder():
-    with pytest.raises(TrainingError, match="no folder to keep the teacher's answers in"):
+    with pytest.raises(TrainingError, match="no folder to keep the teacher's logits in"):
         objective(net(1), net(2), losses=("kd",), cache_teacher=True)
 
 

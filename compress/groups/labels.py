@@ -46,7 +46,7 @@ class Components:
     uses: tuple[AttributeUse, ...]
 
 
-class Ledger:
+class Constraints:
     """Constraints on labels, collected from the rules; ``solve`` merges them by union-find."""
 
     def __init__(self) -> None:

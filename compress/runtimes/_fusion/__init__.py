@@ -111,7 +111,7 @@ def check_fusion(
     return summed(runtime, graph, found)
 
 
-def summed(runtime: str, graph: work.Graph, found: list[Kernel]) -> Fusion:
+def summed(runtime: str, graph: work.Workload, found: list[Kernel]) -> Fusion:
     """Return the summary of ``found`` kernels against the work of ``graph``."""
     carrier = {node: kernel for kernel in found for node in kernel.nodes & graph.work.keys()}
     for kernel in found:  # the kernel that multiplies is the one with int8 inputs, if one has

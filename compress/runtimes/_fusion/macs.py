@@ -22,7 +22,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Graph:
+class Workload:
     """The nodes of an ONNX graph, by what they are to a runtime that fuses them."""
 
     work: dict[str, Work]  # by node name
@@ -49,7 +49,7 @@ def named(model: ModelProto) -> ModelProto:
     return copy
 
 
-def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
+def read(model: ModelProto, *, needs_quantized_output: bool) -> Workload:
     """Return what ``model`` has to compute.
 
     Args:
@@ -77,7 +77,7 @@ def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
     )
     nodes = frozenset(node.name for node in model.graph.node)
     makers = {output: node.name for output, node in view.producer.items()}
-    return Graph(work, adds, tensors, nodes, makers)
+    return Workload(work, adds, tensors, nodes, makers)
 
 
 def _constants(model: ModelProto) -> set[str]:

@@ -16,7 +16,7 @@ from compress.graph.model import fresh_name
 Array = NDArray[Any]
 
 
-class Graph:
+class EditableGraph:
     """Nodes, constants and edges; the model it was made from is not modified."""
 
     def __init__(self, model: ModelProto) -> None:

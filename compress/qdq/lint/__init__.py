@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from compress.errors import ModelError, boundary
-from compress.graph.values import Graph
+from compress.graph.values import EditableGraph
 from compress.qdq.lint.files import FIX, INVALID, load_onnx, save_onnx
 from compress.qdq.lint.finding import Finding
 from compress.qdq.lint.rules import RULES, TARGETS, Rule, rules_for
@@ -65,7 +65,7 @@ def fix_onnx(path: str | Path, out: str | Path, target: str = "tensorrt") -> lis
 
 def lint_model(model: onnx.ModelProto, *, rules: list[Rule]) -> list[Finding]:
     """Return the findings of ``rules`` on a model that ``load_onnx`` returned."""
-    graph = Graph(model)
+    graph = EditableGraph(model)
     return [
         Finding(rule.name, problem.node, problem.message, problem.edit is not None)
         for rule in rules
@@ -75,7 +75,7 @@ def lint_model(model: onnx.ModelProto, *, rules: list[Rule]) -> list[Finding]:
 
 def fix_model(model: onnx.ModelProto, *, rules: list[Rule]) -> onnx.ModelProto:
     """Return a copy of ``model`` with every problem fixed that its rule can fix."""
-    graph = Graph(model)
+    graph = EditableGraph(model)
     for _ in range(MOST_ROUNDS):
         fixed = 0
         for rule in rules:

@@ -276,7 +276,7 @@ def _make_positive(graph: EditableGraph, node: ir.Node) -> None:
         integers = (sign * (stored.astype(np.int64) - zero) + zero).astype(stored.dtype)
         fixed = graph.add_constant(f"{node.outputs[0].name}_fixed", integers)
         node.replace_input_with(0, fixed)
-    hint = f"{node.outputs[0].name}_mended_scale"
+    hint = f"{node.outputs[0].name}_fixed_scale"
     node.replace_input_with(1, graph.add_constant(hint, scale))
 
 

@@ -229,11 +229,7 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
 
 
 def of_slow_int8(variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield where int8 takes longer than the original in fp32, and what is fastest there.
-
-    Args:
-        variants: Rows of the report, the original first.
-    """
+    """Yield where int8 takes longer than the original in fp32, and what is fastest there."""
     for variant in variants:
         for result in variant.results:
             if result.precision != "int8" or (result.speedup or 1.0) >= 1:

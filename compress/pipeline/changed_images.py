@@ -22,14 +22,7 @@ COLOURS = 64  # of a picture; six images of four pictures stay within what a rep
 def drawn_changes(
     context: RunContext, place: tuple[str, str], reference: Evaluation, candidate: Evaluation
 ) -> tuple[schema.DrawnChange, ...]:
-    """Return the images on which two networks agree least, with both predictions drawn.
-
-    Args:
-        context: The run.
-        place: Name of the variant, and the runtime.
-        reference: The original on the test images.
-        candidate: The variant on the same.
-    """
+    """Return the images on which two networks agree least, with both predictions drawn."""
     task = context.task
     if type(task).draw is Task.draw or getattr(task, "inner", task) is None:
         return ()  # its predictions are no pictures

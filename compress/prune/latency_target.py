@@ -129,12 +129,6 @@ def check_latency(
 ) -> LatencyCheck:
     """Measure a pruned network and compare it with the milliseconds it was pruned to.
 
-    Args:
-        pruned: The network to measure.
-        original: The one before the cut.
-        plan: The cut, made for a latency.
-        example_input: An input for one image.
-
     Raises:
         PlanError: the plan, or a round of it, was made for something else than a latency.
     """

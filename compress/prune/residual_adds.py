@@ -45,11 +45,7 @@ class Join:
 
 
 class Sums(WatchedOps):  # type: ignore[no-untyped-call]
-    """Shows every sum of two tensors: its number and both operands, before it is done.
-
-    Args:
-        show: Called with them.
-    """
+    """Shows every sum of two tensors: its number and both operands, before it is done."""
 
     def __init__(self, show: Callable[[int, tuple[Tensor, Tensor]], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -204,6 +204,11 @@ def scratch() -> Iterator[Path]:
             raise
 
 
+def is_utf8(path: Path) -> bool:
+    """Return whether runtimes can be told ``path``: a file system takes any bytes, they do not."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute()))
+
+
 def cache_folder() -> Path:
     """Return the folder for what outlives a run: measurements, and which code was agreed to.
 

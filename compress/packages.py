@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
+from compress.artifact import cache_folder
 from compress.errors import MissingPackageError
 
 DISTRIBUTION = "compress-cnn"  # on the package index, "compress" is another project
-SILENCED = {"mlflow": "MLFLOW_DISABLE_TELEMETRY"}  # or it reports its use over the network
+SILENCED = {"mlflow": "MLFLOW_DISABLE_TELEMETRY"}  # read at every event, or it reports its use
+# Packages that report their use over the network, or ask it for something, while they are imported.
+SILENT_IMPORTS = {
+    "nncf": ("CI", "NNCF_CI"),
+    "openvino": ("CI",),
+    "ultralytics": ("YOLO_OFFLINE",),
+}
 
 
 def require(module: str, *, extra: str, purpose: str) -> ModuleType:
@@ -31,9 +40,30 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f"{purpose} needs the package {module!r}, which is not installed",
             fix=f"Install it with: {install_command(extra)}",
         )
-    if module in SILENCED:  # read at every event: for as long as this process lives
+    if module in SILENCED:
         os.environ.setdefault(SILENCED[module], "true")
-    return importlib.import_module(module)
+    if module not in SILENT_IMPORTS:
+        return importlib.import_module(module)
+    with _silent(SILENT_IMPORTS[module]):
+        return importlib.import_module(module)
+
+
+@contextlib.contextmanager
+def _silent(names: tuple[str, ...]) -> Iterator[None]:
+    """Import with ``names`` set to "true"; the environment is then as it was found.
+
+    Ultralytics keeps its settings in a folder of its own, here below ours, and has every process
+    that is started later compute with one thread.
+    """
+    before = dict(os.environ)
+    os.environ.update(dict.fromkeys(names, "true"))
+    os.environ.setdefault("YOLO_CONFIG_DIR", str(cache_folder()))
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def install_command(extra: str = "") -> str:

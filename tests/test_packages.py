@@ -1,6 +1,9 @@
 """Optional packages are asked for by name, and their absence says what to install."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -61,3 +64,35 @@ def test_mlflow_reports_nothing_over_the_network(monkeypatch):
     monkeypatch.setattr(utils, "_IS_MLFLOW_TESTING_TELEMETRY", False, raising=False)
     packages.require("mlflow", extra="tracking", purpose="a test")
     assert utils.is_telemetry_disabled()
+
+
+QUIET = """
+import sys, pathlib, socket
+from compress.packages import require
+socket.getaddrinfo = lambda *_, **__: print("a name was asked for")
+socket.socket.connect = lambda *_: print("a connection was tried")
+import os
+before = dict(os.environ)
+require(sys.argv[1], extra="", purpose="a test")
+print(before == dict(os.environ))
+"""
+
+
+@pytest.mark.parametrize("module", packages.SILENT_IMPORTS)
+def test_an_import_reports_nothing_and_leaves_nothing(module, tmp_path):
+    """Importing OpenVINO alone writes an identity into the home folder and sends it.
+
+    Ultralytics asks if there is a network, and sets the threads of every later process to one.
+    """
+    if not packages.is_installed(module):
+        pytest.skip(f"no {module}")
+    unset = {"CI", "NNCF_CI", "YOLO_OFFLINE", "YOLO_CONFIG_DIR", "OMP_NUM_THREADS"}
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    ended = subprocess.run(
+        [sys.executable, "-c", QUIET, module], env=env, capture_output=True, text=True
+    )
+    *told, is_as_found = ended.stdout.splitlines()
+    assert is_as_found == "True", ended.stderr
+    assert [line for line in told if "a name was" in line or "a connection was" in line] == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"cache"}

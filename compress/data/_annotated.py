@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._decoding import opened, upright_size
-from compress.data._images import FileImages, Images, MemoryImages, Names
+from compress.data._images import FileImages, Images, Names
 from compress.data._pictures import Pictures
 from compress.data._resize import Fit
 from compress.data._targets import Boxes
@@ -183,9 +183,7 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
         kind.workers,
     )
     small = len(images) * int(np.prod(images.shape)) <= LARGEST_IN_MEMORY_BYTES
-    if not small:
-        return images
-    return MemoryImages(images.take(range(len(images))), images.labels)
+    return images.in_memory() if small else images
 
 
 def image_size(file: Path) -> tuple[int, int]:

@@ -59,6 +59,7 @@ class MemoryImages:
 
     pixels: Tensor
     labels: Any  # classes (N,), or what else targets are
+    files: FileImages | None = None  # that they were decoded from
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -175,7 +176,12 @@ class FileImages:
 
     def in_memory(self) -> MemoryImages:
         """Return the same images, all decoded."""
-        return MemoryImages(self.take(range(len(self))), self.labels)
+        return MemoryImages(self.take(range(len(self))), self.labels, self)
+
+    def stored(self, index: int) -> tuple[int, Callable[[], bytes]]:
+        """Return the size of an image's file in bytes, and what reads it."""
+        path = self.folder / self.names[index]
+        return path.stat().st_size, path.read_bytes
 
     def update_hash(self, digest: Hash) -> None:
         """Add name and size of every file to ``digest``; their content would take too long."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from compress.data._images import FileImages, Images, MemoryImages, Subset
+from compress.data._shards import ShardImages
 
 BLOCK = 1024  # images looked at together
 SMALLEST = 32  # pixels: thumbnails of smaller images are alike by chance
@@ -37,8 +38,9 @@ def overlap(others: Sequence[Images], images: Images) -> Overlap | None:
 
     **Method:** images in memory are compared by their pixels, and by the sign of the differences
     between neighbours in a grey thumbnail of 8 x 9 pixels (the "difference hash"), which survives
-    another size, brightness or compression. Files are compared by their content where their sizes
-    are equal, and nothing is decoded.
+    another size, brightness or compression. Where some are read when they are needed, files and
+    members of shards are compared by their content where their sizes are equal, and nothing is
+    decoded.
     """
     parts = [*others, images]
     if all(isinstance(_whole(part), MemoryImages) for part in parts):
@@ -50,7 +52,7 @@ def overlap(others: Sequence[Images], images: Images) -> Overlap | None:
         known = np.unique(np.concatenate([_thumbnails(part) for part in others]))
         alike = np.isin(_thumbnails(images), known[known != 0]) & ~equal
         return Overlap(len(own), int(equal.sum()), int(alike.sum()))
-    if all(isinstance(_whole(part), FileImages) for part in parts):
+    if all(_is_stored(part) for part in parts):
         return Overlap(len(images), _equal_files(others, images), None)
     return None
 
@@ -82,26 +84,34 @@ def _thumbnails(images: Images) -> NDArray[np.uint64]:
     return np.concatenate(found)
 
 
+def _is_stored(images: Images) -> bool:
+    whole = _whole(images)
+    origin = whole.files if isinstance(whole, MemoryImages) else whole
+    return isinstance(origin, FileImages | ShardImages)
+
+
 def _equal_files(others: Sequence[Images], images: Images) -> int:
-    sizes = {size for part in others for _, size in _files(part)}
-    candidates = [(path, size) for path, size in _files(images) if size in sizes]
-    wanted = {size for _, size in candidates}
-    rivals = ((path, size) for part in others for path, size in _files(part))
-    seen = set(_contents(path for path, size in rivals if size in wanted))
-    return sum(key in seen for key in _contents(path for path, _ in candidates))
+    sizes = {size for part in others for size, _ in _stored(part)}
+    candidates = [(size, read) for size, read in _stored(images) if size in sizes]
+    wanted = {size for size, _ in candidates}
+    rivals = (read for part in others for size, read in _stored(part) if size in wanted)
+    seen = set(map(_content, rivals))
+    return sum(_content(read) in seen for _, read in candidates)
 
 
-def _files(images: Images, indices: Iterable[int] | None = None) -> Iterator[tuple[Any, int]]:
-    """Yield path and size of every file, bytes."""
+def _stored(
+    images: Any, indices: Iterable[int] | None = None
+) -> Iterator[tuple[int, Callable[[], bytes]]]:
+    """Yield size and reader of every image's file."""
     positions = range(len(images)) if indices is None else indices
     if isinstance(images, Subset):
-        yield from _files(images.images, images.indices[np.fromiter(positions, np.int64)])
-    elif isinstance(images, FileImages):
+        yield from _stored(images.images, images.indices[np.fromiter(positions, np.int64)])
+    elif isinstance(images, MemoryImages):
+        yield from _stored(images.files, positions)
+    else:
         for index in positions:
-            path = images.folder / images.names[int(index)]
-            yield path, path.stat().st_size
+            yield images.stored(int(index))
 
 
-def _contents(paths: Iterable[Any]) -> Iterator[bytes]:
-    for path in paths:
-        yield hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+def _content(read: Callable[[], bytes]) -> bytes:
+    return hashlib.blake2b(read(), digest_size=16).digest()

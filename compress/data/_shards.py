@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,16 +77,27 @@ class ShardImages:
         for path in self.paths:
             digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
 
-    def _one(self, index: int) -> Tensor:
-        path = self.paths[int(np.searchsorted(self.starts, index, side="right")) - 1]
-        place, size = int(self.places[index]), int(self.sizes[index])
+    def stored(self, index: int) -> tuple[int, Callable[[], bytes]]:
+        """Return the size of an image's file in bytes, and what reads it."""
+        return int(self.sizes[index]), lambda: self._content(index)
+
+    def _place(self, index: int) -> tuple[Path, int]:
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.paths[shard], int(self.places[index])
+
+    def _content(self, index: int) -> bytes:
+        path, place = self._place(index)
         try:
             with path.open("rb") as file:
                 file.seek(place)
-                content = file.read(size)
+                return file.read(int(self.sizes[index]))
         except OSError as error:
             raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from None
-        return decoded(io.BytesIO(content), self.fit, self.channels, where=f"{path}, byte {place}")
+
+    def _one(self, index: int) -> Tensor:
+        path, place = self._place(index)
+        content = io.BytesIO(self._content(index))
+        return decoded(content, self.fit, self.channels, where=f"{path}, byte {place}")
 
 
 def shuffled(images: Images, random: np.random.Generator) -> NDArray[np.int64]:

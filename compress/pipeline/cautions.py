@@ -107,6 +107,10 @@ def of_splits(dataset: Dataset) -> Iterator[str]:
     others = [splits[name] for name in ("train", "calibration", "validation") if len(splits[name])]
     found = overlap(others, splits["test"])
     if found is None:
+        yield (
+            "it was not checked whether test images are training images as well: they are made "
+            "anew each time, and too many to be compared in memory."
+        )
         return
     if found.share > LARGEST_OVERLAP:
         raise DataError(

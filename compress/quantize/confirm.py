@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
 from compress.quantize.planning_graph import SELECTING
-from compress.quantize.sqnr import answers_each, portions, sqnr_each
+from compress.quantize.sqnr import answers_each, closeness, portions
 from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
 
@@ -72,7 +71,7 @@ class Confirmation:
         return [name for name in outputs if name not in selected and graph.is_float(name)]
 
     def losses(self, written: ModelProto, runtime: str) -> list[Loss]:
-        """Return each output that ``runtime`` computes wrongly, by its worst image.
+        """Return each output that ``runtime`` computes wrongly in the mean of the images.
 
         Raises:
             EngineError: the runtime cannot load or run the graph.
@@ -84,16 +83,16 @@ class Confirmation:
         found = self._in_runtime(written, feeds, names, runtime)
         lost = []
         for k, name in enumerate(names):
-            parts = [[answer[k] for answer in side] for side in (wanted, expected, found)]
-            if parts[0][0].size < _FEW_VALUES:  # two classes of one image say little
-                parts = [[np.concatenate([x.reshape(-1) for x in part])] for part in parts]
-            each = []
-            for want, should, got in zip(*parts, strict=True):
-                (told,) = sqnr_each([want], [should])
-                (real,) = sqnr_each([want], [got])
-                if not math.isnan(real) and real < min(told, _FINE_DB) - _LOST_DB:
-                    each.append(Loss(name, told, real))
-            lost += sorted(each, key=lambda loss: loss.real_db)[:1]
+            parts = [
+                [answer[k].reshape(1, -1) for answer in side] for side in (wanted, expected, found)
+            ]
+            sizes = {part.size for part in parts[0]}
+            one = min(sizes) < _FEW_VALUES or len(sizes) > 1  # two classes of an image say little
+            want, should, got = (np.concatenate(part, axis=1 if one else 0) for part in parts)
+            images = 1 if one else len(feeds)
+            told, real = (closeness([want], [side], images).mean_db for side in (should, got))
+            if real < min(told, _FINE_DB) - _LOST_DB:
+                lost.append(Loss(name, told, real))
         return lost
 
     def _feeds(self) -> list[Feed]:

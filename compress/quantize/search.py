@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from compress import progress
 from compress.qdq.plan import QuantPlan
 from compress.quantize.images import Feed
 from compress.quantize.sparing import spare_layers
-from compress.quantize.sqnr import mean_db, shown, weakest_db
+from compress.quantize.sqnr import Closeness, mean_db, shown, weakest_db
 from compress.quantize.workbench import TRIED, Workbench, first
 
 _GAIN_DB = 0.05  # less than this is noise
@@ -22,7 +22,7 @@ _RANGES, _BIASES, _EQUALIZATION, _ROUNDING = 1, 4, 6, 7
 
 
 def auto(bench: Workbench) -> QuantPlan:
-    """Every pass, cheapest first; one is kept if the weakest output comes closer and none falls.
+    """Every pass, cheapest first; one is kept if the outputs come closer and none falls.
 
     Corrections are tried on a few images; what was kept is made once more at the end, fitted to
     all of them.
@@ -38,7 +38,7 @@ def auto(bench: Workbench) -> QuantPlan:
         return bench.rounded(plan, feed)
 
     search = _Search(bench)
-    if math.isnan(weakest_db(search.best.each_db)):  # nothing can be told apart
+    if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
     effort = 3 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
@@ -73,23 +73,19 @@ def _equalized(bench: Workbench, alpha: float, plan: QuantPlan, feed: Feed) -> Q
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan, the steps that make it of plain ranges, and the SQNR of each output, decibels."""
+    """A plan, the steps that make it of plain ranges, and how close it comes."""
 
     plan: QuantPlan
     steps: tuple[Step, ...]
-    each_db: tuple[float, ...]
+    found: Closeness
+
+    def exceeds(self, other: Trial, by_db: float = _GAIN_DB) -> bool:
+        """Return whether the outputs are closer."""
+        return self.found.gain_over(other.found) > by_db
 
     def falls_below(self, plain: Trial) -> bool:
         """Return whether an output has more noise than with plain ranges."""
-        pairs = zip(self.each_db, plain.each_db, strict=True)
-        return any(found < least - _GAIN_DB for found, least in pairs)
-
-    def exceeds(self, other: Trial, by_db: float = _GAIN_DB) -> bool:
-        """Return whether the weakest output is closer; if it is as close, all outputs together."""
-        gain = weakest_db(self.each_db) - weakest_db(other.each_db)
-        if abs(gain) <= _GAIN_DB:
-            gain = mean_db(self.each_db) - mean_db(other.each_db)
-        return gain > by_db
+        return self.found.falls_below(plain.found, _GAIN_DB)
 
 
 class _Search:
@@ -99,17 +95,17 @@ class _Search:
         self.bench = bench
         self.few = first(bench.fitted, TRIED)
         plan = bench.ranges()
-        self.best = self.plain = Trial(plan, (), tuple(bench.each_db(plan)))
+        self.best = self.plain = Trial(plan, (), bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
-        self.notes = [f"{observer} ranges: {_told(self.best.each_db)}"]
+        self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
 
     def spare(self) -> None:
         """Leave layers in float that spoil every plan; what is tried then is compared with that."""
         plan = spare_layers(self.bench, self.plain.plan)
         spared = plan.float_nodes.keys() - self.plain.plan.float_nodes.keys()
         if spared:
-            self.best = self.plain = Trial(plan, (), tuple(self.bench.each_db(plan)))
-            told = _told(self.best.each_db)
+            self.best = self.plain = Trial(plan, (), self.bench.judge(plan))
+            told = _told(self.best.found)
             self.notes.append(f"{', '.join(sorted(spared))} in float: {told}, kept")
 
     def attempt(
@@ -126,15 +122,15 @@ class _Search:
             if plan is before:  # nothing there to scale
                 self.counter.advance(effort)
                 return False
-        found = Trial(plan, (*start.steps, *steps), tuple(self.bench.each_db(plan)))
+        found = Trial(plan, (*start.steps, *steps), self.bench.judge(plan))
         falls = found.falls_below(self.plain)
         kept = not falls and found.exceeds(self.best)
         verdict = "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
-        self.notes += [f"{what}: {_told(found.each_db)}, {verdict}", *plan.notes]
+        self.notes += [f"{what}: {_told(found.found)}, {verdict}", *plan.notes]
         near = kept or found.exceeds(self.best, -within_db)
         if kept:
             self.best = found
-        self.counter.advance(effort, note=f"best {_told(self.best.each_db)}")
+        self.counter.advance(effort, note=f"best {_told(self.best.found)}")
         return near
 
     def refitted(self) -> QuantPlan:
@@ -144,7 +140,7 @@ class _Search:
         plan, feed = self.plain.plan, self.bench.all_images()
         for step in self.best.steps:
             plan = step(plan, feed)
-        found = Trial(plan, self.best.steps, tuple(self.bench.each_db(plan)))
+        found = Trial(plan, self.best.steps, self.bench.judge(plan))
         if found.falls_below(self.plain) or self.best.exceeds(found):  # on images it has seen now
             plan = self.best.plan
         else:
@@ -152,8 +148,10 @@ class _Search:
         return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
 
 
-def _told(each_db: Sequence[float]) -> str:
+def _told(found: Closeness) -> str:
     """Return the SQNR of one output, or of the weakest and of all together, for people to read."""
-    if len(each_db) < 2:
-        return shown(mean_db(each_db))
-    return f"weakest output {shown(weakest_db(each_db))}, all together {shown(mean_db(each_db))}"
+    together = shown(mean_db(found.each_db))
+    if len(found.each_db) > 1:
+        together = f"weakest output {shown(weakest_db(found.each_db))}, all together {together}"
+    typical = "" if math.isnan(found.mean_db) else f", a typical image {found.mean_db:.2f} dB"
+    return f"{together}{typical}"

@@ -13,7 +13,6 @@ from compress.graph.model import Graph
 from compress.measure.macs import node_macs
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
-from compress.quantize.sqnr import mean_db, weakest_db
 from compress.quantize.workbench import Workbench
 
 POOR_DB = 20.0  # of the weakest output: above it nothing is looked for
@@ -33,8 +32,7 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     three are spared in this way, each for at least 2 dB. Where the weakest output has 20 dB and
     more, ``plan`` is returned as it is.
     """
-    each_db = bench.each_db(plan)
-    if not weakest_db(each_db) < POOR_DB:
+    if not bench.judge(plan).weakest_db < POOR_DB:
         return plan
     graph = Graph(bench.prepared)
     shares = _shares(bench)
@@ -46,15 +44,15 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
                 break
             share = shares.get(next(n.output[0] for n in graph.nodes if n.name == found), 0.0)
             better = plan.keep_float([found], TRIED)
-            before, after = bench.each_db(plan), bench.each_db(better)
-            gain = weakest_db(after) - weakest_db(before)
-            closer = gain >= _GAIN_DB and mean_db(after) - mean_db(before) >= _GAIN_DB / 2
+            before, after = bench.judge(plan), bench.judge(better)
+            gain = after.weakest_db - before.weakest_db
+            closer = gain >= _GAIN_DB and after.gain_over(before) >= _GAIN_DB / 2
             if not closer or share > MOST_MACS_PCT:
                 break
             cost = f", for {share:.2g} % of the MACs" if share else ""
             why = f"an int8 network is {gain:.1f} dB closer without it{cost}"
             plan = plan.keep_float([found], why)
-            if weakest_db(after) >= POOR_DB:
+            if after.weakest_db >= POOR_DB:
                 break
     return plan
 
@@ -86,7 +84,7 @@ def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str
         return None
     parts = _split(names, _PARTS)
     while True:
-        best = max(parts, key=lambda part: weakest_db(bench.each_db(plan.keep_float(part, TRIED))))
+        best = max(parts, key=lambda part: bench.judge(plan.keep_float(part, TRIED)).weakest_db)
         if len(best) == 1:
             return best[0]
         parts = _split(best, 2)

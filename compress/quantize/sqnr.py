@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from onnx import ModelProto
 
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of, with_outputs
+
+_EXACT = 1e-12  # share of noise that is none
+_ERRORS = 2.0  # standard errors that chance explains
 
 
 def answers(
@@ -69,6 +73,61 @@ def portions(feed: Feed, fixed: object = None) -> Iterator[Feed]:
         yield {name: array[rows] if name in images else array for name, array in feed.items()}
 
 
+@dataclass(frozen=True)
+class Closeness:
+    """How close outputs come to the float ones, decibels.
+
+    What people are told is the noise of all images together. What is decided rests on the mean of
+    the decibels of each image: the power of a detector's scores, and so their noise, rests on the
+    one or two images with an object, and moves by 10 dB from one set of images to the next.
+
+    Args:
+        each_db: SQNR of each output over all images; NaN where it is the same for all.
+        by_image_db: Of each output, the noise of each image against its mean power, (B,).
+    """
+
+    each_db: tuple[float, ...]
+    by_image_db: tuple[NDArray[np.float64], ...]
+
+    @property
+    def typical_db(self) -> list[float]:
+        """The mean over the images, of each output; NaN where it is the same for all."""
+        return [float(each.mean()) for each in self.by_image_db]
+
+    @property
+    def weakest_db(self) -> float:
+        """The smallest of ``typical_db``; NaN without any."""
+        return weakest_db(self.typical_db)
+
+    @property
+    def mean_db(self) -> float:
+        """The mean of ``typical_db``; NaN without any."""
+        told = [each for each in self.typical_db if not math.isnan(each)]
+        return sum(told) / len(told) if told else math.nan
+
+    def gain_over(self, other: Closeness) -> float:
+        """Return how much closer the outputs are in the mean, decibels; each counts the same."""
+        return self.mean_db - other.mean_db
+
+    def falls_below(self, other: Closeness, by_db: float) -> bool:
+        """Return whether an output loses more than ``by_db``, and more than chance explains."""
+        for mine, its in zip(self.by_image_db, other.by_image_db, strict=True):
+            lost = its - mine
+            error = lost.std(ddof=1) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
+            if lost.mean() - _ERRORS * error > by_db:
+                return True
+        return False
+
+
+def closeness(
+    reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]], images: int
+) -> Closeness:
+    """Return how close outputs come to ``reference``, both (B, ...), of ``images`` images."""
+    pairs = list(zip(reference, candidate, strict=True))
+    each = tuple(sqnr_each(reference, candidate))
+    return Closeness(each, tuple(_by_image_db(*pair, images) for pair in pairs))
+
+
 def sqnr_db(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]) -> float:
     """Return the ratio of signal to quantization noise over all outputs, decibels.
 
@@ -109,6 +168,16 @@ def _one_db(want: NDArray[Any], got: NDArray[Any]) -> float:
     if not math.isfinite(error):
         return -math.inf
     return -10 * math.log10(max(error / power, 1e-30))
+
+
+def _by_image_db(want: NDArray[Any], got: NDArray[Any], images: int) -> NDArray[np.float64]:
+    if _is_constant(want):
+        return np.full(1, math.nan)
+    rows = images if len(want) % images == 0 else 1  # else nobody knows what is whose
+    error = np.square(want.astype(np.float64) - got).reshape(rows, -1).sum(1)
+    power = float(np.square(want, dtype=np.float64).sum()) / rows
+    share = np.nan_to_num(error / power, nan=math.inf, posinf=math.inf)
+    return np.asarray(-10 * np.log10(np.clip(share, _EXACT, 1 / _EXACT)), np.float64)
 
 
 def _is_constant(values: NDArray[Any]) -> bool:

@@ -23,7 +23,7 @@ from compress.quantize.notes import float_parts, of_judging
 from compress.quantize.planning_graph import judged_tensors
 from compress.quantize.ranges import begin_below_zero, make_plan
 from compress.quantize.rounding import improve_rounding
-from compress.quantize.sqnr import answers, mean_db, sqnr_each
+from compress.quantize.sqnr import Closeness, answers, closeness, mean_db
 from compress.quantize.weight_scales import search_weight_scales
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
@@ -56,7 +56,7 @@ class Workbench:
     judged: list[str] = field(default_factory=list)  # tensors that are compared
     is_free: bool = True
     float_means: FloatMeans = field(default_factory=dict)
-    known: list[tuple[QuantPlan, list[float]]] = field(default_factory=list)  # plans judged before
+    known: list[tuple[QuantPlan, Closeness]] = field(default_factory=list)  # plans judged before
 
     def __post_init__(self) -> None:
         """Set images aside for judging; let the graph take any number of them."""
@@ -111,22 +111,25 @@ class Workbench:
 
     def fidelity_db(self, plan: QuantPlan) -> float:
         """Return the SQNR of all answers together on the images that judge."""
-        return mean_db(self.each_db(plan))
+        return mean_db(self.judge(plan).each_db)
 
-    def each_db(self, plan: QuantPlan) -> list[float]:
-        """Return the SQNR of each judged tensor on the images that judge."""
+    def judge(self, plan: QuantPlan) -> Closeness:
+        """Return how close the judged tensors come on the images that judge."""
         bare = plan.changed(method="", notes=())
-        for known, each in self.known:
+        for known, found in self.known:
             if known == bare:
-                return each
+                return found
         written = write_qdq(self.prepared, plan)
-        found = answers(written, self.judging, target=self.target, names=self.judged)
-        self.known.append((bare, sqnr_each(self.reference, found)))
-        return self.known[-1][1]
+        got = answers(written, self.judging, target=self.target, names=self.judged)
+        found = closeness(self.reference, got, _count(self.judging))
+        self.known.append((bare, found))
+        return found
 
     def notes(self, plan: QuantPlan) -> list[str]:
         """Return what else there is to say of ``plan``."""
-        judged = of_judging(self.judged, self.reference, self.each_db(plan)) if self.judging else []
+        judged = []
+        if self.judging:
+            judged = of_judging(self.judged, self.reference, self.judge(plan).each_db)
         return [*judged, *float_parts(Graph(self.prepared), self.target)]
 
 

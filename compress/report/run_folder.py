@@ -46,8 +46,15 @@ class RunFolder:
             fresh: Start over: what an earlier run of any recipe left there is removed.
 
         Raises:
-            RunError: the folder belongs to another recipe, or holds something that is no run.
+            RunError: the folder belongs to another recipe, holds something that is no run, or has a
+                name that no runtime can be told.
         """
+        if not artifact.is_utf8(root):
+            raise RunError(
+                "has a name that is not UTF-8",
+                where=str(root),
+                fix="Give another folder with --out",
+            )
         folder = cls(root)
         begun = (root / RUN_FILE).is_file()
         if not begun and folder._holds_something_else():

@@ -25,7 +25,7 @@ class Openvino:
     """OpenVINO on the CPU, or on an Intel GPU or NPU by name.
 
     Opens ONNX files and its own ``.xml`` with the ``.bin`` beside it, which ``build`` writes.
-    Only the runtime is used, never the converter, which is the part that reports home.
+    Only the runtime is used, never the converter.
 
     Options: ``threads`` (all cores if absent); ``device`` ("cpu", "gpu", "npu", "auto": the CPU);
     ``batch`` fixes a free batch dimension, which gives it faster kernels; ``inference_precision``

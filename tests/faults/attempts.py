@@ -20,7 +20,7 @@ from compress.artifact import TEMPORARY, read_json
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOADED = (
-    *("torch", "torchvision", "onnxruntime", "openvino", "onnxscript"),
+    *("torch", "torchvision", "onnxruntime", "onnxscript"),
     *("compress.cli.app", "compress.cli.stages", "compress.pipeline"),
 )
 CONTEXT.set_forkserver_preload(list(PRELOADED))

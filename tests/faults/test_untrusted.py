@@ -449,10 +449,10 @@ def test_hostile_class_names_through_a_whole_run(tmp_path, tried):
     pixels = draw.integers(0, 256, (300, 8, 8, 1)).astype(np.uint8)
     np.savez(
         tmp_path / "x.npz",
-        x_train=pixels,
+        x_train=pixels[:240],
         y_train=labels,
         classes=names,
-        x_test=pixels[:60],
+        x_test=pixels[240:],
         y_test=labels[:60],
     )
     run = tmp_path / "run"

@@ -7,6 +7,7 @@ shrinks by leaving blocks out, and comes back from its list in another process.
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -372,6 +373,7 @@ def check_reloaded(folders: list[Path]) -> None:
     ended = subprocess.run(
         [sys.executable, "-c", RELOAD],
         input="\n".join(map(str, folders)),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},  # for what the tests share
         capture_output=True,
         text=True,
     )

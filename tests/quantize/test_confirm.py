@@ -128,6 +128,22 @@ def test_few_values_are_judged_over_all_images(tmp_path, monkeypatch):
     assert seen[0] == [] and len(seen[1]) == 1
 
 
+@pytest.mark.parametrize(("amounts", "lost"), [((0, 0, 0, 9), 0), ((4, 4, 4, 4), 1)])
+def test_an_image_of_next_to_no_answer_is_no_defect(amounts, lost, monkeypatch):
+    """A detector's scores for an image without objects: what they lose is nothing to the rest."""
+    rng = np.random.default_rng(0)
+    power = np.array([1.0, 1.0, 1.0, 1e-3])[:, None]
+    want = rng.normal(size=(4, 100)) * power
+    noise = rng.normal(size=(4, 100)) * power / 10
+    real = noise * 10 ** (np.array(amounts)[:, None] / 20)
+    sides = iter([[[row[None]] for row in each] for each in (want, want + noise)])
+    monkeypatch.setattr(confirm, "answers_each", lambda *_, **__: next(sides))
+    lying(monkeypatch, lambda *_: [[row[None]] for row in want + real])
+    graph = two_layers()
+    confirmation = confirm.Confirmation(graph, images(graph, 4), None)
+    assert len(confirmation.losses(graph, "openvino")) == lost
+
+
 def test_a_runtime_that_agrees_is_asked_once(tmp_path):
     asked = []
     original = confirm.Confirmation.losses

@@ -13,6 +13,7 @@ from compress.quantize.bias import find_shift
 from compress.quantize.layerwise import channel_means
 from compress.quantize.notes import bearing_images, of_judging
 from compress.quantize.search import Trial, auto
+from compress.quantize.sqnr import Closeness, closeness
 
 
 class Bench:
@@ -46,15 +47,42 @@ class Bench:
     def all_images(self):
         return {"x": np.zeros((128, 1))}
 
-    def each_db(self, plan):
-        return self.each.get(plan.method.replace(" ", "_").replace(".", ""), (10.0, 10.0))
+    def judge(self, plan):
+        each = self.each.get(plan.method.replace(" ", "_").replace(".", ""), (10.0, 10.0))
+        return Closeness(each, tuple(np.full(4, db) for db in each))
 
 
-def test_the_weakest_output_decides_and_not_the_mean():
-    # bias correction brings more over all outputs, rounding more to the weakest
-    bench = Bench(mse=(20.0, 20.0), mse_bias=(20.5, 60.0), mse_round_bias=(21.0, 21.0))
-    bench.each["mse_bias_round_bias"] = (21.5, 22.0)
+def test_all_outputs_decide():
+    bench = Bench(mse=(20.0, 30.0), mse_bias=(22.0, 30.5), mse_bias_round_bias=(21.5, 34.0))
     assert auto(bench).method == "mse bias round bias"
+
+
+def test_one_image_does_not_decide():
+    """An output of which one image of eight has nearly all the power and noise, as scores do."""
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(8, 50)) * np.array([100.0, *[1.0] * 7])[:, None]
+    noise = rng.normal(size=(8, 50)) * np.array([1.0, *[0.1] * 7])[:, None]
+    less = noise * np.array([2.0, *[0.5] * 7])[:, None]
+    one, other = (closeness([scores], [scores + each], 8) for each in (noise, less))
+    assert other.each_db[0] < one.each_db[0] - 5
+    assert other.gain_over(one) == pytest.approx(6.02 * 6 / 8, abs=0.01)
+    assert not other.falls_below(one, 0.05)
+
+
+def test_an_output_falls_where_most_images_say_so():
+    values = np.random.default_rng(0).normal(size=(16, 50))
+    one, other = (closeness([values], [values + each], 16) for each in (0.01, 0.011))
+    assert other.falls_below(one, 0.05) and not one.falls_below(other, 0.05)
+    assert one.typical_db == pytest.approx(one.each_db, abs=1e-9)
+
+
+def test_closeness_of_answers_that_are_exact_not_finite_or_of_no_image():
+    values = np.random.default_rng(0).normal(size=(3, 4))
+    broken = np.where(np.arange(3)[:, None] == 1, np.nan, values)
+    found = closeness([values, values, values[None], values * 0], [values, broken] * 2, 3)
+    assert found.typical_db[0] == 120 and found.typical_db[1] == pytest.approx(40)
+    assert [len(each) for each in found.by_image_db] == [3, 3, 1, 1]
+    assert math.isnan(found.typical_db[3]) and math.isfinite(found.mean_db)
 
 
 def test_what_lets_one_output_fall_below_plain_ranges_is_not_kept():
@@ -80,8 +108,10 @@ def test_equalization_that_falls_far_behind_is_not_tried_again_nor_wider_ranges(
 
 def test_an_output_without_a_signal_decides_nothing():
     plan = Bench().ranges()
-    one = Trial(plan, (), (math.nan, 20.0))
-    other = Trial(plan, (), (math.nan, 21.0))
+    one, other = (
+        Trial(plan, (), Closeness((math.nan, db), (np.full(1, math.nan), np.full(4, db))))
+        for db in (20.0, 21.0)
+    )
     assert other.exceeds(one) and not other.falls_below(one)
 
 

@@ -12,7 +12,6 @@ from compress.quantize.images import Images
 from compress.quantize.methods import plan_by
 from compress.quantize.search import auto
 from compress.quantize.sparing import spare_layers
-from compress.quantize.sqnr import weakest_db
 from compress.quantize.workbench import Workbench
 
 
@@ -48,12 +47,12 @@ def test_the_layer_that_spoils_the_network_is_left_in_float(target):
     spared = spare_layers(bench, plain)
     assert "c" in spared.float_nodes and len(spared.float_nodes) <= 2
     assert "dB closer without it" in spared.float_nodes["c"]
-    gain = weakest_db(bench.each_db(spared)) - weakest_db(bench.each_db(plain))
+    gain = bench.judge(spared).weakest_db - bench.judge(plain).weakest_db
     assert gain > 5
     plan = auto(bench)
     assert "c" in plan.float_nodes
     assert any(note.startswith("c") and "in float:" in note for note in plan.notes)
-    assert weakest_db(bench.each_db(plan)) > weakest_db(bench.each_db(spared)) - 0.1
+    assert bench.judge(plan).weakest_db > bench.judge(spared).weakest_db - 0.1
 
 
 def test_sizes_that_the_file_leaves_free_are_those_of_the_images():
@@ -80,7 +79,7 @@ def test_layers_that_help_nothing_are_not_spared(monkeypatch):
     bench = bench_of(GRAPHS["residual"]())
     plan = bench.ranges()
     spared = spare_layers(bench, plan)
-    gains = [weakest_db(bench.each_db(each)) for each in (plan, spared)]
+    gains = [bench.judge(each).weakest_db for each in (plan, spared)]
     assert gains[1] - gains[0] >= 2 * len(spared.float_nodes)
 
 

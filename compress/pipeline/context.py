@@ -195,8 +195,9 @@ def leave(
 def _classes_given(job: Job) -> int | None:
     """Return the number of classes that the network was built for; None: its weights tell."""
     given, name = job.recipe.model.num_classes, job.recipe.model.name
-    if given is None and is_torchvision_detector(name):
-        return count_of(name, len(job.dataset.classes))
+    classes = len(job.dataset.classes)
+    if given is None and classes and is_torchvision_detector(name):
+        return count_of(name, classes)
     return given
 
 

@@ -153,6 +153,20 @@ def test_a_detector_of_images_with_classes_names_the_nearest_task(kind, tmp_path
         compress.run(validate(recipe, where="test"), tmp_path / "run")
 
 
+@pytest.mark.slow
+def test_a_detector_is_pruned_on_images_without_labels(root, tmp_path):
+    recipe = {
+        "model": {"name": "torchvision:ssdlite320_mobilenet_v3_large"},
+        "data": {"name": "images", "root": str(root / "train" / "images"), "image_size": 64},
+        "task": "detection",
+        "stages": [{"prune": {"keep_macs": 0.7}}],
+        "measure": {"rounds": 3, "round_ms": 1},
+    }
+    assert compress.run(validate(recipe, where="test"), tmp_path / "run") is not None
+    small = compress.load_model(tmp_path / "run" / "01-prune")  # of the 91 classes it comes with
+    assert small.head.classification_head.num_columns == 91
+
+
 def test_the_best_checkpoint_is_that_of_the_primary_metric(root):
     recipe = validate(content(root), where="test")
     dataset, task = load_data(recipe.data), load_task("segmentation", classes=("a", "b", "c"))

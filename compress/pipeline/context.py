@@ -195,8 +195,9 @@ def save_stage(
 def _classes_given(context: RunContext) -> int | None:
     """Return the number of classes that the network was built for; None: its weights tell."""
     given, name = context.recipe.model.num_classes, context.recipe.model.name
-    if given is None and is_torchvision_detector(name):
-        return count_of(name, len(context.dataset.classes))
+    classes = len(context.dataset.classes)
+    if given is None and classes and is_torchvision_detector(name):
+        return count_of(name, classes)
     return given
 
 

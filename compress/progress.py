@@ -17,7 +17,7 @@ from compress.errors import printable
 T = TypeVar("T")
 
 LINE_EVERY_S = 10.0  # seconds between two plain lines
-SHORT_S = 1.0  # work that takes less leaves no line
+SHORT_S = 1.0  # of work that is no part of other work, and leaves a line if it takes longer
 
 
 class Task(Protocol):
@@ -35,8 +35,9 @@ class _Silent:
 class _Lines:
     """Plain lines on stderr, for logs: at most one every ``LINE_EVERY_S`` seconds, and the last."""
 
-    def __init__(self, description: str, total: float | None) -> None:
+    def __init__(self, description: str, total: float | None, short_s: float) -> None:
         self.description, self.total, self.done = description, total, 0.0
+        self.short_s = short_s  # work that takes less leaves no line
         self.start = self.last = time.monotonic()
 
     def advance(self, count: float = 1.0, note: str = "") -> None:
@@ -57,7 +58,7 @@ class _Lines:
 
     def finish(self) -> None:
         spent = time.monotonic() - self.start
-        if spent >= SHORT_S:
+        if spent >= self.short_s:
             sys.stderr.write(f"{self.description}: done in {spent:.1f} s\n")
 
 
@@ -127,7 +128,7 @@ def task(description: str, total: float | None = None) -> Iterator[Task]:
         if bars is None:
             yield _Silent()
         elif bars == "lines":
-            lines = _Lines(description, total)
+            lines = _Lines(description, total, LINE_EVERY_S if depth else SHORT_S)
             yield lines
             lines.finish()
         else:

@@ -54,3 +54,10 @@ def test_work_inside_work_is_gone_from_the_terminal_when_it_is_done():
         finally:
             progress._bars.reset(token)
         assert bars.tasks[0].finished
+
+
+def test_work_inside_work_leaves_a_line_in_a_log_only_if_it_took_long(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SHORT_S", 0.0)
+    with progress.shown(), progress.task("outer"):
+        list(progress.track([1, 2], "inner"))
+    assert capsys.readouterr().err.splitlines()[0].startswith("outer: done in")

@@ -1,7 +1,9 @@
 """The public names: sorted, complete, and cheap to import."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import compress
 
@@ -30,3 +32,26 @@ def test_the_pipeline_does_not_import_runtimes_it_does_not_use():
     code = f"import sys, compress.pipeline; print([m for m in {light!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_functions_fit_on_a_screen_and_take_few_arguments():
+    """A body of at most 45 lines; more than seven arguments only where they are published."""
+    root = Path(compress.__file__).parent
+    published = {*compress.__all__, "plan_sparsity", "split_onnx", "train"}
+    published.add("_synced_batch_norm")  # has the arguments of torch's
+    long, wide = [], []
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            where = f"{path.relative_to(root)}:{node.name}"
+            code = node.body[ast.get_docstring(node) is not None :] or node.body
+            lines = (node.end_lineno or 0) - code[0].lineno + 1
+            count = len([*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs])
+            is_method = bool(node.args.args) and node.args.args[0].arg in {"self", "cls"}
+            if lines > 45:
+                long.append(f"{where}: {lines} lines")
+            if count - is_method > 7 and path.parent.name != "cli" and node.name not in published:
+                wide.append(f"{where}: {count} arguments")
+    assert not long
+    assert not wide

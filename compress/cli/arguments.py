@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,6 +69,7 @@ BatchSize = Annotated[
 Workers = Annotated[int | None, typer.Option(help="Threads that decode image files; 0 if absent")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
 After = Annotated[int | None, typer.Option(help="Epochs of fine-tuning afterwards; none if absent")]
+Teacher = Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -80,6 +83,9 @@ Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or co
 Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
 Track = Annotated[
     str | None, typer.Option(help="Also log trainings: tensorboard or mlflow; neither if absent")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Also print what was tried and what was not measured")
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; all cores if absent")]
 TaskName = Annotated[
@@ -103,6 +109,73 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random")]
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16 or int8 (of a Q/DQ file); the file's own if absent")
 ]
+
+
+class Pixels:
+    """How pictures become the network's input."""
+
+    image_size: ImageSize = None
+    mean: Mean = None
+    std: Std = None
+
+
+class FileInput:
+    """What else an ONNX file or an engine may want of its input."""
+
+    input_range: Range = None
+    color: Color = None
+    layout: Layout = None
+    inputs: Inputs = None
+
+
+class Experiment:
+    """What stands in a recipe beside its stages."""
+
+    batch_size: BatchSize = None
+    task: TaskName = None
+    overrides: Set = None
+    seed: Seed = 0
+    trust: Trust = False
+
+
+class Running:
+    """How a recipe is carried out."""
+
+    out: Out = None
+    fresh: Fresh = False
+    track: Track = None
+    workers: Workers = None
+    verbose: Verbose = False
+
+
+class FineTuning:
+    """Training after a stage."""
+
+    epochs: After = None
+    teacher: Teacher = None
+
+
+def with_options(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of ``groups`` after its own; it reads them in ``ctx.params``."""
+    shared = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=vars(group)[name], annotation=annotation
+        )
+        for group in groups
+        for name, annotation in inspect.get_annotations(group, eval_str=True).items()
+    ]
+
+    def extended(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+
+        @functools.wraps(command)
+        def called(**given: Any) -> None:
+            command(**{name: given[name] for name in own})
+
+        called.__signature__ = inspect.Signature([*own.values(), *shared])  # type: ignore[attr-defined]
+        return called
+
+    return extended
 
 
 def names_of(kind: str) -> list[str]:

@@ -11,18 +11,17 @@ import typer
 
 from compress.artifact import scratch
 from compress.cli.arguments import (
-    Color,
+    FileInput,
     FixedSize,
-    Inputs,
     Json,
-    Layout,
     Model,
+    Pixels,
     Precision,
-    Range,
     Threads,
     Trust,
     Weights,
     names,
+    with_options,
 )
 from compress.cli.exits import GATE_FAILED
 from compress.cli.options import INPUT_SIZE, data_settings, integers
@@ -120,6 +119,7 @@ def build(
     say(f"{path}: engine for {runtime}, {size_mib(path):.2f} MiB")
 
 
+@with_options(Pixels, FileInput)
 def predict(
     ctx: typer.Context,
     artifact: Annotated[
@@ -144,15 +144,6 @@ def predict(
             autocompletion=names("runtimes"),
         ),
     ] = None,
-    image_size: Annotated[
-        str | None, typer.Option(help="SIDE or H,W, pixels; as the artifact says if absent")
-    ] = None,
-    mean: Annotated[
-        str | None, typer.Option(help="0.5,0.5,0.5; as the artifact says if absent")
-    ] = None,
-    std: Annotated[
-        str | None, typer.Option(help="0.2,0.2,0.2; as the artifact says if absent")
-    ] = None,
     resize: Annotated[
         str | None,
         typer.Option(help="short side, squash or letterbox; as the artifact says if absent"),
@@ -164,10 +155,6 @@ def predict(
         float | None,
         typer.Option(help="Share of the resized picture; as the artifact says if absent"),
     ] = None,
-    input_range: Range = None,
-    color: Color = None,
-    layout: Layout = None,
-    inputs: Inputs = None,
     threads: Threads = None,
     trust: Trust = False,
 ) -> None:

@@ -59,7 +59,9 @@ def show(
         raise UnknownNameError("kind", kind, SHOWN)
     if not name:
         known = ", ".join(names_of(kind))
-        raise UsageError(f"{kind!r} says no name", expected=f"{kind}/NAME, NAME one of: {known}")
+        raise UsageError(
+            f"{kind!r} alone is no plug-in", expected=f"{kind}/NAME, NAME one of: {known}"
+        )
     if kind == RECIPES:
         say(_recipe(name))
     else:

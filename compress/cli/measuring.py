@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from compress.cli.arguments import (
-    Color,
     Data,
-    ImageSize,
-    Inputs,
+    FileInput,
     Json,
-    Layout,
-    Mean,
-    Range,
-    Std,
+    Pixels,
     Threads,
     Trust,
+    Verbose,
+    with_options,
 )
 from compress.cli.exits import GATE_FAILED
 from compress.cli.options import integers, load_dataset
@@ -29,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
+@with_options(Pixels, FileInput)
 def bench(
     ctx: typer.Context,
     artifacts: Annotated[
@@ -41,13 +39,6 @@ def bench(
     data: Annotated[
         str | None, typer.Option(help="DATA, to measure accuracy as well; latency alone if absent")
     ] = None,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    input_range: Range = None,
-    color: Color = None,
-    layout: Layout = None,
-    inputs: Inputs = None,
     threads: Threads = None,
     json: Json = None,
     trust: Trust = False,
@@ -68,19 +59,13 @@ def bench(
     say(found.table())
 
 
+@with_options(Pixels, FileInput)
 def compare(
     ctx: typer.Context,
     reference: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     candidate: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     data: Data,
     bisect: Annotated[bool, typer.Option(help="Find the first tensor that differs")] = False,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    input_range: Range = None,
-    color: Color = None,
-    layout: Layout = None,
-    inputs: Inputs = None,
     json: Json = None,
     trust: Trust = False,
 ) -> None:
@@ -111,6 +96,7 @@ def report(
     track: Annotated[
         str | None, typer.Option(help="Log each run to tensorboard or mlflow as well")
     ] = None,
+    verbose: Verbose = False,
 ) -> None:
     """Write the report of a run again, or one comparison of several runs."""
     from rich.console import Group
@@ -122,7 +108,8 @@ def report(
     log = tracker(track) if track else None
     if len(runs) == 1:
         folder = out or runs[0]
-        shown = reports.summary(reports.write(reports.read_run(runs[0]), folder), folder)
+        written = reports.write(reports.read_run(runs[0]), folder)
+        shown = reports.summary(written, folder, verbose=verbose)
     elif out is None:
         raise UsageError("several runs need a folder for their comparison", fix="Give --out DIR")
     else:

@@ -33,7 +33,8 @@ def run_stages(
 ) -> None:
     """Run the recipe that the options of a command stand for, as any other recipe."""
     recipe = recipe_of(name, given, stages, targets)
-    finish(tracked(recipe, given["track"]), given["out"], fresh=given["fresh"])
+    recipe = tracked(recipe, given["track"])
+    finish(recipe, given["out"], fresh=given["fresh"], verbose=given["verbose"])
 
 
 def recipe_of(
@@ -76,7 +77,7 @@ def training_after(given: Given) -> list[dict[str, Any]]:
     if after.get("epochs"):
         return [{"distill" if "teacher" in after else "finetune": after}]
     if "teacher" in after:
-        raise UsageError("a teacher without training", fix="Say how long: --epochs N")
+        raise UsageError("--teacher without training", fix="Say how long: --epochs N")
     return []
 
 
@@ -131,7 +132,9 @@ def tracked(recipe: Recipe, tracker: str | None) -> Recipe:
     return recipe if tracker is None else loading.tracked(recipe, tracker)
 
 
-def finish(recipe: Recipe, out: Path | None, *, fresh: bool, where: str = "") -> None:
+def finish(
+    recipe: Recipe, out: Path | None, *, fresh: bool, verbose: bool, where: str = ""
+) -> None:
     """Run a recipe, which came from the file ``where`` or from options, and print its summary.
 
     Raises:
@@ -145,7 +148,7 @@ def finish(recipe: Recipe, out: Path | None, *, fresh: bool, where: str = "") ->
     report = pipeline.run(recipe, folder, fresh=fresh, where=where)
     if report is None:  # another process of the same torchrun reports
         return
-    say(summary(report, folder))
+    say(summary(report, folder, verbose=verbose))
     if any(not gate.passed for gate in report.gates):
         raise typer.Exit(GATE_FAILED)
 

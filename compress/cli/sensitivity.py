@@ -9,19 +9,14 @@ import typer
 
 from compress.artifact import scratch
 from compress.cli.arguments import (
-    BatchSize,
     Classes,
     Data,
-    ImageSize,
+    Experiment,
     Json,
-    Mean,
     Model,
-    Seed,
-    Set,
-    Std,
-    TaskName,
-    Trust,
+    Pixels,
     Weights,
+    with_options,
 )
 from compress.cli.options import Given
 from compress.cli.output import say, write_numbers
@@ -39,6 +34,7 @@ RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 SENSITIVITY_IMAGES = 1000
 
 
+@with_options(Pixels, Experiment)
 def sensitivity(
     ctx: typer.Context,
     model: Model,
@@ -56,20 +52,12 @@ def sensitivity(
         Path | None, typer.Option("--out", help="Plot to write, .png or .svg; none if absent")
     ] = None,
     json: Json = None,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    batch_size: BatchSize = None,
-    task: TaskName = None,
-    overrides: Set = None,
-    seed: Seed = 0,
-    trust: Trust = False,
 ) -> None:
     """Measure how much accuracy each layer loses when pruned or quantized."""
     from compress.pipeline.task import prepared
 
     if prune == quantize:
-        raise UsageError("say what for", expected="one of --prune and --quantize")
+        raise UsageError("nothing says what to measure", expected="one of --prune and --quantize")
     given = ctx.params
     recipe = recipe_of("sensitivity", given, [])
     dataset, judge = prepared(recipe)

@@ -8,31 +8,26 @@ from typing import Annotated
 import typer
 
 from compress.cli.arguments import (
-    After,
-    BatchSize,
     Classes,
-    Color,
     Data,
     Epochs,
+    Experiment,
+    FileInput,
+    FineTuning,
     FixedSize,
     Fresh,
-    ImageSize,
-    Inputs,
-    Layout,
-    Mean,
     Model,
     Out,
     Outputs,
-    Range,
-    Seed,
+    Pixels,
+    Running,
     Set,
-    Std,
-    TaskName,
     Track,
     Trust,
+    Verbose,
     Weights,
-    Workers,
     names,
+    with_options,
 )
 from compress.cli.options import chosen, present
 from compress.cli.output import say
@@ -65,6 +60,7 @@ def run(
         bool, typer.Option(help="Print the recipe with all defaults and stop")
     ] = False,
     trust: Trust = False,
+    verbose: Verbose = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
     if dry_run:
@@ -75,9 +71,11 @@ def run(
         preflight(resolved, where=str(recipe))
         say(dump(resolved))
     else:
-        finish(tracked(loaded(recipe, overrides), track), out, fresh=fresh, where=str(recipe))
+        resolved = tracked(loaded(recipe, overrides), track)
+        finish(resolved, out, fresh=fresh, verbose=verbose, where=str(recipe))
 
 
+@with_options(Running, Pixels, Experiment)
 def train(
     ctx: typer.Context,
     model: Model,
@@ -85,24 +83,13 @@ def train(
     weights: Weights = None,
     num_classes: Classes = None,
     epochs: Epochs = 10,
-    out: Out = None,
-    overrides: Set = None,
-    track: Track = None,
-    fresh: Fresh = False,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    task: TaskName = None,
-    trust: Trust = False,
-    seed: Seed = 0,
 ) -> None:
     """Train a network on labelled images."""
     given = ctx.params
     run_stages("train", given, [{"train": present(given, **TRAINING)}])
 
 
+@with_options(FineTuning, Running, Pixels, Experiment)
 def prune(
     ctx: typer.Context,
     model: Model,
@@ -145,21 +132,7 @@ def prune(
     round_to: Annotated[
         int | None, typer.Option(help="Keep channels in multiples of this; 1 if absent")
     ] = None,
-    epochs: After = None,
-    teacher: Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")] = None,
-    out: Out = None,
-    overrides: Set = None,
-    track: Track = None,
-    fresh: Fresh = False,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    task: TaskName = None,
     outputs: Outputs = None,
-    trust: Trust = False,
-    seed: Seed = 0,
 ) -> None:
     """Prune channels of a network to a budget; fine-tune it if --epochs is given."""
     given = ctx.params
@@ -181,6 +154,7 @@ def prune(
     run_stages("prune", given, [{"prune": cut}, *training_after(given)], targets)
 
 
+@with_options(FineTuning, Running, Pixels, Experiment)
 def sparsify(
     ctx: typer.Context,
     model: Model,
@@ -197,20 +171,6 @@ def sparsify(
     criterion: Annotated[
         str | None, typer.Option(help="l1, l2, lamp, taylor or random; l1 if absent")
     ] = None,
-    epochs: After = None,
-    teacher: Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")] = None,
-    out: Out = None,
-    overrides: Set = None,
-    track: Track = None,
-    fresh: Fresh = False,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    task: TaskName = None,
-    trust: Trust = False,
-    seed: Seed = 0,
 ) -> None:
     """Set single weights to zero (sparsity); fine-tune if --epochs is given."""
     given = ctx.params
@@ -218,6 +178,7 @@ def sparsify(
     run_stages("sparsify", given, [{"sparsify": zero}, *training_after(given)])
 
 
+@with_options(Running, Pixels, Experiment)
 def distill(
     ctx: typer.Context,
     student: Model,
@@ -233,18 +194,6 @@ def distill(
         ),
     ] = None,
     epochs: Epochs = 10,
-    out: Out = None,
-    overrides: Set = None,
-    track: Track = None,
-    fresh: Fresh = False,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    batch_size: BatchSize = None,
-    workers: Workers = None,
-    task: TaskName = None,
-    trust: Trust = False,
-    seed: Seed = 0,
 ) -> None:
     """Train a network on the outputs and features of a teacher."""
     given = ctx.params
@@ -253,6 +202,7 @@ def distill(
     run_stages("distill", {**given, "model": student}, [{"distill": learn}])
 
 
+@with_options(Running, Pixels, FileInput, Experiment)
 def quantize(
     ctx: typer.Context,
     model: Model,
@@ -280,23 +230,7 @@ def quantize(
     qat_epochs: Annotated[
         int | None, typer.Option(help="Epochs of quantization-aware training; none if absent")
     ] = None,
-    out: Out = None,
-    overrides: Set = None,
-    track: Track = None,
-    fresh: Fresh = False,
-    image_size: ImageSize = None,
-    mean: Mean = None,
-    std: Std = None,
-    batch_size: BatchSize = None,
-    input_range: Range = None,
-    color: Color = None,
-    layout: Layout = None,
-    inputs: Inputs = None,
     input_size: FixedSize = None,
-    workers: Workers = None,
-    task: TaskName = None,
-    trust: Trust = False,
-    seed: Seed = 0,
 ) -> None:
     """Quantize to int8: write one Q/DQ file for each target runtime."""
     given = ctx.params

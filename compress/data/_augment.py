@@ -104,7 +104,7 @@ def augment_with_labels(
     wrong = [key for key in ("mixup", "cutmix", "randaugment") if getattr(settings, key)]
     if wrong:
         raise UsageError(
-            f"{' and '.join(wrong)} cannot be followed by masks and boxes",
+            f"{' and '.join(wrong)} cannot be applied to masks and boxes",
             where="augment",
             expected="crop_padding, flip, rotation_degrees, scale or erasing",
         )

@@ -165,7 +165,7 @@ def _check_repeatable(items: Items, reader: Reader) -> None:
     last = len(items) - 1
     if not torch.equal(reader.pixels(items, last), reader.pixels(items, last)):
         raise DataError(
-            f"item {last} is another picture each time",
+            f"item {last} returns a different picture each time it is read",
             where=reader.where,
             fix="Leave random transforms out of the data: a recipe's augment does that",
         )

@@ -314,9 +314,9 @@ def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:
     broken = np.flatnonzero(~np.isfinite(logits).all(1))
     if len(broken):
         raise EngineError(
-            f"gave answers that are not finite numbers for {len(broken)} of {images} images, the "
+            f"returned outputs that are not finite for {len(broken)} of {images} images, the "
             f"first of them image {before + broken[0]}",
-            fix="A half-precision network overflows so; keep its widest layers in fp32",
+            fix="An fp16 network may have overflowed: keep its widest layers in fp32",
         )
     return logits
 

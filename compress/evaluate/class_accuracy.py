@@ -75,7 +75,7 @@ def accuracy(
     total, count = predictions.logits.shape
     names = tuple(classes) if classes is not None else tuple(str(k) for k in range(count))
     if len(names) != count:
-        raise DataError(f"{len(names)} class names, but the network tells {count} classes apart")
+        raise DataError(f"{len(names)} class names, but the network has {count} class outputs")
     right = int(predictions.correct.sum())
     near = _among_top(predictions, 5) if count > 5 else None
     bins = statistics.calibration_bins(predictions.confidence, predictions.correct)

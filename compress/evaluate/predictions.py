@@ -32,7 +32,7 @@ class Predictions:
         if not 0 <= self.labels.min() <= self.labels.max() < self.logits.shape[1]:
             raise DataError(
                 f"labels reach from {self.labels.min()} to {self.labels.max()}, but the network "
-                f"tells {self.logits.shape[1]} classes apart",
+                f"has {self.logits.shape[1]} class outputs",
                 expected=f"labels from 0 to {self.logits.shape[1] - 1}",
                 fix="Give the data the network was trained for, or set --num-classes",
             )

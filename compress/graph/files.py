@@ -8,8 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
 from compress.artifact import is_utf8, replacing, state_of
 from compress.errors import EngineError, boundary
@@ -17,6 +27,7 @@ from compress.graph.metadata import dims_of, layout_of, picture_input, stamp
 
 DEEPEST = 64  # branches and loops inside each other, functions that call functions
 MOST_NODES = 2**20  # of the graph once its functions are written out
+SPARSEST = 1000  # places of a sparse constant for each value that it holds
 MOST_READ = 4  # times the bytes of the files beside it: a part of one can be shared by weights
 _PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 _COMPLEX = {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
@@ -50,6 +61,8 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
             onnx.load_external_data_for_model(model, str(source.parent))
         for tensor in tensors:
             _check_size(tensor, source)
+        if weights:
+            _store_densely(model.graph, source)
     _intact[source.absolute()] = states
     return model
 
@@ -171,6 +184,39 @@ def _check_size(tensor: TensorProto, path: Path) -> None:
         )
 
 
+def _store_densely(graph: GraphProto, path: Path) -> None:
+    """Store sparse constants as dense ones, which are all that passes over graphs look at."""
+    graph.initializer.extend(_dense(sparse, path) for sparse in graph.sparse_initializer)
+    del graph.sparse_initializer[:]
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "sparse_value":  # of a Constant
+                dense = _dense(attribute.sparse_tensor, path)
+                attribute.CopyFrom(helper.make_attribute("value", dense))
+        for inner in bodies(node):
+            _store_densely(inner, path)
+
+
+def _dense(sparse: SparseTensorProto, path: Path) -> TensorProto:
+    """Return a sparse constant as a dense one; its places are numbers or rows of them."""
+    values, places = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+    count = math.prod(sparse.dims)
+    if min(sparse.dims, default=0) < 0 or count > SPARSEST * max(1, len(values)):
+        raise EngineError(
+            f"its sparse constant {sparse.values.name!r} has {len(values)} values for the shape "
+            f"{list(sparse.dims)}",
+            where=str(path),
+            expected=f"at least one value for {SPARSEST} places",
+        )
+    if places.ndim > 1:
+        places = np.ravel_multi_index(tuple(places.T), tuple(sparse.dims))
+    if len(places) != len(values) or places.min(initial=0) < 0:
+        raise ValueError("a sparse constant has wrong indices")
+    dense = np.zeros(count, values.dtype)
+    dense[places] = values
+    return numpy_helper.from_array(dense.reshape(sparse.dims), sparse.values.name)
+
+
 def _check_calls(model: ModelProto, path: Path) -> None:
     """Refuse functions that call themselves, and graphs that grow or nest beyond all bounds."""
     functions = {(f.domain, f.name): f for f in model.functions}
@@ -196,7 +242,7 @@ def _check_calls(model: ModelProto, path: Path) -> None:
     total = max(nodes_in(body, 0) for body in (model.graph, *model.functions))
     if total > MOST_NODES:
         raise EngineError(
-            f"its functions stand for {total} nodes",
+            f"its functions expand to {total} nodes",
             where=str(path),
             expected=f"at most {MOST_NODES}",
         )

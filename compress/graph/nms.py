@@ -74,7 +74,7 @@ class Nms:
         shape = shapes[0] if len(shapes) == 1 else None
         if shape is None or len(shape) != 3 or not all(isinstance(n, int) for n in shape[1:]):
             raise ExportError(
-                "NMS goes behind boxes and scores, and the outputs of this network are "
+                "NMS takes boxes and scores; the outputs of this network are "
                 + ", ".join(map(str, shapes)),
                 expected="one output (B, 4 + classes, places) of a fixed image size",
                 fix="Choose the output: outputs=0 (--outputs 0)",
@@ -82,7 +82,7 @@ class Nms:
         rows, places = int(shape[1]), int(shape[2])  # type: ignore[arg-type]
         if rows <= 4 or rows > places:
             raise ExportError(
-                f"NMS goes behind boxes and scores, and the output of this network is {shape}",
+                f"NMS takes boxes and scores; the output of this network is {shape}",
                 expected="(B, 4 + classes, places), more places than rows",
             )
         tape = _Tape(graph)

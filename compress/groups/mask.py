@@ -3,8 +3,8 @@
 It shares no code with the cut: values are zeroed in place, shapes and attributes stay. Ops that
 look across channels (LayerNorm, GroupNorm, a mean over channels, standardized weights) compute
 over the kept channels only, in both; that is what pruning such a network means, and it is another
-function than plain zeroing. So is a scale that the program computes from a width: the twin asks
-the pruned network for the number.
+function than plain zeroing. So is a scale that the program computes from a width: the masked
+reference takes the number from the pruned network.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NORMALIZED = ("norm", "softmax", "attention", "cumsum", "cumprod")  # 0 where c
 
 @with_gradients()
 def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
-    """Return the masked twin: equal to the pruned network on every input, in eval mode.
+    """Return the masked reference: equal to the pruned network on every input, in eval mode.
 
     Args:
         model: The network the plan was made for; it is left as it is.
@@ -46,8 +46,8 @@ def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     """
     model = network_of(model)
     check_fit(model, plan)
-    twin = full_copy(model)
-    tensors = dict(named_tensors(twin))
+    reference = full_copy(model)
+    tensors = dict(named_tensors(reference))
     with torch.no_grad():
         for name, dims in plan.tensors.items():
             for dim, kept in dims.items():
@@ -58,9 +58,9 @@ def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     if plan.kept_only:
         numbers = any(item.numbers for item in plan.kept_only)
         watcher = _Watcher(plan.kept_only, cut_by(model, plan) if numbers else None)
-        twin.register_forward_pre_hook(watcher.enter, with_kwargs=True)
-        twin.register_forward_hook(watcher.leave, always_call=True)
-    return twin
+        reference.register_forward_pre_hook(watcher.enter, with_kwargs=True)
+        reference.register_forward_hook(watcher.leave, always_call=True)
+    return reference
 
 
 def _gone(size: int, kept: Any) -> Tensor:
@@ -74,7 +74,7 @@ def _zero(tensor: Tensor, dim: int, kept: Any) -> None:
 
 
 class _Watcher:
-    """Turns the mode on while the twin's forward runs.
+    """Turns the mode on while the reference's forward runs.
 
     Args:
         items: The ops that are computed in another way.
@@ -95,18 +95,18 @@ class _Watcher:
         _watch(stack, ops)
         self._entered.append((ops, stack))
 
-    def _numbers(self, twin: nn.Module, args: Any, kwargs: Any) -> Mapping[Call, Given]:
+    def _numbers(self, reference: nn.Module, args: Any, kwargs: Any) -> Mapping[Call, Given]:
         """Return what the pruned network gives, on these inputs, to the ops that need numbers."""
         if self._pruned is None:
             return {}
         like, own = (
             next(t for _, t in named_tensors(net) if t.is_floating_point())
-            for net in (twin, self._pruned)
+            for net in (reference, self._pruned)
         )
         if (like.dtype, like.device) != (own.dtype, own.device):
             self._pruned.to(like)
         pruned, listener = self._pruned, _Listener(self._items, {})
-        set_mode(pruned, training=twin.training)
+        set_mode(pruned, training=reference.training)
         inputs, named = tree_map(_cloned, (args, kwargs))
         with undisturbed(), contextlib.ExitStack() as stack:
             _watch(stack, listener)
@@ -269,7 +269,7 @@ def _check(tensor: Any, item: KeptOnly, position: int) -> None:
         if not isinstance(tensor, Tensor) or tensor.ndim <= dim or tensor.shape[dim] != size:
             raise PlanError(
                 f"call {item.occurrence} of {item.op} is not the one the plan was made for",
-                fix="Run the masked twin in eval mode on inputs shaped like the plan's example",
+                fix="Run it in eval mode on inputs shaped like the plan's example",
             )
 
 

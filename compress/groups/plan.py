@@ -24,11 +24,11 @@ Dims = Mapping[int, Positions]
 
 @dataclass(frozen=True)
 class KeptOnly:
-    """An op that looks across cut channels: the masked twin computes it over kept ones only.
+    """An op that looks across cut channels: the masked reference computes it over kept ones only.
 
     ``inputs`` maps the position of a tensor argument to {dimension: kept positions}, ``outputs``
     that of an output. With ``mask_only`` inputs are zeroed at cut positions, not left out. With
-    ``numbers`` the twin gives it the number that the pruned network computes from its widths.
+    ``numbers`` the reference gives it the number that the pruned network computes from its widths.
     """
 
     op: str

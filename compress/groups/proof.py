@@ -121,7 +121,7 @@ def _shaken(model: nn.Module) -> nn.Module:
 
 @with_gradients()
 def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
-    """Return the largest difference of pruned network and masked twin, relative to the twin.
+    """Return the largest relative difference of the pruned network from the masked reference.
 
     Both run in eval mode. A difference above 1e-4 may be float32 rounding in a badly conditioned
     network: then both are computed again in float64, and that difference is returned.
@@ -146,16 +146,16 @@ def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> fl
     args, kwargs = inputs_of(example_input)
     with undisturbed():
         small = _answers(cut_by(model, plan), args, kwargs, plan.outputs)
-        twin = _answers(mask_pruning(model, plan), args, kwargs, plan.outputs)
-    if not twin:
+        reference = _answers(mask_pruning(model, plan), args, kwargs, plan.outputs)
+    if not reference:
         raise PlanError(
             "the network returns no tensor, number or text: nothing can be compared",
             where=type(model).__name__,
             fix="Return what it computes, or wrap it in a module that does",
         )
-    if [_form(leaf) for leaf in small] != [_form(leaf) for leaf in twin]:
+    if [_form(leaf) for leaf in small] != [_form(leaf) for leaf in reference]:
         return float("inf")
-    return max((_relative(a, b) for a, b in zip(small, twin, strict=True)), default=0.0)
+    return max((_relative(a, b) for a, b in zip(small, reference, strict=True)), default=0.0)
 
 
 def _answers(
@@ -187,15 +187,15 @@ def _form(leaf: Any) -> Any:
     return leaf.shape if isinstance(leaf, Tensor) else leaf
 
 
-def _relative(small: Any, twin: Any) -> float:
-    if not isinstance(twin, Tensor) or not twin.numel():
+def _relative(small: Any, reference: Any) -> float:
+    if not isinstance(reference, Tensor) or not reference.numel():
         return 0.0
-    kind = torch.complex128 if twin.is_complex() else torch.float64
-    small, twin = small.to(kind), twin.to(kind)
-    if not torch.isfinite(twin).all() or not torch.isfinite(small).all():
-        return 0.0 if torch.equal(small.nan_to_num(), twin.nan_to_num()) else float("inf")
-    scale = twin.abs().max().clamp_min(1e-12)
-    return float((small - twin).abs().max() / scale)
+    kind = torch.complex128 if reference.is_complex() else torch.float64
+    small, reference = small.to(kind), reference.to(kind)
+    if not torch.isfinite(reference).all() or not torch.isfinite(small).all():
+        return 0.0 if torch.equal(small.nan_to_num(), reference.nan_to_num()) else float("inf")
+    scale = reference.abs().max().clamp_min(1e-12)
+    return float((small - reference).abs().max() / scale)
 
 
 def _clone(value: Any) -> Any:

@@ -57,7 +57,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Restricted:
-    """An op that mixes channels which can be cut: the masked twin computes it on kept ones only."""
+    """An op across channels that can be cut: the masked reference computes it on kept ones only."""
 
     op: str
     occurrence: int  # among the calls of this op in one forward

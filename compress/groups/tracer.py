@@ -204,7 +204,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         return axis[values]
 
     def restrict(self, call: Call, *, mask_only: bool = False) -> None:
-        """Note that the twin must compute this op on the kept channels only."""
+        """Note that the reference must compute this op on the kept channels only."""
         self._restricted = (call, mask_only)
 
     def _write_restricted(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress import plugins
-from compress.errors import EngineError
+from compress.errors import CompressError, EngineError
 from compress.evaluate import BATCH, of_task, predict
 from compress.evaluate.feeding import Fed, arrays
 from compress.evaluate.predictions import Predictions
+from compress.measure.latency import Bench, Timing, bench
+from compress.measure.memory import memory
 from compress.measure.probe import inputs_for
 from compress.progress import track
 from compress.report.run_folder import artifacts_in
@@ -26,22 +29,33 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Rival:
+class Candidate:
     """One artifact on one runtime."""
 
     name: str  # shown to the user; unique among those side by side
     path: Path
     runtime: str
     options: Mapping[str, Any] = field(default_factory=dict)  # of the runtime
+    threads: int | None = None  # of the CPU; all cores if None
 
     @property
     def reference(self) -> str | dict[str, Mapping[str, Any]]:
         """The runtime with its options."""
         return {self.runtime: self.options} if self.options else self.runtime
 
-    def open(self, *, threads: int | None = None, batch: int | None = None) -> Session:
+    def open(self, batch: int | None = None) -> Session:
         """Load it; with ``batch``, for this size alone where the runtime can make use of that."""
-        return open_session(self.path, self.reference, threads=threads, batch=batch)
+        return open_session(self.path, self.reference, threads=self.threads, batch=batch)
+
+    def memory(self, batch: int, dataset: Dataset | None) -> dict[str, Any]:
+        """Return what it takes in a call of ``batch`` images; under "skipped" why it is unknown."""
+        shapes = None if dataset is None else [(batch, dataset.channels, *dataset.image_size)]
+        try:
+            return memory(
+                self.path, self.reference, batch=batch, shapes=shapes, threads=self.threads
+            ).to_json()
+        except CompressError as error:
+            return {"skipped": {"memory": str(error)}}
 
 
 def runtime_of(path: Path) -> str:
@@ -55,15 +69,18 @@ def runtime_of(path: Path) -> str:
     return kind_of(path) or DEFAULT
 
 
-def rivals_of(
-    paths: Sequence[Path], runtimes: Sequence[str | Mapping[str, Any]] = ()
-) -> list[Rival]:
+def candidates_of(
+    paths: Sequence[Path],
+    runtimes: Sequence[str | Mapping[str, Any]] = (),
+    threads: int | None = None,
+) -> list[Candidate]:
     """Return each artifact on each runtime that opens it, the first artifact first.
 
     Args:
         paths: ONNX files, engines, stage folders, runs (the files of their last stage).
         runtimes: Where ONNX files run, each on all of them; ONNX Runtime if empty. Engines and
             stage folders run where they belong. One with options: ``{"openvino": {...}}``.
+        threads: CPU threads; all cores if absent.
 
     Raises:
         UnknownNameError: there is no such runtime.
@@ -83,18 +100,40 @@ def rivals_of(
         f"{label} on {_spoken(runtime, options)}" if several else label
         for label, (_, runtime, options) in zip(labels, places, strict=True)
     ]
-    return [Rival(name, *place) for name, place in zip(_distinct(names), places, strict=True)]
+    return [
+        Candidate(name, *place, threads)
+        for name, place in zip(_distinct(names), places, strict=True)
+    ]
+
+
+def time_together(
+    candidates: Sequence[Candidate], batch: int, dataset: Dataset | None, timing: Timing | None
+) -> Bench:
+    """Time all candidates in the same rounds; those that do not take this batch are skipped."""
+    skipped: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        sessions, inputs = {}, {}
+        for candidate in candidates:
+            try:
+                session = stack.enter_context(candidate.open(batch))
+                given = inputs_of(session, batch, dataset)
+                if len(given[0]) != batch:
+                    raise EngineError(f"takes batches of {len(given[0])} only")
+                session.run(*given)
+            except CompressError as error:
+                skipped[candidate.name] = str(error)
+                continue
+            sessions[candidate.name], inputs[candidate.name] = session, given
+        if not sessions:
+            return Bench({}, skipped, {}, {})
+        timed = bench(sessions, inputs, timing=timing)
+    return replace(timed, skipped=skipped | timed.skipped)
 
 
 def _spoken(runtime: str, options: Mapping[str, Any]) -> str:
     """Return how a runtime with its options is called."""
     told = ", ".join(f"{key}={value}" for key, value in options.items())
     return f"{runtime} ({told})" if told else runtime
-
-
-def shape_of(dataset: Dataset | None, batch: int) -> list[tuple[int, ...]] | None:
-    """Return the shape of a batch of images, for artifacts that cannot tell what they take."""
-    return None if dataset is None else [(batch, dataset.channels, *dataset.image_size)]
 
 
 def inputs_of(session: Session, batch: int, dataset: Dataset | None) -> list[NDArray[Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,12 @@ from compress.evaluate import comparison
 from compress.evaluate.predictions import Predictions
 from compress.measure import Timing
 from compress.measure.artifacts import (
-    Rival,
+    Candidate,
     answers_of,
-    inputs_of,
+    candidates_of,
     names_classes,
     outputs_of,
-    rivals_of,
-    shape_of,
+    time_together,
 )
 from compress.runtimes import unavailable
 from compress.tasks import Prediction
@@ -86,124 +84,81 @@ def bench_artifacts(
             expected="at least one artifact, and batch sizes of 1 or more",
         )
     skipped: dict[str, str] = {}
-    rivals = []
-    for rival in rivals_of(paths, runtimes):
-        reason = unavailable(rival.runtime)
+    candidates = []
+    for candidate in candidates_of(paths, runtimes, threads):
+        reason = unavailable(candidate.runtime)
         if reason is None:
-            rivals.append(rival)
+            candidates.append(candidate)
         else:
-            skipped[rival.name] = reason
-    answers: dict[str, Predictions | list[Prediction]] = {}
-    if dataset is not None:
-        answers = _all_answers(rivals, dataset, threads, skipped)
+            skipped[candidate.name] = reason
+    answers = {} if dataset is None else _all_answers(candidates, dataset, skipped)
     rows: list[dict[str, Any]] = []
     conditions: dict[str, Any] = {}
     for batch in batches:
-        timed = _time(rivals, batch, threads, dataset, timing)
+        timed = time_together(candidates, batch, dataset, timing)
         conditions[f"batch {batch}"] = timed.conditions
         skipped |= {f"{name}, batch {batch}": why for name, why in timed.skipped.items()}
         rows += [
-            _row(rival, batch, threads, timed[rival.name], dataset)
-            for rival in rivals
-            if rival.name in timed
+            _row(candidate, batch, timed[candidate.name], dataset)
+            for candidate in candidates
+            if candidate.name in timed
         ]
     if not rows:
         raise EngineError("; ".join(f"{name}: {why}" for name, why in skipped.items()))
     for row in rows:
-        row |= _accuracy(row["artifact"], rivals, answers, dataset)
+        row |= _accuracy(row["artifact"], candidates[0].name, answers, dataset)
     return Benched(tuple(rows), skipped, conditions, environment.describe())
 
 
-def _time(
-    rivals: Sequence[Rival],
-    batch: int,
-    threads: int | None,
-    dataset: Dataset | None,
-    timing: Timing | None,
-) -> measure.Bench:
-    """Time all rivals in the same rounds; those that do not take this batch are skipped."""
-    skipped: dict[str, str] = {}
-    with contextlib.ExitStack() as stack:
-        sessions, inputs = {}, {}
-        for rival in rivals:
-            try:
-                session = stack.enter_context(rival.open(threads=threads, batch=batch))
-                arrays = inputs_of(session, batch, dataset)
-                if len(arrays[0]) != batch:
-                    raise EngineError(f"takes batches of {len(arrays[0])} only")
-                session.run(*arrays)
-            except CompressError as error:
-                skipped[rival.name] = str(error)
-                continue
-            sessions[rival.name], inputs[rival.name] = session, arrays
-        if not sessions:
-            return measure.Bench({}, skipped, {}, {})
-        timed = measure.bench(sessions, inputs, timing=timing)
-    return measure.Bench(timed.latencies, skipped | timed.skipped, timed.conditions, timed.method)
-
-
 def _row(
-    rival: Rival,
-    batch: int,
-    threads: int | None,
-    latency: measure.Latency,
-    dataset: Dataset | None,
+    candidate: Candidate, batch: int, latency: measure.Latency, dataset: Dataset | None
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "artifact": rival.name,
-        "path": str(rival.path),
-        "runtime": rival.runtime,
-        "options": dict(rival.options) or None,
-        "threads": threads,
+    row = {
+        "artifact": candidate.name,
+        "path": str(candidate.path),
+        "runtime": candidate.runtime,
+        "options": dict(candidate.options) or None,
+        "threads": candidate.threads,
         **latency.to_json(),
         "batch": batch,
+        **candidate.memory(batch, dataset),
     }
-    try:
-        memory = measure.memory(
-            rival.path,
-            rival.reference,
-            batch=batch,
-            shapes=shape_of(dataset, batch),
-            threads=threads,
-        ).to_json()
-    except CompressError as error:
-        memory = {"skipped": {"memory": str(error)}}
-    return {key: value for key, value in (row | memory).items() if value is not None}
+    return {key: value for key, value in row.items() if value is not None}
 
 
 def _all_answers(
-    rivals: Sequence[Rival], dataset: Dataset, threads: int | None, skipped: dict[str, str]
+    candidates: Sequence[Candidate], dataset: Dataset, skipped: dict[str, str]
 ) -> dict[str, Predictions | list[Prediction]]:
-    """Return the answers of each rival to the test images; why not goes into ``skipped``.
+    """Return what each candidate predicts for the test images; why not goes into ``skipped``.
 
-    They are all outputs where an image has no class, or a rival names none.
+    These are all outputs where an image has no class, or a candidate names none.
     """
     answers: dict[str, Predictions | list[Prediction]] = {}
-    for rival in rivals:
+    for candidate in candidates:
         try:
-            with rival.open(threads=threads) as session:
+            with candidate.open() as session:
                 if names_classes(session, dataset):
-                    answers[rival.name] = answers_of(session, dataset, rival.name)
+                    answers[candidate.name] = answers_of(session, dataset, candidate.name)
                 else:
-                    answers[rival.name] = outputs_of(session, dataset)
+                    answers[candidate.name] = outputs_of(session, dataset)
         except CompressError as error:
-            skipped[f"{rival.name}, accuracy"] = str(error)
+            skipped[f"{candidate.name}, accuracy"] = str(error)
     return answers
 
 
 def _accuracy(
     name: str,
-    rivals: Sequence[Rival],
+    reference: str,
     answers: dict[str, Predictions | list[Prediction]],
     dataset: Dataset | None,
 ) -> dict[str, Any]:
     """Return accuracy, and agreement with the first artifact, as entries of a row."""
     if name not in answers or dataset is None:
         return {}
-    own, first = answers[name], answers.get(rivals[0].name)
+    own, first = answers[name], answers.get(reference)
     if isinstance(own, list):
-        is_rival = isinstance(first, list) and own is not first
-        return comparison.outputs_row(first, own) if is_rival and isinstance(first, list) else {}
+        is_other = own is not first
+        return comparison.outputs_row(first, own) if isinstance(first, list) and is_other else {}
     found = evaluate.accuracy(own, dataset.classes).row()
     if isinstance(first, Predictions) and own is not first:
         found |= comparison.against(first, own, dataset.classes)

@@ -14,7 +14,13 @@ from compress.evaluate.comparison import Bisection, Comparison, Link, Step
 from compress.evaluate.comparison.bisection import PLAIN, precision_of
 from compress.evaluate.feeding import arrays, leading_input
 from compress.graph import files
-from compress.measure.artifacts import Rival, answers_of, names_classes, outputs_of, rivals_of
+from compress.measure.artifacts import (
+    Candidate,
+    answers_of,
+    candidates_of,
+    names_classes,
+    outputs_of,
+)
 from compress.report.run_folder import one_artifact
 from compress.runtimes import facts, open_session
 
@@ -95,18 +101,18 @@ def compare_artifacts(
     """
     if bisect and not reference.suffix == candidate.suffix == ".onnx":
         raise UsageError(
-            f"cannot look inside {reference.name} and {candidate.name}",
-            expected="two ONNX files for --bisect",
+            f"--bisect cannot read {reference.name} and {candidate.name}",
+            expected="two ONNX files",
         )
-    old, new = rivals_of([one_artifact(reference), one_artifact(candidate)])
+    old, new = candidates_of([one_artifact(reference), one_artifact(candidate)], threads=threads)
     is_named = True
-    for rival in (old, new):  # a file that cannot be opened or fed is told before the long work
-        with rival.open(threads=threads) as session:
+    for each in (old, new):  # a file that cannot be opened or fed is told before the long work
+        with each.open() as session:
             try:
                 is_named &= names_classes(session, dataset)
             except DataError as error:
-                raise error.within(str(rival.path)) from None
-    steps = list(_steps(old, new, dataset, limit, threads)) if is_named else []
+                raise error.within(str(each.path)) from None
+    steps = list(_steps(old, new, dataset, limit)) if is_named else []
     return Compared(
         reference=old.name,
         candidate=new.name,
@@ -115,46 +121,41 @@ def compare_artifacts(
         if is_named
         else None,
         links=comparison.chain(steps) if is_named else (),
-        outputs=_outputs(old, new, dataset, limit, threads, is_named=is_named),
+        outputs=_outputs(old, new, dataset, limit, is_named=is_named),
         bisection=_bisection(old, new, dataset) if bisect else None,
     )
 
 
-def _steps(
-    old: Rival, new: Rival, dataset: Dataset, limit: int | None, threads: int | None
-) -> Iterator[Step]:
+def _steps(old: Candidate, new: Candidate, dataset: Dataset, limit: int | None) -> Iterator[Step]:
     """Yield the answers of the reference, of the candidate's graph, and of the candidate."""
-    yield Step(old.name, "", _answers(old, old.reference, dataset, limit, threads))
+    yield Step(old.name, "", _answers(old, old.reference, dataset, limit))
     error = "engine"
     if new.path.suffix == ".onnx":
         change = _CHANGES[precision_of(files.load(new.path))]
         if change == "conversion" and facts(old.runtime).opens == "network":
             change = "export"
-        plain = _answers(new, PLAIN, dataset, limit, threads)
+        plain = _answers(new, PLAIN, dataset, limit)
         yield Step(f"{new.name}, node by node", change, plain)
     else:
         error = "all of it"
-    yield Step(
-        f"{new.name}, as it runs", error, _answers(new, new.reference, dataset, limit, threads)
-    )
+    yield Step(f"{new.name}, as it runs", error, _answers(new, new.reference, dataset, limit))
 
 
 def _answers(
-    rival: Rival, runtime: Any, dataset: Dataset, limit: int | None, threads: int | None
+    candidate: Candidate, runtime: Any, dataset: Dataset, limit: int | None
 ) -> evaluate.Predictions:
-    with open_session(rival.path, runtime, threads=threads) as session:
+    with open_session(candidate.path, runtime, threads=candidate.threads) as session:
         try:
-            return answers_of(session, dataset, rival.name, limit)
+            return answers_of(session, dataset, candidate.name, limit)
         except DataError as error:
-            raise error.within(str(rival.path)) from None
+            raise error.within(str(candidate.path)) from None
 
 
 def _outputs(
-    old: Rival,
-    new: Rival,
+    old: Candidate,
+    new: Candidate,
     dataset: Dataset,
     limit: int | None,
-    threads: int | None,
     *,
     is_named: bool,
 ) -> dict[str, Any]:
@@ -163,8 +164,8 @@ def _outputs(
     A network that names classes is compared by its answers, and so only if it has more outputs.
     """
     answers = []
-    for rival in (old, new):
-        with rival.open(threads=threads) as session:
+    for each in (old, new):
+        with each.open() as session:
             if is_named and len(session.outputs) == 1:
                 return {}
             answers.append(outputs_of(session, dataset, limit))
@@ -172,7 +173,7 @@ def _outputs(
     return {"outputs": found["outputs"]} if is_named else {"images": len(answers[0]), **found}
 
 
-def _bisection(old: Rival, new: Rival, dataset: Dataset) -> Bisection:
+def _bisection(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
     with old.open() as session:
         shape = leading_input(session.inputs, dataset).shape
         fixed = shape[0] if shape else None

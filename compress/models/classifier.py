@@ -38,7 +38,7 @@ def classifier_layers(model: nn.Module) -> list[str]:
 
 
 def replace_head(model: nn.Module, num_classes: int) -> nn.Module:
-    """Return a copy of a network whose last layer tells ``num_classes`` classes apart.
+    """Return a copy of a network whose last layer has ``num_classes`` outputs.
 
     With the last linear layer or 1x1 convolution the auxiliary heads (names with "aux") of as many
     classes are replaced; new layers start from their default initialization. Weights that fit

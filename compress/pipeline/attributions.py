@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Rival:
+class _Pair:
     """A variant that is explained beside the original, on a runtime on which both were judged."""
 
     variant: Variant
@@ -50,27 +50,27 @@ def explain_variants(
         return found
     from compress.evaluate.attribution import ANSWERS, compare_maps
 
-    rivals = list(_rivals(job, variants, judged))
+    pairs = list(_pairs(job, variants, judged))
     for method in job.recipe.measure.explain_methods:
-        rival = _explained(rivals, needs_gradients=method not in ANSWERS)
-        if rival is None:
+        pair = _explained(pairs, needs_gradients=method not in ANSWERS)
+        if pair is None:
             continue
-        in_torch = method not in ANSWERS or facts(rival.runtime).opens != "onnx"
+        in_torch = method not in ANSWERS or facts(pair.runtime).opens != "onnx"
         opened = _networks if in_torch else _sessions
-        with opened(job, variants[0], rival) as (original, compressed):
-            pairs, similarity = compare_maps(
+        with opened(job, variants[0], pair) as (original, compressed):
+            maps, similarity = compare_maps(
                 original,
                 compressed,
-                _samples(job, rival),
-                variant=rival.variant.name,
+                _samples(job, pair),
+                variant=pair.variant.name,
                 method=method,
             )
-        found["attributions"] += [pair.model_dump(mode="json") for pair in pairs]
+        found["attributions"] += [each.model_dump(mode="json") for each in maps]
         found["similarities"].append(similarity.model_dump(mode="json"))
     return found
 
 
-def _rivals(job: Job, variants: Sequence[Variant], judged: JudgedPredictions) -> Iterator[_Rival]:
+def _pairs(job: Job, variants: Sequence[Variant], judged: JudgedPredictions) -> Iterator[_Pair]:
     """Yield the variants whose answers to the test images are known, beside the original's."""
     runtimes = dict.fromkeys(target.runtime for target in job.recipe.targets)
     for variant in variants[1:]:
@@ -79,32 +79,32 @@ def _rivals(job: Job, variants: Sequence[Variant], judged: JudgedPredictions) ->
                 judged.path(each.name, runtime, each.precision) for each in (variants[0], variant)
             )
             if before.is_file() and after.is_file():
-                yield _Rival(variant, runtime, (before, after))
+                yield _Pair(variant, runtime, (before, after))
 
 
-def _explained(rivals: Sequence[_Rival], *, needs_gradients: bool) -> _Rival | None:
+def _explained(pairs: Sequence[_Pair], *, needs_gradients: bool) -> _Pair | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [each for each in rivals if each.variant.target and facts(each.runtime).opens == "onnx"]
+    int8 = [each for each in pairs if each.variant.target and facts(each.runtime).opens == "onnx"]
     if int8 and not needs_gradients:
         return int8[0]
-    floats = [rival for rival in rivals if rival.variant.target is None]
+    floats = [pair for pair in pairs if pair.variant.target is None]
     return floats[-1] if floats else None
 
 
 @contextlib.contextmanager
-def _networks(job: Job, original: Variant, rival: _Rival) -> Iterator[tuple[Any, Any]]:
-    yield job.network(original), job.network(rival.variant)
+def _networks(job: Job, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
+    yield job.network(original), job.network(pair.variant)
 
 
 @contextlib.contextmanager
-def _sessions(job: Job, original: Variant, rival: _Rival) -> Iterator[tuple[Any, Any]]:
+def _sessions(job: Job, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
     with (
-        open_session(job.path(original), rival.runtime) as before,
-        open_session(job.path(rival.variant), rival.runtime) as after,
+        open_session(job.path(original), pair.runtime) as before,
+        open_session(job.path(pair.variant), pair.runtime) as after,
     ):
         yield before, after
 
 
-def _samples(job: Job, rival: _Rival) -> Samples:
-    before, after = map(Predictions.load, rival.answers)
+def _samples(job: Job, pair: _Pair) -> Samples:
+    before, after = map(Predictions.load, pair.answers)
     return records.samples(job.dataset, before, after, job.recipe.measure.explain_images)

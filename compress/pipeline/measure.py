@@ -14,10 +14,10 @@ from typing import Any
 
 from compress import evaluate, measure, plugins, progress
 from compress.artifact import sha256
-from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
+from compress.errors import EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions, comparison
 from compress.measure import Timing
-from compress.measure.artifacts import answers_of, inputs_of
+from compress.measure.artifacts import Candidate, answers_of, time_together
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
 from compress.pipeline.changed_images import class_metrics, drawn_changes
@@ -25,31 +25,17 @@ from compress.pipeline.context import Job, Variant
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.sensitivity_chart import sensitivity
 from compress.recipe.settings import Target
-from compress.runtimes import build_engine, build_record, facts, open_session, unavailable
+from compress.runtimes import build_engine, build_record, facts, unavailable
 from compress.runtimes._fusion import check_fusion
 
 
-@dataclass(frozen=True)
-class Rival:
+@dataclass(frozen=True, kw_only=True)
+class Entry(Candidate):
     """One variant on one target: the file that the runtime opens."""
 
     variant: Variant
     precision: str
-    path: Path
     target: Target
-
-    @property
-    def name(self) -> str:
-        """The variant and its precision: unique among those on one target."""
-        return f"{self.variant.name} {self.precision}"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """What the runtime is told when it opens the file."""
-        told: dict[str, Any] = {"threads": self.target.threads}
-        if self.precision == "fp16" and "dtype" in plugins.options("runtimes", self.target.runtime):
-            told["dtype"] = "float16"  # the file itself is fp32
-        return told
 
 
 @dataclass(frozen=True)
@@ -95,26 +81,26 @@ def measure_targets(job: Job, variants: Sequence[Variant], judged: JudgedPredict
         target = targets[0]
         label = f"{target.runtime}, batch {target.batch}"
         try:
-            rivals = rivals_on(job, variants, targets)
+            entries = entries_on(job, variants, targets)
         except MissingPackageError as error:
             if not all(each.when_installed for each in targets):
                 raise
             skipped[label] = str(error)
             continue
-        sources = ((rival.path, job.path(rival.variant)) for rival in rivals)
+        sources = ((entry.path, job.path(entry.variant)) for entry in entries)
         engines |= {path: source for path, source in sources if path.is_file() and path != source}
-        coverage += _coverage(job, rivals)
+        coverage += _coverage(job, entries)
         reason = unavailable(target.runtime)
         if reason is not None:
             skipped[label] = f"the engines are built; they cannot run here: {reason}"
             continue
-        if (why := _absent_int8(targets, rivals)) is not None:
+        if (why := _absent_int8(targets, entries)) is not None:
             skipped[f"int8 on {label}"] = why
-        rows, conditions[label], answers = measure_rivals(job, rivals, judged)
+        rows, conditions[label], answers = measure_entries(job, entries, judged)
         if not shown:
-            shown = _shown(job, rivals, answers)
-        for rival, row in zip(rivals, rows, strict=True):
-            results[rival.variant.name].append(row | _memory(job, rival, row["skipped"]))
+            shown = _shown(job, entries, answers)
+        for entry, row in zip(entries, rows, strict=True):
+            results[entry.variant.name].append(row | _memory(job, entry, row["skipped"]))
     explanations = explain_variants(job, variants, judged)
     explanations |= shown
     explanations["sensitivity"] = sensitivity(job, variants[0])
@@ -133,7 +119,7 @@ def places(targets: Sequence[Target]) -> list[list[Target]]:
     return list(found.values())
 
 
-def rivals_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target]) -> list[Rival]:
+def entries_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target]) -> list[Entry]:
     """Return the variants that can run in one place, with the engines they need there built.
 
     The first is the original in fp32, which the others are compared with. Where a target asks for
@@ -144,15 +130,31 @@ def rivals_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target]) 
     form = facts(target.runtime).int8_form
     chosen = [variant for variant in variants if variant.target in {None, form}]
     wanted = {each.precision for each in targets}
-    entries = [
+    pairs = [
         (variant, precision)
         for variant in chosen
         for precision in _precisions(variant, wanted, is_reference=variant is chosen[0])
     ]
     return [
-        Rival(variant, precision, _engine(job, variant, target, precision), target)
-        for variant, precision in progress.track(entries, f"build {target.runtime}")
+        _entry(job, variant, precision, target)
+        for variant, precision in progress.track(pairs, f"build {target.runtime}")
     ]
+
+
+def _entry(job: Job, variant: Variant, precision: str, target: Target) -> Entry:
+    options = dict(target.options)
+    if precision == "fp16" and "dtype" in plugins.options("runtimes", target.runtime):
+        options["dtype"] = "float16"  # the file itself is fp32
+    return Entry(
+        name=f"{variant.name} {precision}",
+        path=_engine(job, variant, target, precision),
+        runtime=target.runtime,
+        options=options,
+        threads=target.threads,
+        variant=variant,
+        precision=precision,
+        target=target,
+    )
 
 
 def _precisions(variant: Variant, wanted: Set[str], *, is_reference: bool) -> list[str]:
@@ -163,10 +165,10 @@ def _precisions(variant: Variant, wanted: Set[str], *, is_reference: bool) -> li
     return [*plain, "fp16"] if "fp16" in wanted else plain
 
 
-def _absent_int8(targets: Sequence[Target], rivals: Sequence[Rival]) -> str | None:
+def _absent_int8(targets: Sequence[Target], entries: Sequence[Entry]) -> str | None:
     """Return why an int8 target has no int8 variant; None if it has one or asks for none."""
     is_wanted = any(target.precision == "int8" for target in targets)
-    if not is_wanted or any(rival.precision == "int8" for rival in rivals):
+    if not is_wanted or any(entry.precision == "int8" for entry in entries):
         return None
     if facts(targets[0].runtime).int8_form is None:
         return f"{targets[0].runtime} runs no Q/DQ graph; its float networks are measured"
@@ -195,63 +197,63 @@ def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
     )
 
 
-def _coverage(job: Job, rivals: Sequence[Rival]) -> list[dict[str, Any]]:
+def _coverage(job: Job, entries: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return how much of every int8 graph runs in int8, where the runtime can tell."""
     found = []
-    for rival in rivals:
-        if rival.precision != "int8":
+    for entry in entries:
+        if entry.precision != "int8":
             continue
-        source, runtime = job.path(rival.variant), rival.target.runtime
-        engine = rival.path if rival.path != source else None
+        source, runtime = job.path(entry.variant), entry.target.runtime
+        engine = entry.path if entry.path != source else None
         with contextlib.suppress(EngineError, UsageError):  # it cannot tell: nothing is claimed
-            fusion = check_fusion(source, runtime, engine=engine, threads=rival.target.threads)
-            told = records.coverage(fusion, rival.variant.name)
+            fusion = check_fusion(source, runtime, engine=engine, threads=entry.target.threads)
+            told = records.coverage(fusion, entry.variant.name)
             found.append(told.model_dump(mode="json", exclude_none=True))
     return found
 
 
-def measure_rivals(
-    job: Job, rivals: Sequence[Rival], judged: JudgedPredictions
+def measure_entries(
+    job: Job, entries: Sequence[Entry], judged: JudgedPredictions
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Sequence[Predictions | Evaluation]]:
-    """Return accuracy and latency of ``rivals``, the machine's state, and their predictions.
+    """Return accuracy and latency of ``entries``, the machine's state, and their predictions.
 
     Predictions that ``judged`` holds are not taken again.
     """
-    answers = [_answers(job, rival, judged) for rival in rivals]
-    latency = _latency(job, rivals)
+    answers = [_answers(job, entry, judged) for entry in entries]
+    latency = _latency(job, entries)
     rows = []
-    for rival, own in zip(rivals, answers, strict=True):
+    for entry, own in zip(entries, answers, strict=True):
         row: dict[str, Any] = {
-            "runtime": rival.target.runtime,
-            "precision": rival.precision,
-            "size_mib": measure.size_mib(rival.path),
-            "device": plugins.create("runtimes", rival.target.reference).device_kind(),
-            "batch": rival.target.batch,
-            "threads": rival.target.threads,
-            "options": dict(rival.target.options) or None,
+            "runtime": entry.target.runtime,
+            "precision": entry.precision,
+            "size_mib": measure.size_mib(entry.path),
+            "device": plugins.create("runtimes", entry.reference).device_kind(),
+            "batch": entry.target.batch,
+            "threads": entry.target.threads,
+            "options": dict(entry.target.options) or None,
             "skipped": {},
         }
         if isinstance(own, Predictions):
-            row |= judged.accuracy(_kept(judged, rival)).row()
+            row |= judged.accuracy(_kept(judged, entry)).row()
         row |= _change_row(job, answers[0], own)
-        if rival.name in latency:
-            row |= latency[rival.name].to_json()
+        if entry.name in latency:
+            row |= latency[entry.name].to_json()
             row |= {key: latency.conditions[key] for key in ("busy",) if key in latency.conditions}
         else:
-            row["skipped"]["latency"] = latency.skipped[rival.name]
+            row["skipped"]["latency"] = latency.skipped[entry.name]
         rows.append(row)
     return rows, latency.conditions, answers
 
 
 def _shown(
-    job: Job, rivals: Sequence[Rival], answers: Sequence[Predictions | Evaluation]
+    job: Job, entries: Sequence[Entry], answers: Sequence[Predictions | Evaluation]
 ) -> dict[str, list[dict[str, Any]]]:
     """Return the images that changed most and the classes, where the task has such."""
-    pairs = [(rival, own) for rival, own in zip(rivals, answers, strict=True)
+    pairs = [(entry, own) for entry, own in zip(entries, answers, strict=True)
              if isinstance(own, Evaluation)]  # fmt: skip
     if len(pairs) < 2:
         return {}
-    places = [(rival.variant.name, rival.target.runtime) for rival, _ in pairs]
+    places = [(entry.variant.name, entry.target.runtime) for entry, _ in pairs]
     classes = [
         class_metrics(job, place, own) for place, (_, own) in zip(places, pairs, strict=True)
     ]
@@ -261,20 +263,20 @@ def _shown(
     }
 
 
-def _kept(judged: JudgedPredictions, rival: Rival) -> Path:
-    return judged.path(rival.variant.name, rival.target.runtime, rival.precision)
+def _kept(judged: JudgedPredictions, entry: Entry) -> Path:
+    return judged.path(entry.variant.name, entry.target.runtime, entry.precision)
 
 
-def _answers(job: Job, rival: Rival, judged: JudgedPredictions) -> Predictions | Evaluation:
+def _answers(job: Job, entry: Entry, judged: JudgedPredictions) -> Predictions | Evaluation:
     """Return the answers to the test images; logits are from disk if they were taken before."""
-    path = _kept(judged, rival)
+    path = _kept(judged, entry)
     if path.is_file():
         return Predictions.load(path)
     limit = job.recipe.measure.test_images
-    with open_session(rival.path, rival.target.reference, **rival.options) as session:
+    with entry.open() as session:
         if not job.task.tells_classes:
             return evaluate.of_task(session, job.dataset, job.task, limit=limit)
-        name = f"{rival.name} on {rival.target.runtime}"
+        name = f"{entry.name} on {entry.target.runtime}"
         predictions = answers_of(session, job.dataset, name, limit)
     predictions.save(path)
     return predictions
@@ -300,41 +302,18 @@ def _change_row(
     return own.row() | alike
 
 
-def _latency(job: Job, rivals: Sequence[Rival]) -> measure.Bench:
+def _latency(job: Job, entries: Sequence[Entry]) -> measure.Bench:
     settings = job.recipe.measure
     timing = Timing(
         seconds=settings.rounds * settings.round_ms / 1000,
         block_seconds=settings.round_ms / 1000,
         min_rounds=settings.rounds,
     )
-    with contextlib.ExitStack() as stack:
-        sessions = {
-            rival.name: stack.enter_context(
-                open_session(
-                    rival.path, rival.target.reference, batch=rival.target.batch, **rival.options
-                )
-            )
-            for rival in rivals
-        }
-        batch = rivals[0].target.batch
-        inputs = {name: inputs_of(each, batch, job.dataset) for name, each in sessions.items()}
-        return measure.bench(sessions, inputs, timing=timing)
+    return time_together(entries, entries[0].target.batch, job.dataset, timing)
 
 
-def _memory(job: Job, rival: Rival, skipped: dict[str, str]) -> dict[str, Any]:
-    target = rival.target
-    try:
-        memory = measure.memory(
-            rival.path,
-            target.reference,
-            batch=target.batch,
-            shapes=[(target.batch, *job.dataset.example.shape[1:])],
-            **rival.options,
-        )
-    except (EngineError, CompressError) as error:
-        skipped["memory"] = str(error)
-        return {}
-    told = memory.to_json()
-    told.pop("file_mib")  # it is the size_mib of the row
+def _memory(job: Job, entry: Entry, skipped: dict[str, str]) -> dict[str, Any]:
+    told = entry.memory(entry.target.batch, job.dataset)
+    told.pop("file_mib", None)  # it is the size_mib of the row
     skipped.update(told.pop("skipped", {}))
     return told

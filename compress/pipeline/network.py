@@ -113,7 +113,7 @@ def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
 
     Raises:
         EngineError: it does not take the images, or does not answer as the task needs.
-        ModelError: it tells another number of classes apart.
+        ModelError: it has another number of class outputs.
     """
     with open_session(Path(recipe.model.name)) as session:
         fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
@@ -123,7 +123,7 @@ def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
         found = evaluate.predict(fed, one).logits.shape[1]
     if found != len(dataset.classes):
         raise ModelError(
-            f"tells {found} classes apart, the data has {len(dataset.classes)}",
+            f"has {found} class outputs, the data has {len(dataset.classes)}",
             where=recipe.model.name,
             expected="a network that was trained for the classes of the data",
         )

@@ -12,7 +12,7 @@ from compress.errors import RunError
 from compress.measure import Timing
 from compress.pipeline.context import Job, Outcome, Variant
 from compress.pipeline.judged import JudgedPredictions
-from compress.pipeline.measure import measure_rivals, places, rivals_on
+from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
 from compress.recipe import loading
 from compress.recipe.settings import Target
@@ -128,17 +128,17 @@ def measure_again(root: Path) -> Remeasured:
         if reason is not None:
             skipped[f"{target.runtime}, batch {target.batch}"] = reason
             continue
-        rivals = rivals_on(job, variants, targets)
+        entries = entries_on(job, variants, targets)
         with artifact.scratch() as folder:
-            rows, _, _ = measure_rivals(job, rivals, JudgedPredictions(folder, dataset))
-        for rival, row in zip(rivals, rows, strict=True):
-            place = f"{rival.variant.name} on {target.runtime}, batch {target.batch}"
+            rows, _, _ = measure_entries(job, entries, JudgedPredictions(folder, dataset))
+        for entry, row in zip(entries, rows, strict=True):
+            place = f"{entry.variant.name} on {target.runtime}, batch {target.batch}"
             skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}
-            before = _reported(report, rival.variant.name, row)
+            before = _reported(report, entry.variant.name, row)
             if before is None:
                 skipped[place] = "the report has no such result"
             else:
-                checks += _checks(rival.variant.name, before, row, elsewhere)
+                checks += _checks(entry.variant.name, before, row, elsewhere)
     return Remeasured(tuple(checks), skipped, elsewhere)
 
 

@@ -45,6 +45,7 @@ def assemble(
     rows = tuple(
         _variant(job, variant, results, absent.get(variant.name, {})) for variant in variants
     )
+    plans = [pair for outcome in outcomes for pair in outcome.plans.items()]
     return schema.Report(
         name=job.recipe.name,
         recipe=to_json(job.recipe),
@@ -63,12 +64,8 @@ def assemble(
             *cautions.of_slow_int8(rows),
             *cautions.of_timing(measured["conditions"]),
         ),
-        notes=tuple(
-            f"int8-{form}: {note}"
-            for outcome in outcomes
-            for form, plan in outcome.plans.items()
-            for note in plan.notes
-        ),
+        notes=tuple(f"int8-{form}: {note}" for form, plan in plans for note in plan.notes),
+        trials=tuple(f"int8-{form}: {trial}" for form, plan in plans for trial in plan.trials),
         details=details(job, variants, outcomes, measured, rows, judged),
         skipped=measured["skipped"],
     )

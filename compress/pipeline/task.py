@@ -65,7 +65,7 @@ def task_of(recipe: Recipe, dataset: Dataset, unlabelled: str | None = None) -> 
 
     Raises:
         RecipeError: the data has other labels than the task needs, or the recipe asks for what only
-            networks that tell classes apart have; every problem is one line of the message.
+            classifiers have; every problem is one line of the message.
     """
     default = default_task(dataset.target)
     reference = recipe.task or default
@@ -93,7 +93,7 @@ def _problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
 
 
 def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
-    """Yield what the recipe asks for that only networks which tell classes apart have."""
+    """Yield what the recipe asks for that only classifiers have."""
     drop = f"Use gates.metric_drop, in the unit of {task.primary}."
     if not task.kinds:
         drop = "It would be measured on labels: the images have no labels."

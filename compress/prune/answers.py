@@ -111,7 +111,7 @@ class SampledAnswers:
 def _finite(values: Tensor) -> Tensor:
     if not torch.isfinite(values).all():
         raise PlanError(
-            "the network answers with numbers that are not finite",
+            "the network returns numbers that are not finite",
             fix="Check the weights and the images for NaN or infinity",
         )
     return values

@@ -35,7 +35,7 @@ class Budget:
     def share(self) -> float:
         """The limit of a budget that is one number."""
         if isinstance(self.value, Mapping):
-            raise TypeError("this budget has one number for each layer")
+            raise TypeError("keep_channels has one share for each layer")
         return self.value
 
     def in_round(self, number: int, rounds: int, done: PrunePlan | None) -> Budget:

@@ -21,7 +21,7 @@ from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
 from compress.prune.latency_table import LatencyTable, LayerShape, kernel_step, table_for
 from compress.prune.latency_target import TOLERANCE, Promise, Stopwatch
-from compress.prune.selection import Ladder
+from compress.prune.selection import Ladder, kept_units
 
 AIM = 0.97  # of the promise: what the plan is made for
 ATTEMPTS = 8
@@ -60,54 +60,75 @@ def counts_for_latency(
         PlanError: not even the smallest network is fast enough; the message says how fast it is.
         EngineError: nothing can run on ``runtime`` here.
     """
-    table = table_for(runtime)
-    layers = LayerTimes(model, example_input, network, table)
+    layers = LayerTimes(model, example_input, network, table_for(runtime))
     ladders = [_snapped(one, layers.step(number)) for number, one in enumerate(ladders)]
-    measured: list[tuple[float, float]] = []  # sum over layers, ms of the whole network
-
-    def measure(counts: Counts) -> float:
-        keep = {
-            group.name: one.kept(int(count))
-            for group, one, count in zip(network.groups, ladders, counts, strict=True)
-        }
-        small = apply_pruning(model, make_plan(network, keep))
-        measured.append((layers.total(counts), stopwatch.ms(small)))
-        return measured[-1][1]
-
-    with (
-        task(f"measure on {runtime}") as counter,
-        Stopwatch(model, example_input, runtime) as stopwatch,
-    ):
-        whole = np.array([one.size for one in ladders], dtype=np.int64)
-        smallest = np.array([one.levels[0] for one in ladders], dtype=np.int64)
+    with Stopwatch(model, example_input, runtime) as stopwatch:
         original_ms = stopwatch.original_ms
-        latency_ms = budget.share * (original_ms if budget.kind == "latency" else 1.0)
-        measured.append((layers.total(whole), original_ms))
-        facts: dict[str, Any] = {
-            "original_ms": round(original_ms, 4),
-            "promised_ms": round(latency_ms, 4),
-        }
-        if original_ms <= latency_ms:
-            return whole, facts | {"planned_ms": round(original_ms, 4), "kept": True}
-        least_ms = measure(smallest)
-        if least_ms > latency_ms:
+        trials = _Trials(model, network, ladders, layers, stopwatch)
+        limit_ms = budget.share * (original_ms if budget.kind == "latency" else 1.0)
+        facts = {"original_ms": round(original_ms, 4), "promised_ms": round(limit_ms, 4)}
+        if original_ms <= limit_ms:
+            return trials.uncut, facts | {"planned_ms": round(original_ms, 4), "kept": True}
+        least_ms = trials.ms(trials.smallest)
+        if least_ms > limit_ms:
             raise _unreachable(budget, runtime, least_ms, original_ms)
-        best, best_ms = smallest, least_ms
-        for _ in range(ATTEMPTS):  # a regula falsi: every plan narrows the sum from above or below
-            target = _layers_for(max(AIM * latency_ms, least_ms), measured)
-            counts = knapsack(ladders, importance, layers.total, layers.changed, target)
-            found = measure(counts)
-            counter.advance(note=f"{found:.3f} ms")
-            if found <= latency_ms and found > best_ms:
-                best, best_ms = counts, found
-            if (1 - TOLERANCE) * latency_ms <= found <= latency_ms:
-                break
-        table.save()
-    return best, facts | {
+        counts, ms = _slowest_within(limit_ms, trials, importance, f"measure on {runtime}")
+    layers.table.save()
+    return counts, facts | {
         "smallest_ms": round(least_ms, 4),
-        "planned_ms": round(best_ms, 4),
-        "kept": Promise(latency_ms, best_ms, runtime).broken is None,
+        "planned_ms": round(ms, 4),
+        "kept": Promise(limit_ms, ms, runtime).broken is None,
     }
+
+
+class _Trials:
+    """Networks cut to some counts and timed: the sum over their layers, and the whole of each."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        network: Network,
+        ladders: Sequence[Ladder],
+        layers: LayerTimes,
+        stopwatch: Stopwatch,
+    ) -> None:
+        self.ladders, self.layers = ladders, layers
+        self._model, self._network, self._stopwatch = model, network, stopwatch
+        self.uncut = np.array([one.size for one in ladders], dtype=np.int64)
+        self.smallest = np.array([one.levels[0] for one in ladders], dtype=np.int64)
+        self.measured = [(layers.total(self.uncut), stopwatch.original_ms)]  # of layers, in all
+
+    def ms(self, counts: Counts) -> float:
+        """Return the latency of the network cut to ``counts``, ms."""
+        names = [group.name for group in self._network.groups]
+        plan = make_plan(self._network, kept_units(names, self.ladders, counts))
+        ms = self._stopwatch.ms(apply_pruning(self._model, plan))
+        self.measured.append((self.layers.total(counts), ms))
+        return ms
+
+
+def _slowest_within(
+    limit_ms: float, trials: _Trials, importance: Sequence[Floats], title: str
+) -> tuple[Counts, float]:
+    """Return the counts of the slowest network found that takes ``limit_ms`` at most, and its ms.
+
+    The smallest network, which is fast enough, is the last of ``trials``. A regula falsi: every
+    plan narrows the sum over layers from above or below.
+    """
+    layers, ladders = trials.layers, trials.ladders
+    least_ms = trials.measured[-1][1]
+    best, best_ms = trials.smallest, least_ms
+    with task(title) as counter:
+        for _ in range(ATTEMPTS):
+            aim = _layers_for(max(AIM * limit_ms, least_ms), trials.measured)
+            counts = knapsack(ladders, importance, layers.total, layers.changed, aim)
+            ms = trials.ms(counts)
+            counter.advance(note=f"{ms:.3f} ms")
+            if best_ms < ms <= limit_ms:
+                best, best_ms = counts, ms
+            if (1 - TOLERANCE) * limit_ms <= ms <= limit_ms:
+                break
+    return best, best_ms
 
 
 def _unreachable(budget: Budget, runtime: str, least_ms: float, original_ms: float) -> PlanError:

@@ -141,7 +141,7 @@ def check_promise(
     last, *earlier = rounds = list(rounds_of(plan.about))
     if not all("latency" in each for each in rounds):
         raise PlanError(
-            "the plan promises no latency",
+            "the plan has no latency target",
             expected="one made with keep_latency or latency_ms, in every round of it",
         )
     runtime, original_ms = last["budget"]["runtime"], rounds[-1]["latency"]["original_ms"]

@@ -28,7 +28,15 @@ from compress.prune.latency import counts_for_latency
 from compress.prune.loss import Loss
 from compress.prune.saliency import Batches
 from compress.prune.scoring import build_criterion, scores, spoken
-from compress.prune.selection import Ladder, Normalize, Ranking, ladder, normalized, select
+from compress.prune.selection import (
+    Ladder,
+    Normalize,
+    Ranking,
+    kept_units,
+    ladder,
+    normalized,
+    select,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -126,60 +134,48 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         PlanError: nothing can be cut, or the budget is below what can be reached.
     """
     budget = one_budget(
-        keep_macs=keep_macs,
-        keep_params=keep_params,
-        keep_channels=keep_channels,
-        keep_latency=keep_latency,
-        latency_ms=latency_ms,
-    )
+        keep_macs=keep_macs, keep_params=keep_params, keep_channels=keep_channels,
+        keep_latency=keep_latency, latency_ms=latency_ms,
+    )  # fmt: skip
     limits = Limits(round_to, min_channels, max_cut, _names(exclude))
-    _check_choice("ranking", ranking, get_args(Ranking))
-    _check_choice("normalize", normalize, get_args(Normalize))
-    _check_choice("answers", answers, get_args(Answers))
+    _check_choices(ranking=(ranking, Ranking), normalize=(normalize, Normalize),
+                   answers=(answers, Answers))  # fmt: skip
     scorer = build_criterion(criterion, seed)
-    model, example_input = network_of(model), example_of(example_input)
+    model, example = network_of(model), example_of(example_input)
     if batches is not None:
-        batches = read_batches(batches, example_input)
+        batches = read_batches(batches, example)
     places = as_places(outputs)
-    network = trace(model, example_input, places)
+    network = trace(model, example, places)
     _check_counted(network, budget)
     excluded = _excluded(model, network, limits.exclude)
     _check_something_to_cut(network, excluded)
     way = _normalize(normalize, scorer)
     _note_side_outputs(network)
     rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
-    found = [normalized(row, way) for row in rows]
-    ladders = _ladders(network, found, limits, excluded)
-    cost = CostModel(network)
-    measured: dict[str, Any] = {}
-    is_timed = budget.kind in ("latency", "latency_ms")
-    if is_timed:
-        importance = _importance(cost, ladders, way)
-        counts, facts = counts_for_latency(
-            model, example_input, network, ladders, importance, budget, runtime
-        )
-        measured = {"latency": facts}
-    elif budget.kind == "channels":
-        counts = _counts_of_channels(model, network, ladders, budget)
-    else:
-        counts = _counts_of_cost(cost, ladders, budget, ranking, way == "per_cost")
-    keep = {
-        group.name: one.kept(int(count))
-        for group, one, count in zip(network.groups, ladders, counts, strict=True)
-    }
-    about = {
+    ladders = _ladders(network, [normalized(row, way) for row in rows], limits, excluded)
+    about: dict[str, Any] = {
         "criterion": {spoken(scorer): _options(scorer)},
-        "budget": budget.to_json() | ({"runtime": runtime} if is_timed else {}),
+        "budget": budget.to_json(),
         "ranking": ranking,
         "normalize": way,
         "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
         "seed": seed,
-        "example": example_shapes(example_input),
-    } | measured
+        "example": example_shapes(example),
+    }
+    if budget.kind in ("latency", "latency_ms"):
+        importance = _importance(CostModel(network), ladders, way)
+        counts, about["latency"] = counts_for_latency(
+            model, example, network, ladders, importance, budget, runtime
+        )
+        about["budget"]["runtime"] = runtime
+    elif budget.kind == "channels":
+        counts = _counts_of_channels(model, network, ladders, budget)
+    else:
+        counts = _counts_of_cost(CostModel(network), ladders, budget, ranking, way == "per_cost")
     if places is not None:
         about["outputs"] = list(places)
-    if network.side_outputs:
-        about["side_outputs"] = list(network.side_outputs)
+    about |= {"side_outputs": list(network.side_outputs)} if network.side_outputs else {}
+    keep = kept_units([group.name for group in network.groups], ladders, counts)
     return make_plan(_with_excluded(network, excluded), keep, **about)
 
 
@@ -216,9 +212,13 @@ def _names(exclude: Iterable[str]) -> tuple[str, ...]:
     return (exclude,) if isinstance(exclude, str) else tuple(exclude)
 
 
-def _check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{option} is {value!r}", expected=f"one of: {', '.join(choices)}")
+def _check_choices(**options: tuple[object, Any]) -> None:
+    """Refuse an option, given with the ``Literal`` of what it may be, that is something else."""
+    for option, (value, kind) in options.items():
+        if value not in get_args(kind):
+            raise UsageError(
+                f"{option} is {value!r}", expected=f"one of: {', '.join(get_args(kind))}"
+            )
 
 
 def _normalize(normalize: Normalize, criterion: Criterion) -> Normalize:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,16 +30,32 @@ WATCHED = ("activations", "correlations")  # without gradients, in batches as th
 PLACES = 16  # of each image that correlations are taken at
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How gradients are sampled.
+
+    Args:
+        images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
+        temperature: Divides the logits that "answers" are drawn from.
+        seed: Seed of the answers drawn, and of the random signs behind the curvature.
+    """
+
+    images_per_gradient: int = 16
+    temperature: float = 1.0
+    seed: int = 0
+
+
+AS_USUAL = Sampling()
+
+
 @with_gradients()
-def evidence(  # noqa: PLR0913 - options of criteria, each by its name
+def evidence(
     model: nn.Module,
     network: Network,
     need: Need,
     batches: Batches,
+    sampling: Sampling = AS_USUAL,
     *,
-    images_per_gradient: int = 16,
-    temperature: float = 1.0,
-    seed: int = 0,
     loss: Loss | None = None,
     reading: Reading = AS_SEEN,
 ) -> Evidence:
@@ -52,9 +69,7 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
         need: "gradients", "answers", "hessian", "activations" or "correlations".
         batches: Images, float32 (B, C, H, W), alone or with their targets, as ``read_batch`` reads
             them; "gradients" and "hessian" need targets, as ``FittingLoss`` takes them.
-        images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
-        temperature: Divides the logits that "answers" are drawn from.
-        seed: Seed of the answers drawn, and of the random signs behind the curvature.
+        sampling: How many images a gradient is taken over, and what is drawn at random.
         loss: Of what the network returns and the targets, a scalar; by default the one that fits.
         reading: Which outputs "answers" are drawn from, and what they are.
 
@@ -63,10 +78,10 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
         DataError: the model's output and the labels do not go together.
     """
     device = next(model.parameters()).device
-    drawn = SampledAnswers(reading, temperature, seed)
+    drawn = SampledAnswers(reading, sampling.temperature, sampling.seed)
     fitting = FittingLoss()
     of = fitting if loss is None else functools.partial(checked, loss)
-    size = None if need in WATCHED else images_per_gradient
+    size = None if need in WATCHED else sampling.images_per_gradient
     is_labelled = need in LABELLED
     chunks = (
         chunk.to(device)
@@ -77,9 +92,9 @@ def evidence(  # noqa: PLR0913 - options of criteria, each by its name
         if need == "activations":
             found = _activations(model, network, chunks)
         elif need == "correlations":
-            found = _correlations(model, network, chunks, seed)
+            found = _correlations(model, network, chunks, sampling.seed)
         elif need == "hessian":
-            found = _curvatures(model, network, chunks, seed, of)
+            found = _curvatures(model, network, chunks, sampling.seed, of)
         elif need == "answers":
             found = _products(model, network, chunks, drawn)
         else:

@@ -18,7 +18,7 @@ from compress.prune.answers import AS_SEEN, Reading
 from compress.prune.cost import Floats
 from compress.prune.criteria import ChannelGroup, Criterion, Evidence, Need
 from compress.prune.loss import Loss
-from compress.prune.saliency import Batches, evidence
+from compress.prune.saliency import Batches, Sampling, evidence
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -72,10 +72,11 @@ def scores(
             for name in ("images_per_gradient", "temperature")
             if hasattr(criterion, name)
         }
+        sampling = Sampling(seed=seed, **options)
         batches = list(batches) if len(wanted) > 1 else batches
         found = [
-            evidence(model, network, n, batches, seed=seed, loss=loss, reading=reading, **options)
-            for n in wanted
+            evidence(model, network, need, batches, sampling, loss=loss, reading=reading)
+            for need in wanted
         ]
         seen = functools.reduce(Evidence.joined, found)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -61,6 +61,15 @@ def ladder(scores: Floats, *, step: int, at_least: int) -> Ladder:
     return Ladder(levels.astype(np.int64), order.astype(np.int64), scores[order])
 
 
+def kept_units(
+    names: Sequence[str], ladders: Sequence[Ladder], counts: Counts
+) -> dict[str, Counts]:
+    """Return the units that each group, by name, keeps when it keeps so many of them."""
+    return {
+        name: one.kept(int(count)) for name, one, count in zip(names, ladders, counts, strict=True)
+    }
+
+
 def normalized(scores: Floats, how: Normalize) -> Floats:
     """Return scores, (C,), that can be compared with those of other groups.
 

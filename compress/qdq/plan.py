@@ -90,7 +90,8 @@ class QuantPlan:
         biases: Corrected biases, by node.
         equalization: Rescalings between neighbouring layers, applied in this order.
         float_nodes: Nodes left in float, and why.
-        notes: What was tried, and what it brought.
+        notes: What was decided, at what cost, and how far to trust it.
+        trials: What was tried on the way, and what it brought.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -103,6 +104,7 @@ class QuantPlan:
     equalization: tuple[Equalization, ...] = ()
     float_nodes: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    trials: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse an unknown target."""

@@ -70,7 +70,7 @@ def _write_as_conv(graph: Graph, node: ir.Node) -> None:
 def _named(nodes: dict[str, ir.Node], name: str) -> ir.Node:
     if name not in nodes:
         raise QuantizationError(
-            f"the plan speaks of node {name!r}, which is not in the graph",
+            f"the plan names node {name!r}, which is not in the graph",
             expected="the plan that was made for this graph",
             fix="Make the plan again with `compress quantize`",
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from compress.errors import QuantizationError, UnknownNameError
 from compress.qdq.plan import QuantPlan
 from compress.quantize.nncf import plan_by_nncf
+from compress.quantize.notes import decided
 from compress.quantize.ranges import begin_below_zero
 from compress.quantize.search import auto
 from compress.quantize.workbench import Workbench
@@ -74,4 +75,5 @@ def plan_by(method: str, bench: Workbench) -> QuantPlan:
             fix="Export the network with a dynamic batch, or use method 'plain'",
         )
     made = METHODS[method](bench)
-    return made.changed(method=method, notes=(*made.notes, *bench.notes(made)))
+    notes = (*decided(made.notes), *bench.notes(made))
+    return made.changed(method=method, notes=notes, trials=made.notes)

@@ -19,6 +19,18 @@ _BEARING = 3  # an output that rests on less than every third image is not known
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 
 
+def decided(trials: Sequence[str]) -> list[str]:
+    """Return in one sentence what was kept of several trials, each "WHAT: FIGURES, VERDICT"."""
+    kept = [trial for trial in trials[1:] if trial.endswith(", kept")]
+    plans = [trials[0], *kept] if len(trials) > 1 else []
+    if not plans:
+        return list(trials)
+    steps = ", ".join(plan.partition(": ")[0] for plan in plans)
+    figures = plans[-1].partition(": ")[2].removesuffix(", kept")
+    count = 1 + sum(trial.endswith(", kept") or ", not kept" in trial for trial in trials[1:])
+    return [f"{steps}: {figures} ({len(plans)} of {count} trials kept)"]
+
+
 def float_parts(graph: Graph, target: str) -> list[str]:
     """Return a sentence for each part with weights that ``target`` cannot have in int8.
 

@@ -153,4 +153,5 @@ def _told(found: Closeness) -> str:
     together = shown(mean_db(found.each_db))
     if len(found.each_db) > 1:
         together = f"weakest output {shown(weakest_db(found.each_db))}, all together {together}"
-    return f"{together}, a typical image {found.mean_db:.2f} dB"
+    typical = "" if math.isnan(found.mean_db) else f", a typical image {found.mean_db:.2f} dB"
+    return f"{together}{typical}"

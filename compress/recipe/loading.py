@@ -116,7 +116,9 @@ def tracked(recipe: Recipe, tracker: str) -> Recipe:
         raise UnknownNameError("tracker", tracker, TRACKERS, where="--track")
     if "'track'" not in repr(to_json(recipe)):  # a key of every training
         raise UsageError(
-            "nothing is trained that could be logged", where="--track", fix="Give --epochs"
+            "no stage trains a network, so there is nothing to log",
+            where="--track",
+            fix="Give --epochs",
         )
     require(tracker, extra="tracking", purpose=f"--track {tracker}")
     return _tracked(recipe, tracker)

@@ -362,8 +362,9 @@ class Stage(Settings):
             return {value: {}}
         if isinstance(value, dict):
             if len(value) != 1:
+                given_keys = ", ".join(map(str, value)) or "none"
                 raise ValueError(
-                    f"a stage is one verb; here: {', '.join(map(str, value)) or 'none'}"
+                    f"a stage has exactly one key, such as prune or quantize; here: {given_keys}"
                 )
             return {verb: {} if given is None else given for verb, given in value.items()}
         return value
@@ -404,7 +405,9 @@ class Recipe(Settings):
     def _order(self) -> Recipe:
         verbs = [stage.verb for stage in self.stages]
         if "quantize" in verbs[:-1]:
-            raise ValueError("quantize must be the last stage: what follows it would train floats")
+            raise ValueError(
+                "quantize must be the last stage: a later stage would train the fp32 network"
+            )
         if any(target.precision == "int8" for target in self.targets) and "quantize" not in verbs:
             raise ValueError("a target asks for int8 and no stage is quantize")
         options: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -418,7 +421,9 @@ class Recipe(Settings):
         if "sparsify" in verbs:
             after = self.stages[verbs.index("sparsify") + 1 :]
             if "prune" in [stage.verb for stage in after]:
-                raise ValueError("prune must come before sparsify: refitting would fill the zeros")
+                raise ValueError(
+                    "prune must come before sparsify: reconstruction would overwrite the zeros"
+                )
             if any(stage.quantize is not None and stage.quantize.qat for stage in after):
-                raise ValueError("quantize.qat after sparsify would fill the zeros")
+                raise ValueError("quantize.qat after sparsify would overwrite the zeros")
         return self

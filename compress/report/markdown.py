@@ -25,6 +25,7 @@ def markdown(report: Report) -> str:
         bullets(f"⚠ {plain(line)}" for line in (*report.incomplete, *report.cautions)),
         *(section(table(report)) for table in (accuracies, speeds, sizes)),
         bullets(plain(line) for line in (*report.notes, *missing(report))),
+        _trials(report),
         _provenance(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -37,6 +38,10 @@ def plain(text: str) -> str:
 
 def _others(report: Report) -> str:
     return bullets(plain(text) for text in list(verdicts(report).values())[1:])
+
+
+def _trials(report: Report) -> str:
+    return "## Tried\n\n" + bullets(map(plain, report.trials)) if report.trials else ""
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -93,7 +93,7 @@ def _differences(one: Report, other: Report) -> list[str]:
     if all(figures) and figures[0] != figures[1]:
         lines.append(f"{both} were judged by different metrics ({figures[0]}, {figures[1]})")
     if one.details.classes != other.details.classes:
-        lines.append(f"{both} tell different classes apart")
+        lines.append(f"{both} have different classes")
     return sorted(lines)
 
 

@@ -462,7 +462,8 @@ class Report(Record):
     skipped: Reasons = {}  # runtime, stage or anything else -> why it is absent
     incomplete: tuple[str, ...] = ()  # what is missing or wrong in the run folder itself
     cautions: tuple[str, ...] = ()  # likely mistakes of the recipe; machines that were busy
-    notes: tuple[str, ...] = ()  # of int8 plans: what was tried, what stays in float
+    notes: tuple[str, ...] = ()  # of int8 plans: what was decided, what stays in float
+    trials: tuple[str, ...] = ()  # of int8 plans: what was tried, and what it brought
     untrained: str | None = None  # why the original's accuracy means nothing, if it does not
 
     @property

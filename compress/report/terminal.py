@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,19 +15,25 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
+SHOWN = frozenset({"size_mib", "peak_memory_mib"})  # sizes that the table has a column for
 
-def summary(report: Report, folder: Path | str | None = None) -> RenderableType:
+
+def summary(
+    report: Report, folder: Path | str | None = None, *, verbose: bool = False
+) -> RenderableType:
     """Return what the command line prints after a run, for ``rich.print``.
 
     Args:
         report: The report; its verdict is printed as it is.
         folder: Where the report files are; named in the last line.
+        verbose: Tell what was tried, and why figures that no column shows were not measured.
     """
     from rich.console import Group
     from rich.text import Text
 
     parts: list[RenderableType] = [*_tables(report)]
-    parts += [Text(line, style="dim") for line in (*report.notes, *missing(report))]
+    details = (*report.trials, *missing(report)) if verbose else missing(report, SHOWN)
+    parts += [Text(line, style="dim") for line in (*report.notes, *details)]
     parts += [_gate_line(gate) for gate in report.gates]
     parts += [Text(f"! {line}", style="yellow") for line in (*report.incomplete, *report.cautions)]
     if report.verdict:
@@ -42,10 +48,14 @@ def _int8_files(report: Report) -> list[str]:
     return [v.artifact for v in report.variants if v.artifact and v.name.startswith("int8-")]
 
 
-def missing(report: Report) -> list[str]:
+def missing(report: Report, shown: Collection[str] | None = None) -> list[str]:
     """Return one line for each thing that was not measured, with the reason.
 
     What is missing for one reason in several results is one line that says of how many.
+
+    Args:
+        report: The report.
+        shown: The figures of results that count; all if None.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for name, why in report.skipped.items():
@@ -57,6 +67,8 @@ def missing(report: Report) -> list[str]:
             for name, why in result.skipped.items():
                 if name == "peak_device_mib" and result.device == "cpu":
                     continue  # nobody looks for it there
+                if shown is not None and name.endswith("_mib") and name not in shown:
+                    continue
                 place = f"{_row_name(variant, result)} on {result.runtime} batch {result.batch}"
                 found.setdefault((name, why), []).append(place)
     return [f"not measured: {name}{_of(places)}: {why}" for (name, why), places in found.items()]

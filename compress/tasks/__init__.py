@@ -292,7 +292,7 @@ def main_output(outputs: Mapping[str, Any], ndim: int, what: str, task: str) -> 
         raise EngineError(
             f"outputs that are not finite numbers for {int((~finite).sum())} of {len(found)} "
             f"images, the first of them image {first}",
-            fix="A half-precision network overflows so; keep its widest layers in fp32",
+            fix="An fp16 network may have overflowed: keep its widest layers in fp32",
         )
     return found
 

@@ -261,7 +261,7 @@ class Detection(Task):
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise EngineError(
                 "boxes or scores are not finite numbers",
-                fix="A half-precision network overflows so; keep its widest layers in fp32",
+                fix="An fp16 network may have overflowed: keep its widest layers in fp32",
             )
         order = np.argsort(-scores, kind="stable")
         order = order[scores[order] > self.score_threshold][: self.max_boxes]

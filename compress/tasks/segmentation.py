@@ -75,7 +75,7 @@ class Segmentation(Task):
         logits = channels_first(logits, len(self.classes) or (last if rows == columns else rows))
         if logits.shape[1] < len(self.classes):
             raise EngineError(
-                f"tells {logits.shape[1]} classes of pixels apart, the data has "
+                f"has {logits.shape[1]} classes for each pixel, the data has "
                 f"{len(self.classes)}: output {logits.shape}",
                 expected=f"logits ({len(logits)}, {len(self.classes)}, H, W)",
                 fix="Set num_classes, or use the data that the network was trained for",

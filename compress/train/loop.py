@@ -145,8 +145,8 @@ def _check_repeatable(objective: Objective, settings: TrainSettings, place: Proc
     meeting = "sync_batchnorm" if settings.sync_batchnorm else getattr(objective, "meets_in", None)
     if settings.halve_batch and place.world > 1 and meeting:
         raise UsageError(
-            f"with {meeting}, processes meet within a step, and one that runs out of memory "
-            "cannot repeat it alone",
+            f"with {meeting}, the processes synchronize within a step, and one that runs out of "
+            "memory cannot repeat it alone",
             where="halve_batch",
             fix="Leave it out, and set accumulate to compute batches in more parts",
         )

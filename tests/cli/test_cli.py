@@ -137,7 +137,7 @@ def test_show_prints_the_options_of_a_stage(compress):
 def test_show_of_a_kind_without_a_name_lists_its_names(compress, kind, name):
     code, _, err = compress("show", kind)
     assert code == 2
-    assert f"{kind!r} says no name. Expected {kind}/NAME" in err
+    assert f"{kind!r} alone is no plug-in. Expected {kind}/NAME" in err
     assert name in err
 
 
@@ -196,7 +196,7 @@ def test_show_prints_documentation_and_options(compress):
         ),
         (
             ["prune", "a.b:c", "--data", "digits", "--teacher", "a.b:c"],
-            "a teacher without training. Say how long: --epochs N",
+            "--teacher without training. Say how long: --epochs N",
         ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -310,7 +310,7 @@ def test_track_without_training_is_refused(compress):
         "prune", "compress.models.cifar:resnet8", "--data", "digits", "--track", "mlflow"
     )
     assert code == 2
-    assert "--track: nothing is trained that could be logged" in err
+    assert "--track: no stage trains a network, so there is nothing to log" in err
 
 
 def test_zeroed_weights_stay_zero_through_training_and_int8(compress, recipe, tmp_path):

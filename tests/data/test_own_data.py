@@ -209,7 +209,7 @@ def test_classes_are_called_as_the_dataset_calls_them(file):
         ("broken", {}, "calling it with (split='train') fails: RuntimeError('no disk')"),
         ("generator", {}, "Expected a Dataset with a length and items by number"),
         ("Shades", {"form": "normalized"}, "pictures before normalization"),
-        ("Shades", {"form": "random"}, "is another picture each time"),
+        ("Shades", {"form": "random"}, "returns a different picture each time it is read"),
         ("Shades", {"target": "boxes"}, "Boxes are read by the kinds of data voc, coco and yolo"),
         ("Failing", {}, "item 11: raises OSError('no such block')"),
         ("Shades", {"target": "resized"}, "item 0: has a mask of 5 x 5 pixels and a picture of 12"),

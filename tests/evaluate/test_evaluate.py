@@ -214,11 +214,11 @@ def nan_in_the_second_batch(images: Tensor) -> Tensor:
         (lambda: predict(nan_in_the_second_batch, batches([5, 3])), r"1 of 3.*first.*image 6"),
         (
             lambda: Predictions(np.zeros((2, 3), np.float32), np.array([0, 3])),
-            r"labels reach from 0 to 3.*3 classes.*from 0 to 2",
+            r"labels reach from 0 to 3.*3 class outputs.*from 0 to 2",
         ),
         (lambda: Predictions(np.zeros((2, 3), np.float32), np.zeros(3, int)), r"do not fit"),
         (lambda: Predictions(np.zeros((0, 3), np.float32), np.zeros(0, int)), r"no images"),
-        (lambda: accuracy(random_predictions(5, 3), ["a", "b"]), r"2 class names.*3 classes"),
+        (lambda: accuracy(random_predictions(5, 3), ["a", "b"]), r"2 class names.*3 class outputs"),
         (lambda: accuracy(random_predictions(5, 3), subgroups=["a"]), r"1 subgroups for 5 images"),
     ],
 )

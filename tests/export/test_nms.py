@@ -89,6 +89,6 @@ class Classifier(nn.Module):
 
 
 def test_nms_behind_something_else_is_refused(tmp_path) -> None:
-    with pytest.raises(ExportError, match="NMS goes behind boxes and scores"):
+    with pytest.raises(ExportError, match="NMS takes boxes and scores"):
         compress.export_onnx(Classifier(), IMAGES[:1], tmp_path / "x.onnx", nms=Nms())
     assert not (tmp_path / "x.onnx").exists()

@@ -1,4 +1,4 @@
-"""Cut, masked twin and proof; plans as data."""
+"""Cut, masked reference and proof; plans as data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def answers(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
-def test_any_cut_equals_its_masked_twin(name: str) -> None:
+def test_any_cut_equals_its_masked_reference(name: str) -> None:
     model, inputs = zoo.build(name), zoo.inputs(name)
     network = trace(model, inputs)
     for seed in range(2):
@@ -148,10 +148,10 @@ def test_norms_of_the_twin_count_kept_channels_only() -> None:
     model, inputs = zoo.build("GroupNormed"), zoo.inputs("GroupNormed")
     network = trace(model, inputs)
     plan = make_plan(network, {"body.3": np.arange(8)})
-    twin = mask_pruning(model, plan)
+    reference = mask_pruning(model, plan)
     plain = copy.deepcopy(model)
-    plain.load_state_dict(twin.state_dict())
-    assert (answers(plain, inputs)[0] - answers(twin, inputs)[0]).abs().max() > 1e-3
+    plain.load_state_dict(reference.state_dict())
+    assert (answers(plain, inputs)[0] - answers(reference, inputs)[0]).abs().max() > 1e-3
     assert prove(model, plan, inputs) < 1e-5
 
 
@@ -251,18 +251,18 @@ def test_a_shared_weight_stays_shared() -> None:
     assert small.first.weight is small.second.weight
 
 
-def test_a_masked_twin_can_be_copied_and_left_by_an_exception() -> None:
+def test_a_masked_reference_can_be_copied_and_left_by_an_exception() -> None:
     model, inputs, plan = (
         zoo.build("LayerNormed"),
         zoo.inputs("LayerNormed"),
         random_plan("LayerNormed"),
     )
-    twin = mask_pruning(model, plan)
-    expected = answers(twin, inputs)[0]
+    reference = mask_pruning(model, plan)
+    expected = answers(reference, inputs)[0]
     with pytest.raises(RuntimeError):
-        twin(torch.zeros(1, 4, 16, 16))
-    assert torch.equal(answers(copy.deepcopy(twin), inputs)[0], expected)
-    assert torch.equal(answers(twin, inputs)[0], expected)
+        reference(torch.zeros(1, 4, 16, 16))
+    assert torch.equal(answers(copy.deepcopy(reference), inputs)[0], expected)
+    assert torch.equal(answers(reference, inputs)[0], expected)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def exported(channels=1, classes=10):
     [
         ({"name": "net.py:net", "options": {"channels": 3}}, "its forward pass fails on an input"),
         ({"name": "net.py:net", "num_classes": 7}, "the data has 10 classes"),
-        ({"name": "1-7.onnx"}, "tells 7 classes apart, the data has 10"),
+        ({"name": "1-7.onnx"}, "has 7 class outputs, the data has 10"),
     ],
 )
 def test_check_and_run_find_a_network_that_does_not_fit(here, compress, model, said):

@@ -208,7 +208,7 @@ def test_boxes_that_leave_the_image_are_dropped():
 
 
 def test_changes_that_labels_cannot_follow_are_refused():
-    with pytest.raises(UsageError, match="mixup cannot be followed by masks and boxes"):
+    with pytest.raises(UsageError, match="mixup cannot be applied to masks and boxes"):
         augment_with_labels(
             torch.zeros((1, 3, 8, 8), dtype=torch.uint8),
             torch.zeros((1, 8, 8), dtype=torch.uint8),

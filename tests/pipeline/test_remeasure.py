@@ -112,10 +112,10 @@ def test_an_engine_of_another_graph_is_built_anew(
     built: list[Path] = []
     monkeypatch.setattr(measure, "build_engine", lambda source, out, **_: built.append(out))
     target = recipe.targets[1]
-    measure.rivals_on(job, [original], [target])
+    measure.entries_on(job, [original], [target])
     assert built == []
     (run / "00-train/model.onnx").write_bytes(b"another graph")
-    measure.rivals_on(job, [original], [target])
+    measure.entries_on(job, [original], [target])
     assert built == [run / "00-train/model.openvino-b1.xml"]
 
 

@@ -122,7 +122,7 @@ def test_taylor_cuts_what_no_consumer_reads(model: nn.Module) -> None:
     assert not set(unread) & set(np.asarray(plan.groups["inner"]).tolist())
 
 
-def test_pruned_network_equals_its_masked_twin(model: nn.Module) -> None:
+def test_pruned_network_equals_its_masked_reference(model: nn.Module) -> None:
     model.eval()
     plan = compress.plan_pruning(model, EXAMPLE, keep_macs=0.4)
     x = torch.randn(2, 3, 8, 8)
@@ -259,7 +259,7 @@ def test_answers_that_are_not_finite_are_refused(model: nn.Module, criterion: st
     with torch.no_grad():
         model.get_submodule("inner").weight[0] = float("nan")  # type: ignore[index, operator]
     batches = [(EXAMPLE.repeat(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64))]
-    with pytest.raises(PlanError, match="answers with numbers that are not finite"):
+    with pytest.raises(PlanError, match="returns numbers that are not finite"):
         compress.plan_pruning(model, EXAMPLE, criterion=criterion, keep_macs=0.5, batches=batches)
 
 

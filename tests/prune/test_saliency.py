@@ -13,7 +13,7 @@ from compress.errors import DataError
 from compress.groups import trace
 from compress.prune.answers import Reading
 from compress.prune.criteria import ChannelGroup
-from compress.prune.saliency import evidence
+from compress.prune.saliency import Sampling, evidence
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)
 
@@ -38,7 +38,7 @@ def test_products_are_the_slope_of_the_loss_when_a_channel_fades(model: nn.Modul
     """Scaling the columns that read a channel by (1 + e) changes the loss by e x product."""
     data = batches()
     found = evidence(
-        model, trace(model, EXAMPLE), "gradients", data, images_per_gradient=3
+        model, trace(model, EXAMPLE), "gradients", data, Sampling(images_per_gradient=3)
     ).products["6.weight", 1]
     assert found.shape == (4, 64)  # 2 batches of 6 images, 3 images for each gradient
     model = model.double()
@@ -61,7 +61,7 @@ def test_curvature_is_close_to_the_exact_hessian() -> None:
     images, target = torch.randn(32, 3, 2, 2), torch.arange(32) % 3
     repeated = [(images, target)] * 1500  # each with signs of its own
     network = trace(model, torch.zeros(1, 3, 2, 2))
-    found = evidence(model, network, "hessian", repeated, images_per_gradient=32)
+    found = evidence(model, network, "hessian", repeated, Sampling(images_per_gradient=32))
     weight = model.get_parameter("3.weight").detach()
 
     def loss(value: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def test_squared_products_of_drawn_answers_are_the_fisher_information(temperatur
     network = trace(model, torch.zeros(1, 3, 2, 2))
     found = evidence(
         model, network, "answers", [(images, no_labels)] * 1500,
-        images_per_gradient=1, temperature=temperature,
+        Sampling(images_per_gradient=1, temperature=temperature),
     ).products["3.weight", 1]  # fmt: skip
     with torch.no_grad():
         features = model[:3](images)  # type: ignore[index, operator]
@@ -100,7 +100,7 @@ def test_squared_products_of_drawn_answers_are_the_fisher_information(temperatur
 def test_drawn_answers_need_no_labels_and_follow_their_seed(model: nn.Module) -> None:
     def products(seed: int, label: int) -> Tensor:
         data = [(images, torch.full((6,), label)) for images, _ in batches()]
-        found = evidence(model, trace(model, EXAMPLE), "answers", data, seed=seed)
+        found = evidence(model, trace(model, EXAMPLE), "answers", data, Sampling(seed=seed))
         return found.products["6.weight", 1]
 
     assert torch.equal(products(0, -1), products(0, 99))
@@ -113,7 +113,8 @@ def test_answers_are_drawn_for_every_pixel_of_a_segmentation() -> None:
     images = torch.randn(1, 3, 6, 6)
     data = [(images, torch.zeros(1, 6, 6))] * 1500
     network = trace(model, EXAMPLE)
-    found = evidence(model, network, "answers", data, images_per_gradient=1).products["2.weight", 1]
+    sampling = Sampling(images_per_gradient=1)
+    found = evidence(model, network, "answers", data, sampling).products["2.weight", 1]
     with torch.no_grad():
         pixels = model[:2](images).movedim(1, -1).flatten(0, 2)  # type: ignore[index, operator]
         weight = model.get_parameter("2.weight").flatten(1)

@@ -213,7 +213,7 @@ def test_images_of_different_sizes_calibrate_a_graph_of_free_size(as_stream, tmp
     )
     found = plan.activations["input"]
     assert (found.low, found.high) == (-13, 12)  # both were seen
-    assert len(plan.notes) > 1  # corrections were tried
+    assert len(plan.trials) > 1  # corrections were tried
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["a scalar", "one number"])

@@ -246,9 +246,12 @@ def test_auto_is_at_least_as_close_as_ranges_alone_and_says_what_it_kept(name, t
     bench = bench_of(GRAPHS[name](), target)
     plan = plan_by("auto", bench)
     assert bench.fidelity_db(plan) >= bench.fidelity_db(bench.ranges()) - 1e-3
-    assert plan.method == "auto" and plan.notes[0].startswith("mse ranges:")
-    tried = [note for note in plan.notes[1:] if " dB, " in note]
-    assert len(tried) > 2 and all("kept" in note for note in tried)
+    assert plan.method == "auto" and plan.trials[0].startswith("mse ranges:")
+    tried = [trial for trial in plan.trials[1:] if " dB, " in trial]
+    assert len(tried) > 2 and all("kept" in trial for trial in tried)
+    kept = [trial.partition(": ")[0] for trial in tried if trial.endswith(", kept")]
+    assert plan.notes[0].startswith(", ".join(["mse ranges", *kept]) + ": ")
+    assert f"({1 + len(kept)} of {1 + len(tried)} trials kept)" in plan.notes[0]
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m not in ("auto", "nncf")])
@@ -278,7 +281,7 @@ def test_a_fixed_batch_is_corrected_like_a_free_one(batch, tmp_path):
     onnx.save(model, str(tmp_path / "m.onnx"))
     feed = images(model, 32)["input"]
     plan = quantize_onnx(tmp_path / "m.onnx", [feed], tmp_path / "q.onnx")
-    assert len(plan.notes) > 3
+    assert len(plan.trials) > 3
     (got,) = run(str(tmp_path / "q.onnx"), {"input": feed[:batch]})
     np.testing.assert_allclose(got, run(model, {"input": feed[:batch]})[0], atol=0.1)
 

@@ -77,7 +77,10 @@ def test_all_problems_are_reported_at_once(write):
         ({"stages": [{"prune": {}}], "targets": []}, "give exactly one of keep_macs"),
         ({"stages": [{"prune": {"keep_macs": 0.5, "latency_ms": 1}}]}, "here: keep_macs, latency"),
         ({"stages": [{"prune": {"keep_macs": 1.5}}]}, "1.5: Input should be less than or equal"),
-        ({"stages": [{"prune": {}, "distill": {}}]}, "a stage is one verb; here: distill, prune"),
+        (
+            {"stages": [{"prune": {}, "distill": {}}]},
+            "a stage has exactly one key, such as prune or quantize; here: distill, prune",
+        ),
         ({"stages": ["squeeze"]}, "stages[0].squeeze: no such key"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -167,7 +170,10 @@ def test_a_tracker_is_told_to_every_training_and_to_nothing_else(write):
     ("tracker", "message"),
     [
         ("tensorbord", "no such tracker 'tensorbord'. Did you mean 'tensorboard'?"),
-        ("tensorboard", "--track: nothing is trained that could be logged. Give --epochs"),
+        (
+            "tensorboard",
+            "--track: no stage trains a network, so there is nothing to log. Give --epochs",
+        ),
     ],
 )
 def test_trackers_that_cannot_log_are_refused(write, tracker, message):

@@ -360,3 +360,19 @@ def test_a_gate_that_was_not_measured_says_why(limits, words):
     report = pair(skipped=skipped, primary=primary)
     (gate,) = gates(Gates(**limits), report.variants)
     assert words in gate_sentence(gate)
+
+
+def test_what_was_tried_is_told_on_request_only():
+    result = Result(**OTHER, top1_pct=90.0, skipped={"activations_mib": "free", "latency": "off"})
+    report = Report(
+        variants=(Variant(name="int8-x", stage="s", results=(result,)),),
+        notes=("int8-x: mse ranges: 30.0 dB",),
+        trials=("int8-x: equalization 0.5: 29.0 dB, not kept",),
+    )
+    for verbose in (False, True):
+        file = io.StringIO()
+        Console(file=file, width=160).print(summary(report, verbose=verbose))
+        assert "mse ranges" in file.getvalue() and "not measured: latency" in file.getvalue()
+        assert ("not kept" in file.getvalue()) == verbose
+        assert ("activations_mib" in file.getvalue()) == verbose
+    assert "equalization 0.5" in markdown(report)

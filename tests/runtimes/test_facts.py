@@ -11,7 +11,7 @@ import pytest
 
 from compress import plugins
 from compress.errors import RecipeError
-from compress.measure.artifacts import rivals_of
+from compress.measure.artifacts import candidates_of
 from compress.qdq.plan import TARGETS
 from compress.recipe.loading import load_recipe, to_json
 from compress.recipe.settings import Target
@@ -141,13 +141,13 @@ def test_references_on_the_command_line(text: str, reference: object) -> None:
     assert plugins.reference(text) == reference
 
 
-def test_one_runtime_with_two_sets_of_options_makes_two_rivals(tmp_path: Path) -> None:
+def test_one_runtime_with_two_sets_of_options_makes_two_candidates(tmp_path: Path) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"\x08\x07")
-    rivals = rivals_of([path], ["onnxruntime", {"onnxruntime": {"optimization": "none"}}])
-    assert [each.reference for each in rivals] == [
+    candidates = candidates_of([path], ["onnxruntime", {"onnxruntime": {"optimization": "none"}}])
+    assert [each.reference for each in candidates] == [
         "onnxruntime",
         {"onnxruntime": {"optimization": "none"}},
     ]
-    assert len({each.name for each in rivals}) == 2
-    assert "optimization=none" in rivals[1].name
+    assert len({each.name for each in candidates}) == 2
+    assert "optimization=none" in candidates[1].name

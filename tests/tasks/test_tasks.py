@@ -486,7 +486,7 @@ def test_class_metrics_are_those_of_torchmetrics_with_intervals():
 
 def test_a_segmentation_network_of_too_few_classes_is_refused():
     task = load_task("segmentation", classes=("a", "b", "c", "d", "e"))
-    with pytest.raises(EngineError, match=r"tells 3 classes of pixels apart, the data has 5"):
+    with pytest.raises(EngineError, match=r"has 3 classes for each pixel, the data has 5"):
         task.predict({"out": np.zeros((2, 3, 4, 7))})
 
 

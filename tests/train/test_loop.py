@@ -660,6 +660,8 @@ def test_a_loss_in_which_processes_meet_excludes_repeated_steps():
 
     settings = DistillSettings(losses=("kd", "crd"), halve_batch=True)
     objective = build_objective(plain(), plain(), dataset(), settings)
-    with pytest.raises(UsageError, match="halve_batch: with crd, processes meet within a step"):
+    with pytest.raises(
+        UsageError, match="halve_batch: with crd, the processes synchronize within a step"
+    ):
         loop._check_repeatable(objective, settings, Processes(torch.device("cpu"), 0, 2))
     loop._check_repeatable(objective, settings, Processes(torch.device("cpu")))

@@ -96,7 +96,7 @@ def test_without_leave_to_halve_all_processes_stop_when_one_runs_out_of_memory(t
 def test_statistics_of_all_processes_and_repeated_steps_exclude_each_other(tmp_path: Path):
     done = run(tmp_path, 2, sync=True, halve=True)
     assert done.returncode != 0
-    assert "with sync_batchnorm, processes meet within a step" in done.stderr
+    assert "with sync_batchnorm, the processes synchronize within a step" in done.stderr
 
 
 @pytest.mark.parametrize(

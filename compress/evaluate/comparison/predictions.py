@@ -163,7 +163,7 @@ def against(
 def _check_pair(reference: Predictions, candidate: Predictions) -> None:
     if reference.logits.shape[1] != candidate.logits.shape[1]:
         raise DataError(
-            f"the reference tells {reference.logits.shape[1]} classes apart, "
+            f"the reference has {reference.logits.shape[1]} class outputs, "
             f"the candidate {candidate.logits.shape[1]}",
             expected="two networks for the same classes",
         )

@@ -1,7 +1,7 @@
 """Normalizations, reductions and softmax: ops that look across positions.
 
 Where they look across channels that can be cut, the pruned network computes over the kept ones
-only; that is another function than zeroing channels, and the masked twin is told to do the same.
+only; that is another function than zeroing channels, and the masked reference does the same.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def group_norm(tracer: Tracer, call: Call) -> None:
 
 
 def reduction(tracer: Tracer, call: Call) -> None:
-    """Reduced dimensions go (or have size one); where they could be cut the twin is told."""
+    """Reduced dimensions go (or have size one); where they could be cut the reference is told."""
     label_reduced(tracer, call, _reduced(call, call.args[0]))
 
 

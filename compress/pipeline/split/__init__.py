@@ -48,6 +48,26 @@ class Place:
 
 
 @dataclass(frozen=True)
+class _Devices:
+    """How fast the edge and the link are."""
+
+    link_mbps: float
+    edge_slowdown: float
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not value > 0 or not math.isfinite(value):
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {value:g}", expected="a number above 0")
+
+    def place(self, name: str, cost: Cost, head_macs_pct: float) -> Place:
+        """Return what a cut costs whose parts were timed on this machine."""
+        link_ms = cost.bytes * 8 / (self.link_mbps * 1000)
+        edge_ms = cost.head_ms * self.edge_slowdown
+        return Place(name, cost.bytes, edge_ms, link_ms, cost.tail_ms, head_macs_pct)
+
+
+@dataclass(frozen=True)
 class Split:
     """The two files, what crosses between them, and what each place of the front costs."""
 
@@ -114,9 +134,7 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
         UsageError: no such tensor, or one that leaves nothing for a side; a speed of 0; free sizes.
         ExportError: the two parts do not answer as the whole does.
     """
-    for option, value in (("link-mbps", link_mbps), ("edge-slowdown", edge_slowdown)):
-        if not value > 0 or not math.isfinite(value):
-            raise UsageError(f"--{option} {value:g}", expected="a number above 0")
+    devices = _Devices(link_mbps, edge_slowdown)
     source, folder = Path(path), Path(out)
     model = onnx_file.load(source)
     try:
@@ -126,22 +144,19 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
     clock = Clock(source, runtime, threads, timing or _TIMING)
     whole = clock.whole()
     folder.mkdir(parents=True, exist_ok=True)
-
-    def place(name: str, cost: Cost, macs_pct: float) -> Place:
-        slow_ms, link_ms = cost.head_ms * edge_slowdown, cost.bytes * 8 / (link_mbps * 1000)
-        return Place(name, cost.bytes, slow_ms, link_ms, cost.tail_ms, macs_pct)
-
-    places = []
-    for cut in progress.track(cuts, "split"):
-        cost = clock.cost(written(_parts(graph, cut, int8), folder))
-        places.append(place(cut.tensor, cost, cut.head_macs_pct))
+    places = [
+        devices.place(
+            cut.tensor, clock.cost(written(_parts(graph, cut, int8), folder)), cut.head_macs_pct
+        )
+        for cut in progress.track(cuts, "split")
+    ]
     best = cuts[min(range(len(cuts)), key=lambda number: places[number].total_ms)]
     files = written(_parts(graph, best, int8), folder)
     difference = clock.difference(files)
     if not int8:
         _check_equal(difference, model, f"{source}, cut at {best.tensor}")
-    places.append(place("(all on the edge)", Cost(whole.tail_ms, 0.0, 0), 100.0))
-    places.append(place("(all on the server)", whole, 0.0))
+    places.append(devices.place("(all on the edge)", Cost(whole.tail_ms, 0.0, 0), 100.0))
+    places.append(devices.place("(all on the server)", whole, 0.0))
     split = Split(*files, best, int8, difference, link_mbps, edge_slowdown, tuple(places))
     write_json(folder / "split.json", split.to_json())
     if at == AUTO:

@@ -103,7 +103,7 @@ def _prune_in_rounds(job: Job, model: nn.Module, settings: PruneSettings, stage:
         if settings.round_training is not None and number < settings.rounds:
             job.train(model, settings.round_training, stage / f"round-{number}")
     if total is None:
-        raise ValueError("pruning in no rounds")
+        raise ValueError("the number of rounds must be at least 1")
     return _Pruned(model, total, max(differences), validation)
 
 

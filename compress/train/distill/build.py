@@ -181,7 +181,7 @@ def _teacher(teacher: Any, example: Tensor, settings: DistillSettings) -> Teache
 def _check_student(seen: Survey, dataset: Dataset) -> None:
     if seen.classes != len(dataset.classes):
         raise TrainingError(
-            f"the student tells {seen.classes} classes apart, the data has {len(dataset.classes)}",
+            f"the student has {seen.classes} class outputs, the data has {len(dataset.classes)}",
             where="distill",
             fix=f"Build the student with num_classes={len(dataset.classes)}",
         )

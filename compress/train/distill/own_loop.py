@@ -114,7 +114,7 @@ class Distiller:
         """
         if self._teacher is None:
             raise UsageError(
-                "the adapters are made for features that no image has shown yet",
+                "the adapters have no shapes until images have been through both networks",
                 fix="Give distiller(..., example=images), or call loss(images) once before",
             )
         for term in self._terms:

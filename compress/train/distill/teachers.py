@@ -211,7 +211,7 @@ def class_order(
     if teacher is None:
         if classes != len(student):
             raise TrainingError(
-                f"the teacher tells {classes} classes apart, the student {len(student)}",
+                f"the teacher has {classes} class outputs, the student {len(student)}",
                 where="distill",
                 fix="Give the teacher's class names in its order, teacher_classes: [...], so that "
                 "classes can be mapped by name",
@@ -224,7 +224,7 @@ def class_order(
     missing = [name for name in student if name not in teacher]
     if missing:
         raise TrainingError(
-            f"the teacher does not know {', '.join(missing[:5])}",
+            f"the teacher lacks the classes {', '.join(missing[:5])}",
             where="teacher_classes",
             expected=f"all of: {', '.join(student[:20])}",
         )

@@ -157,7 +157,7 @@ def test_chain_names_the_link_that_erred() -> None:
     [
         (
             lambda: compare(answered([0], [0], 3), answered([0], [0], 4)),
-            r"reference tells 3 classes apart, the candidate 4",
+            r"reference has 3 class outputs, the candidate 4",
         ),
         (
             lambda: compare(answered([0, 1], [0, 1]), answered([0], [0])),

@@ -551,9 +551,9 @@ def test_a_control_needs_validation_images():
     ("changes", "teacher", "error", "message"),
     [
         ({}, {"classes": 5}, TrainingError,
-         r"distill: the teacher tells 5 classes apart, the student 3. Give the teacher's class n"),
+         r"distill: the teacher has 5 class outputs, the student 3. Give the teacher's class n"),
         ({"teacher_classes": ("a", "b", "x")}, {}, TrainingError,
-         "teacher_classes: the teacher does not know c. Expected all of: a, b, c"),
+         "teacher_classes: the teacher lacks the classes c. Expected all of: a, b, c"),
         ({"teacher_classes": ("a", "b")}, {}, TrainingError,
          "teacher_classes: 2 names for 3 outputs of the teacher"),
         ({"losses": ("hint",), "compile": True}, {}, TrainingError,
@@ -589,7 +589,7 @@ def test_what_cannot_work_is_said_before_training(
 
 
 def test_a_student_of_other_classes_than_the_data_is_refused():
-    with pytest.raises(TrainingError, match="the student tells 7 classes apart, the data has 3"):
+    with pytest.raises(TrainingError, match="the student has 7 class outputs, the data has 3"):
         objective(net(1, classes=7), net(2))
 
 

@@ -1,14 +1,18 @@
 """The same seed gives the same bytes; threads and the order of images change nothing."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
 import pytest
 import torch
+import yaml
 
 import compress
-from compress.artifact import sha256
+from compress.artifact import read_json, sha256
 from compress.models.cifar import resnet8
 from compress.quantize import calibrate, make_plan, write_qdq
 
@@ -110,3 +114,35 @@ def test_quantized_graphs_are_the_same_bytes(graph, target, tmp_path, tried):
         for _ in range(2)
     }
     assert len(written) == 1
+
+
+WHOLE = {
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 8}},
+    "data": {"name": "digits", "calibration": 64},
+    "stages": [
+        {"train": {"epochs": 1, "batch_size": 64, "epoch_images": 512, "precision": "fp32"}},
+        {"prune": {"keep_macs": 0.5}},
+        {"distill": {"epochs": 1, "batch_size": 64, "losses": ["kd"], "precision": "fp32"}},
+        {"quantize": {"samples": 32}},
+    ],
+    "targets": [{"runtime": "onnxruntime"}, {"runtime": "openvino"}],
+    "measure": {"rounds": 3, "round_ms": 1, "explain_images": 0, "test_images": 64},
+}
+
+
+@pytest.mark.slow
+def test_a_whole_run_again_in_another_process_is_the_same_bytes(tmp_path, tried):
+    """Sets and dictionaries of texts are ordered otherwise in each process: by PYTHONHASHSEED."""
+    recipe, found = tmp_path / "x.yaml", []
+    recipe.write_text(yaml.safe_dump(WHOLE | {"name": "x"}))
+    for seed in "12":
+        command = [sys.executable, "-m", "compress", "run", recipe, "--out", tmp_path / seed]
+        env = os.environ | {"PYTHONHASHSEED": seed}
+        ended = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        entries = read_json(tmp_path / seed / "run.json")["artifacts"]
+        found.append({e["path"]: e["sha256"] for e in entries if "measure" not in e["stage"]})
+    names = [name for name in found[0] if name.endswith((".onnx", ".json", ".safetensors"))]
+    assert len(names) > 12
+    tried("a whole run again in a process of its own: plans, weights, ONNX, same bytes", len(names))
+    assert {name: found[0][name] for name in names} == {name: found[1][name] for name in names}

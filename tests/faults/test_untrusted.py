@@ -25,7 +25,7 @@ from compress.errors import CompressError, EngineError, ModelError, RecipeError,
 from compress.graph import files
 from compress.models.weights import read_weights
 from compress.pipeline.bundle import write_bundle
-from compress.pipeline.context import Outcome
+from compress.pipeline.context import StageResult
 from compress.recipe.loading import load_recipe
 
 SECRET = b"0123456789abcdef"
@@ -426,7 +426,7 @@ def test_a_bundle_does_not_hold_members_that_climb(tmp_path, tried):
 @pytest.mark.parametrize("record", [{}, {"variants": 1, "facts": {}}, {"variants": [{}]}, [], None])
 def test_a_record_of_a_stage_that_is_none(record):
     with pytest.raises(RunError, match="is no record of a stage"):
-        Outcome.from_json(record)
+        StageResult.from_json(record)
 
 
 HOSTILE = {

@@ -351,7 +351,7 @@ def main() -> None:
     parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA", ".") + "/bccd")
     parser.add_argument("--keep", type=float, nargs="+", default=[0.7, 0.5], help="MACs kept")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--lr", type=float, nargs="+", default=[0.001])
+    parser.add_argument("--lr", type=float, nargs="*", default=[0.001])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--yolo", type=Path, help="folder of a train stage of YOLOv8n")
     parser.add_argument("--yolox", type=Path, help="yolox_nano.onnx, if it is to be tried")

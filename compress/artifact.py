@@ -120,7 +120,7 @@ def _digest(path: Path, state: tuple[int, ...]) -> str:
 
 
 def state_of(path: Path) -> tuple[int, ...]:
-    """Return numbers of a file that differ after any change of it: what is known of it can be kept.
+    """Return size, times and identity of a file, which differ after any change: a key for caches.
 
     A change within the same tick of the clock would not show, so this waits until the next one is
     past: two ticks, as the clock that dates changes is behind by up to one. A file dated in the
@@ -183,7 +183,7 @@ def _try_room(path: Path) -> None:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """Yield a folder for files that nobody needs after the block.
+    """Yield a temporary folder, which is removed after the block.
 
     Raises:
         RunError: there is no place for it, or no room in it.

@@ -28,7 +28,7 @@ KEPT = "\n\t\u00ad\u200c\u200d"  # the last three belong to the spelling of some
 
 
 class CompressError(Exception):
-    """An error that the user can mend; the command line prints it and exits with code 2.
+    """An error that the user can fix; the command line prints it and exits with code 2.
 
     Args:
         what: What is wrong, with the offending value.

@@ -76,10 +76,8 @@ def mcnemar(only_reference: int, only_candidate: int, *, mid_p: bool = True) -> 
 def accuracy_change_interval(
     reference_correct: NDArray[np.bool_],
     candidate_correct: NDArray[np.bool_],
-    *,
-    level: float = 0.95,
 ) -> Interval:
-    """Return Tango's score interval of candidate less reference accuracy, in [-1, 1].
+    """Return Tango's 95 % score interval of candidate less reference accuracy, in [-1, 1].
 
     Of N images, ``lost`` are right for the reference alone and ``won`` for the candidate alone. The
     interval holds every change that a score test on these pairs does not reject. Without a single
@@ -88,7 +86,6 @@ def accuracy_change_interval(
     Args:
         reference_correct: Whether the reference is right, (N,).
         candidate_correct: Whether the candidate is right, (N,), in the same order.
-        level: Coverage.
 
     Raises:
         UsageError: no images, or not the same number of them.
@@ -103,7 +100,7 @@ def accuracy_change_interval(
         )
     lost = int((reference_correct & ~candidate_correct).sum())
     won = int((~reference_correct & candidate_correct).sum())
-    return _tango(lost, won, len(reference_correct), _normal_quantile(level))
+    return _tango(lost, won, len(reference_correct), _normal_quantile(LEVEL))
 
 
 def _tango(lost: int, won: int, total: int, z: float) -> Interval:
@@ -169,7 +166,7 @@ def ratio_interval(
 
 @dataclass(frozen=True)
 class CalibrationBins:
-    """Answers sorted by confidence into equal parts of (0, 1]; parts without any are left out."""
+    """Predictions in bins of equal width of confidence; empty bins are left out."""
 
     confidence: tuple[float, ...]  # mean of each part, in [0, 1]
     accuracy: tuple[float, ...]  # share of right answers of each part

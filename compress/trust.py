@@ -1,4 +1,4 @@
-"""Whose code may run: what was typed on the command line, what ran before, or all with --trust.
+"""Which code may run: what the command line names, what was agreed to before, or all with --trust.
 
 The command line limits itself to these; a Python program, which is code already, is not limited.
 The limit is an environment variable, so that processes that are started obey it as well.

@@ -44,10 +44,12 @@ Std = Annotated[
 ]
 Range = Annotated[
     str | None,
-    typer.Option(help="Pixel values of black and white before normalization: 0,255; 0,1 if absent"),
+    typer.Option(
+        help="Values of black and white pixels before normalization: 0,255; 0,1 if absent"
+    ),
 ]
 Color = Annotated[
-    str | None, typer.Option(help="Order of the network's channels: BGR; RGB if absent")
+    str | None, typer.Option(help="Channel order that the network expects: BGR; RGB if absent")
 ]
 Layout = Annotated[
     str | None,
@@ -56,12 +58,12 @@ Layout = Annotated[
 Inputs = Annotated[
     list[str] | None,
     typer.Option(
-        "--input", help="Value of a further input: NAME=0.5 or NAME=FILE.npy; none if absent"
+        "--input", help="Value of an additional input: NAME=0.5 or NAME=FILE.npy; none if absent"
     ),
 ]
 FixedSize = Annotated[
     str | None,
-    typer.Option(help="C,H,W to fix free sizes of the file's input to; they stay free if absent"),
+    typer.Option(help="Fix the file's dynamic input sizes: C,H,W; they stay dynamic if absent"),
 ]
 BatchSize = Annotated[
     int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
@@ -80,7 +82,9 @@ Json = Annotated[
     Path | None, typer.Option("--json", help="Also write the numbers to this file; none if absent")
 ]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="KEY.PATH=VALUE of the recipe")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the recipe: KEY.PATH=VALUE")
+]
 Track = Annotated[
     str | None, typer.Option(help="Also log trainings: tensorboard or mlflow; neither if absent")
 ]
@@ -93,19 +97,17 @@ TaskName = Annotated[
 ]
 Outputs = Annotated[
     str | None,
-    typer.Option(
-        help="Outputs whose channels stay, by place: 0,1.boxes; the others may lose channels"
-    ),
+    typer.Option(help="Outputs to keep, by index or name: 0,1.boxes; the others may lose channels"),
 ]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
         callback=lambda given: _trust(given),
-        help="Run code that recipes, run folders or .pt files hold; load engines built by others",
+        help="Allow code in recipes, run folders and .pt files, and engines built by others",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of everything random")]
+Seed = Annotated[int, typer.Option(help="Random seed")]
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16 or int8 (of a Q/DQ file); the file's own if absent")
 ]
@@ -120,7 +122,7 @@ class Pixels:
 
 
 class FileInput:
-    """What else an ONNX file or an engine may want of its input."""
+    """What the input of an ONNX file or an engine needs besides."""
 
     input_range: Range = None
     color: Color = None
@@ -129,7 +131,7 @@ class FileInput:
 
 
 class Experiment:
-    """What stands in a recipe beside its stages."""
+    """Keys of a recipe besides its stages."""
 
     batch_size: BatchSize = None
     task: TaskName = None
@@ -179,7 +181,7 @@ def with_options(*groups: type) -> Callable[[Callable[..., None]], Callable[...,
 
 
 def names_of(kind: str) -> list[str]:
-    """Return what there is of a kind, by name."""
+    """Return the names of all plug-ins of a kind, or of recipes or stages."""
     from compress.recipe.loading import packaged_recipes, stage_settings
 
     if kind == RECIPES:
@@ -188,7 +190,7 @@ def names_of(kind: str) -> list[str]:
 
 
 def names(kind: str) -> Callable[[str], list[str]]:
-    """Return what completes names of a kind of plug-in, or of recipes, in a shell."""
+    """Return the shell completion for names of a kind of plug-in, or of recipes."""
 
     def completed(incomplete: str) -> list[str]:
         return [name for name in names_of(kind) if name.startswith(incomplete)]

@@ -53,7 +53,8 @@ def export(
         typer.Option("--dynamic-size/--fixed-size", help="Any height and width, or --input-size"),
     ] = False,
     outputs: Annotated[
-        str | None, typer.Option(help="Outputs of the file, by place: 0,1.boxes; all if absent")
+        str | None,
+        typer.Option(help="Outputs of the file, by index or name: 0,1.boxes; all if absent"),
     ] = None,
     trust: Trust = False,
 ) -> None:
@@ -158,7 +159,7 @@ def predict(
     threads: Threads = None,
     trust: Trust = False,
 ) -> None:
-    """Predict pictures with an artifact, preprocessed as it says."""
+    """Run pictures through an artifact, with its own preprocessing, and show the predictions."""
     from compress.pipeline.predict import predict_pictures
 
     given = ctx.params

@@ -80,7 +80,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,
 ) -> None:
-    """Write a commented recipe for what lies in a folder."""
+    """Write a commented recipe for the network and the images in a folder."""
     allow_all()  # it looks for networks in the folder that it is called in
 
     def ask(what: str, found: str) -> str:
@@ -92,7 +92,7 @@ def init(
 
 
 def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
-    """Write a recipe for what lies in a folder and return what was found and done.
+    """Write a recipe for the network and images in a folder and return what was found and done.
 
     Args:
         given: The options; what is absent is proposed.
@@ -131,7 +131,7 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
 
 def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
-    """Return the job for what the options say and what lies in the folder."""
+    """Return the recipe's content from the options and what the folder holds."""
     from compress import plugins
     from compress.data import load_data
     from compress.packages import is_installed

@@ -88,7 +88,7 @@ def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder of the comparison; of one run its own if absent"),
+        typer.Option("--out", help="Folder of the comparison; one run's own folder if absent"),
     ] = None,
     force: Annotated[
         bool, typer.Option(help="Compare runs of different data or devices as well")

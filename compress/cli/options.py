@@ -1,4 +1,4 @@
-"""Options of commands as parts of recipes: data, numbers, what was given."""
+"""Turn options of commands into parts of a recipe."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def finish(
 
 
 def int8_target(name: str) -> dict[str, Any]:
-    """Return where the graph for ``name`` is run: of the runtimes that take it, one installed."""
+    """Return a target for int8 graphs of ``name``: an installed runtime that opens them."""
     from compress import plugins
     from compress.packages import is_installed
     from compress.runtimes import facts

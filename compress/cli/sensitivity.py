@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from compress.recipe.settings import Recipe
     from compress.tasks import Task
 
-RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 SENSITIVITY_IMAGES = 1000
 
 
@@ -72,22 +71,12 @@ def sensitivity(
 
 
 def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:
-    import itertools
-    from dataclasses import replace
-
     from compress.pipeline.network import build_original
-    from compress.prune.sensitivity import plot_sensitivity, prune_sensitivity
-    from compress.tasks import primary_of
+    from compress.pipeline.sensitivity_chart import cut_alone
+    from compress.prune.sensitivity import plot_sensitivity
     from compress.terminal import table
-    from compress.train.validation import primary_value
 
-    judged = prune_sensitivity(
-        build_original(recipe, dataset, task),
-        dataset.example,
-        lambda cut: primary_value(cut, dataset, task) or 0.0,
-        recalibrate=list(itertools.islice(dataset.batches("train"), RECALIBRATION_BATCHES)),
-    )
-    found = replace(judged, metric=primary_of(task))
+    found = cut_alone(build_original(recipe, dataset, task), dataset, task)
     write_numbers(given["json"], found.to_json())
     if given["out"] is not None:
         plot_sensitivity(found, given["out"])

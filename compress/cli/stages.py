@@ -115,7 +115,7 @@ def prune(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="With FILE: loss of the primary metric allowed for each group; 1 if absent"
+            help="With FILE: allowed loss of the primary metric for each group; 1 if absent"
         ),
     ] = None,
     keep_latency: Annotated[
@@ -216,7 +216,10 @@ def quantize(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="auto, or one of its passes; auto if absent")
+        str | None,
+        typer.Option(
+            help="auto, plain, bias-correction, equalization, rounding or nncf; auto if absent"
+        ),
     ] = None,
     observer: Annotated[
         str | None,

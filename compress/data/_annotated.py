@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._decoding import opened, upright_size
+from compress.data._held_out import with_test
 from compress.data._images import FileImages, Images, Names
 from compress.data._pictures import Pictures
 from compress.data._resize import Fit
@@ -19,7 +20,6 @@ from compress.data._targets import Boxes
 from compress.errors import DataError, UsageError, did_you_mean
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
-HELD_OUT = 10  # every tenth image is a test image where a data set has none
 
 
 @dataclass
@@ -77,12 +77,7 @@ class BoxedPictures(Pictures):
         Raises:
             DataError: there are no images, a class is not known, or a box is invalid.
         """
-        if not test and validation:
-            test, validation = validation, ()
-        elif not test:
-            test, train = train[::HELD_OUT], [a for i, a in enumerate(train) if i % HELD_OUT]
-        if not train or not test:
-            raise DataError("holds no images for training, or none to test on")
+        train, validation, test = with_test(train, validation, test)
         for part, images in (("train", train), ("test", test)):
             if not any(each.names for each in images):
                 raise DataError(

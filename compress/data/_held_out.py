@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import DataError
 
+T = TypeVar("T")
+EVERY = 10  # every tenth image is a test image where images are listed in files
 TEST = 0.2  # share of images that become the test set where data has none
 
 
@@ -38,3 +41,20 @@ def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArra
         test.append(random.permutation(own)[:count])
     chosen = np.sort(np.concatenate(test))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def with_test(
+    train: Sequence[T], validation: Sequence[T], test: Sequence[T]
+) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
+    """Return the three with a test set: if there is none, validation, or a tenth of train.
+
+    Raises:
+        DataError: there are no images to train or to test on.
+    """
+    if not test and validation:
+        test, validation = validation, ()
+    elif not test:
+        test, train = train[::EVERY], [each for i, each in enumerate(train) if i % EVERY]
+    if not train or not test:
+        raise DataError("holds no images for training, or none to test on")
+    return train, validation, test

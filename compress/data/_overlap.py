@@ -94,8 +94,8 @@ def _equal_files(others: Sequence[Images], images: Images) -> int:
     sizes = {size for part in others for size, _ in _stored(part)}
     candidates = [(size, read) for size, read in _stored(images) if size in sizes]
     wanted = {size for size, _ in candidates}
-    rivals = (read for part in others for size, read in _stored(part) if size in wanted)
-    seen = set(map(_content, rivals))
+    parts = (read for part in others for size, read in _stored(part) if size in wanted)
+    seen = set(map(_content, parts))
     return sum(_content(read) in seen for _, read in candidates)
 
 

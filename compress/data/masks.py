@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._annotated import HELD_OUT, dense_fit, pictures
+from compress.data._annotated import dense_fit, pictures
+from compress.data._held_out import with_test
 from compress.data._images import Images
 from compress.data._pictures import ENDINGS, Pictures
 from compress.data._resize import Fit
@@ -90,12 +91,7 @@ def masked_source(
     Raises:
         DataError: there are no images, or a mask is missing.
     """
-    if not test and validation:
-        test, validation = validation, ()
-    elif not test:
-        test, train = train[::HELD_OUT], [pair for i, pair in enumerate(train) if i % HELD_OUT]
-    if not train or not test:
-        raise DataError("holds no images for training, or none to test on")
+    train, validation, test = with_test(train, validation, test)
     names = tuple(classes) if classes is not None else _counted(train, void)
 
     def images(pairs: Pairs) -> Images:

@@ -152,15 +152,15 @@ def _by_input(path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
     return _without_labels(path, images, (0.0,), (1 / 255,), prepared=True, parts=parts)
 
 
-def locate(path: Path, name: str = "*.npz") -> Path:
-    """Return ``path`` if it is a file, or the one file called ``name`` in that folder.
+def locate(path: Path) -> Path:
+    """Return ``path`` if it is a file, or the one .npz file in that folder.
 
     Raises:
         DataError: there is no such file, or several.
     """
     if path.is_file():
         return path
-    found = sorted(path.glob(name)) if path.is_dir() else []
+    found = sorted(path.glob("*.npz")) if path.is_dir() else []
     if len(found) != 1:
         raise DataError(
             f"holds {len(found)} archives" if path.is_dir() else "no such file or folder",

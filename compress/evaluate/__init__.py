@@ -45,7 +45,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # of images float32 (B, C, H, W) and 
 
 
 def predict(run: Any, batches: Batches) -> Predictions:
-    """Return what ``run`` answers to all images of ``batches``, in their order.
+    """Return the logits of ``run`` for all images of ``batches``, in their order.
 
     Args:
         run: A module (evaluated in eval mode, without gradients, on its own device, and left as it

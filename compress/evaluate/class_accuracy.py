@@ -1,4 +1,4 @@
-"""Accuracy of a network that tells one class for each image."""
+"""Accuracy of classifiers: top-1, top-5, per class, calibration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ROW = ("images", "top1_pct", "top1_ci95", "top5_pct", "top5_ci95", "ece_pct")
 
 @dataclass(frozen=True)
 class ClassAccuracy:
-    """How one class fares. A share of nothing (no such image, no such answer) is None."""
+    """Precision, recall and F1 of one class; None where it has no images or no predictions."""
 
     name: str
     images: int
@@ -29,7 +29,7 @@ class ClassAccuracy:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How right a network is, with 95 % intervals."""
+    """Accuracy of a classifier, with 95 % intervals."""
 
     images: int
     top1_pct: float
@@ -57,7 +57,7 @@ def accuracy(
     classes: Sequence[str] | None = None,
     subgroups: Sequence[str] | None = None,
 ) -> Accuracy:
-    """Return how right ``predictions`` are.
+    """Return the accuracy of ``predictions``.
 
     **Method:** top-1 is the share of images whose largest logit is the label; its interval is
     Wilson's, so it says how far another sample of as many images might differ, not how the

@@ -16,7 +16,7 @@ from compress.errors import DataError
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network answered to N images, and what would have been right."""
+    """Logits of a network for N images, and the labels."""
 
     logits: NDArray[np.float32]  # (N, K)
     labels: NDArray[np.int64]  # (N,)

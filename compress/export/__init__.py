@@ -1,4 +1,4 @@
-"""torch -> ONNX: BatchNorm folded, ends as deployment wants them, proved equal to torch.
+"""torch -> ONNX: BatchNorm folded, pre- and post-processing inside, checked against torch.
 
 The fp32 ONNX file is the seam of the whole tool: nothing after it knows torch. It therefore counts
 as written only when ONNX Runtime gave the same answers as the module it came from.
@@ -40,7 +40,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     check_images: Tensor | None = None,
     outputs: Iterable[str | int] | str | int | None = None,
 ) -> Path:
-    """Write ``model`` as an ONNX file that answers as torch does, or raise.
+    """Write ``model`` as an ONNX file whose outputs equal torch's, or raise.
 
     The file has one input "input" and one output "logits" ("probabilities" with ``softmax``);
     several are called "input_0", "output_0" and so on. BatchNorm is folded into convolutions,

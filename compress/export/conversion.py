@@ -1,4 +1,4 @@
-"""What the dynamo exporter makes of a module, without its noise and its local paths."""
+"""Conversion by torch's dynamo exporter; stack traces and local paths are removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two ends of a deployed graph: uint8 images in, probabilities out."""
+"""Pre- and post-processing inside the graph: uint8 images in, probabilities out."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def attach(model: ir.Model, preprocess: Preprocess | None, *, softmax: bool) -> 
 
 
 def facts(preprocess: Preprocess | None, softmax: bool) -> dict[str, Any]:
-    """Return the metadata that tells a reader of the file what its ends expect."""
+    """Return the metadata about pre- and post-processing for whoever reads the file."""
     said: dict[str, Any] = {}
     if preprocess is not None:
         said = {

@@ -1,4 +1,4 @@
-"""The proof that an ONNX file answers as torch does, and where it stops doing so."""
+"""Compare an ONNX file with torch, and name the first node that differs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_ends(
     *,
     softmax: bool,
 ) -> None:
-    """Compare the file with its ends attached with torch doing the same in front and behind.
+    """Compare the file with pre- and post-processing inside with torch doing the same outside.
 
     Raises:
         ExportError: they differ.

@@ -1,1 +1,1 @@
-"""ONNX graphs: read safely, asked and changed; nothing here knows a target."""
+"""ONNX graphs: read safely, queried and edited; nothing here knows a target."""

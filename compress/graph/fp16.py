@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from compress.errors import ExportError
 from compress.graph.model import WEIGHTED, attribute
-from compress.graph.values import Graph, constant, has_body, maker
+from compress.graph.values import EditableGraph, constant, has_body, maker
 
 LARGEST = 65504.0  # of fp16
 SMALLEST = 2.0**-24  # subnormal of fp16
@@ -54,7 +54,7 @@ def to_half(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.Model
     Raises:
         ExportError: ``keep`` names a node that is not there.
     """
-    graph = Graph(onnx.shape_inference.infer_shapes(model, data_prop=True))
+    graph = EditableGraph(onnx.shape_inference.infer_shapes(model, data_prop=True))
     held = _held(graph, keep)
     casts = _Casts(graph)
     for node in graph.nodes:
@@ -72,7 +72,7 @@ def to_half(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.Model
     return half
 
 
-def _held(graph: Graph, keep: Collection[str]) -> dict[ir.Node, str]:
+def _held(graph: EditableGraph, keep: Collection[str]) -> dict[ir.Node, str]:
     """Return the nodes that stay in fp32, and why."""
     if absent := sorted(set(keep) - {node.name for node in graph.nodes}):
         raise ExportError(
@@ -194,7 +194,7 @@ def _as_half(array: NDArray[Any]) -> NDArray[np.float16]:
 class _Casts:
     """The values of one graph in the other precision, each made once."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: EditableGraph) -> None:
         self.graph = graph
         self.made: dict[ir.Value, ir.Value] = {}
         self.half: set[ir.Value] = set()  # values that their own node makes in fp16

@@ -7,12 +7,12 @@ import math
 import onnx_ir as ir
 
 from compress.graph.model import attribute
-from compress.graph.values import Graph, constant, is_read_once, maker
+from compress.graph.values import EditableGraph, constant, is_read_once, maker
 
 OLDEST_OPSET = 14  # the first with HardSwish
 
 
-def join_hard_swish(graph: Graph) -> None:
+def join_hard_swish(graph: EditableGraph) -> None:
     """Write x * clip(x + 3, 0, 6) / 6, in any order, as HardSwish.
 
     Exporters of older opsets write four operators. Quantized one by one they cost more time than

@@ -1,4 +1,4 @@
-"""An ONNX graph with its edges indexed: who makes a tensor, who reads it, what is constant."""
+"""A read-only index of an ONNX graph: producers, readers and constants by tensor name."""
 
 from __future__ import annotations
 

@@ -16,10 +16,17 @@ from onnx_ir.passes import common as passes
 from compress.errors import EngineError, QuantizationError
 from compress.graph import files
 from compress.graph.hard_swish import join_hard_swish
-from compress.graph.model import WEIGHTED, attribute, channel_axis, fresh_name
-from compress.graph.model import Graph as View
+from compress.graph.model import WEIGHTED, Graph, attribute, channel_axis, fresh_name
 from compress.graph.reshapes import is_spatial_mean, keep_batch, write_pool
-from compress.graph.values import Graph, constant, has_body, is_read_once, maker, name_of, set_input
+from compress.graph.values import (
+    EditableGraph,
+    constant,
+    has_body,
+    is_read_once,
+    maker,
+    name_of,
+    set_input,
+)
 from compress.graph.weightless import check, infer_shapes
 
 OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
@@ -79,7 +86,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
 
 
 def finished(model: ModelProto) -> None:
-    """Take the mark off that tells a prepared graph."""
+    """Remove the mark that says a graph is prepared."""
     kept = [entry for entry in model.metadata_props if entry.key != _DONE]
     del model.metadata_props[:]
     model.metadata_props.extend(kept)
@@ -92,12 +99,12 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
                 f"quantized already: node {node.name or node.output[0]!r} is a {node.op_type}",
                 where=where,
                 expected="an fp32 graph",
-                fix="Quantize the fp32 original, or mend this file with `compress lint --fix`",
+                fix="Quantize the fp32 original, or fix this file with `compress lint --fix`",
             )
 
 
 def _refuse_without_weights(model: ModelProto, where: str) -> None:
-    graph = View(model)
+    graph = Graph(model)
     if any(graph.weight(node) for node in graph.nodes):
         return
     weighted = [node for node in graph.nodes if node.op_type in WEIGHTED]
@@ -136,7 +143,7 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
 
 
 def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
-    graph = Graph(model)
+    graph = EditableGraph(model)
     passes.RemoveInitializersFromInputsPass()(graph.model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
     _drop_no_effect(graph)
@@ -156,7 +163,7 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     return tidied
 
 
-def _drop_no_effect(graph: Graph) -> None:
+def _drop_no_effect(graph: EditableGraph) -> None:
     for node in graph.of_type(*_NO_EFFECT):
         value, source = node.outputs[0], node.inputs[0]
         mask_read = any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
@@ -165,7 +172,7 @@ def _drop_no_effect(graph: Graph) -> None:
             graph.body.remove(node, safe=True)
 
 
-def _fold_constants(graph: Graph) -> None:
+def _fold_constants(graph: EditableGraph) -> None:
     """Compute every node that depends on constants only, with ONNX's own reference evaluator."""
     from onnx.reference import ReferenceEvaluator
 
@@ -198,13 +205,13 @@ def _fold_constants(graph: Graph) -> None:
     graph.sweep()
 
 
-def _name_nodes(graph: Graph) -> None:
+def _name_nodes(graph: EditableGraph) -> None:
     taken: set[str] = set()
     for node in graph.nodes:
         node.name = fresh_name(taken, node.name or f"{node.op_type}_{node.outputs[0].name}")
 
 
-def _fold_into_layer(graph: Graph, node: ir.Node) -> None:
+def _fold_into_layer(graph: EditableGraph, node: ir.Node) -> None:
     """Let the weighted op before an affine one compute both."""
     affine = _affine_of(graph, node)
     before = maker(node.inputs[affine[2]]) if affine is not None else None
@@ -236,7 +243,7 @@ def _fold_into_layer(graph: Graph, node: ir.Node) -> None:
 Affine = tuple[NDArray[Any], NDArray[Any], int]  # factor (C,) or (1,), offset, data input
 
 
-def _affine_of(graph: Graph, node: ir.Node) -> Affine | None:
+def _affine_of(graph: EditableGraph, node: ir.Node) -> Affine | None:
     """Return y = factor * x + offset, per channel, where ``node`` computes just that."""
     if node.op_type == "BatchNormalization":
         scale, bias, mean, variance = (constant(value) for value in node.inputs[1:5])

@@ -9,12 +9,12 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from compress.graph.model import attribute
-from compress.graph.values import Graph, constant, maker
+from compress.graph.values import EditableGraph, constant, maker
 
 _CARRIES = frozenset({"Unsqueeze", "Squeeze", "Cast", "Identity"})  # one number, as it was
 
 
-def constant_targets(graph: Graph) -> dict[ir.Node, NDArray[np.int64]]:
+def constant_targets(graph: EditableGraph) -> dict[ir.Node, NDArray[np.int64]]:
     """Return a constant target for each Reshape whose own begins with its batch.
 
     Exporters write ``x.view(x.size(0), C, -1)`` as Concat(Gather(Shape(t), 0), C, -1). Where t has
@@ -27,7 +27,7 @@ def constant_targets(graph: Graph) -> dict[ir.Node, NDArray[np.int64]]:
     return {node: target for node, target in targets.items() if target is not None}
 
 
-def keep_batch(graph: Graph) -> None:
+def keep_batch(graph: EditableGraph) -> None:
     """Give Reshapes their constant targets.
 
     With a target computed at run time, OpenVINO joins int8 tensors wrongly behind the Reshape.
@@ -36,12 +36,12 @@ def keep_batch(graph: Graph) -> None:
         set_target(graph, node, target)
 
 
-def set_target(graph: Graph, node: ir.Node, target: NDArray[np.int64]) -> None:
+def set_target(graph: EditableGraph, node: ir.Node, target: NDArray[np.int64]) -> None:
     """Give a Reshape a constant target."""
     node.replace_input_with(1, graph.add_constant(f"{node.outputs[0].name}_shape", target))
 
 
-def is_spatial_mean(graph: Graph, node: ir.Node) -> bool:
+def is_spatial_mean(graph: EditableGraph, node: ir.Node) -> bool:
     """Return whether a ReduceMean is one over all of an image: a GlobalAveragePool."""
     image, axes = node.inputs[0], attribute(node, "axes")
     given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
@@ -51,7 +51,7 @@ def is_spatial_mean(graph: Graph, node: ir.Node) -> bool:
     return sorted(axis % 4 for axis in axes) == [2, 3]
 
 
-def write_pool(graph: Graph, node: ir.Node) -> None:
+def write_pool(graph: EditableGraph, node: ir.Node) -> None:
     """Write a mean over space as GlobalAveragePool, which has int8 kernels."""
     if attribute(node, "keepdims", 1):
         graph.substitute(node, "GlobalAveragePool", [node.inputs[0]])

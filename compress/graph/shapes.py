@@ -2,17 +2,60 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import onnx
 
 from compress.errors import ModelError, boundary
 
+Shapes = Mapping[str, tuple[int | None, ...]]
+PRODUCTS = {  # ops that multiply and accumulate -> which inputs are data and weights
+    "Conv": (0, 1),
+    "ConvInteger": (0, 1),
+    "QLinearConv": (0, 3),
+    "ConvTranspose": (0, 1),
+    "Gemm": (0, 1),
+    "QGemm": (0, 3),
+    "MatMul": (0, 1),
+    "MatMulInteger": (0, 1),
+    "QLinearMatMul": (0, 3),
+}
+
+
+def macs(node: onnx.NodeProto, shapes: Shapes) -> int | None:
+    """Return the multiply-accumulates of one of ``PRODUCTS``; None where a shape is not known."""
+    names = (*(node.input[index] for index in PRODUCTS[node.op_type]), node.output[0])
+    data, weight, output = (_sizes(shapes.get(name)) for name in names)
+    if not data or not weight:
+        return None
+    if node.op_type == "ConvTranspose":
+        return math.prod(data) * math.prod(weight[1:])
+    if output is None:
+        return None
+    if "Conv" in node.op_type:
+        return math.prod(output) * math.prod(weight[1:])
+    transposed = any(a.name == "transA" and a.i for a in node.attribute)
+    return math.prod(output) * (data[0] if transposed else data[-1])
+
+
+def _sizes(shape: tuple[int | None, ...] | None) -> tuple[int, ...] | None:
+    """Return a shape; None where a size is not known."""
+    sizes = tuple(size for size in shape or () if size is not None)
+    return sizes if shape is not None and len(sizes) == len(shape) else None
+
 
 def shapes_of(
-    model: onnx.ModelProto, batch: int = 1
+    model: onnx.ModelProto, batch: int = 1, *, others: int | None = None
 ) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
     """Return shape and element type of each tensor, as inferred with a free batch set to ``batch``.
 
     A size that is not known is None; a tensor of which nothing is known is absent.
+
+    Args:
+        model: The graph. Not modified.
+        batch: The size that a free batch has.
+        others: The size that all other free dimensions of inputs have; they stay free if None.
 
     Raises:
         ModelError: the graph breaks the rules of ONNX.
@@ -21,9 +64,15 @@ def shapes_of(
     fixed.CopyFrom(model)
     known = {tensor.name for tensor in fixed.graph.initializer}
     for value in fixed.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        if value.name not in known and dims and dims[0].dim_value < 1:
-            dims[0].dim_value = batch
+        if value.name in known:
+            continue
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.dim_value < 1 and (axis == 0 or others is not None):
+                dim.dim_value = batch if axis == 0 else others or 1
+    if others is not None:  # what the file says is of free sizes
+        del fixed.graph.value_info[:]
+        for value in fixed.graph.output:
+            value.type.tensor_type.ClearField("shape")
     with boundary(ModelError, "is no valid graph: the shapes of its tensors contradict each other"):
         inferred = onnx.shape_inference.infer_shapes(fixed, data_prop=True).graph
     shapes: dict[str, tuple[int | None, ...]] = {

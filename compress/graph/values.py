@@ -1,4 +1,4 @@
-"""An ONNX graph on onnx_ir, to question and edit: values know their makers and their readers."""
+"""An ONNX graph on onnx_ir, to query and edit: values know their producers and their uses."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from compress.graph.model import fresh_name
 Array = NDArray[Any]
 
 
-class Graph:
-    """Nodes, constants, and the wires between them; the model it was made from is not modified."""
+class EditableGraph:
+    """Nodes, constants and edges; the model it was made from is not modified."""
 
     def __init__(self, model: ModelProto) -> None:
         self.model = ir.from_proto(model)

@@ -13,12 +13,12 @@ LARGEST = 1024  # elements of a constant that stays: no op reads a shape or axes
 
 
 def is_large(tensor: TensorProto) -> bool:
-    """Return whether a skeleton leaves the values of ``tensor`` out."""
+    """Return whether a weightless copy leaves the values of ``tensor`` out."""
     return bool(math.prod(tensor.dims) > LARGEST)
 
 
 def skeleton(model: ModelProto) -> ModelProto:
-    """Return a copy of ``model`` without its large constants; it does not say that they lack."""
+    """Return a copy of ``model`` without its large constants, and without a trace of them."""
     bare = ModelProto()
     _copy_fields(model, bare, "graph")
     _copy_fields(model.graph, bare.graph, "initializer")

@@ -1,22 +1,22 @@
-"""Attributes of modules that must follow the cut, and those that cannot."""
+"""Attributes of modules that depend on channel counts: which follow a cut, which cannot."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from compress.groups.labels import AttributeUse, Components, Ledger
-from compress.groups.network import Follower
+from compress.groups.labels import AttributeUse, Components, Constraints
+from compress.groups.network import DependentAttribute
 from compress.groups.units import Units
 
 
-def followers(components: Components, units: Units) -> tuple[Follower, ...]:
+def followers(components: Components, units: Units) -> tuple[DependentAttribute, ...]:
     """Return the attributes that the surgery sets; those that count nothing cuttable are not."""
-    found: dict[tuple[str, str], Follower] = {}
+    found: dict[tuple[str, str], DependentAttribute] = {}
     for use in components.uses:
         row = units.of[use.labels]
         key = (use.attribute.module, use.attribute.name)
         if (row >= 0).any():
-            found.setdefault(key, Follower(*key, row, use.numerator, use.denominator))
+            found.setdefault(key, DependentAttribute(*key, row, use.numerator, use.denominator))
     return tuple(found.values())
 
 
@@ -33,12 +33,12 @@ def conflicts(components: Components) -> list[tuple[AttributeUse, AttributeUse]]
     return bad
 
 
-def reconcile(ledger: Ledger, first: AttributeUse, second: AttributeUse) -> bool:
+def reconcile(constraints: Constraints, first: AttributeUse, second: AttributeUse) -> bool:
     """Tie the channels that two uses count, so that both follow; False if that cannot be."""
     many, few = sorted((first.labels, second.labels), key=len, reverse=True)
     if len(many) % len(few) or not few.all() or not many.all():
         return False
-    ledger.unify(many, np.tile(few, len(many) // len(few)))
+    constraints.unify(many, np.tile(few, len(many) // len(few)))
     return True
 
 

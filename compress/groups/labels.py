@@ -1,4 +1,4 @@
-"""Labels of single channels: which of them live or die together, and which must stay."""
+"""Labels of single channels: which are cut together, and which must stay."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Components:
     uses: tuple[AttributeUse, ...]
 
 
-class Ledger:
-    """Collects what the rules find out about labels; merging happens once, in ``solve``."""
+class Constraints:
+    """Constraints on labels, collected from the rules; ``solve`` merges them by union-find."""
 
     def __init__(self) -> None:
         self.size = 1  # label 0 is taken: it marks what must stay

@@ -1,4 +1,4 @@
-"""The masked reference of a pruned network: original shapes, zero where the plan cuts.
+"""The masked reference of a pruned network: original shapes, zeros where the plan cuts.
 
 It shares no code with the cut: values are zeroed in place, shapes and attributes stay. Ops that
 look across channels (LayerNorm, GroupNorm, a mean over channels, standardized weights) compute

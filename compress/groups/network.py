@@ -69,7 +69,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Follower:
+class DependentAttribute:
     """An attribute of a module that the surgery sets: ``scale`` x the kept among ``units``."""
 
     module: str
@@ -130,7 +130,7 @@ class Network:
     frozen: Mapping[str, str]  # layer -> why its outputs stay, with the line of the user's code
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor of the state dict
     parameters: frozenset[str]  # names of ``shapes`` that count as parameters
-    followers: tuple[Follower, ...] = ()
+    followers: tuple[DependentAttribute, ...] = ()
     reductions: tuple[Reduction, ...] = ()
     side_outputs: tuple[str, ...] = ()  # attributes that the forward leaves cut channels on
     indices: tuple[Index, ...] = ()

@@ -17,7 +17,7 @@ Key = tuple[str, str, int]  # an op and its place
 
 @dataclass(frozen=True)
 class RawCall:
-    """A call as the program wrote it, before PyTorch turned it into ops, Counts and all."""
+    """A call as the program wrote it, before PyTorch turned it into ops, TracedInts and all."""
 
     function: Any
     args: tuple[Any, ...]

@@ -25,7 +25,7 @@ from compress.groups.inputs import (
     to_meta,
     twice,
 )
-from compress.groups.labels import Components, Ledger
+from compress.groups.labels import Components, Constraints
 from compress.groups.network import Index, Layer, Network, Positions, Reduction
 from compress.groups.record import Axes, Key, Record
 from compress.groups.replay import MismatchError, Replay, ReplayCalls
@@ -142,7 +142,7 @@ class _Traced:
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._constants = _constants(model)
         self._inputs = tree_map(copied if with_values else to_meta, (args, kwargs))
-        self._ledger = Ledger()
+        self._constraints = Constraints()
         self._named = self._label_tensors()
         with _attributes_restored(self._model):
             tag_attributes(self._model)
@@ -155,7 +155,7 @@ class _Traced:
         self._components = self._merged()
         self._layers = self._find_layers()
         order = self._order()
-        self.units = find_units(self._components, self._ledger.produced, order, self._layers)
+        self.units = find_units(self._components, self._constraints.produced, order, self._layers)
         self.network = self._network()
 
     def _label_tensors(self) -> dict[str, Axes]:
@@ -166,7 +166,7 @@ class _Traced:
             if isinstance(module, nn.modules.conv._ConvNd)
             for weight in module.parameters()
         }
-        fresh = self._ledger.fresh
+        fresh = self._constraints.fresh
         return {
             name: tuple(
                 fresh(size) if size > 1 and (dim < 2 or id(tensor) not in kernels) else None
@@ -185,7 +185,7 @@ class _Traced:
         set_mode(self._model, training=training)
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
         tracer = Tracer(
-            self._ledger, named, RULES, freeze_all, distrusted, self._on, self._constants
+            self._constraints, named, RULES, freeze_all, distrusted, self._on, self._constants
         )
         found = run_traced(self._model, self._inputs_in(training), tracer)
         for _, leaf in self._counted(found, training):
@@ -223,15 +223,15 @@ class _Traced:
 
     def _merged(self) -> Components:
         """Merge labels; channels that one attribute counts are tied, or stay if that cannot be."""
-        components, tried = self._ledger.solve(), set()
+        components, tried = self._constraints.solve(), set()
         while bad := conflicts(components):
             for first, second in bad:
                 pair = (id(first.labels), id(second.labels))
-                if pair in tried or not reconcile(self._ledger, first, second):
-                    self._ledger.freeze(first.labels, why_fixed(second))
-                    self._ledger.freeze(second.labels, why_fixed(first))
+                if pair in tried or not reconcile(self._constraints, first, second):
+                    self._constraints.freeze(first.labels, why_fixed(second))
+                    self._constraints.freeze(second.labels, why_fixed(first))
                 tried.add(pair)
-            components = self._ledger.solve()
+            components = self._constraints.solve()
         return components
 
     def _find_layers(self) -> dict[str, Layer]:

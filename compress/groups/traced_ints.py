@@ -2,8 +2,8 @@
 
 Python code often hard-codes channel counts (``split(x, [8, 8])``, ``view(b, self.groups, ...)``).
 While a network is traced its integer attributes and the shapes of its tensors are replaced by
-``Count``: an int that computes like any other and keeps its origin through arithmetic, so a rule
-can tell a constant from a number that follows the shape or that the surgery can rewrite.
+``TracedInt``: an int that computes like any other and keeps its origin through arithmetic, so that
+a rule can tell a constant from a number that follows the shape or that the surgery can rewrite.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ class Attribute:
 
 
 @dataclass(frozen=True, eq=False)
-class Extent:
+class TracedDimension:
     """The size of a traced dimension; it follows the cut by itself."""
 
     labels: np.ndarray[Any, np.dtype[np.int32]]
 
 
-Origin = Attribute | Extent
+Origin = Attribute | TracedDimension
 _ONE = Fraction(1)
 
 
-class Count(int):
+class TracedInt(int):
     """An int with an origin: ``self == scale x origin``, or a sum of such terms.
 
     ``origin`` is None for a sum of several, and for numbers computed in another way, whose
@@ -48,13 +48,13 @@ class Count(int):
     scale: Fraction
     terms: Mapping[Origin, Fraction]
 
-    def __new__(cls, value: int, origin: Origin | None, scale: Fraction | None = None) -> Count:
+    def __new__(cls, value: int, origin: Origin | None, scale: Fraction | None = None) -> TracedInt:
         """Return ``value`` with its origin."""
         scale = Fraction(1) if scale is None else scale
         return cls._sum(value, {} if origin is None else {origin: scale})
 
     @classmethod
-    def _sum(cls, value: int, terms: Mapping[Origin, Fraction]) -> Count:
+    def _sum(cls, value: int, terms: Mapping[Origin, Fraction]) -> TracedInt:
         count = super().__new__(cls, value)
         count.terms = terms
         count.origin, count.scale = next(iter(terms.items())) if len(terms) == 1 else (None, _ONE)
@@ -63,26 +63,26 @@ class Count(int):
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Count:
+    def __deepcopy__(self, memo: dict[int, Any]) -> TracedInt:
         return self
 
     def _mixed(self, value: Any) -> Any:
-        return Count(value, None) if isinstance(value, int) else value
+        return TracedInt(value, None) if isinstance(value, int) else value
 
     def _plus(self, value: Any, other: Any, sign: int) -> Any:
         if type(other) is int and other == 0:
             return self
-        if not isinstance(other, Count) or not self.terms or not other.terms:
+        if not isinstance(other, TracedInt) or not self.terms or not other.terms:
             return self._mixed(value)
         terms = dict(self.terms)
         for origin, scale in other.terms.items():
             terms[origin] = terms.get(origin, Fraction(0)) + sign * scale
-        return Count._sum(value, {origin: scale for origin, scale in terms.items() if scale})
+        return TracedInt._sum(value, {origin: scale for origin, scale in terms.items() if scale})
 
     def __mul__(self, other: Any) -> Any:
         value = int.__mul__(self, other)
         if type(other) is int and self.origin is not None and other:
-            return Count(value, self.origin, self.scale * other)
+            return TracedInt(value, self.origin, self.scale * other)
         return self._mixed(value)
 
     __rmul__ = __mul__
@@ -90,7 +90,7 @@ class Count(int):
     def __floordiv__(self, other: Any) -> Any:
         value = int.__floordiv__(self, other)
         if self.origin is not None and isinstance(other, int) and value * int(other) == self:
-            return Count(value, self.origin, self.scale / int(other))
+            return TracedInt(value, self.origin, self.scale / int(other))
         return self._mixed(value)
 
     def __rfloordiv__(self, other: Any) -> Any:
@@ -107,15 +107,15 @@ class Count(int):
     def __rsub__(self, other: Any) -> Any:
         return self._mixed(int.__rsub__(self, other))
 
-    def __neg__(self) -> Count:
-        return Count(int.__neg__(self), self.origin, -self.scale)
+    def __neg__(self) -> TracedInt:
+        return TracedInt(int.__neg__(self), self.origin, -self.scale)
 
 
 _OWN = {"groups", "in_channels", "out_channels", "in_features", "out_features", "num_features"}
 
 
 def tag_attributes(model: nn.Module) -> None:
-    """Replace, in place, the integers that the modules of ``model`` keep by Counts.
+    """Replace, in place, the integers that the modules of ``model`` keep by TracedInts.
 
     Plain ints, items of lists and tuples of ints, and variables that a function kept by a module
     closes over. Of PyTorch's own modules only what programs read from outside is tagged.
@@ -130,17 +130,17 @@ def tag_attributes(model: nn.Module) -> None:
 
 def _tagged(value: Any, at: Attribute) -> Any:
     if type(value) is int:
-        return Count(value, at)
+        return TracedInt(value, at)
     if type(value) in {list, tuple} and value and all(type(item) is int for item in value):
         items = [
-            Count(item, Attribute(at.module, f"{at.name}.{i}")) for i, item in enumerate(value)
+            TracedInt(item, Attribute(at.module, f"{at.name}.{i}")) for i, item in enumerate(value)
         ]
         return type(value)(items)
     if isinstance(value, types.FunctionType) and value.__closure__:
         return with_closure(
             value,
             lambda name, inner: (
-                Count(inner, Attribute(at.module, f"{at.name}.<{name}>"))
+                TracedInt(inner, Attribute(at.module, f"{at.name}.<{name}>"))
                 if type(inner) is int
                 else inner
             ),

@@ -12,11 +12,11 @@ from torch._ops import OpOverload
 
 from compress.groups import meta_ops
 from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, WatchedOps, whole_name
-from compress.groups.labels import AttributeUse, Axis, Labels, Ledger
+from compress.groups.labels import AttributeUse, Axis, Constraints, Labels
 from compress.groups.network import Positions
 from compress.groups.places import here, place
 from compress.groups.record import NO_CALL, Axes, Call, Key, RawCall, Record, Restricted, Step
-from compress.groups.traced_ints import Attribute, Count, Extent
+from compress.groups.traced_ints import Attribute, TracedDimension, TracedInt
 
 Memory = tuple[int, tuple[int, ...]]
 Loose = tuple[Labels, str]  # channels that a tensor is made of, or numbers, and how
@@ -31,7 +31,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
     """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
 
     Args:
-        ledger: Collects what belongs together.
+        constraints: Collects what belongs together.
         named: Tensor of the model -> (name, labels for each dimension).
         rules: Op name -> rule.
         on: Where tensors that the program makes are made; None leaves that to the program.
@@ -40,7 +40,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
 
     def __init__(
         self,
-        ledger: Ledger,
+        constraints: Constraints,
         named: Sequence[tuple[Tensor, str, Axes]],
         rules: Mapping[str, Rule],
         fallback: Rule,
@@ -50,7 +50,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants = constants
-        self.ledger = ledger
+        self.constraints = constraints
         self.record = Record()
         self.raw: list[RawCall] = [NO_CALL]
         self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
@@ -112,22 +112,22 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
 
     def freeze(self, labels: Axis, why: str) -> None:
         """Keep channels for a reason that the user reads, with the line of their code."""
-        self.ledger.freeze(labels, lambda: f"{why} at {here()}")
+        self.constraints.freeze(labels, lambda: f"{why} at {here()}")
 
     def freeze_output(self, tensor: Tensor, why: str) -> None:
         """Keep the channels that an output of the network has, is made of, or numbers."""
         for axis in self.axes(tensor):
-            self.ledger.freeze(axis, why)
+            self.constraints.freeze(axis, why)
         storage = _memory(tensor)[0]
         for labels, reduced in self._loose.get(storage, {}).values():
-            self.ledger.freeze(labels, f"{reduced}, and {why}")
+            self.constraints.freeze(labels, f"{reduced}, and {why}")
         if storage in self._positions:
-            self.ledger.freeze(*self._positions[storage])
+            self.constraints.freeze(*self._positions[storage])
 
     def freeze_taken(self, why: str) -> None:
         """Keep the channels that numbers are made of which the program took out of tensors."""
         for labels, reduced in self._taken:
-            self.ledger.freeze(labels, f"{reduced}, and {why}")
+            self.constraints.freeze(labels, f"{reduced}, and {why}")
 
     def reduced(self, call: Call, axes: Iterable[Axis]) -> None:
         """Note that the outputs are made of channels that they do not have.
@@ -158,7 +158,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         if call.name not in meta_ops.SILENT:
             for storage in storages:
                 if storage in self._positions:
-                    self.ledger.freeze(*self._positions[storage])
+                    self.constraints.freeze(*self._positions[storage])
         if weighted:
             return
         for held in [self._loose[s] for s in storages if s in self._loose]:
@@ -172,10 +172,10 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         if first is None or second is None:
             self.freeze(first if second is None else second, why)
             return None
-        self.ledger.unify(first, second)
+        self.constraints.unify(first, second)
         return first
 
-    def use_attribute(self, count: Count, labels: Labels) -> AttributeUse | None:
+    def use_attribute(self, count: TracedInt, labels: Labels) -> AttributeUse | None:
         """Return the fact that ``count`` must follow ``labels``; None unless it is an attribute."""
         if not isinstance(count.origin, Attribute) or count < 0:  # -1 is what is left over
             return None
@@ -199,8 +199,8 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
             for each in (axis, before):
                 self.freeze(each, "one buffer numbers channels of two layers")
             return None
-        self.ledger.unify(before, axis)
-        self.ledger.unify(own, axis[values])
+        self.constraints.unify(before, axis)
+        self.constraints.unify(own, axis[values])
         return axis[values]
 
     def restrict(self, call: Call, *, mask_only: bool = False) -> None:
@@ -290,7 +290,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         if self._distrusted and (why := self._distrusted.get((call.name, *place()))) is not None:
             for tensor in (*inputs, *call.outputs):
                 for axis in self.axes(tensor):
-                    self.ledger.freeze(axis, why)
+                    self.constraints.freeze(axis, why)
 
     def _note(self, call: Call, inputs: list[Tensor], value: Any) -> None:
         for out in call.outputs:
@@ -329,7 +329,7 @@ def _memory(tensor: Tensor) -> Memory:
 
 
 class CallWatcher(WatchedCalls):
-    """Remembers the program's own calls for the rules, and turns shapes into Counts."""
+    """Remembers the program's own calls for the rules, and turns shapes into TracedInts."""
 
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
@@ -359,7 +359,7 @@ class CallWatcher(WatchedCalls):
 
     def _shape(self, tensor: Tensor) -> Iterator[int]:
         for size, axis in zip(tensor.size(), self._tracer.axes(tensor), strict=True):
-            yield size if axis is None else Count(size, Extent(axis))
+            yield size if axis is None else TracedInt(size, TracedDimension(axis))
 
     def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
         sizes = tuple(self._shape(tensor))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress import evaluate
 from compress.errors import DataError, UsageError
 from compress.evaluate import comparison
-from compress.evaluate.comparison import Bisection, Comparison, Link, Step
+from compress.evaluate.comparison import Bisection, BreakdownStep, Comparison, NetworkForm
 from compress.evaluate.comparison.bisection import PLAIN, precision_of
 from compress.evaluate.feeding import arrays, leading_input
 from compress.graph import files
@@ -42,7 +42,7 @@ class Compared:
     candidate: str
     classes: tuple[str, ...]
     answers: Comparison | None  # None where images have no classes, or the networks name none
-    links: tuple[Link, ...]  # the chain from the one to the other
+    links: tuple[BreakdownStep, ...]  # the chain from the one to the other
     outputs: Mapping[str, Any]  # of other networks: drift of each output, agreement if there is one
     bisection: Bisection | None
 
@@ -126,19 +126,23 @@ def compare_artifacts(
     )
 
 
-def _steps(old: Candidate, new: Candidate, dataset: Dataset, limit: int | None) -> Iterator[Step]:
+def _steps(
+    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None
+) -> Iterator[NetworkForm]:
     """Yield the answers of the reference, of the candidate's graph, and of the candidate."""
-    yield Step(old.name, "", _answers(old, old.reference, dataset, limit))
+    yield NetworkForm(old.name, "", _answers(old, old.reference, dataset, limit))
     error = "engine"
     if new.path.suffix == ".onnx":
         change = _CHANGES[precision_of(files.load(new.path))]
         if change == "conversion" and facts(old.runtime).opens == "network":
             change = "export"
         plain = _answers(new, PLAIN, dataset, limit)
-        yield Step(f"{new.name}, node by node", change, plain)
+        yield NetworkForm(f"{new.name}, node by node", change, plain)
     else:
         error = "all of it"
-    yield Step(f"{new.name}, as it runs", error, _answers(new, new.reference, dataset, limit))
+    yield NetworkForm(
+        f"{new.name}, as it runs", error, _answers(new, new.reference, dataset, limit)
+    )
 
 
 def _answers(

@@ -15,7 +15,7 @@ import onnx
 from compress.artifact import scratch
 from compress.errors import CompressError, ModelError, boundary
 from compress.graph import files
-from compress.graph.shapes import shapes_of
+from compress.graph.shapes import PRODUCTS, Shapes, macs, shapes_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
 MIB = 2**20
 WEIGHTS_FILE = "model.safetensors"  # in the folder of a stage
 
-# Which inputs of an operator are the data and the weights of a product.
-_PRODUCTS = {
-    "Conv": (0, 1),
-    "ConvInteger": (0, 1),
-    "QLinearConv": (0, 3),
-    "ConvTranspose": (0, 1),
-    "Gemm": (0, 1),
-    "QGemm": (0, 3),
-    "MatMul": (0, 1),
-    "MatMulInteger": (0, 1),
-    "QLinearMatMul": (0, 3),
-}
 _WEIGHT_TYPES = (
     onnx.TensorProto.FLOAT,
     onnx.TensorProto.FLOAT16,
@@ -146,9 +134,7 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
         return Count(params=onnx_params(model.graph), macs=sum(node_macs(model).values()))
 
 
-def node_macs(
-    model: onnx.ModelProto, shapes: Mapping[str, tuple[int | None, ...]] | None = None
-) -> dict[str, int]:
+def node_macs(model: onnx.ModelProto, shapes: Shapes | None = None) -> dict[str, int]:
     """Return the MACs of one image of each convolution and matrix product.
 
     Args:
@@ -168,7 +154,7 @@ def node_macs(
     return {
         node.output[0]: _macs(node, shapes) // images
         for node in model.graph.node
-        if node.op_type in _PRODUCTS
+        if node.op_type in PRODUCTS
     }
 
 
@@ -279,26 +265,13 @@ def _range_inputs(node: onnx.NodeProto) -> list[str]:
     return []
 
 
-def _macs(node: onnx.NodeProto, shapes: Mapping[str, tuple[int | None, ...]]) -> int:
-    data, weight = (_known(node, node.input[index], shapes) for index in _PRODUCTS[node.op_type])
-    if node.op_type == "ConvTranspose":
-        return math.prod(data) * math.prod(weight[1:])
-    output = _known(node, node.output[0], shapes)
-    if "Conv" in node.op_type:
-        return math.prod(output) * math.prod(weight[1:])
-    transposed = any(a.name == "transA" and a.i for a in node.attribute)
-    return math.prod(output) * (data[0] if transposed else data[-1])
-
-
-def _known(
-    node: onnx.NodeProto, name: str, shapes: Mapping[str, tuple[int | None, ...]]
-) -> tuple[int, ...]:
-    shape = shapes.get(name)
-    sizes = tuple(size for size in shape or () if size is not None)
-    if shape is None or len(sizes) != len(shape):
-        raise ModelError(
-            f"the shape of {name!r} is not known: {shape or 'none inferred'}",
-            where=f"{node.op_type} {node.name or node.output[0]!r}",
-            fix="Export the network with a fixed image size; only the batch may be free",
-        )
-    return sizes
+def _macs(node: onnx.NodeProto, shapes: Shapes) -> int:
+    if (found := macs(node, shapes)) is not None:
+        return found
+    names = (*(node.input[index] for index in PRODUCTS[node.op_type]), node.output[0])
+    name = next(name for name in names if None in shapes.get(name, (None,)))
+    raise ModelError(
+        f"the shape of {name!r} is not known: {shapes.get(name) or 'none inferred'}",
+        where=f"{node.op_type} {node.name or node.output[0]!r}",
+        fix="Export the network with a fixed image size; only the batch may be free",
+    )

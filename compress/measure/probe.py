@@ -1,4 +1,4 @@
-"""The fresh process that ``memory`` starts: load one artifact, run it, tell the peak, end.
+"""The process that ``memory`` starts: load one artifact, run it, report its peak memory.
 
 Reads a request as JSON from standard input and writes what it found as JSON to standard output.
 """

@@ -1,4 +1,4 @@
-"""Measurements as tables for the terminal: units in the headers, absence said, never zero."""
+"""Measurements as tables for the terminal: units in the headers; what is absent is said so."""
 
 from __future__ import annotations
 

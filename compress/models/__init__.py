@@ -26,6 +26,7 @@ from compress.models.weights import (
 )
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, memory_format_of
+from compress.modules.detectors import on_batch
 from compress.modules.outputs import logits_of
 
 SCHEMA = 1
@@ -111,7 +112,7 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
     Raises:
         ModelError: the forward pass fails; the message says with what.
     """
-    copied = full_copy(network_of(model))
+    copied = on_batch(full_copy(network_of(model)), (example,), {})
     set_mode(copied, training=False)
     try:
         with torch.inference_mode():

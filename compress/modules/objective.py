@@ -16,7 +16,7 @@ AUXILIARY_WEIGHT = 0.3  # of the heads that GoogLeNet and Inception train beside
 
 
 @dataclass(frozen=True)
-class Moment:
+class TrainingProgress:
     """Where training stands when an objective is called."""
 
     epoch: float  # epochs done, with the fraction of the current one
@@ -53,7 +53,7 @@ class Objective(Protocol):
 class Informed(Protocol):
     """An objective that wants to know which images come next."""
 
-    def before(self, moment: Moment) -> None:
+    def before(self, moment: TrainingProgress) -> None:
         """Take note of the batch that the next call is about."""
 
 

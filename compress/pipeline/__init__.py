@@ -10,7 +10,7 @@ from pathlib import Path
 from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
-from compress.pipeline.context import Job, Variant
+from compress.pipeline.context import RunContext, Variant
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
@@ -60,29 +60,33 @@ def run(
         The report; None in the processes of a torchrun that only help to train.
 
     Raises:
-        CompressError: something that the user can mend; what was finished stays on disk. Another
+        CompressError: something that the user can fix; what was finished stays on disk. Another
             process runs in the folder.
     """
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
     where = where or (chosen.name if isinstance(source, Recipe) else str(source))
-    with opened(chosen, out, processes, where=where, fresh=fresh) as job:
+    with opened(chosen, out, processes, where=where, fresh=fresh) as context:
         outcomes, variants = [], tuple[Variant, ...]()
-        stages = list(stages_of(job.recipe))
+        stages = list(stages_of(context.recipe))
         for number, (verb, settings) in enumerate(stages):
-            folder = job.run.stage(number, verb)
+            folder = context.run.stage(number, verb)
             together = None if verb == "quantize" else processes  # after which one process works
-            outcome = once(job, folder, STEPS[verb], settings, variants, together)
+            outcome = once(context, folder, STEPS[verb], settings, variants, together)
             for line in cautions.of_stage(outcome.facts):
                 progress.warn(line)
             outcomes.append(outcome)
             variants += outcome.variants
         if not processes.is_main:
             return None
-        folder = job.run.stage(len(stages), MEASURE)
-        judged = JudgedPredictions(folder, job.dataset)
-        measured = measured_once(job, folder, partial(measure_targets, job, variants, judged))
-        return report.write(assemble(job, variants, outcomes, measured, judged), job.run.root)
+        folder = context.run.stage(len(stages), MEASURE)
+        judged = JudgedPredictions(folder, context.dataset)
+        measured = measured_once(
+            context, folder, partial(measure_targets, context, variants, judged)
+        )
+        return report.write(
+            assemble(context, variants, outcomes, measured, judged), context.run.root
+        )
 
 
 @contextlib.contextmanager
@@ -93,7 +97,7 @@ def opened(
     *,
     where: str,
     fresh: bool = False,
-) -> Iterator[Job]:
+) -> Iterator[RunContext]:
     """Yield a run whose recipe, which came from ``where``, was checked and whose folder is held.
 
     Raises:
@@ -116,7 +120,7 @@ def opened(
         progress.say(dataset.summary())
         for line in (*cautions.of_training(chosen, dataset), *cautions.of_data(dataset)):
             progress.warn(line)
-        yield Job(chosen, RunFolder(root), dataset, task, processes.is_main)
+        yield RunContext(chosen, RunFolder(root), dataset, task, processes.is_main)
 
 
 def stages_of(chosen: Recipe) -> Iterator[tuple[str, Settings | None]]:

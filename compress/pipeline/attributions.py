@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.evaluate.predictions import Predictions
 from compress.pipeline import records
-from compress.pipeline.context import Job, Variant
+from compress.pipeline.context import RunContext, Variant
 from compress.pipeline.judged import JudgedPredictions
+from compress.report.schema import Attribution, Similarity
 from compress.runtimes import facts, open_session
 
 if TYPE_CHECKING:
@@ -28,9 +29,9 @@ class _Pair:
 
 
 def explain_variants(
-    job: Job, variants: Sequence[Variant], judged: JudgedPredictions
-) -> dict[str, list[dict[str, Any]]]:
-    """Return attribution maps of what the run made, if the recipe asks for them.
+    context: RunContext, variants: Sequence[Variant], judged: JudgedPredictions
+) -> tuple[tuple[Attribution, ...], tuple[Similarity, ...]]:
+    """Return attribution maps of what the run made and how alike they are, if a recipe asks for it.
 
     Methods that need gradients explain the last float network. Methods that need answers only
     explain the file that ships, on its runtime: the int8 graph, or the last float network if there
@@ -38,41 +39,43 @@ def explain_variants(
     which images flipped.
 
     Args:
-        job: The run.
+        context: The run.
         variants: All variants, the original first.
         judged: Predictions of each variant on the test images.
 
     Raises:
         MissingPackageError: captum is not installed.
     """
-    found: dict[str, list[dict[str, Any]]] = {"attributions": [], "similarities": []}
-    if not job.recipe.measure.explain_images:
-        return found
+    if not context.recipe.measure.explain_images:
+        return (), ()
     from compress.evaluate.attribution import ANSWERS, compare_maps
 
-    pairs = list(_pairs(job, variants, judged))
-    for method in job.recipe.measure.explain_methods:
+    attributions, similarities = list[Attribution](), list[Similarity]()
+    pairs = list(_pairs(context, variants, judged))
+    for method in context.recipe.measure.explain_methods:
         pair = _explained(pairs, needs_gradients=method not in ANSWERS)
         if pair is None:
             continue
         in_torch = method not in ANSWERS or facts(pair.runtime).opens != "onnx"
         opened = _networks if in_torch else _sessions
-        with opened(job, variants[0], pair) as (original, compressed):
+        with opened(context, variants[0], pair) as (original, compressed):
             maps, similarity = compare_maps(
                 original,
                 compressed,
-                _samples(job, pair),
+                _samples(context, pair),
                 variant=pair.variant.name,
                 method=method,
             )
-        found["attributions"] += [each.model_dump(mode="json") for each in maps]
-        found["similarities"].append(similarity.model_dump(mode="json"))
-    return found
+        attributions += maps
+        similarities.append(similarity)
+    return tuple(attributions), tuple(similarities)
 
 
-def _pairs(job: Job, variants: Sequence[Variant], judged: JudgedPredictions) -> Iterator[_Pair]:
+def _pairs(
+    context: RunContext, variants: Sequence[Variant], judged: JudgedPredictions
+) -> Iterator[_Pair]:
     """Yield the variants whose answers to the test images are known, beside the original's."""
-    runtimes = dict.fromkeys(target.runtime for target in job.recipe.targets)
+    runtimes = dict.fromkeys(target.runtime for target in context.recipe.targets)
     for variant in variants[1:]:
         for runtime in runtimes:
             before, after = (
@@ -92,19 +95,19 @@ def _explained(pairs: Sequence[_Pair], *, needs_gradients: bool) -> _Pair | None
 
 
 @contextlib.contextmanager
-def _networks(job: Job, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
-    yield job.network(original), job.network(pair.variant)
+def _networks(context: RunContext, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
+    yield context.network(original), context.network(pair.variant)
 
 
 @contextlib.contextmanager
-def _sessions(job: Job, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
+def _sessions(context: RunContext, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
     with (
-        open_session(job.path(original), pair.runtime) as before,
-        open_session(job.path(pair.variant), pair.runtime) as after,
+        open_session(context.path(original), pair.runtime) as before,
+        open_session(context.path(pair.variant), pair.runtime) as after,
     ):
         yield before, after
 
 
-def _samples(job: Job, pair: _Pair) -> Samples:
+def _samples(context: RunContext, pair: _Pair) -> Samples:
     before, after = map(Predictions.load, pair.answers)
-    return records.samples(job.dataset, before, after, job.recipe.measure.explain_images)
+    return records.samples(context.dataset, before, after, context.recipe.measure.explain_images)

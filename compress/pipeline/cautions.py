@@ -17,7 +17,7 @@ from compress.data._overlap import overlap
 from compress.errors import DataError, ModelError
 from compress.evaluate.feeding import Fed
 from compress.models.classifier import classifier_layers
-from compress.pipeline.context import Job
+from compress.pipeline.context import RunContext
 from compress.recipe.settings import Recipe, Settings, TrainSettings
 from compress.report import numbers
 from compress.report.schema import Variant
@@ -34,7 +34,7 @@ EASY_PCT = 5.0  # guessing that is right more often than this
 
 @dataclass(frozen=True)
 class Trust:
-    """Whether the original is worth being compared with: its weights, and what it can tell."""
+    """Whether the original is a fair reference: are its weights trained, does it beat guessing."""
 
     random_pct: float = 0.0  # of the parameters, other values each time the network is built
     random_head: bool = False  # the classifier's are among them
@@ -80,7 +80,7 @@ class Trust:
 
 
 def of_training(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
-    """Yield what is to be said about trainings of so few images."""
+    """Yield a warning for each training with too few images."""
     for number, stage in enumerate(recipe.stages):
         for place, settings in _trainings(stage.settings, f"stages[{number}].{stage.verb}"):
             steps = steps_in_epoch(dataset, settings)
@@ -96,7 +96,7 @@ def of_training(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
 
 
 def of_splits(dataset: Dataset) -> Iterator[str]:
-    """Yield what is to be said about test images that are training images as well.
+    """Yield warnings about test images that are training images as well.
 
     Raises:
         DataError: they are so many that accuracy would be that on learnt images.
@@ -129,17 +129,17 @@ def of_splits(dataset: Dataset) -> Iterator[str]:
 
 
 def of_original(
-    job: Job, run: Any, rebuild: Callable[[], nn.Module] | None = None
+    context: RunContext, run: Any, rebuild: Callable[[], nn.Module] | None = None
 ) -> dict[str, Any]:
     """Return the fact "trust" about the original, as a stage records it.
 
     Args:
-        job: The run.
+        context: The run.
         run: The network, or a session of it.
         rebuild: Builds it again; None where its weights are known to be trained or to come with it.
     """
-    here = bool(job.recipe.stages) and job.recipe.stages[0].verb == "train"
-    found = Trust(**_randomness(run, rebuild), **_judged(job, run), trained_here=here)
+    here = bool(context.recipe.stages) and context.recipe.stages[0].verb == "train"
+    found = Trust(**_randomness(run, rebuild), **_judged(context, run), trained_here=here)
     return {"trust": asdict(found)}
 
 
@@ -149,14 +149,14 @@ def trust_of(facts: Mapping[str, Any]) -> Trust:
 
 
 def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what is to be said of the facts that a stage recorded."""
+    """Yield the warnings that follow from what a stage recorded."""
     yield from trust_of(facts).cautions()
     if note := facts.get("calibration", {}).get("note"):
         yield f"int8 ranges come from {note}"
 
 
 def of_data(dataset: Dataset) -> Iterator[str]:
-    """Yield what is to be said of images that are not what the network will see."""
+    """Yield a warning where images are not what the network will see."""
     if dataset.note:
         yield f"what is measured on images is measured on {dataset.note}: real ones may differ"
 
@@ -190,22 +190,22 @@ def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str
     }
 
 
-def _judged(job: Job, run: Any) -> dict[str, Any]:
+def _judged(context: RunContext, run: Any) -> dict[str, Any]:
     """Return the primary metric on a few images, against that with the labels of others."""
-    task = job.task
-    if job.dataset.target != task.target or not task.kinds:
+    task = context.task
+    if context.dataset.target != task.target or not task.kinds:
         return {}
-    read = job.dataset.pictures if isinstance(run, Fed) else job.dataset.batches
+    read = context.dataset.pictures if isinstance(run, Fed) else context.dataset.batches
     pairs = list(read("calibration", 32, IMAGES))
     missing = IMAGES - sum(len(images) for images, _ in pairs)
     pairs += read("validation", 32, missing) if missing > 0 else ()
-    predictions, scores = evaluate.predictions_of(run, task, job.dataset, pairs)
+    predictions, scores = evaluate.predictions_of(run, task, context.dataset, pairs)
     labels = [target for _, targets in pairs for target in targets]
     name = task.primary
     kind = task.kinds[name]
     sign = 1 if kind.higher_is_better else -1
     value = tasks.values_of(task, scores)[name]
-    random = np.random.default_rng(job.recipe.seed)
+    random = np.random.default_rng(context.recipe.seed)
     chances = []
     for _ in range(SHUFFLES):
         order = random.permutation(len(labels))
@@ -229,11 +229,7 @@ def _judged(job: Job, run: Any) -> dict[str, Any]:
 
 
 def of_slow_int8(variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield where int8 takes longer than the original in fp32, and what is fastest there.
-
-    Args:
-        variants: Rows of the report, the original first.
-    """
+    """Yield where int8 takes longer than the original in fp32, and what is fastest there."""
     for variant in variants:
         for result in variant.results:
             if result.precision != "int8" or (result.speedup or 1.0) >= 1:

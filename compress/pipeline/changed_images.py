@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
 from compress import tasks
 from compress.data import targets_of
 from compress.evaluate import Evaluation
-from compress.pipeline.context import Job
+from compress.pipeline.context import RunContext
+from compress.report import schema
 from compress.report.pictures import thumbnail
 from compress.tasks import Task
 
@@ -21,70 +20,65 @@ COLOURS = 64  # of a picture; six images of four pictures stay within what a rep
 
 
 def drawn_changes(
-    job: Job, place: tuple[str, str], reference: Evaluation, candidate: Evaluation
-) -> list[dict[str, Any]]:
-    """Return the images on which two networks agree least, with both predictions drawn.
-
-    Args:
-        job: The run.
-        place: Name of the variant, and the runtime.
-        reference: The original on the test images.
-        candidate: The variant on the same.
-    """
-    task = job.task
+    context: RunContext, place: tuple[str, str], reference: Evaluation, candidate: Evaluation
+) -> tuple[schema.DrawnChange, ...]:
+    """Return the images on which two networks agree least, with both predictions drawn."""
+    task = context.task
     if type(task).draw is Task.draw or getattr(task, "inner", task) is None:
-        return []  # its predictions are no pictures
+        return ()  # its predictions are no pictures
     pairs = list(zip(reference.predictions, candidate.predictions, strict=True))
     agreements = np.array([task.agreement(*pair) for pair in pairs])
     found = []
     for index in np.argsort(agreements, kind="stable")[:MOST].tolist():
-        picture = _picture(job, index)
-        truth = _truth(job, index)
+        picture = _picture(context, index)
+        truth = _truth(context, index)
         before, after = pairs[index]
         changed = task.draw_change(picture, before, after)
         found.append(
-            {
-                "index": index,
-                "variant": place[0],
-                "runtime": place[1],
-                "agreement": float(agreements[index]),
-                "unit": task.agreement_unit,
-                "truth": None if truth is None else _png(task.draw(picture, truth)),
-                "before": _png(task.draw(picture, before)),
-                "after": _png(task.draw(picture, after)),
-                "change": None if changed is None else _png(changed),
-            }
+            schema.DrawnChange(
+                index=index,
+                variant=place[0],
+                runtime=place[1],
+                agreement=float(agreements[index]),
+                unit=task.agreement_unit,
+                truth=None if truth is None else _png(task.draw(picture, truth)),
+                before=_png(task.draw(picture, before)),
+                after=_png(task.draw(picture, after)),
+                change=None if changed is None else _png(changed),
+            )
         )
-    return found
+    return tuple(found)
 
 
-def class_metrics(job: Job, place: tuple[str, str], own: Evaluation) -> dict[str, Any] | None:
+def class_metrics(
+    context: RunContext, place: tuple[str, str], own: Evaluation
+) -> schema.ClassMetrics | None:
     """Return the task's metric of each class with its interval; None where it has none."""
-    found = tasks.class_metrics(job.task, own.scores) if own.scores else {}
+    found = tasks.class_metrics(context.task, own.scores) if own.scores else {}
     if not found:
         return None
-    return {
-        "variant": place[0],
-        "runtime": place[1],
-        "metric": job.task.class_metric,
-        "classes": list(found),
-        "values": [None if each is None else each.value for each in found.values()],
-        "ci95": [None if each is None else each.ci95 for each in found.values()],
-    }
+    return schema.ClassMetrics(
+        variant=place[0],
+        runtime=place[1],
+        metric=context.task.class_metric,
+        classes=tuple(found),
+        values=tuple(None if each is None else each.value for each in found.values()),
+        ci95=tuple(None if each is None else each.ci95 for each in found.values()),
+    )
 
 
-def _truth(job: Job, index: int) -> tasks.Prediction | None:
-    if not job.task.kinds:
+def _truth(context: RunContext, index: int) -> tasks.Prediction | None:
+    if not context.task.kinds:
         return None
-    return job.task.truth(targets_of(job.dataset.splits["test"], np.array([index]))[0])
+    return context.task.truth(targets_of(context.dataset.splits["test"], np.array([index]))[0])
 
 
-def _picture(job: Job, index: int) -> NDArray[np.uint8]:
+def _picture(context: RunContext, index: int) -> NDArray[np.uint8]:
     """Return a test image as RGB, (H, W, 3); black where the network takes no picture."""
-    pixels = job.dataset.splits["test"].take([index])[0]
+    pixels = context.dataset.splits["test"].take([index])[0]
     if pixels.is_floating_point() or pixels.shape[0] not in {1, 3}:
         return np.zeros((*pixels.shape[1:], 3), np.uint8)
-    times = -(-SMALLEST // min(pixels.shape[1:])) if job.task.form == "class map" else 1
+    times = -(-SMALLEST // min(pixels.shape[1:])) if context.task.form == "class map" else 1
     large = pixels.repeat_interleave(times, 1).repeat_interleave(times, 2)
     return np.ascontiguousarray(large.expand(3, -1, -1).permute(1, 2, 0).numpy())
 

@@ -46,8 +46,8 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What a step leaves behind: variants, and facts about how they were made."""
+class StageResult:
+    """What a stage returns: variants, and facts about how they were made."""
 
     variants: tuple[Variant, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, as its record has them
@@ -78,7 +78,7 @@ class Outcome:
         return {"variants": [asdict(each) for each in self.variants], "facts": dict(self.facts)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+    def from_json(cls, data: Mapping[str, Any]) -> StageResult:
         """Return what ``to_json`` wrote.
 
         Raises:
@@ -89,8 +89,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every step works on."""
+class RunContext:
+    """What every stage works on: recipe, run folder, data, task."""
 
     recipe: Recipe
     run: RunFolder
@@ -139,8 +139,8 @@ class Job:
         return primary_value(model, self.dataset, self.task)
 
 
-def leave(
-    job: Job,
+def save_stage(
+    context: RunContext,
     model: nn.Module,
     stage: Path,
     name: str,
@@ -148,55 +148,56 @@ def leave(
     parent: Variant | None = None,
     plan: PrunePlan | None = None,
     facts: Mapping[str, Any] | None = None,
-) -> Outcome:
+) -> StageResult:
     """Save ``model`` and its ONNX graph in the folder of its stage."""
-    if not job.is_main:
-        return Outcome(())
+    if not context.is_main:
+        return StageResult(())
     model.eval()
-    settings, calibration = job.recipe.model, job.dataset.splits["calibration"]
+    settings, calibration = context.recipe.model, context.dataset.splits["calibration"]
     models.save_model(
         model,
         stage,
-        reference=settings.name if parent is None else job.run.root / parent.stage,
+        reference=settings.name if parent is None else context.run.root / parent.stage,
         plan=plan,
         options=settings.options if parent is None else None,
-        num_classes=_classes_given(job) if parent is None else None,
+        num_classes=_classes_given(context) if parent is None else None,
     )
     export_onnx(
         model,
-        job.dataset.example,
+        context.dataset.example,
         stage / ONNX_FILE,
-        metadata=facts_of(job),
-        nms=job.task.ending(),
+        metadata=facts_of(context),
+        nms=context.task.ending(),
         outputs=(
             None
-            if job.task.tells_classes
-            else job.task.read_outputs(returned(model, job.dataset.example))
+            if context.task.tells_classes
+            else context.task.read_outputs(returned(model, context.dataset.example))
         ),
-        check_images=job.dataset.normalize(
+        check_images=context.dataset.normalize(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
         ),
     )
-    count = measure.count(model, job.dataset.example)
+    count = measure.count(model, context.dataset.example)
     facts = facts or {}
     inherited = parent.sparsity if parent is not None else None
     variant = Variant(
         name,
-        job.relative(stage / ONNX_FILE),
+        context.relative(stage / ONNX_FILE),
         stage.name,
         parent=parent.name if parent is not None else None,
         params=count.params,
         macs=count.macs,
         sparsity=facts.get("sparsity", {}).get("pattern", inherited),
     )
-    return Outcome((variant,), facts)
+    return StageResult((variant,), facts)
 
 
-def _classes_given(job: Job) -> int | None:
+def _classes_given(context: RunContext) -> int | None:
     """Return the number of classes that the network was built for; None: its weights tell."""
-    given, name = job.recipe.model.num_classes, job.recipe.model.name
-    if given is None and is_torchvision_detector(name):
-        return count_of(name, len(job.dataset.classes))
+    given, name = context.recipe.model.num_classes, context.recipe.model.name
+    classes = len(context.dataset.classes)
+    if given is None and classes and is_torchvision_detector(name):
+        return count_of(name, classes)
     return given
 
 
@@ -207,8 +208,8 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     return {"training": facts}
 
 
-def facts_of(job: Job) -> dict[str, Any]:
+def facts_of(context: RunContext) -> dict[str, Any]:
     """Return what every file of the run says of its input and its task."""
-    task = job.recipe.task or default_task(job.dataset.target)
+    task = context.recipe.task or default_task(context.dataset.target)
     is_ours = plugins.parse("tasks", task)[0] in plugins.names("tasks")
-    return job.dataset.facts() | ({"task": task} if is_ours else {})
+    return context.dataset.facts() | ({"task": task} if is_ours else {})

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,8 +13,9 @@ from compress.evaluate import Accuracy, comparison
 from compress.evaluate.predictions import Predictions
 from compress.groups.plan import PrunePlan
 from compress.pipeline import records
-from compress.pipeline.context import Job, Outcome, Variant
+from compress.pipeline.context import RunContext, StageResult, Variant
 from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.measure import Measured
 from compress.pipeline.sensitivity_chart import unmeasured
 from compress.pipeline.stages.sparsify import sparsities
 from compress.report import schema
@@ -36,61 +36,59 @@ class Answered:
 
 
 def details(
-    job: Job,
+    context: RunContext,
     variants: Sequence[Variant],
-    outcomes: Sequence[Outcome],
-    measured: Mapping[str, Any],
+    outcomes: Sequence[StageResult],
+    measured: Measured,
     rows: Sequence[schema.Variant],
     judged: JudgedPredictions,
 ) -> schema.Details:
     """Return everything the report tells beside its tables.
 
     Args:
-        job: The run.
+        context: The run.
         variants: All variants, the original first.
         outcomes: What each stage recorded.
         measured: What ``measure_targets`` recorded.
         rows: The variants of the report.
         judged: Predictions of each variant on the test images.
     """
-    taken = _answers(rows, judged) if job.task.tells_classes else []
-    plan = _last_plan(job, variants)
+    taken = _answers(rows, judged) if context.task.tells_classes else []
+    plan = _last_plan(context, variants)
     return schema.Details(
-        classes=job.dataset.classes,
-        tells_classes=job.task.tells_classes,
-        class_metrics=tuple(
-            schema.ClassMetrics(**each) for each in measured.get("class_metrics", ())
-        ),
-        drawn=tuple(schema.DrawnChange(**each) for each in measured.get("drawn", ())),
+        classes=context.dataset.classes,
+        tells_classes=context.task.tells_classes,
+        class_metrics=measured.class_metrics,
+        drawn=measured.drawn,
         channels=tuple(_channels(plan)) if plan is not None else (),
         frozen=dict(plan.frozen) if plan is not None else {},
-        sparsities=tuple(sparsities(job, variants, rows)),
+        sparsities=tuple(sparsities(context, variants, rows)),
         ranges=tuple(_ranges(outcomes)),
-        coverage=tuple(dict.fromkeys(schema.Coverage(**each) for each in measured["coverage"])),
+        coverage=measured.coverage,
         learning=tuple(_learning_curves(outcomes)),
-        sensitivity=tuple(schema.Curve(**each) for each in measured.get("sensitivity", ())),
+        sensitivity=measured.sensitivity,
         class_scores=tuple(_class_scores(taken)),
         confusions=tuple(_confusions(taken)),
-        flips=tuple(_flips(job, taken)),
+        flips=tuple(_flips(context, taken)),
         subgroups=tuple(_subgroups(taken)),
         calibration=tuple(
             records.calibration(each.accuracy, each.variant, each.runtime) for each in taken
         ),
-        attributions=tuple(schema.Attribution(**each) for each in measured["attributions"]),
-        similarities=tuple(schema.Similarity(**each) for each in measured["similarities"]),
-        artifacts=tuple(_artifacts(job)),
-        methods=measure.methods_of(tells_classes=job.task.tells_classes),
-        skipped=_skipped(job, plan, variants[0]),
+        attributions=measured.attributions,
+        similarities=measured.similarities,
+        artifacts=tuple(_artifacts(context)),
+        methods=measure.methods_of(tells_classes=context.task.tells_classes),
+        skipped=_skipped(context, plan, variants[0]),
     )
 
 
-def _skipped(job: Job, plan: PrunePlan | None, original: Variant) -> dict[str, str]:
+def _skipped(context: RunContext, plan: PrunePlan | None, original: Variant) -> dict[str, str]:
     """Return why a part of the details is absent, for those that a recipe has to ask for."""
-    verbs = {stage.verb for stage in job.recipe.stages}
+    verbs = {stage.verb for stage in context.recipe.stages}
     reasons = {}
-    if (reason := unmeasured(job, original)) is not None:
+    if (reason := unmeasured(context, original)) is not None:
         reasons["sensitivity"] = reason
-    if not job.recipe.measure.explain_images:
+    if not context.recipe.measure.explain_images:
         for part in ("attributions", "similarities"):
             reasons[part] = "the recipe does not ask for it: measure.explain_images"
     if plan is None:
@@ -99,11 +97,11 @@ def _skipped(job: Job, plan: PrunePlan | None, original: Variant) -> dict[str, s
         reasons |= dict.fromkeys(("ranges", "coverage"), "nothing was quantized")
     if not verbs & {"train", "finetune", "distill"}:
         reasons["learning"] = "nothing was trained"
-    if not job.task.tells_classes:
+    if not context.task.tells_classes:
         parts = ("class_scores", "confusions", "flips", "calibration")
         reasons |= dict.fromkeys(parts, "the network is not for one class an image")
         reasons["drawn"] = "predictions of this task are no pictures, or nothing was compared"
-    if job.dataset.test_groups is None:
+    if context.dataset.test_groups is None:
         reasons["subgroups"] = "the data names no subgroups"
     return reasons
 
@@ -122,9 +120,9 @@ def _answers(rows: Sequence[schema.Variant], judged: JudgedPredictions) -> list[
     return [*found[:1], *sorted(found[1:], key=lambda each: each.runtime == found[0].runtime)]
 
 
-def _last_plan(job: Job, variants: Sequence[Variant]) -> PrunePlan | None:
+def _last_plan(context: RunContext, variants: Sequence[Variant]) -> PrunePlan | None:
     for variant in reversed(variants):
-        path = job.run.root / variant.stage / models.PLAN_FILE
+        path = context.run.root / variant.stage / models.PLAN_FILE
         if path.is_file():
             return PrunePlan.load(path)
     return None
@@ -141,7 +139,7 @@ def _channels(plan: PrunePlan) -> Iterator[schema.Channels]:
             )
 
 
-def _learning_curves(outcomes: Sequence[Outcome]) -> Iterator[schema.Curve]:
+def _learning_curves(outcomes: Sequence[StageResult]) -> Iterator[schema.Curve]:
     for outcome in outcomes:
         if outcome.variants:
             yield from learning_curves(outcome.variants[0].stage, outcome.history)
@@ -167,7 +165,7 @@ def _confusions(taken: Sequence[Answered]) -> Iterator[schema.Confusion]:
         yield schema.Confusion(variant=answered.variant, runtime=answered.runtime, cells=cells)
 
 
-def _flips(job: Job, taken: Sequence[Answered]) -> Iterator[schema.Flip]:
+def _flips(context: RunContext, taken: Sequence[Answered]) -> Iterator[schema.Flip]:
     if len(taken) < 2:
         return
     candidate = taken[-1]
@@ -175,7 +173,7 @@ def _flips(job: Job, taken: Sequence[Answered]) -> Iterator[schema.Flip]:
     compared = comparison.compare(before, after)
     lost = [flip for flip in compared.flips if flip.kind == "lost"]
     for flip in lost[:MOST_FLIPS]:
-        image = job.dataset.splits["test"].take([flip.index])[0]
+        image = context.dataset.splits["test"].take([flip.index])[0]
         yield schema.Flip(
             index=flip.index,
             label=flip.label,
@@ -196,14 +194,14 @@ def _subgroups(taken: Sequence[Answered]) -> Iterator[schema.Subgroup]:
             yield schema.Subgroup(column="group", value=group, variant=each.variant, **numbers)
 
 
-def _ranges(outcomes: Sequence[Outcome]) -> Iterator[schema.TensorRange]:
+def _ranges(outcomes: Sequence[StageResult]) -> Iterator[schema.TensorRange]:
     """Yield the range of every tensor that a plan of the run quantizes."""
     for outcome in outcomes:
         for form, plan in outcome.plans.items():
             yield from records.ranges(plan, f"int8-{form}")
 
 
-def _artifacts(job: Job) -> Iterator[schema.ArtifactRecord]:
-    for each in job.run.description()["artifacts"]:
-        size = (job.run.root / each["path"]).stat().st_size
+def _artifacts(context: RunContext) -> Iterator[schema.ArtifactRecord]:
+    for each in context.run.description()["artifacts"]:
+        size = (context.run.root / each["path"]).stat().st_size
         yield schema.ArtifactRecord(**each, bytes=size)

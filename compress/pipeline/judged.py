@@ -1,4 +1,4 @@
-"""Predictions of the variants of a run on the test images: kept in files, each judged once."""
+"""Predictions of the variants on the test images: kept in files, each evaluated once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.evaluate import Accuracy, Predictions
 
 @dataclass(frozen=True)
 class JudgedPredictions:
-    """The files that hold the predictions of variants, and how right they are."""
+    """Files with the predictions of variants, and their accuracy."""
 
     folder: Path
     dataset: Dataset

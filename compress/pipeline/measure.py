@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from compress import evaluate, measure, plugins, progress
 from compress.artifact import sha256
 from compress.errors import EngineError, MissingPackageError, UsageError
@@ -21,10 +23,11 @@ from compress.measure.artifacts import Candidate, answers_of, time_together
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
 from compress.pipeline.changed_images import class_metrics, drawn_changes
-from compress.pipeline.context import Job, Variant
+from compress.pipeline.context import RunContext, Variant
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.sensitivity_chart import sensitivity
 from compress.recipe.settings import Target
+from compress.report import schema
 from compress.runtimes import build_engine, build_record, facts, unavailable
 from compress.runtimes._fusion import check_fusion
 
@@ -38,33 +41,28 @@ class Entry(Candidate):
     target: Target
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(schema.Record):
     """All results of a run, by variant, and why others are missing."""
 
     results: dict[str, list[dict[str, Any]]]
-    skipped: dict[str, str]
-    engines: dict[Path, Path]  # what was built, and the graph it was built from
+    skipped: schema.Reasons
     conditions: dict[str, Any]
-    coverage: list[dict[str, Any]]  # how much of each int8 graph each runtime runs in int8
-    explanations: dict[str, list[dict[str, Any]]]  # what variants look at; what each group bears
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-able data."""
-        return {
-            "results": self.results,
-            "skipped": self.skipped,
-            "conditions": self.conditions,
-            "coverage": self.coverage,
-            **self.explanations,
-        }
+    coverage: tuple[schema.Coverage, ...]
+    attributions: tuple[schema.Attribution, ...] = ()
+    similarities: tuple[schema.Similarity, ...] = ()
+    sensitivity: tuple[schema.Curve, ...] = ()
+    drawn: tuple[schema.DrawnChange, ...] = ()
+    class_metrics: tuple[schema.ClassMetrics, ...] = ()
+    engines: dict[Path, Path] = Field({}, exclude=True)  # built -> the graph it was built from
 
 
-def measure_targets(job: Job, variants: Sequence[Variant], judged: JudgedPredictions) -> Measured:
+def measure_targets(
+    context: RunContext, variants: Sequence[Variant], judged: JudgedPredictions
+) -> Measured:
     """Build and measure every variant on every target of the recipe.
 
     Args:
-        job: The run.
+        context: The run.
         variants: All variants, the original first.
         judged: Where the predictions of each variant on the test images are kept.
 
@@ -75,36 +73,44 @@ def measure_targets(job: Job, variants: Sequence[Variant], judged: JudgedPredict
     skipped: dict[str, str] = {}
     engines: dict[Path, Path] = {}
     conditions: dict[str, Any] = {}
-    coverage: list[dict[str, Any]] = []
-    shown: dict[str, list[dict[str, Any]]] = {}
-    for targets in places(job.recipe.targets):
+    coverage: list[schema.Coverage] = []
+    shown: dict[str, Any] = {}
+    for targets in places(context.recipe.targets):
         target = targets[0]
         label = f"{target.runtime}, batch {target.batch}"
         try:
-            entries = entries_on(job, variants, targets)
+            entries = entries_on(context, variants, targets)
         except MissingPackageError as error:
             if not all(each.when_installed for each in targets):
                 raise
             skipped[label] = str(error)
             continue
-        sources = ((entry.path, job.path(entry.variant)) for entry in entries)
+        sources = ((entry.path, context.path(entry.variant)) for entry in entries)
         engines |= {path: source for path, source in sources if path.is_file() and path != source}
-        coverage += _coverage(job, entries)
+        coverage += _coverage(context, entries)
         reason = unavailable(target.runtime)
         if reason is not None:
             skipped[label] = f"the engines are built; they cannot run here: {reason}"
             continue
         if (why := _absent_int8(targets, entries)) is not None:
             skipped[f"int8 on {label}"] = why
-        rows, conditions[label], answers = measure_entries(job, entries, judged)
+        rows, conditions[label], answers = measure_entries(context, entries, judged)
         if not shown:
-            shown = _shown(job, entries, answers)
+            shown = _shown(context, entries, answers)
         for entry, row in zip(entries, rows, strict=True):
-            results[entry.variant.name].append(row | _memory(job, entry, row["skipped"]))
-    explanations = explain_variants(job, variants, judged)
-    explanations |= shown
-    explanations["sensitivity"] = sensitivity(job, variants[0])
-    return Measured(results, skipped, engines, conditions, coverage, explanations)
+            results[entry.variant.name].append(row | _memory(context, entry, row["skipped"]))
+    attributions, similarities = explain_variants(context, variants, judged)
+    return Measured(
+        results=results,
+        skipped=skipped,
+        conditions=conditions,
+        coverage=tuple(dict.fromkeys(coverage)),
+        attributions=attributions,
+        similarities=similarities,
+        sensitivity=sensitivity(context, variants[0]),
+        engines=engines,
+        **shown,
+    )
 
 
 def places(targets: Sequence[Target]) -> list[list[Target]]:
@@ -119,7 +125,9 @@ def places(targets: Sequence[Target]) -> list[list[Target]]:
     return list(found.values())
 
 
-def entries_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target]) -> list[Entry]:
+def entries_on(
+    context: RunContext, variants: Sequence[Variant], targets: Sequence[Target]
+) -> list[Entry]:
     """Return the variants that can run in one place, with the engines they need there built.
 
     The first is the original in fp32, which the others are compared with. Where a target asks for
@@ -136,18 +144,18 @@ def entries_on(job: Job, variants: Sequence[Variant], targets: Sequence[Target])
         for precision in _precisions(variant, wanted, is_reference=variant is chosen[0])
     ]
     return [
-        _entry(job, variant, precision, target)
+        _entry(context, variant, precision, target)
         for variant, precision in progress.track(pairs, f"build {target.runtime}")
     ]
 
 
-def _entry(job: Job, variant: Variant, precision: str, target: Target) -> Entry:
+def _entry(context: RunContext, variant: Variant, precision: str, target: Target) -> Entry:
     options = dict(target.options)
     if precision == "fp16" and "dtype" in plugins.options("runtimes", target.runtime):
         options["dtype"] = "float16"  # the file itself is fp32
     return Entry(
         name=f"{variant.name} {precision}",
-        path=_engine(job, variant, target, precision),
+        path=_engine(context, variant, target, precision),
         runtime=target.runtime,
         options=options,
         threads=target.threads,
@@ -175,12 +183,12 @@ def _absent_int8(targets: Sequence[Target], entries: Sequence[Entry]) -> str | N
     return f"no stage wrote an int8 graph for {targets[0].runtime}"
 
 
-def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
-    source = job.path(variant)
+def _engine(context: RunContext, variant: Variant, target: Target, precision: str) -> Path:
+    source = context.path(variant)
     plugin = facts(target.runtime)
     extension = plugin.extension
     if plugin.opens == "network":
-        return job.run.root / variant.stage
+        return context.run.root / variant.stage
     if extension == source.suffix and precision != "fp16":
         return source
     form = "" if precision == "fp32" else f".{precision}"
@@ -197,30 +205,29 @@ def _engine(job: Job, variant: Variant, target: Target, precision: str) -> Path:
     )
 
 
-def _coverage(job: Job, entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _coverage(context: RunContext, entries: Sequence[Entry]) -> list[schema.Coverage]:
     """Return how much of every int8 graph runs in int8, where the runtime can tell."""
     found = []
     for entry in entries:
         if entry.precision != "int8":
             continue
-        source, runtime = job.path(entry.variant), entry.target.runtime
+        source, runtime = context.path(entry.variant), entry.target.runtime
         engine = entry.path if entry.path != source else None
         with contextlib.suppress(EngineError, UsageError):  # it cannot tell: nothing is claimed
             fusion = check_fusion(source, runtime, engine=engine, threads=entry.target.threads)
-            told = records.coverage(fusion, entry.variant.name)
-            found.append(told.model_dump(mode="json", exclude_none=True))
+            found.append(records.coverage(fusion, entry.variant.name))
     return found
 
 
 def measure_entries(
-    job: Job, entries: Sequence[Entry], judged: JudgedPredictions
+    context: RunContext, entries: Sequence[Entry], judged: JudgedPredictions
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Sequence[Predictions | Evaluation]]:
     """Return accuracy and latency of ``entries``, the machine's state, and their predictions.
 
     Predictions that ``judged`` holds are not taken again.
     """
-    answers = [_answers(job, entry, judged) for entry in entries]
-    latency = _latency(job, entries)
+    answers = [_answers(context, entry, judged) for entry in entries]
+    latency = _latency(context, entries)
     rows = []
     for entry, own in zip(entries, answers, strict=True):
         row: dict[str, Any] = {
@@ -235,7 +242,7 @@ def measure_entries(
         }
         if isinstance(own, Predictions):
             row |= judged.accuracy(_kept(judged, entry)).row()
-        row |= _change_row(job, answers[0], own)
+        row |= _change_row(context, answers[0], own)
         if entry.name in latency:
             row |= latency[entry.name].to_json()
             row |= {key: latency.conditions[key] for key in ("busy",) if key in latency.conditions}
@@ -246,8 +253,8 @@ def measure_entries(
 
 
 def _shown(
-    job: Job, entries: Sequence[Entry], answers: Sequence[Predictions | Evaluation]
-) -> dict[str, list[dict[str, Any]]]:
+    context: RunContext, entries: Sequence[Entry], answers: Sequence[Predictions | Evaluation]
+) -> dict[str, Any]:
     """Return the images that changed most and the classes, where the task has such."""
     pairs = [(entry, own) for entry, own in zip(entries, answers, strict=True)
              if isinstance(own, Evaluation)]  # fmt: skip
@@ -255,11 +262,11 @@ def _shown(
         return {}
     places = [(entry.variant.name, entry.target.runtime) for entry, _ in pairs]
     classes = [
-        class_metrics(job, place, own) for place, (_, own) in zip(places, pairs, strict=True)
+        class_metrics(context, place, own) for place, (_, own) in zip(places, pairs, strict=True)
     ]
     return {
-        "drawn": drawn_changes(job, places[-1], pairs[0][1], pairs[-1][1]),
-        "class_metrics": [each for each in classes if each is not None],
+        "drawn": drawn_changes(context, places[-1], pairs[0][1], pairs[-1][1]),
+        "class_metrics": tuple(each for each in classes if each is not None),
     }
 
 
@@ -267,53 +274,55 @@ def _kept(judged: JudgedPredictions, entry: Entry) -> Path:
     return judged.path(entry.variant.name, entry.target.runtime, entry.precision)
 
 
-def _answers(job: Job, entry: Entry, judged: JudgedPredictions) -> Predictions | Evaluation:
+def _answers(
+    context: RunContext, entry: Entry, judged: JudgedPredictions
+) -> Predictions | Evaluation:
     """Return the answers to the test images; logits are from disk if they were taken before."""
     path = _kept(judged, entry)
     if path.is_file():
         return Predictions.load(path)
-    limit = job.recipe.measure.test_images
+    limit = context.recipe.measure.test_images
     with entry.open() as session:
-        if not job.task.tells_classes:
-            return evaluate.of_task(session, job.dataset, job.task, limit=limit)
+        if not context.task.tells_classes:
+            return evaluate.of_task(session, context.dataset, context.task, limit=limit)
         name = f"{entry.name} on {entry.target.runtime}"
-        predictions = answers_of(session, job.dataset, name, limit)
+        predictions = answers_of(session, context.dataset, name, limit)
     predictions.save(path)
     return predictions
 
 
 def _change_row(
-    job: Job, reference: Predictions | Evaluation, own: Predictions | Evaluation
+    context: RunContext, reference: Predictions | Evaluation, own: Predictions | Evaluation
 ) -> dict[str, Any]:
     """Return the metrics of an evaluation, and what changed against the original."""
     if isinstance(own, Predictions) and isinstance(reference, Predictions):
         if own is reference:
             return {}
-        return comparison.against(reference, own, job.dataset.classes)
+        return comparison.against(reference, own, context.dataset.classes)
     if isinstance(own, Predictions) or isinstance(reference, Predictions):
         raise TypeError("answers of different kinds cannot be compared")
     if own is reference:
         return own.row()
-    if job.task.kinds:
-        return own.row() | evaluate.change_row(job.task, reference, own)
+    if context.task.kinds:
+        return own.row() | evaluate.change_row(context.task, reference, own)
     alike = comparison.outputs_row(reference.predictions, own.predictions)
-    if getattr(job.task, "inner", None) is not None:
-        alike |= evaluate.agreement_row(job.task, reference, own)
+    if getattr(context.task, "inner", None) is not None:
+        alike |= evaluate.agreement_row(context.task, reference, own)
     return own.row() | alike
 
 
-def _latency(job: Job, entries: Sequence[Entry]) -> measure.Bench:
-    settings = job.recipe.measure
+def _latency(context: RunContext, entries: Sequence[Entry]) -> measure.Bench:
+    settings = context.recipe.measure
     timing = Timing(
         seconds=settings.rounds * settings.round_ms / 1000,
         block_seconds=settings.round_ms / 1000,
         min_rounds=settings.rounds,
     )
-    return time_together(entries, entries[0].target.batch, job.dataset, timing)
+    return time_together(entries, entries[0].target.batch, context.dataset, timing)
 
 
-def _memory(job: Job, entry: Entry, skipped: dict[str, str]) -> dict[str, Any]:
-    told = entry.memory(entry.target.batch, job.dataset)
+def _memory(context: RunContext, entry: Entry, skipped: dict[str, str]) -> dict[str, Any]:
+    told = entry.memory(entry.target.batch, context.dataset)
     told.pop("file_mib", None)  # it is the size_mib of the row
     skipped.update(told.pop("skipped", {}))
     return told

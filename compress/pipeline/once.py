@@ -1,4 +1,4 @@
-"""A stage once: what an earlier call finished is not done again, and what is done is recorded.
+"""Run a stage once: one that an earlier call finished is skipped, a new one is recorded.
 
 Here, and in no stage, are resuming, the seed, lineage of files, where an error happened, and the
 processes of a torchrun.
@@ -14,27 +14,28 @@ import torch
 
 from compress import artifact, progress
 from compress.artifact import Artifact
-from compress.errors import CompressError
-from compress.pipeline.context import Job, Outcome, Variant
+from compress.errors import CompressError, RunError, boundary
+from compress.pipeline.context import RunContext, StageResult, Variant
 from compress.pipeline.measure import Measured
 from compress.recipe.settings import Settings
+from compress.report.run_folder import DONE_FILE
 from compress.train.distributed import Processes
 
-Step = Callable[[Job, Any, Path, tuple[Variant, ...]], Outcome]
+Step = Callable[[RunContext, Any, Path, tuple[Variant, ...]], StageResult]
 
 
 def once(
-    job: Job,
+    context: RunContext,
     stage: Path,
     step: Step,
     settings: Settings | None,
     before: tuple[Variant, ...],
     processes: Processes | None = None,
-) -> Outcome:
-    """Return what a stage left behind, carried out unless an earlier call has.
+) -> StageResult:
+    """Return the result of a stage, run now unless an earlier call has.
 
     Args:
-        job: The run.
+        context: The run.
         stage: Folder of the stage.
         step: What is done, with its own random state: a resumed run equals an uninterrupted one.
         settings: Of the stage.
@@ -44,47 +45,52 @@ def once(
     Raises:
         CompressError: the step's, with the name of the stage.
     """
-    if job.run.result(stage) is None:
+    if context.run.result(stage) is None:
         try:
             with progress.task(stage.name), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(job.recipe.seed)
-                outcome = step(job, settings, stage, before)
+                torch.manual_seed(context.recipe.seed)
+                outcome = step(context, settings, stage, before)
         except CompressError as error:
             raise error.within(f"stage {stage.name}") from None
-        if job.is_main:
-            files = _artifacts(job, stage, settings, before)
-            job.run.finish(stage, outcome.to_json(), files)
+        if context.is_main:
+            files = _artifacts(context, stage, settings, before)
+            context.run.finish(stage, outcome.to_json(), files)
     if processes is not None:
         processes.wait()  # until the main process has recorded it
-    return Outcome.from_json(job.run.result(stage) or {"variants": [], "facts": {}})
+    return StageResult.from_json(context.run.result(stage) or {"variants": [], "facts": {}})
 
 
-def measured_once(job: Job, stage: Path, measure: Callable[[], Measured]) -> dict[str, Any]:
-    """Return what a run's measurements recorded, taken unless an earlier call has."""
-    if (recorded := job.run.result(stage)) is not None:
-        return recorded
+def measured_once(context: RunContext, stage: Path, measure: Callable[[], Measured]) -> Measured:
+    """Return what was measured of a run, now unless an earlier call has."""
+    if (recorded := context.run.result(stage)) is not None:
+        with boundary(RunError, "is no record of measurements", where=DONE_FILE):
+            return Measured.model_validate(recorded)
     with progress.task(stage.name):
         found = measure()
-    recorded = found.to_json()
-    job.run.finish(stage, recorded, _engine_artifacts(job, stage, found.engines))
-    return recorded
+    content = found.model_dump(mode="json", exclude_none=True)
+    context.run.finish(stage, content, _engine_artifacts(context, stage, found.engines))
+    return found
 
 
 def _artifacts(
-    job: Job, stage: Path, settings: Settings | None, before: tuple[Variant, ...]
+    context: RunContext, stage: Path, settings: Settings | None, before: tuple[Variant, ...]
 ) -> Iterable[Artifact]:
-    parent = artifact.sha256(job.path(before[-1])) if before else None
+    parent = artifact.sha256(context.path(before[-1])) if before else None
     told = {} if settings is None else settings.model_dump(mode="json")
     return [
-        artifact.describe(path, root=job.run.root, stage=stage.name, parent=parent, settings=told)
+        artifact.describe(
+            path, root=context.run.root, stage=stage.name, parent=parent, settings=told
+        )
         for path in sorted(stage.iterdir())
         if path.is_file() and not artifact.is_temporary(path)
     ]
 
 
-def _engine_artifacts(job: Job, stage: Path, engines: Mapping[Path, Path]) -> Iterator[Artifact]:
+def _engine_artifacts(
+    context: RunContext, stage: Path, engines: Mapping[Path, Path]
+) -> Iterator[Artifact]:
     """Yield every engine with the files that lie beside it: weights, record, layers."""
     for engine, source in engines.items():
         parent = artifact.sha256(source)
         for path in sorted(engine.parent.glob(f"{engine.stem}.*")):
-            yield artifact.describe(path, root=job.run.root, stage=stage.name, parent=parent)
+            yield artifact.describe(path, root=context.run.root, stage=stage.name, parent=parent)

@@ -1,4 +1,4 @@
-"""Measure the files of a finished run again, and hold the figures against those of its report."""
+"""Measure the files of a finished run again, and compare the figures with its report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress import artifact, environment
 from compress.errors import RunError
 from compress.measure import Timing
-from compress.pipeline.context import Job, Outcome, Variant
+from compress.pipeline.context import RunContext, StageResult, Variant
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
@@ -118,8 +118,8 @@ def measure_again(root: Path) -> Remeasured:
     report = read_report(root / "report.json")
     settings = loading.validate(report.recipe, where=str(root / "report.json"))
     dataset, task = prepared(settings)
-    job = Job(settings, RunFolder(root), dataset, task)
-    _check_data(job, report)
+    context = RunContext(settings, RunFolder(root), dataset, task)
+    _check_data(context, report)
     variants, checks, skipped = _variants(root), list[Check](), dict[str, str]()
     elsewhere = _elsewhere(report)
     for targets in places(settings.targets):
@@ -128,9 +128,9 @@ def measure_again(root: Path) -> Remeasured:
         if reason is not None:
             skipped[f"{target.runtime}, batch {target.batch}"] = reason
             continue
-        entries = entries_on(job, variants, targets)
+        entries = entries_on(context, variants, targets)
         with artifact.scratch() as folder:
-            rows, _, _ = measure_entries(job, entries, JudgedPredictions(folder, dataset))
+            rows, _, _ = measure_entries(context, entries, JudgedPredictions(folder, dataset))
         for entry, row in zip(entries, rows, strict=True):
             place = f"{entry.variant.name} on {target.runtime}, batch {target.batch}"
             skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}
@@ -142,12 +142,12 @@ def measure_again(root: Path) -> Remeasured:
     return Remeasured(tuple(checks), skipped, elsewhere)
 
 
-def _check_data(job: Job, report: Report) -> None:
+def _check_data(context: RunContext, report: Report) -> None:
     before = report.provenance.data
-    if before is None or before.fingerprint != job.dataset.fingerprint:
+    if before is None or before.fingerprint != context.dataset.fingerprint:
         raise RunError(
-            f"the images of {job.dataset.name} are not those that the run was measured on",
-            where=str(job.run.root),
+            f"the images of {context.dataset.name} are not those that the run was measured on",
+            where=str(context.run.root),
             expected=f"images with the fingerprint {before.fingerprint[:16] if before else '?'}",
             fix="Restore them, or run the recipe again in another folder",
         )
@@ -162,7 +162,9 @@ def _unmeasured(report: Report, target: Target) -> str | None:
 
 def _variants(root: Path) -> list[Variant]:
     stages = [artifact.read_json(path) for path in sorted(root.glob(f"[0-9][0-9]-*/{DONE_FILE}"))]
-    return [v for stage in stages if "variants" in stage for v in Outcome.from_json(stage).variants]
+    return [
+        v for stage in stages if "variants" in stage for v in StageResult.from_json(stage).variants
+    ]
 
 
 def _elsewhere(report: Report) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 from compress import environment, measure
 from compress.artifact import sha256
 from compress.pipeline import cautions
-from compress.pipeline.context import Job, Outcome, Variant
+from compress.pipeline.context import RunContext, StageResult, Variant
 from compress.pipeline.details import details
 from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.measure import Measured
 from compress.recipe.loading import to_json
 from compress.recipe.settings import Gates
 from compress.report import numbers, schema
@@ -24,16 +25,16 @@ OWN_FIELDS = set(schema.Result.model_fields)  # everything else a row holds goes
 
 
 def assemble(
-    job: Job,
+    context: RunContext,
     variants: Sequence[Variant],
-    outcomes: Sequence[Outcome],
-    measured: Mapping[str, Any],
+    outcomes: Sequence[StageResult],
+    measured: Measured,
     judged: JudgedPredictions,
 ) -> schema.Report:
     """Return the report of a run whose stages are finished.
 
     Args:
-        job: The run.
+        context: The run.
         variants: All variants, the original first.
         outcomes: What each stage recorded.
         measured: What ``measure_targets`` recorded.
@@ -41,33 +42,33 @@ def assemble(
     """
     absent = {variant.name: outcome.skipped for outcome in outcomes for variant in outcome.variants}
     trust = cautions.trust_of(outcomes[0].facts)
-    results = measured["results"] if trust.untrained is None else _undecided(measured["results"])
+    results = measured.results if trust.untrained is None else _undecided(measured.results)
     rows = tuple(
-        _variant(job, variant, results, absent.get(variant.name, {})) for variant in variants
+        _variant(context, variant, results, absent.get(variant.name, {})) for variant in variants
     )
     plans = [pair for outcome in outcomes for pair in outcome.plans.items()]
     return schema.Report(
-        name=job.recipe.name,
-        recipe=to_json(job.recipe),
-        provenance=_provenance(job, outcomes, measured),
+        name=context.recipe.name,
+        recipe=to_json(context.recipe),
+        provenance=_provenance(context, outcomes, measured),
         variants=rows,
         gates=(
             *(gate for outcome in outcomes for gate in outcome.gates),
-            *gates(job.recipe.gates, rows, trust.untrained),
+            *gates(context.recipe.gates, rows, trust.untrained),
         ),
         untrained=trust.untrained,
         cautions=(
-            *cautions.of_training(job.recipe, job.dataset),
-            *cautions.of_splits(job.dataset),
-            *cautions.of_data(job.dataset),
+            *cautions.of_training(context.recipe, context.dataset),
+            *cautions.of_splits(context.dataset),
+            *cautions.of_data(context.dataset),
             *(line for outcome in outcomes for line in cautions.of_stage(outcome.facts)),
             *cautions.of_slow_int8(rows),
-            *cautions.of_timing(measured["conditions"]),
+            *cautions.of_timing(measured.conditions),
         ),
         notes=tuple(f"int8-{form}: {note}" for form, plan in plans for note in plan.notes),
         trials=tuple(f"int8-{form}: {trial}" for form, plan in plans for trial in plan.trials),
-        details=details(job, variants, outcomes, measured, rows, judged),
-        skipped=measured["skipped"],
+        details=details(context, variants, outcomes, measured, rows, judged),
+        skipped=measured.skipped,
     )
 
 
@@ -152,12 +153,12 @@ def _unmeasured(name: str, result: schema.Result, variant: schema.Variant) -> st
 
 
 def _variant(
-    job: Job,
+    context: RunContext,
     variant: Variant,
     results: Mapping[str, Sequence[Mapping[str, Any]]],
     absent: Mapping[str, str],
 ) -> schema.Variant:
-    path = job.path(variant)
+    path = context.path(variant)
     return schema.Variant(
         name=variant.name,
         stage=variant.stage,
@@ -201,28 +202,28 @@ def _result(row: Mapping[str, Any]) -> schema.Result:
 
 
 def _provenance(
-    job: Job, outcomes: Sequence[Outcome], measured: Mapping[str, Any]
+    context: RunContext, outcomes: Sequence[StageResult], measured: Measured
 ) -> schema.Provenance:
-    description = job.run.description()
+    description = context.run.description()
     found = environment.describe()
     return schema.Provenance(
         created=description.get("created"),
-        command=_command(job),
+        command=_command(context),
         commit=found.pop("commit", None),
-        seed=job.recipe.seed,
-        settings=to_json(job.recipe),
+        seed=context.recipe.seed,
+        settings=to_json(context.recipe),
         data=schema.DataRecord(
-            name=job.dataset.name,
-            fingerprint=job.dataset.fingerprint,
-            images={name: len(split) for name, split in job.dataset.splits.items()},
+            name=context.dataset.name,
+            fingerprint=context.dataset.fingerprint,
+            images={name: len(split) for name, split in context.dataset.splits.items()},
             calibration_sha256=outcomes[-1].facts.get("calibration", {}).get("sha256"),
         ),
         versions=found.pop("versions", {}),
         device=found.pop("device", {}),
-        conditions=measured["conditions"],
+        conditions=measured.conditions,
     )
 
 
-def _command(job: Job) -> str:
-    recipe = (job.run.root / RECIPE_FILE).as_posix()
-    return shlex.join(["compress", "run", recipe, "--out", f"{job.run.root.as_posix()}-again"])
+def _command(context: RunContext) -> str:
+    recipe = (context.run.root / RECIPE_FILE).as_posix()
+    return shlex.join(["compress", "run", recipe, "--out", f"{context.run.root.as_posix()}-again"])

@@ -4,45 +4,52 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Any
+
+from torch import nn
 
 from compress import models
-from compress.pipeline.context import Job, Variant
+from compress.data import Dataset
+from compress.pipeline.context import RunContext, Variant
 from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.report.schema import Curve, Line
-from compress.tasks import primary_of
+from compress.tasks import Task, primary_of
+from compress.train.validation import primary_value
 
-RECALIBRATION_BATCHES = 8
+RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 
 
-def unmeasured(job: Job, original: Variant) -> str | None:
+def unmeasured(context: RunContext, original: Variant) -> str | None:
     """Return why a run has no sensitivity curves; None if it is to have them."""
-    if not job.recipe.measure.sensitivity:
+    if not context.recipe.measure.sensitivity:
         return "the recipe does not ask for it: measure.sensitivity"
-    if not (job.run.root / original.stage / models.DESCRIPTION_FILE).is_file():
+    if not (context.run.root / original.stage / models.DESCRIPTION_FILE).is_file():
         return "the original is an ONNX file, and cuts are tried on torch networks"
-    if not len(job.dataset.splits["validation"]):
+    if not len(context.dataset.splits["validation"]):
         return "the data has no validation images to judge cuts on"
-    if not job.task.kinds:
+    if not context.task.kinds:
         return "the images have no labels to judge cuts by"
     return None
 
 
-def sensitivity(job: Job, original: Variant) -> list[dict[str, Any]]:
+def sensitivity(context: RunContext, original: Variant) -> tuple[Curve, ...]:
     """Return accuracy on validation images against kept channels, a line for each group.
 
     One group is cut at a time, by L2, and BatchNorm is re-estimated; nothing is refitted.
     """
-    if unmeasured(job, original) is not None:
-        return []
+    if unmeasured(context, original) is not None:
+        return ()
+    return (chart(cut_alone(context.network(original), context.dataset, context.task)),)
+
+
+def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivity:
+    """Return the primary metric on validation images with one group cut at a time."""
     found = prune_sensitivity(
-        job.network(original),
-        job.dataset.example,
-        lambda cut: job.validation_pct(cut) or 0.0,
-        recalibrate=list(itertools.islice(job.dataset.batches("train"), RECALIBRATION_BATCHES)),
+        model,
+        dataset.example,
+        lambda cut: primary_value(cut, dataset, task) or 0.0,
+        recalibrate=list(itertools.islice(dataset.batches("train"), RECALIBRATION_BATCHES)),
     )
-    found = replace(found, metric=primary_of(job.task))
-    return [chart(found).model_dump(mode="json")]
+    return replace(found, metric=primary_of(task))
 
 
 def chart(found: PruneSensitivity) -> Curve:

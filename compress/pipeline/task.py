@@ -84,7 +84,8 @@ def _problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
     if dataset.target != task.target:
         yield (
             f"task: needs labels of the form {task.target!r}; data {dataset.name!r} has "
-            f"{dataset.target!r}."
+            f"{dataset.target!r}. Use data with {task.target!r}, or set task: "
+            f"{default_task(dataset.target)}."
         )
     if not task.tells_classes:
         yield from _only_for_classes(recipe, task)

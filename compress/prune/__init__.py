@@ -7,7 +7,7 @@ from compress.callables import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
 from compress.prune.budget import BUDGETS, one_budget
 from compress.prune.group_lasso import GroupLasso, WithGroupLasso
-from compress.prune.latency_target import Promise, check_promise
+from compress.prune.latency_target import LatencyCheck, check_latency
 from compress.prune.network import prune_network
 from compress.prune.plan import plan_pruning
 from compress.prune.reconstruction import refit
@@ -16,9 +16,9 @@ from compress.prune.schedule import keep_in_round
 __all__ = [
     "BUDGETS",
     "GroupLasso",
-    "Promise",
+    "LatencyCheck",
     "WithGroupLasso",
-    "check_promise",
+    "check_latency",
     "keep_in_round",
     "one_budget",
     "plan_pruning",

@@ -71,13 +71,7 @@ class GroupLasso:
 
 
 class WithGroupLasso:
-    """An objective plus ``strength`` times the group lasso.
-
-    Args:
-        objective: What is minimized otherwise.
-        lasso: The penalty.
-        strength: Its weight.
-    """
+    """An objective plus ``strength`` times the group lasso."""
 
     def __init__(self, objective: Objective, lasso: GroupLasso, strength: float) -> None:
         self.objective, self.lasso, self.strength = objective, lasso, strength

@@ -20,10 +20,10 @@ from compress.progress import task
 from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
 from compress.prune.latency_table import LatencyTable, LayerShape, kernel_step, table_for
-from compress.prune.latency_target import TOLERANCE, Promise, Stopwatch
-from compress.prune.selection import Ladder, kept_units
+from compress.prune.latency_target import TOLERANCE, LatencyCheck, Stopwatch
+from compress.prune.selection import CandidateCounts, kept_units
 
-AIM = 0.97  # of the promise: what the plan is made for
+AIM = 0.97  # of the limit: what the plan is made for
 ATTEMPTS = 8
 MOST_LEVELS = 16  # counts of one group that the knapsack looks at
 
@@ -32,7 +32,7 @@ def counts_for_latency(
     model: nn.Module,
     example_input: Example,
     network: Network,
-    ladders: Sequence[Ladder],
+    candidates: Sequence[CandidateCounts],
     importance: Sequence[Floats],
     budget: Budget,
     runtime: str,
@@ -41,30 +41,30 @@ def counts_for_latency(
 
     The table gives the sum of single layers. What a whole network takes is linear in that sum; the
     line is fitted to networks that were measured, first the uncut one and the smallest, then the
-    plan itself, which is made again until it is measured to keep the promise.
+    plan itself, which is made again until it is measured to be within the limit.
 
     Args:
         model: The network.
         example_input: An input for one image.
         network: What ``trace`` returned for it.
-        ladders: The counts each group may keep.
+        candidates: The counts each group may keep.
         importance: Of each group's units in the order in which they are kept, additive over groups.
-        budget: The promise: milliseconds, or a share of what the uncut network takes.
+        budget: The limit: milliseconds, or a share of what the uncut network takes.
         runtime: Where it is measured.
 
     Returns:
         The counts of the slowest network found that is fast enough, and what was measured, ms:
-        "kept" says whether it is within ``TOLERANCE`` of the promise.
+        "kept" says whether it is within ``TOLERANCE`` of the limit.
 
     Raises:
         PlanError: not even the smallest network is fast enough; the message says how fast it is.
         EngineError: nothing can run on ``runtime`` here.
     """
     layers = LayerTimes(model, example_input, network, table_for(runtime))
-    ladders = [_snapped(one, layers.step(number)) for number, one in enumerate(ladders)]
+    candidates = [_snapped(one, layers.step(number)) for number, one in enumerate(candidates)]
     with Stopwatch(model, example_input, runtime) as stopwatch:
         original_ms = stopwatch.original_ms
-        trials = _Trials(model, network, ladders, layers, stopwatch)
+        trials = _Trials(model, network, candidates, layers, stopwatch)
         limit_ms = budget.share * (original_ms if budget.kind == "latency" else 1.0)
         facts = {"original_ms": round(original_ms, 4), "promised_ms": round(limit_ms, 4)}
         if original_ms <= limit_ms:
@@ -77,7 +77,7 @@ def counts_for_latency(
     return counts, facts | {
         "smallest_ms": round(least_ms, 4),
         "planned_ms": round(ms, 4),
-        "kept": Promise(limit_ms, ms, runtime).broken is None,
+        "kept": LatencyCheck(limit_ms, ms, runtime).missed is None,
     }
 
 
@@ -88,20 +88,20 @@ class _Trials:
         self,
         model: nn.Module,
         network: Network,
-        ladders: Sequence[Ladder],
+        candidates: Sequence[CandidateCounts],
         layers: LayerTimes,
         stopwatch: Stopwatch,
     ) -> None:
-        self.ladders, self.layers = ladders, layers
+        self.candidates, self.layers = candidates, layers
         self._model, self._network, self._stopwatch = model, network, stopwatch
-        self.uncut = np.array([one.size for one in ladders], dtype=np.int64)
-        self.smallest = np.array([one.levels[0] for one in ladders], dtype=np.int64)
+        self.uncut = np.array([one.size for one in candidates], dtype=np.int64)
+        self.smallest = np.array([one.levels[0] for one in candidates], dtype=np.int64)
         self.measured = [(layers.total(self.uncut), stopwatch.original_ms)]  # of layers, in all
 
     def ms(self, counts: Counts) -> float:
         """Return the latency of the network cut to ``counts``, ms."""
         names = [group.name for group in self._network.groups]
-        plan = make_plan(self._network, kept_units(names, self.ladders, counts))
+        plan = make_plan(self._network, kept_units(names, self.candidates, counts))
         ms = self._stopwatch.ms(apply_pruning(self._model, plan))
         self.measured.append((self.layers.total(counts), ms))
         return ms
@@ -115,13 +115,13 @@ def _slowest_within(
     The smallest network, which is fast enough, is the last of ``trials``. A regula falsi: every
     plan narrows the sum over layers from above or below.
     """
-    layers, ladders = trials.layers, trials.ladders
+    layers, candidates = trials.layers, trials.candidates
     least_ms = trials.measured[-1][1]
     best, best_ms = trials.smallest, least_ms
     with task(title) as counter:
         for _ in range(ATTEMPTS):
             aim = _layers_for(max(AIM * limit_ms, least_ms), trials.measured)
-            counts = knapsack(ladders, importance, layers.total, layers.changed, aim)
+            counts = knapsack(candidates, importance, layers.total, layers.changed, aim)
             ms = trials.ms(counts)
             counter.advance(note=f"{ms:.3f} ms")
             if best_ms < ms <= limit_ms:
@@ -155,8 +155,8 @@ def _layers_for(latency_ms: float, measured: Sequence[tuple[float, float]]) -> f
     return below[0] + min(max(share, 0.1), 0.9) * (above[0] - below[0])
 
 
-def _snapped(one: Ladder, step: int) -> Ladder:
-    """Return a ladder whose counts are multiples of ``step``, and not more than it needs to be."""
+def _snapped(one: CandidateCounts, step: int) -> CandidateCounts:
+    """Return candidate counts that are multiples of ``step``, and not more of them than needed."""
     lowest = int(one.levels[0])
     levels = one.levels[(one.levels % step == 0) | (one.levels == one.size)]
     if lowest not in levels and not len(levels[levels < one.size]):
@@ -164,7 +164,7 @@ def _snapped(one: Ladder, step: int) -> Ladder:
     if len(levels) > MOST_LEVELS:
         chosen = np.unique(np.linspace(0, len(levels) - 1, MOST_LEVELS).round().astype(int))
         levels = levels[chosen]
-    return Ladder(np.unique(levels), one.order, one.scores)
+    return CandidateCounts(np.unique(levels), one.order, one.scores)
 
 
 class LayerTimes:
@@ -281,7 +281,7 @@ def _shape_of(module: Any, size: torch.Size) -> LayerShape:
 
 
 def knapsack(
-    ladders: Sequence[Ladder],
+    candidates: Sequence[CandidateCounts],
     importance: Sequence[Floats],
     total: Callable[..., float],
     changed: Sequence[Sequence[Any]],
@@ -289,36 +289,36 @@ def knapsack(
 ) -> Counts:
     """Return the counts that keep the most importance while ``total`` is at most ``target``.
 
-    Greedy: again and again the step down one ladder, of any length, that saves the most time per
+    Greedy: again and again the cut of one group, of any size, that saves the most time per
     importance lost. Then exchange: steps up that still fit, the most important per time first.
 
     Args:
-        ladders: The counts each group may keep.
+        candidates: The counts each group may keep.
         importance: Of each group's units in the order in which they are kept, (C,) each.
         total: (counts, layers) -> ms; over all layers if none are given.
         changed: For each group, the layers whose time depends on it.
         target: Largest total, ms; must be reachable.
     """
     sums = [np.concatenate(([0.0], np.cumsum(values))) for values in importance]
-    counts = np.array([one.size for one in ladders], dtype=np.int64)
+    counts = np.array([one.size for one in candidates], dtype=np.int64)
     now = total(counts)
     while now > target:
         best: tuple[float, int, int] | None = None
-        for number, one in enumerate(ladders):
+        for number, one in enumerate(candidates):
             for level in one.levels[one.levels < counts[number]]:
                 saved = _difference(counts, number, int(level), total, changed)
                 lost = sums[number][counts[number]] - sums[number][level]
                 if saved > 0 and (best is None or saved / max(lost, 1e-30) > best[0]):
                     best = (saved / max(lost, 1e-30), number, int(level))
         if best is None:
-            return np.array([one.levels[0] for one in ladders], dtype=np.int64)
+            return np.array([one.levels[0] for one in candidates], dtype=np.int64)
         counts[best[1]] = best[2]
         now = total(counts)
-    return _exchanged(ladders, sums, counts, total, changed, target)
+    return _exchanged(candidates, sums, counts, total, changed, target)
 
 
 def _exchanged(
-    ladders: Sequence[Ladder],
+    candidates: Sequence[CandidateCounts],
     sums: Sequence[Floats],
     counts: Counts,
     total: Callable[..., float],
@@ -328,7 +328,7 @@ def _exchanged(
     while True:
         room = target - total(counts)
         best: tuple[float, int, int] | None = None
-        for number, one in enumerate(ladders):
+        for number, one in enumerate(candidates):
             for level in one.levels[one.levels > counts[number]]:
                 spent = -_difference(counts, number, int(level), total, changed)
                 won = sums[number][level] - sums[number][counts[number]]

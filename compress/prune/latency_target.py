@@ -21,7 +21,7 @@ from compress.prune.latency_table import time_calls
 from compress.prune.schedule import latency_left, rounds_of
 from compress.runtimes import Session, facts, open_built, open_session
 
-TOLERANCE = 0.10  # how far the measured latency may be from the promise
+TOLERANCE = 0.10  # how far the measured latency may be from the limit
 ROUNDS = 9  # in which two networks take turns
 ROUND_SECONDS = 0.1  # of timed calls of each
 BURST_SECONDS = 2.0  # for which a processor that was idle may run faster than it can go on (1.5x)
@@ -95,7 +95,7 @@ class Stopwatch:
 
 
 @dataclass(frozen=True)
-class Promise:
+class LatencyCheck:
     """Whether a pruned network takes the time it was meant to take."""
 
     promised_ms: float
@@ -104,8 +104,8 @@ class Promise:
     is_cut: bool = True  # whether anything had to be cut for it
 
     @property
-    def broken(self) -> str | None:
-        """How the promise is broken: by more than ``TOLERANCE``, up or down; None if it is kept.
+    def missed(self) -> str | None:
+        """By how much the limit is missed, if by more than ``TOLERANCE``, up or down; else None.
 
         A network much faster than asked for was cut more than needed, unless nothing was cut.
         """
@@ -120,20 +120,14 @@ class Promise:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the promise as JSON-able data."""
-        return {**self.__dict__, "kept": self.broken is None}
+        """Return this as JSON-able data."""
+        return {**self.__dict__, "kept": self.missed is None}
 
 
-def check_promise(
+def check_latency(
     pruned: nn.Module, original: nn.Module, plan: PrunePlan, example_input: Example
-) -> Promise:
-    """Measure a pruned network and hold it against the milliseconds it was pruned to.
-
-    Args:
-        pruned: The network to measure.
-        original: The one before the cut.
-        plan: The cut, made for a latency.
-        example_input: An input for one image.
+) -> LatencyCheck:
+    """Measure a pruned network and compare it with the milliseconds it was pruned to.
 
     Raises:
         PlanError: the plan, or a round of it, was made for something else than a latency.
@@ -149,7 +143,7 @@ def check_promise(
         promised_ms = last["budget"]["keep_latency"] * latency_left(earlier) * original_ms
     with Stopwatch(original, example_input, runtime, original_ms) as stopwatch:
         measured = stopwatch.ms(pruned)
-    return Promise(promised_ms, measured, runtime, bool(plan.tensors))
+    return LatencyCheck(promised_ms, measured, runtime, bool(plan.tensors))
 
 
 def _arrays(example_input: Example) -> list[np.ndarray]:

@@ -29,11 +29,11 @@ from compress.prune.loss import Loss
 from compress.prune.saliency import Batches
 from compress.prune.scoring import build_criterion, scores, spoken
 from compress.prune.selection import (
-    Ladder,
+    CandidateCounts,
     Normalize,
     Ranking,
+    candidate_counts,
     kept_units,
-    ladder,
     normalized,
     select,
 )
@@ -152,7 +152,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     way = _normalize(normalize, scorer)
     _note_side_outputs(network)
     rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
-    ladders = _ladders(network, [normalized(row, way) for row in rows], limits, excluded)
+    candidates = _candidates(network, [normalized(row, way) for row in rows], limits, excluded)
     about: dict[str, Any] = {
         "criterion": {spoken(scorer): _options(scorer)},
         "budget": budget.to_json(),
@@ -163,19 +163,19 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         "example": example_shapes(example),
     }
     if budget.kind in ("latency", "latency_ms"):
-        importance = _importance(CostModel(network), ladders, way)
+        importance = _importance(CostModel(network), candidates, way)
         counts, about["latency"] = counts_for_latency(
-            model, example, network, ladders, importance, budget, runtime
+            model, example, network, candidates, importance, budget, runtime
         )
         about["budget"]["runtime"] = runtime
     elif budget.kind == "channels":
-        counts = _counts_of_channels(model, network, ladders, budget)
+        counts = _counts_of_channels(model, network, candidates, budget)
     else:
-        counts = _counts_of_cost(CostModel(network), ladders, budget, ranking, way == "per_cost")
+        counts = _counts_of_cost(CostModel(network), candidates, budget, ranking, way == "per_cost")
     if places is not None:
         about["outputs"] = list(places)
     about |= {"side_outputs": list(network.side_outputs)} if network.side_outputs else {}
-    keep = kept_units([group.name for group in network.groups], ladders, counts)
+    keep = kept_units([group.name for group in network.groups], candidates, counts)
     return make_plan(_with_excluded(network, excluded), keep, **about)
 
 
@@ -255,11 +255,11 @@ def _check_something_to_cut(network: Network, excluded: Mapping[int, str]) -> No
     raise PlanError(f"no channel of this network can be cut: {shown}")
 
 
-def _ladders(
+def _candidates(
     network: Network, found: list[Any], limits: Limits, excluded: Mapping[int, str]
-) -> list[Ladder]:
+) -> list[CandidateCounts]:
     """Return the counts each group may keep; limits are in channels, counts in units."""
-    ladders = []
+    candidates = []
     for number, (group, values) in enumerate(zip(network.groups, found, strict=True)):
         step = math.lcm(limits.round_to // math.gcd(limits.round_to, group.width), group.multiple)
         at_least = max(
@@ -267,42 +267,47 @@ def _ladders(
             math.ceil(group.size * (1 - limits.max_cut) - 1e-9),
         )
         at_least = group.size if number in excluded else at_least
-        ladders.append(ladder(values, step=step, at_least=at_least))
-    return ladders
+        candidates.append(candidate_counts(values, step=step, at_least=at_least))
+    return candidates
 
 
-def _importance(cost: CostModel, ladders: list[Ladder], way: Normalize) -> list[Floats]:
+def _importance(cost: CostModel, candidates: list[CandidateCounts], way: Normalize) -> list[Floats]:
     """Return scores that can be added up over groups, in the order in which units are kept.
 
     Changes of the loss are. Other scores compare units of like cost: they are weighed by the MACs
     that a unit costs, as if each multiply-accumulate of equal score mattered alike.
     """
     if way == "per_cost":
-        return [one.scores for one in ladders]
+        return [one.scores for one in candidates]
     weights = cost.marginal("macs", cost.sizes) / max(cost.total("macs", cost.sizes), 1)
-    return [one.scores * weight for one, weight in zip(ladders, weights, strict=True)]
+    return [one.scores * weight for one, weight in zip(candidates, weights, strict=True)]
 
 
 def _counts_of_channels(
-    model: nn.Module, network: Network, ladders: list[Ladder], budget: Budget
+    model: nn.Module, network: Network, candidates: list[CandidateCounts], budget: Budget
 ) -> Counts:
     if isinstance(budget.value, Mapping):
         shares = shares_by_group(model, network, budget.value)
     else:
-        shares = dict.fromkeys(range(len(ladders)), budget.value)
+        shares = dict.fromkeys(range(len(candidates)), budget.value)
     counts = [
-        one.level_at_most(shares.get(number, 1.0) * one.size) for number, one in enumerate(ladders)
+        one.level_at_most(shares.get(number, 1.0) * one.size)
+        for number, one in enumerate(candidates)
     ]
     return np.array(counts, dtype=np.int64)
 
 
 def _counts_of_cost(
-    cost: CostModel, ladders: list[Ladder], budget: Budget, ranking: Ranking, per_cost: bool
+    cost: CostModel,
+    candidates: list[CandidateCounts],
+    budget: Budget,
+    ranking: Ranking,
+    per_cost: bool,
 ) -> Counts:
     quantity: Quantity = "params" if budget.kind == "params" else "macs"
     share = budget.share
     whole = cost.total(quantity, cost.sizes)
-    smallest = cost.total(quantity, np.array([one.levels[0] for one in ladders], dtype=np.int64))
+    smallest = cost.total(quantity, np.array([one.levels[0] for one in candidates], dtype=np.int64))
     if smallest > share * whole:
         raise PlanError(
             f"keep_{quantity} = {share:g} cannot be reached: with every group at its smallest, "
@@ -311,7 +316,7 @@ def _counts_of_cost(
             fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
         )
     return select(
-        ladders,
+        candidates,
         lambda counts: cost.total(quantity, counts),
         (lambda counts: cost.marginal(quantity, counts)) if per_cost else None,
         share * whole,

@@ -39,7 +39,7 @@ def refit(
     *,
     training_batches: Batches | None = None,
 ) -> nn.Module:
-    """Fit the weights of ``pruned`` layer by layer to the answers of ``original``, in place.
+    """Fit the weights of ``pruned`` layer by layer to the outputs of ``original``, in place.
 
     For every convolution and linear layer, in the order of execution, the weights W minimize
     |X W - Y|^2 + r |W - W0|^2: X is what the layer sees in the pruned network, whose earlier layers

@@ -19,7 +19,7 @@ LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up w
 
 @dataclass(frozen=True)
 class Join:
-    """A sum that the answer of a layer goes into, as it is or after a BatchNorm.
+    """A residual addition: a layer's output, as it is or after a BatchNorm, is one operand.
 
     Args:
         number: Which of the sums of one forward it is.
@@ -45,11 +45,7 @@ class Join:
 
 
 class Sums(WatchedOps):  # type: ignore[no-untyped-call]
-    """Shows every sum of two tensors: its number and both operands, before it is done.
-
-    Args:
-        show: Called with them.
-    """
+    """Shows every sum of two tensors: its number and both operands, before it is done."""
 
     def __init__(self, show: Callable[[int, tuple[Tensor, Tensor]], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,7 +67,7 @@ class Sums(WatchedOps):  # type: ignore[no-untyped-call]
 
 
 def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[nn.Module, Join]:
-    """Return the sum that each layer's answer goes into, if what it is added to is there before.
+    """Return the addition that each layer's output goes into, if the other operand comes first.
 
     Where the answers of two layers meet, this is so for the one that runs last.
 

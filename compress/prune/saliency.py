@@ -59,7 +59,7 @@ def evidence(
     loss: Loss | None = None,
     reading: Reading = AS_SEEN,
 ) -> Evidence:
-    """Run ``batches`` through ``model`` and return what a criterion that ``need``s it is shown.
+    """Return the saliency statistics that a criterion ``need``s, of ``batches`` through ``model``.
 
     The model is run in eval mode and is left as it was: parameters, gradients, statistics, modes.
 

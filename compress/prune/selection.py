@@ -18,7 +18,7 @@ STEPS = 32  # rounds in which what a unit costs is brought up to date
 
 
 @dataclass(frozen=True)
-class Ladder:
+class CandidateCounts:
     """The counts that one group may keep, and its units in the order in which they are kept.
 
     Args:
@@ -46,8 +46,8 @@ class Ladder:
         return int(self.levels[max(position, 0)])
 
 
-def ladder(scores: Floats, *, step: int, at_least: int) -> Ladder:
-    """Return the ladder of a group with ``scores``, (C,).
+def candidate_counts(scores: Floats, *, step: int, at_least: int) -> CandidateCounts:
+    """Return the candidate counts of a group with ``scores``, (C,).
 
     Args:
         scores: Importance of each unit, higher = keep; ties are kept in order.
@@ -58,15 +58,16 @@ def ladder(scores: Floats, *, step: int, at_least: int) -> Ladder:
     order = np.argsort(-scores, kind="stable")
     lowest = -(-max(at_least, 1) // step) * step
     levels = np.unique(np.append(np.arange(lowest, size, step), size))
-    return Ladder(levels.astype(np.int64), order.astype(np.int64), scores[order])
+    return CandidateCounts(levels.astype(np.int64), order.astype(np.int64), scores[order])
 
 
 def kept_units(
-    names: Sequence[str], ladders: Sequence[Ladder], counts: Counts
+    names: Sequence[str], candidates: Sequence[CandidateCounts], counts: Counts
 ) -> dict[str, Counts]:
     """Return the units that each group, by name, keeps when it keeps so many of them."""
     return {
-        name: one.kept(int(count)) for name, one, count in zip(names, ladders, counts, strict=True)
+        name: one.kept(int(count))
+        for name, one, count in zip(names, candidates, counts, strict=True)
     }
 
 
@@ -90,7 +91,7 @@ def normalized(scores: Floats, how: Normalize) -> Floats:
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Units that leave together, over all groups: one block is one step down a ladder."""
+    """Units that leave together, over all groups: one block leads to the next candidate count."""
 
     group: Counts
     units: Counts  # units in the block
@@ -99,7 +100,7 @@ class _Blocks:
 
 
 def select(
-    ladders: Sequence[Ladder],
+    candidates: Sequence[CandidateCounts],
     cost: Callable[[Counts], int],
     marginal: Callable[[Counts], Floats] | None,
     budget: float,
@@ -112,14 +113,14 @@ def select(
     "uniform" every group loses the same share. Then blocks that still fit are put back.
 
     Args:
-        ladders: One for each group.
+        candidates: One for each group.
         cost: What the network costs with the given counts.
         marginal: What one unit of each group costs at given counts; None = score alone decides.
         budget: Largest cost allowed; must be reachable.
         ranking: "global" or "uniform".
     """
-    blocks = _blocks(ladders)
-    counts = np.array([one.size for one in ladders], dtype=np.int64)
+    blocks = _blocks(candidates)
+    counts = np.array([one.size for one in candidates], dtype=np.int64)
     gone: list[Counts] = []
     left = np.arange(len(blocks.group))
     start = cost(counts)
@@ -138,10 +139,10 @@ def select(
     return _refilled(blocks, np.concatenate(gone), counts, cost, budget)
 
 
-def _blocks(ladders: Sequence[Ladder]) -> _Blocks:
-    """Return the blocks of all ladders; those of one group lie in the order in which they leave."""
+def _blocks(candidates: Sequence[CandidateCounts]) -> _Blocks:
+    """Return the blocks of all groups; those of one group in the order in which they leave."""
     group, units, score, share = [], [], [], []
-    for number, one in enumerate(ladders):
+    for number, one in enumerate(candidates):
         sums = np.concatenate(([0.0], np.cumsum(one.scores)))
         upper, lower = one.levels[:0:-1], one.levels[-2::-1]
         group.append(np.full(len(lower), number, dtype=np.int64))

@@ -21,7 +21,7 @@ from compress.progress import track
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.cost import CostModel
 from compress.prune.scoring import build_criterion, scores, spoken
-from compress.prune.selection import ladder
+from compress.prune.selection import candidate_counts
 from compress.tasks import TOP1, Kind, Primary
 
 SHARES = (0.75, 0.5, 0.25)
@@ -39,7 +39,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """What one group can bear."""
+    """Accuracy with one group cut to several widths."""
 
     group: str
     size: int
@@ -165,7 +165,7 @@ def prune_sensitivity(
     images = list(recalibrate)
     curves = []
     for number, group in enumerate(track(network.groups, "sensitivity")):
-        one = ladder(found[number], step=group.multiple, at_least=1)
+        one = candidate_counts(found[number], step=group.multiple, at_least=1)
         points = []
         for count in sorted({one.level_at_most(s * group.size) for s in shares}, reverse=True):
             small = apply_pruning(model, make_plan(network, {group.name: one.kept(count)}))

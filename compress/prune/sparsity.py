@@ -16,6 +16,7 @@ from compress.groups.inputs import Example
 from compress.modules import evaluating
 from compress.modules.inputs import read_batches
 from compress.prune.budget import one_budget
+from compress.prune.criteria.lamp import shares_of_larger
 from compress.prune.loss import FittingLoss
 from compress.prune.saliency import Batches
 
@@ -167,12 +168,7 @@ def _scores(
 
 
 def _lamp(weight: Tensor) -> Tensor:
-    squares = weight.double().square().flatten()
-    order = torch.argsort(squares, descending=True, stable=True)
-    ranked = squares[order]
-    scores = torch.empty_like(squares)
-    scores[order] = ranked / ranked.cumsum(0).clamp_min(torch.finfo(ranked.dtype).tiny)
-    return scores.reshape(weight.shape)
+    return shares_of_larger(weight.double().square().flatten()).reshape(weight.shape)
 
 
 def _masks_of_nncf(

@@ -11,7 +11,7 @@ from onnx import ModelProto
 
 from compress.errors import QuantizationError
 from compress.graph.model import WEIGHTED, attribute, channel_axis
-from compress.graph.values import Graph, constant, set_input
+from compress.graph.values import EditableGraph, constant, set_input
 from compress.qdq.plan import QuantPlan
 
 
@@ -21,7 +21,7 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
     Raises:
         QuantizationError: the plan names a node that is not there or does not fit.
     """
-    graph = Graph(model)
+    graph = EditableGraph(model)
     nodes = {node.name or "": node for node in graph.nodes}
     for step in plan.equalization:
         factors = np.asarray(step.factors, np.float64)
@@ -44,13 +44,13 @@ def rewrite_for(model: ModelProto, target: str) -> ModelProto:
     """Return ``model`` with ops written as others that ``target`` computes in int8."""
     if target != "onnxruntime":  # the others fuse a BatchNorm into what is around it
         return model
-    graph = Graph(model)
+    graph = EditableGraph(model)
     for node in graph.of_type("BatchNormalization"):
         _write_as_conv(graph, node)
     return graph.to_model()
 
 
-def _write_as_conv(graph: Graph, node: ir.Node) -> None:
+def _write_as_conv(graph: EditableGraph, node: ir.Node) -> None:
     """Write a BatchNorm that could not be folded as a 1x1 depthwise Conv, exact in int8."""
     values = [constant(value) for value in node.inputs[1:5]]
     image = node.inputs[0]
@@ -90,7 +90,7 @@ def _outputs_of(node: ir.Node) -> int:
     return int(weight.shape[channel_axis(node)]) * int(groups)
 
 
-def _scale_output(graph: Graph, node: ir.Node, factors: NDArray[Any]) -> None:
+def _scale_output(graph: EditableGraph, node: ir.Node, factors: NDArray[Any]) -> None:
     if node.op_type == "BatchNormalization":
         for position in (1, 2):  # its scale and offset
             _multiply(graph, node, position, factors)
@@ -105,7 +105,7 @@ def _scale_output(graph: Graph, node: ir.Node, factors: NDArray[Any]) -> None:
         _multiply(graph, node, 2, factors)
 
 
-def _scale_input(graph: Graph, node: ir.Node, factors: NDArray[Any]) -> None:
+def _scale_input(graph: EditableGraph, node: ir.Node, factors: NDArray[Any]) -> None:
     if node.op_type == "BatchNormalization":
         _multiply(graph, node, 1, factors)
         _multiply(graph, node, 3, 1 / factors)  # the mean
@@ -124,7 +124,7 @@ def _scale_input(graph: Graph, node: ir.Node, factors: NDArray[Any]) -> None:
     _multiply(graph, node, 1, factors)
 
 
-def _multiply(graph: Graph, node: ir.Node, position: int, factors: NDArray[Any]) -> None:
+def _multiply(graph: EditableGraph, node: ir.Node, position: int, factors: NDArray[Any]) -> None:
     """Multiply a constant that ``node`` reads."""
     given = node.inputs[position]
     value = constant(given)

@@ -15,7 +15,7 @@ from compress.errors import QuantizationError, UnknownNameError
 from compress.graph import model as view
 from compress.graph.model import BIAS_LIMIT, channel_axis
 from compress.graph.preprocess import finished, prepare
-from compress.graph.values import Graph, constant, maker, name_of
+from compress.graph.values import EditableGraph, constant, maker, name_of
 from compress.graph.weightless import check, infer_shapes
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
@@ -74,7 +74,7 @@ def write_qdq(
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
     corrected = rewrite_for(apply_corrections(prepared, plan), target)
     placement = place(view.Graph(corrected), target, plan.float_nodes)
-    written = _Writer(Graph(corrected), plan, target, placement, float_bias).write()
+    written = _Writer(EditableGraph(corrected), plan, target, placement, float_bias).write()
     del written.graph.value_info[:]
     finished(written)
     infer_shapes(written)
@@ -124,7 +124,7 @@ def scale_axis(node: NodeProto | ir.Node, rank: int) -> int | None:
     return channel_axis(node) % rank
 
 
-def add_pair(graph: Graph, value: ir.Value, numbers: Sequence[ir.Value | None]) -> ir.Value:
+def add_pair(graph: EditableGraph, value: ir.Value, numbers: Sequence[ir.Value | None]) -> ir.Value:
     """Add Q and DQ of ``value``, with a scale and a zero point; return what comes out of them."""
     hint = value.name
     codes = graph.add("QuantizeLinear", [value, *numbers], f"{hint}_quantized", f"{hint}_q")
@@ -132,7 +132,7 @@ def add_pair(graph: Graph, value: ir.Value, numbers: Sequence[ir.Value | None]) 
 
 
 def add_dequantize(
-    graph: Graph, hint: str, codes: NDArray[Any], scales: NDArray[Any], axis: int | None
+    graph: EditableGraph, hint: str, codes: NDArray[Any], scales: NDArray[Any], axis: int | None
 ) -> ir.Value:
     """Add a constant stored as integers with symmetric ``scales``, and return its real value."""
     inputs = [
@@ -146,7 +146,12 @@ def add_dequantize(
 
 class _Writer:
     def __init__(
-        self, graph: Graph, plan: QuantPlan, target: str, placement: Placement, float_bias: bool
+        self,
+        graph: EditableGraph,
+        plan: QuantPlan,
+        target: str,
+        placement: Placement,
+        float_bias: bool,
     ) -> None:
         self.graph, self.plan, self.target, self.placement = graph, plan, target, placement
         self.int32_bias = RULES[target].int32_bias and not float_bias

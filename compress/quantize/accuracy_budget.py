@@ -1,4 +1,4 @@
-"""Give layers back to float, the cheapest first, until the loss of accuracy is within a budget."""
+"""Leave layers in float, the cheapest first, until the loss of accuracy is within a budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb: an fp32 ONNX file and images in, the Q/DQ file of each target out."""
+"""Quantize an fp32 ONNX file on images: one Q/DQ file for each target."""
 
 from __future__ import annotations
 

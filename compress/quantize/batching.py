@@ -7,7 +7,7 @@ from onnx import ModelProto
 
 from compress.errors import QuantizationError
 from compress.graph.metadata import dims_of
-from compress.graph.values import Graph, constant, name_of
+from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
@@ -41,7 +41,7 @@ def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
 
 
 def _with_free_reshapes(prepared: ModelProto, fixed: int) -> ModelProto:
-    graph = Graph(prepared)
+    graph = EditableGraph(prepared)
     for node in graph.of_type("Reshape"):
         target = constant(node.inputs[1])
         if target is not None and target.size and target[0] == fixed:

@@ -1,4 +1,4 @@
-"""Which channels of an ONNX graph can be scaled together: one number for each set of them.
+"""Sets of channels of an ONNX graph that must be scaled together.
 
 Every channel of every tensor has a label. An operator whose result is scaled as its inputs are
 joins their labels; a layer with weights ends them, since its weights take a factor up; any other

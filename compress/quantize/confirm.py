@@ -1,4 +1,4 @@
-"""The last check of a Q/DQ graph: its target's own runtime computes what the graph says."""
+"""The last check of a Q/DQ graph: run it on the target's own runtime and compare."""
 
 from __future__ import annotations
 

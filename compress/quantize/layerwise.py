@@ -1,4 +1,4 @@
-"""Runs a Q/DQ graph layer by layer, so that each layer can be corrected before the next sees it."""
+"""Layer-wise execution of a Q/DQ graph: each layer can be corrected before the next runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plan says of itself beside its figures: parts left in float, how far to trust it."""
+"""Notes of a plan: what was kept, what stays in float, how far to trust its figures."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def float_parts(graph: Graph, target: str) -> list[str]:
 def of_judging(
     names: Sequence[str], reference: Sequence[NDArray[Any]], each_db: Sequence[float]
 ) -> list[str]:
-    """Return sentences on the answers that were compared.
+    """Return notes on the outputs that were compared.
 
     Args:
         names: Tensors that were compared.

@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.artifact import replacing
 from compress.errors import DataError
 from compress.graph.model import WEIGHTED
-from compress.graph.values import Graph, label
+from compress.graph.values import EditableGraph, label
 from compress.measure.macs import node_macs
 from compress.progress import track
 from compress.qdq import QuantPlan, prepare, write_qdq
@@ -37,7 +37,7 @@ Outputs = Mapping[str, Array]  # of one batch, by name
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What happens if this layer alone is quantized."""
+    """The error and the loss of accuracy when this layer alone is quantized."""
 
     node: str
     op: str
@@ -188,7 +188,7 @@ def quantize_sensitivity(
     images = [batch for batch, _ in judge.labelled]
     base = rewrite_for(apply_corrections(prepare(model), plan), target)
     whole = write_qdq(model, plan, target)
-    layers = list(_layers(Graph(whole)))
+    layers = list(_layers(EditableGraph(whole)))
     reference = judge.outputs(base, float_qdq=True)
     value = judge.value(reference)
     seen = _observe(base, layers, images)
@@ -255,7 +255,7 @@ def layer_macs(model: onnx.ModelProto) -> dict[str, int]:
     return {n.name: macs[n.output[0]] for n in model.graph.node if n.output[0] in macs}
 
 
-def _layers(graph: Graph) -> Iterable[_Layer]:
+def _layers(graph: EditableGraph) -> Iterable[_Layer]:
     for node in graph.of_type(*WEIGHTED):
         weight, pair = weight_of(node), pair_before(node.inputs[0])
         if weight is not None and pair is not None:
@@ -266,7 +266,7 @@ def _with_layer(
     base: onnx.ModelProto, layer: _Layer, weight: bool, activation: bool
 ) -> onnx.ModelProto:
     """Return ``base`` with one layer quantized in weight, input, or both."""
-    graph = Graph(base)
+    graph = EditableGraph(base)
     node = next(node for node in graph.nodes if node.name == layer.name)
     if activation:
         numbers = layer.pair.numbers

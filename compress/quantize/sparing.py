@@ -84,7 +84,7 @@ def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str
         return None
     parts = _split(names, _PARTS)
     while True:
-        best = max(parts, key=lambda part: bench.judge(plan.keep_float(part, TRIED)).weakest_db)
+        best = max(parts, key=lambda part: bench.screened_db(plan.keep_float(part, TRIED)))
         if len(best) == 1:
             return best[0]
         parts = _split(best, 2)

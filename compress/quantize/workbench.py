@@ -1,4 +1,4 @@
-"""What the methods of quantization share: the graph, its ranges, the corrections, the judging."""
+"""The quantization context that all methods share: graph, ranges, corrections, SQNR."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from compress.quantize.weight_scales import search_weight_scales
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
 TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried
+SCREENED = 4  # images on which many plans are compared, of which one is then judged
 
 
 @dataclass
 class Workbench:
-    """What every method works with.
+    """The quantization context: everything that a method works with.
 
     Args:
         prepared: The fp32 graph.
@@ -57,6 +58,8 @@ class Workbench:
     is_free: bool = True
     float_means: FloatMeans = field(default_factory=dict)
     known: list[tuple[QuantPlan, Closeness]] = field(default_factory=list)  # plans judged before
+    few: Feed = field(default_factory=dict)  # to screen on
+    few_reference: list[NDArray[Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Set images aside for judging; let the graph take any number of them."""
@@ -124,6 +127,16 @@ class Workbench:
         found = closeness(self.reference, got, _count(self.judging))
         self.known.append((bare, found))
         return found
+
+    def screened_db(self, plan: QuantPlan) -> float:
+        """Return the SQNR of the weakest output in the mean of a few images that judge."""
+        if not self.few:
+            batch = self.images.fixed_batch or 1
+            self.few = first(self.judging, -(-SCREENED // batch) * batch)
+            self.few_reference = answers(self.prepared, self.few, names=self.judged)
+        written = write_qdq(self.prepared, plan)
+        got = answers(written, self.few, target=self.target, names=self.judged)
+        return closeness(self.few_reference, got, _count(self.few)).weakest_db
 
     def notes(self, plan: QuantPlan) -> list[str]:
         """Return what else there is to say of ``plan``."""

@@ -31,10 +31,12 @@ class ModelSettings(Settings):
     name: str = Field(description="MODEL, e.g. torchvision:resnet18 or path/file.py:factory")
     weights: str | None = Field(None, description="Weight file, or the name of published weights")
     num_classes: int | None = Field(None, ge=2, description="Classes; the data's if absent")
-    replace_head: bool = Field(False, description="Weights of other classes: start a new head")
+    replace_head: bool = Field(
+        False, description="Weights are of other classes: start a new classifier head"
+    )
     options: dict[str, Any] = Field({}, description="Further arguments of the constructor")
     input_size: tuple[int, int, int] | None = Field(
-        None, description="Channels, height and width that an ONNX file with free ones is fixed to"
+        None, description="Channels, height and width to fix dynamic sizes of an ONNX file to"
     )
 
 
@@ -63,7 +65,7 @@ class DataSettings(Settings):
         None, description="Per channel as the network takes them, of images in input_range; above 0"
     )
     input_range: tuple[float, float] | None = Field(
-        None, description="Values of black and white before mean and std: [0, 1] if absent"
+        None, description="Values of black and white pixels before mean and std: [0, 1] if absent"
     )
     color: Literal["RGB", "BGR"] | None = Field(
         None, description="Order of the network's channels; RGB if absent"
@@ -72,7 +74,8 @@ class DataSettings(Settings):
         None, description="Order of the dimensions of an ONNX file's input; by its shape if absent"
     )
     inputs: dict[str, float | list[Any] | str] | None = Field(
-        None, description="Values of an ONNX file's further inputs by name: numbers, or a .npy file"
+        None,
+        description="Values of an ONNX file's additional inputs by name: numbers, or a .npy file",
     )
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
@@ -111,7 +114,7 @@ class AugmentSettings(Settings):
     erasing: float = Field(0.0, ge=0, le=1, description="Probability of random erasing")
     mixup: float = Field(0.0, ge=0, description="Alpha of mixup's Beta distribution; 0 = off")
     cutmix: float = Field(0.0, ge=0, description="Alpha of cutmix's Beta distribution; 0 = off")
-    fixed: bool = Field(False, description="The same change of an image in every epoch")
+    fixed: bool = Field(False, description="Augment an image alike in every epoch")
 
 
 class TrainSettings(Settings):
@@ -120,26 +123,36 @@ class TrainSettings(Settings):
     epochs: int = Field(1, ge=0, description="Passes over the training images")
     epoch_images: int | None = Field(None, ge=1, description="Images of an epoch, all if absent")
     batch_size: int = Field(128, ge=1, description="Images in a step, over all processes")
-    accumulate: int = Field(1, ge=1, description="Parts a batch is computed in, to save memory")
-    halve_batch: bool = Field(False, description="Out of memory: compute batches in more parts")
+    accumulate: int = Field(
+        1, ge=1, description="Gradient-accumulation steps: parts that a batch is computed in"
+    )
+    halve_batch: bool = Field(
+        False, description="When memory runs out, compute batches in more parts and go on"
+    )
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
         "sgd", description="Optimizer of the weights"
     )
     lr: float = Field(0.05, gt=0, description="Peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Of sgd")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd")
     nesterov: bool = Field(True, description="Nesterov momentum, of sgd")
-    weight_decay: float = Field(5e-4, ge=0, description="L2, on weights; not on biases and norms")
+    weight_decay: float = Field(
+        5e-4, ge=0, description="Weight decay (L2) of weights, not of biases and norms"
+    )
     l1: float = Field(0.0, ge=0, description="Weight of the L1 norm of the weights in the loss")
     schedule: Literal["constant", "cosine", "step", "one-cycle"] = Field(
-        "cosine", description="Course of the learning rate"
+        "cosine", description="Learning-rate schedule"
     )
-    warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the rate rises")
+    warmup_epochs: float = Field(0.0, ge=0, description="Epochs of learning-rate warm-up")
     step_epochs: tuple[float, ...] = Field((), description="Epochs at which 'step' cuts the rate")
     step_factor: float = Field(0.1, gt=0, lt=1, description="What 'step' multiplies the rate by")
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share spread over all classes")
-    clip_norm: float | None = Field(None, gt=0, description="Largest gradient norm")
-    ema: float | None = Field(None, gt=0, lt=1, description="Decay of the averaged weights")
-    patience: int | None = Field(None, ge=1, description="Epochs without gain before stopping")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Label smoothing: share spread over all classes"
+    )
+    clip_norm: float | None = Field(None, gt=0, description="Gradient clipping: largest norm")
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="Decay of the exponential moving average (EMA) of the weights"
+    )
+    patience: int | None = Field(None, ge=1, description="Early stopping: epochs without gain")
     keep: Literal["best", "last"] = Field("last", description="Which checkpoint is the result")
     augment: AugmentSettings = Field(
         AugmentSettings(), description="Random changes of training images"
@@ -151,11 +164,15 @@ class TrainSettings(Settings):
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
     deterministic: bool = Field(False, description="Use deterministic kernels only")
     compile: bool = Field(False, description="Train the network compiled by torch.compile")
-    sync_batchnorm: bool = Field(False, description="BatchNorm statistics over all processes")
+    sync_batchnorm: bool = Field(
+        False, description="Synchronized BatchNorm: statistics over all processes"
+    )
     freeze_until: str | None = Field(None, description="Layers before this one are not trained")
-    layer_lr: dict[str, float] = Field({}, description="Factors of the rate, by layer prefix")
+    layer_lr: dict[str, float] = Field({}, description="Learning-rate factors, by layer prefix")
     checkpoint_minutes: float = Field(10.0, ge=0, description="Longest time between checkpoints")
-    track: Literal["tensorboard", "mlflow"] | None = Field(None, description="Also log there")
+    track: Literal["tensorboard", "mlflow"] | None = Field(
+        None, description="Also log trainings there: tensorboard or mlflow"
+    )
 
 
 class DistillSettings(TrainSettings):
@@ -175,15 +192,17 @@ class DistillSettings(TrainSettings):
         None, description="Distillation losses, summed; those that suit the task if absent"
     )
     hard: float = Field(1.0, ge=0, description="Weight of the cross-entropy with the true labels")
-    loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs in which the losses fade in")
-    control: bool = Field(False, description="Also train without the teacher, briefly, and compare")
-    cache_teacher: bool = Field(False, description="Keep the teacher's answers on disk")
+    loss_warmup_epochs: float = Field(0.0, ge=0, description="Epochs of warm-up of the losses")
+    control: bool = Field(
+        False, description="Teacher ablation: compare short trainings with and without it"
+    )
+    cache_teacher: bool = Field(False, description="Keep the teacher's logits on disk")
 
 
 class PruneSettings(Settings):
     """What to cut, by what measure, and how far."""
 
-    criterion: Plugin = Field("obs", description="What a channel is worth")
+    criterion: Plugin = Field("obs", description="Pruning criterion: how channels are scored")
     keep_macs: Fraction | None = Field(
         None, description="Share of the multiply-accumulates to keep"
     )
@@ -194,8 +213,8 @@ class PruneSettings(Settings):
     keep_latency: Fraction | None = Field(
         None, description="Share of the latency on `runtime`; both are timed in turns"
     )
-    latency_ms: float | None = Field(None, gt=0, description="Latency to reach, on `runtime`")
-    runtime: RuntimeName = Field("onnxruntime", description="Where latency is measured")
+    latency_ms: float | None = Field(None, gt=0, description="Latency limit on `runtime`")
+    runtime: RuntimeName = Field("onnxruntime", description="Runtime on which latency is measured")
     ranking: Literal["global", "uniform"] = Field(
         "global", description="Rank channels over all layers, or cut every layer alike"
     )
@@ -207,15 +226,19 @@ class PruneSettings(Settings):
     max_cut: Fraction = Field(1.0, description="Largest share of a group's channels that is cut")
     exclude: tuple[str, ...] = Field((), description="Layers that are not cut")
     outputs: tuple[str, ...] | None = Field(
-        None, description="Outputs whose channels stay, by place; the task's choice if absent"
+        None, description="Outputs to keep, by index or name; the task's choice if absent"
     )
-    rounds: int = Field(1, ge=1, description="Cut in so many steps, training a little between")
+    rounds: int = Field(
+        1, ge=1, description="Prune in so many rounds, with a short training between them"
+    )
     round_training: TrainSettings | None = Field(None, description="Training between the rounds")
     sparsity_training: TrainSettings | None = Field(
         None, description="Group-sparsity training before the first cut"
     )
     sparsity_strength: float = Field(1e-4, gt=0, description="Weight of the group-sparsity penalty")
-    refit: bool = Field(True, description="Fit the weights left to the original's answers")
+    refit: bool = Field(
+        True, description="Reconstruction: fit the remaining weights to the original's outputs"
+    )
     recalibrate_batches: int = Field(
         16, ge=1, description="Training batches that BatchNorm's statistics are taken from"
     )
@@ -239,7 +262,7 @@ class SparsifySettings(Settings):
         "unstructured", description="Which weights may be zeroed together"
     )
     criterion: Literal["l1", "l2", "lamp", "taylor", "random"] = Field(
-        "l1", description="What a weight is worth"
+        "l1", description="How weights are scored"
     )
     ranking: Literal["global", "uniform"] = Field(
         "global", description="Rank weights over all layers, or in each layer alone"
@@ -291,7 +314,9 @@ class Target(Settings):
     precision: Precision = Field("int8", description="Number format: fp32, fp16 or int8")
     batch: int = Field(1, ge=1, description="Images in a batch")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
-    when_installed: bool = Field(False, description="Leave it out, and say so, where it is absent")
+    when_installed: bool = Field(
+        False, description="Skip this target, and say so, where its package is absent"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -333,7 +358,9 @@ class MeasureSettings(Settings):
 
     rounds: int = Field(20, ge=3, description="Interleaved rounds of the latency measurement")
     round_ms: float = Field(50.0, gt=0, description="Time each variant is run for in a round")
-    test_images: int | None = Field(None, ge=1, description="Judge on so many test images only")
+    test_images: int | None = Field(
+        None, ge=1, description="Measure accuracy on so many test images only"
+    )
     explain_images: int = Field(0, ge=0, description="Images with attribution maps in the report")
     explain_methods: tuple[AttributionMethod, ...] = Field(
         ("grad-cam", "kernel-shap"),
@@ -341,7 +368,7 @@ class MeasureSettings(Settings):
         "explain the int8 file that ships, on its runtime",
     )
     sensitivity: bool = Field(
-        False, description="Chart in the report what the original loses with each group of channels"
+        False, description="Chart of pruning sensitivity: the original with one group cut at a time"
     )
 
 

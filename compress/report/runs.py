@@ -126,7 +126,7 @@ def joint_tables(reports: Sequence[Report]) -> list[Table]:
 
 
 @dataclass(frozen=True)
-class Moment:
+class HistoryEntry:
     """The outcome of one run on one runtime, for the history of a recipe."""
 
     report: Report
@@ -159,10 +159,12 @@ def histories(reports: Sequence[Report]) -> list[Table]:
     for report in reports:
         recipes.setdefault(recipe_key(report), []).append(report)
     for same in recipes.values():
-        moments: dict[tuple[Any, ...], list[Moment]] = {}
+        moments: dict[tuple[Any, ...], list[HistoryEntry]] = {}
         for report in same:
             for variant, _, result in comparisons(report):
-                moments.setdefault(setting_of(result), []).append(Moment(report, variant, result))
+                moments.setdefault(setting_of(result), []).append(
+                    HistoryEntry(report, variant, result)
+                )
         for setting, row in moments.items():
             if len(row) > 1:
                 found.append(_history(same[-1].name, place_name(setting), setting[2], row))
@@ -175,7 +177,7 @@ def recipe_key(report: Report) -> str:
     return json.dumps(kept, sort_keys=True)
 
 
-def _history(name: str, place: str, batch: int, moments: Sequence[Moment]) -> Table:
+def _history(name: str, place: str, batch: int, moments: Sequence[HistoryEntry]) -> Table:
     columns = (
         Column("Run", is_number=False),
         Column("Created", is_number=False),
@@ -191,7 +193,7 @@ def _history(name: str, place: str, batch: int, moments: Sequence[Moment]) -> Ta
     return Table(key, f"{place}, batch {batch}", columns, tuple(rows))
 
 
-def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
+def _moment(now: HistoryEntry, before: HistoryEntry | None) -> tuple[Cell, ...]:
     slower = before is not None and _is_below(
         now.result.speedup_ci95, before.result.speedup_ci95, SPEED_MARGIN
     )
@@ -219,7 +221,7 @@ def _moment(now: Moment, before: Moment | None) -> tuple[Cell, ...]:
     )
 
 
-def _figure_column(moments: Sequence[Moment]) -> Column:
+def _figure_column(moments: Sequence[HistoryEntry]) -> Column:
     """Return the column of what stands for how good a result is: the task's metric, top-1, SQNR."""
     figure = next((moment.figure for moment in reversed(moments) if moment.figure), None)
     if figure is None:
@@ -256,7 +258,7 @@ def _is_below(one: Interval | None, other: Interval | None, margin: float = 1.0)
     return one is not None and other is not None and one[1] * margin < other[0]
 
 
-def _grew(before: Moment, now: Moment) -> bool:
+def _grew(before: HistoryEntry, now: HistoryEntry) -> bool:
     """Return whether what runs became larger; sizes of engines and of artifacts are not mixed."""
     pairs = (
         (before.result.size_mib, now.result.size_mib),

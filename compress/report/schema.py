@@ -49,7 +49,7 @@ class MetricRecord(Record):
 
 
 class Figure(Record):
-    """The figure that stands for how good a result is: what charts, tiles and tables show."""
+    """The headline figure of a result, shown in charts, tiles and tables."""
 
     name: str  # "top-1", the task's primary metric, "SQNR"
     value: float
@@ -399,7 +399,7 @@ class DrawnChange(Record):
 
 
 class Details(Record):
-    """What changed inside, what was lost and for whom; each part is optional."""
+    """Details of a report: layers, classes, images, charts; each part is optional."""
 
     classes: tuple[str, ...] = ()
     tells_classes: bool = True  # one class an image: what follows from that is told

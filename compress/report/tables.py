@@ -46,7 +46,7 @@ class Table:
 
 
 def sizes(report: Report) -> Table:
-    """Return what each variant is made of: parameters, MACs and file size."""
+    """Return parameters, MACs and file size of each variant."""
     original = report.original
     columns = (
         Column("Variant", is_number=False),
@@ -61,7 +61,7 @@ def sizes(report: Report) -> Table:
 
 
 def accuracies(report: Report) -> Table:
-    """Return how right each variant is on each runtime, and how far from the original."""
+    """Return the accuracy of each variant on each runtime, and its change from the original."""
     own = _task_columns(report)
     filled = _ACCURACY
     if own or not report.details.tells_classes:

@@ -107,7 +107,7 @@ def sizes_mib(original: Variant, variant: Variant, result: Result) -> tuple[floa
 
 
 def size_ratio(original: Variant, variant: Variant, result: Result) -> float | None:
-    """Return how often what runs of ``variant`` goes into what runs of the original."""
+    """Return the size of what runs of the original over that of ``variant``."""
     sizes = sizes_mib(original, variant, result)
     return sizes[0] / sizes[1] if sizes else None
 
@@ -230,19 +230,19 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
     ]
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}
-    rivals = []
-    for rival, result in ((v, r) for v in report.variants for r in _beside(v, after)):
-        if result.latency_ms_p50 is None or rival.name in missed:
+    candidates = []
+    for variant, result in ((v, r) for v in report.variants for r in _beside(v, after)):
+        if result.latency_ms_p50 is None or variant.name in missed:
             continue
-        judged = accuracy_of(rival, result)
+        judged = accuracy_of(variant, result)
         change = judged.top1_change_pct
         if judged.main_change is not None:
             change = -judged.main_change.drop
-        if rival is report.original or limit is None or (change or 0.0) >= -limit:
-            rivals.append((result.latency_ms_p50, title(rival, result), result))
-    if not rivals:
+        if variant is report.original or limit is None or (change or 0.0) >= -limit:
+            candidates.append((result.latency_ms_p50, title(variant, result), result))
+    if not candidates:
         return ""
-    milliseconds, name, result = min(rivals, key=lambda each: each[0])
+    milliseconds, name, result = min(candidates, key=lambda each: each[0])
     if result is after:
         return ""
     unit = next((g.unit for g in budgets if g.metric), "pct")

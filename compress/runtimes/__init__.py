@@ -48,7 +48,7 @@ __all__ = [
 
 @runtime_checkable
 class Session(Protocol):
-    """A loaded artifact that answers batches."""
+    """A loaded artifact that runs batches."""
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -230,15 +230,13 @@ def facts(runtime: str | Mapping[str, Any]) -> type[Runtime]:
     return plugin
 
 
-def open_built(
-    path: Path, runtime: str | Mapping[str, Any], *, batch: int = 1, threads: int | None = None
-) -> Session:
+def open_built(path: Path, runtime: str | Mapping[str, Any]) -> Session:
     """Open an ONNX file on a runtime; where that opens engines only, one is built beside it."""
     plugin = facts(runtime)
     if plugin.opens == "engine":
         engine = path.with_suffix(plugin.extension)
-        path = build_engine(path, engine, runtime=runtime, batch=batch)
-    return open_session(path, runtime, threads=threads)
+        path = build_engine(path, engine, runtime=runtime, batch=1)
+    return open_session(path, runtime)
 
 
 def check_kind(path: Path, runtime: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._resize import Fit
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UsageError, boundary
 from compress.tasks._metrics import (
     TOP1,
     Array,
@@ -317,14 +317,14 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
     """Return what a few images contribute, from a task that is tried before anything depends on it.
 
     Raises:
-        UsageError: predictions or scores change when they are computed again from the same outputs,
-            or every score is NaN.
+        UsageError: predict or score raises, or gives something else for the same outputs, or every
+            score is NaN.
     """
-    tries = []
-    for _ in range(2):
-        found = task.predict(outputs)
-        tries.append([task.score(each, targets[i]) for i, each in enumerate(found)])
-    name = type(task).__name__
+    tries, name = [], type(task).__name__
+    with boundary(UsageError, "predict or score fails", where=name, fix="Mend the task"):
+        for _ in range(2):
+            found = task.predict(outputs)
+            tries.append([task.score(each, targets[i]) for i, each in enumerate(found)])
     for number, (one, two) in enumerate(zip(*tries, strict=True)):
         for key, value in one.items():
             if not np.array_equal(numeric(value), numeric(two[key]), equal_nan=_is_number(value)):

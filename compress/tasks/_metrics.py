@@ -105,19 +105,18 @@ class Change:
         return -self.value if self.higher_is_better else self.value
 
 
-def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[str, Metric]:
+def metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metric]:
     """Return every metric with its bootstrap interval over images.
 
     Args:
         task: Says how images contribute.
         scores: What each of N images contributes, as ``score`` returned it.
-        seed: Of the draws.
 
     Raises:
         DataError: there are no images, or a metric is not a finite number.
     """
     values = values_of(task, scores)
-    drawn = _bootstrap(task, scores, seed)
+    drawn = _bootstrap(task, scores)
     return {
         name: Metric(
             values[name],
@@ -129,14 +128,12 @@ def metrics(task: Task, scores: Sequence[Contribution], seed: int = 0) -> dict[s
     }
 
 
-def class_metrics(
-    task: Task, scores: Sequence[Contribution], seed: int = 0
-) -> dict[str, Metric | None]:
+def class_metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metric | None]:
     """Return the task's metric of each class with its interval; None for one that never occurs."""
     found = task.class_values(scores, np.ones((1, len(scores)), dtype=np.int64))
     if found is None:
         return {}
-    parts = (task.class_values(scores, counts) for counts in _draws(len(scores), seed))
+    parts = (task.class_values(scores, counts) for counts in _draws(len(scores)))
     drawn = np.concatenate([part for part in parts if part is not None])
     kind, metrics = Kind(), dict[str, Metric | None]()
     for k, value in enumerate(found[0].tolist()):
@@ -147,10 +144,7 @@ def class_metrics(
 
 
 def compare(
-    task: Task,
-    reference: Sequence[Contribution],
-    candidate: Sequence[Contribution],
-    seed: int = 0,
+    task: Task, reference: Sequence[Contribution], candidate: Sequence[Contribution]
 ) -> dict[str, Change]:
     """Return candidate less reference of every metric, paired: both are drawn the same images.
 
@@ -163,7 +157,7 @@ def compare(
             expected="predictions for the same images",
         )
     before, after = values_of(task, reference), values_of(task, candidate)
-    drawn = (_bootstrap(task, reference, seed), _bootstrap(task, candidate, seed))
+    drawn = (_bootstrap(task, reference), _bootstrap(task, candidate))
     return {
         name: Change(
             after[name] - before[name],
@@ -183,7 +177,7 @@ def compare(
 
 
 def agreement(
-    task: Task, reference: Sequence[Prediction], candidate: Sequence[Prediction], seed: int = 0
+    task: Task, reference: Sequence[Prediction], candidate: Sequence[Prediction]
 ) -> Metric:
     """Return the mean agreement of two networks' predictions for the same images.
 
@@ -196,7 +190,7 @@ def agreement(
             expected="predictions for the same images, at least one",
         )
     each = np.array([task.agreement(a, b) for a, b in zip(reference, candidate, strict=True)])
-    drawn = np.concatenate([counts @ each for counts in _draws(len(each), seed)]) / len(each)
+    drawn = np.concatenate([counts @ each for counts in _draws(len(each))]) / len(each)
     kind = Kind(task.agreement_unit)
     ends = _interval(drawn, float(each.mean()), kind, len(each), drawn)
     return Metric(float(each.mean()), _inside(ends, kind), task.agreement_unit)
@@ -233,14 +227,14 @@ def values_of(task: Task, scores: Sequence[Contribution]) -> dict[str, float]:
     return values
 
 
-def _bootstrap(task: Task, scores: Sequence[Contribution], seed: int) -> dict[str, Array]:
-    parts = [task.summarize(scores, counts) for counts in _draws(len(scores), seed)]
+def _bootstrap(task: Task, scores: Sequence[Contribution]) -> dict[str, Array]:
+    parts = [task.summarize(scores, counts) for counts in _draws(len(scores))]
     return {name: np.concatenate([part[name] for part in parts]) for name in task.kinds}
 
 
-def _draws(images: int, seed: int) -> Any:
+def _draws(images: int) -> Any:
     """Yield matrices of how often each image is drawn, (r, N), RESAMPLES rows in all."""
-    random, even = np.random.default_rng(seed), np.full(images, 1 / images)
+    random, even = np.random.default_rng(0), np.full(images, 1 / images)
     step = max(1, min(RESAMPLES, DRAWN_AT_ONCE // images))
     for start in range(0, RESAMPLES, step):
         yield random.multinomial(images, even, size=min(step, RESAMPLES - start))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compress.models.classifier import replace_head
-from compress.modules.objective import CrossEntropy, Moment, Objective
+from compress.modules.objective import CrossEntropy, Objective, TrainingProgress
 from compress.train.batches import shown_batches
 from compress.train.distributed import join_processes
 from compress.train.loop import train
@@ -11,9 +11,9 @@ from compress.train.state import TrainResult
 
 __all__ = [
     "CrossEntropy",
-    "Moment",
     "Objective",
     "TrainResult",
+    "TrainingProgress",
     "join_processes",
     "replace_head",
     "shown_batches",

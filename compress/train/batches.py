@@ -34,7 +34,7 @@ class Batch:
 
 
 def steps_in_epoch(dataset: Dataset, settings: TrainSettings) -> int:
-    """Return the steps of an epoch; images left over for less than a whole batch sit it out."""
+    """Return the steps of an epoch; the incomplete last batch is dropped."""
     there = len(dataset.splits["train"])
     return max(1, min(there, settings.epoch_images or there) // settings.batch_size)
 
@@ -91,7 +91,7 @@ def train_batches(
 def shown(
     images: Tensor, target: Any, chances: Tensor, dataset: Dataset, settings: TrainSettings
 ) -> tuple[Tensor, Any]:
-    """Return what a network in training is shown of stored images: changed at random, normalized.
+    """Return stored images as training shows them to a network: augmented, normalized.
 
     Args:
         images: (B, C, H, W) uint8.

@@ -18,7 +18,7 @@ from compress.train.optimizers import frozen_layers
 def left_as_found(
     model: nn.Module, settings: TrainSettings, device: torch.device
 ) -> Iterator[list[nn.Module]]:
-    """Prepare a network for training; undo everything but the weights on the way out.
+    """Prepare a network for training; restore everything but the weights afterwards.
 
     Modes, ``requires_grad``, device, memory format, global random state and flags of torch are
     as before afterwards.

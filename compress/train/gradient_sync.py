@@ -14,7 +14,7 @@ from compress.train.distributed import Processes
 
 
 class Sharing:
-    """One network in every process, and gradients that are averaged over all of them.
+    """The network in every process, with gradients averaged over all of them.
 
     Those of the first step are averaged when they are complete. That shows whether any parameter
     gets none (a head that is not used, say); from then on they are averaged while further ones are

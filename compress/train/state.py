@@ -33,7 +33,7 @@ UNIMPORTANT = {"halve_batch", "track", "checkpoint_minutes"}  # may change on th
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training left behind."""
+    """The result of a training."""
 
     history: tuple[Row, ...]  # rows of metrics.jsonl
     epochs: float  # done, fewer than asked for if it stopped early
@@ -50,7 +50,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Training:
-    """What one call of ``train`` is about."""
+    """The arguments of one call of ``train``, and what follows from them."""
 
     model: nn.Module
     dataset: Dataset
@@ -104,7 +104,7 @@ class Training:
 
 @dataclass
 class State:
-    """How far a training is: everything that a checkpoint holds."""
+    """The progress of a training: everything that a checkpoint holds."""
 
     training: Training
     optimizer: torch.optim.Optimizer

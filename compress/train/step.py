@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.modules.objective import Informed, Moment, Movable, Objective
+from compress.modules.objective import Informed, Movable, Objective, TrainingProgress
 from compress.train.batches import Batch, on_device, seed_of, shown
 from compress.train.distributed import SyncedBatchNorm
 from compress.train.ema import Average
@@ -107,7 +107,9 @@ class TrainStep:
             images, target = self._prepared(batch, rows)
             if isinstance(training.objective, Informed):
                 index = batch.index[rows].to(device)
-                training.objective.before(Moment(self.state.position, index, training.model))
+                training.objective.before(
+                    TrainingProgress(self.state.position, index, training.model)
+                )
             synced = settings.sync_batchnorm and world > 1
             with (
                 self.sharing.part(last=number == len(pieces) - 1),

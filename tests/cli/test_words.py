@@ -76,7 +76,7 @@ SIZE = "Expected: Side of the network's input, or height and width, pixels."
             {"stages": [{"prune": {"keep_macs": 0.5, "criterion": 3}}]},
             [
                 "r: stages[0].prune.criterion: 3 is not of a form that is known here. Expected: "
-                "What a channel is worth."
+                "Pruning criterion: how channels are scored."
             ],
         ),
         (

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_detectors
 import torch
 from PIL import Image
 from torch import Tensor
@@ -115,7 +116,10 @@ def test_its_metrics_are_those_of_the_file_that_ships(report, root):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"task": "detection"}, r"task: needs labels of the form 'boxes'; data 'masks' has 'mask'"),
+        (
+            {"task": "detection"},
+            r"task: needs labels of the form 'boxes'; data 'masks' has 'mask'.*task: segm",
+        ),
         ({"task": "segmentatoin"}, r"no such task 'segmentatoin'. Did you mean 'segmentation'"),
         ({"gates": {"top1_drop_pct": 1}}, r"gates.top1_drop_pct: .* Use gates.metric_drop"),
         (
@@ -134,6 +138,33 @@ def test_what_does_not_fit_the_task_is_refused(root, tmp_path, changes, message)
     changes = {"stages": [], "targets": [], "gates": {}} | changes
     with pytest.raises(CompressError, match=message):
         compress.run(validate(content(root, **changes), where="test"), tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["ssd", "retinanet"])
+def test_a_detector_of_images_with_classes_names_the_nearest_task(kind, tmp_path):
+    recipe = {
+        "model": {"name": f"{tiny_detectors.__file__}:{kind}"},
+        "data": {"name": "digits", "image_size": 64, "channels": 3},
+        "stages": [{"prune": {"keep_macs": 0.7}}],
+    }
+    with pytest.raises(
+        CompressError, match=r"classification does not .*\(4, \d+, \d+\).* detection"
+    ):
+        compress.run(validate(recipe, where="test"), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_detector_is_pruned_on_images_without_labels(root, tmp_path):
+    recipe = {
+        "model": {"name": "torchvision:ssdlite320_mobilenet_v3_large"},
+        "data": {"name": "images", "root": str(root / "train" / "images"), "image_size": 64},
+        "task": "detection",
+        "stages": [{"prune": {"keep_macs": 0.7}}],
+        "measure": {"rounds": 3, "round_ms": 1},
+    }
+    assert compress.run(validate(recipe, where="test"), tmp_path / "run") is not None
+    small = compress.load_model(tmp_path / "run" / "01-prune")  # of the 91 classes it comes with
+    assert small.head.classification_head.num_columns == 91
 
 
 def test_the_best_checkpoint_is_that_of_the_primary_metric(root):

@@ -31,8 +31,8 @@ from compress.prune.latency_table import (
     layer_module,
     time_calls,
 )
-from compress.prune.latency_target import Promise, Stopwatch, check_promise
-from compress.prune.selection import Ladder, ladder
+from compress.prune.latency_target import LatencyCheck, Stopwatch, check_latency
+from compress.prune.selection import CandidateCounts, candidate_counts
 
 CONV = LayerShape((3, 3), (1, 1), (1, 1, 1, 1), (1, 1), (16, 16))
 
@@ -159,24 +159,24 @@ def test_a_call_is_timed_by_a_quantile(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time_calls(call, 0.2) == pytest.approx(2.0)
 
 
-def tiny_case(seed: int) -> tuple[list[Ladder], list[np.ndarray], Any, list[list[int]]]:
+def tiny_case(seed: int) -> tuple[list[CandidateCounts], list[np.ndarray], Any, list[list[int]]]:
     draw = np.random.default_rng(seed)
-    ladders = [ladder(draw.random(6), step=1, at_least=1) for _ in range(3)]
-    importance = [one.scores for one in ladders]
+    candidates = [candidate_counts(draw.random(6), step=1, at_least=1) for _ in range(3)]
+    importance = [one.scores for one in candidates]
     rates = draw.random(3) + 0.1
 
     def total(counts: np.ndarray, layers: Any = None) -> float:
         chosen = range(3) if layers is None else layers
         return float(sum(rates[i] * counts[i] * counts[(i + 1) % 3] for i in chosen))
 
-    return ladders, importance, total, [[g, (g - 1) % 3] for g in range(3)]
+    return candidates, importance, total, [[g, (g - 1) % 3] for g in range(3)]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_knapsack_is_close_to_the_best_there_is(seed: int) -> None:
-    ladders, importance, total, changed = tiny_case(seed)
+    candidates, importance, total, changed = tiny_case(seed)
     target = 0.5 * total(np.array([6, 6, 6]))
-    counts = knapsack(ladders, importance, total, changed, target)
+    counts = knapsack(candidates, importance, total, changed, target)
     assert total(counts) <= target
 
     def value(candidate: Any) -> float:
@@ -190,7 +190,7 @@ def test_knapsack_is_close_to_the_best_there_is(seed: int) -> None:
 def test_knapsack_steps_over_plateaus() -> None:
     """Cutting one unit saves nothing, cutting four does: the step must be seen as a whole."""
     scores = np.array([4.0, 3.0, 2.0, 1.0, 0.9, 0.8, 0.7, 0.6])
-    one = ladder(scores, step=1, at_least=1)
+    one = candidate_counts(scores, step=1, at_least=1)
 
     def total(counts: np.ndarray, _layers: Any = None) -> float:
         return float(math.ceil(counts[0] / 4))
@@ -290,12 +290,12 @@ class TestLatencyBudget:
             small = compress.apply_pruning(small, plan)
             total = plan if total is None else total.then(plan)
         assert total is not None
-        found = check_promise(small, model, total, EXAMPLE)
+        found = check_latency(small, model, total, EXAMPLE)
         original_ms = 0.2 + 1e-6 * count(model, EXAMPLE).macs
         assert found.measured_ms / found.promised_ms == pytest.approx(
             (0.2 + 1e-6 * count(small, EXAMPLE).macs) / (0.5 * original_ms), rel=1e-3
         )
-        assert found.broken is None
+        assert found.missed is None
 
     @pytest.mark.parametrize("budget", [("--keep-latency", "0.7"), ("--latency-ms", "0.6")])
     def test_the_command_holds_its_budget_and_reports_it(
@@ -335,17 +335,17 @@ class TestLatencyBudget:
     def test_the_pruned_network_is_held_against_the_plan(self) -> None:
         model = Net()
         plan = compress.plan_pruning(model, EXAMPLE, latency_ms=0.5)
-        found = check_promise(compress.apply_pruning(model, plan), model, plan, EXAMPLE)
-        assert found.broken is None
+        found = check_latency(compress.apply_pruning(model, plan), model, plan, EXAMPLE)
+        assert found.missed is None
         assert found.measured_ms == pytest.approx(plan.about["latency"]["planned_ms"], abs=1e-3)
-        assert "slower than asked" in str(check_promise(model, model, plan, EXAMPLE).broken)
+        assert "slower than asked" in str(check_latency(model, model, plan, EXAMPLE).missed)
         with pytest.raises(PlanError, match="has no latency target"):
             plan = compress.plan_pruning(model, EXAMPLE, keep_macs=0.9)
-            check_promise(model, model, plan, EXAMPLE)
+            check_latency(model, model, plan, EXAMPLE)
         small = compress.apply_pruning(model, plan)
         plan = plan.then(compress.plan_pruning(small, EXAMPLE, keep_latency=0.7))
         with pytest.raises(PlanError, match="in every round of it"):
-            check_promise(compress.apply_pruning(model, plan), model, plan, EXAMPLE)
+            check_latency(compress.apply_pruning(model, plan), model, plan, EXAMPLE)
 
     def test_the_smallest_reachable_latency_is_told(self) -> None:
         with pytest.raises(PlanError, match=r"latency_ms = 0.1 cannot be reached on onnxruntime.*"
@@ -390,12 +390,12 @@ def test_a_machine_that_slows_down_changes_no_answer(monkeypatch: pytest.MonkeyP
 
 
 def test_a_promise_holds_within_ten_percent() -> None:
-    assert Promise(10.0, 10.9, "onnxruntime").broken is None
-    assert "11 % slower" in str(Promise(10.0, 11.1, "onnxruntime").broken)
-    assert Promise(10.0, 9.1, "onnxruntime").to_json()["kept"]
-    assert "20 % faster than asked for" in str(Promise(10.0, 8.0, "onnxruntime").broken)
-    assert not Promise(10.0, 8.0, "onnxruntime").to_json()["kept"]
-    assert Promise(10.0, 8.0, "onnxruntime", is_cut=False).broken is None
+    assert LatencyCheck(10.0, 10.9, "onnxruntime").missed is None
+    assert "11 % slower" in str(LatencyCheck(10.0, 11.1, "onnxruntime").missed)
+    assert LatencyCheck(10.0, 9.1, "onnxruntime").to_json()["kept"]
+    assert "20 % faster than asked for" in str(LatencyCheck(10.0, 8.0, "onnxruntime").missed)
+    assert not LatencyCheck(10.0, 8.0, "onnxruntime").to_json()["kept"]
+    assert LatencyCheck(10.0, 8.0, "onnxruntime", is_cut=False).missed is None
 
 
 @pytest.mark.slow
@@ -414,7 +414,7 @@ def test_onnxruntime_is_measured_for_real(tmp_path: Path, monkeypatch: pytest.Mo
     plan = compress.plan_pruning(model, example, latency_ms=0.5 * whole)
     assert plan.about["latency"]["kept"]
     pruned = compress.apply_pruning(model, plan)
-    assert check_promise(pruned, model, plan, example).broken is None
+    assert check_latency(pruned, model, plan, example).missed is None
     assert 0.3 * whole < plan.about["latency"]["planned_ms"] <= 0.5 * whole
     assert list((tmp_path / "compress" / "latency").glob("onnxruntime-*.json"))
     plan = compress.plan_pruning(model, example, keep_latency=0.7, runtime="pytorch")

@@ -12,7 +12,7 @@ from int8_graphs import Sketch, images, run
 import compress
 from compress.errors import QuantizationError
 from compress.graph.model import BIAS_LIMIT
-from compress.graph.values import Graph, constant
+from compress.graph.values import EditableGraph, constant
 from compress.qdq import prepare
 from compress.qdq.plan import TARGETS
 from compress.quantize.planning_graph import judged_tensors
@@ -21,7 +21,7 @@ from compress.quantize.sqnr import answers, sqnr_db
 
 @pytest.mark.parametrize("value", [np.float32(6), np.float32([6]), np.ones((2, 3), np.float32)])
 def test_a_constant_keeps_its_rank(value):
-    graph = Graph(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])))
+    graph = EditableGraph(onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [])))
     added = graph.add_constant("c", value)
     for _ in range(2):  # added, then replaced
         stored = constant(added)

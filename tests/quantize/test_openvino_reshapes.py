@@ -103,10 +103,10 @@ def test_lint_finds_and_mends_what_openvino_computes_wrongly(tmp_path, monkeypat
 def test_a_batch_of_another_input_is_no_constant(tmp_path):
     """The two inputs may hold different numbers of images: only the first Reshape is certain."""
     from compress.graph.reshapes import constant_targets
-    from compress.graph.values import Graph
+    from compress.graph.values import EditableGraph
 
     def targets(path):
-        found = constant_targets(Graph(onnx.load(path)))
+        found = constant_targets(EditableGraph(onnx.load(path)))
         return {node.outputs[0].name: target.tolist() for node, target in found.items()}
 
     wanted = [0, CHANNELS, -1]

@@ -461,6 +461,14 @@ def test_a_score_that_is_never_a_number_is_found_before_a_run(tmp_path):
         tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
 
 
+def test_a_score_that_raises_is_found_before_a_run_and_names_the_task(tmp_path):
+    file = tmp_path / "raises.py"
+    file.write_text(OWN.replace('"error": abs', '"error": [][3] + abs'))
+    task = load_task(f"{file}:Brightness")
+    with pytest.raises(UsageError, match="Brightness: predict or score fails: list index out"):
+        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_tasks_are_repeatable(name):
     given = case(name)

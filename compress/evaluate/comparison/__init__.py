@@ -1,18 +1,18 @@
 """Compare two artifacts: predictions, numbers, and the first tensor that differs."""
 
 from compress.evaluate.comparison.bisection import Bisection, bisect
-from compress.evaluate.comparison.error_breakdown import Link, Step, chain
+from compress.evaluate.comparison.error_breakdown import BreakdownStep, NetworkForm, chain
 from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
 from compress.evaluate.comparison.outputs import drifts_of, outputs_row
 from compress.evaluate.comparison.predictions import Comparison, Flip, against, compare
 
 __all__ = [
     "Bisection",
+    "BreakdownStep",
     "Comparison",
     "Drift",
     "Flip",
-    "Link",
-    "Step",
+    "NetworkForm",
     "against",
     "bisect",
     "chain",

@@ -45,7 +45,7 @@ class TensorDrift:
 
 @dataclass(frozen=True)
 class Bisection:
-    """Where two graphs part."""
+    """The first tensor at which two graphs differ, and all tensors compared."""
 
     first: TensorDrift | None  # first in graph order below the threshold; None: they agree
     steepest: TensorDrift | None  # where most is lost at once
@@ -68,11 +68,9 @@ def bisect(
     inputs: Sequence[tuple[NDArray[Any], ...]],
     *,
     threshold_db: float | None = None,
-    runtime: str | Mapping[str, Any] = PLAIN,
-    candidate_runtime: str | Mapping[str, Any] | None = None,
     memory_mib: float = 256.0,
 ) -> Bisection:
-    """Return the first tensor at which ``candidate`` parts from ``reference``.
+    """Return the first tensor at which ``candidate`` differs from ``reference``.
 
     **Method:** tensors are matched by name, as quantizing keeps the names of what it quantizes.
     Both graphs are cut so that they end in as many of these tensors as fit ``memory_mib``, run on
@@ -86,8 +84,6 @@ def bisect(
         inputs: Batches of images: for each the arrays both graphs are called with.
         threshold_db: SQNR below which a tensor has parted; by the candidate's precision if absent:
             20 dB for int8, 40 for fp16, 60 for fp32.
-        runtime: Runs the reference.
-        candidate_runtime: Runs the candidate; the same if absent.
         memory_mib: Tensors of one graph held at a time, beyond what a runtime itself needs.
 
     Raises:
@@ -107,11 +103,10 @@ def bisect(
             fix="Compare graphs that were made from one export",
         )
     sizes = _bytes_of(old, names, len(inputs[0][0]))
-    runtimes = (runtime, candidate_runtime or runtime)
     drifts: dict[str, Drift] = {}
     with task("comparing tensors", len(names)) as counter:
         for portion in _portions(names, sizes, memory_mib * MIB):
-            drifts |= _compare_portion((old, new), portion, runtimes, inputs)
+            drifts |= _compare_portion((old, new), portion, inputs)
             counter.advance(len(portion))
     tensors = _in_order(old, drifts)
     parted = [tensor for tensor in tensors if tensor.drift.sqnr_db < threshold_db]
@@ -222,7 +217,6 @@ def _portions(names: Sequence[str], sizes: Mapping[str, int], limit: float) -> I
 def _compare_portion(
     graphs: tuple[onnx.ModelProto, onnx.ModelProto],
     names: Sequence[str],
-    runtimes: tuple[str | Mapping[str, Any], str | Mapping[str, Any]],
     inputs: Sequence[tuple[NDArray[Any], ...]],
 ) -> dict[str, Drift]:
     from compress.runtimes import open_session
@@ -239,8 +233,8 @@ def _compare_portion(
             )
             files.append(file)
         with (
-            open_session(files[0], runtimes[0]) as old,
-            open_session(files[1], runtimes[1]) as new,
+            open_session(files[0], PLAIN) as old,
+            open_session(files[1], PLAIN) as new,
         ):
             return compare_outputs(old, new, inputs)
 

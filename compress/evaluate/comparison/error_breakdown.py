@@ -12,7 +12,7 @@ from compress.evaluate.predictions import Predictions
 
 
 @dataclass(frozen=True)
-class Step:
+class NetworkForm:
     """One form of the network and its answers."""
 
     name: str  # "torch fp32", "onnxruntime fp32", "onnxruntime Q/DQ", "openvino int8"
@@ -21,7 +21,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Link:
+class BreakdownStep:
     """One step against the one before it, and against the first."""
 
     name: str
@@ -42,7 +42,7 @@ class Link:
         return told
 
 
-def chain(steps: Sequence[Step]) -> tuple[Link, ...]:
+def chain(steps: Sequence[NetworkForm]) -> tuple[BreakdownStep, ...]:
     """Return what each step adds to the error, and what it comes to.
 
     Differences to the step before tell who is to blame; they do not add up to the difference to
@@ -59,7 +59,7 @@ def chain(steps: Sequence[Step]) -> tuple[Link, ...]:
         top1_pct = 100 * float(step.predictions.correct.mean())
         before, first = steps[max(0, index - 1)].predictions, steps[0].predictions
         links.append(
-            Link(
+            BreakdownStep(
                 name=step.name,
                 error=step.error,
                 top1_pct=top1_pct,

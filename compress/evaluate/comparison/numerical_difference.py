@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -125,7 +125,8 @@ def compare_outputs(
     Raises:
         EngineError: the number or the shapes of the outputs differ, or there are no batches.
     """
-    pairs = _matched(reference.outputs, candidate.outputs)
+    old, new = ([spec.name for spec in each.outputs] for each in (reference, candidate))
+    pairs = [(name, new.index(other)) for name, other in matched(old, new).items()]
     drifts = {name: Drift() for name, _ in pairs}
     batches = 0
     for arrays in track(inputs, "comparing"):
@@ -138,15 +139,16 @@ def compare_outputs(
     return drifts
 
 
-def _matched(reference: tuple[Any, ...], candidate: tuple[Any, ...]) -> list[tuple[str, int]]:
-    """Return for each output of the reference its name and its position in the candidate."""
-    old, new = [spec.name for spec in reference], [spec.name for spec in candidate]
+def matched(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+    """Return the candidate's name of each output of the reference: by name, else by position.
+
+    Raises:
+        EngineError: they have different numbers of outputs.
+    """
     if len(old) != len(new):
         raise EngineError(
             f"the reference has {len(old)} outputs ({', '.join(old)}), "
             f"the candidate {len(new)} ({', '.join(new)})",
             expected="two artifacts of one network",
         )
-    if set(old) == set(new):
-        return [(name, new.index(name)) for name in old]
-    return [(name, position) for position, name in enumerate(old)]
+    return dict(zip(old, old if set(old) == set(new) else new, strict=True))

@@ -7,7 +7,7 @@ from typing import Any
 
 from compress import statistics
 from compress.errors import EngineError
-from compress.evaluate.comparison.numerical_difference import Drift
+from compress.evaluate.comparison.numerical_difference import Drift, matched
 from compress.tasks import Prediction
 
 
@@ -42,19 +42,11 @@ def drifts_of(reference: Sequence[Prediction], candidate: Sequence[Prediction]) 
     """
     if not reference or len(reference) != len(candidate):
         raise EngineError(f"{len(reference)} and {len(candidate)} images cannot be compared")
-    old, new = list(reference[0]), list(candidate[0])
-    if len(old) != len(new):
-        raise EngineError(
-            f"the reference has {len(old)} outputs ({', '.join(old)}), "
-            f"the candidate {len(new)} ({', '.join(new)})",
-            expected="two artifacts of one network",
-        )
-    names = dict(zip(old, old if set(old) == set(new) else new, strict=True))
     return {
         name: sum(
-            (Drift.between(a[name], b[twin], f"output {name!r}")
+            (Drift.between(a[name], b[other], f"output {name!r}")
              for a, b in zip(reference, candidate, strict=True)),
             Drift(),
         )
-        for name, twin in names.items()
+        for name, other in matched(list(reference[0]), list(candidate[0])).items()
     }  # fmt: skip

@@ -19,7 +19,7 @@ SIGNIFICANCE = 0.05
 
 @dataclass(frozen=True)
 class Flip:
-    """An image that both answer differently, or with another outcome."""
+    """An image whose prediction or outcome differs between the two networks."""
 
     index: int  # in the order of the images
     label: int
@@ -42,7 +42,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class ClassDrop:
-    """What one class lost."""
+    """Loss of recall of one class."""
 
     name: str
     images: int
@@ -171,14 +171,14 @@ def _check_pair(reference: Predictions, candidate: Predictions) -> None:
         raise DataError(
             f"the reference answered {len(reference.labels)} images, "
             f"the candidate {len(candidate.labels)}",
-            expected="answers to the same images",
+            expected="predictions for the same images",
         )
     differing = np.flatnonzero(reference.labels != candidate.labels)
     if len(differing):
         raise DataError(
             f"image {differing[0]} has label {reference.labels[differing[0]]} for the reference "
             f"and {candidate.labels[differing[0]]} for the candidate",
-            expected="answers to the same images in the same order",
+            expected="predictions for the same images in the same order",
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
 from compress.groups.record import Axes, Call
-from compress.groups.traced_ints import Attribute, Count
+from compress.groups.traced_ints import Attribute, TracedInt
 from compress.groups.tracer import Rule, Tracer
 
 _AUTOMATIC = -1  # the size follows from the shape: nothing in the program fixes it
@@ -67,17 +67,17 @@ def view(tracer: Tracer, call: Call) -> None:
 
 def _stays(tracer: Tracer, size: int) -> None:
     """Note that a size in the program is that of a dimension which cannot be cut."""
-    if not isinstance(size, Count):
+    if not isinstance(size, TracedInt):
         return
     if isinstance(size.origin, Attribute):
         use = tracer.use_attribute(size, np.zeros(size, np.int32))
-        tracer.ledger.uses.extend([use] if use else [])
+        tracer.constraints.uses.extend([use] if use else [])
     elif size.origin is not None:
         tracer.freeze(size.origin.labels, "a view of fixed channels has their number")
 
 
 def _program_sizes(call: Call, out: Tensor) -> Sequence[int]:
-    """Return each output dimension's size as the program gave it; Counts kept, -1 if it did not."""
+    """Return the size of each output dimension as the program gave it; -1 if it did not."""
     raw = call.raw
     if raw.name not in _SIZED:
         return (_AUTOMATIC,) * out.ndim
@@ -140,7 +140,7 @@ def _view_block(
         return
     carried = np.moveaxis(grid, at, 0).reshape(grid.shape[at], -1)
     if carried.shape[1] > 1 and (carried != carried[:, :1]).any():
-        tracer.ledger.unify(carried.ravel(), np.repeat(carried[:, 0], carried.shape[1]))
+        tracer.constraints.unify(carried.ravel(), np.repeat(carried[:, 0], carried.shape[1]))
     result[wide[at]] = first = np.ascontiguousarray(carried[:, 0])
     follow(tracer, sizes[wide[at]], first, labels)
 
@@ -156,21 +156,21 @@ def _carrier(grid: Labels, sizes: Sequence[int]) -> int | None:
     The first of: the only one; one across which nothing new is tied; one whose size follows the
     shape; one whose size is an attribute that can be rewritten. None if all sizes are constants.
     """
-    free = [d for d, size in enumerate(sizes) if isinstance(size, Count) or size == _AUTOMATIC]
+    free = [d for d, size in enumerate(sizes) if isinstance(size, TracedInt) or size == _AUTOMATIC]
     if not free:
         return None
     for d in free:
         moved = np.moveaxis(grid, d, 0).reshape(grid.shape[d], -1)
         if (moved == moved[:, :1]).all():
             return d
-    follows = [d for d in free if not isinstance(sizes[d], Count) or _follows(sizes[d])]
+    follows = [d for d in free if not isinstance(sizes[d], TracedInt) or _follows(sizes[d])]
     if follows:
         return max(follows, key=lambda d: grid.shape[d])
     return max(free, key=lambda d: grid.shape[d])
 
 
 def _follows(count: int) -> bool:
-    return isinstance(count, Count) and not isinstance(count.origin, Attribute)
+    return isinstance(count, TracedInt) and not isinstance(count.origin, Attribute)
 
 
 def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> None:
@@ -181,28 +181,30 @@ def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> No
     same in each of n parts, as in ``view(b, heads, c // heads)``. The shape of ``source``, which
     these channels are a part of, demands nothing more.
     """
-    if not isinstance(size, Count):
+    if not isinstance(size, TracedInt):
         return
     if size.origin is None:
         _follow_difference(tracer, size, labels)
         return
     if isinstance(size.origin, Attribute):
         use = tracer.use_attribute(size, labels)
-        tracer.ledger.uses.extend([use] if use else [])
+        tracer.constraints.uses.extend([use] if use else [])
         return
     other = size.origin.labels
     if other is source:
         return
     if len(other) % len(labels) == 0:
-        tracer.ledger.unify(other, np.tile(labels, len(other) // len(labels)))
+        tracer.constraints.unify(other, np.tile(labels, len(other) // len(labels)))
     elif len(labels) % len(other) == 0:
-        tracer.ledger.unify(np.tile(other, len(labels) // len(other)), labels)
+        tracer.constraints.unify(np.tile(other, len(labels) // len(other)), labels)
 
 
-def _follow_difference(tracer: Tracer, size: Count, labels: Labels) -> None:
+def _follow_difference(tracer: Tracer, size: TracedInt, labels: Labels) -> None:
     """``self.a - self.b``: a counts these channels and those that b counts elsewhere."""
     rows, lead = [labels], None
-    known = {u.attribute: u.labels for u in tracer.ledger.uses if u.numerator == u.denominator == 1}
+    known = {
+        u.attribute: u.labels for u in tracer.constraints.uses if u.numerator == u.denominator == 1
+    }
     for origin, scale in size.terms.items():
         if scale == 1 and lead is None and isinstance(origin, Attribute):
             lead = origin
@@ -211,7 +213,7 @@ def _follow_difference(tracer: Tracer, size: Count, labels: Labels) -> None:
         else:
             return  # the replay finds out whether the number follows
     if lead is not None:
-        follow(tracer, Count(sum(map(len, rows)), lead), np.concatenate(rows))
+        follow(tracer, TracedInt(sum(map(len, rows)), lead), np.concatenate(rows))
 
 
 def as_strided(tracer: Tracer, call: Call) -> None:
@@ -242,7 +244,7 @@ def expand(tracer: Tracer, call: Call) -> None:
 def _repeated(call: Call, out: Tensor) -> Sequence[int]:
     raw = call.raw
     if raw.name == "expand_as":
-        return [Count(size, None) for size in out.shape]
+        return [TracedInt(size, None) for size in out.shape]
     if raw.name not in {"expand", "repeat", "tile", "broadcast_to"}:
         return tuple(out.shape)
     given = raw.args[1:] or tuple(raw.kwargs.values())
@@ -253,9 +255,9 @@ def _repeated(call: Call, out: Tensor) -> Sequence[int]:
 
 def copies(tracer: Tracer, size: int, count: int) -> Axis:
     """Return labels for ``count`` equal positions, None if the program's ``size`` is a constant."""
-    if not isinstance(size, Count) or count == 1:
+    if not isinstance(size, TracedInt) or count == 1:
         return None
-    labels = tracer.ledger.fresh(count)
+    labels = tracer.constraints.fresh(count)
     follow(tracer, size, labels)
     return labels
 

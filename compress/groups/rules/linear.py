@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.groups.labels import Alternative, Axis, Labels
 from compress.groups.record import Call, Use
-from compress.groups.traced_ints import Count
+from compress.groups.traced_ints import TracedInt
 from compress.groups.tracer import Rule, Tracer
 
 
@@ -67,7 +67,7 @@ def _padded(axes: tuple[Axis, ...], ndim: int) -> tuple[Axis, ...]:
 def _weighed(tracer: Tracer, call: Call, weight: Tensor, made: Axis, taken: Axis) -> None:
     """Note a layer that makes channels of those it weighs; a constant buffer only sums them."""
     if made is not None:
-        tracer.ledger.produced.append(made)
+        tracer.constraints.produced.append(made)
     if tracer.is_constant(weight):
         tracer.reduced(call, [taken])
     else:
@@ -98,7 +98,7 @@ def _grouped(
     if transposed:  # the weight is (in, out / groups)
         inputs = tracer.unify(inputs, taken, why)
         in_group, out_group = None, made
-        made = tracer.ledger.fresh(call.outputs[0].shape[1])
+        made = tracer.constraints.fresh(call.outputs[0].shape[1])
     if inputs is None or made is None:
         for axis in (inputs, made, taken, out_group):
             tracer.freeze(axis, why)
@@ -117,22 +117,22 @@ def _choose(
 
     The number of groups follows in the first case and stays in the second. Which one leaves more
     to cut depends on what comes before and after, a channel shuffle above all, so where both are
-    possible they are handed to the ledger.
+    possible they are handed to the constraints.
     """
     groups = call.raw.argument(6, "groups")
     depthwise = rows.shape[1] == 1
-    if not isinstance(groups, Count):
-        tracer.ledger.pairs.extend(same.pairs)
+    if not isinstance(groups, TracedInt):
+        tracer.constraints.pairs.extend(same.pairs)
         if depthwise:
             tracer.freeze(rows.ravel(), "the number of groups is written in the program")
         return
     use = tracer.use_attribute(groups, np.ascontiguousarray(rows[:, 0]))
     whole.uses.extend([use] if use else [])
     if depthwise or use is None:
-        tracer.ledger.pairs.extend(whole.pairs)
-        tracer.ledger.uses.extend(whole.uses)
+        tracer.constraints.pairs.extend(whole.pairs)
+        tracer.constraints.uses.extend(whole.uses)
     else:
-        tracer.ledger.choices.append((whole, same))
+        tracer.constraints.choices.append((whole, same))
 
 
 def _tied(rows: Labels) -> tuple[Labels, Labels]:

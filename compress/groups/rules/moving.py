@@ -13,7 +13,7 @@ from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
 from compress.groups.record import Call
 from compress.groups.rules.layout import copies, follow
-from compress.groups.traced_ints import Count, Extent
+from compress.groups.traced_ints import TracedDimension, TracedInt
 from compress.groups.tracer import Rule, Tracer
 
 _WHOLE_CHANNELS = frozenset(words("feature_dropout feature_alpha_dropout"))
@@ -76,12 +76,12 @@ def split(tracer: Tracer, call: Call) -> None:
             if call.raw.name in {"chunk", "tensor_split"}
             else call.raw.argument(1, "split_size")
         )
-        fixed = given is not None and not isinstance(given, Count) and call.raw.name == "split"
+        fixed = given is not None and not isinstance(given, TracedInt) and call.raw.name == "split"
         if len(axis) % size or fixed:
             tracer.freeze(axis, f"split {_CONSTANT}" if fixed else "it is split into unequal parts")
         else:
             rows = axis.reshape(-1, size)
-            tracer.ledger.unify(rows.ravel(), np.tile(rows[0], len(rows)))
+            tracer.constraints.unify(rows.ravel(), np.tile(rows[0], len(rows)))
             follow(tracer, given, rows[0], axis)
     _parts(tracer, call, dim)
 
@@ -95,15 +95,15 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
         given = given if isinstance(given, Sequence) and len(given) == len(sizes) else sizes
         starts = np.cumsum([0, *sizes])
         parts = [axis[a:b] for a, b in itertools.pairwise(starts)]
-        halves = [g for g in given if isinstance(g, Count) and _of(g, axis)]
+        halves = [g for g in given if isinstance(g, TracedInt) and _of(g, axis)]
         if halves and len(set(sizes)) == 1:
             for part in parts[1:]:
-                tracer.ledger.unify(part, parts[0])
+                tracer.constraints.unify(part, parts[0])
         pairs = zip(parts, given, strict=True)
         for part, count in sorted(
-            pairs, key=lambda pair: isinstance(pair[1], Count) and pair[1].origin is None
+            pairs, key=lambda pair: isinstance(pair[1], TracedInt) and pair[1].origin is None
         ):
-            if not isinstance(count, Count) or (count in halves and len(set(sizes)) > 1):
+            if not isinstance(count, TracedInt) or (count in halves and len(set(sizes)) > 1):
                 tracer.freeze(part, f"split {_CONSTANT}")
             else:
                 follow(tracer, count, part, axis)
@@ -111,11 +111,11 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
 
 
 def _is_sum(count: Any) -> bool:
-    return isinstance(count, Count) and count.origin is None
+    return isinstance(count, TracedInt) and count.origin is None
 
 
-def _of(count: Count, axis: Labels) -> bool:
-    return isinstance(count.origin, Extent) and count.origin.labels is axis
+def _of(count: TracedInt, axis: Labels) -> bool:
+    return isinstance(count.origin, TracedDimension) and count.origin.labels is axis
 
 
 def _parts(tracer: Tracer, call: Call, dim: int) -> None:
@@ -174,7 +174,7 @@ def _bounds(call: Call, dim: int, ndim: int) -> tuple[Any, Any] | None:
 
 
 def _bound(tracer: Tracer, axis: Labels, value: int, given: Any) -> None:
-    if not isinstance(given, Count):
+    if not isinstance(given, TracedInt):
         negative = isinstance(given, int) and given < 0
         tracer.freeze(axis[value:] if negative else axis[:value], f"a slice {_CONSTANT}")
     elif _of(given, axis) and given.scale not in {0, 1}:
@@ -189,7 +189,7 @@ def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
         tracer.freeze(axis, "it is sliced into unequal parts")
         return
     rows = axis.reshape(parts, -1)
-    tracer.ledger.unify(rows.ravel(), np.tile(rows[0], parts))
+    tracer.constraints.unify(rows.ravel(), np.tile(rows[0], parts))
 
 
 def _stepped(tracer: Tracer, axis: Labels, taken: tuple[int, int, int]) -> None:
@@ -198,7 +198,7 @@ def _stepped(tracer: Tracer, axis: Labels, taken: tuple[int, int, int]) -> None:
         tracer.freeze(axis, f"a slice takes one in {step} channels")
     else:
         rows = axis.reshape(-1, step)
-        tracer.ledger.unify(rows.ravel(), np.repeat(rows[:, 0], step))
+        tracer.constraints.unify(rows.ravel(), np.repeat(rows[:, 0], step))
 
 
 def select(tracer: Tracer, call: Call) -> None:

@@ -60,7 +60,7 @@ def group_norm(tracer: Tracer, call: Call) -> None:
         if groups == len(channels) and groups > 1:
             tracer.freeze(channels, "a group normalization has one channel in each group")
         rows = channels.reshape(groups, -1)
-        tracer.ledger.unify(rows.ravel(), np.tile(rows[0], groups))
+        tracer.constraints.unify(rows.ravel(), np.tile(rows[0], groups))
         tracer.restrict(call)
     tracer.label(call.outputs[0], (batch, channels, *space))
 

@@ -1,4 +1,4 @@
-"""Ops that work position by position: partners of a position live and die together."""
+"""Pointwise ops: positions that are combined are cut together."""
 
 from __future__ import annotations
 

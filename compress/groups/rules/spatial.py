@@ -9,7 +9,7 @@ import numpy as np
 from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
 from compress.groups.record import Call
-from compress.groups.traced_ints import Attribute, Count
+from compress.groups.traced_ints import Attribute, TracedInt
 from compress.groups.tracer import Rule, Tracer
 
 
@@ -54,16 +54,16 @@ def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tu
     """Return labels of the zeros on both sides; one number for both sides ties them pairwise."""
     rows = []
     for count, size in ((left, before), (right, after)):
-        if isinstance(count, Count):
-            labels = tracer.ledger.fresh(size)
+        if isinstance(count, TracedInt):
+            labels = tracer.constraints.fresh(size)
             use = tracer.use_attribute(count, labels)
-            tracer.ledger.uses.extend([use] if use else [])
+            tracer.constraints.uses.extend([use] if use else [])
         else:
             labels = np.zeros(size, np.int32)
         rows.append(labels)
-    one = isinstance(left, Count) and isinstance(right, Count) and before == after
+    one = isinstance(left, TracedInt) and isinstance(right, TracedInt) and before == after
     if one and isinstance(left.origin, Attribute) and left.origin == right.origin:  # type: ignore[attr-defined]
-        tracer.ledger.unify(rows[0], rows[1])
+        tracer.constraints.unify(rows[0], rows[1])
     return rows[0], rows[1]
 
 
@@ -76,7 +76,7 @@ def pixel_shuffle(tracer: Tracer, call: Call) -> None:
         tracer.freeze(axis, "pixel_shuffle works along it")
     if channels is not None:
         rows = channels.reshape(-1, factor * factor)
-        tracer.ledger.unify(rows.ravel(), np.repeat(rows[:, 0], rows.shape[1]))
+        tracer.constraints.unify(rows.ravel(), np.repeat(rows[:, 0], rows.shape[1]))
         channels = rows[:, 0].copy() if len(rows) > 1 else None
         if channels is None:
             tracer.freeze(rows.ravel(), "pixel_shuffle makes one channel of them")
@@ -99,7 +99,7 @@ def channel_shuffle(tracer: Tracer, call: Call) -> None:
     axes: list[Axis] = list(tracer.axes(x))
     if (channels := axes[1]) is not None:
         rows = channels.reshape(groups, -1)
-        tracer.ledger.unify(rows.ravel(), np.tile(rows[0], groups))
+        tracer.constraints.unify(rows.ravel(), np.tile(rows[0], groups))
         axes[1] = np.repeat(rows[0], groups)
     tracer.label(call.outputs[0], axes)
 

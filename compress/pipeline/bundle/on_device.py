@@ -33,7 +33,7 @@ INT8_SQNR_DB = 15.0  # smallest ratio of answers to their difference, where none
 
 
 class DeviceError(Exception):
-    """Something the user has to mend."""
+    """Something the user has to fix."""
 
 
 def say(text: str) -> None:

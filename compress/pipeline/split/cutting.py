@@ -36,11 +36,7 @@ class Parts(NamedTuple):
 
 
 class Cuttable:
-    """An ONNX graph, and who depends on whom in it.
-
-    Args:
-        model: The graph. Not modified.
-    """
+    """An ONNX graph, and who depends on whom in it."""
 
     def __init__(self, model: ModelProto) -> None:
         self.model = onnx.shape_inference.infer_shapes(model, data_prop=True)

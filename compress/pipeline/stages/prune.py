@@ -16,7 +16,7 @@ from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning, prove
 from compress.modules.objective import TaskLoss
 from compress.modules.outputs import returned
-from compress.pipeline.context import Job, Outcome, Variant, leave
+from compress.pipeline.context import RunContext, StageResult, Variant, save_stage
 from compress.recipe.settings import PruneSettings, TrainSettings
 from compress.report import schema
 from compress.train import CrossEntropy, shown_batches
@@ -33,14 +33,14 @@ class _Pruned:
 
 
 def prune_channels(
-    job: Job, settings: PruneSettings, stage: Path, before: tuple[Variant, ...]
-) -> Outcome:
+    context: RunContext, settings: PruneSettings, stage: Path, before: tuple[Variant, ...]
+) -> StageResult:
     """Cut channels to the budget, in rounds if asked, and prove every cut."""
     parent = before[-1]
-    model = job.network(parent)
+    model = context.network(parent)
     if settings.sparsity_training is not None:
-        _train_sparse(job, model, settings, stage)
-    pruned = _prune_in_rounds(job, model, settings, stage)
+        _train_sparse(context, model, settings, stage)
+    pruned = _prune_in_rounds(context, model, settings, stage)
     plan = pruned.plan
     facts: dict[str, Any] = {
         "proof_relative_difference": pruned.difference,
@@ -50,28 +50,31 @@ def prune_channels(
         "frozen": dict(plan.frozen),
     }
     if settings.latency_ms is not None or settings.keep_latency is not None:
-        promise = prune.check_promise(pruned.model, job.network(parent), plan, job.dataset.example)
+        uncut, example = context.network(parent), context.dataset.example
+        check = prune.check_latency(pruned.model, uncut, plan, example)
         gate = schema.Gate(
             name="latency_ms",
-            limit=promise.promised_ms,
-            measured=promise.measured_ms,
-            passed=promise.broken is None,
+            limit=check.promised_ms,
+            measured=check.measured_ms,
+            passed=check.missed is None,
             variant="pruned",
-            runtime=promise.runtime,
-            reason=promise.broken,
+            runtime=check.runtime,
+            reason=check.missed,
         )
         facts["gates"] = [gate.model_dump(exclude_unset=True)]
-    return leave(job, pruned.model, stage, "pruned", parent=parent, plan=plan, facts=facts)
+    return save_stage(context, pruned.model, stage, "pruned", parent=parent, plan=plan, facts=facts)
 
 
-def _prune_in_rounds(job: Job, model: nn.Module, settings: PruneSettings, stage: Path) -> _Pruned:
+def _prune_in_rounds(
+    context: RunContext, model: nn.Module, settings: PruneSettings, stage: Path
+) -> _Pruned:
     """Return the network after all rounds, with their joined plan."""
-    example = job.dataset.example
+    example = context.dataset.example
     budget = prune.one_budget(**{name: getattr(settings, name) for name in prune.BUDGETS})
     total: PrunePlan | None = None
-    differences, validation = [], {"before": job.validation_pct(model)}
+    differences, validation = [], {"before": context.validation_pct(model)}
     for number in range(1, settings.rounds + 1):
-        batches = list(job.dataset.batches("calibration"))
+        batches = list(context.dataset.batches("calibration"))
         plan = prune.plan_pruning(
             model,
             example,
@@ -85,62 +88,66 @@ def _prune_in_rounds(job: Job, model: nn.Module, settings: PruneSettings, stage:
             max_cut=settings.max_cut,
             exclude=settings.exclude,
             batches=batches,
-            seed=job.recipe.seed,
-            **_reading(job, model, settings),
+            seed=context.recipe.seed,
+            **_reading(context, model, settings),
         )
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
-        shown = _shown_batches(job, settings, number)
+        shown = _shown_batches(context, settings, number)
         total = plan if total is None else total.then(plan)
-        validation["cut"] = job.validation_pct(small)
+        validation["cut"] = context.validation_pct(small)
         if settings.refit:
             model = prune.refit(small, model, plan, batches, training_batches=shown)
-            validation["refitted"] = job.validation_pct(model)
+            validation["refitted"] = context.validation_pct(model)
         else:
-            plain = itertools.islice(job.dataset.batches("train"), settings.recalibrate_batches)
+            plain = itertools.islice(context.dataset.batches("train"), settings.recalibrate_batches)
             model = prune.recalibrate_batchnorm(small, shown or plain)
-            validation["recalibrated"] = job.validation_pct(model)
+            validation["recalibrated"] = context.validation_pct(model)
         if settings.round_training is not None and number < settings.rounds:
-            job.train(model, settings.round_training, stage / f"round-{number}")
+            context.train(model, settings.round_training, stage / f"round-{number}")
     if total is None:
         raise ValueError("the number of rounds must be at least 1")
     return _Pruned(model, total, max(differences), validation)
 
 
 def _shown_batches(
-    job: Job, settings: PruneSettings, number: int
+    context: RunContext, settings: PruneSettings, number: int
 ) -> Iterator[tuple[Tensor, Tensor]] | None:
     """Yield images as training after round ``number`` will show them; None if none follows."""
     is_last = number == settings.rounds
-    training = _training_after(job, settings) if is_last else settings.round_training
+    training = _training_after(context, settings) if is_last else settings.round_training
     if training is None:
         return None
-    return shown_batches(job.dataset, training, settings.recalibrate_batches, job.recipe.seed)
+    return shown_batches(
+        context.dataset, training, settings.recalibrate_batches, context.recipe.seed
+    )
 
 
-def _training_after(job: Job, settings: PruneSettings) -> TrainSettings | None:
+def _training_after(context: RunContext, settings: PruneSettings) -> TrainSettings | None:
     """Return what the recipe trains by once the cut is made, if it does."""
-    stages = itertools.dropwhile(lambda stage: stage.prune is not settings, job.recipe.stages)
+    stages = itertools.dropwhile(lambda stage: stage.prune is not settings, context.recipe.stages)
     trainings = (stage.distill or stage.finetune for stage in stages)
     return next((each for each in trainings if each is not None), None)
 
 
-def _reading(job: Job, model: nn.Module, settings: PruneSettings) -> dict[str, Any]:
+def _reading(context: RunContext, model: nn.Module, settings: PruneSettings) -> dict[str, Any]:
     """Return which outputs count and what they are, as the recipe or its task says."""
-    if job.task.tells_classes:
+    if context.task.tells_classes:
         return {"outputs": settings.outputs}
     outputs = settings.outputs
     if outputs is None:
-        outputs = job.task.counted_outputs(returned(model, job.dataset.example))
-    return {"outputs": outputs, "answers": job.task.answers}
+        outputs = context.task.counted_outputs(returned(model, context.dataset.example))
+    return {"outputs": outputs, "answers": context.task.answers}
 
 
-def _train_sparse(job: Job, model: nn.Module, settings: PruneSettings, stage: Path) -> None:
+def _train_sparse(
+    context: RunContext, model: nn.Module, settings: PruneSettings, stage: Path
+) -> None:
     training = settings.sparsity_training or TrainSettings()
     plain = CrossEntropy(training.label_smoothing)
     objective = prune.WithGroupLasso(
-        plain if job.task.tells_classes else TaskLoss(job.task),
-        prune.GroupLasso(trace(model, job.dataset.example)),
+        plain if context.task.tells_classes else TaskLoss(context.task),
+        prune.GroupLasso(trace(model, context.dataset.example)),
         settings.sparsity_strength,
     )
-    job.train(model, training, stage / "sparsity", objective)
+    context.train(model, training, stage / "sparsity", objective)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from compress import artifact, models
 from compress.data import Dataset, load_data
 from compress.evaluate.feeding import arrays, completed
-from compress.pipeline.context import Job, Outcome, Variant, training_facts
+from compress.pipeline.context import RunContext, StageResult, Variant, training_facts
 from compress.pipeline.network import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
@@ -42,19 +42,19 @@ class _Written:
 
 
 def quantize_graphs(
-    job: Job, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
-) -> Outcome:
+    context: RunContext, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
+) -> StageResult:
     """Write one int8 graph for each kind of runtime among the recipe's targets."""
     from compress.quantize import quantize_targets
 
     parent = before[-1]
-    if not job.is_main:
-        return _train_along(job, settings, stage, parent)
-    calibration = calibration_data(job, settings, parent)
-    outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(job.recipe)}
+    if not context.is_main:
+        return _train_along(context, settings, stage, parent)
+    calibration = calibration_data(context, settings, parent)
+    outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(context.recipe)}
     plans = quantize_targets(
-        job.path(parent),
-        calibration_batches(job.path(parent), calibration, settings.samples),
+        context.path(parent),
+        calibration_batches(context.path(parent), calibration, settings.samples),
         outs,
         settings.method,
         settings.observer,
@@ -64,7 +64,7 @@ def quantize_graphs(
     for form, plan in plans.items():
         if calibration.note:
             plan = plan.changed(notes=(*plan.notes, f"calibrated on {calibration.note}"))
-        made[form] = _finished(job, settings, plan, parent, stage, form)
+        made[form] = _finished(context, settings, plan, parent, stage, form)
     facts = {
         "plans": {form: each.plan.to_json() for form, each in made.items()},
         "qat": {form: each.training for form, each in made.items() if each.training is not None},
@@ -75,11 +75,16 @@ def quantize_graphs(
         ],
         "calibration": _facts(calibration, settings.samples),
     }
-    return Outcome(tuple(each.variant for each in made.values()), facts)
+    return StageResult(tuple(each.variant for each in made.values()), facts)
 
 
 def _finished(
-    job: Job, settings: QuantizeSettings, plan: QuantPlan, parent: Variant, stage: Path, form: str
+    context: RunContext,
+    settings: QuantizeSettings,
+    plan: QuantPlan,
+    parent: Variant,
+    stage: Path,
+    form: str,
 ) -> _Written:
     """Train a graph and hold it to its limit of loss, where the stage asks for it."""
     from compress.qdq import read_onnx
@@ -87,30 +92,31 @@ def _finished(
     out, source = stage / f"model.{form}.onnx", None
     training = gate = None
     if settings.qat is not None:
-        trained = _train_quantized(job, settings, plan, parent, stage / f"qat-{form}")
+        trained = _train_quantized(context, settings, plan, parent, stage / f"qat-{form}")
         source, plan = trained.model, trained.plan
         with artifact.replacing(out) as temporary:
             onnx.save(trained.written, str(temporary))
         training = training_facts(trained.result)["training"]
     if settings.drop_limit is not None:
-        source = read_onnx(job.path(parent)) if source is None else source
-        budget = _meet_budget(job, settings.drop_limit, plan, source, stage)
+        source = read_onnx(context.path(parent)) if source is None else source
+        budget = _meet_budget(context, settings.drop_limit, plan, source, stage)
         plan = budget.plan
         gate = schema.Gate(
-            name="max_drop_pct" if job.task.tells_classes else "max_drop",
+            name="max_drop_pct" if context.task.tells_classes else "max_drop",
             limit=budget.max_drop,
             measured=budget.best.drop,
             passed=budget.met,
             variant=f"int8-{form}",
-            **({} if job.task.tells_classes else {
-                "metric": job.task.primary, "unit": job.task.kinds[job.task.primary].unit
+            **({} if context.task.tells_classes else {
+                "metric": context.task.primary,
+                "unit": context.task.kinds[context.task.primary].unit,
             }),
         )  # fmt: skip
     plan.save(stage / f"plan.{form}.json")
     variant = replace(
         parent,
         name=f"int8-{form}",
-        path=job.relative(out),
+        path=context.relative(out),
         stage=stage.name,
         parent=parent.name,
         precision="int8",
@@ -119,12 +125,14 @@ def _finished(
     return _Written(variant, plan, training, gate)
 
 
-def _train_along(job: Job, settings: QuantizeSettings, stage: Path, parent: Variant) -> Outcome:
+def _train_along(
+    context: RunContext, settings: QuantizeSettings, stage: Path, parent: Variant
+) -> StageResult:
     """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
     if settings.qat is not None:
-        for form in int8_forms(job.recipe):
-            _train_quantized(job, settings, None, parent, stage / f"qat-{form}")
-    return Outcome(())
+        for form in int8_forms(context.recipe):
+            _train_quantized(context, settings, None, parent, stage / f"qat-{form}")
+    return StageResult(())
 
 
 def int8_forms(recipe: Recipe) -> list[str]:
@@ -135,19 +143,19 @@ def int8_forms(recipe: Recipe) -> list[str]:
     return list(wanted) or [str(facts(DEFAULT).int8_form)]
 
 
-def calibration_data(job: Job, settings: QuantizeSettings, parent: Variant) -> Dataset:
+def calibration_data(context: RunContext, settings: QuantizeSettings, parent: Variant) -> Dataset:
     """Return the data that ranges come from: that of the recipe, or where the stage says.
 
     Images from elsewhere are prepared as those of the recipe, unless the stage says how.
     """
     if settings.data is None:
-        return job.dataset
+        return context.dataset
     own = settings.data.model_dump(exclude_unset=True)
-    given = job.recipe.data.model_copy(update={"root": None, "options": {}} | own)
-    path = job.path(parent)
-    is_onnx = models.is_onnx(job.recipe.model.name)
-    source = path if is_onnx else job.run.root / parent.stage
-    return load_data(completed(given, [path]), job.recipe.seed, partial(as_torch, source))
+    given = context.recipe.data.model_copy(update={"root": None, "options": {}} | own)
+    path = context.path(parent)
+    is_onnx = models.is_onnx(context.recipe.model.name)
+    source = path if is_onnx else context.run.root / parent.stage
+    return load_data(completed(given, [path]), context.recipe.seed, partial(as_torch, source))
 
 
 def _facts(dataset: Dataset, samples: int) -> dict[str, str]:
@@ -177,27 +185,31 @@ def _any_batch(spec: TensorSpec) -> tuple[int | str, ...] | None:
 
 
 def _train_quantized(
-    job: Job, settings: QuantizeSettings, plan: QuantPlan | None, parent: Variant, folder: Path
+    context: RunContext,
+    settings: QuantizeSettings,
+    plan: QuantPlan | None,
+    parent: Variant,
+    folder: Path,
 ) -> Trained:
     """Train with the rounding of ``plan``, or with that of the first process."""
     from compress.qdq import QuantPlan, read_onnx
     from compress.quantize.qat import train_quantized
 
     text = None if plan is None else json.dumps(plan.to_json())
-    told = join_processes().first_tells(job.relative(folder), text)
+    told = join_processes().first_tells(context.relative(folder), text)
     return train_quantized(
-        read_onnx(job.path(parent)),
+        read_onnx(context.path(parent)),
         QuantPlan.from_json(json.loads(told)),
-        job.dataset,
+        context.dataset,
         settings,
         folder=folder,
-        seed=job.recipe.seed,
-        task=job.task,
+        seed=context.recipe.seed,
+        task=context.task,
     )
 
 
 def _meet_budget(
-    job: Job, limit: float, plan: QuantPlan, model: onnx.ModelProto, stage: Path
+    context: RunContext, limit: float, plan: QuantPlan, model: onnx.ModelProto, stage: Path
 ) -> Budget:
     """Leave layers in float until the loss on validation images is within the budget."""
     from compress.quantize.accuracy_budget import meet_budget
@@ -205,8 +217,8 @@ def _meet_budget(
     return meet_budget(
         model,
         plan,
-        job.dataset.batches("validation"),
+        context.dataset.batches("validation"),
         max_drop=limit,
         folder=stage,
-        task=job.task,
+        task=context.task,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from compress import measure
-from compress.pipeline.context import Job, Outcome, Variant, leave
+from compress.pipeline.context import RunContext, StageResult, Variant, save_stage
 from compress.prune import sparsity
 from compress.recipe.settings import SparsifySettings
 from compress.report import schema
@@ -14,28 +14,28 @@ from compress.runtimes import facts
 
 
 def zero_weights(
-    job: Job, settings: SparsifySettings, stage: Path, before: tuple[Variant, ...]
-) -> Outcome:
+    context: RunContext, settings: SparsifySettings, stage: Path, before: tuple[Variant, ...]
+) -> StageResult:
     """Zero single weights; every later training keeps them at zero."""
     parent = before[-1]
-    model = job.network(parent)
+    model = context.network(parent)
     plan = sparsity.plan_sparsity(
         model,
-        job.dataset.example,
+        context.dataset.example,
         keep_weights=settings.keep_weights,
         pattern=settings.pattern,
         criterion=settings.criterion,
         ranking=settings.ranking,
-        batches=list(job.dataset.batches("calibration")),
-        seed=job.recipe.seed,
+        batches=list(context.dataset.batches("calibration")),
+        seed=context.recipe.seed,
     )
     sparse = sparsity.apply_sparsity(model, plan)
     told = {"sparsity": plan.to_json()}
-    return leave(job, sparse, stage, "sparse", parent=parent, facts=told)
+    return save_stage(context, sparse, stage, "sparse", parent=parent, facts=told)
 
 
 def sparsities(
-    job: Job, variants: Sequence[Variant], rows: Sequence[schema.Variant]
+    context: RunContext, variants: Sequence[Variant], rows: Sequence[schema.Variant]
 ) -> Iterator[schema.Sparsity]:
     """Yield, for each variant with zeroed weights, the share of zeros and what they gain where."""
     named = {variant.name: (variant, row) for variant, row in zip(variants, rows, strict=True)}
@@ -45,7 +45,7 @@ def sparsities(
         yield schema.Sparsity(
             variant=variant.name,
             pattern=variant.sparsity,
-            zero_weights_pct=measure.zero_weights_pct(job.path(variant)),
+            zero_weights_pct=measure.zero_weights_pct(context.path(variant)),
             runtimes={
                 result.runtime: _gain(result, _dense_results(variant, named))
                 for result in row.results

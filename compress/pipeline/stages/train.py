@@ -15,11 +15,11 @@ from compress.graph import files
 from compress.pipeline import cautions, network
 from compress.pipeline.context import (
     ONNX_FILE,
-    Job,
-    Outcome,
+    RunContext,
+    StageResult,
     Variant,
     facts_of,
-    leave,
+    save_stage,
     training_facts,
 )
 from compress.recipe.settings import DistillSettings, TrainSettings
@@ -27,97 +27,111 @@ from compress.runtimes import open_session
 from compress.train import distill
 
 
-def original(job: Job, settings: None, stage: Path, before: tuple[Variant, ...]) -> Outcome:
+def original(
+    context: RunContext, settings: None, stage: Path, before: tuple[Variant, ...]
+) -> StageResult:
     """Load the network of the recipe."""
-    reference = job.recipe.model.name
+    reference = context.recipe.model.name
     if models.is_onnx(reference):
-        return _original_onnx(job, Path(reference), stage)
-    model = network.build_original(job.recipe, job.dataset, job.task)
+        return _original_onnx(context, Path(reference), stage)
+    model = network.build_original(context.recipe, context.dataset, context.task)
     rebuild = None
     if models.model_folder(Path(reference)) is None:
-        rebuild = partial(network.load_original, job.recipe, job.dataset)
-    return leave(
-        job, model, stage, "original", facts=cautions.of_original(job, model, rebuild=rebuild)
+        rebuild = partial(network.load_original, context.recipe, context.dataset)
+    return save_stage(
+        context,
+        model,
+        stage,
+        "original",
+        facts=cautions.of_original(context, model, rebuild=rebuild),
     )
 
 
 def train_original(
-    job: Job, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
-) -> Outcome:
+    context: RunContext, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
+) -> StageResult:
     """Train the network of the recipe; the result is what everything is compared with."""
-    model = network.build_original(job.recipe, job.dataset, job.task)
-    result = job.train(model, settings, stage)
-    facts = training_facts(result) | cautions.of_original(job, model)
-    return leave(job, model, stage, "original", facts=facts)
+    model = network.build_original(context.recipe, context.dataset, context.task)
+    result = context.train(model, settings, stage)
+    facts = training_facts(result) | cautions.of_original(context, model)
+    return save_stage(context, model, stage, "original", facts=facts)
 
 
 def finetune(
-    job: Job, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
-) -> Outcome:
+    context: RunContext, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
+) -> StageResult:
     """Train on the labels alone."""
     parent = before[-1]
-    model = job.network(parent)
+    model = context.network(parent)
     sparse = parent.sparsity is not None
-    facts = training_facts(job.train(model, settings, stage, sparse=sparse))
-    return leave(job, model, stage, "finetuned", parent=parent, facts=facts)
+    facts = training_facts(context.train(model, settings, stage, sparse=sparse))
+    return save_stage(context, model, stage, "finetuned", parent=parent, facts=facts)
 
 
 def distill_student(
-    job: Job, settings: DistillSettings, stage: Path, before: tuple[Variant, ...]
-) -> Outcome:
+    context: RunContext, settings: DistillSettings, stage: Path, before: tuple[Variant, ...]
+) -> StageResult:
     """Train towards the recipe's original, or the teacher that the stage names."""
     parent = before[-1]
-    student = job.network(parent)
-    teacher = _teacher(job, settings, before[0])
+    student = context.network(parent)
+    teacher = _teacher(context, settings, before[0])
     facts: dict[str, Any] = {}
     if settings.control:
         control = distill.does_teacher_help(
-            student, teacher, job.dataset, settings, seed=job.recipe.seed
+            student, teacher, context.dataset, settings, seed=context.recipe.seed
         )
         facts["control"] = control.to_json()
     objective = distill.build_objective(
-        student, teacher, job.dataset, settings, folder=stage, seed=job.recipe.seed, task=job.task
+        student,
+        teacher,
+        context.dataset,
+        settings,
+        folder=stage,
+        seed=context.recipe.seed,
+        task=context.task,
     )
     sparse = parent.sparsity is not None
-    facts |= training_facts(job.train(student, settings, stage, objective, sparse=sparse))
-    key = "teacher_top1_pct" if job.task.tells_classes else f"teacher_{job.task.primary}"
+    facts |= training_facts(context.train(student, settings, stage, objective, sparse=sparse))
+    key = "teacher_top1_pct" if context.task.tells_classes else f"teacher_{context.task.primary}"
     facts |= {"pairing": objective.pairing(), key: objective.teacher_value}
-    return leave(job, student, stage, "distilled", parent=parent, facts=facts)
+    return save_stage(context, student, stage, "distilled", parent=parent, facts=facts)
 
 
-def _original_onnx(job: Job, source: Path, stage: Path) -> Outcome:
+def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResult:
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
     target = stage / ONNX_FILE
-    files.copy(source, target, facts=facts_of(job), sizes=job.recipe.model.input_size)
+    files.copy(source, target, facts=facts_of(context), sizes=context.recipe.model.input_size)
     facts: dict[str, Any] = {}
     model, macs = files.load(target), None
     try:
-        macs = sum(measure.node_macs(_sized(model, job)).values())
+        macs = sum(measure.node_macs(_sized(model, context)).values())
     except CompressError as error:
         facts = {"skipped": {"macs": str(error)}}
     params = measure.onnx_params(model.graph)
-    variant = Variant("original", job.relative(target), stage.name, params=params, macs=macs)
+    variant = Variant("original", context.relative(target), stage.name, params=params, macs=macs)
     with open_session(target) as session:
-        return Outcome((variant,), facts | cautions.of_original(job, Fed(session, job.dataset)))
+        return StageResult(
+            (variant,), facts | cautions.of_original(context, Fed(session, context.dataset))
+        )
 
 
-def _sized(model: ModelProto, job: Job) -> ModelProto:
+def _sized(model: ModelProto, context: RunContext) -> ModelProto:
     """Return a graph with the sizes of the data's images, where it leaves them free."""
     fixed = ModelProto()
     fixed.CopyFrom(model)
-    channels, (height, width) = job.dataset.channels, job.dataset.image_size
+    channels, (height, width) = context.dataset.channels, context.dataset.image_size
     files.fix_sizes(fixed, (channels, height, width), where="")
     return fixed
 
 
-def _teacher(job: Job, settings: DistillSettings, first: Variant) -> Any:
+def _teacher(context: RunContext, settings: DistillSettings, first: Variant) -> Any:
     if settings.teacher is None:
-        return job.network(first)
+        return context.network(first)
     if models.is_onnx(settings.teacher):
         return settings.teacher
     return models.load_for(
-        len(job.dataset.classes),
+        len(context.dataset.classes),
         settings.teacher,
         settings.teacher_weights,
         settings.teacher_num_classes,

@@ -19,7 +19,7 @@ _CACHED = 1 << 18  # elements that stay in a processor's cache
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a network showed on the user's images; only what the criterion ``needs`` is filled.
+    """Saliency statistics of a network on images; only what the criterion ``needs`` is filled.
 
     Everything is kept per position along one dimension of one parameter (D positions), so that it
     stays small whatever the network.
@@ -47,7 +47,7 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class Reader:
+class Consumer:
     """A layer that reads the C channels of a group, as far as they can replace each other there."""
 
     correlations: Tensor  # (C, C), mean products of their values
@@ -150,7 +150,7 @@ class ChannelGroup:
             sizes.append(self._gathered(squares * weight.square().sum(1), piece).sqrt())
         return sizes
 
-    def readers(self) -> list[Reader]:
+    def readers(self) -> list[Consumer]:
         """Return the layers that read the channels and were watched while they did."""
         found = []
         for piece in self._of("input"):
@@ -163,7 +163,7 @@ class ChannelGroup:
             first = torch.as_tensor(piece.index[:, 0].copy())
             rows = order[torch.searchsorted(positions[order], first)]
             changes = self._gathered(products, piece)
-            found.append(Reader(matrix[rows][:, rows], self._values(piece), changes))
+            found.append(Consumer(matrix[rows][:, rows], self._values(piece), changes))
         return found
 
     def _products(self, role: str) -> list[Tensor]:

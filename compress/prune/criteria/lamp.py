@@ -37,8 +37,13 @@ class Lamp:
             [norm.square() for norm in group.norms(self.weights, 2)],
             self.reduce,
         )
-        order = torch.argsort(squares, descending=True, stable=True)
-        ranked = squares[order]
-        scores = torch.empty_like(squares)
-        scores[order] = ranked / ranked.cumsum(0).clamp_min(torch.finfo(ranked.dtype).tiny)
-        return scores
+        return shares_of_larger(squares)
+
+
+def shares_of_larger(squares: Tensor) -> Tensor:
+    """Return each value over the sum of all that are at least as large, (N,), in (0, 1]."""
+    order = torch.argsort(squares, descending=True, stable=True)
+    ranked = squares[order]
+    scores = torch.empty_like(squares)
+    scores[order] = ranked / ranked.cumsum(0).clamp_min(torch.finfo(ranked.dtype).tiny)
+    return scores

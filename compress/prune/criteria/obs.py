@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Need, Reader
+from compress.prune.criteria import ChannelGroup, Consumer, Need
 from compress.prune.criteria.fisher import Fisher
 
 STEPS = 64  # in which the channels of a group leave, one by one where there are no more
@@ -60,7 +60,7 @@ class Obs(Fisher):
 class _Replacement:
     """What the channels left can replace in one layer that reads them."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Consumer) -> None:
         matrix = reader.correlations.double()
         pull = RIDGE * matrix.diagonal().mean().clamp_min(1e-30)
         self._inverse = torch.linalg.inv(matrix + pull * torch.eye(len(matrix)).to(matrix))

@@ -1,4 +1,4 @@
-"""What in anybody's Q/DQ graph costs accuracy or speed on a target, and how it is mended."""
+"""Check a Q/DQ graph against the rules of a target, and fix it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from compress.errors import ModelError, boundary
-from compress.graph.values import Graph
+from compress.graph.values import EditableGraph
 from compress.qdq.lint.files import FIX, INVALID, load_onnx, save_onnx
 from compress.qdq.lint.finding import Finding
 from compress.qdq.lint.rules import RULES, TARGETS, Rule, rules_for
@@ -45,7 +45,7 @@ def lint_onnx(path: str | Path, target: str = "tensorrt") -> list[Finding]:
 
 
 def fix_onnx(path: str | Path, out: str | Path, target: str = "tensorrt") -> list[Finding]:
-    """Mend in ``path`` all that can be mended for ``target`` and write the result to ``out``.
+    """Fix in ``path`` all that can be fixed for ``target`` and write the result to ``out``.
 
     Returns:
         What is left: findings that need the float network or calibration images. Ask ``lint_onnx``
@@ -65,25 +65,25 @@ def fix_onnx(path: str | Path, out: str | Path, target: str = "tensorrt") -> lis
 
 def lint_model(model: onnx.ModelProto, *, rules: list[Rule]) -> list[Finding]:
     """Return the findings of ``rules`` on a model that ``load_onnx`` returned."""
-    graph = Graph(model)
+    graph = EditableGraph(model)
     return [
-        Finding(rule.name, problem.node, problem.message, problem.mend is not None)
+        Finding(rule.name, problem.node, problem.message, problem.edit is not None)
         for rule in rules
         for problem in rule.find(graph)
     ]
 
 
 def fix_model(model: onnx.ModelProto, *, rules: list[Rule]) -> onnx.ModelProto:
-    """Return a copy of ``model`` with every problem mended that its rule can mend."""
-    graph = Graph(model)
+    """Return a copy of ``model`` with every problem fixed that its rule can fix."""
+    graph = EditableGraph(model)
     for _ in range(MOST_ROUNDS):
-        mended = 0
+        fixed = 0
         for rule in rules:
             for problem in rule.find(graph):
-                if problem.mend is not None:
-                    problem.mend()
-                    mended += 1
+                if problem.edit is not None:
+                    problem.edit()
+                    fixed += 1
             graph.sweep()
-        if not mended:
+        if not fixed:
             break
     return graph.to_model()

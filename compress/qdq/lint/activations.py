@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import attribute
-from compress.graph.values import Graph, constant, label, maker, name_of
+from compress.graph.values import EditableGraph, constant, label, maker, name_of
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
     DQ,
@@ -33,7 +33,7 @@ from compress.qdq.writer import along
 SPARED = 0.01  # share of a range below zero that is no waste: a zero point of 1 or 2
 
 
-def scale_not_constant(graph: Graph) -> Iterator[Problem]:
+def scale_not_constant(graph: EditableGraph) -> Iterator[Problem]:
     """Scales computed at run time: no runtime makes int8 kernels of them."""
     for node in graph.of_type(Q, DQ):
         if constant(node.inputs[1]) is None:
@@ -44,7 +44,7 @@ def scale_not_constant(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def scale_not_positive(graph: Graph) -> Iterator[Problem]:
+def scale_not_positive(graph: EditableGraph) -> Iterator[Problem]:
     """Zero, negative or non-finite scales, as pruned or dead channels leave them."""
     for node in graph.of_type(Q, DQ):
         scale = numbers_of(node).scale
@@ -61,7 +61,7 @@ def scale_not_positive(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def pair_mismatch(graph: Graph) -> Iterator[Problem]:
+def pair_mismatch(graph: EditableGraph) -> Iterator[Problem]:
     """A DQ whose numbers are not those of the Q it reads: values come back scaled or shifted."""
     for pair in _constant_pairs(graph):
         for node in pair.dequantizes:
@@ -75,7 +75,7 @@ def pair_mismatch(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def activation_per_channel(graph: Graph) -> Iterator[Problem]:
+def activation_per_channel(graph: EditableGraph) -> Iterator[Problem]:
     """Activations with a scale for each channel, which no int8 convolution can use."""
     for pair in _constant_pairs(graph):
         if pair.numbers.scale is not None and pair.numbers.scale.size > 1:
@@ -87,7 +87,7 @@ def activation_per_channel(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def unsigned_activation(graph: Graph) -> Iterator[Problem]:
+def unsigned_activation(graph: EditableGraph) -> Iterator[Problem]:
     """uint8 (or 16-bit) activations, which TensorRT takes for int8 with the same scale."""
     for pair in _constant_pairs(graph):
         if pair.numbers.dtype == UINT8:
@@ -105,7 +105,7 @@ def unsigned_activation(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def activation_zero_point(graph: Graph) -> Iterator[Problem]:
+def activation_zero_point(graph: EditableGraph) -> Iterator[Problem]:
     """int8 activations with a zero point, where TensorRT knows symmetric ones only."""
     for pair in _constant_pairs(graph):
         if pair.numbers.dtype == INT8 and pair.numbers.is_asymmetric:
@@ -117,7 +117,7 @@ def activation_zero_point(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def signed_activation(graph: Graph) -> Iterator[Problem]:
+def signed_activation(graph: EditableGraph) -> Iterator[Problem]:
     """int8 (or 16-bit) activations, which ONNX Runtime on a CPU barely fuses."""
     for pair in _constant_pairs(graph):
         if pair.numbers.dtype != UINT8:
@@ -129,7 +129,7 @@ def signed_activation(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def signed_activation_with_zero_point(graph: Graph) -> Iterator[Problem]:
+def signed_activation_with_zero_point(graph: EditableGraph) -> Iterator[Problem]:
     """int8 activations with a zero point, at which OpenVINO falls back to float or fails."""
     for pair in _constant_pairs(graph):
         wide = pair.numbers.dtype not in (INT8, UINT8)
@@ -143,7 +143,7 @@ def signed_activation_with_zero_point(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def wasted_range(graph: Graph) -> Iterator[Problem]:
+def wasted_range(graph: EditableGraph) -> Iterator[Problem]:
     """Values that are never negative in a range that reaches below zero."""
     for pair in _constant_pairs(graph):
         low, high = pair.numbers.limits
@@ -157,7 +157,7 @@ def wasted_range(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def moved_with_another_scale(graph: Graph) -> Iterator[Problem]:
+def moved_with_another_scale(graph: EditableGraph) -> Iterator[Problem]:
     """Pooling or reshaping between two different scales: rounded twice, and not done in int8."""
     for pair in _constant_pairs(graph):
         node = maker(pair.source)
@@ -174,7 +174,7 @@ def moved_with_another_scale(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def concat_scales(graph: Graph) -> Iterator[Problem]:
+def concat_scales(graph: EditableGraph) -> Iterator[Problem]:
     """Concatenated tensors with different scales, each of which is then converted at run time."""
     for node in graph.of_type("Concat"):
         joined = [pair_before(value) for value in node.inputs]
@@ -193,7 +193,7 @@ def concat_scales(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def implied_clip(graph: Graph, pair: Pair) -> ir.Value:
+def implied_clip(graph: EditableGraph, pair: Pair) -> ir.Value:
     """Return the value that bypasses ``pair``: its source, or the source clipped as Q clipped it.
 
     A quantizer whose smallest integer stands for zero acts as a Relu; ONNX Runtime's tools delete
@@ -216,14 +216,14 @@ def implied_clip(graph: Graph, pair: Pair) -> ir.Value:
     return graph.add("Clip", [source, *limits], f"{source.name}_relu6")
 
 
-def _make_symmetric(graph: Graph, pair: Pair) -> None:
+def _make_symmetric(graph: EditableGraph, pair: Pair) -> None:
     low, high = pair.numbers.limits
     pair.quantize.replace_input_with(0, implied_clip(graph, pair))
     scale = np.asarray(max(-low, high) / 127, _scale_dtype(pair))
     _set_pair(graph, pair, Numbers(scale, np.zeros((), np.int64), INT8))
 
 
-def _make_unsigned(graph: Graph, pair: Pair) -> None:
+def _make_unsigned(graph: EditableGraph, pair: Pair) -> None:
     low, high = pair.numbers.limits
     if is_never_negative(pair.source):
         low = 0.0
@@ -236,7 +236,7 @@ def _make_unsigned(graph: Graph, pair: Pair) -> None:
     _set_pair(graph, pair, Numbers(np.asarray(scale, _scale_dtype(pair)), zero, UINT8))
 
 
-def _one_scale(graph: Graph, pair: Pair) -> None:
+def _one_scale(graph: EditableGraph, pair: Pair) -> None:
     low, high = pair.numbers.limits
     info = np.iinfo(pair.numbers.dtype)
     if pair.numbers.is_asymmetric or info.min == 0:
@@ -248,7 +248,7 @@ def _one_scale(graph: Graph, pair: Pair) -> None:
     _set_pair(graph, pair, Numbers(shared, np.asarray(zero), pair.numbers.dtype))
 
 
-def _share_scale(graph: Graph, around: list[Pair]) -> None:
+def _share_scale(graph: EditableGraph, around: list[Pair]) -> None:
     low = min(pair.numbers.limits[0] for pair in around)
     high = max(pair.numbers.limits[1] for pair in around)
     dtype = around[0].numbers.dtype
@@ -262,7 +262,7 @@ def _share_scale(graph: Graph, around: list[Pair]) -> None:
         _set_pair(graph, pair, Numbers(shared, np.asarray(zero), dtype))
 
 
-def _make_positive(graph: Graph, node: ir.Node) -> None:
+def _make_positive(graph: EditableGraph, node: ir.Node) -> None:
     numbers = numbers_of(node)
     if numbers.scale is None:
         return
@@ -274,20 +274,20 @@ def _make_positive(graph: Graph, node: ir.Node) -> None:
         sign = along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
         zero = along(numbers.zero, axis, stored.ndim)
         integers = (sign * (stored.astype(np.int64) - zero) + zero).astype(stored.dtype)
-        mended = graph.add_constant(f"{node.outputs[0].name}_mended", integers)
-        node.replace_input_with(0, mended)
-    hint = f"{node.outputs[0].name}_mended_scale"
+        fixed = graph.add_constant(f"{node.outputs[0].name}_fixed", integers)
+        node.replace_input_with(0, fixed)
+    hint = f"{node.outputs[0].name}_fixed_scale"
     node.replace_input_with(1, graph.add_constant(hint, scale))
 
 
-def _set_pair(graph: Graph, pair: Pair, numbers: Numbers) -> None:
+def _set_pair(graph: EditableGraph, pair: Pair, numbers: Numbers) -> None:
     if numbers.scale is None:
         return
     for node in (pair.quantize, *pair.dequantizes):
         set_numbers(graph, node, numbers.scale, numbers.zero, numbers.dtype)
 
 
-def _constant_pairs(graph: Graph) -> Iterator[Pair]:
+def _constant_pairs(graph: EditableGraph) -> Iterator[Pair]:
     return (pair for pair in pairs(graph) if _is_usable(pair))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import BIAS_LIMIT, WEIGHTED, attribute
-from compress.graph.values import Array, Graph, constant, label, maker
+from compress.graph.values import Array, EditableGraph, constant, label, maker
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import DQ, Weight, numbers_of, pair_before, store_weight, weight_of
 from compress.qdq.writer import add_dequantize
@@ -30,7 +30,7 @@ class Bias:
     stored_scale: Array | None  # of an int32 bias; None = the bias is float
 
 
-def bias_quantized(graph: Graph) -> Iterator[Problem]:
+def bias_quantized(graph: EditableGraph) -> Iterator[Problem]:
     """A quantized bias, which TensorRT refuses: it adds the bias in float."""
     for node in graph.of_type(*WEIGHTED):
         made = maker(node.inputs[2]) if len(node.inputs) > 2 else None
@@ -44,7 +44,7 @@ def bias_quantized(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def bias_overflow(graph: Graph) -> Iterator[Problem]:
+def bias_overflow(graph: EditableGraph) -> Iterator[Problem]:
     """Biases too large for int32 at the scale they must have, as nearly dead channels have them."""
     for bias in _biases(graph):
         over = np.abs(bias.values / bias.scale) > LARGEST
@@ -61,7 +61,7 @@ def bias_overflow(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def bias_scale(graph: Graph) -> Iterator[Problem]:
+def bias_scale(graph: EditableGraph) -> Iterator[Problem]:
     """int32 biases whose scale is not input scale x weight scale, the only one the kernel knows."""
     for bias in _biases(graph):
         if bias.stored_scale is None:
@@ -75,7 +75,7 @@ def bias_scale(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def bias_float(graph: Graph) -> Iterator[Problem]:
+def bias_float(graph: EditableGraph) -> Iterator[Problem]:
     """Float biases, with which ONNX Runtime does not compute Gemm in int8."""
     for bias in _biases(graph):
         if bias.stored_scale is None:
@@ -86,7 +86,7 @@ def bias_float(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def _biases(graph: Graph) -> Iterator[Bias]:
+def _biases(graph: EditableGraph) -> Iterator[Bias]:
     for node in graph.of_type("Conv", "Gemm"):
         if len(node.inputs) < 3 or attribute(node, "beta", 1.0) != 1.0:
             continue
@@ -124,11 +124,11 @@ def _dequantized(node: ir.Node) -> Array | None:
     return real.astype(numbers.scale.dtype)
 
 
-def _store_float(graph: Graph, node: ir.Node, values: Array) -> None:
+def _store_float(graph: EditableGraph, node: ir.Node, values: Array) -> None:
     node.replace_input_with(2, graph.add_constant(f"{label(node)}_bias_float", values))
 
 
-def _store_int32(graph: Graph, bias: Bias) -> None:
+def _store_int32(graph: EditableGraph, bias: Bias) -> None:
     info = np.iinfo(np.int32)
     integers = np.clip(np.rint(bias.values / bias.scale), info.min, info.max).astype(np.int32)
     scale = bias.scale.astype(np.float32)
@@ -137,7 +137,7 @@ def _store_int32(graph: Graph, bias: Bias) -> None:
     bias.node.replace_input_with(2, stored)
 
 
-def _raise_scale(graph: Graph, bias: Bias) -> None:
+def _raise_scale(graph: EditableGraph, bias: Bias) -> None:
     scale = bias.scale / bias.input_scale
     needed = 2 * np.abs(bias.values) / (bias.input_scale * LARGEST)
     if bias.weight.axis is None:

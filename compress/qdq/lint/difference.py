@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 
 from compress.graph import model as float_graph
 from compress.graph.model import WEIGHTED, attribute
-from compress.graph.values import Array, Graph, constant, label, maker, name_of
+from compress.graph.values import Array, EditableGraph, constant, label, maker, name_of
 from compress.graph.weightless import LARGEST, infer_shapes
 from compress.qdq.lint.patterns import DQ, Pair, Q, is_quantized, pair_before, pairs_on, weight_of
 from compress.qdq.placement import Placement, place
@@ -33,7 +33,7 @@ class Wanted:
         """Return whether anything is to read ``value`` quantized."""
         return name_of(value) in self.placement.readers
 
-    def missing(self, graph: Graph) -> Iterator[tuple[ir.Node, int, Pair | None]]:
+    def missing(self, graph: EditableGraph) -> Iterator[tuple[ir.Node, int, Pair | None]]:
         """Yield inputs that are read in float and are to be read quantized; a pair of the tensor.
 
         The first of each node that computes without weights.
@@ -47,7 +47,7 @@ class Wanted:
                     break
 
 
-def wanted(graph: Graph, target: str) -> Wanted:
+def wanted(graph: EditableGraph, target: str) -> Wanted:
     """Return what the writer would quantize for ``target``, had it the float graph.
 
     Layers that are in float with both their input and their weight stay so: somebody meant it.
@@ -73,7 +73,7 @@ def _is_left(node: ir.Node, target: str) -> bool:
     return target != "tensorrt" or not is_quantized(node.inputs[0])  # which rounds weights itself
 
 
-def _without_pairs(graph: Graph) -> tuple[ModelProto, dict[ir.Node, str]]:
+def _without_pairs(graph: EditableGraph) -> tuple[ModelProto, dict[ir.Node, str]]:
     """Return the float graph, its large weights without values, and the names of its nodes."""
     model = ModelProto(ir_version=8)
     model.opset_import.extend(helper.make_opsetid(*o) for o in graph.body.opset_imports.items())

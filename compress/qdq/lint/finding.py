@@ -1,4 +1,4 @@
-"""What a rule has to say about one node."""
+"""A finding of a rule about one node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Finding:
         rule: Name of the rule, as in ``compress.qdq.lint.RULES``.
         node: Name of the node it is about.
         message: What is wrong, what it costs, and what to do.
-        fixable: Whether ``fix_onnx`` mends it.
+        fixable: Whether ``fix_onnx`` fixes it.
     """
 
     rule: str
@@ -30,8 +30,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Problem:
-    """A finding as its rule reports it, with the edit of the graph that mends it, if any."""
+    """A finding as its rule reports it, with the edit of the graph that fixes it, if any."""
 
     node: str
     message: str
-    mend: Callable[[], None] | None = None
+    edit: Callable[[], None] | None = None

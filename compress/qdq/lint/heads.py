@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED
-from compress.graph.values import Graph, label, maker
+from compress.graph.values import EditableGraph, label, maker
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import MOVING, Pair, pair_before, pairs
 from compress.qdq.lint.placement import bypass
@@ -18,7 +18,7 @@ UP_TO_ONE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
 FEWEST_STEPS = 32  # between 0 and 1; with fewer of them scores of different objects are equal
 
 
-def vanishing_scores(graph: Graph) -> Iterator[Problem]:
+def vanishing_scores(graph: EditableGraph) -> Iterator[Problem]:
     """Scores up to 1 quantized with the step of what they are joined with, as boxes in pixels."""
     for pair in pairs(graph):
         if pair.numbers.scale is None or pair.numbers.scale.size != 1:
@@ -56,7 +56,7 @@ def _uses(pair: Pair) -> list[tuple[ir.Node, int]]:
     return [use for node in pair.dequantizes for use in node.outputs[0].uses()]
 
 
-def _skip(graph: Graph, pair: Pair) -> None:
+def _skip(graph: EditableGraph, pair: Pair) -> None:
     """Let all that reads ``pair`` read what it quantizes."""
     for node, index in _uses(pair):
         bypass(graph, node, index, pair)

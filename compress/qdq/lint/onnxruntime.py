@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from compress.graph.model import ACTIVATIONS, WEIGHTED
 from compress.graph.reshapes import is_spatial_mean, write_pool
-from compress.graph.values import Array, Graph, label, maker, name_of
+from compress.graph.values import Array, EditableGraph, label, maker, name_of
 from compress.qdq.lint.difference import wanted
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
@@ -26,7 +26,7 @@ from compress.qdq.lint.patterns import (
 )
 
 
-def reduce_mean(graph: Graph) -> Iterator[Problem]:
+def reduce_mean(graph: EditableGraph) -> Iterator[Problem]:
     """ReduceMean over the image, which stays float where GlobalAveragePool would not."""
     for node in graph.of_type("ReduceMean"):
         if pair_before(node.inputs[0]) is not None and is_spatial_mean(graph, node):
@@ -38,7 +38,7 @@ def reduce_mean(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def missing_input_quantization(graph: Graph) -> Iterator[Problem]:
+def missing_input_quantization(graph: EditableGraph) -> Iterator[Problem]:
     """An op with some inputs quantized and some not, which therefore runs in float."""
     for node, index, pair in wanted(graph, "onnxruntime").missing(graph):
         if not any(pair_before(value) for value in node.inputs):
@@ -51,7 +51,7 @@ def missing_input_quantization(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def missing_output_quantization(graph: Graph) -> Iterator[Problem]:
+def missing_output_quantization(graph: EditableGraph) -> Iterator[Problem]:
     """An op with quantized inputs whose output is not quantized, so that no int8 kernel is used."""
     target = wanted(graph, "onnxruntime")
     for made in graph.nodes:
@@ -113,6 +113,6 @@ def _numbers_behind(value: ir.Value) -> tuple[Array, Array] | None:
     return None
 
 
-def _insert(graph: Graph, value: ir.Value, scale: Array, zero: Array) -> None:
+def _insert(graph: EditableGraph, value: ir.Value, scale: Array, zero: Array) -> None:
     point = graph.add_constant(f"{value.name}_zero_point", np.asarray(zero).astype(np.uint8))
     insert_pair(graph, value, [graph.add_constant(f"{value.name}_scale", scale), point])

@@ -9,13 +9,13 @@ import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED
 from compress.graph.reshapes import constant_targets, set_target
-from compress.graph.values import Graph, label, maker
+from compress.graph.values import EditableGraph, label, maker
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import Pair, is_quantized, pair_before
 from compress.qdq.lint.placement import bypass
 
 
-def split_activation(graph: Graph) -> Iterator[Problem]:
+def split_activation(graph: EditableGraph) -> Iterator[Problem]:
     """Q between a layer and the SiLU, Sigmoid or LeakyRelu that would run in its kernel."""
     for node in graph.of_type("Sigmoid", "HardSigmoid", "LeakyRelu"):
         pair = pair_before(node.inputs[0])
@@ -30,7 +30,7 @@ def split_activation(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def computed_batch(graph: Graph) -> Iterator[Problem]:
+def computed_batch(graph: EditableGraph) -> Iterator[Problem]:
     """A Reshape of int8 values whose target is computed from the batch at run time."""
     for node, target in constant_targets(graph).items():
         if not is_quantized(node.inputs[0]):
@@ -43,7 +43,7 @@ def computed_batch(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def _join(graph: Graph, gate: ir.Node, pair: Pair) -> None:
+def _join(graph: EditableGraph, gate: ir.Node, pair: Pair) -> None:
     """Let ``gate`` read the layer in float, and so the product of the two, if there is one."""
     product = _product(gate, pair)
     bypass(graph, gate, 0, pair)

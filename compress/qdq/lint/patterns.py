@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED, attribute, channel_axis
-from compress.graph.values import Array, Graph, constant, maker, set_attribute, set_input
+from compress.graph.values import Array, EditableGraph, constant, maker, set_attribute, set_input
 from compress.qdq.placement import SAME_SCALE
 from compress.qdq.writer import add_pair, along, encode
 
@@ -137,9 +137,11 @@ def numbers_of(node: ir.Node) -> Numbers:
     return Numbers(scale, nothing, numbers_of(before).dtype if before and is_pair else INT8)
 
 
-def set_numbers(graph: Graph, node: ir.Node, scale: Array, zero: Array, dtype: DType) -> None:
+def set_numbers(
+    graph: EditableGraph, node: ir.Node, scale: Array, zero: Array, dtype: DType
+) -> None:
     """Give a Q or DQ node another scale, zero point and type."""
-    hint = f"{node.outputs[0].name}_mended"
+    hint = f"{node.outputs[0].name}_fixed"
     node.replace_input_with(1, graph.add_constant(f"{hint}_scale", scale))
     point = np.broadcast_to(zero, scale.shape).astype(dtype)
     set_input(node, 2, graph.add_constant(f"{hint}_zero_point", point))
@@ -148,7 +150,7 @@ def set_numbers(graph: Graph, node: ir.Node, scale: Array, zero: Array, dtype: D
         set_attribute(node, "axis", None)
 
 
-def pairs(graph: Graph) -> Iterator[Pair]:
+def pairs(graph: EditableGraph) -> Iterator[Pair]:
     """Yield every activation pair; a Q that no DQ reads has none."""
     for node in graph.of_type(Q):
         if constant(node.inputs[0]) is None:
@@ -178,7 +180,7 @@ def pairs_on(value: ir.Value) -> list[Pair]:
     return [pair for pair in found if pair.dequantizes]
 
 
-def insert_pair(graph: Graph, value: ir.Value, numbers: Sequence[ir.Value | None]) -> None:
+def insert_pair(graph: EditableGraph, value: ir.Value, numbers: Sequence[ir.Value | None]) -> None:
     """Let all that reads ``value`` read it quantized, with ``numbers`` as scale and zero point."""
     readers = {node for node, _ in value.uses()}
     real = add_pair(graph, value, numbers)
@@ -216,7 +218,7 @@ def is_never_negative(value: ir.Value | None, depth: int = 12) -> bool:
     return node.op_type in KEEPS_SIGN and is_never_negative(node.inputs[0], depth - 1)
 
 
-def weights(graph: Graph) -> Iterator[Weight]:
+def weights(graph: EditableGraph) -> Iterator[Weight]:
     """Yield the quantized weight of every weighted op whose scale is constant."""
     for node in graph.of_type(*WEIGHTED):
         weight = weight_of(node)
@@ -248,13 +250,13 @@ def weight_of(node: ir.Node) -> Weight | None:
     return Weight(node, made, quantize, stored, numbers, along_axis, channel)
 
 
-def store_weight(graph: Graph, weight: Weight, scale: Array, axis: int | None) -> None:
+def store_weight(graph: EditableGraph, weight: Weight, scale: Array, axis: int | None) -> None:
     """Store the real values of ``weight`` as symmetric int8, with ``scale`` along ``axis``."""
     dtype = weight.values.dtype if weight.values.dtype.kind == "f" else np.dtype(np.float32)
     scale = scale.astype(dtype)
     if weight.quantize is None:
         integers = encode(weight.values, scale, axis)
-        hint = f"{_input(weight.dequantize, 0).name}_mended"
+        hint = f"{_input(weight.dequantize, 0).name}_fixed"
         weight.dequantize.replace_input_with(0, graph.add_constant(hint, integers))
     for node in (weight.quantize, weight.dequantize):
         if node is not None:

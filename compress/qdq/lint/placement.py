@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import ACTIVATIONS, WEIGHTED, attribute
-from compress.graph.values import Graph, constant, is_read_once, label, maker, set_input
+from compress.graph.values import EditableGraph, constant, is_read_once, label, maker, set_input
 from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
@@ -35,7 +35,7 @@ INTEGER_OPS = frozenset(
 )
 
 
-def operator_format(graph: Graph) -> Iterator[Problem]:
+def operator_format(graph: EditableGraph) -> Iterator[Problem]:
     """Integer operators in place of Q/DQ pairs: another runtime's format."""
     for node in graph.of_type(*INTEGER_OPS):
         yield Problem(
@@ -45,13 +45,13 @@ def operator_format(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def nothing_quantized(graph: Graph) -> Iterator[Problem]:
+def nothing_quantized(graph: EditableGraph) -> Iterator[Problem]:
     """A graph without a single Q or DQ node."""
     if not any(node.op_type in (Q, DQ) or node.op_type in INTEGER_OPS for node in graph.nodes):
         yield Problem("graph", "nothing in it is quantized; run `compress quantize` on it first")
 
 
-def unread_quantize(graph: Graph) -> Iterator[Problem]:
+def unread_quantize(graph: EditableGraph) -> Iterator[Problem]:
     """A Q whose integers go somewhere else than to DQ."""
     for node in graph.of_type(Q):
         others = [reader for reader, _ in node.outputs[0].uses() if reader.op_type != DQ]
@@ -63,7 +63,7 @@ def unread_quantize(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def double_quantization(graph: Graph) -> Iterator[Problem]:
+def double_quantization(graph: EditableGraph) -> Iterator[Problem]:
     """A value quantized twice in a row."""
     for pair in pairs(graph):
         before = pair_before(pair.source)
@@ -76,7 +76,7 @@ def double_quantization(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def duplicate_quantize(graph: Graph) -> Iterator[Problem]:
+def duplicate_quantize(graph: EditableGraph) -> Iterator[Problem]:
     """Several Q nodes on one tensor."""
     for pair in pairs(graph):
         twins = pairs_on(pair.source)
@@ -89,7 +89,7 @@ def duplicate_quantize(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def quantized_before_activation(graph: Graph) -> Iterator[Problem]:
+def quantized_before_activation(graph: EditableGraph) -> Iterator[Problem]:
     """Q between a layer and the Relu, Clip or BatchNorm that would be fused with it."""
     for node in graph.of_type(*FUSED_AFTER):
         pair = pair_before(node.inputs[0])
@@ -104,7 +104,7 @@ def quantized_before_activation(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def half_quantized(graph: Graph) -> Iterator[Problem]:
+def half_quantized(graph: EditableGraph) -> Iterator[Problem]:
     """A layer with a quantized weight and a float input: computed in float, at full error."""
     for node in graph.of_type(*WEIGHTED):
         if constant(node.inputs[1]) is not None:  # a layer in float, on purpose or not
@@ -134,7 +134,7 @@ def half_quantized(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def unfolded_batchnorm(graph: Graph) -> Iterator[Problem]:
+def unfolded_batchnorm(graph: EditableGraph) -> Iterator[Problem]:
     """BatchNorm behind a quantized convolution, computed in float on its own."""
     for node in graph.of_type("BatchNormalization"):
         conv = maker(node.inputs[0])
@@ -154,17 +154,17 @@ def unfolded_batchnorm(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def bypass(graph: Graph, node: ir.Node, index: int, pair: Pair) -> None:
+def bypass(graph: EditableGraph, node: ir.Node, index: int, pair: Pair) -> None:
     """Let one reader of a pair read what the pair quantizes."""
     node.replace_input_with(index, implied_clip(graph, pair))
 
 
-def _skip_first(graph: Graph, second: Pair, first: Pair) -> None:
+def _skip_first(graph: EditableGraph, second: Pair, first: Pair) -> None:
     same = second.numbers.equals(first.numbers)
     second.quantize.replace_input_with(0, first.source if same else implied_clip(graph, first))
 
 
-def _merge(graph: Graph, twins: list[Pair]) -> None:
+def _merge(graph: EditableGraph, twins: list[Pair]) -> None:
     def width(pair: Pair) -> float:
         low, high = pair.numbers.limits
         return high - low
@@ -176,14 +176,14 @@ def _merge(graph: Graph, twins: list[Pair]) -> None:
                 graph.replace(node.outputs[0], keeper.real)
 
 
-def _move_behind(graph: Graph, node: ir.Node, pair: Pair) -> None:
+def _move_behind(graph: EditableGraph, node: ir.Node, pair: Pair) -> None:
     node.replace_input_with(0, pair.source)
     value = node.outputs[0]
     if value.uses() and not any(reader.op_type == Q for reader, _ in value.uses()):
         insert_pair(graph, value, list(pair.quantize.inputs[1:]))
 
 
-def quantize_weight(graph: Graph, node: ir.Node) -> None:
+def quantize_weight(graph: EditableGraph, node: ir.Node) -> None:
     """Store the constant float weight of ``node`` as int8, a scale for each channel."""
     values, given = constant(node.inputs[1]), node.inputs[1]
     if values is None or given is None:
@@ -194,7 +194,7 @@ def quantize_weight(graph: Graph, node: ir.Node) -> None:
     node.replace_input_with(1, stored)
 
 
-def _quantize_input(graph: Graph, node: ir.Node, weight: Weight) -> None:
+def _quantize_input(graph: EditableGraph, node: ir.Node, weight: Weight) -> None:
     """Read the same tensor's existing pair; else give up the int8 weight, which brings nothing."""
     for pair in pairs_on(node.inputs[0]) if node.inputs[0] is not None else ():
         node.replace_input_with(0, pair.real)
@@ -207,7 +207,7 @@ def _quantize_input(graph: Graph, node: ir.Node, weight: Weight) -> None:
         graph.replace(real, value)
 
 
-def _fold(graph: Graph, node: ir.Node, weight: Weight) -> None:
+def _fold(graph: EditableGraph, node: ir.Node, weight: Weight) -> None:
     gamma, beta, mean, variance = (constant(value) for value in node.inputs[1:5])
     if gamma is None or beta is None or mean is None or variance is None:
         return

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compress.errors import UnknownNameError
-from compress.graph.values import Graph
+from compress.graph.values import EditableGraph
 from compress.qdq.lint import (
     activations,
     biases,
@@ -26,7 +26,7 @@ TARGETS = ("onnxruntime", "openvino", "tensorrt")
 class Rule:
     """A named function that yields problems, and the targets it is right for."""
 
-    find: Callable[[Graph], Iterator[Problem]]
+    find: Callable[[EditableGraph], Iterator[Problem]]
     targets: tuple[str, ...] = TARGETS
 
     @property

@@ -11,7 +11,7 @@ from functools import partial
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED
-from compress.graph.values import Graph, constant, label, maker
+from compress.graph.values import EditableGraph, constant, label, maker
 from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.difference import Wanted, wanted
 from compress.qdq.lint.finding import Problem
@@ -19,7 +19,7 @@ from compress.qdq.lint.patterns import DQ, MOVING, Pair, Q, is_quantized, pair_b
 from compress.qdq.lint.placement import bypass, quantize_weight
 
 
-def residual_both_sides(graph: Graph) -> Iterator[Problem]:
+def residual_both_sides(graph: EditableGraph) -> Iterator[Problem]:
     """Q/DQ on both inputs of a residual Add, which keeps it out of the convolution before it."""
     target = wanted(graph, "tensorrt")
     for node in graph.of_type("Add"):
@@ -35,7 +35,7 @@ def residual_both_sides(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def residual_skip_float(graph: Graph) -> Iterator[Problem]:
+def residual_skip_float(graph: EditableGraph) -> Iterator[Problem]:
     """A residual Add that reads its skip in float though the same tensor is there quantized."""
     for node, index, pair in wanted(graph, "tensorrt").missing(graph):
         if node.op_type == "Add" and pair is not None:
@@ -47,7 +47,7 @@ def residual_skip_float(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def needless_pair(graph: Graph) -> Iterator[Problem]:
+def needless_pair(graph: EditableGraph) -> Iterator[Problem]:
     """Q/DQ before an op that runs in float all the same: global pooling, gates, the output."""
     target = wanted(graph, "tensorrt")
     for pair in pairs(graph):
@@ -69,7 +69,7 @@ def needless_pair(graph: Graph) -> Iterator[Problem]:
                     )
 
 
-def float_weight(graph: Graph) -> Iterator[Problem]:
+def float_weight(graph: EditableGraph) -> Iterator[Problem]:
     """A layer that reads int8 and multiplies with float weights.
 
     On a CPU this is how a layer is kept in float between int8 neighbours. TensorRT reads the float
@@ -98,5 +98,5 @@ def _gains(target: Wanted, node: ir.Node, index: int, depth: int = 30) -> bool:
     return moves and any(_gains(target, *use, depth - 1) for use in behind)
 
 
-def _give_float(graph: Graph, value: ir.Value, pair: Pair) -> None:
+def _give_float(graph: EditableGraph, value: ir.Value, pair: Pair) -> None:
     graph.replace(value, implied_clip(graph, pair))

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from compress.graph.values import Array, Graph, label
+from compress.graph.values import Array, EditableGraph, label
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import INT8, Weight, best_scale, store_weight, weights
 from compress.qdq.writer import along
@@ -17,7 +17,7 @@ CLIPPED_SHARE = 0.01
 MANY = 4  # channels, below which "all of them" says little
 
 
-def weight_axis(graph: Graph) -> Iterator[Problem]:
+def weight_axis(graph: EditableGraph) -> Iterator[Problem]:
     """Scales along a dimension other than the output channel, which no sum can be scaled by."""
     for weight in weights(graph):
         if weight.axis is None or weight.channel_axis in (None, weight.axis):
@@ -30,7 +30,7 @@ def weight_axis(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def weight_zero_point(graph: Graph) -> Iterator[Problem]:
+def weight_zero_point(graph: EditableGraph) -> Iterator[Problem]:
     """Weights that are uint8 or have a zero point, which costs a correction term in every sum."""
     for weight in weights(graph):
         if weight.numbers.dtype == INT8 and not weight.numbers.is_asymmetric:
@@ -44,7 +44,7 @@ def weight_zero_point(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def weight_minus_128(graph: Graph) -> Iterator[Problem]:
+def weight_minus_128(graph: EditableGraph) -> Iterator[Problem]:
     """Weights of -128, outside the symmetric range that TensorRT computes with."""
     for weight in _symmetric(graph):
         if weight.integers.min() < -127 and weight.numbers.dtype == INT8:
@@ -55,7 +55,7 @@ def weight_minus_128(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def weight_clipped(graph: Graph) -> Iterator[Problem]:
+def weight_clipped(graph: EditableGraph) -> Iterator[Problem]:
     """Float weights of which a large share lies outside the range of their scale."""
     for weight in _symmetric(graph):
         if weight.quantize is None:
@@ -71,7 +71,7 @@ def weight_clipped(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def weight_half_range(graph: Graph) -> Iterator[Problem]:
+def weight_half_range(graph: EditableGraph) -> Iterator[Problem]:
     """Weights kept to half of their range, as NNCF does for CPUs without VNNI."""
     for weight in _symmetric(graph):
         peaks = _peaks(weight)
@@ -83,7 +83,7 @@ def weight_half_range(graph: Graph) -> Iterator[Problem]:
             )
 
 
-def weight_per_tensor(graph: Graph) -> Iterator[Problem]:
+def weight_per_tensor(graph: EditableGraph) -> Iterator[Problem]:
     """One scale for all channels, where some channels are much smaller than the largest."""
     for weight in _symmetric(graph):
         if weight.axis is not None or weight.node.op_type == "ConvTranspose":
@@ -103,12 +103,12 @@ def weight_per_tensor(graph: Graph) -> Iterator[Problem]:
         )
 
 
-def _fit(graph: Graph, weight: Weight, axis: int | None) -> None:
+def _fit(graph: EditableGraph, weight: Weight, axis: int | None) -> None:
     """Store ``weight`` with the smallest scales along ``axis`` that hold it."""
     store_weight(graph, weight, best_scale(weight.values, axis), axis)
 
 
-def _symmetric(graph: Graph) -> Iterator[Weight]:
+def _symmetric(graph: EditableGraph) -> Iterator[Weight]:
     for weight in weights(graph):
         integer = weight.numbers.dtype == INT8
         scale = _scale(weight)
@@ -120,7 +120,7 @@ def _scale(weight: Weight) -> Array:
     return np.ones(()) if weight.numbers.scale is None else weight.numbers.scale
 
 
-def _keep_in_range(graph: Graph, weight: Weight) -> None:
+def _keep_in_range(graph: EditableGraph, weight: Weight) -> None:
     scale = _scale(weight)
     if weight.quantize is not None:  # the floats are there: widen the scales at fault
         axis = weight.axis

@@ -1,4 +1,4 @@
-"""From what was seen of a tensor to the range it is quantized to."""
+"""Observers: from the histogram of a tensor to the range it is quantized to."""
 
 from __future__ import annotations
 

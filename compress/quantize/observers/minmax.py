@@ -1,4 +1,4 @@
-"""Everything that was seen."""
+"""The whole range of values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a runtime really did with an int8 graph: how much of the work runs in int8, and why not all.
+"""What a runtime really runs in int8: the share of the work, and what stays in float and why.
 
 Writing Q/DQ nodes is a wish. Whether the runtime fuses them into int8 kernels shows in what it
 says about itself: the optimized graph of ONNX Runtime, the execution graph of OpenVINO, the engine
@@ -111,7 +111,7 @@ def check_fusion(
     return summed(runtime, graph, found)
 
 
-def summed(runtime: str, graph: work.Graph, found: list[Kernel]) -> Fusion:
+def summed(runtime: str, graph: work.Workload, found: list[Kernel]) -> Fusion:
     """Return the summary of ``found`` kernels against the work of ``graph``."""
     carrier = {node: kernel for kernel in found for node in kernel.nodes & graph.work.keys()}
     for kernel in found:  # the kernel that multiplies is the one with int8 inputs, if one has

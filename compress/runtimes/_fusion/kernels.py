@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto
 from compress.artifact import read_json, scratch
 from compress.errors import EngineError
 from compress.runtimes import build_engine, open_session
-from compress.runtimes._fusion.macs import Graph
+from compress.runtimes._fusion.macs import Workload
 from compress.runtimes.onnxruntime import EXACT_INT8
 
 _INT8 = re.compile(r"^(QLinear|QGemm|ConvInteger|MatMulInteger|DynamicQuantize)")
@@ -42,7 +42,7 @@ class Kernel:
     is_reformat: bool = False  # only moves, casts or (de)quantizes
 
 
-def of_onnxruntime(model: ModelProto, graph: Graph, threads: int | None) -> list[Kernel]:
+def of_onnxruntime(model: ModelProto, graph: Workload, threads: int | None) -> list[Kernel]:
     """Return the nodes of the graph as ONNX Runtime optimizes it for this CPU."""
     import onnxruntime as ort
 
@@ -62,7 +62,7 @@ def of_onnxruntime(model: ModelProto, graph: Graph, threads: int | None) -> list
     return _followed(nodes, graph)
 
 
-def _followed(nodes: Any, graph: Graph) -> list[Kernel]:
+def _followed(nodes: Any, graph: Workload) -> list[Kernel]:
     """Return kernels of nodes, the precision of data movers following from what they move."""
     precisions: dict[str, str] = {}
     kernels = []
@@ -86,7 +86,7 @@ def _followed(nodes: Any, graph: Graph) -> list[Kernel]:
     return kernels
 
 
-def of_openvino(path: Path, graph: Graph, threads: int | None) -> list[Kernel]:
+def of_openvino(path: Path, graph: Workload, threads: int | None) -> list[Kernel]:
     """Return the nodes of the execution graph of OpenVINO on this CPU."""
     with open_session(path, "openvino", threads=threads) as session:
         compiled = session.raw.compiled  # type: ignore[attr-defined]
@@ -94,7 +94,7 @@ def of_openvino(path: Path, graph: Graph, threads: int | None) -> list[Kernel]:
         return [kernel for op in operations if (kernel := _of_execution_node(op, graph))]
 
 
-def _of_execution_node(operation: Any, graph: Graph) -> Kernel | None:
+def _of_execution_node(operation: Any, graph: Workload) -> Kernel | None:
     facts = operation.get_rt_info()
     kind = facts["layerType"].astype(str)
     if kind in _NO_WORK:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import onnx
 from onnx import ModelProto, NodeProto
 
 from compress.graph import model as onnx_graph
-from compress.graph.model import WEIGHTED, attribute
+from compress.graph.model import WEIGHTED
+from compress.graph.shapes import macs, shapes_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Graph:
+class Workload:
     """The nodes of an ONNX graph, by what they are to a runtime that fuses them."""
 
     work: dict[str, Work]  # by node name
@@ -50,7 +49,7 @@ def named(model: ModelProto) -> ModelProto:
     return copy
 
 
-def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
+def read(model: ModelProto, *, needs_quantized_output: bool) -> Workload:
     """Return what ``model`` has to compute.
 
     Args:
@@ -58,14 +57,14 @@ def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
         needs_quantized_output: Whether the runtime takes a convolution to int8 only with a
             quantizer behind it, as ONNX Runtime does.
     """
-    shapes, tensors = _inferred(model)
+    shapes, tensors = shapes_of(model, others=1)
     view = onnx_graph.Graph(model)
     constants = _constants(model)
     work = {
         node.name: Work(
             node.name,
             node.op_type,
-            macs(node, shapes),
+            macs(node, shapes) or 0,  # where a shape is not known
             _doubt(view, node, needs_quantized_output),
         )
         for node in model.graph.node
@@ -78,44 +77,7 @@ def read(model: ModelProto, *, needs_quantized_output: bool) -> Graph:
     )
     nodes = frozenset(node.name for node in model.graph.node)
     makers = {output: node.name for output, node in view.producer.items()}
-    return Graph(work, adds, tensors, nodes, makers)
-
-
-def macs(node: NodeProto, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Return the multiply-accumulates of ``node``; 0 where a shape is not known."""
-    first, second = (shapes.get(name, ()) for name in node.input[:2])
-    answer = shapes.get(node.output[0], ())
-    if not first or not second or not answer:
-        return 0
-    if node.op_type == "Conv":
-        return math.prod(answer) * math.prod(second[1:])
-    if node.op_type == "ConvTranspose":
-        return math.prod(first) * math.prod(second[1:])
-    return math.prod(answer) * (first[0] if attribute(node, "transA", 0) else first[-1])
-
-
-def _inferred(model: ModelProto) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Return shapes, with every free dimension 1, and element types of all tensors."""
-    single = ModelProto()
-    single.CopyFrom(model)
-    for value in single.graph.input:
-        for dim in value.type.tensor_type.shape.dim:
-            if not dim.HasField("dim_value"):
-                dim.dim_value = 1
-    del single.graph.value_info[:]
-    for value in single.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    graph = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
-    values = (*graph.input, *graph.value_info, *graph.output)
-    shapes = {
-        value.name: tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)
-        for value in values
-    }
-    types = {value.name: value.type.tensor_type.elem_type for value in values}
-    for tensor in graph.initializer:
-        shapes[tensor.name] = tuple(tensor.dims)
-        types[tensor.name] = tensor.data_type
-    return shapes, types
+    return Workload(work, adds, tensors, nodes, makers)
 
 
 def _constants(model: ModelProto) -> set[str]:

@@ -299,7 +299,7 @@ def _cached(  # everything that the answers depend on
 ) -> Teacher:
     if is_random(settings.augment):
         raise TrainingError(
-            "images change from epoch to epoch, so the teacher's answers cannot be kept",
+            "images change from epoch to epoch, so the teacher's logits cannot be kept",
             where="cache_teacher",
             fix="Set augment.fixed: true without mixup and cutmix, or leave cache_teacher out",
         )
@@ -308,7 +308,7 @@ def _cached(  # everything that the answers depend on
         raise TrainingError(
             f"{features[0]!r} compares features, which are not kept on disk"
             if features
-            else "there is no folder to keep the teacher's answers in",
+            else "there is no folder to keep the teacher's logits in",
             where="cache_teacher",
             fix="Leave cache_teacher out",
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.modules.objective import CrossEntropy, Moment, TaskLoss
+from compress.modules.objective import CrossEntropy, TaskLoss, TrainingProgress
 from compress.modules.outputs import logits_of, tensors_of
 from compress.train.distill.feature_hooks import Tap, tapped
 from compress.train.distill.layer_matching import Pair
@@ -59,7 +59,7 @@ class DistillObjective:
         self.student_value: float | None = None  # before training
         self.notes: list[str] = []
         self._order = order
-        self._moment: Moment | None = None
+        self._moment: TrainingProgress | None = None
         pairs = [pair for term in terms for pair in term.pairs]
         self._student_taps = tuple(dict.fromkeys(pair.student for pair in pairs))
         self._teacher_taps = tuple(dict.fromkeys(pair.teacher for pair in pairs))
@@ -100,7 +100,7 @@ class DistillObjective:
         """Return the teacher's logits in the student's class order, (B, K)."""
         return self._ordered(self.teacher(images, None, ())[0])
 
-    def before(self, moment: Moment) -> None:
+    def before(self, moment: TrainingProgress) -> None:
         """Take note of which images come next, and how far training is."""
         self._moment = moment
 

@@ -252,7 +252,7 @@ def _open_rows(path: Path, shape: tuple[int, int]) -> np.memmap[Any, np.dtype[np
                         return rows
         except TrainingError as error:
             reason = error.what
-        progress.warn(f"{path}: {reason}; the teacher's answers are computed again")
+        progress.warn(f"{path}: {reason}; the teacher's logits are computed again")
     with artifact.replacing(path) as temporary, temporary.open("wb") as file:
         np.save(file, np.zeros(shape, dtype=np.float32))
     return np.lib.format.open_memmap(path, mode="r+")

@@ -10,7 +10,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.evaluate import accuracy
-from compress.evaluate.comparison import Step, against, chain, compare
+from compress.evaluate.comparison import NetworkForm, against, chain, compare
 from compress.evaluate.predictions import Predictions
 
 
@@ -137,10 +137,10 @@ def test_chain_names_the_link_that_erred() -> None:
     torch_fp32, quantized = noisy(300, 5, 1.0)
     links = chain(
         [
-            Step("torch fp32", "", torch_fp32),
-            Step("onnxruntime fp32", "export", torch_fp32),
-            Step("onnxruntime Q/DQ", "quantization", quantized),
-            Step("openvino int8", "engine", quantized),
+            NetworkForm("torch fp32", "", torch_fp32),
+            NetworkForm("onnxruntime fp32", "export", torch_fp32),
+            NetworkForm("onnxruntime Q/DQ", "quantization", quantized),
+            NetworkForm("openvino int8", "engine", quantized),
         ]
     )
     blame = {link.error: link.added.agreement_pct for link in links if link.added}
@@ -167,7 +167,7 @@ def test_chain_names_the_link_that_erred() -> None:
             lambda: compare(answered([0, 1], [0, 1]), answered([0, 1], [0, 2])),
             r"image 1 has label 1 .* and 2 .*same order",
         ),
-        (lambda: chain([Step("a", "", answered([0], [0]))]), r"at least two steps"),
+        (lambda: chain([NetworkForm("a", "", answered([0], [0]))]), r"at least two steps"),
     ],
 )
 def test_what_cannot_be_compared_is_explained(attempt: Any, message: str) -> None:

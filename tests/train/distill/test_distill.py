@@ -16,7 +16,7 @@ from compress import plugins
 from compress.data import Dataset
 from compress.data._images import MemoryImages, Subset
 from compress.errors import TrainingError, UnknownNameError, UsageError
-from compress.modules.objective import Moment
+from compress.modules.objective import TrainingProgress
 from compress.recipe.settings import AugmentSettings, DistillSettings
 from compress.train import train
 from compress.train.distill import build, build_objective
@@ -104,8 +104,8 @@ def batch(count: int = 6) -> tuple[Tensor, Tensor]:
     return DATA.normalize(images.take(rows)), torch.from_numpy(images.labels[rows])
 
 
-def moment(model: nn.Module, epoch: float = 0.0, count: int = 6) -> Moment:
-    return Moment(epoch, torch.arange(count), model)
+def moment(model: nn.Module, epoch: float = 0.0, count: int = 6) -> TrainingProgress:
+    return TrainingProgress(epoch, torch.arange(count), model)
 
 
 # -- the sum -------------------------------------------------------------------------------------
@@ -464,7 +464,7 @@ def test_a_cache_that_would_be_wrong_is_refused(
 
 
 def test_a_cache_needs_a_folder():
-    with pytest.raises(TrainingError, match="no folder to keep the teacher's answers in"):
+    with pytest.raises(TrainingError, match="no folder to keep the teacher's logits in"):
         objective(net(1), net(2), losses=("kd",), cache_teacher=True)
 
 

@@ -6,7 +6,7 @@
 
 ``tests`` runs test modules, the slow tests as well, and notes what each says to have tried (the
 fixture ``tried``); a test that fails is a fault. A module may be run in parts: what was noted of
-the rest stays.
+the rest stays, and a row names the parts that it comes from.
 ``fuzz`` changes valid files at random and reads them, each in ten seconds at most; what is neither
 a result nor a CompressError is a fault. It writes one JSON for each reader to
 benchmarks/results/reliability. ``table`` makes the page of all JSON files there: each is a list of
@@ -105,7 +105,8 @@ def tests(
         cases = list(ElementTree.parse(found).iter("testcase"))
     for module in modules:
         name = ".".join(module.with_suffix("").parts)
-        ran = {each["test"]: each for each in map(_noted, cases) if each["module"] == name}
+        told = (_noted(case) | {"part": select} for case in cases)
+        ran = {each["test"]: each for each in told if each["module"] == name}
         place = RESULTS / f"{name.replace('.', '-')}.json"
         before = json.loads(place.read_text())["tests"] if place.exists() else []
         kept = [each for each in before if each["test"] not in ran]
@@ -134,18 +135,21 @@ def _rows(module: str, tests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     counts: dict[str, int] = {}
     faults: dict[str, int] = {}
     notes: dict[str, list[str]] = {}
+    parts: dict[str, set[str]] = {}
     for test in tests:
         for what, count, note in test["tried"]:
             counts[what] = counts.get(what, 0) + count
             faults[what] = faults.get(what, 0) + test["failed"]
             notes.setdefault(what, []).extend([note] * bool(note))
+            parts.setdefault(what, set()).add(test.get("part", ""))
     for what, count in counts.items():
         told = "; ".join(dict.fromkeys(notes[what]))
+        part = "" if "" in parts[what] else f' --select "{" or ".join(sorted(parts[what]))}"'
         yield {
             "input": what,
             "tried": count,
             "outcome": f"as stated, **{faults[what]} faults**" + f"; {told}" * bool(told),
-            "command": f"benchmarks/reliability.py tests {module}",
+            "command": f"benchmarks/reliability.py tests {module}{part}",
         }
 
 

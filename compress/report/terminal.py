@@ -157,7 +157,7 @@ def _accuracy_heading(report: Report) -> str:
         for result in variant.results:
             if result.figure is not None:
                 return f"{result.figure.name} {result.figure.unit}".strip()
-    return "top-1 %"
+    return "top-1 %" if report.details.tells_classes else "accuracy"
 
 
 def _speedup(result: Result) -> str:

@@ -40,6 +40,14 @@ def rendered(report: Report, width: int = 80) -> str:
     return file.getvalue()
 
 
+def test_no_top_1_of_a_network_that_tells_no_classes_and_was_not_measured():
+    report = Report(variants=(Variant(name="original", stage="train"),))
+    assert "top-1" in rendered(report)
+    detects = report.details.model_copy(update={"tells_classes": False})
+    text = rendered(report.model_copy(update={"details": detects}))
+    assert "accuracy" in text and "top-1" not in text
+
+
 def test_written_report_reads_back_as_the_same_report(tmp_path):
     written = write(made_up.report(), tmp_path)
     content = json.loads((tmp_path / "report.json").read_text())

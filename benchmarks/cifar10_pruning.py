@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch_pruning_peer
 from torch import Tensor, nn
 
 import compress
@@ -139,28 +139,12 @@ def macs_of(model: nn.Module) -> int:
 
 def peer_cut(model: CifarResNet, dataset: Dataset, *, residual: bool) -> nn.Module:
     """Cut with Torch-Pruning in small steps until the budget is met."""
-    import torch_pruning as tp
-
     twin = for_the_peer(model)
-    whole = macs_of(twin)
     ignored: list[nn.Module] = [twin.linear]
     if not residual:
         ignored += [m for n, m in twin.named_modules() if n == "conv1" or n.endswith(".conv2")]
         ignored += [m.conv for m in twin.modules() if isinstance(m, Selection)]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = tp.pruner.BasePruner(
-            twin,
-            dataset.example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
-            pruning_ratio=0.95,
-            iterative_steps=400,
-            ignored_layers=ignored,
-        )
-        while macs_of(twin) > KEEP_MACS * whole:
-            pruner.step()
-    return twin
+    return torch_pruning_peer.cut(twin, dataset.example, KEEP_MACS, ignored, macs_of)
 
 
 def our_cut(

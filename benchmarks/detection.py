@@ -20,7 +20,6 @@ import os
 import platform
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -30,6 +29,7 @@ from typing import Any
 import int8_peers
 import numpy as np
 import onnx
+import torch_pruning_peer
 from torch import nn
 
 import compress
@@ -56,25 +56,12 @@ INT8 = ("ours onnxruntime", "ours openvino", "ours tensorrt", *int8_peers.PEERS)
 
 def peer_cut(model: nn.Module, dataset: Dataset, keep: float) -> nn.Module:
     """Cut with Torch-Pruning's global group L2, in small steps, until the budget is met."""
-    import torch_pruning as tp
-
     twin = compress.mask_pruning(model, plan_pruning(model, dataset.example, keep_macs=1.0))
-    whole = count(twin, dataset.example).macs
     heads: Any = twin.heads
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        pruner = tp.pruner.BasePruner(
-            twin,
-            dataset.example,
-            importance=tp.importance.GroupMagnitudeImportance(p=2),
-            global_pruning=True,
-            pruning_ratio=0.95,
-            iterative_steps=400,
-            ignored_layers=[layer for head in heads for layer in (head.sides, head.scores)],
-        )
-        while count(twin, dataset.example).macs > keep * whole:
-            pruner.step()
-    return twin
+    ignored = [layer for head in heads for layer in (head.sides, head.scores)]
+    return torch_pruning_peer.cut(
+        twin, dataset.example, keep, ignored, lambda each: count(each, dataset.example).macs
+    )
 
 
 def our_cut(model: nn.Module, dataset: Dataset, keep: float) -> nn.Module:

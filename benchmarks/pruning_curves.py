@@ -25,6 +25,7 @@ from typing import Any
 import cifar10_pruning as cifar
 import networks_for_int8
 import torch
+import torch_pruning_peer
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -90,22 +91,9 @@ def ours(model: nn.Module, dataset: Dataset, arm: str, keep: float) -> nn.Module
 
 def peer(model: nn.Module, dataset: Dataset, keep: float, *, recalibrated: bool) -> nn.Module:
     """Cut with Torch-Pruning's global group L2 in small steps until the budget is met."""
-    import torch_pruning as tp
-
     is_resnet = isinstance(model, networks.CifarResNet)
     twin = cifar.for_the_peer(model) if is_resnet else copy.deepcopy(model)
-    whole = cifar.macs_of(twin)
-    pruner = tp.pruner.BasePruner(
-        twin,
-        dataset.example,
-        importance=tp.importance.GroupMagnitudeImportance(p=2),
-        global_pruning=True,
-        pruning_ratio=0.98,
-        iterative_steps=400,
-        ignored_layers=[twin.linear],
-    )
-    while cifar.macs_of(twin) > keep * whole:
-        pruner.step()
+    torch_pruning_peer.cut(twin, dataset.example, keep, [twin.linear], cifar.macs_of, largest=0.98)
     if recalibrated:
         recalibrate_batchnorm(twin, shown_batches(dataset, cifar.TRAINING, BATCHES))
     return twin

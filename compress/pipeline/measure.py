@@ -83,7 +83,7 @@ def measure_targets(
         label = f"{target.runtime}, batch {target.batch}"
         try:
             entries = entries_on(context, variants, targets)
-        except MissingPackageError as error:
+        except (EngineError, MissingPackageError) as error:
             if not all(each.when_installed for each in targets):
                 raise
             skipped[label] = str(error)

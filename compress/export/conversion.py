@@ -267,9 +267,15 @@ def _of_variadic(shapes: Any) -> dict[str, Any]:
 
 
 def _is_plain(answer: Any) -> bool:
-    """Say whether torch sees into what a network returned."""
+    """Say whether torch sees in what a network returned the tensors that we do.
+
+    It does not look into own classes, and sees a list that stands in two places twice.
+    """
     seen = torch.utils._pytree.tree_leaves(answer)
-    return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen)
+    if not all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen):
+        return False
+    ours = sum(isinstance(leaf, Tensor) for _, leaf in leaves(answer))
+    return sum(isinstance(leaf, Tensor) for leaf in seen) == ours
 
 
 def _outputs(answer: Any) -> tuple[list[str], list[int]]:

@@ -500,3 +500,21 @@ def test_attention_of_any_rank_is_exported(
     answer = ort.InferenceSession(file).run(None, {"input": images.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(answer, model(images).numpy(), atol=1e-5)
+
+
+class SharedList(nn.Module):
+    """It returns one list of feature maps in two places, as YOLOv10 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, dict[str, list[Tensor]]]]:
+        maps = [self.conv(images)]
+        return maps[0].mean((2, 3)), {"many": {"maps": maps}, "one": {"maps": maps}}
+
+
+def test_a_list_that_is_returned_twice_is_exported_once(tmp_path: Path) -> None:
+    file = export_onnx(SharedList().eval(), torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
+    shapes = [output.shape[1:] for output in ort.InferenceSession(file).get_outputs()]
+    assert shapes == [[8], [8, 6, 6]]

@@ -6,7 +6,7 @@
 
 ``tests`` runs test modules, the slow tests as well, and notes what each says to have tried (the
 fixture ``tried``); a test that fails is a fault. A module may be run in parts: what was noted of
-the rest stays, and a row names the parts that it comes from.
+the rest stays, and a row of it names its tests.
 ``fuzz`` changes valid files at random and reads them, each in ten seconds at most; what is neither
 a result nor a CompressError is a fault. It writes one JSON for each reader to
 benchmarks/results/reliability. ``table`` makes the page of all JSON files there: each is a list of
@@ -17,6 +17,7 @@ tried.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,8 @@ the seed and *i* alone.
 | input or fault | tried | what happened | again |
 |---|--:|---|---|
 """
+
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -135,22 +138,35 @@ def _rows(module: str, tests: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     counts: dict[str, int] = {}
     faults: dict[str, int] = {}
     notes: dict[str, list[str]] = {}
-    parts: dict[str, set[str]] = {}
+    tests_of: dict[str, set[str]] = {}  # those run in parts
     for test in tests:
         for what, count, note in test["tried"]:
             counts[what] = counts.get(what, 0) + count
             faults[what] = faults.get(what, 0) + test["failed"]
             notes.setdefault(what, []).extend([note] * bool(note))
-            parts.setdefault(what, set()).add(test.get("part", ""))
+            tests_of.setdefault(what, set()).add(
+                test["test"].split("[")[0] * bool(test.get("part"))
+            )
     for what, count in counts.items():
-        told = "; ".join(dict.fromkeys(notes[what]))
-        part = "" if "" in parts[what] else f' --select "{" or ".join(sorted(parts[what]))}"'
+        told = _joined(notes[what])
+        names = " or ".join(sorted(tests_of[what] - {""}))
+        part = f' --select "{names}"' if names else ""
         yield {
             "input": what,
             "tried": count,
             "outcome": f"as stated, **{faults[what]} faults**" + f"; {told}" * bool(told),
             "command": f"benchmarks/reliability.py tests {module}{part}",
         }
+
+
+def _joined(notes: list[str]) -> str:
+    """Return notes as one text; of notes that differ in one number alone, its range."""
+    different = list(dict.fromkeys(notes))
+    words = {NUMBER.sub("#", note) for note in different}
+    if len(different) > 1 and len(words) == 1 and (text := words.pop()).count("#") == 1:
+        numbers = sorted((found for note in different for found in NUMBER.findall(note)), key=float)
+        return text.replace("#", f"{numbers[0]} to {numbers[-1]}")
+    return "; ".join(different)
 
 
 @app.command()

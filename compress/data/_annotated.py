@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -16,7 +16,7 @@ from compress.data._held_out import with_test
 from compress.data._images import FileImages, Images, Names
 from compress.data._pictures import Pictures
 from compress.data._resize import Fit
-from compress.data._targets import Boxes
+from compress.data._targets import Boxes, Masks
 from compress.errors import DataError, UsageError, did_you_mean
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -137,14 +137,17 @@ class BoxedPictures(Pictures):
     ) -> bool:
         x1, y1, x2, y2 = box.tolist()
         width, height = size
-        outside = min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1  # rounding is forgiven
-        if x2 > x1 and y2 > y1 and not outside:
-            return True
-        if self.invalid == "drop":
-            return False
+        fault = ""
+        if not np.isfinite(box).all():
+            fault = "has a coordinate that is no finite number"
+        elif min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:  # rounding is forgiven
+            fault = f"lies outside its image of {width} x {height}"
+        elif x2 <= x1 or y2 <= y1:
+            fault = "has no area"
+        if not fault or self.invalid == "drop":
+            return not fault
         raise DataError(
-            f"the box ({x1:g}, {y1:g}, {x2:g}, {y2:g}) "
-            + (f"lies outside its image of {width} x {height}" if outside else "has no area"),
+            f"the box ({x1:g}, {y1:g}, {x2:g}, {y2:g}) {fault}",
             where=f"{annotation.where}, {annotation.lines[i]}",
             expected="x1 < x2 and y1 < y2, inside the image",
             fix="Correct it, or leave such boxes out: invalid: drop",
@@ -165,7 +168,11 @@ def dense_fit(kind: Pictures) -> Fit:
 
 
 def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
-    """Return files with their labels as images, decoded into memory where they fit in 1 GiB."""
+    """Return files with their labels as images, decoded into memory where they fit in 1 GiB.
+
+    Raises:
+        DataError: a file is missing or unreadable, or a mask does not fit its image.
+    """
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise DataError(f"lacks {len(missing)} of {len(files)} images", where=str(missing[0]))
@@ -177,8 +184,10 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
         kind.channels or 3,
         kind.workers,
     )
-    small = len(images) * int(np.prod(images.shape)) <= LARGEST_IN_MEMORY_BYTES
-    return images.in_memory() if small else images
+    if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
+        return images
+    decoded = images.in_memory()
+    return replace(decoded, labels=labels.read()) if isinstance(labels, Masks) else decoded
 
 
 def image_size(file: Path) -> tuple[int, int]:

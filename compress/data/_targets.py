@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data._decoding import opened, upright_size
-from compress.data._images import Images, Subset
+from compress.data._images import Images, Subset, in_parallel
 from compress.data._resize import Fit
 from compress.errors import DataError
 
@@ -78,6 +78,28 @@ def mask_values(file: Path) -> NDArray[np.uint8]:
         return np.array(ImageOps.exif_transpose(mask), dtype=np.uint8)
 
 
+def mask_classes(first: Mapping[int, str]) -> tuple[str, ...]:
+    """Return the numbers of the classes that masks hold as their names.
+
+    Args:
+        first: Of each value that counts, in which mask it occurs first.
+
+    Raises:
+        DataError: a number below the largest occurs nowhere: the largest may be a stray value.
+    """
+    largest = max(first, default=0)
+    absent = sorted(set(range(largest)) - first.keys())
+    if absent:
+        some = ", ".join(map(str, absent[:3])) + (", ..." if len(absent) > 3 else "")
+        raise DataError(
+            f"holds the value {largest}, and no mask holds {some}",
+            where=first[largest],
+            expected=f"classes numbered from 0 on: is {largest} one of them?",
+            fix="Correct the mask, or name the classes in order: classes: [...]",
+        )
+    return tuple(str(k) for k in range(largest + 1))
+
+
 @dataclass(frozen=True)
 class Masks:
     """Class maps of N images in files, fitted as their images are; read when asked for."""
@@ -85,7 +107,7 @@ class Masks:
     files: tuple[Path, ...]
     images: tuple[Path, ...]  # whose size each mask must have
     fit: Fit
-    classes: int
+    values: tuple[int, ...]  # of each class in the files
     void: int | None = VOID  # value in the files that becomes VOID
 
     def __len__(self) -> int:
@@ -96,7 +118,7 @@ class Masks:
         """Return the masks of the images at ``indices``."""
         files = tuple(self.files[int(i)] for i in indices)
         images = tuple(self.images[int(i)] for i in indices)
-        return Masks(files, images, self.fit, self.classes, self.void)
+        return replace(self, files=files, images=images)
 
     def tensors(self) -> Tensor:
         """Return the masks, (N, H, W) uint8, VOID where nothing counts.
@@ -105,13 +127,18 @@ class Masks:
             DataError: a mask is unreadable, of another size than its image or holds a value that
                 is no class; the message names the file.
         """
-        return torch.stack([self._one(*pair) for pair in zip(self.files, self.images, strict=True)])
+        return in_parallel(self._one, range(len(self)), 0)
+
+    def read(self) -> NDArray[np.uint8]:
+        """Return what ``tensors`` returns, as labels held in memory."""
+        return self.tensors().numpy()
 
     def tobytes(self) -> bytes:
         """Return names and sizes of all files, for a fingerprint."""
         return "".join(f"{file.name}:{file.stat().st_size}\n" for file in self.files).encode()
 
-    def _one(self, file: Path, image: Path) -> Tensor:
+    def _one(self, index: int) -> Tensor:
+        file, image = self.files[index], self.images[index]
         values = mask_values(file)
         with opened(image, where=str(image)) as picture:
             width, height = upright_size(picture)
@@ -124,24 +151,28 @@ class Masks:
         return torch.from_numpy(self._fitted(values, file))
 
     def _fitted(self, values: NDArray[np.uint8], file: Path) -> NDArray[np.uint8]:
-        from dataclasses import replace
-
         from PIL import Image
 
-        known = np.unique(values)
-        wrong = [int(v) for v in known if v >= self.classes and v != self.void]
-        if wrong:
+        table = np.full(256, -1)
+        if self.void is not None:
+            table[self.void] = VOID
+        table[list(self.values)] = range(len(self.values))
+        classes = table[values]
+        wrong = np.unique(values[classes < 0])
+        if len(wrong):
+            known = ", ".join(map(str, self.values))
+            if self.values == tuple(range(len(self.values))):
+                known = f"0 to {len(self.values) - 1}"
             raise DataError(
                 f"holds the values {', '.join(map(str, wrong))}",
                 where=str(file),
-                expected=f"classes 0 to {self.classes - 1}"
+                expected=f"classes {known}"
                 + ("" if self.void is None else f", or {self.void} where nothing counts"),
                 fix="Name all classes of the data, or set void to the value that does not count",
             )
-        if self.void is not None and self.void != VOID:
-            values = np.where(values == self.void, VOID, values).astype(np.uint8)
         fit = replace(self.fit, interpolation="nearest")
-        return np.array(fit.image(Image.fromarray(values), fill=VOID), dtype=np.uint8)
+        fitted = fit.image(Image.fromarray(classes.astype(np.uint8)), fill=VOID)
+        return np.array(fitted, dtype=np.uint8)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ from typing import Any
 from compress import plugins
 from compress.data import Source
 from compress.data._held_out import TEST
-from compress.data._items import Items, source_of
+from compress.data._item import Items
+from compress.data._items import source_of
 from compress.data._pictures import Pictures
 from compress.errors import DataError, UnknownNameError, UsageError
 

@@ -14,12 +14,12 @@ from compress.data._held_out import with_test
 from compress.data._images import Images
 from compress.data._pictures import ENDINGS, Pictures
 from compress.data._resize import Fit
-from compress.data._targets import VOID, mask_values
+from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import Masks as MaskFiles
-from compress.errors import DataError
+from compress.errors import DataError, UsageError
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
-SAMPLED = 64  # masks that are read to count the classes where they are not named
+SAMPLED = 2048  # masks that are read to count the classes where they are not named
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,26 @@ class Masks(Pictures):
     """Images beside their class maps: train/images, train/masks, and the same in val and test.
 
     A mask has its image's name and size, one class number for each pixel, and ``void`` where
-    nothing counts. ``classes`` names the classes in order; they are counted if absent.
+    nothing counts. ``classes`` names the classes in order; they are counted if absent. ``values``
+    are the classes' numbers in the files where those are not 0, 1, 2, ...: [0, 255].
     """
 
     root: str
     classes: tuple[str, ...] | None = None
     void: int | None = VOID
+    values: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        given = (self.void or 0, *(self.values or ()))
+        if not all(0 <= value <= VOID for value in given):
+            raise UsageError(
+                f"a mask has no pixel of value {max(given, key=abs)}", expected="0 to 255"
+            )
+        if self.values and self.classes and len(self.values) != len(self.classes):
+            raise UsageError(
+                f"{len(self.values)} values of {len(self.classes)} classes",
+                expected="a value for each class, in the same order",
+            )
 
     @property
     def fit(self) -> Fit:
@@ -50,7 +64,15 @@ class Masks(Pictures):
         train, validation, test = (
             self._pairs(root, *names) for names in (("train",), ("val", "validation"), ("test",))
         )
-        return masked_source(self, train, validation, test, classes=self.classes, void=self.void)
+        return masked_source(
+            self,
+            train,
+            validation,
+            test,
+            classes=self.classes,
+            values=self.values,
+            void=self.void,
+        )
 
     @staticmethod
     def _pairs(root: Path, *names: str) -> Pairs:
@@ -84,19 +106,30 @@ def masked_source(
     test: Pairs,
     *,
     classes: Sequence[str] | None = None,
+    values: Sequence[int] | None = None,
     void: int | None = VOID,
 ) -> Source:
     """Return pairs of image and mask as a Source.
 
+    Args:
+        kind: How pictures are fitted.
+        train: Files to learn from.
+        validation: Files to choose by; may be empty.
+        test: Files to measure on; drawn from the others if empty.
+        classes: Names; what ``values`` are, or the numbers that occur, if absent.
+        values: Number in the files of each class; 0, 1, 2, ... if absent.
+        void: Number in the files where nothing counts.
+
     Raises:
-        DataError: there are no images, or a mask is missing.
+        DataError: there are no images, a mask is missing, or the numbers in them are no classes.
     """
     train, validation, test = with_test(train, validation, test)
-    names = tuple(classes) if classes is not None else _counted(train, void)
+    names = tuple(classes or map(str, values or ())) or _counted(train, void)
+    numbers = tuple(values or range(len(names)))
 
     def images(pairs: Pairs) -> Images:
         files, masks = zip(*pairs, strict=True)
-        return pictures(kind, files, MaskFiles(masks, files, kind.fit, len(names), void))
+        return pictures(kind, files, MaskFiles(masks, files, kind.fit, numbers, void))
 
     return Source(
         images(train),
@@ -110,9 +143,22 @@ def masked_source(
 
 
 def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
-    """Return numbers as names of the classes that occur in the first masks."""
-    largest = 0
-    for _, file in pairs[:SAMPLED]:
-        values = np.unique(mask_values(file))
-        largest = max(largest, int(values[values != void].max(initial=0)))
-    return tuple(str(k) for k in range(largest + 1))
+    """Return numbers as names of the classes that occur in the masks, or in a sample of many.
+
+    Raises:
+        DataError: the largest may be a stray value, or all but one of them count nowhere.
+    """
+    first: dict[int, str] = {}
+    for _, file in pairs[:: -(-len(pairs) // SAMPLED)]:
+        for value in np.unique(mask_values(file)).tolist():
+            first.setdefault(value, str(file))
+    where = first.pop(void, "") if void is not None else ""
+    if where and len(first) < 2:
+        raise DataError(
+            f"masks hold {', '.join(map(str, [*first, void]))}, and {void} counts nowhere",
+            where=where,
+            expected="at least two classes",
+            fix=f"If {void} is a class, say so: data: {{masks: {{values: {[*first, void]}, void: "
+            "null}}",
+        )
+    return mask_classes(first)

@@ -132,7 +132,7 @@ def predictions_of(
     for found, targets in answered(run, task, batches):
         predictions += found
         if task.kinds:
-            scores += [task.score(each, targets[i]) for i, each in enumerate(found)]
+            scores += tasks.contributions(task, found, targets)
     return predictions, scores
 
 

@@ -15,6 +15,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from compress.errors import ExportError
 from compress.modules import network_of, set_mode
@@ -26,6 +28,7 @@ from compress.modules.outputs import chosen, leaves, named_tensors, tensors_of
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
 OPSETS = range(18, 24)  # what torch writes and the three runtimes read
 SCOPES = "pkg.torch.onnx.name_scopes"
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
     if not _is_plain(answer):
         module = _Flat(module)
         shapes = _of_variadic(shapes) if shapes is not None else None
-    with _quiet():
+    with _quiet(), _AttentionOf4Dimensions():
         try:
             program = torch.onnx.export(
                 module,
@@ -230,15 +233,49 @@ class _Flat(nn.Module):
         return tuple(leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor))
 
 
+class _AttentionOf4Dimensions(TorchFunctionMode):
+    """Attention over windows or single heads, seen as (B, heads, N, C): torch exports no other."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call ``func``, attention with its leading dimensions folded into one batch."""
+        kwargs = dict(kwargs or {})
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        kwargs |= dict(zip(_ATTENTION, args, strict=False))
+        lead = kwargs["query"].shape[:-2]
+        if len(lead) == 2:
+            return func(**kwargs)
+        mask = kwargs.get("attn_mask")
+        if mask is not None and mask.dim() > 2:
+            kwargs["attn_mask"] = _of_4_dimensions(mask.expand(*lead, *mask.shape[-2:]))
+        for name in ("query", "key", "value"):
+            kwargs[name] = _of_4_dimensions(kwargs[name])
+        found = func(**kwargs)
+        return found.reshape(*lead, *found.shape[-2:])
+
+
+def _of_4_dimensions(tensor: Tensor) -> Tensor:
+    """Return (..., heads, N, C) as (B, heads, N, C), one head where there is no such dimension."""
+    return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.flatten(0, -4)
+
+
 def _of_variadic(shapes: Any) -> dict[str, Any]:
     """Return dynamic shapes for a forward that takes ``*args`` and ``**kwargs``."""
     return {"kwargs": shapes} if isinstance(shapes, dict) else {"args": shapes}
 
 
 def _is_plain(answer: Any) -> bool:
-    """Say whether torch sees into what a network returned."""
+    """Say whether torch sees in what a network returned the tensors that we do.
+
+    It does not look into own classes, and sees a list that stands in two places twice.
+    """
     seen = torch.utils._pytree.tree_leaves(answer)
-    return all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen)
+    if not all(leaf is None or isinstance(leaf, Tensor | int | float | str) for leaf in seen):
+        return False
+    ours = sum(isinstance(leaf, Tensor) for _, leaf in leaves(answer))
+    return sum(isinstance(leaf, Tensor) for leaf in seen) == ours
 
 
 def _outputs(answer: Any) -> tuple[list[str], list[int]]:

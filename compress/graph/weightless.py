@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
+from functools import partial
 
 import onnx
 from onnx import ModelProto, TensorProto, helper
@@ -29,11 +31,14 @@ def skeleton(model: ModelProto) -> ModelProto:
 def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
     """Fill in the shapes and types of all tensors of ``model``.
 
+    Shapes that somebody's exporter wrote down and that contradict the nodes are dropped, as
+    runtimes do.
+
     Raises:
         QuantizationError: shapes contradict each other.
     """
     with boundary(QuantizationError, "shape inference fails", where=where):
-        found = onnx.shape_inference.infer_shapes(_complete(model), data_prop=True)
+        found = _inferred(_complete(model))
     for field in ("value_info", "output"):
         model.graph.ClearField(field)
         getattr(model.graph, field).extend(getattr(found.graph, field))
@@ -52,6 +57,20 @@ def check(model: ModelProto, where: str = "the ONNX graph", *, full: bool = Fals
         onnx.checker.check_model(complete, full_check=full)
         for tensor in model.graph.initializer:
             _check_size(tensor)
+
+
+def _inferred(model: ModelProto) -> ModelProto:
+    """Return ``model`` with all shapes; those of its own are dropped where this cures an error."""
+    infer = partial(onnx.shape_inference.infer_shapes, data_prop=True)
+    without = ModelProto()
+    without.CopyFrom(model)
+    without.graph.ClearField("value_info")
+    for output in without.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    for tried in (model, without):
+        with suppress(onnx.shape_inference.InferenceError):
+            return infer(tried, strict_mode=True)
+    return infer(model)
 
 
 def _complete(model: ModelProto) -> ModelProto:

@@ -209,7 +209,7 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
     chances = []
     for _ in range(SHUFFLES):
         order = random.permutation(len(labels))
-        shuffled = [task.score(each, labels[i]) for each, i in zip(predictions, order, strict=True)]
+        shuffled = tasks.contributions(task, predictions, [labels[i] for i in order])
         chances.append(tasks.values_of(task, shuffled)[name])
     chance = float(np.mean(chances))
     near = (

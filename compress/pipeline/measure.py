@@ -18,6 +18,8 @@ from compress import evaluate, measure, plugins, progress
 from compress.artifact import sha256
 from compress.errors import EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions, comparison
+from compress.graph import files
+from compress.graph.model import Graph
 from compress.measure import Timing
 from compress.measure.artifacts import Candidate, answers_of, time_together
 from compress.pipeline import records
@@ -26,6 +28,7 @@ from compress.pipeline.changed_images import class_metrics, drawn_changes
 from compress.pipeline.context import RunContext, Variant
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.sensitivity_chart import sensitivity
+from compress.quantize.images import fixed_batch
 from compress.recipe.settings import Target
 from compress.report import schema
 from compress.runtimes import build_engine, build_record, facts, unavailable
@@ -80,7 +83,7 @@ def measure_targets(
         label = f"{target.runtime}, batch {target.batch}"
         try:
             entries = entries_on(context, variants, targets)
-        except MissingPackageError as error:
+        except (EngineError, MissingPackageError) as error:
             if not all(each.when_installed for each in targets):
                 raise
             skipped[label] = str(error)
@@ -195,14 +198,22 @@ def _engine(context: RunContext, variant: Variant, target: Target, precision: st
     out = source.with_name(f"{source.stem}{form}.{target.runtime}-b{target.batch}{extension}")
     if out.is_file() and build_record(out).get("source_sha256") == sha256(source):
         return out
-    largest = max(target.batch, evaluate.BATCH)
     return build_engine(
         source,
         out,
         runtime=target.reference,
-        batch=(1, target.batch, largest),
+        batch=_batches(source, target.batch),
         precision=precision if precision == "fp16" else None,
     )
+
+
+def _batches(source: Path, usual: int) -> tuple[int, int, int]:
+    """Return the batches that an engine of ``source`` is for: the one that the file fixes, or any.
+
+    Where the fixed one is not ``usual``, timing says that it was skipped.
+    """
+    fixed = fixed_batch(Graph(files.load(source, weights=False)))
+    return (fixed,) * 3 if fixed else (1, usual, max(usual, evaluate.BATCH))
 
 
 def _coverage(context: RunContext, entries: Sequence[Entry]) -> list[schema.Coverage]:

@@ -52,8 +52,17 @@ def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = Non
         target: "onnxruntime", "openvino" or "tensorrt".
         float_nodes: Nodes to leave in float, and why: they read and write float tensors.
     """
+    refused = dict(float_nodes or {})
+    while True:
+        placement = _placed(graph, target, refused)
+        half = _half_quantized(graph, placement)
+        if not half - refused.keys():
+            return placement
+        refused |= dict.fromkeys(half, "only one of its two inputs would be quantized")
+
+
+def _placed(graph: Graph, target: str, refused: Mapping[str, str]) -> Placement:
     placement = Placement()
-    refused = float_nodes or {}
     floating = _floating(graph, refused)
     for node in graph.nodes:
         if node.op_type in WEIGHTED:
@@ -86,6 +95,19 @@ def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
         if cheap and not is_end and floating.issuperset(readers):
             floating.add(node.name)
     return floating
+
+
+def _half_quantized(graph: Graph, placement: Placement) -> set[str]:
+    """Return the products of two activations for which alone one of the two would be quantized."""
+    found = set()
+    for node in graph.nodes:
+        if node.op_type != "MatMul" or len(graph.data_inputs(node)) < 2:
+            continue
+        read = [(node.name, k) in placement.readers.get(node.input[k], ()) for k in (0, 1)]
+        alone = any(len(graph.readers[node.input[k]]) == 1 for k in (0, 1) if read[k])
+        if read[0] != read[1] and alone:
+            found.add(node.name)
+    return found
 
 
 def _feeds_only(graph: Graph, node: NodeProto, floating: set[str]) -> bool:

@@ -132,8 +132,9 @@ def confirmed(
 
     Where it does not, it is asked again with weights whose products cannot overflow (kernels for
     CPUs without VNNI add pairs of them in 16 bits), with 7 bits, with transposed convolutions in
-    float (OpenVINO's own were seen to lose 25 dB and more), with the last layers in float. A target
-    without a runtime that is installed here and has its hardware is noted as not asked.
+    float (OpenVINO's own were seen to lose 25 dB and more), with the last layers in float, then
+    with several of these. A target without a runtime that is installed here and has its hardware
+    is noted as not asked.
 
     Raises:
         QuantizationError: the runtime computes wrong answers all the same.
@@ -247,4 +248,5 @@ _LADDER = (
     (ends_in_float,),
     (with_headroom, ends_in_float),
     (seven_bits, ends_in_float),
+    (with_headroom, transposed_in_float, ends_in_float),
 )

@@ -64,7 +64,7 @@ class Images:
         self.inputs = {v.name: v for v in graph.model.graph.input if v.name in graph.inputs}
         self.bound = list(bound)
         self.usual = usual
-        self.fixed_batch = _fixed_batch(graph)
+        self.fixed_batch = fixed_batch(graph)
         self.stream = batches if callable(batches) else None
         self.batches: list[Feed] = []
         if callable(batches):
@@ -215,7 +215,8 @@ def _warn_if_unusual(batches: Sequence[Feed], usual: tuple[float, float] | None)
         )
 
 
-def _fixed_batch(graph: Graph) -> int | None:
+def fixed_batch(graph: Graph) -> int | None:
+    """Return the batch that ``graph`` fixes, or None where it takes any."""
     shape = graph.shapes.get(graph.inputs[0]) if graph.inputs else None
     return shape[0] if shape else None
 

@@ -22,7 +22,7 @@ from compress.qdq import QuantPlan, prepare, write_qdq
 from compress.qdq.lint.patterns import Pair, Weight, pair_before, weight_of
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.quantize.sessions import session_of, with_outputs
-from compress.tasks import TOP1, Primary, Task, primary_of, values_of
+from compress.tasks import TOP1, Primary, Task, contributions, primary_of, values_of
 
 HARMLESS_DB = 40.0  # one layer this quiet is not heard in the answer
 MUCH_CLIPPED_PCT = 0.5
@@ -121,9 +121,9 @@ class Judge:
             labels = np.concatenate([np.asarray(targets) for _, targets in self.labelled])
             return top1_pct(logits, labels)
         scores = [
-            self.task.score(prediction, targets[i])
+            each
             for batch, (_, targets) in zip(outputs, self.labelled, strict=True)
-            for i, prediction in enumerate(self.task.predict(batch))
+            for each in contributions(self.task, self.task.predict(batch), targets)
         ]
         return values_of(self.task, scores)[self.task.primary]
 

@@ -315,7 +315,7 @@ class Target(Settings):
     batch: int = Field(1, ge=1, description="Images in a batch")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
     when_installed: bool = Field(
-        False, description="Skip this target, and say so, where its package is absent"
+        False, description="Skip this target, and say so, where it cannot be built for"
     )
 
     @model_validator(mode="before")

@@ -52,6 +52,7 @@ __all__ = [
     "channels_first",
     "class_metrics",
     "compare",
+    "contributions",
     "default_task",
     "load_task",
     "main_output",
@@ -317,14 +318,12 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
     """Return what a few images contribute, from a task that is tried before anything depends on it.
 
     Raises:
-        UsageError: predict or score raises, or gives something else for the same outputs, or every
-            score is NaN.
+        UsageError: predict, score or summarize raises, or gives something else for the same
+            outputs, or no numbers, or every score is NaN.
     """
-    tries, name = [], type(task).__name__
+    name = type(task).__name__
     with boundary(UsageError, "predict or score fails", where=name, fix="Mend the task"):
-        for _ in range(2):
-            found = task.predict(outputs)
-            tries.append([task.score(each, targets[i]) for i, each in enumerate(found)])
+        tries = [contributions(task, task.predict(outputs), targets) for _ in range(2)]
     for number, (one, two) in enumerate(zip(*tries, strict=True)):
         for key, value in one.items():
             if not np.array_equal(numeric(value), numeric(two[key]), equal_nan=_is_number(value)):
@@ -336,13 +335,62 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
                 )
     first: Contribution = tries[0][0] if tries[0] else {}
     for key, value in first.items():
+        if np.ndim(value) == 0 and numeric(value).dtype.kind not in "buif":
+            raise UsageError(
+                f"score gives {key} as {value!r}", where=name, expected="a number for each image"
+            )
         if np.ndim(value) == 0 and all(np.isnan(numeric(each[key])) for each in tries[0]):
             raise UsageError(
                 f"score gives {key} as NaN for each of {len(tries[0])} images",
                 where=name,
                 expected="a number; NaN only for images that do not count",
             )
+    _try_summary(task, tries[0])
     return tries[0]
+
+
+def contributions(
+    task: Task, predictions: Sequence[Prediction], targets: Any
+) -> list[Contribution]:
+    """Return what each image contributes to the metrics.
+
+    Raises:
+        UsageError: the task's score raises, or returns no dictionary.
+    """
+    name, found = type(task).__name__, list[Contribution]()
+    for i, each in enumerate(predictions):
+        with boundary(UsageError, f"score fails for image {i} of a batch", where=name):
+            found.append(task.score(each, targets[i]))
+        if not isinstance(found[-1], Mapping):
+            raise UsageError(
+                f"score gives {found[-1]!r}"[:200],
+                where=name,
+                expected=f"a dictionary: {{{', '.join(f'{key!r}: ...' for key in task.kinds)}}}",
+            )
+    return found
+
+
+def _try_summary(task: Task, scores: Sequence[Contribution]) -> None:
+    """Raise UsageError unless ``summarize`` gives each metric of two samples, twice the same."""
+    name, counts = type(task).__name__, np.ones((2, len(scores)), dtype=np.int64)
+    expected = f"an array of shape (2,) for 2 samples, for each of {', '.join(task.kinds)}"
+    with boundary(UsageError, "summarize fails", where=name, fix=f"Return {expected}"):
+        one, two = (task.summarize(scores, counts) for _ in range(2))
+        first, second = (
+            {key: numeric(each[key]).astype(np.float64) for key in task.kinds}
+            for each in (one, two)
+        )
+    for key, values in first.items():
+        if values.shape != (2,):
+            raise UsageError(
+                f"summarize gives {key} of shape {values.shape}", where=name, expected=expected
+            )
+        if not np.array_equal(values, second[key], equal_nan=True):
+            raise UsageError(
+                f"summarize gives {key} as {values[0]:g} and then as {second[key][0]:g}",
+                where=name,
+                expected="the same value for the same scores",
+            )
 
 
 def _is_number(value: Any) -> bool:

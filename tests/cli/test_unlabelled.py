@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from compress.graph.metadata import metadata
+from compress.packages import is_installed
 
 QUICK = ["--set", "measure.rounds=3", "--set", "measure.round_ms=5", "--method", "plain"]
 
@@ -96,6 +97,30 @@ def test_pictures_are_enough_to_quantize(compress, tmp_path, pictures, made, opt
     assert result["skipped"]["accuracy"] == "the images have no labels"
     assert "dB of the original's" in report["verdict"]
     assert metadata(onnx.load(int8))["color"] == ("BGR" if "BGR" in options else "RGB")
+
+
+@pytest.mark.skipif(not is_installed("tensorrt_rtx"), reason="tensorrt_rtx is not installed")
+@pytest.mark.parametrize(("dims", "told"), [
+    ((1, 12, 16, 3), "the engines are built"),
+    (("n", "h", "w", 3), "free dimension besides the batch"),
+])  # fmt: skip
+def test_tensorrt_of_sizes_that_the_file_fixes_or_leaves_free(
+    compress, tmp_path, pictures, dims, told
+):
+    model = onnx.load(network(tmp_path / "x.onnx"))
+    shapes = [helper.make_tensor_value_info("x", TensorProto.FLOAT, dims)]
+    del model.graph.input[:]
+    model.graph.input.extend(shapes)
+    onnx.save(model, tmp_path / "x.onnx")
+    options = ("--target", "tensorrt", "--image-size", "12,16", "--out", tmp_path / "run")
+    code, out, err = compress(
+        "quantize", tmp_path / "x.onnx", "--data", f"images:{pictures}", *options, *QUICK
+    )
+    assert code == 0, err
+    assert "model.tensorrt.onnx" in out
+    assert (tmp_path / "run" / "01-quantize" / "model.tensorrt.onnx").is_file()
+    skipped = json.loads((tmp_path / "run" / "report.json").read_text())["skipped"]
+    assert any(told in why for why in skipped.values()) or is_installed("tensorrt"), skipped
 
 
 def test_what_was_noted_is_what_compare_feeds(compress, tmp_path, pictures):

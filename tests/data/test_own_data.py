@@ -13,6 +13,8 @@ from compress.errors import CompressError
 from compress.recipe.settings import DataSettings
 
 FILE = '''
+import sys
+
 import numpy as np
 import torch
 from PIL import Image
@@ -56,6 +58,47 @@ class Shades(Dataset):
             "boxes": {"boxes": torch.zeros(1, 4), "labels": torch.zeros(1)},
         }[self.target]
         return picture, target
+
+
+class Odd(Shades):
+    """Item 11 is not what the others are."""
+
+    def __init__(self, how, target="class"):
+        super().__init__(target=target)
+        self.how = how
+
+    def __getitem__(self, i):
+        picture, target = super().__getitem__(i)
+        if i != 11:
+            return picture, target
+        grey = torch.full((3, 12, 10), 0.5)
+        if self.how == "one NaN":
+            grey[1, 3, 3] = float("nan")
+        return {
+            "NaN": lambda: (grey * float("nan"), target),
+            "one NaN": lambda: (grey, target),
+            "infinite": lambda: (grey / 0, target),
+            "no rows": lambda: (grey[:, :0], target),
+            "none": lambda: (None, target),
+            "a path": lambda: ("11.png", target),
+            "complex": lambda: (grey.to(torch.complex64), target),
+            "flipped": lambda: (np.array(picture)[:, ::-1], target),
+            "exit": lambda: sys.exit(3),
+            "mask NaN": lambda: (picture, np.full(self.size, np.nan)),
+            "mask 0.5": lambda: (picture, np.full(self.size, 0.5)),
+            "mask 300": lambda: (picture, np.full(self.size, 300)),
+            "mask 77": lambda: (picture, np.full(self.size, 77)),
+            "mask -7": lambda: (picture, np.full(self.size, -7)),
+            "mask -1": lambda: (picture, np.full(self.size, -1)),
+            "several NaN": lambda: (picture, np.array([0, 1, np.nan])),
+            "several 2": lambda: (picture, [0, 2, 1]),
+            "class -1": lambda: (picture, -1),
+            "picture NaN": lambda: (picture, np.full((*self.size, 3), np.nan)),
+        }[self.how]()
+
+
+def odd_test(split):
+    return Shades() if split == "train" else Odd("NaN") if split == "test" else None
 
 
 class Failing(Shades):
@@ -223,6 +266,52 @@ def test_what_is_no_data_is_refused_in_words(file, name, arguments, said):
     with pytest.raises(CompressError) as error:
         load(f"{file}:{name}", options={"arguments": arguments})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("how", "target", "said"),
+    [
+        ("NaN", "class", "has pixels that are not finite numbers"),
+        ("one NaN", "class", "has pixels that are not finite numbers"),
+        ("infinite", "class", "has pixels that are not finite numbers"),
+        ("no rows", "class", "has a picture of shape (3, 0, 10)"),
+        ("none", "class", "has a picture that is NoneType, not of real numbers"),
+        ("a path", "class", "has a picture that is str, not of real numbers"),
+        ("complex", "class", "has a picture that is Tensor, not of real numbers"),
+        ("exit", "class", "raises SystemExit(3)"),
+        ("class -1", "class", "has the class -1. Expected one of the 2 classes 0, 1"),
+        ("mask NaN", "mask", "has a mask with the values nan. Expected classes 0 to 254"),
+        ("mask 0.5", "mask", "has a mask with the values 0.5"),
+        ("mask 300", "mask", "has a mask with the values 300"),
+        ("mask -7", "mask", "has a mask with the values -7"),
+        ("mask 77", "mask", "holds the value 77, and no mask holds 2, 3, 4, ..."),
+        ("several NaN", "hot", "has the target [0.0, 1.0, nan]. Expected 0 or 1 for each class"),
+        ("several 2", "hot", "has the target [0, 2, 1]"),
+    ],
+)
+def test_one_item_that_is_not_like_the_others_is_named(file, how, target, said):
+    with pytest.raises(CompressError) as error:
+        load(f"{file}:Odd", options={"arguments": {"how": how, "target": target}})
+    assert f"{file}:Odd, train, item 11: {said}" in str(error.value)
+
+
+def test_a_broken_picture_to_give_back_is_named(file):
+    with pytest.raises(CompressError, match="train, target of item 11: has pixels that are"):
+        load(f"{file}:Odd", options={"arguments": {"how": "picture NaN", "target": "picture"}})
+
+
+def test_the_split_of_a_broken_item_is_said(file):
+    with pytest.raises(CompressError, match="odd_test, test, item 11: has pixels"):
+        load(f"{file}:odd_test")
+
+
+def test_pixels_with_reversed_rows_and_masks_with_minus_one_are_read(file):
+    data = load(f"{file}:Odd", options={"arguments": {"how": "flipped"}})
+    assert sum(sizes(data).values()) == 40
+    data = load(f"{file}:Odd", options={"arguments": {"how": "mask -1", "target": "mask"}})
+    assert data.classes == ("0", "1")
+    every = np.concatenate([images.labels for images in data.splits.values()])
+    assert (every == 255).all((1, 2)).sum() == 1
 
 
 def test_a_mask_with_a_value_beyond_the_named_classes_is_found(file):

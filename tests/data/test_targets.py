@@ -255,6 +255,16 @@ def test_an_option_the_kind_does_not_have(tmp_path):
     [
         ("<xmax>25</xmax>", "<xmax>5</xmax>", r"im01.xml, line 2: the box .* has no area"),
         ("<xmax>25</xmax>", "<xmax>95</xmax>", r"line 2: the box .* lies outside its image of 80 "),
+        (
+            "<xmax>25</xmax>",
+            "<xmax>nan</xmax>",
+            r"line 2: the box .* is no finite number",
+        ),
+        (
+            "<xmax>25</xmax>",
+            "<xmax>inf</xmax>",
+            r"line 2: the box .* is no finite number",
+        ),
         ("<xmax>25</xmax>", "", r"im01.xml, line 2: the object has the corners .*None"),
         ("<name>green", "<name>grene", r"line 6: no such class 'grene'. Did you mean 'green'"),
         ("</annotation>", "", r"im01.xml: is not a readable annotation"),
@@ -281,6 +291,8 @@ def test_invalid_boxes_can_be_dropped(tmp_path):
         ("0 0.1", "0", r"im01.txt, line 1: .* is no object"),
         ("0 0.1", "nan 0.1", r"im01.txt, line 1: .* is no object"),
         ("0 0.1", "inf 0.1", r"im01.txt, line 1: .* is no object"),
+        ("0 0.1875", "0 nan", r"im01.txt, line 1: the box .* is no finite number"),
+        ("0 0.1875", "0 -inf", r"im01.txt, line 1: the box .* is no finite number"),
     ],
 )
 def test_bad_yolo_objects_are_refused_with_their_line(tmp_path, edit, by, message):
@@ -293,6 +305,8 @@ def test_bad_yolo_objects_are_refused_with_their_line(tmp_path, edit, by, messag
     [
         ({"bbox": [5, 5, 0, 3]}, r"instances.json, annotation 1: the box .* has no area"),
         ({"bbox": [5, 5, 300, 3]}, r"annotation 1: the box .* lies outside"),
+        ({"bbox": [5, float("nan"), 3, 3]}, r"annotation 1: the box .* is no finite number"),
+        ({"bbox": [5, 5, float("inf"), 3]}, r"annotation 1: the box .* is no finite number"),
         ({"category_id": 77}, r"annotation 1: no such class '77'"),
         ({"image_id": 99}, r"annotation 1: no image has the id 99"),
         ({"bbox": [5, 5]}, r"is no COCO annotation file"),
@@ -303,8 +317,8 @@ def test_bad_coco_annotations_are_refused_with_their_id(tmp_path, changed, messa
         load_data(coco(tmp_path, **changed))
 
 
-def broken_mask(root: Path, how: str) -> None:
-    file = root / "test" / "masks" / "im12.png"
+def broken_mask(root: Path, how: str, name: str = "test/masks/im12.png") -> None:
+    file = root / name
     if how == "value":
         Image.fromarray(np.full(SIZE[::-1], 9, np.uint8)).save(file)
     elif how == "size":
@@ -332,6 +346,70 @@ def test_bad_masks_are_refused_with_their_file(tmp_path, how, message):
     broken_mask(tmp_path, how)
     with pytest.raises(DataError, match=message):
         list(load_data(settings).batches("test"))
+
+
+@pytest.mark.parametrize("how", ["value", "size"])
+@pytest.mark.parametrize("name", ["train/masks/im03.png", "val/masks/im11.png"])
+def test_bad_masks_are_refused_before_any_of_them_is_used(tmp_path, name, how):
+    settings = masks(tmp_path)
+    broken_mask(tmp_path, how, name)
+    with pytest.raises(DataError, match=f"{name}: (holds the values 9|is 5 x 5 pixels)"):
+        load_data(settings)
+
+
+def test_masks_read_at_once_and_one_by_one_are_equal(tmp_path, monkeypatch):
+    at_once = load_data(masks(tmp_path)).splits["test"].labels
+    monkeypatch.setattr("compress.data._annotated.LARGEST_IN_MEMORY_BYTES", 0)
+    images = load_data(masks(tmp_path / "again")).splits["test"]
+    assert (images.labels.tensors().numpy() == at_once).all()
+
+
+@pytest.mark.parametrize("kind", ["masks", "voc"])
+def test_a_stray_value_in_masks_without_names_of_classes_is_no_class(tmp_path, kind):
+    if kind == "masks":
+        settings = masks(tmp_path).model_copy(update={"options": {"void": 7}})
+    else:
+        settings = voc(tmp_path).model_copy(update={"options": {"labels": "masks"}})
+    assert load_data(settings).classes == ("0", "1", "2")
+    file = tmp_path / ("train/masks" if kind == "masks" else "SegmentationClass") / "im03.png"
+    mask = np.array(Image.open(file))
+    mask[30, 30] = 77
+    Image.fromarray(mask).save(file)
+    with pytest.raises(DataError, match=r"im03.png: holds the value 77, and no mask holds 3, 4, 5"):
+        load_data(settings)
+
+
+def test_masks_of_black_and_white_say_which_value_is_which_class(tmp_path):
+    settings = masks(tmp_path)
+    for file in tmp_path.glob("*/masks/*.png"):
+        mask = np.array(Image.open(file))
+        Image.fromarray(np.where(mask == 1, 255, 0).astype(np.uint8)).save(file)
+    alone = settings.model_copy(update={"options": {}})
+    with pytest.raises(DataError, match=r"hold 0, 255, and 255 counts nowhere.*values: \[0, 255\]"):
+        load_data(alone)
+    for options in (
+        {"values": [0, 255], "void": None},
+        {"values": [0, 255], "classes": ["a", "b"]},
+    ):
+        dataset = load_data(settings.model_copy(update={"options": options}))
+        assert len(dataset.classes) == 2
+        _, target = next(dataset.batches("test"))
+        assert set(target.unique().tolist()) == {0, 1, 255}  # 255: padding of the letterbox
+        red = dataset.splits["test"].take([0, 1])[:, 0] > 200
+        assert ((target == 1) == red).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"values": [0, 300]}, "no pixel of value 300. Expected 0 to 255"),
+        ({"void": -1}, "no pixel of value -1"),
+        ({"values": [0, 255], "classes": ["a"]}, "2 values of 1 classes"),
+    ],
+)
+def test_values_that_no_mask_can_hold(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        load_data(masks(tmp_path).model_copy(update={"options": options}))
 
 
 needs = pytest.mark.skipif(not (DATA / "bccd").is_dir(), reason=f"{DATA} holds no bccd, camvid")

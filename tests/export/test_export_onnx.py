@@ -466,3 +466,55 @@ def test_what_a_dry_run_caches_does_not_fix_the_batch(tmp_path):
         (found,) = session.run(images.numpy())
     with torch.no_grad():
         assert np.allclose(found, network(images).numpy(), atol=1e-5)
+
+
+class WindowAttention(nn.Module):
+    """Attention of tokens in ``lead`` leading dimensions, as windows of Twins have three."""
+
+    def __init__(self, lead: int, masked: bool, causal: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, 3, padding=1)
+        self.lead, self.masked, self.causal = lead, masked, causal
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.conv(images).flatten(2).transpose(1, 2)
+        heads = (tokens.shape[0], *(1, 4, 2, 2, 2)[1 : self.lead])
+        parted = tokens.reshape(*heads, -1, 4)
+        count = parted.shape[-2]
+        mask = torch.arange(count**2).reshape(1, count, count) * 0.01 if self.masked else None
+        attention = nn.functional.scaled_dot_product_attention
+        return attention(parted, parted, parted, mask, 0.0, self.causal)
+
+
+@pytest.mark.parametrize(
+    ("lead", "masked", "causal"),
+    [(1, False, False), (3, True, False), (3, False, True), (4, True, False)],
+    ids=str,
+)
+def test_attention_of_any_rank_is_exported(
+    tmp_path: Path, lead: int, masked: bool, causal: bool
+) -> None:
+    model = WindowAttention(lead, masked, causal).eval()
+    images = torch.randn(3, 3, 8, 8)
+    file = export_onnx(model, images[:1], tmp_path / "net.onnx")
+    answer = ort.InferenceSession(file).run(None, {"input": images.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, model(images).numpy(), atol=1e-5)
+
+
+class SharedList(nn.Module):
+    """It returns one list of feature maps in two places, as YOLOv10 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, dict[str, list[Tensor]]]]:
+        maps = [self.conv(images)]
+        return maps[0].mean((2, 3)), {"many": {"maps": maps}, "one": {"maps": maps}}
+
+
+def test_a_list_that_is_returned_twice_is_exported_once(tmp_path: Path) -> None:
+    file = export_onnx(SharedList().eval(), torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
+    shapes = [output.shape[1:] for output in ort.InferenceSession(file).get_outputs()]
+    assert shapes == [[8], [8, 6, 6]]

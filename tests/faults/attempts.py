@@ -71,7 +71,7 @@ def attempt(*arguments: object, log: Path, fault: Fault | None = None) -> Attemp
         fault: Limits its resources, changes its environment, breaks what it calls.
     """
     typed = [os.fspath(a) if isinstance(a, os.PathLike) else str(a) for a in arguments]
-    process = CONTEXT.Process(target=_called, args=(typed, log, fault))
+    process = CONTEXT.Process(target=called, args=(typed, log, fault))
     process.start()
     process.join(SECONDS)
     code = process.exitcode
@@ -81,7 +81,7 @@ def attempt(*arguments: object, log: Path, fault: Fault | None = None) -> Attemp
     return Attempt(code, log.read_text("utf-8", "replace") if log.exists() else "")
 
 
-def _called(typed: list[str], log: Path, fault: Fault | None) -> None:
+def called(typed: list[str], log: Path, fault: Fault | None) -> None:
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(out, 1)
     os.dup2(out, 2)

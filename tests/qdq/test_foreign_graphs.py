@@ -86,7 +86,57 @@ def attention():
     return s.model()
 
 
-GRAPHS = [scalar_arithmetic, shape_arithmetic, detector_head, attention]
+def attention_of_slices():
+    """Attention on a feature map: of its two products one has a scaled query, in float."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "conv1", 3, 8, 3))
+    flat = s.op("Reshape", [x, s.constant("rows", np.array([0, 8, -1]))], "flat")
+    x = s.op("Transpose", [flat], "tokens", perm=[0, 2, 1])
+    s.floats("w", 8, 24, scale=0.3)
+    x = s.op("MatMul", [x, "w"], "qkv")
+    parts = []
+    for k in range(3):
+        ends = [
+            s.constant(f"{n}{k}", np.array([v]))
+            for n, v in zip("abc", (8 * k, 8 * k + 8, 2), strict=True)
+        ]
+        parts.append(s.op("Slice", [x, *ends], f"part{k}"))
+    q = s.op("Mul", [parts[0], s.constant("scale", np.float32(0.35))], "scaled")
+    k = s.op("Transpose", [parts[1]], "keys", perm=[0, 2, 1])
+    weights = s.op("Softmax", [s.op("MatMul", [q, k], "product")], "weights", axis=-1)
+    x = s.op("MatMul", [weights, parts[2]], "mixed")
+    s.floats("w2", 8, 10, scale=0.3)
+    s.op("MatMul", [x, "w2"], "logits")
+    return s.model()
+
+
+def wrongly_annotated():
+    """A file whose output and inner shapes are of another rank than what its nodes make."""
+    model = scalar_arithmetic()
+    wrong = onnx.helper.make_tensor_value_info
+    model.graph.value_info.append(wrong("plus", onnx.TensorProto.FLOAT, [1, 8]))
+    name = model.graph.output[0].name
+    del model.graph.output[:]
+    model.graph.output.append(wrong(name, onnx.TensorProto.FLOAT, ["n", 2, 5]))
+    return model
+
+
+def gated_features():
+    """A gate joined with larger features and read by a layer: scores in form, not in use."""
+    s = Sketch((3, 16, 16))
+    large = s.op(
+        "Mul", [s.relu(s.conv("input", "conv1", 3, 8, 3)), s.constant("k", np.float32(40))], "large"
+    )
+    gate = s.op("Sigmoid", [s.conv("input", "conv2", 3, 8, 3)], "gate")
+    x = s.relu(s.conv(s.op("Concat", [gate, large], "both", axis=1), "conv3", 16, 8, 3))
+    s.head(x, 8)
+    return s.model()
+
+
+GRAPHS = [
+    *(scalar_arithmetic, shape_arithmetic, detector_head, attention),
+    *(attention_of_slices, wrongly_annotated, gated_features),
+]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -69,14 +69,21 @@ def test_a_runtime_that_cannot_be_made_to_agree_is_refused(tmp_path, monkeypatch
     assert not (tmp_path / "int8.onnx").exists()
 
 
-def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kinds", "left"),
+    [({"ConvTranspose"}, {"up"}), ({"ConvTranspose", "Gemm"}, {"up", "logits"})],
+    ids=["transposed", "last layers too"],
+)
+def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(
+    kinds, left, tmp_path, monkeypatch
+):
     """What OpenVINO does without VNNI, on any processor: every other layer keeps its int8."""
     right = confirm.Confirmation._in_runtime
 
     def wrong(self, written, *others):
         made_by = {name: node.op_type for node in written.graph.node for name in node.output}
-        transposed = [node for node in written.graph.node if node.op_type == "ConvTranspose"]
-        is_int8 = any(made_by.get(node.input[1]) == "DequantizeLinear" for node in transposed)
+        asked = [node for node in written.graph.node if node.op_type in kinds]
+        is_int8 = any(made_by.get(node.input[1]) == "DequantizeLinear" for node in asked)
         found = right(self, written, *others)
         return [[-value for value in each] for each in found] if is_int8 else found
 
@@ -86,7 +93,7 @@ def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(tmp
     x = s.relu(s.op("ConvTranspose", [x, s.floats("up_w", 8, 8, 2, 2)], "up", strides=[2, 2]))
     s.head(s.relu(s.conv(x, "body", 8, 8)), 8)
     plan = quantized(s.model(), tmp_path, "openvino")
-    assert set(plan.float_nodes) == {"up"}
+    assert set(plan.float_nodes) == left
     (said,) = [note for note in plan.notes if "openvino computes logits has" in note]
     assert "transposed convolutions are left in float" in said
 

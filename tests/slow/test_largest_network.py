@@ -20,9 +20,9 @@ model = compress.load_model(folder / "pruned")
 compress.export_onnx(model, torch.zeros(1, 3, side, side), folder / "model.onnx")
 """,
     "quantize": """
-images = torch.rand(4, 3, side, side).numpy()
+images = torch.rand(8, 1, 3, side, side).numpy()
 out = folder / "int8.onnx"
-compress.quantize_onnx(folder / "model.onnx", [images], out, "onnxruntime", "plain")
+compress.quantize_onnx(folder / "model.onnx", list(images), out, "onnxruntime", "plain")
 """,
     "run": """
 with compress.open_session(folder / "int8.onnx") as session:

@@ -461,11 +461,46 @@ def test_a_score_that_is_never_a_number_is_found_before_a_run(tmp_path):
         tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
 
 
+RETURNED = 'return {"error": abs(float(prediction["mean"]) - float(target))}'
+SUMMARY = RETURNED + "\n\n    def summarize(self, scores, counts):\n        "
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("return {'error': 'low'}", "score gives error as 'low'. Expected a number"),
+        ("return {'error': None}", "score gives error as None. Expected a number"),
+        ("return 3.0", r"score gives 3.0. Expected a dictionary: \{'error': \.\.\.\}"),
+        ("return {}", "summarize fails: KeyError 'error'"),
+        ("return {'fault': 1.0}", "summarize fails: KeyError 'error'"),
+        (SUMMARY + "return {}", "summarize fails: KeyError 'error'"),
+        (SUMMARY + "return {'error': np.zeros(7)}", r"summarize gives error of shape \(7,\)"),
+        (SUMMARY + "return {'error': np.random.rand(2)}", "summarize gives error as .* and then"),
+    ],
+)
+def test_a_metric_that_is_no_number_is_found_before_a_run(tmp_path, returned, message):
+    file = tmp_path / "own.py"
+    file.write_text("import numpy as np\n" + OWN.replace(RETURNED, returned))
+    task = load_task(f"{file}:Brightness")
+    with pytest.raises(UsageError, match=message):
+        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
+
+
+def test_a_score_that_fails_for_a_later_image_names_the_task(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.replace('"error": abs', '"error": [0.0][int(target) // 2] + abs'))
+    task = load_task(f"{file}:Brightness")
+    with pytest.raises(UsageError, match="Brightness: score fails for image 1 of a batch: list"):
+        tasks.contributions(task, task.predict({"x": np.ones((2, 1, 2, 2))}), [1.0, 3.0])
+
+
 def test_a_score_that_raises_is_found_before_a_run_and_names_the_task(tmp_path):
     file = tmp_path / "raises.py"
     file.write_text(OWN.replace('"error": abs', '"error": [][3] + abs'))
     task = load_task(f"{file}:Brightness")
-    with pytest.raises(UsageError, match="Brightness: predict or score fails: list index out"):
+    with pytest.raises(
+        UsageError, match="Brightness: score fails for image 0 of a batch: list index out"
+    ):
         tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
 
 

@@ -13,6 +13,7 @@ from compress.prune.criteria.fisher import Fisher
 
 STEPS = 64  # in which the channels of a group leave, one by one where there are no more
 RIDGE = 1e-2  # as a share of the mean square, as in refitting
+FEW_LEFT = 0.7  # of the rows, below which the others are dropped
 STEEPER = 1e-9  # keeps the order of channels that leave at the same score
 
 
@@ -58,28 +59,40 @@ class Obs(Fisher):
 
 
 class _Replacement:
-    """What the channels left can replace in one layer that reads them."""
+    """What the channels left can replace in one layer that reads them.
+
+    The matrices are changed in place: the rows and columns of channels that have left come out as
+    zero, and are dropped when they are many, because copies cost more than the arithmetic.
+    """
 
     def __init__(self, reader: Consumer) -> None:
         matrix = reader.correlations.double()
         pull = RIDGE * matrix.diagonal().mean().clamp_min(1e-30)
-        self._inverse = torch.linalg.inv(matrix + pull * torch.eye(len(matrix)).to(matrix))
+        # Positive definite by the ridge; where values are NaN, so are the scores, which is said.
+        factor = torch.linalg.cholesky_ex(matrix + pull * torch.eye(len(matrix)).to(matrix)).L
+        self._inverse = torch.cholesky_inverse(factor)
         weights = reader.weights.double().cpu()
         self._gram = weights @ weights.T
         self._whole = self._gram.diagonal() * matrix.diagonal()  # without replacement
+        self._left = torch.arange(len(matrix))  # rows of the channels left
         self.weight = reader.changes.double().square().mean(0)
 
     def share(self) -> Tensor:
         """Return the share of each channel's part that is lost without it, of those left: (L,)."""
-        lost = self._gram.diagonal() / self._inverse.diagonal()
-        return torch.where(self._whole > 0, lost / self._whole.clamp_min(1e-300), 1.0)
+        whole = self._whole[self._left]
+        lost = (self._gram.diagonal() / self._inverse.diagonal())[self._left]
+        return torch.where(whole > 0, lost / whole.clamp_min(1e-300), 1.0)
 
     def remove(self, leaving: Tensor, staying: Tensor) -> None:
         """Fit the weights of the channels that stay to those that leave; both by where they are."""
-        rows, gram = self._inverse[leaving], self._gram[leaving]
-        taken = torch.linalg.solve(rows[:, leaving], rows[:, staying]).T  # (staying, leaving)
+        gone, self._left = self._left[leaving], self._left[staying]
+        rows, gram = self._inverse[gone], self._gram[gone]
+        taken = torch.linalg.solve(rows[:, gone], rows).T  # (C, leaving): the identity at `gone`
         # Each entry of the new Gram matrix counts half of what leaves twice.
-        change = taken @ (gram[:, staying] - 0.5 * gram[:, leaving] @ taken.T)
-        self._inverse = self._inverse[staying][:, staying] - taken @ rows[:, staying]
-        self._gram = self._gram[staying][:, staying] - change - change.T
-        self._whole = self._whole[staying]
+        change = gram - 0.5 * gram[:, gone] @ taken.T
+        self._inverse.addmm_(taken, rows, alpha=-1)
+        self._gram.addmm_(taken, change, alpha=-1).addmm_(change.T, taken.T, alpha=-1)
+        if len(self._left) < FEW_LEFT * len(self._whole):
+            self._inverse = self._inverse[self._left][:, self._left]
+            self._gram = self._gram[self._left][:, self._left]
+            self._whole, self._left = self._whole[self._left], torch.arange(len(self._left))

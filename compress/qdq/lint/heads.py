@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,7 +11,7 @@ import onnx_ir as ir
 from compress.graph.model import WEIGHTED
 from compress.graph.values import EditableGraph, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import MOVING, Pair, pair_before, pairs
+from compress.qdq.lint.patterns import DQ, MOVING, Pair, Q, pair_before, pairs
 from compress.qdq.lint.placement import bypass
 
 UP_TO_ONE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
@@ -25,7 +25,7 @@ def vanishing_scores(graph: EditableGraph) -> Iterator[Problem]:
             continue
         step = float(np.max(pair.numbers.scale))
         scores = [n for n in _makers(pair.source) if n.op_type in UP_TO_ONE]
-        if not scores or step * FEWEST_STEPS <= 1:
+        if not scores or step * FEWEST_STEPS <= 1 or _is_feature_map(pair.dequantizes):
             continue
         feeds_layer = any(node.op_type in WEIGHTED for node, _ in _uses(pair))
         yield Problem(
@@ -50,6 +50,16 @@ def _makers(value: ir.Value) -> Iterator[ir.Node]:
             waiting.append(node.inputs[0])
         elif node is not None:
             yield node
+
+
+def _is_feature_map(nodes: Sequence[ir.Node]) -> bool:
+    """Return whether layers alone read what ``nodes`` make, in whatever place: it is no answer."""
+    values = [value for node in nodes for value in node.outputs]
+    readers = [reader for value in values for reader, _ in value.uses()]
+    moved = [node for node in readers if node.op_type in MOVING | {"Pad", Q, DQ}]
+    rest = [node for node in readers if node.op_type not in WEIGHTED and node not in moved]
+    ends = not readers or rest or any(value.is_graph_output() for value in values)
+    return not ends and (not moved or _is_feature_map(moved))
 
 
 def _uses(pair: Pair) -> list[tuple[ir.Node, int]]:

@@ -14,6 +14,7 @@ from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
     DQ,
+    MOVING,
     Pair,
     Q,
     Weight,
@@ -116,8 +117,8 @@ def half_quantized(graph: EditableGraph) -> Iterator[Problem]:
             continue
         if weight is None:
             value = node.inputs[0 if left else 1]
-            if value is None or len(value.uses()) > 1:
-                continue  # the pair serves others as well: reading it costs nothing
+            if value is None or _serves_others(value):
+                continue  # reading the pair costs nothing
             pair = pair_before(value)
             yield Problem(
                 label(node),
@@ -132,6 +133,16 @@ def half_quantized(graph: EditableGraph) -> Iterator[Problem]:
                 "error of int8",
                 partial(_quantize_input, graph, node, weight),
             )
+
+
+def _serves_others(value: ir.Value) -> bool:
+    """Return whether more is made of the DQ node that ``value`` comes from."""
+    node = maker(value)
+    if len(value.uses()) > 1 or value.is_graph_output():
+        return True
+    if node is None or node.op_type not in MOVING or node.inputs[0] is None:
+        return False
+    return _serves_others(node.inputs[0])
 
 
 def unfolded_batchnorm(graph: EditableGraph) -> Iterator[Problem]:

@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import multiprocessing
+import re
 import resource
 import signal
 import tempfile
@@ -257,6 +258,8 @@ def forked(architecture: Architecture, until: str) -> dict[str, Any]:
     process.join()
     if process.exitcode == -signal.SIGXCPU:
         row = {"right": False, "step": "time", "error": f"more than {LIMIT_CPU_S} s of processor"}
+    if "error" in row:  # where a package is installed tells nothing
+        row["error"] = re.sub(r"/\S*/site-packages/", "", row["error"])
     return row
 
 

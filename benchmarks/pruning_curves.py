@@ -127,6 +127,26 @@ def measured(
     }
 
 
+def table(content: dict[str, Any]) -> str:
+    """Return the points as Markdown, one row for an arm, one column for a share of the MACs."""
+    points = content["points"]
+    shares = sorted({p["asked"] for p in points if p["arm"] != "original"}, reverse=True)
+    lines = [
+        f"# Top-1 before any training, %, on {content['tested']:,} test images, by MACs kept",
+        "",
+        f"Scored and refitted on {content['images']:,} training images.",
+        "",
+        "| network | arm | 1.0 | " + " | ".join(map(str, shares)) + " |",
+        "|---|---|--:|" + "--:|" * len(shares),
+    ]
+    found = {(p["network"], p["arm"], p["asked"]): p.get("top1_pct", "fails") for p in points}
+    for name, arm in dict.fromkeys((p["network"], p["arm"]) for p in points):
+        if arm != "original":
+            row = [found[name, "original", 1.0], *(found.get((name, arm, s), "") for s in shares)]
+            lines.append(f"| {name} | {arm} | " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--networks", nargs="+", default=["resnet20", "mobilenet", "resnet56"])
@@ -177,6 +197,7 @@ def main() -> None:
             }
             given.out.parent.mkdir(exist_ok=True)
             given.out.write_text(json.dumps(content, indent=1) + "\n")
+            given.out.with_suffix(".md").write_text(table(content))
 
 
 if __name__ == "__main__":

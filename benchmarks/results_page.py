@@ -167,7 +167,10 @@ def pruning_curves(content: dict[str, Any]) -> mpl.figure.Figure:
         axes.set_xlabel("MACs kept")
         axes.invert_xaxis()
     frames[0][0].set_ylabel(f"top-1, %, no training, {content['tested']:,} test images")
-    frames[0][-1].legend(frameon=False, fontsize=8, loc="lower left")
+    handles, labels = frames[0][0].get_legend_handles_labels()
+    below = {"loc": "outside lower center", "ncols": 5}
+    figure.set_layout_engine("constrained")
+    figure.legend(handles, labels, frameon=False, fontsize=8, **below)
     return figure
 
 
@@ -189,6 +192,7 @@ CHARTS: dict[str, Callable[[dict[str, Any]], mpl.figure.Figure]] = {
     "int8_speed": int8_speed,
     "kd_losses": kd_losses,
     "latency_pruning_resnet56": latency_pruning,
+    "pruning_curves": pruning_curves,
 }
 
 
@@ -241,7 +245,8 @@ def charts(results: Path) -> dict[str, bytes]:
             if not file.is_file():
                 continue
             figure = draw(json.loads(file.read_text()))
-            figure.tight_layout()
+            if figure.get_layout_engine() is None:
+                figure.tight_layout()
             stream = io.BytesIO()
             about = {"Date": None, "Description": digest(file)}
             figure.savefig(stream, format="svg", metadata=about)

@@ -14,13 +14,22 @@ import architectures
 
 pytestmark = pytest.mark.slow
 
+REFUSED = {  # in one sentence each, by name
+    "condensenet74_c4_g4": "its groups of learned connections leave 0.56 of the MACs at the least",
+    "dicenet_wd5": "its dimension-wise units leave 0.93 of the MACs at the least",
+    "simplepose_resnet18_coco": "it decodes key points with int() of a tensor's values: no export",
+}
+
 
 @pytest.mark.parametrize("architecture", architectures.ARCHITECTURES, ids=lambda a: a.name)
 def test_a_real_architecture_is_right_in_every_step(
-    architecture: architectures.Architecture,
+    architecture: architectures.Architecture, request: pytest.FixtureRequest
 ) -> None:
     if not architecture.installed:
         pytest.skip(f"{architecture.package} is not installed")
+    for name, why in REFUSED.items():
+        if name in architecture.name:
+            request.applymarker(pytest.mark.xfail(reason=why, strict=True))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         row = architectures.try_out(architecture)

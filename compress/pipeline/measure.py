@@ -7,6 +7,7 @@ a target are timed side by side in one sitting.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import Field
 
 from compress import evaluate, measure, plugins, progress
 from compress.artifact import sha256
-from compress.errors import EngineError, MissingPackageError, UsageError
+from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions, comparison
 from compress.graph import files
 from compress.graph.model import Graph
@@ -198,22 +199,17 @@ def _engine(context: RunContext, variant: Variant, target: Target, precision: st
     out = source.with_name(f"{source.stem}{form}.{target.runtime}-b{target.batch}{extension}")
     if out.is_file() and build_record(out).get("source_sha256") == sha256(source):
         return out
-    return build_engine(
-        source,
-        out,
-        runtime=target.reference,
-        batch=_batches(source, target.batch),
-        precision=precision if precision == "fp16" else None,
-    )
-
-
-def _batches(source: Path, usual: int) -> tuple[int, int, int]:
-    """Return the batches that an engine of ``source`` is for: the one that the file fixes, or any.
-
-    Where the fixed one is not ``usual``, timing says that it was skipped.
-    """
-    fixed = fixed_batch(Graph(files.load(source, weights=False)))
-    return (fixed,) * 3 if fixed else (1, usual, max(usual, evaluate.BATCH))
+    build = functools.partial(
+        build_engine, source, out,
+        runtime=target.reference, precision=precision if precision == "fp16" else None,
+    )  # fmt: skip
+    try:
+        return build(batch=(1, target.batch, max(target.batch, evaluate.BATCH)))
+    except CompressError:
+        fixed = fixed_batch(Graph(files.load(source, weights=False)))
+        if not fixed:
+            raise
+        return build(batch=(fixed,) * 3)  # timing says that another batch was skipped
 
 
 def _coverage(context: RunContext, entries: Sequence[Entry]) -> list[schema.Coverage]:

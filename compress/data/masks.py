@@ -42,6 +42,10 @@ class Masks(Pictures):
             raise UsageError(
                 f"a mask has no pixel of value {max(given, key=abs)}", expected="0 to 255"
             )
+        if self.values and len(set(self.values)) < len(self.values):
+            raise UsageError(
+                "values names one value twice", expected="a value of its own each class"
+            )
         if self.values and self.classes and len(self.values) != len(self.classes):
             raise UsageError(
                 f"{len(self.values)} values of {len(self.classes)} classes",

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 import compress
 from compress import tasks
 from compress.data import load_data
+from compress.data.masks import Masks as MaskKind
 from compress.errors import DataError, UsageError
 from compress.recipe import loading
 from compress.recipe.settings import DataSettings
@@ -459,3 +460,8 @@ def test_a_label_file_that_is_no_text_is_named(tmp_path):
     (tmp_path / "labels" / "train" / "im02.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match=r"im02.txt: is no readable text"):
         load_data(settings)
+
+
+def test_a_value_of_masks_belongs_to_one_class() -> None:
+    with pytest.raises(UsageError, match="one value twice"):
+        MaskKind(root="somewhere", values=(0, 0))

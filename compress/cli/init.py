@@ -296,12 +296,11 @@ def _sized(
 def _onnx_size(model: str) -> tuple[int, int] | None:
     """Return height and width that an ONNX file fixes."""
     from compress.graph import files
+    from compress.graph.shapes import dims_of, real_inputs
 
-    graph = files.load(Path(model), weights=False).graph
-    stored = {each.name for each in graph.initializer}
-    first = next(each for each in graph.input if each.name not in stored)
-    height, width = ([0, 0] + [d.dim_value for d in first.type.tensor_type.shape.dim])[-2:]
-    return (height, width) if height > 0 and width > 0 else None
+    first = real_inputs(files.load(Path(model), weights=False))[0]
+    height, width = [None, None, *dims_of(first)][-2:]
+    return (height, width) if height and width else None
 
 
 def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int] | None:

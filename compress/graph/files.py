@@ -23,7 +23,8 @@ from onnx import (
 
 from compress.artifact import is_utf8, replacing, state_of
 from compress.errors import EngineError, boundary
-from compress.graph.metadata import dims_of, layout_of, picture_input, stamp
+from compress.graph.metadata import layout_of, picture_input, stamp
+from compress.graph.shapes import dims_of
 
 DEEPEST = 64  # branches and loops inside each other, functions that call functions
 MOST_NODES = 2**20  # of the graph once its functions are written out

@@ -16,7 +16,7 @@ from onnx_ir.passes import common as passes
 from compress.errors import EngineError, QuantizationError
 from compress.graph import files
 from compress.graph.hard_swish import join_hard_swish
-from compress.graph.model import WEIGHTED, Graph, attribute, channel_axis, fresh_name
+from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
 from compress.graph.reshapes import is_spatial_mean, keep_batch, write_pool
 from compress.graph.values import (
     EditableGraph,
@@ -104,7 +104,7 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
 
 
 def _refuse_without_weights(model: ModelProto, where: str) -> None:
-    graph = Graph(model)
+    graph = GraphIndex(model)
     if any(graph.weight(node) for node in graph.nodes):
         return
     weighted = [node for node in graph.nodes if node.op_type in WEIGHTED]

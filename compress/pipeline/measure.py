@@ -20,7 +20,7 @@ from compress.artifact import sha256
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions, comparison
 from compress.graph import files
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.measure import Timing
 from compress.measure.artifacts import Candidate, answers_of, time_together
 from compress.pipeline import records
@@ -206,7 +206,7 @@ def _engine(context: RunContext, variant: Variant, target: Target, precision: st
     try:
         return build(batch=(1, target.batch, max(target.batch, evaluate.BATCH)))
     except CompressError:
-        fixed = fixed_batch(Graph(files.load(source, weights=False)))
+        fixed = fixed_batch(GraphIndex(files.load(source, weights=False)))
         if not fixed:
             raise
         return build(batch=(fixed,) * 3)  # timing says that another batch was skipped

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from compress.errors import QuantizationError, UnknownNameError
-from compress.graph import model as view
-from compress.graph.model import BIAS_LIMIT, channel_axis
+from compress.graph.model import BIAS_LIMIT, GraphIndex, channel_axis
 from compress.graph.preprocess import finished, prepare
 from compress.graph.values import EditableGraph, constant, maker, name_of
 from compress.graph.weightless import check, infer_shapes
@@ -73,7 +72,7 @@ def write_qdq(
 
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
     corrected = rewrite_for(apply_corrections(prepared, plan), target)
-    placement = place(view.Graph(corrected), target, plan.float_nodes)
+    placement = place(GraphIndex(corrected), target, plan.float_nodes)
     written = _Writer(EditableGraph(corrected), plan, target, placement, float_bias).write()
     del written.graph.value_info[:]
     finished(written)

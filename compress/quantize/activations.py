@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from scipy.special import expit
 
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
 
 Array = NDArray[Any]
 Function = Callable[[Array], Array]
@@ -32,7 +32,7 @@ class Activation:
     slope: Function
 
 
-def activation_of(graph: Graph, node: NodeProto) -> Activation:
+def activation_of(graph: GraphIndex, node: NodeProto) -> Activation:
     """Return what ``node`` is followed by: Relu, Clip, SiLU, hard-swish, a gate or nothing."""
     tensor = node.output[0]
     readers = [] if graph.is_seen(tensor) else [r for r, _ in graph.readers.get(tensor, [])]
@@ -67,7 +67,7 @@ def identity(z: Array) -> Array:
     return z
 
 
-def _bound(graph: Graph, node: NodeProto, position: int) -> float | None:
+def _bound(graph: GraphIndex, node: NodeProto, position: int) -> float | None:
     name = node.input[position] if len(node.input) > position else ""
     value = graph.constant(name) if name else None
     return None if value is None else float(value.reshape(-1)[0])

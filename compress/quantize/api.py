@@ -12,7 +12,7 @@ from onnx.numpy_helper import to_array
 from compress.artifact import replacing
 from compress.errors import QuantizationError, UnknownNameError, boundary
 from compress.graph.metadata import usual_range
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.quantize.calibration import calibrate, observed_tensors
@@ -90,10 +90,10 @@ def quantize_targets(
         with boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN):
             model = read_onnx(path)
             prepared = prepare(model)
-            excluded = excluded_nodes(Graph(prepared), exclude)
+            excluded = excluded_nodes(GraphIndex(prepared), exclude)
             planned = planning_graph(prepared, batches)
-            graph = Graph(planned)
-            bound = set(Graph(prepared).inputs) - set(graph.inputs)
+            graph = GraphIndex(planned)
+            bound = set(GraphIndex(prepared).inputs) - set(graph.inputs)
             images = Images(graph, batches, bound=bound, usual=usual_range(model))
             given = {name: to_array(graph.initializers[name]).copy() for name in bound}
             statistics = calibrate(planned, images, targets=outs)
@@ -110,7 +110,7 @@ def quantize_targets(
     return plans
 
 
-def excluded_nodes(graph: Graph, names: Iterable[str]) -> dict[str, str]:
+def excluded_nodes(graph: GraphIndex, names: Iterable[str]) -> dict[str, str]:
     """Return the reason for each excluded node.
 
     Raises:

@@ -6,7 +6,7 @@ import numpy as np
 from onnx import ModelProto
 
 from compress.errors import QuantizationError
-from compress.graph.metadata import dims_of
+from compress.graph.shapes import dims_of
 from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
 from compress.quantize.images import Feed

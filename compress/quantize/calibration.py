@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 from compress import progress
 from compress.errors import QuantizationError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS
@@ -72,7 +72,7 @@ def calibrate(
             the node that made it.
     """
     prepared = prepare(model)
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     images = batches if isinstance(batches, Images) else Images(graph, batches)
     names = observed_tensors(prepared, targets)
     seen = {name: Histogram(_through(graph, name)) for name in names}
@@ -93,15 +93,15 @@ def observed_tensors(prepared: ModelProto, targets: Iterable[str]) -> list[str]:
     """Return every tensor whose range one of ``targets`` needs, in the order of the graph."""
     wanted: set[str] = set()
     for target in targets:
-        placement = place(Graph(rewrite_for(prepared, target)), target)
+        placement = place(GraphIndex(rewrite_for(prepared, target)), target)
         wanted |= {placement.source(name) for name in placement.readers}
         wanted |= {name for group in placement.joined for name in group}
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     order = [*graph.inputs, *(name for node in graph.nodes for name in node.output)]
     return [name for name in order if name in wanted]
 
 
-def _through(graph: Graph, tensor: str) -> Pointwise | None:
+def _through(graph: GraphIndex, tensor: str) -> Pointwise | None:
     """Return the pointwise function that alone reads ``tensor``, or None."""
     node = graph.producer.get(tensor)
     if node is None or len(node.output) > 1:
@@ -118,7 +118,7 @@ class _Runner:
         self.inputs = [name for name in names if name in inputs]
         self.names = [name for name in names if name not in inputs]
         self.session = session_of(with_outputs(prepared, self.names), threads)
-        self.shapes = Graph(prepared).shapes
+        self.shapes = GraphIndex(prepared).shapes
         self.buffers: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {}  # by shapes of the inputs
 
     def batch_size(self, images: Images) -> int:
@@ -173,7 +173,7 @@ def _observe(
     histogram: Histogram,
     values: NDArray[Any],
     images: int,
-    graph: Graph,
+    graph: GraphIndex,
     name: str,
     counted: bool,
 ) -> None:

@@ -17,7 +17,7 @@ from onnx import NodeProto
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from compress.graph.model import Graph, attribute, channel_axis
+from compress.graph.model import GraphIndex, attribute, channel_axis
 
 Labels = NDArray[np.int64]
 
@@ -38,7 +38,7 @@ class Channels:
         fixed: Number of tensors that must not be scaled, by the operator that says so.
     """
 
-    graph: Graph
+    graph: GraphIndex
     labels: dict[str, Labels] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     layers: set[str] = field(default_factory=set)
@@ -46,7 +46,7 @@ class Channels:
 
 
 class _Labeller:
-    def __init__(self, graph: Graph, floating: set[str]) -> None:
+    def __init__(self, graph: GraphIndex, floating: set[str]) -> None:
         self.graph, self.floating = graph, floating
         self.found = Channels(graph)
         self.pairs: list[tuple[Labels, Labels]] = []
@@ -162,7 +162,7 @@ class _Labeller:
         )
 
 
-def channels(graph: Graph, floating: set[str]) -> Channels:
+def channels(graph: GraphIndex, floating: set[str]) -> Channels:
     """Return the labels of all channels of ``graph``.
 
     Args:

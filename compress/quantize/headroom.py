@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import along, default_scales, encode, scale_axis, write_qdq
@@ -30,7 +30,7 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
     Source: Intel, "Lower Numerical Precision Deep Learning Inference and Training", 2018.
     """
-    graph = Graph(apply_corrections(bench.prepared, plan))
+    graph = GraphIndex(apply_corrections(bench.prepared, plan))
     names = {node.name: node.input[1] for node in graph.nodes if graph.weight(node)}
     written = write_qdq(bench.prepared, plan, float_bias=True)
     weights = dict(plan.weights)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, NodeProto
 
-from compress.graph.model import WEIGHTED, Graph
+from compress.graph.model import WEIGHTED, GraphIndex
 from compress.qdq.placement import place
 from compress.quantize.sqnr import shown
 
@@ -31,7 +31,7 @@ def decided(trials: Sequence[str]) -> list[str]:
     return [f"{steps}: {figures} ({len(plans)} of {count} trials kept)"]
 
 
-def float_parts(graph: Graph, target: str) -> list[str]:
+def float_parts(graph: GraphIndex, target: str) -> list[str]:
     """Return a sentence for each part with weights that ``target`` cannot have in int8.
 
     Args:

@@ -8,7 +8,7 @@ import numpy as np
 from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.weightless import infer_shapes
 from compress.qdq.placement import SAME_SCALE
 from compress.quantize.images import Batches, Feed, by_name, first_batch
@@ -33,7 +33,7 @@ def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
     Raises:
         QuantizationError: such an input has another value in another batch.
     """
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     batch = first_batch(batches)
     if batch is None:
         return prepared
@@ -57,7 +57,7 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
     different order rows of different objects would be compared. Of one that joins tensors, as boxes
     in pixels and scores up to 1, each of these: the noise of the small ones would not be seen.
     """
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     selected: set[str] = set()
     for node in graph.nodes:
         if node.op_type in SELECTING or selected.intersection(node.input):
@@ -78,7 +78,7 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
     return found
 
 
-def joined_parts(graph: Graph, tensor: str) -> list[str]:
+def joined_parts(graph: GraphIndex, tensor: str) -> list[str]:
     """Return the tensors that ``tensor`` joins, directly or through what only moves values."""
     node = graph.producer.get(tensor)
     while node is not None and node.op_type in SAME_SCALE and node.input[0] in graph.producer:
@@ -89,7 +89,7 @@ def joined_parts(graph: Graph, tensor: str) -> list[str]:
     return [part for name in dict.fromkeys(data) for part in joined_parts(graph, name)] or [tensor]
 
 
-def _parameters(graph: Graph, batches: Batches, first: Feed) -> Feed:
+def _parameters(graph: GraphIndex, batches: Batches, first: Feed) -> Feed:
     """Return the values of the inputs that are no images, by name."""
     values = {name: first[name] for name in graph.inputs if graph.is_parameter(name)}
     if not values:
@@ -109,7 +109,7 @@ def _parameters(graph: Graph, batches: Batches, first: Feed) -> Feed:
 
 def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:
     """Return ``model``; a copy with a batch of 1 where the inputs say any and only 1 runs."""
-    graph = Graph(model)
+    graph = GraphIndex(model)
     free = [name for name in graph.inputs if (graph.shapes.get(name) or (0,))[0] is None]
     rows = {name: first[name] for name in graph.inputs}
     if not free or not all(array.ndim and len(array) for array in rows.values()):

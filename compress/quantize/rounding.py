@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto
 from scipy.linalg.lapack import dtrtri
 
 from compress import progress
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes
 from compress.qdq.rewrite import apply_corrections
@@ -43,7 +43,7 @@ def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quant
     Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
     """
     feed = fewer(prepared, feed)
-    graph = Graph(apply_corrections(prepared, plan.changed(biases={})))
+    graph = GraphIndex(apply_corrections(prepared, plan.changed(biases={})))
     nodes = {node.name: node for node in graph.nodes}
     names = [
         n for n in place(graph, plan.target, plan.float_nodes).weights if _fits(graph, nodes[n])
@@ -122,7 +122,7 @@ def _upper_root_of_inverse(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(inverse)
 
 
-def _fits(graph: Graph, node: NodeProto) -> bool:
+def _fits(graph: GraphIndex, node: NodeProto) -> bool:
     value = graph.initializers.get(node.input[1])
     if node.op_type != "Conv" or value is None or len(value.dims) != 4:
         return False

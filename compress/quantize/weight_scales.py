@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
@@ -24,7 +24,7 @@ def search_weight_scales(prepared: ModelProto, plan: QuantPlan) -> QuantPlan:
     Few values, as the nine of a depthwise filter, may lie on a coarser grid by luck; the
     largest is always kept exactly.
     """
-    graph = Graph(apply_corrections(prepared, plan))
+    graph = GraphIndex(apply_corrections(prepared, plan))
     nodes = {node.name: node for node in graph.nodes}
     weights = dict(plan.weights)
     for name in place(graph, plan.target, plan.float_nodes).weights:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
@@ -91,7 +91,7 @@ class Workbench:
         rescaled = apply_corrections(self.prepared, step)
         images = self.images
         if images.fixed_batch is not None or _count(feed) < _count(self.fitted):
-            images = Images(Graph(rescaled), [self.fitted], fewest=1)
+            images = Images(GraphIndex(rescaled), [self.fitted], fewest=1)
         seen = calibrate(rescaled, images, targets=[self.target])
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)
@@ -143,7 +143,7 @@ class Workbench:
         judged = []
         if self.judging:
             judged = of_judging(self.judged, self.reference, self.judge(plan).each_db)
-        return [*judged, *float_parts(Graph(self.prepared), self.target)]
+        return [*judged, *float_parts(GraphIndex(self.prepared), self.target)]
 
 
 def first(feed: Feed, count: int) -> Feed:

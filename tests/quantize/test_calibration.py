@@ -10,7 +10,7 @@ import pytest
 from int8_graphs import GRAPHS, Sketch, images, residual, run
 
 from compress.errors import QuantizationError, UnknownNameError, UsageError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.weightless import is_large, skeleton
 from compress.qdq import prepare, read_onnx
 from compress.qdq.plan import TARGETS
@@ -62,7 +62,7 @@ def test_a_stream_gives_what_a_list_gives():
 def test_a_stream_is_cut_into_equal_batches(parts):
     model = residual()
     feed = images(model, 24)["input"]
-    stream = Images(Graph(prepare(model)), lambda: iter(np.array_split(feed, parts)))
+    stream = Images(GraphIndex(prepare(model)), lambda: iter(np.array_split(feed, parts)))
     batches = [batch["input"] for batch in stream.feeds(7)]
     assert [len(batch) for batch in batches] == [7, 7, 7, 3]
     assert np.array_equal(np.concatenate(batches), feed)
@@ -165,12 +165,12 @@ def test_images_that_do_not_fit(case, message, tmp_path):
 def test_images_that_were_not_normalized_are_told_with_numbers():
     pixels = np.random.default_rng(0).uniform(0, 255, (8, 3, 16, 16)).astype(np.float32)
     graph_images = images(residual())["input"]
-    from compress.graph.model import Graph
+    from compress.graph.model import GraphIndex
 
     with pytest.warns(UserWarning, match=r"range from 0\.\d+ to 2\d\d.*0 to 255"):
-        Images(Graph(residual()), [pixels])
+        Images(GraphIndex(residual()), [pixels])
     with pytest.warns(UserWarning, match="divided by 255 twice"):
-        Images(Graph(residual()), [graph_images * 1e-3])
+        Images(GraphIndex(residual()), [graph_images * 1e-3])
 
 
 def test_the_node_that_makes_nan_is_named():

@@ -17,6 +17,7 @@ from compress.artifact import scratch
 from compress.errors import EngineError, UsageError
 from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
 from compress.graph import files as onnx_file
+from compress.graph.model import reads
 from compress.graph.shapes import shapes_of
 from compress.progress import task
 
@@ -139,7 +140,7 @@ def cut(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
             continue
         needed.add(name)
         if name in producers:
-            open_ends += _read_by(producers[name])
+            open_ends += reads(producers[name])
     shapes, kinds = shapes_of(model)
     outputs = [
         helper.make_tensor_value_info(
@@ -160,15 +161,6 @@ def cut(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     whole.ir_version = model.ir_version
     whole.functions.extend(model.functions)
     return whole
-
-
-def _read_by(node: onnx.NodeProto) -> list[str]:
-    """Return what ``node`` reads, the branches inside it included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names += [name for inner in graph.node for name in _read_by(inner)]
-    return names
 
 
 def _common_tensors(old: onnx.ModelProto, new: onnx.ModelProto) -> list[str]:

@@ -13,6 +13,7 @@ from compress import progress
 from compress.artifact import write_json, write_text
 from compress.errors import CompressError, ExportError, UsageError
 from compress.graph import files as onnx_file
+from compress.graph.shapes import dims_of, real_inputs
 from compress.measure import Timing
 from compress.pipeline.split.chart import chart
 from compress.pipeline.split.choosing import front
@@ -184,10 +185,9 @@ def _cuts(model: ModelProto, at: str, *, int8: bool) -> tuple[Cuttable, list[Cut
 
 
 def _refuse_free_sizes(model: ModelProto) -> None:
-    constants = {tensor.name for tensor in model.graph.initializer}
-    for value in model.graph.input:
+    for value in real_inputs(model):
         dims = value.type.tensor_type.shape.dim
-        if value.name not in constants and any(dim.dim_value < 1 for dim in dims[1:]):
+        if None in dims_of(value)[1:]:
             shown = ", ".join(str(dim.dim_value or dim.dim_param or "?") for dim in dims)
             raise UsageError(
                 f"input {value.name!r} has free sizes ({shown}), which bytes and times depend on",

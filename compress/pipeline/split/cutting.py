@@ -13,7 +13,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from compress.errors import UsageError, did_you_mean
 from compress.graph.model import reads
-from compress.graph.shapes import shapes_of
+from compress.graph.shapes import real_inputs, shapes_of
 from compress.measure import complete_shapes, node_macs
 
 
@@ -42,7 +42,7 @@ class Cuttable:
         self.model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         graph = self.model.graph
         constants = {tensor.name for tensor in graph.initializer}
-        self.inputs = [value.name for value in graph.input if value.name not in constants]
+        self.inputs = [value.name for value in real_inputs(self.model)]
         self.outputs = [value.name for value in graph.output]
         self.shapes, self.kinds = complete_shapes(model)
         self.reads = [reads(node) for node in graph.node]

@@ -9,8 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from compress.graph import model as float_graph
-from compress.graph.model import WEIGHTED, attribute
+from compress.graph.model import WEIGHTED, GraphIndex, attribute
 from compress.graph.values import Array, EditableGraph, constant, label, maker, name_of
 from compress.graph.weightless import LARGEST, infer_shapes
 from compress.qdq.lint.patterns import DQ, Pair, Q, is_quantized, pair_before, pairs_on, weight_of
@@ -54,7 +53,7 @@ def wanted(graph: EditableGraph, target: str) -> Wanted:
     """
     model, names = _without_pairs(graph)
     left = {names[n]: "in float" for n in graph.of_type(*WEIGHTED) if _is_left(n, target)}
-    return Wanted(place(float_graph.Graph(model), target, left), names)
+    return Wanted(place(GraphIndex(model), target, left), names)
 
 
 def source_of(value: ir.Value | None) -> ir.Value | None:

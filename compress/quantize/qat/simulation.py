@@ -10,7 +10,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from compress.graph.model import BIAS_LIMIT, Graph
+from compress.graph.model import BIAS_LIMIT, GraphIndex
 from compress.graph.preprocess import prepare
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
@@ -89,7 +89,7 @@ class SimulatedNetwork(OnnxNetwork):
         super().__init__(prepared)
         self.plan, self.target, self.learned_scales = plan, target, learned_scales
         self.graph_nodes = {node.name: node for node in prepared.graph.node}
-        self.placement = place(Graph(prepared), target, plan.float_nodes)
+        self.placement = place(GraphIndex(prepared), target, plan.float_nodes)
         self.weighted = frozenset(self.placement.weights)
         self.groups = {name: _group(self.placement, name) for name in self.placement.readers}
         self.activations = nn.ModuleDict()

@@ -58,7 +58,7 @@ class RuntimeState:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SelfTest:
     """One step of the self-test."""
 
     runtime: str
@@ -75,7 +75,7 @@ class Examination:
     machine: dict[str, Any]
     packages: tuple[Piece, ...]
     runtimes: tuple[RuntimeState, ...]
-    trials: tuple[Trial, ...] = field(default=())
+    trials: tuple[SelfTest, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-able data."""
@@ -173,7 +173,7 @@ def state(runtime: str) -> RuntimeState:
     return RuntimeState(runtime, False, reason)
 
 
-def trials() -> Iterator[Trial]:
+def trials() -> Iterator[SelfTest]:
     """Yield the outcome of building and running a small network everywhere, fp32 and int8.
 
     The network is exported from torch and quantized here, so this tries the whole chain.
@@ -203,12 +203,12 @@ def trials() -> Iterator[Trial]:
 
 def _try(
     runtime: str, precision: str, source: Path | nn.Module, images: np.ndarray, expected: np.ndarray
-) -> Trial:
+) -> SelfTest:
     """Build if the runtime builds, run if it can run here, and compare."""
     started = time.perf_counter()
 
-    def told(outcome: str, detail: str) -> Trial:
-        return Trial(runtime, precision, outcome, detail, time.perf_counter() - started)
+    def told(outcome: str, detail: str) -> SelfTest:
+        return SelfTest(runtime, precision, outcome, detail, time.perf_counter() - started)
 
     reason = unavailable(runtime)
     try:

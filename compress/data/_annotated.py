@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._decoding import opened, upright_size
 from compress.data._held_out import with_test
-from compress.data._images import FileImages, Images, Names
+from compress.data._images import FileImages, LabelledImages, Names
 from compress.data._pictures import Pictures
 from compress.data._resize import Fit
-from compress.data._targets import Boxes, Masks
+from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -98,7 +98,7 @@ class BoxedPictures(Pictures):
             target=self.labels,
         )
 
-    def _images(self, annotations: Sequence[Annotation], classes: Sequence[str]) -> Images:
+    def _images(self, annotations: Sequence[Annotation], classes: Sequence[str]) -> LabelledImages:
         if self.labels == "classes":
             hot = np.zeros((len(annotations), len(classes)), np.int64)
             for row, annotation in zip(hot, annotations, strict=True):
@@ -167,7 +167,7 @@ def dense_fit(kind: Pictures) -> Fit:
     )
 
 
-def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
+def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledImages:
     """Return files with their labels as images, decoded into memory where they fit in 1 GiB.
 
     Raises:
@@ -187,7 +187,7 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
     if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
         return images
     decoded = images.in_memory()
-    return replace(decoded, labels=labels.read()) if isinstance(labels, Masks) else decoded
+    return replace(decoded, labels=labels.read()) if isinstance(labels, FittedMasks) else decoded
 
 
 def image_size(file: Path) -> tuple[int, int]:

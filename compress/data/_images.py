@@ -28,7 +28,7 @@ class Hash(Protocol):
         """Add ``data`` to the hash."""
 
 
-class Images(Protocol):
+class LabelledImages(Protocol):
     """Labelled images of one shape."""
 
     @property
@@ -84,7 +84,7 @@ class MemoryImages:
 class Subset:
     """Some of the images of another set."""
 
-    images: Images
+    images: LabelledImages
     indices: NDArray[np.int64]
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.data._images import Images, MemoryImages
+from compress.data._images import LabelledImages, MemoryImages
 from compress.data._item import Items, eight_bit, pair, picture, shape_of
 from compress.data._resize import Fit
 from compress.data._targets import VOID, PictureTargets, mask_classes
@@ -176,7 +176,7 @@ def _mask(fit: Fit, mask: Any) -> NDArray[np.uint8]:
     return np.array(nearest.image(fitted, fill=VOID), dtype=np.uint8)
 
 
-def _wanted(targets: Sequence[Any], where: str) -> Images:
+def _wanted(targets: Sequence[Any], where: str) -> LabelledImages:
     """Return pictures that a network is to give back."""
     pixels = [
         eight_bit(torch.from_numpy(np.asarray(each)), f"{where}, target of item {index}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._held_out import held_out
-from compress.data._images import Hash, Images, Indices, MemoryImages, Subset, in_parallel
+from compress.data._images import Hash, Indices, LabelledImages, MemoryImages, Subset, in_parallel
 from compress.data._item import Items, eight_bit, picture, shape_of
 from compress.data._item_labels import labels_of, targets_of
 from compress.data._pictures import DEFAULT_SIZE
@@ -131,7 +131,7 @@ def source_of(kind: Held, parts: Mapping[str, Items]) -> Source:
         for name, part in parts.items()
     }
     test = images.get("test", images.get("validation"))
-    learned: Images = images["train"]
+    learned: LabelledImages = images["train"]
     if test is None:
         kept, drawn = held_out(labels[places["train"]], kind.test, kind.seed)
         learned, test = Subset(images["train"], kept), Subset(images["train"], drawn)
@@ -147,7 +147,7 @@ def source_of(kind: Held, parts: Mapping[str, Items]) -> Source:
     )
 
 
-def _images(items: Items, labels: Any, reader: Reader) -> Images:
+def _images(items: Items, labels: Any, reader: Reader) -> LabelledImages:
     images = ItemImages(items, labels, reader)
     if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
         return images

@@ -22,7 +22,7 @@ PADDING = 114  # grey that letterboxes are filled with, 0..255, as YOLO networks
 
 
 @dataclass(frozen=True)
-class Placement:
+class PicturePlacement:
     """Where one picture lies in the network's input.
 
     A point (x, y) of the picture is at ``(x * scale[1] + left, y * scale[0] + top)``.
@@ -77,7 +77,7 @@ class Fit:
             return self.crop
         return CROP if self.rule == "short side" else 1.0
 
-    def place(self, height: int, width: int) -> Placement:
+    def place(self, height: int, width: int) -> PicturePlacement:
         """Return where a picture of ``height`` x ``width`` pixels lies in the input."""
         wanted = [round(side / self.share) for side in self.size]
         if self.rule == "squash":
@@ -93,7 +93,7 @@ class Fit:
         top, left = (
             round((want - have) / 2) for want, have in zip(self.size, resized, strict=True)
         )
-        return Placement(resized, top, left, (resized[0] / height, resized[1] / width))
+        return PicturePlacement(resized, top, left, (resized[0] / height, resized[1] / width))
 
     def image(self, picture: Image.Image, fill: int | tuple[int, ...] | None = None) -> Image.Image:
         """Return ``picture`` resized, then cropped or padded to the size.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data._decoding import opened, upright_size
-from compress.data._images import Images, Subset, in_parallel
+from compress.data._images import LabelledImages, Subset, in_parallel
 from compress.data._resize import Fit
 from compress.errors import DataError
 
@@ -101,7 +101,7 @@ def mask_classes(first: Mapping[int, str]) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Masks:
+class FittedMasks:
     """Class maps of N images in files, fitted as their images are; read when asked for."""
 
     files: tuple[Path, ...]
@@ -114,7 +114,7 @@ class Masks:
         """Return how many images there are."""
         return len(self.files)
 
-    def __getitem__(self, indices: Indices) -> Masks:
+    def __getitem__(self, indices: Indices) -> FittedMasks:
         """Return the masks of the images at ``indices``."""
         files = tuple(self.files[int(i)] for i in indices)
         images = tuple(self.images[int(i)] for i in indices)
@@ -179,7 +179,7 @@ class Masks:
 class PictureTargets:
     """Pictures that a network is to give back; read when asked for."""
 
-    pictures: Images
+    pictures: LabelledImages
 
     def __len__(self) -> int:
         """Return how many pictures there are."""
@@ -200,6 +200,6 @@ class PictureTargets:
 
 def tensors_of(labels: Any) -> Tensor | list[Target]:
     """Return labels as what losses and metrics take: a tensor, or a dictionary for each image."""
-    if isinstance(labels, Boxes | Masks | PictureTargets):
+    if isinstance(labels, Boxes | FittedMasks | PictureTargets):
         return labels.tensors()
     return torch.from_numpy(np.asarray(labels))

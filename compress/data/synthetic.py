@@ -144,7 +144,7 @@ def matched(
     start: Tensor,
     bounds: tuple[Tensor, Tensor],
     steps: int,
-    done: progress.Task,
+    done: progress.ProgressTask,
 ) -> Tensor:
     """Return images like ``start``, changed until BatchNorm reads the statistics that it stored.
 

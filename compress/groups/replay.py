@@ -15,7 +15,7 @@ from compress.groups import meta_ops
 from compress.groups.calls import MAKERS, TAKERS, WatchedCalls, WatchedOps, whole_name
 from compress.groups.labels import Axis
 from compress.groups.places import describe, here, place_of
-from compress.groups.record import Key, Record, Step
+from compress.groups.record import Key, Step, TraceRecord
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
 
@@ -37,7 +37,7 @@ class MismatchError(Exception):
         self.forward = 0  # which of the traced forwards it was, set by who ran them
 
 
-class Replay(WatchedOps):  # type: ignore[no-untyped-call]
+class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
     Args:
@@ -46,7 +46,7 @@ class Replay(WatchedOps):  # type: ignore[no-untyped-call]
         on: The meta device; None if the copy has values.
     """
 
-    def __init__(self, record: Record, stays: Stays, on: torch.device | None) -> None:
+    def __init__(self, record: TraceRecord, stays: Stays, on: torch.device | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._steps = record.steps
         self._taken = iter(record.taken)
@@ -179,7 +179,7 @@ def _reshaped(result: Any, shapes: Iterator[tuple[int, ...]]) -> Any:
 class ReplayCalls(WatchedCalls):
     """Hands the program of a replayed network the values that the original's took out."""
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: TraceComparison) -> None:
         super().__init__()
         self._replay = replay
 

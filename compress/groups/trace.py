@@ -27,8 +27,8 @@ from compress.groups.inputs import (
 )
 from compress.groups.labels import Components, Constraints
 from compress.groups.network import Index, Layer, Network, Positions, Reduction
-from compress.groups.record import Axes, Key, Record
-from compress.groups.replay import MismatchError, Replay, ReplayCalls
+from compress.groups.record import Axes, Key, TraceRecord
+from compress.groups.replay import MismatchError, ReplayCalls, TraceComparison
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
@@ -118,7 +118,7 @@ class _Forward:
     """One traced forward and the mode it was made in."""
 
     training: bool
-    record: Record
+    record: TraceRecord
 
 
 class _Traced:
@@ -330,7 +330,7 @@ class _Traced:
         positions, attributes = self.network.kept_positions(keep), self.network.attributes(kept)
         cut(model, positions, attributes, self.network.kept_indices(kept))
         for number, forward in enumerate(self._forwards):
-            replay = Replay(forward.record, stays, self._on)
+            replay = TraceComparison(forward.record, stays, self._on)
             set_mode(model, training=forward.training)
             try:
                 run_traced(model, self._inputs_in(forward.training), replay)
@@ -345,7 +345,9 @@ class _Traced:
         return None
 
 
-def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[tuple[str, Any]]:
+def run_traced(
+    model: nn.Module, inputs: Any, mode: Tracer | TraceComparison
+) -> list[tuple[str, Any]]:
     """Return what ``model`` returns, by places as of ``leaves``, while ``mode`` watches.
 
     Raises:

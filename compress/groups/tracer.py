@@ -15,7 +15,7 @@ from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, WatchedOps, whole
 from compress.groups.labels import AttributeUse, Axis, Constraints, Labels
 from compress.groups.network import Positions
 from compress.groups.places import here, place
-from compress.groups.record import NO_CALL, Axes, Call, Key, RawCall, Record, Restricted, Step
+from compress.groups.record import NO_CALL, Axes, Call, Key, RawCall, Restricted, Step, TraceRecord
 from compress.groups.traced_ints import Attribute, TracedDimension, TracedInt
 
 Memory = tuple[int, tuple[int, ...]]
@@ -51,7 +51,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants = constants
         self.constraints = constraints
-        self.record = Record()
+        self.record = TraceRecord()
         self.raw: list[RawCall] = [NO_CALL]
         self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
         self._origin: dict[int, str] = {id(t): name for t, name, _ in named}

@@ -10,7 +10,7 @@ from pathlib import Path
 from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
-from compress.pipeline.context import RunContext, Variant
+from compress.pipeline.context import RunContext, RunVariant
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
@@ -67,7 +67,7 @@ def run(
     processes = join_processes()
     where = where or (chosen.name if isinstance(source, Recipe) else str(source))
     with opened(chosen, out, processes, where=where, fresh=fresh) as context:
-        outcomes, variants = [], tuple[Variant, ...]()
+        outcomes, variants = [], tuple[RunVariant, ...]()
         stages = list(stages_of(context.recipe))
         for number, (verb, settings) in enumerate(stages):
             folder = context.run.stage(number, verb)

@@ -31,7 +31,7 @@ CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
 
 
 @dataclass(frozen=True)
-class Variant:
+class RunVariant:
     """One network of a run: a file that a runtime can take, and where it came from."""
 
     name: str  # original, pruned, ..., int8-onnxruntime
@@ -49,7 +49,7 @@ class Variant:
 class StageResult:
     """What a stage returns: variants, and facts about how they were made."""
 
-    variants: tuple[Variant, ...]
+    variants: tuple[RunVariant, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, as its record has them
 
     @property
@@ -85,7 +85,7 @@ class StageResult:
             RunError: it is no record of a stage.
         """
         with boundary(RunError, "is no record of a stage", where=DONE_FILE):
-            return cls(tuple(Variant(**each) for each in data["variants"]), dict(data["facts"]))
+            return cls(tuple(RunVariant(**each) for each in data["variants"]), dict(data["facts"]))
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,11 @@ class RunContext:
     task: Task
     is_main: bool = True  # whether this process writes; the others of a torchrun only train
 
-    def path(self, variant: Variant) -> Path:
+    def path(self, variant: RunVariant) -> Path:
         """Return the ONNX file of ``variant``."""
         return artifact.inside(self.run.root, variant.path)
 
-    def network(self, variant: Variant) -> nn.Module:
+    def network(self, variant: RunVariant) -> nn.Module:
         """Return the torch network of ``variant``, in eval mode."""
         return models.load_model(self.run.root / variant.stage)
 
@@ -145,7 +145,7 @@ def save_stage(
     stage: Path,
     name: str,
     *,
-    parent: Variant | None = None,
+    parent: RunVariant | None = None,
     plan: PrunePlan | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> StageResult:
@@ -180,7 +180,7 @@ def save_stage(
     count = measure.count(model, context.dataset.example)
     facts = facts or {}
     inherited = parent.sparsity if parent is not None else None
-    variant = Variant(
+    variant = RunVariant(
         name,
         context.relative(stage / ONNX_FILE),
         stage.name,

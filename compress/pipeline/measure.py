@@ -26,7 +26,7 @@ from compress.measure.artifacts import Candidate, answers_of, time_together
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
 from compress.pipeline.changed_images import class_metrics, drawn_changes
-from compress.pipeline.context import RunContext, Variant
+from compress.pipeline.context import RunContext, RunVariant
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.sensitivity_chart import sensitivity
 from compress.quantize.images import fixed_batch
@@ -40,7 +40,7 @@ from compress.runtimes._fusion import check_fusion
 class Entry(Candidate):
     """One variant on one target: the file that the runtime opens."""
 
-    variant: Variant
+    variant: RunVariant
     precision: str
     target: Target
 
@@ -61,7 +61,7 @@ class Measured(schema.Record):
 
 
 def measure_targets(
-    context: RunContext, variants: Sequence[Variant], judged: JudgedPredictions
+    context: RunContext, variants: Sequence[RunVariant], judged: JudgedPredictions
 ) -> Measured:
     """Build and measure every variant on every target of the recipe.
 
@@ -130,7 +130,7 @@ def places(targets: Sequence[Target]) -> list[list[Target]]:
 
 
 def entries_on(
-    context: RunContext, variants: Sequence[Variant], targets: Sequence[Target]
+    context: RunContext, variants: Sequence[RunVariant], targets: Sequence[Target]
 ) -> list[Entry]:
     """Return the variants that can run in one place, with the engines they need there built.
 
@@ -153,7 +153,7 @@ def entries_on(
     ]
 
 
-def _entry(context: RunContext, variant: Variant, precision: str, target: Target) -> Entry:
+def _entry(context: RunContext, variant: RunVariant, precision: str, target: Target) -> Entry:
     options = dict(target.options)
     if precision == "fp16" and "dtype" in plugins.options("runtimes", target.runtime):
         options["dtype"] = "float16"  # the file itself is fp32
@@ -169,7 +169,7 @@ def _entry(context: RunContext, variant: Variant, precision: str, target: Target
     )
 
 
-def _precisions(variant: Variant, wanted: Set[str], *, is_reference: bool) -> list[str]:
+def _precisions(variant: RunVariant, wanted: Set[str], *, is_reference: bool) -> list[str]:
     """Return the precisions in which a variant is measured where ``wanted`` are asked for."""
     if variant.precision != "fp32":
         return [variant.precision]
@@ -187,7 +187,7 @@ def _absent_int8(targets: Sequence[Target], entries: Sequence[Entry]) -> str | N
     return f"no stage wrote an int8 graph for {targets[0].runtime}"
 
 
-def _engine(context: RunContext, variant: Variant, target: Target, precision: str) -> Path:
+def _engine(context: RunContext, variant: RunVariant, target: Target, precision: str) -> Path:
     source = context.path(variant)
     plugin = facts(target.runtime)
     extension = plugin.extension

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress import artifact, environment
 from compress.errors import RunError
 from compress.measure import Timing
-from compress.pipeline.context import RunContext, StageResult, Variant
+from compress.pipeline.context import RunContext, RunVariant, StageResult
 from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
@@ -160,7 +160,7 @@ def _unmeasured(report: Report, target: Target) -> str | None:
     return "the report has no results of it"
 
 
-def _variants(root: Path) -> list[Variant]:
+def _variants(root: Path) -> list[RunVariant]:
     stages = [artifact.read_json(path) for path in sorted(root.glob(f"[0-9][0-9]-*/{DONE_FILE}"))]
     return [
         v for stage in stages if "variants" in stage for v in StageResult.from_json(stage).variants

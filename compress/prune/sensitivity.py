@@ -38,7 +38,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Curve:
+class GroupCurve:
     """Accuracy with one group cut to several widths."""
 
     group: str
@@ -53,7 +53,7 @@ class PruneSensitivity:
 
     baseline: float  # of the metric
     criterion: str
-    curves: tuple[Curve, ...]  # in the order of execution
+    curves: tuple[GroupCurve, ...]  # in the order of execution
     metric: Primary = TOP1
 
     def keep_channels(self, max_drop: float) -> dict[str, float]:
@@ -75,7 +75,7 @@ class PruneSensitivity:
             found[curve.group] = share
         return found
 
-    def ranked(self) -> list[Curve]:
+    def ranked(self) -> list[GroupCurve]:
         """Return the curves, the one that loses the most accuracy at its smallest width first."""
         return sorted(
             self.curves,
@@ -108,7 +108,7 @@ class PruneSensitivity:
         """
         try:
             curves = tuple(
-                Curve(
+                GroupCurve(
                     one["group"],
                     one["size"],
                     tuple(one["layers"]),
@@ -176,7 +176,9 @@ def prune_sensitivity(
             left = cost.total("macs", counts) / max(whole, 1)
             points.append(Point(count / group.size, count, evaluate(small), round(left, 6)))
         layers = (p.tensor.rpartition(".")[0] for p in group.slices if p.role == "output")
-        curves.append(Curve(group.name, group.size, tuple(dict.fromkeys(layers)), tuple(points)))
+        curves.append(
+            GroupCurve(group.name, group.size, tuple(dict.fromkeys(layers)), tuple(points))
+        )
     return PruneSensitivity(evaluate(model), spoken(scorer), tuple(curves))
 
 

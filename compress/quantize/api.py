@@ -17,7 +17,7 @@ from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.quantize.calibration import calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, confirmed
-from compress.quantize.images import Batches, Images
+from compress.quantize.images import Batches, CalibrationImages
 from compress.quantize.methods import METHODS, plan_by
 from compress.quantize.planning_graph import planning_graph
 from compress.quantize.workbench import Workbench
@@ -94,7 +94,7 @@ def quantize_targets(
             planned = planning_graph(prepared, batches)
             graph = GraphIndex(planned)
             bound = set(GraphIndex(prepared).inputs) - set(graph.inputs)
-            images = Images(graph, batches, bound=bound, usual=usual_range(model))
+            images = CalibrationImages(graph, batches, bound=bound, usual=usual_range(model))
             given = {name: to_array(graph.initializers[name]).copy() for name in bound}
             statistics = calibrate(planned, images, targets=outs)
             for target in outs:

@@ -15,7 +15,7 @@ from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import write_qdq
-from compress.quantize.activations import Activation, activation_of, identity
+from compress.quantize.activations import ActivationFunction, activation_of, identity
 from compress.quantize.images import Feed
 from compress.quantize.layerwise import channel_means, layers
 from compress.quantize.sessions import session_of, with_outputs
@@ -81,7 +81,7 @@ _CORRECTED = frozenset({"Conv", "Gemm", "ConvTranspose"})  # with a bias of thei
 
 
 def find_shift(
-    output: NDArray[Any], activation: Activation, wanted: NDArray[np.float64]
+    output: NDArray[Any], activation: ActivationFunction, wanted: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return what to add to each channel, (C,), that gives ``wanted`` means after the activation.
 

@@ -19,7 +19,7 @@ from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS
 from compress.qdq.rewrite import rewrite_for
 from compress.quantize.activations import activation_of
-from compress.quantize.images import Batches, Feed, Images
+from compress.quantize.images import Batches, CalibrationImages, Feed
 from compress.quantize.observers import Histogram, Pointwise
 from compress.quantize.sessions import session_of, with_outputs
 
@@ -49,7 +49,7 @@ class Statistics:
 
 def calibrate(
     model: ModelProto,
-    batches: Batches | Images,
+    batches: Batches | CalibrationImages,
     *,
     targets: Iterable[str] = TARGETS,
     histograms: bool = True,
@@ -62,7 +62,7 @@ def calibrate(
 
     Args:
         model: An fp32 graph, prepared or not.
-        batches: float32 arrays (B, C, H, W), or as ``Images`` takes them.
+        batches: float32 arrays (B, C, H, W), or as ``CalibrationImages`` takes them.
         targets: Whose tensors to observe.
         histograms: False keeps extremes only, for the minmax observer, and is cheaper.
         threads: CPU threads; all cores if absent.
@@ -73,7 +73,9 @@ def calibrate(
     """
     prepared = prepare(model)
     graph = GraphIndex(prepared)
-    images = batches if isinstance(batches, Images) else Images(graph, batches)
+    images = (
+        batches if isinstance(batches, CalibrationImages) else CalibrationImages(graph, batches)
+    )
     names = observed_tensors(prepared, targets)
     seen = {name: Histogram(_through(graph, name)) for name in names}
     statistics = Statistics(seen, counted=histograms)
@@ -121,7 +123,7 @@ class _Runner:
         self.shapes = GraphIndex(prepared).shapes
         self.buffers: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {}  # by shapes of the inputs
 
-    def batch_size(self, images: Images) -> int:
+    def batch_size(self, images: CalibrationImages) -> int:
         """Return how many images go into one run: what the graph fixes, or what fits in memory."""
         if images.fixed_batch:
             return images.fixed_batch

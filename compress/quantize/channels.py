@@ -27,7 +27,7 @@ _OVER_SPACE = frozenset({"Resize"})  # interpolation adds up values of one chann
 
 
 @dataclass
-class Channels:
+class ChannelLabels:
     """Labels of the channels of one graph.
 
     Args:
@@ -48,7 +48,7 @@ class Channels:
 class _Labeller:
     def __init__(self, graph: GraphIndex, floating: set[str]) -> None:
         self.graph, self.floating = graph, floating
-        self.found = Channels(graph)
+        self.found = ChannelLabels(graph)
         self.pairs: list[tuple[Labels, Labels]] = []
         self.count = 1  # label 0 = fixed
         self.rules: dict[str, Callable[[NodeProto], bool]] = {
@@ -162,7 +162,7 @@ class _Labeller:
         )
 
 
-def channels(graph: GraphIndex, floating: set[str]) -> Channels:
+def channels(graph: GraphIndex, floating: set[str]) -> ChannelLabels:
     """Return the labels of all channels of ``graph``.
 
     Args:

@@ -34,7 +34,7 @@ WHY = "the runtime computes it wrongly in int8"
 
 
 @dataclass(frozen=True)
-class Loss:
+class NoisyOutput:
     """An output that a runtime computes with more noise than Q and DQ have in float, decibels."""
 
     name: str
@@ -70,7 +70,7 @@ class Confirmation:
         outputs = [output.name for output in self.prepared.graph.output]
         return [name for name in outputs if name not in selected and graph.is_float(name)]
 
-    def losses(self, written: ModelProto, runtime: str) -> list[Loss]:
+    def losses(self, written: ModelProto, runtime: str) -> list[NoisyOutput]:
         """Return each output that ``runtime`` computes wrongly in the mean of the images.
 
         Raises:
@@ -92,7 +92,7 @@ class Confirmation:
             images = 1 if one else len(feeds)
             told, real = (closeness([want], [side], images).mean_db for side in (should, got))
             if real < min(told, _FINE_DB) - _LOST_DB:
-                lost.append(Loss(name, told, real))
+                lost.append(NoisyOutput(name, told, real))
         return lost
 
     def _feeds(self) -> list[Feed]:
@@ -175,7 +175,7 @@ def confirmed(
     return safer.changed(notes=(*safer.notes, note)), written
 
 
-def _listed(lost: Sequence[Loss]) -> str:
+def _listed(lost: Sequence[NoisyOutput]) -> str:
     return "; ".join(map(str, lost))
 
 

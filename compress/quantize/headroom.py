@@ -13,7 +13,7 @@ from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import along, default_scales, encode, scale_axis, write_qdq
 from compress.quantize.bias import fewer
-from compress.quantize.layerwise import Layer, layers
+from compress.quantize.layerwise import QuantizedLayer, layers
 from compress.quantize.workbench import Workbench
 
 LARGEST_SUM = 2**15 - 1 - 255  # of two products, less what rounding of both codes may add
@@ -47,7 +47,7 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     return bench.corrected(safe) if plan.biases else safe
 
 
-def largest_codes(layer: Layer) -> NDArray[np.float64] | None:
+def largest_codes(layer: QuantizedLayer) -> NDArray[np.float64] | None:
     """Return the largest integer of each input channel as kernels see it, (C,), in 0..255.
 
     None where the layer reads float. Kernels add 128 to signed activations first.

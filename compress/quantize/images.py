@@ -33,7 +33,7 @@ class Image:
     row: int
 
 
-class Images:
+class CalibrationImages:
     """The calibration images of a graph.
 
     A list of batches is read in an order made of the images' contents, so that the order in which

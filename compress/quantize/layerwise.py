@@ -19,7 +19,7 @@ Values = dict[str, NDArray[Any]]
 
 
 @dataclass
-class Layer:
+class QuantizedLayer:
     """A weighted node whose input, as the quantized network makes it, is known.
 
     Args:
@@ -51,7 +51,7 @@ class Layer:
         return value
 
 
-def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[Layer]:
+def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[QuantizedLayer]:
     """Yield the layers ``names`` of a Q/DQ graph in order, each fed by the ones before.
 
     What the caller puts in ``outgoing`` is what later layers see. Memory holds the tensors that
@@ -74,7 +74,7 @@ def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[La
         values = _advance(graph, pending, values, last_use, position, node)
         pending = []
         bias = graph.constant(node.input[2]) if len(node.input) > 2 else None
-        layer = Layer(graph, node, values[node.input[0]], _weight(graph, node), bias)
+        layer = QuantizedLayer(graph, node, values[node.input[0]], _weight(graph, node), bias)
         yield layer
         values[node.output[0]] = layer.run() if layer.outgoing is None else layer.outgoing
         values = {name: v for name, v in values.items() if last_use.get(name, -1) > position}

@@ -12,7 +12,7 @@ from compress.graph.model import GraphIndex
 from compress.graph.weightless import infer_shapes
 from compress.qdq.placement import SAME_SCALE
 from compress.quantize.images import Batches, Feed, by_name, first_batch
-from compress.quantize.sessions import CannotRunError, Session, session_of
+from compress.quantize.sessions import CannotRunError, GraphSession, session_of
 
 # Ops after which rows are no longer those of the images: sorted, chosen or positions.
 SELECTING = frozenset(
@@ -135,7 +135,7 @@ def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:
     return fixed
 
 
-def _runs(session: Session, feed: Feed) -> bool:
+def _runs(session: GraphSession, feed: Feed) -> bool:
     try:
         session.run(None, feed)
     except CannotRunError:

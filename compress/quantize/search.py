@@ -89,7 +89,7 @@ class Trial:
 
 
 class _Search:
-    counter: progress.Task
+    counter: progress.ProgressTask
 
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench

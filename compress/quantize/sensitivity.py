@@ -19,7 +19,7 @@ from compress.graph.values import EditableGraph, label
 from compress.measure.macs import node_macs
 from compress.progress import track
 from compress.qdq import QuantPlan, prepare, write_qdq
-from compress.qdq.lint.patterns import Pair, Weight, pair_before, weight_of
+from compress.qdq.lint.patterns import QdqPair, Weight, pair_before, weight_of
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.quantize.sessions import session_of, with_outputs
 from compress.tasks import TOP1, Primary, Task, contributions, primary_of, values_of
@@ -145,7 +145,7 @@ class _Layer:
 
     name: str
     weight: Weight
-    pair: Pair
+    pair: QdqPair
 
 
 @dataclass(frozen=True)

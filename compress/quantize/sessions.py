@@ -32,7 +32,7 @@ class CannotRunError(QuantizationError):
         return cls(told.what, where=f"run on {shapes}" if shapes else "", fix=told.fix or fix)
 
 
-class Session:
+class GraphSession:
     """A loaded graph; what ONNX Runtime raises becomes one kind of error."""
 
     def __init__(self, session: Any, weights: Sequence[Any]) -> None:
@@ -78,7 +78,7 @@ class Session:
 
 def session_of(
     model: ModelProto, threads: int | None = None, *, float_qdq: bool = False
-) -> Session:
+) -> GraphSession:
     """Return a session of ``model``.
 
     Args:
@@ -107,7 +107,7 @@ def session_of(
         )
     except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
         raise CannotRunError.of(error) from None
-    return Session(session, values)
+    return GraphSession(session, values)
 
 
 def _without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, NDArray[Any]]]:

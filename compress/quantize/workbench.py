@@ -18,7 +18,7 @@ from compress.quantize.batching import with_free_batch
 from compress.quantize.bias import FloatMeans, correct_biases
 from compress.quantize.calibration import Statistics, calibrate
 from compress.quantize.equalization import equalize
-from compress.quantize.images import Feed, Images
+from compress.quantize.images import CalibrationImages, Feed
 from compress.quantize.notes import float_parts, of_judging
 from compress.quantize.planning_graph import judged_tensors
 from compress.quantize.ranges import begin_below_zero, make_plan
@@ -45,7 +45,7 @@ class Workbench:
     """
 
     prepared: ModelProto
-    images: Images
+    images: CalibrationImages
     statistics: Statistics
     target: str
     observer: str | Mapping[str, Any] | None
@@ -91,7 +91,7 @@ class Workbench:
         rescaled = apply_corrections(self.prepared, step)
         images = self.images
         if images.fixed_batch is not None or _count(feed) < _count(self.fitted):
-            images = Images(GraphIndex(rescaled), [self.fitted], fewest=1)
+            images = CalibrationImages(GraphIndex(rescaled), [self.fitted], fewest=1)
         seen = calibrate(rescaled, images, targets=[self.target])
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)

@@ -16,7 +16,7 @@ from compress.cli import app
 from compress.data import load_data
 from compress.errors import RunError
 from compress.pipeline import measure
-from compress.pipeline.context import RunContext, Variant
+from compress.pipeline.context import RunContext, RunVariant
 from compress.pipeline.remeasure import Remeasured, measure_again
 from compress.pipeline.task import task_of
 from compress.pipeline.verify import verify
@@ -108,7 +108,7 @@ def test_an_engine_of_another_graph_is_built_anew(
     dataset = load_data(recipe.data, recipe.seed)
     context = RunContext(recipe, RunFolder(run), dataset, task_of(recipe, dataset))
     variants = context.run.result(run / "00-train")["variants"]
-    original = Variant(**variants[0])
+    original = RunVariant(**variants[0])
     built: list[Path] = []
     monkeypatch.setattr(measure, "build_engine", lambda source, out, **_: built.append(out))
     target = recipe.targets[1]

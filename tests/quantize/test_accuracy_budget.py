@@ -12,7 +12,7 @@ from sketch import run
 from compress.errors import DataError, RunError
 from compress.qdq import ActivationRange, QuantPlan, WeightScales, prepare, write_qdq
 from compress.quantize import calibrate, make_plan
-from compress.quantize.accuracy_budget import _Search, meet_budget
+from compress.quantize.accuracy_budget import _BudgetSearch, meet_budget
 from compress.quantize.sensitivity import (
     Seen,
     diagnose,
@@ -203,7 +203,7 @@ def test_killed_search_goes_on_without_repeating_an_evaluation(
     node = convs(network)[1]
     plan = with_spoiled_weight(network, make_plan(statistics, target="tensorrt"), node)
     whole = meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path / "whole")
-    real = _Search._value
+    real = _BudgetSearch._value
     evaluations = []
 
     def dying(search, model):
@@ -212,7 +212,7 @@ def test_killed_search_goes_on_without_repeating_an_evaluation(
             raise KeyboardInterrupt
         return real(search, model)
 
-    monkeypatch.setattr(_Search, "_value", dying)
+    monkeypatch.setattr(_BudgetSearch, "_value", dying)
     with pytest.raises(KeyboardInterrupt):
         meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path / "killed")
     assert (tmp_path / "killed" / "model.tensorrt.onnx").is_file()  # the best so far

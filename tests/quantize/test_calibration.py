@@ -16,7 +16,7 @@ from compress.qdq import prepare, read_onnx
 from compress.qdq.plan import TARGETS
 from compress.quantize import calibrate, make_plan, quantize_onnx
 from compress.quantize.calibration import SAMPLE, observed_tensors
-from compress.quantize.images import Images
+from compress.quantize.images import CalibrationImages
 from compress.quantize.observers import Histogram
 from compress.quantize.sessions import session_of, with_outputs
 
@@ -62,7 +62,9 @@ def test_a_stream_gives_what_a_list_gives():
 def test_a_stream_is_cut_into_equal_batches(parts):
     model = residual()
     feed = images(model, 24)["input"]
-    stream = Images(GraphIndex(prepare(model)), lambda: iter(np.array_split(feed, parts)))
+    stream = CalibrationImages(
+        GraphIndex(prepare(model)), lambda: iter(np.array_split(feed, parts))
+    )
     batches = [batch["input"] for batch in stream.feeds(7)]
     assert [len(batch) for batch in batches] == [7, 7, 7, 3]
     assert np.array_equal(np.concatenate(batches), feed)
@@ -168,9 +170,9 @@ def test_images_that_were_not_normalized_are_told_with_numbers():
     from compress.graph.model import GraphIndex
 
     with pytest.warns(UserWarning, match=r"range from 0\.\d+ to 2\d\d.*0 to 255"):
-        Images(GraphIndex(residual()), [pixels])
+        CalibrationImages(GraphIndex(residual()), [pixels])
     with pytest.warns(UserWarning, match="divided by 255 twice"):
-        Images(GraphIndex(residual()), [graph_images * 1e-3])
+        CalibrationImages(GraphIndex(residual()), [graph_images * 1e-3])
 
 
 def test_the_node_that_makes_nan_is_named():

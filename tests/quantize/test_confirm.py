@@ -99,7 +99,7 @@ def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(
 
 
 def test_a_little_noise_of_the_runtime_is_no_reason_for_a_coarser_remedy(tmp_path, monkeypatch):
-    found = iter([[confirm.Loss("logits", 45, 20)], [confirm.Loss("logits", 45, 36)]])
+    found = iter([[confirm.NoisyOutput("logits", 45, 20)], [confirm.NoisyOutput("logits", 45, 36)]])
     monkeypatch.setattr(confirm.Confirmation, "losses", lambda *asked: next(found))
     plan = quantized(two_layers(), tmp_path)
     (said,) = [note for note in plan.notes if "computes logits has" in note]

@@ -16,7 +16,7 @@ from compress.quantize import api, calibrate, make_plan, quantize_onnx, quantize
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import correct_biases, find_shift, float_means
 from compress.quantize.equalization import equalize
-from compress.quantize.images import Images
+from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, layers
 from compress.quantize.methods import METHODS, plan_by
 from compress.quantize.rounding import _patches, fit_codes, improve_rounding
@@ -28,7 +28,7 @@ from compress.quantize.workbench import Workbench
 
 def bench_of(model, target="onnxruntime", count=32):
     prepared = prepare(model)
-    calibration = Images(GraphIndex(prepared), [images(model, count)])
+    calibration = CalibrationImages(GraphIndex(prepared), [images(model, count)])
     statistics = calibrate(prepared, calibration, targets=[target])
     return Workbench(prepared, calibration, statistics, target, None, {})
 

@@ -78,7 +78,7 @@ def _on_screen(image: Any) -> Any:
     return ImageCms.profileToProfile(image, inks, screen, outputMode="RGB")
 
 
-class Fit:
+class PictureFit:
     """How a picture of ``height`` x ``width`` pixels lies in the network's input."""
 
     def __init__(self, given: dict[str, Any], height: int, width: int) -> None:
@@ -131,7 +131,7 @@ def fed(pixels: Any, given: dict[str, Any], shape: Any, dtype: str) -> Any:
 class Answer:
     """What the outputs for one picture say."""
 
-    def __init__(self, bundle: dict[str, Any], outputs: dict[str, Any], fit: Fit, size: Any):
+    def __init__(self, bundle: dict[str, Any], outputs: dict[str, Any], fit: PictureFit, size: Any):
         self.outputs, self.fit, self.size = outputs, fit, size
         self.options, self.labels = bundle["answer"]["options"], bundle["labels"]
         self.rows = getattr(self, "_" + bundle["answer"]["form"].replace(" ", "_"))()
@@ -328,7 +328,7 @@ def answers_of(bundle: dict[str, Any], session: Any, paths: list[str]) -> list[t
     given, found = bundle["input"], []
     for path in paths:
         picture = read_picture(path, given["channels"])
-        fit = Fit(given, picture.height, picture.width)
+        fit = PictureFit(given, picture.height, picture.width)
         values = fed(fit.image(picture), given, session.shape, session.dtype)
         outputs = dict(zip(session.outputs, session.run(values)))  # noqa: B905
         size = (picture.height, picture.width)

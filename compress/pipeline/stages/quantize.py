@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from compress import artifact, models
 from compress.data import Dataset, load_data
 from compress.evaluate.feeding import arrays, completed
-from compress.pipeline.context import RunContext, StageResult, Variant, training_facts
+from compress.pipeline.context import RunContext, RunVariant, StageResult, training_facts
 from compress.pipeline.network import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
@@ -25,7 +25,7 @@ from compress.train.distributed import join_processes
 
 if TYPE_CHECKING:
     from compress.qdq import QuantPlan
-    from compress.quantize.accuracy_budget import Budget
+    from compress.quantize.accuracy_budget import BudgetResult
     from compress.quantize.qat import Trained
 
 CALIBRATION_BATCH = 32
@@ -35,14 +35,14 @@ CALIBRATION_BATCH = 32
 class _Written:
     """One int8 graph of the stage, and how it came about."""
 
-    variant: Variant
+    variant: RunVariant
     plan: QuantPlan
     training: Mapping[str, Any] | None  # None: it was not trained
     gate: schema.Gate | None  # None: its loss of accuracy has no limit
 
 
 def quantize_graphs(
-    context: RunContext, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: QuantizeSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Write one int8 graph for each kind of runtime among the recipe's targets."""
     from compress.quantize import quantize_targets
@@ -82,7 +82,7 @@ def _finished(
     context: RunContext,
     settings: QuantizeSettings,
     plan: QuantPlan,
-    parent: Variant,
+    parent: RunVariant,
     stage: Path,
     form: str,
 ) -> _Written:
@@ -126,7 +126,7 @@ def _finished(
 
 
 def _train_along(
-    context: RunContext, settings: QuantizeSettings, stage: Path, parent: Variant
+    context: RunContext, settings: QuantizeSettings, stage: Path, parent: RunVariant
 ) -> StageResult:
     """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
     if settings.qat is not None:
@@ -143,7 +143,9 @@ def int8_forms(recipe: Recipe) -> list[str]:
     return list(wanted) or [str(facts(DEFAULT).int8_form)]
 
 
-def calibration_data(context: RunContext, settings: QuantizeSettings, parent: Variant) -> Dataset:
+def calibration_data(
+    context: RunContext, settings: QuantizeSettings, parent: RunVariant
+) -> Dataset:
     """Return the data that ranges come from: that of the recipe, or where the stage says.
 
     Images from elsewhere are prepared as those of the recipe, unless the stage says how.
@@ -188,7 +190,7 @@ def _train_quantized(
     context: RunContext,
     settings: QuantizeSettings,
     plan: QuantPlan | None,
-    parent: Variant,
+    parent: RunVariant,
     folder: Path,
 ) -> Trained:
     """Train with the rounding of ``plan``, or with that of the first process."""
@@ -210,7 +212,7 @@ def _train_quantized(
 
 def _meet_budget(
     context: RunContext, limit: float, plan: QuantPlan, model: onnx.ModelProto, stage: Path
-) -> Budget:
+) -> BudgetResult:
     """Leave layers in float until the loss on validation images is within the budget."""
     from compress.quantize.accuracy_budget import meet_budget
 

@@ -12,7 +12,15 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, num
 from compress.graph.model import WEIGHTED, GraphIndex, attribute
 from compress.graph.values import Array, EditableGraph, constant, label, maker, name_of
 from compress.graph.weightless import LARGEST, infer_shapes
-from compress.qdq.lint.patterns import DQ, Pair, Q, is_quantized, pair_before, pairs_on, weight_of
+from compress.qdq.lint.patterns import (
+    DQ,
+    Q,
+    QdqPair,
+    is_quantized,
+    pair_before,
+    pairs_on,
+    weight_of,
+)
 from compress.qdq.placement import Placement, place
 
 
@@ -32,7 +40,7 @@ class Wanted:
         """Return whether anything is to read ``value`` quantized."""
         return name_of(value) in self.placement.readers
 
-    def missing(self, graph: EditableGraph) -> Iterator[tuple[ir.Node, int, Pair | None]]:
+    def missing(self, graph: EditableGraph) -> Iterator[tuple[ir.Node, int, QdqPair | None]]:
         """Yield inputs that are read in float and are to be read quantized; a pair of the tensor.
 
         The first of each node that computes without weights.

@@ -64,7 +64,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Pair:
+class QdqPair:
     """An activation on its way through one Q and the DQ nodes that read it."""
 
     quantize: ir.Node
@@ -150,20 +150,20 @@ def set_numbers(
         set_attribute(node, "axis", None)
 
 
-def pairs(graph: EditableGraph) -> Iterator[Pair]:
+def pairs(graph: EditableGraph) -> Iterator[QdqPair]:
     """Yield every activation pair; a Q that no DQ reads has none."""
     for node in graph.of_type(Q):
         if constant(node.inputs[0]) is None:
             yield pair_of(node)
 
 
-def pair_of(quantize: ir.Node) -> Pair:
+def pair_of(quantize: ir.Node) -> QdqPair:
     """Return the pair of a Q node."""
     readers = [node for node, _ in quantize.outputs[0].uses() if node.op_type == DQ]
-    return Pair(quantize, tuple(readers), numbers_of(quantize))
+    return QdqPair(quantize, tuple(readers), numbers_of(quantize))
 
 
-def pair_before(value: ir.Value | None) -> Pair | None:
+def pair_before(value: ir.Value | None) -> QdqPair | None:
     """Return the activation pair whose DQ makes ``value``."""
     node = maker(value)
     if node is None or node.op_type != DQ:
@@ -174,7 +174,7 @@ def pair_before(value: ir.Value | None) -> Pair | None:
     return pair_of(before)
 
 
-def pairs_on(value: ir.Value) -> list[Pair]:
+def pairs_on(value: ir.Value) -> list[QdqPair]:
     """Return the pairs that quantize ``value``."""
     found = [pair_of(node) for node, _ in value.uses() if node.op_type == Q]
     return [pair for pair in found if pair.dequantizes]

@@ -57,7 +57,7 @@ class _FakeQuantize(Function):
         return to_x, to_scale, None, None, None
 
 
-class Quantizer(nn.Module):
+class FakeQuantizer(nn.Module):
     """Q and DQ of one activation, or of several that share a scale."""
 
     start: Tensor

@@ -16,7 +16,7 @@ from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import RULES, default_scales, quantizer, scale_axis, write_qdq
-from compress.quantize.qat.fake import Quantizer, fake_quantize, scaled_gradient
+from compress.quantize.qat.fake import FakeQuantizer, fake_quantize, scaled_gradient
 from compress.quantize.qat.network import OnnxNetwork, Rounding
 
 
@@ -143,9 +143,9 @@ class SimulatedNetwork(OnnxNetwork):
 
         return read
 
-    def _quantizer_of(self, tensor: str) -> Quantizer:
+    def _quantizer_of(self, tensor: str) -> FakeQuantizer:
         module = self.activations[self.keys[self.groups[tensor]]]
-        if not isinstance(module, Quantizer):
+        if not isinstance(module, FakeQuantizer):
             raise TypeError(f"{tensor} has a {type(module).__name__}")
         return module
 
@@ -212,16 +212,16 @@ def _widest(plan: QuantPlan, group: frozenset[str]) -> ActivationRange:
     )
 
 
-def _quantizer(found: ActivationRange, target: str, *, learned: bool) -> Quantizer:
+def _quantizer(found: ActivationRange, target: str, *, learned: bool) -> FakeQuantizer:
     made = quantizer(found, target)
     info = np.iinfo(made.zero_point.dtype)
     limits: dict[str, Any] = {"low": int(info.min), "high": int(info.max), "learned": learned}
-    return Quantizer(float(made.scale), int(made.zero_point), **limits)
+    return FakeQuantizer(float(made.scale), int(made.zero_point), **limits)
 
 
 def _learned_range(before: ActivationRange, learned: nn.Module) -> ActivationRange:
     """Return the range that the writer turns into the learned scale and the same zero point."""
-    if not isinstance(learned, Quantizer):
+    if not isinstance(learned, FakeQuantizer):
         raise TypeError(type(learned).__name__)
     scale, zero = float(learned.scale.detach()), float(learned.zero)
     low, high = (learned.low - zero) * scale, (learned.high - zero) * scale

@@ -13,7 +13,7 @@ from compress.errors import QuantizationError
 from compress.qdq import TARGETS, prepare, write_qdq
 from compress.quantize import calibrate, make_plan
 from compress.quantize.qat import OnnxNetwork, SimulatedNetwork
-from compress.quantize.qat.fake import Quantizer, fake_quantize
+from compress.quantize.qat.fake import FakeQuantizer, fake_quantize
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_gradient_of_the_scale_is_that_of_lsq():
 def test_learned_scale_reaches_the_range_of_its_values():
     torch.manual_seed(0)
     x = torch.randn(16, 64)
-    quantizer = Quantizer(0.2, 0, -127, 127, learned=True)
+    quantizer = FakeQuantizer(0.2, 0, -127, 127, learned=True)
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.004)
     errors = []
     for _ in range(60):

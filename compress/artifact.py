@@ -48,7 +48,7 @@ class Artifact:
         return asdict(self)
 
 
-def describe(
+def describe_file(
     path: Path,
     *,
     root: Path,
@@ -96,7 +96,7 @@ def inside(root: Path, path: str) -> Path:
     return root / path
 
 
-def check(root: Path, path: str, digest: str) -> FileProblem | None:
+def check_file(root: Path, path: str, digest: str) -> FileProblem | None:
     """Return what is wrong with a file that was recorded as ``path`` with SHA-256 ``digest``."""
     try:
         file = inside(root, path)

@@ -80,7 +80,7 @@ _depth: ContextVar[int] = ContextVar("compress_progress_depth", default=0)
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[None]:
+def show_progress() -> Iterator[None]:
     """Show the progress of everything inside on stderr."""
     if not sys.stderr.isatty():
         token = _bars.set("lines")

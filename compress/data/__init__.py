@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._images import FileImages, LabelledImages, Names, Subset
-from compress.data._targets import Target, tensors_of
+from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
 from compress.recipe.settings import DataSettings, data_reference
 
@@ -153,7 +153,7 @@ class Dataset:
 
 def targets_of(images: LabelledImages, indices: NDArray[np.int64]) -> Tensor | list[Target]:
     """Return the labels of the images at ``indices`` as losses and metrics take them."""
-    return tensors_of(images.labels[indices])
+    return target_tensors(images.labels[indices])
 
 
 def parse_reference(reference: str, **options: Any) -> DataSettings:

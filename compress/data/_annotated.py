@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._decoding import opened, upright_size
+from compress.data._decoding import opened_picture, upright_size
 from compress.data._held_out import with_test
 from compress.data._images import FileImages, LabelledImages, Names
 from compress.data._pictures import Pictures
@@ -196,7 +196,7 @@ def image_size(file: Path) -> tuple[int, int]:
     Raises:
         DataError: it is absent or no readable image.
     """
-    with opened(file, where=str(file)) as image:
+    with opened_picture(file, where=str(file)) as image:
         return upright_size(image)
 
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._decoding import opened, to_8_bit
+from compress.data._decoding import opened_picture, to_8_bit
 from compress.data._resize import Fit, ImageSize, sides
 
 Indices = Sequence[int] | NDArray[np.int64]
@@ -202,7 +202,7 @@ def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> 
     Raises:
         DataError: it is no readable image; the message begins with ``where``.
     """
-    with opened(source, where=where) as image:
+    with opened_picture(source, where=where) as image:
         return fit.pixels(to_8_bit(image, channels, where=where))
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._decoding import opened, upright_size
+from compress.data._decoding import opened_picture, upright_size
 from compress.data._images import LabelledImages, Subset, in_parallel
 from compress.data._resize import Fit
 from compress.errors import DataError
@@ -68,7 +68,7 @@ def mask_values(file: Path) -> NDArray[np.uint8]:
     """
     from PIL import ImageOps
 
-    with opened(file, where=str(file), what="mask") as mask:
+    with opened_picture(file, where=str(file), what="mask") as mask:
         if mask.mode not in {"L", "P", "1"}:
             raise DataError(
                 f"is a mask of mode {mask.mode}",
@@ -140,7 +140,7 @@ class FittedMasks:
     def _one(self, index: int) -> Tensor:
         file, image = self.files[index], self.images[index]
         values = mask_values(file)
-        with opened(image, where=str(image)) as picture:
+        with opened_picture(image, where=str(image)) as picture:
             width, height = upright_size(picture)
         if values.shape != (height, width):
             raise DataError(
@@ -198,7 +198,7 @@ class PictureTargets:
         return b""
 
 
-def tensors_of(labels: Any) -> Tensor | list[Target]:
+def target_tensors(labels: Any) -> Tensor | list[Target]:
     """Return labels as what losses and metrics take: a tensor, or a dictionary for each image."""
     if isinstance(labels, Boxes | FittedMasks | PictureTargets):
         return labels.tensors()

@@ -27,7 +27,7 @@ from compress.graph.values import (
     name_of,
     set_input,
 )
-from compress.graph.weightless import check, infer_shapes
+from compress.graph.weightless import check_graph, infer_shapes
 
 OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
 CONVERTED_OPSET = 17
@@ -137,7 +137,7 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 fix="Export the network again with a newer opset",
             ) from None
     infer_shapes(model, where)  # some exporters leave outputs without
-    check(model, where)
+    check_graph(model, where)
     model.ir_version = max(model.ir_version, 8)
     return model
 

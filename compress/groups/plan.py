@@ -138,7 +138,7 @@ class PrunePlan:
         return _compose(self, later)
 
 
-def make_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> PrunePlan:
+def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> PrunePlan:
     """Turn kept units into a plan; groups that ``keep`` leaves out stay whole.
 
     Args:

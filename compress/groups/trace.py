@@ -19,8 +19,8 @@ from compress.groups.cutting import cut
 from compress.groups.inputs import (
     Example,
     batch_size,
+    call_inputs,
     copied,
-    inputs_of,
     is_images,
     to_meta,
     twice,
@@ -34,9 +34,9 @@ from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
 from compress.groups.units import find_units, layer_name
 from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, meta_copy, named_tensors
+from compress.modules.copying import full_copy, meta_copy, parameters_and_buffers
 from compress.modules.detectors import on_batch
-from compress.modules.outputs import chosen, leaves
+from compress.modules.outputs import chosen_outputs, leaves
 
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
@@ -135,10 +135,10 @@ class _Traced:
     ) -> None:
         self._outputs = outputs
         self._on = None if with_values else torch.device("meta")
-        args, kwargs = inputs_of(example_input)
+        args, kwargs = call_inputs(example_input)
         model = model if outputs else on_batch(model, args, kwargs)
         self._model = full_copy(model) if with_values else meta_copy(model)
-        self._tensors = dict(named_tensors(self._model))
+        self._tensors = dict(parameters_and_buffers(self._model))
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._constants = _constants(model)
         self._inputs = tree_map(copied if with_values else to_meta, (args, kwargs))
@@ -200,7 +200,7 @@ class _Traced:
     def _counted(self, found: list[tuple[str, Any]], training: bool) -> list[tuple[str, Any]]:
         """Return the outputs whose channels stay; in training mode there may be others."""
         try:
-            return chosen(found, self._outputs, where=type(self._model).__name__)
+            return chosen_outputs(found, self._outputs, where=type(self._model).__name__)
         except UsageError:
             if not training:
                 raise

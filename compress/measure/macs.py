@@ -43,7 +43,7 @@ class Count:
         return asdict(self)
 
 
-def count(model: nn.Module, example_input: Any) -> Count:
+def count_module(model: nn.Module, example_input: Any) -> Count:
     """Return the parameters of ``model`` and the MACs of one forward pass.
 
     **Method:** parameters are the elements of all parameters, shared ones once, buffers not at all.
@@ -121,7 +121,7 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
 
     **Method:** parameters are the elements of all constants except integers of shape arithmetic and
     the scales and zero points of quantizers; BatchNorm that the export folded is gone from them,
-    so the number is smaller than that of the module. MACs are counted as in ``count``, from
+    so the number is smaller than that of the module. MACs are counted as in ``count_module``, from
     inferred shapes, with a free batch dimension set to 1.
 
     Raises:

@@ -66,7 +66,7 @@ def run(
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
     where = where or (chosen.name if isinstance(source, Recipe) else str(source))
-    with opened(chosen, out, processes, where=where, fresh=fresh) as context:
+    with opened_run(chosen, out, processes, where=where, fresh=fresh) as context:
         outcomes, variants = [], tuple[RunVariant, ...]()
         stages = list(stages_of(context.recipe))
         for number, (verb, settings) in enumerate(stages):
@@ -90,7 +90,7 @@ def run(
 
 
 @contextlib.contextmanager
-def opened(
+def opened_run(
     chosen: Recipe,
     out: str | Path | None,
     processes: Processes,

@@ -13,7 +13,7 @@ from compress.pipeline import records
 from compress.pipeline.context import RunContext, RunVariant
 from compress.pipeline.judged import JudgedPredictions
 from compress.report.schema import Attribution, Similarity
-from compress.runtimes import facts, open_session
+from compress.runtimes import open_session, runtime_class
 
 if TYPE_CHECKING:
     from compress.evaluate.attribution import Samples
@@ -56,7 +56,7 @@ def explain_variants(
         pair = _explained(pairs, needs_gradients=method not in ANSWERS)
         if pair is None:
             continue
-        in_torch = method not in ANSWERS or facts(pair.runtime).opens != "onnx"
+        in_torch = method not in ANSWERS or runtime_class(pair.runtime).opens != "onnx"
         opened = _networks if in_torch else _sessions
         with opened(context, variants[0], pair) as (original, compressed):
             maps, similarity = compare_maps(
@@ -87,7 +87,11 @@ def _pairs(
 
 def _explained(pairs: Sequence[_Explained], *, needs_gradients: bool) -> _Explained | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [each for each in pairs if each.variant.target and facts(each.runtime).opens == "onnx"]
+    int8 = [
+        each
+        for each in pairs
+        if each.variant.target and runtime_class(each.runtime).opens == "onnx"
+    ]
     if int8 and not needs_gradients:
         return int8[0]
     floats = [pair for pair in pairs if pair.variant.target is None]

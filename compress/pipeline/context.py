@@ -166,7 +166,7 @@ def save_stage(
         model,
         context.dataset.example,
         stage / ONNX_FILE,
-        metadata=facts_of(context),
+        metadata=run_facts(context),
         nms=context.task.ending(),
         outputs=(
             None
@@ -177,7 +177,7 @@ def save_stage(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
         ),
     )
-    count = measure.count(model, context.dataset.example)
+    count = measure.count_module(model, context.dataset.example)
     facts = facts or {}
     inherited = parent.sparsity if parent is not None else None
     variant = RunVariant(
@@ -208,7 +208,7 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     return {"training": facts}
 
 
-def facts_of(context: RunContext) -> dict[str, Any]:
+def run_facts(context: RunContext) -> dict[str, Any]:
     """Return what every file of the run says of its input and its task."""
     task = context.recipe.task or default_task(context.dataset.target)
     is_ours = plugins.parse("tasks", task)[0] in plugins.names("tasks")

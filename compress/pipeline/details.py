@@ -170,7 +170,7 @@ def _flips(context: RunContext, taken: Sequence[Answered]) -> Iterator[schema.Fl
         return
     candidate = taken[-1]
     before, after = Predictions.load(taken[0].path), Predictions.load(candidate.path)
-    compared = comparison.compare(before, after)
+    compared = comparison.compare_predictions(before, after)
     lost = [flip for flip in compared.flips if flip.kind == "lost"]
     for flip in lost[:MOST_FLIPS]:
         image = context.dataset.splits["test"].take([flip.index])[0]

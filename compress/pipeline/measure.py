@@ -22,17 +22,17 @@ from compress.evaluate import Evaluation, Predictions, comparison
 from compress.graph import files
 from compress.graph.model import GraphIndex
 from compress.measure import Timing
-from compress.measure.artifacts import Candidate, answers_of, time_together
+from compress.measure.artifacts import Candidate, test_answers, time_together
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
-from compress.pipeline.changed_images import class_metrics, drawn_changes
+from compress.pipeline.changed_images import class_metrics_row, drawn_changes
 from compress.pipeline.context import RunContext, RunVariant
 from compress.pipeline.judged import JudgedPredictions
-from compress.pipeline.sensitivity_chart import sensitivity
+from compress.pipeline.sensitivity_chart import pruning_curve
 from compress.quantize.images import fixed_batch
 from compress.recipe.settings import Target
 from compress.report import schema
-from compress.runtimes import build_engine, build_record, facts, unavailable
+from compress.runtimes import build_engine, build_record, runtime_class, unavailable
 from compress.runtimes._fusion import check_fusion
 
 
@@ -111,7 +111,7 @@ def measure_targets(
         coverage=tuple(dict.fromkeys(coverage)),
         attributions=attributions,
         similarities=similarities,
-        sensitivity=sensitivity(context, variants[0]),
+        sensitivity=pruning_curve(context, variants[0]),
         engines=engines,
         **shown,
     )
@@ -139,7 +139,7 @@ def entries_on(
     do, in fp16 alone.
     """
     target = targets[0]
-    form = facts(target.runtime).int8_form
+    form = runtime_class(target.runtime).int8_form
     chosen = [variant for variant in variants if variant.target in {None, form}]
     wanted = {each.precision for each in targets}
     pairs = [
@@ -182,14 +182,14 @@ def _absent_int8(targets: Sequence[Target], entries: Sequence[Entry]) -> str | N
     is_wanted = any(target.precision == "int8" for target in targets)
     if not is_wanted or any(entry.precision == "int8" for entry in entries):
         return None
-    if facts(targets[0].runtime).int8_form is None:
+    if runtime_class(targets[0].runtime).int8_form is None:
         return f"{targets[0].runtime} runs no Q/DQ graph; its float networks are measured"
     return f"no stage wrote an int8 graph for {targets[0].runtime}"
 
 
 def _engine(context: RunContext, variant: RunVariant, target: Target, precision: str) -> Path:
     source = context.path(variant)
-    plugin = facts(target.runtime)
+    plugin = runtime_class(target.runtime)
     extension = plugin.extension
     if plugin.opens == "network":
         return context.run.root / variant.stage
@@ -269,7 +269,8 @@ def _shown(
         return {}
     places = [(entry.variant.name, entry.target.runtime) for entry, _ in pairs]
     classes = [
-        class_metrics(context, place, own) for place, (_, own) in zip(places, pairs, strict=True)
+        class_metrics_row(context, place, own)
+        for place, (_, own) in zip(places, pairs, strict=True)
     ]
     return {
         "drawn": drawn_changes(context, places[-1], pairs[0][1], pairs[-1][1]),
@@ -293,7 +294,7 @@ def _answers(
         if not context.task.tells_classes:
             return evaluate.of_task(session, context.dataset, context.task, limit=limit)
         name = f"{entry.name} on {entry.target.runtime}"
-        predictions = answers_of(session, context.dataset, name, limit)
+        predictions = test_answers(session, context.dataset, name, limit)
     predictions.save(path)
     return predictions
 

@@ -78,7 +78,7 @@ def _artifacts(
     parent = artifact.sha256(context.path(before[-1])) if before else None
     told = {} if settings is None else settings.model_dump(mode="json")
     return [
-        artifact.describe(
+        artifact.describe_file(
             path, root=context.run.root, stage=stage.name, parent=parent, settings=told
         )
         for path in sorted(stage.iterdir())
@@ -93,4 +93,6 @@ def _engine_artifacts(
     for engine, source in engines.items():
         parent = artifact.sha256(source)
         for path in sorted(engine.parent.glob(f"{engine.stem}.*")):
-            yield artifact.describe(path, root=context.run.root, stage=stage.name, parent=parent)
+            yield artifact.describe_file(
+                path, root=context.run.root, stage=stage.name, parent=parent
+            )

@@ -116,7 +116,7 @@ def measure_again(root: Path) -> Remeasured:
         RunError: the run is not finished, or its data are not those it was measured on.
     """
     report = read_report(root / "report.json")
-    settings = loading.validate(report.recipe, where=str(root / "report.json"))
+    settings = loading.validate_recipe(report.recipe, where=str(root / "report.json"))
     dataset, task = prepared(settings)
     context = RunContext(settings, RunFolder(root), dataset, task)
     _check_data(context, report)
@@ -169,7 +169,7 @@ def _variants(root: Path) -> list[RunVariant]:
 
 def _elsewhere(report: Report) -> str:
     """Return how this machine and its versions differ from those of the report."""
-    here, then = environment.describe(), report.provenance
+    here, then = environment.describe_machine(), report.provenance
     pairs = [(then.device, here.get("device", {})), (then.versions, here.get("versions", {}))]
     return ", ".join(
         f"{key}: {before[key]} then, {now.get(key)} now"

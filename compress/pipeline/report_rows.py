@@ -205,7 +205,7 @@ def _provenance(
     context: RunContext, outcomes: Sequence[StageResult], measured: Measured
 ) -> schema.Provenance:
     description = context.run.description()
-    found = environment.describe()
+    found = environment.describe_machine()
     return schema.Provenance(
         created=description.get("created"),
         command=_command(context),

@@ -31,14 +31,14 @@ def unmeasured(context: RunContext, original: RunVariant) -> str | None:
     return None
 
 
-def sensitivity(context: RunContext, original: RunVariant) -> tuple[Curve, ...]:
+def pruning_curve(context: RunContext, original: RunVariant) -> tuple[Curve, ...]:
     """Return accuracy on validation images against kept channels, a line for each group.
 
     One group is cut at a time, by L2, and BatchNorm is re-estimated; nothing is refitted.
     """
     if unmeasured(context, original) is not None:
         return ()
-    return (chart(cut_alone(context.network(original), context.dataset, context.task)),)
+    return (sensitivity_chart(cut_alone(context.network(original), context.dataset, context.task)),)
 
 
 def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivity:
@@ -52,7 +52,7 @@ def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivit
     return replace(found, metric=primary_of(task))
 
 
-def chart(found: PruneSensitivity) -> Curve:
+def sensitivity_chart(found: PruneSensitivity) -> Curve:
     """Return ``found`` as a chart whose lines end where the network is whole."""
     lines = []
     for curve in found.curves:

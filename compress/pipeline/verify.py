@@ -53,7 +53,7 @@ def verify(run: Path) -> Verification:
     hashes = {entry["sha256"] for entry in entries}
     findings: list[FileProblem] = []
     for entry in track(entries, f"verify {run.name}"):
-        finding = artifact.check(run, entry["path"], entry["sha256"])
+        finding = artifact.check_file(run, entry["path"], entry["sha256"])
         findings += [finding] if finding else []
         parent = entry.get("parent")
         if parent and parent not in hashes:

@@ -15,12 +15,12 @@ from compress.artifact import replacing
 from compress.errors import PlanError, UsageError
 from compress.groups import trace
 from compress.groups.inputs import Example
-from compress.groups.plan import make_plan
+from compress.groups.plan import make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.progress import track
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.cost import CostModel
-from compress.prune.scoring import build_criterion, scores, spoken
+from compress.prune.scoring import build_criterion, criterion_name, scores
 from compress.prune.selection import candidate_counts
 from compress.tasks import TOP1, Kind, Primary
 
@@ -168,7 +168,7 @@ def prune_sensitivity(
         one = candidate_counts(found[number], step=group.multiple, at_least=1)
         points = []
         for count in sorted({one.level_at_most(s * group.size) for s in shares}, reverse=True):
-            small = apply_pruning(model, make_plan(network, {group.name: one.kept(count)}))
+            small = apply_pruning(model, make_prune_plan(network, {group.name: one.kept(count)}))
             if images:
                 recalibrate_batchnorm(small, images)
             counts = cost.sizes.copy()
@@ -179,7 +179,7 @@ def prune_sensitivity(
         curves.append(
             GroupCurve(group.name, group.size, tuple(dict.fromkeys(layers)), tuple(points))
         )
-    return PruneSensitivity(evaluate(model), spoken(scorer), tuple(curves))
+    return PruneSensitivity(evaluate(model), criterion_name(scorer), tuple(curves))
 
 
 def plot_sensitivity(found: PruneSensitivity, path: str | Path) -> Path:

@@ -19,7 +19,7 @@ from compress.quantize.sensitivity import (
     Batches,
     Judge,
     QuantSensitivity,
-    arrays,
+    labelled_arrays,
     layer_macs,
     quantize_sensitivity,
 )
@@ -82,7 +82,7 @@ def meet_budget(
         DataError: there are no images.
         RunError: the folder cannot be written.
     """
-    judge = Judge(arrays(batches), task)
+    judge = Judge(labelled_arrays(batches), task)
     search = _BudgetSearch(model, plan, judge, max_drop, folder, dict(costs or {}))
     with progress.task("Accuracy budget") as counter:
         search.counter = counter

@@ -106,7 +106,7 @@ def quantize_targets(
     except QuantizationError as error:
         raise error if str(path) in error.where else error.within(str(path)) from error.__cause__
     for target, out in outs.items():
-        save(written[target], Path(out))
+        save_graph(written[target], Path(out))
     return plans
 
 
@@ -123,7 +123,7 @@ def excluded_nodes(graph: GraphIndex, names: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(names, "excluded by the user")
 
 
-def save(model: onnx.ModelProto, path: Path) -> None:
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Write ``model`` to ``path``, whole or not at all."""
     with replacing(path) as temporary:
         onnx.save(model, str(temporary))

@@ -181,11 +181,11 @@ def _listed(lost: Sequence[NoisyOutput]) -> str:
 
 def _runtime_for(target: str) -> tuple[str | None, dict[str, str]]:
     """Return a runtime that runs graphs for ``target`` here, or None and why each cannot."""
-    from compress.runtimes import facts, unavailable
+    from compress.runtimes import runtime_class, unavailable
 
     absent = {}
     for name in sorted(plugins.names("runtimes"), key=lambda name: name != target):
-        if name == target or facts(name).int8_form == target:
+        if name == target or runtime_class(name).int8_form == target:
             why = unavailable(name)
             if why is None:
                 return name, {}

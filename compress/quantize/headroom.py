@@ -11,7 +11,7 @@ from onnx import NodeProto
 from compress.graph.model import GraphIndex, attribute
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
-from compress.qdq.writer import along, default_scales, encode, scale_axis, write_qdq
+from compress.qdq.writer import broadcast_along, default_scales, encode, scale_axis, write_qdq
 from compress.quantize.bias import fewer
 from compress.quantize.layerwise import QuantizedLayer, layers
 from compress.quantize.workbench import Workbench
@@ -86,7 +86,7 @@ def _widened(
         return None
     scales = scales * factors
     if codes is not None:  # the integers that were chosen stay where their step does
-        kept = along(factors == 1, axis, value.ndim)
+        kept = broadcast_along(factors == 1, axis, value.ndim)
         codes = np.where(kept, codes, encode(value, scales, axis))
     packed = None if codes is None else pack_codes(codes)
     return WeightScales(axis, tuple(float(scale) for scale in scales), packed)

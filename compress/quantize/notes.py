@@ -12,7 +12,7 @@ from onnx import AttributeProto, NodeProto
 
 from compress.graph.model import WEIGHTED, GraphIndex
 from compress.qdq.placement import place
-from compress.quantize.sqnr import shown
+from compress.quantize.sqnr import sqnr_text
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
 _BEARING = 3  # an output that rests on less than every third image is not known well
@@ -64,7 +64,9 @@ def of_judging(
     told = [db for db in each_db if not math.isnan(db)]
     if len(names) > 1 and told:
         pairs = zip(names, each_db, strict=True)
-        found.append("SQNR by output: " + ", ".join(f"{name} {shown(db)}" for name, db in pairs))
+        found.append(
+            "SQNR by output: " + ", ".join(f"{name} {sqnr_text(db)}" for name, db in pairs)
+        )
     images = max(map(len, reference), default=0)
     if images < ENOUGH and told:
         found.append(

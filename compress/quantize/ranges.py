@@ -15,7 +15,7 @@ from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize.calibration import Statistics
 
 
-def make_plan(
+def make_quant_plan(
     statistics: Statistics,
     *,
     target: str = "onnxruntime",

@@ -15,7 +15,7 @@ from compress.graph.model import GraphIndex, attribute
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes
 from compress.qdq.rewrite import apply_corrections
-from compress.qdq.writer import along, default_scales, scale_axis, write_qdq
+from compress.qdq.writer import broadcast_along, default_scales, scale_axis, write_qdq
 from compress.quantize.bias import fewer
 from compress.quantize.images import Feed
 from compress.quantize.layerwise import layers
@@ -65,7 +65,7 @@ def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quant
             flat = scales.reshape(-1).astype(np.float32)
             packed = pack_codes(codes.reshape(value.shape))
             weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
-            new = codes.reshape(value.shape) * along(flat, 0, value.ndim)
+            new = codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim)
             layer.outgoing = layer.run(new.astype(np.float32))
             counter.advance()
     return plan.changed(weights=weights)

@@ -184,7 +184,7 @@ def quantize_sensitivity(
         DataError: there are no images.
     """
     target = target or plan.target
-    judge = Judge(arrays(batches), task)
+    judge = Judge(labelled_arrays(batches), task)
     images = [batch for batch, _ in judge.labelled]
     base = rewrite_for(apply_corrections(prepare(model), plan), target)
     whole = write_qdq(model, plan, target)
@@ -384,7 +384,7 @@ def diagnose(
     return "Both cost alike: leave it in float if it is cheap, or train with qat."
 
 
-def arrays(batches: Batches) -> Labelled:
+def labelled_arrays(batches: Batches) -> Labelled:
     """Return images and their targets, batch by batch.
 
     Raises:

@@ -12,7 +12,7 @@ from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
 from compress.graph.weightless import is_large, skeleton
-from compress.runtimes.onnxruntime import EXACT_INT8, explained
+from compress.runtimes.onnxruntime import EXACT_INT8, onnxruntime_error
 
 
 class CannotRunError(QuantizationError):
@@ -26,7 +26,7 @@ class CannotRunError(QuantizationError):
             error: What ONNX Runtime raised.
             feed: The inputs it ran on; None where the graph could not be loaded.
         """
-        told = explained(error, None)
+        told = onnxruntime_error(error, None)
         shapes = ", ".join(f"{name} {value.shape}" for name, value in (feed or {}).items())
         fix = "Check that the fp32 network runs on such images" if feed else "Check the fp32 file"
         return cls(told.what, where=f"run on {shapes}" if shapes else "", fix=told.fix or fix)

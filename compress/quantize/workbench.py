@@ -21,7 +21,7 @@ from compress.quantize.equalization import equalize
 from compress.quantize.images import CalibrationImages, Feed
 from compress.quantize.notes import float_parts, of_judging
 from compress.quantize.planning_graph import judged_tensors
-from compress.quantize.ranges import begin_below_zero, make_plan
+from compress.quantize.ranges import begin_below_zero, make_quant_plan
 from compress.quantize.rounding import improve_rounding
 from compress.quantize.sqnr import Closeness, answers, closeness, mean_db
 from compress.quantize.weight_scales import search_weight_scales
@@ -73,7 +73,7 @@ class Workbench:
 
     def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:
         """Return a plan with the ranges of the user's observer, or of ``observer``."""
-        plan = make_plan(
+        plan = make_quant_plan(
             statistics or self.statistics,
             target=self.target,
             observer=self.observer or observer,

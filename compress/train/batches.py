@@ -88,7 +88,7 @@ def train_batches(
         yield Batch(pixels, target, torch.from_numpy(part), chances, size)
 
 
-def shown(
+def training_view(
     images: Tensor, target: Any, chances: Tensor, dataset: Dataset, settings: TrainSettings
 ) -> tuple[Tensor, Any]:
     """Return stored images as training shows them to a network: augmented, normalized.
@@ -128,7 +128,7 @@ def shown_batches(
     """Yield ``count`` batches as training with ``settings`` shows them, or fewer if it is short."""
     batches = train_batches(dataset, settings, 0, seed)
     for batch in itertools.islice(batches, count):
-        yield shown(batch.images, batch.target, batch.chances, dataset, settings)
+        yield training_view(batch.images, batch.target, batch.chances, dataset, settings)
 
 
 def permutation(images: LabelledImages, seed: int, epoch: int) -> NDArray[np.int64]:

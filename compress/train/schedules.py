@@ -11,7 +11,7 @@ ONE_CYCLE_START = 1 / 25  # of the peak
 ONE_CYCLE_END = 1e-4 / 25
 
 
-def factor(epoch: float, settings: TrainSettings) -> float:
+def rate_factor(epoch: float, settings: TrainSettings) -> float:
     """Return what the peak learning rate is multiplied with.
 
     Args:

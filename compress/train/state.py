@@ -246,7 +246,7 @@ class State:
         if training.settings.keep == "best" and self.best is not None:
             if folder is not None:
                 training.processes.wait()  # until the main process has written it
-                self.best_weights = checkpoints.load(folder / checkpoints.BEST)["model"]
+                self.best_weights = checkpoints.load_state(folder / checkpoints.BEST)["model"]
             training.model.load_state_dict(self.best_weights)
         elif self.average is not None:
             training.model.load_state_dict(self.average.model.state_dict())
@@ -268,7 +268,7 @@ class State:
         )
 
     def _load(self, path: Path) -> None:
-        state, training = checkpoints.load(path), self.training
+        state, training = checkpoints.load_state(path), self.training
         checkpoints.check_same(path, state["about"], training.identity())
         training.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -292,7 +292,7 @@ class State:
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         if self.training.folder is not None and self.training.processes.is_main:
-            checkpoints.save(self.training.folder / name, state)
+            checkpoints.save_state(self.training.folder / name, state)
             self.saved_at = time.monotonic()
 
     def _not_finite(self, loss: float, step: int, rate: float) -> TrainingError:

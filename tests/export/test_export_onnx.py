@@ -319,7 +319,7 @@ def test_images_of_the_user_are_checked_too(
 
     monkeypatch.setattr(proof, "_answers", recorded)
     module = conversion.frozen_copy(small)
-    proof.check(exported, module, Example.of(image), None, images=torch.randn(5, 3, 8, 8))
+    proof.check_export(exported, module, Example.of(image), None, images=torch.randn(5, 3, 8, 8))
     assert seen == [
         "the example input",
         "random inputs of batch 1",

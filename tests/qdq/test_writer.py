@@ -14,14 +14,14 @@ from compress.graph.model import GraphIndex
 from compress.graph.preprocess import finished
 from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
 from compress.qdq.plan import TARGETS, ActivationRange
-from compress.quantize import calibrate, make_plan
+from compress.quantize import calibrate, make_quant_plan
 from compress.quantize.sqnr import sqnr_db
 
 CASES = [(name, target) for name in GRAPHS for target in TARGETS]
 
 
 def plan_of(model, target, observer="mse"):
-    return make_plan(calibrate(model, [images(model)]), target=target, observer=observer)
+    return make_quant_plan(calibrate(model, [images(model)]), target=target, observer=observer)
 
 
 @pytest.mark.parametrize("name", GRAPHS)

@@ -14,7 +14,7 @@ from compress.graph.model import GraphIndex
 from compress.graph.weightless import is_large, skeleton
 from compress.qdq import prepare, read_onnx
 from compress.qdq.plan import TARGETS
-from compress.quantize import calibrate, make_plan, quantize_onnx
+from compress.quantize import calibrate, make_quant_plan, quantize_onnx
 from compress.quantize.calibration import SAMPLE, observed_tensors
 from compress.quantize.images import CalibrationImages
 from compress.quantize.observers import Histogram
@@ -42,7 +42,7 @@ def test_the_same_images_in_any_order_and_batches_give_the_same_plan():
     feed = images(model, 24)["input"]
     order = np.random.default_rng(0).permutation(24)
     plans = [
-        make_plan(calibrate(model, batches)).to_json()
+        make_quant_plan(calibrate(model, batches)).to_json()
         for batches in ([feed], [feed[order]], [feed[order][:5], feed[order][5:]])
     ]
     assert plans[0] == plans[1] == plans[2]
@@ -51,8 +51,8 @@ def test_the_same_images_in_any_order_and_batches_give_the_same_plan():
 def test_a_stream_gives_what_a_list_gives():
     model = residual()
     feed = images(model, 24)["input"]
-    listed = make_plan(calibrate(model, [feed]))
-    streamed = make_plan(calibrate(model, lambda: iter(np.array_split(feed, 4))))
+    listed = make_quant_plan(calibrate(model, [feed]))
+    streamed = make_quant_plan(calibrate(model, lambda: iter(np.array_split(feed, 4))))
     assert streamed.activations.keys() == listed.activations.keys()
     for name, found in streamed.activations.items():
         assert found.high == pytest.approx(listed.activations[name].high, rel=0.02)
@@ -99,9 +99,11 @@ def test_memory_does_not_grow_with_the_number_of_images():
 def test_extremes_alone_serve_minmax_only():
     statistics = calibrate(residual(), [images(residual())], histograms=False)
     full = calibrate(residual(), [images(residual())])
-    assert make_plan(statistics, observer="minmax") == make_plan(full, observer="minmax")
+    assert make_quant_plan(statistics, observer="minmax") == make_quant_plan(
+        full, observer="minmax"
+    )
     with pytest.raises(UsageError, match="observer 'mse' needs histograms"):
-        make_plan(statistics, observer="mse")
+        make_quant_plan(statistics, observer="mse")
 
 
 def test_a_fixed_batch_is_filled_up_and_not_counted_twice():

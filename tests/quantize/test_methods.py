@@ -12,7 +12,7 @@ from compress.errors import QuantizationError
 from compress.graph.model import GraphIndex
 from compress.qdq import TARGETS, QuantPlan, prepare, write_qdq
 from compress.qdq.rewrite import apply_corrections
-from compress.quantize import api, calibrate, make_plan, quantize_onnx, quantize_targets
+from compress.quantize import api, calibrate, make_quant_plan, quantize_onnx, quantize_targets
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import correct_biases, find_shift, float_means
 from compress.quantize.equalization import equalize
@@ -36,7 +36,7 @@ def bench_of(model, target="onnxruntime", count=32):
 @pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "two_inputs"])
 def test_running_layer_by_layer_equals_running_the_whole(name):
     model = GRAPHS[name]()
-    plan = make_plan(calibrate(model, [images(model)]), target="tensorrt")
+    plan = make_quant_plan(calibrate(model, [images(model)]), target="tensorrt")
     written = write_qdq(model, plan)
     feed = images(model, 4)
     graph = GraphIndex(written)
@@ -56,7 +56,7 @@ def test_running_layer_by_layer_equals_running_the_whole(name):
 def test_corrected_biases_restore_the_means_behind_the_activation(name):
     model = prepare(GRAPHS[name]())
     feed = images(model, 16)
-    plan = make_plan(calibrate(model, [feed]), target="tensorrt", observer="percentile")
+    plan = make_quant_plan(calibrate(model, [feed]), target="tensorrt", observer="percentile")
     coarse = {  # a poor plan, so that there is something to correct
         n: type(r)(r.low * 0.4, r.high * 0.4, r.limit * 0.4) for n, r in plan.activations.items()
     }

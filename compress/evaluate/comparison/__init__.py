@@ -4,7 +4,12 @@ from compress.evaluate.comparison.bisection import Bisection, bisect
 from compress.evaluate.comparison.error_breakdown import BreakdownStep, NetworkForm, chain
 from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
 from compress.evaluate.comparison.outputs import drifts_of, outputs_row
-from compress.evaluate.comparison.predictions import ChangedPrediction, Comparison, against, compare
+from compress.evaluate.comparison.predictions import (
+    ChangedPrediction,
+    Comparison,
+    against,
+    compare_predictions,
+)
 
 __all__ = [
     "Bisection",
@@ -16,8 +21,8 @@ __all__ = [
     "against",
     "bisect",
     "chain",
-    "compare",
     "compare_outputs",
+    "compare_predictions",
     "drifts_of",
     "outputs_row",
 ]

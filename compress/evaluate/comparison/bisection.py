@@ -129,7 +129,7 @@ def precision_of(model: onnx.ModelProto) -> str:
     return "fp16" if any(t.data_type in half for t in model.graph.initializer) else "fp32"
 
 
-def cut(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+def part_for(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """Return the part of ``model`` that computes ``names``, which become its outputs, in order."""
     producers = {name: node for node in model.graph.node for name in node.output if name}
     needed: set[str] = set()
@@ -218,7 +218,7 @@ def _compare_portion(
         for label, graph in zip(("reference", "candidate"), graphs, strict=True):
             file = folder / f"{label}.onnx"
             onnx.save(
-                cut(graph, names),
+                part_for(graph, names),
                 file,
                 save_as_external_data=graph.ByteSize() > 2**30,
                 location=f"{label}.data",

@@ -126,7 +126,7 @@ def compare_outputs(
         EngineError: the number or the shapes of the outputs differ, or there are no batches.
     """
     old, new = ([spec.name for spec in each.outputs] for each in (reference, candidate))
-    pairs = [(name, new.index(other)) for name, other in matched(old, new).items()]
+    pairs = [(name, new.index(other)) for name, other in matched_outputs(old, new).items()]
     drifts = {name: Drift() for name, _ in pairs}
     batches = 0
     for arrays in track(inputs, "comparing"):
@@ -139,7 +139,7 @@ def compare_outputs(
     return drifts
 
 
-def matched(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+def matched_outputs(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
     """Return the candidate's name of each output of the reference: by name, else by position.
 
     Raises:

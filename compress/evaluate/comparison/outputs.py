@@ -7,7 +7,7 @@ from typing import Any
 
 from compress import statistics
 from compress.errors import EngineError
-from compress.evaluate.comparison.numerical_difference import Drift, matched
+from compress.evaluate.comparison.numerical_difference import Drift, matched_outputs
 from compress.tasks import Prediction
 
 
@@ -48,5 +48,5 @@ def drifts_of(reference: Sequence[Prediction], candidate: Sequence[Prediction]) 
              for a, b in zip(reference, candidate, strict=True)),
             Drift(),
         )
-        for name, other in matched(list(reference[0]), list(candidate[0])).items()
+        for name, other in matched_outputs(list(reference[0]), list(candidate[0])).items()
     }  # fmt: skip

@@ -118,7 +118,7 @@ class Comparison:
         }
 
 
-def compare(
+def compare_predictions(
     reference: Predictions, candidate: Predictions, classes: Sequence[str] | None = None
 ) -> Comparison:
     """Return what changed from ``reference`` to ``candidate`` on the same images.
@@ -158,8 +158,8 @@ def compare(
 def against(
     reference: Predictions, candidate: Predictions, classes: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Return ``compare`` as one flat row of a report."""
-    return compare(reference, candidate, classes).row()
+    """Return ``compare_predictions`` as one flat row of a report."""
+    return compare_predictions(reference, candidate, classes).row()
 
 
 def _check_pair(reference: Predictions, candidate: Predictions) -> None:

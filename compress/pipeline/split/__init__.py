@@ -15,9 +15,9 @@ from compress.errors import CompressError, ExportError, UsageError
 from compress.graph import files as onnx_file
 from compress.graph.shapes import dims_of, real_inputs
 from compress.measure import Timing
-from compress.pipeline.split.chart import chart
+from compress.pipeline.split.chart import split_chart
 from compress.pipeline.split.choosing import front
-from compress.pipeline.split.clock import Clock, Cost, written
+from compress.pipeline.split.clock import Clock, Cost, write_parts
 from compress.pipeline.split.cutting import Cut, Cuttable, Parts
 from compress.pipeline.split.int8 import check_opset, quantize_between
 
@@ -147,12 +147,12 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
     folder.mkdir(parents=True, exist_ok=True)
     places = [
         devices.place(
-            cut.tensor, clock.cost(written(_parts(graph, cut, int8), folder)), cut.head_macs_pct
+            cut.tensor, clock.cost(write_parts(_parts(graph, cut, int8), folder)), cut.head_macs_pct
         )
         for cut in progress.track(cuts, "split")
     ]
     best = cuts[min(range(len(cuts)), key=lambda number: places[number].total_ms)]
-    files = written(_parts(graph, best, int8), folder)
+    files = write_parts(_parts(graph, best, int8), folder)
     difference = clock.difference(files)
     if not int8:
         _check_equal(difference, model, f"{source}, cut at {best.tensor}")
@@ -161,7 +161,7 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
     split = Split(*files, best, int8, difference, link_mbps, edge_slowdown, tuple(places))
     write_json(folder / "split.json", split.to_json())
     if at == AUTO:
-        write_text(folder / "split.svg", chart(split))
+        write_text(folder / "split.svg", split_chart(split))
     return split
 
 

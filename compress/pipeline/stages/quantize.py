@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from compress import artifact, models
 from compress.data import Dataset, load_data
-from compress.evaluate.feeding import arrays, completed
+from compress.evaluate.feeding import arrays_for, completed
 from compress.pipeline.context import RunContext, RunVariant, StageResult, training_facts
 from compress.pipeline.network import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
-from compress.runtimes import DEFAULT, TensorSpec, facts, open_session
+from compress.runtimes import DEFAULT, TensorSpec, open_session, runtime_class
 from compress.train.distributed import join_processes
 
 if TYPE_CHECKING:
@@ -138,9 +138,9 @@ def _train_along(
 def int8_forms(recipe: Recipe) -> list[str]:
     """Return the kinds of Q/DQ graph that the int8 targets of ``recipe`` need, without repeats."""
     runtimes = [each.runtime for each in recipe.targets if each.precision == "int8"]
-    forms = [facts(name).int8_form for name in runtimes]
+    forms = [runtime_class(name).int8_form for name in runtimes]
     wanted = dict.fromkeys(form for form in forms if form is not None)
-    return list(wanted) or [str(facts(DEFAULT).int8_form)]
+    return list(wanted) or [str(runtime_class(DEFAULT).int8_form)]
 
 
 def calibration_data(
@@ -175,7 +175,7 @@ def calibration_batches(
     with open_session(path) as session:
         specs = [replace(spec, shape=_any_batch(spec)) for spec in session.inputs]
     return [
-        dict(zip((s.name for s in specs), arrays(specs, images, dataset), strict=True))
+        dict(zip((s.name for s in specs), arrays_for(specs, images, dataset), strict=True))
         for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples)
     ]
 

@@ -10,7 +10,7 @@ from compress.pipeline.context import RunContext, RunVariant, StageResult, save_
 from compress.prune import sparsity
 from compress.recipe.settings import SparsifySettings
 from compress.report import schema
-from compress.runtimes import facts
+from compress.runtimes import runtime_class
 
 
 def zero_weights(
@@ -64,7 +64,7 @@ def _dense_results(
 
 def _gain(result: schema.Result, dense: tuple[str, tuple[schema.Result, ...]]) -> str:
     """Return what a runtime does with zeros, and what was measured of it here."""
-    word = facts(result.runtime).zero_weights
+    word = runtime_class(result.runtime).zero_weights
     name, rows = dense
     key = (result.runtime, result.precision, result.batch, result.threads)
     other = next((r for r in rows if (r.runtime, r.precision, r.batch, r.threads) == key), None)

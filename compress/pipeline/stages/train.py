@@ -18,7 +18,7 @@ from compress.pipeline.context import (
     RunContext,
     RunVariant,
     StageResult,
-    facts_of,
+    run_facts,
     save_stage,
     training_facts,
 )
@@ -101,7 +101,7 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
     target = stage / ONNX_FILE
-    files.copy(source, target, facts=facts_of(context), sizes=context.recipe.model.input_size)
+    files.copy(source, target, facts=run_facts(context), sizes=context.recipe.model.input_size)
     facts: dict[str, Any] = {}
     model, macs = files.load(target), None
     try:

@@ -28,7 +28,7 @@ from compress.qdq.lint.patterns import (
     pairs_on,
     set_numbers,
 )
-from compress.qdq.writer import along
+from compress.qdq.writer import broadcast_along
 
 SPARED = 0.01  # share of a range below zero that is no waste: a zero point of 1 or 2
 
@@ -271,8 +271,8 @@ def _make_positive(graph: EditableGraph, node: ir.Node) -> None:
     stored = constant(node.inputs[0]) if node.op_type == DQ else None
     if stored is not None:
         axis = attribute(node, "axis", 1) % stored.ndim if stored.ndim else None
-        sign = along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
-        zero = along(numbers.zero, axis, stored.ndim)
+        sign = broadcast_along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
+        zero = broadcast_along(numbers.zero, axis, stored.ndim)
         integers = (sign * (stored.astype(np.int64) - zero) + zero).astype(stored.dtype)
         fixed = graph.add_constant(f"{node.outputs[0].name}_fixed", integers)
         node.replace_input_with(0, fixed)

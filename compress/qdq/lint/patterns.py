@@ -12,7 +12,7 @@ import onnx_ir as ir
 from compress.graph.model import WEIGHTED, attribute, channel_axis
 from compress.graph.values import Array, EditableGraph, constant, maker, set_attribute, set_input
 from compress.qdq.placement import SAME_SCALE
-from compress.qdq.writer import add_pair, along, encode
+from compress.qdq.writer import add_pair, broadcast_along, encode
 
 DType = np.dtype[Any]
 
@@ -100,8 +100,8 @@ class Weight:
         if self.quantize is None:
             return self.stored.astype(np.int64)
         info = np.iinfo(self.numbers.dtype)
-        raw = np.rint(self.stored / along(self._scale, self.axis, self.stored.ndim))
-        zero = along(self.numbers.zero, self.axis, self.stored.ndim)
+        raw = np.rint(self.stored / broadcast_along(self._scale, self.axis, self.stored.ndim))
+        zero = broadcast_along(self.numbers.zero, self.axis, self.stored.ndim)
         return np.asarray(np.clip(raw + zero, info.min, info.max), np.int64)
 
     @property
@@ -109,8 +109,8 @@ class Weight:
         """The real weights: the floats if they are stored, else what the integers stand for."""
         if self.quantize is not None:
             return self.stored
-        zero = along(self.numbers.zero, self.axis, self.stored.ndim)
-        scale = along(self._scale, self.axis, self.stored.ndim)
+        zero = broadcast_along(self.numbers.zero, self.axis, self.stored.ndim)
+        scale = broadcast_along(self._scale, self.axis, self.stored.ndim)
         return np.asarray((self.integers - zero) * scale, self._scale.dtype)
 
     @property

@@ -36,7 +36,7 @@ class Workload:
         return sum(work.macs for work in self.work.values())
 
 
-def named(model: ModelProto) -> ModelProto:
+def with_node_names(model: ModelProto) -> ModelProto:
     """Return a copy in which every node has a name of its own."""
     copy = ModelProto()
     copy.CopyFrom(model)

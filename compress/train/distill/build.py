@@ -125,7 +125,7 @@ def _terms(
         _check_terms(terms, task, student, dataset, settings)
     given: Any = dataset.splits["train"].labels
     labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
-    prepare(terms, student, answering, dataset.example, labels)
+    prepare_losses(terms, student, answering, dataset.example, labels)
     return terms
 
 
@@ -152,12 +152,12 @@ def losses_on_outputs(task: Task) -> tuple[str, ...]:
 def check_loss(reference: Plugin, task: Task) -> None:
     """Raise TrainingError where a loss reads other outputs than those of ``task``."""
     name, _ = plugins.parse("losses", reference)
-    wanted = getattr(plugins.load("losses", name), "of_classes", None)
+    wanted = getattr(plugins.plugin_class("losses", name), "of_classes", None)
     if wanted is None or task.tells_classes or (wanted == "pixel" and task.answers == "classes"):
         return
     known = [
         n for n in plugins.names("losses")
-        if getattr(plugins.load("losses", n), "of_classes", None) is None
+        if getattr(plugins.plugin_class("losses", n), "of_classes", None) is None
     ]  # fmt: skip
     raise TrainingError(
         f"it compares the probabilities of one class for each {wanted}",
@@ -258,10 +258,14 @@ def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: b
 
 def _logit_losses() -> list[str]:
     names = plugins.names("losses")
-    return [n for n in names if getattr(plugins.load("losses", n), "needs", "logits") == "logits"]
+    return [
+        n
+        for n in names
+        if getattr(plugins.plugin_class("losses", n), "needs", "logits") == "logits"
+    ]
 
 
-def prepare(
+def prepare_losses(
     terms: Sequence[Term], student: nn.Module, teacher: Teacher, example: Tensor, labels: Tensor
 ) -> None:
     """Let losses create their adapters from what both networks compute for one image.

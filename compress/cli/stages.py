@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,7 @@ from compress.cli.arguments import (
     completion,
     with_options,
 )
-from compress.cli.options import chosen_plugins, present
+from compress.cli.options import Given, chosen_plugins, present
 from compress.cli.output import print_result
 from compress.cli.recipes import (
     DEFAULT_RUNTIME,
@@ -137,24 +137,30 @@ def prune(
 ) -> None:
     """Prune channels of a network to a budget; fine-tune it if --epochs is given."""
     given = ctx.params
-    shares = ("keep_macs", "keep_params", "keep_latency")
-    names = (*shares, "latency_ms", "runtime", "round_to")
-    cut = present(given, **{name: name for name in names}) | chosen_plugins(
-        given, criterion="criterion"
-    )
+    cut = _budget(given) | present(given, runtime="runtime", round_to="round_to")
+    cut |= chosen_plugins(given, criterion="criterion")
     if outputs is not None:
         cut["outputs"] = outputs.split(",")
-    if keep_channels is not None:
-        cut["keep_channels"] = kept_channels(keep_channels, max_drop)
-    elif max_drop is not None:
+    targets = [{"runtime": runtime or DEFAULT_RUNTIME, "precision": "fp32"}]
+    run_stages("prune", given, [{"prune": cut}, *training_after(given)], targets)
+
+
+def _budget(given: Given) -> dict[str, Any]:
+    """Return the budget that was given, half the MACs if none was.
+
+    Raises:
+        UsageError: ``--max-drop`` stands without a sensitivity.
+    """
+    names = ("keep_macs", "keep_params", "keep_latency", "latency_ms")
+    budget = present(given, **{name: name for name in names})
+    if given["keep_channels"] is not None:
+        budget["keep_channels"] = kept_channels(given["keep_channels"], given["max_drop"])
+    elif given["max_drop"] is not None:
         raise UsageError(
             "--max-drop says how to read a sensitivity, and none is given",
             fix="Add --keep-channels FILE, made by compress sensitivity --prune --json",
         )
-    if not {*shares, "keep_channels", "latency_ms"} & cut.keys():
-        cut["keep_macs"] = 0.5
-    targets = [{"runtime": runtime or DEFAULT_RUNTIME, "precision": "fp32"}]
-    run_stages("prune", given, [{"prune": cut}, *training_after(given)], targets)
+    return budget or {"keep_macs": 0.5}
 
 
 @with_options(FineTuning, Running, Pixels, Experiment)

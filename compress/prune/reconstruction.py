@@ -88,9 +88,7 @@ def refit(
         )
         for pair in track(ready, "refit", len(pairs)):
             _fit(pair, fitted, images)
-    if training_batches is None:
-        training_batches = batches
-    return rebase_batchnorm(pruned, training_batches)
+    return rebase_batchnorm(pruned, batches if training_batches is None else training_batches)
 
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d

@@ -54,9 +54,8 @@ def build_objective(
 ) -> DistillObjective:
     """Return the objective that pulls ``student`` towards ``teacher``.
 
-    Both networks are run once on an example image to find layers and create adapters; they are left
-    as found. The objective says which layers it paired (``pairing()``) and warns in its ``notes``
-    where the teacher is worse than the student.
+    Both networks run once on an example, to pair layers and create adapters, and are left as found.
+    The objective tells the pairs (``pairing()``), and in ``notes`` whether the teacher is worse.
 
     Args:
         student: The network that will be trained.
@@ -80,8 +79,7 @@ def build_objective(
         task = None
     answering = _teacher(teacher, dataset.example, settings)
     try:
-        names = settings.teacher_classes
-        order = class_order(dataset.classes, names, answering.classes) if task is None else None
+        order = _class_order(answering, dataset, settings) if task is None else None
         terms = _terms(student, answering, dataset, settings, task)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
@@ -91,20 +89,24 @@ def build_objective(
     objective = DistillObjective(
         terms,
         answering,
-        None if order is None else torch.from_numpy(order),
+        order,
         hard=CrossEntropy(settings.label_smoothing) if task is None else TaskLoss(task),
         hard_weight=_hard_weight(settings, task),
         warmup_epochs=settings.loss_warmup_epochs,
     )
     for line in objective.pairing():
         logger.info(line)
-    if task is not None and not task.kinds:
-        return objective
     if task is None:
         _compare(objective, student, dataset)
-    else:
+    elif task.kinds:
         _compare_at_task(objective, answering, student, dataset, task)
     return objective
+
+
+def _class_order(teacher: Teacher, dataset: Dataset, settings: DistillSettings) -> Tensor | None:
+    """Return which of the teacher's classes each class of the data is; None for the same order."""
+    order = class_order(dataset.classes, settings.teacher_classes, teacher.classes)
+    return None if order is None else torch.from_numpy(order)
 
 
 def _terms(

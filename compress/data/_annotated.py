@@ -14,8 +14,7 @@ from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._decoding import opened_picture, upright_size
 from compress.data._held_out import with_test
 from compress.data._images import FileImages, LabelledImages, Names
-from compress.data._pictures import Pictures
-from compress.data._resize import Fit
+from compress.data._resize import Fit, Pictures
 from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
 
@@ -156,8 +155,7 @@ class BoxedPictures(Pictures):
 
 def dense_fit(kind: Pictures) -> Fit:
     """Return how pictures with boxes or masks are fitted: letterboxed unless asked otherwise."""
-    from compress.data._pictures import DEFAULT_SIZE
-    from compress.data._resize import sides
+    from compress.data._resize import DEFAULT_SIZE, sides
 
     return Fit(
         sides(kind.image_size or DEFAULT_SIZE),

@@ -15,8 +15,7 @@ from compress.data._held_out import held_out
 from compress.data._images import Hash, Indices, LabelledImages, MemoryImages, Subset, in_parallel
 from compress.data._item import Items, eight_bit, picture, shape_of
 from compress.data._item_labels import all_targets, labels_of
-from compress.data._pictures import DEFAULT_SIZE
-from compress.data._resize import Fit, ImageSize, sides
+from compress.data._resize import DEFAULT_SIZE, Fit, ImageSize, sides
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30

@@ -18,6 +18,8 @@ Rule = Literal["short side", "squash", "letterbox"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ImageSize = int | tuple[int, int]  # side, or height and width, pixels
 CROP = 224 / 256  # of the short side, as ImageNet networks are evaluated
+DEFAULT_SIZE = 224
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 PADDING = 114  # grey that letterboxes are filled with, 0..255, as YOLO networks are trained
 
 
@@ -147,3 +149,30 @@ class Fit:
 def sides(size: ImageSize) -> tuple[int, int]:
     """Return height and width of an ``image_size``."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Pictures in files, fitted to one size while they are read.
+
+    Options: ``image_size`` (side, or height and width; 224 if absent), ``channels`` (3, or 1 for
+    grey), ``resize`` ("short side", "squash" or "letterbox"), ``interpolation``, ``crop`` (share
+    of the resized picture that is kept) and ``workers`` (threads that decode).
+    """
+
+    image_size: ImageSize | None = None
+    channels: int | None = None
+    workers: int = 0
+    resize: Rule | None = None
+    interpolation: Interpolation | None = None
+    crop: float | None = None
+
+    @property
+    def fit(self) -> Fit:
+        """How pictures are fitted to the network's input."""
+        return Fit(
+            sides(self.image_size or DEFAULT_SIZE),
+            self.resize or "short side",
+            self.interpolation or "bilinear",
+            self.crop,
+        )

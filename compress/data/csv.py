@@ -13,7 +13,7 @@ from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._annotated import pictures
 from compress.data._held_out import TEST, held_out
 from compress.data._images import LabelledImages
-from compress.data._pictures import Pictures
+from compress.data._resize import Pictures
 from compress.errors import DataError, UsageError, did_you_mean
 
 IMAGE = ("image", "path", "file", "filename", "filepath", "image_path", "img", "name", "id")

@@ -13,7 +13,7 @@ from compress.data import Source
 from compress.data._held_out import TEST
 from compress.data._item import Items
 from compress.data._items import source_of_items
-from compress.data._pictures import Pictures
+from compress.data._resize import Pictures
 from compress.errors import DataError, UnknownNameError, UsageError
 
 SPLITS = ("train", "validation", "test")

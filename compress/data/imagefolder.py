@@ -12,7 +12,7 @@ import numpy as np
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._held_out import TEST, held_out
 from compress.data._images import FileImages, LabelledImages, Names, Subset
-from compress.data._pictures import ENDINGS, Pictures
+from compress.data._resize import ENDINGS, Pictures
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30

@@ -12,8 +12,7 @@ from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._annotated import dense_fit, pictures
 from compress.data._held_out import with_test
 from compress.data._images import LabelledImages
-from compress.data._pictures import ENDINGS, Pictures
-from compress.data._resize import Fit
+from compress.data._resize import ENDINGS, Fit, Pictures
 from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import FittedMasks as MaskFiles
 from compress.errors import DataError, UsageError

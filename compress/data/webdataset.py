@@ -11,7 +11,7 @@ import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._images import LabelledImages, Subset
-from compress.data._pictures import Pictures
+from compress.data._resize import Pictures
 from compress.data._shards import Shard, ShardImages, read_shards
 from compress.errors import DataError
 

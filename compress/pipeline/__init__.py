@@ -10,8 +10,7 @@ from pathlib import Path
 from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
-from compress.pipeline.context import RunContext, RunVariant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
 from compress.pipeline.report_rows import assemble

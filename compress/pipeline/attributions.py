@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.evaluate.predictions import Predictions
 from compress.pipeline import records
-from compress.pipeline.context import RunContext, RunVariant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.report.schema import Attribution, Similarity
 from compress.runtimes import open_session, runtime_class
 

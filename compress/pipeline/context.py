@@ -1,4 +1,4 @@
-"""What stages of a run share and return: the run, its variants, stage results."""
+"""What stages of a run share and return: the run, its variants and their predictions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from compress import artifact, measure, models, plugins
+from compress import artifact, evaluate, measure, models, plugins
 from compress.data import Dataset
 from compress.errors import RunError, boundary
+from compress.evaluate import Accuracy, Predictions
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
 from compress.models.references import count_of, is_torchvision_detector
@@ -213,3 +214,25 @@ def run_facts(context: RunContext) -> dict[str, Any]:
     task = context.recipe.task or default_task(context.dataset.target)
     is_ours = plugins.parse("tasks", task)[0] in plugins.names("tasks")
     return context.dataset.facts() | ({"task": task} if is_ours else {})
+
+
+@dataclass(frozen=True)
+class JudgedPredictions:
+    """Files with the predictions of variants, and their accuracy."""
+
+    folder: Path
+    dataset: Dataset
+    _accuracies: dict[Path, Accuracy] = field(default_factory=dict, init=False, repr=False)
+
+    def path(self, variant: str, runtime: str, precision: str) -> Path:
+        """Return where the predictions of a variant on a runtime are kept."""
+        return self.folder / f"{variant}.{runtime}.{precision}.npz"
+
+    def accuracy(self, path: Path) -> Accuracy:
+        """Return how right the predictions in ``path`` are, for each subgroup as well."""
+        if path not in self._accuracies:
+            predictions, named = Predictions.load(path), self.dataset.test_groups
+            groups = None if named is None else [str(g) for g in named[: len(predictions.labels)]]
+            judged = evaluate.accuracy(predictions, self.dataset.classes, groups)
+            self._accuracies[path] = judged
+        return self._accuracies[path]

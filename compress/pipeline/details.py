@@ -13,13 +13,12 @@ from compress.evaluate import Accuracy, comparison
 from compress.evaluate.predictions import Predictions
 from compress.groups.plan import PrunePlan
 from compress.pipeline import records
-from compress.pipeline.context import RunContext, RunVariant, StageResult
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.measure import Measured
 from compress.pipeline.sensitivity_chart import unmeasured
 from compress.pipeline.stages.sparsify import sparsities
 from compress.report import schema
-from compress.report.learning_curves import learning_curves
+from compress.report.charts import learning_curves
 from compress.report.pictures import thumbnail
 
 MOST_FLIPS = 24  # images shown

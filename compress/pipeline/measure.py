@@ -26,8 +26,7 @@ from compress.measure.artifacts import Candidate, test_answers, time_together
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
 from compress.pipeline.changed_images import class_metrics_row, drawn_changes
-from compress.pipeline.context import RunContext, RunVariant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.pipeline.sensitivity_chart import pruning_curve
 from compress.quantize.images import fixed_batch
 from compress.recipe.settings import Target

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress import artifact, environment
 from compress.errors import RunError
 from compress.measure import Timing
-from compress.pipeline.context import RunContext, RunVariant, StageResult
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
 from compress.recipe import loading

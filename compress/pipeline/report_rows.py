@@ -10,9 +10,8 @@ from typing import Any
 from compress import environment, measure
 from compress.artifact import sha256
 from compress.pipeline import cautions
-from compress.pipeline.context import RunContext, RunVariant, StageResult
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.details import details
-from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import Measured
 from compress.recipe.loading import to_json
 from compress.recipe.settings import Gates

@@ -17,8 +17,8 @@ from compress.errors import PlanError
 from compress.export import export_onnx
 from compress.groups.inputs import Example
 from compress.groups.plan import PrunePlan
+from compress.prune.budget import latency_left, rounds_of
 from compress.prune.latency_table import time_calls
-from compress.prune.schedule import latency_left, rounds_of
 from compress.runtimes import Session, open_built, open_session, runtime_class
 
 TOLERANCE = 0.10  # how far the measured latency may be from the limit

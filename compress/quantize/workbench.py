@@ -14,17 +14,15 @@ from compress.graph.model import GraphIndex
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
-from compress.quantize.batching import with_free_batch
 from compress.quantize.bias import FloatMeans, correct_biases
 from compress.quantize.calibration import Statistics, calibrate
 from compress.quantize.equalization import equalize
 from compress.quantize.images import CalibrationImages, Feed
 from compress.quantize.notes import float_parts, of_judging
-from compress.quantize.planning_graph import judged_tensors
+from compress.quantize.planning_graph import judged_tensors, with_free_batch
 from compress.quantize.ranges import begin_below_zero, make_quant_plan
-from compress.quantize.rounding import improve_rounding
+from compress.quantize.rounding import improve_rounding, search_weight_scales
 from compress.quantize.sqnr import Closeness, answers, closeness, mean_db
-from compress.quantize.weight_scales import search_weight_scales
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
 TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from compress.artifact import check_file, read_json
 from compress.errors import RunError
 from compress.packages import DISTRIBUTION
-from compress.report.learning_curves import learning_curves
+from compress.report.charts import learning_curves
 from compress.report.schema import (
     SCHEMA,
     ArtifactRecord,

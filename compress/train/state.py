@@ -1,7 +1,8 @@
-"""The state of a training, and how it is saved and resumed."""
+"""The state of a training, averaged weights included, and how it is saved and resumed."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -21,10 +22,36 @@ from compress.recipe.settings import TrainSettings
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
 from compress.train.distributed import Processes
-from compress.train.ema import Average
 from compress.train.metrics_log import Row
 from compress.train.precision import chosen_precision
 from compress.train.validation import Score, validate, validate_task
+
+
+class Average:
+    """A second network whose weights follow those of the first, smoothly.
+
+    The decay grows with the steps, (1 + t) / (10 + t), until it reaches its limit, so that short
+    trainings are not dominated by the initial weights.
+
+    Source: Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the averaged weights and statistics towards those after ``step`` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for mean, value in zip(
+            self.model.state_dict().values(), model.state_dict().values(), strict=True
+        ):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
 
 logger = logging.getLogger(__name__)
 

@@ -11,14 +11,11 @@ from torch import Tensor, nn
 
 from compress.modules.objective import Informed, Movable, Objective, TrainingProgress
 from compress.train.batches import Batch, on_device, seed_of, training_view
-from compress.train.distributed import SyncedBatchNorm
-from compress.train.ema import Average
-from compress.train.gradient_sync import Sharing
+from compress.train.distributed import Sharing, SyncedBatchNorm
 from compress.train.memory import is_out_of_memory, more_parts, too_large
-from compress.train.optimizers import make_optimizer, set_rate
+from compress.train.optimizers import make_optimizer, rate_factor, set_rate
 from compress.train.precision import autocast
-from compress.train.schedules import rate_factor
-from compress.train.state import State, Training
+from compress.train.state import Average, State, Training
 
 logger = logging.getLogger(__name__)
 

@@ -19,10 +19,9 @@ from compress.quantize.equalization import equalize
 from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, layers
 from compress.quantize.methods import METHODS, plan_by
-from compress.quantize.rounding import _patches, fit_codes, improve_rounding
+from compress.quantize.rounding import _patches, best_scales, fit_codes, improve_rounding
 from compress.quantize.sessions import with_outputs
 from compress.quantize.sqnr import answers, sqnr_db
-from compress.quantize.weight_scales import best_scales
 from compress.quantize.workbench import Workbench
 
 

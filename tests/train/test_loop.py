@@ -21,7 +21,7 @@ from compress.modules.objective import CrossEntropy
 from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.train import TrainResult, shown_batches, train
 from compress.train.batches import permutation, train_batches
-from compress.train.schedules import rate_factor
+from compress.train.optimizers import rate_factor
 
 DATA = dataset()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.recipe.settings import TrainSettings
-from compress.train.schedules import rate_factor
+from compress.train.optimizers import rate_factor
 
 STEPS = 50
 

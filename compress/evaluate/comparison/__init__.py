@@ -2,8 +2,12 @@
 
 from compress.evaluate.comparison.bisection import Bisection, bisect
 from compress.evaluate.comparison.error_breakdown import BreakdownStep, NetworkForm, chain
-from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
-from compress.evaluate.comparison.outputs import drifts_of, outputs_row
+from compress.evaluate.comparison.numerical_difference import (
+    Drift,
+    compare_outputs,
+    drifts_of,
+    outputs_row,
+)
 from compress.evaluate.comparison.predictions import (
     ChangedPrediction,
     Comparison,

@@ -18,9 +18,8 @@ from compress.graph import files as onnx_file
 from compress.graph.shapes import dims_of, real_inputs
 from compress.measure import Timing
 from compress.pipeline.split.chart import split_chart
-from compress.pipeline.split.choosing import front
 from compress.pipeline.split.clock import Clock, Cost, write_parts
-from compress.pipeline.split.cutting import Cut, Cuttable
+from compress.pipeline.split.cutting import Cut, Cuttable, front
 from compress.pipeline.split.int8 import check_opset, quantize_between
 
 AUTO = "auto"

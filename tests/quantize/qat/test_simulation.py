@@ -13,7 +13,7 @@ from compress.errors import QuantizationError
 from compress.qdq import TARGETS, prepare, write_qdq
 from compress.quantize import calibrate, make_quant_plan
 from compress.quantize.qat import OnnxNetwork, SimulatedNetwork
-from compress.quantize.qat.fake import FakeQuantizer, fake_quantize
+from compress.quantize.qat.simulation import FakeQuantizer, fake_quantize
 
 
 @pytest.fixture(scope="module")

@@ -228,7 +228,7 @@ def main() -> None:
     precision = chosen_precision(given.precision, torch.device("cpu"))
     found = measure(given.rounds, given.steps, precision, given.teacher)
     found |= {"precision": precision, "threads": given.threads, "steps": given.steps}
-    found["environment"] = environment.describe()
+    found["environment"] = environment.describe_machine()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "loop_cost.json").write_text(json.dumps(found, indent=2) + "\n")
     (RESULTS / "loop_cost.md").write_text(markdown(found))

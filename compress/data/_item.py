@@ -27,7 +27,7 @@ class Items(Protocol):
         ...
 
 
-def pair(items: Items, index: int, where: str) -> tuple[Any, Any]:
+def picture_and_target(items: Items, index: int, where: str) -> tuple[Any, Any]:
     """Return picture and target of one item: a pair, or a dictionary with usual names.
 
     Raises:
@@ -58,7 +58,7 @@ def picture(items: Items, index: int, where: str) -> Any:
     Raises:
         DataError: it is no picture; the message names the item.
     """
-    found, _ = pair(items, index, where)
+    found, _ = picture_and_target(items, index, where)
     if hasattr(found, "convert"):
         return found
     array = found if isinstance(found, Tensor) else np.asarray(found)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compress.data._images import Images, MemoryImages
-from compress.data._item import Items, eight_bit, pair, picture, shape_of
+from compress.data._images import LabelledImages, MemoryImages
+from compress.data._item import Items, eight_bit, picture, picture_and_target, shape_of
 from compress.data._resize import Fit
 from compress.data._targets import VOID, PictureTargets, mask_classes
 from compress.errors import DataError
@@ -20,7 +20,7 @@ Parts = Mapping[str, Sequence[Any]]  # targets of each item, by place: "FILE:NAM
 Labels = tuple[tuple[str, ...], dict[str, Any], str]  # names of the classes, labels by place, form
 
 
-def targets_of(items: Items, where: str) -> list[Any]:
+def all_targets(items: Items, where: str) -> list[Any]:
     """Return every target; a list that the data set keeps saves reading all pictures.
 
     Raises:
@@ -46,7 +46,7 @@ def labels_of(targets: Parts, names: tuple[str, ...] | None, fit: Fit) -> Labels
     """Return names of the classes, labels by place, and their form.
 
     Args:
-        targets: What ``targets_of`` returned, by place.
+        targets: What ``all_targets`` returned, by place.
         names: Of the classes; those that occur if None.
         fit: How the pictures are fitted; masks are fitted alike.
 
@@ -86,7 +86,7 @@ def _each(targets: Parts) -> Iterator[tuple[str, Any]]:
 
 def _target(items: Items, index: int, where: str) -> Any:
     """Return the target of one item; a mask is of its picture's size."""
-    target = _plain(pair(items, index, where)[1])
+    target = _plain(picture_and_target(items, index, where)[1])
     if isinstance(target, np.ndarray) and target.ndim == 2:
         size = shape_of(picture(items, index, where))[1:]
         if target.shape != size:
@@ -176,7 +176,7 @@ def _mask(fit: Fit, mask: Any) -> NDArray[np.uint8]:
     return np.array(nearest.image(fitted, fill=VOID), dtype=np.uint8)
 
 
-def _wanted(targets: Sequence[Any], where: str) -> Images:
+def _wanted(targets: Sequence[Any], where: str) -> LabelledImages:
     """Return pictures that a network is to give back."""
     pixels = [
         eight_bit(torch.from_numpy(np.asarray(each)), f"{where}, target of item {index}")

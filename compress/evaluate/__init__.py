@@ -157,7 +157,7 @@ def answered(
 
 def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
     """Return what changed from one network to another on the same images, for a report."""
-    changes = tasks.compare(task, reference.scores, candidate.scores)
+    changes = tasks.compare_metrics(task, reference.scores, candidate.scores)
     return agreement_row(task, reference, candidate) | {
         "changes": {
             name: {

@@ -9,7 +9,7 @@ from compress.groups.cutting import cut
 from compress.groups.plan import PrunePlan
 from compress.groups.traced_ints import read_attribute
 from compress.modules import network_of, with_gradients
-from compress.modules.copying import aliasing_copy, named_tensors, own_storage
+from compress.modules.copying import aliasing_copy, own_storage, parameters_and_buffers
 
 
 @with_gradients()
@@ -33,7 +33,7 @@ def check_fit(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
     Raises:
         PlanError: ``model`` lacks a tensor or module of the plan, or a shape is another.
     """
-    tensors = dict(named_tensors(model))
+    tensors = dict(parameters_and_buffers(model))
     fix = "Use the network the plan was made for, not yet pruned, from the same constructor"
     numbers = {name: (len(index.values),) for name, index in plan.indices.items()}
     for name, shape in {**numbers, **plan.shapes}.items():

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from compress.errors import PlanError
 from compress.groups.network import KeptIndex, Positions
 from compress.groups.traced_ints import write_attribute
-from compress.modules.copying import memory_format_of, named_tensors
+from compress.modules.copying import memory_format_of, parameters_and_buffers
 
 Kept = Mapping[str, Mapping[int, Positions]]  # tensor -> dim -> positions kept
 _LARGE_BYTES, _PIECE_BYTES = 2**23, 2**20
@@ -34,7 +34,7 @@ def cut(
     for path, values in attributes.items():
         for name, value in values.items():
             write_attribute(modules[path], name, value)
-    tensors = dict(named_tensors(model))
+    tensors = dict(parameters_and_buffers(model))
     swaps = {id(tensors[name]): _shortened(tensors[name], dims) for name, dims in kept.items()}
     for name, index in indices.items():
         renumbered = torch.from_numpy(index.after()).to(tensors[name])

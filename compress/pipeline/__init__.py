@@ -10,8 +10,7 @@ from pathlib import Path
 from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
-from compress.pipeline.context import RunContext, Variant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
 from compress.pipeline.report_rows import assemble
@@ -66,8 +65,8 @@ def run(
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
     where = where or (chosen.name if isinstance(source, Recipe) else str(source))
-    with opened(chosen, out, processes, where=where, fresh=fresh) as context:
-        outcomes, variants = [], tuple[Variant, ...]()
+    with opened_run(chosen, out, processes, where=where, fresh=fresh) as context:
+        outcomes, variants = [], tuple[RunVariant, ...]()
         stages = list(stages_of(context.recipe))
         for number, (verb, settings) in enumerate(stages):
             folder = context.run.stage(number, verb)
@@ -90,7 +89,7 @@ def run(
 
 
 @contextlib.contextmanager
-def opened(
+def opened_run(
     chosen: Recipe,
     out: str | Path | None,
     processes: Processes,

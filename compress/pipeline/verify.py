@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import artifact
-from compress.artifact import Finding
+from compress.artifact import FileProblem
 from compress.errors import RunError
 from compress.progress import track
 from compress.report.reading import check_schema
@@ -22,7 +22,7 @@ class Verification:
 
     run: str
     files: tuple[str, ...]  # checked, in the order they were made
-    findings: tuple[Finding, ...]
+    findings: tuple[FileProblem, ...]
     unrecorded: tuple[str, ...]  # files that lie there and that no stage recorded; no fault
 
     @property
@@ -51,13 +51,13 @@ def verify(run: Path) -> Verification:
     record = _record(run)
     entries = record["artifacts"]
     hashes = {entry["sha256"] for entry in entries}
-    findings: list[Finding] = []
+    findings: list[FileProblem] = []
     for entry in track(entries, f"verify {run.name}"):
-        finding = artifact.check(run, entry["path"], entry["sha256"])
+        finding = artifact.check_file(run, entry["path"], entry["sha256"])
         findings += [finding] if finding else []
         parent = entry.get("parent")
         if parent and parent not in hashes:
-            findings.append(Finding(entry["path"], "parent unknown", "a recorded file", parent))
+            findings.append(FileProblem(entry["path"], "parent unknown", "a recorded file", parent))
     listed = {entry["path"] for entry in entries}
     return Verification(
         run=run.name,

@@ -1,4 +1,4 @@
-"""Rounding of weights with feedback: errors that cancel on what the layer sees."""
+"""Weights: scales by search, and rounding with feedback: errors cancel in the layer."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from onnx import ModelProto, NodeProto
 from scipy.linalg.lapack import dtrtri
 
 from compress import progress
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes
 from compress.qdq.rewrite import apply_corrections
-from compress.qdq.writer import along, default_scales, scale_axis, write_qdq
+from compress.qdq.writer import broadcast_along, default_scales, scale_axis, write_qdq
 from compress.quantize.bias import fewer
 from compress.quantize.images import Feed
 from compress.quantize.layerwise import layers
@@ -43,7 +43,7 @@ def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quant
     Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
     """
     feed = fewer(prepared, feed)
-    graph = Graph(apply_corrections(prepared, plan.changed(biases={})))
+    graph = GraphIndex(apply_corrections(prepared, plan.changed(biases={})))
     nodes = {node.name: node for node in graph.nodes}
     names = [
         n for n in place(graph, plan.target, plan.float_nodes).weights if _fits(graph, nodes[n])
@@ -65,7 +65,7 @@ def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> Quant
             flat = scales.reshape(-1).astype(np.float32)
             packed = pack_codes(codes.reshape(value.shape))
             weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
-            new = codes.reshape(value.shape) * along(flat, 0, value.ndim)
+            new = codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim)
             layer.outgoing = layer.run(new.astype(np.float32))
             counter.advance()
     return plan.changed(weights=weights)
@@ -122,7 +122,7 @@ def _upper_root_of_inverse(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(inverse)
 
 
-def _fits(graph: Graph, node: NodeProto) -> bool:
+def _fits(graph: GraphIndex, node: NodeProto) -> bool:
     value = graph.initializers.get(node.input[1])
     if node.op_type != "Conv" or value is None or len(value.dims) != 4:
         return False
@@ -179,3 +179,43 @@ def _patches(
     groups = attribute(node, "group", 1)
     split = seen.transpose(0, 3, 1, 2).reshape(len(row), groups, -1)
     return np.asarray(split.transpose(1, 0, 2).astype(np.float32))
+
+
+_FEW = 256  # values of a channel; with more of them no step is better than the finest
+_COARSEST = 16
+
+
+def search_weight_scales(prepared: ModelProto, plan: QuantPlan) -> QuantPlan:
+    """Return ``plan`` with the scale largest/m, m in 16..127, of least squared error per channel.
+
+    Few values, as the nine of a depthwise filter, may lie on a coarser grid by luck; the
+    largest is always kept exactly.
+    """
+    graph = GraphIndex(apply_corrections(prepared, plan))
+    nodes = {node.name: node for node in graph.nodes}
+    weights = dict(plan.weights)
+    for name in place(graph, plan.target, plan.float_nodes).weights:
+        tensor = nodes[name].input[1]
+        value = graph.constant(tensor)
+        if value is None or tensor in weights:
+            continue
+        axis = scale_axis(nodes[name], value.ndim)
+        if axis is None or value.size // value.shape[axis] > _FEW:
+            continue
+        rows = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+        weights[tensor] = WeightScales(axis, tuple(float(s) for s in best_scales(rows)))
+    return plan.changed(weights=weights)
+
+
+def best_scales(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the scale, (C,), of least squared error for each row of values, (C, K)."""
+    largest = np.abs(rows).max(1).astype(np.float64)
+    largest[largest == 0] = 1.0
+    best = (largest / 127).astype(np.float32)
+    least = np.full(len(rows), np.inf)
+    for m in range(127, _COARSEST - 1, -1):
+        scale = (largest / m).astype(np.float32)
+        codes = np.rint(rows / scale[:, None])
+        error = np.square(codes * scale[:, None] - rows).sum(1, dtype=np.float64)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return np.asarray(best, np.float32)

@@ -15,7 +15,7 @@ from compress import models
 from compress.errors import ModelError, UnknownNameError, UsageError
 from compress.groups.proof import apply_pruning
 from compress.models.cifar import resnet8, resnet20
-from compress.models.references import accepts, check
+from compress.models.references import accepts, check_reference
 from compress.models.weights import read_weights
 from compress.prune import plan_pruning
 
@@ -86,9 +86,9 @@ def test_an_option_that_the_constructor_has_not_is_named(network_file):
 
 
 def test_checking_a_reference_does_not_build_it(network_file):
-    check(f"{network_file}:broken")
+    check_reference(f"{network_file}:broken")
     with pytest.raises(UnknownNameError):
-        check("torchvision:resnet81")
+        check_reference("torchvision:resnet81")
 
 
 def test_a_file_that_fails_to_import_is_named(tmp_path):

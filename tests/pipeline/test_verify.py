@@ -21,8 +21,8 @@ def run(tmp_path: Path) -> Path:
     (root / "00-train/model.onnx").write_bytes(b"first")
     (root / "00-train/model.int8.onnx").write_bytes(b"second")
     (root / "report.md").write_text("numbers")
-    first = artifact.describe(root / "00-train/model.onnx", root=root, stage="00-train")
-    second = artifact.describe(
+    first = artifact.describe_file(root / "00-train/model.onnx", root=root, stage="00-train")
+    second = artifact.describe_file(
         root / "00-train/model.int8.onnx", root=root, stage="01-quantize", parent=first.sha256
     )
     record = {"schema": 1, "recipe": {}, "artifacts": [first.to_json(), second.to_json()]}

@@ -13,7 +13,7 @@ from compress import plugins, statistics, tasks
 from compress.errors import DataError, EngineError, UnknownNameError, UsageError
 from compress.tasks import detection, load_task
 
-NAMES = [name for name in plugins.names("tasks") if plugins.load("tasks", name).kinds]
+NAMES = [name for name in plugins.names("tasks") if plugins.plugin_class("tasks", name).kinds]
 IMAGES = 6
 RANDOM = np.random.default_rng(0)
 
@@ -192,11 +192,11 @@ def test_another_network_agrees_less(name):
 def test_comparing_with_itself_is_no_difference_and_with_better_is_better(name):
     it, task = case(name), made(name)
     worse, right = (scores(task, each, it.targets) for each in (it.outputs, it.right))
-    same = tasks.compare(task, worse, worse)[task.primary]
+    same = tasks.compare_metrics(task, worse, worse)[task.primary]
     assert same.value == 0 and same.verdict == "no significant difference"
     low, high = same.ci95
     assert low < 0 < high and low == pytest.approx(-high)
-    change = tasks.compare(task, worse, right)[task.primary]
+    change = tasks.compare_metrics(task, worse, right)[task.primary]
     assert change.value > 0 and change.drop < 0
 
 
@@ -430,7 +430,7 @@ def test_an_own_task_from_a_path(tmp_path):
     before = scores(task, outputs, [1.0, 3.0])
     assert tasks.metrics(task, before)["error"].value == pytest.approx(1.0)
     after = scores(task, outputs, [1.0, 1.0])
-    change = tasks.compare(task, before, after)["error"]
+    change = tasks.compare_metrics(task, before, after)["error"]
     assert change.value == pytest.approx(-1.0) and change.drop == pytest.approx(-1.0)
 
 
@@ -667,7 +667,7 @@ def test_an_interval_has_a_width_where_all_images_agree(images: int) -> None:
     assert (low, high) == pytest.approx(
         [100 * end for end in statistics.wilson_interval(images, images)], abs=0.01
     )
-    change = tasks.compare(task, scores, scores)["top1"]
+    change = tasks.compare_metrics(task, scores, scores)["top1"]
     assert change.value == 0 and change.ci95[0] < 0 < change.ci95[1]
     assert change.verdict == "no significant difference"
     same = [{"label": np.int64(1)}] * images
@@ -678,6 +678,6 @@ def test_an_interval_has_a_width_where_all_images_agree(images: int) -> None:
 def test_an_interval_in_decibels_has_a_width_where_nothing_changed() -> None:
     task = load_task("restoration")
     scores = [{"psnr": 30.0 + n, "ssim": 0.9} for n in range(12)]
-    change = tasks.compare(task, scores, scores)["psnr"]
+    change = tasks.compare_metrics(task, scores, scores)["psnr"]
     assert change.ci95[0] < -0.1 and change.ci95[1] > 0.1
     assert all(low < high for low, high in (m.ci95 for m in tasks.metrics(task, scores).values()))

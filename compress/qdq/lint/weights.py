@@ -10,7 +10,7 @@ import numpy as np
 from compress.graph.values import Array, EditableGraph, label
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import INT8, Weight, best_scale, store_weight, weights
-from compress.qdq.writer import along
+from compress.qdq.writer import broadcast_along
 
 FEW_LEVELS = 32  # a channel that reaches no higher than this has lost two bits to its neighbours
 CLIPPED_SHARE = 0.01
@@ -60,7 +60,9 @@ def weight_clipped(graph: EditableGraph) -> Iterator[Problem]:
     for weight in _symmetric(graph):
         if weight.quantize is None:
             continue
-        ratio = np.abs(weight.stored / along(_scale(weight), weight.axis, weight.stored.ndim))
+        ratio = np.abs(
+            weight.stored / broadcast_along(_scale(weight), weight.axis, weight.stored.ndim)
+        )
         share = float(np.mean(ratio > 128))
         if share > CLIPPED_SHARE:
             yield Problem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +27,14 @@ from compress.models.weights import (
 )
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, memory_format_of
-from compress.modules.detectors import on_batch
+from compress.modules.detectors import check_rows, on_batch
 from compress.modules.outputs import logits_of
 
 SCHEMA = 1
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 PLAN_FILE = "plan.json"
+SIDES = (2, 4, 8, 16, 32, 64)  # what networks that halve an image several times divide it by
 
 
 def is_onnx(reference: str | Path) -> bool:
@@ -110,7 +112,8 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
     """Return the shape of the output for ``example`` (B, C, H, W); a copy runs.
 
     Raises:
-        ModelError: the forward pass fails; the message says with what.
+        ModelError: the forward pass fails, the message says with what; or it returns boxes after
+            NMS, so many for each image, which can be neither cut nor exported.
     """
     copied = on_batch(full_copy(network_of(model)), (example,), {})
     set_mode(copied, training=False)
@@ -122,9 +125,27 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
         raise ModelError(
             f"its forward pass fails on an input of shape {shape}: {error}",
             where=type(model).__name__,
-            fix="Check the image size and channels of the data against what the network expects",
+            fix=_fitting_size(copied, example)
+            or "Check the image size and channels of the data against what the network expects",
         ) from error
+    check_rows(output, type(model).__name__)
     return tuple(logits_of(output).shape)
+
+
+def _fitting_size(model: nn.Module, example: Tensor) -> str:
+    """Return advice where ``model`` takes images of the next multiple of a power of two."""
+    size = example.shape[2:]
+    for step in SIDES if len(size) == 2 else ():
+        height, width = (-(-side // step) * step for side in size)
+        if (height, width) == tuple(size):
+            continue
+        with contextlib.suppress(Exception), torch.inference_mode():
+            model(example.new_zeros(1, example.shape[1], height, width))
+            return (
+                f"It runs at {height} x {width}, multiples of {step}: set data.image_size or "
+                f"--image-size {height},{width}"
+            )
+    return ""
 
 
 def check_classes(model: nn.Module, example: Tensor, classes: int) -> None:

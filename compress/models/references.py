@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -170,10 +172,23 @@ def _ultralytics(name: str, num_classes: int | None = None, trust: bool = False)
     else:
         described = tasks.yaml_model_load(name)
         kind = _ULTRALYTICS[tasks.guess_model_task(described)]
-        model = getattr(tasks, kind)(described, nc=num_classes, verbose=False)
+        with _quiet("ultralytics"):
+            model = getattr(tasks, kind)(described, nc=num_classes, verbose=False)
     model.args = settings.get_cfg()  # what their own losses are weighed by
     found: nn.Module = model.float()
     return found
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep what a package logs for information off the terminal."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _known_torchvision(name: str) -> None:

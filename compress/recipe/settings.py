@@ -31,7 +31,9 @@ class ModelSettings(Settings):
 
     name: str = Field(description="MODEL, e.g. torchvision:resnet18 or path/file.py:factory")
     weights: str | None = Field(None, description="Weight file, or the name of published weights")
-    num_classes: int | None = Field(None, ge=2, description="Classes; the data's if absent")
+    num_classes: int | None = Field(
+        None, ge=0, description="Classes; the data's if absent; 0: features alone (timm)"
+    )
     replace_head: bool = Field(
         False, description="Weights are of other classes: start a new classifier head"
     )

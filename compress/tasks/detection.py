@@ -23,13 +23,19 @@ from compress.tasks import (
     Row,
     Target,
     Task,
+    nearest_task,
     numeric,
+    shapes_told,
 )
 from compress.tasks._drawing import boxed
 from compress.tasks._losses import ultralytics_loss
 from compress.tasks._ranking import coco_average_precision, mean_over
 
 IOUS = np.linspace(0.5, 0.95, 10)
+OTHER_ROWS = (
+    "Build the network for the classes of the data. Instance masks, key points and rotated boxes, "
+    "which other heads of YOLO give beside the boxes, are not read: use their detector"
+)
 DRAWN_SCORE = 0.3  # boxes below it are not drawn, nor do they count for agreement
 
 
@@ -234,13 +240,11 @@ class Detection(Task):
             return [(r[:, :4], r[:, 4], r[:, 5].astype(np.int64) - shift) for r in heads[0]]
         if heads and heads[0].shape[1] > 4 and self._fits(heads[0].shape[1] - 4):
             return [self._decoded(head) for head in heads[0]]
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        likely = {2: "classification", 4: "segmentation"}
-        nearest = next((likely[a.ndim] for a in arrays.values() if a.ndim in likely), None)
         raise EngineError(
-            f"task detection does not fit the network's outputs: {shapes or 'none'}",
-            expected=f"boxes, scores and labels; (B, M, 6); or (B, {4 + len(self.classes)}, A)",
-            fix=f"Set task: {nearest}" if nearest else "",
+            f"task detection does not fit the network's outputs: {shapes_told(arrays)}",
+            expected=f"boxes, scores and labels; (B, M, 6); or (B, {4 + len(self.classes)}, A), "
+            f"centre and size of boxes and scores of {len(self.classes)} classes",
+            fix=OTHER_ROWS if heads else f"{nearest_task(arrays.values())}, or check the network",
         )
 
     def _fits(self, classes: int) -> bool:

@@ -70,7 +70,7 @@ class Segmentation(Task):
 
         Without names of classes the two sides of a square map tell which of them it is.
         """
-        logits = main_output(outputs, 4, "out", "segmentation")
+        logits = main_output(outputs, 4, "out", "segmentation", len(self.classes))
         _, rows, columns, last = logits.shape
         logits = channels_first(logits, len(self.classes) or (last if rows == columns else rows))
         if logits.shape[1] < len(self.classes):

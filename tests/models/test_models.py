@@ -230,6 +230,30 @@ def test_a_forward_that_fails_says_on_what_and_leaves_the_mode():
     assert model.training
 
 
+class Halving(nn.Module):
+    """Adds to an image what it is when halved and enlarged again, as U-Nets do."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.steps = nn.Sequential(*[nn.Conv2d(3, 3, 3, 2, 1) for _ in range(times)])
+
+    def forward(self, x):
+        return x + nn.functional.interpolate(self.steps(x), scale_factor=2 ** len(self.steps))
+
+
+@pytest.mark.parametrize(
+    ("times", "size", "said"),
+    [(3, (62, 90), "64 x 96, multiples of 8"), (5, (96, 100), "96 x 128")],
+)
+def test_the_size_that_a_network_takes_is_told(times, size, said):
+    model = Halving(times)
+    with pytest.raises(ModelError, match=f"forward pass fails .* It runs at {said}"):
+        models.check_forward(model, torch.zeros(1, 3, *size))
+    assert models.check_forward(model, torch.zeros(1, 3, 64, 128)) == (1, 3, 64, 128)
+    with pytest.raises(ModelError, match="Check the image size and channels"):
+        models.check_forward(model, torch.zeros(1, 4, *size))
+
+
 def test_classes_that_do_not_match_are_counted():
     with pytest.raises(ModelError, match=r"output has shape \(2, 10\) and the data has 7 classes"):
         models.check_classes(resnet8(), EXAMPLE, 7)

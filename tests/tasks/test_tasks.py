@@ -228,6 +228,38 @@ def test_the_nearest_task_is_named(channels, nearest):
         made("classification").predict({"out": np.zeros((2, channels, 8, 8))})
 
 
+@pytest.mark.parametrize("rows", [4 + 3 + 32, 4 + 3 + 51, 4 + 80])
+def test_rows_beside_the_boxes_of_the_classes_are_refused(rows):
+    """As heads for instance masks and key points give them, and networks of other classes."""
+    maps = {f"output_{n}": np.zeros((2, 64, 4, 5)) for n in range(1, 9)}
+    task = load_task("detection", classes=("a", "b", "c"))
+    with pytest.raises(EngineError) as caught:
+        task.predict({"output_0": np.zeros((2, rows, 21))} | maps)
+    assert f"outputs: output_0 (2, {rows}, 21), output_1 " in str(caught.value)
+    assert "6 more. Expected" in str(caught.value) and "(B, 7, A)" in str(caught.value)
+    assert "Instance masks, key points" in str(caught.value)
+    assert "segmentation" not in str(caught.value)
+
+
+def test_feature_maps_of_a_detector_are_no_class_maps():
+    maps = {f"output_{n}": np.zeros((2, 64, 8 // n, 8 // n)) for n in (1, 2, 4)}
+    task = load_task("segmentation", classes=("a", "b", "c"))
+    with pytest.raises(EngineError, match=r"does not fit .*output_0 \(2, 7, 84\).*task: detection"):
+        task.predict({"output_0": np.zeros((2, 7, 84))} | maps)
+    classes = np.zeros((2, 3, 8, 8))
+    classes[:, 2] = 1
+    for outputs in (maps | {"late": classes}, {"label": np.zeros((2, 5)), "mask": classes}):
+        assert (task.predict(outputs)[0]["class_map"] == 2).all()
+    with pytest.raises(EngineError, match="has 2 classes for each pixel, the data has 3"):
+        task.predict({"mask": classes[:, :2], "label": np.zeros((2, 5))})
+
+
+@pytest.mark.parametrize("name", ["embedding", "classification"])
+def test_an_output_without_numbers_is_refused(name):
+    with pytest.raises(EngineError, match=r"\(2, 0\) is empty. Build the network with at least one"):
+        made(name).predict({"out": np.zeros((2, 0))})
+
+
 def test_an_unknown_task_lists_the_known():
     with pytest.raises(UnknownNameError, match=r"no such task 'segmentatoin'. Did you mean 'segm"):
         load_task("segmentatoin")

@@ -94,6 +94,7 @@ class Task(abc.ABC):
     kinds: ClassVar[Mapping[str, Kind]]  # every metric by name; none where images have no labels
     primary: ClassVar[str]  # the metric that gates, budgets, checkpoints and the verdict use
     agreement_unit: ClassVar[str] = "pct"
+    legend: ClassVar[str] = ""  # what ``draw`` and ``draw_change`` leave out or stress
     tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
     answers: ClassVar[Literal["classes", "numbers"]] = "numbers"  # "classes": logits of them
     loss_reads_outputs: ClassVar[bool] = True  # not: labels, or what the network keeps inside

@@ -63,10 +63,17 @@ class Detection(Task):
     max_boxes: int = 100
     classes: Sequence[str] = ()
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"map50_95": Kind(), "map50": Kind()}
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "map50_95": Kind(title="mAP50-95"),
+        "map50": Kind(title="mAP50"),
+    }
     primary: ClassVar[str] = "map50_95"
     losses: ClassVar[tuple[str, ...]] = ("cwd",)
     class_metric: ClassVar[str] = "AP 50-95"
+    legend: ClassVar[str] = (
+        f"Boxes of a score of {DRAWN_SCORE:g} or more; the difference shows those that were lost "
+        "and those that are new."
+    )
     loss_reads_outputs: ClassVar[bool] = False
     target: ClassVar[str] = "boxes"
     form: ClassVar[Form] = "boxes"
@@ -167,22 +174,18 @@ class Detection(Task):
         ]
 
     def draw(self, image: Any, prediction: Prediction) -> Any:
-        """Return the image with the boxes that have a score of 0.3 or more."""
-        seen = _confident(prediction)
+        """Return the image with the boxes that have a score of 0.3 or more, or no score."""
+        seen = _confident(prediction) if "scores" in prediction else prediction
         names = [self.name_of(int(k)) for k in seen["labels"]]
-        return boxed(image, seen["boxes"], seen["labels"], names, seen["scores"])
+        return boxed(image, seen["boxes"], seen["labels"], names, seen.get("scores"))
 
     def truth(self, target: Target) -> Prediction:
-        """Return the objects that are to be found, as boxes of score 1."""
+        """Return the objects that are to be found, as boxes without scores."""
         counted = ~numeric(target.get("ignored", np.zeros(len(target["labels"]), bool))).astype(
             bool
         )
         boxes, labels = numeric(target["boxes"]).reshape(-1, 4), numeric(target["labels"])
-        return {
-            "boxes": boxes[counted],
-            "scores": np.ones(counted.sum(), np.float32),
-            "labels": labels[counted],
-        }
+        return {"boxes": boxes[counted], "labels": labels[counted]}
 
     def draw_change(self, image: Any, reference: Prediction, candidate: Prediction) -> Any:
         """Return the image with the boxes that the candidate lost, and those that appeared."""

@@ -256,7 +256,7 @@ def test_feature_maps_of_a_detector_are_no_class_maps():
 
 @pytest.mark.parametrize("name", ["embedding", "classification"])
 def test_an_output_without_numbers_is_refused(name):
-    with pytest.raises(EngineError, match=r"\(2, 0\) is empty. Build the network with at least one"):
+    with pytest.raises(EngineError, match=r"\(2, 0\) is empty. Build the network with at"):
         made(name).predict({"out": np.zeros((2, 0))})
 
 
@@ -630,6 +630,19 @@ def test_what_a_detector_lost_and_what_appeared_is_drawn():
     truth = task.truth({"boxes": torch.tensor(boxes), "labels": torch.tensor([0, 1]),
                         "ignored": torch.tensor([False, True])})  # fmt: skip
     assert truth["labels"].tolist() == [0] and truth["boxes"].tolist() == boxes[:1].tolist()
+    wanted, predicted = (
+        task.draw(image, truth | each) for each in ({}, {"scores": np.ones(1, np.float32)})
+    )
+    assert (wanted != predicted).any()  # what is wanted has no score
+    assert (wanted == predicted)[50].all()  # and the same box
+
+
+def test_the_wanted_classes_are_drawn_without_probabilities():
+    task, image = load_task("multilabel", classes=("a", "b")), np.full((64, 64, 3), 200, np.uint8)
+    sure = task.predict({"logits": np.array([[9.0, -9.0]])})[0]
+    wanted = task.draw(image, task.truth(np.array([1, 0])))
+    assert (wanted != image).any() and (wanted != task.draw(image, sure)).any()
+    assert (task.draw(image, task.truth(np.array([0, 0]))) != image).any()  # "none"
 
 
 def test_a_detector_agrees_with_itself_where_a_box_has_no_area():

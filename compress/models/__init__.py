@@ -21,6 +21,7 @@ from compress.models.weights import (
     aligned,
     fit,
     is_weight_file,
+    of_other_classes,
     read_safetensors,
     read_weights,
     write_safetensors,
@@ -85,7 +86,7 @@ def load_model(
             weights = None
     if weights is not None:
         state = aligned(read_weights(Path(weights)), model)
-        kept = _head_of(model) if new_head else {}
+        kept = _head_of(model, state) if new_head else {}
         fit(model, {**state, **kept}, where=str(weights))
     set_mode(model, training=False)
     return model
@@ -384,6 +385,11 @@ def _missing_link(
     return "Give the num_classes and options that the network was built with"
 
 
-def _head_of(model: nn.Module) -> dict[str, Tensor]:
+def _head_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that ``model`` keeps: of other classes, else of its classifier."""
+    own = model.state_dict()
+    heads = of_other_classes(own, state)
+    if heads:
+        return heads
     names = classifier_layers(model)
-    return {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] in names}
+    return {k: v for k, v in own.items() if k.rpartition(".")[0] in names}

@@ -15,6 +15,7 @@ from torch import nn
 
 from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
 from compress.models.classifier import replace_head
+from compress.models.weights import of_other_classes
 from compress.packages import require
 from compress.plugins import import_file
 from compress.trust import check_code, is_limited
@@ -134,7 +135,14 @@ def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.
     model = _call(
         f"torchvision:{name}", models.get_model, {"name": name, "weights": chosen, **given}
     )
-    return model if classes is None else replace_head(model, classes)
+    if classes is None or not is_torchvision_detector(f"torchvision:{name}"):
+        return model if classes is None else replace_head(model, classes)
+    made = _call(
+        f"torchvision:{name}", models.get_model, {"name": name, "num_classes": classes, **given}
+    )
+    state = model.state_dict()
+    made.load_state_dict(state | of_other_classes(made.state_dict(), state))
+    return made
 
 
 def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:

@@ -181,7 +181,9 @@ def _proposals(
     is_kept = torch.zeros_like(scores).flatten().scatter(0, kept, 1.0).reshape(scores.shape)
     scores = torch.where(is_kept > 0, scores, SMALLEST_PROPOSAL)
     found = scores.topk(min(rpn.post_nms_top_n(), scores.shape[1]), 1)
-    return _rows_at(boxes, found.indices), (found.values >= rpn.score_thresh).to(boxes)
+    is_kept = (found.values >= rpn.score_thresh).to(boxes)
+    # Those that NMS took out are equal in score: which of them stand here is any runtime's choice.
+    return _rows_at(boxes, found.indices) * is_kept[..., None], is_kept
 
 
 def _pooled(

@@ -343,6 +343,39 @@ def test_rounding_of_a_badly_conditioned_network_is_no_mismatch() -> None:
     assert not proof._is_rounding(network, exact, [truth[0] + 1], reference)
 
 
+class Chooser(nn.Module):
+    """The features of the five places with the best scores; on a flat image all scores tie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.score = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.features(x) + torch.linspace(0, 1, 64).reshape(8, 8)
+        scores = self.score(self.features(x)).flatten(1)
+        return found.flatten(2).gather(2, scores.topk(5, 1).indices[:, None].expand(-1, 4, -1))
+
+
+def test_an_image_whose_best_scores_tie_decides_nothing_and_another_one_does(tmp_path) -> None:
+    torch.manual_seed(0)
+    network, flat = Chooser().eval(), torch.full((1, 3, 8, 8), 0.4)
+    path = export_onnx(network, flat, tmp_path / "model.onnx")
+    wrong = copy.deepcopy(network)
+    with torch.no_grad():
+        wrong.features.bias[0] += 0.1
+    with pytest.raises(ExportError, match="ONNX Runtime differs from torch"):
+        proof.check(path, conversion.frozen_copy(wrong), Example.of(flat), None)
+
+
+def test_a_comparison_that_rounding_decides_everywhere_is_refused(tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    flat = torch.full((1, 3, 8, 8), 0.4)
+    monkeypatch.setattr(proof, "_random_like", lambda tensor, generator: tensor.clone())
+    with pytest.raises(ExportError, match="rounding decides what torch itself answers"):
+        export_onnx(Chooser().eval(), flat, tmp_path / "model.onnx")
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_weights_over_the_limit_lie_beside_the_file(
     small: Small, image: Tensor, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

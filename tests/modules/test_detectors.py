@@ -117,6 +117,16 @@ def test_files_of_a_detector_find_its_boxes_in_float_and_int8(kind, tmp_path):
             assert sqnr_db([got[:, :4]], [int8[:, :4]]) > 25
 
 
+def test_regions_that_the_first_nms_took_out_have_neither_score_nor_size() -> None:
+    model = detector("fasterrcnn")
+    model.rpn._post_nms_top_n = {"training": 400, "testing": 400}  # more than NMS leaves
+    with torch.no_grad():
+        rows = rows_of(model)(IMAGES[:2])
+    out = (rows[:, 4:] == 0).all(1)
+    assert 0.02 < out.float().mean() < 0.9
+    assert rows.transpose(1, 2)[out].abs().max() == 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_its_own_loss_trains_a_pruned_detector(kind):
     model = detector(kind)

@@ -34,8 +34,8 @@ def drawn_changes(
     pairs = list(zip(reference.predictions, candidate.predictions, strict=True))
     agreements = np.array([task.agreement(*pair) for pair in pairs])
     found = []
-    changed = int((agreements < ALIKE).sum()) if task.agreement_unit == "pct" else MOST
-    for index in np.argsort(agreements, kind="stable")[: min(changed or LEAST, MOST)].tolist():
+    count = int((agreements < ALIKE).sum()) if task.agreement_unit == "pct" else MOST
+    for index in np.argsort(agreements, kind="stable")[: min(count or LEAST, MOST)].tolist():
         picture = _picture(context, index)
         truth = _truth(context, index)
         before, after = pairs[index]

@@ -37,7 +37,10 @@ def auto(bench: Workbench) -> QuantPlan:
     def rounded(plan: QuantPlan, feed: Feed) -> QuantPlan:
         return bench.rounded(plan, feed)
 
-    search = _Search(bench)
+    ranges = bench.ranges()
+    if not ranges.activations:  # nothing that the target computes in int8
+        return ranges
+    search = _Search(bench, ranges)
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
@@ -91,10 +94,9 @@ class Trial:
 class _Search:
     counter: progress.ProgressTask
 
-    def __init__(self, bench: Workbench) -> None:
+    def __init__(self, bench: Workbench, plan: QuantPlan) -> None:
         self.bench = bench
         self.few = first(bench.fitted, TRIED)
-        plan = bench.ranges()
         self.best = self.plain = Trial(plan, (), bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]

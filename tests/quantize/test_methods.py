@@ -10,6 +10,7 @@ from onnx import ModelProto
 
 from compress.errors import QuantizationError
 from compress.graph.model import GraphIndex
+from compress.pipeline.cautions import of_stage
 from compress.qdq import TARGETS, QuantPlan, prepare, write_qdq
 from compress.qdq.rewrite import apply_corrections
 from compress.quantize import api, calibrate, make_quant_plan, quantize_onnx, quantize_targets
@@ -264,6 +265,24 @@ def test_every_method_writes_a_good_file(method, tmp_path):
     assert plan.method == method
     reference = run(model, held_out)
     assert sqnr_db(reference, answers(written, held_out, target="onnxruntime")) > 25
+
+
+@pytest.mark.parametrize("method", ["auto", "plain"])
+def test_a_network_without_a_layer_for_int8_stays_as_it_is_and_says_so(method, tmp_path):
+    s = Sketch((4, 3, 3))
+    up = s.op("ConvTranspose", ["input", s.floats("a", 4, 6, 2, 2)], "up", strides=[2, 2])
+    s.op("ConvTranspose", [s.relu(up), s.floats("b", 6, 1, 2, 2)], "logits", strides=[2, 2])
+    model = s.model()
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    feed = images(model, 16)
+    outs = {target: tmp_path / f"{target}.onnx" for target in ("onnxruntime", "openvino")}
+    plans = quantize_targets(tmp_path / "m.onnx", [feed["input"]], outs, method)
+    assert plans["openvino"].activations and not plans["onnxruntime"].activations
+    assert plans["onnxruntime"].notes[0] == "nothing is int8: all of it stays in float"
+    got = run(str(outs["onnxruntime"]), feed)[0]
+    np.testing.assert_array_equal(got, run(model, feed)[0])
+    (told,) = of_stage({"plans": {name: plan.to_json() for name, plan in plans.items()}})
+    assert told.startswith("int8-onnxruntime is a file in float") and "int8 ConvTranspose" in told
 
 
 def fixed_batch(batch: int, target_shape):

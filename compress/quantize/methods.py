@@ -31,8 +31,8 @@ def equalization(bench: Workbench, alpha: float = 0.5) -> QuantPlan:
 
 
 def rounding(bench: Workbench) -> QuantPlan:
-    """Weights rounded with feedback, then biases corrected."""
-    return bench.corrected(bench.rounded(bench.ranges()))
+    """Weights rounded with feedback and biases corrected, layer by layer."""
+    return bench.rounded(bench.ranges())
 
 
 def nncf(bench: Workbench) -> QuantPlan:

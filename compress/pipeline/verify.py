@@ -12,8 +12,7 @@ from compress.artifact import FileProblem
 from compress.errors import RunError
 from compress.progress import track
 from compress.report.reading import check_schema
-from compress.report.run_folder import RUN_FILE
-from compress.report.run_lock import LOCK_FILE
+from compress.report.run_folder import LOCK_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import ModelError, PlanError, UsageError
-from compress.groups.cut import cut
+from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
+from compress.groups.cutting import cut
 from compress.groups.inputs import (
     Example,
     batch_size,
@@ -29,7 +30,7 @@ from compress.groups.network import Index, Layer, Network, Positions, Reduction
 from compress.groups.record import Axes, Key, TraceRecord
 from compress.groups.replay import MismatchError, ReplayCalls, TraceComparison
 from compress.groups.rules import RULES, freeze_all
-from compress.groups.traced_ints import conflicts, followers, reconcile, tag_attributes, why_fixed
+from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
 from compress.groups.units import find_units, layer_name
 from compress.modules import network_of, set_mode, with_gradients

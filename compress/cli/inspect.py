@@ -58,6 +58,9 @@ def show(
     """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
     kind, _, name = plugin.partition("/")
     if kind not in SHOWN:
+        full = [f"{each}/{plugin}" for each in SHOWN if plugin in names_of(each)]
+        if full:
+            raise UsageError(f"no such kind {kind!r}", fix=f"Did you mean {' or '.join(full)}?")
         raise UnknownNameError("kind", kind, SHOWN)
     if not name:
         known = ", ".join(names_of(kind))
@@ -71,11 +74,14 @@ def show(
 
 
 def _plugin(kind: str, name: str) -> str:
-    """Return the documentation and the options of a plug-in."""
+    """Return the documentation and the options of a plug-in, each with what it may be."""
     lines = [plugins.documentation(kind, name), "", "Options:"]
+    plugin = plugins.plugin_class(kind, name)
+    fields = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
+    types = {each.name: each.type for each in fields}
     for option, default in plugins.options(kind, name).items():
         required = default is dataclasses.MISSING
-        lines.append(f"  {option}: {'required' if required else repr(default)}")
+        lines.append(f"  {option}: {'required' if required else repr(default)} ({types[option]})")
     return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
 
 

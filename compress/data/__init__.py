@@ -17,7 +17,7 @@ from compress import plugins
 from compress.data._images import FileImages, LabelledImages, Names, Subset
 from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
-from compress.recipe.settings import DataSettings, data_reference
+from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,7 +26,7 @@ UNFITTED = {
     "resize": "squash",
     "crop": 1.0,
 }  # images of the network's own size, as arrays hold them
-LARGEST_CALIBRATION_SHARE = 0.2  # of train: a small set keeps most of its images for training
+LARGEST_CALIBRATION_SHARE = 0.2  # of train: a set of 40 or more keeps the others for training
 
 
 @dataclass(frozen=True)
@@ -315,9 +315,10 @@ def _split(source: Source, settings: DataSettings, seed: int) -> dict[str, Label
         return _split_unlabelled(source, settings)
     count = len(source.train)
     order = np.random.default_rng(seed).permutation(count)
-    calibration = min(settings.calibration, int(count * LARGEST_CALIBRATION_SHARE))
+    fifth = int(count * LARGEST_CALIBRATION_SHARE)
+    calibration = min(settings.calibration, max(fifth, min(FEWEST_CALIBRATION, count // 2)))
     validation = 0 if source.validation is not None else int(count * settings.validation)
-    if min(calibration, count - calibration - validation) < 1:
+    if min(fifth, count - calibration - validation) < 1:
         raise DataError(
             f"{count} training images cannot be split into train, validation and calibration",
             where=settings.root or settings.name,

@@ -78,11 +78,12 @@ def mask_values(file: Path) -> NDArray[np.uint8]:
         return np.array(ImageOps.exif_transpose(mask), dtype=np.uint8)
 
 
-def mask_classes(first: Mapping[int, str]) -> tuple[str, ...]:
+def mask_classes(first: Mapping[int, str], fix: str = "") -> tuple[str, ...]:
     """Return the numbers of the classes that masks hold as their names.
 
     Args:
         first: Of each value that counts, in which mask it occurs first.
+        fix: What else can be done about numbers that are missing.
 
     Raises:
         DataError: a number below the largest occurs nowhere: the largest may be a stray value.
@@ -95,7 +96,7 @@ def mask_classes(first: Mapping[int, str]) -> tuple[str, ...]:
             f"holds the value {largest}, and no mask holds {some}",
             where=first[largest],
             expected=f"classes numbered from 0 on: is {largest} one of them?",
-            fix="Correct the mask, or name the classes in order: classes: [...]",
+            fix=f"Correct the mask, or name the classes in order: classes: [...]{fix}",
         )
     return tuple(str(k) for k in range(largest + 1))
 
@@ -168,7 +169,8 @@ class FittedMasks:
                 where=str(file),
                 expected=f"classes {known}"
                 + ("" if self.void is None else f", or {self.void} where nothing counts"),
-                fix="Name all classes of the data, or set void to the value that does not count",
+                fix="Name all classes of the data, say which numbers they have in the files "
+                "(values), or set void to the value that does not count",
             )
         fit = replace(self.fit, interpolation="nearest")
         fitted = fit.image(Image.fromarray(classes.astype(np.uint8)), fill=VOID)

@@ -27,7 +27,8 @@ class Masks(Pictures):
 
     A mask has its image's name and size, one class number for each pixel, and ``void`` where
     nothing counts. ``classes`` names the classes in order; they are counted if absent. ``values``
-    are the classes' numbers in the files where those are not 0, 1, 2, ...: [0, 255].
+    are the classes' numbers in the files, in the order of ``classes``, where those are not 0, 1,
+    2, ...: black and white masks of two classes have ``values: [0, 255], void: null``.
     """
 
     root: str
@@ -164,4 +165,4 @@ def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
             fix=f"If {void} is a class, say so: data: {{masks: {{values: {[*first, void]}, void: "
             "null}}",
         )
-    return mask_classes(first)
+    return mask_classes(first, f", or their numbers in the files: values: {sorted(first)}")

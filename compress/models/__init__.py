@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,19 +21,21 @@ from compress.models.weights import (
     aligned,
     fit,
     is_weight_file,
+    of_other_classes,
     read_safetensors,
     read_weights,
     write_safetensors,
 )
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, memory_format_of
-from compress.modules.detectors import on_batch
+from compress.modules.detectors import check_rows, on_batch
 from compress.modules.outputs import logits_of
 
 SCHEMA = 1
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 PLAN_FILE = "plan.json"
+SIDES = (2, 4, 8, 16, 32, 64)  # what networks that halve an image several times divide it by
 
 
 def is_onnx(reference: str | Path) -> bool:
@@ -83,7 +86,7 @@ def load_model(
             weights = None
     if weights is not None:
         state = aligned(read_weights(Path(weights)), model)
-        kept = _head_of(model) if new_head else {}
+        kept = _head_of(model, state) if new_head else {}
         fit(model, {**state, **kept}, where=str(weights))
     set_mode(model, training=False)
     return model
@@ -110,7 +113,8 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
     """Return the shape of the output for ``example`` (B, C, H, W); a copy runs.
 
     Raises:
-        ModelError: the forward pass fails; the message says with what.
+        ModelError: the forward pass fails, the message says with what; or it returns boxes after
+            NMS, so many for each image, which can be neither cut nor exported.
     """
     copied = on_batch(full_copy(network_of(model)), (example,), {})
     set_mode(copied, training=False)
@@ -122,9 +126,27 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
         raise ModelError(
             f"its forward pass fails on an input of shape {shape}: {error}",
             where=type(model).__name__,
-            fix="Check the image size and channels of the data against what the network expects",
+            fix=_fitting_size(copied, example)
+            or "Check the image size and channels of the data against what the network expects",
         ) from error
+    check_rows(output, type(model).__name__)
     return tuple(logits_of(output).shape)
+
+
+def _fitting_size(model: nn.Module, example: Tensor) -> str:
+    """Return advice where ``model`` takes images of the next multiple of a power of two."""
+    size = example.shape[2:]
+    for step in SIDES if len(size) == 2 else ():
+        height, width = (-(-side // step) * step for side in size)
+        if (height, width) == tuple(size):
+            continue
+        with contextlib.suppress(Exception), torch.inference_mode():
+            model(example.new_zeros(1, example.shape[1], height, width))
+            return (
+                f"It runs at {height} x {width}, multiples of {step}: set data.image_size or "
+                f"--image-size {height},{width}"
+            )
+    return ""
 
 
 def check_classes(model: nn.Module, example: Tensor, classes: int) -> None:
@@ -363,6 +385,11 @@ def _missing_link(
     return "Give the num_classes and options that the network was built with"
 
 
-def _head_of(model: nn.Module) -> dict[str, Tensor]:
+def _head_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that ``model`` keeps: of other classes, else of its classifier."""
+    own = model.state_dict()
+    heads = of_other_classes(own, state)
+    if heads:
+        return heads
     names = classifier_layers(model)
-    return {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] in names}
+    return {k: v for k, v in own.items() if k.rpartition(".")[0] in names}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 
 from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
 from compress.models.classifier import replace_head
+from compress.models.weights import of_other_classes
 from compress.packages import require
 from compress.plugins import import_file
 from compress.trust import check_code, is_limited
@@ -132,7 +135,14 @@ def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.
     model = _call(
         f"torchvision:{name}", models.get_model, {"name": name, "weights": chosen, **given}
     )
-    return model if classes is None else replace_head(model, classes)
+    if classes is None or not is_torchvision_detector(f"torchvision:{name}"):
+        return model if classes is None else replace_head(model, classes)
+    made = _call(
+        f"torchvision:{name}", models.get_model, {"name": name, "num_classes": classes, **given}
+    )
+    state = model.state_dict()
+    made.load_state_dict(state | of_other_classes(made.state_dict(), state))
+    return made
 
 
 def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
@@ -170,10 +180,23 @@ def _ultralytics(name: str, num_classes: int | None = None, trust: bool = False)
     else:
         described = tasks.yaml_model_load(name)
         kind = _ULTRALYTICS[tasks.guess_model_task(described)]
-        model = getattr(tasks, kind)(described, nc=num_classes, verbose=False)
+        with _quiet("ultralytics"):
+            model = getattr(tasks, kind)(described, nc=num_classes, verbose=False)
     model.args = settings.get_cfg()  # what their own losses are weighed by
     found: nn.Module = model.float()
     return found
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep what a package logs for information off the terminal."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _known_torchvision(name: str) -> None:

@@ -219,7 +219,7 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
     )
     at_chance = near or sign * value <= max(sign * each for each in chances)
     return {
-        "metric": name,
+        "metric": kind.title or name,
         "value": value,
         "chance": chance,
         "at_chance": bool(at_chance),

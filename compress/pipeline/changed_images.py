@@ -14,6 +14,8 @@ from compress.report.pictures import thumbnail
 from compress.tasks import Task
 
 MOST = 6  # images drawn
+LEAST = 2  # where no prediction changed
+ALIKE = 100 - 1e-6  # agreement, percent, of predictions that are the same
 SIDE = 256  # pixels of the longer side, at most
 SMALLEST = 192  # of the shorter side, where what is drawn grows with the image: names stay small
 COLOURS = 64  # of a picture; six images of four pictures stay within what a report holds
@@ -22,14 +24,18 @@ COLOURS = 64  # of a picture; six images of four pictures stay within what a rep
 def drawn_changes(
     context: RunContext, place: tuple[str, str], reference: Evaluation, candidate: Evaluation
 ) -> tuple[schema.DrawnChange, ...]:
-    """Return the images on which two networks agree least, with both predictions drawn."""
+    """Return the images on which two networks agree least, with both predictions drawn.
+
+    Images on which they agree wholly are left out, but for the first two where there are no others.
+    """
     task = context.task
     if type(task).draw is Task.draw or getattr(task, "inner", task) is None:
         return ()  # its predictions are no pictures
     pairs = list(zip(reference.predictions, candidate.predictions, strict=True))
     agreements = np.array([task.agreement(*pair) for pair in pairs])
     found = []
-    for index in np.argsort(agreements, kind="stable")[:MOST].tolist():
+    count = int((agreements < ALIKE).sum()) if task.agreement_unit == "pct" else MOST
+    for index in np.argsort(agreements, kind="stable")[: min(count or LEAST, MOST)].tolist():
         picture = _picture(context, index)
         truth = _truth(context, index)
         before, after = pairs[index]

@@ -59,6 +59,7 @@ def details(
         tells_classes=context.task.tells_classes,
         class_metrics=measured.class_metrics,
         drawn=measured.drawn,
+        drawn_legend=(context.task.legend or None) if measured.drawn else None,
         channels=tuple(_channels(plan)) if plan is not None else (),
         frozen=dict(plan.frozen) if plan is not None else {},
         sparsities=tuple(sparsities(context, variants, rows)),

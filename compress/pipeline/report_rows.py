@@ -103,9 +103,14 @@ def gates(
                 runtime=result.runtime,
                 batch=result.batch,
                 metric=(result.primary or "top-1") if name == "metric_drop" else None,
+                title=_title(result) if name == "metric_drop" else None,
                 unit=_unit(result) if name == "metric_drop" else None,
                 reason=reason,
             )
+
+
+def _title(result: schema.Result) -> str | None:
+    return None if result.main_metric is None else result.main_metric.title
 
 
 def _unit(result: schema.Result) -> str | None:

@@ -14,7 +14,12 @@ from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
 from compress.models.references import takes_unit_range
 from compress.pipeline.network import as_torch
-from compress.recipe.settings import DataSettings, DistillSettings, Recipe
+from compress.recipe.settings import (
+    FEWEST_CALIBRATION,
+    DataSettings,
+    DistillSettings,
+    Recipe,
+)
 from compress.tasks import Task, default_task, load_task
 from compress.train.distill.build import check_loss, losses_of
 
@@ -91,6 +96,20 @@ def _problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
         yield from _only_for_classes(recipe, task)
     if not task.kinds:
         yield from _only_with_labels(recipe)
+    yield from _too_few_images(recipe, dataset)
+
+
+def _too_few_images(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    """Yield each quantization that the data has too few calibration images for."""
+    count = len(dataset.splits.get("calibration", ()))
+    for number, stage in enumerate(recipe.stages):
+        own = stage.quantize is not None and stage.quantize.data is None
+        if own and count < FEWEST_CALIBRATION:
+            yield (
+                f"stages[{number}].quantize: data {dataset.name!r} has {count} calibration images. "
+                f"Expected at least {FEWEST_CALIBRATION}; some hundreds are better. Give more "
+                "images, or others to calibrate on: quantize: {data: images:FOLDER}."
+            )
 
 
 def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:

@@ -16,6 +16,7 @@ from compress.groups.plan import make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.modules import evaluating
 from compress.modules.copying import full_copy
+from compress.modules.sliding import sliding
 from compress.progress import task
 from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
@@ -267,14 +268,13 @@ def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerSh
 def _shape_of(module: Any, size: torch.Size) -> LayerShape:
     if isinstance(module, nn.Linear):
         return LayerShape((), (), (), (), (), rows=int(np.prod(size[:-1])))
-    around = module._reversed_padding_repeated_twice  # last dimension first, before and after
-    before, after = around[0::2][::-1], around[1::2][::-1]
+    how = sliding(module)
     is_depthwise = module.groups == module.in_channels == module.out_channels
     return LayerShape(
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        (*before, *after),
-        tuple(module.dilation),
+        how.kernel,
+        how.stride,
+        (*how.before, *how.after),
+        how.dilation,
         tuple(size[2:]),
         0 if is_depthwise else module.groups,
     )

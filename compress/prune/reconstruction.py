@@ -7,6 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
@@ -18,6 +19,7 @@ from compress.errors import UsageError
 from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
 from compress.modules.inputs import read_batches
+from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.replay import Replay
@@ -347,16 +349,16 @@ def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:
 
 def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
     """Return what a convolution sees at some places of its output: (G, B * places, F)."""
+    how, dimensions = sliding(layer), len(places)
     if isinstance(layer, Transposed):
-        padded, strides = _spread(layer, x), (1,) * len(places)
+        padded, strides = _spread(layer, x, how), (1,) * dimensions
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        strides = layer.stride
-    dimensions = len(places)
+        around = zip(reversed(how.before), reversed(how.after), strict=True)
+        padded, strides = F.pad(x, [*chain.from_iterable(around)], mode=mode), how.stride
     index: list[Any] = [slice(None), slice(None)]
     for axis, place in enumerate(places):
-        offsets = np.arange(layer.kernel_size[axis]) * layer.dilation[axis]
+        offsets = np.arange(how.kernel[axis]) * how.dilation[axis]
         shape = [len(place)] + [1] * dimensions
         shape[1 + axis] = len(offsets)
         index.append(
@@ -370,17 +372,18 @@ def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
     return window.permute(1, 0, 3, 2, 4).reshape(layer.groups, batch * count, -1)
 
 
-def _spread(layer: Any, x: Tensor) -> Tensor:
+def _spread(layer: Any, x: Tensor, how: Sliding) -> Tensor:
     """Return the input over which a transposed convolution slides: zeros between and around."""
-    strides = layer.stride
+    strides = how.stride
+    more = by_dimension(layer.output_padding, len(strides))
     extent = [(side - 1) * step + 1 for side, step in zip(x.shape[2:], strides, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *extent)
     every: list[slice] = [slice(None)] * 2 + [slice(None, None, step) for step in strides]
     spread[tuple(every)] = x
     padding: list[int] = []
     for axis in reversed(range(len(extent))):
-        edge = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - layer.padding[axis]
-        padding += [edge, edge + layer.output_padding[axis]]
+        edge = how.dilation[axis] * (how.kernel[axis] - 1) - how.before[axis]
+        padding += [edge, edge + more[axis]]
     return F.pad(spread, padding)
 
 

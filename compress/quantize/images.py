@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from compress.errors import QuantizationError
 from compress.graph.model import GraphIndex
+from compress.recipe.settings import FEWEST_CALIBRATION
 
 Feed = dict[str, NDArray[Any]]  # by input name
 Batch = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[str, NDArray[Any]]
 Batches = Sequence[Batch] | Callable[[], Iterable[Batch]]
 
-FEWEST = 8
 _LARGEST_NORMALIZED = 16.0  # a standardized pixel is hardly ever further out
 
 
@@ -56,7 +56,7 @@ class CalibrationImages:
         graph: GraphIndex,
         batches: Batches,
         *,
-        fewest: int = FEWEST,
+        fewest: int = FEWEST_CALIBRATION,
         bound: Iterable[str] = (),
         usual: tuple[float, float] | None = None,
     ) -> None:

@@ -208,13 +208,14 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
 def _task_columns(report: Report) -> tuple[tuple[Column, Fill], ...]:
     """Return a column for each metric of the task and its change, where it has its own metrics."""
     results = [result for variant in report.variants for result in variant.results]
-    kinds = {name: m.unit for result in results for name, m in (result.metrics or {}).items()}
+    kinds = {name: (m.unit, m.title or name)
+             for result in results for name, m in (result.metrics or {}).items()}  # fmt: skip
     found: list[tuple[Column, Fill]] = []
-    for name, unit in kinds.items():
+    for name, (unit, title) in kinds.items():
         sign, spoken = ("%", "points") if unit == "pct" else (unit, unit)
-        found.append((Column(name, sign), _fill_metric(name)))
-        about = f"of {name} against the original, on the same images"
-        found.append((Column(f"Change of {name}", spoken, about), _fill_change(name)))
+        found.append((Column(title, sign), _fill_metric(name)))
+        about = f"of {title} against the original, on the same images"
+        found.append((Column(f"Change of {title}", spoken, about), _fill_change(name)))
     units = {result.agreement.unit for result in results if result.agreement}
     for unit in units:
         found.append((Column("Agreement", unit, "with the original's predictions"), _alike))

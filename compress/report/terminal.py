@@ -183,7 +183,7 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
     """
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
     if gate.metric is not None:
-        name = name.replace("the primary metric", gate.metric)
+        name = name.replace("the primary metric", gate.title or gate.metric)
         unit = {"pct": " points", "": ""}.get(gate.unit or "", f" {gate.unit}")
     side = "at least" if unit in {"x", " %"} else "at most"
     limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"

@@ -185,7 +185,7 @@ def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -
         )
     measured = accuracy_of(variant, after)
     if measured.main_change is not None:
-        return _metric(measured.primary or "", measured.main_change)
+        return _metric(measured.title_of(measured.primary or ""), measured.main_change)
     change = change_of_top1(before, measured)
     if change is None and measured.outputs:
         return _likeness(measured)

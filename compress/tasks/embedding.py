@@ -45,7 +45,10 @@ class Embedding(Task):
     temperature: float = 0.1
     classes: Sequence[str] = ()
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"recall_at_k": Kind(), "verification": Kind()}
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "recall_at_k": Kind(title="recall at k"),
+        "verification": Kind(title="verification accuracy"),
+    }
     primary: ClassVar[str] = "recall_at_k"
     target: ClassVar[str] = "class"
     form: ClassVar[Form] = "embedding"

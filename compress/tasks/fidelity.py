@@ -40,7 +40,7 @@ class Fidelity(Task):
     def __post_init__(self) -> None:
         if self.inner is None:
             return
-        for name in ("answers", "agreement_unit"):
+        for name in ("answers", "agreement_unit", "legend"):
             object.__setattr__(self, name, getattr(self.inner, name))
         plain = ("kd",) if self.inner.tells_classes else self.inner.losses  # others need labels
         object.__setattr__(self, "losses", plain)

@@ -213,6 +213,43 @@ def test_a_new_head_keeps_its_own_weights_and_takes_the_rest(tmp_path):
     assert torch.equal(model.conv1.weight, source.conv1.weight)
 
 
+class Dense(nn.Module):
+    """A head of 3 x 3 behind layers of 1 x 1, as in decoders for segmentation."""
+
+    def __init__(self, num_classes=2):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, num_classes, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(self.stem(x))
+
+
+def test_a_new_head_is_what_has_other_outputs_whatever_layer_that_is(tmp_path, monkeypatch):
+    source = Dense(5)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr("compress.models.build", lambda *_args, **_options: Dense(3))
+    model = models.load_model("own:Dense", tmp_path / "weights.pth", 3, new_head=True)
+    assert model.head.out_channels == 3 and torch.equal(model.stem.weight, source.stem.weight)
+
+
+def test_published_weights_of_a_detector_serve_other_classes(monkeypatch):
+    from torchvision.models import _api, get_model
+
+    name = "ssdlite320_mobilenet_v3_large"
+    published = get_model(name, weights=None, weights_backbone=None, num_classes=91)
+    monkeypatch.setattr(
+        _api, "load_state_dict_from_url", lambda *_args, **_options: published.state_dict()
+    )
+    model = models.load_model(f"torchvision:{name}", "COCO_V1", 4)
+    own, theirs = model.state_dict(), published.state_dict()
+    other = {key for key in own if own[key].shape != theirs[key].shape}
+    assert other and all("classification_head" in key for key in other)
+    assert all(torch.equal(own[key], theirs[key]) for key in own.keys() - other)
+    rows = models.check_forward(model, torch.rand(1, 3, 64, 64))
+    assert rows[1] == 4 + 3  # boxes, and the classes without the background
+
+
 def test_a_missing_weight_file_is_named():
     with pytest.raises(ModelError, match="no such weight file"):
         models.load_model("compress.models.cifar:resnet8", "none.pth")
@@ -228,6 +265,30 @@ def test_a_forward_that_fails_says_on_what_and_leaves_the_mode():
     with pytest.raises(ModelError, match=r"fails on an input of shape \(1, 3, 8, 8\)"):
         models.check_forward(model, torch.zeros(1, 3, 8, 8))
     assert model.training
+
+
+class Halving(nn.Module):
+    """Adds to an image what it is when halved and enlarged again, as U-Nets do."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.steps = nn.Sequential(*[nn.Conv2d(3, 3, 3, 2, 1) for _ in range(times)])
+
+    def forward(self, x):
+        return x + nn.functional.interpolate(self.steps(x), scale_factor=2 ** len(self.steps))
+
+
+@pytest.mark.parametrize(
+    ("times", "size", "said"),
+    [(3, (62, 90), "64 x 96, multiples of 8"), (5, (96, 100), "96 x 128")],
+)
+def test_the_size_that_a_network_takes_is_told(times, size, said):
+    model = Halving(times)
+    with pytest.raises(ModelError, match=f"forward pass fails .* It runs at {said}"):
+        models.check_forward(model, torch.zeros(1, 3, *size))
+    assert models.check_forward(model, torch.zeros(1, 3, 64, 128)) == (1, 3, 64, 128)
+    with pytest.raises(ModelError, match="Check the image size and channels"):
+        models.check_forward(model, torch.zeros(1, 4, *size))
 
 
 def test_classes_that_do_not_match_are_counted():

@@ -110,6 +110,16 @@ def test_names_are_known_before_the_first_stage(here, stages, said):
     assert not Path("out").exists()
 
 
+def test_too_few_calibration_images_are_found_before_the_first_stage(here):
+    pixels, classes = np.zeros((32, 8, 8, 1), np.uint8), np.arange(32) % 10
+    np.savez("few.npz", x_train=pixels[:12], y_train=classes[:12], x_test=pixels, y_test=classes)
+    few = {"data": {"name": "npz", "root": "few.npz"}}
+    chosen = validate_recipe(content("net.py:net", CUT, {"quantize": {}}, **few), where="r")
+    with pytest.raises(RecipeError, match=r"stages\[1\].quantize: data 'npz' has 6 calibration im"):
+        pipeline.run(chosen, "out")
+    assert not Path("out").exists()
+
+
 @pytest.mark.parametrize("command", [["prune", "--keep-macs", "0.5"], ["distill", "--teacher"]])
 def test_an_onnx_file_is_not_trained_and_the_message_names_it(here, compress, command):
     exported()

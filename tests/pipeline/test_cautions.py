@@ -153,7 +153,7 @@ def test_an_untrained_segmentation_network_is_found(tmp_path):
     report = pipeline.run(chosen, tmp_path / "run")
     assert "random values" in report.untrained
     trust = json.loads((tmp_path / "run/00-original/metrics.json").read_text())["facts"]["trust"]
-    assert (trust["metric"], trust["at_chance"]) == ("miou", True)
+    assert (trust["metric"], trust["at_chance"]) == ("mIoU", True)
 
 
 def test_few_steps_an_epoch_are_told_with_a_batch_size_that_has_more():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from compress.data import load_data, targets_of
 from compress.data._augment import CHANCES, Chance, augment_with_labels
 from compress.errors import CompressError, UsageError
 from compress.modules.objective import TaskLoss
+from compress.pipeline.changed_images import drawn_changes
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.tasks import load_task
@@ -93,14 +96,33 @@ def test_its_gate_and_verdict_are_about_its_primary_metric(report):
     last = report["variants"][-1]["results"][0]
     assert gates[0]["measured"] == pytest.approx(last["changes"]["miou"]["drop"])
     assert gates[0]["passed"] == (gates[0]["measured"] <= 30)
-    assert "miou" in report["verdict"] and "top-1" not in report["verdict"]
+    assert "mIoU" in report["verdict"] and "top-1" not in report["verdict"]
     assert not report["details"].get("confusions")
 
 
 @pytest.mark.slow
 def test_its_tables_have_its_metrics_and_no_top_1(report):
     text = (report["folder"] / "report.md").read_text()
-    assert "miou" in text and "Top-1" not in text
+    assert "mIoU, %" in text and "Change of pixel accuracy" in text
+    assert "Top-1" not in text and "miou" not in text and "pixel_accuracy" not in text
+
+
+def test_images_on_which_nothing_changed_are_not_drawn_as_changed(root):
+    dataset = load_data(validate_recipe(content(root), where="test").data)
+    context: Any = SimpleNamespace(
+        task=load_task("segmentation", classes=dataset.classes), dataset=dataset
+    )
+    before = [{"class_map": np.zeros((16, 20), np.uint8)} for _ in range(8)]
+    after = [*before]
+    after[3] = {"class_map": np.ones((16, 20), np.uint8)}
+
+    def drawn(candidate: list[dict[str, Any]]) -> list[int]:
+        pair: Any = [SimpleNamespace(predictions=each) for each in (before, candidate)]
+        return [each.index for each in drawn_changes(context, ("pruned", "onnxruntime"), *pair)]
+
+    assert drawn(after) == [3]
+    assert drawn(before) == [0, 1]  # how it looks at all
+    assert len(drawn([{"class_map": each["class_map"] + 1} for each in before])) == 6
 
 
 @pytest.mark.slow

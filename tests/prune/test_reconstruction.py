@@ -38,6 +38,13 @@ def images(count: int = 4) -> list[tuple[Tensor]]:
     return [(torch.randn(16, 3, 9, 9, generator=draw),) for _ in range(count)]
 
 
+def changed(layer: nn.Module, **sizes: object) -> nn.Module:
+    """Return a layer whose sizes are others than those it was built with, as dilated backbones."""
+    for name, value in sizes.items():
+        setattr(layer, name, value)
+    return layer
+
+
 CONSUMERS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.Conv2d(6, 5, 3, padding=1),
     "strided": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=(2, 1), bias=False),
@@ -48,6 +55,19 @@ CONSUMERS: dict[str, Callable[[], nn.Module]] = {
     "enlarging": lambda: nn.ConvTranspose2d(6, 5, 4, 2, padding=(1, 0), bias=False),
     "uneven": lambda: nn.ConvTranspose2d(6, 5, (3, 2), (2, 1), output_padding=(1, 0), dilation=2),
     "cropping": lambda: nn.ConvTranspose2d(6, 5, 2, 2, padding=2),
+    "dilated later": lambda: changed(
+        nn.Conv2d(6, 5, 3, 2, padding=1), stride=(1, 1), dilation=(2, 2), padding=(2, 2)
+    ),
+    "by single numbers": lambda: changed(
+        nn.Conv2d(6, 5, 3, padding=2), stride=2, dilation=1, padding=0
+    ),
+    "same, dilated later": lambda: changed(nn.Conv2d(6, 5, 3, padding="same"), dilation=(2, 1)),
+    "of another weight": lambda: changed(
+        nn.Conv2d(6, 5, 1), weight=nn.Parameter(torch.randn(5, 6, 3, 3)), padding=1
+    ),
+    "transposed later": lambda: changed(
+        nn.ConvTranspose2d(6, 5, 3), stride=2, padding=(1, 1), output_padding=(1, 1), dilation=1
+    ),
 }
 
 

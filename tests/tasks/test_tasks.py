@@ -228,6 +228,38 @@ def test_the_nearest_task_is_named(channels, nearest):
         made("classification").predict({"out": np.zeros((2, channels, 8, 8))})
 
 
+@pytest.mark.parametrize("rows", [4 + 3 + 32, 4 + 3 + 51, 4 + 80])
+def test_rows_beside_the_boxes_of_the_classes_are_refused(rows):
+    """As heads for instance masks and key points give them, and networks of other classes."""
+    maps = {f"output_{n}": np.zeros((2, 64, 4, 5)) for n in range(1, 9)}
+    task = load_task("detection", classes=("a", "b", "c"))
+    with pytest.raises(EngineError) as caught:
+        task.predict({"output_0": np.zeros((2, rows, 21))} | maps)
+    assert f"outputs: output_0 (2, {rows}, 21), output_1 " in str(caught.value)
+    assert "6 more. Expected" in str(caught.value) and "(B, 7, A)" in str(caught.value)
+    assert "Instance masks, key points" in str(caught.value)
+    assert "segmentation" not in str(caught.value)
+
+
+def test_feature_maps_of_a_detector_are_no_class_maps():
+    maps = {f"output_{n}": np.zeros((2, 64, 8 // n, 8 // n)) for n in (1, 2, 4)}
+    task = load_task("segmentation", classes=("a", "b", "c"))
+    with pytest.raises(EngineError, match=r"does not fit .*output_0 \(2, 7, 84\).*task: detection"):
+        task.predict({"output_0": np.zeros((2, 7, 84))} | maps)
+    classes = np.zeros((2, 3, 8, 8))
+    classes[:, 2] = 1
+    for outputs in (maps | {"late": classes}, {"label": np.zeros((2, 5)), "mask": classes}):
+        assert (task.predict(outputs)[0]["class_map"] == 2).all()
+    with pytest.raises(EngineError, match="has 2 classes for each pixel, the data has 3"):
+        task.predict({"mask": classes[:, :2], "label": np.zeros((2, 5))})
+
+
+@pytest.mark.parametrize("name", ["embedding", "classification"])
+def test_an_output_without_numbers_is_refused(name):
+    with pytest.raises(EngineError, match=r"\(2, 0\) is empty. Build the network with at"):
+        made(name).predict({"out": np.zeros((2, 0))})
+
+
 def test_an_unknown_task_lists_the_known():
     with pytest.raises(UnknownNameError, match=r"no such task 'segmentatoin'. Did you mean 'segm"):
         load_task("segmentatoin")
@@ -598,6 +630,19 @@ def test_what_a_detector_lost_and_what_appeared_is_drawn():
     truth = task.truth({"boxes": torch.tensor(boxes), "labels": torch.tensor([0, 1]),
                         "ignored": torch.tensor([False, True])})  # fmt: skip
     assert truth["labels"].tolist() == [0] and truth["boxes"].tolist() == boxes[:1].tolist()
+    wanted, predicted = (
+        task.draw(image, truth | each) for each in ({}, {"scores": np.ones(1, np.float32)})
+    )
+    assert (wanted != predicted).any()  # what is wanted has no score
+    assert (wanted == predicted)[50].all()  # and the same box
+
+
+def test_the_wanted_classes_are_drawn_without_probabilities():
+    task, image = load_task("multilabel", classes=("a", "b")), np.full((64, 64, 3), 200, np.uint8)
+    sure = task.predict({"logits": np.array([[9.0, -9.0]])})[0]
+    wanted = task.draw(image, task.truth(np.array([1, 0])))
+    assert (wanted != image).any() and (wanted != task.draw(image, sure)).any()
+    assert (task.draw(image, task.truth(np.array([0, 0]))) != image).any()  # "none"
 
 
 def test_a_detector_agrees_with_itself_where_a_box_has_no_area():

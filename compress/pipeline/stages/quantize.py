@@ -109,6 +109,7 @@ def _finished(
             variant=f"int8-{form}",
             **({} if context.task.tells_classes else {
                 "metric": context.task.primary,
+                "title": context.task.kinds[context.task.primary].title or None,
                 "unit": context.task.kinds[context.task.primary].unit,
             }),
         )  # fmt: skip

@@ -34,7 +34,7 @@ class Verification:
         return {**asdict(self), "intact": self.intact}
 
 
-def verify(run: Path) -> Verification:
+def verify_files(run: Path) -> Verification:
     """Return whether the files of ``run`` are those that its stages wrote.
 
     **Method:** each file that run.json lists is read whole and its SHA-256 compared with the

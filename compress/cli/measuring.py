@@ -130,9 +130,9 @@ def verify(
     from rich.console import Group
     from rich.text import Text
 
-    from compress.pipeline.verify import verify as verified
+    from compress.pipeline.verify import verify_files
 
-    found = verified(run)
+    found = verify_files(run)
     numbers, holds = found.to_json(), found.intact
     lines = [str(finding) for finding in found.findings]
     problems = f"{len(lines)} problem{'' if len(lines) == 1 else 's'}"

@@ -13,8 +13,7 @@ from torch import Tensor
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._held_out import held_out
 from compress.data._images import Hash, Indices, LabelledImages, MemoryImages, Subset, in_parallel
-from compress.data._item import Items, eight_bit, picture, shape_of
-from compress.data._item_labels import all_targets, labels_of
+from compress.data._item import Items, all_targets, eight_bit, labels_of, picture, shape_of
 from compress.data._resize import DEFAULT_SIZE, Fit, ImageSize, sides
 from compress.errors import DataError
 

@@ -19,9 +19,8 @@ from compress import tasks
 from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
-from compress.evaluate.class_accuracy import Accuracy, ClassAccuracy, accuracy
 from compress.evaluate.feeding import Fed
-from compress.evaluate.predictions import Predictions
+from compress.evaluate.predictions import Accuracy, ClassAccuracy, Predictions, accuracy
 from compress.modules import evaluating
 from compress.modules.detectors import before_nms
 from compress.modules.outputs import logits_of

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
-from compress.groups.cutting import cut
+from compress.groups.cut import cut
 from compress.groups.inputs import (
     Example,
     batch_size,

@@ -19,8 +19,7 @@ from compress.pipeline.task import prepared
 from compress.recipe import loading
 from compress.recipe.settings import Recipe, Settings
 from compress.report import Report
-from compress.report.run_folder import DONE_FILE, RunFolder, default_folder
-from compress.report.run_lock import held
+from compress.report.run_folder import DONE_FILE, RunFolder, default_folder, held
 from compress.train.distributed import Processes, join_processes
 
 STEPS: dict[str, Step] = {

@@ -12,8 +12,7 @@ from compress.artifact import FileProblem
 from compress.errors import RunError
 from compress.progress import track
 from compress.report.reading import check_schema
-from compress.report.run_folder import RUN_FILE
-from compress.report.run_lock import LOCK_FILE
+from compress.report.run_folder import LOCK_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Verification:
         return {**asdict(self), "intact": self.intact}
 
 
-def verify(run: Path) -> Verification:
+def verify_files(run: Path) -> Verification:
     """Return whether the files of ``run`` are those that its stages wrote.
 
     **Method:** each file that run.json lists is read whole and its SHA-256 compared with the

@@ -21,9 +21,9 @@ from compress.modules.objective import Objective, Stateful
 from compress.recipe.settings import TrainSettings
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
+from compress.train.context import chosen_precision
 from compress.train.distributed import Processes
 from compress.train.metrics_log import Row
-from compress.train.precision import chosen_precision
 from compress.train.validation import Score, validate, validate_task
 
 

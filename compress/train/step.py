@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from compress.modules.objective import Informed, Movable, Objective, TrainingProgress
 from compress.train.batches import Batch, on_device, seed_of, training_view
+from compress.train.context import autocast
 from compress.train.distributed import Sharing, SyncedBatchNorm
 from compress.train.memory import is_out_of_memory, more_parts, too_large
 from compress.train.optimizers import make_optimizer, rate_factor, set_rate
-from compress.train.precision import autocast
 from compress.train.state import Average, State, Training
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import PlanError, UnknownNameError
-from compress.groups import Network, cutting, trace
+from compress.groups import Network, trace
 from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import apply_pruning, prove
@@ -54,8 +54,8 @@ def test_large_tensors_are_cut_in_pieces_to_the_same_result(
 ) -> None:
     model, plan = zoo.build(name), random_plan(name)
     at_once = apply_pruning(model, plan).state_dict()
-    monkeypatch.setattr(cutting, "_LARGE_BYTES", 0)
-    monkeypatch.setattr(cutting, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("compress.groups.cut._LARGE_BYTES", 0)
+    monkeypatch.setattr("compress.groups.cut._PIECE_BYTES", piece_bytes)
     in_pieces = apply_pruning(model, plan).state_dict()
     assert at_once.keys() == in_pieces.keys()
     for key, tensor in at_once.items():

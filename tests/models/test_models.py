@@ -228,7 +228,7 @@ class Dense(nn.Module):
 def test_a_new_head_is_what_has_other_outputs_whatever_layer_that_is(tmp_path, monkeypatch):
     source = Dense(5)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setattr("compress.models.build", lambda *_args, **_options: Dense(3))
+    monkeypatch.setattr("compress.models.construct", lambda *_args, **_options: Dense(3))
     model = models.load_model("own:Dense", tmp_path / "weights.pth", 3, new_head=True)
     assert model.head.out_channels == 3 and torch.equal(model.stem.weight, source.stem.weight)
 

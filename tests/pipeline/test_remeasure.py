@@ -19,7 +19,7 @@ from compress.pipeline import measure
 from compress.pipeline.context import RunContext, RunVariant
 from compress.pipeline.remeasure import Remeasured, measure_again
 from compress.pipeline.task import task_of
-from compress.pipeline.verify import verify
+from compress.pipeline.verify import verify_files
 from compress.recipe.loading import validate_recipe
 from compress.report.run_folder import RunFolder
 
@@ -98,7 +98,9 @@ def test_every_file_of_an_engine_is_recorded_with_what_it_was_built_from(run: Pa
     for name in files:
         assert recorded[name]["parent"] == recorded["00-train/model.onnx"]["sha256"]
     (run / "00-train/model.openvino-b1.bin").write_bytes(b"other weights")
-    assert [finding.path for finding in verify(run).findings] == ["00-train/model.openvino-b1.bin"]
+    assert [finding.path for finding in verify_files(run).findings] == [
+        "00-train/model.openvino-b1.bin"
+    ]
 
 
 def test_an_engine_of_another_graph_is_built_anew(

@@ -474,25 +474,6 @@ def test_an_own_task_that_returns_nan_is_refused(tmp_path):
         tasks.metrics(task, scores(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0]))
 
 
-def test_a_score_that_changes_from_call_to_call_is_found_before_a_run(tmp_path):
-    file = tmp_path / "draws.py"
-    file.write_text(OWN.replace('"error": abs', '"error": np.random.rand() + abs')
-                    .replace("from compress", "import numpy as np\nfrom compress", 1))  # fmt: skip
-    task = load_task(f"{file}:Brightness")
-    with pytest.raises(
-        UsageError, match=r"Brightness: score of image 0 gives error as .* and then"
-    ):
-        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
-
-
-def test_a_score_that_is_never_a_number_is_found_before_a_run(tmp_path):
-    file = tmp_path / "nan.py"
-    file.write_text(OWN.replace('"error": abs', '"error": float("nan") * abs'))
-    task = load_task(f"{file}:Brightness")
-    with pytest.raises(UsageError, match="score gives error as NaN for each of 2 images"):
-        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
-
-
 RETURNED = 'return {"error": abs(float(prediction["mean"]) - float(target))}'
 SUMMARY = RETURNED + "\n\n    def summarize(self, scores, counts):\n        "
 
@@ -500,6 +481,12 @@ SUMMARY = RETURNED + "\n\n    def summarize(self, scores, counts):\n        "
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
+        ("return {'error': float('nan')}", "score gives error as NaN for each of 2 images"),
+        (
+            "return {'error': np.random.rand()}",
+            r"Brightness: score of image 0 gives error as .* and then",
+        ),
+        ("return [][3]", "Brightness: score fails for image 0 of a batch: list index out"),
         ("return {'error': 'low'}", "score gives error as 'low'. Expected a number"),
         ("return {'error': None}", "score gives error as None. Expected a number"),
         ("return 3.0", r"score gives 3.0. Expected a dictionary: \{'error': \.\.\.\}"),
@@ -524,16 +511,6 @@ def test_a_score_that_fails_for_a_later_image_names_the_task(tmp_path):
     task = load_task(f"{file}:Brightness")
     with pytest.raises(UsageError, match="Brightness: score fails for image 1 of a batch: list"):
         tasks.contributions(task, task.predict({"x": np.ones((2, 1, 2, 2))}), [1.0, 3.0])
-
-
-def test_a_score_that_raises_is_found_before_a_run_and_names_the_task(tmp_path):
-    file = tmp_path / "raises.py"
-    file.write_text(OWN.replace('"error": abs', '"error": [][3] + abs'))
-    task = load_task(f"{file}:Brightness")
-    with pytest.raises(
-        UsageError, match="Brightness: score fails for image 0 of a batch: list index out"
-    ):
-        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
 
 
 @pytest.mark.parametrize("name", NAMES)

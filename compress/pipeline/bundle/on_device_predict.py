@@ -368,7 +368,9 @@ def main() -> int:
     except DeviceError as error:
         sys.stderr.write(str(error) + "\n")
         return 2
-    show(wanted.pictures, [answer for answer, _ in found], model["name"] + " on " + kind.name)
+    show_answers(
+        wanted.pictures, [answer for answer, _ in found], model["name"] + " on " + kind.name
+    )
     if wanted.json:
         content = [
             {"image": path, "answer": answer.rows}
@@ -389,7 +391,7 @@ def plain_text(value: Any) -> str:
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-def show(paths: list[str], answers: list[Answer], title: str) -> None:
+def show_answers(paths: list[str], answers: list[Answer], title: str) -> None:
     """Print a line for each thing that is told of each picture."""
     say(title)
     columns = list(dict.fromkeys(key for answer in answers for row in answer.rows for key in row))

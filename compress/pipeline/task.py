@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from compress import models
-from compress.data import Dataset, load_data
+from compress.data import IMAGENET_MEAN, Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
 from compress.models.references import takes_unit_range
@@ -41,6 +41,8 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     if source is None and takes_unit_range(reference):
         settings = _in_unit_range(settings)
     dataset = load_data(settings, recipe.seed, partial(as_torch, reference, recipe.model))
+    if source is not None or dataset.target == "none":
+        dataset = dataclasses.replace(dataset, assumed=_assumed(settings, dataset))
     if source is None or source.is_dir():
         return dataset, task_of(recipe, dataset)
     shapes = shapes_answered(source, dataset)
@@ -58,6 +60,22 @@ def _in_unit_range(settings: DataSettings) -> DataSettings:
     if settings.mean or settings.std or settings.input_range is not None:
         return settings
     return settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})
+
+
+def _assumed(settings: DataSettings, dataset: Dataset) -> str:
+    """Return which of ImageNet's habits are taken for the network's; empty where all was said."""
+    if not dataset.fit or dataset.prepared or dataset.note:
+        return ""
+    found = []
+    is_told = settings.mean is not None or settings.input_range is not None
+    if dataset.mean == IMAGENET_MEAN and not is_told:
+        mean, std = (", ".join(f"{v:g}" for v in each) for each in (dataset.mean, dataset.std))
+        found.append(f"{dataset.color} in 0..1 less {mean}, over {std} (--mean, --std, "
+                     "--input-range, --color)")  # fmt: skip
+    if settings.image_size is None:
+        height, width = dataset.example.shape[2:]
+        found.append(f"{height} x {width} pixels (--image-size)")
+    return " and ".join(found)
 
 
 def _shown(shapes: Sequence[tuple[int, ...]]) -> str:

@@ -113,7 +113,12 @@ def _problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
     if not task.tells_classes:
         yield from _only_for_classes(recipe, task)
     if not task.kinds:
-        yield from _only_with_labels(recipe)
+        yield from _only_with_labels(recipe, task)
+    if recipe.gates.agreement_pct is not None and task.agreement_unit != "pct":
+        yield (
+            f"gates.agreement_pct: this task tells how alike predictions are in "
+            f"{task.agreement_unit}, not in percent. {_limit(task)}"
+        )
     yield from _too_few_images(recipe, dataset)
 
 
@@ -132,7 +137,7 @@ def _too_few_images(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
 
 def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
     """Yield what the recipe asks for that only classifiers have."""
-    drop = f"Use gates.metric_drop, in the unit of {task.primary}."
+    drop = _limit(task)
     if not task.kinds:
         drop = "It would be measured on labels: the images have no labels."
     for name in ("top1_drop_pct", "worst_class_drop_pct"):
@@ -151,7 +156,16 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
         yield "measure.explain_images: needs one class an image."
 
 
-def _only_with_labels(recipe: Recipe) -> Iterator[str]:
+def _limit(task: Task) -> str:
+    """Return which gate fits a task, in words."""
+    if task.kinds:
+        return f"Use gates.metric_drop, in the unit of {task.primary}."
+    if task.agreement_unit == "pct":
+        return "Use gates.agreement_pct."
+    return "Leave it out: the report tells it."
+
+
+def _only_with_labels(recipe: Recipe, task: Task) -> Iterator[str]:
     """Yield what the recipe asks for that nothing but labels can tell."""
     if any(
         settings is not None and (settings.augment.mixup or settings.augment.cutmix)
@@ -159,7 +173,7 @@ def _only_with_labels(recipe: Recipe) -> Iterator[str]:
     ):
         yield "augment: mixup and cutmix mix labels, and the images have none."
     if recipe.gates.metric_drop is not None:
-        yield "gates.metric_drop: the images have no labels. Use gates.agreement_pct."
+        yield f"gates.metric_drop: the images have no labels. {_limit(task)}"
     for number, stage in enumerate(recipe.stages):
         place = f"stages[{number}].{stage.verb}"
         if stage.verb in ("train", "finetune"):

@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from compress.errors import RecipeError
 from compress.graph.metadata import metadata
 from compress.packages import is_installed
 from compress.pipeline.task import prepared
@@ -122,6 +123,31 @@ def test_what_nobody_said_of_the_images_is_told(tmp_path, pictures, size, given,
     told = prepared(validate(content, where="test"))[0].assumed
     parts = told.split(" and ") if told else []
     assert [each.split(" less ")[0].split(" (")[0] for each in parts] == assumed
+
+
+@pytest.mark.parametrize(
+    ("task", "gate", "said"),
+    [
+        ("restoration", "agreement_pct", "predictions are in dB, not in percent. Leave it out"),
+        ("restoration", "metric_drop", "the images have no labels. Leave it out"),
+        ("segmentation", "metric_drop", "the images have no labels. Use gates.agreement_pct"),
+        ("segmentation", "agreement_pct", None),
+    ],
+)
+def test_a_gate_that_no_figure_can_meet_is_refused(tmp_path, pictures, task, gate, said):
+    content = {
+        "model": {"name": str(network(tmp_path / "x.onnx"))},
+        "data": {"name": "images", "root": str(pictures)},
+        "stages": ["quantize"],
+        "targets": [{"runtime": "onnxruntime"}],
+        "task": task,
+        "gates": {gate: 1},
+    }
+    if said is None:
+        assert prepared(validate(content, where="test"))[1].agreement_unit == "pct"
+        return
+    with pytest.raises(RecipeError, match=f"gates.{gate}: .*{said}"):
+        prepared(validate(content, where="test"))
 
 
 @pytest.mark.skipif(not is_installed("tensorrt_rtx"), reason="tensorrt_rtx is not installed")

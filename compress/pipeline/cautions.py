@@ -155,8 +155,10 @@ def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"int8 ranges come from {note}"
     for form, plan in facts.get("plans", {}).items():
         if not plan["activations"]:
-            why = "; ".join(plan["notes"][1:]) or "it has no layer that could be int8"
-            yield f"int8-{form} is a file in float, no smaller and no faster: {why}"
+            why = [note for note in plan["notes"][1:] if "float" in note]
+            first = why[0] if why else "no layer of it can be int8"
+            more = f"; and {len(why) - 1} more" if len(why) > 1 else ""
+            yield f"int8-{form} is a file in float, no smaller and no faster: {first}{more}"
 
 
 def of_data(dataset: Dataset) -> Iterator[str]:

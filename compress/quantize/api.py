@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import ModelProto
 from onnx.numpy_helper import to_array
 
 from compress.artifact import replacing
@@ -23,6 +24,7 @@ from compress.quantize.planning_graph import planning_graph
 from compress.quantize.workbench import Workbench
 
 BROKEN = "Check that ONNX Runtime runs the file on these images; export it again if it does not"
+ALL_FLOAT = "nothing is int8: all of it stays in float"
 
 
 def quantize_onnx(
@@ -102,12 +104,22 @@ def quantize_targets(
                 bench = Workbench(planned, images, own, target, observer, excluded)
                 plan = plan_by(method, bench)
                 check = Confirmation(prepared, given | bench.held_back, images.fixed_batch)
-                plans[target], written[target] = confirmed(bench, plan, check)
+                plan, written[target] = confirmed(bench, plan, check)
+                plans[target] = plan if _has_int8(written[target]) else _without_int8(plan)
     except QuantizationError as error:
         raise error if str(path) in error.where else error.within(str(path)) from error.__cause__
     for target, out in outs.items():
         save_graph(written[target], Path(out))
     return plans
+
+
+def _has_int8(model: ModelProto) -> bool:
+    return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+
+
+def _without_int8(plan: QuantPlan) -> QuantPlan:
+    """Return ``plan`` as that of a file without a layer in int8, which its notes say."""
+    return plan.changed(activations={}, notes=(ALL_FLOAT, *plan.notes))
 
 
 def excluded_nodes(graph: GraphIndex, names: Iterable[str]) -> dict[str, str]:

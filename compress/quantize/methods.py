@@ -41,7 +41,6 @@ def nncf(bench: Workbench) -> QuantPlan:
     return begin_below_zero(plan, bench.prepared)
 
 
-ALL_FLOAT = "nothing is int8: all of it stays in float"
 METHODS: Mapping[str, Method] = {
     "auto": auto,
     "plain": plain,
@@ -76,6 +75,5 @@ def plan_by(method: str, bench: Workbench) -> QuantPlan:
             fix="Export the network with a dynamic batch, or use method 'plain'",
         )
     made = METHODS[method](bench)
-    told = decided(made.notes) if made.activations else [ALL_FLOAT]
-    notes = (*told, *bench.notes(made))
+    notes = (*decided(made.notes), *bench.notes(made))
     return made.changed(method=method, notes=notes, trials=made.notes)

@@ -20,10 +20,10 @@ from run import (  # type: ignore[import-not-found]  # beside it in the bundle
     HERE,
     RUNTIMES,
     DeviceError,
-    chosen,
+    chosen_runtime,
+    print_line,
+    print_rows,
     read_bundle,
-    say,
-    table,
 )
 
 CONFIDENT = 0.3  # boxes with a lower score are not told
@@ -361,7 +361,7 @@ def main() -> int:
     wanted = parser.parse_args()
     try:
         bundle = read_bundle()
-        kind = chosen(wanted.runtime)
+        kind = chosen_runtime(wanted.runtime)
         model = network(bundle, wanted.model, kind)
         session = kind(os.path.join(HERE, model["file"]), 1)
         found = answers_of(bundle, session, wanted.pictures)
@@ -393,7 +393,7 @@ def plain_text(value: Any) -> str:
 
 def show_answers(paths: list[str], answers: list[Answer], title: str) -> None:
     """Print a line for each thing that is told of each picture."""
-    say(title)
+    print_line(title)
     columns = list(dict.fromkeys(key for answer in answers for row in answer.rows for key in row))
     lines = [["picture", *(columns or ["answer"])]]
     for path, answer in zip(paths, answers):  # noqa: B905
@@ -404,7 +404,7 @@ def show_answers(paths: list[str], answers: list[Answer], title: str) -> None:
             )
         if not answer.rows:
             lines.append([path, "nothing found", *[""] * (len(columns) - 1)])
-    table(lines)
+    print_rows(lines)
 
 
 if __name__ == "__main__":

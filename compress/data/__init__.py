@@ -72,6 +72,7 @@ class Dataset:
     # where they are a picture.
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     note: str = ""  # what to say of figures and int8 ranges that were taken from these images
+    assumed: str = ""  # of how the network wants its images: nobody said it
 
     @property
     def channels(self) -> int:

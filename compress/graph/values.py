@@ -133,7 +133,7 @@ class EditableGraph:
         return model
 
     def _initializer(self, name: str | None, array: Array) -> ir.Value:
-        tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+        tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
         kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
         value = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
         self.body.register_initializer(value)

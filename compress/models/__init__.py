@@ -16,7 +16,7 @@ from compress.errors import ModelError, PlanError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
 from compress.models.classifier import classifier_layers
-from compress.models.references import accepts, construct, count_of, described
+from compress.models.references import class_option, construct, count_of, described
 from compress.models.weights import (
     aligned,
     fit,
@@ -104,7 +104,7 @@ def load_for(
     The count, unless 0, is given to a constructor that takes it and was not told ``num_classes``;
     other arguments are those of ``load_model``.
     """
-    if num_classes is None and classes and accepts(reference, "num_classes"):
+    if num_classes is None and classes and class_option(reference):
         num_classes = count_of(reference, classes)
     return load_model(reference, weights, num_classes, **options)
 

@@ -29,6 +29,7 @@ _ULTRALYTICS = {  # the class of each of their tasks
 }
 
 
+CLASS_OPTIONS = ("num_classes", "classes", "n_classes", "num_labels", "nc")  # the likeliest first
 _WITH_BACKGROUND = ("ssd", "fasterrcnn_")  # names of torchvision's detectors
 _DETECTORS = (*_WITH_BACKGROUND, "retinanet_", "fcos_")
 
@@ -39,14 +40,29 @@ FORMER_NAMES = {
 }
 
 
-def accepts(reference: str, option: str) -> bool:
-    """Return whether the constructor of ``reference`` takes the keyword argument ``option``."""
+def class_option(reference: str) -> str | None:
+    """Return which argument of the constructor of ``reference`` is the number of classes.
+
+    None if none is, or ``reference`` is a folder, which holds its constructor's arguments.
+    """
     scheme, _, _ = reference.partition(":")
     if scheme in {"torchvision", "timm", "ultralytics"}:
-        return option == "num_classes"
-    if ":" not in reference:  # a folder: its constructor's arguments are stored in it
-        return False
-    return _takes(_own(reference), option)
+        return CLASS_OPTIONS[0]
+    return _class_option(_own(reference)) if ":" in reference else None
+
+
+def _class_option(factory: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(factory).parameters
+    for name in CLASS_OPTIONS:
+        if name in parameters and (name == CLASS_OPTIONS[0] or _is_count(parameters[name])):
+            return name
+    return CLASS_OPTIONS[0] if _takes(factory, CLASS_OPTIONS[0]) else None
+
+
+def _is_count(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter is a whole number, and no list of names."""
+    annotated = parameter.annotation in (int, "int")
+    return annotated or type(parameter.default) is int
 
 
 def count_of(reference: str, classes: int) -> int:
@@ -96,7 +112,7 @@ def construct(
 ) -> nn.Module:
     """Return what the constructor of ``reference`` returns, with its own or published weights."""
     scheme, _, name = reference.partition(":")
-    given = dict(options) | ({} if num_classes is None else {"num_classes": num_classes})
+    given = ({} if num_classes is None else {"num_classes": num_classes}) | dict(options)
     if scheme == "torchvision":
         return _torchvision(name, given, published)
     if scheme == "timm":
@@ -105,7 +121,11 @@ def construct(
         return _call(reference, _ultralytics, {"name": name, **given})
     if published is not None:
         raise ModelError(f"no such weight file {published!r}", where=reference)
-    return _call(reference, _own(reference), given)
+    factory = _own(reference)
+    if num_classes is not None:
+        name = _class_option(factory) or CLASS_OPTIONS[0]
+        given = {name: num_classes} | dict(options)
+    return _call(reference, factory, given)
 
 
 def described(reference: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -11,11 +11,12 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from compress.graph.model import GraphIndex, reads
+from compress.graph.model import GraphIndex, attribute, reads
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
 
 Values = dict[str, NDArray[Any]]
+_POSITIONS = 4096  # of a channel, whose mean stands for that of all
 
 
 @dataclass
@@ -26,22 +27,28 @@ class QuantizedLayer:
         graph: The Q/DQ graph.
         node: The weighted node in the Q/DQ graph; its weight may be given another value.
         incoming: Its dequantized input, (B, C, ...).
-        weight: Its dequantized weight.
-        bias: Its float bias, or None.
+        output: What it makes of that, without its activation; None where nobody asked.
     """
 
     graph: GraphIndex
     node: NodeProto
     incoming: NDArray[Any]
-    weight: NDArray[Any]
-    bias: NDArray[Any] | None
+    output: NDArray[Any] | None = None
     outgoing: NDArray[Any] | None = None  # what the rest of the graph is to read
+
+    @property
+    def bias(self) -> NDArray[Any] | None:
+        """Its float bias, or None."""
+        return self.graph.constant(self.node.input[2]) if len(self.node.input) > 2 else None
 
     def run(self, weight: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return the output of the layer, without its activation, for another weight or its own."""
-        feed = {"x": self.incoming, "w": self.weight if weight is None else weight}
-        if self.bias is not None:
-            feed["b"] = self.bias
+        if weight is None and self.output is not None:
+            return self.output
+        own = _weight(self.graph, self.node) if weight is None else weight
+        feed = {"x": self.incoming, "w": own}
+        if (bias := self.bias) is not None:
+            feed["b"] = bias
         node = NodeProto()
         node.CopyFrom(self.node)
         del node.input[:]
@@ -51,7 +58,9 @@ class QuantizedLayer:
         return value
 
 
-def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[QuantizedLayer]:
+def layers(
+    written: ModelProto, feed: Feed, names: Sequence[str], *, outputs: bool = False
+) -> Iterator[QuantizedLayer]:
     """Yield the layers ``names`` of a Q/DQ graph in order, each fed by the ones before.
 
     What the caller puts in ``outgoing`` is what later layers see. Memory holds the tensors that
@@ -61,6 +70,7 @@ def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[Qu
         written: A float graph, or a Q/DQ graph with float biases.
         feed: Images.
         names: Weighted nodes whose weight is constant or comes from a DequantizeLinear.
+        outputs: Compute the output of each layer too, at once with what lies before it.
     """
     graph = GraphIndex(written)
     wanted = set(names)
@@ -68,13 +78,14 @@ def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[Qu
     values: Values = dict(feed)
     pending: list[NodeProto] = []
     for position, node in enumerate(graph.nodes):
-        if node.name not in wanted:
+        if outputs or node.name not in wanted:
             pending.append(node)
+        if node.name not in wanted:
             continue
-        values = _advance(graph, pending, values, last_use, position, node)
+        ends = [node.output[0]] if outputs else []
+        values = _advance(graph, pending, values, last_use, position, node, ends)
         pending = []
-        bias = graph.constant(node.input[2]) if len(node.input) > 2 else None
-        layer = QuantizedLayer(graph, node, values[node.input[0]], _weight(graph, node), bias)
+        layer = QuantizedLayer(graph, node, values[node.input[0]], *(values[name] for name in ends))
         yield layer
         values[node.output[0]] = layer.run() if layer.outgoing is None else layer.outgoing
         values = {name: v for name, v in values.items() if last_use.get(name, -1) > position}
@@ -85,8 +96,14 @@ def _weight(graph: GraphIndex, node: NodeProto) -> NDArray[Any]:
     if constant is not None:
         return constant
     dequantize = graph.producer[node.input[1]]
-    (value,) = _run(graph, [dequantize], {}, [node.input[1]])
-    return value
+    codes, scales, zeros = (graph.constant(name) for name in dequantize.input)
+    if codes is None or scales is None or zeros is None:
+        raise TypeError(f"{node.name} has no constant weight")
+    shape = [1] * codes.ndim
+    if scales.ndim:
+        shape[attribute(dequantize, "axis", 1)] = -1
+    steps = codes.astype(np.float32) - zeros.reshape(shape)
+    return np.asarray(steps * scales.reshape(shape), np.float32)
 
 
 def _advance(
@@ -96,9 +113,10 @@ def _advance(
     last_use: dict[str, int],
     position: int,
     node: NodeProto,
+    ends: Sequence[str],
 ) -> Values:
     made = [name for step in pending for name in step.output if name]
-    wanted = [name for name in made if last_use.get(name, -1) >= position]
+    wanted = [name for name in made if name in ends or last_use.get(name, -1) >= position]
     wanted = [name for name in wanted if name != node.input[1]]
     if wanted:
         needed = _needed(pending, wanted)
@@ -106,7 +124,7 @@ def _advance(
         feed = {name: value for name, value in values.items() if name in read}
         found = _run(graph, needed, feed, wanted)
         values = values | dict(zip(wanted, found, strict=True))
-    return {name: value for name, value in values.items() if last_use.get(name, -1) >= position}
+    return {n: value for n, value in values.items() if n in ends or last_use.get(n, -1) >= position}
 
 
 def _needed(pending: list[NodeProto], wanted: Sequence[str]) -> list[NodeProto]:
@@ -148,6 +166,16 @@ def _run(
     )
     found: list[NDArray[Any]] = session_of(model, float_qdq=True).run(list(outputs), feed)
     return found
+
+
+def some_positions(values: NDArray[Any], images: int) -> NDArray[Any]:
+    """Return evenly spaced values of each channel, (P, C), of ``values``, (B, C, ...).
+
+    The same ones of each image, whichever of the ``images`` are in this batch.
+    """
+    rows = values.reshape(*values.shape[:2], -1)
+    stride = images * rows.shape[2] // _POSITIONS | 1  # odd: it walks over all columns
+    return np.ascontiguousarray(rows[:, :, ::stride].swapaxes(1, 2)).reshape(-1, rows.shape[1])
 
 
 def channel_means(values: NDArray[Any], axis: int = 1) -> NDArray[np.float64]:

@@ -10,15 +10,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from scipy.linalg.lapack import dtrtri
 
-from compress import progress
 from compress.graph.model import GraphIndex, attribute
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes
 from compress.qdq.rewrite import apply_corrections
-from compress.qdq.writer import broadcast_along, default_scales, scale_axis, write_qdq
-from compress.quantize.bias import fewer
+from compress.qdq.writer import broadcast_along, default_scales, scale_axis
+from compress.quantize.bias import FloatMeans, correct_biases
 from compress.quantize.images import Feed
-from compress.quantize.layerwise import layers
+from compress.quantize.layerwise import QuantizedLayer
 
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted
@@ -27,48 +26,51 @@ _BLOCK = 64  # weights of an output that are rounded before the others hear of i
 _RIDGE = 0.02  # of the mean diagonal: how strongly each weight is held where it was
 
 
-def improve_rounding(prepared: ModelProto, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    """Return ``plan`` with the integers of the weights of each convolution chosen anew.
+def improve_rounding(
+    prepared: ModelProto, plan: QuantPlan, feed: Feed, known: FloatMeans | None = None
+) -> QuantPlan:
+    """Return ``plan`` with the integers of each convolution chosen anew, and biases to match.
 
     The weights of an output are rounded one after the other, each rounding error being made good by
     the weights still to come, on the inputs that the quantized network gives the layer. What is
     aimed at is the float layer's answer to these same inputs: to aim at its answer to float inputs
-    (least squares before rounding) lost 1 dB on residual networks.
+    (least squares before rounding) lost 1 dB on residual networks. Then the bias of the layer is
+    corrected, so that the next one is fed as it will be.
 
     Args:
         prepared: The fp32 graph.
-        plan: Ranges and corrections so far.
+        plan: Ranges and rescalings; biases that were corrected before are found anew.
         feed: Images, by input name.
+        known: As in ``correct_biases``.
 
     Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
     """
-    feed = fewer(prepared, feed)
-    graph = GraphIndex(apply_corrections(prepared, plan.changed(biases={})))
-    nodes = {node.name: node for node in graph.nodes}
-    names = [
-        n for n in place(graph, plan.target, plan.float_nodes).weights if _fits(graph, nodes[n])
-    ]
-    weights = dict(plan.weights)
-    written = write_qdq(prepared, plan.changed(weights={}), float_bias=True)
+    bare = plan.changed(biases={})
+    graph = GraphIndex(apply_corrections(prepared, bare))
+    nodes = {node.name: node for node in graph.nodes if _fits(graph, node)}
+    rounded = {node.input[1] for node in nodes.values()}
+    weights = {name: scales for name, scales in plan.weights.items() if name not in rounded}
     generator = np.random.default_rng(0)
-    with progress.task("Rounding weights", len(names)) as counter:
-        for layer in layers(written, feed, names):
-            node = nodes[layer.node.name]
-            value = graph.constant(node.input[1])
-            if value is None:
-                raise TypeError(f"{node.name} has no constant weight")
-            groups = attribute(node, "group", 1)
-            at = _positions(node, value, layer.incoming.shape, generator)
-            x = _patches(node, value.shape, layer.incoming, at)
-            rows = value.reshape(groups, value.shape[0] // groups, -1).astype(np.float64)
-            codes, scales = fit_codes(x, rows)
-            flat = scales.reshape(-1).astype(np.float32)
-            packed = pack_codes(codes.reshape(value.shape))
-            weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
-            new = codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim)
-            layer.outgoing = layer.run(new.astype(np.float32))
-            counter.advance()
-    return plan.changed(weights=weights)
+
+    def choose(layer: QuantizedLayer) -> NDArray[np.float32] | None:
+        node = nodes.get(layer.node.name)
+        value = None if node is None else graph.constant(node.input[1])
+        if node is None or value is None:
+            return None
+        groups = attribute(node, "group", 1)
+        at = _positions(node, value, layer.incoming.shape, generator)
+        x = _patches(node, value.shape, layer.incoming, at)
+        rows = value.reshape(groups, value.shape[0] // groups, -1).astype(np.float64)
+        codes, scales = fit_codes(x, rows)
+        flat = scales.reshape(-1).astype(np.float32)
+        packed = pack_codes(codes.reshape(value.shape))
+        weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
+        return np.asarray(
+            codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim), np.float32
+        )
+
+    bare = bare.changed(weights=dict(weights))
+    return correct_biases(prepared, bare, feed, known, choose).changed(weights=weights)
 
 
 def fit_codes(
@@ -123,8 +125,8 @@ def _upper_root_of_inverse(gram: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _fits(graph: GraphIndex, node: NodeProto) -> bool:
-    value = graph.initializers.get(node.input[1])
-    if node.op_type != "Conv" or value is None or len(value.dims) != 4:
+    value = graph.initializers.get(node.input[1]) if node.op_type == "Conv" else None
+    if value is None or len(value.dims) != 4:
         return False
     padded = attribute(node, "auto_pad", b"NOTSET") == b"NOTSET"
     shared = len(graph.readers[node.input[1]]) > 1

@@ -103,8 +103,8 @@ class Workbench:
         return correct_biases(self.prepared, plan, feed or self.fitted, self.float_means)
 
     def rounded(self, plan: QuantPlan, feed: Feed | None = None) -> QuantPlan:
-        """Return ``plan`` with the integers of its weights chosen anew."""
-        return improve_rounding(self.prepared, plan, feed or self.fitted)
+        """Return ``plan`` with the integers of its weights chosen anew, and corrected biases."""
+        return improve_rounding(self.prepared, plan, feed or self.fitted, self.float_means)
 
     def all_images(self) -> Feed:
         """Return the images that were fitted to and those held back, together."""

@@ -71,10 +71,15 @@ def missing(report: Report, shown: Collection[str] | None = None) -> list[str]:
                     continue
                 place = f"{_row_name(variant, result)} on {result.runtime} batch {result.batch}"
                 found.setdefault((name, why), []).append(place)
-    return [f"not measured: {name}{_of(places)}: {why}" for (name, why), places in found.items()]
+    every = sum(len(variant.results) for variant in report.variants)
+    return [
+        f"not measured: {name}{_of(places, every)}: {why}" for (name, why), places in found.items()
+    ]
 
 
-def _of(places: list[str]) -> str:
+def _of(places: list[str], every: int) -> str:
+    if len(places) == every:
+        return ""
     if len(places) > 2:
         return f" of {len(places)} results"
     return f" of {' and '.join(places)}" if places else ""

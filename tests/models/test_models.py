@@ -15,7 +15,7 @@ from compress import models
 from compress.errors import ModelError, UnknownNameError, UsageError
 from compress.groups.proof import apply_pruning
 from compress.models.cifar import resnet8, resnet20
-from compress.models.references import accepts, check_reference
+from compress.models.references import check_reference, class_option
 from compress.models.weights import read_weights
 from compress.prune import plan_pruning
 
@@ -56,8 +56,31 @@ def test_timm_networks_are_built_by_name():
 def test_a_factory_in_a_file_gets_its_options(network_file):
     model = models.load_model(f"{network_file}:factory", num_classes=3, options={"width": 6})
     assert (model[0].out_channels, model[3].out_features) == (6, 3)
-    assert accepts(f"{network_file}:factory", "num_classes")
-    assert not accepts(f"{network_file}:plain", "num_classes")
+    assert class_option(f"{network_file}:factory") == "num_classes"
+    assert class_option(f"{network_file}:plain") is None
+
+
+@pytest.mark.parametrize(
+    ("signature", "options", "built"),
+    [
+        ("classes=1, **kwargs", {}, (7, {})),  # as in segmentation_models_pytorch
+        ("n_classes: int = 2", {}, (7, {})),
+        ("**kwargs", {}, (None, {"num_classes": 7})),
+        ("classes=('cat', 'dog'), **kwargs", {}, (("cat", "dog"), {"num_classes": 7})),
+        ("classes=1, **kwargs", {"classes": 3}, (3, {})),
+        ("num_classes=5", {"num_classes": 0}, (0, {})),
+        ("width=4", {}, (4, {})),
+    ],
+)
+def test_the_count_of_classes_goes_by_other_names_too(tmp_path, signature, options, built):
+    first = signature.partition("=")[0].partition(":")[0].strip().lstrip("*").partition(",")[0]
+    more = "kwargs" if "kwargs" in signature else "{}"
+    (tmp_path / "net.py").write_text(
+        f"from torch import nn\ndef net({signature}):\n    made = nn.Linear(2, 2)\n"
+        f"    made.built = ({'None' if first == 'kwargs' else first}, {more})\n    return made\n"
+    )
+    model = models.load_for(7, f"{tmp_path}/net.py:net", options=options)
+    assert model.built == built
 
 
 @pytest.mark.parametrize(

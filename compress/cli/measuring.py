@@ -139,7 +139,7 @@ def verify(
     lines.append(f"{len(found.files)} files checked, {problems}")
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if measure and found.intact:
-        from compress.pipeline.remeasure import measure_again
+        from compress.pipeline.verify import measure_again
 
         again = measure_again(run)
         numbers["measured_again"] = again.to_json()

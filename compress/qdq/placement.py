@@ -16,6 +16,7 @@ SAME_SCALE = frozenset(  # what comes out was in what went in
 ELEMENTWISE = frozenset({"Add", "Mul"})
 _MOVES = SAME_SCALE | ACTIVATIONS | {"Concat"}  # hands its inputs' steps on
 _CHAIN = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
+_FARTHEST = 64  # nodes before a residual Add that its common ancestor is looked for in
 Reader = tuple[str, int]  # name of the node, position among its inputs
 
 
@@ -335,11 +336,11 @@ def _is_conv_output(graph: GraphIndex, tensor: str, weighted: set[str]) -> bool:
     return producer is not None and producer.name in weighted and alone
 
 
-def _ancestors(graph: GraphIndex, tensor: str, limit: int = 64) -> dict[str, int]:
+def _ancestors(graph: GraphIndex, tensor: str) -> dict[str, int]:
     """Return tensors before ``tensor``, with the fewest weighted ops on the way."""
     found = {tensor: 0}
     edge = [tensor]
-    for _ in range(limit):
+    for _ in range(_FARTHEST):
         edge = list(_step_back(graph, edge, found))
         if not edge:
             break

@@ -17,9 +17,8 @@ from compress.data import load_data
 from compress.errors import RunError
 from compress.pipeline import measure
 from compress.pipeline.context import RunContext, RunVariant
-from compress.pipeline.remeasure import Remeasured, measure_again
 from compress.pipeline.task import task_of
-from compress.pipeline.verify import verify_files
+from compress.pipeline.verify import Remeasured, measure_again, verify_files
 from compress.recipe.loading import validate_recipe
 from compress.report.run_folder import RunFolder
 

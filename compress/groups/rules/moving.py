@@ -110,10 +110,6 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
     _parts(tracer, call, dim)
 
 
-def _is_sum(count: Any) -> bool:
-    return isinstance(count, TracedInt) and count.origin is None
-
-
 def _of(count: TracedInt, axis: Labels) -> bool:
     return isinstance(count.origin, TracedDimension) and count.origin.labels is axis
 

@@ -13,6 +13,7 @@ from onnx import AttributeProto, NodeProto
 from compress.graph.model import WEIGHTED, GraphIndex
 from compress.qdq.placement import place
 from compress.quantize.sqnr import sqnr_text
+from compress.runtimes.onnxruntime import EXACT_INT8
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
 _BEARING = 3  # an output that rests on less than every third image is not known well
@@ -48,6 +49,18 @@ def float_parts(graph: GraphIndex, target: str) -> list[str]:
         elif inside:
             found.append(f"{node.name} ({node.op_type}) stays in float, {inside} layers inside")
     return found
+
+
+def of_sessions(target: str) -> list[str]:
+    """Return what a program that opens the graph itself has to know."""
+    if target != "onnxruntime":
+        return []
+    key, value = EXACT_INT8
+    return [
+        "judged with exact int8 kernels; in a session of your own, "
+        f"options.add_session_config_entry({key!r}, {value!r}) chooses them: "
+        "without it x86-64 CPUs without VNNI overflow, elsewhere it changes nothing"
+    ]
 
 
 def of_judging(

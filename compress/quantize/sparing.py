@@ -19,7 +19,7 @@ POOR_DB = 20.0  # of the weakest output: above it nothing is looked for
 MOST_LAYERS = 3
 MOST_MACS_PCT = 15.0  # of one layer
 _GAIN_DB = 2.0  # of the weakest output, for which a layer is worth its time
-_PARTS = 8
+_PARTS = 4
 TRIED = "to see what it costs"
 
 
@@ -89,19 +89,17 @@ def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str
     def without(part: Sequence[str]) -> float:
         return bench.screened_db(plan.keep_float(part, TRIED))
 
-    least = bench.screened_db(plan) + _GAIN_DB
+    plain = bench.screened_db(plan)
     found = {tuple(part): without(part) for part in _split(names, _PARTS)}
     while True:
         best = max(found, key=lambda part: found[part])
-        if found[best] < least:
+        if found[best] < plain + _GAIN_DB:
             return None
         if len(best) == 1:
             return best[0]
         one, other = _split(best, 2)
-        left = found[best]
-        found = {tuple(one): without(one)}
-        if found[tuple(one)] < left:  # else the other half has nothing to add
-            found[tuple(other)] = without(other)
+        alone = without(one)  # what it does not bring is taken to be the other half's
+        found = {tuple(one): alone, tuple(other): found[best] - (alone - plain)}
 
 
 def _split(names: Sequence[str], count: int) -> list[Sequence[str]]:

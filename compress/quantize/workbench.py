@@ -18,7 +18,7 @@ from compress.quantize.bias import FloatMeans, correct_biases
 from compress.quantize.calibration import Statistics, calibrate
 from compress.quantize.equalization import equalize
 from compress.quantize.images import CalibrationImages, Feed
-from compress.quantize.notes import float_parts, of_judging
+from compress.quantize.notes import float_parts, of_judging, of_sessions
 from compress.quantize.planning_graph import judged_tensors, with_free_batch
 from compress.quantize.ranges import begin_below_zero, make_quant_plan
 from compress.quantize.rounding import improve_rounding, search_weight_scales
@@ -141,7 +141,8 @@ class Workbench:
         judged = []
         if self.judging:
             judged = of_judging(self.judged, self.reference, self.judge(plan).each_db)
-        return [*judged, *float_parts(GraphIndex(self.prepared), self.target)]
+        parts = float_parts(GraphIndex(self.prepared), self.target)
+        return [*judged, *parts, *of_sessions(self.target)]
 
 
 def first(feed: Feed, count: int) -> Feed:

@@ -236,3 +236,10 @@ def test_last_layers_are_those_that_no_other_layer_follows():
     model = prepare(s.model([*ends, "end2"]))
     names = {n.output[0]: n.name for n in model.graph.node}
     assert set(last_layers(GraphIndex(model))) == {names[t] for t in ("end0", "end1", "end2")}
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_the_session_option_that_int8_needs_on_cpus_without_vnni_is_said(tmp_path, target):
+    notes = quantized(two_layers(), tmp_path, target).notes
+    line = "options.add_session_config_entry('session.x64quantprecision', '1')"
+    assert any(line in note for note in notes) == (target == "onnxruntime")

@@ -11,11 +11,10 @@ import numpy as np
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._annotated import dense_fit, pictures
 from compress.data._held_out import with_test
-from compress.data._images import Images
-from compress.data._pictures import ENDINGS, Pictures
-from compress.data._resize import Fit
+from compress.data._images import LabelledImages
+from compress.data._resize import ENDINGS, Fit, Pictures
 from compress.data._targets import VOID, mask_classes, mask_values
-from compress.data._targets import Masks as MaskFiles
+from compress.data._targets import FittedMasks as MaskFiles
 from compress.errors import DataError, UsageError
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
@@ -132,7 +131,7 @@ def masked_source(
     names = tuple(classes or map(str, values or ())) or _counted(train, void)
     numbers = tuple(values or range(len(names)))
 
-    def images(pairs: Pairs) -> Images:
+    def images(pairs: Pairs) -> LabelledImages:
         files, masks = zip(*pairs, strict=True)
         return pictures(kind, files, MaskFiles(masks, files, kind.fit, numbers, void))
 

@@ -16,7 +16,7 @@ from compress.errors import ModelError, PlanError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
 from compress.models.classifier import classifier_layers
-from compress.models.references import build, class_option, count_of, described
+from compress.models.references import class_option, construct, count_of, described
 from compress.models.weights import (
     aligned,
     fit,
@@ -79,7 +79,7 @@ def load_model(
         )
     else:
         published = weights is not None and not is_weight_file(weights)
-        model = build(
+        model = construct(
             text, num_classes, options or {}, published=str(weights) if published else None
         )
         if published:
@@ -270,7 +270,7 @@ def _is_channels_last(model: nn.Module) -> bool:
 def _rebuild(
     description: Mapping[str, Any], plan: PrunePlan | None, num_classes: int | None
 ) -> nn.Module:
-    model = build(description["reference"], num_classes, description["options"])
+    model = construct(description["reference"], num_classes, description["options"])
     return model if plan is None else apply_pruning(model, plan)
 
 
@@ -351,7 +351,7 @@ def _class_counts(
 ) -> list[int | None]:
     """Return the ``num_classes`` that may give these shapes, the constructor's default first."""
     cut = plan.tensors if plan is not None else {}
-    default = build(description["reference"], None, description["options"]).state_dict()
+    default = construct(description["reference"], None, description["options"]).state_dict()
     counts = {
         value.shape[0]
         for key, value in state.items()
@@ -372,7 +372,7 @@ def _missing_link(
         tuple(state[name].shape) == shape for name, shape in plan.shapes.items() if name in state
     ):
         return "This network is not pruned: save what apply_pruning returned, or leave plan out"
-    whole = build(description["reference"], classes, description["options"]).state_dict()
+    whole = construct(description["reference"], classes, description["options"]).state_dict()
     smaller = [
         key
         for key, value in state.items()

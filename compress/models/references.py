@@ -85,7 +85,7 @@ def is_torchvision_detector(reference: str) -> bool:
     return scheme == "torchvision" and name.startswith(_DETECTORS)
 
 
-def check(reference: str) -> None:
+def check_reference(reference: str) -> None:
     """Check that ``reference`` names a constructor, without calling it.
 
     Raises:
@@ -103,7 +103,7 @@ def check(reference: str) -> None:
         _own(reference)
 
 
-def build(
+def construct(
     reference: str,
     num_classes: int | None,
     options: Mapping[str, Any],
@@ -133,7 +133,7 @@ def described(reference: str, options: Mapping[str, Any]) -> tuple[str, dict[str
     told = dict(options)
     if not (reference.startswith("ultralytics:") and reference.endswith(".pt")):
         return reference, told
-    network: Any = build(reference, None, told)
+    network: Any = construct(reference, None, told)
     told.pop("trust", None)
     return f"ultralytics:{Path(str(network.yaml['yaml_file'])).name}", told
 

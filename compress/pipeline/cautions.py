@@ -153,6 +153,10 @@ def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from trust_of(facts).cautions()
     if note := facts.get("calibration", {}).get("note"):
         yield f"int8 ranges come from {note}"
+    for form, plan in facts.get("plans", {}).items():
+        if not plan["activations"]:
+            why = "; ".join(plan["notes"][1:]) or "it has no layer that could be int8"
+            yield f"int8-{form} is a file in float, no smaller and no faster: {why}"
 
 
 def of_data(dataset: Dataset) -> Iterator[str]:

@@ -59,7 +59,7 @@ def drawn_changes(
     return tuple(found)
 
 
-def class_metrics(
+def class_metrics_row(
     context: RunContext, place: tuple[str, str], own: Evaluation
 ) -> schema.ClassMetrics | None:
     """Return the task's metric of each class with its interval; None where it has none."""

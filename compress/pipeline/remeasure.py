@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from compress import artifact, environment
 from compress.errors import RunError
 from compress.measure import Timing
-from compress.pipeline.context import RunContext, StageResult, Variant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
 from compress.recipe import loading
@@ -116,7 +115,7 @@ def measure_again(root: Path) -> Remeasured:
         RunError: the run is not finished, or its data are not those it was measured on.
     """
     report = read_report(root / "report.json")
-    settings = loading.validate(report.recipe, where=str(root / "report.json"))
+    settings = loading.validate_recipe(report.recipe, where=str(root / "report.json"))
     dataset, task = prepared(settings)
     context = RunContext(settings, RunFolder(root), dataset, task)
     _check_data(context, report)
@@ -160,7 +159,7 @@ def _unmeasured(report: Report, target: Target) -> str | None:
     return "the report has no results of it"
 
 
-def _variants(root: Path) -> list[Variant]:
+def _variants(root: Path) -> list[RunVariant]:
     stages = [artifact.read_json(path) for path in sorted(root.glob(f"[0-9][0-9]-*/{DONE_FILE}"))]
     return [
         v for stage in stages if "variants" in stage for v in StageResult.from_json(stage).variants
@@ -169,7 +168,7 @@ def _variants(root: Path) -> list[Variant]:
 
 def _elsewhere(report: Report) -> str:
     """Return how this machine and its versions differ from those of the report."""
-    here, then = environment.describe(), report.provenance
+    here, then = environment.describe_machine(), report.provenance
     pairs = [(then.device, here.get("device", {})), (then.versions, here.get("versions", {}))]
     return ", ".join(
         f"{key}: {before[key]} then, {now.get(key)} now"

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from compress import artifact
-from compress.artifact import Finding
+from compress.artifact import FileProblem
 from compress.errors import RunError
 from compress.progress import track
 from compress.report.reading import check_schema
-from compress.report.run_folder import RUN_FILE
-from compress.report.run_lock import LOCK_FILE
+from compress.report.run_folder import LOCK_FILE, RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Verification:
 
     run: str
     files: tuple[str, ...]  # checked, in the order they were made
-    findings: tuple[Finding, ...]
+    findings: tuple[FileProblem, ...]
     unrecorded: tuple[str, ...]  # files that lie there and that no stage recorded; no fault
 
     @property
@@ -35,7 +34,7 @@ class Verification:
         return {**asdict(self), "intact": self.intact}
 
 
-def verify(run: Path) -> Verification:
+def verify_files(run: Path) -> Verification:
     """Return whether the files of ``run`` are those that its stages wrote.
 
     **Method:** each file that run.json lists is read whole and its SHA-256 compared with the
@@ -51,13 +50,13 @@ def verify(run: Path) -> Verification:
     record = _record(run)
     entries = record["artifacts"]
     hashes = {entry["sha256"] for entry in entries}
-    findings: list[Finding] = []
+    findings: list[FileProblem] = []
     for entry in track(entries, f"verify {run.name}"):
-        finding = artifact.check(run, entry["path"], entry["sha256"])
+        finding = artifact.check_file(run, entry["path"], entry["sha256"])
         findings += [finding] if finding else []
         parent = entry.get("parent")
         if parent and parent not in hashes:
-            findings.append(Finding(entry["path"], "parent unknown", "a recorded file", parent))
+            findings.append(FileProblem(entry["path"], "parent unknown", "a recorded file", parent))
     listed = {entry["path"] for entry in entries}
     return Verification(
         run=run.name,

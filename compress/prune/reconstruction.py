@@ -85,14 +85,12 @@ def refit(
         pairs = list(_pairs(pruned, original, plan, images))
         count = sum(map(len, images))
         known, fitted = (Replay(net, images[0][:1], count) for net in (original, pruned))
-        ready: Iterator[_Pair] = (
+        ready: Iterator[_LayerFit] = (
             pair for some in _portions(pairs) for pair in _asked(some, known, images)
         )
         for pair in track(ready, "refit", len(pairs)):
             _fit(pair, fitted, images)
-    if training_batches is None:
-        training_batches = batches
-    return rebase_batchnorm(pruned, training_batches)
+    return rebase_batchnorm(pruned, batches if training_batches is None else training_batches)
 
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -104,7 +102,7 @@ class _EnoughSeen(Exception):  # noqa: N818 - not an error: it ends a forward pa
 
 
 @dataclass
-class _Pair:
+class _LayerFit:
     """One layer in both networks, and what the original answered there at places drawn for it."""
 
     layer: Layer
@@ -185,7 +183,7 @@ def _rows(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Ten
 
 def _pairs(
     pruned: nn.Module, original: nn.Module, plan: PrunePlan, images: Sequence[Tensor]
-) -> Iterator[_Pair]:
+) -> Iterator[_LayerFit]:
     """Yield the layers that can be fitted, in the order in which they first run."""
     before = dict(original.named_modules())
     layers = _layers(pruned, images[0][:1])
@@ -200,12 +198,12 @@ def _pairs(
         join = added.get(before[name])
         if join is not None and join.norm is not None:
             join = dataclasses.replace(join, norm=left[join.norm])
-        yield _Pair(layer, before[name], kept, calls, len(images), join)
+        yield _LayerFit(layer, before[name], kept, calls, len(images), join)
 
 
-def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
+def _portions(pairs: Sequence[_LayerFit]) -> Iterator[list[_LayerFit]]:
     """Yield the pairs in portions whose answers fit into memory together."""
-    portion: list[_Pair] = []
+    portion: list[_LayerFit] = []
     for pair in pairs:
         if portion and sum(each.mib for each in portion) + pair.mib > ANSWERS_MIB:
             yield portion
@@ -215,10 +213,12 @@ def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
         yield portion
 
 
-def _asked(pairs: Sequence[_Pair], original: Replay, images: Sequence[Tensor]) -> Iterator[_Pair]:
+def _asked(
+    pairs: Sequence[_LayerFit], original: Replay, images: Sequence[Tensor]
+) -> Iterator[_LayerFit]:
     """Run the original once for all ``pairs``, yield them, and forget each one's answers after."""
 
-    def note(pair: _Pair) -> Show:
+    def note(pair: _LayerFit) -> Show:
         return lambda _input, answer, other: pair.note(answer, other)
 
     notes = [_Note(pair.before, pair.calls, pair.join, note(pair)) for pair in pairs]
@@ -254,7 +254,7 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     return [(name, modules[name], count) for name, count in calls.items()]
 
 
-def _fit(pair: _Pair, pruned: Replay, images: Sequence[Tensor]) -> None:
+def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
     """Collect the normal equations of one layer over all images, and solve them."""
     squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)

@@ -21,6 +21,8 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
     Raises:
         QuantizationError: the plan names a node that is not there or does not fit.
     """
+    if not plan.equalization and not plan.biases:
+        return model
     graph = EditableGraph(model)
     nodes = {node.name or "": node for node in graph.nodes}
     for step in plan.equalization:
@@ -42,7 +44,8 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
 
 def rewrite_for(model: ModelProto, target: str) -> ModelProto:
     """Return ``model`` with ops written as others that ``target`` computes in int8."""
-    if target != "onnxruntime":  # the others fuse a BatchNorm into what is around it
+    normalized = any(node.op_type == "BatchNormalization" for node in model.graph.node)
+    if target != "onnxruntime" or not normalized:  # the others fuse one into what is around it
         return model
     graph = EditableGraph(model)
     for node in graph.of_type("BatchNormalization"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,27 +11,31 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress import progress
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import write_qdq
-from compress.quantize.activations import Activation, activation_of, identity
+from compress.quantize.activations import ActivationFunction, activation_of, identity
 from compress.quantize.images import Feed
-from compress.quantize.layerwise import channel_means, layers
+from compress.quantize.layerwise import QuantizedLayer, channel_means, layers, some_positions
 from compress.quantize.sessions import session_of, with_outputs
 
 _STEPS = 3
 _ELEMENTS = 40_000_000  # of the largest tensor, for all images that a correction looks at
-_POSITIONS = 8192  # of a channel, that the steps towards its mean look at
 _MOST = 0.5  # standard deviations that a bias may move
+_NEAR = 3e-4  # and within how many of them a mean is met
 
 
-FloatMeans = dict[object, dict[str, NDArray[np.float64]]]  # by rescaling and number of images
+FloatMeans = dict[int, dict[str, NDArray[np.float64]]]  # of each channel, by number of images
 
 
 def correct_biases(
-    prepared: ModelProto, plan: QuantPlan, feed: Feed, known: FloatMeans | None = None
+    prepared: ModelProto,
+    plan: QuantPlan,
+    feed: Feed,
+    known: FloatMeans | None = None,
+    choose: Callable[[QuantizedLayer], NDArray[np.float32] | None] | None = None,
 ) -> QuantPlan:
     """Return ``plan`` with biases that undo the shift of means, layer by layer.
 
@@ -44,33 +49,39 @@ def correct_biases(
         feed: Images, by input name.
         known: Means of the float graph that were found before, for one graph and images that begin
             alike; what is found here is added.
+        choose: Gives a layer another weight before its bias is corrected, or None.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.2, with measured means.
     """
     feed = fewer(prepared, feed)
     corrected = apply_corrections(prepared, plan.changed(biases={}))
-    graph = Graph(rewrite_for(corrected, plan.target))
-    own = {node.name for node in Graph(prepared).nodes if node.op_type in _CORRECTED}
+    graph = GraphIndex(rewrite_for(corrected, plan.target))
+    own = {node.name for node in GraphIndex(prepared).nodes if node.op_type in _CORRECTED}
     names = [n for n in place(graph, plan.target, plan.float_nodes).weights if n in own]
     nodes = {node.name: node for node in graph.nodes}
     activations = {name: activation_of(graph, nodes[name]) for name in names}
     known = {} if known is None else known
-    key = (plan.equalization, len(next(iter(feed.values()))))
+    images = len(next(iter(feed.values())))
     outputs = [a.output for a in activations.values()]
-    if not known.get(key, {}).keys() >= set(outputs):
-        known[key] = float_means(corrected, feed, outputs)
-    wanted = known[key]
+    if not known.get(images, {}).keys() >= set(outputs):
+        known[images] = float_means(prepared, feed, outputs)
+    factors = {step.producer: np.asarray(step.factors) for step in plan.equalization}
+    wanted = {
+        name: known[images][a.output] / factors.get(name, 1.0) for name, a in activations.items()
+    }
     biases = dict(plan.biases)
     written = write_qdq(prepared, plan, float_bias=True)
     with progress.task("Correcting biases", len(names)) as counter:
-        for layer in layers(written, feed, names):
+        for layer in layers(written, feed, names, outputs=choose is None):
             activation = activations[layer.node.name]
-            output = layer.run()
-            shift = find_shift(output, activation, wanted[activation.output])
+            output = layer.run(None if choose is None else choose(layer))
+            some = some_positions(output, images)
+            shift = find_shift(some, activation, wanted[layer.node.name])
             shape = [1] * output.ndim
             shape[1] = -1
-            layer.outgoing = output + shift.reshape(shape).astype(output.dtype)
+            output += shift.reshape(shape).astype(output.dtype)
+            layer.outgoing = output
             old = 0.0 if layer.bias is None else layer.bias.reshape(-1).astype(np.float64)
             biases[layer.node.name] = tuple(float(b) for b in old + shift)
             counter.advance()
@@ -81,45 +92,39 @@ _CORRECTED = frozenset({"Conv", "Gemm", "ConvTranspose"})  # with a bias of thei
 
 
 def find_shift(
-    output: NDArray[Any], activation: Activation, wanted: NDArray[np.float64]
+    output: NDArray[Any], activation: ActivationFunction, wanted: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return what to add to each channel, (C,), that gives ``wanted`` means after the activation.
 
-    Newton's method, its steps on some positions of ``output``; a channel whose activation passes
-    nothing on is left alone.
+    Newton's method; a channel whose activation passes nothing on is left alone.
+
+    Args:
+        output: Of the layer, at some positions, (P, C).
+        activation: What follows it.
+        wanted: Means of the float network at the same positions, (C,).
     """
     if activation.value is identity:
         return wanted - channel_means(output)
-    some = _positions(output)
-    limit = _MOST * some.std(axis=0, dtype=np.float64)
-    # what the mean over all positions has beyond that over some
-    beyond = channel_means(activation.value(output)) - channel_means(activation.value(some))
-    wanted = wanted - beyond
+    spread = output.std(axis=0, dtype=np.float64)
     shift = np.zeros(output.shape[1])
     best, least = shift, np.full(output.shape[1], np.inf)
     for left in range(_STEPS, -1, -1):
-        moved = some + shift.astype(output.dtype)
+        moved = output + shift.astype(output.dtype)
         missing = wanted - channel_means(activation.value(moved))
         better = np.abs(missing) < least
         best, least = np.where(better, shift, best), np.where(better, np.abs(missing), least)
-        if left:
-            slope = channel_means(activation.slope(moved))
-            step = np.where(slope > 0.01, missing / np.maximum(slope, 0.01), 0.0)
-            shift = np.clip(shift + step, -limit, limit)
+        if not left or np.all(least <= _NEAR * spread):
+            break
+        slope = channel_means(activation.slope(moved))
+        step = np.where(slope > 0.01, missing / np.maximum(slope, 0.01), 0.0)
+        shift = np.clip(shift + step, -_MOST * spread, _MOST * spread)
     return best
-
-
-def _positions(output: NDArray[Any]) -> NDArray[Any]:
-    """Return evenly spaced values of each channel of ``output``, (P, C)."""
-    rows = np.moveaxis(output, 1, -1).reshape(-1, output.shape[1])
-    stride = len(rows) // _POSITIONS | 1  # odd: it walks over all columns
-    return np.ascontiguousarray(rows[::stride])
 
 
 def fewer(prepared: ModelProto, feed: Feed) -> Feed:
     """Return as many images of ``feed`` as fit in memory layer by layer, at least eight."""
     largest = 1
-    for shape in Graph(prepared).shapes.values():
+    for shape in GraphIndex(prepared).shapes.values():
         largest = max(largest, math.prod(d or 1 for d in shape[1:]) if shape else 1)
     count = max(_ELEMENTS // largest, 8)
     return {name: array[:count] for name, array in feed.items()}
@@ -128,7 +133,7 @@ def fewer(prepared: ModelProto, feed: Feed) -> Feed:
 def float_means(
     model: ModelProto, feed: Feed, names: list[str], batch: int = 8
 ) -> dict[str, NDArray[np.float64]]:
-    """Return the mean of each channel, (C,), of tensors of a float graph."""
+    """Return the mean of each channel, (C,), of tensors of a float graph, at some positions."""
     session = session_of(with_outputs(model, names))
     count = len(next(iter(feed.values())))
     sums: dict[str, NDArray[np.float64]] = {}
@@ -136,5 +141,5 @@ def float_means(
         part = {name: array[start : start + batch] for name, array in feed.items()}
         share = len(next(iter(part.values()))) / count
         for name, value in zip(names, session.run(names, part), strict=True):
-            sums[name] = sums.get(name, 0.0) + channel_means(value) * share
+            sums[name] = sums.get(name, 0.0) + channel_means(some_positions(value, count)) * share
     return sums

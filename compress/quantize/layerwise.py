@@ -11,37 +11,44 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from compress.graph.model import Graph, reads
+from compress.graph.model import GraphIndex, attribute, reads
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
 
 Values = dict[str, NDArray[Any]]
+_POSITIONS = 4096  # of a channel, whose mean stands for that of all
 
 
 @dataclass
-class Layer:
+class QuantizedLayer:
     """A weighted node whose input, as the quantized network makes it, is known.
 
     Args:
         graph: The Q/DQ graph.
         node: The weighted node in the Q/DQ graph; its weight may be given another value.
         incoming: Its dequantized input, (B, C, ...).
-        weight: Its dequantized weight.
-        bias: Its float bias, or None.
+        output: What it makes of that, without its activation; None where nobody asked.
     """
 
-    graph: Graph
+    graph: GraphIndex
     node: NodeProto
     incoming: NDArray[Any]
-    weight: NDArray[Any]
-    bias: NDArray[Any] | None
+    output: NDArray[Any] | None = None
     outgoing: NDArray[Any] | None = None  # what the rest of the graph is to read
+
+    @property
+    def bias(self) -> NDArray[Any] | None:
+        """Its float bias, or None."""
+        return self.graph.constant(self.node.input[2]) if len(self.node.input) > 2 else None
 
     def run(self, weight: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return the output of the layer, without its activation, for another weight or its own."""
-        feed = {"x": self.incoming, "w": self.weight if weight is None else weight}
-        if self.bias is not None:
-            feed["b"] = self.bias
+        if weight is None and self.output is not None:
+            return self.output
+        own = _weight(self.graph, self.node) if weight is None else weight
+        feed = {"x": self.incoming, "w": own}
+        if (bias := self.bias) is not None:
+            feed["b"] = bias
         node = NodeProto()
         node.CopyFrom(self.node)
         del node.input[:]
@@ -51,7 +58,9 @@ class Layer:
         return value
 
 
-def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[Layer]:
+def layers(
+    written: ModelProto, feed: Feed, names: Sequence[str], *, outputs: bool = False
+) -> Iterator[QuantizedLayer]:
     """Yield the layers ``names`` of a Q/DQ graph in order, each fed by the ones before.
 
     What the caller puts in ``outgoing`` is what later layers see. Memory holds the tensors that
@@ -61,44 +70,53 @@ def layers(written: ModelProto, feed: Feed, names: Sequence[str]) -> Iterator[La
         written: A float graph, or a Q/DQ graph with float biases.
         feed: Images.
         names: Weighted nodes whose weight is constant or comes from a DequantizeLinear.
+        outputs: Compute the output of each layer too, at once with what lies before it.
     """
-    graph = Graph(written)
+    graph = GraphIndex(written)
     wanted = set(names)
     last_use = _last_uses(graph)
     values: Values = dict(feed)
     pending: list[NodeProto] = []
     for position, node in enumerate(graph.nodes):
-        if node.name not in wanted:
+        if outputs or node.name not in wanted:
             pending.append(node)
+        if node.name not in wanted:
             continue
-        values = _advance(graph, pending, values, last_use, position, node)
+        ends = [node.output[0]] if outputs else []
+        values = _advance(graph, pending, values, last_use, position, node, ends)
         pending = []
-        bias = graph.constant(node.input[2]) if len(node.input) > 2 else None
-        layer = Layer(graph, node, values[node.input[0]], _weight(graph, node), bias)
+        layer = QuantizedLayer(graph, node, values[node.input[0]], *(values[name] for name in ends))
         yield layer
         values[node.output[0]] = layer.run() if layer.outgoing is None else layer.outgoing
         values = {name: v for name, v in values.items() if last_use.get(name, -1) > position}
 
 
-def _weight(graph: Graph, node: NodeProto) -> NDArray[Any]:
+def _weight(graph: GraphIndex, node: NodeProto) -> NDArray[Any]:
     constant = graph.constant(node.input[1])
     if constant is not None:
         return constant
     dequantize = graph.producer[node.input[1]]
-    (value,) = _run(graph, [dequantize], {}, [node.input[1]])
-    return value
+    codes, scales, zeros = (graph.constant(name) for name in dequantize.input)
+    if codes is None or scales is None or zeros is None:
+        raise TypeError(f"{node.name} has no constant weight")
+    shape = [1] * codes.ndim
+    if scales.ndim:
+        shape[attribute(dequantize, "axis", 1)] = -1
+    steps = codes.astype(np.float32) - zeros.reshape(shape)
+    return np.asarray(steps * scales.reshape(shape), np.float32)
 
 
 def _advance(
-    graph: Graph,
+    graph: GraphIndex,
     pending: list[NodeProto],
     values: Values,
     last_use: dict[str, int],
     position: int,
     node: NodeProto,
+    ends: Sequence[str],
 ) -> Values:
     made = [name for step in pending for name in step.output if name]
-    wanted = [name for name in made if last_use.get(name, -1) >= position]
+    wanted = [name for name in made if name in ends or last_use.get(name, -1) >= position]
     wanted = [name for name in wanted if name != node.input[1]]
     if wanted:
         needed = _needed(pending, wanted)
@@ -106,7 +124,7 @@ def _advance(
         feed = {name: value for name, value in values.items() if name in read}
         found = _run(graph, needed, feed, wanted)
         values = values | dict(zip(wanted, found, strict=True))
-    return {name: value for name, value in values.items() if last_use.get(name, -1) >= position}
+    return {n: value for n, value in values.items() if n in ends or last_use.get(n, -1) >= position}
 
 
 def _needed(pending: list[NodeProto], wanted: Sequence[str]) -> list[NodeProto]:
@@ -118,17 +136,17 @@ def _needed(pending: list[NodeProto], wanted: Sequence[str]) -> list[NodeProto]:
     return kept[::-1]
 
 
-def _last_uses(graph: Graph) -> dict[str, int]:
+def _last_uses(graph: GraphIndex) -> dict[str, int]:
     return {name: i for i, node in enumerate(graph.nodes) for name in reads(node)}
 
 
-def _constants(graph: Graph, nodes: Sequence[NodeProto]) -> list[onnx.TensorProto]:
+def _constants(graph: GraphIndex, nodes: Sequence[NodeProto]) -> list[onnx.TensorProto]:
     read = {name for node in nodes for name in reads(node)}
     return [tensor for name, tensor in graph.initializers.items() if name in read]
 
 
 def _run(
-    graph: Graph,
+    graph: GraphIndex,
     nodes: Sequence[NodeProto],
     feed: Values,
     outputs: Sequence[str],
@@ -148,6 +166,16 @@ def _run(
     )
     found: list[NDArray[Any]] = session_of(model, float_qdq=True).run(list(outputs), feed)
     return found
+
+
+def some_positions(values: NDArray[Any], images: int) -> NDArray[Any]:
+    """Return evenly spaced values of each channel, (P, C), of ``values``, (B, C, ...).
+
+    The same ones of each image, whichever of the ``images`` are in this batch.
+    """
+    rows = values.reshape(*values.shape[:2], -1)
+    stride = images * rows.shape[2] // _POSITIONS | 1  # odd: it walks over all columns
+    return np.ascontiguousarray(rows[:, :, ::stride].swapaxes(1, 2)).reshape(-1, rows.shape[1])
 
 
 def channel_means(values: NDArray[Any], axis: int = 1) -> NDArray[np.float64]:

@@ -31,8 +31,8 @@ def equalization(bench: Workbench, alpha: float = 0.5) -> QuantPlan:
 
 
 def rounding(bench: Workbench) -> QuantPlan:
-    """Weights rounded with feedback, then biases corrected."""
-    return bench.corrected(bench.rounded(bench.ranges()))
+    """Weights rounded with feedback and biases corrected, layer by layer."""
+    return bench.rounded(bench.ranges())
 
 
 def nncf(bench: Workbench) -> QuantPlan:
@@ -41,6 +41,7 @@ def nncf(bench: Workbench) -> QuantPlan:
     return begin_below_zero(plan, bench.prepared)
 
 
+ALL_FLOAT = "nothing is int8: all of it stays in float"
 METHODS: Mapping[str, Method] = {
     "auto": auto,
     "plain": plain,
@@ -75,5 +76,6 @@ def plan_by(method: str, bench: Workbench) -> QuantPlan:
             fix="Export the network with a dynamic batch, or use method 'plain'",
         )
     made = METHODS[method](bench)
-    notes = (*decided(made.notes), *bench.notes(made))
+    told = decided(made.notes) if made.activations else [ALL_FLOAT]
+    notes = (*told, *bench.notes(made))
     return made.changed(method=method, notes=notes, trials=made.notes)

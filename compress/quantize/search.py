@@ -11,7 +11,7 @@ from compress import progress
 from compress.qdq.plan import QuantPlan
 from compress.quantize.images import Feed
 from compress.quantize.sparing import spare_layers
-from compress.quantize.sqnr import Closeness, mean_db, shown, weakest_db
+from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
 from compress.quantize.workbench import TRIED, Workbench, first
 
 _GAIN_DB = 0.05  # less than this is noise
@@ -37,7 +37,10 @@ def auto(bench: Workbench) -> QuantPlan:
     def rounded(plan: QuantPlan, feed: Feed) -> QuantPlan:
         return bench.rounded(plan, feed)
 
-    search = _Search(bench)
+    observed = bench.ranges()
+    if not observed.activations:  # nothing that the target computes in int8
+        return observed
+    search = _Search(bench, observed)
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
@@ -59,7 +62,7 @@ def auto(bench: Workbench) -> QuantPlan:
             if not search.attempt(what, _EQUALIZATION, ranges, *steps, within_db=_NEAR_DB):
                 break
         what = "rounding with feedback and bias correction"
-        search.attempt(what, _ROUNDING, search.best, rounded, corrected)
+        search.attempt(what, _ROUNDING, search.best, rounded, instead_of=corrected)
         return search.refitted()
 
 
@@ -89,12 +92,11 @@ class Trial:
 
 
 class _Search:
-    counter: progress.Task
+    counter: progress.ProgressTask
 
-    def __init__(self, bench: Workbench) -> None:
+    def __init__(self, bench: Workbench, plan: QuantPlan) -> None:
         self.bench = bench
         self.few = first(bench.fitted, TRIED)
-        plan = bench.ranges()
         self.best = self.plain = Trial(plan, (), bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
@@ -109,20 +111,35 @@ class _Search:
             self.notes.append(f"{', '.join(sorted(spared))} in float: {told}, kept")
 
     def attempt(
-        self, what: str, effort: float, start: Trial, *steps: Step, within_db: float = 0.0
+        self,
+        what: str,
+        effort: float,
+        start: Trial,
+        *steps: Step,
+        within_db: float = 0.0,
+        instead_of: Step | None = None,
     ) -> bool:
         """Take further steps from ``start``; keep the result if it is the best so far.
+
+        Args:
+            what: Its name in the notes.
+            effort: For the time left.
+            start: What the steps are taken from.
+            steps: Each makes another plan.
+            within_db: By how much a result is still near the best.
+            instead_of: A step of ``start`` that these do anew.
 
         Returns:
             Whether it was kept, or falls behind the best by less than ``within_db``.
         """
         plan = start.plan.changed(notes=())
         for step in steps:
-            before, plan = plan, step(plan, self.few)
-            if plan is before:  # nothing there to scale
+            last, plan = plan, step(plan, self.few)
+            if plan is last:  # nothing there to scale
                 self.counter.advance(effort)
                 return False
-        found = Trial(plan, (*start.steps, *steps), self.bench.judge(plan))
+        before = tuple(step for step in start.steps if step is not instead_of)
+        found = Trial(plan, (*before, *steps), self.bench.judge(plan))
         falls = found.falls_below(self.plain)
         kept = not falls and found.exceeds(self.best)
         verdict = "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
@@ -150,8 +167,8 @@ class _Search:
 
 def _told(found: Closeness) -> str:
     """Return the SQNR of one output, or of the weakest and of all together, for people to read."""
-    together = shown(mean_db(found.each_db))
+    together = sqnr_text(mean_db(found.each_db))
     if len(found.each_db) > 1:
-        together = f"weakest output {shown(weakest_db(found.each_db))}, all together {together}"
+        together = f"weakest output {sqnr_text(weakest_db(found.each_db))}, all together {together}"
     typical = "" if math.isnan(found.mean_db) else f", a typical image {found.mean_db:.2f} dB"
     return f"{together}{typical}"

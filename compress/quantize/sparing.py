@@ -9,7 +9,7 @@ from onnx import ModelProto
 
 from compress import progress
 from compress.errors import ModelError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.measure.macs import node_macs
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
@@ -34,13 +34,13 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """
     if not bench.judge(plan).weakest_db < POOR_DB:
         return plan
-    graph = Graph(bench.prepared)
+    graph = GraphIndex(bench.prepared)
     shares = _shares(bench)
     with progress.task("Looking for layers that need float"):
         for _ in range(MOST_LAYERS):
             names = list(place(graph, bench.target, plan.float_nodes).weights)
             found = _worst_layer(bench, plan, names)
-            if found is None:
+            if found is None:  # no run of layers costs enough
                 break
             share = shares.get(next(n.output[0] for n in graph.nodes if n.name == found), 0.0)
             better = plan.keep_float([found], TRIED)
@@ -79,15 +79,29 @@ def _shares(bench: Workbench) -> dict[str, float]:
 
 
 def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str | None:
-    """Return the layer whose being in float helps most, as far as halving tells."""
+    """Return the layer whose being in float helps most, as far as halving tells.
+
+    None where no run of layers brings what one of them would have to.
+    """
     if len(names) < 2:
         return None
-    parts = _split(names, _PARTS)
+
+    def without(part: Sequence[str]) -> float:
+        return bench.screened_db(plan.keep_float(part, TRIED))
+
+    least = bench.screened_db(plan) + _GAIN_DB
+    found = {tuple(part): without(part) for part in _split(names, _PARTS)}
     while True:
-        best = max(parts, key=lambda part: bench.screened_db(plan.keep_float(part, TRIED)))
+        best = max(found, key=lambda part: found[part])
+        if found[best] < least:
+            return None
         if len(best) == 1:
             return best[0]
-        parts = _split(best, 2)
+        one, other = _split(best, 2)
+        left = found[best]
+        found = {tuple(one): without(one)}
+        if found[tuple(one)] < left:  # else the other half has nothing to add
+            found[tuple(other)] = without(other)
 
 
 def _split(names: Sequence[str], count: int) -> list[Sequence[str]]:

@@ -123,9 +123,16 @@ def closeness(
     reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]], images: int
 ) -> Closeness:
     """Return how close outputs come to ``reference``, both (B, ...), of ``images`` images."""
-    pairs = list(zip(reference, candidate, strict=True))
-    each = tuple(sqnr_each(reference, candidate))
-    return Closeness(each, tuple(_by_image_db(*pair, images) for pair in pairs))
+    each, by_image = [], []
+    for want, got in zip(reference, candidate, strict=True):
+        rows = images if len(want) % images == 0 else 1  # else nobody knows what is whose
+        error, power = _squares(want, got, rows)
+        each.append(_db(error, power))
+        known = not math.isnan(power)
+        share = np.nan_to_num(error * (rows / power if known else 1), nan=math.inf, posinf=math.inf)
+        noise_db = -10 * np.log10(np.clip(share, _EXACT, 1 / _EXACT))
+        by_image.append(noise_db if known else np.full(1, math.nan))
+    return Closeness(tuple(each), tuple(by_image))
 
 
 def sqnr_db(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]) -> float:
@@ -139,7 +146,8 @@ def sqnr_db(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]
 
 def sqnr_each(reference: Sequence[NDArray[Any]], candidate: Sequence[NDArray[Any]]) -> list[float]:
     """Return the SQNR of each output, decibels; NaN where it is the same for all images."""
-    return [_one_db(*pair) for pair in zip(reference, candidate, strict=True)]
+    pairs = zip(reference, candidate, strict=True)
+    return [_db(*_squares(want, got, len(want))) for want, got in pairs]
 
 
 def mean_db(values: Sequence[float]) -> float:
@@ -153,31 +161,37 @@ def weakest_db(values: Sequence[float]) -> float:
     return min((value for value in values if not math.isnan(value)), default=math.nan)
 
 
-def shown(value_db: float) -> str:
+def sqnr_text(value_db: float) -> str:
     """Return an SQNR for people to read."""
     if math.isnan(value_db):
         return "undefined SQNR: constant on these images"
     return f"{value_db:.2f} dB"
 
 
-def _one_db(want: NDArray[Any], got: NDArray[Any]) -> float:
+def _squares(want: NDArray[Any], got: NDArray[Any], rows: int) -> tuple[NDArray[np.float64], float]:
+    """Return the squared error of each of ``rows`` parts, (R,), and the power of all.
+
+    The power is NaN where ``want`` is the same for all images.
+    """
     if _is_constant(want):
+        return np.zeros(1), math.nan
+    error, power = np.empty(rows), 0.0
+    for row, (one, other) in enumerate(
+        zip(want.reshape(rows, -1), got.reshape(rows, -1), strict=True)
+    ):
+        value = one.astype(np.float64)
+        power += float(value @ value)
+        value -= other
+        error[row] = value @ value
+    return error, power
+
+
+def _db(error: NDArray[np.float64], power: float) -> float:
+    if math.isnan(power):
         return math.nan
-    power = float(np.square(want, dtype=np.float64).sum())
-    error = float(np.square(want.astype(np.float64) - got).sum())
-    if not math.isfinite(error):
+    if not np.isfinite(error).all():
         return -math.inf
-    return -10 * math.log10(max(error / power, 1e-30))
-
-
-def _by_image_db(want: NDArray[Any], got: NDArray[Any], images: int) -> NDArray[np.float64]:
-    if _is_constant(want):
-        return np.full(1, math.nan)
-    rows = images if len(want) % images == 0 else 1  # else nobody knows what is whose
-    error = np.square(want.astype(np.float64) - got).reshape(rows, -1).sum(1)
-    power = float(np.square(want, dtype=np.float64).sum()) / rows
-    share = np.nan_to_num(error / power, nan=math.inf, posinf=math.inf)
-    return np.asarray(-10 * np.log10(np.clip(share, _EXACT, 1 / _EXACT)), np.float64)
+    return -10 * math.log10(max(float(error.sum()) / power, 1e-30))
 
 
 def _is_constant(values: NDArray[Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The tables of the report, once for every format: what each column holds, and every cell."""
+"""The tables of the report, once for every format: configurations, columns, cells."""
 
 from __future__ import annotations
 
@@ -6,10 +6,34 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from compress.report import numbers as figures
-from compress.report.configuration import place_name, setting_of
 from compress.report.schema import Interval, Report, Result, Variant
 from compress.report.verdict import SAME, accuracy_differs, accuracy_of, speed_differs
 from compress.statistics import undecided
+
+Setting = tuple[str, str, int, int | None]  # runtime, device, batch, threads
+
+
+def settings(report: Report) -> list[Setting]:
+    """Return every setting that has results, in order of appearance."""
+    results = [result for variant in report.variants for result in variant.results]
+    return list(dict.fromkeys(map(setting_of, results)))
+
+
+def setting_of(result: Result) -> Setting:
+    """Return what two results must share to be compared in speed."""
+    return (result.runtime, result.device, result.batch, result.threads)
+
+
+def setting_name(setting: Setting) -> str:
+    """Return a setting in words: "onnxruntime cpu, 2 threads, batch 1"."""
+    return f"{place_name(setting)}, batch {setting[2]}"
+
+
+def place_name(setting: Setting) -> str:
+    """Return a setting but for its batch: "onnxruntime cpu, 2 threads"."""
+    runtime, device, _, threads = setting
+    many = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    return f"{runtime} {device}{many}"
 
 
 @dataclass(frozen=True)

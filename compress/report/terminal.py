@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.report import numbers
-from compress.report.configuration import Setting, setting_name, setting_of, settings
 from compress.report.schema import Gate, Report, Result, Variant
+from compress.report.tables import Setting, setting_name, setting_of, settings
 from compress.report.verdict import accuracy_of, speed_differs
 
 if TYPE_CHECKING:

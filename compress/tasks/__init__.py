@@ -27,7 +27,7 @@ from compress.tasks._metrics import (
     Primary,
     agreement,
     class_metrics,
-    compare,
+    compare_metrics,
     mean_of,
     metrics,
     values_of,
@@ -51,7 +51,7 @@ __all__ = [
     "arrays_told",
     "channels_first",
     "class_metrics",
-    "compare",
+    "compare_metrics",
     "contributions",
     "default_task",
     "load_task",
@@ -261,7 +261,7 @@ def default_task(target: str) -> str:
         UsageError: there is none.
     """
     for name in plugins.names("tasks"):
-        if plugins.load("tasks", name).target == target:
+        if plugins.plugin_class("tasks", name).target == target:
             return name
     raise UsageError(f"no task is for labels of the form {target!r}", fix="Set task: NAME")
 

@@ -148,7 +148,7 @@ def class_metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metri
     return metrics
 
 
-def compare(
+def compare_metrics(
     task: Task, reference: Sequence[Contribution], candidate: Sequence[Contribution]
 ) -> dict[str, Change]:
     """Return candidate less reference of every metric, paired: both are drawn the same images.

@@ -15,7 +15,7 @@ from compress import models
 from compress.errors import ModelError, UnknownNameError, UsageError
 from compress.groups.proof import apply_pruning
 from compress.models.cifar import resnet8, resnet20
-from compress.models.references import check, class_option
+from compress.models.references import check_reference, class_option
 from compress.models.weights import read_weights
 from compress.prune import plan_pruning
 
@@ -109,9 +109,9 @@ def test_an_option_that_the_constructor_has_not_is_named(network_file):
 
 
 def test_checking_a_reference_does_not_build_it(network_file):
-    check(f"{network_file}:broken")
+    check_reference(f"{network_file}:broken")
     with pytest.raises(UnknownNameError):
-        check("torchvision:resnet81")
+        check_reference("torchvision:resnet81")
 
 
 def test_a_file_that_fails_to_import_is_named(tmp_path):
@@ -251,7 +251,7 @@ class Dense(nn.Module):
 def test_a_new_head_is_what_has_other_outputs_whatever_layer_that_is(tmp_path, monkeypatch):
     source = Dense(5)
     torch.save(source.state_dict(), tmp_path / "weights.pth")
-    monkeypatch.setattr("compress.models.build", lambda *_args, **_options: Dense(3))
+    monkeypatch.setattr("compress.models.construct", lambda *_args, **_options: Dense(3))
     model = models.load_model("own:Dense", tmp_path / "weights.pth", 3, new_head=True)
     assert model.head.out_channels == 3 and torch.equal(model.stem.weight, source.stem.weight)
 

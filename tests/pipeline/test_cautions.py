@@ -14,7 +14,7 @@ from compress.data import load_data
 from compress.models import load_model
 from compress.pipeline import cautions
 from compress.pipeline.report_rows import gates
-from compress.recipe.loading import validate
+from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant
 from compress.report.terminal import gate_sentence
@@ -33,7 +33,7 @@ def recipe(*stages, **changes):
         "targets": TARGETS,
         "measure": QUICK,
     }
-    return validate(content | changes, where="test")
+    return validate_recipe(content | changes, where="test")
 
 
 @pytest.fixture(scope="module")

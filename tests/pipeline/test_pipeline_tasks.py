@@ -22,7 +22,7 @@ from compress.data._augment import CHANCES, Chance, augment_with_labels
 from compress.errors import CompressError, UsageError
 from compress.modules.objective import TaskLoss
 from compress.pipeline.changed_images import drawn_changes
-from compress.recipe.loading import validate
+from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.tasks import load_task
 from compress.train import train
@@ -70,7 +70,7 @@ def content(root: Path, **changes: object) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     out = tmp_path_factory.mktemp("run")
-    assert compress.run(validate(content(root), where="test"), out) is not None
+    assert compress.run(validate_recipe(content(root), where="test"), out) is not None
     told: dict[str, object] = json.loads((out / "report.json").read_text())
     told["folder"] = out
     return told
@@ -110,7 +110,7 @@ def test_its_tables_have_its_metrics_and_no_top_1(report):
 
 
 def test_images_on_which_nothing_changed_are_not_drawn_as_changed(root):
-    dataset = load_data(validate(content(root), where="test").data)
+    dataset = load_data(validate_recipe(content(root), where="test").data)
     context: Any = SimpleNamespace(
         task=load_task("segmentation", classes=dataset.classes), dataset=dataset
     )
@@ -153,7 +153,7 @@ def test_boxes_on_small_images_are_drawn_enlarged_where_they_are(root, task):
 
 @pytest.mark.slow
 def test_its_metrics_are_those_of_the_file_that_ships(report, root):
-    recipe = validate(content(root), where="test")
+    recipe = validate_recipe(content(root), where="test")
     dataset = load_data(recipe.data, recipe.seed)
     row = report["variants"][-1]
     with compress.open_session(report["folder"] / row["artifact"], "onnxruntime") as session:
@@ -185,7 +185,7 @@ def test_its_metrics_are_those_of_the_file_that_ships(report, root):
 def test_what_does_not_fit_the_task_is_refused(root, tmp_path, changes, message):
     changes = {"stages": [], "targets": [], "gates": {}} | changes
     with pytest.raises(CompressError, match=message):
-        compress.run(validate(content(root, **changes), where="test"), tmp_path / "run")
+        compress.run(validate_recipe(content(root, **changes), where="test"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["ssd", "retinanet"])
@@ -198,7 +198,7 @@ def test_a_detector_of_images_with_classes_names_the_nearest_task(kind, tmp_path
     with pytest.raises(
         CompressError, match=r"classification does not .*\(4, \d+, \d+\).* detection"
     ):
-        compress.run(validate(recipe, where="test"), tmp_path / "run")
+        compress.run(validate_recipe(recipe, where="test"), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -210,13 +210,13 @@ def test_a_detector_is_pruned_on_images_without_labels(root, tmp_path):
         "stages": [{"prune": {"keep_macs": 0.7}}],
         "measure": {"rounds": 3, "round_ms": 1},
     }
-    assert compress.run(validate(recipe, where="test"), tmp_path / "run") is not None
+    assert compress.run(validate_recipe(recipe, where="test"), tmp_path / "run") is not None
     small = compress.load_model(tmp_path / "run" / "01-prune")  # of the 91 classes it comes with
     assert small.head.classification_head.num_columns == 91
 
 
 def test_the_best_checkpoint_is_that_of_the_primary_metric(root):
-    recipe = validate(content(root), where="test")
+    recipe = validate_recipe(content(root), where="test")
     dataset, task = load_data(recipe.data), load_task("segmentation", classes=("a", "b", "c"))
     model = compress.load_model("compress.models.cifar:unet", num_classes=3)
     settings = TrainSettings(epochs=3, batch_size=8, lr=0.05, keep="best")
@@ -245,7 +245,7 @@ def chances(count: int, **fixed: float) -> Tensor:
     ],
 )
 def test_masks_move_with_images(root, settings):
-    dataset = load_data(validate(content(root), where="test").data)
+    dataset = load_data(validate_recipe(content(root), where="test").data)
     index = np.arange(8)
     images, masks = dataset.splits["train"].take(index), targets_of(dataset.splits["train"], index)
     moved, moved_masks = augment_with_labels(images, masks, chances(8), settings, Tensor.float)

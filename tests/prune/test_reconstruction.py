@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import compress
 from compress.errors import UsageError
 from compress.groups import trace
-from compress.groups.plan import make_plan
+from compress.groups.plan import make_prune_plan
 from compress.prune import refit
 
 
@@ -29,7 +29,7 @@ def twins(first: nn.Conv2d, second: nn.Module, between: nn.Module | None = None)
 def without_channel_1(model: nn.Module, example: Tensor) -> tuple[nn.Module, compress.PrunePlan]:
     network = trace(model, example)
     group = network.groups[0]
-    plan = make_plan(network, {group.name: np.delete(np.arange(group.size), 1)})
+    plan = make_prune_plan(network, {group.name: np.delete(np.arange(group.size), 1)})
     return compress.apply_pruning(model, plan), plan
 
 
@@ -163,7 +163,7 @@ def test_what_one_branch_lost_the_one_that_runs_last_replaces(
     for first_last in (False, True):
         model = Branches(norm(), in_place=in_place, first_last=first_last).eval()
         network = trace(model, x[:1])
-        plan = make_plan(network, {"first.0": np.arange(2, 6)})
+        plan = make_prune_plan(network, {"first.0": np.arange(2, 6)})
         pruned = compress.apply_pruning(model, plan)
         before = (pruned(x) - model(x)).abs().mean()
         refit(pruned, model, plan, images(16))
@@ -205,7 +205,7 @@ def test_sums_are_the_same_ones_when_one_channel_is_left() -> None:
     torch.manual_seed(0)
     model = Gated().eval()
     x = torch.randn(8, 3, 9, 9)
-    plan = make_plan(trace(model, x[:1]), {"first": np.array([2])})
+    plan = make_prune_plan(trace(model, x[:1]), {"first": np.array([2])})
     pruned = compress.apply_pruning(model, plan)
     before = (pruned(x) - model(x)).square().mean()
     refit(pruned, model, plan, images(8))

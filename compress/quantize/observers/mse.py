@@ -51,8 +51,11 @@ class Mse:
         share = self._search(1.0, lambda s: noise.affine(low * s, high * s))
         bottom, top = low * share, high * share
         for _ in range(3 if low < 0 < high else 0):
+            before = bottom, top
             top = self._search(high, partial(noise.affine, bottom))
             bottom = self._search(low, partial(noise.affine, high=top))
+            if (bottom, top) == before:
+                break
         return bottom, top
 
     def _search(self, end: float, error: Error) -> float:
@@ -80,18 +83,25 @@ class Noise:
 
     def symmetric(self, limits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the summed error, (K,), of int8 with zero point 0 for each limit, (K,)."""
-        scale = (limits / 127)[:, None]
-        return self._of(np.clip(np.rint(self.centers / scale), -128, 127) * scale)
+        return self._of(limits / 127, np.zeros(1), -128)
 
     def affine(
         self, low: NDArray[np.float64] | float, high: NDArray[np.float64] | float
     ) -> NDArray[np.float64]:
         """Return the summed error, (K,), of uint8 between ``low`` and ``high``, (K,) or one."""
-        scale = np.atleast_1d((high - low) / 255)[:, None]
-        zero = np.rint(-np.atleast_1d(low)[:, None] / scale)
-        codes = np.clip(np.rint(self.centers / scale) + zero, 0, 255)
-        return self._of((codes - zero) * scale)
+        scale = np.atleast_1d((high - low) / 255)
+        return self._of(scale, np.rint(-np.atleast_1d(low) / scale), 0)
 
-    def _of(self, back: NDArray[np.float64]) -> NDArray[np.float64]:
-        made = (lambda v: v) if self.through is None else self.through
-        return np.asarray(np.square(made(back) - made(self.centers)) @ self.counts)
+    def _of(
+        self, scale: NDArray[np.float64], zero: NDArray[np.float64], lowest: int
+    ) -> NDArray[np.float64]:
+        codes = np.rint(self.centers / scale[:, None]) + zero[:, None]
+        codes = np.clip(codes, lowest, lowest + 255)
+        if self.through is None:
+            back, wanted = (codes - zero[:, None]) * scale[:, None], self.centers
+        else:  # of each code once: there are fewer of them
+            each = np.arange(lowest, lowest + 256) - zero[:, None]
+            values = self.through(each * scale[:, None])
+            back = np.take_along_axis(values, (codes - lowest).astype(np.intp), 1)
+            wanted = self.through(self.centers)
+        return np.asarray(np.square(back - wanted) @ self.counts)

@@ -12,7 +12,7 @@ from compress.errors import RecipeError
 from compress.graph.metadata import metadata
 from compress.packages import is_installed
 from compress.pipeline.task import prepared
-from compress.recipe.loading import validate
+from compress.recipe.loading import validate_recipe
 
 QUICK = ["--set", "measure.rounds=3", "--set", "measure.round_ms=5", "--method", "plain"]
 
@@ -120,7 +120,7 @@ def test_what_nobody_said_of_the_images_is_told(tmp_path, pictures, size, given,
     data = {"name": "images", "root": str(pictures)} | given
     content = {"model": {"name": str(path)}, "data": data, "stages": ["quantize"]}
     content["targets"] = [{"runtime": "onnxruntime"}]
-    told = prepared(validate(content, where="test"))[0].assumed
+    told = prepared(validate_recipe(content, where="test"))[0].assumed
     parts = told.split(" and ") if told else []
     assert [each.split(" less ")[0].split(" (")[0] for each in parts] == assumed
 
@@ -144,10 +144,10 @@ def test_a_gate_that_no_figure_can_meet_is_refused(tmp_path, pictures, task, gat
         "gates": {gate: 1},
     }
     if said is None:
-        assert prepared(validate(content, where="test"))[1].agreement_unit == "pct"
+        assert prepared(validate_recipe(content, where="test"))[1].agreement_unit == "pct"
         return
     with pytest.raises(RecipeError, match=f"gates.{gate}: .*{said}"):
-        prepared(validate(content, where="test"))
+        prepared(validate_recipe(content, where="test"))
 
 
 @pytest.mark.skipif(not is_installed("tensorrt_rtx"), reason="tensorrt_rtx is not installed")

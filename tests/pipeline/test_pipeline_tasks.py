@@ -129,7 +129,7 @@ def test_images_on_which_nothing_changed_are_not_drawn_as_changed(root):
 
 @pytest.mark.parametrize("task", ["detection", {"fidelity": {"of": "detection"}}])
 def test_boxes_on_small_images_are_drawn_enlarged_where_they_are(root, task):
-    dataset = load_data(validate(content(root), where="test").data)
+    dataset = load_data(validate_recipe(content(root), where="test").data)
     chosen: Any = load_task(task, classes=dataset.classes)
     object.__setattr__(chosen, "kinds", {})  # nothing is wanted: the data has masks
     row = np.array([[4.0, 2, 12, 10, 0.9, 1]], np.float32)  # of 16 x 20 pixels

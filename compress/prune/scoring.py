@@ -100,7 +100,8 @@ def _check_choice(rows: list[Floats], criterion: Criterion, needs: tuple[Need, .
     if len(values) < 2 or (values != values[0]).any():
         return
     fix = (
-        "Give batches and a loss= whose gradient reaches the network"
+        "Give trained weights: outputs of an untrained network may not depend on its images; or "
+        "use the criterion l1; from Python, give batches and a loss= whose gradient reaches it"
         if needs
         else "Give trained weights, or use the criterion random"
     )

@@ -53,6 +53,10 @@ class Embedding(Task):
     target: ClassVar[str] = "class"
     form: ClassVar[Form] = "embedding"
 
+    def __post_init__(self) -> None:
+        kinds = {**self.kinds, "recall_at_k": Kind(title=f"recall at {self.k}")}
+        object.__setattr__(self, "kinds", kinds)
+
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the supervised contrastive loss of a batch, a scalar."""
         vectors = F.normalize(logits_of(model(images)).float(), dim=1)

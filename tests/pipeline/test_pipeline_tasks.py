@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,6 +125,30 @@ def test_images_on_which_nothing_changed_are_not_drawn_as_changed(root):
     assert drawn(after) == [3]
     assert drawn(before) == [0, 1]  # how it looks at all
     assert len(drawn([{"class_map": each["class_map"] + 1} for each in before])) == 6
+
+
+@pytest.mark.parametrize("task", ["detection", {"fidelity": {"of": "detection"}}])
+def test_boxes_on_small_images_are_drawn_enlarged_where_they_are(root, task):
+    dataset = load_data(validate_recipe(content(root), where="test").data)
+    chosen: Any = load_task(task, classes=dataset.classes)
+    object.__setattr__(chosen, "kinds", {})  # nothing is wanted: the data has masks
+    row = np.array([[4.0, 2, 12, 10, 0.9, 1]], np.float32)  # of 16 x 20 pixels
+    found = {"output": row} if task != "detection" else chosen.predict({"output": row[None]})[0]
+    lost = {"output": row * [1, 1, 1, 1, 0, 1]} if task != "detection" else {
+        name: value[:0] for name, value in found.items()
+    }  # fmt: skip
+    pair: Any = [SimpleNamespace(predictions=[each] * 8) for each in (found, lost)]
+    context: Any = SimpleNamespace(task=chosen, dataset=dataset)
+    first = drawn_changes(context, ("pruned", "onnxruntime"), *pair)[0]
+    before, after, change = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(each.split(",")[1]))).convert("RGB"))
+        for each in (first.before, first.after, str(first.change))
+    )
+    assert before.shape[:2] == (192, 240)
+    for drawn in (before, change):
+        seen = np.abs(drawn.astype(int) - after).sum(2) > 90  # more than few colours change
+        rows, columns = np.nonzero(seen[30:])  # below its name
+        assert (columns.min(), columns.max(), rows.max() + 30) == (48, 144, 120)
 
 
 @pytest.mark.slow

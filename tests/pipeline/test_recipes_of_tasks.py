@@ -60,7 +60,7 @@ def carried_out(name: str, out: Path, *overrides: str) -> dict[str, Any]:
     return report
 
 
-TITLES = {"psnr": "PSNR", "recall_at_k": "recall at k", "map": "mAP"}
+TITLES = {"psnr": "PSNR", "recall_at_k": "recall at 1", "map": "mAP"}
 
 
 def check_language(report: dict[str, Any], out: Path, metric: str, unit: str) -> None:

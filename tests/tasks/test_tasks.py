@@ -267,6 +267,8 @@ def test_an_unknown_task_lists_the_known():
 
 def test_options_reach_the_task():
     assert load_task({"segmentation": {"ignore": 11}}).ignore == 11
+    titles = {k: load_task({"embedding": {"k": k}}).kinds["recall_at_k"].title for k in (1, 5)}
+    assert titles == {1: "recall at 1", 5: "recall at 5"}
     with pytest.raises(UsageError, match=r"task 'segmentation' has no option 'ingore'"):
         load_task({"segmentation": {"ingore": 11}})
 

@@ -311,7 +311,7 @@ def main() -> None:
             continue
         known[name] = forked(architecture, given.until)
         print(name, known[name], flush=True)
-        content = {"environment": environment.describe(), "networks": known}
+        content = {"environment": environment.describe_machine(), "networks": known}
         path.write_text(json.dumps(content, indent=1) + "\n")
         (given.folder / "architectures.md").write_text(table(known))
 

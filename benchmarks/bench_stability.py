@@ -93,7 +93,7 @@ def main() -> None:
         "seconds": [seconds for _, seconds in runs],
         "method": runs[0][0].method,
         "conditions": [run.conditions for run, _ in runs],
-        **environment.describe(Path(__file__).parent),
+        **environment.describe_machine(Path(__file__).parent),
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -50,13 +50,13 @@ def forward(path: Path, count: int) -> None:
 
 def ours(path: Path, count: int, *, everything: bool) -> None:
     from compress.qdq import read_onnx
-    from compress.quantize import calibrate, make_plan
+    from compress.quantize import calibrate, make_quant_plan
 
     statistics = calibrate(
         read_onnx(path), lambda: images(count), targets=["onnxruntime"], histograms=everything
     )
     for observer in ("minmax", "percentile", "mse", "entropy") if everything else ("minmax",):
-        make_plan(statistics, observer=observer)
+        make_quant_plan(statistics, observer=observer)
 
 
 def ort_calibrate(path: Path, count: int, method: str) -> None:

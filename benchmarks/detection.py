@@ -36,7 +36,7 @@ import compress
 from compress import tasks
 from compress.data import Dataset, load_data
 from compress.evaluate import Evaluation
-from compress.measure import count
+from compress.measure import count_module
 from compress.packages import version
 from compress.prune import plan_pruning, recalibrate_batchnorm, refit
 from compress.quantize.sqnr import answers, sqnr_db
@@ -60,7 +60,7 @@ def peer_cut(model: nn.Module, dataset: Dataset, keep: float) -> nn.Module:
     heads: Any = twin.heads
     ignored = [layer for head in heads for layer in (head.sides, head.scores)]
     return torch_pruning_peer.cut(
-        twin, dataset.example, keep, ignored, lambda each: count(each, dataset.example).macs
+        twin, dataset.example, keep, ignored, lambda each: count_module(each, dataset.example).macs
     )
 
 
@@ -86,7 +86,7 @@ def values(found: Evaluation) -> dict[str, Any]:
 
 def gains(task: tasks.Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
     """Return candidate less reference of every metric, images paired."""
-    found = tasks.compare(task, reference.scores, candidate.scores)
+    found = tasks.compare_metrics(task, reference.scores, candidate.scores)
     return {name: asdict(change) for name, change in found.items()}
 
 
@@ -115,7 +115,7 @@ def pruning(given: argparse.Namespace, dataset: Dataset, task: tasks.Task) -> No
     for keep, lr in wanted:
         started = time.perf_counter()
         networks = {arm: cut(model, dataset, keep) for arm, cut in ARMS.items()}
-        macs = {arm: count(each, dataset.example).macs for arm, each in networks.items()}
+        macs = {arm: count_module(each, dataset.example).macs for arm, each in networks.items()}
         if lr is not None:
             networks = {arm: fine_tuned(each, dataset, task, given.epochs, lr, given.seed)
                         for arm, each in networks.items()}  # fmt: skip

@@ -197,7 +197,11 @@ def finished(given: argparse.Namespace) -> dict[str, list[float]]:
 
 def write(runs: dict[str, list[float]], given: argparse.Namespace) -> None:
     rows = summary(runs)
-    content = {"settings": vars(given), "rows": rows, **environment.describe(RESULTS.parent)}
+    content = {
+        "settings": vars(given),
+        "rows": rows,
+        **environment.describe_machine(RESULTS.parent),
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "kd_losses.json").write_text(json.dumps(content, indent=2) + "\n")
     (RESULTS / "kd_losses.md").write_text(markdown(rows, given))

@@ -31,7 +31,7 @@ from compress.data import Dataset, load_data
 from compress.evaluate import predict
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
-from compress.measure import bench, count
+from compress.measure import bench, count_module
 from compress.models import load_model
 from compress.models.cifar import CifarResNet
 from compress.models.weights import fit, read_weights
@@ -78,7 +78,7 @@ def compare_on(
         plans[name], networks[name] = plan, compress.apply_pruning(model, plan)
     figures = measured(networks, example, runtime)
     for name, network in networks.items():
-        counted = count(network, example)
+        counted = count_module(network, example)
         row = figures["results"][name]
         row |= {"macs": counted.macs, "params": counted.params}
         if name in plans and "latency" in plans[name].about:
@@ -174,7 +174,7 @@ def main() -> None:
         "criterion": scored["criterion"],
         "epochs": given.epochs,
         "lr": given.lr,
-        "provenance": environment.describe(),
+        "provenance": environment.describe_machine(),
     }
     found = {}
     for runtime in given.runtimes:  # all timing before any training

@@ -37,8 +37,8 @@ from compress.data._images import MemoryImages
 from compress.models.cifar import resnet20, resnet56
 from compress.recipe.settings import AugmentSettings, DistillSettings, TrainSettings
 from compress.train import train
+from compress.train.context import autocast, chosen_precision
 from compress.train.distill import build_objective
-from compress.train.precision import autocast, chosen_precision
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 128
@@ -228,7 +228,7 @@ def main() -> None:
     precision = chosen_precision(given.precision, torch.device("cpu"))
     found = measure(given.rounds, given.steps, precision, given.teacher)
     found |= {"precision": precision, "threads": given.threads, "steps": given.steps}
-    found["environment"] = environment.describe()
+    found["environment"] = environment.describe_machine()
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "loop_cost.json").write_text(json.dumps(found, indent=2) + "\n")
     (RESULTS / "loop_cost.md").write_text(markdown(found))

@@ -193,7 +193,7 @@ def main() -> None:
                 "images": 128 * BATCHES,
                 "points": points,
                 "date": time.strftime("%Y-%m-%d"),
-                **environment.describe(Path(__file__).parent),
+                **environment.describe_machine(Path(__file__).parent),
             }
             given.out.parent.mkdir(exist_ok=True)
             given.out.write_text(json.dumps(content, indent=1) + "\n")

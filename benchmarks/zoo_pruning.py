@@ -235,7 +235,7 @@ def main() -> None:
         rows[name] = {tool: forked(tool, name) for tool in TOOLS}
         print(name, rows[name], flush=True)
     summary = totals(rows)
-    content = {"environment": environment.describe(), "summary": summary, "networks": rows}
+    content = {"environment": environment.describe_machine(), "summary": summary, "networks": rows}
     given.folder.mkdir(parents=True, exist_ok=True)
     (given.folder / "zoo_pruning.json").write_text(json.dumps(content, indent=1) + "\n")
     (given.folder / "zoo_pruning.md").write_text(table(rows, summary))

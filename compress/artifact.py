@@ -48,7 +48,7 @@ class Artifact:
         return asdict(self)
 
 
-def describe(
+def describe_file(
     path: Path,
     *,
     root: Path,
@@ -67,7 +67,7 @@ def describe(
 
 
 @dataclass(frozen=True)
-class Finding:
+class FileProblem:
     """One recorded file and what is wrong with it."""
 
     path: str
@@ -96,16 +96,16 @@ def inside(root: Path, path: str) -> Path:
     return root / path
 
 
-def check(root: Path, path: str, digest: str) -> Finding | None:
+def check_file(root: Path, path: str, digest: str) -> FileProblem | None:
     """Return what is wrong with a file that was recorded as ``path`` with SHA-256 ``digest``."""
     try:
         file = inside(root, path)
     except RunError:
-        return Finding(path, "outside the run folder", "a path inside it")
+        return FileProblem(path, "outside the run folder", "a path inside it")
     if not file.is_file():
-        return Finding(path, "missing", f"a file with SHA-256 {digest}")
+        return FileProblem(path, "missing", f"a file with SHA-256 {digest}")
     found = sha256(file)
-    return None if found == digest else Finding(path, "changed", f"SHA-256 {digest}", found)
+    return None if found == digest else FileProblem(path, "changed", f"SHA-256 {digest}", found)
 
 
 def sha256(path: Path) -> str:

@@ -35,7 +35,7 @@ _INSTRUCTIONS = (
 )
 
 
-def describe(folder: Path | None = None, root: Path = Path("/")) -> dict[str, Any]:
+def describe_machine(folder: Path | None = None, root: Path = Path("/")) -> dict[str, Any]:
     """Return where and with what something is measured; what cannot be read is absent.
 
     No name of the machine, of its user or of a folder is in it: it goes into reports.

@@ -70,7 +70,7 @@ def documentation(kind: str, name: str) -> str:
     return inspect.cleandoc(ast.get_docstring(tree) or "")
 
 
-def load(kind: str, name: str) -> type[Any]:
+def plugin_class(kind: str, name: str) -> type[Any]:
     """Import the plug-in ``name`` of ``kind`` and return its class.
 
     Raises:
@@ -88,7 +88,7 @@ def load(kind: str, name: str) -> type[Any]:
 
 def options(kind: str, name: str) -> dict[str, Any]:
     """Return the options of a plug-in with their defaults (``dataclasses.MISSING`` = required)."""
-    plugin = load(kind, name)
+    plugin = plugin_class(kind, name)
     fields = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
     return {
         f.name: f.default_factory() if callable(f.default_factory) else f.default
@@ -119,7 +119,7 @@ def create(kind: str, reference: str | Mapping[str, Any], **supplied: Any) -> An
             )
     values = {key: value for key, value in supplied.items() if key in known} | given
     try:
-        return load(kind, name)(**values)
+        return plugin_class(kind, name)(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{KINDS[kind]} {name!r}: {error}") from None
 

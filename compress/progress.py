@@ -20,7 +20,7 @@ LINE_EVERY_S = 10.0  # seconds between two plain lines
 SHORT_S = 1.0  # of work that is no part of other work, and leaves a line if it takes longer
 
 
-class Task(Protocol):
+class ProgressTask(Protocol):
     """One piece of work whose progress is shown."""
 
     def advance(self, count: float = 1.0, note: str = "") -> None:
@@ -80,7 +80,7 @@ _depth: ContextVar[int] = ContextVar("compress_progress_depth", default=0)
 
 
 @contextlib.contextmanager
-def shown() -> Iterator[None]:
+def show_progress() -> Iterator[None]:
     """Show the progress of everything inside on stderr."""
     if not sys.stderr.isatty():
         token = _bars.set("lines")
@@ -117,7 +117,7 @@ def shown() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def task(description: str, total: float | None = None) -> Iterator[Task]:
+def task(description: str, total: float | None = None) -> Iterator[ProgressTask]:
     """Show one piece of work of ``total`` units while the block runs; yields its counter.
 
     Of work inside other work nothing is left to see once it is done, but that it took long.

@@ -50,7 +50,7 @@ def main(masks: Path, out: Path, size: int, classes: int, void: int, epochs: int
     fit(small, dataset, task, epochs)
     compress.save_model(small, out, plan=plan, reference=REFERENCE, options=options)
     before, after = (compress.evaluate(net, dataset, task) for net in (original, small))
-    change = compress.tasks.compare(task, before.scores, after.scores)["miou"]
+    change = compress.tasks.compare_metrics(task, before.scores, after.scores)["miou"]
     print(f"mIoU {before.metrics['miou'].value:.1f} -> {after.metrics['miou'].value:.1f} %")
     print(f"change {change.value:+.1f} (95 % {change.ci95}): {change.verdict}")
 

@@ -82,10 +82,10 @@ def by_onnxruntime(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
 
 def by_compress(model: onnx.ModelProto, target: str) -> onnx.ModelProto:
     """The project's own writer."""
-    from compress.quantize import calibrate, make_plan, write_qdq
+    from compress.quantize import calibrate, make_quant_plan, write_qdq
 
     statistics = calibrate(model, [images(4, seed) for seed in range(4)])
-    return write_qdq(model, make_plan(statistics, target=target))
+    return write_qdq(model, make_quant_plan(statistics, target=target))
 
 
 def build_messages(trt: Any, model: onnx.ModelProto) -> list[str]:

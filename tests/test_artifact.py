@@ -63,7 +63,7 @@ def test_numbers_that_json_has_not_are_refused(tmp_path):
 def test_an_artifact_carries_path_hash_and_lineage(tmp_path):
     path = tmp_path / "01-prune" / "model.onnx"
     artifact.write_bytes(path, b"content")
-    made = artifact.describe(path, root=tmp_path, stage="01-prune", parent="abc")
+    made = artifact.describe_file(path, root=tmp_path, stage="01-prune", parent="abc")
     assert made.to_json() == {
         "path": "01-prune/model.onnx",
         "sha256": hashlib.sha256(b"content").hexdigest(),

@@ -26,7 +26,7 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_description_is_json_and_holds_versions_and_the_processor() -> None:
-    found = environment.describe()
+    found = environment.describe_machine()
     json.dumps(found, allow_nan=False)
     assert found["versions"]["python"] == platform.python_version()
     assert found["versions"]["torch"] == version("torch")
@@ -37,7 +37,7 @@ def test_description_is_json_and_holds_versions_and_the_processor() -> None:
 def test_description_names_no_machine_user_or_folder(tmp_path: Path) -> None:
     import getpass
 
-    text = json.dumps(environment.describe(tmp_path))
+    text = json.dumps(environment.describe_machine(tmp_path))
     assert str(tmp_path) not in text
     assert platform.node() not in text
     assert f'"{getpass.getuser()}"' not in text
@@ -72,7 +72,7 @@ def test_a_made_up_machine_is_read(tmp_path: Path) -> None:
     (tmp_path / "proc").mkdir()
     core = "processor : 0\nmodel name : Imaginary 9000\nflags : fpu avx2 amx_int8 hypervisor\n"
     (tmp_path / "proc/cpuinfo").write_text(f"{core}\nprocessor : 1\nmodel name : other\n")
-    device = environment.describe(tmp_path, tmp_path)["device"]
+    device = environment.describe_machine(tmp_path, tmp_path)["device"]
     assert device["cpu"] == "Imaginary 9000"
     assert device["instructions"] == ["avx2", "amx_int8"]
     assert device["virtual_machine"] is True
@@ -84,7 +84,7 @@ def test_a_made_up_machine_is_read(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_tells_nothing_is_no_error(tmp_path: Path) -> None:
-    device = environment.describe(tmp_path, tmp_path)["device"]
+    device = environment.describe_machine(tmp_path, tmp_path)["device"]
     assert "governor" not in device
     assert "cpu_quota" not in device
 
@@ -101,7 +101,7 @@ def test_gpu_and_driver_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
     line = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27\n"
     (tmp_path / "proc/driver/nvidia/version").write_text(line)
-    device = environment.describe(tmp_path, tmp_path)["device"]
+    device = environment.describe_machine(tmp_path, tmp_path)["device"]
     assert device["gpu"] == "Imaginary GPU"
     assert device["gpu_memory_mib"] == [8192]
     assert (device["compute_capability"], device["driver"], device["cuda"]) == (

@@ -14,7 +14,7 @@ ALL = [(kind, name) for kind in plugins.KINDS for name in plugins.names(kind)]
 @pytest.mark.parametrize(("kind", "name"), ALL, ids="/".join)
 def test_every_plugin_is_documented_and_named_after_its_file(kind, name):
     assert plugins.documentation(kind, name)
-    assert plugins.load(kind, name).__doc__
+    assert plugins.plugin_class(kind, name).__doc__
     plugins.options(kind, name)
 
 
@@ -35,7 +35,9 @@ def test_listing_imports_nothing_heavy():
 
 def test_runtimes_and_data_are_spoken_with_hyphens_and_found_either_way():
     assert "fashion-mnist" in plugins.names("data")
-    assert plugins.load("data", "fashion_mnist") is plugins.load("data", "fashion-mnist")
+    assert plugins.plugin_class("data", "fashion_mnist") is plugins.plugin_class(
+        "data", "fashion-mnist"
+    )
 
 
 def test_options_reach_the_plugin_and_the_reference_wins():

@@ -11,7 +11,7 @@ def test_nothing_is_shown_unless_asked_for(capsys):
 def test_logs_get_plain_lines_with_time_left(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     monkeypatch.setattr(progress, "SHORT_S", 0.0)
-    with progress.shown():
+    with progress.show_progress():
         assert list(progress.track(range(2), "work")) == [0, 1]
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("work: 1 of 2, ")
@@ -21,20 +21,20 @@ def test_logs_get_plain_lines_with_time_left(capsys, monkeypatch):
 
 def test_a_note_stands_beside_the_count(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    with progress.shown(), progress.task("train", 10) as counter:
+    with progress.show_progress(), progress.task("train", 10) as counter:
         counter.advance(5, "123 images/s")
     assert "train: 5 of 10" in capsys.readouterr().err
 
 
 def test_millions_are_written_out(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    with progress.shown(), progress.task("train", 3_584_000.0) as counter:
+    with progress.show_progress(), progress.task("train", 3_584_000.0) as counter:
         counter.advance(1_770_880.5)
     assert "train: 1,770,880.5 of 3,584,000, " in capsys.readouterr().err
 
 
 def test_short_work_leaves_no_line(capsys):
-    with progress.shown(), progress.task("quick", 1) as counter:
+    with progress.show_progress(), progress.task("quick", 1) as counter:
         counter.advance()
     assert capsys.readouterr().err == ""
 
@@ -58,6 +58,6 @@ def test_work_inside_work_is_gone_from_the_terminal_when_it_is_done():
 
 def test_work_inside_work_leaves_a_line_in_a_log_only_if_it_took_long(capsys, monkeypatch):
     monkeypatch.setattr(progress, "SHORT_S", 0.0)
-    with progress.shown(), progress.task("outer"):
+    with progress.show_progress(), progress.task("outer"):
         list(progress.track([1, 2], "inner"))
     assert capsys.readouterr().err.splitlines()[0].startswith("outer: done in")

@@ -55,3 +55,18 @@ def test_functions_fit_on_a_screen_and_take_few_arguments():
                 wide.append(f"{where}: {count} arguments")
     assert not long
     assert not wide
+
+
+def test_a_name_is_defined_once():
+    """A plug-in is named after its file, and a command after what it calls."""
+    root = Path(compress.__file__).parent
+    plugins = {"criteria", "losses", "observers", "runtimes", "data", "tasks"}
+    homes: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        free = {"main", path.stem.title().replace("_", "") if path.parent.name in plugins else ""}
+        for node in ast.parse(path.read_text()).body:
+            is_function = isinstance(node, ast.FunctionDef) and path.parent.name != "cli"
+            is_public = is_function and not node.name.startswith("_")
+            if (isinstance(node, ast.ClassDef) or is_public) and node.name not in free:
+                homes.setdefault(node.name, []).append(str(path.relative_to(root)))
+    assert {name: files for name, files in homes.items() if len(files) > 1} == {}

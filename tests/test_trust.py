@@ -18,7 +18,7 @@ from compress.cli import app
 from compress.cli.exits import USER_ERROR
 from compress.errors import ModelError, UsageError
 from compress.models import load_model, save_model
-from compress.models.references import build
+from compress.models.references import construct
 from compress.plugins import import_file
 from compress.runtimes import open_session
 
@@ -148,11 +148,11 @@ def test_a_strangers_folder_builds_nothing(reference, monkeypatch, capsys):
 
 
 def test_python_is_not_limited_and_a_process_that_is_started_is_as_its_parent(monkeypatch):
-    assert isinstance(build("evil.py:Net", 10, {}), torch.nn.Module)
+    assert isinstance(construct("evil.py:Net", 10, {}), torch.nn.Module)
     with trust.limited(["prune", "theirs"]):
         assert trust.VARIABLE in os.environ
         with pytest.raises(ModelError, match="is code that the command line does not name"):
-            build("evil.py:Net", 10, {})
+            construct("evil.py:Net", 10, {})
         with pytest.raises(UsageError, match="nothing of it was run"):
             import_file(Path("evil.py"), "a task")
     assert trust.VARIABLE not in os.environ

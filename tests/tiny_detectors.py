@@ -43,7 +43,8 @@ class Backbone(nn.Module):
         return {"0": fine, "1": self.side(self.down(fine))}
 
 
-def _anchors() -> AnchorGenerator:
+def anchors() -> AnchorGenerator:
+    """Return two anchors at each place of two maps."""
     return AnchorGenerator(((12,), (28,)), ((0.5, 1.0),) * 2)
 
 
@@ -55,7 +56,7 @@ def ssd(num_classes: int = 3) -> nn.Module:
 
 def retinanet(num_classes: int = 3) -> nn.Module:
     """Return a RetinaNet."""
-    return RetinaNet(Backbone(), num_classes, anchor_generator=_anchors(), **ALL, **SIZES)
+    return RetinaNet(Backbone(), num_classes, anchor_generator=anchors(), **ALL, **SIZES)
 
 
 def fcos(num_classes: int = 3) -> nn.Module:
@@ -67,7 +68,7 @@ def fcos(num_classes: int = 3) -> nn.Module:
 def fasterrcnn(num_classes: int = 3) -> nn.Module:
     """Return a Faster R-CNN that looks at 40 regions."""
     return FasterRCNN(
-        Backbone(), num_classes + 1, rpn_anchor_generator=_anchors(), box_score_thresh=0.001,
+        Backbone(), num_classes + 1, rpn_anchor_generator=anchors(), box_score_thresh=0.001,
         box_roi_pool=MultiScaleRoIAlign(["0", "1"], 3, 2), box_nms_thresh=0.7,
         box_detections_per_img=5000, rpn_post_nms_top_n_test=40, **SIZES,
     )  # fmt: skip

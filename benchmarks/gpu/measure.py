@@ -37,7 +37,7 @@ def device(given: argparse.Namespace) -> dict[str, Any]:
 
     from compress import environment
 
-    found = environment.describe(ROOT)
+    found = environment.describe_machine(ROOT)
     found["cuda_available"] = torch.cuda.is_available()
     try:
         asked = "--query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit"

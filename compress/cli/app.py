@@ -10,7 +10,7 @@ import typer
 
 from compress.cli import artifacts, init, inspect, measuring, sensitivity, stages
 from compress.cli.exits import exit_code
-from compress.cli.output import say
+from compress.cli.output import print_result
 
 COMMANDS: dict[Callable[..., None], str] = {
     stages.run: "quickstart --out runs/first",
@@ -58,12 +58,12 @@ def _version(asked: bool) -> None:
     if asked:
         from compress import __version__
 
-        say(f"compress {__version__}")
+        print_result(f"compress {__version__}")
         raise typer.Exit
 
 
 @app.callback()
-def options(
+def main_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version")
     ] = False,

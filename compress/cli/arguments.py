@@ -189,7 +189,7 @@ def names_of(kind: str) -> list[str]:
     return sorted(stage_settings()) if kind == STAGES else plugins.names(kind)
 
 
-def names(kind: str) -> Callable[[str], list[str]]:
+def completion(kind: str) -> Callable[[str], list[str]]:
     """Return the shell completion for names of a kind of plug-in, or of recipes."""
 
     def completed(incomplete: str) -> list[str]:
@@ -198,7 +198,7 @@ def names(kind: str) -> Callable[[str], list[str]]:
     return completed
 
 
-def shown(incomplete: str) -> list[str]:
+def complete_reference(incomplete: str) -> list[str]:
     """Complete KIND/NAME."""
     kind, slash, name = incomplete.partition("/")
     if not slash:

@@ -20,12 +20,12 @@ from compress.cli.arguments import (
     Threads,
     Trust,
     Weights,
-    names,
+    completion,
     with_options,
 )
 from compress.cli.exits import GATE_FAILED
 from compress.cli.options import INPUT_SIZE, data_settings, integers
-from compress.cli.output import say, write_numbers
+from compress.cli.output import print_result, write_numbers
 from compress.errors import UsageError
 
 BATCH_RANGE = "3 whole numbers, the smallest, usual and largest batch: 1,1,8"
@@ -64,7 +64,7 @@ def export(
     from compress.evaluate.feeding import carried
     from compress.export import export_onnx
     from compress.graph.nms import Nms
-    from compress.measure import count, count_onnx, size_mib
+    from compress.measure import count_module, count_onnx, size_mib
     from compress.models import check_forward, load_model, model_folder
 
     options = {"trust": True} if trust else {}
@@ -85,8 +85,8 @@ def export(
         outputs=outputs.split(",") if outputs else None,
         metadata=carried(folder) if folder is not None else None,
     )
-    work = count(network, example) if dynamic_size else count_onnx(path)
-    say(
+    work = count_module(network, example) if dynamic_size else count_onnx(path)
+    print_result(
         f"{path}: {work.params:,} parameters, {work.macs:,} MACs, {size_mib(path):.2f} MiB; "
         f"equal to torch"
     )
@@ -95,7 +95,7 @@ def export(
 def build(
     file: Annotated[Path, typer.Argument(help="ONNX file, or the stage folder or run of one")],
     runtime: Annotated[
-        str, typer.Option(help="See: compress list runtimes", autocompletion=names("runtimes"))
+        str, typer.Option(help="See: compress list runtimes", autocompletion=completion("runtimes"))
     ],
     out: Annotated[Path, typer.Option("--out", help="Engine to write")],
     batch: Annotated[str, typer.Option(help="Smallest, usual and largest batch size")] = "1,1,8",
@@ -117,7 +117,7 @@ def build(
             batch=(smallest, usual, largest),
             precision=precision,
         )
-    say(f"{path}: engine for {runtime}, {size_mib(path):.2f} MiB")
+    print_result(f"{path}: engine for {runtime}, {size_mib(path):.2f} MiB")
 
 
 @with_options(Pixels, FileInput)
@@ -142,7 +142,7 @@ def predict(
         str | None,
         typer.Option(
             help="Where it runs; the engine's own, or onnxruntime, if absent",
-            autocompletion=names("runtimes"),
+            autocompletion=completion("runtimes"),
         ),
     ] = None,
     resize: Annotated[
@@ -173,7 +173,7 @@ def predict(
         out=out,
     )
     write_numbers(json, found.to_json())
-    say(found.table())
+    print_result(found.table())
 
 
 def lint(
@@ -204,7 +204,7 @@ def lint(
         title += f" left in {out}"
     rows = [(f.rule, f.node, f.message, "yes" if f.fixable else "") for f in findings]
     headers = ("rule", "node", "what it costs", "fixable")
-    say(table(headers, rows, title=title))
+    print_result(table(headers, rows, title=title))
     raise typer.Exit(GATE_FAILED if findings else 0)
 
 
@@ -243,7 +243,7 @@ def split(
             threads=threads,
         )
     write_numbers(json, found.to_json())
-    say(split_table(found))
+    print_result(split_table(found))
 
 
 @contextlib.contextmanager
@@ -268,4 +268,4 @@ def bundle(
     """Pack what a device needs to build, check and measure engines, and to predict."""
     from compress.pipeline.bundle import write_bundle
 
-    say(f"{write_bundle(run, out)}: unpack it on the device and run python3 run.py")
+    print_result(f"{write_bundle(run, out)}: unpack it on the device and run python3 run.py")

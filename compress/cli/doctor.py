@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress import packages, plugins
 from compress.artifact import scratch
-from compress.runtimes import build_engine, facts, open_session, unavailable
+from compress.runtimes import build_engine, open_session, runtime_class, unavailable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -58,7 +58,7 @@ class RuntimeState:
 
 
 @dataclass(frozen=True)
-class Trial:
+class SelfTest:
     """One step of the self-test."""
 
     runtime: str
@@ -75,7 +75,7 @@ class Examination:
     machine: dict[str, Any]
     packages: tuple[Piece, ...]
     runtimes: tuple[RuntimeState, ...]
-    trials: tuple[Trial, ...] = field(default=())
+    trials: tuple[SelfTest, ...] = field(default=())
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON-able data."""
@@ -156,7 +156,7 @@ def machine() -> dict[str, Any]:
 
 def pieces() -> Iterator[Piece]:
     """Yield every package that enables something, installed or not."""
-    of_runtimes = [facts(name) for name in plugins.names("runtimes")]
+    of_runtimes = [runtime_class(name) for name in plugins.names("runtimes")]
     needed = {each.package.replace("_", "-"): (each.extra, each.enables) for each in of_runtimes}
     for name, (extra, enables) in (needed | OPTIONAL).items():
         install = packages.install_command(extra) if extra else f"pip install {name}"
@@ -168,12 +168,14 @@ def state(runtime: str) -> RuntimeState:
     reason = unavailable(runtime)
     if reason is None:
         return RuntimeState(runtime, True, plugins.create("runtimes", runtime).how())
-    if facts(runtime).builds_without_device and packages.is_installed(facts(runtime).package):
+    if runtime_class(runtime).builds_without_device and packages.is_installed(
+        runtime_class(runtime).package
+    ):
         reason += "; it builds engines here all the same, for GPUs that are elsewhere"
     return RuntimeState(runtime, False, reason)
 
 
-def trials() -> Iterator[Trial]:
+def trials() -> Iterator[SelfTest]:
     """Yield the outcome of building and running a small network everywhere, fp32 and int8.
 
     The network is exported from torch and quantized here, so this tries the whole chain.
@@ -194,7 +196,7 @@ def trials() -> Iterator[Trial]:
             files[target] = folder / f"small.{target}.onnx"
             quantize_onnx(files["fp32"], [array] * 2, files[target], target=target, method="plain")
         for runtime in plugins.names("runtimes"):
-            opens, form = facts(runtime).opens, facts(runtime).int8_form
+            opens, form = runtime_class(runtime).opens, runtime_class(runtime).int8_form
             source = network if opens == "network" else files["fp32"]
             yield _try(runtime, "fp32", source, array, expected)
             if form is not None:
@@ -203,17 +205,17 @@ def trials() -> Iterator[Trial]:
 
 def _try(
     runtime: str, precision: str, source: Path | nn.Module, images: np.ndarray, expected: np.ndarray
-) -> Trial:
+) -> SelfTest:
     """Build if the runtime builds, run if it can run here, and compare."""
     started = time.perf_counter()
 
-    def told(outcome: str, detail: str) -> Trial:
-        return Trial(runtime, precision, outcome, detail, time.perf_counter() - started)
+    def told(outcome: str, detail: str) -> SelfTest:
+        return SelfTest(runtime, precision, outcome, detail, time.perf_counter() - started)
 
     reason = unavailable(runtime)
     try:
-        if isinstance(source, Path) and facts(runtime).opens == "engine":
-            if reason and not packages.is_installed(facts(runtime).package):
+        if isinstance(source, Path) and runtime_class(runtime).opens == "engine":
+            if reason and not packages.is_installed(runtime_class(runtime).package):
                 return told("skipped", reason)
             engine = source.with_suffix(f".{runtime}")
             source = build_engine(source, engine, runtime=runtime, batch=(1, 4, 4))

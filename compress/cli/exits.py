@@ -34,7 +34,7 @@ def exit_code(call: Callable[[], Any]) -> int:
     try:
         with (
             ending_on_signals() as signals,
-            progress.shown(),
+            progress.show_progress(),
             warnings.catch_warnings(),
             limited(sys.argv[1:]),
         ):

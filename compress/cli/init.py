@@ -16,7 +16,7 @@ import typer
 
 from compress.cli.arguments import ImageSize
 from compress.cli.options import Given, data_part
-from compress.cli.output import say
+from compress.cli.output import print_result
 from compress.errors import CompressError, ModelError, UsageError
 from compress.trust import agree, allow, allow_all
 
@@ -88,7 +88,7 @@ def init(
         allow(answer)
         return answer
 
-    say(write_recipe(ctx.params, None if yes or not sys.stdin.isatty() else ask))
+    print_result(write_recipe(ctx.params, None if yes or not sys.stdin.isatty() else ask))
 
 
 def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
@@ -106,7 +106,7 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
     from compress.artifact import write_text
     from compress.pipeline.check import preflight
-    from compress.recipe.loading import validate
+    from compress.recipe.loading import validate_recipe
 
     if not given["folder"].is_dir():
         raise UsageError(
@@ -118,8 +118,8 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
     if out.exists() and not given["force"]:
         raise UsageError(f"{out} is there already", fix="Give another --out, or --force")
     proposal = propose(given, ask)
-    text = written(proposal, out)
-    preflight(validate(yaml.safe_load(text), where=str(out)), where=str(out))
+    text = recipe_text(proposal, out)
+    preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
     write_text(out, text)
     agree({"model": proposal.model})
     weights = f" with {proposal.weights}" if proposal.weights else ""
@@ -136,7 +136,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     from compress.data import load_data
     from compress.packages import is_installed
     from compress.recipe.settings import DataSettings
-    from compress.runtimes import facts
+    from compress.runtimes import runtime_class
     from compress.tasks import default_task, load_task
 
     folder = given["folder"]
@@ -153,7 +153,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         dataset, part = _sized(model, weights, dataset, part)
     task = given["task"] or default_task(dataset.target)
     loaded = load_task(task, classes=dataset.classes)
-    runtimes = {name: facts(name) for name in plugins.names("runtimes")}
+    runtimes = {name: runtime_class(name) for name in plugins.names("runtimes")}
     installed = [
         name
         for name, runtime in runtimes.items()
@@ -296,12 +296,11 @@ def _sized(
 def _onnx_size(model: str) -> tuple[int, int] | None:
     """Return height and width that an ONNX file fixes."""
     from compress.graph import files
+    from compress.graph.shapes import dims_of, real_inputs
 
-    graph = files.load(Path(model), weights=False).graph
-    stored = {each.name for each in graph.initializer}
-    first = next(each for each in graph.input if each.name not in stored)
-    height, width = ([0, 0] + [d.dim_value for d in first.type.tensor_type.shape.dim])[-2:]
-    return (height, width) if height > 0 and width > 0 else None
+    first = real_inputs(files.load(Path(model), weights=False))[0]
+    height, width = [None, None, *dims_of(first)][-2:]
+    return (height, width) if height and width else None
 
 
 def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int] | None:
@@ -319,7 +318,7 @@ def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int
     return None
 
 
-def written(proposal: Proposal, out: Path) -> str:
+def recipe_text(proposal: Proposal, out: Path) -> str:
     """Return the recipe as YAML with comments."""
     import yaml
 

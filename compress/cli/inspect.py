@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from compress import plugins
-from compress.cli.arguments import RECIPES, SHOWN, STAGES, Json, kinds, names_of, shown
-from compress.cli.output import say, write_numbers
+from compress.cli.arguments import RECIPES, SHOWN, STAGES, Json, complete_reference, kinds, names_of
+from compress.cli.output import print_result, write_numbers
 from compress.errors import UnknownNameError, UsageError
 
 
@@ -34,7 +34,7 @@ def list_(
     ]
     if kind in {None, RECIPES}:
         rows += [(RECIPES, name, first) for name, first in _recipes()]
-    say(table(("kind", "name", "what it is"), rows, whole={"kind", "name"}))
+    print_result(table(("kind", "name", "what it is"), rows, whole={"kind", "name"}))
 
 
 def _recipes() -> Iterator[tuple[str, str]]:
@@ -50,12 +50,17 @@ def _recipes() -> Iterator[tuple[str, str]]:
 def show(
     plugin: Annotated[
         str,
-        typer.Argument(help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=shown),
+        typer.Argument(
+            help="KIND/NAME: criteria/l1, stages/prune, ...", autocompletion=complete_reference
+        ),
     ],
 ) -> None:
     """Show the documentation and options of a plug-in or a stage, or a recipe of the package."""
     kind, _, name = plugin.partition("/")
     if kind not in SHOWN:
+        full = [f"{each}/{plugin}" for each in SHOWN if plugin in names_of(each)]
+        if full:
+            raise UsageError(f"no such kind {kind!r}", fix=f"Did you mean {' or '.join(full)}?")
         raise UnknownNameError("kind", kind, SHOWN)
     if not name:
         known = ", ".join(names_of(kind))
@@ -63,17 +68,20 @@ def show(
             f"{kind!r} alone is no plug-in", expected=f"{kind}/NAME, NAME one of: {known}"
         )
     if kind == RECIPES:
-        say(_recipe(name))
+        print_result(_recipe(name))
     else:
-        say(_stage(name) if kind == STAGES else _plugin(kind, name))
+        print_result(_stage(name) if kind == STAGES else _plugin(kind, name))
 
 
 def _plugin(kind: str, name: str) -> str:
-    """Return the documentation and the options of a plug-in."""
+    """Return the documentation and the options of a plug-in, each with what it may be."""
     lines = [plugins.documentation(kind, name), "", "Options:"]
+    plugin = plugins.plugin_class(kind, name)
+    fields = dataclasses.fields(plugin) if dataclasses.is_dataclass(plugin) else ()
+    types = {each.name: each.type for each in fields}
     for option, default in plugins.options(kind, name).items():
         required = default is dataclasses.MISSING
-        lines.append(f"  {option}: {'required' if required else repr(default)}")
+        lines.append(f"  {option}: {'required' if required else repr(default)} ({types[option]})")
     return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
 
 
@@ -114,10 +122,10 @@ def schema(
     from compress.recipe import loading
 
     if out is None:
-        say(json_text.dumps(loading.schema(), indent=2))
+        print_result(json_text.dumps(loading.recipe_schema(), indent=2))
     else:
-        write_json(out, loading.schema())
-        say(f"{out}: JSON Schema of recipes")
+        write_json(out, loading.recipe_schema())
+        print_result(f"{out}: JSON Schema of recipes")
 
 
 def doctor(
@@ -131,4 +139,4 @@ def doctor(
 
     found = examined.examine(selftest=selftest)
     write_numbers(json, found.to_json())
-    say(found.table())
+    print_result(found.table())

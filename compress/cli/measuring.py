@@ -19,7 +19,7 @@ from compress.cli.arguments import (
 )
 from compress.cli.exits import GATE_FAILED
 from compress.cli.options import integers, load_dataset
-from compress.cli.output import say, write_numbers
+from compress.cli.output import print_result, write_numbers
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def bench(
         dataset=load_dataset(given, artifacts, labelled=False) if data else None,
     )
     write_numbers(json, found.to_json())
-    say(found.table())
+    print_result(found.table())
 
 
 @with_options(Pixels, FileInput)
@@ -81,7 +81,7 @@ def compare(
         bisect=bisect,
     )
     write_numbers(json, found.to_json())
-    say(found.table())
+    print_result(found.table())
 
 
 def report(
@@ -115,7 +115,7 @@ def report(
     else:
         shown = reports.compare_runs(runs, out, force=force)
     logged = [Text(log(reports.read_run(run), run)) for run in runs] if log is not None else []
-    say(Group(shown, *logged))
+    print_result(Group(shown, *logged))
 
 
 def verify(
@@ -130,16 +130,16 @@ def verify(
     from rich.console import Group
     from rich.text import Text
 
-    from compress.pipeline.verify import verify as verified
+    from compress.pipeline.verify import verify_files
 
-    found = verified(run)
+    found = verify_files(run)
     numbers, holds = found.to_json(), found.intact
     lines = [str(finding) for finding in found.findings]
     problems = f"{len(lines)} problem{'' if len(lines) == 1 else 's'}"
     lines.append(f"{len(found.files)} files checked, {problems}")
     parts: list[RenderableType] = [Text("\n".join(lines))]
     if measure and found.intact:
-        from compress.pipeline.remeasure import measure_again
+        from compress.pipeline.verify import measure_again
 
         again = measure_again(run)
         numbers["measured_again"] = again.to_json()
@@ -148,5 +148,5 @@ def verify(
     elif measure:
         parts.append(Text("not measured again: these are no longer the files of the report"))
     write_numbers(json, numbers)
-    say(Group(*parts))
+    print_result(Group(*parts))
     raise typer.Exit(0 if holds else GATE_FAILED)

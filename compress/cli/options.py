@@ -23,7 +23,7 @@ def present(given: Given, **names: str) -> dict[str, Any]:
     return {key: given[option] for option, key in names.items() if given.get(option) not in NOT}
 
 
-def chosen(given: Given, **names: str) -> dict[str, Any]:
+def chosen_plugins(given: Given, **names: str) -> dict[str, Any]:
     """Return the plug-ins that were given, by their name in a recipe: NAME or NAME:OPTION=VALUE."""
     from compress import plugins
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def say(content: str | RenderableType) -> None:
+def print_result(content: str | RenderableType) -> None:
     """Print text as it is and tables by rich, on stdout."""
     progress.stop()
     if isinstance(content, str):

@@ -11,7 +11,7 @@ import typer
 
 from compress.cli.exits import GATE_FAILED
 from compress.cli.options import INPUT_SIZE, Given, data_part, integers, present
-from compress.cli.output import say
+from compress.cli.output import print_result
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def run_stages(
 ) -> None:
     """Run the recipe that the options of a command stand for, as any other recipe."""
     recipe = recipe_of(name, given, stages, targets)
-    recipe = tracked(recipe, given["track"])
+    recipe = with_tracker(recipe, given["track"])
     finish(recipe, given["out"], fresh=given["fresh"], verbose=given["verbose"])
 
 
@@ -41,12 +41,12 @@ def recipe_of(
     name: str, given: Given, stages: Sequence[Given], targets: Sequence[Given] = DEFAULT_TARGETS
 ) -> Recipe:
     """Return the recipe that the options of a command stand for."""
-    from compress.recipe.loading import apply_override, validate
+    from compress.recipe.loading import apply_override, validate_recipe
 
     written = _content(name, given, stages, targets)
     for override in given["overrides"] or []:
         apply_override(written, override)
-    return validate(written, where=f"compress {name}")
+    return validate_recipe(written, where=f"compress {name}")
 
 
 def _content(
@@ -125,7 +125,7 @@ def loaded(path: Path, overrides: Sequence[str] | None) -> Recipe:
     return recipe
 
 
-def tracked(recipe: Recipe, tracker: str | None) -> Recipe:
+def with_tracker(recipe: Recipe, tracker: str | None) -> Recipe:
     """Return a recipe whose trainings are logged to ``tracker`` as well, if it is given."""
     from compress.recipe import loading
 
@@ -148,7 +148,7 @@ def finish(
     report = pipeline.run(recipe, folder, fresh=fresh, where=where)
     if report is None:  # another process of the same torchrun reports
         return
-    say(summary(report, folder, verbose=verbose))
+    print_result(summary(report, folder, verbose=verbose))
     if any(not gate.passed for gate in report.gates):
         raise typer.Exit(GATE_FAILED)
 
@@ -157,12 +157,12 @@ def int8_target(name: str) -> dict[str, Any]:
     """Return a target for int8 graphs of ``name``: an installed runtime that opens them."""
     from compress import plugins
     from compress.packages import is_installed
-    from compress.runtimes import facts
+    from compress.runtimes import runtime_class
 
     known = plugins.names("runtimes")
-    if name not in known or is_installed(facts(name).package):
+    if name not in known or is_installed(runtime_class(name).package):
         return {"runtime": name, "precision": "int8"}
-    others = [each for each in known if each != name and facts(each).int8_form == name]
+    others = [each for each in known if each != name and runtime_class(each).int8_form == name]
     return {
         "runtime": next(iter(others), name),
         "precision": "int8",

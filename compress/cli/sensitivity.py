@@ -19,7 +19,7 @@ from compress.cli.arguments import (
     with_options,
 )
 from compress.cli.options import Given
-from compress.cli.output import say, write_numbers
+from compress.cli.output import print_result, write_numbers
 from compress.cli.recipes import recipe_of
 from compress.errors import UsageError
 
@@ -67,7 +67,7 @@ def sensitivity(
             else f"--data {data}: holds no validation images",
             expected="labelled images, some of them held back: data.validation",
         )
-    say((_quantized if quantize else _pruned)(given, recipe, dataset, judge))
+    print_result((_quantized if quantize else _pruned)(given, recipe, dataset, judge))
 
 
 def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,11 +26,11 @@ from compress.cli.arguments import (
     Trust,
     Verbose,
     Weights,
-    names,
+    completion,
     with_options,
 )
-from compress.cli.options import chosen, present
-from compress.cli.output import say
+from compress.cli.options import Given, chosen_plugins, present
+from compress.cli.output import print_result
 from compress.cli.recipes import (
     DEFAULT_RUNTIME,
     TRAINING,
@@ -39,8 +39,8 @@ from compress.cli.recipes import (
     kept_channels,
     loaded,
     run_stages,
-    tracked,
     training_after,
+    with_tracker,
 )
 from compress.errors import RecipeError, UsageError
 
@@ -49,7 +49,8 @@ def run(
     recipe: Annotated[
         Path,
         typer.Argument(
-            help="Recipe: a YAML file, or a name of compress list", autocompletion=names("recipes")
+            help="Recipe: a YAML file, or a name of compress list",
+            autocompletion=completion("recipes"),
         ),
     ],
     out: Out = None,
@@ -67,11 +68,11 @@ def run(
         from compress.pipeline.check import preflight
         from compress.recipe.loading import dump
 
-        resolved = tracked(loaded(recipe, overrides), track)
+        resolved = with_tracker(loaded(recipe, overrides), track)
         preflight(resolved, where=str(recipe))
-        say(dump(resolved))
+        print_result(dump(resolved))
     else:
-        resolved = tracked(loaded(recipe, overrides), track)
+        resolved = with_tracker(loaded(recipe, overrides), track)
         finish(resolved, out, fresh=fresh, verbose=verbose, where=str(recipe))
 
 
@@ -99,7 +100,7 @@ def prune(
     criterion: Annotated[
         str | None,
         typer.Option(
-            help="See: compress list criteria; obs if absent", autocompletion=names("criteria")
+            help="See: compress list criteria; obs if absent", autocompletion=completion("criteria")
         ),
     ] = None,
     keep_macs: Annotated[
@@ -126,7 +127,7 @@ def prune(
         str | None,
         typer.Option(
             help="Runtime that latency is measured on; onnxruntime if absent",
-            autocompletion=names("runtimes"),
+            autocompletion=completion("runtimes"),
         ),
     ] = None,
     round_to: Annotated[
@@ -136,22 +137,30 @@ def prune(
 ) -> None:
     """Prune channels of a network to a budget; fine-tune it if --epochs is given."""
     given = ctx.params
-    shares = ("keep_macs", "keep_params", "keep_latency")
-    names = (*shares, "latency_ms", "runtime", "round_to")
-    cut = present(given, **{name: name for name in names}) | chosen(given, criterion="criterion")
+    cut = _budget(given) | present(given, runtime="runtime", round_to="round_to")
+    cut |= chosen_plugins(given, criterion="criterion")
     if outputs is not None:
         cut["outputs"] = outputs.split(",")
-    if keep_channels is not None:
-        cut["keep_channels"] = kept_channels(keep_channels, max_drop)
-    elif max_drop is not None:
+    targets = [{"runtime": runtime or DEFAULT_RUNTIME, "precision": "fp32"}]
+    run_stages("prune", given, [{"prune": cut}, *training_after(given)], targets)
+
+
+def _budget(given: Given) -> dict[str, Any]:
+    """Return the budget that was given, half the MACs if none was.
+
+    Raises:
+        UsageError: ``--max-drop`` stands without a sensitivity.
+    """
+    names = ("keep_macs", "keep_params", "keep_latency", "latency_ms")
+    budget = present(given, **{name: name for name in names})
+    if given["keep_channels"] is not None:
+        budget["keep_channels"] = kept_channels(given["keep_channels"], given["max_drop"])
+    elif given["max_drop"] is not None:
         raise UsageError(
             "--max-drop says how to read a sensitivity, and none is given",
             fix="Add --keep-channels FILE, made by compress sensitivity --prune --json",
         )
-    if not {*shares, "keep_channels", "latency_ms"} & cut.keys():
-        cut["keep_macs"] = 0.5
-    targets = [{"runtime": runtime or DEFAULT_RUNTIME, "precision": "fp32"}]
-    run_stages("prune", given, [{"prune": cut}, *training_after(given)], targets)
+    return budget or {"keep_macs": 0.5}
 
 
 @with_options(FineTuning, Running, Pixels, Experiment)
@@ -190,7 +199,8 @@ def distill(
     loss: Annotated[
         list[str] | None,
         typer.Option(
-            help="See: compress list losses; the task's if absent", autocompletion=names("losses")
+            help="See: compress list losses; the task's if absent",
+            autocompletion=completion("losses"),
         ),
     ] = None,
     epochs: Epochs = 10,
@@ -198,7 +208,7 @@ def distill(
     """Train a network on the outputs and features of a teacher."""
     given = ctx.params
     learn = present(given, teacher="teacher", teacher_weights="teacher_weights", **TRAINING)
-    learn |= chosen(given, loss="losses")
+    learn |= chosen_plugins(given, loss="losses")
     run_stages("distill", {**given, "model": student}, [{"distill": learn}])
 
 
@@ -238,7 +248,7 @@ def quantize(
     """Quantize to int8: write one Q/DQ file for each target runtime."""
     given = ctx.params
     settings = present(given, method="method", samples="samples", max_drop="max_drop")
-    settings |= chosen(given, observer="observer")
+    settings |= chosen_plugins(given, observer="observer")
     if qat_epochs:
         qat = {"epochs": qat_epochs, "lr": 1e-3}
         settings["qat"] = qat | present(given, batch_size="batch_size")
@@ -262,4 +272,4 @@ def check(
             problems.append(str(error))
     if problems:
         raise RecipeError("\n".join(problems))
-    say("\n".join(f"{path}: can be run" for path in recipes))
+    print_result("\n".join(f"{path}: can be run" for path in recipes))

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import plugins
-from compress.data._images import FileImages, Images, Names, Subset
-from compress.data._targets import Target, tensors_of
+from compress.data._images import FileImages, LabelledImages, Names, Subset
+from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
-from compress.recipe.settings import DataSettings, data_reference
+from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -26,19 +26,19 @@ UNFITTED = {
     "resize": "squash",
     "crop": 1.0,
 }  # images of the network's own size, as arrays hold them
-LARGEST_CALIBRATION_SHARE = 0.2  # of train: a small set keeps most of its images for training
+LARGEST_CALIBRATION_SHARE = 0.2  # of train: a set of 40 or more keeps the others for training
 
 
 @dataclass(frozen=True)
 class Source:
     """What a kind of data delivers before it is split: images as they are stored."""
 
-    train: Images
-    test: Images
+    train: LabelledImages
+    test: LabelledImages
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    validation: Images | None = None
+    validation: LabelledImages | None = None
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
     target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
     prepared: bool = False  # images are what the network takes: they are not normalized
@@ -58,7 +58,7 @@ class Dataset:
     classes: tuple[str, ...]
     mean: tuple[float, ...]  # per channel, of images in [0, 1]
     std: tuple[float, ...]
-    splits: Mapping[str, Images]
+    splits: Mapping[str, LabelledImages]
     batch_size: int = 128
     fingerprint: str = ""  # sha256 of labels and images, or of names and sizes of large sets
     test_groups: NDArray[Any] | None = field(default=None, compare=False)
@@ -72,6 +72,7 @@ class Dataset:
     # where they are a picture.
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     note: str = ""  # what to say of figures and int8 ranges that were taken from these images
+    assumed: str = ""  # of how the network wants its images: nobody said it
 
     @property
     def channels(self) -> int:
@@ -151,9 +152,9 @@ class Dataset:
             yield self.normalize(images), targets
 
 
-def targets_of(images: Images, indices: NDArray[np.int64]) -> Tensor | list[Target]:
+def targets_of(images: LabelledImages, indices: NDArray[np.int64]) -> Tensor | list[Target]:
     """Return the labels of the images at ``indices`` as losses and metrics take them."""
-    return tensors_of(images.labels[indices])
+    return target_tensors(images.labels[indices])
 
 
 def parse_reference(reference: str, **options: Any) -> DataSettings:
@@ -208,7 +209,7 @@ def load_pictures(settings: DataSettings, files: Sequence[Path]) -> Dataset:
 
 
 def _dataset(
-    settings: DataSettings, plugin: Any, source: Source, splits: Mapping[str, Images]
+    settings: DataSettings, plugin: Any, source: Source, splits: Mapping[str, LabelledImages]
 ) -> Dataset:
     channels = source.test.shape[0]
     mean, std = _normalization(settings, source)
@@ -310,14 +311,15 @@ def _options(settings: DataSettings) -> dict[str, Any]:
     }
 
 
-def _split(source: Source, settings: DataSettings, seed: int) -> dict[str, Images]:
+def _split(source: Source, settings: DataSettings, seed: int) -> dict[str, LabelledImages]:
     if source.target == "none":
         return _split_unlabelled(source, settings)
     count = len(source.train)
     order = np.random.default_rng(seed).permutation(count)
-    calibration = min(settings.calibration, int(count * LARGEST_CALIBRATION_SHARE))
+    fifth = int(count * LARGEST_CALIBRATION_SHARE)
+    calibration = min(settings.calibration, max(fifth, min(FEWEST_CALIBRATION, count // 2)))
     validation = 0 if source.validation is not None else int(count * settings.validation)
-    if min(calibration, count - calibration - validation) < 1:
+    if min(fifth, count - calibration - validation) < 1:
         raise DataError(
             f"{count} training images cannot be split into train, validation and calibration",
             where=settings.root or settings.name,
@@ -332,7 +334,7 @@ def _split(source: Source, settings: DataSettings, seed: int) -> dict[str, Image
     }
 
 
-def _split_unlabelled(source: Source, settings: DataSettings) -> dict[str, Images]:
+def _split_unlabelled(source: Source, settings: DataSettings) -> dict[str, LabelledImages]:
     everything = np.arange(len(source.train))
     held_back = int(len(everything) * settings.validation)
     train = everything[: len(everything) - held_back]

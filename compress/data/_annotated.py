@@ -11,12 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._decoding import opened, upright_size
+from compress.data._decoding import opened_picture, upright_size
 from compress.data._held_out import with_test
-from compress.data._images import FileImages, Images, Names
-from compress.data._pictures import Pictures
-from compress.data._resize import Fit
-from compress.data._targets import Boxes, Masks
+from compress.data._images import FileImages, LabelledImages, Names
+from compress.data._resize import Fit, Pictures
+from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -98,7 +97,7 @@ class BoxedPictures(Pictures):
             target=self.labels,
         )
 
-    def _images(self, annotations: Sequence[Annotation], classes: Sequence[str]) -> Images:
+    def _images(self, annotations: Sequence[Annotation], classes: Sequence[str]) -> LabelledImages:
         if self.labels == "classes":
             hot = np.zeros((len(annotations), len(classes)), np.int64)
             for row, annotation in zip(hot, annotations, strict=True):
@@ -156,8 +155,7 @@ class BoxedPictures(Pictures):
 
 def dense_fit(kind: Pictures) -> Fit:
     """Return how pictures with boxes or masks are fitted: letterboxed unless asked otherwise."""
-    from compress.data._pictures import DEFAULT_SIZE
-    from compress.data._resize import sides
+    from compress.data._resize import DEFAULT_SIZE, sides
 
     return Fit(
         sides(kind.image_size or DEFAULT_SIZE),
@@ -167,7 +165,7 @@ def dense_fit(kind: Pictures) -> Fit:
     )
 
 
-def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
+def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledImages:
     """Return files with their labels as images, decoded into memory where they fit in 1 GiB.
 
     Raises:
@@ -187,7 +185,7 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> Images:
     if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
         return images
     decoded = images.in_memory()
-    return replace(decoded, labels=labels.read()) if isinstance(labels, Masks) else decoded
+    return replace(decoded, labels=labels.read()) if isinstance(labels, FittedMasks) else decoded
 
 
 def image_size(file: Path) -> tuple[int, int]:
@@ -196,7 +194,7 @@ def image_size(file: Path) -> tuple[int, int]:
     Raises:
         DataError: it is absent or no readable image.
     """
-    with opened(file, where=str(file)) as image:
+    with opened_picture(file, where=str(file)) as image:
         return upright_size(image)
 
 

@@ -68,7 +68,7 @@ def augment(
     if settings.crop_padding:
         images = cropped(images, chances, settings.crop_padding)
     if settings.flip:
-        images = flipped(images, chances)
+        images = half_mirrored(images, chances)
     if settings.randaugment:
         images = randaugmented(images, chances, settings.randaugment)
     if settings.rotation_degrees or settings.scale:
@@ -186,7 +186,7 @@ def cropped(images: Tensor, chances: Tensor, padding: int) -> Tensor:
     return windows[each, :, rows, columns]
 
 
-def flipped(images: Tensor, chances: Tensor) -> Tensor:
+def half_mirrored(images: Tensor, chances: Tensor) -> Tensor:
     """Return images, about half of them mirrored left to right, (B, C, H, W)."""
     mirror = (chances[:, Chance.FLIP] < 0.5).view(-1, 1, 1, 1)
     return torch.where(mirror, images.flip(3), images)

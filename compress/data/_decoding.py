@@ -22,7 +22,9 @@ _DEEP_GREY = {"I;16", "I;16B", "I;16L", "I;16N"}
 
 
 @contextlib.contextmanager
-def opened(source: Path | BinaryIO, *, where: str, what: str = "image") -> Iterator[Image.Image]:
+def opened_picture(
+    source: Path | BinaryIO, *, where: str, what: str = "image"
+) -> Iterator[Image.Image]:
     """Open a picture whose size is bounded; nothing is decoded yet.
 
     Args:
@@ -75,7 +77,7 @@ def to_8_bit(image: Image.Image, channels: int, *, where: str) -> Image.Image:
     converted by the profile inside, if there is one.
 
     Args:
-        image: What ``opened`` returned.
+        image: What ``opened_picture`` returned.
         channels: 3, or 1 for grey.
         where: What errors begin with.
 

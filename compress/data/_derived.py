@@ -8,7 +8,7 @@ from typing import Any
 
 from compress import plugins
 from compress.data import Source
-from compress.data._images import Images, MemoryImages
+from compress.data._images import LabelledImages, MemoryImages
 from compress.data._resize import Fit, ImageSize
 from compress.errors import UsageError
 
@@ -61,7 +61,9 @@ class Derived:
         return found
 
 
-def in_every_split(source: Source, change: Callable[[Images], Images], **facts: Any) -> Source:
+def in_every_split(
+    source: Source, change: Callable[[LabelledImages], LabelledImages], **facts: Any
+) -> Source:
     """Return ``source`` with ``change`` applied to the images of each split, and new facts."""
     held = source.validation
     return replace(
@@ -73,7 +75,7 @@ def in_every_split(source: Source, change: Callable[[Images], Images], **facts: 
     )
 
 
-def in_memory(images: Images) -> Images:
+def in_memory(images: LabelledImages) -> LabelledImages:
     """Return ``images`` read once where they are few; else as they are."""
     channels, height, width = images.shape
     if len(images) * channels * height * width > LARGEST_IN_MEMORY_BYTES:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._decoding import opened, to_8_bit
+from compress.data._decoding import opened_picture, to_8_bit
 from compress.data._resize import Fit, ImageSize, sides
 
 Indices = Sequence[int] | NDArray[np.int64]
@@ -28,7 +28,7 @@ class Hash(Protocol):
         """Add ``data`` to the hash."""
 
 
-class Images(Protocol):
+class LabelledImages(Protocol):
     """Labelled images of one shape."""
 
     @property
@@ -84,7 +84,7 @@ class MemoryImages:
 class Subset:
     """Some of the images of another set."""
 
-    images: Images
+    images: LabelledImages
     indices: NDArray[np.int64]
 
     @property
@@ -202,7 +202,7 @@ def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> 
     Raises:
         DataError: it is no readable image; the message begins with ``where``.
     """
-    with opened(source, where=where) as image:
+    with opened_picture(source, where=where) as image:
         return fit.pixels(to_8_bit(image, channels, where=where))
 
 

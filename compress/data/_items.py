@@ -12,11 +12,9 @@ from torch import Tensor
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._held_out import held_out
-from compress.data._images import Hash, Images, Indices, MemoryImages, Subset, in_parallel
-from compress.data._item import Items, eight_bit, picture, shape_of
-from compress.data._item_labels import labels_of, targets_of
-from compress.data._pictures import DEFAULT_SIZE
-from compress.data._resize import Fit, ImageSize, sides
+from compress.data._images import Hash, Indices, LabelledImages, MemoryImages, Subset, in_parallel
+from compress.data._item import Items, all_targets, eight_bit, labels_of, picture, shape_of
+from compress.data._resize import DEFAULT_SIZE, Fit, ImageSize, sides
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -109,7 +107,7 @@ class Reader:
         return (fitted * luma).sum(0, keepdim=True).round().to(torch.uint8)
 
 
-def source_of(kind: Held, parts: Mapping[str, Items]) -> Source:
+def source_of_items(kind: Held, parts: Mapping[str, Items]) -> Source:
     """Return data sets by split as a Source; a part of train is the test set if there is none.
 
     Raises:
@@ -123,7 +121,7 @@ def source_of(kind: Held, parts: Mapping[str, Items]) -> Source:
     places = {name: f"{kind.root}, {name}" for name in parts}
     reader = Reader.of(kind, train, places["train"])
     _check_repeatable(train, reader)
-    targets = {places[name]: targets_of(part, places[name]) for name, part in parts.items()}
+    targets = {places[name]: all_targets(part, places[name]) for name, part in parts.items()}
     named = kind.classes or getattr(train, "classes", None)
     classes, labels, form = labels_of(targets, None if named is None else tuple(named), reader.fit)
     images = {
@@ -131,7 +129,7 @@ def source_of(kind: Held, parts: Mapping[str, Items]) -> Source:
         for name, part in parts.items()
     }
     test = images.get("test", images.get("validation"))
-    learned: Images = images["train"]
+    learned: LabelledImages = images["train"]
     if test is None:
         kept, drawn = held_out(labels[places["train"]], kind.test, kind.seed)
         learned, test = Subset(images["train"], kept), Subset(images["train"], drawn)
@@ -147,7 +145,7 @@ def source_of(kind: Held, parts: Mapping[str, Items]) -> Source:
     )
 
 
-def _images(items: Items, labels: Any, reader: Reader) -> Images:
+def _images(items: Items, labels: Any, reader: Reader) -> LabelledImages:
     images = ItemImages(items, labels, reader)
     if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
         return images

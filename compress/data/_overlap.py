@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from compress.data._images import FileImages, Images, MemoryImages, Subset
+from compress.data._images import FileImages, LabelledImages, MemoryImages, Subset
 from compress.data._shards import ShardImages
 
 BLOCK = 1024  # images looked at together
@@ -33,7 +33,7 @@ class Overlap:
         return self.equal / max(1, self.images)
 
 
-def overlap(others: Sequence[Images], images: Images) -> Overlap | None:
+def overlap(others: Sequence[LabelledImages], images: LabelledImages) -> Overlap | None:
     """Return how many of ``images`` are among ``others``; None where it cannot be told cheaply.
 
     **Method:** images in memory are compared by their pixels, and by the sign of the differences
@@ -57,23 +57,23 @@ def overlap(others: Sequence[Images], images: Images) -> Overlap | None:
     return None
 
 
-def _whole(images: Images) -> Images:
+def _whole(images: LabelledImages) -> LabelledImages:
     """Return the set that a subset is taken from."""
     return _whole(images.images) if isinstance(images, Subset) else images
 
 
-def _blocks(images: Images) -> Iterator[Any]:
+def _blocks(images: LabelledImages) -> Iterator[Any]:
     for start in range(0, len(images), BLOCK):
         yield images.take(range(start, min(start + BLOCK, len(images))))
 
 
-def _pixels(images: Images) -> Iterator[bytes]:
+def _pixels(images: LabelledImages) -> Iterator[bytes]:
     for block in _blocks(images):
         for image in block.numpy():
             yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
 
 
-def _thumbnails(images: Images) -> NDArray[np.uint64]:
+def _thumbnails(images: LabelledImages) -> NDArray[np.uint64]:
     """Return the difference hash of each image, (N,); that of an even one is 0."""
     found = [np.zeros(0, np.uint64)]
     for block in _blocks(images):
@@ -84,13 +84,13 @@ def _thumbnails(images: Images) -> NDArray[np.uint64]:
     return np.concatenate(found)
 
 
-def _is_stored(images: Images) -> bool:
+def _is_stored(images: LabelledImages) -> bool:
     whole = _whole(images)
     origin = whole.files if isinstance(whole, MemoryImages) else whole
     return isinstance(origin, FileImages | ShardImages)
 
 
-def _equal_files(others: Sequence[Images], images: Images) -> int:
+def _equal_files(others: Sequence[LabelledImages], images: LabelledImages) -> int:
     sizes = {size for part in others for size, _ in _stored(part)}
     candidates = [(size, read) for size, read in _stored(images) if size in sizes]
     wanted = {size for size, _ in candidates}

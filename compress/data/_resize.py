@@ -18,11 +18,13 @@ Rule = Literal["short side", "squash", "letterbox"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 ImageSize = int | tuple[int, int]  # side, or height and width, pixels
 CROP = 224 / 256  # of the short side, as ImageNet networks are evaluated
+DEFAULT_SIZE = 224
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
 PADDING = 114  # grey that letterboxes are filled with, 0..255, as YOLO networks are trained
 
 
 @dataclass(frozen=True)
-class Placement:
+class PicturePlacement:
     """Where one picture lies in the network's input.
 
     A point (x, y) of the picture is at ``(x * scale[1] + left, y * scale[0] + top)``.
@@ -77,7 +79,7 @@ class Fit:
             return self.crop
         return CROP if self.rule == "short side" else 1.0
 
-    def place(self, height: int, width: int) -> Placement:
+    def place(self, height: int, width: int) -> PicturePlacement:
         """Return where a picture of ``height`` x ``width`` pixels lies in the input."""
         wanted = [round(side / self.share) for side in self.size]
         if self.rule == "squash":
@@ -93,7 +95,7 @@ class Fit:
         top, left = (
             round((want - have) / 2) for want, have in zip(self.size, resized, strict=True)
         )
-        return Placement(resized, top, left, (resized[0] / height, resized[1] / width))
+        return PicturePlacement(resized, top, left, (resized[0] / height, resized[1] / width))
 
     def image(self, picture: Image.Image, fill: int | tuple[int, ...] | None = None) -> Image.Image:
         """Return ``picture`` resized, then cropped or padded to the size.
@@ -147,3 +149,30 @@ class Fit:
 def sides(size: ImageSize) -> tuple[int, int]:
     """Return height and width of an ``image_size``."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Pictures in files, fitted to one size while they are read.
+
+    Options: ``image_size`` (side, or height and width; 224 if absent), ``channels`` (3, or 1 for
+    grey), ``resize`` ("short side", "squash" or "letterbox"), ``interpolation``, ``crop`` (share
+    of the resized picture that is kept) and ``workers`` (threads that decode).
+    """
+
+    image_size: ImageSize | None = None
+    channels: int | None = None
+    workers: int = 0
+    resize: Rule | None = None
+    interpolation: Interpolation | None = None
+    crop: float | None = None
+
+    @property
+    def fit(self) -> Fit:
+        """How pictures are fitted to the network's input."""
+        return Fit(
+            sides(self.image_size or DEFAULT_SIZE),
+            self.resize or "short side",
+            self.interpolation or "bilinear",
+            self.crop,
+        )

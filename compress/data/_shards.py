@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import progress
-from compress.data._images import Hash, Images, Indices, Subset, decoded, in_parallel
+from compress.data._images import Hash, Indices, LabelledImages, Subset, decoded, in_parallel
 from compress.data._resize import Fit
 from compress.errors import DataError
 
@@ -100,7 +100,7 @@ class ShardImages:
         return decoded(content, self.fit, self.channels, where=f"{path}, byte {place}")
 
 
-def shuffled(images: Images, random: np.random.Generator) -> NDArray[np.int64]:
+def shuffled(images: LabelledImages, random: np.random.Generator) -> NDArray[np.int64]:
     """Return every position once, in random order, (N,).
 
     Shards are taken in random order and each image at most ``window`` places away from where it
@@ -119,7 +119,7 @@ def shuffled(images: Images, random: np.random.Generator) -> NDArray[np.int64]:
     return order[np.argsort(np.arange(len(order)) + window * random.random(len(order)))]
 
 
-def _bounds(images: Images) -> tuple[NDArray[np.int64], int] | None:
+def _bounds(images: LabelledImages) -> tuple[NDArray[np.int64], int] | None:
     """Return where the images of each shard begin among ``images``, and the window."""
     if isinstance(images, ShardImages):
         return images.starts, images.window

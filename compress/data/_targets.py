@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._decoding import opened, upright_size
-from compress.data._images import Images, Subset, in_parallel
+from compress.data._decoding import opened_picture, upright_size
+from compress.data._images import LabelledImages, Subset, in_parallel
 from compress.data._resize import Fit
 from compress.errors import DataError
 
@@ -68,7 +68,7 @@ def mask_values(file: Path) -> NDArray[np.uint8]:
     """
     from PIL import ImageOps
 
-    with opened(file, where=str(file), what="mask") as mask:
+    with opened_picture(file, where=str(file), what="mask") as mask:
         if mask.mode not in {"L", "P", "1"}:
             raise DataError(
                 f"is a mask of mode {mask.mode}",
@@ -78,11 +78,12 @@ def mask_values(file: Path) -> NDArray[np.uint8]:
         return np.array(ImageOps.exif_transpose(mask), dtype=np.uint8)
 
 
-def mask_classes(first: Mapping[int, str]) -> tuple[str, ...]:
+def mask_classes(first: Mapping[int, str], fix: str = "") -> tuple[str, ...]:
     """Return the numbers of the classes that masks hold as their names.
 
     Args:
         first: Of each value that counts, in which mask it occurs first.
+        fix: What else can be done about numbers that are missing.
 
     Raises:
         DataError: a number below the largest occurs nowhere: the largest may be a stray value.
@@ -95,13 +96,13 @@ def mask_classes(first: Mapping[int, str]) -> tuple[str, ...]:
             f"holds the value {largest}, and no mask holds {some}",
             where=first[largest],
             expected=f"classes numbered from 0 on: is {largest} one of them?",
-            fix="Correct the mask, or name the classes in order: classes: [...]",
+            fix=f"Correct the mask, or name the classes in order: classes: [...]{fix}",
         )
     return tuple(str(k) for k in range(largest + 1))
 
 
 @dataclass(frozen=True)
-class Masks:
+class FittedMasks:
     """Class maps of N images in files, fitted as their images are; read when asked for."""
 
     files: tuple[Path, ...]
@@ -114,7 +115,7 @@ class Masks:
         """Return how many images there are."""
         return len(self.files)
 
-    def __getitem__(self, indices: Indices) -> Masks:
+    def __getitem__(self, indices: Indices) -> FittedMasks:
         """Return the masks of the images at ``indices``."""
         files = tuple(self.files[int(i)] for i in indices)
         images = tuple(self.images[int(i)] for i in indices)
@@ -140,7 +141,7 @@ class Masks:
     def _one(self, index: int) -> Tensor:
         file, image = self.files[index], self.images[index]
         values = mask_values(file)
-        with opened(image, where=str(image)) as picture:
+        with opened_picture(image, where=str(image)) as picture:
             width, height = upright_size(picture)
         if values.shape != (height, width):
             raise DataError(
@@ -168,7 +169,8 @@ class Masks:
                 where=str(file),
                 expected=f"classes {known}"
                 + ("" if self.void is None else f", or {self.void} where nothing counts"),
-                fix="Name all classes of the data, or set void to the value that does not count",
+                fix="Name all classes of the data, say which numbers they have in the files "
+                "(values), or set void to the value that does not count",
             )
         fit = replace(self.fit, interpolation="nearest")
         fitted = fit.image(Image.fromarray(classes.astype(np.uint8)), fill=VOID)
@@ -179,7 +181,7 @@ class Masks:
 class PictureTargets:
     """Pictures that a network is to give back; read when asked for."""
 
-    pictures: Images
+    pictures: LabelledImages
 
     def __len__(self) -> int:
         """Return how many pictures there are."""
@@ -198,8 +200,8 @@ class PictureTargets:
         return b""
 
 
-def tensors_of(labels: Any) -> Tensor | list[Target]:
+def target_tensors(labels: Any) -> Tensor | list[Target]:
     """Return labels as what losses and metrics take: a tensor, or a dictionary for each image."""
-    if isinstance(labels, Boxes | Masks | PictureTargets):
+    if isinstance(labels, Boxes | FittedMasks | PictureTargets):
         return labels.tensors()
     return torch.from_numpy(np.asarray(labels))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.data import Source
 from compress.data._derived import Derived, in_every_split
-from compress.data._images import Images, MemoryImages
+from compress.data._images import LabelledImages, MemoryImages
 from compress.data._targets import PictureTargets
 from compress.errors import UsageError
 
@@ -40,7 +40,7 @@ class Codes(Derived):
         found = self.source(self.image_size)
         mean, to_code = self._components(found.train)
 
-        def coded(pictures: Images) -> Images:
+        def coded(pictures: LabelledImages) -> LabelledImages:
             parts = [
                 (_flat(pictures, start) - mean) @ to_code
                 for start in range(0, len(pictures), AT_ONCE)
@@ -57,7 +57,7 @@ class Codes(Derived):
             prepared=True,
         )
 
-    def _components(self, pictures: Images) -> tuple[Tensor, Tensor]:
+    def _components(self, pictures: LabelledImages) -> tuple[Tensor, Tensor]:
         """Return the mean (P,) of all pixels and the matrix (P, size) that makes codes of them."""
         count, pixels = min(FITTED, len(pictures)), int(np.prod(pictures.shape))
         if not 1 <= self.size <= min(count - 1, pixels):
@@ -75,6 +75,6 @@ class Codes(Derived):
         return mean, axes / (spread / (count - 1) ** 0.5).clamp_min(1e-6)
 
 
-def _flat(pictures: Images, start: int) -> Tensor:
+def _flat(pictures: LabelledImages, start: int) -> Tensor:
     indices = range(start, min(start + AT_ONCE, len(pictures)))
     return pictures.take(indices).flatten(1).float() / 255

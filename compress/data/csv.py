@@ -12,8 +12,8 @@ import numpy as np
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._annotated import pictures
 from compress.data._held_out import TEST, held_out
-from compress.data._images import Images
-from compress.data._pictures import Pictures
+from compress.data._images import LabelledImages
+from compress.data._resize import Pictures
 from compress.errors import DataError, UsageError, did_you_mean
 
 IMAGE = ("image", "path", "file", "filename", "filepath", "image_path", "img", "name", "id")
@@ -70,7 +70,7 @@ class Csv(Pictures):
         if not len(train):
             raise DataError("has no line of split train", where=str(table))
 
-        def images(chosen: np.ndarray) -> Images:
+        def images(chosen: np.ndarray) -> LabelledImages:
             return pictures(self, [files[i] for i in chosen], numbers[chosen])
 
         return Source(

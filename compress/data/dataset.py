@@ -12,8 +12,8 @@ from compress import plugins
 from compress.data import Source
 from compress.data._held_out import TEST
 from compress.data._item import Items
-from compress.data._items import source_of
-from compress.data._pictures import Pictures
+from compress.data._items import source_of_items
+from compress.data._resize import Pictures
 from compress.errors import DataError, UnknownNameError, UsageError
 
 SPLITS = ("train", "validation", "test")
@@ -58,7 +58,7 @@ class Dataset(Pictures):
             source: Source = self._call(found).load()
             return source
         parts = {split: part for split, part in self._parts(found).items() if part is not None}
-        return source_of(self, {name: self._sized(part) for name, part in parts.items()})
+        return source_of_items(self, {name: self._sized(part) for name, part in parts.items()})
 
     def _parts(self, found: Any) -> dict[str, Any]:
         """Return what the user's function, or object, gives for each split."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from compress.data import Source
 from compress.data._derived import Derived, in_every_split, in_memory
-from compress.data._images import Hash, Images, Indices, MemoryImages
+from compress.data._images import Hash, Indices, LabelledImages, MemoryImages
 from compress.data._resize import sides
 from compress.data._targets import PictureTargets
 from compress.errors import DataError, UsageError
@@ -57,9 +57,9 @@ class Degraded(Derived):
             found, self._worse, classes=(), mean=(0.0,), std=(1.0,), target="image"
         )
 
-    def _worse(self, pictures: Images) -> Images:
+    def _worse(self, pictures: LabelledImages) -> LabelledImages:
         kept = in_memory(pictures)
-        worse: Images = Worse(kept, PictureTargets(kept), self.scale, self.noise, self.seed)
+        worse: LabelledImages = Worse(kept, PictureTargets(kept), self.scale, self.noise, self.seed)
         return worse if kept is pictures else MemoryImages(worse.take(range(len(worse))),
                                                            worse.labels)  # fmt: skip
 
@@ -68,7 +68,7 @@ class Degraded(Derived):
 class Worse:
     """Pictures made smaller and noisy when they are asked for."""
 
-    pictures: Images
+    pictures: LabelledImages
     labels: Any
     scale: int
     noise: float

@@ -8,8 +8,8 @@ from typing import Any
 
 from compress.data import Source
 from compress.data._held_out import TEST
-from compress.data._items import source_of
-from compress.data._pictures import Pictures
+from compress.data._items import source_of_items
+from compress.data._resize import Pictures
 from compress.errors import DataError, UsageError
 from compress.packages import require
 
@@ -49,7 +49,7 @@ class Huggingface(Pictures):
         image, label, names = self._columns(next(iter(parts.values())).features)
         chosen = self if names is None or self.classes else _named(self, names)
         split = {"valid": "validation", "val": "validation", "dev": "validation"}
-        return source_of(
+        return source_of_items(
             chosen,
             {split.get(name, name): _Rows(part, image, label) for name, part in parts.items()},
         )

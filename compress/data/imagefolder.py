@@ -11,8 +11,8 @@ import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._held_out import TEST, held_out
-from compress.data._images import FileImages, Images, Names, Subset
-from compress.data._pictures import ENDINGS, Pictures
+from compress.data._images import FileImages, LabelledImages, Names, Subset
+from compress.data._resize import ENDINGS, Pictures
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -72,7 +72,7 @@ class Imagefolder(Pictures):
     def _folder(root: Path, *names: str) -> Path | None:
         return next((root / name for name in names if (root / name).is_dir()), None)
 
-    def _images(self, folder: Path, classes: tuple[str, ...]) -> Images:
+    def _images(self, folder: Path, classes: tuple[str, ...]) -> LabelledImages:
         unknown = {path.name for path in folder.iterdir() if path.is_dir()} - set(classes)
         if unknown:
             raise DataError(

@@ -10,7 +10,7 @@ import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._images import FileImages, Names, Subset
-from compress.data._pictures import ENDINGS, Pictures
+from compress.data._resize import ENDINGS, Pictures
 from compress.errors import DataError
 
 TEST_SHARE = 4  # every fourth picture is a test picture

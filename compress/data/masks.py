@@ -11,11 +11,10 @@ import numpy as np
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._annotated import dense_fit, pictures
 from compress.data._held_out import with_test
-from compress.data._images import Images
-from compress.data._pictures import ENDINGS, Pictures
-from compress.data._resize import Fit
+from compress.data._images import LabelledImages
+from compress.data._resize import ENDINGS, Fit, Pictures
 from compress.data._targets import VOID, mask_classes, mask_values
-from compress.data._targets import Masks as MaskFiles
+from compress.data._targets import FittedMasks as MaskFiles
 from compress.errors import DataError, UsageError
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
@@ -28,7 +27,8 @@ class Masks(Pictures):
 
     A mask has its image's name and size, one class number for each pixel, and ``void`` where
     nothing counts. ``classes`` names the classes in order; they are counted if absent. ``values``
-    are the classes' numbers in the files where those are not 0, 1, 2, ...: [0, 255].
+    are the classes' numbers in the files, in the order of ``classes``, where those are not 0, 1,
+    2, ...: black and white masks of two classes have ``values: [0, 255], void: null``.
     """
 
     root: str
@@ -131,7 +131,7 @@ def masked_source(
     names = tuple(classes or map(str, values or ())) or _counted(train, void)
     numbers = tuple(values or range(len(names)))
 
-    def images(pairs: Pairs) -> Images:
+    def images(pairs: Pairs) -> LabelledImages:
         files, masks = zip(*pairs, strict=True)
         return pictures(kind, files, MaskFiles(masks, files, kind.fit, numbers, void))
 
@@ -165,4 +165,4 @@ def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
             fix=f"If {void} is a class, say so: data: {{masks: {{values: {[*first, void]}, void: "
             "null}}",
         )
-    return mask_classes(first)
+    return mask_classes(first, f", or their numbers in the files: values: {sorted(first)}")

@@ -132,19 +132,19 @@ class _Made:
         start = _noise((count, *self.shape), torch.Generator().manual_seed(seed))
         batches = -(-options.images // BATCH)
         with progress.task(f"synthetic images, {number + 1} of {batches}", options.steps) as done:
-            found = matched(
+            found = matched_to_batchnorm(
                 self.network, start, (-mean / std, (1 - mean) / std), options.steps, done
             )
         pixels = ((found * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return pixels.flip(1) if options.color == "BGR" else pixels
 
 
-def matched(
+def matched_to_batchnorm(
     network: nn.Module,
     start: Tensor,
     bounds: tuple[Tensor, Tensor],
     steps: int,
-    done: progress.Task,
+    done: progress.ProgressTask,
 ) -> Tensor:
     """Return images like ``start``, changed until BatchNorm reads the statistics that it stored.
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from compress.data import Source
 from compress.data._derived import Derived, in_every_split
-from compress.data._images import Images, Subset
+from compress.data._images import LabelledImages, Subset
 from compress.errors import UsageError
 
 
@@ -48,7 +48,7 @@ class Unseen(Derived):
             )
         held = [names.index(name) for name in self.held_back]
 
-        def learned(images: Images) -> Images:
+        def learned(images: LabelledImages) -> LabelledImages:
             return Subset(images, np.flatnonzero(~np.isin(images.labels, held)))
 
         tested = Subset(found.test, np.flatnonzero(np.isin(found.test.labels, held)))

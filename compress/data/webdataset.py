@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._images import Images, Subset
-from compress.data._pictures import Pictures
+from compress.data._images import LabelledImages, Subset
+from compress.data._resize import Pictures
 from compress.data._shards import Shard, ShardImages, read_shards
 from compress.errors import DataError
 
@@ -51,7 +51,7 @@ class Webdataset(Pictures):
         paths = _shards(self.root)
         shards = read_shards(paths, self.workers)
         classes, shards = _numbered(shards, self.root)
-        parts: dict[str, Images] = {}
+        parts: dict[str, LabelledImages] = {}
         for split in ("train", "validation", "test"):
             chosen = [i for i, path in enumerate(paths) if _split(path) == split]
             if chosen:
@@ -174,7 +174,7 @@ def _numbered(shards: list[Shard], root: str) -> tuple[tuple[str, ...], list[Sha
     return tuple(map(str, range(count))), shards
 
 
-def _held_back(images: Images) -> tuple[Images, Images]:
+def _held_back(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
     """Return images to train on and to test on: the same ones in every process and every run."""
     order = np.random.default_rng(0).permutation(len(images))
     test, train = np.split(order, [max(1, round(TEST_SHARE * len(order)))])

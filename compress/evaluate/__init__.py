@@ -19,9 +19,8 @@ from compress import tasks
 from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
-from compress.evaluate.class_accuracy import Accuracy, ClassAccuracy, accuracy
 from compress.evaluate.feeding import Fed
-from compress.evaluate.predictions import Predictions
+from compress.evaluate.predictions import Accuracy, ClassAccuracy, Predictions, accuracy
 from compress.modules import evaluating
 from compress.modules.detectors import before_nms
 from compress.modules.outputs import logits_of
@@ -157,7 +156,7 @@ def answered(
 
 def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
     """Return what changed from one network to another on the same images, for a report."""
-    changes = tasks.compare(task, reference.scores, candidate.scores)
+    changes = tasks.compare_metrics(task, reference.scores, candidate.scores)
     return agreement_row(task, reference, candidate) | {
         "changes": {
             name: {

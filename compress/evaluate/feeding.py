@@ -27,7 +27,7 @@ FACTS = ("image_size", "channels", "mean", "std", "color", "layout")
 ONNX_NAME = "model.onnx"  # in a stage's folder
 
 
-def facts_of(path: Path) -> dict[str, Any]:
+def artifact_facts(path: Path) -> dict[str, Any]:
     """Return what an artifact says of its input: keys of ``DataSettings``, labels and task.
 
     An ONNX file says it in its metadata and by the shape of its input, an engine by its record,
@@ -64,7 +64,7 @@ def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
     found: dict[str, Any] = {}
     readable = plugins.options("data", settings.name)
     for path in paths:
-        for key, value in facts_of(path).items():
+        for key, value in artifact_facts(path).items():
             if key not in FACTS and (key not in FITTING or key not in readable):
                 continue
             if key in known:
@@ -79,7 +79,7 @@ def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
     return settings.model_copy(update=changed | {"options": {**settings.options, **fitting}})
 
 
-def arrays(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> list[NDArray[Any]]:
+def arrays_for(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> list[NDArray[Any]]:
     """Return what a session with these inputs takes for ``images``.
 
     Args:
@@ -172,7 +172,7 @@ class Fed:
 
     def run(self, images: NDArray[Any]) -> list[NDArray[Any]]:
         """Return one array for each output."""
-        given = arrays(self._session.inputs, torch.from_numpy(images), self._dataset)
+        given = arrays_for(self._session.inputs, torch.from_numpy(images), self._dataset)
         return self._session.run(*given)
 
 

@@ -90,17 +90,19 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
             files.name_sizes(graph)
         conversion.keep_scopes_only(graph)
         with files.writing(graph, target, facts) as written:
-            proof.check(written, module, example, program.exported_program, images=check_images)
+            proof.check_export(
+                written, module, example, program.exported_program, images=check_images
+            )
             if preprocess is not None or softmax:
                 io_wrapping.attach(graph, preprocess, softmax=softmax)
-                facts |= io_wrapping.facts(preprocess, softmax)
-                files.save(graph, written, facts)
+                facts |= io_wrapping.wrapping_facts(preprocess, softmax)
+                files.save_exported(graph, written, facts)
                 proof.check_ends(written, module, example, preprocess, softmax=softmax)
             if nms is not None:
                 heads = graph.graph.outputs[0]
                 nms.attach(graph.graph)
                 proof.check_nms(graph, heads, nms)
-                files.save(graph, written, facts)
+                files.save_exported(graph, written, facts)
     except CompressError as error:
         raise error.within(name) from None
     return target

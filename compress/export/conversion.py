@@ -23,7 +23,7 @@ from compress.modules import network_of, set_mode
 from compress.modules.copying import full_copy
 from compress.modules.detectors import before_nms
 from compress.modules.inputs import example_of
-from compress.modules.outputs import chosen, leaves, named_tensors, tensors_of
+from compress.modules.outputs import chosen_outputs, leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
 OPSETS = range(18, 24)  # what torch writes and the three runtimes read
@@ -111,7 +111,7 @@ def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Mo
     if outputs is not None:
 
         def choose(_module: nn.Module, _given: Any, output: Any) -> Any:
-            found = chosen(named_tensors(output), outputs, where=type(model).__name__)
+            found = chosen_outputs(named_tensors(output), outputs, where=type(model).__name__)
             return found[0][1] if len(found) == 1 else tuple(tensor for _, tensor in found)
 
         copied.register_forward_hook(choose)
@@ -198,7 +198,7 @@ def keep_scopes_only(graph: ir.Model) -> None:
         value.doc_string = None
 
 
-def outputs_of(module: nn.Module, example: Example) -> list[Tensor]:
+def module_outputs(module: nn.Module, example: Example) -> list[Tensor]:
     """Return what ``module`` answers, as a flat list of tensors; ``module`` stays as it is.
 
     It is the second answer: of a network with a hidden state it differs from what was traced.

@@ -85,7 +85,7 @@ def writing(model: ir.Model, target: Path, facts: Mapping[str, Any]) -> Iterator
     before = data.stat().st_mtime_ns if data.exists() else None
     try:
         with replacing(target) as temporary:
-            save(model, temporary, facts, data=data)
+            save_exported(model, temporary, facts, data=data)
             yield temporary
     except BaseException:
         if data.exists() and data.stat().st_mtime_ns != before:
@@ -93,7 +93,9 @@ def writing(model: ir.Model, target: Path, facts: Mapping[str, Any]) -> Iterator
         raise
 
 
-def save(model: ir.Model, path: Path, facts: Mapping[str, Any], data: Path | None = None) -> None:
+def save_exported(
+    model: ir.Model, path: Path, facts: Mapping[str, Any], data: Path | None = None
+) -> None:
     """Write ``model`` with ``facts`` to ``path``, and weights over 2 GB to ``data``."""
     model.metadata_props.clear()
     model.metadata_props.update({f"{PREFIX}{key}": as_text(value) for key, value in facts.items()})

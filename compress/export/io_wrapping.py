@@ -61,7 +61,7 @@ def attach(model: ir.Model, preprocess: Preprocess | None, *, softmax: bool) -> 
         _append_softmax(model.graph)
 
 
-def facts(preprocess: Preprocess | None, softmax: bool) -> dict[str, Any]:
+def wrapping_facts(preprocess: Preprocess | None, softmax: bool) -> dict[str, Any]:
     """Return the metadata about pre- and post-processing for whoever reads the file."""
     said: dict[str, Any] = {}
     if preprocess is not None:

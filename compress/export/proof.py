@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
-from compress.export.conversion import Example, Free, outputs_of
+from compress.export.conversion import Example, Free, module_outputs
 from compress.export.io_wrapping import Preprocess
 from compress.graph.nms import OUTPUT, Nms
 from compress.modules.copying import full_copy
@@ -21,13 +21,13 @@ from compress.modules.copying import full_copy
 TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output
 SLACK = 10.0  # how many times torch's own fp32 rounding error ONNX Runtime may be off
 LARGEST_ROUNDING = 0.01  # what changes more than this with its last digits hangs on rounding
-LAST_DIGIT = 1e-6  # of the largest value of an input
-PROBES = 4
+LAST_DIGIT = 1e-5  # of the largest value of an input: as far as runtimes round apart in the end
+PROBES = 8
 NODE_TOLERANCE = 1e-3
 MADE_UP_BOXES = 300  # that NMS at the end of a graph is tried on
 
 
-def check(
+def check_export(
     path: Path,
     module: nn.Module,
     example: Example,
@@ -92,7 +92,7 @@ def check_ends(
             0, 256, (size, height, width, channels), dtype=torch.uint8, generator=generator
         )
         inputs = preprocess(feed)
-    reference = outputs_of(module, Example((inputs,), {}))
+    reference = module_outputs(module, Example((inputs,), {}))
     if softmax:
         reference = [reference[0].softmax(1)]
     answers = [torch.from_numpy(a) for a in _session(path).run(None, {"input": feed.numpy()})]
@@ -175,7 +175,7 @@ def _trials(example: Example, images: Tensor | None, free: Free) -> Iterable[tup
 
 def _answers(module: nn.Module, inputs: Example, label: str) -> list[Tensor]:
     try:
-        return outputs_of(module, inputs)
+        return module_outputs(module, inputs)
     except Exception as error:
         raise ExportError(
             f"the network itself fails on {label}: {(str(error).splitlines() or [repr(error)])[0]}",
@@ -232,7 +232,7 @@ def _hangs_on_rounding(module: nn.Module, inputs: Example, reference: list[Tenso
             else t
             for t in inputs.tensors
         )
-        others.append(outputs_of(module, inputs.replaced(nearby)))
+        others.append(module_outputs(module, inputs.replaced(nearby)))
     return any(difference(other, reference) >= LARGEST_ROUNDING for other in others)
 
 
@@ -240,7 +240,7 @@ def _in_float64(module: nn.Module, inputs: Example) -> list[Tensor] | None:
     """Return what a copy of ``module`` in float64 answers; None where it casts inside."""
     doubled = tuple(t.double() if t.is_floating_point() else t for t in inputs.tensors)
     try:
-        return outputs_of(full_copy(module).double(), inputs.replaced(doubled))
+        return module_outputs(full_copy(module).double(), inputs.replaced(doubled))
     except RuntimeError:
         return None
 

@@ -23,7 +23,8 @@ from onnx import (
 
 from compress.artifact import is_utf8, replacing, state_of
 from compress.errors import EngineError, boundary
-from compress.graph.metadata import dims_of, layout_of, picture_input, stamp
+from compress.graph.metadata import layout_of, picture_input, stamp
+from compress.graph.shapes import dims_of
 
 DEEPEST = 64  # branches and loops inside each other, functions that call functions
 MOST_NODES = 2**20  # of the graph once its functions are written out
@@ -36,7 +37,7 @@ _DAMAGED = "Export it again, or copy it again and compare its SHA-256"
 
 
 def load(path: str | Path, *, weights: bool = True) -> ModelProto:
-    """Return the model in ``path`` after ``check``.
+    """Return the model in ``path`` after ``check_onnx``.
 
     It takes memory for at most four times the bytes that are there, whatever sizes are claimed.
 
@@ -67,7 +68,7 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
     return model
 
 
-def check(path: str | Path) -> None:
+def check_onnx(path: str | Path) -> None:
     """Check that ``path`` is a whole ONNX file whose weights lie in its own folder.
 
     Raises:
@@ -77,7 +78,7 @@ def check(path: str | Path) -> None:
 
 
 def parts(path: str | Path) -> set[Path]:
-    """Return the files that a model lies in: ``path`` and those of its weights, after ``check``.
+    """Return the files that a model lies in: ``path`` and those of its weights, as checked.
 
     It is read again only if one of them has changed.
 

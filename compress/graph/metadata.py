@@ -9,6 +9,8 @@ from typing import Any
 
 import onnx
 
+from compress.graph.shapes import dims_of, real_inputs
+
 PREFIX = "compress."  # of the keys that are ours
 CHANNELS = (1, 3)  # of pictures: how an input of unknown layout is recognised
 FITTING = ("resize", "interpolation", "crop")  # how a picture is fitted to the size
@@ -105,15 +107,3 @@ def picture_input(model: onnx.ModelProto) -> onnx.ValueInfoProto | None:
     """Return the first input with four dimensions that is no weight, or None."""
     inputs = real_inputs(model)
     return next((v for v in inputs if len(v.type.tensor_type.shape.dim) == 4), None)
-
-
-def real_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Return the inputs that are no weights; old exporters list both."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    return [value for value in model.graph.input if value.name not in weights]
-
-
-def dims_of(value: onnx.ValueInfoProto) -> list[int | None]:
-    """Return the sizes of an input; None where one is free."""
-    dims = value.type.tensor_type.shape.dim
-    return [dim.dim_value if dim.dim_value > 0 else None for dim in dims]

@@ -1,4 +1,4 @@
-"""A read-only index of an ONNX graph: producers, readers and constants by tensor name."""
+"""Look up in an ONNX file what makes and reads a tensor, by name; ``values`` edits graphs."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import NodeProto, numpy_helper
 
+from compress.graph.shapes import dims_of, real_inputs
+
 ACTIVATIONS = frozenset({"Relu", "Clip"})  # what a runtime computes together with the op before
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
 
 
-class Graph:
-    """A view of ``model``; build a new one after changing its nodes."""
+class GraphIndex:
+    """Producers, readers and constants of a file by tensor name, read-only: to decide and to plan.
+
+    Plans name tensors, and runtimes take files: this reads the file as it stands. To change a
+    graph, or to walk it value by value, take ``EditableGraph``, which is a copy on onnx_ir.
+    """
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
         self.nodes: Sequence[NodeProto] = model.graph.node
         self.initializers = {t.name: t for t in model.graph.initializer}
-        self.inputs = [i.name for i in model.graph.input if i.name not in self.initializers]
+        self.inputs = [value.name for value in real_inputs(model)]
         self.outputs = {o.name for o in model.graph.output}
         self.captured: set[str] = set()  # what the bodies of loops and branches read
         self.producer: dict[str, NodeProto] = {}
@@ -35,7 +41,10 @@ class Graph:
                 if name:
                     self.readers[name].append((node, position))
             self.captured |= captured(node)
-        self.shapes = {v.name: _dims(v) for v in (*model.graph.input, *model.graph.value_info)}
+        self.shapes = {
+            v.name: tuple(dims_of(v)) if v.type.tensor_type.HasField("shape") else None
+            for v in (*model.graph.input, *model.graph.value_info)
+        }
         self.types = {
             v.name: v.type.tensor_type.elem_type
             for v in (*model.graph.input, *model.graph.value_info, *model.graph.output)
@@ -97,7 +106,7 @@ class Graph:
 
 def captured(node: NodeProto) -> set[str]:
     """Return the names that the subgraphs of ``node`` may read from outside."""
-    graphs = [a.g for a in node.attribute if a.type == onnx.AttributeProto.GRAPH]
+    graphs = [graph for a in node.attribute for graph in (a.g, *a.graphs)]
     ends = {output.name for graph in graphs for output in graph.output}
     return ends | {n for graph in graphs for child in graph.node for n in reads(child)}
 
@@ -158,10 +167,3 @@ def fresh_name(taken: set[str], wish: str) -> str:
         name = f"{wish}_{number}"
     taken.add(name)
     return name
-
-
-def _dims(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
-    kind = value.type.tensor_type
-    if not kind.HasField("shape"):
-        return None
-    return tuple(d.dim_value if d.dim_value > 0 else None for d in kind.shape.dim)

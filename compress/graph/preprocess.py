@@ -16,7 +16,7 @@ from onnx_ir.passes import common as passes
 from compress.errors import EngineError, QuantizationError
 from compress.graph import files
 from compress.graph.hard_swish import join_hard_swish
-from compress.graph.model import WEIGHTED, Graph, attribute, channel_axis, fresh_name
+from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
 from compress.graph.reshapes import is_spatial_mean, keep_batch, write_pool
 from compress.graph.values import (
     EditableGraph,
@@ -27,7 +27,7 @@ from compress.graph.values import (
     name_of,
     set_input,
 )
-from compress.graph.weightless import check, infer_shapes
+from compress.graph.weightless import check_graph, infer_shapes
 
 OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
 CONVERTED_OPSET = 17
@@ -104,7 +104,7 @@ def _refuse_quantized(model: ModelProto, where: str) -> None:
 
 
 def _refuse_without_weights(model: ModelProto, where: str) -> None:
-    graph = Graph(model)
+    graph = GraphIndex(model)
     if any(graph.weight(node) for node in graph.nodes):
         return
     weighted = [node for node in graph.nodes if node.op_type in WEIGHTED]
@@ -137,7 +137,7 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 fix="Export the network again with a newer opset",
             ) from None
     infer_shapes(model, where)  # some exporters leave outputs without
-    check(model, where)
+    check_graph(model, where)
     model.ir_version = max(model.ir_version, 8)
     return model
 

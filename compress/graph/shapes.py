@@ -39,6 +39,18 @@ def macs(node: onnx.NodeProto, shapes: Shapes) -> int | None:
     return math.prod(output) * (data[0] if transposed else data[-1])
 
 
+def real_inputs(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Return the inputs that are no weights; old exporters list both."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return [value for value in model.graph.input if value.name not in weights]
+
+
+def dims_of(value: onnx.ValueInfoProto) -> list[int | None]:
+    """Return the sizes of a tensor; None where one is free."""
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.dim_value > 0 else None for dim in dims]
+
+
 def _sizes(shape: tuple[int | None, ...] | None) -> tuple[int, ...] | None:
     """Return a shape; None where a size is not known."""
     sizes = tuple(size for size in shape or () if size is not None)
@@ -62,10 +74,7 @@ def shapes_of(
     """
     fixed = onnx.ModelProto()
     fixed.CopyFrom(model)
-    known = {tensor.name for tensor in fixed.graph.initializer}
-    for value in fixed.graph.input:
-        if value.name in known:
-            continue
+    for value in real_inputs(fixed):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_value < 1 and (axis == 0 or others is not None):
                 dim.dim_value = batch if axis == 0 else others or 1
@@ -82,8 +91,5 @@ def shapes_of(
     for value in (*inferred.input, *inferred.value_info, *inferred.output):
         kinds[value.name] = value.type.tensor_type.elem_type
         if value.type.tensor_type.HasField("shape"):
-            shapes[value.name] = tuple(
-                dim.dim_value if dim.dim_value > 0 else None
-                for dim in value.type.tensor_type.shape.dim
-            )
+            shapes[value.name] = tuple(dims_of(value))
     return shapes, kinds

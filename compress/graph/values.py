@@ -1,4 +1,4 @@
-"""An ONNX graph on onnx_ir, to query and edit: values know their producers and their uses."""
+"""Edit an ONNX graph on onnx_ir, where values know what makes and uses them; ``model`` looks up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ Array = NDArray[Any]
 
 
 class EditableGraph:
-    """Nodes, constants and edges; the model it was made from is not modified."""
+    """A copy of a model on onnx_ir: to change nodes, or to walk a graph value by value.
+
+    To look tensors of a file up by name, ``GraphIndex`` is made in a tenth of the time.
+    """
 
     def __init__(self, model: ModelProto) -> None:
         self.model = ir.from_proto(model)

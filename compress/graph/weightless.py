@@ -44,7 +44,7 @@ def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
         getattr(model.graph, field).extend(getattr(found.graph, field))
 
 
-def check(model: ModelProto, where: str = "the ONNX graph", *, full: bool = False) -> None:
+def check_graph(model: ModelProto, where: str = "the ONNX graph", *, full: bool = False) -> None:
     """Check ``model`` by the rules of ONNX; with ``full``, its shapes too.
 
     Raises:

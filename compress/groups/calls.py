@@ -38,7 +38,7 @@ _SEEN_THROUGH = {
 _OPENED: dict[types.FunctionType, types.FunctionType] = {}
 
 
-def opened(function: types.FunctionType) -> types.FunctionType:
+def without_override_check(function: types.FunctionType) -> types.FunctionType:
     """Return a copy of a function of torch.nn.functional that does not ask who overrides it.
 
     Such a function hands itself over as a whole before anything else; the calls in its body, with
@@ -104,5 +104,5 @@ class WatchedCalls(TorchFunctionMode, abc.ABC):
         """Return what ``func`` gives; the calls in its body come to this mode."""
         if isinstance(func, types.FunctionType) and func.__globals__ is vars(F):
             with self:
-                return opened(func)(*args, **kwargs)
+                return without_override_check(func)(*args, **kwargs)
         return func(*args, **kwargs)

@@ -14,7 +14,7 @@ from compress.modules.inputs import example_of
 Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]  # or a shape
 
 
-def inputs_of(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_inputs(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments for a call with ``example_input``.
 
     Raises:

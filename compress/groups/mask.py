@@ -26,7 +26,7 @@ from compress.groups.cut import check_fit, cut_by
 from compress.groups.plan import Dims, KeptOnly, PrunePlan
 from compress.groups.trace import undisturbed
 from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, named_tensors
+from compress.modules.copying import full_copy, parameters_and_buffers
 
 Call = tuple[str, int]  # an op, and which call of it in one forward
 Given = tuple[Any, Any]  # arguments and keyword arguments
@@ -47,7 +47,7 @@ def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     model = network_of(model)
     check_fit(model, plan)
     reference = full_copy(model)
-    tensors = dict(named_tensors(reference))
+    tensors = dict(parameters_and_buffers(reference))
     with torch.no_grad():
         for name, dims in plan.tensors.items():
             for dim, kept in dims.items():
@@ -100,7 +100,7 @@ class _Watcher:
         if self._pruned is None:
             return {}
         like, own = (
-            next(t for _, t in named_tensors(net) if t.is_floating_point())
+            next(t for _, t in parameters_and_buffers(net) if t.is_floating_point())
             for net in (reference, self._pruned)
         )
         if (like.dtype, like.device) != (own.dtype, own.device):

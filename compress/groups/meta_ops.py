@@ -87,7 +87,7 @@ def scalars_in(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float, 
     return tuple(found)
 
 
-def run(
+def run_op(
     func: OpOverload,
     name: str,
     args: tuple[Any, ...],

@@ -23,7 +23,7 @@ def _is_foreign(code: types.CodeType) -> bool:
     return found
 
 
-def place() -> Place:
+def program_place() -> Place:
     """Return file and line of the user's program that is running now.
 
     A network made of PyTorch's modules alone has no program of its own: then it is the line of
@@ -56,10 +56,10 @@ def place_of(error: BaseException) -> Place:
 
 def here() -> str:
     """Return file, line and text of the user's program that is running now."""
-    return describe(place())
+    return place_text(program_place())
 
 
-def describe(at: Place) -> str:
+def place_text(at: Place) -> str:
     """Return a place as text: the end of the file's path, the line, and what it says."""
     file, line = at
     text = linecache.getline(file, line).strip()

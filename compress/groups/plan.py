@@ -14,9 +14,15 @@ from pydantic import ValidationError
 from compress import artifact
 from compress.errors import PlanError, RunError, UnknownNameError
 from compress.groups import Network, Positions
-from compress.groups.index_ranges import from_text, to_text
 from compress.groups.network import KeptIndex, Reduction
-from compress.groups.stored import LARGEST_SIZE, Side, StoredKeptOnly, StoredPlan
+from compress.groups.stored import (
+    LARGEST_SIZE,
+    Side,
+    StoredKeptOnly,
+    StoredPlan,
+    from_text,
+    to_text,
+)
 
 _SCHEMA, _UNPROVED = 2, 1  # with and without an example input to be proved on
 Dims = Mapping[int, Positions]
@@ -138,7 +144,7 @@ class PrunePlan:
         return _compose(self, later)
 
 
-def make_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> PrunePlan:
+def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> PrunePlan:
     """Turn kept units into a plan; groups that ``keep`` leaves out stay whole.
 
     Args:

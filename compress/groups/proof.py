@@ -14,15 +14,15 @@ from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError, boundary
 from compress.groups.cut import check_fit, cut_by
-from compress.groups.inputs import Example, inputs_of
+from compress.groups.inputs import Example, call_inputs
 from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan
 from compress.groups.trace import undisturbed
 from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, named_tensors
+from compress.modules.copying import full_copy, parameters_and_buffers
 from compress.modules.detectors import on_batch
 from compress.modules.inputs import example_of
-from compress.modules.outputs import chosen, leaves
+from compress.modules.outputs import chosen_outputs, leaves
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def _shaken(model: nn.Module) -> nn.Module:
     copy = full_copy(model)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for _, tensor in named_tensors(copy):
+        for _, tensor in parameters_and_buffers(copy):
             if tensor.is_floating_point() and not tensor.is_meta:
                 noise = torch.rand(tensor.shape, generator=generator).to(tensor)
                 tensor.mul_(1 + noise / 2).add_(noise / 10)
@@ -143,7 +143,7 @@ def prove(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
 
 
 def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> float:
-    args, kwargs = inputs_of(example_input)
+    args, kwargs = call_inputs(example_input)
     with undisturbed():
         small = _answers(cut_by(model, plan), args, kwargs, plan.outputs)
         reference = _answers(mask_pruning(model, plan), args, kwargs, plan.outputs)
@@ -169,7 +169,7 @@ def _answers(
         model if outputs else on_batch(model, own, named)
     )  # the least difference may reorder boxes after NMS
     set_mode(model, training=False)
-    found = chosen(leaves(model(*own, **named)), outputs)
+    found = chosen_outputs(leaves(model(*own, **named)), outputs)
     return [_value(leaf) for _, leaf in found if leaf is not None]
 
 

@@ -93,7 +93,7 @@ class Call:
 
 
 @dataclass
-class Record:
+class TraceRecord:
     """Everything one forward left behind."""
 
     steps: list[Step] = field(default_factory=list)

@@ -14,8 +14,8 @@ from torch._ops import OpOverload
 from compress.groups import meta_ops
 from compress.groups.calls import MAKERS, TAKERS, WatchedCalls, WatchedOps, whole_name
 from compress.groups.labels import Axis
-from compress.groups.places import describe, here, place_of
-from compress.groups.record import Key, Record, Step
+from compress.groups.places import here, place_of, place_text
+from compress.groups.record import Key, Step, TraceRecord
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
 
@@ -37,7 +37,7 @@ class MismatchError(Exception):
         self.forward = 0  # which of the traced forwards it was, set by who ran them
 
 
-class Replay(WatchedOps):  # type: ignore[no-untyped-call]
+class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
     Args:
@@ -46,7 +46,7 @@ class Replay(WatchedOps):  # type: ignore[no-untyped-call]
         on: The meta device; None if the copy has values.
     """
 
-    def __init__(self, record: Record, stays: Stays, on: torch.device | None) -> None:
+    def __init__(self, record: TraceRecord, stays: Stays, on: torch.device | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._steps = record.steps
         self._taken = iter(record.taken)
@@ -65,13 +65,13 @@ class Replay(WatchedOps):  # type: ignore[no-untyped-call]
         if name in meta_ops.SILENT:
             return func(*args, **kwargs)
         if self._inside_whole:
-            return meta_ops.run(func, name, args, kwargs, self._on)
+            return meta_ops.run_op(func, name, args, kwargs, self._on)
         dynamic = self._on is None and meta_ops.depends_on_values(func, args)
         scalars = meta_ops.scalars_in(name, args, kwargs)
         pointwise = meta_ops.is_pointwise(func)
         self._check_numbers(str(func), name, scalars, may_follow=pointwise)
         return self._compare(
-            name, lambda: meta_ops.run(func, name, args, kwargs, self._on), dynamic=dynamic
+            name, lambda: meta_ops.run_op(func, name, args, kwargs, self._on), dynamic=dynamic
         )
 
     def whole(self, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
@@ -141,7 +141,7 @@ class Replay(WatchedOps):  # type: ignore[no-untyped-call]
             return error
         cause = error.__cause__ or error
         text = str(cause).split("\n")[0]
-        why = f"channel counts written in the program: {text} at {describe(place_of(cause))}"
+        why = f"channel counts written in the program: {text} at {place_text(place_of(cause))}"
         return self._mismatch(why, line=False)
 
     def check_finished(self) -> None:
@@ -179,7 +179,7 @@ def _reshaped(result: Any, shapes: Iterator[tuple[int, ...]]) -> Any:
 class ReplayCalls(WatchedCalls):
     """Hands the program of a replayed network the values that the original's took out."""
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: TraceComparison) -> None:
         super().__init__()
         self._replay = replay
 

@@ -15,28 +15,28 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.attributes import conflicts, followers, reconcile, why_fixed
-from compress.groups.cutting import cut
+from compress.groups.cut import cut
 from compress.groups.inputs import (
     Example,
     batch_size,
+    call_inputs,
     copied,
-    inputs_of,
     is_images,
     to_meta,
     twice,
 )
 from compress.groups.labels import Components, Constraints
 from compress.groups.network import Index, Layer, Network, Positions, Reduction
-from compress.groups.record import Axes, Key, Record
-from compress.groups.replay import MismatchError, Replay, ReplayCalls
+from compress.groups.record import Axes, Key, TraceRecord
+from compress.groups.replay import MismatchError, ReplayCalls, TraceComparison
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
 from compress.groups.units import find_units, layer_name
 from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, meta_copy, named_tensors
+from compress.modules.copying import full_copy, meta_copy, parameters_and_buffers
 from compress.modules.detectors import on_batch
-from compress.modules.outputs import chosen, leaves
+from compress.modules.outputs import chosen_outputs, leaves
 
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
@@ -118,7 +118,7 @@ class _Forward:
     """One traced forward and the mode it was made in."""
 
     training: bool
-    record: Record
+    record: TraceRecord
 
 
 class _Traced:
@@ -135,10 +135,10 @@ class _Traced:
     ) -> None:
         self._outputs = outputs
         self._on = None if with_values else torch.device("meta")
-        args, kwargs = inputs_of(example_input)
+        args, kwargs = call_inputs(example_input)
         model = model if outputs else on_batch(model, args, kwargs)
         self._model = full_copy(model) if with_values else meta_copy(model)
-        self._tensors = dict(named_tensors(self._model))
+        self._tensors = dict(parameters_and_buffers(self._model))
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._constants = _constants(model)
         self._inputs = tree_map(copied if with_values else to_meta, (args, kwargs))
@@ -200,7 +200,7 @@ class _Traced:
     def _counted(self, found: list[tuple[str, Any]], training: bool) -> list[tuple[str, Any]]:
         """Return the outputs whose channels stay; in training mode there may be others."""
         try:
-            return chosen(found, self._outputs, where=type(self._model).__name__)
+            return chosen_outputs(found, self._outputs, where=type(self._model).__name__)
         except UsageError:
             if not training:
                 raise
@@ -330,7 +330,7 @@ class _Traced:
         positions, attributes = self.network.kept_positions(keep), self.network.attributes(kept)
         cut(model, positions, attributes, self.network.kept_indices(kept))
         for number, forward in enumerate(self._forwards):
-            replay = Replay(forward.record, stays, self._on)
+            replay = TraceComparison(forward.record, stays, self._on)
             set_mode(model, training=forward.training)
             try:
                 run_traced(model, self._inputs_in(forward.training), replay)
@@ -345,7 +345,9 @@ class _Traced:
         return None
 
 
-def run_traced(model: nn.Module, inputs: Any, mode: Tracer | Replay) -> list[tuple[str, Any]]:
+def run_traced(
+    model: nn.Module, inputs: Any, mode: Tracer | TraceComparison
+) -> list[tuple[str, Any]]:
     """Return what ``model`` returns, by places as of ``leaves``, while ``mode`` watches.
 
     Raises:

@@ -14,8 +14,8 @@ from compress.groups import meta_ops
 from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, WatchedOps, whole_name
 from compress.groups.labels import AttributeUse, Axis, Constraints, Labels
 from compress.groups.network import Positions
-from compress.groups.places import here, place
-from compress.groups.record import NO_CALL, Axes, Call, Key, RawCall, Record, Restricted, Step
+from compress.groups.places import here, program_place
+from compress.groups.record import NO_CALL, Axes, Call, Key, RawCall, Restricted, Step, TraceRecord
 from compress.groups.traced_ints import Attribute, TracedDimension, TracedInt
 
 Memory = tuple[int, tuple[int, ...]]
@@ -51,7 +51,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._constants = constants
         self.constraints = constraints
-        self.record = Record()
+        self.record = TraceRecord()
         self.raw: list[RawCall] = [NO_CALL]
         self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
         self._origin: dict[int, str] = {id(t): name for t, name, _ in named}
@@ -227,9 +227,9 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         """Run one op, then its rule."""
         name = meta_ops.op_name(func)
         if self._inside_whole:
-            return meta_ops.run(func, name, args, kwargs, self._on)
+            return meta_ops.run_op(func, name, args, kwargs, self._on)
         before = self._as_before(func, args)
-        result = meta_ops.run(func, name, args, kwargs, self._on)
+        result = meta_ops.run_op(func, name, args, kwargs, self._on)
         self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
         return result
 
@@ -287,7 +287,10 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         for out in call.outputs:
             if len(self.axes(out)) != out.ndim:  # an op without a rule reshaped it in place
                 self.label(out, (None,) * out.ndim)
-        if self._distrusted and (why := self._distrusted.get((call.name, *place()))) is not None:
+        if (
+            self._distrusted
+            and (why := self._distrusted.get((call.name, *program_place()))) is not None
+        ):
             for tensor in (*inputs, *call.outputs):
                 for axis in self.axes(tensor):
                     self.constraints.freeze(axis, why)
@@ -313,7 +316,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
                 tuple((tuple(out.shape), self.axes(out)) for out in call.outputs),
                 meta_ops.scalars_in(call.name, call.args, call.kwargs),
                 tuple(self.axes(t) for t in inputs),
-                place(),
+                program_place(),
                 value,
             )
         )

@@ -4,7 +4,7 @@ from compress.measure.latency import Bench, Latency, Timing, bench
 from compress.measure.macs import (
     Count,
     complete_shapes,
-    count,
+    count_module,
     count_onnx,
     node_macs,
     onnx_params,
@@ -24,7 +24,7 @@ __all__ = [
     "activations_mib",
     "bench",
     "complete_shapes",
-    "count",
+    "count_module",
     "count_onnx",
     "memory",
     "methods_of",

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compress import plugins
 from compress.errors import CompressError, EngineError
 from compress.evaluate import BATCH, of_task, predict
-from compress.evaluate.feeding import Fed, arrays
+from compress.evaluate.feeding import Fed, arrays_for
 from compress.evaluate.predictions import Predictions
 from compress.measure.latency import Bench, Timing, bench
 from compress.measure.memory import memory
@@ -141,10 +141,10 @@ def inputs_of(session: Session, batch: int, dataset: Dataset | None) -> list[NDA
     if dataset is None:
         return inputs_for(session, batch)
     chosen = np.arange(batch) % len(dataset.splits["test"])
-    return arrays(session.inputs, dataset.splits["test"].take(chosen), dataset)
+    return arrays_for(session.inputs, dataset.splits["test"].take(chosen), dataset)
 
 
-def answers_of(
+def test_answers(
     session: Session, dataset: Dataset, name: str, limit: int | None = None
 ) -> Predictions:
     """Return what ``session`` answers to the test images; ``name`` is said beside the progress."""

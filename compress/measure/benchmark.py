@@ -14,10 +14,10 @@ from compress.evaluate.predictions import Predictions
 from compress.measure import Timing
 from compress.measure.artifacts import (
     Candidate,
-    answers_of,
     candidates_of,
     names_classes,
     outputs_of,
+    test_answers,
     time_together,
 )
 from compress.runtimes import unavailable
@@ -107,7 +107,7 @@ def bench_artifacts(
         raise EngineError("; ".join(f"{name}: {why}" for name, why in skipped.items()))
     for row in rows:
         row |= _accuracy(row["artifact"], candidates[0].name, answers, dataset)
-    return Benched(tuple(rows), skipped, conditions, environment.describe())
+    return Benched(tuple(rows), skipped, conditions, environment.describe_machine())
 
 
 def _row(
@@ -138,7 +138,7 @@ def _all_answers(
         try:
             with candidate.open() as session:
                 if names_classes(session, dataset):
-                    answers[candidate.name] = answers_of(session, dataset, candidate.name)
+                    answers[candidate.name] = test_answers(session, dataset, candidate.name)
                 else:
                     answers[candidate.name] = outputs_of(session, dataset)
         except CompressError as error:

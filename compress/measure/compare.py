@@ -12,17 +12,17 @@ from compress.errors import DataError, UsageError
 from compress.evaluate import comparison
 from compress.evaluate.comparison import Bisection, BreakdownStep, Comparison, NetworkForm
 from compress.evaluate.comparison.bisection import PLAIN, precision_of
-from compress.evaluate.feeding import arrays, leading_input
+from compress.evaluate.feeding import arrays_for, leading_input
 from compress.graph import files
 from compress.measure.artifacts import (
     Candidate,
-    answers_of,
     candidates_of,
     names_classes,
     outputs_of,
+    test_answers,
 )
 from compress.report.run_folder import one_artifact
-from compress.runtimes import facts, open_session
+from compress.runtimes import open_session, runtime_class
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -117,7 +117,9 @@ def compare_artifacts(
         reference=old.name,
         candidate=new.name,
         classes=dataset.classes,
-        answers=comparison.compare(steps[0].predictions, steps[-1].predictions, dataset.classes)
+        answers=comparison.compare_predictions(
+            steps[0].predictions, steps[-1].predictions, dataset.classes
+        )
         if is_named
         else None,
         links=comparison.chain(steps) if is_named else (),
@@ -134,7 +136,7 @@ def _steps(
     error = "engine"
     if new.path.suffix == ".onnx":
         change = _CHANGES[precision_of(files.load(new.path))]
-        if change == "conversion" and facts(old.runtime).opens == "network":
+        if change == "conversion" and runtime_class(old.runtime).opens == "network":
             change = "export"
         plain = _answers(new, PLAIN, dataset, limit)
         yield NetworkForm(f"{new.name}, node by node", change, plain)
@@ -150,7 +152,7 @@ def _answers(
 ) -> evaluate.Predictions:
     with open_session(candidate.path, runtime, threads=candidate.threads) as session:
         try:
-            return answers_of(session, dataset, candidate.name, limit)
+            return test_answers(session, dataset, candidate.name, limit)
         except DataError as error:
             raise error.within(str(candidate.path)) from None
 
@@ -183,7 +185,7 @@ def _bisection(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
         fixed = shape[0] if shape else None
         size = fixed if isinstance(fixed, int) else BISECT_IMAGES
         inputs = [
-            tuple(arrays(session.inputs, images, dataset))
+            tuple(arrays_for(session.inputs, images, dataset))
             for images, _ in dataset.pictures("test", size, BISECT_IMAGES)
             if len(images) == size or not isinstance(fixed, int)
         ]

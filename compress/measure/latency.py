@@ -148,16 +148,9 @@ def bench(
     ]
     if not entrants:
         raise UsageError("there is nothing to time", expected="at least one session")
-    skipped: dict[str, str] = {}
     watch = conditions or Conditions()
-    with _no_garbage_collection():
-        for entrant in entrants:
-            _attempt(entrant, entrant.warm_up, timing, skipped)
-        rounds = max(timing.min_rounds, round(timing.seconds / timing.block_seconds))
-        for _ in track(range(rounds), "timing", rounds):
-            watch.sample()
-            for entrant in entrants:
-                _attempt(entrant, entrant.time_block, timing, skipped)
+    rounds = max(timing.min_rounds, round(timing.seconds / timing.block_seconds))
+    skipped = _time_in_rounds(entrants, timing, rounds, watch)
     timed = [entrant for entrant in entrants if entrant.name not in skipped]
     if not timed:
         raise EngineError("; ".join(f"{name} {why}" for name, why in skipped.items()))
@@ -170,6 +163,21 @@ def bench(
         conditions=found,
         method={"rounds": rounds, **asdict(timing)},
     )
+
+
+def _time_in_rounds(
+    entrants: Sequence[_Entrant], timing: Timing, rounds: int, watch: Conditions
+) -> dict[str, str]:
+    """Warm all up, then time a block of each in every round; return who failed, and why."""
+    skipped: dict[str, str] = {}
+    with _no_garbage_collection():
+        for entrant in entrants:
+            _attempt(entrant, entrant.warm_up, timing, skipped)
+        for _ in track(range(rounds), "timing", rounds):
+            watch.sample()
+            for entrant in entrants:
+                _attempt(entrant, entrant.time_block, timing, skipped)
+    return skipped
 
 
 class _Entrant:

@@ -15,7 +15,7 @@ import onnx
 from compress.artifact import scratch
 from compress.errors import CompressError, ModelError, boundary
 from compress.graph import files
-from compress.graph.shapes import PRODUCTS, Shapes, macs, shapes_of
+from compress.graph.shapes import PRODUCTS, Shapes, macs, real_inputs, shapes_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Count:
         return asdict(self)
 
 
-def count(model: nn.Module, example_input: Any) -> Count:
+def count_module(model: nn.Module, example_input: Any) -> Count:
     """Return the parameters of ``model`` and the MACs of one forward pass.
 
     **Method:** parameters are the elements of all parameters, shared ones once, buffers not at all.
@@ -121,7 +121,7 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
 
     **Method:** parameters are the elements of all constants except integers of shape arithmetic and
     the scales and zero points of quantizers; BatchNorm that the export folded is gone from them,
-    so the number is smaller than that of the module. MACs are counted as in ``count``, from
+    so the number is smaller than that of the module. MACs are counted as in ``count_module``, from
     inferred shapes, with a free batch dimension set to 1.
 
     Raises:
@@ -149,7 +149,7 @@ def node_macs(model: onnx.ModelProto, shapes: Shapes | None = None) -> dict[str,
     """
     if shapes is None:
         shapes, _ = complete_shapes(model)
-    inputs = [shapes.get(value.name, ()) for value in _inputs(model.graph)]
+    inputs = [shapes.get(value.name, ()) for value in real_inputs(model)]
     images = (inputs[0][0] if inputs and inputs[0] else 1) or 1
     return {
         node.output[0]: _macs(node, shapes) // images
@@ -172,7 +172,7 @@ def complete_shapes(
     shapes, kinds = shapes_of(model)
     made = [name for node in model.graph.node for name in node.output if name]
     unknown = [name for name in made if None in shapes.get(name, (None,))]
-    free = any(None in shapes.get(value.name, (None,)) for value in _inputs(model.graph))
+    free = any(None in shapes.get(value.name, (None,)) for value in real_inputs(model))
     if unknown and not free:
         with contextlib.suppress(CompressError):  # what does not run stays as it was inferred
             for name, array in zip(unknown, _values(model, unknown), strict=True):
@@ -195,11 +195,6 @@ def _values(model: onnx.ModelProto, names: list[str]) -> list[np.ndarray]:
         with open_session(folder / "watched.onnx", DEFAULT, optimization="none") as session:
             found: list[np.ndarray] = session.run(*inputs_for(session, 1))
     return found
-
-
-def _inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
-    constants = {tensor.name for tensor in graph.initializer}
-    return [value for value in graph.input if value.name not in constants]
 
 
 def size_mib(path: Path) -> float:

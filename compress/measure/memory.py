@@ -19,7 +19,7 @@ import compress
 from compress.artifact import state_of
 from compress.errors import EngineError
 from compress.graph import files
-from compress.graph.shapes import shapes_of
+from compress.graph.shapes import real_inputs, shapes_of
 from compress.measure.macs import MIB, size_mib
 
 
@@ -111,7 +111,7 @@ def activations_mib(model: onnx.ModelProto, batch: int = 1) -> float | None:
     constants = {tensor.name for tensor in model.graph.initializer}
     last_use = {name: i for i, node in enumerate(model.graph.node) for name in node.input}
     ends = {value.name for value in model.graph.output}
-    alive = {v.name for v in model.graph.input if v.name not in constants}
+    alive = {value.name for value in real_inputs(model)}
     largest = 0
     for i, node in enumerate(model.graph.node):
         if node.op_type == "Constant":

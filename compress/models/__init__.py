@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,24 +16,26 @@ from compress.errors import ModelError, PlanError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
 from compress.models.classifier import classifier_layers
-from compress.models.references import accepts, build, count_of, described
+from compress.models.references import class_option, construct, count_of, described
 from compress.models.weights import (
     aligned,
     fit,
     is_weight_file,
+    of_other_classes,
     read_safetensors,
     read_weights,
     write_safetensors,
 )
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, memory_format_of
-from compress.modules.detectors import on_batch
+from compress.modules.detectors import check_rows, on_batch
 from compress.modules.outputs import logits_of
 
 SCHEMA = 1
 WEIGHTS_FILE = "model.safetensors"
 DESCRIPTION_FILE = "model.json"
 PLAN_FILE = "plan.json"
+SIDES = (2, 4, 8, 16, 32, 64)  # what networks that halve an image several times divide it by
 
 
 def is_onnx(reference: str | Path) -> bool:
@@ -76,14 +79,14 @@ def load_model(
         )
     else:
         published = weights is not None and not is_weight_file(weights)
-        model = build(
+        model = construct(
             text, num_classes, options or {}, published=str(weights) if published else None
         )
         if published:
             weights = None
     if weights is not None:
         state = aligned(read_weights(Path(weights)), model)
-        kept = _head_of(model) if new_head else {}
+        kept = _head_of(model, state) if new_head else {}
         fit(model, {**state, **kept}, where=str(weights))
     set_mode(model, training=False)
     return model
@@ -101,7 +104,7 @@ def load_for(
     The count, unless 0, is given to a constructor that takes it and was not told ``num_classes``;
     other arguments are those of ``load_model``.
     """
-    if num_classes is None and classes and accepts(reference, "num_classes"):
+    if num_classes is None and classes and class_option(reference):
         num_classes = count_of(reference, classes)
     return load_model(reference, weights, num_classes, **options)
 
@@ -110,7 +113,8 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
     """Return the shape of the output for ``example`` (B, C, H, W); a copy runs.
 
     Raises:
-        ModelError: the forward pass fails; the message says with what.
+        ModelError: the forward pass fails, the message says with what; or it returns boxes after
+            NMS, so many for each image, which can be neither cut nor exported.
     """
     copied = on_batch(full_copy(network_of(model)), (example,), {})
     set_mode(copied, training=False)
@@ -122,9 +126,27 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
         raise ModelError(
             f"its forward pass fails on an input of shape {shape}: {error}",
             where=type(model).__name__,
-            fix="Check the image size and channels of the data against what the network expects",
+            fix=_fitting_size(copied, example)
+            or "Check the image size and channels of the data against what the network expects",
         ) from error
+    check_rows(output, type(model).__name__)
     return tuple(logits_of(output).shape)
+
+
+def _fitting_size(model: nn.Module, example: Tensor) -> str:
+    """Return advice where ``model`` takes images of the next multiple of a power of two."""
+    size = example.shape[2:]
+    for step in SIDES if len(size) == 2 else ():
+        height, width = (-(-side // step) * step for side in size)
+        if (height, width) == tuple(size):
+            continue
+        with contextlib.suppress(Exception), torch.inference_mode():
+            model(example.new_zeros(1, example.shape[1], height, width))
+            return (
+                f"It runs at {height} x {width}, multiples of {step}: set data.image_size or "
+                f"--image-size {height},{width}"
+            )
+    return ""
 
 
 def check_classes(model: nn.Module, example: Tensor, classes: int) -> None:
@@ -248,7 +270,7 @@ def _is_channels_last(model: nn.Module) -> bool:
 def _rebuild(
     description: Mapping[str, Any], plan: PrunePlan | None, num_classes: int | None
 ) -> nn.Module:
-    model = build(description["reference"], num_classes, description["options"])
+    model = construct(description["reference"], num_classes, description["options"])
     return model if plan is None else apply_pruning(model, plan)
 
 
@@ -329,7 +351,7 @@ def _class_counts(
 ) -> list[int | None]:
     """Return the ``num_classes`` that may give these shapes, the constructor's default first."""
     cut = plan.tensors if plan is not None else {}
-    default = build(description["reference"], None, description["options"]).state_dict()
+    default = construct(description["reference"], None, description["options"]).state_dict()
     counts = {
         value.shape[0]
         for key, value in state.items()
@@ -350,7 +372,7 @@ def _missing_link(
         tuple(state[name].shape) == shape for name, shape in plan.shapes.items() if name in state
     ):
         return "This network is not pruned: save what apply_pruning returned, or leave plan out"
-    whole = build(description["reference"], classes, description["options"]).state_dict()
+    whole = construct(description["reference"], classes, description["options"]).state_dict()
     smaller = [
         key
         for key, value in state.items()
@@ -363,6 +385,11 @@ def _missing_link(
     return "Give the num_classes and options that the network was built with"
 
 
-def _head_of(model: nn.Module) -> dict[str, Tensor]:
+def _head_of(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that ``model`` keeps: of other classes, else of its classifier."""
+    own = model.state_dict()
+    heads = of_other_classes(own, state)
+    if heads:
+        return heads
     names = classifier_layers(model)
-    return {k: v for k, v in model.state_dict().items() if k.rpartition(".")[0] in names}
+    return {k: v for k, v in own.items() if k.rpartition(".")[0] in names}

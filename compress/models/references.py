@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 
 from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
 from compress.models.classifier import replace_head
+from compress.models.weights import of_other_classes
 from compress.packages import require
 from compress.plugins import import_file
 from compress.trust import check_code, is_limited
@@ -26,6 +29,7 @@ _ULTRALYTICS = {  # the class of each of their tasks
 }
 
 
+CLASS_OPTIONS = ("num_classes", "classes", "n_classes", "num_labels", "nc")  # the likeliest first
 _WITH_BACKGROUND = ("ssd", "fasterrcnn_")  # names of torchvision's detectors
 _DETECTORS = (*_WITH_BACKGROUND, "retinanet_", "fcos_")
 
@@ -36,14 +40,29 @@ FORMER_NAMES = {
 }
 
 
-def accepts(reference: str, option: str) -> bool:
-    """Return whether the constructor of ``reference`` takes the keyword argument ``option``."""
+def class_option(reference: str) -> str | None:
+    """Return which argument of the constructor of ``reference`` is the number of classes.
+
+    None if none is, or ``reference`` is a folder, which holds its constructor's arguments.
+    """
     scheme, _, _ = reference.partition(":")
     if scheme in {"torchvision", "timm", "ultralytics"}:
-        return option == "num_classes"
-    if ":" not in reference:  # a folder: its constructor's arguments are stored in it
-        return False
-    return _takes(_own(reference), option)
+        return CLASS_OPTIONS[0]
+    return _class_option(_own(reference)) if ":" in reference else None
+
+
+def _class_option(factory: Callable[..., Any]) -> str | None:
+    parameters = inspect.signature(factory).parameters
+    for name in CLASS_OPTIONS:
+        if name in parameters and (name == CLASS_OPTIONS[0] or _is_count(parameters[name])):
+            return name
+    return CLASS_OPTIONS[0] if _takes(factory, CLASS_OPTIONS[0]) else None
+
+
+def _is_count(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter is a whole number, and no list of names."""
+    annotated = parameter.annotation in (int, "int")
+    return annotated or type(parameter.default) is int
 
 
 def count_of(reference: str, classes: int) -> int:
@@ -66,7 +85,7 @@ def is_torchvision_detector(reference: str) -> bool:
     return scheme == "torchvision" and name.startswith(_DETECTORS)
 
 
-def check(reference: str) -> None:
+def check_reference(reference: str) -> None:
     """Check that ``reference`` names a constructor, without calling it.
 
     Raises:
@@ -84,7 +103,7 @@ def check(reference: str) -> None:
         _own(reference)
 
 
-def build(
+def construct(
     reference: str,
     num_classes: int | None,
     options: Mapping[str, Any],
@@ -93,7 +112,7 @@ def build(
 ) -> nn.Module:
     """Return what the constructor of ``reference`` returns, with its own or published weights."""
     scheme, _, name = reference.partition(":")
-    given = dict(options) | ({} if num_classes is None else {"num_classes": num_classes})
+    given = ({} if num_classes is None else {"num_classes": num_classes}) | dict(options)
     if scheme == "torchvision":
         return _torchvision(name, given, published)
     if scheme == "timm":
@@ -102,7 +121,11 @@ def build(
         return _call(reference, _ultralytics, {"name": name, **given})
     if published is not None:
         raise ModelError(f"no such weight file {published!r}", where=reference)
-    return _call(reference, _own(reference), given)
+    factory = _own(reference)
+    if num_classes is not None:
+        name = _class_option(factory) or CLASS_OPTIONS[0]
+        given = {name: num_classes} | dict(options)
+    return _call(reference, factory, given)
 
 
 def described(reference: str, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -110,7 +133,7 @@ def described(reference: str, options: Mapping[str, Any]) -> tuple[str, dict[str
     told = dict(options)
     if not (reference.startswith("ultralytics:") and reference.endswith(".pt")):
         return reference, told
-    network: Any = build(reference, None, told)
+    network: Any = construct(reference, None, told)
     told.pop("trust", None)
     return f"ultralytics:{Path(str(network.yaml['yaml_file'])).name}", told
 
@@ -132,7 +155,14 @@ def _torchvision(name: str, given: dict[str, Any], published: str | None) -> nn.
     model = _call(
         f"torchvision:{name}", models.get_model, {"name": name, "weights": chosen, **given}
     )
-    return model if classes is None else replace_head(model, classes)
+    if classes is None or not is_torchvision_detector(f"torchvision:{name}"):
+        return model if classes is None else replace_head(model, classes)
+    made = _call(
+        f"torchvision:{name}", models.get_model, {"name": name, "num_classes": classes, **given}
+    )
+    state = model.state_dict()
+    made.load_state_dict(state | of_other_classes(made.state_dict(), state))
+    return made
 
 
 def _timm(name: str, given: dict[str, Any], published: str | None) -> nn.Module:
@@ -170,10 +200,23 @@ def _ultralytics(name: str, num_classes: int | None = None, trust: bool = False)
     else:
         described = tasks.yaml_model_load(name)
         kind = _ULTRALYTICS[tasks.guess_model_task(described)]
-        model = getattr(tasks, kind)(described, nc=num_classes, verbose=False)
+        with _quiet("ultralytics"):
+            model = getattr(tasks, kind)(described, nc=num_classes, verbose=False)
     model.args = settings.get_cfg()  # what their own losses are weighed by
     found: nn.Module = model.float()
     return found
+
+
+@contextlib.contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep what a package logs for information off the terminal."""
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _known_torchvision(name: str) -> None:

@@ -180,6 +180,19 @@ def fit(model: nn.Module, state: Mapping[str, Tensor], *, where: str) -> None:
     model.load_state_dict(whole, strict=False)
 
 
+def of_other_classes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of ``own`` that differ from those of ``state`` in their outputs alone.
+
+    They are the heads of a network that was built for other classes, whatever its layers are.
+    """
+    pairs = {name: (value, state[name]) for name, value in own.items() if name in state}
+    return {
+        name: mine
+        for name, (mine, theirs) in pairs.items()
+        if mine.ndim and mine.shape[1:] == theirs.shape[1:] and mine.shape != theirs.shape
+    }
+
+
 def _nearest(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     """Return which names a file has, and which of them is most like the network's first."""
     missing = next((key for key in own if key not in state and not _is_counter(key)), None)

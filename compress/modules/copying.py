@@ -35,7 +35,7 @@ def aliasing_copy(model: nn.Module) -> nn.Module:
 
 def own_storage(copied: nn.Module, except_for: Container[str]) -> None:
     """Give every tensor of an aliasing copy, but those named, memory of its own."""
-    for name, tensor in named_tensors(copied):
+    for name, tensor in parameters_and_buffers(copied):
         if name not in except_for:
             tensor.data = tensor.data.clone()
 
@@ -119,7 +119,7 @@ def _loose_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield value
 
 
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer once, by the first of its names."""
     yield from model.named_parameters()
     yield from model.named_buffers()

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.errors import ModelError
+
 SMALLEST_PROPOSAL = -1.0  # the score of proposals that NMS took out
 SMALLEST_SIDE = 0.01  # pixels; boxes of Faster R-CNN below it are left out
 
@@ -45,6 +47,23 @@ def on_batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     """Return what is to be traced or compared: ``before_nms`` where it is called with a batch."""
     is_batch = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim == 4
     return (before_nms(model) if is_batch else None) or model
+
+
+def check_rows(output: Any, where: str) -> None:
+    """Check that what a network returned for a batch is no list of what was found in each image.
+
+    Raises:
+        ModelError: it is; its lengths depend on the images, and no file can hold such a network.
+    """
+    if isinstance(output, list) and output and all(isinstance(each, Mapping) for each in output):
+        raise ModelError(
+            f"returns {', '.join(map(str, output[0]))} of each image after NMS",
+            where=where,
+            expected="one tensor for a batch, (B, 4 + classes, places), or torchvision's SSD, "
+            "SSDlite, RetinaNet, FCOS or Faster R-CNN, whose rows before NMS are read",
+            fix="Instance masks and key points are not read: take the detector without them, such "
+            "as fasterrcnn_resnet50_fpn in place of maskrcnn_resnet50_fpn",
+        )
 
 
 def has_background(model: nn.Module) -> bool:

@@ -64,7 +64,7 @@ def tensors_of(output: Any) -> list[Tensor]:
     return [tensor for _, tensor in named_tensors(output)]
 
 
-def chosen(
+def chosen_outputs(
     found: Sequence[tuple[str, Leaf]], outputs: Sequence[str] | None, *, where: str = ""
 ) -> list[tuple[str, Leaf]]:
     """Return those of ``found`` that ``outputs`` name: all if None.

@@ -10,8 +10,7 @@ from pathlib import Path
 from compress import artifact, progress, report
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, try_network
-from compress.pipeline.context import RunContext, Variant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
 from compress.pipeline.report_rows import assemble
@@ -20,8 +19,7 @@ from compress.pipeline.task import prepared
 from compress.recipe import loading
 from compress.recipe.settings import Recipe, Settings
 from compress.report import Report
-from compress.report.run_folder import DONE_FILE, RunFolder, default_folder
-from compress.report.run_lock import held
+from compress.report.run_folder import DONE_FILE, RunFolder, default_folder, held
 from compress.train.distributed import Processes, join_processes
 
 STEPS: dict[str, Step] = {
@@ -66,8 +64,8 @@ def run(
     chosen = source if isinstance(source, Recipe) else loading.load_recipe(source, overrides)
     processes = join_processes()
     where = where or (chosen.name if isinstance(source, Recipe) else str(source))
-    with opened(chosen, out, processes, where=where, fresh=fresh) as context:
-        outcomes, variants = [], tuple[Variant, ...]()
+    with opened_run(chosen, out, processes, where=where, fresh=fresh) as context:
+        outcomes, variants = [], tuple[RunVariant, ...]()
         stages = list(stages_of(context.recipe))
         for number, (verb, settings) in enumerate(stages):
             folder = context.run.stage(number, verb)
@@ -90,7 +88,7 @@ def run(
 
 
 @contextlib.contextmanager
-def opened(
+def opened_run(
     chosen: Recipe,
     out: str | Path | None,
     processes: Processes,

@@ -10,26 +10,25 @@ from typing import TYPE_CHECKING, Any
 
 from compress.evaluate.predictions import Predictions
 from compress.pipeline import records
-from compress.pipeline.context import RunContext, Variant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.report.schema import Attribution, Similarity
-from compress.runtimes import facts, open_session
+from compress.runtimes import open_session, runtime_class
 
 if TYPE_CHECKING:
     from compress.evaluate.attribution import Samples
 
 
 @dataclass(frozen=True)
-class _Pair:
+class _Explained:
     """A variant that is explained beside the original, on a runtime on which both were judged."""
 
-    variant: Variant
+    variant: RunVariant
     runtime: str
     answers: tuple[Path, Path]  # of the original and of the variant to the test images
 
 
 def explain_variants(
-    context: RunContext, variants: Sequence[Variant], judged: JudgedPredictions
+    context: RunContext, variants: Sequence[RunVariant], judged: JudgedPredictions
 ) -> tuple[tuple[Attribution, ...], tuple[Similarity, ...]]:
     """Return attribution maps of what the run made and how alike they are, if a recipe asks for it.
 
@@ -56,7 +55,7 @@ def explain_variants(
         pair = _explained(pairs, needs_gradients=method not in ANSWERS)
         if pair is None:
             continue
-        in_torch = method not in ANSWERS or facts(pair.runtime).opens != "onnx"
+        in_torch = method not in ANSWERS or runtime_class(pair.runtime).opens != "onnx"
         opened = _networks if in_torch else _sessions
         with opened(context, variants[0], pair) as (original, compressed):
             maps, similarity = compare_maps(
@@ -72,8 +71,8 @@ def explain_variants(
 
 
 def _pairs(
-    context: RunContext, variants: Sequence[Variant], judged: JudgedPredictions
-) -> Iterator[_Pair]:
+    context: RunContext, variants: Sequence[RunVariant], judged: JudgedPredictions
+) -> Iterator[_Explained]:
     """Yield the variants whose answers to the test images are known, beside the original's."""
     runtimes = dict.fromkeys(target.runtime for target in context.recipe.targets)
     for variant in variants[1:]:
@@ -82,12 +81,16 @@ def _pairs(
                 judged.path(each.name, runtime, each.precision) for each in (variants[0], variant)
             )
             if before.is_file() and after.is_file():
-                yield _Pair(variant, runtime, (before, after))
+                yield _Explained(variant, runtime, (before, after))
 
 
-def _explained(pairs: Sequence[_Pair], *, needs_gradients: bool) -> _Pair | None:
+def _explained(pairs: Sequence[_Explained], *, needs_gradients: bool) -> _Explained | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [each for each in pairs if each.variant.target and facts(each.runtime).opens == "onnx"]
+    int8 = [
+        each
+        for each in pairs
+        if each.variant.target and runtime_class(each.runtime).opens == "onnx"
+    ]
     if int8 and not needs_gradients:
         return int8[0]
     floats = [pair for pair in pairs if pair.variant.target is None]
@@ -95,12 +98,16 @@ def _explained(pairs: Sequence[_Pair], *, needs_gradients: bool) -> _Pair | None
 
 
 @contextlib.contextmanager
-def _networks(context: RunContext, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
+def _networks(
+    context: RunContext, original: RunVariant, pair: _Explained
+) -> Iterator[tuple[Any, Any]]:
     yield context.network(original), context.network(pair.variant)
 
 
 @contextlib.contextmanager
-def _sessions(context: RunContext, original: Variant, pair: _Pair) -> Iterator[tuple[Any, Any]]:
+def _sessions(
+    context: RunContext, original: RunVariant, pair: _Explained
+) -> Iterator[tuple[Any, Any]]:
     with (
         open_session(context.path(original), pair.runtime) as before,
         open_session(context.path(pair.variant), pair.runtime) as after,
@@ -108,6 +115,6 @@ def _sessions(context: RunContext, original: Variant, pair: _Pair) -> Iterator[t
         yield before, after
 
 
-def _samples(context: RunContext, pair: _Pair) -> Samples:
+def _samples(context: RunContext, pair: _Explained) -> Samples:
     before, after = map(Predictions.load, pair.answers)
     return records.samples(context.dataset, before, after, context.recipe.measure.explain_images)

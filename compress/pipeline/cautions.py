@@ -153,10 +153,22 @@ def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from trust_of(facts).cautions()
     if note := facts.get("calibration", {}).get("note"):
         yield f"int8 ranges come from {note}"
+    for form, plan in facts.get("plans", {}).items():
+        if not plan["activations"]:
+            why = [note for note in plan["notes"][1:] if "float" in note]
+            first = why[0] if why else "no layer of it can be int8"
+            more = f"; and {len(why) - 1} more" if len(why) > 1 else ""
+            yield f"int8-{form} is a file in float, no smaller and no faster: {first}{more}"
 
 
 def of_data(dataset: Dataset) -> Iterator[str]:
-    """Yield a warning where images are not what the network will see."""
+    """Yield a warning where images are not, or may not be, what the network will see."""
+    if dataset.assumed:
+        yield (
+            "neither you nor the file says how the network wants its images, and ImageNet's way is "
+            f"taken: {dataset.assumed}. If it was trained otherwise, int8 ranges and comparisons "
+            "are of images that it never sees, and no figure shows it"
+        )
     if dataset.note:
         yield f"what is measured on images is measured on {dataset.note}: real ones may differ"
 
@@ -219,7 +231,7 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
     )
     at_chance = near or sign * value <= max(sign * each for each in chances)
     return {
-        "metric": name,
+        "metric": kind.title or name,
         "value": value,
         "chance": chance,
         "at_chance": bool(at_chance),

@@ -16,7 +16,7 @@ from compress.pipeline import network
 from compress.pipeline.task import prepared
 from compress.quantize.methods import check_method
 from compress.recipe.settings import Recipe, Stage, Target
-from compress.runtimes import facts, unavailable
+from compress.runtimes import runtime_class, unavailable
 from compress.tasks import Task
 
 
@@ -85,7 +85,7 @@ def _stage_problems(recipe: Recipe, stage: Stage, place: str) -> Iterator[str]:
         yield from _complaint(f"{place}.method", partial(check_method, stage.quantize.method))
         if stage.quantize.data is not None:
             kind = stage.quantize.data.name
-            yield from _complaint(f"{place}.data", partial(plugins.load, "data", kind))
+            yield from _complaint(f"{place}.data", partial(plugins.plugin_class, "data", kind))
     if stage.distill is not None and stage.distill.teacher is not None:
         teacher, weights = stage.distill.teacher, stage.distill.teacher_weights
         yield from _complaint(f"{place}.teacher", partial(_check_model, teacher))
@@ -121,12 +121,12 @@ def _check_model(reference: str) -> None:
         if not Path(reference).is_file():
             raise RecipeError(f"no such file {reference!r}")
     elif models.model_folder(Path(reference)) is None:
-        references.check(reference)
+        references.check_reference(reference)
 
 
 def _check_target(target: Target) -> None:
     """Check that the runtime is installed and has the options that it is given."""
     plugins.create("runtimes", target.reference)
-    package = facts(target.runtime).package
+    package = runtime_class(target.runtime).package
     if not target.when_installed and not is_installed(package):
         raise MissingPackageError(unavailable(target.runtime) or f"{package} is not installed")

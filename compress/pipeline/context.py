@@ -1,4 +1,4 @@
-"""What stages of a run share and return: the run, its variants, stage results."""
+"""What stages of a run share and return: the run, its variants and their predictions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import nn
 
-from compress import artifact, measure, models, plugins
+from compress import artifact, evaluate, measure, models, plugins
 from compress.data import Dataset
 from compress.errors import RunError, boundary
+from compress.evaluate import Accuracy, Predictions
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
 from compress.models.references import count_of, is_torchvision_detector
@@ -31,7 +32,7 @@ CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on
 
 
 @dataclass(frozen=True)
-class Variant:
+class RunVariant:
     """One network of a run: a file that a runtime can take, and where it came from."""
 
     name: str  # original, pruned, ..., int8-onnxruntime
@@ -49,7 +50,7 @@ class Variant:
 class StageResult:
     """What a stage returns: variants, and facts about how they were made."""
 
-    variants: tuple[Variant, ...]
+    variants: tuple[RunVariant, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, as its record has them
 
     @property
@@ -85,7 +86,7 @@ class StageResult:
             RunError: it is no record of a stage.
         """
         with boundary(RunError, "is no record of a stage", where=DONE_FILE):
-            return cls(tuple(Variant(**each) for each in data["variants"]), dict(data["facts"]))
+            return cls(tuple(RunVariant(**each) for each in data["variants"]), dict(data["facts"]))
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,11 @@ class RunContext:
     task: Task
     is_main: bool = True  # whether this process writes; the others of a torchrun only train
 
-    def path(self, variant: Variant) -> Path:
+    def path(self, variant: RunVariant) -> Path:
         """Return the ONNX file of ``variant``."""
         return artifact.inside(self.run.root, variant.path)
 
-    def network(self, variant: Variant) -> nn.Module:
+    def network(self, variant: RunVariant) -> nn.Module:
         """Return the torch network of ``variant``, in eval mode."""
         return models.load_model(self.run.root / variant.stage)
 
@@ -145,7 +146,7 @@ def save_stage(
     stage: Path,
     name: str,
     *,
-    parent: Variant | None = None,
+    parent: RunVariant | None = None,
     plan: PrunePlan | None = None,
     facts: Mapping[str, Any] | None = None,
 ) -> StageResult:
@@ -166,7 +167,7 @@ def save_stage(
         model,
         context.dataset.example,
         stage / ONNX_FILE,
-        metadata=facts_of(context),
+        metadata=run_facts(context),
         nms=context.task.ending(),
         outputs=(
             None
@@ -177,10 +178,10 @@ def save_stage(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
         ),
     )
-    count = measure.count(model, context.dataset.example)
+    count = measure.count_module(model, context.dataset.example)
     facts = facts or {}
     inherited = parent.sparsity if parent is not None else None
-    variant = Variant(
+    variant = RunVariant(
         name,
         context.relative(stage / ONNX_FILE),
         stage.name,
@@ -208,8 +209,30 @@ def training_facts(result: TrainResult) -> dict[str, Any]:
     return {"training": facts}
 
 
-def facts_of(context: RunContext) -> dict[str, Any]:
+def run_facts(context: RunContext) -> dict[str, Any]:
     """Return what every file of the run says of its input and its task."""
     task = context.recipe.task or default_task(context.dataset.target)
     is_ours = plugins.parse("tasks", task)[0] in plugins.names("tasks")
     return context.dataset.facts() | ({"task": task} if is_ours else {})
+
+
+@dataclass(frozen=True)
+class JudgedPredictions:
+    """Files with the predictions of variants, and their accuracy."""
+
+    folder: Path
+    dataset: Dataset
+    _accuracies: dict[Path, Accuracy] = field(default_factory=dict, init=False, repr=False)
+
+    def path(self, variant: str, runtime: str, precision: str) -> Path:
+        """Return where the predictions of a variant on a runtime are kept."""
+        return self.folder / f"{variant}.{runtime}.{precision}.npz"
+
+    def accuracy(self, path: Path) -> Accuracy:
+        """Return how right the predictions in ``path`` are, for each subgroup as well."""
+        if path not in self._accuracies:
+            predictions, named = Predictions.load(path), self.dataset.test_groups
+            groups = None if named is None else [str(g) for g in named[: len(predictions.labels)]]
+            judged = evaluate.accuracy(predictions, self.dataset.classes, groups)
+            self._accuracies[path] = judged
+        return self._accuracies[path]

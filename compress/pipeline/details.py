@@ -13,13 +13,12 @@ from compress.evaluate import Accuracy, comparison
 from compress.evaluate.predictions import Predictions
 from compress.groups.plan import PrunePlan
 from compress.pipeline import records
-from compress.pipeline.context import RunContext, StageResult, Variant
-from compress.pipeline.judged import JudgedPredictions
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.measure import Measured
 from compress.pipeline.sensitivity_chart import unmeasured
 from compress.pipeline.stages.sparsify import sparsities
 from compress.report import schema
-from compress.report.learning_curves import learning_curves
+from compress.report.charts import learning_curves
 from compress.report.pictures import thumbnail
 
 MOST_FLIPS = 24  # images shown
@@ -37,7 +36,7 @@ class Answered:
 
 def details(
     context: RunContext,
-    variants: Sequence[Variant],
+    variants: Sequence[RunVariant],
     outcomes: Sequence[StageResult],
     measured: Measured,
     rows: Sequence[schema.Variant],
@@ -60,6 +59,7 @@ def details(
         tells_classes=context.task.tells_classes,
         class_metrics=measured.class_metrics,
         drawn=measured.drawn,
+        drawn_legend=(context.task.legend or None) if measured.drawn else None,
         channels=tuple(_channels(plan)) if plan is not None else (),
         frozen=dict(plan.frozen) if plan is not None else {},
         sparsities=tuple(sparsities(context, variants, rows)),
@@ -82,7 +82,7 @@ def details(
     )
 
 
-def _skipped(context: RunContext, plan: PrunePlan | None, original: Variant) -> dict[str, str]:
+def _skipped(context: RunContext, plan: PrunePlan | None, original: RunVariant) -> dict[str, str]:
     """Return why a part of the details is absent, for those that a recipe has to ask for."""
     verbs = {stage.verb for stage in context.recipe.stages}
     reasons = {}
@@ -120,7 +120,7 @@ def _answers(rows: Sequence[schema.Variant], judged: JudgedPredictions) -> list[
     return [*found[:1], *sorted(found[1:], key=lambda each: each.runtime == found[0].runtime)]
 
 
-def _last_plan(context: RunContext, variants: Sequence[Variant]) -> PrunePlan | None:
+def _last_plan(context: RunContext, variants: Sequence[RunVariant]) -> PrunePlan | None:
     for variant in reversed(variants):
         path = context.run.root / variant.stage / models.PLAN_FILE
         if path.is_file():
@@ -170,7 +170,7 @@ def _flips(context: RunContext, taken: Sequence[Answered]) -> Iterator[schema.Fl
         return
     candidate = taken[-1]
     before, after = Predictions.load(taken[0].path), Predictions.load(candidate.path)
-    compared = comparison.compare(before, after)
+    compared = comparison.compare_predictions(before, after)
     lost = [flip for flip in compared.flips if flip.kind == "lost"]
     for flip in lost[:MOST_FLIPS]:
         image = context.dataset.splits["test"].take([flip.index])[0]

@@ -20,19 +20,18 @@ from compress.artifact import sha256
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions, comparison
 from compress.graph import files
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.measure import Timing
-from compress.measure.artifacts import Candidate, answers_of, time_together
+from compress.measure.artifacts import Candidate, test_answers, time_together
 from compress.pipeline import records
 from compress.pipeline.attributions import explain_variants
-from compress.pipeline.changed_images import class_metrics, drawn_changes
-from compress.pipeline.context import RunContext, Variant
-from compress.pipeline.judged import JudgedPredictions
-from compress.pipeline.sensitivity_chart import sensitivity
+from compress.pipeline.changed_images import class_metrics_row, drawn_changes
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
+from compress.pipeline.sensitivity_chart import pruning_curve
 from compress.quantize.images import fixed_batch
 from compress.recipe.settings import Target
 from compress.report import schema
-from compress.runtimes import build_engine, build_record, facts, unavailable
+from compress.runtimes import build_engine, build_record, runtime_class, unavailable
 from compress.runtimes._fusion import check_fusion
 
 
@@ -40,7 +39,7 @@ from compress.runtimes._fusion import check_fusion
 class Entry(Candidate):
     """One variant on one target: the file that the runtime opens."""
 
-    variant: Variant
+    variant: RunVariant
     precision: str
     target: Target
 
@@ -61,7 +60,7 @@ class Measured(schema.Record):
 
 
 def measure_targets(
-    context: RunContext, variants: Sequence[Variant], judged: JudgedPredictions
+    context: RunContext, variants: Sequence[RunVariant], judged: JudgedPredictions
 ) -> Measured:
     """Build and measure every variant on every target of the recipe.
 
@@ -111,7 +110,7 @@ def measure_targets(
         coverage=tuple(dict.fromkeys(coverage)),
         attributions=attributions,
         similarities=similarities,
-        sensitivity=sensitivity(context, variants[0]),
+        sensitivity=pruning_curve(context, variants[0]),
         engines=engines,
         **shown,
     )
@@ -130,7 +129,7 @@ def places(targets: Sequence[Target]) -> list[list[Target]]:
 
 
 def entries_on(
-    context: RunContext, variants: Sequence[Variant], targets: Sequence[Target]
+    context: RunContext, variants: Sequence[RunVariant], targets: Sequence[Target]
 ) -> list[Entry]:
     """Return the variants that can run in one place, with the engines they need there built.
 
@@ -139,7 +138,7 @@ def entries_on(
     do, in fp16 alone.
     """
     target = targets[0]
-    form = facts(target.runtime).int8_form
+    form = runtime_class(target.runtime).int8_form
     chosen = [variant for variant in variants if variant.target in {None, form}]
     wanted = {each.precision for each in targets}
     pairs = [
@@ -153,7 +152,7 @@ def entries_on(
     ]
 
 
-def _entry(context: RunContext, variant: Variant, precision: str, target: Target) -> Entry:
+def _entry(context: RunContext, variant: RunVariant, precision: str, target: Target) -> Entry:
     options = dict(target.options)
     if precision == "fp16" and "dtype" in plugins.options("runtimes", target.runtime):
         options["dtype"] = "float16"  # the file itself is fp32
@@ -169,7 +168,7 @@ def _entry(context: RunContext, variant: Variant, precision: str, target: Target
     )
 
 
-def _precisions(variant: Variant, wanted: Set[str], *, is_reference: bool) -> list[str]:
+def _precisions(variant: RunVariant, wanted: Set[str], *, is_reference: bool) -> list[str]:
     """Return the precisions in which a variant is measured where ``wanted`` are asked for."""
     if variant.precision != "fp32":
         return [variant.precision]
@@ -182,14 +181,14 @@ def _absent_int8(targets: Sequence[Target], entries: Sequence[Entry]) -> str | N
     is_wanted = any(target.precision == "int8" for target in targets)
     if not is_wanted or any(entry.precision == "int8" for entry in entries):
         return None
-    if facts(targets[0].runtime).int8_form is None:
+    if runtime_class(targets[0].runtime).int8_form is None:
         return f"{targets[0].runtime} runs no Q/DQ graph; its float networks are measured"
     return f"no stage wrote an int8 graph for {targets[0].runtime}"
 
 
-def _engine(context: RunContext, variant: Variant, target: Target, precision: str) -> Path:
+def _engine(context: RunContext, variant: RunVariant, target: Target, precision: str) -> Path:
     source = context.path(variant)
-    plugin = facts(target.runtime)
+    plugin = runtime_class(target.runtime)
     extension = plugin.extension
     if plugin.opens == "network":
         return context.run.root / variant.stage
@@ -206,7 +205,7 @@ def _engine(context: RunContext, variant: Variant, target: Target, precision: st
     try:
         return build(batch=(1, target.batch, max(target.batch, evaluate.BATCH)))
     except CompressError:
-        fixed = fixed_batch(Graph(files.load(source, weights=False)))
+        fixed = fixed_batch(GraphIndex(files.load(source, weights=False)))
         if not fixed:
             raise
         return build(batch=(fixed,) * 3)  # timing says that another batch was skipped
@@ -269,7 +268,8 @@ def _shown(
         return {}
     places = [(entry.variant.name, entry.target.runtime) for entry, _ in pairs]
     classes = [
-        class_metrics(context, place, own) for place, (_, own) in zip(places, pairs, strict=True)
+        class_metrics_row(context, place, own)
+        for place, (_, own) in zip(places, pairs, strict=True)
     ]
     return {
         "drawn": drawn_changes(context, places[-1], pairs[0][1], pairs[-1][1]),
@@ -293,7 +293,7 @@ def _answers(
         if not context.task.tells_classes:
             return evaluate.of_task(session, context.dataset, context.task, limit=limit)
         name = f"{entry.name} on {entry.target.runtime}"
-        predictions = answers_of(session, context.dataset, name, limit)
+        predictions = test_answers(session, context.dataset, name, limit)
     predictions.save(path)
     return predictions
 

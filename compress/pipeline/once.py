@@ -15,13 +15,13 @@ import torch
 from compress import artifact, progress
 from compress.artifact import Artifact
 from compress.errors import CompressError, RunError, boundary
-from compress.pipeline.context import RunContext, StageResult, Variant
+from compress.pipeline.context import RunContext, RunVariant, StageResult
 from compress.pipeline.measure import Measured
 from compress.recipe.settings import Settings
 from compress.report.run_folder import DONE_FILE
 from compress.train.distributed import Processes
 
-Step = Callable[[RunContext, Any, Path, tuple[Variant, ...]], StageResult]
+Step = Callable[[RunContext, Any, Path, tuple[RunVariant, ...]], StageResult]
 
 
 def once(
@@ -29,7 +29,7 @@ def once(
     stage: Path,
     step: Step,
     settings: Settings | None,
-    before: tuple[Variant, ...],
+    before: tuple[RunVariant, ...],
     processes: Processes | None = None,
 ) -> StageResult:
     """Return the result of a stage, run now unless an earlier call has.
@@ -73,12 +73,12 @@ def measured_once(context: RunContext, stage: Path, measure: Callable[[], Measur
 
 
 def _artifacts(
-    context: RunContext, stage: Path, settings: Settings | None, before: tuple[Variant, ...]
+    context: RunContext, stage: Path, settings: Settings | None, before: tuple[RunVariant, ...]
 ) -> Iterable[Artifact]:
     parent = artifact.sha256(context.path(before[-1])) if before else None
     told = {} if settings is None else settings.model_dump(mode="json")
     return [
-        artifact.describe(
+        artifact.describe_file(
             path, root=context.run.root, stage=stage.name, parent=parent, settings=told
         )
         for path in sorted(stage.iterdir())
@@ -93,4 +93,6 @@ def _engine_artifacts(
     for engine, source in engines.items():
         parent = artifact.sha256(source)
         for path in sorted(engine.parent.glob(f"{engine.stem}.*")):
-            yield artifact.describe(path, root=context.run.root, stage=stage.name, parent=parent)
+            yield artifact.describe_file(
+                path, root=context.run.root, stage=stage.name, parent=parent
+            )

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from compress.artifact import read_json, replacing
 from compress.data import load_pictures
-from compress.data._decoding import opened, to_8_bit, upright_size
+from compress.data._decoding import opened_picture, to_8_bit, upright_size
 from compress.data._resize import Fit
 from compress.data.images import picture_files
 from compress.errors import CompressError, DataError, UsageError
 from compress.evaluate import BATCH, answered
-from compress.evaluate.feeding import ONNX_NAME, Fed, completed, facts_of, picture_of
+from compress.evaluate.feeding import ONNX_NAME, Fed, artifact_facts, completed, picture_of
 from compress.graph.metadata import CHANNELS
 from compress.measure.artifacts import runtime_of
 from compress.report import numbers
@@ -104,7 +104,7 @@ def predict_pictures(
     """
     files = _pictures(images)
     source = _network(artifact, runtime)
-    said = facts_of(source)
+    said = artifact_facts(source)
     reference = task or said.get("task") or _task_of_run(source)
     chosen, name = _task(reference, said.get("labels"), source, given=bool(task))
     where = runtime or runtime_of(source)
@@ -231,14 +231,14 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
 
 def _size(file: Path) -> tuple[int, int]:
     """Return height and width of a picture as it is looked at."""
-    with opened(file, where=str(file)) as image:
+    with opened_picture(file, where=str(file)) as image:
         width, height = upright_size(image)
     return height, width
 
 
 def _upright(file: Path) -> NDArray[np.uint8]:
     """Return a picture as it is looked at, (H, W, 3)."""
-    with opened(file, where=str(file)) as image:
+    with opened_picture(file, where=str(file)) as image:
         return np.array(to_8_bit(image, 3, where=str(file)))
 
 

@@ -10,9 +10,8 @@ from typing import Any
 from compress import environment, measure
 from compress.artifact import sha256
 from compress.pipeline import cautions
-from compress.pipeline.context import RunContext, StageResult, Variant
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.details import details
-from compress.pipeline.judged import JudgedPredictions
 from compress.pipeline.measure import Measured
 from compress.recipe.loading import to_json
 from compress.recipe.settings import Gates
@@ -26,7 +25,7 @@ OWN_FIELDS = set(schema.Result.model_fields)  # everything else a row holds goes
 
 def assemble(
     context: RunContext,
-    variants: Sequence[Variant],
+    variants: Sequence[RunVariant],
     outcomes: Sequence[StageResult],
     measured: Measured,
     judged: JudgedPredictions,
@@ -104,9 +103,14 @@ def gates(
                 runtime=result.runtime,
                 batch=result.batch,
                 metric=(result.primary or "top-1") if name == "metric_drop" else None,
+                title=_title(result) if name == "metric_drop" else None,
                 unit=_unit(result) if name == "metric_drop" else None,
                 reason=reason,
             )
+
+
+def _title(result: schema.Result) -> str | None:
+    return None if result.main_metric is None else result.main_metric.title
 
 
 def _unit(result: schema.Result) -> str | None:
@@ -154,7 +158,7 @@ def _unmeasured(name: str, result: schema.Result, variant: schema.Variant) -> st
 
 def _variant(
     context: RunContext,
-    variant: Variant,
+    variant: RunVariant,
     results: Mapping[str, Sequence[Mapping[str, Any]]],
     absent: Mapping[str, str],
 ) -> schema.Variant:
@@ -205,7 +209,7 @@ def _provenance(
     context: RunContext, outcomes: Sequence[StageResult], measured: Measured
 ) -> schema.Provenance:
     description = context.run.description()
-    found = environment.describe()
+    found = environment.describe_machine()
     return schema.Provenance(
         created=description.get("created"),
         command=_command(context),

@@ -9,7 +9,7 @@ from torch import nn
 
 from compress import models
 from compress.data import Dataset
-from compress.pipeline.context import RunContext, Variant
+from compress.pipeline.context import RunContext, RunVariant
 from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.report.schema import Curve, Line
 from compress.tasks import Task, primary_of
@@ -18,7 +18,7 @@ from compress.train.validation import primary_value
 RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 
 
-def unmeasured(context: RunContext, original: Variant) -> str | None:
+def unmeasured(context: RunContext, original: RunVariant) -> str | None:
     """Return why a run has no sensitivity curves; None if it is to have them."""
     if not context.recipe.measure.sensitivity:
         return "the recipe does not ask for it: measure.sensitivity"
@@ -31,14 +31,14 @@ def unmeasured(context: RunContext, original: Variant) -> str | None:
     return None
 
 
-def sensitivity(context: RunContext, original: Variant) -> tuple[Curve, ...]:
+def pruning_curve(context: RunContext, original: RunVariant) -> tuple[Curve, ...]:
     """Return accuracy on validation images against kept channels, a line for each group.
 
     One group is cut at a time, by L2, and BatchNorm is re-estimated; nothing is refitted.
     """
     if unmeasured(context, original) is not None:
         return ()
-    return (chart(cut_alone(context.network(original), context.dataset, context.task)),)
+    return (sensitivity_chart(cut_alone(context.network(original), context.dataset, context.task)),)
 
 
 def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivity:
@@ -52,7 +52,7 @@ def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivit
     return replace(found, metric=primary_of(task))
 
 
-def chart(found: PruneSensitivity) -> Curve:
+def sensitivity_chart(found: PruneSensitivity) -> Curve:
     """Return ``found`` as a chart whose lines end where the network is whole."""
     lines = []
     for curve in found.curves:

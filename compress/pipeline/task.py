@@ -9,12 +9,17 @@ from functools import partial
 from pathlib import Path
 
 from compress import models
-from compress.data import Dataset, load_data
+from compress.data import IMAGENET_MEAN, Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
 from compress.models.references import takes_unit_range
 from compress.pipeline.network import as_torch
-from compress.recipe.settings import DataSettings, DistillSettings, Recipe
+from compress.recipe.settings import (
+    FEWEST_CALIBRATION,
+    DataSettings,
+    DistillSettings,
+    Recipe,
+)
 from compress.tasks import Task, default_task, load_task
 from compress.train.distill.build import check_loss, losses_of
 
@@ -36,6 +41,8 @@ def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     if source is None and takes_unit_range(reference):
         settings = _in_unit_range(settings)
     dataset = load_data(settings, recipe.seed, partial(as_torch, reference, recipe.model))
+    if source is not None or dataset.target == "none":
+        dataset = dataclasses.replace(dataset, assumed=_assumed(settings, dataset))
     if source is None or source.is_dir():
         return dataset, task_of(recipe, dataset)
     shapes = shapes_answered(source, dataset)
@@ -53,6 +60,22 @@ def _in_unit_range(settings: DataSettings) -> DataSettings:
     if settings.mean or settings.std or settings.input_range is not None:
         return settings
     return settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})
+
+
+def _assumed(settings: DataSettings, dataset: Dataset) -> str:
+    """Return which of ImageNet's habits are taken for the network's; empty where all was said."""
+    if not dataset.fit or dataset.prepared or dataset.note:
+        return ""
+    found = []
+    is_told = settings.mean is not None or settings.input_range is not None
+    if dataset.mean == IMAGENET_MEAN and not is_told:
+        mean, std = (", ".join(f"{v:g}" for v in each) for each in (dataset.mean, dataset.std))
+        found.append(f"{dataset.color} in 0..1 less {mean}, over {std} (--mean, --std, "
+                     "--input-range, --color)")  # fmt: skip
+    if settings.image_size is None:
+        height, width = dataset.example.shape[2:]
+        found.append(f"{height} x {width} pixels (--image-size)")
+    return " and ".join(found)
 
 
 def _shown(shapes: Sequence[tuple[int, ...]]) -> str:
@@ -90,12 +113,31 @@ def _problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
     if not task.tells_classes:
         yield from _only_for_classes(recipe, task)
     if not task.kinds:
-        yield from _only_with_labels(recipe)
+        yield from _only_with_labels(recipe, task)
+    if recipe.gates.agreement_pct is not None and task.agreement_unit != "pct":
+        yield (
+            f"gates.agreement_pct: this task tells how alike predictions are in "
+            f"{task.agreement_unit}, not in percent. {_limit(task)}"
+        )
+    yield from _too_few_images(recipe, dataset)
+
+
+def _too_few_images(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
+    """Yield each quantization that the data has too few calibration images for."""
+    count = len(dataset.splits.get("calibration", ()))
+    for number, stage in enumerate(recipe.stages):
+        own = stage.quantize is not None and stage.quantize.data is None
+        if own and count < FEWEST_CALIBRATION:
+            yield (
+                f"stages[{number}].quantize: data {dataset.name!r} has {count} calibration images. "
+                f"Expected at least {FEWEST_CALIBRATION}; some hundreds are better. Give more "
+                "images, or others to calibrate on: quantize: {data: images:FOLDER}."
+            )
 
 
 def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
     """Yield what the recipe asks for that only classifiers have."""
-    drop = f"Use gates.metric_drop, in the unit of {task.primary}."
+    drop = _limit(task)
     if not task.kinds:
         drop = "It would be measured on labels: the images have no labels."
     for name in ("top1_drop_pct", "worst_class_drop_pct"):
@@ -114,7 +156,16 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
         yield "measure.explain_images: needs one class an image."
 
 
-def _only_with_labels(recipe: Recipe) -> Iterator[str]:
+def _limit(task: Task) -> str:
+    """Return which gate fits a task, in words."""
+    if task.kinds:
+        return f"Use gates.metric_drop, in the unit of {task.primary}."
+    if task.agreement_unit == "pct":
+        return "Use gates.agreement_pct."
+    return "Leave it out: the report tells it."
+
+
+def _only_with_labels(recipe: Recipe, task: Task) -> Iterator[str]:
     """Yield what the recipe asks for that nothing but labels can tell."""
     if any(
         settings is not None and (settings.augment.mixup or settings.augment.cutmix)
@@ -122,7 +173,7 @@ def _only_with_labels(recipe: Recipe) -> Iterator[str]:
     ):
         yield "augment: mixup and cutmix mix labels, and the images have none."
     if recipe.gates.metric_drop is not None:
-        yield "gates.metric_drop: the images have no labels. Use gates.agreement_pct."
+        yield f"gates.metric_drop: the images have no labels. {_limit(task)}"
     for number, stage in enumerate(recipe.stages):
         place = f"stages[{number}].{stage.verb}"
         if stage.verb in ("train", "finetune"):

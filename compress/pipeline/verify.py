@@ -1,19 +1,221 @@
-"""Check the files of a run against what was recorded when they were written."""
+"""Check a finished run: its files against their hashes, its figures measured again."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from compress import artifact
-from compress.artifact import Finding
+from compress import artifact, environment
+from compress.artifact import FileProblem
 from compress.errors import RunError
+from compress.measure import Timing
+from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
+from compress.pipeline.measure import entries_on, measure_entries, places
+from compress.pipeline.task import prepared
 from compress.progress import track
-from compress.report.reading import check_schema
-from compress.report.run_folder import RUN_FILE
-from compress.report.run_lock import LOCK_FILE
+from compress.recipe import loading
+from compress.recipe.settings import Target
+from compress.report.numbers import factor, interval, percent
+from compress.report.reading import check_schema, read_report
+from compress.report.run_folder import DONE_FILE, LOCK_FILE, RUN_FILE, RunFolder
+from compress.report.schema import Interval, Report, Result
+from compress.runtimes import unavailable
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EQUAL, DIFFERS = "equal", "differs"
+FIGURES = {"top1_pct": "top-1, %", "agreement_pct": "same answers, %", "speedup": "speed-up"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure of the report and the same figure taken again."""
+
+    variant: str
+    runtime: str
+    batch: int
+    figure: str  # "top1_pct" | "agreement_pct" | "speedup"
+    reported: float
+    reported_ci95: Interval | None
+    measured: float
+    measured_ci95: Interval | None
+    outcome: str  # "equal" | "differs" | "not compared: ..."
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this as JSON-able data, without what is absent."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """All figures of a run that could be taken again, and why others were not."""
+
+    checks: tuple[Check, ...]
+    skipped: dict[str, str]
+    elsewhere: str  # how this machine differs from the one of the report; empty: it does not
+
+    @property
+    def holds(self) -> bool:
+        """Whether no figure differs."""
+        return all(check.outcome != DIFFERS for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able data."""
+        checks = [check.to_json() for check in self.checks]
+        return {
+            "holds": self.holds,
+            "checks": checks,
+            "skipped": self.skipped,
+            "elsewhere": self.elsewhere,
+        }
+
+    def table(self) -> RenderableType:
+        """Return the figures side by side, for the terminal."""
+        from rich.console import Group
+        from rich.text import Text
+
+        from compress.terminal import table
+
+        rows = [
+            (
+                check.variant,
+                check.runtime,
+                str(check.batch),
+                FIGURES[check.figure],
+                _figure(check.figure, check.reported, check.reported_ci95),
+                _figure(check.figure, check.measured, check.measured_ci95),
+                check.outcome,
+            )
+            for check in self.checks
+        ]
+        headers = ("variant", "runtime", "batch", "figure", "reported", "now", "outcome")
+        lines = [f"not measured: {what}: {why}" for what, why in self.skipped.items()]
+        if self.elsewhere:
+            lines.insert(0, f"not where the report was made: {self.elsewhere}")
+        differing = sum(check.outcome == DIFFERS for check in self.checks)
+        lines.append(f"{len(self.checks)} figures taken again, {differing} differ")
+        return Group(table(headers, rows, numbers={"reported", "now"}), *map(Text, lines))
+
+
+def measure_again(root: Path) -> Remeasured:
+    """Take accuracy and latency of every variant of a finished run again, on this machine.
+
+    **Method:** as in the run: all test images through the runtime, then all variants of a target
+    timed in the same rounds. On the device and versions of the report, accuracy must be equal to
+    the last digit: the same file on the same images gives the same answers. Elsewhere, rounding
+    may turn single answers: there the new figure must lie in the reported 95 % interval. Speed-ups
+    are compared on the same device only; they differ when their 95 % intervals, each widened by
+    what the bench calls no difference, do not touch.
+
+    Args:
+        root: Run folder, its files intact. Nothing in it is changed.
+
+    Raises:
+        RunError: the run is not finished, or its data are not those it was measured on.
+    """
+    report = read_report(root / "report.json")
+    settings = loading.validate_recipe(report.recipe, where=str(root / "report.json"))
+    dataset, task = prepared(settings)
+    context = RunContext(settings, RunFolder(root), dataset, task)
+    _check_data(context, report)
+    variants, checks, skipped = _variants(root), list[Check](), dict[str, str]()
+    elsewhere = _elsewhere(report)
+    for targets in places(settings.targets):
+        target = targets[0]
+        reason = _unmeasured(report, target) or unavailable(target.runtime)
+        if reason is not None:
+            skipped[f"{target.runtime}, batch {target.batch}"] = reason
+            continue
+        entries = entries_on(context, variants, targets)
+        with artifact.scratch() as folder:
+            rows, _, _ = measure_entries(context, entries, JudgedPredictions(folder, dataset))
+        for entry, row in zip(entries, rows, strict=True):
+            place = f"{entry.variant.name} on {target.runtime}, batch {target.batch}"
+            skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}
+            before = _reported(report, entry.variant.name, row)
+            if before is None:
+                skipped[place] = "the report has no such result"
+            else:
+                checks += _checks(entry.variant.name, before, row, elsewhere)
+    return Remeasured(tuple(checks), skipped, elsewhere)
+
+
+def _check_data(context: RunContext, report: Report) -> None:
+    before = report.provenance.data
+    if before is None or before.fingerprint != context.dataset.fingerprint:
+        raise RunError(
+            f"the images of {context.dataset.name} are not those that the run was measured on",
+            where=str(context.run.root),
+            expected=f"images with the fingerprint {before.fingerprint[:16] if before else '?'}",
+            fix="Restore them, or run the recipe again in another folder",
+        )
+
+
+def _unmeasured(report: Report, target: Target) -> str | None:
+    results = (result for variant in report.variants for result in variant.results)
+    if any((r.runtime, r.batch) == (target.runtime, target.batch) for r in results):
+        return None
+    return "the report has no results of it"
+
+
+def _variants(root: Path) -> list[RunVariant]:
+    stages = [artifact.read_json(path) for path in sorted(root.glob(f"[0-9][0-9]-*/{DONE_FILE}"))]
+    return [
+        v for stage in stages if "variants" in stage for v in StageResult.from_json(stage).variants
+    ]
+
+
+def _elsewhere(report: Report) -> str:
+    """Return how this machine and its versions differ from those of the report."""
+    here, then = environment.describe_machine(), report.provenance
+    pairs = [(then.device, here.get("device", {})), (then.versions, here.get("versions", {}))]
+    return ", ".join(
+        f"{key}: {before[key]} then, {now.get(key)} now"
+        for before, now in pairs
+        for key in sorted(before)
+        if before[key] != now.get(key)
+    )
+
+
+def _reported(report: Report, variant: str, row: dict[str, Any]) -> Result | None:
+    keys = ("runtime", "batch", "threads", "precision")
+    found = report.variant(variant)
+    results = found.results if found else ()
+    return next((r for r in results if all(getattr(r, key) == row[key] for key in keys)), None)
+
+
+def _checks(variant: str, before: Result, row: dict[str, Any], elsewhere: str) -> Iterator[Check]:
+    for figure in FIGURES:
+        old, new = getattr(before, figure), row.get(figure)
+        if old is None or new is None or (figure, row.get("verdict")) == ("speedup", "reference"):
+            continue
+        name = f"{figure.removesuffix('_pct')}_ci95"
+        old_ci, new_ci = getattr(before, name), row.get(name)
+        if figure == "speedup":
+            outcome = "not compared: elsewhere" if elsewhere else _touch(old_ci, new_ci)
+        elif elsewhere and old_ci is not None:
+            outcome = EQUAL if old_ci[0] <= new <= old_ci[1] else DIFFERS
+        else:
+            outcome = EQUAL if old == new else DIFFERS
+        place = (variant, before.runtime, before.batch, figure)
+        yield Check(*place, old, old_ci, new, new_ci, outcome)
+
+
+def _touch(one: Interval | None, other: Interval | None) -> str:
+    if one is None or other is None:
+        return "not compared: no interval"
+    margin = (1 + Timing().resolution_pct / 100) ** 2
+    apart = one[1] * margin < other[0] or other[1] * margin < one[0]
+    return DIFFERS if apart else EQUAL
+
+
+def _figure(name: str, value: float, bounds: Interval | None) -> str:
+    is_speed = name == "speedup"
+    within = f" ({interval(bounds, 'number' if is_speed else 'percent')})" if bounds else ""
+    return f"{factor(value) if is_speed else percent(value)}{within}"
 
 
 @dataclass(frozen=True)
@@ -22,7 +224,7 @@ class Verification:
 
     run: str
     files: tuple[str, ...]  # checked, in the order they were made
-    findings: tuple[Finding, ...]
+    findings: tuple[FileProblem, ...]
     unrecorded: tuple[str, ...]  # files that lie there and that no stage recorded; no fault
 
     @property
@@ -35,7 +237,7 @@ class Verification:
         return {**asdict(self), "intact": self.intact}
 
 
-def verify(run: Path) -> Verification:
+def verify_files(run: Path) -> Verification:
     """Return whether the files of ``run`` are those that its stages wrote.
 
     **Method:** each file that run.json lists is read whole and its SHA-256 compared with the
@@ -51,13 +253,13 @@ def verify(run: Path) -> Verification:
     record = _record(run)
     entries = record["artifacts"]
     hashes = {entry["sha256"] for entry in entries}
-    findings: list[Finding] = []
+    findings: list[FileProblem] = []
     for entry in track(entries, f"verify {run.name}"):
-        finding = artifact.check(run, entry["path"], entry["sha256"])
+        finding = artifact.check_file(run, entry["path"], entry["sha256"])
         findings += [finding] if finding else []
         parent = entry.get("parent")
         if parent and parent not in hashes:
-            findings.append(Finding(entry["path"], "parent unknown", "a recorded file", parent))
+            findings.append(FileProblem(entry["path"], "parent unknown", "a recorded file", parent))
     listed = {entry["path"] for entry in entries}
     return Verification(
         run=run.name,

@@ -5,13 +5,12 @@ The package can be called: ``compress.prune(model, example_input, ...)`` is :fun
 
 from compress.callables import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
-from compress.prune.budget import BUDGETS, one_budget
+from compress.prune.budget import BUDGETS, keep_in_round, one_budget
 from compress.prune.group_lasso import GroupLasso, WithGroupLasso
 from compress.prune.latency_target import LatencyCheck, check_latency
 from compress.prune.network import prune_network
 from compress.prune.plan import plan_pruning
 from compress.prune.reconstruction import refit
-from compress.prune.schedule import keep_in_round
 
 __all__ = [
     "BUDGETS",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import DataError, PlanError
-from compress.modules.outputs import chosen, logits_of, named_tensors
+from compress.modules.outputs import chosen_outputs, logits_of, named_tensors
 
 Answers = Literal["auto", "classes", "numbers"]
 LEAST_VARIANCE = 1e-8  # as a share of the mean square; a channel below it is constant
@@ -60,7 +60,7 @@ class SampledAnswers:
         """
         found = [
             tensor
-            for _, tensor in chosen(named_tensors(output), self.reading.outputs)
+            for _, tensor in chosen_outputs(named_tensors(output), self.reading.outputs)
             if tensor.is_floating_point() and tensor.requires_grad and tensor.numel()
         ]
         if not found:

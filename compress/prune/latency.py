@@ -11,11 +11,12 @@ from torch import nn
 
 from compress.errors import PlanError
 from compress.groups import Network
-from compress.groups.inputs import Example, inputs_of
-from compress.groups.plan import make_plan
+from compress.groups.inputs import Example, call_inputs
+from compress.groups.plan import make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.modules import evaluating
 from compress.modules.copying import full_copy
+from compress.modules.sliding import sliding
 from compress.progress import task
 from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
@@ -101,7 +102,7 @@ class _Trials:
     def ms(self, counts: Counts) -> float:
         """Return the latency of the network cut to ``counts``, ms."""
         names = [group.name for group in self._network.groups]
-        plan = make_plan(self._network, kept_units(names, self.candidates, counts))
+        plan = make_prune_plan(self._network, kept_units(names, self.candidates, counts))
         ms = self._stopwatch.ms(apply_pruning(self._model, plan))
         self.measured.append((self.layers.total(counts), ms))
         return ms
@@ -258,7 +259,7 @@ def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerSh
         is_layer = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
         if is_layer and "weight" in module._parameters:
             module.register_forward_hook(note(name))
-    args, kwargs = inputs_of(example_input)
+    args, kwargs = call_inputs(example_input)
     with evaluating(model), torch.no_grad():
         model(*args, **kwargs)
     return found
@@ -267,14 +268,13 @@ def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerSh
 def _shape_of(module: Any, size: torch.Size) -> LayerShape:
     if isinstance(module, nn.Linear):
         return LayerShape((), (), (), (), (), rows=int(np.prod(size[:-1])))
-    around = module._reversed_padding_repeated_twice  # last dimension first, before and after
-    before, after = around[0::2][::-1], around[1::2][::-1]
+    how = sliding(module)
     is_depthwise = module.groups == module.in_channels == module.out_channels
     return LayerShape(
-        tuple(module.kernel_size),
-        tuple(module.stride),
-        (*before, *after),
-        tuple(module.dilation),
+        how.kernel,
+        how.stride,
+        (*how.before, *how.after),
+        how.dilation,
         tuple(size[2:]),
         0 if is_depthwise else module.groups,
     )

@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter
 from compress import artifact, environment, packages, progress
 from compress.artifact import read_json, scratch, write_json
 from compress.errors import EngineError, RunError
-from compress.runtimes import facts, open_built, open_session, unavailable
+from compress.runtimes import open_built, open_session, runtime_class, unavailable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -202,20 +202,20 @@ def table_for(runtime: str) -> LatencyTable:
     reason = unavailable(runtime)
     if reason is not None:
         raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="runtime")
-    version = packages.version(facts(runtime).package.replace("_", "-"))
+    version = packages.version(runtime_class(runtime).package.replace("_", "-"))
     machine = [runtime, version, *_processor(), None]  # None: all threads
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
     measure = functools.partial(measure_layer, runtime=runtime)
-    return LatencyTable(measure, cache_folder() / f"{runtime}-{name}.json")
+    return LatencyTable(measure, latency_cache() / f"{runtime}-{name}.json")
 
 
 def _processor() -> tuple[str, Any]:
     """Return the processor's name, and how many of its threads may be used by default."""
-    device = environment.describe()["device"]
+    device = environment.describe_machine()["device"]
     return str(device.get("cpu", "unknown")), device.get("threads_usable")
 
 
-def cache_folder() -> Path:
+def latency_cache() -> Path:
     """Return the folder for measurements that outlive a run."""
     return artifact.cache_folder() / "latency"
 
@@ -230,7 +230,7 @@ def measure_layer(shape: LayerShape, inputs: int, outputs: int, *, runtime: str)
     were measured.
     """
     inputs = outputs if shape.groups == 0 else inputs
-    if facts(runtime).opens == "network":
+    if runtime_class(runtime).opens == "network":
         return _measure_module(shape, inputs, outputs, runtime)
     array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
     with scratch() as folder:

@@ -17,9 +17,9 @@ from compress.errors import PlanError
 from compress.export import export_onnx
 from compress.groups.inputs import Example
 from compress.groups.plan import PrunePlan
+from compress.prune.budget import latency_left, rounds_of
 from compress.prune.latency_table import time_calls
-from compress.prune.schedule import latency_left, rounds_of
-from compress.runtimes import Session, facts, open_built, open_session
+from compress.runtimes import Session, open_built, open_session, runtime_class
 
 TOLERANCE = 0.10  # how far the measured latency may be from the limit
 ROUNDS = 9  # in which two networks take turns
@@ -85,7 +85,7 @@ class Stopwatch:
         return time_calls(lambda: session.run(*self._arrays), seconds)
 
     def _session(self, model: nn.Module, stack: ExitStack) -> Session:
-        if facts(self._runtime).opens == "network":
+        if runtime_class(self._runtime).opens == "network":
             return stack.enter_context(open_session(model, self._runtime))
         folder = stack.enter_context(scratch())
         example: Any = self._example

@@ -15,7 +15,7 @@ from torch import nn
 from compress.errors import PlanError, UsageError
 from compress.groups import Network, trace
 from compress.groups.inputs import Example
-from compress.groups.plan import PrunePlan, make_plan
+from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import example_shapes
 from compress.modules import network_of, with_gradients
 from compress.modules.inputs import example_of, read_batches
@@ -27,7 +27,7 @@ from compress.prune.criteria import Criterion
 from compress.prune.latency import counts_for_latency
 from compress.prune.loss import Loss
 from compress.prune.saliency import Batches
-from compress.prune.scoring import build_criterion, scores, spoken
+from compress.prune.scoring import build_criterion, criterion_name, scores
 from compress.prune.selection import (
     CandidateCounts,
     Normalize,
@@ -154,7 +154,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
     candidates = _candidates(network, [normalized(row, way) for row in rows], limits, excluded)
     about: dict[str, Any] = {
-        "criterion": {spoken(scorer): _options(scorer)},
+        "criterion": {criterion_name(scorer): _options(scorer)},
         "budget": budget.to_json(),
         "ranking": ranking,
         "normalize": way,
@@ -176,7 +176,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         about["outputs"] = list(places)
     about |= {"side_outputs": list(network.side_outputs)} if network.side_outputs else {}
     keep = kept_units([group.name for group in network.groups], candidates, counts)
-    return make_plan(_with_excluded(network, excluded), keep, **about)
+    return make_prune_plan(_with_excluded(network, excluded), keep, **about)
 
 
 def _check_counted(network: Network, budget: Budget) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
@@ -18,6 +19,7 @@ from compress.errors import UsageError
 from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
 from compress.modules.inputs import read_batches
+from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.replay import Replay
@@ -83,14 +85,12 @@ def refit(
         pairs = list(_pairs(pruned, original, plan, images))
         count = sum(map(len, images))
         known, fitted = (Replay(net, images[0][:1], count) for net in (original, pruned))
-        ready: Iterator[_Pair] = (
+        ready: Iterator[_LayerFit] = (
             pair for some in _portions(pairs) for pair in _asked(some, known, images)
         )
         for pair in track(ready, "refit", len(pairs)):
             _fit(pair, fitted, images)
-    if training_batches is None:
-        training_batches = batches
-    return rebase_batchnorm(pruned, training_batches)
+    return rebase_batchnorm(pruned, batches if training_batches is None else training_batches)
 
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
@@ -102,7 +102,7 @@ class _EnoughSeen(Exception):  # noqa: N818 - not an error: it ends a forward pa
 
 
 @dataclass
-class _Pair:
+class _LayerFit:
     """One layer in both networks, and what the original answered there at places drawn for it."""
 
     layer: Layer
@@ -183,7 +183,7 @@ def _rows(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Ten
 
 def _pairs(
     pruned: nn.Module, original: nn.Module, plan: PrunePlan, images: Sequence[Tensor]
-) -> Iterator[_Pair]:
+) -> Iterator[_LayerFit]:
     """Yield the layers that can be fitted, in the order in which they first run."""
     before = dict(original.named_modules())
     layers = _layers(pruned, images[0][:1])
@@ -198,12 +198,12 @@ def _pairs(
         join = added.get(before[name])
         if join is not None and join.norm is not None:
             join = dataclasses.replace(join, norm=left[join.norm])
-        yield _Pair(layer, before[name], kept, calls, len(images), join)
+        yield _LayerFit(layer, before[name], kept, calls, len(images), join)
 
 
-def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
+def _portions(pairs: Sequence[_LayerFit]) -> Iterator[list[_LayerFit]]:
     """Yield the pairs in portions whose answers fit into memory together."""
-    portion: list[_Pair] = []
+    portion: list[_LayerFit] = []
     for pair in pairs:
         if portion and sum(each.mib for each in portion) + pair.mib > ANSWERS_MIB:
             yield portion
@@ -213,10 +213,12 @@ def _portions(pairs: Sequence[_Pair]) -> Iterator[list[_Pair]]:
         yield portion
 
 
-def _asked(pairs: Sequence[_Pair], original: Replay, images: Sequence[Tensor]) -> Iterator[_Pair]:
+def _asked(
+    pairs: Sequence[_LayerFit], original: Replay, images: Sequence[Tensor]
+) -> Iterator[_LayerFit]:
     """Run the original once for all ``pairs``, yield them, and forget each one's answers after."""
 
-    def note(pair: _Pair) -> Show:
+    def note(pair: _LayerFit) -> Show:
         return lambda _input, answer, other: pair.note(answer, other)
 
     notes = [_Note(pair.before, pair.calls, pair.join, note(pair)) for pair in pairs]
@@ -252,7 +254,7 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     return [(name, modules[name], count) for name, count in calls.items()]
 
 
-def _fit(pair: _Pair, pruned: Replay, images: Sequence[Tensor]) -> None:
+def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
     """Collect the normal equations of one layer over all images, and solve them."""
     squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
@@ -347,16 +349,16 @@ def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:
 
 def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
     """Return what a convolution sees at some places of its output: (G, B * places, F)."""
+    how, dimensions = sliding(layer), len(places)
     if isinstance(layer, Transposed):
-        padded, strides = _spread(layer, x), (1,) * len(places)
+        padded, strides = _spread(layer, x, how), (1,) * dimensions
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        padded = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
-        strides = layer.stride
-    dimensions = len(places)
+        around = zip(reversed(how.before), reversed(how.after), strict=True)
+        padded, strides = F.pad(x, [*chain.from_iterable(around)], mode=mode), how.stride
     index: list[Any] = [slice(None), slice(None)]
     for axis, place in enumerate(places):
-        offsets = np.arange(layer.kernel_size[axis]) * layer.dilation[axis]
+        offsets = np.arange(how.kernel[axis]) * how.dilation[axis]
         shape = [len(place)] + [1] * dimensions
         shape[1 + axis] = len(offsets)
         index.append(
@@ -370,17 +372,18 @@ def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
     return window.permute(1, 0, 3, 2, 4).reshape(layer.groups, batch * count, -1)
 
 
-def _spread(layer: Any, x: Tensor) -> Tensor:
+def _spread(layer: Any, x: Tensor, how: Sliding) -> Tensor:
     """Return the input over which a transposed convolution slides: zeros between and around."""
-    strides = layer.stride
+    strides = how.stride
+    more = by_dimension(layer.output_padding, len(strides))
     extent = [(side - 1) * step + 1 for side, step in zip(x.shape[2:], strides, strict=True)]
     spread = x.new_zeros(*x.shape[:2], *extent)
     every: list[slice] = [slice(None)] * 2 + [slice(None, None, step) for step in strides]
     spread[tuple(every)] = x
     padding: list[int] = []
     for axis in reversed(range(len(extent))):
-        edge = layer.dilation[axis] * (layer.kernel_size[axis] - 1) - layer.padding[axis]
-        padding += [edge, edge + layer.output_padding[axis]]
+        edge = how.dilation[axis] * (how.kernel[axis] - 1) - how.before[axis]
+        padding += [edge, edge + more[axis]]
     return F.pad(spread, padding)
 
 

@@ -204,7 +204,7 @@ def _summed(tensor: Tensor, dim: int) -> Tensor:
     return tensor.movedim(dim, 0).reshape(tensor.shape[dim], -1).sum(1)
 
 
-class _Watch:
+class _InputStatistics:
     """Running sums over the values that enter one layer, channel by channel."""
 
     def __init__(self, length: int, channel_dim: int) -> None:
@@ -282,10 +282,10 @@ def _watched(
 
 
 def _activations(model: nn.Module, network: Network, chunks: Iterable[Inputs]) -> Evidence | None:
-    watches: dict[str, tuple[nn.Module, _Watch]] = {}
+    watches: dict[str, tuple[nn.Module, _InputStatistics]] = {}
     for _, piece, owner in _readers(model, network):
         dim = -1 if isinstance(owner, nn.Linear) else 1
-        watch = _Watch(network.shapes[piece.tensor][piece.dim], dim)
+        watch = _InputStatistics(network.shapes[piece.tensor][piece.dim], dim)
         watches.setdefault(piece.tensor, (owner, watch))
     if not _watched(model, chunks, watches.values()):
         return None

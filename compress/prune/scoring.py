@@ -56,14 +56,15 @@ def scores(
     wanted = cast("tuple[Need, ...]", (needs,) if isinstance(needs, str) else needs)
     if loss is not None and not {"gradients", "hessian"} & set(wanted):
         raise UsageError(
-            f"criterion {spoken(criterion)!r} takes no gradients of a loss, but loss= is given",
+            f"criterion {criterion_name(criterion)!r} takes no gradients of a loss, but loss= is "
+            "given",
             fix="Leave loss out, or use taylor or hessian",
         )
     if wanted:
         if batches is None:
             raise UsageError(
-                f"criterion {spoken(criterion)!r} needs {' and '.join(wanted)} on images, and no "
-                "images are given",
+                f"criterion {criterion_name(criterion)!r} needs {' and '.join(wanted)} on images, "
+                "and no images are given",
                 expected="batches of images (B, C, H, W) and labels (B,)",
                 fix="Pass batches=, or use a criterion that needs none, such as l2",
             )
@@ -99,18 +100,19 @@ def _check_choice(rows: list[Floats], criterion: Criterion, needs: tuple[Need, .
     if len(values) < 2 or (values != values[0]).any():
         return
     fix = (
-        "Give batches and a loss= whose gradient reaches the network"
+        "Give trained weights: outputs of an untrained network may not depend on its images; or "
+        "use the criterion l1; from Python, give batches and a loss= whose gradient reaches it"
         if needs
         else "Give trained weights, or use the criterion random"
     )
     raise PlanError(
-        f"the criterion {spoken(criterion)!r} gives every channel the same score, {values[0]:g}: "
-        "it does not say which to keep",
+        f"the criterion {criterion_name(criterion)!r} gives every channel the same score, "
+        f"{values[0]:g}: it does not say which to keep",
         fix=fix,
     )
 
 
-def spoken(criterion: Criterion) -> str:
+def criterion_name(criterion: Criterion) -> str:
     """Return the name of a criterion as users write it."""
     module = type(criterion).__module__
     is_plugin = module.startswith("compress.prune.criteria.")

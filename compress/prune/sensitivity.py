@@ -15,12 +15,12 @@ from compress.artifact import replacing
 from compress.errors import PlanError, UsageError
 from compress.groups import trace
 from compress.groups.inputs import Example
-from compress.groups.plan import make_plan
+from compress.groups.plan import make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.progress import track
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.cost import CostModel
-from compress.prune.scoring import build_criterion, scores, spoken
+from compress.prune.scoring import build_criterion, criterion_name, scores
 from compress.prune.selection import candidate_counts
 from compress.tasks import TOP1, Kind, Primary
 
@@ -38,7 +38,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Curve:
+class GroupCurve:
     """Accuracy with one group cut to several widths."""
 
     group: str
@@ -53,7 +53,7 @@ class PruneSensitivity:
 
     baseline: float  # of the metric
     criterion: str
-    curves: tuple[Curve, ...]  # in the order of execution
+    curves: tuple[GroupCurve, ...]  # in the order of execution
     metric: Primary = TOP1
 
     def keep_channels(self, max_drop: float) -> dict[str, float]:
@@ -75,7 +75,7 @@ class PruneSensitivity:
             found[curve.group] = share
         return found
 
-    def ranked(self) -> list[Curve]:
+    def ranked(self) -> list[GroupCurve]:
         """Return the curves, the one that loses the most accuracy at its smallest width first."""
         return sorted(
             self.curves,
@@ -108,7 +108,7 @@ class PruneSensitivity:
         """
         try:
             curves = tuple(
-                Curve(
+                GroupCurve(
                     one["group"],
                     one["size"],
                     tuple(one["layers"]),
@@ -168,7 +168,7 @@ def prune_sensitivity(
         one = candidate_counts(found[number], step=group.multiple, at_least=1)
         points = []
         for count in sorted({one.level_at_most(s * group.size) for s in shares}, reverse=True):
-            small = apply_pruning(model, make_plan(network, {group.name: one.kept(count)}))
+            small = apply_pruning(model, make_prune_plan(network, {group.name: one.kept(count)}))
             if images:
                 recalibrate_batchnorm(small, images)
             counts = cost.sizes.copy()
@@ -176,8 +176,10 @@ def prune_sensitivity(
             left = cost.total("macs", counts) / max(whole, 1)
             points.append(Point(count / group.size, count, evaluate(small), round(left, 6)))
         layers = (p.tensor.rpartition(".")[0] for p in group.slices if p.role == "output")
-        curves.append(Curve(group.name, group.size, tuple(dict.fromkeys(layers)), tuple(points)))
-    return PruneSensitivity(evaluate(model), spoken(scorer), tuple(curves))
+        curves.append(
+            GroupCurve(group.name, group.size, tuple(dict.fromkeys(layers)), tuple(points))
+        )
+    return PruneSensitivity(evaluate(model), criterion_name(scorer), tuple(curves))
 
 
 def plot_sensitivity(found: PruneSensitivity, path: str | Path) -> Path:

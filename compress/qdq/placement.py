@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from onnx import NodeProto
 
-from compress.graph.model import ACTIVATIONS, WEIGHTED, Graph, attribute, tail
+from compress.graph.model import ACTIVATIONS, WEIGHTED, GraphIndex, attribute, tail
 
 SAME_SCALE = frozenset(  # what comes out was in what went in
     {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
@@ -16,6 +16,7 @@ SAME_SCALE = frozenset(  # what comes out was in what went in
 ELEMENTWISE = frozenset({"Add", "Mul"})
 _MOVES = SAME_SCALE | ACTIVATIONS | {"Concat"}  # hands its inputs' steps on
 _CHAIN = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
+_FARTHEST = 64  # nodes before a residual Add that its common ancestor is looked for in
 Reader = tuple[str, int]  # name of the node, position among its inputs
 
 
@@ -44,7 +45,9 @@ class Placement:
         return tensor
 
 
-def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = None) -> Placement:
+def place(
+    graph: GraphIndex, target: str, float_nodes: Mapping[str, str] | None = None
+) -> Placement:
     """Return where the Q/DQ pairs go.
 
     Args:
@@ -61,7 +64,7 @@ def place(graph: Graph, target: str, float_nodes: Mapping[str, str] | None = Non
         refused |= dict.fromkeys(half, "only one of its two inputs would be quantized")
 
 
-def _placed(graph: Graph, target: str, refused: Mapping[str, str]) -> Placement:
+def _placed(graph: GraphIndex, target: str, refused: Mapping[str, str]) -> Placement:
     placement = Placement()
     floating = _floating(graph, refused)
     for node in graph.nodes:
@@ -73,7 +76,7 @@ def _placed(graph: Graph, target: str, refused: Mapping[str, str]) -> Placement:
                 placement.left_float[node.name] = why
             else:
                 placement.weights.append(node.name)
-    rules: dict[str, Callable[[Graph, Placement, set[str]], None]] = {
+    rules: dict[str, Callable[[GraphIndex, Placement, set[str]], None]] = {
         "onnxruntime": _place_everywhere,
         "openvino": _place_where_read,
         "tensorrt": _place_on_weighted,
@@ -82,7 +85,7 @@ def _placed(graph: Graph, target: str, refused: Mapping[str, str]) -> Placement:
     return placement
 
 
-def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
+def _floating(graph: GraphIndex, refused: Iterable[str]) -> set[str]:
     """Return the nodes left in float on purpose, and cheap ops that only these read.
 
     An int8 kernel needs an int8 output, which nobody would read.
@@ -97,7 +100,7 @@ def _floating(graph: Graph, refused: Iterable[str]) -> set[str]:
     return floating
 
 
-def _half_quantized(graph: Graph, placement: Placement) -> set[str]:
+def _half_quantized(graph: GraphIndex, placement: Placement) -> set[str]:
     """Return the products of two activations for which alone one of the two would be quantized."""
     found = set()
     for node in graph.nodes:
@@ -110,12 +113,12 @@ def _half_quantized(graph: Graph, placement: Placement) -> set[str]:
     return found
 
 
-def _feeds_only(graph: Graph, node: NodeProto, floating: set[str]) -> bool:
+def _feeds_only(graph: GraphIndex, node: NodeProto, floating: set[str]) -> bool:
     readers = {reader.name for reader, _ in graph.readers.get(node.output[0], [])}
     return bool(readers) and node.output[0] not in graph.outputs and readers <= floating
 
 
-def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
+def _why_float(graph: GraphIndex, node: NodeProto, target: str) -> str:
     if graph.weight(node) is None:
         return "its weight is no float constant"
     if not graph.is_float(node.input[0]):
@@ -134,7 +137,7 @@ def _why_float(graph: Graph, node: NodeProto, target: str) -> str:
     return ""
 
 
-def _in_squeeze_excite(graph: Graph, node: NodeProto) -> bool:
+def _in_squeeze_excite(graph: GraphIndex, node: NodeProto) -> bool:
     """Return whether ``node`` sees 1x1 images only and ends in a gate."""
     shape = graph.shapes.get(node.input[0])
     pooled = shape is not None and len(shape) == 4 and shape[2:] == (1, 1)
@@ -158,7 +161,7 @@ def _in_squeeze_excite(graph: Graph, node: NodeProto) -> bool:
     return False
 
 
-def _place_everywhere(graph: Graph, placement: Placement, floating: set[str]) -> None:
+def _place_everywhere(graph: GraphIndex, placement: Placement, floating: set[str]) -> None:
     """ONNX Runtime: pairs around every op of the chain that has an int8 kernel."""
     tail = _tail(graph)
     for node in _chosen(graph, placement, floating):
@@ -172,7 +175,7 @@ def _place_everywhere(graph: Graph, placement: Placement, floating: set[str]) ->
         _share_scale(placement, node)
 
 
-def _place_where_read(graph: Graph, placement: Placement, floating: set[str]) -> None:
+def _place_where_read(graph: GraphIndex, placement: Placement, floating: set[str]) -> None:
     """OpenVINO: as for ONNX Runtime, but nothing is quantized that only float ops read.
 
     A Concat of what integer kernels made is an exception: it moves bytes, each input with its own
@@ -200,7 +203,7 @@ def _place_where_read(graph: Graph, placement: Placement, floating: set[str]) ->
             _share_scale(placement, node)
 
 
-def _runs_inside(graph: Graph, node: NodeProto) -> bool:
+def _runs_inside(graph: GraphIndex, node: NodeProto) -> bool:
     """Return whether ``node`` is part of an activation that OpenVINO adds to the layer before."""
     if node.op_type in ("Sigmoid", "LeakyRelu"):
         return True
@@ -211,7 +214,7 @@ def _runs_inside(graph: Graph, node: NodeProto) -> bool:
     return any(gate.input[0] in node.input for gate in gates)
 
 
-def _makers(graph: Graph, node: NodeProto) -> set[str]:
+def _makers(graph: GraphIndex, node: NodeProto) -> set[str]:
     """Return the nodes that make the inputs of ``node``; an activation counts as what it ends."""
     names = set()
     for tensor in node.input:
@@ -222,7 +225,7 @@ def _makers(graph: Graph, node: NodeProto) -> set[str]:
     return names
 
 
-def _chosen(graph: Graph, placement: Placement, floating: set[str]) -> list[NodeProto]:
+def _chosen(graph: GraphIndex, placement: Placement, floating: set[str]) -> list[NodeProto]:
     """Return the nodes that work on integers, in order."""
     without, weighted = _tail(graph) | floating, set(placement.weights)
     return [
@@ -232,7 +235,7 @@ def _chosen(graph: Graph, placement: Placement, floating: set[str]) -> list[Node
     ]
 
 
-def _ends(graph: Graph, node: NodeProto) -> list[str]:
+def _ends(graph: GraphIndex, node: NodeProto) -> list[str]:
     """Return the outputs of ``node``, or of the activation that runs together with it."""
     after = None if node.op_type in SAME_SCALE else graph.activation_after(node)
     return list(node.output if after is None else after.output)
@@ -244,12 +247,12 @@ def _share_scale(placement: Placement, node: NodeProto) -> None:
             placement.scale_of[tensor] = node.input[0]
 
 
-def _image_inputs(graph: Graph, node: NodeProto) -> list[str]:
+def _image_inputs(graph: GraphIndex, node: NodeProto) -> list[str]:
     names = node.input[:1] if node.op_type not in (*ELEMENTWISE, "Concat") else node.input
     return [name for name in names if not graph.is_constant(name)]
 
 
-def _quantize(graph: Graph, placement: Placement, tensor: str, floating: set[str]) -> None:
+def _quantize(graph: GraphIndex, placement: Placement, tensor: str, floating: set[str]) -> None:
     readers = {
         (n.name, position) for n, position in graph.readers[tensor] if n.name not in floating
     }
@@ -257,7 +260,7 @@ def _quantize(graph: Graph, placement: Placement, tensor: str, floating: set[str
         placement.readers.setdefault(tensor, set()).update(readers)
 
 
-def _has_kernel(graph: Graph, node: NodeProto) -> bool:
+def _has_kernel(graph: GraphIndex, node: NodeProto) -> bool:
     if node.op_type not in (*_CHAIN, *ELEMENTWISE, *SAME_SCALE):
         return False
     if not all(graph.is_float(name) for name in (node.input[0], *node.output)):
@@ -273,13 +276,13 @@ def _has_kernel(graph: Graph, node: NodeProto) -> bool:
     return not graph.is_constant(node.input[0])
 
 
-def _tail(graph: Graph) -> set[str]:
+def _tail(graph: GraphIndex) -> set[str]:
     """Return the nodes behind the last weighted ops."""
     made = tail(graph.nodes)
     return {node.name for node in graph.nodes if made.intersection(node.output)}
 
 
-def _place_on_weighted(graph: Graph, placement: Placement, floating: set[str]) -> None:
+def _place_on_weighted(graph: GraphIndex, placement: Placement, floating: set[str]) -> None:
     """TensorRT: pairs on what weighted ops read, and on the identity side of a residual Add."""
     weighted = set(placement.weights)
     for node in graph.nodes:
@@ -296,7 +299,7 @@ def _place_on_weighted(graph: Graph, placement: Placement, floating: set[str]) -
     _pass_through(graph, placement, floating)
 
 
-def _pass_through(graph: Graph, placement: Placement, floating: set[str]) -> None:
+def _pass_through(graph: GraphIndex, placement: Placement, floating: set[str]) -> None:
     """Let pools and concats between two pairs move integers: equal scales, so that pairs cancel."""
     for node in graph.nodes:
         inputs = [name for name in _image_inputs(graph, node) if name in placement.readers]
@@ -311,7 +314,7 @@ def _pass_through(graph: Graph, placement: Placement, floating: set[str]) -> Non
             placement.joined.append({*inputs, out})
 
 
-def _identity_side(graph: Graph, add: NodeProto, weighted: set[str]) -> int | None:
+def _identity_side(graph: GraphIndex, add: NodeProto, weighted: set[str]) -> int | None:
     """Return which input of a residual Add is quantized; the other fuses into its kernel."""
     if len(graph.data_inputs(add)) != 2 or add.input[0] == add.input[1]:
         return None
@@ -327,24 +330,24 @@ def _identity_side(graph: Graph, add: NodeProto, weighted: set[str]) -> int | No
     return 0 if (nearest[0], lengths[0]) < (nearest[1], lengths[1]) else 1
 
 
-def _is_conv_output(graph: Graph, tensor: str, weighted: set[str]) -> bool:
+def _is_conv_output(graph: GraphIndex, tensor: str, weighted: set[str]) -> bool:
     producer = graph.producer.get(tensor)
     alone = graph.only_reader(tensor) is not None
     return producer is not None and producer.name in weighted and alone
 
 
-def _ancestors(graph: Graph, tensor: str, limit: int = 64) -> dict[str, int]:
+def _ancestors(graph: GraphIndex, tensor: str) -> dict[str, int]:
     """Return tensors before ``tensor``, with the fewest weighted ops on the way."""
     found = {tensor: 0}
     edge = [tensor]
-    for _ in range(limit):
+    for _ in range(_FARTHEST):
         edge = list(_step_back(graph, edge, found))
         if not edge:
             break
     return found
 
 
-def _step_back(graph: Graph, edge: Iterable[str], found: dict[str, int]) -> Iterable[str]:
+def _step_back(graph: GraphIndex, edge: Iterable[str], found: dict[str, int]) -> Iterable[str]:
     for tensor in edge:
         node = graph.producer.get(tensor)
         if node is None:

@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from compress.errors import QuantizationError, UnknownNameError
-from compress.graph import model as view
-from compress.graph.model import BIAS_LIMIT, channel_axis
+from compress.graph.model import BIAS_LIMIT, GraphIndex, channel_axis
 from compress.graph.preprocess import finished, prepare
 from compress.graph.values import EditableGraph, constant, maker, name_of
-from compress.graph.weightless import check, infer_shapes
+from compress.graph.weightless import check_graph, infer_shapes
 from compress.qdq.placement import SAME_SCALE, Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
 from compress.qdq.rewrite import apply_corrections, rewrite_for
@@ -73,12 +72,12 @@ def write_qdq(
 
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
     corrected = rewrite_for(apply_corrections(prepared, plan), target)
-    placement = place(view.Graph(corrected), target, plan.float_nodes)
+    placement = place(GraphIndex(corrected), target, plan.float_nodes)
     written = _Writer(EditableGraph(corrected), plan, target, placement, float_bias).write()
     del written.graph.value_info[:]
     finished(written)
     infer_shapes(written)
-    check(written, full=True)
+    check_graph(written, full=True)
     return written
 
 
@@ -104,12 +103,12 @@ def default_scales(weight: NDArray[Any], axis: int | None) -> NDArray[np.float32
 
 def encode(weight: NDArray[Any], scales: NDArray[Any], axis: int | None) -> NDArray[np.int8]:
     """Return the nearest integers in [-127, 127]."""
-    codes = np.rint(weight / along(scales, axis, weight.ndim))
+    codes = np.rint(weight / broadcast_along(scales, axis, weight.ndim))
     nearest: NDArray[np.int8] = np.clip(codes, -127, 127).astype(np.int8)
     return nearest
 
 
-def along(values: NDArray[Any], axis: int | None, rank: int) -> NDArray[Any]:
+def broadcast_along(values: NDArray[Any], axis: int | None, rank: int) -> NDArray[Any]:
     """Return ``values``, (C,), shaped to broadcast along ``axis`` of a tensor of ``rank``."""
     shape = [1] * rank
     if axis is not None:
@@ -245,7 +244,9 @@ class _Writer:
             return codes
         kept = np.asarray(planned.scales, np.float32) == scales  # not raised for the bias
         return np.where(
-            along(kept, axis, weight.ndim), unpack_codes(planned.codes, weight.shape), codes
+            broadcast_along(kept, axis, weight.ndim),
+            unpack_codes(planned.codes, weight.shape),
+            codes,
         )
 
     def _stored(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from compress.qdq import QuantPlan, write_qdq
 from compress.quantize.api import quantize_onnx, quantize_targets
 from compress.quantize.calibration import Statistics, calibrate
-from compress.quantize.ranges import make_plan
+from compress.quantize.ranges import make_quant_plan
 
 __all__ = [
     "QuantPlan",
     "Statistics",
     "calibrate",
-    "make_plan",
+    "make_quant_plan",
     "quantize_onnx",
     "quantize_targets",
     "write_qdq",

@@ -19,7 +19,7 @@ from compress.quantize.sensitivity import (
     Batches,
     Judge,
     QuantSensitivity,
-    arrays,
+    labelled_arrays,
     layer_macs,
     quantize_sensitivity,
 )
@@ -29,7 +29,7 @@ WHY = "given back to float to stay within the accuracy budget"
 
 
 @dataclass(frozen=True)
-class Trial:
+class FloatTrial:
     """One set of layers in float, and what the graph answers then."""
 
     float_nodes: tuple[str, ...]  # beyond those of the plan
@@ -39,15 +39,15 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Budget:
+class BudgetResult:
     """How a budget was met, or how near it came."""
 
     max_drop: float
     images: int
     float_value: float
     met: bool
-    best: Trial
-    trials: tuple[Trial, ...]  # in order
+    best: FloatTrial
+    trials: tuple[FloatTrial, ...]  # in order
     plan: QuantPlan = field(compare=False)
 
 
@@ -60,7 +60,7 @@ def meet_budget(
     folder: Path,
     costs: Mapping[str, float] | None = None,
     task: Task | None = None,
-) -> Budget:
+) -> BudgetResult:
     """Leave as few and as cheap layers in float as keep the loss of accuracy within a budget.
 
     Layers are ranked by the noise that each makes alone, divided by what it costs in float. The
@@ -82,8 +82,8 @@ def meet_budget(
         DataError: there are no images.
         RunError: the folder cannot be written.
     """
-    judge = Judge(arrays(batches), task)
-    search = _Search(model, plan, judge, max_drop, folder, dict(costs or {}))
+    judge = Judge(labelled_arrays(batches), task)
+    search = _BudgetSearch(model, plan, judge, max_drop, folder, dict(costs or {}))
     with progress.task("Accuracy budget") as counter:
         search.counter = counter
         if not search.fits(()):
@@ -91,7 +91,7 @@ def meet_budget(
             found = quantize_sensitivity(model, plan, pairs, task=task)
             search.run(_ranked(found, search.costs))
     best = search.best
-    return Budget(
+    return BudgetResult(
         max_drop,
         judge.images,
         search.float_value,
@@ -102,10 +102,10 @@ def meet_budget(
     )
 
 
-class _Search:
+class _BudgetSearch:
     """The trials made so far, the best of them on disk."""
 
-    counter: progress.Task
+    counter: progress.ProgressTask
 
     def __init__(  # the parts of one call of meet_budget
         self,
@@ -123,18 +123,18 @@ class _Search:
         self.total = sum(self.costs.values()) or 1.0
         self.float_value = self._value(prepared)
         self.identity = _identity(model, plan, judge)
-        self.trials: list[Trial] = []
+        self.trials: list[FloatTrial] = []
         self.known = self._recall()
 
     @property
-    def best(self) -> Trial:
+    def best(self) -> FloatTrial:
         """The cheapest trial within the budget; the most accurate one if there is none."""
         fitting = [t for t in self.trials if t.drop <= self.limit]
         if fitting:
             return min(fitting, key=lambda t: (t.float_cost, t.drop))
         return min(self.trials, key=lambda t: (t.drop, t.float_cost))
 
-    def plan_of(self, trial: Trial) -> QuantPlan:
+    def plan_of(self, trial: FloatTrial) -> QuantPlan:
         """Return the plan that leaves the layers of ``trial`` in float."""
         return self.plan.keep_float(trial.float_nodes, WHY) if trial.float_nodes else self.plan
 
@@ -163,13 +163,15 @@ class _Search:
             trial = self._try(names)
         return trial.drop <= self.limit
 
-    def _try(self, names: tuple[str, ...]) -> Trial:
+    def _try(self, names: tuple[str, ...]) -> FloatTrial:
         before = self.best if self.trials else None
-        candidate = Trial(names, 0.0, 0.0, sum(self.costs.get(n, 0.0) for n in names) / self.total)
+        candidate = FloatTrial(
+            names, 0.0, 0.0, sum(self.costs.get(n, 0.0) for n in names) / self.total
+        )
         written = write_qdq(self.model, self.plan_of(candidate))
         value = self.known[names] if names in self.known else self._value(written)
         drop = self.judge.metric.drop(self.float_value, value)
-        trial = Trial(names, value, drop, candidate.float_cost)
+        trial = FloatTrial(names, value, drop, candidate.float_cost)
         self.trials.append(trial)
         if self.best != before:
             self._save(written)

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from onnx import NodeProto
 from scipy.special import expit
 
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
 
 Array = NDArray[Any]
 Function = Callable[[Array], Array]
 
 
 @dataclass(frozen=True)
-class Activation:
+class ActivationFunction:
     """A pointwise function and its derivative.
 
     Args:
@@ -32,7 +32,7 @@ class Activation:
     slope: Function
 
 
-def activation_of(graph: Graph, node: NodeProto) -> Activation:
+def activation_of(graph: GraphIndex, node: NodeProto) -> ActivationFunction:
     """Return what ``node`` is followed by: Relu, Clip, SiLU, hard-swish, a gate or nothing."""
     tensor = node.output[0]
     readers = [] if graph.is_seen(tensor) else [r for r, _ in graph.readers.get(tensor, [])]
@@ -47,19 +47,19 @@ def activation_of(graph: Graph, node: NodeProto) -> Activation:
             np.inf if high is None else high,
         )
     if kinds == ["HardSwish"]:
-        return Activation(readers[0].output[0], _hard_swish, _hard_swish_slope)
+        return ActivationFunction(readers[0].output[0], _hard_swish, _hard_swish_slope)
     if kinds in (["Sigmoid"], ["HardSigmoid"]):
-        return Activation(readers[0].output[0], *_gate(readers[0]))
+        return ActivationFunction(readers[0].output[0], *_gate(readers[0]))
     if kinds in (["Mul", "Sigmoid"], ["HardSigmoid", "Mul"]):
         product, gate = sorted(readers, key=lambda r: r.op_type != "Mul")
         if set(product.input) == {tensor, gate.output[0]}:
             value, slope = _gate(gate)
-            return Activation(
+            return ActivationFunction(
                 product.output[0],
                 lambda z: z * value(z),
                 lambda z: value(z) + z * slope(z),
             )
-    return Activation(tensor, identity, np.ones_like)
+    return ActivationFunction(tensor, identity, np.ones_like)
 
 
 def identity(z: Array) -> Array:
@@ -67,14 +67,14 @@ def identity(z: Array) -> Array:
     return z
 
 
-def _bound(graph: Graph, node: NodeProto, position: int) -> float | None:
+def _bound(graph: GraphIndex, node: NodeProto, position: int) -> float | None:
     name = node.input[position] if len(node.input) > position else ""
     value = graph.constant(name) if name else None
     return None if value is None else float(value.reshape(-1)[0])
 
 
-def _clip(output: str, low: float, high: float) -> Activation:
-    return Activation(
+def _clip(output: str, low: float, high: float) -> ActivationFunction:
+    return ActivationFunction(
         output, lambda z: np.clip(z, low, high), lambda z: ((z > low) & (z < high)).astype(z.dtype)
     )
 

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx import ModelProto
 from onnx.numpy_helper import to_array
 
 from compress.artifact import replacing
 from compress.errors import QuantizationError, UnknownNameError, boundary
 from compress.graph.metadata import usual_range
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.quantize.calibration import calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, confirmed
-from compress.quantize.images import Batches, Images
+from compress.quantize.images import Batches, CalibrationImages
 from compress.quantize.methods import METHODS, plan_by
 from compress.quantize.planning_graph import planning_graph
 from compress.quantize.workbench import Workbench
 
 BROKEN = "Check that ONNX Runtime runs the file on these images; export it again if it does not"
+ALL_FLOAT = "nothing is int8: all of it stays in float"
 
 
 def quantize_onnx(
@@ -90,11 +92,11 @@ def quantize_targets(
         with boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN):
             model = read_onnx(path)
             prepared = prepare(model)
-            excluded = excluded_nodes(Graph(prepared), exclude)
+            excluded = excluded_nodes(GraphIndex(prepared), exclude)
             planned = planning_graph(prepared, batches)
-            graph = Graph(planned)
-            bound = set(Graph(prepared).inputs) - set(graph.inputs)
-            images = Images(graph, batches, bound=bound, usual=usual_range(model))
+            graph = GraphIndex(planned)
+            bound = set(GraphIndex(prepared).inputs) - set(graph.inputs)
+            images = CalibrationImages(graph, batches, bound=bound, usual=usual_range(model))
             given = {name: to_array(graph.initializers[name]).copy() for name in bound}
             statistics = calibrate(planned, images, targets=outs)
             for target in outs:
@@ -102,15 +104,25 @@ def quantize_targets(
                 bench = Workbench(planned, images, own, target, observer, excluded)
                 plan = plan_by(method, bench)
                 check = Confirmation(prepared, given | bench.held_back, images.fixed_batch)
-                plans[target], written[target] = confirmed(bench, plan, check)
+                plan, written[target] = confirmed(bench, plan, check)
+                plans[target] = plan if _has_int8(written[target]) else _without_int8(plan)
     except QuantizationError as error:
         raise error if str(path) in error.where else error.within(str(path)) from error.__cause__
     for target, out in outs.items():
-        save(written[target], Path(out))
+        save_graph(written[target], Path(out))
     return plans
 
 
-def excluded_nodes(graph: Graph, names: Iterable[str]) -> dict[str, str]:
+def _has_int8(model: ModelProto) -> bool:
+    return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
+
+
+def _without_int8(plan: QuantPlan) -> QuantPlan:
+    """Return ``plan`` as that of a file without a layer in int8, which its notes say."""
+    return plan.changed(activations={}, notes=(ALL_FLOAT, *plan.notes))
+
+
+def excluded_nodes(graph: GraphIndex, names: Iterable[str]) -> dict[str, str]:
     """Return the reason for each excluded node.
 
     Raises:
@@ -123,7 +135,7 @@ def excluded_nodes(graph: Graph, names: Iterable[str]) -> dict[str, str]:
     return dict.fromkeys(names, "excluded by the user")
 
 
-def save(model: onnx.ModelProto, path: Path) -> None:
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
     """Write ``model`` to ``path``, whole or not at all."""
     with replacing(path) as temporary:
         onnx.save(model, str(temporary))

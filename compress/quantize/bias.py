@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress import progress
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import write_qdq
-from compress.quantize.activations import Activation, activation_of, identity
+from compress.quantize.activations import ActivationFunction, activation_of, identity
 from compress.quantize.images import Feed
-from compress.quantize.layerwise import Layer, channel_means, layers, some_positions
+from compress.quantize.layerwise import QuantizedLayer, channel_means, layers, some_positions
 from compress.quantize.sessions import session_of, with_outputs
 
 _STEPS = 3
@@ -35,7 +35,7 @@ def correct_biases(
     plan: QuantPlan,
     feed: Feed,
     known: FloatMeans | None = None,
-    choose: Callable[[Layer], NDArray[np.float32] | None] | None = None,
+    choose: Callable[[QuantizedLayer], NDArray[np.float32] | None] | None = None,
 ) -> QuantPlan:
     """Return ``plan`` with biases that undo the shift of means, layer by layer.
 
@@ -56,8 +56,8 @@ def correct_biases(
     """
     feed = fewer(prepared, feed)
     corrected = apply_corrections(prepared, plan.changed(biases={}))
-    graph = Graph(rewrite_for(corrected, plan.target))
-    own = {node.name for node in Graph(prepared).nodes if node.op_type in _CORRECTED}
+    graph = GraphIndex(rewrite_for(corrected, plan.target))
+    own = {node.name for node in GraphIndex(prepared).nodes if node.op_type in _CORRECTED}
     names = [n for n in place(graph, plan.target, plan.float_nodes).weights if n in own]
     nodes = {node.name: node for node in graph.nodes}
     activations = {name: activation_of(graph, nodes[name]) for name in names}
@@ -92,7 +92,7 @@ _CORRECTED = frozenset({"Conv", "Gemm", "ConvTranspose"})  # with a bias of thei
 
 
 def find_shift(
-    output: NDArray[Any], activation: Activation, wanted: NDArray[np.float64]
+    output: NDArray[Any], activation: ActivationFunction, wanted: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Return what to add to each channel, (C,), that gives ``wanted`` means after the activation.
 
@@ -124,7 +124,7 @@ def find_shift(
 def fewer(prepared: ModelProto, feed: Feed) -> Feed:
     """Return as many images of ``feed`` as fit in memory layer by layer, at least eight."""
     largest = 1
-    for shape in Graph(prepared).shapes.values():
+    for shape in GraphIndex(prepared).shapes.values():
         largest = max(largest, math.prod(d or 1 for d in shape[1:]) if shape else 1)
     count = max(_ELEMENTS // largest, 8)
     return {name: array[:count] for name, array in feed.items()}

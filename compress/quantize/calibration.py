@@ -13,13 +13,13 @@ from onnx import ModelProto
 
 from compress import progress
 from compress.errors import QuantizationError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS
 from compress.qdq.rewrite import rewrite_for
 from compress.quantize.activations import activation_of
-from compress.quantize.images import Batches, Feed, Images
+from compress.quantize.images import Batches, CalibrationImages, Feed
 from compress.quantize.observers import Histogram, Pointwise
 from compress.quantize.sessions import session_of, with_outputs
 
@@ -49,7 +49,7 @@ class Statistics:
 
 def calibrate(
     model: ModelProto,
-    batches: Batches | Images,
+    batches: Batches | CalibrationImages,
     *,
     targets: Iterable[str] = TARGETS,
     histograms: bool = True,
@@ -62,7 +62,7 @@ def calibrate(
 
     Args:
         model: An fp32 graph, prepared or not.
-        batches: float32 arrays (B, C, H, W), or as ``Images`` takes them.
+        batches: float32 arrays (B, C, H, W), or as ``CalibrationImages`` takes them.
         targets: Whose tensors to observe.
         histograms: False keeps extremes only, for the minmax observer, and is cheaper.
         threads: CPU threads; all cores if absent.
@@ -72,8 +72,10 @@ def calibrate(
             the node that made it.
     """
     prepared = prepare(model)
-    graph = Graph(prepared)
-    images = batches if isinstance(batches, Images) else Images(graph, batches)
+    graph = GraphIndex(prepared)
+    images = (
+        batches if isinstance(batches, CalibrationImages) else CalibrationImages(graph, batches)
+    )
     names = observed_tensors(prepared, targets)
     seen = {name: Histogram(_through(graph, name)) for name in names}
     statistics = Statistics(seen, counted=histograms)
@@ -93,15 +95,15 @@ def observed_tensors(prepared: ModelProto, targets: Iterable[str]) -> list[str]:
     """Return every tensor whose range one of ``targets`` needs, in the order of the graph."""
     wanted: set[str] = set()
     for target in targets:
-        placement = place(Graph(rewrite_for(prepared, target)), target)
+        placement = place(GraphIndex(rewrite_for(prepared, target)), target)
         wanted |= {placement.source(name) for name in placement.readers}
         wanted |= {name for group in placement.joined for name in group}
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     order = [*graph.inputs, *(name for node in graph.nodes for name in node.output)]
     return [name for name in order if name in wanted]
 
 
-def _through(graph: Graph, tensor: str) -> Pointwise | None:
+def _through(graph: GraphIndex, tensor: str) -> Pointwise | None:
     """Return the pointwise function that alone reads ``tensor``, or None."""
     node = graph.producer.get(tensor)
     if node is None or len(node.output) > 1:
@@ -118,10 +120,10 @@ class _Runner:
         self.inputs = [name for name in names if name in inputs]
         self.names = [name for name in names if name not in inputs]
         self.session = session_of(with_outputs(prepared, self.names), threads)
-        self.shapes = Graph(prepared).shapes
+        self.shapes = GraphIndex(prepared).shapes
         self.buffers: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {}  # by shapes of the inputs
 
-    def batch_size(self, images: Images) -> int:
+    def batch_size(self, images: CalibrationImages) -> int:
         """Return how many images go into one run: what the graph fixes, or what fits in memory."""
         if images.fixed_batch:
             return images.fixed_batch
@@ -173,7 +175,7 @@ def _observe(
     histogram: Histogram,
     values: NDArray[Any],
     images: int,
-    graph: Graph,
+    graph: GraphIndex,
     name: str,
     counted: bool,
 ) -> None:

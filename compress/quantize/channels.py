@@ -17,7 +17,7 @@ from onnx import NodeProto
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from compress.graph.model import Graph, attribute, channel_axis
+from compress.graph.model import GraphIndex, attribute, channel_axis
 
 Labels = NDArray[np.int64]
 
@@ -27,7 +27,7 @@ _OVER_SPACE = frozenset({"Resize"})  # interpolation adds up values of one chann
 
 
 @dataclass
-class Channels:
+class ChannelLabels:
     """Labels of the channels of one graph.
 
     Args:
@@ -38,7 +38,7 @@ class Channels:
         fixed: Number of tensors that must not be scaled, by the operator that says so.
     """
 
-    graph: Graph
+    graph: GraphIndex
     labels: dict[str, Labels] = field(default_factory=dict)
     bounds: dict[str, float] = field(default_factory=dict)
     layers: set[str] = field(default_factory=set)
@@ -46,9 +46,9 @@ class Channels:
 
 
 class _Labeller:
-    def __init__(self, graph: Graph, floating: set[str]) -> None:
+    def __init__(self, graph: GraphIndex, floating: set[str]) -> None:
         self.graph, self.floating = graph, floating
-        self.found = Channels(graph)
+        self.found = ChannelLabels(graph)
         self.pairs: list[tuple[Labels, Labels]] = []
         self.count = 1  # label 0 = fixed
         self.rules: dict[str, Callable[[NodeProto], bool]] = {
@@ -162,7 +162,7 @@ class _Labeller:
         )
 
 
-def channels(graph: Graph, floating: set[str]) -> Channels:
+def channels(graph: GraphIndex, floating: set[str]) -> ChannelLabels:
     """Return the labels of all channels of ``graph``.
 
     Args:

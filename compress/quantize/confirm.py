@@ -14,7 +14,7 @@ from onnx import ModelProto
 from compress import plugins
 from compress.artifact import scratch
 from compress.errors import QuantizationError
-from compress.graph.model import Graph, tail
+from compress.graph.model import GraphIndex, tail
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
@@ -34,7 +34,7 @@ WHY = "the runtime computes it wrongly in int8"
 
 
 @dataclass(frozen=True)
-class Loss:
+class NoisyOutput:
     """An output that a runtime computes with more noise than Q and DQ have in float, decibels."""
 
     name: str
@@ -62,7 +62,7 @@ class Confirmation:
     @property
     def names(self) -> list[str]:
         """The float outputs whose rows do not depend on an order of values."""
-        graph = Graph(self.prepared)
+        graph = GraphIndex(self.prepared)
         selected: set[str] = set()
         for node in graph.nodes:
             if node.op_type in SELECTING or selected.intersection(node.input):
@@ -70,7 +70,7 @@ class Confirmation:
         outputs = [output.name for output in self.prepared.graph.output]
         return [name for name in outputs if name not in selected and graph.is_float(name)]
 
-    def losses(self, written: ModelProto, runtime: str) -> list[Loss]:
+    def losses(self, written: ModelProto, runtime: str) -> list[NoisyOutput]:
         """Return each output that ``runtime`` computes wrongly in the mean of the images.
 
         Raises:
@@ -92,7 +92,7 @@ class Confirmation:
             images = 1 if one else len(feeds)
             told, real = (closeness([want], [side], images).mean_db for side in (should, got))
             if real < min(told, _FINE_DB) - _LOST_DB:
-                lost.append(Loss(name, told, real))
+                lost.append(NoisyOutput(name, told, real))
         return lost
 
     def _feeds(self) -> list[Feed]:
@@ -175,17 +175,17 @@ def confirmed(
     return safer.changed(notes=(*safer.notes, note)), written
 
 
-def _listed(lost: Sequence[Loss]) -> str:
+def _listed(lost: Sequence[NoisyOutput]) -> str:
     return "; ".join(map(str, lost))
 
 
 def _runtime_for(target: str) -> tuple[str | None, dict[str, str]]:
     """Return a runtime that runs graphs for ``target`` here, or None and why each cannot."""
-    from compress.runtimes import facts, unavailable
+    from compress.runtimes import runtime_class, unavailable
 
     absent = {}
     for name in sorted(plugins.names("runtimes"), key=lambda name: name != target):
-        if name == target or facts(name).int8_form == target:
+        if name == target or runtime_class(name).int8_form == target:
             why = unavailable(name)
             if why is None:
                 return name, {}
@@ -195,7 +195,7 @@ def _runtime_for(target: str) -> tuple[str | None, dict[str, str]]:
 
 def seven_bits(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with steps of weights twice as long, and biases that make up for it."""
-    graph = Graph(apply_corrections(bench.prepared, plan))
+    graph = GraphIndex(apply_corrections(bench.prepared, plan))
     scales = {}
     for node in graph.nodes:
         value = graph.constant(node.input[1]) if graph.weight(node) else None
@@ -209,13 +209,13 @@ def seven_bits(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
 def transposed_in_float(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with all transposed convolutions in float, their biases as they were."""
-    nodes = Graph(bench.prepared).nodes
+    nodes = GraphIndex(bench.prepared).nodes
     return _in_float(plan, [node.name for node in nodes if node.op_type == "ConvTranspose"])
 
 
 def ends_in_float(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with the last layers in float, their biases as they were."""
-    return _in_float(plan, last_layers(Graph(bench.prepared)))
+    return _in_float(plan, last_layers(GraphIndex(bench.prepared)))
 
 
 def _in_float(plan: QuantPlan, layers: list[str]) -> QuantPlan:
@@ -223,7 +223,7 @@ def _in_float(plan: QuantPlan, layers: list[str]) -> QuantPlan:
     return plan.keep_float(layers, WHY).changed(biases=biases)
 
 
-def last_layers(graph: Graph) -> list[str]:
+def last_layers(graph: GraphIndex) -> list[str]:
     """Return the weighted ops of ``graph`` that no other one follows."""
     made = tail(graph.nodes)
     return [

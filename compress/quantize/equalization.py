@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
 from compress.qdq.plan import Equalization, QuantPlan
-from compress.quantize.channels import Channels, channels
+from compress.quantize.channels import ChannelLabels, channels
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of, with_outputs
 from compress.quantize.sqnr import portions
@@ -40,7 +40,7 @@ def equalize(prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float) ->
     ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.1; here by ranges of activations, since
     weights have a scale for each channel.
     """
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     found = channels(graph, set(plan.float_nodes))
     factors = _factors(prepared, plan, feed, alpha, found)
     steps = []
@@ -55,7 +55,7 @@ def equalize(prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float) ->
 
 
 def _factors(
-    prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float, found: Channels
+    prepared: ModelProto, plan: QuantPlan, feed: Feed, alpha: float, found: ChannelLabels
 ) -> NDArray[np.float64]:
     """Return the factor of each label."""
     scaled = {name: labels for name, labels in found.labels.items() if labels.any()}
@@ -81,7 +81,7 @@ def _factors(
     return np.asarray(factors)
 
 
-def _note(plan: QuantPlan, found: Channels, factors: NDArray[np.float64]) -> str:
+def _note(plan: QuantPlan, found: ChannelLabels, factors: NDArray[np.float64]) -> str:
     quantized = [found.labels[name] for name in plan.activations if name in found.labels]
     done = sum(bool(np.any(factors[labels] != 1)) for labels in quantized)
     why = ", ".join(f"{op} {count}" for op, count in found.fixed.most_common(6))
@@ -91,7 +91,7 @@ def _note(plan: QuantPlan, found: Channels, factors: NDArray[np.float64]) -> str
     )
 
 
-def _is_depthwise(graph: Graph, node: NodeProto) -> bool:
+def _is_depthwise(graph: GraphIndex, node: NodeProto) -> bool:
     if node.op_type == "BatchNormalization":
         return True
     shape = graph.initializers[node.input[1]].dims

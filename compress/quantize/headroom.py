@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto
 
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
-from compress.qdq.writer import along, default_scales, encode, scale_axis, write_qdq
+from compress.qdq.writer import broadcast_along, default_scales, encode, scale_axis, write_qdq
 from compress.quantize.bias import fewer
-from compress.quantize.layerwise import Layer, layers
+from compress.quantize.layerwise import QuantizedLayer, layers
 from compress.quantize.workbench import Workbench
 
 LARGEST_SUM = 2**15 - 1 - 255  # of two products, less what rounding of both codes may add
@@ -30,7 +30,7 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
     Source: Intel, "Lower Numerical Precision Deep Learning Inference and Training", 2018.
     """
-    graph = Graph(apply_corrections(bench.prepared, plan))
+    graph = GraphIndex(apply_corrections(bench.prepared, plan))
     names = {node.name: node.input[1] for node in graph.nodes if graph.weight(node)}
     written = write_qdq(bench.prepared, plan, float_bias=True)
     weights = dict(plan.weights)
@@ -47,7 +47,7 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     return bench.corrected(safe) if plan.biases else safe
 
 
-def largest_codes(layer: Layer) -> NDArray[np.float64] | None:
+def largest_codes(layer: QuantizedLayer) -> NDArray[np.float64] | None:
     """Return the largest integer of each input channel as kernels see it, (C,), in 0..255.
 
     None where the layer reads float. Kernels add 128 to signed activations first.
@@ -86,7 +86,7 @@ def _widened(
         return None
     scales = scales * factors
     if codes is not None:  # the integers that were chosen stay where their step does
-        kept = along(factors == 1, axis, value.ndim)
+        kept = broadcast_along(factors == 1, axis, value.ndim)
         codes = np.where(kept, codes, encode(value, scales, axis))
     packed = None if codes is None else pack_codes(codes)
     return WeightScales(axis, tuple(float(scale) for scale in scales), packed)

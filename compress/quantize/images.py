@@ -15,13 +15,13 @@ import onnx
 from numpy.typing import NDArray
 
 from compress.errors import QuantizationError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
+from compress.recipe.settings import FEWEST_CALIBRATION
 
 Feed = dict[str, NDArray[Any]]  # by input name
 Batch = NDArray[Any] | Sequence[NDArray[Any]] | Mapping[str, NDArray[Any]]
 Batches = Sequence[Batch] | Callable[[], Iterable[Batch]]
 
-FEWEST = 8
 _LARGEST_NORMALIZED = 16.0  # a standardized pixel is hardly ever further out
 
 
@@ -33,7 +33,7 @@ class Image:
     row: int
 
 
-class Images:
+class CalibrationImages:
     """The calibration images of a graph.
 
     A list of batches is read in an order made of the images' contents, so that the order in which
@@ -53,10 +53,10 @@ class Images:
 
     def __init__(
         self,
-        graph: Graph,
+        graph: GraphIndex,
         batches: Batches,
         *,
-        fewest: int = FEWEST,
+        fewest: int = FEWEST_CALIBRATION,
         bound: Iterable[str] = (),
         usual: tuple[float, float] | None = None,
     ) -> None:
@@ -215,7 +215,7 @@ def _warn_if_unusual(batches: Sequence[Feed], usual: tuple[float, float] | None)
         )
 
 
-def fixed_batch(graph: Graph) -> int | None:
+def fixed_batch(graph: GraphIndex) -> int | None:
     """Return the batch that ``graph`` fixes, or None where it takes any."""
     shape = graph.shapes.get(graph.inputs[0]) if graph.inputs else None
     return shape[0] if shape else None

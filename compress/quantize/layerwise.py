@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
-from compress.graph.model import Graph, attribute, reads
+from compress.graph.model import GraphIndex, attribute, reads
 from compress.quantize.images import Feed
 from compress.quantize.sessions import session_of
 
@@ -20,7 +20,7 @@ _POSITIONS = 4096  # of a channel, whose mean stands for that of all
 
 
 @dataclass
-class Layer:
+class QuantizedLayer:
     """A weighted node whose input, as the quantized network makes it, is known.
 
     Args:
@@ -30,7 +30,7 @@ class Layer:
         output: What it makes of that, without its activation; None where nobody asked.
     """
 
-    graph: Graph
+    graph: GraphIndex
     node: NodeProto
     incoming: NDArray[Any]
     output: NDArray[Any] | None = None
@@ -60,7 +60,7 @@ class Layer:
 
 def layers(
     written: ModelProto, feed: Feed, names: Sequence[str], *, outputs: bool = False
-) -> Iterator[Layer]:
+) -> Iterator[QuantizedLayer]:
     """Yield the layers ``names`` of a Q/DQ graph in order, each fed by the ones before.
 
     What the caller puts in ``outgoing`` is what later layers see. Memory holds the tensors that
@@ -72,7 +72,7 @@ def layers(
         names: Weighted nodes whose weight is constant or comes from a DequantizeLinear.
         outputs: Compute the output of each layer too, at once with what lies before it.
     """
-    graph = Graph(written)
+    graph = GraphIndex(written)
     wanted = set(names)
     last_use = _last_uses(graph)
     values: Values = dict(feed)
@@ -85,13 +85,13 @@ def layers(
         ends = [node.output[0]] if outputs else []
         values = _advance(graph, pending, values, last_use, position, node, ends)
         pending = []
-        layer = Layer(graph, node, values[node.input[0]], *(values[name] for name in ends))
+        layer = QuantizedLayer(graph, node, values[node.input[0]], *(values[name] for name in ends))
         yield layer
         values[node.output[0]] = layer.run() if layer.outgoing is None else layer.outgoing
         values = {name: v for name, v in values.items() if last_use.get(name, -1) > position}
 
 
-def _weight(graph: Graph, node: NodeProto) -> NDArray[Any]:
+def _weight(graph: GraphIndex, node: NodeProto) -> NDArray[Any]:
     constant = graph.constant(node.input[1])
     if constant is not None:
         return constant
@@ -107,7 +107,7 @@ def _weight(graph: Graph, node: NodeProto) -> NDArray[Any]:
 
 
 def _advance(
-    graph: Graph,
+    graph: GraphIndex,
     pending: list[NodeProto],
     values: Values,
     last_use: dict[str, int],
@@ -136,17 +136,17 @@ def _needed(pending: list[NodeProto], wanted: Sequence[str]) -> list[NodeProto]:
     return kept[::-1]
 
 
-def _last_uses(graph: Graph) -> dict[str, int]:
+def _last_uses(graph: GraphIndex) -> dict[str, int]:
     return {name: i for i, node in enumerate(graph.nodes) for name in reads(node)}
 
 
-def _constants(graph: Graph, nodes: Sequence[NodeProto]) -> list[onnx.TensorProto]:
+def _constants(graph: GraphIndex, nodes: Sequence[NodeProto]) -> list[onnx.TensorProto]:
     read = {name for node in nodes for name in reads(node)}
     return [tensor for name, tensor in graph.initializers.items() if name in read]
 
 
 def _run(
-    graph: Graph,
+    graph: GraphIndex,
     nodes: Sequence[NodeProto],
     feed: Values,
     outputs: Sequence[str],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.packages import require
 from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize.images import Feed
@@ -45,14 +45,14 @@ def plan_by_nncf(prepared: ModelProto, feed: Feed, plan: QuantPlan) -> QuantPlan
         feed: Images, by input name.
         plan: Ranges of our own, for tensors that NNCF leaves in float and the target does not.
     """
-    graph = Graph(quantize_by_nncf(prepared, feed))
+    graph = GraphIndex(quantize_by_nncf(prepared, feed))
     ranges = dict(plan.activations)
     for node in graph.nodes:
         if node.op_type == "QuantizeLinear" and node.input[0] in ranges:
             ranges[node.input[0]] = _range(graph, node.input[1], node.input[2])
     biases = {}
     originals = {node.name: node for node in prepared.graph.node}
-    before = Graph(prepared)
+    before = GraphIndex(prepared)
     for node in graph.nodes:
         original = originals.get(node.name)
         if original is None or original.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
@@ -63,7 +63,7 @@ def plan_by_nncf(prepared: ModelProto, feed: Feed, plan: QuantPlan) -> QuantPlan
     return plan.changed(activations=ranges, biases=biases)
 
 
-def _range(graph: Graph, scale_name: str, zero_name: str) -> ActivationRange:
+def _range(graph: GraphIndex, scale_name: str, zero_name: str) -> ActivationRange:
     scale, zero = graph.constant(scale_name), graph.constant(zero_name)
     if scale is None or zero is None:
         raise TypeError(f"{scale_name} is not constant")

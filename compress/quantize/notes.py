@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, NodeProto
 
-from compress.graph.model import WEIGHTED, Graph
+from compress.graph.model import WEIGHTED, GraphIndex
 from compress.qdq.placement import place
-from compress.quantize.sqnr import shown
+from compress.quantize.sqnr import sqnr_text
 from compress.runtimes.onnxruntime import EXACT_INT8
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
@@ -32,7 +32,7 @@ def decided(trials: Sequence[str]) -> list[str]:
     return [f"{steps}: {figures} ({len(plans)} of {count} trials kept)"]
 
 
-def float_parts(graph: Graph, target: str) -> list[str]:
+def float_parts(graph: GraphIndex, target: str) -> list[str]:
     """Return a sentence for each part with weights that ``target`` cannot have in int8.
 
     Args:
@@ -77,7 +77,9 @@ def of_judging(
     told = [db for db in each_db if not math.isnan(db)]
     if len(names) > 1 and told:
         pairs = zip(names, each_db, strict=True)
-        found.append("SQNR by output: " + ", ".join(f"{name} {shown(db)}" for name, db in pairs))
+        found.append(
+            "SQNR by output: " + ", ".join(f"{name} {sqnr_text(db)}" for name, db in pairs)
+        )
     images = max(map(len, reference), default=0)
     if images < ENOUGH and told:
         found.append(

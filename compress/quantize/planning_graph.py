@@ -1,4 +1,4 @@
-"""The graph that ranges are planned on: inputs that are no images bound, a batch that is true."""
+"""The graph that ranges are planned on: images alone as inputs, a batch true or free."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import numpy as np
 from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
+from compress.graph.shapes import dims_of
+from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
 from compress.qdq.placement import SAME_SCALE
 from compress.quantize.images import Batches, Feed, by_name, first_batch
-from compress.quantize.sessions import CannotRunError, Session, session_of
+from compress.quantize.sessions import CannotRunError, GraphSession, session_of
 
 # Ops after which rows are no longer those of the images: sorted, chosen or positions.
 SELECTING = frozenset(
@@ -33,7 +35,7 @@ def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
     Raises:
         QuantizationError: such an input has another value in another batch.
     """
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     batch = first_batch(batches)
     if batch is None:
         return prepared
@@ -57,7 +59,7 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
     different order rows of different objects would be compared. Of one that joins tensors, as boxes
     in pixels and scores up to 1, each of these: the noise of the small ones would not be seen.
     """
-    graph = Graph(prepared)
+    graph = GraphIndex(prepared)
     selected: set[str] = set()
     for node in graph.nodes:
         if node.op_type in SELECTING or selected.intersection(node.input):
@@ -78,7 +80,7 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
     return found
 
 
-def joined_parts(graph: Graph, tensor: str) -> list[str]:
+def joined_parts(graph: GraphIndex, tensor: str) -> list[str]:
     """Return the tensors that ``tensor`` joins, directly or through what only moves values."""
     node = graph.producer.get(tensor)
     while node is not None and node.op_type in SAME_SCALE and node.input[0] in graph.producer:
@@ -89,7 +91,7 @@ def joined_parts(graph: Graph, tensor: str) -> list[str]:
     return [part for name in dict.fromkeys(data) for part in joined_parts(graph, name)] or [tensor]
 
 
-def _parameters(graph: Graph, batches: Batches, first: Feed) -> Feed:
+def _parameters(graph: GraphIndex, batches: Batches, first: Feed) -> Feed:
     """Return the values of the inputs that are no images, by name."""
     values = {name: first[name] for name in graph.inputs if graph.is_parameter(name)}
     if not values:
@@ -109,7 +111,7 @@ def _parameters(graph: Graph, batches: Batches, first: Feed) -> Feed:
 
 def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:
     """Return ``model``; a copy with a batch of 1 where the inputs say any and only 1 runs."""
-    graph = Graph(model)
+    graph = GraphIndex(model)
     free = [name for name in graph.inputs if (graph.shapes.get(name) or (0,))[0] is None]
     rows = {name: first[name] for name in graph.inputs}
     if not free or not all(array.ndim and len(array) for array in rows.values()):
@@ -135,9 +137,62 @@ def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:
     return fixed
 
 
-def _runs(session: Session, feed: Feed) -> bool:
+def _runs(session: GraphSession, feed: Feed) -> bool:
     try:
         session.run(None, feed)
     except CannotRunError:
         return False
     return True
+
+
+def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
+    """Return ``prepared``, or a copy whose batch is free if it was fixed; names stay as they are.
+
+    Args:
+        prepared: A prepared graph. Not modified.
+        feed: Images, at least twice as many as the fixed batch, to prove the copy with.
+
+    Returns:
+        None where the batch cannot be freed: the copy must answer as the original does.
+    """
+    first = dims_of(prepared.graph.input[0])
+    fixed = first[0] if first else None
+    if fixed is None:
+        return prepared
+    copy = _with_free_reshapes(prepared, fixed)
+    for value in (*copy.graph.input, *copy.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if dims and dims[0].dim_value == fixed:
+            dims[0].dim_param = "batch"
+    copy.graph.ClearField("value_info")
+    try:
+        infer_shapes(copy)
+        return copy if _agrees(prepared, copy, feed, fixed) else None
+    except (QuantizationError, ValueError):
+        return None
+
+
+def _with_free_reshapes(prepared: ModelProto, fixed: int) -> ModelProto:
+    graph = EditableGraph(prepared)
+    for node in graph.of_type("Reshape"):
+        target = constant(node.inputs[1])
+        if target is not None and target.size and target[0] == fixed:
+            freed = np.array([0, *target[1:]], np.int64)  # 0 = as the input has it
+            hint = f"{name_of(node.inputs[1])}_free"
+            node.replace_input_with(1, graph.add_constant(hint, freed))
+    return graph.to_model()
+
+
+def _agrees(prepared: ModelProto, copy: ModelProto, feed: Feed, fixed: int) -> bool:
+    parts = [{n: a[i : i + fixed] for n, a in feed.items()} for i in (0, fixed)]
+    if any(len(array) < fixed for array in parts[1].values()):
+        return False
+    session = session_of(prepared)
+    alone = [session.run(None, part) for part in parts]
+    both = {n: np.concatenate([parts[0][n], parts[1][n]]) for n in feed}
+    together = session_of(copy).run(None, both)
+    wanted = [np.concatenate(pair) for pair in zip(*alone, strict=True)]
+    return all(
+        got.shape == want.shape and np.allclose(got, want, rtol=1e-3, atol=1e-3)
+        for got, want in zip(together, wanted, strict=True)
+    )

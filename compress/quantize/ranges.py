@@ -10,12 +10,12 @@ from onnx import ModelProto
 
 from compress import plugins
 from compress.errors import UsageError
-from compress.graph.model import ACTIVATIONS, Graph
+from compress.graph.model import ACTIVATIONS, GraphIndex
 from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize.calibration import Statistics
 
 
-def make_plan(
+def make_quant_plan(
     statistics: Statistics,
     *,
     target: str = "onnxruntime",
@@ -63,14 +63,14 @@ def begin_below_zero(plan: QuantPlan, prepared: ModelProto) -> QuantPlan:
     if plan.target != "openvino":
         return plan
     ranges = dict(plan.activations)
-    for tensor in _behind_batchnorm(Graph(prepared)):
+    for tensor in _behind_batchnorm(GraphIndex(prepared)):
         found = ranges.get(tensor)
         if found is not None and found.low >= 0.0:
             ranges[tensor] = dataclasses.replace(found, low=-found.high / 254)
     return plan.changed(activations=ranges)
 
 
-def _behind_batchnorm(graph: Graph) -> Iterator[str]:
+def _behind_batchnorm(graph: GraphIndex) -> Iterator[str]:
     """Yield the outputs of activations that read a BatchNorm."""
     for node in graph.nodes:
         maker = graph.producer.get(node.input[0]) if node.op_type in ACTIVATIONS else None

@@ -1,4 +1,4 @@
-"""Rounding of weights with feedback: errors that cancel on what the layer sees."""
+"""Weights: scales by search, and rounding with feedback: errors cancel in the layer."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 from scipy.linalg.lapack import dtrtri
 
-from compress.graph.model import Graph, attribute
+from compress.graph.model import GraphIndex, attribute
+from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes
 from compress.qdq.rewrite import apply_corrections
-from compress.qdq.writer import along, default_scales, scale_axis
+from compress.qdq.writer import broadcast_along, default_scales, scale_axis
 from compress.quantize.bias import FloatMeans, correct_biases
 from compress.quantize.images import Feed
-from compress.quantize.layerwise import Layer
+from compress.quantize.layerwise import QuantizedLayer
 
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted
@@ -45,13 +46,13 @@ def improve_rounding(
     Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
     """
     bare = plan.changed(biases={})
-    graph = Graph(apply_corrections(prepared, bare))
+    graph = GraphIndex(apply_corrections(prepared, bare))
     nodes = {node.name: node for node in graph.nodes if _fits(graph, node)}
     rounded = {node.input[1] for node in nodes.values()}
     weights = {name: scales for name, scales in plan.weights.items() if name not in rounded}
     generator = np.random.default_rng(0)
 
-    def choose(layer: Layer) -> NDArray[np.float32] | None:
+    def choose(layer: QuantizedLayer) -> NDArray[np.float32] | None:
         node = nodes.get(layer.node.name)
         value = None if node is None else graph.constant(node.input[1])
         if node is None or value is None:
@@ -64,7 +65,9 @@ def improve_rounding(
         flat = scales.reshape(-1).astype(np.float32)
         packed = pack_codes(codes.reshape(value.shape))
         weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
-        return np.asarray(codes.reshape(value.shape) * along(flat, 0, value.ndim), np.float32)
+        return np.asarray(
+            codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim), np.float32
+        )
 
     bare = bare.changed(weights=dict(weights))
     return correct_biases(prepared, bare, feed, known, choose).changed(weights=weights)
@@ -121,7 +124,7 @@ def _upper_root_of_inverse(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(inverse)
 
 
-def _fits(graph: Graph, node: NodeProto) -> bool:
+def _fits(graph: GraphIndex, node: NodeProto) -> bool:
     value = graph.initializers.get(node.input[1]) if node.op_type == "Conv" else None
     if value is None or len(value.dims) != 4:
         return False
@@ -178,3 +181,43 @@ def _patches(
     groups = attribute(node, "group", 1)
     split = seen.transpose(0, 3, 1, 2).reshape(len(row), groups, -1)
     return np.asarray(split.transpose(1, 0, 2).astype(np.float32))
+
+
+_FEW = 256  # values of a channel; with more of them no step is better than the finest
+_COARSEST = 16
+
+
+def search_weight_scales(prepared: ModelProto, plan: QuantPlan) -> QuantPlan:
+    """Return ``plan`` with the scale largest/m, m in 16..127, of least squared error per channel.
+
+    Few values, as the nine of a depthwise filter, may lie on a coarser grid by luck; the
+    largest is always kept exactly.
+    """
+    graph = GraphIndex(apply_corrections(prepared, plan))
+    nodes = {node.name: node for node in graph.nodes}
+    weights = dict(plan.weights)
+    for name in place(graph, plan.target, plan.float_nodes).weights:
+        tensor = nodes[name].input[1]
+        value = graph.constant(tensor)
+        if value is None or tensor in weights:
+            continue
+        axis = scale_axis(nodes[name], value.ndim)
+        if axis is None or value.size // value.shape[axis] > _FEW:
+            continue
+        rows = np.moveaxis(value, axis, 0).reshape(value.shape[axis], -1)
+        weights[tensor] = WeightScales(axis, tuple(float(s) for s in best_scales(rows)))
+    return plan.changed(weights=weights)
+
+
+def best_scales(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """Return the scale, (C,), of least squared error for each row of values, (C, K)."""
+    largest = np.abs(rows).max(1).astype(np.float64)
+    largest[largest == 0] = 1.0
+    best = (largest / 127).astype(np.float32)
+    least = np.full(len(rows), np.inf)
+    for m in range(127, _COARSEST - 1, -1):
+        scale = (largest / m).astype(np.float32)
+        codes = np.rint(rows / scale[:, None])
+        error = np.square(codes * scale[:, None] - rows).sum(1, dtype=np.float64)
+        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+    return np.asarray(best, np.float32)

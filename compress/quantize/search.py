@@ -11,7 +11,7 @@ from compress import progress
 from compress.qdq.plan import QuantPlan
 from compress.quantize.images import Feed
 from compress.quantize.sparing import spare_layers
-from compress.quantize.sqnr import Closeness, mean_db, shown, weakest_db
+from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
 from compress.quantize.workbench import TRIED, Workbench, first
 
 _GAIN_DB = 0.05  # less than this is noise
@@ -37,7 +37,10 @@ def auto(bench: Workbench) -> QuantPlan:
     def rounded(plan: QuantPlan, feed: Feed) -> QuantPlan:
         return bench.rounded(plan, feed)
 
-    search = _Search(bench)
+    observed = bench.ranges()
+    if not observed.activations:  # nothing that the target computes in int8
+        return observed
+    search = _Search(bench, observed)
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
@@ -89,12 +92,11 @@ class Trial:
 
 
 class _Search:
-    counter: progress.Task
+    counter: progress.ProgressTask
 
-    def __init__(self, bench: Workbench) -> None:
+    def __init__(self, bench: Workbench, plan: QuantPlan) -> None:
         self.bench = bench
         self.few = first(bench.fitted, TRIED)
-        plan = bench.ranges()
         self.best = self.plain = Trial(plan, (), bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
@@ -165,8 +167,8 @@ class _Search:
 
 def _told(found: Closeness) -> str:
     """Return the SQNR of one output, or of the weakest and of all together, for people to read."""
-    together = shown(mean_db(found.each_db))
+    together = sqnr_text(mean_db(found.each_db))
     if len(found.each_db) > 1:
-        together = f"weakest output {shown(weakest_db(found.each_db))}, all together {together}"
+        together = f"weakest output {sqnr_text(weakest_db(found.each_db))}, all together {together}"
     typical = "" if math.isnan(found.mean_db) else f", a typical image {found.mean_db:.2f} dB"
     return f"{together}{typical}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from compress.graph.values import EditableGraph, label
 from compress.measure.macs import node_macs
 from compress.progress import track
 from compress.qdq import QuantPlan, prepare, write_qdq
-from compress.qdq.lint.patterns import Pair, Weight, pair_before, weight_of
+from compress.qdq.lint.patterns import QdqPair, Weight, pair_before, weight_of
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.quantize.sessions import session_of, with_outputs
 from compress.tasks import TOP1, Primary, Task, contributions, primary_of, values_of
@@ -145,7 +145,7 @@ class _Layer:
 
     name: str
     weight: Weight
-    pair: Pair
+    pair: QdqPair
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def quantize_sensitivity(
         DataError: there are no images.
     """
     target = target or plan.target
-    judge = Judge(arrays(batches), task)
+    judge = Judge(labelled_arrays(batches), task)
     images = [batch for batch, _ in judge.labelled]
     base = rewrite_for(apply_corrections(prepare(model), plan), target)
     whole = write_qdq(model, plan, target)
@@ -195,19 +195,11 @@ def quantize_sensitivity(
     macs = layer_macs(base)
     found = []
     for layer in track(layers, "Sensitivity"):
-        both, weight, activation = (
-            judge.outputs(_with_layer(base, layer, w, a), float_qdq=True)
-            for w, a in ((True, True), (True, False), (False, True))
-        )
-        found.append(
-            _describe(
-                layer,
-                [judge.sqnr_db(reference, answer) for answer in (both, weight, activation)],
-                (found_value := judge.value(both), judge.metric.drop(value, found_value)),
-                seen[layer.name],
-                macs.get(layer.name, 0),
-            )
-        )
+        both, weight, activation = _quantized_alone(judge, base, layer)
+        lost = judge.value(both)
+        sqnrs = [judge.sqnr_db(reference, answer) for answer in (both, weight, activation)]
+        judged = lost, judge.metric.drop(value, lost)
+        found.append(_describe(layer, sqnrs, judged, seen[layer.name], macs.get(layer.name, 0)))
     answer = judge.outputs(whole, float_qdq=True)
     names = {layer.name for layer in layers}
     weighted = [n.name for n in base.graph.node if n.op_type in WEIGHTED and n.name not in names]
@@ -260,6 +252,12 @@ def _layers(graph: EditableGraph) -> Iterable[_Layer]:
         weight, pair = weight_of(node), pair_before(node.inputs[0])
         if weight is not None and pair is not None:
             yield _Layer(label(node), weight, pair)
+
+
+def _quantized_alone(judge: Judge, base: onnx.ModelProto, layer: _Layer) -> Iterator[list[Outputs]]:
+    """Yield the answers with one layer quantized in weight and input, then in either alone."""
+    for weight, activation in ((True, True), (True, False), (False, True)):
+        yield judge.outputs(_with_layer(base, layer, weight, activation), float_qdq=True)
 
 
 def _with_layer(
@@ -384,7 +382,7 @@ def diagnose(
     return "Both cost alike: leave it in float if it is cheap, or train with qat."
 
 
-def arrays(batches: Batches) -> Labelled:
+def labelled_arrays(batches: Batches) -> Labelled:
     """Return images and their targets, batch by batch.
 
     Raises:

@@ -12,7 +12,7 @@ from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
 from compress.graph.weightless import is_large, skeleton
-from compress.runtimes.onnxruntime import EXACT_INT8, explained
+from compress.runtimes.onnxruntime import EXACT_INT8, onnxruntime_error
 
 
 class CannotRunError(QuantizationError):
@@ -26,13 +26,13 @@ class CannotRunError(QuantizationError):
             error: What ONNX Runtime raised.
             feed: The inputs it ran on; None where the graph could not be loaded.
         """
-        told = explained(error, None)
+        told = onnxruntime_error(error, None)
         shapes = ", ".join(f"{name} {value.shape}" for name, value in (feed or {}).items())
         fix = "Check that the fp32 network runs on such images" if feed else "Check the fp32 file"
         return cls(told.what, where=f"run on {shapes}" if shapes else "", fix=told.fix or fix)
 
 
-class Session:
+class GraphSession:
     """A loaded graph; what ONNX Runtime raises becomes one kind of error."""
 
     def __init__(self, session: Any, weights: Sequence[Any]) -> None:
@@ -78,7 +78,7 @@ class Session:
 
 def session_of(
     model: ModelProto, threads: int | None = None, *, float_qdq: bool = False
-) -> Session:
+) -> GraphSession:
     """Return a session of ``model``.
 
     Args:
@@ -107,7 +107,7 @@ def session_of(
         )
     except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
         raise CannotRunError.of(error) from None
-    return Session(session, values)
+    return GraphSession(session, values)
 
 
 def _without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, NDArray[Any]]]:

@@ -9,7 +9,7 @@ from onnx import ModelProto
 
 from compress import progress
 from compress.errors import ModelError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.measure.macs import node_macs
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
@@ -34,7 +34,7 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """
     if not bench.judge(plan).weakest_db < POOR_DB:
         return plan
-    graph = Graph(bench.prepared)
+    graph = GraphIndex(bench.prepared)
     shares = _shares(bench)
     with progress.task("Looking for layers that need float"):
         for _ in range(MOST_LAYERS):

@@ -161,7 +161,7 @@ def weakest_db(values: Sequence[float]) -> float:
     return min((value for value in values if not math.isnan(value)), default=math.nan)
 
 
-def shown(value_db: float) -> str:
+def sqnr_text(value_db: float) -> str:
     """Return an SQNR for people to read."""
     if math.isnan(value_db):
         return "undefined SQNR: constant on these images"

@@ -10,21 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
-from compress.quantize.batching import with_free_batch
 from compress.quantize.bias import FloatMeans, correct_biases
 from compress.quantize.calibration import Statistics, calibrate
 from compress.quantize.equalization import equalize
-from compress.quantize.images import Feed, Images
+from compress.quantize.images import CalibrationImages, Feed
 from compress.quantize.notes import float_parts, of_judging, of_sessions
-from compress.quantize.planning_graph import judged_tensors
-from compress.quantize.ranges import begin_below_zero, make_plan
-from compress.quantize.rounding import improve_rounding
+from compress.quantize.planning_graph import judged_tensors, with_free_batch
+from compress.quantize.ranges import begin_below_zero, make_quant_plan
+from compress.quantize.rounding import improve_rounding, search_weight_scales
 from compress.quantize.sqnr import Closeness, answers, closeness, mean_db
-from compress.quantize.weight_scales import search_weight_scales
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
 TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried
@@ -45,7 +43,7 @@ class Workbench:
     """
 
     prepared: ModelProto
-    images: Images
+    images: CalibrationImages
     statistics: Statistics
     target: str
     observer: str | Mapping[str, Any] | None
@@ -73,7 +71,7 @@ class Workbench:
 
     def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:
         """Return a plan with the ranges of the user's observer, or of ``observer``."""
-        plan = make_plan(
+        plan = make_quant_plan(
             statistics or self.statistics,
             target=self.target,
             observer=self.observer or observer,
@@ -91,7 +89,7 @@ class Workbench:
         rescaled = apply_corrections(self.prepared, step)
         images = self.images
         if images.fixed_batch is not None or _count(feed) < _count(self.fitted):
-            images = Images(Graph(rescaled), [self.fitted], fewest=1)
+            images = CalibrationImages(GraphIndex(rescaled), [self.fitted], fewest=1)
         seen = calibrate(rescaled, images, targets=[self.target])
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)
@@ -143,7 +141,7 @@ class Workbench:
         judged = []
         if self.judging:
             judged = of_judging(self.judged, self.reference, self.judge(plan).each_db)
-        parts = float_parts(Graph(self.prepared), self.target)
+        parts = float_parts(GraphIndex(self.prepared), self.target)
         return [*judged, *parts, *of_sessions(self.target)]
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from compress.errors import RecipeError, UnknownNameError, UsageError
 from compress.packages import require
-from compress.recipe.problems import explained, model_in, unknown_plugins
+from compress.recipe.problems import explained_problems, model_in, unknown_plugins
 from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 
 MOST_BRACKETS = 2000
@@ -39,7 +39,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         apply_override(content, override)
     content.setdefault("name", path.stem)
-    return validate(content, where=str(path))
+    return validate_recipe(content, where=str(path))
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -65,7 +65,7 @@ def find_recipe(reference: str | Path) -> Path:
     return known[path.name]
 
 
-def validate(content: Any, *, where: str) -> Recipe:
+def validate_recipe(content: Any, *, where: str) -> Recipe:
     """Return ``content`` as a Recipe.
 
     Raises:
@@ -75,7 +75,7 @@ def validate(content: Any, *, where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        problems = [*explained(error.errors()), *problems]
+        problems = [*explained_problems(error.errors()), *problems]
     if problems:
         raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
     return recipe
@@ -165,7 +165,7 @@ def stage_settings() -> dict[str, type[Settings]]:
     return {verb: model for verb, model in found.items() if model and issubclass(model, Settings)}
 
 
-def schema() -> dict[str, Any]:
+def recipe_schema() -> dict[str, Any]:
     """Return the JSON Schema of a recipe, for editors."""
     return Recipe.model_json_schema()
 

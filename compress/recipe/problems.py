@@ -21,7 +21,7 @@ PLUGIN_KEYS = {
 }
 
 
-def explained(errors: Sequence[ErrorDetails]) -> Iterator[str]:
+def explained_problems(errors: Sequence[ErrorDetails]) -> Iterator[str]:
     """Yield one line for each wrong key; of a key with several forms, the form that came nearest.
 
     Pydantic reports every form that a value might have had, each below the name of its type.

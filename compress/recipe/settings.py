@@ -12,6 +12,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=4)]  # pixels
+FEWEST_CALIBRATION = 8  # images below which int8 ranges would mean nothing
 OWN = ".py:"  # in the name of what the user's own file gives
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
 
@@ -30,7 +31,9 @@ class ModelSettings(Settings):
 
     name: str = Field(description="MODEL, e.g. torchvision:resnet18 or path/file.py:factory")
     weights: str | None = Field(None, description="Weight file, or the name of published weights")
-    num_classes: int | None = Field(None, ge=2, description="Classes; the data's if absent")
+    num_classes: int | None = Field(
+        None, ge=0, description="Classes; the data's if absent; 0: features alone (timm)"
+    )
     replace_head: bool = Field(
         False, description="Weights are of other classes: start a new classifier head"
     )
@@ -80,7 +83,9 @@ class DataSettings(Settings):
     batch_size: int = Field(128, ge=1, description="Images in a batch of evaluation")
     workers: int = Field(0, ge=0, description="Processes that decode images read from files")
     shuffle_buffer: int = Field(10_000, ge=1, description="webdataset: images mixed at a time")
-    calibration: int = Field(512, ge=8, description="Images of train that ranges come from")
+    calibration: int = Field(
+        512, ge=FEWEST_CALIBRATION, description="Images of train that ranges come from"
+    )
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="Share of train held back to choose checkpoints and passes by"
     )
@@ -280,7 +285,7 @@ class QuantizeSettings(Settings):
 
     method: str = Field("auto", description="Corrections to make; auto keeps those that help")
     observer: Plugin | None = Field(None, description="Overrides the method's own choice")
-    samples: int = Field(512, ge=8, description="Calibration images")
+    samples: int = Field(512, ge=FEWEST_CALIBRATION, description="Calibration images")
     data: DataSettings | None = Field(
         None, description="Where calibration images come from instead: synthetic, or any DATA"
     )

@@ -56,7 +56,7 @@ def _figures(report: Report) -> list[tuple[str, float | None, float | None, str]
     shown = two or one
     if shown is None:
         return [("Top-1", None, None, "%")] if report.details.tells_classes else []
-    name = shown.name[:1].upper() + shown.name[1:]
+    name = shown.name.capitalize() if shown.name.islower() else shown.name
     first, last = (None if each is None else each.value for each in (one, two))
     return [(name, first, last, shown.unit)]
 

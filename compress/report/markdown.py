@@ -16,32 +16,33 @@ _SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#|~$&@"})
 def markdown(report: Report) -> str:
     """Return the verdict, the gates, the tables and the provenance as GitHub Markdown."""
     parts = [
-        f"# {plain(report.name)}",
-        f"**{plain(report.verdict)}**",
+        f"# {escaped_line(report.name)}",
+        f"**{escaped_line(report.verdict)}**",
         _others(report),
         bullets(
-            f"{'✅' if gate.passed else '❌'} {plain(gate_sentence(gate))}" for gate in report.gates
+            f"{'✅' if gate.passed else '❌'} {escaped_line(gate_sentence(gate))}"
+            for gate in report.gates
         ),
-        bullets(f"⚠ {plain(line)}" for line in (*report.incomplete, *report.cautions)),
+        bullets(f"⚠ {escaped_line(line)}" for line in (*report.incomplete, *report.cautions)),
         *(section(table(report)) for table in (accuracies, speeds, sizes)),
-        bullets(plain(line) for line in (*report.notes, *missing(report))),
+        bullets(escaped_line(line) for line in (*report.notes, *missing(report))),
         _trials(report),
         _provenance(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def plain(text: str) -> str:
+def escaped_line(text: str) -> str:
     """Return ``text`` on one line with everything escaped that Markdown or HTML would read."""
     return " ".join(text.split()).translate(_SPECIAL)
 
 
 def _others(report: Report) -> str:
-    return bullets(plain(text) for text in list(verdicts(report).values())[1:])
+    return bullets(escaped_line(text) for text in list(verdicts(report).values())[1:])
 
 
 def _trials(report: Report) -> str:
-    return "## Tried\n\n" + bullets(map(plain, report.trials)) if report.trials else ""
+    return "## Tried\n\n" + bullets(map(escaped_line, report.trials)) if report.trials else ""
 
 
 def bullets(lines: Iterable[str]) -> str:
@@ -53,26 +54,26 @@ def section(source: Table) -> str:
     """Return a table below its title, and the notes that belong to it."""
     compacted = compact(source)
     header = [
-        plain(f"{column.name}, {column.unit}" if column.unit else column.name)
+        escaped_line(f"{column.name}, {column.unit}" if column.unit else column.name)
         for column in compacted.columns
     ]
     rule = ["--:" if column.is_number else ":--" for column in compacted.columns]
     rows = [[_cell(cell) for cell in row] for row in compacted.rows]
     lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
-    notes = [plain(f"not measured: {note}") for note in compacted.notes]
+    notes = [escaped_line(f"not measured: {note}") for note in compacted.notes]
     return f"## {source.title}\n\n" + "\n".join(lines) + ("\n\n" + bullets(notes) if notes else "")
 
 
 def _cell(cell: Cell) -> str:
     """Return "value (low..high), remark"."""
     value = f"{cell.text} ({cell.bounds})" if cell.bounds else cell.text
-    return plain(", ".join(part for part in (value, cell.remark) if part))
+    return escaped_line(", ".join(part for part in (value, cell.remark) if part))
 
 
 def _provenance(report: Report) -> str:
     facts = report.provenance
     lines = [
-        f"{name}: {plain(str(value))}"
+        f"{name}: {escaped_line(str(value))}"
         for name, value in (
             ("command", facts.command),
             ("created", facts.created),

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from compress.report import numbers
 from compress.report.charts import NARROW, WIDE, Dot, Scatter, pareto, scatter
-from compress.report.configuration import Setting, place_name, setting_name, setting_of, settings
 from compress.report.schema import Figure, Report, Result, Variant
+from compress.report.tables import Setting, place_name, setting_name, setting_of, settings
 from compress.report.verdict import accuracy_of, title
 
 

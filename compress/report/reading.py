@@ -11,10 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compress.artifact import check, read_json
+from compress.artifact import check_file, read_json
 from compress.errors import RunError
 from compress.packages import DISTRIBUTION
-from compress.report.learning_curves import learning_curves
+from compress.report.charts import learning_curves
 from compress.report.schema import (
     SCHEMA,
     ArtifactRecord,
@@ -88,7 +88,7 @@ def _damage(report: Report, folder: Path) -> list[str]:
     for variant in report.variants:
         if variant.artifact and variant.sha256:
             recorded.setdefault(variant.artifact, variant.sha256)
-    checked = (check(folder, path, digest) for path, digest in recorded.items())
+    checked = (check_file(folder, path, digest) for path, digest in recorded.items())
     findings = [finding for finding in checked if finding]
     absent = [finding.path for finding in findings if finding.problem == "missing"]
     wrong = [

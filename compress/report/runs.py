@@ -12,12 +12,21 @@ from typing import TYPE_CHECKING, Any
 from compress.artifact import write_json, write_text
 from compress.errors import RunError
 from compress.report import numbers
-from compress.report.configuration import place_name, setting_of
-from compress.report.markdown import bullets, plain, section
+from compress.report.markdown import bullets, escaped_line, section
 from compress.report.pareto_chart import pareto_charts
 from compress.report.reading import read_run
 from compress.report.schema import SCHEMA, Figure, Interval, Report, Result, Variant
-from compress.report.tables import Cell, Column, Table, accuracies, compact, sizes, speeds
+from compress.report.tables import (
+    Cell,
+    Column,
+    Table,
+    accuracies,
+    compact,
+    place_name,
+    setting_of,
+    sizes,
+    speeds,
+)
 from compress.report.verdict import accuracy_of, comparisons, title
 
 if TYPE_CHECKING:
@@ -41,7 +50,7 @@ def compare_runs(
     Raises:
         RunError: a folder is no run, or the runs used different data or devices.
     """
-    reports = named([(Path(folder), read_run(folder)) for folder in folders])
+    reports = named_reports([(Path(folder), read_run(folder)) for folder in folders])
     problems = incomparable(reports)
     if problems and not force:
         raise RunError(
@@ -56,7 +65,7 @@ def compare_runs(
     return _terminal(reports, problems, out)
 
 
-def named(runs: Sequence[tuple[Path, Report]]) -> list[Report]:
+def named_reports(runs: Sequence[tuple[Path, Report]]) -> list[Report]:
     """Return the reports in order of time, each with a name of its own."""
     ordered = sorted(runs, key=lambda run: run[1].provenance.created or "")
     names = [report.name for _, report in ordered]
@@ -290,12 +299,16 @@ def comparison_markdown(reports: Sequence[Report], problems: Sequence[str]) -> s
     tables = histories(reports)
     parts = [
         f"# {len(reports)} runs compared",
-        bullets(f"⚠ not comparable: {plain(line)}" for line in problems),
+        bullets(f"⚠ not comparable: {escaped_line(line)}" for line in problems),
         bullets(
-            f"⚠ {plain(report.name)}: {plain(x)}" for report in reports for x in report.incomplete
+            f"⚠ {escaped_line(report.name)}: {escaped_line(x)}"
+            for report in reports
+            for x in report.incomplete
         ),
-        bullets(f"**{plain(report.name)}**: {plain(report.verdict)}" for report in reports),
-        bullets(f"❌ {plain(line)}" for line in regressions(tables)),
+        bullets(
+            f"**{escaped_line(report.name)}**: {escaped_line(report.verdict)}" for report in reports
+        ),
+        bullets(f"❌ {escaped_line(line)}" for line in regressions(tables)),
         *(section(replace(table, title=f"History on {table.title}")) for table in tables),
         *(section(table) for table in joint_tables(reports)),
     ]

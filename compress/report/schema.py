@@ -46,6 +46,7 @@ class MetricRecord(Record):
     unit: str
     ci95: Interval | None = None
     higher_is_better: bool | None = None  # yes unless it says no
+    title: str | None = None  # what people call it; its name if absent
 
 
 class Figure(Record):
@@ -149,13 +150,19 @@ class Result(Record):
         if main is not None:
             unit = "%" if main.unit == "pct" else main.unit
             higher = main.higher_is_better is not False
-            return Figure(name=self.primary or "", value=main.value, unit=unit, ci95=main.ci95,
+            name = self.title_of(self.primary or "")
+            return Figure(name=name, value=main.value, unit=unit, ci95=main.ci95,
                           higher_is_better=higher)  # fmt: skip
         if self.worst_sqnr_db is not None:
             return Figure(name="SQNR", value=self.worst_sqnr_db, unit="dB")
         if self.top1_pct is None:
             return None
         return Figure(name="top-1", value=self.top1_pct, unit="%", ci95=self.top1_ci95)
+
+    def title_of(self, name: str) -> str:
+        """Return what people call a metric of the task."""
+        metric = (self.metrics or {}).get(name)
+        return (metric and metric.title) or name
 
     @property
     def main_metric(self) -> MetricRecord | None:
@@ -194,6 +201,7 @@ class Gate(Record):
     runtime: str | None = None
     batch: int | None = None
     metric: str | None = None  # the primary metric of the task, where the gate is on that
+    title: str | None = None  # what people call that metric; its name if absent
     unit: str | None = None  # of limit and measured, where that is the metric's
     reason: str | None = None  # why it is not passed, where the two figures do not say it
 
@@ -405,6 +413,7 @@ class Details(Record):
     tells_classes: bool = True  # one class an image: what follows from that is told
     class_metrics: tuple[ClassMetrics, ...] = ()  # the original first
     drawn: tuple[DrawnChange, ...] = ()  # the least alike first
+    drawn_legend: str | None = None  # what these pictures leave out or stress
     channels: tuple[Channels, ...] = ()
     frozen: dict[str, str] = {}  # layer -> why it could not be cut
     sparsities: tuple[Sparsity, ...] = ()

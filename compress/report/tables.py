@@ -1,4 +1,4 @@
-"""The tables of the report, once for every format: what each column holds, and every cell."""
+"""The tables of the report, once for every format: configurations, columns, cells."""
 
 from __future__ import annotations
 
@@ -6,10 +6,34 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from compress.report import numbers as figures
-from compress.report.configuration import place_name, setting_of
 from compress.report.schema import Interval, Report, Result, Variant
 from compress.report.verdict import SAME, accuracy_differs, accuracy_of, speed_differs
 from compress.statistics import undecided
+
+Setting = tuple[str, str, int, int | None]  # runtime, device, batch, threads
+
+
+def settings(report: Report) -> list[Setting]:
+    """Return every setting that has results, in order of appearance."""
+    results = [result for variant in report.variants for result in variant.results]
+    return list(dict.fromkeys(map(setting_of, results)))
+
+
+def setting_of(result: Result) -> Setting:
+    """Return what two results must share to be compared in speed."""
+    return (result.runtime, result.device, result.batch, result.threads)
+
+
+def setting_name(setting: Setting) -> str:
+    """Return a setting in words: "onnxruntime cpu, 2 threads, batch 1"."""
+    return f"{place_name(setting)}, batch {setting[2]}"
+
+
+def place_name(setting: Setting) -> str:
+    """Return a setting but for its batch: "onnxruntime cpu, 2 threads"."""
+    runtime, device, _, threads = setting
+    many = "" if threads is None else f", {threads} thread{'s' if threads > 1 else ''}"
+    return f"{runtime} {device}{many}"
 
 
 @dataclass(frozen=True)
@@ -184,13 +208,14 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
 def _task_columns(report: Report) -> tuple[tuple[Column, Fill], ...]:
     """Return a column for each metric of the task and its change, where it has its own metrics."""
     results = [result for variant in report.variants for result in variant.results]
-    kinds = {name: m.unit for result in results for name, m in (result.metrics or {}).items()}
+    kinds = {name: (m.unit, m.title or name)
+             for result in results for name, m in (result.metrics or {}).items()}  # fmt: skip
     found: list[tuple[Column, Fill]] = []
-    for name, unit in kinds.items():
+    for name, (unit, title) in kinds.items():
         sign, spoken = ("%", "points") if unit == "pct" else (unit, unit)
-        found.append((Column(name, sign), _fill_metric(name)))
-        about = f"of {name} against the original, on the same images"
-        found.append((Column(f"Change of {name}", spoken, about), _fill_change(name)))
+        found.append((Column(title, sign), _fill_metric(name)))
+        about = f"of {title} against the original, on the same images"
+        found.append((Column(f"Change of {title}", spoken, about), _fill_change(name)))
     units = {result.agreement.unit for result in results if result.agreement}
     for unit in units:
         found.append((Column("Agreement", unit, "with the original's predictions"), _alike))

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.report import numbers
-from compress.report.configuration import Setting, setting_name, setting_of, settings
 from compress.report.schema import Gate, Report, Result, Variant
+from compress.report.tables import Setting, setting_name, setting_of, settings
 from compress.report.verdict import accuracy_of, speed_differs
 
 if TYPE_CHECKING:
@@ -71,10 +71,15 @@ def missing(report: Report, shown: Collection[str] | None = None) -> list[str]:
                     continue
                 place = f"{_row_name(variant, result)} on {result.runtime} batch {result.batch}"
                 found.setdefault((name, why), []).append(place)
-    return [f"not measured: {name}{_of(places)}: {why}" for (name, why), places in found.items()]
+    every = sum(len(variant.results) for variant in report.variants)
+    return [
+        f"not measured: {name}{_of(places, every)}: {why}" for (name, why), places in found.items()
+    ]
 
 
-def _of(places: list[str]) -> str:
+def _of(places: list[str], every: int) -> str:
+    if len(places) == every:
+        return ""
     if len(places) > 2:
         return f" of {len(places)} results"
     return f" of {' and '.join(places)}" if places else ""
@@ -183,7 +188,7 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
     """
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
     if gate.metric is not None:
-        name = name.replace("the primary metric", gate.metric)
+        name = name.replace("the primary metric", gate.title or gate.metric)
         unit = {"pct": " points", "": ""}.get(gate.unit or "", f" {gate.unit}")
     side = "at least" if unit in {"x", " %"} else "at most"
     limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"

@@ -35,7 +35,7 @@ def tracker(name: str) -> Callable[[Report, Path], str]:
     return known[name]
 
 
-def metrics(report: Report) -> dict[str, float]:
+def tracked_metrics(report: Report) -> dict[str, float]:
     """Return "variant/runtime/batch-n/field" -> value for every figure that was measured."""
     found: dict[str, float] = {}
     for variant in report.variants:
@@ -57,7 +57,7 @@ def _figures(result: Result) -> Iterator[tuple[str, float]]:
         yield f"energy_mj_per_image_{meter}", value
 
 
-def settings(report: Report) -> dict[str, str]:
+def tracked_settings(report: Report) -> dict[str, str]:
     """Return the recipe as dotted keys, each value as text."""
     return dict(_flat("", report.recipe))
 
@@ -78,7 +78,7 @@ def _to_tensorboard(report: Report, folder: Path) -> str:
 
     logs = folder / "tensorboard"
     with SummaryWriter(str(logs / "report")) as writer:
-        for name, value in metrics(report).items():
+        for name, value in tracked_metrics(report).items():
             writer.add_scalar(name, value, 0)
         writer.add_text("report", markdown(report), 0)
     return f"{report.name} is in TensorBoard: tensorboard --logdir {logs}"
@@ -98,9 +98,9 @@ def _to_mlflow(report: Report, folder: Path) -> str:
     import mlflow
 
     client, run = mlflow_run(report.name)
-    for name, text in settings(report).items():
+    for name, text in tracked_settings(report).items():
         client.log_param(run, name, text)
-    for name, value in metrics(report).items():
+    for name, value in tracked_metrics(report).items():
         client.log_metric(run, name, value)
     client.set_tag(run, "verdict", report.verdict)
     for name in ("report.html", "report.md", "report.json"):

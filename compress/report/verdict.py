@@ -185,7 +185,7 @@ def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -
         )
     measured = accuracy_of(variant, after)
     if measured.main_change is not None:
-        return _metric(measured.primary or "", measured.main_change)
+        return _metric(measured.title_of(measured.primary or ""), measured.main_change)
     change = change_of_top1(before, measured)
     if change is None and measured.outputs:
         return _likeness(measured)
@@ -202,7 +202,10 @@ def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -
 def _likeness(result: Result) -> str:
     """Return how near the outputs are to the original's, where images have no labels."""
     noise = result.worst_sqnr_db
-    parts = [] if noise is None else [f"outputs at {number(noise)} dB of the original's"]
+    parts = []
+    if noise is not None:
+        off = 100 * 10 ** (-noise / 20)  # root of the mean squared error against that of the values
+        parts = [f"outputs {number(off)} % off the original's ({number(noise)} dB)"]
     if result.agreement_pct is not None:
         parts.append(f"the same answer for {number(result.agreement_pct)} % of images")
     if all(each.get("zero_reference") for each in (result.outputs or {}).values()):

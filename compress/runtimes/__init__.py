@@ -219,20 +219,20 @@ def unavailable(runtime: str) -> str | None:
     return reason
 
 
-def facts(runtime: str | Mapping[str, Any]) -> type[Runtime]:
+def runtime_class(runtime: str | Mapping[str, Any]) -> type[Runtime]:
     """Return the class of a runtime, which has every fact about it.
 
     Raises:
         UnknownNameError: there is no such runtime.
     """
     name, _ = plugins.parse("runtimes", runtime)
-    plugin: type[Runtime] = plugins.load("runtimes", name)
+    plugin: type[Runtime] = plugins.plugin_class("runtimes", name)
     return plugin
 
 
 def open_built(path: Path, runtime: str | Mapping[str, Any]) -> Session:
     """Open an ONNX file on a runtime; where that opens engines only, one is built beside it."""
-    plugin = facts(runtime)
+    plugin = runtime_class(runtime)
     if plugin.opens == "engine":
         engine = path.with_suffix(plugin.extension)
         path = build_engine(path, engine, runtime=runtime, batch=1)
@@ -265,7 +265,7 @@ def kind_of(path: Path) -> str | None:
             magic = file.read(4)
     if magic.startswith(ONNX_MAGIC):
         return None
-    owners = (name for name in plugins.names("runtimes") if facts(name).owns(path, magic))
+    owners = (name for name in plugins.names("runtimes") if runtime_class(name).owns(path, magic))
     return next(owners, None)
 
 

@@ -9,7 +9,7 @@ from onnx import ModelProto, helper
 
 from compress.errors import EngineError
 from compress.graph import files
-from compress.graph.metadata import real_inputs
+from compress.graph.shapes import real_inputs
 
 
 def of_precision(path: Path, precision: str | None) -> ModelProto:

@@ -226,7 +226,7 @@ class Build:
         }
 
     def _built_for(self) -> list[str]:
-        chosen = [spoken(name) for name in self.settings.capabilities]
+        chosen = [capability_name(name) for name in self.settings.capabilities]
         here = gpu_capability()
         if chosen == ["CURRENT"] and here:
             return [here]
@@ -252,17 +252,17 @@ def capabilities(trt: ModuleType, names: tuple[str, ...]) -> list[Any]:
     known = [name for name in dir(trt.ComputeCapability) if name.startswith("SM")] + ["CURRENT"]
     found = []
     for name in names:
-        if spoken(name) not in known:
+        if capability_name(name) not in known:
             raise UsageError(
                 f"no such compute capability {name!r}",
                 where="runtime 'tensorrt-rtx'",
                 expected=f"one of {', '.join(known)}",
             )
-        found.append(getattr(trt.ComputeCapability, spoken(name)))
+        found.append(getattr(trt.ComputeCapability, capability_name(name)))
     return found
 
 
-def spoken(capability: str) -> str:
+def capability_name(capability: str) -> str:
     """Return the one name of a compute capability: "SM89" for "8.9", "sm89" and "SM89"."""
     name = capability.upper().replace(".", "")
     return f"SM{name}" if name.isdigit() else name

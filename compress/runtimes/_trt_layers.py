@@ -24,13 +24,13 @@ _DATATYPE = re.compile(r"Datatype: (\w+)")
 
 
 def from_engine(trt: ModuleType, engine: Any) -> dict[str, Any]:
-    """Return what the inspector of a loaded engine says, in the shape ``normalized`` gives."""
+    """Return what the inspector of a loaded engine says, shaped by ``normalized_layers``."""
     inspector = engine.create_engine_inspector()
     told = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    return normalized(json.loads(told))
+    return normalized_layers(json.loads(told))
 
 
-def normalized(told: dict[str, Any]) -> dict[str, Any]:
+def normalized_layers(told: dict[str, Any]) -> dict[str, Any]:
     """Return inspector JSON of TensorRT 10 or 11 in one shape.
 
     10 names its "Bindings" and writes "Format/Datatype" in one; 11 has "I/O Tensors" objects and

@@ -158,7 +158,7 @@ class TrtSession:
         )
 
 
-def load(flavour: Flavour, path: Path, *, cuda_graph: bool) -> TrtSession:
+def load_engine(flavour: Flavour, path: Path, *, cuda_graph: bool) -> TrtSession:
     """Load an engine.
 
     Raises:

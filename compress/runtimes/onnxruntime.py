@@ -130,7 +130,7 @@ class Onnxruntime:
         Raises:
             EngineError: it is damaged or holds an operator ONNX Runtime does not know.
         """
-        files.check(path)
+        files.check_onnx(path)
         return OnnxruntimeSession(self._session(str(path), self._options(), path))
 
     def _options(self) -> Any:
@@ -153,7 +153,7 @@ class Onnxruntime:
         try:
             session = ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # onnxruntime has no common error class
-            raise explained(error, path) from error
+            raise onnxruntime_error(error, path) from error
         got = session.get_providers()
         if got[:1] != providers[:1]:  # it only warns, and takes the next one
             raise EngineError(
@@ -198,7 +198,7 @@ class OnnxruntimeSession:
         try:
             answers: list[np.ndarray] = self.session.run(self._output_names, feeds)
         except Exception as error:  # onnxruntime has no common error class
-            raise explained(error, None) from error
+            raise onnxruntime_error(error, None) from error
         return answers
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class OnnxruntimeSession:
         self.session = None
 
 
-def explained(error: Exception, path: Path | None) -> EngineError:
+def onnxruntime_error(error: Exception, path: Path | None) -> EngineError:
     """Return an error of ONNX Runtime as one of ours, with the node and a remedy where known."""
     text = str(error)
     where = str(path) if path else ""

@@ -89,7 +89,7 @@ class Openvino:
                 expected="an --out that ends in .xml",
             )
         ov = _package()
-        files.check(source)
+        files.check_onnx(source)
         if request.precision == "fp16":
             model = self._read(_graph.of_precision(source, "fp16").SerializeToString(), source)
         else:
@@ -112,7 +112,7 @@ class Openvino:
         """
         _package()
         if path.suffix != ".xml":
-            files.check(path)
+            files.check_onnx(path)
         elif not path.with_suffix(".bin").is_file():
             raise EngineError(
                 "its weights are not beside it",
@@ -130,7 +130,7 @@ class Openvino:
         try:
             return _core().read_model(source)
         except RuntimeError as error:
-            raise explained(error, path) from error
+            raise openvino_error(error, path) from error
 
     def _compiled(self, model: Any, path: Path) -> Any:
         config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
@@ -142,7 +142,7 @@ class Openvino:
         try:
             compiled = core.compile_model(model, device, config)
         except RuntimeError as error:
-            raise explained(error, path) from error
+            raise openvino_error(error, path) from error
         self._check_kept(compiled, device, path)
         return compiled
 
@@ -194,7 +194,7 @@ class OpenvinoSession:
         try:
             answers = self._request.infer(feeds, share_inputs=True, share_outputs=False)
         except RuntimeError as error:
-            raise explained(error, None) from error
+            raise openvino_error(error, None) from error
         return list(answers.values())
 
     def close(self) -> None:
@@ -202,7 +202,7 @@ class OpenvinoSession:
         self._request = self.compiled = None
 
 
-def explained(error: Exception, path: Path | None) -> EngineError:
+def openvino_error(error: Exception, path: Path | None) -> EngineError:
     """Return an error of OpenVINO as one of ours: its last telling line, not its source lines."""
     text = str(error)
     where = str(path) if path else ""

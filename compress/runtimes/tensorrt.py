@@ -14,7 +14,7 @@ from compress.graph import files
 from compress.runtimes._session import BuildRequest, Opens
 from compress.runtimes._trt import TENSORRT, ZERO_WEIGHTS, gpu_name
 from compress.runtimes._trt_build import Build, BuildSettings
-from compress.runtimes._trt_session import TrtSession, load
+from compress.runtimes._trt_session import TrtSession, load_engine
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Tensorrt:
         Raises:
             EngineError: the graph is damaged, or TensorRT cannot take it.
         """
-        files.check(source)
+        files.check_onnx(source)
         settings = BuildSettings(
             workspace_mib=self.workspace_mib,
             optimization_level=self.optimization_level,
@@ -94,7 +94,7 @@ class Tensorrt:
         Raises:
             EngineError: it is damaged, made for something else, or there is no GPU.
         """
-        return load(TENSORRT, path, cuda_graph=self.cuda_graph)
+        return load_engine(TENSORRT, path, cuda_graph=self.cuda_graph)
 
     def _timing_cache(self) -> Path | None:
         if self.timing_cache == "none" or gpu_name() is None:

@@ -10,7 +10,7 @@ from compress.graph import files
 from compress.runtimes._session import BuildRequest, Opens
 from compress.runtimes._trt import TENSORRT_RTX, ZERO_WEIGHTS
 from compress.runtimes._trt_build import Build, BuildSettings
-from compress.runtimes._trt_session import TrtSession, load
+from compress.runtimes._trt_session import TrtSession, load_engine
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class TensorrtRtx:
         Raises:
             EngineError: the graph is damaged, or TensorRT-RTX cannot take it.
         """
-        files.check(source)
+        files.check_onnx(source)
         settings = BuildSettings(
             capabilities=tuple(self.capabilities),
             workspace_mib=self.workspace_mib,
@@ -79,4 +79,4 @@ class TensorrtRtx:
         Raises:
             EngineError: it is damaged, made for something else, or there is no GPU.
         """
-        return load(TENSORRT_RTX, path, cuda_graph=self.cuda_graph)
+        return load_engine(TENSORRT_RTX, path, cuda_graph=self.cuda_graph)

@@ -12,13 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._resize import Fit
-from compress.errors import EngineError, UsageError, boundary
+from compress.errors import UsageError, boundary
 from compress.tasks._metrics import (
     TOP1,
     Array,
@@ -28,11 +27,12 @@ from compress.tasks._metrics import (
     Primary,
     agreement,
     class_metrics,
-    compare,
+    compare_metrics,
     mean_of,
     metrics,
     values_of,
 )
+from compress.tasks._outputs import channels_first, main_output, nearest_task, numeric, shapes_told
 
 __all__ = [
     "TOP1",
@@ -51,16 +51,18 @@ __all__ = [
     "arrays_told",
     "channels_first",
     "class_metrics",
-    "compare",
+    "compare_metrics",
     "contributions",
     "default_task",
     "load_task",
     "main_output",
     "mean_of",
     "metrics",
+    "nearest_task",
     "numeric",
     "primary_of",
     "scored",
+    "shapes_told",
     "values_of",
 ]
 
@@ -92,6 +94,7 @@ class Task(abc.ABC):
     kinds: ClassVar[Mapping[str, Kind]]  # every metric by name; none where images have no labels
     primary: ClassVar[str]  # the metric that gates, budgets, checkpoints and the verdict use
     agreement_unit: ClassVar[str] = "pct"
+    legend: ClassVar[str] = ""  # what ``draw`` and ``draw_change`` leave out or stress
     tells_classes: ClassVar[bool] = False  # one class an image: top-1, confusions, flips
     answers: ClassVar[Literal["classes", "numbers"]] = "numbers"  # "classes": logits of them
     loss_reads_outputs: ClassVar[bool] = True  # not: labels, or what the network keeps inside
@@ -258,60 +261,9 @@ def default_task(target: str) -> str:
         UsageError: there is none.
     """
     for name in plugins.names("tasks"):
-        if plugins.load("tasks", name).target == target:
+        if plugins.plugin_class("tasks", name).target == target:
             return name
     raise UsageError(f"no task is for labels of the form {target!r}", fix="Set task: NAME")
-
-
-def numeric(value: Any) -> Array:
-    """Return a tensor or array as a NumPy array on the CPU."""
-    if isinstance(value, Tensor):
-        value = value.detach()
-        value = (value.float() if value.dtype == torch.bfloat16 else value).cpu().numpy()
-    return np.asarray(value)
-
-
-def main_output(outputs: Mapping[str, Any], ndim: int, what: str, task: str) -> Array:
-    """Return the output called ``what``, else the first with ``ndim`` dimensions.
-
-    Raises:
-        EngineError: there is none, or it holds numbers that are not finite.
-    """
-    arrays = {name: numeric(value) for name, value in outputs.items()}
-    fitting = [name for name, array in arrays.items() if array.ndim == ndim]
-    if not fitting:
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        raise EngineError(
-            f"task {task} does not fit the network's outputs: {shapes or 'none'}",
-            expected=f"{what} with {ndim} dimensions",
-            fix=f"{_nearest_task(arrays.values())}, or check the network",
-        )
-    found = arrays[what if what in fitting else fitting[0]]
-    finite = np.isfinite(found).reshape(len(found), -1).all(1)
-    if not finite.all():
-        first = int(np.flatnonzero(~finite)[0])
-        raise EngineError(
-            f"outputs that are not finite numbers for {int((~finite).sum())} of {len(found)} "
-            f"images, the first of them image {first}",
-            fix="An fp16 network may have overflowed: keep its widest layers in fp32",
-        )
-    return found
-
-
-def channels_first(array: Array, channels: int) -> Array:
-    """Return (B, H, W, C) as (B, C, H, W), and what has its ``channels`` there already as it is."""
-    is_last = array.shape[1] != channels and array.shape[3] == channels
-    return np.moveaxis(array, 3, 1) if is_last else array
-
-
-def _nearest_task(arrays: Any) -> str:
-    by_ndim = {2: "classification", 3: "detection", 4: "segmentation"}
-    likely = [
-        "restoration" if array.ndim == 4 and array.shape[1] in {1, 3} else by_ndim[array.ndim]
-        for array in arrays
-        if array.ndim in by_ndim
-    ]
-    return f"Set task: {likely[0]}" if likely else "Set another task"
 
 
 def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contribution]:

@@ -48,12 +48,12 @@ def boxed(
     boxes: NDArray[Any],
     labels: NDArray[Any],
     names: Sequence[str],
-    scores: NDArray[Any],
+    scores: NDArray[Any] | None = None,
 ) -> Image:
     """Return ``image`` with boxes (M, 4) as x1, y1, x2, y2, one colour for each label.
 
     A box wide enough for it has its name and score at its edge, others the score alone; names that
-    no box shows stand in the upper left corner.
+    no box shows stand in the upper left corner. Without ``scores`` names stand alone.
     """
     from PIL import Image as Pillow
     from PIL import ImageDraw
@@ -66,14 +66,16 @@ def boxed(
     for place, label in zip(places, labels, strict=True):
         draw.rectangle(place, outline=tuple(colours[int(label)].tolist()), width=width)
     hidden = dict(zip(names, labels, strict=True))
-    for place, label, name, score in zip(places, labels, names, scores, strict=True):
-        text = f"{name} {score:.2f}"
+    shown = [""] * len(labels) if scores is None else [f"{score:.2f}" for score in scores]
+    for place, label, name, score in zip(places, labels, names, shown, strict=True):
+        text = f"{name} {score}".rstrip()
         if draw.textlength(printable(text), font=font) + 4 > place[2] - place[0]:
-            text = f"{score:.2f}"
+            text = score
         else:
             hidden.pop(name, None)
         corner = (place[0], max(0.0, place[1] - _height(font)))
-        _label(draw, corner, text, font, colours[int(label)].tolist())
+        if text:
+            _label(draw, corner, text, font, colours[int(label)].tolist())
     lines, grounds = list(hidden), colours[np.array([*hidden.values()], np.int64)]
     return captioned(np.asarray(picture), lines, grounds)
 

@@ -26,10 +26,11 @@ DRAWN_AT_ONCE = 2_000_000  # numbers of a matrix of bootstrap draws held in memo
 
 @dataclass(frozen=True)
 class Kind:
-    """Unit of a metric, and which way is better."""
+    """Unit of a metric, which way is better, and what people call it (its name if empty)."""
 
     unit: str = "pct"
     higher_is_better: bool = True
+    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Primary:
     @property
     def title(self) -> str:
         """Its name with its unit, for axes and columns."""
-        name = "top-1" if self.name == "top1_pct" else self.name
+        name = "top-1" if self.name == "top1_pct" else self.kind.title or self.name
         unit = "%" if self.kind.unit == "pct" else self.kind.unit
         return f"{name}, {unit}" if unit else name
 
@@ -67,10 +68,13 @@ class Metric:
     ci95: Interval | None
     unit: str = "pct"
     higher_is_better: bool = True
+    title: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return this metric as JSON-able data."""
         told: dict[str, Any] = {"value": self.value, "unit": self.unit}
+        if self.title:
+            told["title"] = self.title
         if self.ci95 is not None:
             told["ci95"] = list(self.ci95)
         return told | ({} if self.higher_is_better else {"higher_is_better": False})
@@ -123,6 +127,7 @@ def metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metric]:
             _inside(_interval(drawn[name], values[name], kind, len(scores), drawn[name]), kind),
             kind.unit,
             kind.higher_is_better,
+            kind.title,
         )
         for name, kind in task.kinds.items()
     }
@@ -143,7 +148,7 @@ def class_metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metri
     return metrics
 
 
-def compare(
+def compare_metrics(
     task: Task, reference: Sequence[Contribution], candidate: Sequence[Contribution]
 ) -> dict[str, Change]:
     """Return candidate less reference of every metric, paired: both are drawn the same images.

@@ -23,13 +23,19 @@ from compress.tasks import (
     Row,
     Target,
     Task,
+    nearest_task,
     numeric,
+    shapes_told,
 )
 from compress.tasks._drawing import boxed
 from compress.tasks._losses import ultralytics_loss
 from compress.tasks._ranking import coco_average_precision, mean_over
 
 IOUS = np.linspace(0.5, 0.95, 10)
+OTHER_ROWS = (
+    "Build the network for the classes of the data. Instance masks, key points and rotated boxes, "
+    "which other heads of YOLO give beside the boxes, are not read: use their detector"
+)
 DRAWN_SCORE = 0.3  # boxes below it are not drawn, nor do they count for agreement
 
 
@@ -57,10 +63,17 @@ class Detection(Task):
     max_boxes: int = 100
     classes: Sequence[str] = ()
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"map50_95": Kind(), "map50": Kind()}
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "map50_95": Kind(title="mAP50-95"),
+        "map50": Kind(title="mAP50"),
+    }
     primary: ClassVar[str] = "map50_95"
     losses: ClassVar[tuple[str, ...]] = ("cwd",)
     class_metric: ClassVar[str] = "AP 50-95"
+    legend: ClassVar[str] = (
+        f"Boxes of a score of {DRAWN_SCORE:g} or more; the difference shows those that were lost "
+        "and those that are new."
+    )
     loss_reads_outputs: ClassVar[bool] = False
     target: ClassVar[str] = "boxes"
     form: ClassVar[Form] = "boxes"
@@ -161,22 +174,18 @@ class Detection(Task):
         ]
 
     def draw(self, image: Any, prediction: Prediction) -> Any:
-        """Return the image with the boxes that have a score of 0.3 or more."""
-        seen = _confident(prediction)
+        """Return the image with the boxes that have a score of 0.3 or more, or no score."""
+        seen = _confident(prediction) if "scores" in prediction else prediction
         names = [self.name_of(int(k)) for k in seen["labels"]]
-        return boxed(image, seen["boxes"], seen["labels"], names, seen["scores"])
+        return boxed(image, seen["boxes"], seen["labels"], names, seen.get("scores"))
 
     def truth(self, target: Target) -> Prediction:
-        """Return the objects that are to be found, as boxes of score 1."""
+        """Return the objects that are to be found, as boxes without scores."""
         counted = ~numeric(target.get("ignored", np.zeros(len(target["labels"]), bool))).astype(
             bool
         )
         boxes, labels = numeric(target["boxes"]).reshape(-1, 4), numeric(target["labels"])
-        return {
-            "boxes": boxes[counted],
-            "scores": np.ones(counted.sum(), np.float32),
-            "labels": labels[counted],
-        }
+        return {"boxes": boxes[counted], "labels": labels[counted]}
 
     def draw_change(self, image: Any, reference: Prediction, candidate: Prediction) -> Any:
         """Return the image with the boxes that the candidate lost, and those that appeared."""
@@ -234,13 +243,11 @@ class Detection(Task):
             return [(r[:, :4], r[:, 4], r[:, 5].astype(np.int64) - shift) for r in heads[0]]
         if heads and heads[0].shape[1] > 4 and self._fits(heads[0].shape[1] - 4):
             return [self._decoded(head) for head in heads[0]]
-        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-        likely = {2: "classification", 4: "segmentation"}
-        nearest = next((likely[a.ndim] for a in arrays.values() if a.ndim in likely), None)
         raise EngineError(
-            f"task detection does not fit the network's outputs: {shapes or 'none'}",
-            expected=f"boxes, scores and labels; (B, M, 6); or (B, {4 + len(self.classes)}, A)",
-            fix=f"Set task: {nearest}" if nearest else "",
+            f"task detection does not fit the network's outputs: {shapes_told(arrays)}",
+            expected=f"boxes, scores and labels; (B, M, 6); or (B, {4 + len(self.classes)}, A), "
+            f"centre and size of boxes and scores of {len(self.classes)} classes",
+            fix=OTHER_ROWS if heads else f"{nearest_task(arrays.values())}, or check the network",
         )
 
     def _fits(self, classes: int) -> bool:

@@ -45,10 +45,17 @@ class Embedding(Task):
     temperature: float = 0.1
     classes: Sequence[str] = ()
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"recall_at_k": Kind(), "verification": Kind()}
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "recall_at_k": Kind(title="recall at k"),
+        "verification": Kind(title="verification accuracy"),
+    }
     primary: ClassVar[str] = "recall_at_k"
     target: ClassVar[str] = "class"
     form: ClassVar[Form] = "embedding"
+
+    def __post_init__(self) -> None:
+        kinds = {**self.kinds, "recall_at_k": Kind(title=f"recall at {self.k}")}
+        object.__setattr__(self, "kinds", kinds)
 
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the supervised contrastive loss of a batch, a scalar."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
+from compress.data._resize import Fit
 from compress.errors import DataError, EngineError
 from compress.tasks import Kind, Prediction, Task, load_task, numeric
 
@@ -40,7 +41,7 @@ class Fidelity(Task):
     def __post_init__(self) -> None:
         if self.inner is None:
             return
-        for name in ("answers", "agreement_unit"):
+        for name in ("answers", "agreement_unit", "legend"):
             object.__setattr__(self, name, getattr(self.inner, name))
         plain = ("kd",) if self.inner.tells_classes else self.inner.losses  # others need labels
         object.__setattr__(self, "losses", plain)
@@ -83,17 +84,21 @@ class Fidelity(Task):
             return super().agreement(reference, candidate)
         return self.inner.agreement(*map(self._predicted, (reference, candidate)))
 
+    def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
+        """Return the task's prediction for the picture, which is what is drawn."""
+        if self.inner is None:
+            return prediction
+        return self.inner.in_picture(self._predicted(prediction), fit, size)
+
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the task's prediction."""
-        if self.inner is None:
-            return image
-        return self.inner.draw(image, self._predicted(prediction))
+        return image if self.inner is None else self.inner.draw(image, prediction)
 
     def draw_change(self, image: Any, reference: Prediction, candidate: Prediction) -> Any:
         """Return where the task's predictions differ."""
         if self.inner is None:
             return None
-        return self.inner.draw_change(image, *map(self._predicted, (reference, candidate)))
+        return self.inner.draw_change(image, reference, candidate)
 
     def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return the places of the outputs that the task reads."""

@@ -37,7 +37,7 @@ class Multilabel(Task):
     threshold: float = 0.5
     classes: Sequence[str] = ()
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"map": Kind(), "f1": Kind()}
+    kinds: ClassVar[Mapping[str, Kind]] = {"map": Kind(title="mAP"), "f1": Kind(title="F1")}
     primary: ClassVar[str] = "map"
     class_metric: ClassVar[str] = "AP"
     target: ClassVar[str] = "classes"
@@ -98,11 +98,18 @@ class Multilabel(Task):
         return [self._ranked(each["probabilities"], each["present"]) for each in predictions]
 
     def draw(self, image: Any, prediction: Prediction) -> Any:
-        """Return the image with the classes that are present."""
+        """Return the image with the classes that are present, each with its probability if told."""
+        if "probabilities" not in prediction:
+            names = [self.name_of(int(k)) for k in np.flatnonzero(prediction["present"])]
+            return captioned(image, names or ["none"])
         rows = self.describe([prediction], [""])[0]
         return captioned(
             image, [f"{row['class']} {100 * row['probability']:.0f} %" for row in rows]
         )
+
+    def truth(self, target: Target) -> Prediction:
+        """Return the classes that are there, without probabilities."""
+        return {"present": np.asarray(target) > 0}
 
     def check_targets(self, labels: Any) -> None:
         """Raise DataError unless labels are (N, K) zeros and ones."""

@@ -40,9 +40,13 @@ class Restoration(Task):
     criterion: Literal["l1", "l2"] = "l1"
     classes: Sequence[str] = ()
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"psnr": Kind("dB"), "ssim": Kind("")}
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "psnr": Kind("dB", title="PSNR"),
+        "ssim": Kind("", title="SSIM"),
+    }
     primary: ClassVar[str] = "psnr"
     agreement_unit: ClassVar[str] = "dB"
+    legend: ClassVar[str] = f"The difference is {AMPLIFIED:g} times amplified: black is none."
     target: ClassVar[str] = "image"
     form: ClassVar[Form] = "image"
 

@@ -45,11 +45,15 @@ class Segmentation(Task):
     ignore: int | None = 255
     classes: Sequence[str] = ()
 
-    kinds: ClassVar[Mapping[str, Kind]] = {"miou": Kind(), "pixel_accuracy": Kind()}
+    kinds: ClassVar[Mapping[str, Kind]] = {
+        "miou": Kind(title="mIoU"),
+        "pixel_accuracy": Kind(title="pixel accuracy"),
+    }
     primary: ClassVar[str] = "miou"
     answers: ClassVar[Literal["classes", "numbers"]] = "classes"
     losses: ClassVar[tuple[str, ...]] = ("kd", "cwd")
     class_metric: ClassVar[str] = "IoU"
+    legend: ClassVar[str] = "The difference shows the new class where it changed, grey elsewhere."
     target: ClassVar[str] = "mask"
     form: ClassVar[Form] = "class map"
 
@@ -70,7 +74,7 @@ class Segmentation(Task):
 
         Without names of classes the two sides of a square map tell which of them it is.
         """
-        logits = main_output(outputs, 4, "out", "segmentation")
+        logits = main_output(outputs, 4, "out", "segmentation", len(self.classes))
         _, rows, columns, last = logits.shape
         logits = channels_first(logits, len(self.classes) or (last if rows == columns else rows))
         if logits.shape[1] < len(self.classes):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.data import Dataset, targets_of
 from compress.data._augment import CHANCES, augment, augment_with_labels, mixed
-from compress.data._images import Images
+from compress.data._images import LabelledImages
 from compress.data._shards import shuffled
 from compress.errors import CompressError, TrainingError
 from compress.recipe.settings import TrainSettings
@@ -88,7 +88,7 @@ def train_batches(
         yield Batch(pixels, target, torch.from_numpy(part), chances, size)
 
 
-def shown(
+def training_view(
     images: Tensor, target: Any, chances: Tensor, dataset: Dataset, settings: TrainSettings
 ) -> tuple[Tensor, Any]:
     """Return stored images as training shows them to a network: augmented, normalized.
@@ -128,10 +128,10 @@ def shown_batches(
     """Yield ``count`` batches as training with ``settings`` shows them, or fewer if it is short."""
     batches = train_batches(dataset, settings, 0, seed)
     for batch in itertools.islice(batches, count):
-        yield shown(batch.images, batch.target, batch.chances, dataset, settings)
+        yield training_view(batch.images, batch.target, batch.chances, dataset, settings)
 
 
-def permutation(images: Images, seed: int, epoch: int) -> NDArray[np.int64]:
+def permutation(images: LabelledImages, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the order of images in an epoch, (N,)."""
     return shuffled(images, np.random.default_rng([seed, epoch, 0]))
 
@@ -146,7 +146,7 @@ def _chances(count: int, *position: int) -> Tensor:
     return torch.rand((count, CHANCES), generator=generator)
 
 
-def _taken(images: Images, parts: list[NDArray[np.int64]]) -> Iterable[Tensor]:
+def _taken(images: LabelledImages, parts: list[NDArray[np.int64]]) -> Iterable[Tensor]:
     """Return the images of every part in turn, decoded ahead by processes where asked for."""
     workers = getattr(images, "workers", 0) or getattr(
         getattr(images, "images", None), "workers", 0
@@ -189,7 +189,7 @@ def _received(batches: Iterable[Any]) -> Iterator[Tensor]:
 
 @dataclass(frozen=True)
 class _Taking:
-    images: Images
+    images: LabelledImages
     parts: list[NDArray[np.int64]]
 
     def __len__(self) -> int:

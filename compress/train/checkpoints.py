@@ -16,7 +16,7 @@ LAST = "last.pt"
 BEST = "best.pt"
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
+def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to ``path`` in one step.
 
     Raises:
@@ -26,7 +26,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         torch.save({"version": VERSION, **state}, temporary)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load_state(path: Path) -> dict[str, Any]:
     """Return what :func:`save` wrote, on the CPU; no code in the file is run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Training context: modes, random state, device and flags are restored afterwards."""
+"""Training context: number format, modes, random state, device and flags; all restored."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
+from compress.errors import TrainingError
 from compress.recipe.settings import TrainSettings
 from compress.train.optimizers import frozen_layers
 
@@ -78,3 +80,39 @@ def _flags(settings: TrainSettings, device: torch.device) -> Iterator[None]:
         torch.backends.cudnn.benchmark = benchmark
         if workspace is None:
             os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def chosen_precision(wanted: str, device: torch.device) -> str:
+    """Return "fp32", "bf16" or "fp16": the wanted one, or the fastest safe one for "auto".
+
+    bf16 where the device multiplies it natively (AVX-512 BF16 or AMX; GPUs since Ampere), else
+    fp16 on older GPUs and fp32 everywhere else.
+
+    Raises:
+        TrainingError: the device has no support for the wanted one.
+    """
+    if wanted != "auto":
+        if device.type == "cuda" and wanted == "bf16" and not torch.cuda.is_bf16_supported():
+            raise TrainingError(
+                "this GPU does not compute in bf16", where="precision", fix="Set precision: fp16"
+            )
+        return wanted
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return "bf16" if native else "fp16"
+    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a network computes in ``precision``."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])
+
+
+def _cpu_has_bf16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

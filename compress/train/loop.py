@@ -96,7 +96,7 @@ def _all_epochs(train_step: TrainStep, training: Training) -> TrainResult:
 
 
 def _one_epoch(
-    train_step: TrainStep, training: Training, log: MetricsLog, counter: progress.Task
+    train_step: TrainStep, training: Training, log: MetricsLog, counter: progress.ProgressTask
 ) -> None:
     """Train to the end of the current epoch, validate, save."""
     state, settings, processes = train_step.state, training.settings, training.processes

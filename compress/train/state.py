@@ -1,7 +1,8 @@
-"""The state of a training, and how it is saved and resumed."""
+"""The state of a training, averaged weights included, and how it is saved and resumed."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import time
@@ -20,11 +21,37 @@ from compress.modules.objective import Objective, Stateful
 from compress.recipe.settings import TrainSettings
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
+from compress.train.context import chosen_precision
 from compress.train.distributed import Processes
-from compress.train.ema import Average
 from compress.train.metrics_log import Row
-from compress.train.precision import chosen_precision
 from compress.train.validation import Score, validate, validate_task
+
+
+class Average:
+    """A second network whose weights follow those of the first, smoothly.
+
+    The decay grows with the steps, (1 + t) / (10 + t), until it reaches its limit, so that short
+    trainings are not dominated by the initial weights.
+
+    Source: Polyak and Juditsky, Acceleration of Stochastic Approximation by Averaging, 1992.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move the averaged weights and statistics towards those after ``step`` steps."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for mean, value in zip(
+            self.model.state_dict().values(), model.state_dict().values(), strict=True
+        ):
+            if mean.is_floating_point():
+                mean.lerp_(value, 1 - decay)
+            else:
+                mean.copy_(value)
+
 
 logger = logging.getLogger(__name__)
 
@@ -246,7 +273,7 @@ class State:
         if training.settings.keep == "best" and self.best is not None:
             if folder is not None:
                 training.processes.wait()  # until the main process has written it
-                self.best_weights = checkpoints.load(folder / checkpoints.BEST)["model"]
+                self.best_weights = checkpoints.load_state(folder / checkpoints.BEST)["model"]
             training.model.load_state_dict(self.best_weights)
         elif self.average is not None:
             training.model.load_state_dict(self.average.model.state_dict())
@@ -268,7 +295,7 @@ class State:
         )
 
     def _load(self, path: Path) -> None:
-        state, training = checkpoints.load(path), self.training
+        state, training = checkpoints.load_state(path), self.training
         checkpoints.check_same(path, state["about"], training.identity())
         training.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -292,7 +319,7 @@ class State:
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         if self.training.folder is not None and self.training.processes.is_main:
-            checkpoints.save(self.training.folder / name, state)
+            checkpoints.save_state(self.training.folder / name, state)
             self.saved_at = time.monotonic()
 
     def _not_finite(self, loss: float, step: int, rate: float) -> TrainingError:

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.modules.objective import Informed, Movable, Objective, TrainingProgress
-from compress.train.batches import Batch, on_device, seed_of, shown
-from compress.train.distributed import SyncedBatchNorm
-from compress.train.ema import Average
-from compress.train.gradient_sync import Sharing
+from compress.train.batches import Batch, on_device, seed_of, training_view
+from compress.train.context import autocast
+from compress.train.distributed import Sharing, SyncedBatchNorm
 from compress.train.memory import is_out_of_memory, more_parts, too_large
-from compress.train.optimizers import make_optimizer, set_rate
-from compress.train.precision import autocast
-from compress.train.schedules import factor
-from compress.train.state import State, Training
+from compress.train.optimizers import make_optimizer, rate_factor, set_rate
+from compress.train.state import Average, State, Training
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +63,7 @@ class TrainStep:
             TrainingError: memory does not suffice.
         """
         state, settings = self.state, self.training.settings
-        set_rate(state.optimizer, settings.lr * factor(state.position, settings))
+        set_rate(state.optimizer, settings.lr * rate_factor(state.position, settings))
         loss = self._gradients_or_none(batch)
         while loss is None:
             self._take_more_parts(batch)
@@ -128,7 +125,7 @@ class TrainStep:
         images = batch.images[rows].to(device, non_blocking=True)
         target = on_device(batch.target[rows], device)
         chances = batch.chances[rows].to(device, non_blocking=True)
-        return shown(images, target, chances, self.training.dataset, self.training.settings)
+        return training_view(images, target, chances, self.training.dataset, self.training.settings)
 
     def _l1(self) -> Tensor:
         parameters = self.training.model.parameters()

@@ -14,8 +14,8 @@ from compress.data import Dataset
 from compress.modules import evaluating
 from compress.modules.outputs import logits_of
 from compress.tasks import Task, values_of
+from compress.train.context import autocast
 from compress.train.distributed import Processes
-from compress.train.precision import autocast
 
 BATCH_SIZE = 256  # at most
 

@@ -152,7 +152,9 @@ def test_show_prints_documentation_and_options(compress):
     code, out, _ = compress("show", "data/npz")
     assert code == 0
     assert "Arrays in a NumPy archive" in out
-    assert "root: required" in out
+    assert "root: required (str)" in out
+    code, out, _ = compress("show", "data/masks")
+    assert (code, "values: None (tuple[int, ...] | None)" in out) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,8 @@ def test_show_prints_documentation_and_options(compress):
     [
         (["list", "critera"], "no such kind 'critera'. Did you mean 'criteria'?"),
         (["show", "criteria/l7"], "no such criterion 'l7'. Did you mean"),
-        (["show", "l1"], "no such kind 'l1'"),
+        (["show", "l1"], "no such kind 'l1'. Did you mean criteria/l1?"),
+        (["show", "masks"], "Did you mean data/masks?"),
         (["run", "none.yaml"], "none.yaml: the recipe cannot be read: No such file"),
         (["check", "none.yaml"], "none.yaml: the recipe cannot be read"),
         (["sensitivity", "x", "--data", "digits"], "Expected one of --prune and --quantize"),

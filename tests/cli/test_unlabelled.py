@@ -8,8 +8,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from compress.errors import RecipeError
 from compress.graph.metadata import metadata
 from compress.packages import is_installed
+from compress.pipeline.task import prepared
+from compress.recipe.loading import validate_recipe
 
 QUICK = ["--set", "measure.rounds=3", "--set", "measure.round_ms=5", "--method", "plain"]
 
@@ -89,14 +92,62 @@ def test_pictures_are_enough_to_quantize(compress, tmp_path, pictures, made, opt
     assert code == 0, err
     int8 = tmp_path / "run" / "01-quantize" / "model.onnxruntime.onnx"
     assert str(int8) in out
-    assert "the images have no labels" in out
+    assert "not measured: accuracy: the images have no labels" in out
+    assert ("ImageNet's way is taken: RGB in 0..1" in err) == ("--input-range" not in options)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     (result,) = report["variants"][1]["results"]
     assert result["sqnr_db"] > 20
     assert "top1_pct" not in result
     assert result["skipped"]["accuracy"] == "the images have no labels"
-    assert "dB of the original's" in report["verdict"]
+    off = float(report["verdict"].partition("outputs ")[2].partition(" % off")[0])
+    assert off == pytest.approx(100 * 10 ** (-result["sqnr_db"] / 20), rel=0.01)
+    assert any("ImageNet" in each for each in report["cautions"]) == ("ImageNet" in err)
     assert metadata(onnx.load(int8))["color"] == ("BGR" if "BGR" in options else "RGB")
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "assumed"),
+    [
+        (("h", "w"), {}, ["RGB in 0..1", "224 x 224 pixels"]),
+        (("h", "w"), {"image_size": [20, 24]}, ["RGB in 0..1"]),
+        ((12, 16), {"color": "BGR"}, ["BGR in 0..1"]),
+        (("h", "w"), {"input_range": [0, 255]}, ["224 x 224 pixels"]),
+        ((12, 16), {"mean": [0.5], "std": [0.5]}, []),
+    ],
+)
+def test_what_nobody_said_of_the_images_is_told(tmp_path, pictures, size, given, assumed):
+    path = network(tmp_path / "x.onnx", size=size)
+    data = {"name": "images", "root": str(pictures)} | given
+    content = {"model": {"name": str(path)}, "data": data, "stages": ["quantize"]}
+    content["targets"] = [{"runtime": "onnxruntime"}]
+    told = prepared(validate_recipe(content, where="test"))[0].assumed
+    parts = told.split(" and ") if told else []
+    assert [each.split(" less ")[0].split(" (")[0] for each in parts] == assumed
+
+
+@pytest.mark.parametrize(
+    ("task", "gate", "said"),
+    [
+        ("restoration", "agreement_pct", "predictions are in dB, not in percent. Leave it out"),
+        ("restoration", "metric_drop", "the images have no labels. Leave it out"),
+        ("segmentation", "metric_drop", "the images have no labels. Use gates.agreement_pct"),
+        ("segmentation", "agreement_pct", None),
+    ],
+)
+def test_a_gate_that_no_figure_can_meet_is_refused(tmp_path, pictures, task, gate, said):
+    content = {
+        "model": {"name": str(network(tmp_path / "x.onnx"))},
+        "data": {"name": "images", "root": str(pictures)},
+        "stages": ["quantize"],
+        "targets": [{"runtime": "onnxruntime"}],
+        "task": task,
+        "gates": {gate: 1},
+    }
+    if said is None:
+        assert prepared(validate_recipe(content, where="test"))[1].agreement_unit == "pct"
+        return
+    with pytest.raises(RecipeError, match=f"gates.{gate}: .*{said}"):
+        prepared(validate_recipe(content, where="test"))
 
 
 @pytest.mark.skipif(not is_installed("tensorrt_rtx"), reason="tensorrt_rtx is not installed")

@@ -8,7 +8,7 @@ import typer
 
 from compress.cli import app
 from compress.errors import CompressError, RecipeError
-from compress.recipe.loading import validate
+from compress.recipe.loading import validate_recipe
 
 COMMANDS = typer.main.get_command(app.app).commands
 
@@ -45,7 +45,7 @@ def test_what_is_expected_is_what_the_option_takes(compress, arguments, said):
 def problems(**changes):
     content = {"model": {"name": "a.b:c"}, "data": {"name": "digits"}}
     with pytest.raises(RecipeError) as error:
-        validate(content | changes, where="r")
+        validate_recipe(content | changes, where="r")
     return str(error.value).splitlines()
 
 

@@ -11,7 +11,7 @@ from compress.data._augment import (
     augment,
     cropped,
     erased,
-    flipped,
+    half_mirrored,
     is_random,
     mixed,
     randaugmented,
@@ -50,7 +50,7 @@ def test_every_offset_of_a_crop_is_equally_likely():
 
 def test_flip_mirrors_the_chosen_images_and_no_others():
     x, rows = images(), chances()
-    out = flipped(x, rows)
+    out = half_mirrored(x, rows)
     for i in range(len(x)):
         mirrored = bool(rows[i, Chance.FLIP] < 0.5)
         assert torch.equal(out[i], functional.horizontal_flip(x[i]) if mirrored else x[i])

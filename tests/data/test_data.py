@@ -79,6 +79,13 @@ def test_a_small_set_keeps_most_images_for_training(npz):
     assert len(load(npz(), calibration=512).splits["calibration"]) == 20
 
 
+@pytest.mark.parametrize("count", [16, 20, 39])
+def test_a_very_small_set_leaves_enough_to_calibrate_on(npz, arrays, count):
+    few = {name: arrays[name][:count] for name in ("x_train", "y_train")}
+    sizes = {name: len(part) for name, part in load(npz(**few)).splits.items()}
+    assert sizes["calibration"] == 8 and sizes["train"] == count - 8 - sizes["validation"]
+
+
 def test_batches_are_normalized_and_in_order(npz, arrays):
     data = load(npz(), mean=(0.5, 0.25, 0.0), std=(0.5, 1.0, 2.0))
     batches = list(data.batches("test", 8, limit=12))

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from compress.data._annotated import image_size
-from compress.data._decoding import MOST_PIXELS, opened, to_8_bit, upright_size
+from compress.data._decoding import MOST_PIXELS, opened_picture, to_8_bit, upright_size
 from compress.data._images import decoded
 from compress.data._resize import Fit
 from compress.data._targets import mask_values
@@ -24,7 +24,7 @@ RAMP = np.linspace(0, 1, 64).reshape(8, 8)  # black to white
 
 def read(path: Path, channels: int = 3) -> np.ndarray[Any, Any]:
     """Return (H, W, C)."""
-    with opened(path, where=str(path)) as image:
+    with opened_picture(path, where=str(path)) as image:
         return np.asarray(to_8_bit(image, channels, where=str(path)))
 
 
@@ -79,7 +79,7 @@ def test_photos_stand_upright(tmp_path: Path, suffix: str, orientation: int) -> 
     found = read(path)
     assert found.shape == upright.shape
     assert np.abs(found.astype(int) - upright).mean() < 6  # lossy
-    with opened(path, where="") as unread:
+    with opened_picture(path, where="") as unread:
         assert upright_size(unread) == (32, 16) == image_size(path)
 
 

@@ -205,7 +205,7 @@ def test_evaluate_is_public_and_says_how_good_a_network_is(tmp_path):
     assert told["unit"] == "pct" and told["ci95"][0] <= told["value"] <= told["ci95"][1]
     worse = compress.evaluate(lambda images: -nearest_colour(images), dataset, "segmentation")
     task = compress.load_task("segmentation", classes=dataset.classes)
-    change = tasks.compare(task, found.scores, worse.scores)["miou"]
+    change = tasks.compare_metrics(task, found.scores, worse.scores)["miou"]
     assert change.value < -90 and change.verdict == "worse"
 
 
@@ -239,7 +239,7 @@ def test_several_classes_for_each_image(tmp_path):
 def test_a_kind_with_its_options_in_a_recipe(tmp_path):
     voc(tmp_path)
     content = {"model": {"name": "x:y"}, "data": {"voc": {"root": str(tmp_path), "labels": "boxs"}}}
-    made = loading.validate(content, where="r")
+    made = loading.validate_recipe(content, where="r")
     assert made.data.name == "voc" and made.data.options == {"labels": "boxs"}
     with pytest.raises(UsageError, match=r"labels 'boxs'. Did you mean 'boxes'"):
         load_data(made.data)

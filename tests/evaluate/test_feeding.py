@@ -13,7 +13,7 @@ from compress.data import load_data
 from compress.data._images import decoded
 from compress.data._resize import Fit
 from compress.errors import DataError, EngineError, UsageError
-from compress.evaluate.feeding import Fed, arrays, completed, facts_of, shapes_answered
+from compress.evaluate.feeding import Fed, arrays_for, artifact_facts, completed, shapes_answered
 from compress.graph import files
 from compress.graph.metadata import layout_of, metadata, stamp, usual_range
 from compress.recipe.settings import DataSettings
@@ -75,7 +75,7 @@ def test_the_layout_is_where_the_channels_are(shape, layout):
 
 def test_a_file_says_its_size_layout_and_normalization(tmp_path):
     path = graph(tmp_path / "x.onnx", ["n", 12, 16, 3], facts={"mean": [0.1] * 3, "std": [0.2] * 3})
-    assert facts_of(path) == {
+    assert artifact_facts(path) == {
         "layout": "NHWC",
         "image_size": (12, 16),
         "channels": 3,
@@ -86,7 +86,7 @@ def test_a_file_says_its_size_layout_and_normalization(tmp_path):
 
 def test_sizes_of_minus_one_are_free(tmp_path):
     path = graph(tmp_path / "x.onnx", [-1, 3, -1, -1])
-    assert facts_of(path) == {"layout": "NCHW", "channels": 3}
+    assert artifact_facts(path) == {"layout": "NCHW", "channels": 3}
     with open_session(path) as session:
         assert session.run(np.zeros((2, 3, 4, 5), np.float32))[0].shape == (2, 60)
 
@@ -150,7 +150,7 @@ def test_pictures_become_what_the_network_was_trained_on(
     if layout == "NCHW":
         wanted = wanted.transpose(0, 3, 1, 2)
     with open_session(path) as session:
-        (found,) = arrays(session.inputs, images, dataset)
+        (found,) = arrays_for(session.inputs, images, dataset)
         np.testing.assert_allclose(found, wanted, atol=2e-4)
         (doubled,) = Fed(session, dataset).run(images.numpy())
     np.testing.assert_allclose(doubled, 2 * found.reshape(2, -1), rtol=1e-6)
@@ -165,7 +165,7 @@ def test_further_inputs_get_what_they_are_given(tmp_path, pictures):
     dataset = load_data(completed(settings, [path]))
     images = dataset.splits["test"].take([0, 1])
     with open_session(path) as session:
-        found = arrays(session.inputs, images, dataset)
+        found = arrays_for(session.inputs, images, dataset)
         assert [array.shape for array in found] == [(2, 3, 8, 8), (), (2, 1, 1, 1), (1,)]
         (answer,) = session.run(*found)
     np.testing.assert_allclose(answer, 2 * found[0].reshape(2, -1) + 7.5, rtol=1e-5)
@@ -176,16 +176,16 @@ def test_a_further_input_without_a_value_is_named(pictures):
     dataset = load_data(DataSettings(name="images", root=str(pictures), image_size=8))
     images = dataset.splits["test"].take([0])
     with pytest.raises(EngineError, match=r"also takes 'h' of shape \(2, 1, 4\).*--input h="):
-        arrays(specs, images, dataset)
+        arrays_for(specs, images, dataset)
     with pytest.raises(EngineError, match="no input takes pictures"):
-        arrays(specs[1:], images, dataset)
+        arrays_for(specs[1:], images, dataset)
 
 
 def test_an_engine_knows_what_its_graph_said(tmp_path):
     pytest.importorskip("openvino")
     path = graph(tmp_path / "x.onnx", ["n", 3, 8, 8], facts={"mean": [0.5] * 3, "std": [0.5] * 3})
     engine = build_engine(path, tmp_path / "x.xml", runtime="openvino", batch=1)
-    facts = facts_of(engine)
+    facts = artifact_facts(engine)
     assert facts["mean"] == [0.5] * 3
     assert tuple(facts["image_size"]) == (8, 8)
 

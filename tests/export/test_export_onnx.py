@@ -319,7 +319,7 @@ def test_images_of_the_user_are_checked_too(
 
     monkeypatch.setattr(proof, "_answers", recorded)
     module = conversion.frozen_copy(small)
-    proof.check(exported, module, Example.of(image), None, images=torch.randn(5, 3, 8, 8))
+    proof.check_export(exported, module, Example.of(image), None, images=torch.randn(5, 3, 8, 8))
     assert seen == [
         "the example input",
         "random inputs of batch 1",
@@ -364,7 +364,7 @@ def test_an_image_whose_best_scores_tie_decides_nothing_and_another_one_does(tmp
     with torch.no_grad():
         wrong.features.bias[0] += 0.1
     with pytest.raises(ExportError, match="ONNX Runtime differs from torch"):
-        proof.check(path, conversion.frozen_copy(wrong), Example.of(flat), None)
+        proof.check_export(path, conversion.frozen_copy(wrong), Example.of(flat), None)
 
 
 def test_a_comparison_that_rounding_decides_everywhere_is_refused(tmp_path, monkeypatch) -> None:

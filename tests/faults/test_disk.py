@@ -60,7 +60,7 @@ def writers(network, graphs):
     return {
         "text": lambda path: artifact.write_text(path, "x" * 9000),
         "json": lambda path: artifact.write_json(path, ["x"] * 9000),
-        "checkpoint": lambda path: checkpoints.save(path, {"weights": torch.rand(9000)}),
+        "checkpoint": lambda path: checkpoints.save_state(path, {"weights": torch.rand(9000)}),
         "network": lambda path: compress.save_model(
             network, path, reference=RESNET, options={"in_channels": 1, "width": 4}
         ),

@@ -11,7 +11,7 @@ import yaml
 from compress import pipeline
 from compress.artifact import TEMPORARY, read_json
 from compress.errors import RunError
-from compress.pipeline.verify import verify
+from compress.pipeline.verify import verify_files
 from compress.recipe.loading import load_recipe
 from compress.report.run_folder import RunFolder
 
@@ -106,7 +106,7 @@ def check_resumes(kill, whole, recipe):
     assert recorded(kill.folder, measured=False) == recorded(whole.folder, measured=False), kill
     engines, expected = (recorded(each, measured=True) for each in (kill.folder, whole.folder))
     assert engines.keys() == expected.keys(), kill
-    assert verify(kill.folder).intact, kill
+    assert verify_files(kill.folder).intact, kill
     found, wanted = (
         {path.relative_to(root).as_posix() for path in root.rglob("*")}
         for root in (kill.folder, whole.folder)

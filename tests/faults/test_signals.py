@@ -14,12 +14,12 @@ import yaml
 from compress import interruption
 from compress.artifact import sha256
 from compress.errors import RunError
-from compress.report.run_lock import LOCK_FILE, held
+from compress.report.run_folder import LOCK_FILE, held
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from compress.report.run_lock import held
+from compress.report.run_folder import held
 with held(Path(sys.argv[1])):
     worker = os.fork()
     if worker:

@@ -30,7 +30,7 @@ from compress.data.mnist import Mnist
 from compress.data.npz import Npz
 from compress.measure import count_onnx
 from compress.models.weights import aligned, fit, read_weights
-from compress.pipeline.verify import verify
+from compress.pipeline.verify import verify_files
 from compress.recipe.loading import load_recipe
 from compress.report import read_run, write
 
@@ -582,7 +582,7 @@ def run_folder(folder: Path, content: tuple[bytes, bytes | None]) -> None:
     if content[1] is not None:
         write_file(root, "report.json", content[1])
     errors = []
-    for work in (lambda: write(read_run(root), folder / "report"), lambda: verify(root)):
+    for work in (lambda: write(read_run(root), folder / "report"), lambda: verify_files(root)):
         try:
             work()
         except compress.CompressError as error:

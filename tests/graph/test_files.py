@@ -59,16 +59,16 @@ def test_a_link_out_of_the_folder_is_followed_and_refused(tmp_path: Path) -> Non
     (tmp_path / "secret.bin").write_bytes(bytes(64))
     (folder / "weights.bin").symlink_to(tmp_path / "secret.bin")
     with pytest.raises(EngineError, match="outside the folder"):
-        files.check(with_external_weight(folder / "x.onnx", "weights.bin"))
+        files.check_onnx(with_external_weight(folder / "x.onnx", "weights.bin"))
 
 
 def test_weights_that_are_too_short_are_named(tmp_path: Path) -> None:
     path = with_external_weight(tmp_path / "x.onnx", "weights.bin", length=32)
     with pytest.raises(EngineError, match=r"needs 32 bytes of 'weights.bin', which has 0"):
-        files.check(path)
+        files.check_onnx(path)
     (tmp_path / "weights.bin").write_bytes(bytes(8))
     with pytest.raises(EngineError, match=r"needs 32 bytes of 'weights.bin', which has 8"):
-        files.check(path)
+        files.check_onnx(path)
 
 
 def test_weights_beside_the_file_are_read(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_weight_hidden_in_a_subgraph_is_found(tmp_path: Path) -> None:
     model.graph.node.append(branch)
     (tmp_path / "y.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(EngineError, match="outside the folder"):
-        files.check(tmp_path / "y.onnx")
+        files.check_onnx(tmp_path / "y.onnx")
 
 
 def with_sparse_constants(path: Path, places: np.ndarray, shape: tuple[int, ...] = (4, 3)) -> Path:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 import compress
 from compress.groups import trace
-from compress.groups.plan import make_plan
+from compress.groups.plan import make_prune_plan
 from compress.groups.proof import prove
 
 Blocks = list[list[Any]]
@@ -300,7 +300,7 @@ def check(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     keep = {
         g.name: draw.permutation(g.size)[: draw.integers(1, g.size + 1)] for g in network.groups
     }
-    difference = prove(model, make_plan(network, keep), x[:2])
+    difference = prove(model, make_prune_plan(network, keep), x[:2])
     assert difference < 1e-4, f"a random plan differs from its masked reference: {difference}"
     plan = compress.plan_pruning(model, x[:1], criterion="l1", keep_macs=0.7)
     small = compress.apply_pruning(model, plan)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from compress.errors import PlanError, UnknownNameError
-from compress.groups import Network, cutting, trace
+from compress.groups import Network, trace
 from compress.groups.mask import mask_pruning
-from compress.groups.plan import PrunePlan, make_plan
+from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import apply_pruning, prove
 
 
@@ -30,7 +30,7 @@ def random_keep(network: Network, seed: int) -> dict[str, np.ndarray]:
 
 def random_plan(name: str, seed: int = 0) -> PrunePlan:
     network = trace(zoo.build(name), zoo.inputs(name))
-    return make_plan(network, random_keep(network, seed), seed=seed)
+    return make_prune_plan(network, random_keep(network, seed), seed=seed)
 
 
 def answers(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
@@ -43,7 +43,7 @@ def test_any_cut_equals_its_masked_reference(name: str) -> None:
     model, inputs = zoo.build(name), zoo.inputs(name)
     network = trace(model, inputs)
     for seed in range(2):
-        plan = make_plan(network, random_keep(network, seed))
+        plan = make_prune_plan(network, random_keep(network, seed))
         assert prove(model, plan, inputs) < 1e-5, f"plan of seed {seed}"
 
 
@@ -54,8 +54,8 @@ def test_large_tensors_are_cut_in_pieces_to_the_same_result(
 ) -> None:
     model, plan = zoo.build(name), random_plan(name)
     at_once = apply_pruning(model, plan).state_dict()
-    monkeypatch.setattr(cutting, "_LARGE_BYTES", 0)
-    monkeypatch.setattr(cutting, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("compress.groups.cut._LARGE_BYTES", 0)
+    monkeypatch.setattr("compress.groups.cut._PIECE_BYTES", piece_bytes)
     in_pieces = apply_pruning(model, plan).state_dict()
     assert at_once.keys() == in_pieces.keys()
     for key, tensor in at_once.items():
@@ -122,7 +122,7 @@ def _misaligned(plan: PrunePlan, tensor: str) -> PrunePlan:
 def test_a_wrong_cut_fails_the_proof_though_its_shapes_are_right(tensor: str) -> None:
     model, inputs = zoo.build("Residual"), zoo.inputs("Residual")
     network = trace(model, inputs)
-    plan = make_plan(network, {"body.0.conv1": np.arange(0, 12, 2)})
+    plan = make_prune_plan(network, {"body.0.conv1": np.arange(0, 12, 2)})
     assert prove(model, plan, inputs) < 1e-5
     wrong = _misaligned(plan, tensor)
     assert answers(apply_pruning(model, wrong), inputs)[0].shape == (2, 5)
@@ -147,7 +147,7 @@ def test_the_twin_is_zero_where_cut_and_unchanged_elsewhere(name: str) -> None:
 def test_norms_of_the_twin_count_kept_channels_only() -> None:
     model, inputs = zoo.build("GroupNormed"), zoo.inputs("GroupNormed")
     network = trace(model, inputs)
-    plan = make_plan(network, {"body.3": np.arange(8)})
+    plan = make_prune_plan(network, {"body.3": np.arange(8)})
     reference = mask_pruning(model, plan)
     plain = copy.deepcopy(model)
     plain.load_state_dict(reference.state_dict())
@@ -195,7 +195,7 @@ def test_pruning_a_pruned_network_composes_into_one_plan(name: str) -> None:
     first = random_plan(name, seed=3)
     middle = apply_pruning(model, first)
     network = trace(middle, inputs)
-    later = make_plan(network, random_keep(network, 4))
+    later = make_prune_plan(network, random_keep(network, 4))
     assert prove(middle, later, inputs) < 1e-5
     both = PrunePlan.from_json(first.then(later).to_json())
     small, direct = apply_pruning(middle, later), apply_pruning(model, both)
@@ -278,20 +278,20 @@ def test_a_masked_reference_can_be_copied_and_left_by_an_exception() -> None:
 def test_units_that_cannot_be_kept(keep: dict[str, list[int]], message: str) -> None:
     network = trace(zoo.build("Plain"), zoo.inputs("Plain"))
     with pytest.raises(PlanError, match=message):
-        make_plan(network, keep)
+        make_prune_plan(network, keep)
 
 
 def test_a_group_that_does_not_exist_is_named_with_its_neighbours() -> None:
     network = trace(zoo.build("Plain"), zoo.inputs("Plain"))
     message = r"no such group 'stem'\. Did you mean 'stem\.0'.*Known: body"
     with pytest.raises(UnknownNameError, match=message):
-        make_plan(network, {"stem": [1]})
+        make_prune_plan(network, {"stem": [1]})
 
 
 def test_what_a_plan_remembers_must_be_json() -> None:
     network = trace(zoo.build("Plain"), zoo.inputs("Plain"))
     with pytest.raises(PlanError, match="is not JSON"):
-        make_plan(network, {}, criterion=object())
+        make_prune_plan(network, {}, criterion=object())
 
 
 @pytest.mark.parametrize("verb", [apply_pruning, mask_pruning], ids=lambda verb: verb.__name__)
@@ -354,5 +354,5 @@ def test_every_torchvision_cnn_is_cut_and_proved() -> None:
         side = 224 if small else 64
         image = torch.randn(1, 3, side, side)
         network = trace(model, image)
-        differences[name] = prove(model, make_plan(network, random_keep(network, 0)), image)
+        differences[name] = prove(model, make_prune_plan(network, random_keep(network, 0)), image)
     assert {name: d for name, d in differences.items() if not d < 1e-4} == {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.errors import EngineError, ModelError
 from compress.graph.shapes import shapes_of
-from compress.measure import complete_shapes, count, count_onnx, node_macs, size_mib
+from compress.measure import complete_shapes, count_module, count_onnx, node_macs, size_mib
 
 
 class Shared(nn.Module):
@@ -64,27 +64,27 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_count_equals_the_closed_formula(name: str) -> None:
     model, params, macs = CASES[name]
-    counted = count(model, torch.zeros(1, 4, 8, 8))
+    counted = count_module(model, torch.zeros(1, 4, 8, 8))
     assert (counted.params, counted.macs) == (params, macs)
 
 
 def test_count_takes_several_inputs_by_position_or_name() -> None:
     left, right = torch.zeros(1, 4), torch.zeros(1, 5)
-    assert count(TwoInputs(), (left, right)).macs == 27
-    assert count(TwoInputs(), {"right": right, "left": left}).macs == 27
+    assert count_module(TwoInputs(), (left, right)).macs == 27
+    assert count_module(TwoInputs(), {"right": right, "left": left}).macs == 27
 
 
 def test_count_leaves_the_model_as_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).train()
     before = copy.deepcopy(model.state_dict())
-    count(model, torch.randn(1, 4, 8, 8))
+    count_module(model, torch.randn(1, 4, 8, 8))
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_count_explains_an_input_that_does_not_fit() -> None:
     with pytest.raises(ModelError, match=r"forward pass fails.*shape of the example input"):
-        count(nn.Conv2d(4, 8, 3), torch.zeros(1, 3, 8, 8))
+        count_module(nn.Conv2d(4, 8, 3), torch.zeros(1, 3, 8, 8))
 
 
 def graph_of(
@@ -211,7 +211,7 @@ def test_exported_network_has_the_macs_of_its_module(tmp_path: Path) -> None:
         ),
     )
     onnx.save(exported, tmp_path / "m.onnx")
-    assert count_onnx(tmp_path / "m.onnx") == count(model, torch.zeros(1, 4, 8, 8))
+    assert count_onnx(tmp_path / "m.onnx") == count_module(model, torch.zeros(1, 4, 8, 8))
 
 
 def test_free_image_size_is_an_error_that_says_where() -> None:

@@ -15,7 +15,7 @@ from compress import models
 from compress.errors import ModelError, UnknownNameError, UsageError
 from compress.groups.proof import apply_pruning
 from compress.models.cifar import resnet8, resnet20
-from compress.models.references import accepts, check
+from compress.models.references import check_reference, class_option
 from compress.models.weights import read_weights
 from compress.prune import plan_pruning
 
@@ -56,8 +56,31 @@ def test_timm_networks_are_built_by_name():
 def test_a_factory_in_a_file_gets_its_options(network_file):
     model = models.load_model(f"{network_file}:factory", num_classes=3, options={"width": 6})
     assert (model[0].out_channels, model[3].out_features) == (6, 3)
-    assert accepts(f"{network_file}:factory", "num_classes")
-    assert not accepts(f"{network_file}:plain", "num_classes")
+    assert class_option(f"{network_file}:factory") == "num_classes"
+    assert class_option(f"{network_file}:plain") is None
+
+
+@pytest.mark.parametrize(
+    ("signature", "options", "built"),
+    [
+        ("classes=1, **kwargs", {}, (7, {})),  # as in segmentation_models_pytorch
+        ("n_classes: int = 2", {}, (7, {})),
+        ("**kwargs", {}, (None, {"num_classes": 7})),
+        ("classes=('cat', 'dog'), **kwargs", {}, (("cat", "dog"), {"num_classes": 7})),
+        ("classes=1, **kwargs", {"classes": 3}, (3, {})),
+        ("num_classes=5", {"num_classes": 0}, (0, {})),
+        ("width=4", {}, (4, {})),
+    ],
+)
+def test_the_count_of_classes_goes_by_other_names_too(tmp_path, signature, options, built):
+    first = signature.partition("=")[0].partition(":")[0].strip().lstrip("*").partition(",")[0]
+    more = "kwargs" if "kwargs" in signature else "{}"
+    (tmp_path / "net.py").write_text(
+        f"from torch import nn\ndef net({signature}):\n    made = nn.Linear(2, 2)\n"
+        f"    made.built = ({'None' if first == 'kwargs' else first}, {more})\n    return made\n"
+    )
+    model = models.load_for(7, f"{tmp_path}/net.py:net", options=options)
+    assert model.built == built
 
 
 @pytest.mark.parametrize(
@@ -86,9 +109,9 @@ def test_an_option_that_the_constructor_has_not_is_named(network_file):
 
 
 def test_checking_a_reference_does_not_build_it(network_file):
-    check(f"{network_file}:broken")
+    check_reference(f"{network_file}:broken")
     with pytest.raises(UnknownNameError):
-        check("torchvision:resnet81")
+        check_reference("torchvision:resnet81")
 
 
 def test_a_file_that_fails_to_import_is_named(tmp_path):
@@ -213,6 +236,43 @@ def test_a_new_head_keeps_its_own_weights_and_takes_the_rest(tmp_path):
     assert torch.equal(model.conv1.weight, source.conv1.weight)
 
 
+class Dense(nn.Module):
+    """A head of 3 x 3 behind layers of 1 x 1, as in decoders for segmentation."""
+
+    def __init__(self, num_classes=2):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.head = nn.Conv2d(4, num_classes, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(self.stem(x))
+
+
+def test_a_new_head_is_what_has_other_outputs_whatever_layer_that_is(tmp_path, monkeypatch):
+    source = Dense(5)
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    monkeypatch.setattr("compress.models.construct", lambda *_args, **_options: Dense(3))
+    model = models.load_model("own:Dense", tmp_path / "weights.pth", 3, new_head=True)
+    assert model.head.out_channels == 3 and torch.equal(model.stem.weight, source.stem.weight)
+
+
+def test_published_weights_of_a_detector_serve_other_classes(monkeypatch):
+    from torchvision.models import _api, get_model
+
+    name = "ssdlite320_mobilenet_v3_large"
+    published = get_model(name, weights=None, weights_backbone=None, num_classes=91)
+    monkeypatch.setattr(
+        _api, "load_state_dict_from_url", lambda *_args, **_options: published.state_dict()
+    )
+    model = models.load_model(f"torchvision:{name}", "COCO_V1", 4)
+    own, theirs = model.state_dict(), published.state_dict()
+    other = {key for key in own if own[key].shape != theirs[key].shape}
+    assert other and all("classification_head" in key for key in other)
+    assert all(torch.equal(own[key], theirs[key]) for key in own.keys() - other)
+    rows = models.check_forward(model, torch.rand(1, 3, 64, 64))
+    assert rows[1] == 4 + 3  # boxes, and the classes without the background
+
+
 def test_a_missing_weight_file_is_named():
     with pytest.raises(ModelError, match="no such weight file"):
         models.load_model("compress.models.cifar:resnet8", "none.pth")
@@ -228,6 +288,30 @@ def test_a_forward_that_fails_says_on_what_and_leaves_the_mode():
     with pytest.raises(ModelError, match=r"fails on an input of shape \(1, 3, 8, 8\)"):
         models.check_forward(model, torch.zeros(1, 3, 8, 8))
     assert model.training
+
+
+class Halving(nn.Module):
+    """Adds to an image what it is when halved and enlarged again, as U-Nets do."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.steps = nn.Sequential(*[nn.Conv2d(3, 3, 3, 2, 1) for _ in range(times)])
+
+    def forward(self, x):
+        return x + nn.functional.interpolate(self.steps(x), scale_factor=2 ** len(self.steps))
+
+
+@pytest.mark.parametrize(
+    ("times", "size", "said"),
+    [(3, (62, 90), "64 x 96, multiples of 8"), (5, (96, 100), "96 x 128")],
+)
+def test_the_size_that_a_network_takes_is_told(times, size, said):
+    model = Halving(times)
+    with pytest.raises(ModelError, match=f"forward pass fails .* It runs at {said}"):
+        models.check_forward(model, torch.zeros(1, 3, *size))
+    assert models.check_forward(model, torch.zeros(1, 3, 64, 128)) == (1, 3, 64, 128)
+    with pytest.raises(ModelError, match="Check the image size and channels"):
+        models.check_forward(model, torch.zeros(1, 4, *size))
 
 
 def test_classes_that_do_not_match_are_counted():

@@ -16,11 +16,14 @@ from scipy.spatial import KDTree
 from tiny_detectors import KINDS, WITH_BACKGROUND, detector
 from torch import nn
 from torchvision.models import get_model  # noqa: TID253
+from torchvision.models.detection import KeypointRCNN  # noqa: TID253
+from torchvision.ops import MultiScaleRoIAlign  # noqa: TID253
 
 import compress
-from compress.errors import QuantizationError
+from compress.errors import ModelError, QuantizationError
 from compress.graph.nms import Nms
 from compress.groups.proof import prove
+from compress.models import check_forward
 from compress.modules.detectors import before_nms
 from compress.qdq import TARGETS
 from compress.quantize.sqnr import sqnr_db
@@ -146,6 +149,7 @@ def test_its_own_loss_trains_a_pruned_detector(kind):
 
 RELOAD = """
 import sys, torch, compress
+from compress.models import check_forward
 from compress.modules.detectors import before_nms
 for folder in sys.argv[1:]:
     model = before_nms(compress.load_model(folder).eval())
@@ -177,6 +181,45 @@ def test_no_part_of_a_detector_changes_its_mode() -> None:
     modes = [part.training for part in model.modules()]
     assert before_nms(model) is not None
     assert [part.training for part in model.modules()] == modes
+
+
+class Wrapped(nn.Module):
+    """A detector of somebody's own around one of torchvision's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_detectors.retinanet()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x)
+
+
+def keypoint_rcnn() -> nn.Module:
+    return KeypointRCNN(
+        tiny_detectors.Backbone(),
+        4,
+        rpn_anchor_generator=tiny_detectors.anchors(),
+        box_roi_pool=MultiScaleRoIAlign(["0", "1"], 3, 2),
+        keypoint_roi_pool=MultiScaleRoIAlign(["0", "1"], 3, 2),
+        keypoint_layers=(8,),
+        num_keypoints=2,
+        rpn_post_nms_top_n_test=4,
+        **tiny_detectors.SIZES,
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [
+        (keypoint_rcnn, "boxes, labels, scores, keypoints, keypoints_scores"),
+        (Wrapped, "boxes, scores, labels"),
+    ],
+)
+def test_a_network_that_returns_lists_after_nms_is_refused(build, named) -> None:
+    with pytest.raises(ModelError) as caught:
+        check_forward(build(), torch.rand(2, 3, 64, 64))
+    assert f"returns {named} of each image after NMS" in str(caught.value)
+    assert "fasterrcnn_resnet50_fpn in place of maskrcnn_resnet50_fpn" in str(caught.value)
 
 
 def test_other_networks_are_left_as_they_are() -> None:

@@ -16,7 +16,7 @@ from compress import pipeline
 from compress.errors import RecipeError
 from compress.export import export_onnx
 from compress.models import load_model
-from compress.recipe.loading import from_anywhere, validate
+from compress.recipe.loading import from_anywhere, validate_recipe
 from compress.report.run_folder import RunFolder, default_folder
 
 OWN = """
@@ -103,10 +103,20 @@ def test_check_builds_networks_that_fit(here, compress):
     ],
 )
 def test_names_are_known_before_the_first_stage(here, stages, said):
-    chosen = validate(content("net.py:net", *stages), where="r")
+    chosen = validate_recipe(content("net.py:net", *stages), where="r")
     with pytest.raises(RecipeError) as error:
         pipeline.run(chosen, "out")
     assert said in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_too_few_calibration_images_are_found_before_the_first_stage(here):
+    pixels, classes = np.zeros((32, 8, 8, 1), np.uint8), np.arange(32) % 10
+    np.savez("few.npz", x_train=pixels[:12], y_train=classes[:12], x_test=pixels, y_test=classes)
+    few = {"data": {"name": "npz", "root": "few.npz"}}
+    chosen = validate_recipe(content("net.py:net", CUT, {"quantize": {}}, **few), where="r")
+    with pytest.raises(RecipeError, match=r"stages\[1\].quantize: data 'npz' has 6 calibration im"):
+        pipeline.run(chosen, "out")
     assert not Path("out").exists()
 
 
@@ -134,7 +144,7 @@ def test_a_corrected_command_goes_on_in_the_same_folder(here, compress):
 
 
 def test_the_default_folder_gets_a_number_when_it_is_taken(here):
-    chosen = {n: validate({**content("net.py:net", CUT), "name": "p", "seed": n}, where="r")
+    chosen = {n: validate_recipe({**content("net.py:net", CUT), "name": "p", "seed": n}, where="r")
               for n in (1, 2, 3)}  # fmt: skip
     assert default_folder(chosen[1]) == Path("runs/p")
     Path("runs/p-2").mkdir(parents=True)
@@ -153,7 +163,7 @@ def test_a_run_works_from_any_directory_and_where_it_was_moved(here, monkeypatch
     labels = random.integers(0, 10, 60)
     np.savez("d.npz", x_train=pixels[20:], y_train=labels, x_test=pixels[:20], y_test=labels[:20])
     given = content("net.py:net", CUT, data={"name": "npz", "root": "d.npz", "calibration": 8})
-    pipeline.run(validate(given, where="r"), "run")
+    pipeline.run(validate_recipe(given, where="r"), "run")
     image = torch.zeros(1, 1, 8, 8)
     expected = load_model("run")(image)
     (here / "else").mkdir()

@@ -14,7 +14,7 @@ from compress.data import load_data
 from compress.models import load_model
 from compress.pipeline import cautions
 from compress.pipeline.report_rows import gates
-from compress.recipe.loading import validate
+from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant
 from compress.report.terminal import gate_sentence
@@ -33,7 +33,7 @@ def recipe(*stages, **changes):
         "targets": TARGETS,
         "measure": QUICK,
     }
-    return validate(content | changes, where="test")
+    return validate_recipe(content | changes, where="test")
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_an_untrained_segmentation_network_is_found(tmp_path):
     report = pipeline.run(chosen, tmp_path / "run")
     assert "random values" in report.untrained
     trust = json.loads((tmp_path / "run/00-original/metrics.json").read_text())["facts"]["trust"]
-    assert (trust["metric"], trust["at_chance"]) == ("miou", True)
+    assert (trust["metric"], trust["at_chance"]) == ("mIoU", True)
 
 
 def test_few_steps_an_epoch_are_told_with_a_batch_size_that_has_more():

@@ -14,7 +14,7 @@ import yaml
 import compress
 from compress.artifact import read_json, sha256
 from compress.models.cifar import resnet8
-from compress.quantize import calibrate, make_plan, write_qdq
+from compress.quantize import calibrate, make_quant_plan, write_qdq
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
 
@@ -92,7 +92,9 @@ def test_ranges_do_not_depend_on_threads_nor_order(graph, observer, tried):
         ([every[order(32, 2)][i : i + 1] for i in range(32)], 2),
     ]
     plans = [
-        make_plan(calibrate(model, batches, threads=count), target="tensorrt", observer=observer)
+        make_quant_plan(
+            calibrate(model, batches, threads=count), target="tensorrt", observer=observer
+        )
         for batches, count in ways
     ]
     assert all(plan.to_json() == plans[0].to_json() for plan in plans[1:])
@@ -110,7 +112,7 @@ def test_quantized_graphs_are_the_same_bytes(graph, target, tmp_path, tried):
     assert len(found) == 1
     statistics = calibrate(onnx.load(graph), [images().numpy()])
     written = {
-        write_qdq(onnx.load(graph), make_plan(statistics, target=target)).SerializeToString()
+        write_qdq(onnx.load(graph), make_quant_plan(statistics, target=target)).SerializeToString()
         for _ in range(2)
     }
     assert len(written) == 1

@@ -10,7 +10,7 @@ from onnx import TensorProto, load
 
 from compress import pipeline
 from compress.pipeline.measure import places
-from compress.recipe.loading import validate
+from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import Target
 from compress.report.schema import Report
 
@@ -32,7 +32,7 @@ RECIPE = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Report]:
     """A network that only becomes half as precise: no stage, three fp16 targets."""
     folder = tmp_path_factory.mktemp("runs") / "halves"
-    return folder, pipeline.run(validate(RECIPE, where="test"), folder)
+    return folder, pipeline.run(validate_recipe(RECIPE, where="test"), folder)
 
 
 def test_an_fp16_target_of_the_original_alone_is_measured_in_fp16(

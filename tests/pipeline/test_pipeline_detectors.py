@@ -12,7 +12,7 @@ import pytest
 import tiny_detectors
 
 import compress
-from compress.recipe.loading import validate
+from compress.recipe.loading import validate_recipe
 
 DATA = Path(os.environ.get("COMPRESS_DATA", Path(__file__).parents[3] / "shared" / "data")) / "bccd"
 COUNTS = {"train": 44, "val": 6, "test": 6}
@@ -61,7 +61,7 @@ def content(kind: str, root: Path, task: Any = "detection") -> dict[str, Any]:
 @pytest.mark.parametrize("kind", tiny_detectors.KINDS)
 def test_a_detector_goes_through_the_whole_pipeline(kind, cells, tmp_path):
     task = {"detection": {"nms_in_graph": True}} if kind == "retinanet" else "detection"
-    recipe = validate(content(kind, cells, task), where="test")
+    recipe = validate_recipe(content(kind, cells, task), where="test")
     assert compress.run(recipe, tmp_path / "run") is not None
     report = json.loads((tmp_path / "run/report.json").read_text())
     names = [variant["name"] for variant in report["variants"]]

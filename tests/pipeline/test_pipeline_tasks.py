@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +21,8 @@ from compress.data import load_data, targets_of
 from compress.data._augment import CHANCES, Chance, augment_with_labels
 from compress.errors import CompressError, UsageError
 from compress.modules.objective import TaskLoss
-from compress.recipe.loading import validate
+from compress.pipeline.changed_images import drawn_changes
+from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.tasks import load_task
 from compress.train import train
@@ -65,7 +70,7 @@ def content(root: Path, **changes: object) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def report(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     out = tmp_path_factory.mktemp("run")
-    assert compress.run(validate(content(root), where="test"), out) is not None
+    assert compress.run(validate_recipe(content(root), where="test"), out) is not None
     told: dict[str, object] = json.loads((out / "report.json").read_text())
     told["folder"] = out
     return told
@@ -93,19 +98,62 @@ def test_its_gate_and_verdict_are_about_its_primary_metric(report):
     last = report["variants"][-1]["results"][0]
     assert gates[0]["measured"] == pytest.approx(last["changes"]["miou"]["drop"])
     assert gates[0]["passed"] == (gates[0]["measured"] <= 30)
-    assert "miou" in report["verdict"] and "top-1" not in report["verdict"]
+    assert "mIoU" in report["verdict"] and "top-1" not in report["verdict"]
     assert not report["details"].get("confusions")
 
 
 @pytest.mark.slow
 def test_its_tables_have_its_metrics_and_no_top_1(report):
     text = (report["folder"] / "report.md").read_text()
-    assert "miou" in text and "Top-1" not in text
+    assert "mIoU, %" in text and "Change of pixel accuracy" in text
+    assert "Top-1" not in text and "miou" not in text and "pixel_accuracy" not in text
+
+
+def test_images_on_which_nothing_changed_are_not_drawn_as_changed(root):
+    dataset = load_data(validate_recipe(content(root), where="test").data)
+    context: Any = SimpleNamespace(
+        task=load_task("segmentation", classes=dataset.classes), dataset=dataset
+    )
+    before = [{"class_map": np.zeros((16, 20), np.uint8)} for _ in range(8)]
+    after = [*before]
+    after[3] = {"class_map": np.ones((16, 20), np.uint8)}
+
+    def drawn(candidate: list[dict[str, Any]]) -> list[int]:
+        pair: Any = [SimpleNamespace(predictions=each) for each in (before, candidate)]
+        return [each.index for each in drawn_changes(context, ("pruned", "onnxruntime"), *pair)]
+
+    assert drawn(after) == [3]
+    assert drawn(before) == [0, 1]  # how it looks at all
+    assert len(drawn([{"class_map": each["class_map"] + 1} for each in before])) == 6
+
+
+@pytest.mark.parametrize("task", ["detection", {"fidelity": {"of": "detection"}}])
+def test_boxes_on_small_images_are_drawn_enlarged_where_they_are(root, task):
+    dataset = load_data(validate_recipe(content(root), where="test").data)
+    chosen: Any = load_task(task, classes=dataset.classes)
+    object.__setattr__(chosen, "kinds", {})  # nothing is wanted: the data has masks
+    row = np.array([[4.0, 2, 12, 10, 0.9, 1]], np.float32)  # of 16 x 20 pixels
+    found = {"output": row} if task != "detection" else chosen.predict({"output": row[None]})[0]
+    lost = {"output": row * [1, 1, 1, 1, 0, 1]} if task != "detection" else {
+        name: value[:0] for name, value in found.items()
+    }  # fmt: skip
+    pair: Any = [SimpleNamespace(predictions=[each] * 8) for each in (found, lost)]
+    context: Any = SimpleNamespace(task=chosen, dataset=dataset)
+    first = drawn_changes(context, ("pruned", "onnxruntime"), *pair)[0]
+    before, after, change = (
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(each.split(",")[1]))).convert("RGB"))
+        for each in (first.before, first.after, str(first.change))
+    )
+    assert before.shape[:2] == (192, 240)
+    for drawn in (before, change):
+        seen = np.abs(drawn.astype(int) - after).sum(2) > 90  # more than few colours change
+        rows, columns = np.nonzero(seen[30:])  # below its name
+        assert (columns.min(), columns.max(), rows.max() + 30) == (48, 144, 120)
 
 
 @pytest.mark.slow
 def test_its_metrics_are_those_of_the_file_that_ships(report, root):
-    recipe = validate(content(root), where="test")
+    recipe = validate_recipe(content(root), where="test")
     dataset = load_data(recipe.data, recipe.seed)
     row = report["variants"][-1]
     with compress.open_session(report["folder"] / row["artifact"], "onnxruntime") as session:
@@ -137,7 +185,7 @@ def test_its_metrics_are_those_of_the_file_that_ships(report, root):
 def test_what_does_not_fit_the_task_is_refused(root, tmp_path, changes, message):
     changes = {"stages": [], "targets": [], "gates": {}} | changes
     with pytest.raises(CompressError, match=message):
-        compress.run(validate(content(root, **changes), where="test"), tmp_path / "run")
+        compress.run(validate_recipe(content(root, **changes), where="test"), tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", ["ssd", "retinanet"])
@@ -150,7 +198,7 @@ def test_a_detector_of_images_with_classes_names_the_nearest_task(kind, tmp_path
     with pytest.raises(
         CompressError, match=r"classification does not .*\(4, \d+, \d+\).* detection"
     ):
-        compress.run(validate(recipe, where="test"), tmp_path / "run")
+        compress.run(validate_recipe(recipe, where="test"), tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -162,13 +210,13 @@ def test_a_detector_is_pruned_on_images_without_labels(root, tmp_path):
         "stages": [{"prune": {"keep_macs": 0.7}}],
         "measure": {"rounds": 3, "round_ms": 1},
     }
-    assert compress.run(validate(recipe, where="test"), tmp_path / "run") is not None
+    assert compress.run(validate_recipe(recipe, where="test"), tmp_path / "run") is not None
     small = compress.load_model(tmp_path / "run" / "01-prune")  # of the 91 classes it comes with
     assert small.head.classification_head.num_columns == 91
 
 
 def test_the_best_checkpoint_is_that_of_the_primary_metric(root):
-    recipe = validate(content(root), where="test")
+    recipe = validate_recipe(content(root), where="test")
     dataset, task = load_data(recipe.data), load_task("segmentation", classes=("a", "b", "c"))
     model = compress.load_model("compress.models.cifar:unet", num_classes=3)
     settings = TrainSettings(epochs=3, batch_size=8, lr=0.05, keep="best")
@@ -197,7 +245,7 @@ def chances(count: int, **fixed: float) -> Tensor:
     ],
 )
 def test_masks_move_with_images(root, settings):
-    dataset = load_data(validate(content(root), where="test").data)
+    dataset = load_data(validate_recipe(content(root), where="test").data)
     index = np.arange(8)
     images, masks = dataset.splits["train"].take(index), targets_of(dataset.splits["train"], index)
     moved, moved_masks = augment_with_labels(images, masks, chances(8), settings, Tensor.float)

@@ -60,13 +60,16 @@ def carried_out(name: str, out: Path, *overrides: str) -> dict[str, Any]:
     return report
 
 
+TITLES = {"psnr": "PSNR", "recall_at_k": "recall at 1", "map": "mAP"}
+
+
 def check_language(report: dict[str, Any], out: Path, metric: str, unit: str) -> None:
     """The metric with its unit is told everywhere, and nothing of one class an image anywhere."""
     for variant in report["variants"]:
         result = variant["results"][0]
         assert result["primary"] == metric and result["metrics"][metric]["unit"] == unit
         assert not {"top1_pct", "top5_pct", "ece_pct"} & result.keys()
-    assert metric in report["verdict"]
+    assert TITLES[metric] in report["verdict"]
     page = (out / "report.html").read_text()
     assert not [
         word for word in ("Top-1", "top-1", "Confusion", "calibration error") if word in page

@@ -16,11 +16,10 @@ from compress.cli import app
 from compress.data import load_data
 from compress.errors import RunError
 from compress.pipeline import measure
-from compress.pipeline.context import RunContext, Variant
-from compress.pipeline.remeasure import Remeasured, measure_again
+from compress.pipeline.context import RunContext, RunVariant
 from compress.pipeline.task import task_of
-from compress.pipeline.verify import verify
-from compress.recipe.loading import validate
+from compress.pipeline.verify import Remeasured, measure_again, verify_files
+from compress.recipe.loading import validate_recipe
 from compress.report.run_folder import RunFolder
 
 RECIPE = {
@@ -43,7 +42,7 @@ RECIPE = {
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "small"
-    pipeline.run(validate(RECIPE, where="test"), folder)
+    pipeline.run(validate_recipe(RECIPE, where="test"), folder)
     return folder
 
 
@@ -98,17 +97,19 @@ def test_every_file_of_an_engine_is_recorded_with_what_it_was_built_from(run: Pa
     for name in files:
         assert recorded[name]["parent"] == recorded["00-train/model.onnx"]["sha256"]
     (run / "00-train/model.openvino-b1.bin").write_bytes(b"other weights")
-    assert [finding.path for finding in verify(run).findings] == ["00-train/model.openvino-b1.bin"]
+    assert [finding.path for finding in verify_files(run).findings] == [
+        "00-train/model.openvino-b1.bin"
+    ]
 
 
 def test_an_engine_of_another_graph_is_built_anew(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = validate(RECIPE, where="test")
+    recipe = validate_recipe(RECIPE, where="test")
     dataset = load_data(recipe.data, recipe.seed)
     context = RunContext(recipe, RunFolder(run), dataset, task_of(recipe, dataset))
     variants = context.run.result(run / "00-train")["variants"]
-    original = Variant(**variants[0])
+    original = RunVariant(**variants[0])
     built: list[Path] = []
     monkeypatch.setattr(measure, "build_engine", lambda source, out, **_: built.append(out))
     target = recipe.targets[1]
@@ -120,7 +121,7 @@ def test_an_engine_of_another_graph_is_built_anew(
 
 
 def test_the_report_knows_the_images_that_ranges_were_taken_from(run: Path) -> None:
-    data = load_data(validate(RECIPE, where="test").data, 0)
+    data = load_data(validate_recipe(RECIPE, where="test").data, 0)
     pixels = data.splits["calibration"].take(range(32)).numpy().tobytes()
     told = read_json(run / "report.json")["provenance"]["data"]["calibration_sha256"]
     assert told == hashlib.sha256(pixels).hexdigest()
@@ -147,9 +148,9 @@ def test_intervals_that_touch_are_no_difference(run: Path) -> None:
 def test_elsewhere_answers_may_round_differently_and_speed_is_not_compared(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = environment.describe()
+    here = environment.describe_machine()
     there = here | {"device": here["device"] | {"cpu": "another"}}
-    monkeypatch.setattr(environment, "describe", lambda: there)
+    monkeypatch.setattr(environment, "describe_machine", lambda: there)
     result = json.loads((run / "report.json").read_text())["variants"][1]["results"][0]
     low, high = result["top1_ci95"]
     edit(run, top1_pct=low)

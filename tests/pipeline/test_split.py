@@ -250,7 +250,7 @@ def test_what_crosses_beside_the_tensor_is_said(
 ) -> None:
     nodes = onnx.load(resnet).graph.node
     inside = next(n for n in nodes[3:] if n.op_type == "Relu").output[0]
-    with progress.shown():
+    with progress.show_progress():
         split = split_onnx(resnet, tmp_path, at=inside, timing=BRIEF)
     others = set(split.cut.crossing) - {inside}
     said = capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 
 from compress import artifact
 from compress.errors import RunError
-from compress.pipeline.verify import verify
+from compress.pipeline.verify import verify_files
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def run(tmp_path: Path) -> Path:
     (root / "00-train/model.onnx").write_bytes(b"first")
     (root / "00-train/model.int8.onnx").write_bytes(b"second")
     (root / "report.md").write_text("numbers")
-    first = artifact.describe(root / "00-train/model.onnx", root=root, stage="00-train")
-    second = artifact.describe(
+    first = artifact.describe_file(root / "00-train/model.onnx", root=root, stage="00-train")
+    second = artifact.describe_file(
         root / "00-train/model.int8.onnx", root=root, stage="01-quantize", parent=first.sha256
     )
     record = {"schema": 1, "recipe": {}, "artifacts": [first.to_json(), second.to_json()]}
@@ -36,7 +36,7 @@ def change(run: Path, **values: Any) -> None:
 
 
 def test_an_untouched_run_is_intact(run: Path) -> None:
-    found = verify(run)
+    found = verify_files(run)
     assert found.intact
     assert found.files == ("00-train/model.onnx", "00-train/model.int8.onnx")
     assert found.unrecorded == ("report.md",)
@@ -46,7 +46,7 @@ def test_an_untouched_run_is_intact(run: Path) -> None:
 def test_a_changed_file_is_named_with_both_hashes(run: Path) -> None:
     expected = artifact.sha256(run / "00-train/model.onnx")
     (run / "00-train/model.onnx").write_bytes(b"firsT")
-    (finding,) = verify(run).findings
+    (finding,) = verify_files(run).findings
     assert (finding.path, finding.problem) == ("00-train/model.onnx", "changed")
     assert expected in str(finding)
     assert artifact.sha256(run / "00-train/model.onnx") in str(finding)
@@ -54,7 +54,7 @@ def test_a_changed_file_is_named_with_both_hashes(run: Path) -> None:
 
 def test_a_missing_file_is_named(run: Path) -> None:
     (run / "00-train/model.int8.onnx").unlink()
-    (finding,) = verify(run).findings
+    (finding,) = verify_files(run).findings
     assert str(finding).startswith(
         "00-train/model.int8.onnx: missing; expected a file with SHA-256"
     )
@@ -64,9 +64,9 @@ def test_a_parent_that_nobody_wrote_is_named(run: Path) -> None:
     entries = artifact.read_json(run / "run.json")["artifacts"]
     entries[1]["parent"] = "0" * 64
     change(run, artifacts=entries)
-    (finding,) = verify(run).findings
+    (finding,) = verify_files(run).findings
     assert finding.problem == "parent unknown"
-    assert not verify(run).intact
+    assert not verify_files(run).intact
 
 
 @pytest.mark.parametrize("path", ["../secret", "/etc/hostname"])
@@ -74,14 +74,14 @@ def test_a_record_cannot_point_outside_the_run(run: Path, path: str) -> None:
     (run.parent / "secret").write_text("x")
     entries = artifact.read_json(run / "run.json")["artifacts"]
     change(run, artifacts=[entries[0] | {"path": path}])
-    (finding,) = verify(run).findings
+    (finding,) = verify_files(run).findings
     assert finding.problem == "outside the run folder"
     assert not finding.found
 
 
 def test_verifying_changes_nothing(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    verify(run)
+    verify_files(run)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -100,12 +100,12 @@ def test_verifying_changes_nothing(run: Path) -> None:
 def test_a_record_that_cannot_be_used_is_explained(run: Path, values: Any, message: str) -> None:
     change(run, **values)
     with pytest.raises(RunError, match=message):
-        verify(run)
+        verify_files(run)
 
 
 def test_a_folder_without_a_run_is_explained(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"holds no run.*a folder with run\.json"):
-        verify(tmp_path)
+        verify_files(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json: cannot be read as JSON"):
-        verify(tmp_path)
+        verify_files(tmp_path)

@@ -19,7 +19,7 @@ import compress
 from compress.cli import app
 from compress.errors import EngineError, PlanError
 from compress.groups import trace
-from compress.measure import count
+from compress.measure import count_module
 from compress.prune import latency as latency_budget
 from compress.prune import latency_table, latency_target, one_budget
 from compress.prune.latency import LayerTimes, knapsack
@@ -252,7 +252,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(*args)
 
         def _session(self, model: nn.Module, _stack: Any) -> Any:
-            return 0.2 + 1e-6 * count(model, self._example).macs
+            return 0.2 + 1e-6 * count_module(model, self._example).macs
 
         def _time(self, session: Any, _seconds: float) -> float:
             return self.pace * float(session)
@@ -265,7 +265,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestLatencyBudget:
     def test_the_promise_is_kept_and_used(self) -> None:
         plan = compress.plan_pruning(Net(), EXAMPLE, latency_ms=0.5)
-        took = 0.2 + 1e-6 * count(compress.apply_pruning(Net(), plan), EXAMPLE).macs
+        took = 0.2 + 1e-6 * count_module(compress.apply_pruning(Net(), plan), EXAMPLE).macs
         assert 0.4 <= took <= 0.5
         assert plan.about["latency"]["planned_ms"] == pytest.approx(took, abs=1e-3)
         assert plan.about["budget"] == {"latency_ms": 0.5, "runtime": "onnxruntime"}
@@ -291,9 +291,9 @@ class TestLatencyBudget:
             total = plan if total is None else total.then(plan)
         assert total is not None
         found = check_latency(small, model, total, EXAMPLE)
-        original_ms = 0.2 + 1e-6 * count(model, EXAMPLE).macs
+        original_ms = 0.2 + 1e-6 * count_module(model, EXAMPLE).macs
         assert found.measured_ms / found.promised_ms == pytest.approx(
-            (0.2 + 1e-6 * count(small, EXAMPLE).macs) / (0.5 * original_ms), rel=1e-3
+            (0.2 + 1e-6 * count_module(small, EXAMPLE).macs) / (0.5 * original_ms), rel=1e-3
         )
         assert found.missed is None
 

@@ -84,9 +84,9 @@ def test_cost_model_agrees_with_the_cut_network(model: nn.Module) -> None:
     cost = CostModel(network)
     counts = np.array([max(1, group.size // (2 + n)) for n, group in enumerate(network.groups)])
     keep = {g.name: np.arange(c) for g, c in zip(network.groups, counts, strict=True)}
-    from compress.groups.plan import make_plan
+    from compress.groups.plan import make_prune_plan
 
-    pruned = trace(compress.apply_pruning(model, make_plan(network, keep)), EXAMPLE)
+    pruned = trace(compress.apply_pruning(model, make_prune_plan(network, keep)), EXAMPLE)
     assert cost.total("macs", counts) == pruned.macs
     assert cost.total("params", counts) == pruned.params
     assert cost.total("macs", cost.sizes) == network.macs

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import compress
 from compress.errors import UsageError
 from compress.groups import trace
-from compress.groups.plan import make_plan
+from compress.groups.plan import make_prune_plan
 from compress.prune import refit
 
 
@@ -29,13 +29,20 @@ def twins(first: nn.Conv2d, second: nn.Module, between: nn.Module | None = None)
 def without_channel_1(model: nn.Module, example: Tensor) -> tuple[nn.Module, compress.PrunePlan]:
     network = trace(model, example)
     group = network.groups[0]
-    plan = make_plan(network, {group.name: np.delete(np.arange(group.size), 1)})
+    plan = make_prune_plan(network, {group.name: np.delete(np.arange(group.size), 1)})
     return compress.apply_pruning(model, plan), plan
 
 
 def images(count: int = 4) -> list[tuple[Tensor]]:
     draw = torch.Generator().manual_seed(2)
     return [(torch.randn(16, 3, 9, 9, generator=draw),) for _ in range(count)]
+
+
+def changed(layer: nn.Module, **sizes: object) -> nn.Module:
+    """Return a layer whose sizes are others than those it was built with, as dilated backbones."""
+    for name, value in sizes.items():
+        setattr(layer, name, value)
+    return layer
 
 
 CONSUMERS: dict[str, Callable[[], nn.Module]] = {
@@ -48,6 +55,19 @@ CONSUMERS: dict[str, Callable[[], nn.Module]] = {
     "enlarging": lambda: nn.ConvTranspose2d(6, 5, 4, 2, padding=(1, 0), bias=False),
     "uneven": lambda: nn.ConvTranspose2d(6, 5, (3, 2), (2, 1), output_padding=(1, 0), dilation=2),
     "cropping": lambda: nn.ConvTranspose2d(6, 5, 2, 2, padding=2),
+    "dilated later": lambda: changed(
+        nn.Conv2d(6, 5, 3, 2, padding=1), stride=(1, 1), dilation=(2, 2), padding=(2, 2)
+    ),
+    "by single numbers": lambda: changed(
+        nn.Conv2d(6, 5, 3, padding=2), stride=2, dilation=1, padding=0
+    ),
+    "same, dilated later": lambda: changed(nn.Conv2d(6, 5, 3, padding="same"), dilation=(2, 1)),
+    "of another weight": lambda: changed(
+        nn.Conv2d(6, 5, 1), weight=nn.Parameter(torch.randn(5, 6, 3, 3)), padding=1
+    ),
+    "transposed later": lambda: changed(
+        nn.ConvTranspose2d(6, 5, 3), stride=2, padding=(1, 1), output_padding=(1, 1), dilation=1
+    ),
 }
 
 
@@ -143,7 +163,7 @@ def test_what_one_branch_lost_the_one_that_runs_last_replaces(
     for first_last in (False, True):
         model = Branches(norm(), in_place=in_place, first_last=first_last).eval()
         network = trace(model, x[:1])
-        plan = make_plan(network, {"first.0": np.arange(2, 6)})
+        plan = make_prune_plan(network, {"first.0": np.arange(2, 6)})
         pruned = compress.apply_pruning(model, plan)
         before = (pruned(x) - model(x)).abs().mean()
         refit(pruned, model, plan, images(16))
@@ -185,7 +205,7 @@ def test_sums_are_the_same_ones_when_one_channel_is_left() -> None:
     torch.manual_seed(0)
     model = Gated().eval()
     x = torch.randn(8, 3, 9, 9)
-    plan = make_plan(trace(model, x[:1]), {"first": np.array([2])})
+    plan = make_prune_plan(trace(model, x[:1]), {"first": np.array([2])})
     pruned = compress.apply_pruning(model, plan)
     before = (pruned(x) - model(x)).square().mean()
     refit(pruned, model, plan, images(8))

@@ -7,7 +7,7 @@ from int8_graphs import GRAPHS, images
 
 from compress.packages import is_installed
 from compress.qdq import write_qdq
-from compress.quantize import calibrate, make_plan
+from compress.quantize import calibrate, make_quant_plan
 
 pytestmark = pytest.mark.skipif(
     not is_installed("tensorrt_rtx"), reason="tensorrt-rtx is not installed"
@@ -50,7 +50,7 @@ def complaints(content: bytes, shapes, *, build: bool) -> list[str]:
 def test_parses_without_a_warning(name):
     model = GRAPHS[name]()
     feed = images(model)
-    plan = make_plan(calibrate(model, [feed]), target="tensorrt")
+    plan = make_quant_plan(calibrate(model, [feed]), target="tensorrt")
     shapes = {key: array.shape[1:] for key, array in feed.items()}
     content = write_qdq(model, plan).SerializeToString()
     assert complaints(content, shapes, build=name in ("residual", "concat")) == []
@@ -61,7 +61,7 @@ def test_parses_without_a_warning(name):
 def test_builds_without_a_warning(name):
     model = GRAPHS[name]()
     feed = images(model)
-    plan = make_plan(calibrate(model, [feed]), target="tensorrt")
+    plan = make_quant_plan(calibrate(model, [feed]), target="tensorrt")
     shapes = {key: array.shape[1:] for key, array in feed.items()}
     assert complaints(write_qdq(model, plan).SerializeToString(), shapes, build=True) == []
 
@@ -69,7 +69,7 @@ def test_builds_without_a_warning(name):
 def test_the_parser_does_complain_of_the_graph_for_onnxruntime():
     model = GRAPHS["residual"]()
     feed = images(model)
-    plan = make_plan(calibrate(model, [feed]), target="onnxruntime")
+    plan = make_quant_plan(calibrate(model, [feed]), target="onnxruntime")
     said = complaints(
         write_qdq(model, plan).SerializeToString(), {"input": (3, 16, 16)}, build=False
     )

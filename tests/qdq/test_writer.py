@@ -10,18 +10,18 @@ import pytest
 from int8_graphs import GRAPHS, SHAPE, Sketch, images, residual, run
 
 from compress.errors import QuantizationError, UnknownNameError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.preprocess import finished
 from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
 from compress.qdq.plan import TARGETS, ActivationRange
-from compress.quantize import calibrate, make_plan
+from compress.quantize import calibrate, make_quant_plan
 from compress.quantize.sqnr import sqnr_db
 
 CASES = [(name, target) for name in GRAPHS for target in TARGETS]
 
 
 def plan_of(model, target, observer="mse"):
-    return make_plan(calibrate(model, [images(model)]), target=target, observer=observer)
+    return make_quant_plan(calibrate(model, [images(model)]), target=target, observer=observer)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -67,7 +67,7 @@ def test_written_graph_is_valid_and_keeps_its_batch_free(name, target):
     scales = [
         graph_value
         for graph_value in (
-            Graph(written).constant(node.input[1])
+            GraphIndex(written).constant(node.input[1])
             for node in written.graph.node
             if node.op_type in ("QuantizeLinear", "DequantizeLinear")
         )
@@ -82,7 +82,7 @@ def test_written_graph_equals_its_arithmetic_in_numpy(name, target):
     """Every weighted layer, recomputed from integers: (codes - zero) * scale, summed in float64."""
     model = GRAPHS[name]()
     written = write_qdq(model, plan_of(model, target))
-    graph = Graph(written)
+    graph = GraphIndex(written)
     feed = images(model, 3)
     layers = [n for n in written.graph.node if n.op_type in ("Conv", "Gemm")]
     quantized = [(graph.producer[n.input[0]], n) for n in layers]
@@ -136,7 +136,7 @@ def test_any_one_layer_can_be_left_float(name, target):
     plan = plan_of(model, target)
     feed = images(model, 8, seed=5)
     reference = run(model, feed)
-    graph = Graph(prepare(model))
+    graph = GraphIndex(prepare(model))
     for node in [n.name for n in graph.nodes if graph.weight(n)]:
         written = write_qdq(model, plan.keep_float([node], "a test"))
         assert sqnr_db(reference, run(written, feed, plain=True)) > 22
@@ -209,7 +209,7 @@ def test_onnxruntime_fuses_every_convolution(name, tmp_path):
 def test_uint8_for_onnxruntime_and_symmetric_int8_for_tensorrt():
     model = residual()
     for target, kind in (("onnxruntime", np.uint8), ("openvino", np.uint8), ("tensorrt", np.int8)):
-        graph = Graph(write_qdq(model, plan_of(model, target)))
+        graph = GraphIndex(write_qdq(model, plan_of(model, target)))
         zeros = [graph.constant(n.input[2]) for n in graph.nodes if n.op_type == "QuantizeLinear"]
         assert {zero.dtype for zero in zeros} == {np.dtype(kind)}
         if target == "tensorrt":
@@ -218,7 +218,7 @@ def test_uint8_for_onnxruntime_and_symmetric_int8_for_tensorrt():
 
 def test_tensorrt_keeps_biases_in_float_and_one_q_per_tensor():
     for name, build in GRAPHS.items():
-        graph = Graph(write_qdq(build(), plan_of(build(), "tensorrt")))
+        graph = GraphIndex(write_qdq(build(), plan_of(build(), "tensorrt")))
         quantized = [n.input[0] for n in graph.nodes if n.op_type == "QuantizeLinear"]
         assert len(quantized) == len(set(quantized)), name
         for node in graph.nodes:
@@ -229,7 +229,7 @@ def test_tensorrt_keeps_biases_in_float_and_one_q_per_tensor():
 
 
 def test_tensorrt_quantizes_the_identity_side_of_a_residual_add():
-    graph = Graph(write_qdq(residual(), plan_of(residual(), "tensorrt")))
+    graph = GraphIndex(write_qdq(residual(), plan_of(residual(), "tensorrt")))
     nodes = {node.name: node for node in graph.nodes}
     assert [graph.producer[i].op_type for i in nodes["add"].input] == ["Conv", "DequantizeLinear"]
     # both sides of the second are convolutions: the shortcut is the identity
@@ -239,7 +239,7 @@ def test_tensorrt_quantizes_the_identity_side_of_a_residual_add():
 
 
 def test_tensorrt_leaves_squeeze_excite_and_pooling_in_float():
-    graph = Graph(
+    graph = GraphIndex(
         write_qdq(GRAPHS["squeeze_excite"](), plan_of(GRAPHS["squeeze_excite"](), "tensorrt"))
     )
     nodes = {node.name: node for node in graph.nodes}
@@ -251,7 +251,7 @@ def test_tensorrt_leaves_squeeze_excite_and_pooling_in_float():
 
 def test_openvino_quantizes_nothing_that_only_float_ops_read():
     model = GRAPHS["preactivated"]()  # Add -> BatchNorm, which stays in float there
-    graph = Graph(write_qdq(model, plan_of(model, "openvino")))
+    graph = GraphIndex(write_qdq(model, plan_of(model, "openvino")))
     nodes = {node.name: node for node in graph.nodes}
     assert nodes["bn2"].input[0] == "sum" and graph.producer["sum"].input[0] == "stem"
     assert graph.producer[nodes["c1"].input[0]].op_type == "DequantizeLinear"
@@ -259,7 +259,7 @@ def test_openvino_quantizes_nothing_that_only_float_ops_read():
 
 def test_a_nearly_dead_channel_does_not_overflow_the_bias():
     model = GRAPHS["dead_channels"]()
-    graph = Graph(write_qdq(model, plan_of(model, "onnxruntime")))
+    graph = GraphIndex(write_qdq(model, plan_of(model, "onnxruntime")))
     node = next(n for n in graph.nodes if n.name == "c3")
     dequantize = graph.producer[node.input[2]]
     bias = graph.constant("c3_b") if graph.is_constant("c3_b") else None
@@ -274,7 +274,7 @@ def test_a_nearly_dead_channel_does_not_overflow_the_bias():
 
 def test_a_node_kept_float_reads_and_keeps_its_float_weight():
     plan = plan_of(residual(), "onnxruntime").keep_float(["c3"], "asked for")
-    graph = Graph(write_qdq(residual(), plan))
+    graph = GraphIndex(write_qdq(residual(), plan))
     node = next(n for n in graph.nodes if n.name == "c3")
     assert graph.is_constant(node.input[1])
 
@@ -287,7 +287,7 @@ def test_stored_integers_are_written():
     plan = plan_of(model, "tensorrt")
     packed = pack_codes(codes.astype(np.int8))
     plan = plan.changed(weights={"c1_w": WeightScales(0, (0.5,) * 8, packed)})
-    graph = Graph(write_qdq(model, plan))
+    graph = GraphIndex(write_qdq(model, plan))
     node = next(n for n in graph.nodes if n.name == "c1")
     np.testing.assert_array_equal(constant_real(graph, node.input[1]), codes * 0.5)
     np.testing.assert_array_equal(unpack_codes(packed, codes.shape), codes)

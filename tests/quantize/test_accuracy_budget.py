@@ -11,8 +11,8 @@ from sketch import run
 
 from compress.errors import DataError, RunError
 from compress.qdq import ActivationRange, QuantPlan, WeightScales, prepare, write_qdq
-from compress.quantize import calibrate, make_plan
-from compress.quantize.accuracy_budget import _Search, meet_budget
+from compress.quantize import calibrate, make_quant_plan
+from compress.quantize.accuracy_budget import _BudgetSearch, meet_budget
 from compress.quantize.sensitivity import (
     Seen,
     diagnose,
@@ -74,7 +74,7 @@ def test_spoiled_weight_is_the_most_sensitive_and_is_said_to_be_the_weight(
     network, statistics, labelled, target
 ):
     node = convs(network)[1]
-    plan = with_spoiled_weight(network, make_plan(statistics, target=target), node)
+    plan = with_spoiled_weight(network, make_quant_plan(statistics, target=target), node)
     found = quantize_sensitivity(network, plan, labelled)
     worst = found.worst_first()[0]
     assert worst.node == node.name
@@ -88,7 +88,7 @@ def test_spoiled_weight_is_the_most_sensitive_and_is_said_to_be_the_weight(
 
 def test_spoiled_input_is_found_and_said_to_be_clipped(network, statistics, labelled):
     node = convs(network)[1]
-    plan = with_spoiled_input(make_plan(statistics, target="tensorrt"), node)
+    plan = with_spoiled_input(make_quant_plan(statistics, target="tensorrt"), node)
     worst = quantize_sensitivity(network, plan, labelled).worst_first()[0]
     assert worst.node == node.name
     assert worst.sqnr_activation_db < worst.sqnr_weight_db - 10
@@ -98,7 +98,7 @@ def test_spoiled_input_is_found_and_said_to_be_clipped(network, statistics, labe
 
 def test_figures_of_a_layer_equal_those_computed_by_hand(network, statistics, labelled):
     """The plan with every other layer in float is the same graph, written by the writer."""
-    plan = make_plan(statistics, target="tensorrt")
+    plan = make_quant_plan(statistics, target="tensorrt")
     found = {layer.node: layer for layer in quantize_sensitivity(network, plan, labelled).layers}
     nodes = [n.name for n in prepare(network).graph.node if n.op_type in ("Conv", "Gemm")]
     node = convs(network)[3]
@@ -128,7 +128,9 @@ def test_diagnosis_names_cause_and_remedy(arguments, words):
 
 
 def test_table_is_json_and_plot_is_drawn(network, statistics, labelled, tmp_path):
-    found = quantize_sensitivity(network, make_plan(statistics, target="tensorrt"), labelled[:1])
+    found = quantize_sensitivity(
+        network, make_quant_plan(statistics, target="tensorrt"), labelled[:1]
+    )
     assert len(json.loads(json.dumps(found.to_json()))["layers"]) == len(found.layers)
     plot_quantize_sensitivity(found, tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
@@ -139,7 +141,7 @@ def test_budget_gives_back_the_spoiled_layer_and_no_other(
     network, statistics, labelled, tmp_path, spoil
 ):
     node = convs(network)[2]
-    plan = make_plan(statistics, target="tensorrt")
+    plan = make_quant_plan(statistics, target="tensorrt")
     if spoil == "weight":
         plan = with_spoiled_weight(network, plan, node)
     else:
@@ -157,7 +159,7 @@ def test_budget_gives_back_the_spoiled_layer_and_no_other(
 
 
 def test_budget_that_is_met_already_costs_one_evaluation(network, statistics, labelled, tmp_path):
-    plan = make_plan(statistics, target="onnxruntime")
+    plan = make_quant_plan(statistics, target="onnxruntime")
     met = meet_budget(network, plan, labelled, max_drop=20.0, folder=tmp_path)
     assert met.met
     assert met.best.float_nodes == ()
@@ -169,7 +171,7 @@ def test_budget_that_cannot_be_met_says_so_and_leaves_the_best(
     network, statistics, labelled, tmp_path
 ):
     node = convs(network)[1]
-    plan = with_spoiled_weight(network, make_plan(statistics, target="tensorrt"), node)
+    plan = with_spoiled_weight(network, make_quant_plan(statistics, target="tensorrt"), node)
     met = meet_budget(network, plan, labelled, max_drop=-1.0, folder=tmp_path)
     assert not met.met
     assert met.best.drop == min(trial.drop for trial in met.trials)
@@ -179,7 +181,7 @@ def test_budget_that_cannot_be_met_says_so_and_leaves_the_best(
 def test_costs_decide_which_of_two_remedies_is_taken(network, statistics, labelled, tmp_path):
     """Layers that cost nothing in float are preferred to the one that costs all."""
     first, second = convs(network)[1], convs(network)[3]
-    plan = make_plan(statistics, target="tensorrt")
+    plan = make_quant_plan(statistics, target="tensorrt")
     both = {
         **with_spoiled_weight(network, plan, first).weights,
         **with_spoiled_weight(network, plan, second).weights,
@@ -201,9 +203,9 @@ def test_killed_search_goes_on_without_repeating_an_evaluation(
     network, statistics, labelled, tmp_path, monkeypatch
 ):
     node = convs(network)[1]
-    plan = with_spoiled_weight(network, make_plan(statistics, target="tensorrt"), node)
+    plan = with_spoiled_weight(network, make_quant_plan(statistics, target="tensorrt"), node)
     whole = meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path / "whole")
-    real = _Search._value
+    real = _BudgetSearch._value
     evaluations = []
 
     def dying(search, model):
@@ -212,7 +214,7 @@ def test_killed_search_goes_on_without_repeating_an_evaluation(
             raise KeyboardInterrupt
         return real(search, model)
 
-    monkeypatch.setattr(_Search, "_value", dying)
+    monkeypatch.setattr(_BudgetSearch, "_value", dying)
     with pytest.raises(KeyboardInterrupt):
         meet_budget(network, plan, labelled, max_drop=2.0, folder=tmp_path / "killed")
     assert (tmp_path / "killed" / "model.tensorrt.onnx").is_file()  # the best so far
@@ -224,7 +226,7 @@ def test_killed_search_goes_on_without_repeating_an_evaluation(
 
 
 def test_no_images_and_damaged_journal_are_refused(network, statistics, tmp_path, labelled):
-    plan = make_plan(statistics, target="tensorrt")
+    plan = make_quant_plan(statistics, target="tensorrt")
     with pytest.raises(DataError, match="no images"):
         meet_budget(network, plan, [], max_drop=1.0, folder=tmp_path)
     (tmp_path / "budget.tensorrt.json").write_text("{")

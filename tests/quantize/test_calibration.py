@@ -10,13 +10,13 @@ import pytest
 from int8_graphs import GRAPHS, Sketch, images, residual, run
 
 from compress.errors import QuantizationError, UnknownNameError, UsageError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.graph.weightless import is_large, skeleton
 from compress.qdq import prepare, read_onnx
 from compress.qdq.plan import TARGETS
-from compress.quantize import calibrate, make_plan, quantize_onnx
+from compress.quantize import calibrate, make_quant_plan, quantize_onnx
 from compress.quantize.calibration import SAMPLE, observed_tensors
-from compress.quantize.images import Images
+from compress.quantize.images import CalibrationImages
 from compress.quantize.observers import Histogram
 from compress.quantize.sessions import session_of, with_outputs
 
@@ -42,7 +42,7 @@ def test_the_same_images_in_any_order_and_batches_give_the_same_plan():
     feed = images(model, 24)["input"]
     order = np.random.default_rng(0).permutation(24)
     plans = [
-        make_plan(calibrate(model, batches)).to_json()
+        make_quant_plan(calibrate(model, batches)).to_json()
         for batches in ([feed], [feed[order]], [feed[order][:5], feed[order][5:]])
     ]
     assert plans[0] == plans[1] == plans[2]
@@ -51,8 +51,8 @@ def test_the_same_images_in_any_order_and_batches_give_the_same_plan():
 def test_a_stream_gives_what_a_list_gives():
     model = residual()
     feed = images(model, 24)["input"]
-    listed = make_plan(calibrate(model, [feed]))
-    streamed = make_plan(calibrate(model, lambda: iter(np.array_split(feed, 4))))
+    listed = make_quant_plan(calibrate(model, [feed]))
+    streamed = make_quant_plan(calibrate(model, lambda: iter(np.array_split(feed, 4))))
     assert streamed.activations.keys() == listed.activations.keys()
     for name, found in streamed.activations.items():
         assert found.high == pytest.approx(listed.activations[name].high, rel=0.02)
@@ -62,7 +62,9 @@ def test_a_stream_gives_what_a_list_gives():
 def test_a_stream_is_cut_into_equal_batches(parts):
     model = residual()
     feed = images(model, 24)["input"]
-    stream = Images(Graph(prepare(model)), lambda: iter(np.array_split(feed, parts)))
+    stream = CalibrationImages(
+        GraphIndex(prepare(model)), lambda: iter(np.array_split(feed, parts))
+    )
     batches = [batch["input"] for batch in stream.feeds(7)]
     assert [len(batch) for batch in batches] == [7, 7, 7, 3]
     assert np.array_equal(np.concatenate(batches), feed)
@@ -97,9 +99,11 @@ def test_memory_does_not_grow_with_the_number_of_images():
 def test_extremes_alone_serve_minmax_only():
     statistics = calibrate(residual(), [images(residual())], histograms=False)
     full = calibrate(residual(), [images(residual())])
-    assert make_plan(statistics, observer="minmax") == make_plan(full, observer="minmax")
+    assert make_quant_plan(statistics, observer="minmax") == make_quant_plan(
+        full, observer="minmax"
+    )
     with pytest.raises(UsageError, match="observer 'mse' needs histograms"):
-        make_plan(statistics, observer="mse")
+        make_quant_plan(statistics, observer="mse")
 
 
 def test_a_fixed_batch_is_filled_up_and_not_counted_twice():
@@ -165,12 +169,12 @@ def test_images_that_do_not_fit(case, message, tmp_path):
 def test_images_that_were_not_normalized_are_told_with_numbers():
     pixels = np.random.default_rng(0).uniform(0, 255, (8, 3, 16, 16)).astype(np.float32)
     graph_images = images(residual())["input"]
-    from compress.graph.model import Graph
+    from compress.graph.model import GraphIndex
 
     with pytest.warns(UserWarning, match=r"range from 0\.\d+ to 2\d\d.*0 to 255"):
-        Images(Graph(residual()), [pixels])
+        CalibrationImages(GraphIndex(residual()), [pixels])
     with pytest.warns(UserWarning, match="divided by 255 twice"):
-        Images(Graph(residual()), [graph_images * 1e-3])
+        CalibrationImages(GraphIndex(residual()), [graph_images * 1e-3])
 
 
 def test_the_node_that_makes_nan_is_named():

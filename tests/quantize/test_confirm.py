@@ -11,7 +11,7 @@ from test_openvino_reshapes import images as head_images
 
 import compress
 from compress.errors import QuantizationError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq import prepare
 from compress.quantize import confirm
 from compress.quantize.confirm import last_layers
@@ -99,7 +99,7 @@ def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(
 
 
 def test_a_little_noise_of_the_runtime_is_no_reason_for_a_coarser_remedy(tmp_path, monkeypatch):
-    found = iter([[confirm.Loss("logits", 45, 20)], [confirm.Loss("logits", 45, 36)]])
+    found = iter([[confirm.NoisyOutput("logits", 45, 20)], [confirm.NoisyOutput("logits", 45, 36)]])
     monkeypatch.setattr(confirm.Confirmation, "losses", lambda *asked: next(found))
     plan = quantized(two_layers(), tmp_path)
     (said,) = [note for note in plan.notes if "computes logits has" in note]
@@ -235,7 +235,7 @@ def test_last_layers_are_those_that_no_other_layer_follows():
     s.conv(s.relu(s.conv(x, "middle", 8, 8, 3)), "end2", 8, 4, 1)
     model = prepare(s.model([*ends, "end2"]))
     names = {n.output[0]: n.name for n in model.graph.node}
-    assert set(last_layers(Graph(model))) == {names[t] for t in ("end0", "end1", "end2")}
+    assert set(last_layers(GraphIndex(model))) == {names[t] for t in ("end0", "end1", "end2")}
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])

@@ -7,7 +7,7 @@ from int8_graphs import Sketch
 from onnx import helper
 from test_methods import bench_of
 
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq.plan import unpack_codes
 from compress.qdq.writer import write_qdq
 from compress.quantize import headroom
@@ -77,7 +77,7 @@ def network():
 def integers(bench, plan):
     """Yield codes of the weights, (O, K), and of the inputs, (B, K), of each pointwise layer."""
     written = write_qdq(bench.prepared, plan, float_bias=True)
-    graph = Graph(written)
+    graph = GraphIndex(written)
     for layer in layers(written, bench.fitted, ["first", "second"]):
         made = graph.producer[layer.node.input[1]]
         codes = graph.constant(made.input[0])

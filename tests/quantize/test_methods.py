@@ -9,26 +9,26 @@ from int8_graphs import GRAPHS, Sketch, images, residual, run
 from onnx import ModelProto
 
 from compress.errors import QuantizationError
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
+from compress.pipeline.cautions import of_stage
 from compress.qdq import TARGETS, QuantPlan, prepare, write_qdq
 from compress.qdq.rewrite import apply_corrections
-from compress.quantize import api, calibrate, make_plan, quantize_onnx, quantize_targets
+from compress.quantize import api, calibrate, make_quant_plan, quantize_onnx, quantize_targets
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import correct_biases, find_shift, float_means
 from compress.quantize.equalization import equalize
-from compress.quantize.images import Images
+from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, layers, some_positions
 from compress.quantize.methods import METHODS, plan_by
-from compress.quantize.rounding import _patches, fit_codes, improve_rounding
+from compress.quantize.rounding import _patches, best_scales, fit_codes, improve_rounding
 from compress.quantize.sessions import with_outputs
 from compress.quantize.sqnr import answers, sqnr_db
-from compress.quantize.weight_scales import best_scales
 from compress.quantize.workbench import Workbench
 
 
 def bench_of(model, target="onnxruntime", count=32):
     prepared = prepare(model)
-    calibration = Images(Graph(prepared), [images(model, count)])
+    calibration = CalibrationImages(GraphIndex(prepared), [images(model, count)])
     statistics = calibrate(prepared, calibration, targets=[target])
     return Workbench(prepared, calibration, statistics, target, None, {})
 
@@ -36,10 +36,10 @@ def bench_of(model, target="onnxruntime", count=32):
 @pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "two_inputs"])
 def test_running_layer_by_layer_equals_running_the_whole(name):
     model = GRAPHS[name]()
-    plan = make_plan(calibrate(model, [images(model)]), target="tensorrt")
+    plan = make_quant_plan(calibrate(model, [images(model)]), target="tensorrt")
     written = write_qdq(model, plan)
     feed = images(model, 4)
-    graph = Graph(written)
+    graph = GraphIndex(written)
     names = [
         n.name for n in graph.nodes if n.op_type == "Conv" and not graph.is_constant(n.input[1])
     ]
@@ -58,12 +58,12 @@ def test_running_layer_by_layer_equals_running_the_whole(name):
 def test_corrected_biases_restore_the_means_behind_the_activation(name):
     model = prepare(GRAPHS[name]())
     feed = images(model, 16)
-    plan = make_plan(calibrate(model, [feed]), target="tensorrt", observer="percentile")
+    plan = make_quant_plan(calibrate(model, [feed]), target="tensorrt", observer="percentile")
     coarse = {  # a poor plan, so that there is something to correct
         n: type(r)(r.low * 0.4, r.high * 0.4, r.limit * 0.4) for n, r in plan.activations.items()
     }
     plan = plan.changed(activations=coarse)
-    graph = Graph(model)
+    graph = GraphIndex(model)
     nodes = [n for n in graph.nodes if n.op_type == "Conv" and n.name not in ("reduce", "excite")]
     tensors = [activation_of(graph, node).output for node in nodes]
     wanted = float_means(model, feed, tensors)
@@ -82,7 +82,7 @@ def test_means_of_a_rescaled_graph_are_those_of_the_graph_rescaled(name):
     plan = bench.equalized(bench.ranges(observer="percentile"), 1.0)
     assert plan.equalization
     rescaled = apply_corrections(model, plan)
-    graph = Graph(rescaled)
+    graph = GraphIndex(rescaled)
     tensors = [activation_of(graph, n).output for n in graph.nodes if n.op_type == "Conv"]
     wanted = float_means(rescaled, bench.fitted, tensors)
     means = float_means(
@@ -97,7 +97,7 @@ def test_shift_of_a_clipped_channel_is_matched_after_the_clip():
     s = Sketch((3, 8, 8))
     x = s.relu6(s.conv("input", "c", 3, 4))
     s.head(x, 4)
-    graph = Graph(prepare(s.model()))
+    graph = GraphIndex(prepare(s.model()))
     activation = activation_of(graph, next(n for n in graph.nodes if n.name == "c"))
     output = np.random.default_rng(0).normal(0.5, 2.0, (8, 4, 8, 8)).astype(np.float32)
     wanted = channel_means(activation.value(output + 0.2))
@@ -123,7 +123,7 @@ def followed_by(kind: str) -> ModelProto:
 )
 def test_activation_is_that_of_the_graph_and_its_slope_the_derivative(kind):
     model = prepare(followed_by(kind))
-    graph = Graph(model)
+    graph = GraphIndex(model)
     activation = activation_of(graph, next(n for n in graph.nodes if n.name == "c"))
     assert activation.output == "end"
     names, feed = ["c", "end"], images(model, 8)
@@ -286,6 +286,24 @@ def test_every_method_writes_a_good_file(method, tmp_path):
     assert plan.method == method
     reference = run(model, held_out)
     assert sqnr_db(reference, answers(written, held_out, target="onnxruntime")) > 25
+
+
+@pytest.mark.parametrize("method", ["auto", "plain"])
+def test_a_network_without_a_layer_for_int8_stays_as_it_is_and_says_so(method, tmp_path):
+    s = Sketch((4, 3, 3))
+    up = s.op("ConvTranspose", ["input", s.floats("a", 4, 6, 2, 2)], "up", strides=[2, 2])
+    s.op("ConvTranspose", [s.relu(up), s.floats("b", 6, 1, 2, 2)], "logits", strides=[2, 2])
+    model = s.model()
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    feed = images(model, 16)
+    outs = {target: tmp_path / f"{target}.onnx" for target in ("onnxruntime", "tensorrt")}
+    plans = quantize_targets(tmp_path / "m.onnx", [feed["input"]], outs, method)
+    assert plans["tensorrt"].activations and not plans["onnxruntime"].activations
+    assert plans["onnxruntime"].notes[0] == "nothing is int8: all of it stays in float"
+    got = run(str(outs["onnxruntime"]), feed)[0]
+    np.testing.assert_array_equal(got, run(model, feed)[0])
+    (told,) = of_stage({"plans": {name: plan.to_json() for name, plan in plans.items()}})
+    assert told.startswith("int8-onnxruntime is a file in float") and "int8 ConvTranspose" in told
 
 
 def fixed_batch(batch: int, target_shape):

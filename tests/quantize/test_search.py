@@ -137,13 +137,13 @@ def test_a_detector_on_images_without_its_objects_is_told():
 def test_a_shift_found_on_some_positions_gives_the_mean_over_all(kind):
     from int8_graphs import Sketch
 
-    from compress.graph.model import Graph
+    from compress.graph.model import GraphIndex
     from compress.graph.preprocess import prepare
 
     s = Sketch((3, 8, 8))
     x = s.op(kind, [s.conv("input", "c", 3, 4)], "end")
     s.head(x, 4)
-    graph = Graph(prepare(s.model()))
+    graph = GraphIndex(prepare(s.model()))
     activation = activation_of(graph, next(n for n in graph.nodes if n.name == "c"))
     rng = np.random.default_rng(0)
     output = rng.normal(0.5, 2.0, (8, 4, 96, 96)).astype(np.float32)

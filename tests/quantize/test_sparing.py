@@ -5,10 +5,10 @@ import pytest
 from int8_graphs import GRAPHS, Sketch, images
 from test_methods import bench_of
 
-from compress.graph.model import Graph
+from compress.graph.model import GraphIndex
 from compress.qdq import prepare
 from compress.quantize import calibrate, sparing
-from compress.quantize.images import Images
+from compress.quantize.images import CalibrationImages
 from compress.quantize.methods import plan_by
 from compress.quantize.search import auto
 from compress.quantize.sparing import spare_layers
@@ -61,7 +61,7 @@ def test_sizes_that_the_file_leaves_free_are_those_of_the_images():
         dim.dim_param = "any"
     prepared = prepare(model)
     feed = images(spoiled(), 32)
-    calibration = Images(Graph(prepared), [feed])
+    calibration = CalibrationImages(GraphIndex(prepared), [feed])
     statistics = calibrate(prepared, calibration, targets=["openvino"])
     bench = Workbench(prepared, calibration, statistics, "openvino", None, {})
     spared = spare_layers(bench, bench.ranges())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from compress.artifact import Finding
+from compress.artifact import FileProblem
 from compress.errors import CompressError, printable
 from compress.report import write
 from compress.report.schema import Channels, Details, Report, Variant
@@ -50,7 +50,7 @@ def test_errors_and_findings_are_one_sentence(name: str) -> None:
     told = str(CompressError(f"no class {name}", where=name))
     assert "\x1b" not in told
     assert TURN not in told
-    assert "\n" not in str(Finding(name, "missing", "a file"))
+    assert "\n" not in str(FileProblem(name, "missing", "a file"))
 
 
 def test_spelling_is_left_alone() -> None:

@@ -14,7 +14,7 @@ from compress.artifact import sha256
 from compress.errors import RunError
 from compress.report import Report, compare_runs, read_run, write
 from compress.report.html import html
-from compress.report.runs import histories, incomparable, named, regressions
+from compress.report.runs import histories, incomparable, named_reports, regressions
 from compress.report.schema import ArtifactRecord, DataRecord, Details, Variant
 
 
@@ -170,9 +170,9 @@ def test_an_absent_folder_is_an_error(tmp_path):
 def test_runs_get_names_of_their_own_in_order_of_time():
     report = made_up.report()
     later, earlier = moved(report, created="2026-02"), moved(report, created="2026-01")
-    runs = named([(Path("b"), later), (Path("a"), earlier)])
+    runs = named_reports([(Path("b"), later), (Path("a"), earlier)])
     assert [run.name for run in runs] == ["a", "b"]
-    twins = named([(Path("x/a"), later), (Path("y/a"), earlier)])
+    twins = named_reports([(Path("x/a"), later), (Path("y/a"), earlier)])
     assert [run.name for run in twins] == ["a (1)", "a (2)"]
 
 

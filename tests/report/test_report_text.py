@@ -12,7 +12,7 @@ from compress.pipeline.report_rows import gates
 from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write
 from compress.report.html import html
-from compress.report.markdown import markdown, plain
+from compress.report.markdown import escaped_line, markdown
 from compress.report.numbers import count, factor, interval, number, points, reason
 from compress.report.schema import Flip, Gate, Line, Result, Variant
 from compress.report.terminal import gate_sentence, missing
@@ -282,7 +282,7 @@ def test_gate_that_could_not_be_measured_says_why():
 
 
 def test_markdown_escapes_what_markdown_or_html_would_read():
-    assert plain("<script>|*a*\nb") == r"\<script\>\|\*a\* b"
+    assert escaped_line("<script>|*a*\nb") == r"\<script\>\|\*a\* b"
     report = made_up.report().model_copy(update={"name": "<b>x</b>"})
     assert "<b>" not in markdown(report)
 
@@ -345,7 +345,7 @@ def test_a_failed_gate_says_why_in_every_format():
     sentence = f"latency at most 0.2 ms: measured 0.168 ({why})"
     assert gate_sentence(gate) == f"{sentence}, failed"
     assert sentence in " ".join(rendered(report).split())
-    assert plain(sentence) in markdown(report)
+    assert escaped_line(sentence) in markdown(report)
     assert f"✗ failed</b> {sentence}</li>" in html(report)
 
 

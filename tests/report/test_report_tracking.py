@@ -7,12 +7,12 @@ import pytest
 
 from compress.errors import MissingPackageError, UnknownNameError
 from compress.report import write
-from compress.report.tracking import metrics, settings, tracker
+from compress.report.tracking import tracked_metrics, tracked_settings, tracker
 
 
 def test_every_figure_has_a_name_of_its_own():
     report = made_up.report()
-    found = metrics(report)
+    found = tracked_metrics(report)
     assert found["int8-onnxruntime/onnxruntime/batch-1/latency_ms_p50"] == pytest.approx(
         2.84 / 3.91
     )
@@ -22,7 +22,7 @@ def test_every_figure_has_a_name_of_its_own():
 
 
 def test_the_recipe_is_flattened():
-    found = settings(made_up.report())
+    found = tracked_settings(made_up.report())
     assert found["stages.0.prune.keep_macs"] == "0.5"
     assert found["targets.0.runtime"] == "onnxruntime"
 
@@ -39,7 +39,7 @@ def test_tensorboard_reads_the_figures_back(tmp_path):
     assert f"--logdir {tmp_path}" in tracker("tensorboard")(report, tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "report"))
     events.Reload()
-    for name, value in metrics(report).items():
+    for name, value in tracked_metrics(report).items():
         assert events.Scalars(name)[0].value == pytest.approx(value, rel=1e-6)
 
 
@@ -54,8 +54,8 @@ def test_mlflow_reads_the_figures_back(tmp_path):
         report = write(made_up.report(), tmp_path / "run")
         told = tracker("mlflow")(report, tmp_path / "run")
         (run,) = client.search_runs([client.get_experiment_by_name("compress").experiment_id])
-        assert run.data.metrics == pytest.approx(metrics(report))
-        assert run.data.params == settings(report)
+        assert run.data.metrics == pytest.approx(tracked_metrics(report))
+        assert run.data.params == tracked_settings(report)
         assert run.info.status == "FINISHED"
         assert run.info.run_id in told
         names = {file.path for file in client.list_artifacts(run.info.run_id)}

@@ -4,13 +4,13 @@ import pytest
 
 from compress.artifact import Artifact
 from compress.errors import RunError
-from compress.recipe.loading import load_recipe, validate
+from compress.recipe.loading import load_recipe, validate_recipe
 from compress.report.run_folder import RunFolder
 
 
 def recipe(**changes):
     content = {"name": "x", "model": {"name": "a.b:c"}, "data": {"name": "digits"}}
-    return validate(content | changes, where="test")
+    return validate_recipe(content | changes, where="test")
 
 
 def test_a_finished_stage_is_remembered_with_its_files(tmp_path):

@@ -148,7 +148,7 @@ def test_a_fixed_batch_is_kept(runtime: str, tmp_path: Path, images: np.ndarray)
 def test_a_built_engine_answers_alike_and_has_a_record(
     runtime: str, tmp_path: Path, images: np.ndarray
 ) -> None:
-    out = tmp_path / f"built{plugins.load('runtimes', runtime).extension}"
+    out = tmp_path / f"built{plugins.plugin_class('runtimes', runtime).extension}"
     assert build_engine(network(tmp_path / "small.onnx"), out, runtime=runtime, batch=2) == out
     record = build_record(out)
     assert record["runtime"] == runtime
@@ -319,7 +319,7 @@ def test_an_absent_package_is_an_error_that_names_the_extra(
 def test_importing_runtimes_imports_none_of_them() -> None:
     code = (
         "import sys, compress.runtimes, compress.export; from compress import plugins; "
-        "[plugins.load('runtimes', name) for name in plugins.names('runtimes')]; "
+        "[plugins.plugin_class('runtimes', name) for name in plugins.names('runtimes')]; "
         "print([m for m in ('onnxruntime', 'openvino', 'tensorrt', 'tensorrt_rtx', 'torchvision') "
         "if m in sys.modules])"
     )
@@ -360,7 +360,7 @@ def test_fp16_is_in_the_graph(
 ) -> None:
     if runtime == "tensorrt-rtx" and not is_installed("tensorrt_rtx"):
         pytest.skip("tensorrt-rtx is not installed")
-    out = tmp_path / f"half{plugins.load('runtimes', runtime).extension}"
+    out = tmp_path / f"half{plugins.plugin_class('runtimes', runtime).extension}"
     build_engine(network(tmp_path / "x.onnx"), out, runtime=runtime, precision="fp16")
     assert build_record(out)["precision"] == "fp16"
     if tolerance is None:

@@ -15,7 +15,7 @@ from compress.measure.artifacts import candidates_of
 from compress.qdq.plan import TARGETS
 from compress.recipe.loading import load_recipe, to_json
 from compress.recipe.settings import Target
-from compress.runtimes import facts, kind_of
+from compress.runtimes import kind_of, runtime_class
 
 ROOT = Path(__file__).parents[2] / "compress"
 NAMES = plugins.names("runtimes")
@@ -58,7 +58,7 @@ def test_no_other_file_spells_the_name_of_a_runtime() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_runtime_tells_every_fact(name: str) -> None:
-    plugin = facts(name)
+    plugin = runtime_class(name)
     assert plugin.opens in {"onnx", "engine", "network"}
     assert plugin.int8_form is None or plugin.int8_form in TARGETS
     assert plugin.package

@@ -348,7 +348,7 @@ ELEVEN = {
 
 @pytest.mark.parametrize("told", [TEN, ELEVEN], ids=["10", "11"])
 def test_both_dialects_of_the_inspector_say_the_same(told: dict[str, Any]) -> None:
-    normal = _trt_layers.normalized(told)
+    normal = _trt_layers.normalized_layers(told)
     assert normal["Bindings"] == ["input", "logits"]
     first = normal["Layers"][0]
     assert [t["Datatype"] for t in first["Inputs"] + first["Outputs"]] == ["Int8", "Float"]

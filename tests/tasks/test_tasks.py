@@ -13,7 +13,7 @@ from compress import plugins, statistics, tasks
 from compress.errors import DataError, EngineError, UnknownNameError, UsageError
 from compress.tasks import detection, load_task
 
-NAMES = [name for name in plugins.names("tasks") if plugins.load("tasks", name).kinds]
+NAMES = [name for name in plugins.names("tasks") if plugins.plugin_class("tasks", name).kinds]
 IMAGES = 6
 RANDOM = np.random.default_rng(0)
 
@@ -192,11 +192,11 @@ def test_another_network_agrees_less(name):
 def test_comparing_with_itself_is_no_difference_and_with_better_is_better(name):
     it, task = case(name), made(name)
     worse, right = (scores(task, each, it.targets) for each in (it.outputs, it.right))
-    same = tasks.compare(task, worse, worse)[task.primary]
+    same = tasks.compare_metrics(task, worse, worse)[task.primary]
     assert same.value == 0 and same.verdict == "no significant difference"
     low, high = same.ci95
     assert low < 0 < high and low == pytest.approx(-high)
-    change = tasks.compare(task, worse, right)[task.primary]
+    change = tasks.compare_metrics(task, worse, right)[task.primary]
     assert change.value > 0 and change.drop < 0
 
 
@@ -228,6 +228,38 @@ def test_the_nearest_task_is_named(channels, nearest):
         made("classification").predict({"out": np.zeros((2, channels, 8, 8))})
 
 
+@pytest.mark.parametrize("rows", [4 + 3 + 32, 4 + 3 + 51, 4 + 80])
+def test_rows_beside_the_boxes_of_the_classes_are_refused(rows):
+    """As heads for instance masks and key points give them, and networks of other classes."""
+    maps = {f"output_{n}": np.zeros((2, 64, 4, 5)) for n in range(1, 9)}
+    task = load_task("detection", classes=("a", "b", "c"))
+    with pytest.raises(EngineError) as caught:
+        task.predict({"output_0": np.zeros((2, rows, 21))} | maps)
+    assert f"outputs: output_0 (2, {rows}, 21), output_1 " in str(caught.value)
+    assert "6 more. Expected" in str(caught.value) and "(B, 7, A)" in str(caught.value)
+    assert "Instance masks, key points" in str(caught.value)
+    assert "segmentation" not in str(caught.value)
+
+
+def test_feature_maps_of_a_detector_are_no_class_maps():
+    maps = {f"output_{n}": np.zeros((2, 64, 8 // n, 8 // n)) for n in (1, 2, 4)}
+    task = load_task("segmentation", classes=("a", "b", "c"))
+    with pytest.raises(EngineError, match=r"does not fit .*output_0 \(2, 7, 84\).*task: detection"):
+        task.predict({"output_0": np.zeros((2, 7, 84))} | maps)
+    classes = np.zeros((2, 3, 8, 8))
+    classes[:, 2] = 1
+    for outputs in (maps | {"late": classes}, {"label": np.zeros((2, 5)), "mask": classes}):
+        assert (task.predict(outputs)[0]["class_map"] == 2).all()
+    with pytest.raises(EngineError, match="has 2 classes for each pixel, the data has 3"):
+        task.predict({"mask": classes[:, :2], "label": np.zeros((2, 5))})
+
+
+@pytest.mark.parametrize("name", ["embedding", "classification"])
+def test_an_output_without_numbers_is_refused(name):
+    with pytest.raises(EngineError, match=r"\(2, 0\) is empty. Build the network with at"):
+        made(name).predict({"out": np.zeros((2, 0))})
+
+
 def test_an_unknown_task_lists_the_known():
     with pytest.raises(UnknownNameError, match=r"no such task 'segmentatoin'. Did you mean 'segm"):
         load_task("segmentatoin")
@@ -235,6 +267,8 @@ def test_an_unknown_task_lists_the_known():
 
 def test_options_reach_the_task():
     assert load_task({"segmentation": {"ignore": 11}}).ignore == 11
+    titles = {k: load_task({"embedding": {"k": k}}).kinds["recall_at_k"].title for k in (1, 5)}
+    assert titles == {1: "recall at 1", 5: "recall at 5"}
     with pytest.raises(UsageError, match=r"task 'segmentation' has no option 'ingore'"):
         load_task({"segmentation": {"ingore": 11}})
 
@@ -430,7 +464,7 @@ def test_an_own_task_from_a_path(tmp_path):
     before = scores(task, outputs, [1.0, 3.0])
     assert tasks.metrics(task, before)["error"].value == pytest.approx(1.0)
     after = scores(task, outputs, [1.0, 1.0])
-    change = tasks.compare(task, before, after)["error"]
+    change = tasks.compare_metrics(task, before, after)["error"]
     assert change.value == pytest.approx(-1.0) and change.drop == pytest.approx(-1.0)
 
 
@@ -442,25 +476,6 @@ def test_an_own_task_that_returns_nan_is_refused(tmp_path):
         tasks.metrics(task, scores(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0]))
 
 
-def test_a_score_that_changes_from_call_to_call_is_found_before_a_run(tmp_path):
-    file = tmp_path / "draws.py"
-    file.write_text(OWN.replace('"error": abs', '"error": np.random.rand() + abs')
-                    .replace("from compress", "import numpy as np\nfrom compress", 1))  # fmt: skip
-    task = load_task(f"{file}:Brightness")
-    with pytest.raises(
-        UsageError, match=r"Brightness: score of image 0 gives error as .* and then"
-    ):
-        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
-
-
-def test_a_score_that_is_never_a_number_is_found_before_a_run(tmp_path):
-    file = tmp_path / "nan.py"
-    file.write_text(OWN.replace('"error": abs', '"error": float("nan") * abs'))
-    task = load_task(f"{file}:Brightness")
-    with pytest.raises(UsageError, match="score gives error as NaN for each of 2 images"):
-        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
-
-
 RETURNED = 'return {"error": abs(float(prediction["mean"]) - float(target))}'
 SUMMARY = RETURNED + "\n\n    def summarize(self, scores, counts):\n        "
 
@@ -468,6 +483,12 @@ SUMMARY = RETURNED + "\n\n    def summarize(self, scores, counts):\n        "
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
+        ("return {'error': float('nan')}", "score gives error as NaN for each of 2 images"),
+        (
+            "return {'error': np.random.rand()}",
+            r"Brightness: score of image 0 gives error as .* and then",
+        ),
+        ("return [][3]", "Brightness: score fails for image 0 of a batch: list index out"),
         ("return {'error': 'low'}", "score gives error as 'low'. Expected a number"),
         ("return {'error': None}", "score gives error as None. Expected a number"),
         ("return 3.0", r"score gives 3.0. Expected a dictionary: \{'error': \.\.\.\}"),
@@ -492,16 +513,6 @@ def test_a_score_that_fails_for_a_later_image_names_the_task(tmp_path):
     task = load_task(f"{file}:Brightness")
     with pytest.raises(UsageError, match="Brightness: score fails for image 1 of a batch: list"):
         tasks.contributions(task, task.predict({"x": np.ones((2, 1, 2, 2))}), [1.0, 3.0])
-
-
-def test_a_score_that_raises_is_found_before_a_run_and_names_the_task(tmp_path):
-    file = tmp_path / "raises.py"
-    file.write_text(OWN.replace('"error": abs', '"error": [][3] + abs'))
-    task = load_task(f"{file}:Brightness")
-    with pytest.raises(
-        UsageError, match="Brightness: score fails for image 0 of a batch: list index out"
-    ):
-        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -598,6 +609,19 @@ def test_what_a_detector_lost_and_what_appeared_is_drawn():
     truth = task.truth({"boxes": torch.tensor(boxes), "labels": torch.tensor([0, 1]),
                         "ignored": torch.tensor([False, True])})  # fmt: skip
     assert truth["labels"].tolist() == [0] and truth["boxes"].tolist() == boxes[:1].tolist()
+    wanted, predicted = (
+        task.draw(image, truth | each) for each in ({}, {"scores": np.ones(1, np.float32)})
+    )
+    assert (wanted != predicted).any()  # what is wanted has no score
+    assert (wanted == predicted)[50].all()  # and the same box
+
+
+def test_the_wanted_classes_are_drawn_without_probabilities():
+    task, image = load_task("multilabel", classes=("a", "b")), np.full((64, 64, 3), 200, np.uint8)
+    sure = task.predict({"logits": np.array([[9.0, -9.0]])})[0]
+    wanted = task.draw(image, task.truth(np.array([1, 0])))
+    assert (wanted != image).any() and (wanted != task.draw(image, sure)).any()
+    assert (task.draw(image, task.truth(np.array([0, 0]))) != image).any()  # "none"
 
 
 def test_a_detector_agrees_with_itself_where_a_box_has_no_area():
@@ -667,7 +691,7 @@ def test_an_interval_has_a_width_where_all_images_agree(images: int) -> None:
     assert (low, high) == pytest.approx(
         [100 * end for end in statistics.wilson_interval(images, images)], abs=0.01
     )
-    change = tasks.compare(task, scores, scores)["top1"]
+    change = tasks.compare_metrics(task, scores, scores)["top1"]
     assert change.value == 0 and change.ci95[0] < 0 < change.ci95[1]
     assert change.verdict == "no significant difference"
     same = [{"label": np.int64(1)}] * images
@@ -678,6 +702,6 @@ def test_an_interval_has_a_width_where_all_images_agree(images: int) -> None:
 def test_an_interval_in_decibels_has_a_width_where_nothing_changed() -> None:
     task = load_task("restoration")
     scores = [{"psnr": 30.0 + n, "ssim": 0.9} for n in range(12)]
-    change = tasks.compare(task, scores, scores)["psnr"]
+    change = tasks.compare_metrics(task, scores, scores)["psnr"]
     assert change.ci95[0] < -0.1 and change.ci95[1] > 0.1
     assert all(low < high for low, high in (m.ci95 for m in tasks.metrics(task, scores).values()))

@@ -21,7 +21,7 @@ from compress.modules.objective import CrossEntropy
 from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.train import TrainResult, shown_batches, train
 from compress.train.batches import permutation, train_batches
-from compress.train.schedules import factor
+from compress.train.optimizers import rate_factor
 
 DATA = dataset()
 
@@ -54,7 +54,7 @@ def by_hand(model: nn.Module, chosen: TrainSettings, seed: int = 0) -> nn.Module
         for step in range(3):
             rows = order[32 * step : 32 * (step + 1)]
             for group in optimizer.param_groups:
-                group["lr"] = 0.1 * factor(epoch + (step + 0.5) / 3, chosen)
+                group["lr"] = 0.1 * rate_factor(epoch + (step + 0.5) / 3, chosen)
             logits = model(DATA.normalize(images.take(rows)))
             loss = F.cross_entropy(logits, torch.from_numpy(images.labels[rows]))
             optimizer.zero_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.recipe.settings import TrainSettings
-from compress.train.schedules import factor
+from compress.train.optimizers import rate_factor
 
 STEPS = 50
 
@@ -22,7 +22,7 @@ def torch_rates(make) -> list[float]:
 
 def test_cosine_equals_torchs():
     settings = TrainSettings(epochs=10, schedule="cosine")
-    ours = [factor(10 * i / STEPS, settings) for i in range(STEPS)]
+    ours = [rate_factor(10 * i / STEPS, settings) for i in range(STEPS)]
     theirs = torch_rates(lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, STEPS))
     assert ours == pytest.approx(theirs)
 
@@ -35,20 +35,22 @@ def test_one_cycle_equals_torchs():
     rise, whole = 0.3 * (STEPS + 1) - 1, STEPS
     for step, wanted in enumerate(theirs):
         done = 0.3 * step / rise if step <= rise else 0.3 + 0.7 * (step - rise) / (whole - rise)
-        assert factor(10 * done, settings) == pytest.approx(wanted, abs=1e-9)
+        assert rate_factor(10 * done, settings) == pytest.approx(wanted, abs=1e-9)
 
 
 def test_steps_cut_the_rate_at_their_epochs():
     settings = TrainSettings(epochs=9, schedule="step", step_epochs=(3, 6), step_factor=0.5)
-    assert [factor(e, settings) for e in (0, 2.99, 3, 5, 6, 8)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [rate_factor(e, settings) for e in (0, 2.99, 3, 5, 6, 8)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
 
 
 def test_warm_up_rises_to_the_peak_and_the_schedule_takes_the_rest():
     settings = TrainSettings(epochs=10, schedule="cosine", warmup_epochs=2)
-    assert [factor(e, settings) for e in (0.5, 1, 2, 6, 10)] == pytest.approx(
+    assert [rate_factor(e, settings) for e in (0.5, 1, 2, 6, 10)] == pytest.approx(
         [0.25, 0.5, 1, 0.5, 0]
     )
 
 
 def test_constant_stays_where_it_is():
-    assert {factor(e / 3, TrainSettings(epochs=3, schedule="constant")) for e in range(9)} == {1.0}
+    assert {rate_factor(e / 3, TrainSettings(epochs=3, schedule="constant")) for e in range(9)} == {
+        1.0
+    }

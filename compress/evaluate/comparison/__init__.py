@@ -2,22 +2,31 @@
 
 from compress.evaluate.comparison.bisection import Bisection, bisect
 from compress.evaluate.comparison.error_breakdown import BreakdownStep, NetworkForm, chain
-from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
-from compress.evaluate.comparison.outputs import drifts_of, outputs_row
-from compress.evaluate.comparison.predictions import Comparison, Flip, against, compare
+from compress.evaluate.comparison.numerical_difference import (
+    Drift,
+    compare_outputs,
+    drifts_of,
+    outputs_row,
+)
+from compress.evaluate.comparison.predictions import (
+    ChangedPrediction,
+    Comparison,
+    against,
+    compare_predictions,
+)
 
 __all__ = [
     "Bisection",
     "BreakdownStep",
+    "ChangedPrediction",
     "Comparison",
     "Drift",
-    "Flip",
     "NetworkForm",
     "against",
     "bisect",
     "chain",
-    "compare",
     "compare_outputs",
+    "compare_predictions",
     "drifts_of",
     "outputs_row",
 ]

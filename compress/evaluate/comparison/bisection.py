@@ -17,6 +17,7 @@ from compress.artifact import scratch
 from compress.errors import EngineError, UsageError
 from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
 from compress.graph import files as onnx_file
+from compress.graph.model import reads
 from compress.graph.shapes import shapes_of
 from compress.progress import task
 
@@ -128,7 +129,7 @@ def precision_of(model: onnx.ModelProto) -> str:
     return "fp16" if any(t.data_type in half for t in model.graph.initializer) else "fp32"
 
 
-def cut(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+def part_for(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     """Return the part of ``model`` that computes ``names``, which become its outputs, in order."""
     producers = {name: node for node in model.graph.node for name in node.output if name}
     needed: set[str] = set()
@@ -139,7 +140,7 @@ def cut(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
             continue
         needed.add(name)
         if name in producers:
-            open_ends += _read_by(producers[name])
+            open_ends += reads(producers[name])
     shapes, kinds = shapes_of(model)
     outputs = [
         helper.make_tensor_value_info(
@@ -160,15 +161,6 @@ def cut(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
     whole.ir_version = model.ir_version
     whole.functions.extend(model.functions)
     return whole
-
-
-def _read_by(node: onnx.NodeProto) -> list[str]:
-    """Return what ``node`` reads, the branches inside it included."""
-    names = [name for name in node.input if name]
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            names += [name for inner in graph.node for name in _read_by(inner)]
-    return names
 
 
 def _common_tensors(old: onnx.ModelProto, new: onnx.ModelProto) -> list[str]:
@@ -226,7 +218,7 @@ def _compare_portion(
         for label, graph in zip(("reference", "candidate"), graphs, strict=True):
             file = folder / f"{label}.onnx"
             onnx.save(
-                cut(graph, names),
+                part_for(graph, names),
                 file,
                 save_as_external_data=graph.ByteSize() > 2**30,
                 location=f"{label}.data",

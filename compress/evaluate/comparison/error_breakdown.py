@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.errors import UsageError
-from compress.evaluate.comparison.predictions import Comparison, compare
+from compress.evaluate.comparison.predictions import Comparison, compare_predictions
 from compress.evaluate.predictions import Predictions
 
 
@@ -63,8 +63,8 @@ def chain(steps: Sequence[NetworkForm]) -> tuple[BreakdownStep, ...]:
                 name=step.name,
                 error=step.error,
                 top1_pct=top1_pct,
-                added=compare(before, step.predictions) if index else None,
-                total=compare(first, step.predictions) if index else None,
+                added=compare_predictions(before, step.predictions) if index else None,
+                total=compare_predictions(first, step.predictions) if index else None,
             )
         )
     return tuple(links)

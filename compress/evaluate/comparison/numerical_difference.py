@@ -10,8 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from compress import statistics
 from compress.errors import EngineError
 from compress.progress import track
+from compress.tasks import Prediction
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def compare_outputs(
         EngineError: the number or the shapes of the outputs differ, or there are no batches.
     """
     old, new = ([spec.name for spec in each.outputs] for each in (reference, candidate))
-    pairs = [(name, new.index(other)) for name, other in matched(old, new).items()]
+    pairs = [(name, new.index(other)) for name, other in matched_outputs(old, new).items()]
     drifts = {name: Drift() for name, _ in pairs}
     batches = 0
     for arrays in track(inputs, "comparing"):
@@ -139,7 +141,7 @@ def compare_outputs(
     return drifts
 
 
-def matched(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
+def matched_outputs(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
     """Return the candidate's name of each output of the reference: by name, else by position.
 
     Raises:
@@ -152,3 +154,44 @@ def matched(old: Sequence[str], new: Sequence[str]) -> dict[str, str]:
             expected="two artifacts of one network",
         )
     return dict(zip(old, old if set(old) == set(new) else new, strict=True))
+
+
+def outputs_row(reference: Sequence[Prediction], candidate: Sequence[Prediction]) -> dict[str, Any]:
+    """Return how near the outputs of one network are to those of another, for a report.
+
+    Raises:
+        EngineError: the networks have different outputs.
+    """
+    drifts = drifts_of(reference, candidate)
+    found: dict[str, Any] = {"outputs": {name: each.to_json() for name, each in drifts.items()}}
+    first = next(iter(drifts))
+    ratios = [each["sqnr_db"] for each in found["outputs"].values() if "sqnr_db" in each]
+    if ratios:
+        found["sqnr_db"] = min(ratios)
+    answers = [[image[first] for image in each] for each in (reference, candidate)]
+    if len(drifts) == 1 and all(a.ndim == 1 and len(a) > 1 for a in answers[0]):
+        same = sum(int(a.argmax() == b.argmax()) for a, b in zip(*answers, strict=True))
+        images = len(answers[0])
+        found["agreement_pct"] = 100 * same / images
+        found["agreement_ci95"] = tuple(
+            100 * end for end in statistics.wilson_interval(same, images)
+        )
+    return found
+
+
+def drifts_of(reference: Sequence[Prediction], candidate: Sequence[Prediction]) -> dict[str, Drift]:
+    """Return the drift of each output over all images, by the reference's name for it.
+
+    Raises:
+        EngineError: the networks have different outputs, or there are no images.
+    """
+    if not reference or len(reference) != len(candidate):
+        raise EngineError(f"{len(reference)} and {len(candidate)} images cannot be compared")
+    return {
+        name: sum(
+            (Drift.between(a[name], b[other], f"output {name!r}")
+             for a, b in zip(reference, candidate, strict=True)),
+            Drift(),
+        )
+        for name, other in matched_outputs(list(reference[0]), list(candidate[0])).items()
+    }  # fmt: skip

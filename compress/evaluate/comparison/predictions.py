@@ -18,7 +18,7 @@ SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
-class Flip:
+class ChangedPrediction:
     """An image whose prediction or outcome differs between the two networks."""
 
     index: int  # in the order of the images
@@ -69,7 +69,9 @@ class Comparison:
     ece_change_pct: float  # calibration error, candidate less reference, points
     logits: Drift
     class_drops: tuple[ClassDrop, ...]  # of every class that has images, the largest drop first
-    flips: tuple[Flip, ...]  # all images answered differently: lost ones first, surest first
+    flips: tuple[
+        ChangedPrediction, ...
+    ]  # all images answered differently: lost ones first, surest first
 
     @property
     def verdict(self) -> str:
@@ -116,7 +118,7 @@ class Comparison:
         }
 
 
-def compare(
+def compare_predictions(
     reference: Predictions, candidate: Predictions, classes: Sequence[str] | None = None
 ) -> Comparison:
     """Return what changed from ``reference`` to ``candidate`` on the same images.
@@ -156,8 +158,8 @@ def compare(
 def against(
     reference: Predictions, candidate: Predictions, classes: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Return ``compare`` as one flat row of a report."""
-    return compare(reference, candidate, classes).row()
+    """Return ``compare_predictions`` as one flat row of a report."""
+    return compare_predictions(reference, candidate, classes).row()
 
 
 def _check_pair(reference: Predictions, candidate: Predictions) -> None:
@@ -195,10 +197,10 @@ def _class_drops(
     return tuple(sorted(drops, key=lambda drop: (-drop.drop_pct, drop.name)))
 
 
-def _flips(reference: Predictions, candidate: Predictions) -> tuple[Flip, ...]:
+def _flips(reference: Predictions, candidate: Predictions) -> tuple[ChangedPrediction, ...]:
     changed: NDArray[np.int64] = np.flatnonzero(reference.answers != candidate.answers)
     flips = [
-        Flip(
+        ChangedPrediction(
             index=int(i),
             label=int(reference.labels[i]),
             before=int(reference.answers[i]),

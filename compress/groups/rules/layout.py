@@ -33,7 +33,7 @@ def transpose(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
 
 
-def unsqueeze(tracer: Tracer, call: Call) -> None:
+def insert_dimension(tracer: Tracer, call: Call) -> None:
     """A dimension of size one more."""
     out = call.outputs[0]
     axes = list(tracer.axes(call.args[0]))
@@ -41,7 +41,7 @@ def unsqueeze(tracer: Tracer, call: Call) -> None:
     tracer.label(out, axes)
 
 
-def squeeze(tracer: Tracer, call: Call) -> None:
+def drop_dimension(tracer: Tracer, call: Call) -> None:
     """Dimensions of size one less."""
     x, out = call.args[0], call.outputs[0]
     dims = call.argument(1)
@@ -298,8 +298,8 @@ RULES: dict[str, Rule] = {
     "transpose": transpose,
     "t": transpose,
     "swapaxes": transpose,
-    "unsqueeze": unsqueeze,
-    "squeeze": squeeze,
+    "unsqueeze": insert_dimension,
+    "squeeze": drop_dimension,
     **dict.fromkeys(words("view _unsafe_view reshape _reshape_alias unflatten"), view),
     "as_strided": as_strided,
     "expand": expand,

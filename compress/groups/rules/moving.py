@@ -65,7 +65,7 @@ def stack(tracer: Tracer, call: Call) -> None:
     tracer.label(out, axes)
 
 
-def split(tracer: Tracer, call: Call) -> None:
+def equal_parts(tracer: Tracer, call: Call) -> None:
     """Parts of one size: their positions are tied, so that they stay equally long."""
     x, dim = call.args[0], call.argument(2, 0)
     axis = tracer.axes(x)[dim]
@@ -108,10 +108,6 @@ def split_with_sizes(tracer: Tracer, call: Call) -> None:
             else:
                 follow(tracer, count, part, axis)
     _parts(tracer, call, dim)
-
-
-def _is_sum(count: Any) -> bool:
-    return isinstance(count, TracedInt) and count.origin is None
 
 
 def _of(count: TracedInt, axis: Labels) -> bool:
@@ -201,7 +197,7 @@ def _stepped(tracer: Tracer, axis: Labels, taken: tuple[int, int, int]) -> None:
         tracer.constraints.unify(rows.ravel(), np.repeat(rows[:, 0], step))
 
 
-def select(tracer: Tracer, call: Call) -> None:
+def select_index(tracer: Tracer, call: Call) -> None:
     """One position of a dimension: that dimension must stay as it is."""
     x, dim = call.args[0], call.argument(1, 0)
     axes = list(tracer.axes(x))
@@ -250,7 +246,7 @@ def index(tracer: Tracer, call: Call) -> None:
 
 def unbind(tracer: Tracer, call: Call) -> None:
     """One output for each position of a dimension, which must stay."""
-    select(tracer, call)
+    select_index(tracer, call)
 
 
 def made(tracer: Tracer, call: Call) -> None:
@@ -297,13 +293,13 @@ RULES: dict[str, Rule] = {
     "cat": cat,
     "concat": cat,
     "stack": stack,
-    "split": split,
-    "unsafe_split": split,
+    "split": equal_parts,
+    "unsafe_split": equal_parts,
     "split_with_sizes": split_with_sizes,
     "unsafe_split_with_sizes": split_with_sizes,
     "slice": slicing,
     "narrow": slicing,
-    "select": select,
+    "select": select_index,
     "unbind": unbind,
     "index_select": index_select,
     "index": index,

@@ -75,12 +75,12 @@ def quantile(tracer: Tracer, call: Call) -> None:
     label_reduced(tracer, call, dims, leading=int(isinstance(share, Tensor) and share.ndim))
 
 
-def number(tracer: Tracer, call: Call) -> None:
+def from_number(tracer: Tracer, call: Call) -> None:
     """A tensor made of one number."""
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(MAKERS, number),
+    **dict.fromkeys(MAKERS, from_number),
     "scaled_dot_product_attention": attention,
     **dict.fromkeys(("lstm", "gru", "rnn_tanh", "rnn_relu"), recurrent),
     **dict.fromkeys(("quantile", "nanquantile"), quantile),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from compress.artifact import inside, read_json, replacing
 from compress.data import UNFITTED, Dataset, load_data
 from compress.errors import RunError
-from compress.evaluate.feeding import arrays, completed, facts_of, picture_of
+from compress.evaluate.feeding import arrays_for, artifact_facts, completed, picture_of
 from compress.recipe.settings import DataSettings
 from compress.report.run_folder import RUN_FILE
 from compress.runtimes import Session, open_session
@@ -60,7 +60,7 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
     first = folder / models[0]["path"]
     data = completed(DataSettings.model_validate(recipe["data"]), [first])
     dataset = load_data(data, recipe["seed"])
-    said = facts_of(first)
+    said = artifact_facts(first)
     labels = [str(name) for name in dataset.classes or said.get("labels", ())]
     task = load_task(
         recipe.get("task") or said.get("task") or default_task(dataset.target), classes=labels
@@ -144,7 +144,7 @@ def _sample(folder: Path, models: list[dict[str, Any]], dataset: Dataset, task: 
     for model in models:
         level = "none" if model["precision"] == "int8" else "all"
         with open_session(folder / model["path"], optimization=level) as session:
-            images = arrays([picture_of(session.inputs)], stored, dataset)[0]
+            images = arrays_for([picture_of(session.inputs)], stored, dataset)[0]
             if len(session.inputs) > 1:
                 raise RunError(
                     f"takes {len(session.inputs)} inputs",

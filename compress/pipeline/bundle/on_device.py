@@ -36,7 +36,7 @@ class DeviceError(Exception):
     """Something the user has to fix."""
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """Print a line."""
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -211,7 +211,7 @@ RUNTIMES: dict[str, Any] = {
 }
 
 
-def chosen(name: str) -> Any:
+def chosen_runtime(name: str) -> Any:
     """Return the class of the runtime to use."""
     if name != "auto":
         kind, module = RUNTIMES[name]
@@ -251,7 +251,7 @@ def read_bundle() -> dict[str, Any]:
     return bundle
 
 
-def compare(
+def compare_with_host(
     answers: Any, host: Any, labels: Any, precision: str, decided: bool = True
 ) -> dict[str, Any]:
     """Return how far ``answers`` are from those of the host, and whether that is near enough.
@@ -293,14 +293,14 @@ def timed(sessions: dict[str, Any], images: Any, seconds: float) -> dict[str, li
     return spent
 
 
-def table(rows: list[list[str]]) -> None:
+def print_rows(rows: list[list[str]]) -> None:
     """Print ``rows`` in columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
-        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())  # noqa: B905 - 3.8
+        print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())  # noqa: B905 - 3.8
 
 
-def measured(
+def measured_networks(
     bundle: dict[str, Any], kind: type[Any], batch: int, seconds: float
 ) -> list[dict[str, Any]]:
     """Return one result for each network that suits the runtime."""
@@ -318,7 +318,9 @@ def measured(
         answers = np.concatenate([session.run(images[i : i + batch])[0] for i in whole])
         host = sample["answers_" + model["name"]][: len(answers)]
         known = None if labels is None else labels[: len(answers)]
-        found = compare(answers, host, known, model["precision"], "decided" in sample.files)
+        found = compare_with_host(
+            answers, host, known, model["precision"], "decided" in sample.files
+        )
         sessions[model["name"]] = session
         results.append(dict(model, load_s=built, device=session.device, batch=batch, **found))
     spent = timed(sessions, images[:batch], seconds)
@@ -342,8 +344,8 @@ def main() -> int:
         bundle = read_bundle()
         if not 1 <= wanted.batch <= bundle["images"]:
             raise DeviceError("--batch must be from 1 to " + str(bundle["images"]))
-        kind = chosen(wanted.runtime)
-        results = measured(bundle, kind, wanted.batch, wanted.seconds)
+        kind = chosen_runtime(wanted.runtime)
+        results = measured_networks(bundle, kind, wanted.batch, wanted.seconds)
     except DeviceError as error:
         sys.stderr.write(str(error) + "\n")
         return 2
@@ -357,8 +359,8 @@ def main() -> int:
         shares = [top1, "-" if alike is None else f"{alike:.1f}"]
         verdict = "ok" if r["parity"] else "DIFFERS FROM THE HOST"
         rows.append([r["name"], r["precision"], *numbers, *shares, verdict])
-    say(f"{bundle['name']}: {kind.name} on {results[0]['device']}, batch {wanted.batch}")
-    table(rows)
+    print_line(f"{bundle['name']}: {kind.name} on {results[0]['device']}, batch {wanted.batch}")
+    print_rows(rows)
     with open(os.path.join(HERE, "results.json"), "w", encoding="utf-8") as file:
         json.dump({"runtime": kind.name, "results": results}, file, indent=2)
     return 0 if all(r["parity"] for r in results) else 1

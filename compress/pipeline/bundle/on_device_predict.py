@@ -20,10 +20,10 @@ from run import (  # type: ignore[import-not-found]  # beside it in the bundle
     HERE,
     RUNTIMES,
     DeviceError,
-    chosen,
+    chosen_runtime,
+    print_line,
+    print_rows,
     read_bundle,
-    say,
-    table,
 )
 
 CONFIDENT = 0.3  # boxes with a lower score are not told
@@ -78,7 +78,7 @@ def _on_screen(image: Any) -> Any:
     return ImageCms.profileToProfile(image, inks, screen, outputMode="RGB")
 
 
-class Fit:
+class PictureFit:
     """How a picture of ``height`` x ``width`` pixels lies in the network's input."""
 
     def __init__(self, given: dict[str, Any], height: int, width: int) -> None:
@@ -131,7 +131,7 @@ def fed(pixels: Any, given: dict[str, Any], shape: Any, dtype: str) -> Any:
 class Answer:
     """What the outputs for one picture say."""
 
-    def __init__(self, bundle: dict[str, Any], outputs: dict[str, Any], fit: Fit, size: Any):
+    def __init__(self, bundle: dict[str, Any], outputs: dict[str, Any], fit: PictureFit, size: Any):
         self.outputs, self.fit, self.size = outputs, fit, size
         self.options, self.labels = bundle["answer"]["options"], bundle["labels"]
         self.rows = getattr(self, "_" + bundle["answer"]["form"].replace(" ", "_"))()
@@ -285,7 +285,7 @@ def best_of_overlapping(boxes: Any, scores: Any, labels: Any, limit: float) -> A
     return np.array(kept, np.int64)
 
 
-def nearest(answers: list[Answer], names: list[str]) -> None:
+def tell_nearest(answers: list[Answer], names: list[str]) -> None:
     """Tell of each embedding which of the other pictures are nearest, by cosine."""
     vectors = np.stack([each.vector for each in answers])
     cosines = vectors @ vectors.T
@@ -328,13 +328,13 @@ def answers_of(bundle: dict[str, Any], session: Any, paths: list[str]) -> list[t
     given, found = bundle["input"], []
     for path in paths:
         picture = read_picture(path, given["channels"])
-        fit = Fit(given, picture.height, picture.width)
+        fit = PictureFit(given, picture.height, picture.width)
         values = fed(fit.image(picture), given, session.shape, session.dtype)
         outputs = dict(zip(session.outputs, session.run(values)))  # noqa: B905
         size = (picture.height, picture.width)
         found.append((Answer(bundle, outputs, fit, size), read_picture(path, 3)))
     if len(paths) > 1 and hasattr(found[0][0], "vector"):
-        nearest([answer for answer, _ in found], paths)
+        tell_nearest([answer for answer, _ in found], paths)
     return found
 
 
@@ -361,14 +361,16 @@ def main() -> int:
     wanted = parser.parse_args()
     try:
         bundle = read_bundle()
-        kind = chosen(wanted.runtime)
+        kind = chosen_runtime(wanted.runtime)
         model = network(bundle, wanted.model, kind)
         session = kind(os.path.join(HERE, model["file"]), 1)
         found = answers_of(bundle, session, wanted.pictures)
     except DeviceError as error:
         sys.stderr.write(str(error) + "\n")
         return 2
-    show(wanted.pictures, [answer for answer, _ in found], model["name"] + " on " + kind.name)
+    show_answers(
+        wanted.pictures, [answer for answer, _ in found], model["name"] + " on " + kind.name
+    )
     if wanted.json:
         content = [
             {"image": path, "answer": answer.rows}
@@ -384,23 +386,25 @@ def main() -> int:
     return 0
 
 
-def plain(value: Any) -> str:
+def plain_text(value: Any) -> str:
     """Return a text that a terminal shows and does not obey."""
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
-def show(paths: list[str], answers: list[Answer], title: str) -> None:
+def show_answers(paths: list[str], answers: list[Answer], title: str) -> None:
     """Print a line for each thing that is told of each picture."""
-    say(title)
+    print_line(title)
     columns = list(dict.fromkeys(key for answer in answers for row in answer.rows for key in row))
     lines = [["picture", *(columns or ["answer"])]]
     for path, answer in zip(paths, answers):  # noqa: B905
         for row in answer.rows:
             cells = [row.get(key, "") for key in columns]
-            lines.append([path] + [f"{c:.4f}" if isinstance(c, float) else plain(c) for c in cells])
+            lines.append(
+                [path] + [f"{c:.4f}" if isinstance(c, float) else plain_text(c) for c in cells]
+            )
         if not answer.rows:
             lines.append([path, "nothing found", *[""] * (len(columns) - 1)])
-    table(lines)
+    print_rows(lines)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,11 @@ from compress import progress
 from compress.artifact import write_json, write_text
 from compress.errors import CompressError, ExportError, UsageError
 from compress.graph import files as onnx_file
+from compress.graph.shapes import dims_of, real_inputs
 from compress.measure import Timing
-from compress.pipeline.split.chart import chart
-from compress.pipeline.split.choosing import front
-from compress.pipeline.split.clock import Clock, Cost, written
-from compress.pipeline.split.cutting import Cut, Cuttable, Parts
+from compress.pipeline.split.chart import split_chart
+from compress.pipeline.split.clock import Clock, Cost, write_parts
+from compress.pipeline.split.cutting import Cut, Cuttable, front
 from compress.pipeline.split.int8 import check_opset, quantize_between
 
 AUTO = "auto"
@@ -142,26 +144,34 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
     except CompressError as error:
         raise error.within(str(source)) from None
     clock = Clock(source, runtime, threads, timing or _TIMING)
-    whole = clock.whole()
     folder.mkdir(parents=True, exist_ok=True)
-    places = [
-        devices.place(
-            cut.tensor, clock.cost(written(_parts(graph, cut, int8), folder)), cut.head_macs_pct
-        )
-        for cut in progress.track(cuts, "split")
-    ]
+    write = functools.partial(_write, graph, folder, int8)
+    places = _places(clock, devices, cuts, write)
     best = cuts[min(range(len(cuts)), key=lambda number: places[number].total_ms)]
-    files = written(_parts(graph, best, int8), folder)
+    files = write(best)
     difference = clock.difference(files)
     if not int8:
         _check_equal(difference, model, f"{source}, cut at {best.tensor}")
-    places.append(devices.place("(all on the edge)", Cost(whole.tail_ms, 0.0, 0), 100.0))
-    places.append(devices.place("(all on the server)", whole, 0.0))
     split = Split(*files, best, int8, difference, link_mbps, edge_slowdown, tuple(places))
     write_json(folder / "split.json", split.to_json())
     if at == AUTO:
-        write_text(folder / "split.svg", chart(split))
+        write_text(folder / "split.svg", split_chart(split))
     return split
+
+
+def _places(
+    clock: Clock, devices: _Devices, cuts: list[Cut], write: Callable[[Cut], tuple[Path, Path]]
+) -> list[Place]:
+    """Return what each cut costs; then all on the edge, and all on the server."""
+    whole = clock.whole()
+    return [
+        *(
+            devices.place(cut.tensor, clock.cost(write(cut)), cut.head_macs_pct)
+            for cut in progress.track(cuts, "split")
+        ),
+        devices.place("(all on the edge)", Cost(whole.tail_ms, 0.0, 0), 100.0),
+        devices.place("(all on the server)", whole, 0.0),
+    ]
 
 
 def _cuts(model: ModelProto, at: str, *, int8: bool) -> tuple[Cuttable, list[Cut]]:
@@ -184,10 +194,9 @@ def _cuts(model: ModelProto, at: str, *, int8: bool) -> tuple[Cuttable, list[Cut
 
 
 def _refuse_free_sizes(model: ModelProto) -> None:
-    constants = {tensor.name for tensor in model.graph.initializer}
-    for value in model.graph.input:
+    for value in real_inputs(model):
         dims = value.type.tensor_type.shape.dim
-        if value.name not in constants and any(dim.dim_value < 1 for dim in dims[1:]):
+        if None in dims_of(value)[1:]:
             shown = ", ".join(str(dim.dim_value or dim.dim_param or "?") for dim in dims)
             raise UsageError(
                 f"input {value.name!r} has free sizes ({shown}), which bytes and times depend on",
@@ -195,11 +204,12 @@ def _refuse_free_sizes(model: ModelProto) -> None:
             )
 
 
-def _parts(graph: Cuttable, cut: Cut, int8: bool) -> Parts:
+def _write(graph: Cuttable, folder: Path, int8: bool, cut: Cut) -> tuple[Path, Path]:
+    """Write both parts and return where they are."""
     parts = graph.parts(cut)
     if int8:
         quantize_between(parts, graph.floats(cut))
-    return parts
+    return write_parts(parts, folder)
 
 
 def _check_equal(difference: float, model: ModelProto, where: str) -> None:

@@ -43,7 +43,7 @@ def _marked(place: Place, split: Split) -> str:
     return place.name + " *" * (place.name == split.cut.tensor)
 
 
-def chart(split: Split) -> str:
+def split_chart(split: Split) -> str:
     """Return the front as SVG: where the time goes at each place, the edge's work rising."""
     import matplotlib as mpl
 

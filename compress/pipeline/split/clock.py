@@ -103,7 +103,7 @@ class Clock:
         return open_session(path, self.runtime, threads=self.threads)
 
 
-def written(parts: Parts, folder: Path) -> tuple[Path, Path]:
+def write_parts(parts: Parts, folder: Path) -> tuple[Path, Path]:
     """Write ``head.onnx`` and ``tail.onnx`` and return where they are."""
     files = folder / "head.onnx", folder / "tail.onnx"
     for part, file in zip(parts, files, strict=True):

@@ -1,4 +1,4 @@
-"""Cuts of an ONNX graph: which nodes are the head's, what crosses, and the graphs of both parts."""
+"""Cuts of an ONNX graph: what crosses, the graphs of both parts, which cuts to time."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx import ModelProto, TensorProto, helper
 
 from compress.errors import UsageError, did_you_mean
 from compress.graph.model import reads
-from compress.graph.shapes import shapes_of
+from compress.graph.shapes import real_inputs, shapes_of
 from compress.measure import complete_shapes, node_macs
 
 
@@ -42,7 +43,7 @@ class Cuttable:
         self.model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         graph = self.model.graph
         constants = {tensor.name for tensor in graph.initializer}
-        self.inputs = [value.name for value in graph.input if value.name not in constants]
+        self.inputs = [value.name for value in real_inputs(self.model)]
         self.outputs = [value.name for value in graph.output]
         self.shapes, self.kinds = complete_shapes(model)
         self.reads = [reads(node) for node in graph.node]
@@ -166,3 +167,27 @@ class Cuttable:
             metadata_props=whole.metadata_props if name == "head" else None,
         )
         return ir.to_proto(part)
+
+
+MEASURED = 8  # cut points of the front that are timed
+
+
+def front(graph: Cuttable) -> list[Cut]:
+    """Return cuts that no other beats in both the bytes that cross and the work of the edge.
+
+    Where there are more than ``MEASURED``, so many of them, spread evenly.
+    """
+    found: dict[int, Cut] = {}
+    for tensor in graph.candidates():
+        if any(tensor in names for names in graph.reads):
+            cut = graph.cut(tensor)
+            if cut.crossing and cut.bytes is not None:
+                found.setdefault(cut.head, cut)
+    chosen: list[Cut] = []
+    least = float("inf")
+    for cut in sorted(found.values(), key=lambda cut: (cut.head_macs_pct, cut.bytes)):
+        if cut.bytes is not None and cut.bytes < least:
+            chosen.append(cut)
+            least = cut.bytes
+    spread = np.unique(np.linspace(0, len(chosen) - 1, min(MEASURED, len(chosen))).round())
+    return [chosen[int(number)] for number in spread]

@@ -16,7 +16,7 @@ from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning, prove
 from compress.modules.objective import TaskLoss
 from compress.modules.outputs import returned
-from compress.pipeline.context import RunContext, StageResult, Variant, save_stage
+from compress.pipeline.context import RunContext, RunVariant, StageResult, save_stage
 from compress.recipe.settings import PruneSettings, TrainSettings
 from compress.report import schema
 from compress.train import CrossEntropy, shown_batches
@@ -33,7 +33,7 @@ class _Pruned:
 
 
 def prune_channels(
-    context: RunContext, settings: PruneSettings, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: PruneSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Cut channels to the budget, in rounds if asked, and prove every cut."""
     parent = before[-1]

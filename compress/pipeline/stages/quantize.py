@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 
 from compress import artifact, models
 from compress.data import Dataset, load_data
-from compress.evaluate.feeding import arrays, completed
-from compress.pipeline.context import RunContext, StageResult, Variant, training_facts
+from compress.evaluate.feeding import arrays_for, completed
+from compress.pipeline.context import RunContext, RunVariant, StageResult, training_facts
 from compress.pipeline.network import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
-from compress.runtimes import DEFAULT, TensorSpec, facts, open_session
+from compress.runtimes import DEFAULT, TensorSpec, open_session, runtime_class
 from compress.train.distributed import join_processes
 
 if TYPE_CHECKING:
     from compress.qdq import QuantPlan
-    from compress.quantize.accuracy_budget import Budget
+    from compress.quantize.accuracy_budget import BudgetResult
     from compress.quantize.qat import Trained
 
 CALIBRATION_BATCH = 32
@@ -35,14 +35,14 @@ CALIBRATION_BATCH = 32
 class _Written:
     """One int8 graph of the stage, and how it came about."""
 
-    variant: Variant
+    variant: RunVariant
     plan: QuantPlan
     training: Mapping[str, Any] | None  # None: it was not trained
     gate: schema.Gate | None  # None: its loss of accuracy has no limit
 
 
 def quantize_graphs(
-    context: RunContext, settings: QuantizeSettings, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: QuantizeSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Write one int8 graph for each kind of runtime among the recipe's targets."""
     from compress.quantize import quantize_targets
@@ -82,7 +82,7 @@ def _finished(
     context: RunContext,
     settings: QuantizeSettings,
     plan: QuantPlan,
-    parent: Variant,
+    parent: RunVariant,
     stage: Path,
     form: str,
 ) -> _Written:
@@ -109,6 +109,7 @@ def _finished(
             variant=f"int8-{form}",
             **({} if context.task.tells_classes else {
                 "metric": context.task.primary,
+                "title": context.task.kinds[context.task.primary].title or None,
                 "unit": context.task.kinds[context.task.primary].unit,
             }),
         )  # fmt: skip
@@ -126,7 +127,7 @@ def _finished(
 
 
 def _train_along(
-    context: RunContext, settings: QuantizeSettings, stage: Path, parent: Variant
+    context: RunContext, settings: QuantizeSettings, stage: Path, parent: RunVariant
 ) -> StageResult:
     """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
     if settings.qat is not None:
@@ -138,12 +139,14 @@ def _train_along(
 def int8_forms(recipe: Recipe) -> list[str]:
     """Return the kinds of Q/DQ graph that the int8 targets of ``recipe`` need, without repeats."""
     runtimes = [each.runtime for each in recipe.targets if each.precision == "int8"]
-    forms = [facts(name).int8_form for name in runtimes]
+    forms = [runtime_class(name).int8_form for name in runtimes]
     wanted = dict.fromkeys(form for form in forms if form is not None)
-    return list(wanted) or [str(facts(DEFAULT).int8_form)]
+    return list(wanted) or [str(runtime_class(DEFAULT).int8_form)]
 
 
-def calibration_data(context: RunContext, settings: QuantizeSettings, parent: Variant) -> Dataset:
+def calibration_data(
+    context: RunContext, settings: QuantizeSettings, parent: RunVariant
+) -> Dataset:
     """Return the data that ranges come from: that of the recipe, or where the stage says.
 
     Images from elsewhere are prepared as those of the recipe, unless the stage says how.
@@ -173,7 +176,7 @@ def calibration_batches(
     with open_session(path) as session:
         specs = [replace(spec, shape=_any_batch(spec)) for spec in session.inputs]
     return [
-        dict(zip((s.name for s in specs), arrays(specs, images, dataset), strict=True))
+        dict(zip((s.name for s in specs), arrays_for(specs, images, dataset), strict=True))
         for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples)
     ]
 
@@ -188,7 +191,7 @@ def _train_quantized(
     context: RunContext,
     settings: QuantizeSettings,
     plan: QuantPlan | None,
-    parent: Variant,
+    parent: RunVariant,
     folder: Path,
 ) -> Trained:
     """Train with the rounding of ``plan``, or with that of the first process."""
@@ -210,7 +213,7 @@ def _train_quantized(
 
 def _meet_budget(
     context: RunContext, limit: float, plan: QuantPlan, model: onnx.ModelProto, stage: Path
-) -> Budget:
+) -> BudgetResult:
     """Leave layers in float until the loss on validation images is within the budget."""
     from compress.quantize.accuracy_budget import meet_budget
 

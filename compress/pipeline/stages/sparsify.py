@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from compress import measure
-from compress.pipeline.context import RunContext, StageResult, Variant, save_stage
+from compress.pipeline.context import RunContext, RunVariant, StageResult, save_stage
 from compress.prune import sparsity
 from compress.recipe.settings import SparsifySettings
 from compress.report import schema
-from compress.runtimes import facts
+from compress.runtimes import runtime_class
 
 
 def zero_weights(
-    context: RunContext, settings: SparsifySettings, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: SparsifySettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Zero single weights; every later training keeps them at zero."""
     parent = before[-1]
@@ -35,7 +35,7 @@ def zero_weights(
 
 
 def sparsities(
-    context: RunContext, variants: Sequence[Variant], rows: Sequence[schema.Variant]
+    context: RunContext, variants: Sequence[RunVariant], rows: Sequence[schema.Variant]
 ) -> Iterator[schema.Sparsity]:
     """Yield, for each variant with zeroed weights, the share of zeros and what they gain where."""
     named = {variant.name: (variant, row) for variant, row in zip(variants, rows, strict=True)}
@@ -54,7 +54,7 @@ def sparsities(
 
 
 def _dense_results(
-    variant: Variant, named: Mapping[str, tuple[Variant, schema.Variant]]
+    variant: RunVariant, named: Mapping[str, tuple[RunVariant, schema.Variant]]
 ) -> tuple[str, tuple[schema.Result, ...]]:
     """Return the nearest ancestor without zeroed weights, by name, and its results."""
     while variant.sparsity is not None and variant.parent is not None:
@@ -64,7 +64,7 @@ def _dense_results(
 
 def _gain(result: schema.Result, dense: tuple[str, tuple[schema.Result, ...]]) -> str:
     """Return what a runtime does with zeros, and what was measured of it here."""
-    word = facts(result.runtime).zero_weights
+    word = runtime_class(result.runtime).zero_weights
     name, rows = dense
     key = (result.runtime, result.precision, result.batch, result.threads)
     other = next((r for r in rows if (r.runtime, r.precision, r.batch, r.threads) == key), None)

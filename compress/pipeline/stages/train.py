@@ -16,9 +16,9 @@ from compress.pipeline import cautions, network
 from compress.pipeline.context import (
     ONNX_FILE,
     RunContext,
+    RunVariant,
     StageResult,
-    Variant,
-    facts_of,
+    run_facts,
     save_stage,
     training_facts,
 )
@@ -28,7 +28,7 @@ from compress.train import distill
 
 
 def original(
-    context: RunContext, settings: None, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: None, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Load the network of the recipe."""
     reference = context.recipe.model.name
@@ -48,7 +48,7 @@ def original(
 
 
 def train_original(
-    context: RunContext, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: TrainSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Train the network of the recipe; the result is what everything is compared with."""
     model = network.build_original(context.recipe, context.dataset, context.task)
@@ -58,7 +58,7 @@ def train_original(
 
 
 def finetune(
-    context: RunContext, settings: TrainSettings, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: TrainSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Train on the labels alone."""
     parent = before[-1]
@@ -69,7 +69,7 @@ def finetune(
 
 
 def distill_student(
-    context: RunContext, settings: DistillSettings, stage: Path, before: tuple[Variant, ...]
+    context: RunContext, settings: DistillSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Train towards the recipe's original, or the teacher that the stage names."""
     parent = before[-1]
@@ -101,7 +101,7 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
     if not source.is_file():
         raise ModelError("no such file", where=str(source))
     target = stage / ONNX_FILE
-    files.copy(source, target, facts=facts_of(context), sizes=context.recipe.model.input_size)
+    files.copy(source, target, facts=run_facts(context), sizes=context.recipe.model.input_size)
     facts: dict[str, Any] = {}
     model, macs = files.load(target), None
     try:
@@ -109,7 +109,7 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
     except CompressError as error:
         facts = {"skipped": {"macs": str(error)}}
     params = measure.onnx_params(model.graph)
-    variant = Variant("original", context.relative(target), stage.name, params=params, macs=macs)
+    variant = RunVariant("original", context.relative(target), stage.name, params=params, macs=macs)
     with open_session(target) as session:
         return StageResult(
             (variant,), facts | cautions.of_original(context, Fed(session, context.dataset))
@@ -125,7 +125,7 @@ def _sized(model: ModelProto, context: RunContext) -> ModelProto:
     return fixed
 
 
-def _teacher(context: RunContext, settings: DistillSettings, first: Variant) -> Any:
+def _teacher(context: RunContext, settings: DistillSettings, first: RunVariant) -> Any:
     if settings.teacher is None:
         return context.network(first)
     if models.is_onnx(settings.teacher):

@@ -19,8 +19,8 @@ from compress.qdq.lint.patterns import (
     UINT8,
     DType,
     Numbers,
-    Pair,
     Q,
+    QdqPair,
     is_never_negative,
     numbers_of,
     pair_before,
@@ -28,7 +28,7 @@ from compress.qdq.lint.patterns import (
     pairs_on,
     set_numbers,
 )
-from compress.qdq.writer import along
+from compress.qdq.writer import broadcast_along
 
 SPARED = 0.01  # share of a range below zero that is no waste: a zero point of 1 or 2
 
@@ -193,7 +193,7 @@ def concat_scales(graph: EditableGraph) -> Iterator[Problem]:
         )
 
 
-def implied_clip(graph: EditableGraph, pair: Pair) -> ir.Value:
+def implied_clip(graph: EditableGraph, pair: QdqPair) -> ir.Value:
     """Return the value that bypasses ``pair``: its source, or the source clipped as Q clipped it.
 
     A quantizer whose smallest integer stands for zero acts as a Relu; ONNX Runtime's tools delete
@@ -216,14 +216,14 @@ def implied_clip(graph: EditableGraph, pair: Pair) -> ir.Value:
     return graph.add("Clip", [source, *limits], f"{source.name}_relu6")
 
 
-def _make_symmetric(graph: EditableGraph, pair: Pair) -> None:
+def _make_symmetric(graph: EditableGraph, pair: QdqPair) -> None:
     low, high = pair.numbers.limits
     pair.quantize.replace_input_with(0, implied_clip(graph, pair))
     scale = np.asarray(max(-low, high) / 127, _scale_dtype(pair))
     _set_pair(graph, pair, Numbers(scale, np.zeros((), np.int64), INT8))
 
 
-def _make_unsigned(graph: EditableGraph, pair: Pair) -> None:
+def _make_unsigned(graph: EditableGraph, pair: QdqPair) -> None:
     low, high = pair.numbers.limits
     if is_never_negative(pair.source):
         low = 0.0
@@ -236,7 +236,7 @@ def _make_unsigned(graph: EditableGraph, pair: Pair) -> None:
     _set_pair(graph, pair, Numbers(np.asarray(scale, _scale_dtype(pair)), zero, UINT8))
 
 
-def _one_scale(graph: EditableGraph, pair: Pair) -> None:
+def _one_scale(graph: EditableGraph, pair: QdqPair) -> None:
     low, high = pair.numbers.limits
     info = np.iinfo(pair.numbers.dtype)
     if pair.numbers.is_asymmetric or info.min == 0:
@@ -248,7 +248,7 @@ def _one_scale(graph: EditableGraph, pair: Pair) -> None:
     _set_pair(graph, pair, Numbers(shared, np.asarray(zero), pair.numbers.dtype))
 
 
-def _share_scale(graph: EditableGraph, around: list[Pair]) -> None:
+def _share_scale(graph: EditableGraph, around: list[QdqPair]) -> None:
     low = min(pair.numbers.limits[0] for pair in around)
     high = max(pair.numbers.limits[1] for pair in around)
     dtype = around[0].numbers.dtype
@@ -271,8 +271,8 @@ def _make_positive(graph: EditableGraph, node: ir.Node) -> None:
     stored = constant(node.inputs[0]) if node.op_type == DQ else None
     if stored is not None:
         axis = attribute(node, "axis", 1) % stored.ndim if stored.ndim else None
-        sign = along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
-        zero = along(numbers.zero, axis, stored.ndim)
+        sign = broadcast_along(np.sign(numbers.scale).astype(np.int64), axis, stored.ndim)
+        zero = broadcast_along(numbers.zero, axis, stored.ndim)
         integers = (sign * (stored.astype(np.int64) - zero) + zero).astype(stored.dtype)
         fixed = graph.add_constant(f"{node.outputs[0].name}_fixed", integers)
         node.replace_input_with(0, fixed)
@@ -280,18 +280,18 @@ def _make_positive(graph: EditableGraph, node: ir.Node) -> None:
     node.replace_input_with(1, graph.add_constant(hint, scale))
 
 
-def _set_pair(graph: EditableGraph, pair: Pair, numbers: Numbers) -> None:
+def _set_pair(graph: EditableGraph, pair: QdqPair, numbers: Numbers) -> None:
     if numbers.scale is None:
         return
     for node in (pair.quantize, *pair.dequantizes):
         set_numbers(graph, node, numbers.scale, numbers.zero, numbers.dtype)
 
 
-def _constant_pairs(graph: EditableGraph) -> Iterator[Pair]:
+def _constant_pairs(graph: EditableGraph) -> Iterator[QdqPair]:
     return (pair for pair in pairs(graph) if _is_usable(pair))
 
 
-def _is_usable(pair: Pair) -> bool:
+def _is_usable(pair: QdqPair) -> bool:
     scale = pair.numbers.scale
     return scale is not None and bool(np.all(np.isfinite(scale))) and _is_integer(pair.numbers)
 
@@ -300,5 +300,5 @@ def _is_integer(numbers: Numbers) -> bool:
     return numbers.dtype in [np.dtype(d) for d in (np.int8, np.uint8, np.int16, np.uint16)]
 
 
-def _scale_dtype(pair: Pair) -> DType:
+def _scale_dtype(pair: QdqPair) -> DType:
     return np.dtype(np.float32) if pair.numbers.scale is None else pair.numbers.scale.dtype

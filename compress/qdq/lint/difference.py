@@ -9,11 +9,18 @@ import numpy as np
 import onnx_ir as ir
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from compress.graph import model as float_graph
-from compress.graph.model import WEIGHTED, attribute
+from compress.graph.model import WEIGHTED, GraphIndex, attribute
 from compress.graph.values import Array, EditableGraph, constant, label, maker, name_of
 from compress.graph.weightless import LARGEST, infer_shapes
-from compress.qdq.lint.patterns import DQ, Pair, Q, is_quantized, pair_before, pairs_on, weight_of
+from compress.qdq.lint.patterns import (
+    DQ,
+    Q,
+    QdqPair,
+    is_quantized,
+    pair_before,
+    pairs_on,
+    weight_of,
+)
 from compress.qdq.placement import Placement, place
 
 
@@ -33,7 +40,7 @@ class Wanted:
         """Return whether anything is to read ``value`` quantized."""
         return name_of(value) in self.placement.readers
 
-    def missing(self, graph: EditableGraph) -> Iterator[tuple[ir.Node, int, Pair | None]]:
+    def missing(self, graph: EditableGraph) -> Iterator[tuple[ir.Node, int, QdqPair | None]]:
         """Yield inputs that are read in float and are to be read quantized; a pair of the tensor.
 
         The first of each node that computes without weights.
@@ -54,7 +61,7 @@ def wanted(graph: EditableGraph, target: str) -> Wanted:
     """
     model, names = _without_pairs(graph)
     left = {names[n]: "in float" for n in graph.of_type(*WEIGHTED) if _is_left(n, target)}
-    return Wanted(place(float_graph.Graph(model), target, left), names)
+    return Wanted(place(GraphIndex(model), target, left), names)
 
 
 def source_of(value: ir.Value | None) -> ir.Value | None:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from compress.graph.model import WEIGHTED
 from compress.graph.values import EditableGraph, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import DQ, MOVING, Pair, Q, pair_before, pairs
+from compress.qdq.lint.patterns import DQ, MOVING, Q, QdqPair, pair_before, pairs
 from compress.qdq.lint.placement import bypass
 
 UP_TO_ONE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})
@@ -62,11 +62,11 @@ def _is_feature_map(nodes: Sequence[ir.Node]) -> bool:
     return not ends and (not moved or _is_feature_map(moved))
 
 
-def _uses(pair: Pair) -> list[tuple[ir.Node, int]]:
+def _uses(pair: QdqPair) -> list[tuple[ir.Node, int]]:
     return [use for node in pair.dequantizes for use in node.outputs[0].uses()]
 
 
-def _skip(graph: EditableGraph, pair: Pair) -> None:
+def _skip(graph: EditableGraph, pair: QdqPair) -> None:
     """Let all that reads ``pair`` read what it quantizes."""
     for node, index in _uses(pair):
         bypass(graph, node, index, pair)

@@ -11,7 +11,7 @@ from compress.graph.model import WEIGHTED
 from compress.graph.reshapes import constant_targets, set_target
 from compress.graph.values import EditableGraph, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import Pair, is_quantized, pair_before
+from compress.qdq.lint.patterns import QdqPair, is_quantized, pair_before
 from compress.qdq.lint.placement import bypass
 
 
@@ -43,7 +43,7 @@ def computed_batch(graph: EditableGraph) -> Iterator[Problem]:
         )
 
 
-def _join(graph: EditableGraph, gate: ir.Node, pair: Pair) -> None:
+def _join(graph: EditableGraph, gate: ir.Node, pair: QdqPair) -> None:
     """Let ``gate`` read the layer in float, and so the product of the two, if there is one."""
     product = _product(gate, pair)
     bypass(graph, gate, 0, pair)
@@ -53,7 +53,7 @@ def _join(graph: EditableGraph, gate: ir.Node, pair: Pair) -> None:
             bypass(graph, product, index, before)
 
 
-def _product(gate: ir.Node, pair: Pair) -> ir.Node | None:
+def _product(gate: ir.Node, pair: QdqPair) -> ir.Node | None:
     """Return the Mul of what ``gate`` reads with what it makes, which together are SiLU."""
     wanted = {pair.source, gate.outputs[0]}
     for dequantize in pair.dequantizes:

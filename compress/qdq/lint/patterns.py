@@ -12,7 +12,7 @@ import onnx_ir as ir
 from compress.graph.model import WEIGHTED, attribute, channel_axis
 from compress.graph.values import Array, EditableGraph, constant, maker, set_attribute, set_input
 from compress.qdq.placement import SAME_SCALE
-from compress.qdq.writer import add_pair, along, encode
+from compress.qdq.writer import add_pair, broadcast_along, encode
 
 DType = np.dtype[Any]
 
@@ -64,7 +64,7 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class Pair:
+class QdqPair:
     """An activation on its way through one Q and the DQ nodes that read it."""
 
     quantize: ir.Node
@@ -100,8 +100,8 @@ class Weight:
         if self.quantize is None:
             return self.stored.astype(np.int64)
         info = np.iinfo(self.numbers.dtype)
-        raw = np.rint(self.stored / along(self._scale, self.axis, self.stored.ndim))
-        zero = along(self.numbers.zero, self.axis, self.stored.ndim)
+        raw = np.rint(self.stored / broadcast_along(self._scale, self.axis, self.stored.ndim))
+        zero = broadcast_along(self.numbers.zero, self.axis, self.stored.ndim)
         return np.asarray(np.clip(raw + zero, info.min, info.max), np.int64)
 
     @property
@@ -109,8 +109,8 @@ class Weight:
         """The real weights: the floats if they are stored, else what the integers stand for."""
         if self.quantize is not None:
             return self.stored
-        zero = along(self.numbers.zero, self.axis, self.stored.ndim)
-        scale = along(self._scale, self.axis, self.stored.ndim)
+        zero = broadcast_along(self.numbers.zero, self.axis, self.stored.ndim)
+        scale = broadcast_along(self._scale, self.axis, self.stored.ndim)
         return np.asarray((self.integers - zero) * scale, self._scale.dtype)
 
     @property
@@ -150,20 +150,20 @@ def set_numbers(
         set_attribute(node, "axis", None)
 
 
-def pairs(graph: EditableGraph) -> Iterator[Pair]:
+def pairs(graph: EditableGraph) -> Iterator[QdqPair]:
     """Yield every activation pair; a Q that no DQ reads has none."""
     for node in graph.of_type(Q):
         if constant(node.inputs[0]) is None:
             yield pair_of(node)
 
 
-def pair_of(quantize: ir.Node) -> Pair:
+def pair_of(quantize: ir.Node) -> QdqPair:
     """Return the pair of a Q node."""
     readers = [node for node, _ in quantize.outputs[0].uses() if node.op_type == DQ]
-    return Pair(quantize, tuple(readers), numbers_of(quantize))
+    return QdqPair(quantize, tuple(readers), numbers_of(quantize))
 
 
-def pair_before(value: ir.Value | None) -> Pair | None:
+def pair_before(value: ir.Value | None) -> QdqPair | None:
     """Return the activation pair whose DQ makes ``value``."""
     node = maker(value)
     if node is None or node.op_type != DQ:
@@ -174,7 +174,7 @@ def pair_before(value: ir.Value | None) -> Pair | None:
     return pair_of(before)
 
 
-def pairs_on(value: ir.Value) -> list[Pair]:
+def pairs_on(value: ir.Value) -> list[QdqPair]:
     """Return the pairs that quantize ``value``."""
     found = [pair_of(node) for node, _ in value.uses() if node.op_type == Q]
     return [pair for pair in found if pair.dequantizes]

@@ -15,8 +15,8 @@ from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
     DQ,
     MOVING,
-    Pair,
     Q,
+    QdqPair,
     Weight,
     best_scale,
     insert_pair,
@@ -165,18 +165,18 @@ def unfolded_batchnorm(graph: EditableGraph) -> Iterator[Problem]:
         )
 
 
-def bypass(graph: EditableGraph, node: ir.Node, index: int, pair: Pair) -> None:
+def bypass(graph: EditableGraph, node: ir.Node, index: int, pair: QdqPair) -> None:
     """Let one reader of a pair read what the pair quantizes."""
     node.replace_input_with(index, implied_clip(graph, pair))
 
 
-def _skip_first(graph: EditableGraph, second: Pair, first: Pair) -> None:
+def _skip_first(graph: EditableGraph, second: QdqPair, first: QdqPair) -> None:
     same = second.numbers.equals(first.numbers)
     second.quantize.replace_input_with(0, first.source if same else implied_clip(graph, first))
 
 
-def _merge(graph: EditableGraph, twins: list[Pair]) -> None:
-    def width(pair: Pair) -> float:
+def _merge(graph: EditableGraph, twins: list[QdqPair]) -> None:
+    def width(pair: QdqPair) -> float:
         low, high = pair.numbers.limits
         return high - low
 
@@ -187,7 +187,7 @@ def _merge(graph: EditableGraph, twins: list[Pair]) -> None:
                 graph.replace(node.outputs[0], keeper.real)
 
 
-def _move_behind(graph: EditableGraph, node: ir.Node, pair: Pair) -> None:
+def _move_behind(graph: EditableGraph, node: ir.Node, pair: QdqPair) -> None:
     node.replace_input_with(0, pair.source)
     value = node.outputs[0]
     if value.uses() and not any(reader.op_type == Q for reader, _ in value.uses()):

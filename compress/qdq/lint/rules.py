@@ -9,7 +9,6 @@ from compress.errors import UnknownNameError
 from compress.graph.values import EditableGraph
 from compress.qdq.lint import (
     activations,
-    biases,
     heads,
     onnxruntime,
     openvino,
@@ -76,10 +75,10 @@ RULES = (
     Rule(onnxruntime.missing_output_quantization, _ORT),
     Rule(activations.moved_with_another_scale),
     Rule(activations.concat_scales, _TRT),
-    Rule(biases.bias_quantized, _TRT),
-    Rule(biases.bias_overflow, _ORT),
-    Rule(biases.bias_scale, _ORT),
-    Rule(biases.bias_float, _ORT),
+    Rule(weights.bias_quantized, _TRT),
+    Rule(weights.bias_overflow, _ORT),
+    Rule(weights.bias_scale, _ORT),
+    Rule(weights.bias_float, _ORT),
 )
 
 

@@ -15,7 +15,7 @@ from compress.graph.values import EditableGraph, constant, label, maker
 from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.difference import Wanted, wanted
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import DQ, MOVING, Pair, Q, is_quantized, pair_before, pairs
+from compress.qdq.lint.patterns import DQ, MOVING, Q, QdqPair, is_quantized, pair_before, pairs
 from compress.qdq.lint.placement import bypass, quantize_weight
 
 
@@ -98,5 +98,5 @@ def _gains(target: Wanted, node: ir.Node, index: int, depth: int = 30) -> bool:
     return moves and any(_gains(target, *use, depth - 1) for use in behind)
 
 
-def _give_float(graph: EditableGraph, value: ir.Value, pair: Pair) -> None:
+def _give_float(graph: EditableGraph, value: ir.Value, pair: QdqPair) -> None:
     graph.replace(value, implied_clip(graph, pair))

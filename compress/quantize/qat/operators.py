@@ -180,7 +180,7 @@ def slice_(
     return x
 
 
-def split(a: Attributes, x: Tensor, sizes: Value = None) -> tuple[Tensor, ...]:
+def split_parts(a: Attributes, x: Tensor, sizes: Value = None) -> tuple[Tensor, ...]:
     """Cut into parts along one dimension."""
     axis = a.get("axis", 0)
     parts = a.get("split") if sizes is None else sizes.tolist()
@@ -398,7 +398,7 @@ OPERATORS: dict[str, Operator] = {
     "Softmax": softmax(F.softmax),
     "Softplus": _unary(F.softplus),
     "SpaceToDepth": space_to_depth,
-    "Split": split,
+    "Split": split_parts,
     "Sqrt": _unary(torch.sqrt),
     "Squeeze": squeeze,
     "Sub": _binary(torch.sub),

@@ -9,15 +9,98 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
-from compress.graph.model import BIAS_LIMIT, Graph
+from compress.graph.model import BIAS_LIMIT, GraphIndex
 from compress.graph.preprocess import prepare
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import RULES, default_scales, quantizer, scale_axis, write_qdq
-from compress.quantize.qat.fake import Quantizer, fake_quantize, scaled_gradient
 from compress.quantize.qat.network import OnnxNetwork, Rounding
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+    """Return (clip(round(x / scale) + zero, low, high) - zero) * scale, rounding half to even.
+
+    This is ONNX's DequantizeLinear(QuantizeLinear(x)). The gradient of ``x`` passes where the
+    value is not clipped (straight-through); that of ``scale`` is LSQ's.
+
+    Args:
+        x: Any shape, float32.
+        scale: Positive, a scalar or broadcastable to ``x``.
+        zero: Zero point, the shape of ``scale``, whole numbers.
+        low: Smallest integer.
+        high: Largest integer.
+
+    Source: Esser et al., Learned Step Size Quantization, ICLR 2020, https://arxiv.org/abs/1902.08153,
+    equations 1 to 3.
+    """
+    result: Tensor = _FakeQuantize.apply(x, scale, zero, low, high)
+    return result
+
+
+class _FakeQuantize(Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        x: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        low: int,
+        high: int,
+    ) -> Tensor:
+        raw = x / scale
+        codes = torch.round(raw) + zero
+        inside = (codes >= low) & (codes <= high)
+        steps = codes.clamp(low, high) - zero
+        ctx.save_for_backward(raw, steps, inside, scale)
+        return steps * scale
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, gradient: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        raw, steps, inside, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        to_x = gradient * inside if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
+        to_scale = None
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            slope = torch.where(inside, steps - raw, steps)
+            to_scale = (gradient * slope).sum_to_size(scale.shape)
+        return to_x, to_scale, None, None, None
+
+
+class FakeQuantizer(nn.Module):
+    """Q and DQ of one activation, or of several that share a scale."""
+
+    start: Tensor
+    zero: Tensor
+
+    def __init__(self, scale: float, zero: int, low: int, high: int, *, learned: bool) -> None:
+        super().__init__()
+        self.low, self.high, self.learned = low, high, learned
+        if learned:
+            self.learned_scale = nn.Parameter(torch.tensor(scale))
+        self.register_buffer("start", torch.tensor(scale))
+        self.register_buffer("zero", torch.tensor(float(zero)))
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale in use, positive; exactly the one it began with unless it is learned."""
+        return self.learned_scale.abs().clamp(min=1e-12) if self.learned else self.start
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` rounded to the integers and back."""
+        if not self.learned:
+            return fake_quantize(x, self.scale, self.zero, self.low, self.high)
+        count = x.numel() / max(len(x), 1)
+        scale = scaled_gradient(self.scale, (count * self.high) ** -0.5)
+        return fake_quantize(x, scale, self.zero, self.low, self.high)
+
+
+def scaled_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return ``x``; its gradient is multiplied by ``factor``, as LSQ does."""
+    return (x - x * factor).detach() + x * factor
 
 
 class WeightQuantizer(nn.Module):
@@ -89,7 +172,7 @@ class SimulatedNetwork(OnnxNetwork):
         super().__init__(prepared)
         self.plan, self.target, self.learned_scales = plan, target, learned_scales
         self.graph_nodes = {node.name: node for node in prepared.graph.node}
-        self.placement = place(Graph(prepared), target, plan.float_nodes)
+        self.placement = place(GraphIndex(prepared), target, plan.float_nodes)
         self.weighted = frozenset(self.placement.weights)
         self.groups = {name: _group(self.placement, name) for name in self.placement.readers}
         self.activations = nn.ModuleDict()
@@ -143,9 +226,9 @@ class SimulatedNetwork(OnnxNetwork):
 
         return read
 
-    def _quantizer_of(self, tensor: str) -> Quantizer:
+    def _quantizer_of(self, tensor: str) -> FakeQuantizer:
         module = self.activations[self.keys[self.groups[tensor]]]
-        if not isinstance(module, Quantizer):
+        if not isinstance(module, FakeQuantizer):
             raise TypeError(f"{tensor} has a {type(module).__name__}")
         return module
 
@@ -212,16 +295,16 @@ def _widest(plan: QuantPlan, group: frozenset[str]) -> ActivationRange:
     )
 
 
-def _quantizer(found: ActivationRange, target: str, *, learned: bool) -> Quantizer:
+def _quantizer(found: ActivationRange, target: str, *, learned: bool) -> FakeQuantizer:
     made = quantizer(found, target)
     info = np.iinfo(made.zero_point.dtype)
     limits: dict[str, Any] = {"low": int(info.min), "high": int(info.max), "learned": learned}
-    return Quantizer(float(made.scale), int(made.zero_point), **limits)
+    return FakeQuantizer(float(made.scale), int(made.zero_point), **limits)
 
 
 def _learned_range(before: ActivationRange, learned: nn.Module) -> ActivationRange:
     """Return the range that the writer turns into the learned scale and the same zero point."""
-    if not isinstance(learned, Quantizer):
+    if not isinstance(learned, FakeQuantizer):
         raise TypeError(type(learned).__name__)
     scale, zero = float(learned.scale.detach()), float(learned.zero)
     low, high = (learned.low - zero) * scale, (learned.high - zero) * scale

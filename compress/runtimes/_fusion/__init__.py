@@ -98,7 +98,7 @@ def check_fusion(
             expected=f"one of {', '.join(RUNTIMES)}",
         )
     source = Path(path)
-    model = work.named(files.load(source))
+    model = work.with_node_names(files.load(source))
     graph = work.read(model, needs_quantized_output=runtime == "onnxruntime")
     if runtime == "onnxruntime":
         found = kernels.of_onnxruntime(model, graph, threads)

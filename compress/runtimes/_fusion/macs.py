@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
 
-from compress.graph import model as onnx_graph
-from compress.graph.model import WEIGHTED
+from compress.graph.model import WEIGHTED, GraphIndex
 from compress.graph.shapes import macs, shapes_of
 
 
@@ -37,7 +36,7 @@ class Workload:
         return sum(work.macs for work in self.work.values())
 
 
-def named(model: ModelProto) -> ModelProto:
+def with_node_names(model: ModelProto) -> ModelProto:
     """Return a copy in which every node has a name of its own."""
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -58,7 +57,7 @@ def read(model: ModelProto, *, needs_quantized_output: bool) -> Workload:
             quantizer behind it, as ONNX Runtime does.
     """
     shapes, tensors = shapes_of(model, others=1)
-    view = onnx_graph.Graph(model)
+    view = GraphIndex(model)
     constants = _constants(model)
     work = {
         node.name: Work(
@@ -89,7 +88,7 @@ def _constants(model: ModelProto) -> set[str]:
     return known
 
 
-def _doubt(graph: onnx_graph.Graph, node: NodeProto, needs_quantized_output: bool) -> str:
+def _doubt(graph: GraphIndex, node: NodeProto, needs_quantized_output: bool) -> str:
     def is_dequantized(name: str) -> bool:
         return name in graph.producer and graph.producer[name].op_type == "DequantizeLinear"
 

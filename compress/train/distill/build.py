@@ -54,9 +54,8 @@ def build_objective(
 ) -> DistillObjective:
     """Return the objective that pulls ``student`` towards ``teacher``.
 
-    Both networks are run once on an example image to find layers and create adapters; they are left
-    as found. The objective says which layers it paired (``pairing()``) and warns in its ``notes``
-    where the teacher is worse than the student.
+    Both networks run once on an example, to pair layers and create adapters, and are left as found.
+    The objective tells the pairs (``pairing()``), and in ``notes`` whether the teacher is worse.
 
     Args:
         student: The network that will be trained.
@@ -80,8 +79,7 @@ def build_objective(
         task = None
     answering = _teacher(teacher, dataset.example, settings)
     try:
-        names = settings.teacher_classes
-        order = class_order(dataset.classes, names, answering.classes) if task is None else None
+        order = _class_order(answering, dataset, settings) if task is None else None
         terms = _terms(student, answering, dataset, settings, task)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
@@ -91,20 +89,24 @@ def build_objective(
     objective = DistillObjective(
         terms,
         answering,
-        None if order is None else torch.from_numpy(order),
+        order,
         hard=CrossEntropy(settings.label_smoothing) if task is None else TaskLoss(task),
         hard_weight=_hard_weight(settings, task),
         warmup_epochs=settings.loss_warmup_epochs,
     )
     for line in objective.pairing():
         logger.info(line)
-    if task is not None and not task.kinds:
-        return objective
     if task is None:
         _compare(objective, student, dataset)
-    else:
+    elif task.kinds:
         _compare_at_task(objective, answering, student, dataset, task)
     return objective
+
+
+def _class_order(teacher: Teacher, dataset: Dataset, settings: DistillSettings) -> Tensor | None:
+    """Return which of the teacher's classes each class of the data is; None for the same order."""
+    order = class_order(dataset.classes, settings.teacher_classes, teacher.classes)
+    return None if order is None else torch.from_numpy(order)
 
 
 def _terms(
@@ -125,7 +127,7 @@ def _terms(
         _check_terms(terms, task, student, dataset, settings)
     given: Any = dataset.splits["train"].labels
     labels = torch.from_numpy(given) if isinstance(given, np.ndarray) else torch.zeros(0)
-    prepare(terms, student, answering, dataset.example, labels)
+    prepare_losses(terms, student, answering, dataset.example, labels)
     return terms
 
 
@@ -152,12 +154,12 @@ def losses_on_outputs(task: Task) -> tuple[str, ...]:
 def check_loss(reference: Plugin, task: Task) -> None:
     """Raise TrainingError where a loss reads other outputs than those of ``task``."""
     name, _ = plugins.parse("losses", reference)
-    wanted = getattr(plugins.load("losses", name), "of_classes", None)
+    wanted = getattr(plugins.plugin_class("losses", name), "of_classes", None)
     if wanted is None or task.tells_classes or (wanted == "pixel" and task.answers == "classes"):
         return
     known = [
         n for n in plugins.names("losses")
-        if getattr(plugins.load("losses", n), "of_classes", None) is None
+        if getattr(plugins.plugin_class("losses", n), "of_classes", None) is None
     ]  # fmt: skip
     raise TrainingError(
         f"it compares the probabilities of one class for each {wanted}",
@@ -258,10 +260,14 @@ def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: b
 
 def _logit_losses() -> list[str]:
     names = plugins.names("losses")
-    return [n for n in names if getattr(plugins.load("losses", n), "needs", "logits") == "logits"]
+    return [
+        n
+        for n in names
+        if getattr(plugins.plugin_class("losses", n), "needs", "logits") == "logits"
+    ]
 
 
-def prepare(
+def prepare_losses(
     terms: Sequence[Term], student: nn.Module, teacher: Teacher, example: Tensor, labels: Tensor
 ) -> None:
     """Let losses create their adapters from what both networks compute for one image.

@@ -110,7 +110,11 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
         for handle in handles:
             handle.remove()
     names = [name for name, *_ in calls]
-    features = tuple(Feature(name, shape) for name, shape, _ in calls if names.count(name) == 1)
+    features = tuple(
+        Feature(name, shape)
+        for name, shape, _ in calls
+        if names.count(name) == 1 and shape[:1] == example.shape[:1]
+    )  # Not those of regions within images: training looks at other regions, and more of them.
     heads = [name for name, _, identity in calls if identity == id(logits)]
     if not heads:  # pooled or reshaped after the classifier
         layers = dict(model.named_modules())

@@ -15,7 +15,7 @@ NECKS = 3  # sizes at which dense predictions are compared, the smallest ones
 
 
 @dataclass(frozen=True)
-class Pair:
+class LayerPair:
     """One place in the student and the place in the teacher that it is compared with."""
 
     student: Tap
@@ -32,7 +32,7 @@ class Pair:
 
 def pair_layers(
     student: Survey, teacher: Survey, layers: Layers, needs: Needs, loss: str
-) -> tuple[Pair, ...]:
+) -> tuple[LayerPair, ...]:
     """Return the pairs of layers that a loss compares, shallow to deep.
 
     "auto" pairs stages: the last module at each spatial size. Stages of equal size belong together;
@@ -52,7 +52,7 @@ def pair_layers(
     if layers != "auto":
         return tuple(_named(student, teacher, *names) for names in _names(layers, loss))
     if needs == "embedding" and student.head is not None and teacher.head is not None:
-        return (Pair(student.head, teacher.head),)
+        return (LayerPair(student.head, teacher.head),)
     pairs = _paired_stages(student, teacher, enlarged=needs == "necks")
     if not pairs:
         raise TrainingError(
@@ -85,7 +85,7 @@ def stages(seen: Survey, *, enlarged: bool = False) -> tuple[Feature, ...]:
     return tuple(sorted(chosen.values(), key=lambda feature: -max(feature.shape[2:])))
 
 
-def _paired_stages(student: Survey, teacher: Survey, *, enlarged: bool) -> tuple[Pair, ...]:
+def _paired_stages(student: Survey, teacher: Survey, *, enlarged: bool) -> tuple[LayerPair, ...]:
     mine, theirs = stages(student, enlarged=enlarged), stages(teacher, enlarged=enlarged)
     by_size = {feature.shape[2:]: feature for feature in theirs}
     equal = [(f, by_size[f.shape[2:]]) for f in mine if f.shape[2:] in by_size]
@@ -112,7 +112,7 @@ def _names(layers: object, loss: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _named(student: Survey, teacher: Survey, mine: str, theirs: str) -> Pair:
+def _named(student: Survey, teacher: Survey, mine: str, theirs: str) -> LayerPair:
     return _pair(
         _find(student.features, mine, "the student"), _find(teacher.features, theirs, "the teacher")
     )
@@ -126,5 +126,5 @@ def _find(features: Sequence[Feature], name: str, place: str) -> Feature:
     raise UnknownNameError("layer that returns one tensor", name, known, where=place)
 
 
-def _pair(mine: Feature, theirs: Feature) -> Pair:
-    return Pair(Tap(mine.layer), Tap(theirs.layer), (mine.shape[1:], theirs.shape[1:]))
+def _pair(mine: Feature, theirs: Feature) -> LayerPair:
+    return LayerPair(Tap(mine.layer), Tap(theirs.layer), (mine.shape[1:], theirs.shape[1:]))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.errors import TrainingError, UsageError
 from compress.recipe.settings import Plugin
-from compress.train.distill.build import prepare, term_of
+from compress.train.distill.build import prepare_losses, term_of
 from compress.train.distill.feature_hooks import Tap, device_of, survey, tapped
 from compress.train.distill.objective import Term, feature_at, main_answer
 from compress.train.distill.teachers import TorchTeacher
@@ -131,7 +131,7 @@ class Distiller:
         self._teacher = TorchTeacher(self._model, example, None, None)
         mine = survey(self.student, example)
         self._terms = [term_of(each, mine, self._teacher, compiled=False) for each in self._losses]
-        prepare(self._terms, self.student, self._teacher, example, torch.zeros(0))
+        prepare_losses(self._terms, self.student, self._teacher, example, torch.zeros(0))
 
     def _watch(self) -> None:
         """Keep what the student computes from now on, until the end."""

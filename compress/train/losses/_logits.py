@@ -18,7 +18,7 @@ def standardized(logits: Tensor) -> Tensor:
     return centred / (logits.std(1, keepdim=True) + 1e-7)
 
 
-def pair(student: Tensor, teacher: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:
+def logit_pair(student: Tensor, teacher: Tensor, standardize: bool) -> tuple[Tensor, Tensor]:
     """Return both logits in float32, standardized where asked for, (B, K) each."""
     student, teacher = student.float(), teacher.float()
     if standardize:

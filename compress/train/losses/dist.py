@@ -42,7 +42,7 @@ class Dist:
 
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the weighted sum of both distances times temperature squared, a scalar."""
-        logits = _logits.pair(student.logits, teacher.logits, self.standardize)
+        logits = _logits.logit_pair(student.logits, teacher.logits, self.standardize)
         p, q = (F.softmax(part / self.temperature, 1) for part in logits)
         within_images = (1 - _correlation(p, q)).mean()
         within_classes = (1 - _correlation(p.T, q.T)).mean()

@@ -42,7 +42,7 @@ class Dkd:
 
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the weighted sum of both divergences times temperature squared, a scalar."""
-        logits = _logits.pair(student.logits, teacher.logits, self.standardize)
+        logits = _logits.logit_pair(student.logits, teacher.logits, self.standardize)
         mine, theirs = (F.log_softmax(part / self.temperature, 1) for part in logits)
         true = F.one_hot(target, mine.shape[1]).bool()
         binary = _divergence(_binary(mine, true), _binary(theirs, true))

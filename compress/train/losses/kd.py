@@ -37,7 +37,7 @@ class Kd:
 
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return KL(teacher || student) times temperature squared, a scalar."""
-        pair = _logits.pair(_rows(student.logits), _rows(teacher.logits), self.standardize)
+        pair = _logits.logit_pair(_rows(student.logits), _rows(teacher.logits), self.standardize)
         return _logits.divergence(*pair, self.temperature)
 
 

@@ -37,7 +37,7 @@ class Nkd:
 
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the cross-entropies of both parts, a scalar."""
-        z_student, z_teacher = _logits.pair(student.logits, teacher.logits, self.standardize)
+        z_student, z_teacher = _logits.logit_pair(student.logits, teacher.logits, self.standardize)
         rows = target[:, None]
         p_true = F.softmax(z_teacher, 1).gather(1, rows)
         true = -(p_true * F.log_softmax(z_student, 1).gather(1, rows)).mean()

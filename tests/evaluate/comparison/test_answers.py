@@ -10,7 +10,7 @@ import pytest
 
 from compress.errors import CompressError
 from compress.evaluate import accuracy
-from compress.evaluate.comparison import NetworkForm, against, chain, compare
+from compress.evaluate.comparison import NetworkForm, against, chain, compare_predictions
 from compress.evaluate.predictions import Predictions
 
 
@@ -34,7 +34,7 @@ AFTER_ = [0, 0, 1, 2, 1, 0, 1, 2, 2, 0]  # lost: image 2, 5; won: image 6; other
 
 
 def test_flips_are_told_apart_by_hand() -> None:
-    found = compare(answered(BEFORE, LABELS), answered(AFTER_, LABELS), ["a", "b", "c"])
+    found = compare_predictions(answered(BEFORE, LABELS), answered(AFTER_, LABELS), ["a", "b", "c"])
     assert [(flip.index, flip.kind) for flip in found.flips] == [
         (2, "lost"),
         (5, "lost"),
@@ -52,7 +52,7 @@ def test_flips_are_told_apart_by_hand() -> None:
 
 def test_worst_class_is_the_largest_loss_of_recall() -> None:
     reference, candidate = noisy(500, 6, 1.5)
-    found = compare(reference, candidate, list("abcdef"))
+    found = compare_predictions(reference, candidate, list("abcdef"))
     before = {row.name: row.recall_pct for row in accuracy(reference, list("abcdef")).per_class}
     after = {row.name: row.recall_pct for row in accuracy(candidate, list("abcdef")).per_class}
     expected = {name: before[name] - after[name] for name in before}
@@ -66,7 +66,7 @@ def test_change_of_accuracy_and_its_test_equal_statsmodels() -> None:
     from statsmodels.stats.contingency_tables import mcnemar
 
     reference, candidate = noisy(800, 5, 1.0)
-    found = compare(reference, candidate)
+    found = compare_predictions(reference, candidate)
     lost = int((reference.correct & ~candidate.correct).sum())
     won = int((~reference.correct & candidate.correct).sum())
     exact = mcnemar([[0, lost], [won, 0]], exact=True).pvalue
@@ -80,10 +80,12 @@ def test_change_of_accuracy_and_its_test_equal_statsmodels() -> None:
 def test_verdicts() -> None:
     labels = [0] * 100
     right, wrong = answered([0] * 100, labels), answered([0] * 80 + [1] * 20, labels)
-    assert compare(right, wrong).verdict == "less accurate"
-    assert compare(wrong, right).verdict == "more accurate"
+    assert compare_predictions(right, wrong).verdict == "less accurate"
+    assert compare_predictions(wrong, right).verdict == "more accurate"
     few = answered([0] * 97 + [1] * 3, labels)
-    assert compare(right, few).verdict == "100 images cannot rule out a loss of 8.5 points"
+    assert (
+        compare_predictions(right, few).verdict == "100 images cannot rule out a loss of 8.5 points"
+    )
 
 
 def test_few_images_are_not_said_to_show_no_difference() -> None:
@@ -91,20 +93,22 @@ def test_few_images_are_not_said_to_show_no_difference() -> None:
     labels = [0] * 153
     before = answered([0] * 151 + [1] * 2, labels)
     after = answered([1] * 9 + [0] * 144, labels)
-    found = compare(before, after)
+    found = compare_predictions(before, after)
     assert found.top1_change_pct == pytest.approx(-100 * 7 / 153)
     assert found.top1_p_value > 0.05 or found.verdict == "less accurate"
-    few = compare(answered([0] * 153, labels), answered([1] * 4 + [0] * 149, labels))
+    few = compare_predictions(answered([0] * 153, labels), answered([1] * 4 + [0] * 149, labels))
     low = few.top1_change_ci95[0]
     assert few.verdict == f"153 images cannot rule out a loss of {-low:.1f} points"
     assert few.to_json()["top1_verdict"] == few.verdict
-    many = compare(answered([0] * 20_000, [0] * 20_000), answered([0] * 20_000, [0] * 20_000))
+    many = compare_predictions(
+        answered([0] * 20_000, [0] * 20_000), answered([0] * 20_000, [0] * 20_000)
+    )
     assert many.verdict == "no significant difference"
 
 
 def test_the_same_answers_differ_in_nothing() -> None:
     reference, _ = noisy(50, 4, 0)
-    found = compare(reference, reference)
+    found = compare_predictions(reference, reference)
     assert (found.agreement_pct, found.flip_pct, found.top1_change_pct) == (100, 0, 0)
     assert found.top1_p_value == 1
     assert found.flips == ()
@@ -130,7 +134,7 @@ def test_rows_are_json_and_named_as_the_report_names_them() -> None:
         "worst_class_drop_pct",
     }
     assert shared <= known & set(row)
-    json.dumps(compare(*noisy(60, 4, 0.5)).to_json(), allow_nan=False)
+    json.dumps(compare_predictions(*noisy(60, 4, 0.5)).to_json(), allow_nan=False)
 
 
 def test_chain_names_the_link_that_erred() -> None:
@@ -156,15 +160,15 @@ def test_chain_names_the_link_that_erred() -> None:
     ("attempt", "message"),
     [
         (
-            lambda: compare(answered([0], [0], 3), answered([0], [0], 4)),
+            lambda: compare_predictions(answered([0], [0], 3), answered([0], [0], 4)),
             r"reference has 3 class outputs, the candidate 4",
         ),
         (
-            lambda: compare(answered([0, 1], [0, 1]), answered([0], [0])),
+            lambda: compare_predictions(answered([0, 1], [0, 1]), answered([0], [0])),
             r"answered 2 images, the candidate 1",
         ),
         (
-            lambda: compare(answered([0, 1], [0, 1]), answered([0, 1], [0, 2])),
+            lambda: compare_predictions(answered([0, 1], [0, 1]), answered([0, 1], [0, 2])),
             r"image 1 has label 1 .* and 2 .*same order",
         ),
         (lambda: chain([NetworkForm("a", "", answered([0], [0]))]), r"at least two steps"),

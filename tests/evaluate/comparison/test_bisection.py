@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import EngineError, UsageError
 from compress.evaluate.comparison import bisect
-from compress.evaluate.comparison.bisection import cut, precision_of
+from compress.evaluate.comparison.bisection import part_for, precision_of
 
 LAYERS = 6
 
@@ -109,7 +109,7 @@ def test_held_tensors_stay_within_the_limit(tmp_path: Path, images: Any, monkeyp
 
 
 def test_cut_computes_the_tensors_asked_for_and_nothing_more(tmp_path: Path) -> None:
-    part = cut(chain(), ["t2", "t0r"])
+    part = part_for(chain(), ["t2", "t0r"])
     onnx.checker.check_model(part)
     assert [node.name for node in part.graph.node if node.op_type == "Conv"] == [
         "conv0",

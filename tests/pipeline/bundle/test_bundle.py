@@ -204,7 +204,7 @@ def test_parity_is_numbers_for_float_and_decisions_for_int8(
     precision: str, answers: list, near: bool
 ) -> None:
     host, labels = np.array([[0.0, 1.0], [1.0, 0.0]]), np.array([1, 0])
-    assert on_device.compare(np.array(answers), host, labels, precision)["parity"] is near
+    assert on_device.compare_with_host(np.array(answers), host, labels, precision)["parity"] is near
 
 
 def test_a_run_without_networks_is_refused(run: Path, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import compress
-from compress.qdq.lint import TARGETS, fix_onnx
-from compress.qdq.lint.files import load_onnx
+from compress.qdq.lint import TARGETS, fix_onnx, load_onnx
 
 SIDE = 96
 

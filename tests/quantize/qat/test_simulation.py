@@ -11,9 +11,9 @@ from sketch import Sketch, run, sqnr_db
 
 from compress.errors import QuantizationError
 from compress.qdq import TARGETS, prepare, write_qdq
-from compress.quantize import calibrate, make_plan
+from compress.quantize import calibrate, make_quant_plan
 from compress.quantize.qat import OnnxNetwork, SimulatedNetwork
-from compress.quantize.qat.fake import Quantizer, fake_quantize
+from compress.quantize.qat.simulation import FakeQuantizer, fake_quantize
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_gradient_of_the_scale_is_that_of_lsq():
 def test_learned_scale_reaches_the_range_of_its_values():
     torch.manual_seed(0)
     x = torch.randn(16, 64)
-    quantizer = Quantizer(0.2, 0, -127, 127, learned=True)
+    quantizer = FakeQuantizer(0.2, 0, -127, 127, learned=True)
     optimizer = torch.optim.Adam(quantizer.parameters(), lr=0.004)
     errors = []
     for _ in range(60):
@@ -109,7 +109,7 @@ def test_float_network_equals_onnxruntime(network):
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
 def test_simulated_network_equals_the_written_graph(network, statistics, target, learned):
-    plan = make_plan(statistics, target=target)
+    plan = make_quant_plan(statistics, target=target)
     simulated = SimulatedNetwork(network, plan, learned_scales=learned)
     written = run(write_qdq(network, plan), images())
     assert agrees_but_for_a_tie(answer(simulated, images()), written)
@@ -121,7 +121,7 @@ def test_simulated_network_equals_the_written_graph(network, statistics, target,
 def test_graph_after_training_has_the_structure_of_ptq_and_computes_what_was_trained(
     network, statistics, target, learned
 ):
-    plan = make_plan(statistics, target=target)
+    plan = make_quant_plan(statistics, target=target)
     simulated = SimulatedNetwork(network, plan, learned_scales=learned)
     optimizer = torch.optim.SGD(simulated.parameters(), lr=0.02)
     x = torch.from_numpy(images(16))
@@ -146,7 +146,7 @@ def test_graph_after_training_has_the_structure_of_ptq_and_computes_what_was_tra
 
 
 def test_plan_with_corrections_and_float_layers_is_simulated(network, statistics):
-    plan = make_plan(statistics, target="onnxruntime")
+    plan = make_quant_plan(statistics, target="onnxruntime")
     prepared = prepare(network)
     convs = [node for node in prepared.graph.node if node.op_type == "Conv"]
     biases = {t.name: onnx.numpy_helper.to_array(t) for t in prepared.graph.initializer}
@@ -166,13 +166,13 @@ def test_nearly_dead_channel_does_not_overflow_its_bias():
     y = s.conv(y, s.constant(s.kernel(4, 8, 3, 3)), s.constant(np.zeros(4)))
     model = s.model(s.add("Flatten", s.add("GlobalAveragePool", y)))
     x = np.random.default_rng(0).uniform(-1, 1, (8, 3, 8, 8)).astype(np.float32)
-    plan = make_plan(calibrate(model, [x]), target="onnxruntime")
+    plan = make_quant_plan(calibrate(model, [x]), target="onnxruntime")
     written = run(write_qdq(model, plan), x)
     assert np.abs(answer(SimulatedNetwork(model, plan), x) - written).max() < 1e-6
 
 
 def test_state_is_named_as_the_initializers_and_survives_copies(network, statistics):
-    simulated = SimulatedNetwork(network, make_plan(statistics, target="tensorrt"))
+    simulated = SimulatedNetwork(network, make_quant_plan(statistics, target="tensorrt"))
     names = {tensor.name for tensor in prepare(network).graph.initializer if len(tensor.dims) > 1}
     floats = {name for name in simulated.state_dict() if not name.startswith(("kern", "activ"))}
     assert floats <= {t.name for t in prepare(network).graph.initializer}
@@ -185,7 +185,7 @@ def test_state_is_named_as_the_initializers_and_survives_copies(network, statist
 
 
 def test_given_model_and_plan_are_left_as_they_were(network, statistics):
-    plan = make_plan(statistics, target="onnxruntime")
+    plan = make_quant_plan(statistics, target="onnxruntime")
     before = network.SerializeToString(deterministic=True), plan.to_json()
     simulated = SimulatedNetwork(network, plan, learned_scales=True)
     simulated.write()

@@ -8,7 +8,7 @@ from sketch import Sketch, run
 
 from compress.errors import QuantizationError
 from compress.qdq import ActivationRange, write_qdq
-from compress.quantize import calibrate, make_plan
+from compress.quantize import calibrate, make_quant_plan
 from compress.quantize.qat import train_quantized
 from compress.recipe.settings import QuantizeSettings, TrainSettings
 
@@ -39,7 +39,7 @@ def right_pct(model: onnx.ModelProto, dataset) -> float:
 def test_written_graph_is_as_right_as_training_said(dataset, tmp_path, learned_scales):
     model = small_graph()
     calibration = [images.numpy() for images, _ in dataset.batches("calibration")]
-    plan = make_plan(calibrate(model, calibration), target="tensorrt")
+    plan = make_quant_plan(calibrate(model, calibration), target="tensorrt")
     narrow = {
         name: ActivationRange(r.low / 2, r.high / 2, r.limit / 2)
         for name, r in plan.activations.items()
@@ -70,6 +70,6 @@ def test_written_graph_is_as_right_as_training_said(dataset, tmp_path, learned_s
 def test_plan_of_another_graph_is_refused(dataset):
     model = small_graph()
     calibration = [images.numpy() for images, _ in dataset.batches("calibration")]
-    plan = make_plan(calibrate(model, calibration), target="tensorrt").changed(activations={})
+    plan = make_quant_plan(calibrate(model, calibration), target="tensorrt").changed(activations={})
     with pytest.raises(QuantizationError, match="the plan has no range for tensor"):
         train_quantized(model, plan, dataset, QuantizeSettings())

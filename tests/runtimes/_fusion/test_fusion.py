@@ -265,7 +265,7 @@ def test_the_inspector_of_tensorrt_is_read(tmp_path: Path) -> None:
     }
     source = residual(tmp_path / "x.onnx", "int8")
     file = tmp_path / "x.engine.layers.json"
-    file.write_text(json.dumps(_trt_layers.normalized(told)))
+    file.write_text(json.dumps(_trt_layers.normalized_layers(told)))
     fusion = check_fusion(source, "tensorrt", engine=tmp_path / "x.engine")
     assert fusion.reformats == ("Reformatting 1",)
     assert fusion.unfused_adds == ("add",)

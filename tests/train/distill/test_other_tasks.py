@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_detectors
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -82,6 +83,14 @@ def test_a_detector_that_returns_its_losses_learns_features() -> None:
     assert "fine (16x4x6) - fine (16x4x6)" in "; ".join(objective.pairing())
     hooks = [len(m._forward_hooks) for net in (teacher, student) for m in net.modules()]
     assert not any(hooks)
+
+
+def test_features_of_regions_within_images_are_left_out() -> None:
+    torch.manual_seed(0)
+    teacher, student = tiny_detectors.fasterrcnn(2), tiny_detectors.fasterrcnn(2)
+    objective = distilled(student, teacher, boxes(), "detection")  # it trains on other regions
+    assert "backbone" in (pairs := "; ".join(objective.pairing()))
+    assert "roi_heads" not in pairs
 
 
 def test_losses_on_outputs_are_refused_where_there_are_none_in_training() -> None:

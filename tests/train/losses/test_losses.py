@@ -36,7 +36,7 @@ def taps(seed: int, needs: str, *, channels: int = 6, batch: int = 8, grad: bool
 
 
 def needs_of(name: str) -> str:
-    return getattr(plugins.load("losses", name), "needs", "logits")
+    return getattr(plugins.plugin_class("losses", name), "needs", "logits")
 
 
 def loss_of(name: str, student: Taps, teacher: Taps, **options: Any) -> Any:
@@ -97,7 +97,7 @@ def test_is_finite_under_half_precision_autocast_and_for_large_inputs(name: str)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_a_mean_over_images_unless_relational(name: str):
-    if getattr(plugins.load("losses", name), "relational", False):
+    if getattr(plugins.plugin_class("losses", name), "relational", False):
         pytest.skip("compares images with each other")
     student, teacher = both(name)
     loss = loss_of(name, student, teacher, **({"mask": 0.0} if name == "mgd" else {}))
@@ -149,7 +149,7 @@ def test_documentation_names_its_source(name: str):
     text = plugins.documentation("losses", name)
     assert "Source:" in text
     assert "https://" in text
-    weight = plugins.load("losses", name).weight
+    weight = plugins.plugin_class("losses", name).weight
     assert weight > 0
 
 

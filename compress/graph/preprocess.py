@@ -136,10 +136,21 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 expected=f"opset {OLDEST_OPSET} or newer",
                 fix="Export the network again with a newer opset",
             ) from None
+        if opset < 11:  # Upsample, and Resize then: the converter forgets how they sampled
+            for node in model.graph.node:
+                if node.op_type == "Resize":
+                    _sample_as_before(node)
     infer_shapes(model, where)  # some exporters leave outputs without
     check_graph(model, where)
     model.ir_version = max(model.ir_version, 8)
     return model
+
+
+def _sample_as_before(node: onnx.NodeProto) -> None:
+    sampled = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    kept = [item for item in node.attribute if item.name not in sampled]
+    del node.attribute[:]
+    node.attribute.extend([*kept, *(onnx.helper.make_attribute(*each) for each in sampled.items())])
 
 
 def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:

@@ -151,6 +151,8 @@ def trust_of(facts: Mapping[str, Any]) -> Trust:
 def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the warnings that follow from what a stage recorded."""
     yield from trust_of(facts).cautions()
+    if why := facts.get("fixed_batch"):
+        yield f"its files take one image at a time, another batch cannot be exported: {why}"
     if note := facts.get("calibration", {}).get("note"):
         yield f"int8 ranges come from {note}"
     for form, plan in facts.get("plans", {}).items():

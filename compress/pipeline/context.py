@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from compress import artifact, evaluate, measure, models, plugins
 from compress.data import Dataset
-from compress.errors import RunError, boundary
+from compress.errors import ExportError, RunError, boundary
 from compress.evaluate import Accuracy, Predictions
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
@@ -163,7 +163,7 @@ def save_stage(
         options=settings.options if parent is None else None,
         num_classes=_classes_given(context) if parent is None else None,
     )
-    export_onnx(
+    fixed = _exported(
         model,
         context.dataset.example,
         stage / ONNX_FILE,
@@ -179,7 +179,7 @@ def save_stage(
         ),
     )
     count = measure.count_module(model, context.dataset.example)
-    facts = facts or {}
+    facts = dict(facts or {}) | ({"fixed_batch": fixed} if fixed else {})
     inherited = parent.sparsity if parent is not None else None
     variant = RunVariant(
         name,
@@ -191,6 +191,25 @@ def save_stage(
         sparsity=facts.get("sparsity", {}).get("pattern", inherited),
     )
     return StageResult((variant,), facts)
+
+
+def _exported(model: nn.Module, example: Tensor, path: Path, **options: Any) -> str | None:
+    """Export for any batch; where the network's code does not let it, for that of the example.
+
+    Returns:
+        Why the batch is fixed; None where it is free.
+
+    Raises:
+        ExportError: neither can be exported; it says why any batch cannot.
+    """
+    try:
+        export_onnx(model, example, path, **options)
+    except ExportError as error:
+        with suppress(ExportError):
+            export_onnx(model, example, path, dynamic_batch=False, **options)
+            return error.what
+        raise
+    return None
 
 
 def _classes_given(context: RunContext) -> int | None:

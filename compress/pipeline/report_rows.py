@@ -60,7 +60,7 @@ def assemble(
             *cautions.of_training(context.recipe, context.dataset),
             *cautions.of_splits(context.dataset),
             *cautions.of_data(context.dataset),
-            *(line for outcome in outcomes for line in cautions.of_stage(outcome.facts)),
+            *dict.fromkeys(line for each in outcomes for line in cautions.of_stage(each.facts)),
             *cautions.of_slow_int8(rows),
             *cautions.of_timing(measured.conditions),
         ),

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -190,3 +191,38 @@ def test_a_network_and_its_file_move_together(here, monkeypatch):
     shutil.move("a", "b")
     monkeypatch.chdir("/")
     assert isinstance(load_model(here / "b" / "runs" / "x"), torch.nn.Module)
+
+
+MIXED = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class net(nn.Module):  # mixes kernels for each image: its groups are the images of a batch
+    def __init__(self):
+        super().__init__()
+        self.first, self.route = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 2)
+        self.kernels, self.last = nn.Parameter(torch.randn(2, 8 * 8 * 9) / 9), nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        count, channels, height, width = x.shape
+        kernel = (self.route(x.mean((2, 3))).softmax(1) @ self.kernels).reshape(-1, 8, 3, 3)
+        x = F.conv2d(x.reshape(1, -1, height, width), kernel, padding=1, groups=count)
+        return self.last(x.reshape(count, -1, height, width).relu().mean((2, 3)))
+"""
+
+
+def test_a_network_that_no_free_batch_suits_runs_with_one_image_at_a_time(here):
+    Path("mixed.py").write_text(MIXED)
+    cut = {"prune": {"criterion": "l1", "keep_macs": 0.9}}
+    recipe = content("mixed.py:net", cut, {"quantize": {"samples": 8, "method": "plain"}})
+    recipe["targets"].append({"runtime": "onnxruntime", "precision": "int8"})
+    report = pipeline.run(validate_recipe(recipe | {"name": "mixed"}, where="r"), here / "run")
+    for variant in report.variants:
+        graph = onnx.load(str(here / "run" / variant.artifact)).graph
+        assert graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+        assert all(result.top1_pct is not None for result in variant.results)
+    (told,) = [line for line in report.cautions if "one image at a time" in line]
+    assert "another batch cannot be exported" in told

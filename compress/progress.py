@@ -35,8 +35,10 @@ class _Silent:
 class _Lines:
     """Plain lines on stderr, for logs: at most one every ``LINE_EVERY_S`` seconds, and the last."""
 
-    def __init__(self, description: str, total: float | None, short_s: float) -> None:
-        self.description, self.total, self.done = description, total, 0.0
+    def __init__(
+        self, description: str, total: float | None, short_s: float, done: float = 0.0
+    ) -> None:
+        self.description, self.total, self.before, self.done = description, total, done, done
         self.short_s = short_s  # work that takes less leaves no line
         self.start = self.last = time.monotonic()
 
@@ -51,7 +53,7 @@ class _Lines:
         spent = now - self.start
         of = ""
         if self.total:
-            left = spent * (self.total - self.done) / max(self.done, 1e-9)
+            left = spent * (self.total - self.done) / max(self.done - self.before, 1e-9)
             of = f" of {_count(self.total)}, {left:.0f} s left"
         tail = f", {note}" if note else ""
         sys.stderr.write(f"{self.description}: {_count(self.done)}{of}{tail}\n")
@@ -117,10 +119,13 @@ def show_progress() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def task(description: str, total: float | None = None) -> Iterator[ProgressTask]:
+def task(
+    description: str, total: float | None = None, *, done: float = 0.0
+) -> Iterator[ProgressTask]:
     """Show one piece of work of ``total`` units while the block runs; yields its counter.
 
-    Of work inside other work nothing is left to see once it is done, but that it took long.
+    ``done`` units were done before, by a run that was interrupted. Of work inside other work
+    nothing is left to see once it is done, but that it took long.
     """
     bars, depth = _bars.get(), _depth.get()
     token = _depth.set(depth + 1)
@@ -128,11 +133,11 @@ def task(description: str, total: float | None = None) -> Iterator[ProgressTask]
         if bars is None:
             yield _Silent()
         elif bars == "lines":
-            lines = _Lines(description, total, LINE_EVERY_S if depth else SHORT_S)
+            lines = _Lines(description, total, LINE_EVERY_S if depth else SHORT_S, done)
             yield lines
             lines.finish()
         else:
-            bar = bars.add_task("  " * depth + description, total=total, note="")
+            bar = bars.add_task("  " * depth + description, total=total, completed=done, note="")
             yield _Bar(bars, bar)
             if depth:
                 bars.remove_task(bar)

@@ -26,6 +26,15 @@ def test_a_note_stands_beside_the_count(capsys, monkeypatch):
     assert "train: 5 of 10" in capsys.readouterr().err
 
 
+def test_what_was_done_before_does_not_shorten_what_is_left(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    clock = iter((0.0, 10.0, 20.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock, 20.0))
+    with progress.show_progress(), progress.task("train", 100, done=90) as counter:
+        counter.advance(2)  # in ten seconds: eight are left, of five seconds each
+    assert "train: 92 of 100, 40 s left" in capsys.readouterr().err
+
+
 def test_millions_are_written_out(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
     with progress.show_progress(), progress.task("train", 3_584_000.0) as counter:

@@ -86,8 +86,7 @@ def _all_epochs(train_step: TrainStep, training: Training) -> TrainResult:
     log = MetricsLog(
         training.folder if writes else None, training.settings.track if writes else None, state.rows
     )
-    with log, progress.task("train", training.images) as counter:
-        counter.advance(state.images_done)
+    with log, progress.task("train", training.images, done=state.images_done) as counter:
         while not state.is_finished:
             with interruption.deferred():
                 _one_epoch(train_step, training, log, counter)

@@ -367,7 +367,9 @@ def test_measurements_on_fewer_cores_are_kept_apart(monkeypatch: pytest.MonkeyPa
     files = set()
     for usable in (1, 2, 2):
         device = {"cpu": "one and the same", "threads_usable": usable}
-        monkeypatch.setattr(latency_table.environment, "describe", lambda d=device: {"device": d})
+        monkeypatch.setattr(
+            latency_table.environment, "describe_machine", lambda d=device: {"device": d}
+        )
         latency_table.table_for.cache_clear()
         files.add(latency_table.table_for("onnxruntime")._file)
     latency_table.table_for.cache_clear()

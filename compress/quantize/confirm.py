@@ -28,6 +28,7 @@ from compress.runtimes import BuildRequest
 IMAGES = 4  # that the runtime answers
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
 _FINE_DB = 40.0  # and above this nothing is wrong
+_FAINT_DB = 60.0  # noise so far down is not worth a word
 _SOUND_DB = 30.0  # what no remedy brings closer is handed over from here on, and said
 _FEW_VALUES = 32  # of an output for one image, below which all images are judged together
 WHY = "the runtime computes it wrongly in int8"
@@ -40,6 +41,11 @@ class NoisyOutput:
     name: str
     told_db: float
     real_db: float
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether so little is left that something is computed wrongly."""
+        return self.real_db < min(self.told_db, _FINE_DB) - _LOST_DB
 
     def __str__(self) -> str:
         return f"{self.name} has {self.real_db:.1f} dB instead of {self.told_db:.1f} dB"
@@ -71,7 +77,7 @@ class Confirmation:
         return [name for name in outputs if name not in selected and graph.is_float(name)]
 
     def losses(self, written: ModelProto, runtime: str) -> list[NoisyOutput]:
-        """Return each output that ``runtime`` computes wrongly in the mean of the images.
+        """Return each output that has more noise in ``runtime``, in the mean of the images.
 
         Raises:
             EngineError: the runtime cannot load or run the graph.
@@ -91,7 +97,7 @@ class Confirmation:
             want, should, got = (np.concatenate(part, axis=1 if one else 0) for part in parts)
             images = 1 if one else len(feeds)
             told, real = (closeness([want], [side], images).mean_db for side in (should, got))
-            if real < min(told, _FINE_DB) - _LOST_DB:
+            if real < min(told, _FAINT_DB) - _LOST_DB:
                 lost.append(NoisyOutput(name, told, real))
         return lost
 
@@ -145,9 +151,11 @@ def confirmed(
     if runtime is None:
         whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
-    lost = confirmation.losses(written, runtime)
+    noisier = confirmation.losses(written, runtime)
+    lost = [output for output in noisier if output.is_lost]
     if not lost:
-        return plan, written
+        notes = [f"in {runtime} itself: {_listed(noisier)}"] if noisier else []
+        return plan.changed(notes=(*plan.notes, *notes)), written
     tried = [(plan, written, lost, "")]
     for remedies in _LADDER:
         safer = plan

@@ -132,7 +132,8 @@ def test_outputs_stay_whole_however_they_are_returned(way: str) -> None:
 
 
 def test_the_tensors_of_real_packages_are_seen() -> None:
-    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
+    from torchvision import tv_tensors
+
     model = randomized(Detector(lambda a, b: (tv_tensors.Mask(a), tv_tensors.Image(b))))
     assert set(trace(model, EXAMPLE).frozen) == {"classes", "boxes"}
 

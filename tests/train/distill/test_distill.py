@@ -369,7 +369,6 @@ def test_a_teacher_of_another_input_size_sees_resized_images():
 
 @pytest.fixture
 def onnx_teacher(tmp_path: Path) -> tuple[nn.Module, Path]:
-    pytest.importorskip("onnxruntime")
     from compress.export import export_onnx
 
     teacher = net(2).eval()

@@ -28,6 +28,7 @@ FULL = {  # by the error's number: what it means, and what to do
     errno.EDQUOT: ("your quota of the disk is used up", _FREE),
     errno.EFBIG: ("is larger than a file may be here", "Raise the limit (ulimit -f)"),
 }
+_STREAM = "iostream error"  # of C++, which says no more and may have removed what it began
 TEMPORARY = ".compress-writing-"  # begins the name of a file that is not yet whole
 TICK_NS = 10_000_000  # of the clock by which changes of files are dated, at most
 LARGEST_TEXT = 1 << 28  # bytes of JSON or YAML: a report with all its images has some MiB
@@ -164,6 +165,12 @@ def replacing(path: Path) -> Iterator[Path]:
             _try_room(temporary)
         except OSError as full:
             raise _cannot_write(path, full) from error
+        if _STREAM in str(error):
+            raise RunError(
+                "cannot be written whole: the disk is full, or a file may not be so large",
+                where=str(path),
+                fix=f"{_FREE}; or raise the limit of a file (ulimit -f)",
+            ) from error
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -42,6 +42,17 @@ def test_a_full_disk_is_said_plainly_whatever_the_writer_says(tmp_path, monkeypa
         raise RuntimeError("unexpected pos 108288 vs 108176")
 
 
+def test_a_writer_in_cpp_that_took_its_file_away_is_said_plainly(tmp_path):
+    """There is room again by then: OpenVINO removes what it could not write whole."""
+    with (
+        pytest.raises(RunError, match="the disk is full, or a file may not be so large"),
+        artifact.replacing(tmp_path / "a") as temporary,
+    ):
+        temporary.unlink()
+        raise RuntimeError("basic_ios::clear: iostream error")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written"):

@@ -24,6 +24,11 @@ ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if ha
 GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
 OF_THE_MACHINE = {*FULL, EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPERM, EROFS}
 
+_NO_MEMORY = (  # as the interpreter, the linker and C++ say it
+    *("can't start new thread", "failed to map segment", "annot allocate memory", "bad_alloc"),
+    "error return without exception set",
+)
+
 
 def exit_code(call: Callable[[], Any]) -> int:
     """Return the exit code of a command; what went wrong is said on stderr.
@@ -60,9 +65,7 @@ def exit_code(call: Callable[[], Any]) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
-    from compress.train.memory import is_out_of_memory
-
-    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+    if _is_out_of_memory(error):
         sys.stderr.write(
             "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
             "or --image-size, fewer images; a run keeps what is done, and the same command goes "
@@ -84,6 +87,14 @@ def _unexpected(error: Exception) -> int:
         f"Please report it with the traceback, which is {_traceback_file(error)}\n"
     )
     return OUR_FAULT
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if any(words in str(error) for words in _NO_MEMORY):
+        return True  # too little of it to import what would tell the rest
+    from compress.train.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _traceback_file(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -15,6 +15,10 @@ from compress.graph.shapes import dims_of, real_inputs
 
 ACTIVATIONS = frozenset({"Relu", "Clip"})  # what a runtime computes together with the op before
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_MOVES = frozenset(  # on the way from a Softmax to what averages over it
+    {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Identity"}
+    | {"QuantizeLinear", "DequantizeLinear"}
+)
 BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
 
 
@@ -124,14 +128,40 @@ def tail(nodes: Sequence[NodeProto]) -> set[str]:
     Args:
         nodes: Of a graph with or without Q/DQ pairs, in topological order.
     """
+    producer = {name: node for node in nodes for name in node.output}
     before_weights: set[str] = set()  # tensors that a weighted op needs, directly or not
     found: set[str] = set()
     for node in reversed(nodes):
-        if node.op_type in WEIGHTED or before_weights.intersection(node.output):
+        is_layer = node.op_type in WEIGHTED and not averages_probabilities(node, producer)
+        if is_layer or before_weights.intersection(node.output):
             before_weights.update(reads(node))
         else:
             found.update(node.output)
     return found
+
+
+def averages_probabilities(node: NodeProto, producer: Mapping[str, NodeProto]) -> bool:
+    """Return whether ``node``, with constant weights, reads the probabilities of a Softmax.
+
+    So the boxes of YOLO are decoded: a Conv with the weights 0, 1, 2, ... is the mean of a
+    distribution over distances. It is part of the answer, and no layer.
+
+    Args:
+        node: Of a graph with or without Q/DQ pairs.
+        producer: The node that makes a tensor, by its name.
+    """
+    if node.op_type not in WEIGHTED or len(node.input) < 2 or _source(node.input[1], producer):
+        return False
+    maker = _source(node.input[0], producer)
+    return maker is not None and maker.op_type == "Softmax"
+
+
+def _source(name: str, producer: Mapping[str, NodeProto]) -> NodeProto | None:
+    """Return what made the values of ``name``, wherever they were moved; None of a constant."""
+    maker = producer.get(name)
+    while maker is not None and maker.op_type in _MOVES:
+        maker = producer.get(maker.input[0])
+    return maker
 
 
 def attribute(node: NodeProto | ir.Node, name: str, default: Any = None) -> Any:

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 
 from onnx import NodeProto
 
-from compress.graph.model import ACTIVATIONS, WEIGHTED, GraphIndex, attribute, tail
+from compress.graph.model import (
+    ACTIVATIONS,
+    WEIGHTED,
+    GraphIndex,
+    attribute,
+    averages_probabilities,
+    tail,
+)
 
 SAME_SCALE = frozenset(  # what comes out was in what went in
     {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
@@ -123,6 +130,8 @@ def _why_float(graph: GraphIndex, node: NodeProto, target: str) -> str:
         return "its weight is no float constant"
     if not graph.is_float(node.input[0]):
         return "its input is no float tensor"
+    if averages_probabilities(node, graph.producer):
+        return "it averages the probabilities of a Softmax: a step of 1/256 would move the answer"
     if node.op_type == "Gemm":
         odd = attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0
         if odd or attribute(node, "beta", 1.0) != 1.0:
@@ -215,13 +224,16 @@ def _runs_inside(graph: GraphIndex, node: NodeProto) -> bool:
 
 
 def _makers(graph: GraphIndex, node: NodeProto) -> set[str]:
-    """Return the nodes that make the inputs of ``node``; an activation counts as what it ends."""
+    """Return the nodes that make the values ``node`` reads; what only hands them on is none."""
     names = set()
     for tensor in node.input:
         maker = graph.producer.get(tensor)
-        while maker is not None and maker.op_type in ACTIVATIONS:
+        while maker is not None and maker.op_type in ACTIVATIONS | SAME_SCALE:
             maker = graph.producer.get(maker.input[0])
-        names.add(maker.name if maker is not None else tensor)
+        if maker is not None and maker.op_type == "Concat":
+            names |= _makers(graph, maker)
+        else:
+            names.add(maker.name if maker is not None else tensor)
     return names
 
 

@@ -168,7 +168,7 @@ def confirmed(
         left = confirmation.losses(written, runtime)
         tried.append((safer, written, left, said))
         if all(loss.real_db >= _SOUND_DB for loss in left):  # coarser remedies would cost more
-            note = f"{said}: else {runtime} computes {_listed(lost)}"
+            note = f"{said}: else, in {runtime}, {_listed(lost)}"
             if left:
                 note += f"; and still {_listed(left)}"
             return safer.changed(notes=(*safer.notes, note)), written
@@ -179,7 +179,7 @@ def confirmed(
             expected="what Q and DQ computed in float give",
             fix="Leave layers near these outputs in float with --exclude, or use another runtime",
         )
-    note = f"{f'{said}: ' * bool(said)}{runtime} computes {_listed(left)}"
+    note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
     return safer.changed(notes=(*safer.notes, note)), written
 
 

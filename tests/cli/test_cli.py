@@ -409,6 +409,10 @@ def test_an_interrupted_run_ends_with_130_and_says_how_to_go_on(compress, monkey
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
         torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("can't start new thread"),
+        SystemError("error return without exception set"),
+        ImportError("scipy/_core.so: failed to map segment from shared object"),
+        RuntimeError("std::bad_alloc"),
     ],
 )
 def test_out_of_memory_is_one_sentence_anywhere(compress, monkeypatch, recipe, error):

@@ -12,22 +12,39 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 import compress
+from compress.graph.model import GraphIndex
 from compress.qdq import TARGETS, prepare
 from compress.quantize.planning_graph import judged_tensors
 from compress.quantize.sqnr import sqnr_db
 
 
-def detector():
-    """Boxes in pixels by softmax over distances, scores by sigmoid, joined, as YOLO has them."""
+def detector(*, by_conv=False):
+    """Boxes in pixels by softmax over distances, scores by sigmoid, joined, as YOLO has them.
+
+    Ultralytics writes the mean of the distances as a Conv with the weights 0, 1, 2, ...
+    """
     s = Sketch((3, 16, 16))
     x = s.relu(s.conv("input", "stem", 3, 16, 3))
     x = s.relu(s.conv(x, "body", 16, 16, 3))
     flat = s.constant("flat", np.array([0, 4, 8, -1]))
     distances = s.op("Reshape", [s.conv(x, "box", 16, 32, 1), flat], "bins")
     shares = s.op("Softmax", [distances], "shares", axis=2)
+    if by_conv:
+        moved = s.op("Transpose", [shares], "moved", perm=[0, 2, 1, 3])
+        weight = s.constant(
+            "bins.weight", (40 * np.arange(8, dtype=np.float32)).reshape(1, 8, 1, 1)
+        )
+        mean = s.op("Conv", [moved, weight], "mean", kernel_shape=[1, 1])
+        return _joined(
+            s, x, s.op("Reshape", [mean, s.constant("four", np.array([0, 4, -1]))], "boxes")
+        )
     steps = s.constant("steps", (40 * np.arange(8, dtype=np.float32)).reshape(1, 1, 8, 1))
     axes = s.constant("axes", np.array([2]))
     boxes = s.op("ReduceSum", [s.op("Mul", [shares, steps], "parts"), axes], "boxes", keepdims=0)
+    return _joined(s, x, boxes)
+
+
+def _joined(s, x, boxes):
     rows = s.constant("rows", np.array([0, 5, -1]))
     scores = s.op("Reshape", [s.conv(x, "class", 16, 5, 1), rows], "logits")
     scores = s.op("Sigmoid", [scores], "scores")
@@ -38,9 +55,10 @@ def detector():
     return model
 
 
+@pytest.mark.parametrize("by_conv", [False, True])
 @pytest.mark.parametrize("target", TARGETS)
-def test_scores_beside_boxes_in_pixels_survive(target, tmp_path):
-    model = detector()
+def test_scores_beside_boxes_in_pixels_survive(target, by_conv, tmp_path):
+    model = detector(by_conv=by_conv)
     assert set(judged_tensors(prepare(model))) == {"boxes", "scores"}
     onnx.save(model, tmp_path / "float.onnx")
     feed = images(model, 16)
@@ -50,6 +68,23 @@ def test_scores_beside_boxes_in_pixels_survive(target, tmp_path):
     assert sqnr_db([want[:, 4:]], [got[:, 4:]]) > 25
     assert sqnr_db([want[:, :4]], [got[:, :4]]) > 25
     assert compress.lint_onnx(tmp_path / "int8.onnx", target=target) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_mean_of_a_softmax_stays_in_float_with_all_behind_it(target, tmp_path):
+    model = detector(by_conv=True)
+    onnx.save(model, tmp_path / "float.onnx")
+    out = tmp_path / "int8.onnx"
+    feed = [images(model, 16)]
+    plan = compress.quantize_onnx(tmp_path / "float.onnx", feed, out, target, "plain")
+    graph = GraphIndex(onnx.load(out))
+    (mean,) = [node for node in graph.nodes if "mean" in node.output]
+    why = "averages the probabilities of a Softmax"
+    assert any(mean.name in note and why in note for note in plan.notes)
+    quantized = {node.input[0] for node in graph.nodes if node.op_type == "QuantizeLinear"}
+    assert not quantized & {"bins", "shares", "moved", "mean", "boxes", "logits", "scores"}
+    layers = {"box", "class"}  # an int8 kernel of ONNX Runtime makes int8
+    assert (quantized & layers) == (layers if target == "onnxruntime" else set())
 
 
 def joined_in_int8(path):

@@ -1,6 +1,7 @@
 """Prune real architectures of other packages and say what went wrong with each.
 
     python benchmarks/architectures.py [--networks WORD ...] [--folder benchmarks/results]
+    python benchmarks/architectures.py --families --until reload
 
 Each network gets random weights and random BatchNorm statistics and goes through these steps, in a
 process of its own with one thread: plan to half the MACs (l2), cut, proof in float64 (equal to the
@@ -8,7 +9,8 @@ masked reference to 1e-8), save, reload (equal outputs), export to ONNX (equal i
 which export checks). A row holds the first step that failed and why. Rows of a file that exists are
 kept, so that a run that was stopped goes on; ``--again`` tries them anew and ``--seconds`` ends it
 in between. ``--until reload`` leaves out the export, which takes most of the time; the row then
-says up to which step a network is right.
+says up to which step a network is right. ``--families`` tries networks that nobody picked: the
+smallest of each family of timm's CNNs that the list below leaves out.
 """
 
 from __future__ import annotations
@@ -166,6 +168,48 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )  # fmt: skip
 
 
+WITHOUT_CONVOLUTIONS = frozenset(  # modules of timm
+    {"vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "naflexvit"}
+    | {"vision_transformer_sam", "beit", "eva", "deit", "cait", "tnt", "volo", "hiera", "pit"}
+    | {"hieradet_sam2", "mlp_mixer", "visformer", "sequencer", "swin_transformer", "crossvit"}
+    | {"swin_transformer_v2", "swin_transformer_v2_cr", "xcit", "mvitv2", "maxxvit", "csatv2"}
+)
+LARGEST = 60_000_000  # parameters
+
+
+def families() -> list[Architecture]:
+    """Return the smallest network of each family of timm's CNNs that is not listed above.
+
+    A family is the word that names begin with, in one module of timm. The images have 128 pixels
+    a side, or the size that the network fixes.
+    """
+    import timm
+
+    listed = {each.reference for each in ARCHITECTURES}
+    smallest: dict[tuple[str, str], tuple[int, Architecture]] = {}
+    for name in timm.list_models():
+        module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
+        word = re.match(r"[a-z]+(?:_?v\d)?", name)
+        if word is None or module in WITHOUT_CONVOLUTIONS or f"timm:{name}" in listed:
+            continue
+        with torch.device("meta"):
+            network = timm.create_model(name).eval()
+        size = sum(weight.numel() for weight in network.parameters())
+        if size < smallest.get((module, word.group()), (LARGEST,))[0]:
+            side = 128 if _runs(network, 128) else network.default_cfg["input_size"][-1]
+            (found,) = _timm(side, name)
+            smallest[module, word.group()] = size, found
+    return [found for _, (_, found) in sorted(smallest.items())]
+
+
+def _runs(network: nn.Module, side: int) -> bool:
+    try:
+        network(torch.empty(1, 3, side, side, device="meta"))
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
 def randomize(model: nn.Module) -> None:
     """Give BatchNorm random statistics and affines: a misaligned one hides behind fresh ones."""
     for module in model.modules():
@@ -263,14 +307,14 @@ def forked(architecture: Architecture, until: str) -> dict[str, Any]:
     return row
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: dict[str, dict[str, Any]], options: str) -> str:
     """Return the results as Markdown."""
     right = sum(row["right"] for row in rows.values())
     lines = [
         "# Real architectures: planned, cut, proved, saved, reloaded, exported",
         "",
         f"{right} of {len(rows)} right in every step that was tried. "
-        "Made by `python benchmarks/architectures.py`,"
+        f"Made by `python benchmarks/architectures.py{options}`,"
         " whose first lines say how.",
         "",
         "| network | right up to | kept MACs | layers that stay | planning CPU s | what failed |",
@@ -288,6 +332,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--networks", nargs="*", default=[""], help="parts of names")
+    parser.add_argument("--families", action="store_true", help="networks that nobody picked")
     parser.add_argument("--folder", type=Path, default=RESULTS)
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--until", choices=STEPS[-2:], default=STEPS[-1])
@@ -296,9 +341,9 @@ def main() -> None:
     end = time.monotonic() + (given.seconds or math.inf)
     warnings.simplefilter("ignore")
     given.folder.mkdir(parents=True, exist_ok=True)
-    path = given.folder / "architectures.json"
+    path = given.folder / f"architectures{'_families' * given.families}.json"
     known = json.loads(path.read_text())["networks"] if path.exists() else {}
-    for architecture in ARCHITECTURES:
+    for architecture in families() if given.families else ARCHITECTURES:
         name = architecture.name
         if not any(word in name for word in given.networks):
             continue
@@ -313,7 +358,7 @@ def main() -> None:
         print(name, known[name], flush=True)
         content = {"environment": environment.describe_machine(), "networks": known}
         path.write_text(json.dumps(content, indent=1) + "\n")
-        (given.folder / "architectures.md").write_text(table(known))
+        path.with_suffix(".md").write_text(table(known, " --families" * given.families))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,11 +74,24 @@ def validate_recipe(content: Any, *, where: str) -> Recipe:
     problems = list(unknown_plugins(content))
     try:
         recipe = Recipe.model_validate(content)
+        problems += _without_value(recipe.model_dump())
     except ValidationError as error:
         problems = [*explained_problems(error.errors()), *problems]
     if problems:
         raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
     return recipe
+
+
+def _without_value(part: Any, place: str = "") -> Iterator[str]:
+    """Yield what is wrong with options of plug-ins that are infinite or no number."""
+    if isinstance(part, float) and not math.isfinite(part):
+        yield f"{place.lstrip('.')}: {part} is no finite number"
+    elif isinstance(part, dict):
+        for key, value in part.items():
+            yield from _without_value(value, f"{place}.{key}")
+    elif isinstance(part, (list, tuple)):
+        for number, value in enumerate(part):
+            yield from _without_value(value, f"{place}[{number}]")
 
 
 def apply_override(content: dict[str, Any], override: str) -> None:

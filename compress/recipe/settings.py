@@ -332,7 +332,10 @@ class Target(Settings):
         if len(value["runtime"]) != 1:
             raise ValueError("runtime names one runtime, as in {openvino: {device: gpu}}")
         name, options = next(iter(value["runtime"].items()))
-        return {**value, "runtime": name, "options": (options or {}) | value.get("options", {})}
+        parts = (options or {}, value.get("options") or {})
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("the options of a runtime are a mapping: {device: gpu}")
+        return {**value, "runtime": name, "options": parts[0] | parts[1]}
 
     @property
     def reference(self) -> Plugin:

@@ -82,6 +82,17 @@ def test_all_problems_are_reported_at_once(write):
             "a stage has exactly one key, such as prune or quantize; here: distill, prune",
         ),
         ({"stages": ["squeeze"]}, "stages[0].squeeze: no such key"),
+        (
+            {
+                "stages": [{"distill": {"losses": [{"kd": {"temperature": float("nan")}}]}}],
+                "targets": [],
+            },
+            "stages[0].distill.losses[0].kd.temperature: nan is no finite number",
+        ),
+        (
+            {"targets": [{"runtime": {"openvino": 3}}]},
+            "the options of a runtime are a mapping: {device: gpu}",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -15,7 +15,7 @@ import typer
 
 from compress import progress
 from compress.artifact import FULL
-from compress.errors import CompressError, printable
+from compress.errors import CompressError, is_out_of_memory, printable
 from compress.interruption import MESSAGE, ending_on_signals
 from compress.trust import limited
 
@@ -60,9 +60,7 @@ def exit_code(call: Callable[[], Any]) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
-    from compress.train.memory import is_out_of_memory
-
-    if isinstance(error, (RuntimeError, MemoryError)) and is_out_of_memory(error):
+    if is_out_of_memory(error):
         sys.stderr.write(
             "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
             "or --image-size, fewer images; a run keeps what is done, and the same command goes "

@@ -233,7 +233,7 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
     )
     at_chance = near or sign * value <= max(sign * each for each in chances)
     return {
-        "metric": kind.title or name,
+        "metric": tasks.primary_of(task).called,
         "value": value,
         "chance": chance,
         "at_chance": bool(at_chance),

@@ -20,7 +20,7 @@ from compress.recipe.settings import (
     DistillSettings,
     Recipe,
 )
-from compress.tasks import Task, default_task, load_task
+from compress.tasks import Task, default_task, load_task, primary_of
 from compress.train.distill.build import check_loss, losses_of
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
 def _limit(task: Task) -> str:
     """Return which gate fits a task, in words."""
     if task.kinds:
-        return f"Use gates.metric_drop, in the unit of {task.primary}."
+        return f"Use gates.metric_drop, in the unit of {primary_of(task).called}."
     if task.agreement_unit == "pct":
         return "Use gates.agreement_pct."
     return "Leave it out: the report tells it."

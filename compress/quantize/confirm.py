@@ -48,7 +48,7 @@ class NoisyOutput:
         return self.real_db < min(self.told_db, _FINE_DB) - _LOST_DB
 
     def __str__(self) -> str:
-        return f"{self.name} has {self.real_db:.1f} dB instead of {self.told_db:.1f} dB"
+        return f"{self.name} with {self.real_db:.1f} dB instead of {self.told_db:.1f} dB"
 
 
 @dataclass(frozen=True)

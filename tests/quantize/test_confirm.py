@@ -48,7 +48,7 @@ def test_what_openvino_computes_wrongly_is_left_in_float_and_said(tmp_path, monk
     feed = head_images()[0]
     reference = onnxruntime.InferenceSession(str(path)).run(None, feed)
     assert sqnr_db(reference, openvino_answer(tmp_path / "int8.onnx", feed)) > 25
-    (said,) = [note for note in plan.notes if "openvino computes y has" in note]
+    (said,) = [note for note in plan.notes if "openvino computes y with" in note]
     assert said.startswith(("the last layers are left in float", "weights "))
 
 
@@ -64,7 +64,7 @@ def test_a_runtime_that_cannot_be_made_to_agree_is_refused(tmp_path, monkeypatch
         ]
 
     lying(monkeypatch, wrong)
-    with pytest.raises(QuantizationError, match=r"computes the int8 graph wrongly: logits has -"):
+    with pytest.raises(QuantizationError, match=r"computes the int8 graph wrongly: logits with -"):
         quantized(two_layers(), tmp_path)
     assert not (tmp_path / "int8.onnx").exists()
 
@@ -94,7 +94,7 @@ def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(
     s.head(s.relu(s.conv(x, "body", 8, 8)), 8)
     plan = quantized(s.model(), tmp_path, "openvino")
     assert set(plan.float_nodes) == left
-    (said,) = [note for note in plan.notes if "openvino computes logits has" in note]
+    (said,) = [note for note in plan.notes if "openvino computes logits with" in note]
     assert "transposed convolutions are left in float" in said
 
 
@@ -102,10 +102,10 @@ def test_a_little_noise_of_the_runtime_is_no_reason_for_a_coarser_remedy(tmp_pat
     found = iter([[confirm.NoisyOutput("logits", 45, 20)], [confirm.NoisyOutput("logits", 45, 36)]])
     monkeypatch.setattr(confirm.Confirmation, "losses", lambda *asked: next(found))
     plan = quantized(two_layers(), tmp_path)
-    (said,) = [note for note in plan.notes if "computes logits has" in note]
+    (said,) = [note for note in plan.notes if "computes logits with" in note]
     assert said.startswith("weights whose products overflow in 16 bits")
     assert said.endswith(
-        "20.0 dB instead of 45.0 dB; and still logits has 36.0 dB instead of 45.0 dB"
+        "20.0 dB instead of 45.0 dB; and still logits with 36.0 dB instead of 45.0 dB"
     )
 
 
@@ -113,7 +113,7 @@ def test_noise_of_the_runtime_that_is_no_fault_is_told_all_the_same(tmp_path, mo
     found = [confirm.NoisyOutput("logits", 59, 41)]
     monkeypatch.setattr(confirm.Confirmation, "losses", lambda *asked: found)
     plan = quantized(two_layers(), tmp_path)
-    assert "in onnxruntime itself: logits has 41.0 dB instead of 59.0 dB" in plan.notes[-1]
+    assert "in onnxruntime itself: logits with 41.0 dB instead of 59.0 dB" in plan.notes[-1]
 
 
 def test_few_values_are_judged_over_all_images(tmp_path, monkeypatch):

@@ -102,6 +102,11 @@ def test_pictures_are_enough_to_quantize(compress, tmp_path, pictures, made, opt
     off = float(report["verdict"].partition("outputs ")[2].partition(" % off")[0])
     assert off == pytest.approx(100 * 10 ** (-result["sqnr_db"] / 20), rel=0.01)
     assert any("ImageNet" in each for each in report["cautions"]) == ("ImageNet" in err)
+    told, page = ((tmp_path / "run" / f"report.{form}").read_text() for form in ("md", "html"))
+    assert "## Agreement with the original" in told and "<h3>Agreement with the original" in page
+    assert (
+        "## Accuracy" not in told and "Accuracy</h3>" not in page and "against latency" not in page
+    )
     assert metadata(onnx.load(int8))["color"] == ("BGR" if "BGR" in options else "RGB")
 
 

@@ -167,7 +167,7 @@ def of_data(dataset: Dataset) -> Iterator[str]:
     """Yield a warning where images are not, or may not be, what the network will see."""
     if dataset.assumed:
         yield (
-            "neither you nor the file says how the network wants its images, and ImageNet's way is "
+            "neither you nor the file says how the network wants its images, and the usual way is "
             f"taken: {dataset.assumed}. If it was trained otherwise, int8 ranges and comparisons "
             "are of images that it never sees, and no figure shows it"
         )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from compress import models
-from compress.data import IMAGENET_MEAN, Dataset, load_data
+from compress.data import GREY_MEAN, IMAGENET_MEAN, Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
 from compress.models.references import takes_unit_range
@@ -63,14 +63,15 @@ def _in_unit_range(settings: DataSettings) -> DataSettings:
 
 
 def _assumed(settings: DataSettings, dataset: Dataset) -> str:
-    """Return which of ImageNet's habits are taken for the network's; empty where all was said."""
+    """Return which common habits are taken for the network's; empty where all was said."""
     if not dataset.fit or dataset.prepared or dataset.note:
         return ""
     found = []
     is_told = settings.mean is not None or settings.input_range is not None
-    if dataset.mean == IMAGENET_MEAN and not is_told:
+    if dataset.mean in (IMAGENET_MEAN, GREY_MEAN) and not is_told:
         mean, std = (", ".join(f"{v:g}" for v in each) for each in (dataset.mean, dataset.std))
-        found.append(f"{dataset.color} in 0..1 less {mean}, over {std} (--mean, --std, "
+        color = dataset.color if len(dataset.mean) > 1 else "grey"
+        found.append(f"{color} in 0..1 less {mean}, over {std} (--mean, --std, "
                      "--input-range, --color)")  # fmt: skip
     if settings.image_size is None:
         height, width = dataset.example.shape[2:]

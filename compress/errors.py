@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 
 LONGEST_REASON = 300  # characters of another error's message
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of allocators
 KEPT = "\n\t\u00ad\u200c\u200d"  # the last three belong to the spelling of some languages
 
 
@@ -140,6 +141,13 @@ def boundary(
         reason = (str(error).strip().splitlines() or [""])[0][:LONGEST_REASON]
         cause = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
         raise kind(f"{what}: {cause}", where=where, fix=fix) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether ``error`` says that memory ran out."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def printable(text: str) -> str:

@@ -15,7 +15,7 @@ import typer
 
 from compress import progress
 from compress.artifact import FULL
-from compress.errors import CompressError, printable
+from compress.errors import CompressError, is_out_of_memory, printable
 from compress.interruption import MESSAGE, ending_on_signals
 from compress.trust import limited
 
@@ -65,7 +65,7 @@ def exit_code(call: Callable[[], Any]) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error) or any(words in str(error) for words in _NO_MEMORY):
         sys.stderr.write(
             "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
             "or --image-size, fewer images; a run keeps what is done, and the same command goes "
@@ -87,14 +87,6 @@ def _unexpected(error: Exception) -> int:
         f"Please report it with the traceback, which is {_traceback_file(error)}\n"
     )
     return OUR_FAULT
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if any(words in str(error) for words in _NO_MEMORY):
-        return True  # too little of it to import what would tell the rest
-    from compress.train.memory import is_out_of_memory
-
-    return is_out_of_memory(error)
 
 
 def _traceback_file(error: Exception) -> str:

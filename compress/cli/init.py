@@ -137,7 +137,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     from compress.packages import is_installed
     from compress.recipe.settings import DataSettings
     from compress.runtimes import runtime_class
-    from compress.tasks import default_task, load_task
+    from compress.tasks import default_task, load_task, primary_of
 
     folder = given["folder"]
     chosen = dict(given)
@@ -167,7 +167,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         summary=dataset.summary(),
         images=len(dataset.splits["train"]),
         task=task,
-        primary=loaded.primary,
+        primary=primary_of(loaded).called,
         tells_classes=loaded.tells_classes,
         targets=tuple(given["target"] or installed),
         keep_macs=keep,

@@ -20,6 +20,7 @@ from compress.errors import DataError, UsageError
 from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+GREY_MEAN = (0.5,)  # of images with one channel, where nobody says
 IMAGENET_STD = (0.229, 0.224, 0.225)
 NAMED = 12  # classes that are called by name in one line
 UNFITTED = {

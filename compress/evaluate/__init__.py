@@ -124,14 +124,22 @@ def of_task(
 def predictions_of(
     run: Any, task: Task, dataset: Dataset, batches: Iterable[tuple[Tensor, Any]]
 ) -> tuple[list[tasks.Prediction], list[tasks.Contribution]]:
-    """Return the prediction of each image, and what it contributes to the metrics."""
+    """Return the prediction of each image, and what it contributes to the metrics.
+
+    The first images are scored once more at the end: an own score may have become random.
+    """
     _check_labels(dataset, task)
     predictions: list[tasks.Prediction] = []
     scores: list[tasks.Contribution] = []
+    first: Any = None
     for found, targets in answered(run, task, batches):
+        first = targets if first is None else first
         predictions += found
         if task.kinds:
             scores += tasks.contributions(task, found, targets)
+    if scores:
+        again = tasks.contributions(task, predictions[: min(TRIED, len(first))], first)
+        tasks.check_repeated(task, scores[: len(again)], again)
     return predictions, scores
 
 
@@ -145,13 +153,7 @@ def answered(
     """
     with _runnable(run, named_outputs) as answer:
         for images, targets in batches:
-            found = task.predict(answer(images))
-            if len(found) != len(images):
-                raise EngineError(
-                    f"{len(found)} predictions for {len(images)} images",
-                    expected="outputs with the images along the first dimension",
-                )
-            yield found, targets
+            yield tasks.predicted(task, answer(images), len(images)), targets
 
 
 def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:

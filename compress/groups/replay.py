@@ -35,6 +35,7 @@ class MismatchError(Exception):
         self.key = key
         self.why = why
         self.forward = 0  # which of the traced forwards it was, set by who ran them
+        self.other_op = False  # another op than the original's, not the same one on other shapes
 
 
 class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
@@ -88,12 +89,14 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
             self._inside_whole = False
 
     def _check_step(self, name: str) -> Step:
-        if self.finished:
-            raise self._mismatch("the pruned network does more than the original")
-        step = self._steps[self._done]
-        if step.name != name:
-            raise self._mismatch(f"the pruned network calls {name} where the original {step.name}")
-        return step
+        step = None if self.finished else self._steps[self._done]
+        if step is not None and step.name == name:
+            return step
+        more = "does more than the original"
+        why = more if step is None else f"calls {name} where the original {step.name}"
+        mismatch = self._mismatch(f"the pruned network {why}")
+        mismatch.other_op = True
+        raise mismatch
 
     def _check_numbers(
         self, op: str, name: str, scalars: tuple[float, ...], *, may_follow: bool
@@ -167,6 +170,18 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
         if found is None:
             found = self._sizes[id(axis)] = int(self._stays[axis].sum())
         return found
+
+
+class UncomparedOps(WatchedOps):
+    """Runs every op as a comparison does, and compares nothing."""
+
+    def __init__(self, on: torch.device | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._on = on
+
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one op."""
+        return meta_ops.run_op(func, meta_ops.op_name(func), args, kwargs, self._on)
 
 
 def _reshaped(result: Any, shapes: Iterator[tuple[int, ...]]) -> Any:

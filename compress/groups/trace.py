@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from numbers import Number
 from typing import Any
 
@@ -28,7 +29,13 @@ from compress.groups.inputs import (
 from compress.groups.labels import Components, Constraints
 from compress.groups.network import Index, Layer, Network, Positions, Reduction
 from compress.groups.record import Axes, Key, TraceRecord
-from compress.groups.replay import MismatchError, ReplayCalls, TraceComparison
+from compress.groups.replay import (
+    MismatchError,
+    ReplayCalls,
+    Stays,
+    TraceComparison,
+    UncomparedOps,
+)
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
@@ -62,14 +69,14 @@ def trace(
     distrusted: dict[Key, str] = {}
     with_values = _has_own_hooks(model)
     for number in range(_ROUNDS):
+        attempt = partial(_attempt, model, example_input, distrusted, outputs, number)
         try:
-            traced = _Traced(model, example_input, distrusted, outputs, with_values=with_values)
+            traced, mismatch = attempt(with_values=with_values)
         except PlanError as error:
             if with_values or not _needs_values(error.__cause__):
                 raise
             with_values = True
-            traced = _Traced(model, example_input, distrusted, outputs, with_values=with_values)
-        mismatch = traced.probe(seed=number)
+            traced, mismatch = attempt(with_values=with_values)
         if mismatch is None or not traced.units.groups:
             break
         distrusted[traced.culprit(mismatch, distrusted)] = mismatch.why
@@ -84,6 +91,20 @@ def trace(
             fix=reasons or "It has no convolution or linear layer with a weight",
         )
     return network
+
+
+def _attempt(
+    model: nn.Module,
+    example_input: Example,
+    distrusted: Mapping[Key, str],
+    outputs: Sequence[str] | None,
+    seed: int,
+    *,
+    with_values: bool,
+) -> tuple[_Traced, MismatchError | None]:
+    """Return what one trace found, and what a random cut of it did wrong."""
+    traced = _Traced(model, example_input, distrusted, outputs, with_values=with_values)
+    return traced, traced.probe(seed)
 
 
 @contextlib.contextmanager
@@ -330,19 +351,48 @@ class _Traced:
         positions, attributes = self.network.kept_positions(keep), self.network.attributes(kept)
         cut(model, positions, attributes, self.network.kept_indices(kept))
         for number, forward in enumerate(self._forwards):
-            replay = TraceComparison(forward.record, stays, self._on)
             set_mode(model, training=forward.training)
-            try:
-                run_traced(model, self._inputs_in(forward.training), replay)
-                replay.check_finished()
-            except (PlanError, MismatchError) as error:
-                mismatch = replay.failure(error)
-                mismatch.forward = number
-                return mismatch
+            replay = self._compared(forward, stays)
+            if isinstance(replay, MismatchError):
+                replay.forward = number
+                return replay
             if number == 0:
                 numbers = [Reduction(op, at, {}, {}, numbers=True) for op, at in replay.numbers]
         self.network = replace(self.network, reductions=(*self.network.reductions, *numbers))
         return None
+
+    def _compared(self, forward: _Forward, stays: Stays) -> TraceComparison | MismatchError:
+        """Compare the cut copy with a forward of the original; return what went wrong, if it did.
+
+        A network may keep what it computed for one size of feature maps, as YOLO does anchors, and
+        the original may have met this size before it was traced. A copy that calls other ops is
+        compared again once it has met it, too.
+
+        Raises:
+            PlanError: it needs values to meet it, and the copy has none.
+        """
+        found = self._replayed(forward, stays)
+        if not isinstance(found, MismatchError) or not found.other_op:
+            return found
+        args, kwargs = self._inputs_in(forward.training)
+        try:
+            with undisturbed(), UncomparedOps(self._on):
+                self._model(*args, **kwargs)
+        except Exception as error:
+            if self._on is not None and _needs_values(error):
+                raise PlanError("the cut network asks for values") from error
+            return found
+        again = self._replayed(forward, stays)
+        return found if isinstance(again, MismatchError) else again
+
+    def _replayed(self, forward: _Forward, stays: Stays) -> TraceComparison | MismatchError:
+        replay = TraceComparison(forward.record, stays, self._on)
+        try:
+            run_traced(self._model, self._inputs_in(forward.training), replay)
+            replay.check_finished()
+        except (PlanError, MismatchError) as error:
+            return replay.failure(error)
+        return replay
 
 
 def run_traced(

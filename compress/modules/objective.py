@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.errors import CompressError, TrainingError, boundary, is_out_of_memory
 from compress.modules.outputs import heads_of
 
 AUXILIARY_WEIGHT = 0.3  # of the heads that GoogLeNet and Inception train beside the last one
@@ -118,8 +119,28 @@ class TaskLoss:
     task: HasLoss
 
     def __call__(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
-        """Return the mean loss of a batch, a scalar."""
-        return self.task.loss(model, images, target)
+        """Return the mean loss of a batch, a scalar.
+
+        Raises:
+            TrainingError: the loss fails, or gives something that nothing can be learnt from.
+        """
+        name = type(self.task).__name__
+        try:
+            loss = self.task.loss(model, images, target)
+        except Exception as error:
+            if isinstance(error, CompressError) or is_out_of_memory(error):
+                raise
+            with boundary(TrainingError, "loss fails", where=name):
+                raise
+        is_scalar = isinstance(loss, Tensor) and loss.numel() == 1
+        if is_scalar and (loss.requires_grad or not torch.is_grad_enabled()):
+            return loss.reshape(())
+        raise TrainingError(
+            f"loss gives {_shown(loss)}",
+            where=name,
+            expected="the mean loss of the batch: a tensor () that depends on the weights",
+            fix="Return it as PyTorch computed it, not detached and not as a number",
+        )
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield nothing: there are no adapters."""
@@ -127,3 +148,12 @@ class TaskLoss:
 
     def close(self) -> None:
         """Leave everything as it is."""
+
+
+def _shown(loss: Any) -> str:
+    """Return what a loss is, in words."""
+    if not isinstance(loss, Tensor):
+        return f"{loss!r}"[:200]
+    if loss.numel() != 1:
+        return f"a tensor of shape {tuple(loss.shape)}"
+    return "a tensor without gradients"

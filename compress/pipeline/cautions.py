@@ -167,7 +167,7 @@ def of_data(dataset: Dataset) -> Iterator[str]:
     """Yield a warning where images are not, or may not be, what the network will see."""
     if dataset.assumed:
         yield (
-            "neither you nor the file says how the network wants its images, and ImageNet's way is "
+            "neither you nor the file says how the network wants its images, and the usual way is "
             f"taken: {dataset.assumed}. If it was trained otherwise, int8 ranges and comparisons "
             "are of images that it never sees, and no figure shows it"
         )
@@ -233,7 +233,7 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
     )
     at_chance = near or sign * value <= max(sign * each for each in chances)
     return {
-        "metric": kind.title or name,
+        "metric": tasks.primary_of(task).called,
         "value": value,
         "chance": chance,
         "at_chance": bool(at_chance),

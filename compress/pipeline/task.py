@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from compress import models
-from compress.data import IMAGENET_MEAN, Dataset, load_data
+from compress.data import GREY_MEAN, IMAGENET_MEAN, Dataset, load_data
 from compress.errors import CompressError, RecipeError
 from compress.evaluate.feeding import completed, shapes_answered
 from compress.models.references import takes_unit_range
@@ -20,7 +20,7 @@ from compress.recipe.settings import (
     DistillSettings,
     Recipe,
 )
-from compress.tasks import Task, default_task, load_task
+from compress.tasks import Task, default_task, load_task, primary_of
 from compress.train.distill.build import check_loss, losses_of
 
 logger = logging.getLogger(__name__)
@@ -63,14 +63,15 @@ def _in_unit_range(settings: DataSettings) -> DataSettings:
 
 
 def _assumed(settings: DataSettings, dataset: Dataset) -> str:
-    """Return which of ImageNet's habits are taken for the network's; empty where all was said."""
+    """Return which common habits are taken for the network's; empty where all was said."""
     if not dataset.fit or dataset.prepared or dataset.note:
         return ""
     found = []
     is_told = settings.mean is not None or settings.input_range is not None
-    if dataset.mean == IMAGENET_MEAN and not is_told:
+    if dataset.mean in (IMAGENET_MEAN, GREY_MEAN) and not is_told:
         mean, std = (", ".join(f"{v:g}" for v in each) for each in (dataset.mean, dataset.std))
-        found.append(f"{dataset.color} in 0..1 less {mean}, over {std} (--mean, --std, "
+        color = dataset.color if len(dataset.mean) > 1 else "grey"
+        found.append(f"{color} in 0..1 less {mean}, over {std} (--mean, --std, "
                      "--input-range, --color)")  # fmt: skip
     if settings.image_size is None:
         height, width = dataset.example.shape[2:]
@@ -159,7 +160,7 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
 def _limit(task: Task) -> str:
     """Return which gate fits a task, in words."""
     if task.kinds:
-        return f"Use gates.metric_drop, in the unit of {task.primary}."
+        return f"Use gates.metric_drop, in the unit of {primary_of(task).called}."
     if task.agreement_unit == "pct":
         return "Use gates.agreement_pct."
     return "Leave it out: the report tells it."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -171,7 +172,11 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     elif budget.kind == "channels":
         counts = _counts_of_channels(model, network, candidates, budget)
     else:
-        counts = _counts_of_cost(CostModel(network), candidates, budget, ranking, way == "per_cost")
+        per_cost = way == "per_cost"
+        try:
+            counts = _counts_of_cost(CostModel(network), candidates, budget, ranking, per_cost)
+        except PlanError as error:
+            raise _with_reasons(error, network) from None
     if places is not None:
         about["outputs"] = list(places)
     about |= {"side_outputs": list(network.side_outputs)} if network.side_outputs else {}
@@ -295,6 +300,16 @@ def _counts_of_channels(
         for number, one in enumerate(candidates)
     ]
     return np.array(counts, dtype=np.int64)
+
+
+def _with_reasons(error: PlanError, network: Network) -> PlanError:
+    """Return the error of a budget out of reach, with why most of the layers that stay do."""
+    if not network.frozen:
+        return error
+    why, layers = Counter(network.frozen.values()).most_common(1)[0]
+    stay = "1 layer stays" if len(network.frozen) == 1 else f"{len(network.frozen)} layers stay"
+    what = f"{error.what}; {stay} whole, {layers} because {why}"
+    return PlanError(what, where=error.where, expected=error.expected, fix=error.fix)
 
 
 def _counts_of_cost(

@@ -12,7 +12,7 @@ from compress.report import errors_by_class, numbers
 from compress.report.charts import LINES_NARROW, lines, reliability
 from compress.report.pareto_chart import pareto_charts
 from compress.report.schema import Calibration, Details, DrawnChange, Report
-from compress.report.tables import accuracies, compact, sizes, speeds
+from compress.report.tables import accuracies, compact, is_labelled, sizes, speeds
 from compress.report.terminal import gate_sentence, missing
 from compress.report.verdict import comparisons, sizes_mib, verdicts
 
@@ -36,6 +36,7 @@ def html(report: Report) -> str:
         sentences=list(verdicts(report).values())[1:],  # the first is the verdict
         headline=next(comparisons(report), None),
         charts=pareto_charts([report]),
+        labelled=is_labelled(report),
         tables=[compact(accuracies(report)), compact(speeds(report)), compact(sizes(report))],
         rows_limit=ROWS,
         flipped=errors_by_class.flipped(report),

@@ -90,7 +90,7 @@ def accuracies(report: Report) -> Table:
     filled = _ACCURACY
     if own or not report.details.tells_classes:
         kept = {"Agreement"} - {column.name for column, _ in own}
-        if not any(result.metrics for variant in report.variants for result in variant.results):
+        if not is_labelled(report):
             kept |= {"SQNR"}
         filled = (*own, *(fill for fill in _ACCURACY if fill[0].name in kept))
     columns = (*_PLACE, *(column for column, _ in filled))
@@ -100,9 +100,14 @@ def accuracies(report: Report) -> Table:
             source = accuracy_of(variant, result)
             cells = (_measured(variant, source, fill) for _, fill in filled)
             rows.append((*_place(variant, source), *cells))
-    return Table(
-        "accuracy", "Accuracy", columns, tuple(dict.fromkeys(rows))
-    )  # once for all batches
+    heading = "Accuracy" if is_labelled(report) else "Agreement with the original"
+    return Table("accuracy", heading, columns, tuple(dict.fromkeys(rows)))  # once for all batches
+
+
+def is_labelled(report: Report) -> bool:
+    """Return whether the report is about labelled images: only they tell how right a network is."""
+    results = (result for variant in report.variants for result in variant.results)
+    return report.details.tells_classes or any(result.metrics for result in results)
 
 
 def speeds(report: Report) -> Table:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._resize import Fit
-from compress.errors import UsageError, boundary
+from compress.errors import EngineError, UsageError, boundary
 from compress.tasks._metrics import (
     TOP1,
     Array,
@@ -275,16 +275,10 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
     """
     name = type(task).__name__
     with boundary(UsageError, "predict or score fails", where=name, fix="Mend the task"):
-        tries = [contributions(task, task.predict(outputs), targets) for _ in range(2)]
-    for number, (one, two) in enumerate(zip(*tries, strict=True)):
-        for key, value in one.items():
-            if not np.array_equal(numeric(value), numeric(two[key]), equal_nan=_is_number(value)):
-                raise UsageError(
-                    f"score of image {number} gives {key} as {value} and then as {two[key]}",
-                    where=name,
-                    expected="the same value for the same outputs and target",
-                    fix="Take random numbers out of predict and score",
-                )
+        tries = [
+            contributions(task, predicted(task, outputs, len(targets)), targets) for _ in range(2)
+        ]
+    check_repeated(task, *tries)
     first: Contribution = tries[0][0] if tries[0] else {}
     for key, value in first.items():
         if np.ndim(value) == 0 and numeric(value).dtype.kind not in "buif":
@@ -299,6 +293,37 @@ def scored(task: Task, outputs: Mapping[str, Any], targets: Any) -> list[Contrib
             )
     _try_summary(task, tries[0])
     return tries[0]
+
+
+def predicted(task: Task, outputs: Mapping[str, Any], images: int) -> list[Prediction]:
+    """Return the prediction for each of so many images.
+
+    Raises:
+        EngineError: there is another number of them, or the outputs are not what the task reads.
+    """
+    found = task.predict(outputs)
+    if len(found) != images:
+        raise EngineError(
+            f"{len(found)} predictions for {images} images",
+            where=type(task).__name__,
+            expected="outputs with the images along the first dimension",
+        )
+    return found
+
+
+def check_repeated(
+    task: Task, scores: Sequence[Contribution], again: Sequence[Contribution]
+) -> None:
+    """Raise UsageError where the same images contribute something else the second time."""
+    for number, (one, two) in enumerate(zip(scores, again, strict=True)):
+        for key, value in one.items():
+            if not np.array_equal(numeric(value), numeric(two[key]), equal_nan=_is_number(value)):
+                raise UsageError(
+                    f"score of image {number} gives {key} as {value} and then as {two[key]}",
+                    where=type(task).__name__,
+                    expected="the same value for the same outputs and target",
+                    fix="Take random numbers out of predict and score",
+                )
 
 
 def contributions(

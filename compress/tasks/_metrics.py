@@ -41,11 +41,19 @@ class Primary:
     kind: Kind = Kind()
 
     @property
+    def called(self) -> str:
+        """What people call it."""
+        return "top-1" if self.name == "top1_pct" else self.kind.title or self.name
+
+    @property
+    def unit(self) -> str:
+        """Its unit as it is written behind a value."""
+        return "%" if self.kind.unit == "pct" else self.kind.unit
+
+    @property
     def title(self) -> str:
         """Its name with its unit, for axes and columns."""
-        name = "top-1" if self.name == "top1_pct" else self.kind.title or self.name
-        unit = "%" if self.kind.unit == "pct" else self.kind.unit
-        return f"{name}, {unit}" if unit else name
+        return f"{self.called}, {self.unit}" if self.unit else self.called
 
     @property
     def points(self) -> str:

@@ -1,20 +1,9 @@
-"""Out of memory: how to tell, and what to advise."""
+"""Out of memory: what to advise."""
 
 from __future__ import annotations
 
-import torch
-
 from compress.errors import TrainingError
 from compress.recipe.settings import TrainSettings
-
-MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")  # of the allocators
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether ``error`` says that memory ran out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in MESSAGES)
 
 
 def too_large(images: int, parts: int, step: int, settings: TrainSettings) -> TrainingError:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.errors import is_out_of_memory
 from compress.modules.objective import Informed, Movable, Objective, TrainingProgress
 from compress.train.batches import Batch, on_device, seed_of, training_view
 from compress.train.context import autocast
 from compress.train.distributed import Sharing, SyncedBatchNorm
-from compress.train.memory import is_out_of_memory, more_parts, too_large
+from compress.train.memory import more_parts, too_large
 from compress.train.optimizers import make_optimizer, rate_factor, set_rate
 from compress.train.state import Average, State, Training
 

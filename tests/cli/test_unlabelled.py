@@ -28,14 +28,14 @@ def pictures(tmp_path):
     return folder
 
 
-def network(path, *, size=(12, 16), layout="NHWC", threshold=False, classes=None):
+def network(path, *, size=(12, 16), layout="NHWC", threshold=False, classes=None, channels=3):
     """Write two convolutions as tf2onnx would, with two outputs or scores of classes."""
     rng = np.random.default_rng(0)
     weights = {
-        "w1": rng.normal(0, 0.4, (8, 3, 3, 3)),
+        "w1": rng.normal(0, 0.4, (8, channels, 3, 3)),
         "w2": rng.normal(0, 0.3, (6, 8, 3, 3)),
     }
-    shape = ["n", *size, 3] if layout == "NHWC" else ["n", 3, *size]
+    shape = ["n", *size, channels] if layout == "NHWC" else ["n", channels, *size]
     nodes = [helper.make_node("Transpose", ["x"], ["t"], perm=[0, 3, 1, 2])]
     if layout == "NCHW":
         nodes = [helper.make_node("Identity", ["x"], ["t"])]
@@ -93,7 +93,7 @@ def test_pictures_are_enough_to_quantize(compress, tmp_path, pictures, made, opt
     int8 = tmp_path / "run" / "01-quantize" / "model.onnxruntime.onnx"
     assert str(int8) in out
     assert "not measured: accuracy: the images have no labels" in out
-    assert ("ImageNet's way is taken: RGB in 0..1" in err) == ("--input-range" not in options)
+    assert ("the usual way is taken: RGB in 0..1" in err) == ("--input-range" not in options)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     (result,) = report["variants"][1]["results"]
     assert result["sqnr_db"] > 20
@@ -101,7 +101,12 @@ def test_pictures_are_enough_to_quantize(compress, tmp_path, pictures, made, opt
     assert result["skipped"]["accuracy"] == "the images have no labels"
     off = float(report["verdict"].partition("outputs ")[2].partition(" % off")[0])
     assert off == pytest.approx(100 * 10 ** (-result["sqnr_db"] / 20), rel=0.01)
-    assert any("ImageNet" in each for each in report["cautions"]) == ("ImageNet" in err)
+    assert any("usual way" in each for each in report["cautions"]) == ("usual way" in err)
+    told, page = ((tmp_path / "run" / f"report.{form}").read_text() for form in ("md", "html"))
+    assert "## Agreement with the original" in told and "<h3>Agreement with the original" in page
+    assert (
+        "## Accuracy" not in told and "Accuracy</h3>" not in page and "against latency" not in page
+    )
     assert metadata(onnx.load(int8))["color"] == ("BGR" if "BGR" in options else "RGB")
 
 
@@ -123,6 +128,14 @@ def test_what_nobody_said_of_the_images_is_told(tmp_path, pictures, size, given,
     told = prepared(validate_recipe(content, where="test"))[0].assumed
     parts = told.split(" and ") if told else []
     assert [each.split(" less ")[0].split(" (")[0] for each in parts] == assumed
+
+
+def test_what_nobody_said_of_grey_images_is_told_as_well(tmp_path, pictures):
+    path = network(tmp_path / "x.onnx", channels=1, layout="NCHW")
+    content = {"model": {"name": str(path)}, "data": {"name": "images", "root": str(pictures)}}
+    content |= {"stages": ["quantize"], "targets": [{"runtime": "onnxruntime"}]}
+    told = prepared(validate_recipe(content, where="test"))[0].assumed
+    assert told.startswith("grey in 0..1 less 0.5, over 0.5 (--mean")
 
 
 @pytest.mark.parametrize(

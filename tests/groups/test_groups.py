@@ -12,6 +12,7 @@ import zoo
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import compress
 from compress.errors import PlanError
 from compress.groups import meta_ops, trace
 
@@ -208,6 +209,35 @@ def test_an_output_of_the_network_is_never_cut() -> None:
 def test_layers_that_run_in_training_only_are_cut_along() -> None:
     network = trace(zoo.build("AuxiliaryHead"), zoo.inputs("AuxiliaryHead"))
     assert "aux.weight" in {part.tensor for part in network.group("trunk.0").slices}
+
+
+class KeepsItsGrid(nn.Module):
+    """Keeps a grid for one shape of feature maps, as YOLO does anchors."""
+
+    def __init__(self, step: float | Tensor) -> None:
+        super().__init__()
+        self.wide, self.head = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 4, 1)
+        self.step, self.shape = step, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(x).relu()
+        if self.shape != x.shape:
+            self.grid = torch.arange(x.shape[-1]) + torch.full((1,), self.step)
+            self.shape = x.shape
+        return self.head(x) + self.grid
+
+
+@pytest.mark.parametrize("step", [2.0, torch.tensor(2.0)], ids=["number", "tensor"])
+def test_what_a_network_keeps_from_an_earlier_image_freezes_nothing(step: float | Tensor) -> None:
+    model, example = KeepsItsGrid(step).eval(), torch.rand(1, 3, 8, 8)
+    fresh = trace(model, example)
+    with torch.no_grad():
+        model(example)
+    used = trace(model, example)
+    assert [group.name for group in used.groups] == ["wide"] and used.frozen == fresh.frozen
+    plan = compress.plan_pruning(model, example, keep_macs=0.5)
+    pruned, masked = compress.apply_pruning(model, plan), compress.mask_pruning(model, plan)
+    torch.testing.assert_close(pruned(example), masked(example))
 
 
 def test_a_network_without_anything_to_cut_says_why() -> None:

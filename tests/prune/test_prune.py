@@ -247,6 +247,11 @@ def test_nothing_to_cut_says_why(model: nn.Module) -> None:
         compress.plan_pruning(model, EXAMPLE, keep_macs=0.5, exclude=layers)
 
 
+def test_a_budget_out_of_reach_says_why_layers_stay_whole(model: nn.Module) -> None:
+    with pytest.raises(PlanError, match=r"1 layers? stay.* because its channels are an output of"):
+        compress.plan_pruning(model, EXAMPLE, keep_macs=0.001)
+
+
 def test_weights_that_are_not_finite_are_named(model: nn.Module) -> None:
     with torch.no_grad():
         model.get_submodule("inner").weight[0] = float("nan")  # type: ignore[index, operator]

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress import plugins, statistics, tasks
-from compress.errors import DataError, EngineError, UnknownNameError, UsageError
+from compress import evaluate, plugins, statistics, tasks
+from compress.data import load_data
+from compress.errors import DataError, EngineError, TrainingError, UnknownNameError, UsageError
+from compress.modules.objective import TaskLoss
+from compress.recipe.settings import DataSettings
 from compress.tasks import detection, load_task
 
 NAMES = [name for name in plugins.names("tasks") if plugins.plugin_class("tasks", name).kinds]
@@ -505,6 +508,54 @@ def test_a_metric_that_is_no_number_is_found_before_a_run(tmp_path, returned, me
     task = load_task(f"{file}:Brightness")
     with pytest.raises(UsageError, match=message):
         tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0])
+
+
+LOSS = "def loss(self, model, images, targets):"
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("raise ValueError('no such layer')", "loss fails: no such layer"),
+        ("return model(images).mean((0, 2, 3))", r"loss gives a tensor of shape \(2,\)"),
+        ("return model(images).mean().detach()", "loss gives a tensor without gradients"),
+        ("return 0.5", "loss gives 0.5. Expected the mean loss of the batch: a tensor"),
+        ("return None", "loss gives None"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_on_is_refused_with_the_name_of_its_task(
+    tmp_path, returned, message
+):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.replace(LOSS, f"{LOSS}\n        {returned}\n"))
+    loss = TaskLoss(load_task(f"{file}:Brightness"))
+    with pytest.raises(TrainingError, match=f"^Brightness: {message}"):
+        loss(nn.Conv2d(3, 2, 1), torch.rand(2, 3, 4, 4), [0, 1])
+
+
+def test_a_loss_that_runs_out_of_memory_says_just_that(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN.replace(LOSS, f"{LOSS}\n        raise MemoryError\n"))
+    with pytest.raises(MemoryError):
+        TaskLoss(load_task(f"{file}:Brightness"))(nn.Conv2d(3, 2, 1), torch.rand(2, 3, 4, 4), [])
+
+
+def test_too_few_predictions_are_found_before_a_run(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN)
+    task = load_task(f"{file}:Brightness")
+    with pytest.raises(EngineError, match="Brightness: 2 predictions for 3 images"):
+        tasks.scored(task, {"x": np.ones((2, 1, 2, 2))}, [1.0, 3.0, 2.0])
+
+
+def test_a_score_that_becomes_random_after_many_images_is_found(tmp_path):
+    file = tmp_path / "own.py"
+    count = "self.calls = getattr(self, 'calls', 0) + 1"
+    random = f"{count}\n        return {{'error': float(self.calls > 20) * np.random.rand()}}"
+    file.write_text("import numpy as np\n" + OWN.replace(RETURNED, random))
+    dataset = load_data(DataSettings(name="digits"))
+    with pytest.raises(UsageError, match=r"score of image 0 gives error as 0\.0 and then as"):
+        evaluate.of_task(lambda images: images, dataset, f"{file}:Brightness", limit=40)
 
 
 def test_a_score_that_fails_for_a_later_image_names_the_task(tmp_path):

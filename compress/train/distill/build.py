@@ -23,7 +23,7 @@ from compress.modules.copying import full_copy
 from compress.modules.objective import CrossEntropy, TaskLoss
 from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings, Plugin
-from compress.tasks import Task
+from compress.tasks import Task, primary_of
 from compress.train.batches import on_device
 from compress.train.distill.feature_hooks import Survey, device_of, survey, tapped
 from compress.train.distill.layer_matching import pair_layers
@@ -212,7 +212,7 @@ def _check_terms(
     with last_output(model) as seen:
         shown = dataset.normalize(images.take(some).to(device))
         if _hard_weight(settings, task):
-            task.loss(model, shown, on_device(targets_of(images, some), device))
+            TaskLoss(task)(model, shown, on_device(targets_of(images, some), device))
         else:
             model(shown)
     if main_answer(seen) is None:
@@ -375,12 +375,13 @@ def _compare_at_task(
         for each in (whole, student)
     ]
     objective.teacher_value, objective.student_value = (each.value for each in scores)
-    kind = task.kinds[task.primary]
-    behind = objective.student_value - objective.teacher_value
-    if (behind if kind.higher_is_better else -behind) > 0:
+    primary = primary_of(task)
+    if primary.drop(objective.student_value, objective.teacher_value) > 0:
+        unit = f" {primary.unit}".rstrip()
         note = (
-            f"the teacher ({task.primary} {objective.teacher_value:.2f} on {limit} validation "
-            f"images) is worse than the student before training ({objective.student_value:.2f})"
+            f"the teacher ({primary.called} {objective.teacher_value:.2f}{unit} on {limit} "
+            "validation images) is worse than the student before training "
+            f"({objective.student_value:.2f}{unit})"
         )
         logger.warning(note)
         objective.notes.append(note)

@@ -118,10 +118,25 @@ def create(kind: str, reference: str | Mapping[str, Any], **supplied: Any) -> An
                 expected=f"one of: {', '.join(sorted(known)) or 'none'}",
             )
     values = {key: value for key, value in supplied.items() if key in known} | given
+    _check_lists(kind, name, given)
     try:
         return plugin_class(kind, name)(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{KINDS[kind]} {name!r}: {error}") from None
+
+
+def _check_lists(kind: str, name: str, given: Mapping[str, Any]) -> None:
+    """Raise UsageError where an option that is a list is given something else."""
+    fields = (
+        {f.name: str(f.type) for f in dataclasses.fields(plugin_class(kind, name))} if given else {}
+    )
+    for key, value in given.items():
+        is_list = value is None or isinstance(value, list | tuple)
+        if fields[key].startswith(("tuple[", "Sequence[")) and not is_list:
+            raise UsageError(
+                f"{KINDS[kind]} {name!r}: {key} is {value!r}",
+                expected=f"a list: [{value}, ...]",
+            )
 
 
 def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

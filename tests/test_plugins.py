@@ -68,3 +68,9 @@ def test_a_missing_option_is_named():
 def test_a_reference_with_two_names_is_refused():
     with pytest.raises(UsageError, match="does not name one plug-in"):
         plugins.create("data", {"npz": {}, "digits": {}})
+
+
+@pytest.mark.parametrize("value", [3, "sky"])
+def test_an_option_that_is_a_list_is_given_one(value: object) -> None:
+    with pytest.raises(UsageError, match=rf"'masks': classes is {value!r}. Expected a list"):
+        plugins.create("data", {"masks": {"root": "x", "classes": value}})

@@ -17,7 +17,10 @@ RECIPES, STAGES = "recipes", "stages"  # shown as plug-ins are, though they are 
 SHOWN = (*plugins.KINDS, RECIPES, STAGES)
 
 Model = Annotated[str, typer.Argument(help="torchvision:NAME, timm:NAME, FILE.py:FACTORY, ...")]
-Data = Annotated[str, typer.Option("--data", help="digits, npz:FILE, imagefolder:ROOT, ...")]
+Data = Annotated[
+    str,
+    typer.Option("--data", help="digits, imagefolder:ROOT, voc:root=ROOT,OPTION=VALUE, ..."),
+]
 Weights = Annotated[
     str | None,
     typer.Option(help="Weight file, or name of published weights; random if absent"),

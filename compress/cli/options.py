@@ -38,9 +38,11 @@ def chosen_plugins(given: Given, **names: str) -> dict[str, Any]:
 
 def data_part(given: Given) -> dict[str, Any]:
     """Return the data part of a recipe from ``--data`` and the options beside it."""
+    from compress import plugins
     from compress.recipe.settings import data_reference
 
-    part: dict[str, Any] = data_reference(given["data"])
+    text = given["data"]
+    part = data_reference(plugins.reference(text) if ":root=" in text else text)
     part |= present(given, **{option: option for option in DATA_OPTIONS})
     if given.get("image_size") is not None:
         part["image_size"] = _sides(given["image_size"])
@@ -49,7 +51,7 @@ def data_part(given: Given) -> dict[str, Any]:
             part[option] = floats(given[option], f"--{option.replace('_', '-')}")
     part |= present(given, color="color", layout="layout")
     if fitting := present(given, resize="resize", interpolation="interpolation", crop="crop"):
-        part["options"] = fitting
+        part["options"] = part.get("options", {}) | fitting
     if given.get("inputs"):
         part["inputs"] = dict(_named_value(text) for text in given["inputs"])
     return part
@@ -105,7 +107,8 @@ def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool
         raise UsageError(
             f"--data {given['data']}: has labels of the form {dataset.target!r}",
             expected="one class for each image, which is what this command compares",
-            fix="Measure with a recipe that names the task: compress run RECIPE",
+            fix="Measure with a recipe that names the task (compress run), or compare outputs, "
+            "without labels: --data images:FOLDER",
         )
     return dataset
 

@@ -149,7 +149,7 @@ class BoxedPictures(Pictures):
             f"the box ({x1:g}, {y1:g}, {x2:g}, {y2:g}) {fault}",
             where=f"{annotation.where}, {annotation.lines[i]}",
             expected="x1 < x2 and y1 < y2, inside the image",
-            fix="Correct it, or leave such boxes out: invalid: drop",
+            fix="Correct it, or leave such boxes out: --data KIND:root=DIR,invalid=drop",
         )
 
 

@@ -19,6 +19,7 @@ from compress.quantize.sessions import CannotRunError, GraphSession, session_of
 # Ops after which rows are no longer those of the images: sorted, chosen or positions.
 SELECTING = frozenset(
     {"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero", "Unique", "Compress", "Hardmax"}
+    | {"Equal"}  # of the largest value, by which the best class or a peak is found
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -43,8 +44,17 @@ class ModelSettings(Settings):
     )
 
 
-def data_reference(reference: str) -> dict[str, str]:
-    """Return the name and root that a DATA reference such as ``npz:digits.npz`` stands for."""
+def data_reference(reference: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a DATA reference stands for.
+
+    Args:
+        reference: ``voc:DIR``, or ``{voc: {root: DIR, labels: classes}}`` with any options.
+    """
+    if not isinstance(reference, str):
+        name, given = next(iter(reference.items()))
+        own = {key: each for key, each in (given or {}).items() if key in DataSettings.model_fields}
+        others = {key: each for key, each in (given or {}).items() if key not in own}
+        return own | {"name": name, "options": own.get("options", {}) | others}
     if OWN in reference:
         return {"name": "dataset", "root": reference.removeprefix("dataset:")}
     name, _, root = reference.partition(":")
@@ -103,9 +113,7 @@ class DataSettings(Settings):
         name, given = next(iter(value.items()))
         if name in cls.model_fields or not isinstance(given, dict | None):
             return value
-        own = {key: each for key, each in (given or {}).items() if key in cls.model_fields}
-        others = {key: each for key, each in (given or {}).items() if key not in own}
-        return own | {"name": name, "options": own.get("options", {}) | others}
+        return data_reference(value)
 
 
 class AugmentSettings(Settings):

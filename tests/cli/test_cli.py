@@ -532,6 +532,15 @@ def test_a_size_may_be_a_rectangle():
     assert data_part(given | {"image_size": "12"})["image_size"] == 12
 
 
+def test_options_of_a_kind_of_data_are_given_behind_its_root() -> None:
+    from compress.cli.options import data_part
+
+    part = data_part({"data": "voc:root=cells,invalid=drop,workers=2", "resize": "letterbox"})
+    options = {"invalid": "drop", "resize": "letterbox"}
+    assert part == {"name": "voc", "root": "cells", "workers": 2, "options": options}
+    assert data_part({"data": "images:a=b"}) == {"name": "images", "root": "a=b"}
+
+
 def test_labels_that_do_not_fit_the_networks_outputs_are_refused(compress, tmp_path):
     from PIL import Image
 

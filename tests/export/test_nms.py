@@ -13,6 +13,8 @@ import compress
 from compress.errors import ExportError
 from compress.graph.nms import Nms
 from compress.models.detector import detector
+from compress.qdq import prepare
+from compress.quantize.planning_graph import judged_tensors
 from compress.tasks import load_task
 
 SIZE = (64, 96)
@@ -55,6 +57,14 @@ def test_boxes_of_the_file_are_those_of_torch(tmp_path) -> None:
             for other in (own, theirs):  # equal scores come in any order
                 np.testing.assert_allclose(mine["scores"], other["scores"], atol=1e-4)
                 assert task.agreement(mine, other) > 98
+
+
+def test_quantization_is_judged_by_what_nms_is_given(tmp_path) -> None:
+    plain = compress.export_onnx(trained_like(), IMAGES[:1], tmp_path / "plain.onnx")
+    path = compress.export_onnx(trained_like(), IMAGES[:1], tmp_path / "nms.onnx", nms=Nms())
+    found, want = (set(judged_tensors(prepare(onnx.load(each)))) for each in (path, plain))
+    assert want <= found
+    assert not [name for name in found - want if "ReduceMax" not in name]  # their best scores
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino", "tensorrt"])

@@ -98,7 +98,7 @@ def _quantized(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> Re
         path = _float_graph(recipe, dataset, task, folder)
         images = calibration_batches(path, dataset)
         plan = quantize_onnx(path, images, folder / "int8.onnx", given["target"])
-        labelled = dataset.batches("validation", 64, SENSITIVITY_IMAGES)
+        labelled = dataset.with_fewer("validation", SENSITIVITY_IMAGES).batches("validation", 64)
         found = quantize_sensitivity(read_onnx(path), plan, labelled, task=task)
     write_numbers(given["json"], found.to_json())
     if given["out"] is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,18 @@ class Dataset:
             self.target, f"{len(self.classes)} classes{named}"
         )
         return f"data {self.name}: images {counts}, {self.channels} x {height} x {width}; {labels}"
+
+    def with_fewer(self, split: str, count: int) -> Dataset:
+        """Return this with ``count`` images of ``split`` at the most, evenly spread over it."""
+        images = self.splits[split]
+        if count >= len(images):
+            return self
+        chosen = np.linspace(0, len(images) - 1, count).astype(np.int64)
+        groups = self.test_groups
+        if split == "test" and groups is not None:
+            groups = groups[chosen]
+        splits = {**self.splits, split: Subset(images, chosen)}
+        return replace(self, splits=splits, test_groups=groups)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Return (B, C, H, W) RGB images in 0..255, of any dtype, as the network wants them."""

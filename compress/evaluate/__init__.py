@@ -103,7 +103,7 @@ def of_task(
         dataset: Where images and labels are from.
         task: A task, or what ``load_task`` takes.
         split: Of the dataset.
-        limit: Evaluate so many images only.
+        limit: Evaluate so many images only, from all over the split.
 
     Raises:
         DataError: there are no images, or their labels are not what the task needs.
@@ -112,8 +112,9 @@ def of_task(
     chosen = task if isinstance(task, Task) else tasks.load_task(task, classes=dataset.classes)
     if not chosen.kinds:
         limit = min(limit or UNLABELLED_IMAGES, UNLABELLED_IMAGES)
+    dataset = dataset if limit is None else dataset.with_fewer(split, limit)
     is_session = hasattr(run, "run") and not isinstance(run, nn.Module)
-    batches = (dataset.pictures if is_session else dataset.batches)(split, BATCH, limit)
+    batches = (dataset.pictures if is_session else dataset.batches)(split, BATCH)
     fed = Fed(run, dataset) if is_session else run
     predictions, scores = predictions_of(fed, chosen, dataset, batches)
     found = tasks.metrics(chosen, scores) if chosen.kinds else {}

@@ -147,14 +147,17 @@ def inputs_of(session: Session, batch: int, dataset: Dataset | None) -> list[NDA
 def test_answers(
     session: Session, dataset: Dataset, name: str, limit: int | None = None
 ) -> Predictions:
-    """Return what ``session`` answers to the test images; ``name`` is said beside the progress."""
-    images = min(len(dataset.splits["test"]), limit or len(dataset.splits["test"]))
-    batches = track(dataset.pictures("test", BATCH, limit), name, -(-images // BATCH))
+    """Return what ``session`` answers to the test images; ``name`` is said beside the progress.
+
+    With a ``limit``, to so many of them from all over the set.
+    """
+    dataset = dataset if limit is None else dataset.with_fewer("test", limit)
+    batches = track(dataset.pictures("test", BATCH), name, -(-len(dataset.splits["test"]) // BATCH))
     return predict(Fed(session, dataset), batches)
 
 
 def outputs_of(session: Session, dataset: Dataset, limit: int | None = None) -> list[Prediction]:
-    """Return every output of ``session`` for the first test images, at most 64."""
+    """Return every output of ``session`` for test images from all over the set, at most 64."""
     return of_task(session, dataset, "fidelity", limit=limit).predictions
 
 

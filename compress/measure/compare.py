@@ -91,7 +91,7 @@ def compare_artifacts(
         dataset: Images; with one class each, of which both networks give scores, accuracy is
             compared, else the outputs are.
         bisect: Find the first tensor that differs; both must be ONNX files.
-        limit: Compare on so many images only.
+        limit: Compare on so many images only, from all over the set.
         threads: CPU threads; all cores if absent.
 
     Raises:
@@ -186,7 +186,9 @@ def _bisection(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
         size = fixed if isinstance(fixed, int) else BISECT_IMAGES
         inputs = [
             tuple(arrays_for(session.inputs, images, dataset))
-            for images, _ in dataset.pictures("test", size, BISECT_IMAGES)
+            for images, _ in dataset.with_fewer("test", max(size, BISECT_IMAGES)).pictures(
+                "test", size
+            )
             if len(images) == size or not isinstance(fixed, int)
         ]
     return comparison.bisect(old.path, new.path, inputs)

@@ -288,12 +288,11 @@ def _answers(
     path = _kept(judged, entry)
     if path.is_file():
         return Predictions.load(path)
-    limit = context.recipe.measure.test_images
     with entry.open() as session:
         if not context.task.tells_classes:
-            return evaluate.of_task(session, context.dataset, context.task, limit=limit)
+            return evaluate.of_task(session, context.dataset, context.task)
         name = f"{entry.name} on {entry.target.runtime}"
-        predictions = test_answers(session, context.dataset, name, limit)
+        predictions = test_answers(session, context.dataset, name)
     predictions.save(path)
     return predictions
 

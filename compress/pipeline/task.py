@@ -11,6 +11,7 @@ from pathlib import Path
 from compress import models
 from compress.data import GREY_MEAN, IMAGENET_MEAN, Dataset, load_data
 from compress.errors import CompressError, RecipeError
+from compress.evaluate import UNLABELLED_IMAGES
 from compress.evaluate.feeding import completed, shapes_answered
 from compress.models.references import takes_unit_range
 from compress.pipeline.network import as_torch
@@ -29,11 +30,24 @@ logger = logging.getLogger(__name__)
 def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     """Return the images of ``recipe`` as its network takes them, and what the network is for.
 
-    What the recipe leaves open of an ONNX file's or a stage's input, the file says. An ONNX file
-    that does not name one of the data's classes is compared by its outputs.
+    Of the test images those stay that the recipe asks for, from all over the set: it may be sorted
+    by class, or by where the pictures were taken.
 
     Raises:
         CompressError: the images cannot be read, or the recipe contradicts them or the file.
+    """
+    dataset, task = _prepared(recipe)
+    count = recipe.measure.test_images or len(dataset.splits["test"])
+    if dataset.target == "none":
+        count = min(count, UNLABELLED_IMAGES)
+    return dataset.with_fewer("test", count), task
+
+
+def _prepared(recipe: Recipe) -> tuple[Dataset, Task]:
+    """Return the images with all those of the test, and what the network is for.
+
+    What the recipe leaves open of an ONNX file's or a stage's input, the file says. An ONNX file
+    that does not name one of the data's classes is compared by its outputs.
     """
     reference = recipe.model.name
     source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))

@@ -375,7 +375,7 @@ class MeasureSettings(Settings):
     rounds: int = Field(20, ge=3, description="Interleaved rounds of the latency measurement")
     round_ms: float = Field(50.0, gt=0, description="Time each variant is run for in a round")
     test_images: int | None = Field(
-        None, ge=1, description="Measure accuracy on so many test images only"
+        None, ge=1, description="Measure accuracy on so many test images only, from all over them"
     )
     explain_images: int = Field(0, ge=0, description="Images with attribution maps in the report")
     explain_methods: tuple[AttributionMethod, ...] = Field(

@@ -275,3 +275,47 @@ def test_the_fingerprint_follows_the_pixels(npz, arrays):
 
 def test_all_data_errors_are_of_the_family():
     assert issubclass(DataError, CompressError)
+
+
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    """Pictures of three classes, sorted by class as folders are: 30 to test."""
+    root = tmp_path_factory.mktemp("sorted")
+    for split, count in (("train", 20), ("test", 10)):
+        for name in "abc":
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                Image.new("RGB", (8, 8), (number, ord(name), 0)).save(folder / f"{number}.png")
+    return root
+
+
+def test_a_few_test_images_are_of_all_classes(by_class):
+    from compress.pipeline.task import prepared
+    from compress.recipe.loading import validate_recipe
+
+    recipe = {
+        "name": "few",
+        "model": {"name": "compress.models.cifar:resnet8"},
+        "data": {"name": "imagefolder", "root": str(by_class), "image_size": 8, "calibration": 8},
+        "stages": [{"prune": {"keep_macs": 0.5}}],
+        "targets": [],
+        "measure": {"test_images": 6},
+    }
+    dataset, _ = prepared(validate_recipe(recipe, where="few"))
+    assert dataset.splits["test"].labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_an_evaluation_with_a_limit_is_of_all_classes(by_class):
+    from compress import evaluate
+
+    data = load(f"imagefolder:{by_class}", image_size=8, calibration=8)
+    seen = []
+
+    def run(images):
+        seen.extend(images[:, 1, 0, 0].tolist())  # green is the class
+        return torch.zeros(len(images), 3)
+
+    found = evaluate.of_task(run, data, "classification", limit=6)
+    assert found.images == 6
+    assert len({round(value, 4) for value in seen}) == 3

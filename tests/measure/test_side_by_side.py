@@ -353,7 +353,7 @@ def test_networks_that_name_no_class_are_compared_by_their_outputs(
     out = tmp_path / "x.json"
     assert command(monkeypatch, "compare", old, new, "--data", "digits", "--json", out) == 0
     told = json.loads(out.read_text())
-    images = digits().normalize(digits().splits["test"].take(range(64)))
+    images = digits().normalize(digits().with_fewer("test", 64).splits["test"].take(range(64)))
     answers = []
     import onnxruntime as ort
 

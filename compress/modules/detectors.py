@@ -36,7 +36,7 @@ def before_nms(model: nn.Module) -> nn.Module | None:
     return found
 
 
-def _read_kinds() -> dict[type, Callable[[Any, Tensor], Tensor]]:
+def _read_kinds() -> dict[type[nn.Module], Callable[[Any, Tensor], Tensor]]:
     """Return the forward before NMS for each class of detectors that has one."""
     detection: Any = sys.modules.get("torchvision.models.detection")
     if detection is None:

@@ -36,6 +36,11 @@ def chosen_plugins(given: Given, **names: str) -> dict[str, Any]:
     }
 
 
+def model_options(reference: str, *, trust: bool) -> dict[str, Any]:
+    """Return what ``--trust`` is to a network's constructor: Ultralytics' alone opens pickles."""
+    return {"trust": True} if trust and reference.startswith("ultralytics:") else {}
+
+
 def data_part(given: Given) -> dict[str, Any]:
     """Return the data part of a recipe from ``--data`` and the options beside it."""
     from compress import plugins

@@ -416,3 +416,13 @@ def test_what_was_tried_is_told_on_request_only():
         assert ("not kept" in file.getvalue()) == verbose
         assert ("activations (MiB)" in file.getvalue()) == verbose
     assert "equalization 0.5" in markdown(report)
+
+
+def test_int8_files_are_named_where_they_are_though_the_report_is_elsewhere():
+    result = Result(**OTHER, top1_pct=90.0)
+    variant = Variant(name="int8-x", stage="s", artifact="01/model.x.onnx", results=(result,))
+    file = io.StringIO()
+    shown = summary(Report(variants=(variant,)), "elsewhere", run="runs/a")
+    Console(file=file, width=160).print(shown)
+    assert "Int8: runs/a/01/model.x.onnx" in file.getvalue()
+    assert "Report: elsewhere/report.html" in file.getvalue()

@@ -418,6 +418,13 @@ def test_what_was_tried_is_told_on_request_only():
     assert "equalization 0.5" in markdown(report)
 
 
+def test_an_equal_size_is_said_in_words():
+    report = pair(latency_ms_p50=5.0, top1_pct=90.0, speedup=2.0)
+    same = report.variants[1].model_copy(update={"size_mib": 7.99})
+    report = report.model_copy(update={"variants": (report.variants[0], same)})
+    assert verdict(report).startswith("2.00x faster and of the same size ")
+
+
 def test_int8_files_are_named_where_they_are_though_the_report_is_elsewhere():
     result = Result(**OTHER, top1_pct=90.0)
     variant = Variant(name="int8-x", stage="s", artifact="01/model.x.onnx", results=(result,))

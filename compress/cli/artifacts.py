@@ -24,7 +24,7 @@ from compress.cli.arguments import (
     with_options,
 )
 from compress.cli.exits import GATE_FAILED
-from compress.cli.options import INPUT_SIZE, data_settings, integers
+from compress.cli.options import INPUT_SIZE, data_settings, integers, model_options
 from compress.cli.output import print_result, write_numbers
 from compress.errors import UsageError
 
@@ -67,7 +67,7 @@ def export(
     from compress.measure import count_module, count_onnx, size_mib
     from compress.models import check_forward, load_model, model_folder
 
-    options = {"trust": True} if trust else {}
+    options = model_options(model, trust=trust)
     network = load_model(model, weights, num_classes, options=options)
     size = integers(input_size, "--input-size", count=3, like=INPUT_SIZE)
     example = torch.zeros(1, *size)

@@ -109,7 +109,7 @@ def report(
     if len(runs) == 1:
         folder = out or runs[0]
         written = reports.write(reports.read_run(runs[0]), folder)
-        shown = reports.summary(written, folder, verbose=verbose)
+        shown = reports.summary(written, folder, verbose=verbose, run=runs[0])
     elif out is None:
         raise UsageError("several runs need a folder for their comparison", fix="Give --out DIR")
     else:

@@ -36,6 +36,11 @@ def chosen_plugins(given: Given, **names: str) -> dict[str, Any]:
     }
 
 
+def model_options(reference: str, *, trust: bool) -> dict[str, Any]:
+    """Return what ``--trust`` is to a network's constructor: Ultralytics' alone opens pickles."""
+    return {"trust": True} if trust and reference.startswith("ultralytics:") else {}
+
+
 def data_part(given: Given) -> dict[str, Any]:
     """Return the data part of a recipe from ``--data`` and the options beside it."""
     from compress import plugins
@@ -92,8 +97,8 @@ def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool
 
     Args:
         given: The options.
-        artifacts: Files that are fed with the images: what they say of their input counts where
-            the options are silent.
+        artifacts: What is fed with the images, folders as well: what the files say of their input
+            counts where the options are silent.
         labelled: Whether images must have one class each; else they may have no labels.
 
     Raises:
@@ -101,8 +106,10 @@ def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool
     """
     from compress.data import load_data
     from compress.evaluate.feeding import completed
+    from compress.report.run_folder import artifacts_in
 
-    dataset = load_data(completed(data_settings(given), artifacts), given.get("seed", 0))
+    files = (file for path in artifacts for file in artifacts_in(path))
+    dataset = load_data(completed(data_settings(given), files), given.get("seed", 0))
     if dataset.target != "class" and (labelled or dataset.target != "none"):
         raise UsageError(
             f"--data {given['data']}: has labels of the form {dataset.target!r}",

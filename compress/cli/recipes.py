@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from compress.cli.exits import GATE_FAILED
-from compress.cli.options import INPUT_SIZE, Given, data_part, integers, present
+from compress.cli.options import INPUT_SIZE, Given, data_part, integers, model_options, present
 from compress.cli.output import print_result
 from compress.errors import UsageError
 
@@ -59,8 +59,8 @@ def _content(
         model["input_size"] = integers(
             given["input_size"], "--input-size", count=3, like=INPUT_SIZE
         )
-    if given.get("trust"):
-        model["options"] = {"trust": True}
+    if options := model_options(given["model"], trust=bool(given.get("trust"))):
+        model["options"] = options
     return present(given, task="task") | {
         "name": name,
         "model": model,

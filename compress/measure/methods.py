@@ -28,8 +28,8 @@ METHODS = {
     "for",
     "peak_rss_mib": "largest resident memory of a fresh Python process that imports "
     "the runtime, loads the artifact and runs it",
-    "peak_memory_mib": "peak_rss_mib less what the same process held after it had imported the "
-    "runtime and run a network of one layer: what the artifact itself costs",
+    "peak_memory_mib": "that of the process less what the same process held after it had imported "
+    "the runtime and run a network of one layer: what the artifact itself costs",
     "peak_device_mib": "GPU memory that was taken, by any process, between before the artifact "
     "was loaded and after it had run",
     "load_ms": "from the path to a session, once, files cached by the operating system or not",

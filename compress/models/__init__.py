@@ -28,7 +28,7 @@ from compress.models.weights import (
 )
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, memory_format_of
-from compress.modules.detectors import check_rows, on_batch
+from compress.modules.detectors import check_kind, check_rows, on_batch
 from compress.modules.outputs import logits_of
 
 SCHEMA = 1
@@ -116,7 +116,9 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
         ModelError: the forward pass fails, the message says with what; or it returns boxes after
             NMS, so many for each image, which can be neither cut nor exported.
     """
-    copied = on_batch(full_copy(network_of(model)), (example,), {})
+    network = network_of(model)
+    check_kind(type(network), type(model).__name__)
+    copied = on_batch(full_copy(network), (example,), {})
     set_mode(copied, training=False)
     try:
         with torch.inference_mode():

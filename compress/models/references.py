@@ -16,6 +16,7 @@ from torch import nn
 from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
 from compress.models.classifier import replace_head
 from compress.models.weights import of_other_classes
+from compress.modules.detectors import check_kind
 from compress.packages import require
 from compress.plugins import import_file
 from compress.trust import check_code, is_limited
@@ -90,7 +91,8 @@ def check_reference(reference: str) -> None:
 
     Raises:
         UsageError: it is of no known form.
-        ModelError: its file or module cannot be imported.
+        ModelError: its file or module cannot be imported, or it is a detector of torchvision that
+            is not read.
     """
     scheme, _, name = reference.partition(":")
     if scheme == "torchvision":
@@ -225,6 +227,8 @@ def _known_torchvision(name: str) -> None:
     known = models.list_models()
     if name not in known:
         raise UnknownNameError("torchvision network", name, nearest(name, known, 8) or known)
+    returned = inspect.signature(models.get_model_builder(name)).return_annotation
+    check_kind(returned, f"torchvision:{name}")
 
 
 def _known_timm(name: str) -> ModuleType:

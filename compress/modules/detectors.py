@@ -6,7 +6,7 @@ import copy
 import math
 import sys
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,20 +27,26 @@ def before_nms(model: nn.Module) -> nn.Module | None:
     None if ``model`` is none of torchvision's SSD, RetinaNet, FCOS and Faster R-CNN, whose own
     outputs are lists of boxes after NMS.
     """
+    forward = _read_kinds().get(type(model))
+    if forward is None:
+        return None
+    made: Any = copy.copy(model)
+    made.forward = types.MethodType(forward, made)  # a copy of it is bound to the copy
+    found: nn.Module = made
+    return found
+
+
+def _read_kinds() -> dict[type[nn.Module], Callable[[Any, Tensor], Tensor]]:
+    """Return the forward before NMS for each class of detectors that has one."""
     detection: Any = sys.modules.get("torchvision.models.detection")
     if detection is None:
-        return None
-    for kind, forward in (
-        (detection.ssd.SSD, _one_stage),
-        (detection.RetinaNet, _one_stage),
-        (detection.FCOS, _one_stage),
-        (detection.FasterRCNN, _two_stages),
-    ):
-        if type(model) is kind:
-            made = copy.copy(model)
-            made.forward = types.MethodType(forward, made)  # a copy of it is bound to the copy
-            return made
-    return None
+        return {}
+    return {
+        detection.ssd.SSD: _one_stage,
+        detection.RetinaNet: _one_stage,
+        detection.FCOS: _one_stage,
+        detection.FasterRCNN: _two_stages,
+    }
 
 
 def on_batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
@@ -49,21 +55,38 @@ def on_batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return (before_nms(model) if is_batch else None) or model
 
 
-def check_rows(output: Any, where: str) -> None:
-    """Check that what a network returned for a batch is no list of what was found in each image.
+def check_kind(kind: type, where: str) -> None:
+    """Check that ``kind``, a class of networks, is no detector that returns lists after NMS.
+
+    Mask R-CNN and Keypoint R-CNN are told by their class, before one is built or has run.
 
     Raises:
         ModelError: it is; its lengths depend on the images, and no file can hold such a network.
     """
+    forwards = {each.forward for each in _read_kinds()}
+    if kind not in _read_kinds() and getattr(kind, "forward", None) in forwards:
+        raise _after_nms("what it finds", where)
+
+
+def check_rows(output: Any, where: str) -> None:
+    """Check that what a network returned for a batch is no list of what was found in each image.
+
+    Raises:
+        ModelError: it is, as for ``check_kind``.
+    """
     if isinstance(output, list) and output and all(isinstance(each, Mapping) for each in output):
-        raise ModelError(
-            f"returns {', '.join(map(str, output[0]))} of each image after NMS",
-            where=where,
-            expected="one tensor for a batch, (B, 4 + classes, places), or torchvision's SSD, "
-            "SSDlite, RetinaNet, FCOS or Faster R-CNN, whose rows before NMS are read",
-            fix="Instance masks and key points are not read: take the detector without them, such "
-            "as fasterrcnn_resnet50_fpn in place of maskrcnn_resnet50_fpn",
-        )
+        raise _after_nms(", ".join(map(str, output[0])), where)
+
+
+def _after_nms(what: str, where: str) -> ModelError:
+    return ModelError(
+        f"returns {what} in each image after NMS",
+        where=where,
+        expected="one tensor for a batch, (B, 4 + classes, places), or torchvision's SSD, "
+        "SSDlite, RetinaNet, FCOS or Faster R-CNN, whose rows before NMS are read",
+        fix="Instance masks and key points are not read: take the detector without them, such "
+        "as fasterrcnn_resnet50_fpn in place of maskrcnn_resnet50_fpn",
+    )
 
 
 def has_background(model: nn.Module) -> bool:

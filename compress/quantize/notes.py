@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from compress.quantize.sqnr import sqnr_text
 from compress.runtimes.onnxruntime import EXACT_INT8
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
+STAYS = " stays in float"
 _BEARING = 3  # an output that rests on less than every third image is not known well
 _RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
 
@@ -41,14 +42,39 @@ def float_parts(graph: GraphIndex, target: str) -> list[str]:
     """
     left = place(graph, target).left_float
     products = {n.name for n in graph.nodes if len(graph.data_inputs(n)) > 1}
-    found = [f"{name} stays in float: {why}" for name, why in left.items() if name not in products]
+    found = [f"{name}{STAYS}: {why}" for name, why in left.items() if name not in products]
     for node in graph.nodes:
         inside = _weighted_inside(node)
         if node.op_type in _RECURRENT:
-            found.append(f"{node.name} ({node.op_type}) stays in float: no target has it in int8")
+            found.append(f"{node.name} ({node.op_type}){STAYS}: no target has it in int8")
         elif inside:
-            found.append(f"{node.name} ({node.op_type}) stays in float, {inside} layers inside")
+            found.append(f"{node.name} ({node.op_type}){STAYS}, {inside} layers inside")
     return found
+
+
+def shortened(notes: Iterable[str]) -> list[str]:
+    """Return notes with one line for all that stay in float for one reason: two names and how many.
+
+    Args:
+        notes: Those of a plan, which keeps a note of each; others are returned as they are.
+    """
+    found: dict[str, dict[str, None]] = {}  # what is said of them -> names, in order
+    for note in notes:
+        name, stays, why = note.partition(STAYS)
+        found.setdefault(why if stays else note, {})[name if stays else ""] = None
+    return [
+        note if list(names) == [""] else f"{_few(list(names))} in float{note}"
+        for note, names in found.items()
+    ]
+
+
+def _few(names: Sequence[str]) -> str:
+    """Return "a stays", "a and b stay", "a, b and 14 more stay"."""
+    if len(names) == 1:
+        return f"{names[0]} stays"
+    if len(names) == 2:
+        return f"{names[0]} and {names[1]} stay"
+    return f"{names[0]}, {names[1]} and {len(names) - 2} more stay"
 
 
 def of_sessions(target: str) -> list[str]:

@@ -80,7 +80,7 @@ def _provenance(report: Report) -> str:
             ("commit", facts.commit),
             ("seed", facts.seed),
             ("data", facts.data and f"{facts.data.name} {facts.data.fingerprint}"),
-            ("device", ", ".join(f"{key} {fact(value)}" for key, value in facts.device.items())),
+            ("device", fact(facts.device)),
             ("versions", ", ".join(f"{key} {value}" for key, value in facts.versions.items())),
         )
         if value not in (None, "")

@@ -61,7 +61,9 @@ def fact(value: object) -> str:
         if {"min", "mean", "max"} <= value.keys():
             low, high = number(value["min"], 4), number(value["max"], 4)
             return f"{number(value['mean'], 4)} ({low}..{high})"
-        return ", ".join(f"{key} {fact(item)}" for key, item in value.items())
+        return ", ".join(
+            f"{title(key).replace('_', ' ')} {fact(item)}" for key, item in value.items()
+        )
     if isinstance(value, list | tuple):
         return ", ".join(map(fact, value))
     return str(value)
@@ -70,6 +72,55 @@ def fact(value: object) -> str:
 def factor(value: float | None) -> str:
     """Return a ratio: "3.91x"."""
     return ABSENT if value is None else f"{number(value)}x"
+
+
+def title(name: str) -> str:
+    """Return a figure's name for people: "activations_mib" is "activations (MiB)".
+
+    A name that is none of ours, such as that of a runtime, is left as it is.
+    """
+    spoken, unit = titled(name)
+    return f"{spoken} ({unit})" if unit else spoken
+
+
+def titled(name: str) -> tuple[str, str]:
+    """Return a figure's name for people, and its unit, which may be ""."""
+    stem, _, suffix = name.rpartition("_")
+    if not stem or suffix not in _UNITS:
+        return _TITLES.get(name, name), ""
+    return _TITLES.get(stem, stem.replace("_", " ")), _UNITS[suffix]
+
+
+_UNITS = {
+    "db": "dB",
+    "gib": "GiB",
+    "ips": "images/s",
+    "mib": "MiB",
+    "mhz": "MHz",
+    "ms": "ms",
+    "pct": "%",
+}
+
+_TITLES = {  # where it is not the name with spaces
+    "changes": "changes of metrics",
+    "cpu_others": "processors taken by others",
+    "cpu_steal": "processors taken by the host",
+    "device_latency": "latency on the GPU",
+    "ece": "ECE",
+    "energy_mj_per_image": "energy (mJ/image)",
+    "flip": "flips",
+    "latency_ms_ci95": "interval of latency",
+    "load_average_1m": "load average of a minute",
+    "macs": "MACs",
+    "params": "parameters",
+    "peak_device": "peak memory of the GPU",
+    "peak_rss": "peak memory of the process",
+    "sqnr": "SQNR",
+    "top1": "top-1",
+    "top1_change": "change of top-1",
+    "top5": "top-5",
+    "worst_class_drop": "loss of the worst class",
+}
 
 
 def reason(field: str, result: Result | None, variant: Variant) -> str:

@@ -118,7 +118,7 @@ def speeds(report: Report) -> Table:
         *_PLACE,
         Column("Batch"),
         *(column for column, _ in _SPEED),
-        *(Column(_spoken(kind), "MiB") for kind in kinds),
+        *(Column(figures.titled(kind)[0].capitalize(), "MiB") for kind in kinds),
         *(Column(f"Energy, {meter.replace('_', ' ')}", "mJ/image") for meter in meters),
     )
     rows = []
@@ -316,10 +316,6 @@ def _entry(variant: Variant, result: Result, values: Mapping[str, float], key: s
 
 def _keys(mappings: Iterable[Mapping[str, float]]) -> list[str]:
     return list(dict.fromkeys(key for mapping in mappings for key in mapping))
-
-
-def _spoken(kind: str) -> str:
-    return kind.removesuffix("_mib").replace("_", " ").capitalize()
 
 
 _AGAINST_ITSELF = {

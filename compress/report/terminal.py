@@ -19,7 +19,11 @@ SHOWN = frozenset({"size_mib", "peak_memory_mib"})  # sizes that the table has a
 
 
 def summary(
-    report: Report, folder: Path | str | None = None, *, verbose: bool = False
+    report: Report,
+    folder: Path | str | None = None,
+    *,
+    verbose: bool = False,
+    run: Path | str | None = None,
 ) -> RenderableType:
     """Return what the command line prints after a run, for ``rich.print``.
 
@@ -27,6 +31,7 @@ def summary(
         report: The report; its verdict is printed as it is.
         folder: Where the report files are; named in the last line.
         verbose: Tell what was tried, and why figures that no column shows were not measured.
+        run: Where the files of the run are; ``folder`` if absent.
     """
     from rich.console import Group
     from rich.text import Text
@@ -39,7 +44,7 @@ def summary(
     if report.verdict:
         parts.append(Text(report.verdict, style="bold"))
     if folder is not None:
-        parts += [Text(f"Int8: {Path(folder) / path}") for path in _int8_files(report)]
+        parts += [Text(f"Int8: {Path(run or folder) / path}") for path in _int8_files(report)]
         parts.append(Text(f"Report: {Path(folder) / 'report.html'}  (.md, .json beside it)"))
     return Group(*parts)
 
@@ -73,7 +78,8 @@ def missing(report: Report, shown: Collection[str] | None = None) -> list[str]:
                 found.setdefault((name, why), []).append(place)
     every = sum(len(variant.results) for variant in report.variants)
     return [
-        f"not measured: {name}{_of(places, every)}: {why}" for (name, why), places in found.items()
+        f"not measured: {numbers.title(name)}{_of(places, every)}: {why}"
+        for (name, why), places in found.items()
     ]
 
 

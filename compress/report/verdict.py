@@ -175,6 +175,8 @@ def _size(report: Report, variant: Variant, result: Result) -> str:
     ratio = None if original is None else size_ratio(original, variant, result)
     if ratio is None:
         return ""
+    if factor(ratio) == factor(1.0):
+        return "of the same size"
     return f"{factor(ratio)} smaller" if ratio >= 1 else f"{factor(1 / ratio)} larger"
 
 

@@ -7,6 +7,8 @@ import pytest
 import typer
 
 from compress.cli import app
+from compress.cli.options import model_options
+from compress.cli.recipes import _content
 from compress.errors import CompressError, RecipeError
 from compress.recipe.loading import validate_recipe
 
@@ -40,6 +42,21 @@ def test_what_is_expected_is_what_the_option_takes(compress, arguments, said):
     assert code == 2
     assert said in err
     assert "report this network" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("torchvision:resnet18", {}),
+        ("compress.models.cifar:resnet8", {}),
+        ("ultralytics:net.pt", {"trust": True}),
+    ],
+)
+def test_trust_is_an_option_of_no_network_but_pickled_ones(name, options):
+    given = {"model": name, "data": "digits", "seed": 0, "overrides": None, "trust": True}
+    content = _content("prune", given, [], [])
+    assert content["model"].get("options", {}) == options
+    assert model_options(name, trust=False) == {}
 
 
 def problems(**changes):

@@ -24,6 +24,7 @@ from compress.errors import ModelError, QuantizationError
 from compress.graph.nms import Nms
 from compress.groups.proof import prove
 from compress.models import check_forward
+from compress.models.references import check_reference
 from compress.modules.detectors import before_nms
 from compress.qdq import TARGETS
 from compress.quantize.sqnr import sqnr_db
@@ -150,6 +151,7 @@ def test_its_own_loss_trains_a_pruned_detector(kind):
 RELOAD = """
 import sys, torch, compress
 from compress.models import check_forward
+from compress.models.references import check_reference
 from compress.modules.detectors import before_nms
 for folder in sys.argv[1:]:
     model = before_nms(compress.load_model(folder).eval())
@@ -208,18 +210,28 @@ def keypoint_rcnn() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize(
-    ("build", "named"),
-    [
-        (keypoint_rcnn, "boxes, labels, scores, keypoints, keypoints_scores"),
-        (Wrapped, "boxes, scores, labels"),
-    ],
-)
-def test_a_network_that_returns_lists_after_nms_is_refused(build, named) -> None:
+def test_a_network_that_returns_lists_after_nms_is_refused() -> None:
     with pytest.raises(ModelError) as caught:
-        check_forward(build(), torch.rand(2, 3, 64, 64))
-    assert f"returns {named} of each image after NMS" in str(caught.value)
+        check_forward(Wrapped(), torch.rand(2, 3, 64, 64))
+    assert "returns boxes, scores, labels in each image after NMS" in str(caught.value)
     assert "fasterrcnn_resnet50_fpn in place of maskrcnn_resnet50_fpn" in str(caught.value)
+
+
+def test_detectors_with_masks_and_key_points_are_refused_before_they_run(monkeypatch) -> None:
+    network = keypoint_rcnn()
+
+    def run(*args: Any) -> None:
+        raise AssertionError("it ran")
+
+    network.backbone.register_forward_pre_hook(run)
+    with pytest.raises(ModelError, match="KeypointRCNN: returns what it finds in each image"):
+        check_forward(network, torch.rand(2, 3, 64, 64))
+    monkeypatch.setattr(KeypointRCNN, "__init__", run)
+    for name in ("maskrcnn_resnet50_fpn_v2", "keypointrcnn_resnet50_fpn"):
+        with pytest.raises(ModelError, match=f"torchvision:{name}: returns what it finds"):
+            check_reference(f"torchvision:{name}")
+    for name in ("fasterrcnn_resnet50_fpn", "ssd300_vgg16", "resnet18", "raft_large"):
+        check_reference(f"torchvision:{name}")
 
 
 def test_other_networks_are_left_as_they_are() -> None:

@@ -11,7 +11,7 @@ from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import find_shift
 from compress.quantize.layerwise import channel_means, some_positions
-from compress.quantize.notes import bearing_images, of_judging
+from compress.quantize.notes import bearing_images, of_judging, shortened
 from compress.quantize.search import Trial, auto
 from compress.quantize.sqnr import Closeness, closeness
 
@@ -154,3 +154,23 @@ def test_a_shift_found_on_some_positions_gives_the_mean_over_all(kind):
     moved = output + shift.reshape(1, -1, 1, 1).astype(np.float32)
     whole = channel_means(activation.value(output + np.float32(0.2)))
     np.testing.assert_allclose(channel_means(activation.value(moved)), whole, atol=2e-3)
+
+
+def test_nodes_that_stay_in_float_for_one_reason_are_one_line():
+    why = "stays in float: squeeze-excite is faster in half precision"
+    notes = (
+        "minmax ranges: 30.0 dB",
+        *(f"se.{number} {why}" for number in range(16)),
+        "up stays in float: ONNX Runtime has no int8 ConvTranspose",
+        "a (LSTM) stays in float: no target has it in int8",
+        "b (LSTM) stays in float: no target has it in int8",
+        "judged on 8 images",
+        "up stays in float: ONNX Runtime has no int8 ConvTranspose",
+    )
+    assert shortened(notes) == [
+        "minmax ranges: 30.0 dB",
+        "se.0, se.1 and 14 more stay in float: squeeze-excite is faster in half precision",
+        "up stays in float: ONNX Runtime has no int8 ConvTranspose",
+        "a (LSTM) and b (LSTM) stay in float: no target has it in int8",
+        "judged on 8 images",
+    ]

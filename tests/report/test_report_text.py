@@ -8,13 +8,15 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from compress.measure.methods import METHODS
 from compress.pipeline.report_rows import gates
 from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write
 from compress.report.html import html
 from compress.report.markdown import escaped_line, markdown
-from compress.report.numbers import count, factor, interval, number, points, reason
-from compress.report.schema import Flip, Gate, Line, Result, Variant
+from compress.report.numbers import count, fact, factor, interval, number, points, reason, title
+from compress.report.schema import Details, Flip, Gate, Line, Result, Variant
+from compress.report.tables import speeds
 from compress.report.terminal import gate_sentence, missing
 from compress.report.verdict import verdicts
 
@@ -211,11 +213,41 @@ def test_reason_prefers_the_most_specific():
     assert reason("activations", told, variant) == "of the number"
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("activations_mib", "activations (MiB)"),
+        ("peak_rss_mib", "peak memory of the process (MiB)"),
+        ("first_call_ms", "first call (ms)"),
+        ("sqnr_db", "SQNR (dB)"),
+        ("latency_ms_ci95", "interval of latency"),
+        ("my_runtime, batch 1", "my_runtime, batch 1"),  # no name of ours
+        ("_ms", "_ms"),
+    ],
+)
+def test_figures_have_titles(name, words):
+    assert title(name) == words
+
+
+def test_no_name_of_a_program_is_in_what_people_read():
+    assert not [name for name in METHODS if "_" in title(name)]
+    assert fact({"cpu_clock_mhz": 2400}) == "cpu clock (MHz) 2400"
+    skipped = dict.fromkeys(METHODS, "it was not told")
+    result = Result(**OTHER | {"device": "cuda"}, memory_mib={"peak_rss_mib": 2.0}, skipped=skipped)
+    variants = (Variant(name="a", stage="s", results=(result,)),)
+    report = Report(variants=variants, details=Details(methods=METHODS))
+    assert "Peak memory of the process" in [column.name for column in speeds(report).columns]
+    told = " ".join((*missing(report), markdown(report), html(report).partition("</style>")[2]))
+    shown = [name for name in METHODS if "_" in name and f">{name}<" in told]
+    assert not shown
+    assert not [name for name in METHODS if "_" in name and f"measured: {name}" in told]
+
+
 def test_terminal_has_the_same_facts_and_fits_80_columns():
     text = rendered(made_up.report(variants=4))
     assert max(map(len, text.splitlines())) <= 80
-    for fact in ("91.39", "272 k", "40.8 M", "0.142", "50.5", "0.726", "3.91x", "runs/x"):
-        assert fact in text
+    for figure in ("91.39", "272 k", "40.8 M", "0.142", "50.5", "0.726", "3.91x", "runs/x"):
+        assert figure in text
     assert "✗ loss of any class at most 2 points: measured 2.21, failed" in text
     assert "not measured: tensorrt-rtx: no NVIDIA GPU was found" in text
 
@@ -382,5 +414,22 @@ def test_what_was_tried_is_told_on_request_only():
         Console(file=file, width=160).print(summary(report, verbose=verbose))
         assert "mse ranges" in file.getvalue() and "not measured: latency" in file.getvalue()
         assert ("not kept" in file.getvalue()) == verbose
-        assert ("activations_mib" in file.getvalue()) == verbose
+        assert ("activations (MiB)" in file.getvalue()) == verbose
     assert "equalization 0.5" in markdown(report)
+
+
+def test_an_equal_size_is_said_in_words():
+    report = pair(latency_ms_p50=5.0, top1_pct=90.0, speedup=2.0)
+    same = report.variants[1].model_copy(update={"size_mib": 7.99})
+    report = report.model_copy(update={"variants": (report.variants[0], same)})
+    assert verdict(report).startswith("2.00x faster and of the same size ")
+
+
+def test_int8_files_are_named_where_they_are_though_the_report_is_elsewhere():
+    result = Result(**OTHER, top1_pct=90.0)
+    variant = Variant(name="int8-x", stage="s", artifact="01/model.x.onnx", results=(result,))
+    file = io.StringIO()
+    shown = summary(Report(variants=(variant,)), "elsewhere", run="runs/a")
+    Console(file=file, width=160).print(shown)
+    assert "Int8: runs/a/01/model.x.onnx" in file.getvalue()
+    assert "Report: elsewhere/report.html" in file.getvalue()

@@ -324,7 +324,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
 
 def _memory(tensor: Tensor) -> Memory:
     """Return where a tensor lies: its storage, then offset, shape and strides."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch._C.DisableTorchFunction():  # ops such as set_ come here without a call
         if tensor.layout != torch.strided:
             return id(tensor), ()
         shape = (tensor.storage_offset(), *tensor.size(), *tensor.stride())

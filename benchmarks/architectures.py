@@ -358,7 +358,9 @@ def main() -> None:
         print(name, known[name], flush=True)
         content = {"environment": environment.describe_machine(), "networks": known}
         path.write_text(json.dumps(content, indent=1) + "\n")
-        path.with_suffix(".md").write_text(table(known, " --families" * given.families))
+        path.with_suffix(".md").write_text(
+            table(known, " --families --until reload" * given.families)
+        )
 
 
 if __name__ == "__main__":

@@ -240,6 +240,10 @@ def quantize(
         float | None,
         typer.Option(help="Largest loss of the primary metric, in its unit; no limit if absent"),
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="ONNX node that stays in float; several allowed; none if absent"),
+    ] = None,
     qat_epochs: Annotated[
         int | None, typer.Option(help="Epochs of quantization-aware training; none if absent")
     ] = None,
@@ -247,7 +251,9 @@ def quantize(
 ) -> None:
     """Quantize to int8: write one Q/DQ file for each target runtime."""
     given = ctx.params
-    settings = present(given, method="method", samples="samples", max_drop="max_drop")
+    settings = present(
+        given, method="method", samples="samples", max_drop="max_drop", exclude="exclude"
+    )
     settings |= chosen_plugins(given, observer="observer")
     if qat_epochs:
         qat = {"epochs": qat_epochs, "lr": 1e-3}

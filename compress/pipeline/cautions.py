@@ -31,6 +31,7 @@ IMAGES = 128  # that the original is judged on before anything is done with it
 SHUFFLES = 19  # of the labels: one in twenty useless networks beats all of them
 NEAR_CHANCE = 0.1  # of the way from guessing to no error at all, where guessing is easy
 EASY_PCT = 5.0  # guessing that is right more often than this
+POOR_DB = 10.0  # of an output: below it noise is a third as large as the answer, and more
 
 
 @dataclass(frozen=True)
@@ -243,11 +244,27 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
     }
 
 
-def of_slow_int8(variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield where int8 takes longer than the original in fp32, and what is fastest there."""
+def of_noise(variants: Sequence[Variant]) -> Iterator[str]:
+    """Yield which int8 networks answer far from the original, where no label tells more."""
+    for variant in variants:
+        noisy = [
+            (result.worst_sqnr_db, result.runtime)
+            for result in variant.results
+            if result.precision == "int8" and result.worst_sqnr_db is not None
+        ]
+        if noisy and (worst := min(noisy))[0] < POOR_DB:
+            yield (
+                f"{variant.name} answers far from the original: its worst output has "
+                f"{worst[0]:.1f} dB on {worst[1]}. If these images show what the network is for, "
+                "prepared as it wants them, leave layers in float with --exclude"
+            )
+
+
+def of_slower(variants: Sequence[Variant]) -> Iterator[str]:
+    """Yield what takes longer than the original in fp32, and what is fastest there."""
     for variant in variants:
         for result in variant.results:
-            if result.precision != "int8" or (result.speedup or 1.0) >= 1:
+            if (result.speedup or 1.0) >= 1:
                 continue
             same = [
                 (each.latency_ms_p50, title(other, each), each.runtime)

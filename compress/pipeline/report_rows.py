@@ -62,7 +62,8 @@ def assemble(
             *cautions.of_splits(context.dataset),
             *cautions.of_data(context.dataset),
             *dict.fromkeys(line for each in outcomes for line in cautions.of_stage(each.facts)),
-            *cautions.of_slow_int8(rows),
+            *cautions.of_noise(rows),
+            *cautions.of_slower(rows),
             *cautions.of_timing(measured.conditions),
         ),
         notes=tuple(

@@ -308,6 +308,17 @@ def test_track_reaches_the_trainings_of_every_command(
     assert "no such tracker 'tensorbord'. Did you mean 'tensorboard'?" in err
 
 
+def test_nodes_are_excluded_from_the_command_line(compress, monkeypatch):
+    """As the message says of a graph that a runtime computes wrongly."""
+    from compress import pipeline
+
+    seen = []
+    monkeypatch.setattr(pipeline, "run", lambda recipe, *_, **__: seen.append(recipe))
+    network, nodes = "compress.models.cifar:resnet8", ("--exclude", "a", "--exclude", "b/c")
+    assert compress("quantize", network, "--data", "digits", *nodes)[0] == 0
+    assert seen[0].stages[-1].settings.exclude == ("a", "b/c")
+
+
 def test_track_without_training_is_refused(compress):
     code, _, err = compress(
         "prune", "compress.models.cifar:resnet8", "--data", "digits", "--track", "mlflow"

@@ -220,14 +220,35 @@ def timed(name, *results):
     return Variant(name=name, stage="s", results=tuple(rows))
 
 
-def test_int8_that_is_slower_is_said_to_be_so_and_the_fastest_is_named():
+def test_what_is_slower_is_said_to_be_so_and_the_fastest_is_named():
     rows = (
         timed("original", ("onnxruntime", "fp32", 10.0, 1.0, ""), ("openvino", "fp32", 9, 1.0, "")),
         timed("int8-onnxruntime", ("onnxruntime", "int8", 16.0, 0.625, "slower")),
         timed("int8-openvino", ("openvino", "int8", 4.0, 2.25, "faster")),
     )  # fmt: skip
-    (line,) = cautions.of_slow_int8(rows)
+    (line,) = cautions.of_slower(rows)
     assert line.startswith("int8-onnxruntime is 1.60x slower than the original on onnxruntime")
     assert line.endswith("int8-openvino on openvino is fastest (4.00 ms)")
     same = timed("int8-onnxruntime", ("onnxruntime", "int8", 10.1, 0.99, "no difference"))
-    assert not list(cautions.of_slow_int8((rows[0], same)))
+    assert not list(cautions.of_slower((rows[0], same)))
+    cut = timed("pruned", ("onnxruntime", "fp32", 17.5, 0.571, "slower"))
+    (line,) = cautions.of_slower((rows[0], cut))
+    assert line.startswith("pruned is 1.75x slower than the original on onnxruntime")
+
+
+def test_int8_that_answers_far_from_the_original_is_said_to_do_so():
+    def variant(name, precision, **each_db):
+        outputs = {key: {"sqnr_db": value} for key, value in each_db.items()}
+        result = Result(
+            runtime="openvino", precision=precision, device="cpu", batch=1, threads=1,
+            outputs=outputs,
+        )  # fmt: skip
+        return Variant(name=name, stage="s", results=(result,))
+
+    rows = (
+        variant("pruned", "fp32", boxes=5.0),
+        variant("int8-fine", "int8", boxes=31.0, scores=12.0),
+        variant("int8-far", "int8", boxes=31.0, scores=5.4),
+    )
+    (line,) = cautions.of_noise(rows)
+    assert line.startswith("int8-far answers far from the original: its worst output has 5.4 dB")

@@ -108,7 +108,7 @@ def test_the_sentence_names_the_figures(value, chance, at_chance):
     trust = cautions.Trust(
         metric="top1", value=value, chance=chance, at_chance=at_chance, images=48
     )
-    sentence = "its top1 of 52 % on 48 images cannot be told from guessing (50 %)"
+    sentence = "its top-1 of 52 % on 48 images cannot be told from guessing (50 %)"
     assert trust.untrained == (sentence if at_chance else None)
 
 
@@ -119,7 +119,7 @@ def test_a_training_that_taught_nothing_is_not_told_to_begin_with_a_training(tmp
     )
     report = pipeline.run(chosen, tmp_path)
     (said,) = [line for line in report.cautions if "cannot be told from guessing" in line]
-    assert said.startswith("the training taught the network nothing that shows: its top1 of")
+    assert said.startswith("the training taught the network nothing that shows: its top-1 of")
     assert "begin with a stage train" not in said
     (gate,) = report.gates
     assert not gate.passed

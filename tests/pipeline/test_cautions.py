@@ -106,7 +106,7 @@ def test_gates_on_accuracy_fail_where_the_original_knows_nothing():
 )
 def test_the_sentence_names_the_figures(value, chance, at_chance):
     trust = cautions.Trust(
-        metric="top1", value=value, chance=chance, at_chance=at_chance, images=48
+        metric="top-1", value=value, chance=chance, at_chance=at_chance, images=48
     )
     sentence = "its top-1 of 52 % on 48 images cannot be told from guessing (50 %)"
     assert trust.untrained == (sentence if at_chance else None)

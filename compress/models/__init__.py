@@ -28,7 +28,7 @@ from compress.models.weights import (
 )
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, memory_format_of
-from compress.modules.detectors import check_kind, check_rows, on_batch
+from compress.modules.detectors import check_detector, check_rows, on_batch
 from compress.modules.outputs import logits_of
 
 SCHEMA = 1
@@ -117,7 +117,7 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
             NMS, so many for each image, which can be neither cut nor exported.
     """
     network = network_of(model)
-    check_kind(type(network), type(model).__name__)
+    check_detector(type(network), type(model).__name__)
     copied = on_batch(full_copy(network), (example,), {})
     set_mode(copied, training=False)
     try:

@@ -16,7 +16,7 @@ from torch import nn
 from compress.errors import CompressError, ModelError, UnknownNameError, UsageError, nearest
 from compress.models.classifier import replace_head
 from compress.models.weights import of_other_classes
-from compress.modules.detectors import check_kind
+from compress.modules.detectors import check_detector
 from compress.packages import require
 from compress.plugins import import_file
 from compress.trust import check_code, is_limited
@@ -228,7 +228,7 @@ def _known_torchvision(name: str) -> None:
     if name not in known:
         raise UnknownNameError("torchvision network", name, nearest(name, known, 8) or known)
     returned = inspect.signature(models.get_model_builder(name)).return_annotation
-    check_kind(returned, f"torchvision:{name}")
+    check_detector(returned, f"torchvision:{name}")
 
 
 def _known_timm(name: str) -> ModuleType:

@@ -55,7 +55,7 @@ def on_batch(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     return (before_nms(model) if is_batch else None) or model
 
 
-def check_kind(kind: type, where: str) -> None:
+def check_detector(kind: type, where: str) -> None:
     """Check that ``kind``, a class of networks, is no detector that returns lists after NMS.
 
     Mask R-CNN and Keypoint R-CNN are told by their class, before one is built or has run.
@@ -72,7 +72,7 @@ def check_rows(output: Any, where: str) -> None:
     """Check that what a network returned for a batch is no list of what was found in each image.
 
     Raises:
-        ModelError: it is, as for ``check_kind``.
+        ModelError: it is, as for ``check_detector``.
     """
     if isinstance(output, list) and output and all(isinstance(each, Mapping) for each in output):
         raise _after_nms(", ".join(map(str, output[0])), where)

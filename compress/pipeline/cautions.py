@@ -18,7 +18,7 @@ from compress.errors import DataError, ModelError
 from compress.evaluate.feeding import Fed
 from compress.models.classifier import classifier_layers
 from compress.pipeline.context import RunContext
-from compress.quantize.notes import shortened
+from compress.quantize.notes import by_reason
 from compress.recipe.settings import Recipe, Settings, TrainSettings
 from compress.report import numbers
 from compress.report.schema import Variant
@@ -159,7 +159,7 @@ def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"int8 ranges come from {note}"
     for form, plan in facts.get("plans", {}).items():
         if not plan["activations"]:
-            why = [note for note in shortened(plan["notes"][1:]) if "float" in note]
+            why = [note for note in by_reason(plan["notes"][1:]) if "float" in note]
             first = why[0] if why else "no layer of it can be int8"
             more = f"; and {len(why) - 1} more" if len(why) > 1 else ""
             yield f"int8-{form} is a file in float, no smaller and no faster: {first}{more}"

@@ -13,7 +13,7 @@ from compress.pipeline import cautions
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.details import details
 from compress.pipeline.measure import Measured
-from compress.quantize.notes import shortened
+from compress.quantize.notes import by_reason
 from compress.recipe.loading import to_json
 from compress.recipe.settings import Gates
 from compress.report import numbers, schema
@@ -67,7 +67,7 @@ def assemble(
             *cautions.of_timing(measured.conditions),
         ),
         notes=tuple(
-            f"int8-{form}: {note}" for form, plan in plans for note in shortened(plan.notes)
+            f"int8-{form}: {note}" for form, plan in plans for note in by_reason(plan.notes)
         ),
         trials=tuple(f"int8-{form}: {trial}" for form, plan in plans for trial in plan.trials),
         details=details(context, variants, outcomes, measured, rows, judged),

@@ -172,11 +172,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     elif budget.kind == "channels":
         counts = _counts_of_channels(model, network, candidates, budget)
     else:
-        per_cost = way == "per_cost"
-        try:
-            counts = _counts_of_cost(CostModel(network), candidates, budget, ranking, per_cost)
-        except PlanError as error:
-            raise _with_reasons(error, network) from None
+        counts = _counts_of_cost(network, candidates, budget, ranking, way == "per_cost")
     if places is not None:
         about["outputs"] = list(places)
     about |= {"side_outputs": list(network.side_outputs)} if network.side_outputs else {}
@@ -302,23 +298,23 @@ def _counts_of_channels(
     return np.array(counts, dtype=np.int64)
 
 
-def _with_reasons(error: PlanError, network: Network) -> PlanError:
-    """Return the error of a budget out of reach, with why most of the layers that stay do."""
+def _whole_layers(network: Network) -> str:
+    """Return how many layers stay whole, and why most of them do, to end a sentence with."""
     if not network.frozen:
-        return error
+        return ""
     why, layers = Counter(network.frozen.values()).most_common(1)[0]
     stay = "1 layer stays" if len(network.frozen) == 1 else f"{len(network.frozen)} layers stay"
-    what = f"{error.what}; {stay} whole, {layers} because {why}"
-    return PlanError(what, where=error.where, expected=error.expected, fix=error.fix)
+    return f"; {stay} whole, {layers} because {why}"
 
 
 def _counts_of_cost(
-    cost: CostModel,
+    network: Network,
     candidates: list[CandidateCounts],
     budget: Budget,
     ranking: Ranking,
     per_cost: bool,
 ) -> Counts:
+    cost = CostModel(network)
     quantity: Quantity = "params" if budget.kind == "params" else "macs"
     share = budget.share
     whole = cost.total(quantity, cost.sizes)
@@ -326,7 +322,7 @@ def _counts_of_cost(
     if smallest > share * whole:
         raise PlanError(
             f"keep_{quantity} = {share:g} cannot be reached: with every group at its smallest, "
-            f"{smallest / whole:.4f} of the {quantity} is left",
+            f"{smallest / whole:.4f} of the {quantity} is left{_whole_layers(network)}",
             expected=f"at least {math.ceil(smallest / whole * 1e4) / 1e4:.4f}",
             fix="Ask for more, or relax min_channels, max_cut, round_to or exclude",
         )

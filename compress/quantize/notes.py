@@ -52,7 +52,7 @@ def float_parts(graph: GraphIndex, target: str) -> list[str]:
     return found
 
 
-def shortened(notes: Iterable[str]) -> list[str]:
+def by_reason(notes: Iterable[str]) -> list[str]:
     """Return notes with one line for all that stay in float for one reason: two names and how many.
 
     Args:

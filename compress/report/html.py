@@ -137,7 +137,7 @@ def _environment() -> Environment:
         count=numbers.count,
         fact=numbers.fact,
         factor=numbers.factor,
-        spoken=numbers.title,
+        spoken=numbers.in_words,
         interval=numbers.interval,
         number=numbers.number,
         percent=numbers.percent,

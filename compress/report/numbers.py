@@ -62,7 +62,7 @@ def fact(value: object) -> str:
             low, high = number(value["min"], 4), number(value["max"], 4)
             return f"{number(value['mean'], 4)} ({low}..{high})"
         return ", ".join(
-            f"{title(key).replace('_', ' ')} {fact(item)}" for key, item in value.items()
+            f"{in_words(key).replace('_', ' ')} {fact(item)}" for key, item in value.items()
         )
     if isinstance(value, list | tuple):
         return ", ".join(map(fact, value))
@@ -74,7 +74,7 @@ def factor(value: float | None) -> str:
     return ABSENT if value is None else f"{number(value)}x"
 
 
-def title(name: str) -> str:
+def in_words(name: str) -> str:
     """Return a figure's name for people: "activations_mib" is "activations (MiB)".
 
     A name that is none of ours, such as that of a runtime, is left as it is.

@@ -78,7 +78,7 @@ def missing(report: Report, shown: Collection[str] | None = None) -> list[str]:
                 found.setdefault((name, why), []).append(place)
     every = sum(len(variant.results) for variant in report.variants)
     return [
-        f"not measured: {numbers.title(name)}{_of(places, every)}: {why}"
+        f"not measured: {numbers.in_words(name)}{_of(places, every)}: {why}"
         for (name, why), places in found.items()
     ]
 

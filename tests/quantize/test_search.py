@@ -11,7 +11,7 @@ from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import find_shift
 from compress.quantize.layerwise import channel_means, some_positions
-from compress.quantize.notes import bearing_images, of_judging, shortened
+from compress.quantize.notes import bearing_images, by_reason, of_judging
 from compress.quantize.search import Trial, auto
 from compress.quantize.sqnr import Closeness, closeness
 
@@ -167,7 +167,7 @@ def test_nodes_that_stay_in_float_for_one_reason_are_one_line():
         "judged on 8 images",
         "up stays in float: ONNX Runtime has no int8 ConvTranspose",
     )
-    assert shortened(notes) == [
+    assert by_reason(notes) == [
         "minmax ranges: 30.0 dB",
         "se.0, se.1 and 14 more stay in float: squeeze-excite is faster in half precision",
         "up stays in float: ONNX Runtime has no int8 ConvTranspose",

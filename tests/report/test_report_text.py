@@ -14,7 +14,7 @@ from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write
 from compress.report.html import html
 from compress.report.markdown import escaped_line, markdown
-from compress.report.numbers import count, fact, factor, interval, number, points, reason, title
+from compress.report.numbers import count, fact, factor, in_words, interval, number, points, reason
 from compress.report.schema import Details, Flip, Gate, Line, Result, Variant
 from compress.report.tables import speeds
 from compress.report.terminal import gate_sentence, missing
@@ -226,11 +226,11 @@ def test_reason_prefers_the_most_specific():
     ],
 )
 def test_figures_have_titles(name, words):
-    assert title(name) == words
+    assert in_words(name) == words
 
 
 def test_no_name_of_a_program_is_in_what_people_read():
-    assert not [name for name in METHODS if "_" in title(name)]
+    assert not [name for name in METHODS if "_" in in_words(name)]
     assert fact({"cpu_clock_mhz": 2400}) == "cpu clock (MHz) 2400"
     skipped = dict.fromkeys(METHODS, "it was not told")
     result = Result(**OTHER | {"device": "cuda"}, memory_mib={"peak_rss_mib": 2.0}, skipped=skipped)

@@ -168,7 +168,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
 )  # fmt: skip
 
 
-WITHOUT_CONVOLUTIONS = frozenset(  # modules of timm
+TRANSFORMERS = frozenset(  # modules of timm
     {"vision_transformer", "vision_transformer_hybrid", "vision_transformer_relpos", "naflexvit"}
     | {"vision_transformer_sam", "beit", "eva", "deit", "cait", "tnt", "volo", "hiera", "pit"}
     | {"hieradet_sam2", "mlp_mixer", "visformer", "sequencer", "swin_transformer", "crossvit"}
@@ -190,7 +190,7 @@ def families() -> list[Architecture]:
     for name in timm.list_models():
         module = timm.models.model_entrypoint(name).__module__.rpartition(".")[2]
         word = re.match(r"[a-z]+(?:_?v\d)?", name)
-        if word is None or module in WITHOUT_CONVOLUTIONS or f"timm:{name}" in listed:
+        if word is None or module in TRANSFORMERS or f"timm:{name}" in listed:
             continue
         with torch.device("meta"):
             network = timm.create_model(name).eval()

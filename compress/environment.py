@@ -12,7 +12,9 @@ from typing import Any
 import psutil
 
 from compress import packages
+from compress.errors import UsageError
 
+_LEAST_ADDRESSES = 1 << 30  # bytes left to a process beyond those of its libraries
 PACKAGES = (
     "compress",
     "torch",
@@ -117,6 +119,33 @@ def _cpu_information(root: Path) -> dict[str, str]:
 
 def _usable_threads() -> int | None:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+def check_address_space() -> None:
+    """Refuse to begin where a limit leaves this process too little address space.
+
+    Kernels of torch and OpenVINO that cannot allocate end the process without a word, which was
+    seen with up to 200 MiB; with 512 MiB shared libraries cannot be mapped.
+
+    Raises:
+        UsageError: less than 1 GiB is left (``ulimit -v``).
+    """
+    if sys.platform == "win32":  # has no such limit
+        return
+    import resource
+
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    pages = _read(Path("/proc/self/statm"))
+    if limit == resource.RLIM_INFINITY or pages is None:
+        return
+    left = limit - int(pages.split()[0]) * resource.getpagesize()
+    if left < _LEAST_ADDRESSES:
+        raise UsageError(
+            f"a limit on address space leaves {max(left, 0) >> 20} MiB to this process",
+            expected=f"at least {_LEAST_ADDRESSES >> 20} MiB beyond the {(limit - left) >> 20} MiB "
+            "that libraries take",
+            fix="Raise it (ulimit -v unlimited, h_vmem, --mem)",
+        )
 
 
 def _quota(root: Path) -> float | None:

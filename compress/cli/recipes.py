@@ -139,11 +139,14 @@ def finish(
 
     Raises:
         Exit: one of its gates failed.
+        UsageError: a limit leaves too little address space.
     """
     from compress import pipeline
+    from compress.environment import check_address_space
     from compress.report import summary
     from compress.report.run_folder import default_folder
 
+    check_address_space()
     folder = out or default_folder(recipe)
     report = pipeline.run(recipe, folder, fresh=fresh, where=where)
     if report is None:  # another process of the same torchrun reports

@@ -13,6 +13,10 @@ from onnx import NodeProto, numpy_helper
 
 from compress.graph.shapes import dims_of, real_inputs
 
+SAME_SCALE = frozenset(  # what comes out was in what went in
+    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
+    | {"Gather", "DepthToSpace", "SpaceToDepth", "Resize"}
+)
 ACTIVATIONS = frozenset({"Relu", "Clip"})  # what a runtime computes together with the op before
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 _MOVES = frozenset(  # on the way from a Softmax to what averages over it

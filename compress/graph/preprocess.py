@@ -17,7 +17,8 @@ from compress.errors import EngineError, QuantizationError
 from compress.graph import files
 from compress.graph.hard_swish import join_hard_swish
 from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
-from compress.graph.reshapes import is_spatial_mean, keep_batch, write_pool
+from compress.graph.pools import is_spatial_mean, say_plainly, write_pool
+from compress.graph.reshapes import keep_batch
 from compress.graph.values import (
     EditableGraph,
     constant,
@@ -162,12 +163,16 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     _name_nodes(graph)
     join_hard_swish(graph)
     graph.sweep()
+    shared: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     for node in graph.nodes if fold else ():
-        _fold_into_layer(graph, node)
+        _fold_into_layer(graph, node, shared)
+    graph.sweep()
     graph.infer_shapes()
     for node in graph.of_type("ReduceMean"):
         if is_spatial_mean(graph, node):
             write_pool(graph, node)
+    for node in graph.of_type("AveragePool"):
+        say_plainly(node)
     keep_batch(graph)
     tidied = graph.to_model()
     del tidied.graph.value_info[:]
@@ -222,8 +227,14 @@ def _name_nodes(graph: EditableGraph) -> None:
         node.name = fresh_name(taken, node.name or f"{node.op_type}_{node.outputs[0].name}")
 
 
-def _fold_into_layer(graph: EditableGraph, node: ir.Node) -> None:
-    """Let the weighted op before an affine one compute both."""
+def _fold_into_layer(
+    graph: EditableGraph, node: ir.Node, shared: dict[tuple[ir.Value | None, ...], ir.Value]
+) -> None:
+    """Let the weighted op before an affine one compute both.
+
+    A weight that other layers read as well stays theirs: the layer gets one of its own, which it
+    shares with those that have the same BatchNorm, as a module that is called twice has.
+    """
     affine = _affine_of(graph, node)
     before = maker(node.inputs[affine[2]]) if affine is not None else None
     if affine is None or before is None or before.op_type not in ("Conv", "ConvTranspose", "Gemm"):
@@ -232,7 +243,8 @@ def _fold_into_layer(graph: EditableGraph, node: ir.Node) -> None:
     weight, old = constant(given), constant(bias)
     if given is None or weight is None or weight.dtype != np.float32 or not _plain(before):
         return
-    if not is_read_once(before.outputs[0]) or not is_read_once(given):
+    is_shared = not is_read_once(given) or given in shared.values()
+    if not is_read_once(before.outputs[0]) or (is_shared and node.op_type != "BatchNormalization"):
         return
     channels = _channels(before, weight)
     factor, offset, _ = affine
@@ -243,7 +255,13 @@ def _fold_into_layer(graph: EditableGraph, node: ir.Node) -> None:
     factor, offset = (np.broadcast_to(v, (channels,)) for v in (factor, offset))
     start = np.broadcast_to(0.0 if old is None else old.reshape(-1), (channels,))
     total = (start * factor + offset).astype(weight.dtype)
-    graph.set_constant(given, _scaled(before, weight, factor).astype(weight.dtype))
+    scaled = _scaled(before, weight, factor).astype(weight.dtype)
+    if is_shared:
+        key = (given, *node.inputs[1:])
+        shared[key] = shared.get(key) or graph.add_constant(f"{given.name}_folded", scaled)
+        before.replace_input_with(1, shared[key])
+    else:
+        graph.set_constant(given, scaled)
     if bias is not None and is_read_once(bias):
         graph.set_constant(bias, total)
     else:

@@ -1,4 +1,4 @@
-"""Reshapes of the batch and means over space, written as runtimes compute them in int8."""
+"""Reshapes of the batch, written as runtimes compute them in int8."""
 
 from __future__ import annotations
 
@@ -39,28 +39,6 @@ def keep_batch(graph: EditableGraph) -> None:
 def set_target(graph: EditableGraph, node: ir.Node, target: NDArray[np.int64]) -> None:
     """Give a Reshape a constant target."""
     node.replace_input_with(1, graph.add_constant(f"{node.outputs[0].name}_shape", target))
-
-
-def is_spatial_mean(graph: EditableGraph, node: ir.Node) -> bool:
-    """Return whether a ReduceMean is one over all of an image: a GlobalAveragePool."""
-    image, axes = node.inputs[0], attribute(node, "axes")
-    given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    axes = axes if given is None else given.tolist()
-    if image is None or axes is None or graph.rank(image) != 4:
-        return False
-    return sorted(axis % 4 for axis in axes) == [2, 3]
-
-
-def write_pool(graph: EditableGraph, node: ir.Node) -> None:
-    """Write a mean over space as GlobalAveragePool, which has int8 kernels."""
-    if attribute(node, "keepdims", 1):
-        graph.substitute(node, "GlobalAveragePool", [node.inputs[0]])
-        return
-    pooled = graph.add("GlobalAveragePool", [node.inputs[0]], f"{node.outputs[0].name}_pooled")
-    pool = maker(pooled)
-    if pool is not None:
-        pool.name, node.name = node.name, f"{node.name}_flatten"
-    graph.substitute(node, "Flatten", [pooled])
 
 
 def _target(node: ir.Node) -> NDArray[np.int64] | None:

@@ -9,17 +9,15 @@ from onnx import NodeProto
 
 from compress.graph.model import (
     ACTIVATIONS,
+    SAME_SCALE,
     WEIGHTED,
     GraphIndex,
     attribute,
     averages_probabilities,
     tail,
 )
+from compress.graph.pools import is_ambiguous
 
-SAME_SCALE = frozenset(  # what comes out was in what went in
-    {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split"}
-    | {"Gather", "DepthToSpace", "SpaceToDepth", "Resize"}
-)
 ELEMENTWISE = frozenset({"Add", "Mul"})
 _MOVES = SAME_SCALE | ACTIVATIONS | {"Concat"}  # hands its inputs' steps on
 _CHAIN = frozenset({"Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"})
@@ -63,6 +61,9 @@ def place(
         float_nodes: Nodes to leave in float, and why: they read and write float tensors.
     """
     refused = dict(float_nodes or {})
+    if target != "tensorrt":  # which has no pairs around pools
+        pools = [n.name for n in graph.nodes if n.op_type == "AveragePool" and is_ambiguous(n)]
+        refused |= dict.fromkeys(pools, "int8 kernels divide windows at the edge in other ways")
     while True:
         placement = _placed(graph, target, refused)
         half = _half_quantized(graph, placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from onnx import ModelProto
 
 from compress.errors import QuantizationError
 from compress.graph.model import WEIGHTED, attribute, channel_axis
+from compress.graph.pools import is_convolution, write_convolution
+from compress.graph.signs import is_never_negative
 from compress.graph.values import EditableGraph, constant, set_input
 from compress.qdq.plan import QuantPlan
 
@@ -44,12 +47,12 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
 
 def rewrite_for(model: ModelProto, target: str) -> ModelProto:
     """Return ``model`` with ops written as others that ``target`` computes in int8."""
-    normalized = any(node.op_type == "BatchNormalization" for node in model.graph.node)
-    if target != "onnxruntime" or not normalized:  # the others fuse one into what is around it
+    op, write = _REWRITTEN.get(target, ("", _write_as_conv))
+    if not any(node.op_type == op for node in model.graph.node):
         return model
     graph = EditableGraph(model)
-    for node in graph.of_type("BatchNormalization"):
-        _write_as_conv(graph, node)
+    for node in graph.of_type(op):
+        write(graph, node)
     return graph.to_model()
 
 
@@ -68,6 +71,18 @@ def _write_as_conv(graph: EditableGraph, node: ir.Node) -> None:
         graph.add_constant(f"{node.name}_offset", (bias - mean * factor).astype(np.float32)),
     ]
     graph.substitute(node, "Conv", inputs, group=len(factor), kernel_shape=[1, 1])
+
+
+def _write_pool(graph: EditableGraph, node: ir.Node) -> None:
+    """Write an AveragePool that OpenVINO would pad wrongly as a depthwise Conv."""
+    if is_convolution(node) and not is_never_negative(node.inputs[0]):
+        write_convolution(graph, node)
+
+
+_REWRITTEN: dict[str, tuple[str, Callable[[EditableGraph, ir.Node], None]]] = {
+    "onnxruntime": ("BatchNormalization", _write_as_conv),  # the others fuse it
+    "openvino": ("AveragePool", _write_pool),
+}
 
 
 def _named(nodes: dict[str, ir.Node], name: str) -> ir.Node:

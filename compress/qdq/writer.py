@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from compress.errors import QuantizationError, UnknownNameError
-from compress.graph.model import BIAS_LIMIT, GraphIndex, channel_axis
+from compress.graph.model import BIAS_LIMIT, SAME_SCALE, GraphIndex, channel_axis
 from compress.graph.preprocess import finished, prepare
 from compress.graph.values import EditableGraph, constant, maker, name_of
 from compress.graph.weightless import check_graph, infer_shapes
-from compress.qdq.placement import SAME_SCALE, Placement, place
+from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 

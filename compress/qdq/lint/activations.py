@@ -9,19 +9,18 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import attribute
+from compress.graph.signs import MOVING, is_never_negative
 from compress.graph.values import EditableGraph, constant, label, maker, name_of
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
     DQ,
     INT8,
-    MOVING,
     SMALLEST_SCALE,
     UINT8,
     DType,
     Numbers,
     Q,
     QdqPair,
-    is_never_negative,
     numbers_of,
     pair_before,
     pairs,

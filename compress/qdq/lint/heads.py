@@ -9,9 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED
+from compress.graph.signs import MOVING
 from compress.graph.values import EditableGraph, label, maker
 from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import DQ, MOVING, Q, QdqPair, pair_before, pairs
+from compress.qdq.lint.patterns import DQ, Q, QdqPair, pair_before, pairs
 from compress.qdq.lint.placement import bypass
 
 UP_TO_ONE = frozenset({"Sigmoid", "HardSigmoid", "Softmax"})

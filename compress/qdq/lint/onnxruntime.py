@@ -9,21 +9,27 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import ACTIVATIONS, WEIGHTED
-from compress.graph.reshapes import is_spatial_mean, write_pool
+from compress.graph.pools import (
+    counts_padding,
+    is_ambiguous,
+    is_spatial_mean,
+    say_plainly,
+    write_pool,
+)
+from compress.graph.signs import MOVING, is_never_negative
 from compress.graph.values import Array, EditableGraph, label, maker, name_of
 from compress.qdq.lint.difference import wanted
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
-    MOVING,
     UINT8,
     Q,
     insert_pair,
-    is_never_negative,
     pair_before,
     pair_of,
     pairs_on,
     weight_of,
 )
+from compress.qdq.lint.placement import bypass
 
 
 def reduce_mean(graph: EditableGraph) -> Iterator[Problem]:
@@ -36,6 +42,22 @@ def reduce_mean(graph: EditableGraph) -> Iterator[Problem]:
                 "has",
                 partial(write_pool, graph, node),
             )
+
+
+def rounded_up_pool(graph: EditableGraph) -> Iterator[Problem]:
+    """AveragePool whose last windows reach over the edge: int8 divides them by too much."""
+    for node in graph.of_type("AveragePool"):
+        pair = pair_before(node.inputs[0])
+        if pair is None or not is_ambiguous(node):
+            continue
+        padded = counts_padding(node)
+        yield Problem(
+            label(node),
+            "with ceil_mode and count_include_pad its int8 kernel divides windows that reach over "
+            "the edge by their whole size"
+            + ("" if padded else "; there is no padding to count, so that neither is the same"),
+            partial(bypass, graph, node, 0, pair) if padded else partial(say_plainly, node),
+        )
 
 
 def missing_input_quantization(graph: EditableGraph) -> Iterator[Problem]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED
+from compress.graph.pools import counts_padding, is_convolution, write_convolution
 from compress.graph.reshapes import constant_targets, set_target
 from compress.graph.values import EditableGraph, label, maker
 from compress.qdq.lint.finding import Problem
@@ -40,6 +42,21 @@ def computed_batch(graph: EditableGraph) -> Iterator[Problem]:
             "its target is computed from the batch at run time: OpenVINO joins such tensors "
             f"wrongly; the constant {target.tolist()} is the same",
             partial(set_target, graph, node, target),
+        )
+
+
+def padded_average_pool(graph: EditableGraph) -> Iterator[Problem]:
+    """AveragePool that counts padding, of integers whose zero point is not 0."""
+    for node in graph.of_type("AveragePool"):
+        pair = pair_before(node.inputs[0])
+        if pair is None or not np.any(pair.numbers.zero) or not counts_padding(node):
+            continue
+        graph.infer_shapes()
+        yield Problem(
+            label(node),
+            "it counts padding, and OpenVINO pads integers with code 0, which stands for "
+            f"{pair.numbers.limits[0]:.4g} here; a depthwise Conv is the same and right",
+            partial(write_convolution, graph, node) if is_convolution(node) else None,
         )
 
 

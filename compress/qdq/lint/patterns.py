@@ -10,21 +10,13 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED, attribute, channel_axis
+from compress.graph.signs import MOVING
 from compress.graph.values import Array, EditableGraph, constant, maker, set_attribute, set_input
-from compress.qdq.placement import SAME_SCALE
 from compress.qdq.writer import add_pair, broadcast_along, encode
 
 DType = np.dtype[Any]
 
 Q, DQ = "QuantizeLinear", "DequantizeLinear"
-# Operators that pick or move values and compute none: quantizing before or after is the same.
-MOVING = (SAME_SCALE - {"Resize"}) | {"Identity", "GlobalMaxPool", "Expand", "Tile"}
-NEVER_NEGATIVE = frozenset(
-    {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Exp", "Abs", "Softplus", "ReduceL1", "Sqrt"}
-)
-AVERAGING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
-KEEPS_SIGN = MOVING | AVERAGING | {"ReduceMax", "Dropout"}
-KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Mul", "Max", "Sum"})
 SMALLEST_SCALE = 2.0**-14  # smallest normal fp16: stays positive when the graph goes to fp16
 INT8 = np.dtype(np.int8)
 UINT8 = np.dtype(np.uint8)
@@ -197,25 +189,6 @@ def is_quantized(value: ir.Value | None) -> bool:
     if node.op_type == "Concat":
         return all(is_quantized(each) for each in node.inputs)
     return node.op_type in MOVING and is_quantized(node.inputs[0])
-
-
-def is_never_negative(value: ir.Value | None, depth: int = 12) -> bool:
-    """Return whether ``value`` is certainly not negative, judged by the ops that make it."""
-    node = maker(value)
-    if node is None or depth == 0:
-        return False
-    if node.op_type in NEVER_NEGATIVE:
-        return True
-    if node.op_type == "Clip":
-        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-        low = low if low is not None else np.asarray(attribute(node, "min", -1.0))
-        return bool(low >= 0)
-    if node.op_type == DQ:
-        pair = pair_before(value)
-        return pair is not None and pair.numbers.limits[0] >= 0
-    if node.op_type in KEEPS_SIGN_OF_ALL:
-        return all(is_never_negative(each, depth - 1) for each in node.inputs)
-    return node.op_type in KEEPS_SIGN and is_never_negative(node.inputs[0], depth - 1)
 
 
 def weights(graph: EditableGraph) -> Iterator[Weight]:

@@ -9,12 +9,12 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import ACTIVATIONS, WEIGHTED, attribute
+from compress.graph.signs import MOVING
 from compress.graph.values import EditableGraph, constant, is_read_once, label, maker, set_input
 from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
     DQ,
-    MOVING,
     Q,
     QdqPair,
     Weight,

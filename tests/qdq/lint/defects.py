@@ -265,6 +265,26 @@ def reduce_mean() -> Defect:
     return Defect(s.model(draw(s, s.pair("input", 8 / 255, 128, np.uint8))), "onnxruntime", 30)
 
 
+def _pooled(ceil: int) -> onnx.ModelProto:
+    """Draw a pool that counts what lies outside the image: padding, or nothing."""
+
+    def draw(s: Sketch, x: str) -> str:
+        y = s.pair(s.conv(x, s.weight(_weights(s))), 6 / 255, 128, np.uint8)
+        options = {"kernel_shape": [3, 3], "strides": [2, 2], "count_include_pad": 1}
+        return s.add("AveragePool", y, **options, ceil_mode=ceil, pads=[1 - ceil] * 4)
+
+    s = Sketch()
+    return s.model(draw(s, s.pair("input", 8 / 255, 128, np.uint8)))
+
+
+def rounded_up_pool() -> Defect:
+    return Defect(_pooled(ceil=1), "onnxruntime", 100)
+
+
+def padded_average_pool() -> Defect:
+    return Defect(_pooled(ceil=0), "openvino", 100)
+
+
 def half_quantized() -> Defect:
     s = Sketch()
     return Defect(s.model(s.conv("input", s.weight(_weights(s)))), "openvino", 100)

@@ -18,8 +18,9 @@ from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.quantize.calibration import calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, confirmed
+from compress.quantize.equalization import scalable
 from compress.quantize.images import Batches, CalibrationImages
-from compress.quantize.methods import METHODS, plan_by
+from compress.quantize.methods import EQUALIZING, METHODS, plan_by
 from compress.quantize.planning_graph import planning_graph
 from compress.quantize.workbench import Workbench
 
@@ -98,7 +99,9 @@ def quantize_targets(
             bound = set(GraphIndex(prepared).inputs) - set(graph.inputs)
             images = CalibrationImages(graph, batches, bound=bound, usual=usual_range(model))
             given = {name: to_array(graph.initializers[name]).copy() for name in bound}
-            statistics = calibrate(planned, images, targets=outs)
+            ranged = observed_tensors(planned, outs)
+            scaled = scalable(graph, ranged, excluded) if method in EQUALIZING else ()
+            statistics = calibrate(planned, images, targets=outs, by_channel=scaled)
             for target in outs:
                 own = statistics.of(observed_tensors(planned, [target]))
                 bench = Workbench(planned, images, own, target, observer, excluded)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from compress.qdq.plan import TARGETS
 from compress.qdq.rewrite import rewrite_for
 from compress.quantize.activations import activation_of
 from compress.quantize.images import Batches, CalibrationImages, Feed
-from compress.quantize.observers import Histogram, Pointwise
+from compress.quantize.observers import ChannelHistogram, Histogram, Pointwise
 from compress.quantize.sessions import session_of, with_outputs
 
 SAMPLE = 16_384  # values counted of each tensor of each image; the smallest and largest are of all
@@ -36,15 +37,27 @@ class Statistics:
         tensors: Histograms, by tensor of the prepared graph.
         images: Number of images seen.
         counted: Whether values were counted, or only the smallest and the largest kept.
+        by_channel: What was seen of each channel of some tensors.
     """
 
     tensors: dict[str, Histogram] = field(default_factory=dict)
     images: int = 0
     counted: bool = True
+    by_channel: dict[str, ChannelHistogram] = field(default_factory=dict)
 
     def of(self, names: Iterable[str]) -> Statistics:
-        """Return what was seen of the tensors ``names`` alone."""
-        return Statistics({name: self.tensors[name] for name in names}, self.images, self.counted)
+        """Return what was seen of the tensors ``names`` alone, and of all channels."""
+        return dataclasses.replace(self, tensors={name: self.tensors[name] for name in names})
+
+    def divided(self, factors: Mapping[str, NDArray[np.float64]]) -> Statistics:
+        """Return what would be seen with channels divided by ``factors``, (C,), of tensors."""
+        divided = {
+            name: self.by_channel[name].divided(factors[name], seen.through)
+            if name in factors
+            else seen
+            for name, seen in self.tensors.items()
+        }
+        return dataclasses.replace(self, tensors=divided)
 
 
 def calibrate(
@@ -53,6 +66,7 @@ def calibrate(
     *,
     targets: Iterable[str] = TARGETS,
     histograms: bool = True,
+    by_channel: Collection[str] = (),
     threads: int | None = None,
 ) -> Statistics:
     """Return what the images do to every tensor that one of ``targets`` quantizes.
@@ -65,6 +79,7 @@ def calibrate(
         batches: float32 arrays (B, C, H, W), or as ``CalibrationImages`` takes them.
         targets: Whose tensors to observe.
         histograms: False keeps extremes only, for the minmax observer, and is cheaper.
+        by_channel: Tensors with channels in dimension 1, each of which is observed on its own too.
         threads: CPU threads; all cores if absent.
 
     Raises:
@@ -79,13 +94,16 @@ def calibrate(
     names = observed_tensors(prepared, targets)
     seen = {name: Histogram(_through(graph, name)) for name in names}
     statistics = Statistics(seen, counted=histograms)
-    runner = _Runner(prepared, names, threads)
+    runner = _Runner(prepared, list(dict.fromkeys([*names, *by_channel])), threads)
     total = len(images.order) if images.stream is None else None
     with progress.task("Calibrating", total) as counter:
         for feed in images.feeds(runner.batch_size(images)):
             count = len(next(iter(feed.values())))
             for name, values in runner.run(feed, images.fixed_batch).items():
-                _observe(statistics.tensors[name], values, count, graph, name, histograms)
+                if name in by_channel:
+                    _observe_channels(statistics, name, values)
+                if name in seen:
+                    _observe(seen[name], values, count, graph, name, histograms)
             statistics.images += count
             counter.advance(count)
     return statistics
@@ -192,9 +210,29 @@ def _observe(
         histogram.see(low, high)
         return
     per_image = values.size // images
-    stride = per_image // SAMPLE + 1
-    while stride > 1 and any(stride % prime == 0 for prime in (2, 3, 5, 7)):
-        stride += 1  # walk over all columns and channels
     whole = per_image * images == values.size
     rows = values.reshape(images if whole else 1, -1)
-    histogram.add(rows[:, ::stride].reshape(-1), low, high)
+    histogram.add(rows[:, :: _stride(per_image)].reshape(-1), low, high)
+
+
+def _observe_channels(statistics: Statistics, name: str, values: NDArray[Any]) -> None:
+    images, channels = values.shape[:2]
+    seen = statistics.by_channel
+    if name not in seen:
+        seen[name] = ChannelHistogram(channels)
+    rows = values.reshape(images, channels, -1)
+    ends = [rows[0].min(1), rows[0].max(1)]
+    for row in rows[1:]:  # one image after the other, which a cache holds
+        np.minimum(ends[0], row.min(1), out=ends[0])
+        np.maximum(ends[1], row.max(1), out=ends[1])
+    picked = np.arange(0, rows[0].size, _stride(rows[0].size))
+    sample = values.reshape(images, -1)[:, picked].reshape(-1)
+    seen[name].add(sample, np.tile(picked // rows.shape[2], images), *ends)
+
+
+def _stride(values: int) -> int:
+    """Return the step that takes ``SAMPLE`` of so many values, over all columns and channels."""
+    stride = values // SAMPLE + 1
+    while stride > 1 and any(stride % prime == 0 for prime in (2, 3, 5, 7)):
+        stride += 1
+    return stride

@@ -49,6 +49,7 @@ METHODS: Mapping[str, Method] = {
     "rounding": rounding,
     "nncf": nncf,
 }
+EQUALIZING = frozenset({"auto", "equalization"})  # they must know channels
 
 
 def check_method(method: str) -> None:

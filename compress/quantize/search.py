@@ -71,7 +71,7 @@ def _ranged(bench: Workbench, observer: str, plan: QuantPlan, feed: Feed) -> Qua
 
 
 def _equalized(bench: Workbench, alpha: float, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    return bench.equalized(plan, alpha, feed)
+    return bench.equalized(plan, alpha)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,9 @@ from onnx import ModelProto
 
 from compress.graph.model import GraphIndex
 from compress.qdq.plan import QuantPlan
-from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import write_qdq
 from compress.quantize.bias import FloatMeans, correct_biases
-from compress.quantize.calibration import Statistics, calibrate
+from compress.quantize.calibration import Statistics
 from compress.quantize.equalization import equalize
 from compress.quantize.images import CalibrationImages, Feed
 from compress.quantize.notes import float_parts, of_judging, of_sessions
@@ -79,18 +78,12 @@ class Workbench:
         )
         return begin_below_zero(plan, self.prepared)
 
-    def equalized(self, plan: QuantPlan, alpha: float, feed: Feed | None = None) -> QuantPlan:
+    def equalized(self, plan: QuantPlan, alpha: float) -> QuantPlan:
         """Return ``plan`` with rescalings and the ranges of the rescaled graph."""
-        feed = feed or self.fitted
         bare = plan.changed(weights={}, biases={})
-        step = equalize(self.prepared, bare, feed, alpha)
+        step, seen = equalize(self.prepared, bare, self.statistics, alpha)
         if not step.equalization:
             return plan
-        rescaled = apply_corrections(self.prepared, step)
-        images = self.images
-        if images.fixed_batch is not None or _count(feed) < _count(self.fitted):
-            images = CalibrationImages(GraphIndex(rescaled), [self.fitted], fewest=1)
-        seen = calibrate(rescaled, images, targets=[self.target])
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)
 

@@ -8,6 +8,7 @@ import pytest
 from int8_graphs import GRAPHS, Sketch, images, residual, run
 from onnx import ModelProto
 
+from compress import plugins
 from compress.errors import QuantizationError
 from compress.graph.model import GraphIndex
 from compress.pipeline.cautions import of_stage
@@ -16,20 +17,28 @@ from compress.qdq.rewrite import apply_corrections
 from compress.quantize import api, calibrate, make_quant_plan, quantize_onnx, quantize_targets
 from compress.quantize.activations import activation_of
 from compress.quantize.bias import correct_biases, find_shift, float_means
-from compress.quantize.equalization import equalize
+from compress.quantize.calibration import observed_tensors
+from compress.quantize.equalization import equalize, scalable
 from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, layers, some_positions
 from compress.quantize.methods import METHODS, plan_by
+from compress.quantize.observers.mse import Noise
 from compress.quantize.rounding import _patches, best_scales, fit_codes, improve_rounding
 from compress.quantize.sessions import with_outputs
 from compress.quantize.sqnr import answers, sqnr_db
 from compress.quantize.workbench import Workbench
 
 
+def with_channels(prepared, calibration, target="onnxruntime"):
+    """Return what is seen of tensors and of the channels that can be rescaled."""
+    scaled = scalable(GraphIndex(prepared), observed_tensors(prepared, [target]))
+    return calibrate(prepared, calibration, targets=[target], by_channel=scaled)
+
+
 def bench_of(model, target="onnxruntime", count=32):
     prepared = prepare(model)
     calibration = CalibrationImages(GraphIndex(prepared), [images(model, count)])
-    statistics = calibrate(prepared, calibration, targets=[target])
+    statistics = with_channels(prepared, calibration, target)
     return Workbench(prepared, calibration, statistics, target, None, {})
 
 
@@ -165,7 +174,7 @@ def with_uneven_channels(model):
 def test_equalization_goes_through_all_that_only_moves_or_adds(name, scaled, alpha):
     model = prepare(with_uneven_channels(GRAPHS[name]()))
     feed = images(model, 8)
-    plan = equalize(model, QuantPlan("tensorrt"), feed, alpha)
+    plan, _ = equalize(model, QuantPlan("tensorrt"), with_channels(model, [feed]), alpha)
     nodes = {step.producer or step.consumer for step in plan.equalization}
     names = {n.name: n.output[0] for n in model.graph.node}
     assert scaled <= nodes | {names[n] for n in nodes}, plan.notes
@@ -175,7 +184,8 @@ def test_equalization_goes_through_all_that_only_moves_or_adds(name, scaled, alp
 
 def test_what_equalization_cannot_scale_is_said():
     model = prepare(with_uneven_channels(GRAPHS["squeeze_excite"]()))
-    (note,) = equalize(model, QuantPlan("tensorrt"), images(model, 8), 0.5).notes
+    plan, _ = equalize(model, QuantPlan("tensorrt"), with_channels(model, [images(model, 8)]), 0.5)
+    (note,) = plan.notes
     assert "Sigmoid" in note and "HardSwish" in note
 
 
@@ -184,11 +194,28 @@ def test_what_equalization_cannot_scale_is_said():
 def test_equalized_graph_computes_the_same(name, alpha):
     model = prepare(GRAPHS[name]())
     feed = images(model, 64)
-    plan = equalize(model, QuantPlan("onnxruntime"), feed, alpha)
+    plan, _ = equalize(model, QuantPlan("onnxruntime"), with_channels(model, [feed]), alpha)
     assert plan.equalization
     rescaled = apply_corrections(model, plan)
     assert any(np.ptp(step.factors) > 0.05 for step in plan.equalization)
     np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["residual", "depthwise", "concat", "dense", "dead_channels"])
+def test_ranges_of_the_rescaled_graph_follow_from_the_channels_of_the_graph(name):
+    model = prepare(with_uneven_channels(GRAPHS[name]()))
+    feed = images(model, 256)
+    plan, told = equalize(model, QuantPlan("onnxruntime"), with_channels(model, [feed]), 0.5)
+    assert plan.equalization
+    seen = calibrate(apply_corrections(model, plan), [feed], targets=["onnxruntime"])
+    for tensor, wanted in seen.tensors.items():
+        found = told.tensors[tensor]
+        ends = (wanted.low, wanted.high)
+        assert (found.low, found.high) == pytest.approx(ends, rel=1e-4, abs=1e-6)
+        choose = plugins.create("observers", "mse")
+        noise = Noise(*wanted.bins(2048), wanted.through)
+        least = noise.affine(*map(np.atleast_1d, choose(wanted, symmetric=False)))
+        assert noise.affine(*map(np.atleast_1d, choose(found, symmetric=False))) <= 1.1 * least
 
 
 def test_weight_scales_are_the_best_of_their_grid():

@@ -38,8 +38,8 @@ class Bench:
     def corrected(self, plan, feed):
         return self.step("bias", plan, feed)
 
-    def equalized(self, plan, alpha, feed):
-        return self.step(f"equal{alpha:g}", plan, feed)
+    def equalized(self, plan, alpha):
+        return plan.changed(method=f"{plan.method} equal{alpha:g}")
 
     def rounded(self, plan, feed):
         return self.step("round", plan, feed)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from compress.quantize.observers._by_channel import ChannelHistogram
 from compress.quantize.observers._histogram import BINS, Histogram, Pointwise
 
-__all__ = ["BINS", "Histogram", "Observer", "Pointwise"]
+__all__ = ["BINS", "ChannelHistogram", "Histogram", "Observer", "Pointwise"]
 
 
 class Observer(Protocol):

@@ -34,24 +34,31 @@ class Histogram:
         self.exponent = _TINIEST
         self.low, self.high = math.inf, -math.inf
 
-    def add(self, values: NDArray[np.float32], low: float, high: float) -> None:
+    def add(
+        self,
+        values: NDArray[np.floating],
+        low: float,
+        high: float,
+        times: NDArray[np.int64] | None = None,
+    ) -> None:
         """Count ``values``.
 
         Args:
             values: (N,), finite; a sample of what was seen, or all of it.
             low: Smallest value of all that was seen, not of the sample.
             high: Largest.
+            times: How often each of ``values`` was seen, (N,); once if absent.
         """
         self.see(low, high)
         largest = max(-low, high)
         if largest == 0:
-            self.counts[BINS - 1] += values.size
+            self.counts[BINS - 1] += values.size if times is None else times.sum()
             return
         if largest >= BINS * 2.0**self.exponent:
             self._widen(max(math.frexp(largest / BINS)[1], _TINIEST + 1))
         index = (values * np.float32(2.0**-self.exponent)).astype(np.int64)
         index += BINS - 1
-        self.counts += np.bincount(index, minlength=2 * BINS - 1)
+        self.counts += np.bincount(index, times, 2 * BINS - 1).astype(np.int64)
 
     def see(self, low: float, high: float) -> None:
         """Note the smallest and the largest value of more data, without counting it."""

@@ -48,7 +48,12 @@ RULES: Mapping[str, Rules] = {
 
 
 def write_qdq(
-    model: ModelProto, plan: QuantPlan, target: str | None = None, *, float_bias: bool = False
+    model: ModelProto,
+    plan: QuantPlan,
+    target: str | None = None,
+    *,
+    float_bias: bool = False,
+    checked: bool = True,
 ) -> ModelProto:
     """Return the Q/DQ graph of ``model`` for ``target``.
 
@@ -57,6 +62,7 @@ def write_qdq(
         plan: Ranges, scales, corrections, and what stays in float.
         target: The runtime that will run it; the plan's own if absent.
         float_bias: Leave biases in float where the target would have them as int32.
+        checked: Infer all shapes and check the graph; False for one that only runs here.
 
     Raises:
         QuantizationError: the plan does not fit the graph; the message names the tensor or node.
@@ -67,7 +73,11 @@ def write_qdq(
         raise UnknownNameError("target", target, RULES)
     prepared = prepare(model)
     with np.errstate(over="ignore"):  # beyond float32: the scale made of it is refused
-        return _written(prepared, plan, target, float_bias)
+        written = _written(prepared, plan, target, float_bias)
+    if checked:
+        infer_shapes(written)
+        check_graph(written, full=True)
+    return written
 
 
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
@@ -76,8 +86,6 @@ def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: boo
     written = _Writer(EditableGraph(corrected), plan, target, placement, float_bias).write()
     del written.graph.value_info[:]
     finished(written)
-    infer_shapes(written)
-    check_graph(written, full=True)
     return written
 
 

@@ -25,6 +25,7 @@ from compress.quantize.observers import ChannelHistogram, Histogram, Pointwise
 from compress.quantize.sessions import session_of, with_outputs
 
 SAMPLE = 16_384  # values counted of each tensor of each image; the smallest and largest are of all
+SAMPLE_OF_CHANNELS = 4096  # values counted of each image where channels have bins of their own
 _CACHED = 131_072  # values that a processor's cache holds from one look at them to the next
 _ELEMENTS = 4_000_000  # of all observed tensors together, in one batch of the pass
 
@@ -225,14 +226,14 @@ def _observe_channels(statistics: Statistics, name: str, values: NDArray[Any]) -
     for row in rows[1:]:  # one image after the other, which a cache holds
         np.minimum(ends[0], row.min(1), out=ends[0])
         np.maximum(ends[1], row.max(1), out=ends[1])
-    picked = np.arange(0, rows[0].size, _stride(rows[0].size))
+    picked = np.arange(0, rows[0].size, _stride(rows[0].size, SAMPLE_OF_CHANNELS))
     sample = values.reshape(images, -1)[:, picked].reshape(-1)
     seen[name].add(sample, np.tile(picked // rows.shape[2], images), *ends)
 
 
-def _stride(values: int) -> int:
-    """Return the step that takes ``SAMPLE`` of so many values, over all columns and channels."""
-    stride = values // SAMPLE + 1
+def _stride(values: int, sample: int = SAMPLE) -> int:
+    """Return the step that takes ``sample`` of so many values, over all columns and channels."""
+    stride = values // sample + 1
     while stride > 1 and any(stride % prime == 0 for prime in (2, 3, 5, 7)):
         stride += 1
     return stride

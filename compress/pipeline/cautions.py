@@ -256,7 +256,7 @@ def of_noise(variants: Sequence[Variant]) -> Iterator[str]:
             yield (
                 f"{variant.name} answers far from the original: its worst output has "
                 f"{worst[0]:.1f} dB on {worst[1]}. If these images show what the network is for, "
-                "prepared as it wants them, leave layers in float with --exclude"
+                "prepared as it wants them, leave layers in float: quantize.exclude (--exclude)"
             )
 
 

@@ -150,7 +150,9 @@ def _judged_chain(forms: Sequence[JudgedForm]) -> Table:
         own = form.evaluation.metrics.get(name)
         value = [] if own is None else [_value(own.value, own.ci95)]
         rows.append((form.name, form.error or "reference", *value, _alike(form.change)))
-    return table(("step", "error", *headers), rows, title="Each step against the reference", numbers=headers)
+    return table(
+        ("step", "error", *headers), rows, title="Each step against the reference", numbers=headers
+    )
 
 
 def _alike(change: Mapping[str, Any]) -> str:

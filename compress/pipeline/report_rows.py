@@ -61,6 +61,7 @@ def assemble(
             *cautions.of_training(context.recipe, context.dataset),
             *cautions.of_splits(context.dataset),
             *cautions.of_data(context.dataset),
+            *cautions.of_size(context.dataset, outcomes[0].facts.get("size_inside")),
             *dict.fromkeys(line for each in outcomes for line in cautions.of_stage(each.facts)),
             *cautions.of_noise(rows),
             *cautions.of_slower(rows),

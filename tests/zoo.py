@@ -596,6 +596,15 @@ class InstanceNormed(Classifier):
 
 
 @zoo()
+class InstanceNormedPlainly(Classifier):
+    """InstanceNorm without weights: only its ``num_features`` says how many channels it takes."""
+
+    def __init__(self) -> None:
+        layers = [nn.Conv2d(16, 24, 3, padding=1), nn.InstanceNorm2d(24), nn.ReLU()]
+        super().__init__(nn.Sequential(*layers, nn.Conv2d(24, 16, 1)))
+
+
+@zoo()
 class ParametricRelu(Classifier):
     """PReLU with one slope for each channel."""
 
@@ -1124,6 +1133,21 @@ class WidthAsserted(Stages):
         assert x.shape[1] == 24
         x = self.deep(x)
         return self.head(x.mean((2, 3)))
+
+
+@zoo()
+class WidthCompared(Stages):
+    """Widths are compared with numbers that modules keep, as checks of inputs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.half = 24, 12
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(self.stem(x))
+        if x.shape[1] != self.width or x.size(1) // 2 != self.half:
+            raise ValueError("another number of channels")
+        return self.head(self.deep(x).mean((2, 3)))
 
 
 @zoo()

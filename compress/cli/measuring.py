@@ -12,6 +12,7 @@ from compress.cli.arguments import (
     FileInput,
     Json,
     Pixels,
+    TaskName,
     Threads,
     Trust,
     Verbose,
@@ -53,7 +54,7 @@ def bench(
         runtimes=[plugins.reference(each) for each in runtime or ()],
         batches=integers(batch, "--batch", like="batch sizes: 1,8"),
         threads=threads,
-        dataset=load_dataset(given, artifacts, labelled=False) if data else None,
+        dataset=load_dataset(given, artifacts) if data else None,
     )
     write_numbers(json, found.to_json())
     print_result(found.table())
@@ -65,6 +66,7 @@ def compare(
     reference: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     candidate: Annotated[str, typer.Argument(help="ONNX file, engine, stage folder or run")],
     data: Data,
+    task: TaskName = None,
     bisect: Annotated[bool, typer.Option(help="Find the first tensor that differs")] = False,
     json: Json = None,
     trust: Trust = False,
@@ -77,7 +79,8 @@ def compare(
     found = compare_artifacts(
         old,
         new,
-        load_dataset(given, [old, new], labelled=False),
+        load_dataset(given, [old, new], any_labels=True),
+        task=task,
         bisect=bisect,
     )
     write_numbers(json, found.to_json())

@@ -92,14 +92,16 @@ def data_settings(given: Given) -> DataSettings:
         raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
 
 
-def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool = True) -> Dataset:
+def load_dataset(
+    given: Given, artifacts: Sequence[Path] = (), *, any_labels: bool = False
+) -> Dataset:
     """Return the images that ``--data`` and the options beside it name.
 
     Args:
         given: The options.
         artifacts: What is fed with the images, folders as well: what the files say of their input
             counts where the options are silent.
-        labelled: Whether images must have one class each; else they may have no labels.
+        any_labels: Whether labels may be of any form; else images have one class each, or none.
 
     Raises:
         UsageError: an option is wrong, or the labels are of another form.
@@ -110,12 +112,12 @@ def load_dataset(given: Given, artifacts: Sequence[Path] = (), *, labelled: bool
 
     files = (file for path in artifacts for file in artifacts_in(path))
     dataset = load_data(completed(data_settings(given), files), given.get("seed", 0))
-    if dataset.target != "class" and (labelled or dataset.target != "none"):
+    if dataset.target not in ("class", "none") and not any_labels:
         raise UsageError(
             f"--data {given['data']}: has labels of the form {dataset.target!r}",
-            expected="one class for each image, which is what this command compares",
-            fix="Measure with a recipe that names the task (compress run), or compare outputs, "
-            "without labels: --data images:FOLDER",
+            expected="one class for each image, which is what this command measures",
+            fix="Judge two files by any labels with compress compare, or a network with a recipe "
+            "(compress run); or leave labels out: --data images:FOLDER",
         )
     return dataset
 

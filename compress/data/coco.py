@@ -16,9 +16,10 @@ from compress.errors import DataError
 class Coco(BoxedPictures):
     """Images and a COCO annotation file: images, annotations and categories as JSON.
 
-    ``images`` is the folder of the images; beside the file, or in a folder images there or one
-    level up, if absent. ``test`` and ``validation`` are further annotation files; without a test
-    file a tenth of the images is held back. Crowds need not be found.
+    ``images`` is the folder of the images; if absent they are beside the file, in a folder images
+    there or one level up, or in ../PART of annotations/instances_PART.json. ``test`` and
+    ``validation`` are further annotation files; without a test file a tenth of the images is held
+    back. Crowds need not be found.
     """
 
     root: str
@@ -77,7 +78,8 @@ class Coco(BoxedPictures):
     def _image(self, file: Path, name: str) -> Path:
         if self.images is not None:
             return Path(self.images) / name
-        folders = (file.parent, file.parent / "images", file.parent.parent / "images")
+        above, part = file.parent.parent, file.stem.rpartition("_")[2]
+        folders = (file.parent, file.parent / "images", above / "images", above / part)
         found = (folder / name for folder in folders if (folder / name).is_file())
         return next(found, file.parent / name)
 

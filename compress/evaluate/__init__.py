@@ -129,7 +129,7 @@ def predictions_of(
 
     The first images are scored once more at the end: an own score may have become random.
     """
-    _check_labels(dataset, task)
+    check_labels(dataset, task)
     predictions: list[tasks.Prediction] = []
     scores: list[tasks.Contribution] = []
     first: Any = None
@@ -196,7 +196,7 @@ def check_task(run: Any, task: Task, dataset: Dataset, *, images: int = TRIED) -
         DataError: the targets do not fit the predictions.
         UsageError: the task's own score is not repeatable, or NaN.
     """
-    _check_labels(dataset, task)
+    check_labels(dataset, task)
     batches = dataset.batches if isinstance(run, nn.Module) else dataset.pictures
     with _runnable(run, named_outputs) as answer:
         pictures, targets = next(iter(batches("test", images, images)))
@@ -219,7 +219,8 @@ def named_outputs(output: Any) -> dict[str, Any]:
     return {f"output_{i}": each for i, each in enumerate(flat) if isinstance(each, Tensor)}
 
 
-def _check_labels(dataset: Dataset, task: Task) -> None:
+def check_labels(dataset: Dataset, task: Task) -> None:
+    """Raise DataError where the labels are not of the form that ``task`` needs."""
     if task.kinds and dataset.target != task.target:
         raise DataError(
             f"the labels are of the form {dataset.target!r}, the task needs {task.target!r}",

@@ -249,8 +249,8 @@ def _further(spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int) ->
         shown = ", ".join(map(str, spec.shape or ()))
         raise EngineError(
             f"the network also takes {spec.name!r} of shape ({shown}), and nothing says what",
-            fix=f"Give --input {spec.name}=0.5 or --input {spec.name}=FILE.npy, or an array for "
-            "each input by name: --data npz:FILE.npz",
+            fix=f"Give --input {spec.name}=0.5 or --input {spec.name}=FILE.npy (data.inputs "
+            "of a recipe), or an array for each input by name: --data npz:FILE.npz",
         )
     value = given[spec.name].astype(spec.dtype or given[spec.name].dtype)
     if spec.shape is None:

@@ -37,7 +37,8 @@ class Predictions:
                 f"labels reach from {self.labels.min()} to {self.labels.max()}, but the network "
                 f"has {self.logits.shape[1]} class outputs",
                 expected=f"labels from 0 to {self.logits.shape[1] - 1}",
-                fix="Give the data the network was trained for, or set --num-classes",
+                fix="Give the data the network was trained for, or set "
+                "model.num_classes (--num-classes)",
             )
 
     @cached_property

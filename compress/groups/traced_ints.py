@@ -31,6 +31,7 @@ class TracedDimension:
     """The size of a traced dimension; it follows the cut by itself."""
 
     labels: np.ndarray[Any, np.dtype[np.int32]]
+    counted_by: Callable[[TracedInt], None]  # told of attributes that the program finds equal to it
 
 
 Origin = Attribute | TracedDimension
@@ -106,6 +107,25 @@ class TracedInt(int):
 
     def __rsub__(self, other: Any) -> Any:
         return self._mixed(int.__rsub__(self, other))
+
+    def __eq__(self, other: object) -> bool:
+        self._meet(other)
+        return int.__eq__(self, other)
+
+    def __ne__(self, other: object) -> bool:
+        self._meet(other)
+        return int.__ne__(self, other)
+
+    __hash__ = int.__hash__
+
+    def _meet(self, other: object) -> None:
+        """Tell a size of the attribute that it is compared with and equals, and is to equal."""
+        if not isinstance(other, TracedInt) or not int.__eq__(self, other):
+            return
+        for size, count in ((self, other), (other, self)):
+            if isinstance(size.origin, TracedDimension) and isinstance(count.origin, Attribute):
+                whole, scale = len(size.origin.labels), count.scale / size.scale
+                size.origin.counted_by(TracedInt(whole, count.origin, scale))
 
     def __neg__(self) -> TracedInt:
         return TracedInt(int.__neg__(self), self.origin, -self.scale)

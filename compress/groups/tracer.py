@@ -182,6 +182,11 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         scale = count.scale
         return AttributeUse(count.origin, labels, scale.numerator, scale.denominator, here())
 
+    def follow(self, count: TracedInt, labels: Labels) -> None:
+        """Note that ``count``, where it is an attribute, must follow ``labels``."""
+        use = self.use_attribute(count, labels)
+        self.constraints.uses.extend([use] if use else [])
+
     def picked(self, axis: Axis, numbers: Tensor) -> Axis:
         """Return the labels of the channels that ``numbers`` picks; None if all must stay.
 
@@ -362,7 +367,10 @@ class CallWatcher(WatchedCalls):
 
     def _shape(self, tensor: Tensor) -> Iterator[int]:
         for size, axis in zip(tensor.size(), self._tracer.axes(tensor), strict=True):
-            yield size if axis is None else TracedInt(size, TracedDimension(axis))
+            yield size if axis is None else TracedInt(size, self._dimension(axis))
+
+    def _dimension(self, axis: Labels) -> TracedDimension:
+        return TracedDimension(axis, lambda count: self._tracer.follow(count, axis))
 
     def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
         sizes = tuple(self._shape(tensor))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import evaluate
-from compress.errors import DataError, UsageError
+from compress.errors import DataError, EngineError, UsageError
 from compress.evaluate import comparison
 from compress.evaluate.comparison import Bisection, BreakdownStep, Comparison, NetworkForm
 from compress.evaluate.comparison.bisection import PLAIN, precision_of
@@ -23,6 +23,7 @@ from compress.measure.artifacts import (
 )
 from compress.report.run_folder import one_artifact
 from compress.runtimes import open_session, runtime_class
+from compress.tasks import Task, default_task, load_task
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -32,6 +33,23 @@ if TYPE_CHECKING:
 BISECT_IMAGES = 8  # enough to tell noise from an error; more only takes longer
 WHY_NO_ANSWERS = "the images have no labels, or the networks do not name one class an image"
 _CHANGES = {"int8": "quantization", "fp16": "half precision", "fp32": "conversion"}
+
+
+@dataclass(frozen=True)
+class JudgedForm:
+    """One form of the network, judged by a task, and against the first."""
+
+    name: str
+    error: str  # what was done to get here; "" for the first
+    evaluation: evaluate.Evaluation
+    change: Mapping[str, Any]  # of predictions and metrics from the first; empty for the first
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this form as JSON-able data."""
+        told: dict[str, Any] = {"name": self.name}
+        if self.error:
+            told["error"] = self.error
+        return told | self.evaluation.row() | dict(self.change)
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Compared:
     links: tuple[BreakdownStep, ...]  # the chain from the one to the other
     outputs: Mapping[str, Any]  # of other networks: drift of each output, agreement if there is one
     bisection: Bisection | None
+    judged: tuple[JudgedForm, ...] = ()  # the chain, where another task than classification judges
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON-able data."""
@@ -53,9 +72,11 @@ class Compared:
             "candidate": self.candidate,
             "classes": list(self.classes),
             **(self.answers.to_json() if self.answers is not None else {}),
-            "chain": [link.to_json() for link in self.links],
+            "chain": [link.to_json() for link in self.links or self.judged],
         }
-        if self.answers is None:
+        if self.judged:
+            told |= {"images": self.judged[0].evaluation.images, **self.judged[-1].change}
+        elif self.answers is None:
             told["skipped"] = {"accuracy": WHY_NO_ANSWERS}
         told |= self.outputs
         if self.bisection is not None:
@@ -74,6 +95,7 @@ def compare_artifacts(
     candidate: Path,
     dataset: Dataset,
     *,
+    task: str | Mapping[str, Any] | None = None,
     bisect: bool = False,
     limit: int | None = None,
     threads: int | None = None,
@@ -88,31 +110,29 @@ def compare_artifacts(
     Args:
         reference: ONNX file, engine or stage folder.
         candidate: The same.
-        dataset: Images; with one class each, of which both networks give scores, accuracy is
-            compared, else the outputs are.
+        dataset: Images; without labels the predictions are compared, or all outputs without a task.
+        task: What the networks are for. If absent, that of the labels; outputs alone are compared
+            where images have one class and a network gives no scores of them.
         bisect: Find the first tensor that differs; both must be ONNX files.
         limit: Compare on so many images only, from all over the set.
         threads: CPU threads; all cores if absent.
 
     Raises:
-        UsageError: ``bisect`` and one of the two is no ONNX file.
-        EngineError: one of them cannot be opened or run.
-        DataError: they do not answer the same images with the same classes.
+        UsageError: ``bisect`` and one of the two is no ONNX file, or there is no such task.
+        EngineError: one of them cannot be opened or run, or answers with what the task cannot read.
+        DataError: they do not answer the same images with the same classes, or the task needs
+            other labels.
     """
     if bisect and not reference.suffix == candidate.suffix == ".onnx":
         raise UsageError(
             f"--bisect cannot read {reference.name} and {candidate.name}",
             expected="two ONNX files",
         )
+    judge = _judge(task, dataset)
     old, new = candidates_of([one_artifact(reference), one_artifact(candidate)], threads=threads)
-    is_named = True
-    for each in (old, new):  # a file that cannot be opened or fed is told before the long work
-        with each.open() as session:
-            try:
-                is_named &= names_classes(session, dataset)
-            except DataError as error:
-                raise error.within(str(each.path)) from None
+    is_named = _names_classes((old, new), dataset) and (judge is None or judge.tells_classes)
     steps = list(_steps(old, new, dataset, limit)) if is_named else []
+    by_task = judge is not None and not is_named
     return Compared(
         reference=old.name,
         candidate=new.name,
@@ -123,28 +143,94 @@ def compare_artifacts(
         if is_named
         else None,
         links=comparison.chain(steps) if is_named else (),
-        outputs=_outputs(old, new, dataset, limit, is_named=is_named),
+        judged=tuple(_judged(old, new, dataset, limit, judge)) if judge and by_task else (),
+        outputs={} if by_task else _outputs(old, new, dataset, limit, is_named=is_named),
         bisection=_bisection(old, new, dataset) if bisect else None,
     )
 
 
-def _steps(
-    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None
-) -> Iterator[NetworkForm]:
-    """Yield the answers of the reference, of the candidate's graph, and of the candidate."""
-    yield NetworkForm(old.name, "", _answers(old, old.reference, dataset, limit))
+def _judge(reference: str | Mapping[str, Any] | None, dataset: Dataset) -> Task | None:
+    """Return the task that predictions are judged by; None: by classes, if they are named.
+
+    Raises:
+        UsageError: there is no such task.
+        DataError: it needs other labels.
+    """
+    if reference is None and dataset.target in ("class", "none"):
+        return None
+    reference = reference or default_task(dataset.target)
+    task = load_task(reference, classes=dataset.classes)
+    if dataset.target == "none" and task.kinds:  # its predictions are compared all the same
+        return load_task({default_task("none"): {"of": reference}}, classes=dataset.classes)
+    evaluate.check_labels(dataset, task)
+    return task
+
+
+def _names_classes(candidates: Iterable[Candidate], dataset: Dataset) -> bool:
+    """Say whether all give scores of the data's classes.
+
+    Each is opened and fed: a file that cannot be is told before the long work.
+    """
+    is_named = True
+    for each in candidates:
+        with each.open() as session:
+            try:
+                is_named &= names_classes(session, dataset)
+            except DataError as error:
+                raise error.within(str(each.path)) from None
+    return is_named
+
+
+Form = tuple[str, str, Candidate, Any]  # name, what was done to get here, file, where it runs
+
+
+def _forms(old: Candidate, new: Candidate) -> Iterator[Form]:
+    """Yield the reference, the candidate's graph, and the candidate."""
+    yield old.name, "", old, old.reference
     error = "engine"
     if new.path.suffix == ".onnx":
         change = _CHANGES[precision_of(files.load(new.path))]
         if change == "conversion" and runtime_class(old.runtime).opens == "network":
             change = "export"
-        plain = _answers(new, PLAIN, dataset, limit)
-        yield NetworkForm(f"{new.name}, node by node", change, plain)
+        yield f"{new.name}, node by node", change, new, PLAIN
     else:
         error = "all of it"
-    yield NetworkForm(
-        f"{new.name}, as it runs", error, _answers(new, new.reference, dataset, limit)
-    )
+    yield f"{new.name}, as it runs", error, new, new.reference
+
+
+def _steps(
+    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None
+) -> Iterator[NetworkForm]:
+    """Yield the classes that each form names."""
+    for name, error, candidate, runtime in _forms(old, new):
+        yield NetworkForm(name, error, _answers(candidate, runtime, dataset, limit))
+
+
+def _judged(
+    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None, task: Task
+) -> Iterator[JudgedForm]:
+    """Yield what each form is worth at a task."""
+    first: evaluate.Evaluation | None = None
+    for name, error, candidate, runtime in _forms(old, new):
+        try:
+            with open_session(candidate.path, runtime, threads=candidate.threads) as session:
+                found = evaluate.of_task(session, dataset, task, limit=limit)
+        except (DataError, EngineError) as error_of_file:
+            raise error_of_file.within(str(candidate.path)) from None
+        yield JudgedForm(name, error, found, _change(task, first, found))
+        first = first or found
+
+
+def _change(
+    task: Task, first: evaluate.Evaluation | None, found: evaluate.Evaluation
+) -> dict[str, Any]:
+    """Return what changed from the first form; without labels that is in its outputs."""
+    if first is None:
+        return {}
+    if task.kinds:
+        return evaluate.change_row(task, first, found)
+    drifts = comparison.outputs_row(first.predictions, found.predictions)
+    return drifts | evaluate.agreement_row(task, first, found)
 
 
 def _answers(

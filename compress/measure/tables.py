@@ -9,12 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from compress.report import numbers
+from compress.tasks import Kind, Primary
 from compress.terminal import table
 
 if TYPE_CHECKING:
     from compress.evaluate.comparison import Bisection, Comparison
     from compress.measure.benchmark import Benched
-    from compress.measure.compare import Compared
+    from compress.measure.compare import Compared, JudgedForm
 
 SHOWN = 5  # flips, classes and tensors listed; --json holds all
 
@@ -49,7 +50,9 @@ def bench_table(benched: Benched) -> Table:
 def comparison_tables(compared: Compared) -> RenderableType:
     """Return the facts, the chain, the classes and images that lost, and the first divergence."""
     parts: list[RenderableType] = []
-    if compared.answers is None:
+    if compared.judged:
+        parts += [_metrics(compared), _judged_chain(compared.judged)]
+    elif compared.answers is None:
         parts.append(_outputs(compared))
     else:
         parts += [_facts(compared.answers, compared.reference, compared.candidate)]
@@ -119,21 +122,69 @@ def _flips(answers: Comparison, names: Sequence[str]) -> Table:
     return table(headers, rows, title="Images answered differently", caption=more)
 
 
+def _metrics(compared: Compared) -> Table:
+    """Return each metric of both and its change, or outputs where the images have no labels."""
+    first, last = compared.judged[0].evaluation, compared.judged[-1]
+    title = f"{compared.candidate} against {compared.reference}, {first.images} images"
+    if not first.metrics:
+        return _drifts(last.change["outputs"], title, f"no accuracy: {first.unmeasured}")
+    rows = []
+    for name, before in first.metrics.items():
+        change = last.change["changes"][name]
+        moved = f"{_value(change['value'], change['ci95'], '+')}: {change['verdict']}"
+        after = last.evaluation.metrics[name]
+        values = (_value(each.value, each.ci95) for each in (before, after))
+        rows.append((Primary(name, Kind(before.unit, title=before.title)).title, *values, moved))
+    return table(("", "reference (95 %)", "candidate (95 %)", "change (95 %)"), rows, title=title)
+
+
+def _judged_chain(forms: Sequence[JudgedForm]) -> Table:
+    """Return the primary metric of each form, and how alike the first it predicts."""
+    name = forms[0].evaluation.primary
+    metric = forms[0].evaluation.metrics.get(name)
+    headers = ["agreement"]
+    if metric is not None:
+        headers.insert(0, Primary(name, Kind(metric.unit, title=metric.title)).title)
+    rows = []
+    for form in forms:
+        own = form.evaluation.metrics.get(name)
+        value = [] if own is None else [_value(own.value, own.ci95)]
+        rows.append((form.name, form.error or "reference", *value, _alike(form.change)))
+    return table(
+        ("step", "error", *headers), rows, title="Each step against the reference", numbers=headers
+    )
+
+
+def _alike(change: Mapping[str, Any]) -> str:
+    if "agreement_pct" in change:
+        return f"{_with_interval(change, 'agreement_pct', 'agreement_ci95')} %"
+    if "agreement" in change:
+        found = change["agreement"]
+        return f"{_value(found['value'], found.get('ci95'))} {found['unit']}".rstrip()
+    return numbers.ABSENT
+
+
+def _value(value: float, ci95: Sequence[float] | None, sign: str = "") -> str:
+    bounds = "" if ci95 is None else f" ({ci95[0]:{sign}.2f}..{ci95[1]:{sign}.2f})"
+    return f"{value:{sign}.2f}{bounds}"
+
+
 def _outputs(compared: Compared) -> Table:
     found = compared.outputs
     title = "Outputs"
     if "images" in found:
         title = f"{compared.candidate} against {compared.reference}, {found['images']} images"
-    rows = [
-        (name, _sqnr(drift), f"{drift['max_abs_diff']:.3g}")
-        for name, drift in found["outputs"].items()
-    ]
     alike = ""
     if "agreement_pct" in found:
         share = _with_interval(found, "agreement_pct", "agreement_ci95")
         alike = f"same answer: {share} % of images"
+    return _drifts(found["outputs"], title, alike)
+
+
+def _drifts(outputs: Mapping[str, Mapping[str, Any]], title: str, caption: str) -> Table:
+    rows = [(name, _sqnr(drift), f"{drift['max_abs_diff']:.3g}") for name, drift in outputs.items()]
     headers = ("SQNR dB", "largest difference")
-    return table(("output", *headers), rows, title=title, caption=alike, numbers=headers)
+    return table(("output", *headers), rows, title=title, caption=caption, numbers=headers)
 
 
 def _bisection(found: Bisection) -> Table:

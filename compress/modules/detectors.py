@@ -95,6 +95,21 @@ def has_background(model: nn.Module) -> bool:
     return detection is not None and isinstance(model, detection.ssd.SSD | detection.FasterRCNN)
 
 
+def size_inside(model: Any, images: Tensor) -> tuple[int, int] | None:
+    """Return height and width that a detector of torchvision resizes images to inside.
+
+    None where it takes them as they are, and for any other network.
+
+    Args:
+        model: A network, or anything else.
+        images: (B, C, H, W).
+    """
+    if type(model) not in _read_kinds():
+        return None
+    size = _size_inside(model.transform, images)
+    return None if size == tuple(images.shape[-2:]) else size
+
+
 def _one_stage(network: Any, images: Tensor) -> Tensor:
     """The forward of SSD, RetinaNet or FCOS."""
     taken, size, maps = _features(network, images)
@@ -132,20 +147,23 @@ def _features(network: Any, images: Tensor) -> tuple[Tensor, tuple[int, int], Ma
     """Return the batch as the network's transform makes it, its size before padding, and maps."""
     transform = network.transform
     taken = transform.normalize(images)
-    height, width = taken.shape[-2:]
-    if transform.fixed_size is not None:
-        size = (transform.fixed_size[1], transform.fixed_size[0])
-    else:
-        scale = min(
-            transform.min_size[-1] / min(height, width), transform.max_size / max(height, width)
-        )
-        size = (int(height * scale), int(width * scale))
-    if size != (height, width):
+    size = _size_inside(transform, taken)
+    if size != taken.shape[-2:]:
         taken = F.interpolate(taken, size, mode="bilinear", align_corners=False)
     right, bottom = (-side % transform.size_divisible for side in (size[1], size[0]))
     taken = F.pad(taken, (0, right, 0, bottom))
     features = network.backbone(taken)
     return taken, size, features if isinstance(features, Mapping) else {"0": features}
+
+
+def _size_inside(transform: Any, images: Tensor) -> tuple[int, int]:
+    if transform.fixed_size is not None:
+        return transform.fixed_size[1], transform.fixed_size[0]
+    height, width = images.shape[-2:]
+    scale = min(
+        transform.min_size[-1] / min(height, width), transform.max_size / max(height, width)
+    )
+    return int(height * scale), int(width * scale)
 
 
 def _rows(boxes: Tensor, scores: Tensor, images: Tensor, size: tuple[int, int]) -> Tensor:

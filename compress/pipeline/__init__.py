@@ -9,13 +9,12 @@ from pathlib import Path
 
 from compress import artifact, progress, report
 from compress.pipeline import cautions
-from compress.pipeline.check import preflight, try_network
+from compress.pipeline.check import preflight, prepared_data, try_network
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.pipeline.measure import measure_targets
 from compress.pipeline.once import Step, measured_once, once
 from compress.pipeline.report_rows import assemble
 from compress.pipeline.stages import prune, quantize, sparsify, train
-from compress.pipeline.task import prepared
 from compress.recipe import loading
 from compress.recipe.settings import Recipe, Settings
 from compress.report import Report
@@ -102,7 +101,7 @@ def opened_run(
         CompressError: the recipe cannot be run, or the folder is another run's.
     """
     preflight(chosen, where=where, read_data=False)
-    dataset, task = prepared(chosen)
+    dataset, task = prepared_data(chosen, where=where)
     root = Path(out or default_folder(chosen))
     with artifact.scratch():
         pass  # exporters and runtimes need one, and tell its absence badly

@@ -17,6 +17,7 @@ from compress.data._overlap import overlap
 from compress.errors import DataError, ModelError
 from compress.evaluate.feeding import Fed
 from compress.models.classifier import classifier_layers
+from compress.modules.detectors import size_inside
 from compress.pipeline.context import RunContext
 from compress.quantize.notes import by_reason
 from compress.recipe.settings import Recipe, Settings, TrainSettings
@@ -133,21 +134,39 @@ def of_splits(dataset: Dataset) -> Iterator[str]:
 def of_original(
     context: RunContext, run: Any, rebuild: Callable[[], nn.Module] | None = None
 ) -> dict[str, Any]:
-    """Return the fact "trust" about the original, as a stage records it.
+    """Return the facts "trust" and "size_inside" about the original, as a stage records them.
 
     Args:
         context: The run.
         run: The network, or a session of it.
         rebuild: Builds it again; None where its weights are known to be trained or to come with it.
     """
+    size = size_inside(run, context.dataset.example)
     here = bool(context.recipe.stages) and context.recipe.stages[0].verb == "train"
     found = Trust(**_randomness(run, rebuild), **_judged(context, run), trained_here=here)
-    return {"trust": asdict(found)}
+    return {"trust": asdict(found)} | ({} if size is None else {"size_inside": list(size)})
 
 
 def trust_of(facts: Mapping[str, Any]) -> Trust:
     """Return what ``of_original`` recorded."""
     return Trust(**facts.get("trust", {}))
+
+
+def of_size(dataset: Dataset, inside: Sequence[int] | None) -> Iterator[str]:
+    """Yield a warning where the network resizes images inside.
+
+    Args:
+        dataset: The images.
+        inside: Height and width that it resizes them to, as ``size_inside`` returns them.
+    """
+    if inside is not None:
+        own, resized = (f"{h} x {w}" for h, w in (dataset.image_size, inside))
+        yield (
+            f"the network resizes images of {own} to {resized} inside, and takes as much time and "
+            f"memory as they do. Set data.image_size (--image-size) to {resized}, or, where it has "
+            f"them, model.options: {{min_size: {min(dataset.image_size)}, "
+            f"max_size: {max(dataset.image_size)}}}."
+        )
 
 
 def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -256,7 +275,7 @@ def of_noise(variants: Sequence[Variant]) -> Iterator[str]:
             yield (
                 f"{variant.name} answers far from the original: its worst output has "
                 f"{worst[0]:.1f} dB on {worst[1]}. If these images show what the network is for, "
-                "prepared as it wants them, leave layers in float with --exclude"
+                "prepared as it wants them, leave layers in float: quantize.exclude (--exclude)"
             )
 
 

@@ -37,6 +37,20 @@ def preflight(recipe: Recipe, *, where: str, read_data: bool = True) -> None:
     _refuse(problems, where)
 
 
+def prepared_data(recipe: Recipe, *, where: str) -> tuple[Dataset, Task]:
+    """Return the images of ``recipe``, and what its network is for.
+
+    Raises:
+        RecipeError: the recipe contradicts them; every problem is one line of the message.
+        CompressError: the images cannot be read.
+    """
+    try:
+        return prepared(recipe)
+    except RecipeError as error:
+        _refuse(str(error).splitlines(), where)
+        raise
+
+
 def try_network(recipe: Recipe, dataset: Dataset, task: Task, *, where: str) -> None:
     """Build the network of ``recipe`` and run it on one image of its data, before any stage.
 

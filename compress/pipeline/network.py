@@ -8,11 +8,13 @@ from pathlib import Path
 from onnx import TensorProto
 from torch import nn
 
-from compress import evaluate, models
+from compress import evaluate, models, progress
 from compress.data import Dataset
 from compress.errors import CompressError, ModelError
 from compress.evaluate.feeding import Fed
 from compress.graph.preprocess import prepare, read_onnx
+from compress.modules.detectors import size_inside
+from compress.pipeline import cautions
 from compress.quantize.qat.network import OnnxNetwork
 from compress.recipe.settings import ModelSettings, Recipe, Settings, TrainSettings
 from compress.runtimes import open_session
@@ -88,6 +90,8 @@ def problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
     except CompressError as error:
         yield f"model: {error}"
         return
+    for line in cautions.of_size(dataset, size_inside(model, dataset.example)):
+        progress.warn(line)  # before anything that takes long
     for number, stage in enumerate(recipe.stages):
         for key, name in _layers_named(stage.settings):
             try:

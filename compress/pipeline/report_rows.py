@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from compress import environment, measure
@@ -61,18 +61,31 @@ def assemble(
             *cautions.of_training(context.recipe, context.dataset),
             *cautions.of_splits(context.dataset),
             *cautions.of_data(context.dataset),
+            *cautions.of_size(context.dataset, outcomes[0].facts.get("size_inside")),
             *dict.fromkeys(line for each in outcomes for line in cautions.of_stage(each.facts)),
             *cautions.of_noise(rows),
             *cautions.of_slower(rows),
             *cautions.of_timing(measured.conditions),
         ),
-        notes=tuple(
-            f"int8-{form}: {note}" for form, plan in plans for note in by_reason(plan.notes)
-        ),
+        notes=tuple(notes_of((f"int8-{form}", plan.notes) for form, plan in plans)),
         trials=tuple(f"int8-{form}: {trial}" for form, plan in plans for trial in plan.trials),
         details=details(context, variants, outcomes, measured, rows, judged),
         skipped=measured.skipped,
     )
+
+
+def notes_of(notes: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:
+    """Yield each note once, with the names of the int8 forms that it is of.
+
+    Args:
+        notes: Pairs of a form and the notes of its plan.
+    """
+    forms: dict[str, dict[str, None]] = {}  # note -> names of forms, in order
+    for form, own in notes:
+        for note in by_reason(own):
+            forms.setdefault(note, {})[form] = None
+    for note, names in forms.items():
+        yield f"{', '.join(names)}: {note}"
 
 
 def gates(

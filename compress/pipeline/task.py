@@ -85,12 +85,19 @@ def _assumed(settings: DataSettings, dataset: Dataset) -> str:
     if dataset.mean in (IMAGENET_MEAN, GREY_MEAN) and not is_told:
         mean, std = (", ".join(f"{v:g}" for v in each) for each in (dataset.mean, dataset.std))
         color = dataset.color if len(dataset.mean) > 1 else "grey"
-        found.append(f"{color} in 0..1 less {mean}, over {std} (--mean, --std, "
-                     "--input-range, --color)")  # fmt: skip
+        how = _settable("mean", "std", "input_range", "color")
+        found.append(f"{color} in 0..1 less {mean}, over {std} ({how})")
     if settings.image_size is None:
         height, width = dataset.example.shape[2:]
-        found.append(f"{height} x {width} pixels (--image-size)")
+        found.append(f"{height} x {width} pixels ({_settable('image_size')})")
     return " and ".join(found)
+
+
+def _settable(*keys: str) -> str:
+    """Return how settings of the images are called in a recipe, and on the command line."""
+    own = (f"data.{key}" for key in keys), (f"--{key.replace('_', '-')}" for key in keys)
+    recipe, command = (" and ".join(", ".join(names).rsplit(", ", 1)) for names in own)
+    return f"{recipe} of a recipe; {command}"
 
 
 def _shown(shapes: Sequence[tuple[int, ...]]) -> str:

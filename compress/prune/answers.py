@@ -14,7 +14,7 @@ from compress.errors import DataError, PlanError
 from compress.modules.outputs import chosen_outputs, logits_of, named_tensors
 
 Answers = Literal["auto", "classes", "numbers"]
-LEAST_VARIANCE = 1e-8  # as a share of the mean square; a channel below it is constant
+LEAST_VARIANCE = 1e-8  # as a share of its mean square; a channel below it is constant
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,11 @@ class SampledAnswers:
         values = _finite(output.detach().float())
         over = [dim for dim in range(values.ndim) if dim != 1 or values.ndim < 3]
         variance = values.var(over, keepdim=True, correction=0) if values.numel() > 1 else None
-        square = values.square().mean()
         weights = torch.ones_like(values)
-        if variance is not None and bool((variance > LEAST_VARIANCE * square).any()):
-            alive = variance > LEAST_VARIANCE * square
-            weights = torch.where(alive, variance.clamp_min(1e-30).rsqrt(), 0.0) * weights
+        if variance is not None:  # of each channel: scores up to 1 may stand beside boxes in pixels
+            alive = variance > LEAST_VARIANCE * values.square().mean(over, keepdim=True)
+            if alive.any():
+                weights = torch.where(alive, variance.clamp_min(1e-30).rsqrt(), 0.0) * weights
         signs = torch.randint(0, 2, tuple(values.shape), generator=self.generator) * 2.0 - 1.0
         each_image = max(1, values[0].numel()) if values.ndim else 1
         scale = len(values) * each_image**0.5 if values.ndim else 1.0

@@ -177,7 +177,8 @@ def confirmed(
         raise QuantizationError(
             f"{runtime} computes the int8 graph wrongly: {_listed(lost)}",
             expected="what Q and DQ computed in float give",
-            fix="Leave layers near these outputs in float with --exclude, or use another runtime",
+            fix="Leave layers near these outputs in float: exclude (--exclude); or use another "
+            "runtime",
         )
     note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
     return safer.changed(notes=(*safer.notes, note)), written

@@ -13,6 +13,7 @@ from onnx import AttributeProto, NodeProto
 from compress.graph.model import WEIGHTED, GraphIndex
 from compress.qdq.placement import place
 from compress.quantize.sqnr import sqnr_text
+from compress.report.numbers import staying
 from compress.runtimes.onnxruntime import EXACT_INT8
 
 ENOUGH = 32  # images, with which an SQNR is right to about a decibel
@@ -63,18 +64,9 @@ def by_reason(notes: Iterable[str]) -> list[str]:
         name, stays, why = note.partition(STAYS)
         found.setdefault(why if stays else note, {})[name if stays else ""] = None
     return [
-        note if list(names) == [""] else f"{_few(list(names))} in float{note}"
+        note if list(names) == [""] else f"{staying(list(names))} in float{note}"
         for note, names in found.items()
     ]
-
-
-def _few(names: Sequence[str]) -> str:
-    """Return "a stays", "a and b stay", "a, b and 14 more stay"."""
-    if len(names) == 1:
-        return f"{names[0]} stays"
-    if len(names) == 2:
-        return f"{names[0]} and {names[1]} stay"
-    return f"{names[0]}, {names[1]} and {len(names) - 2} more stay"
 
 
 def of_sessions(target: str) -> list[str]:

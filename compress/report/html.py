@@ -5,13 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from base64 import b64encode
+from collections.abc import Sequence
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from compress.report import errors_by_class, numbers
 from compress.report.charts import LINES_NARROW, lines, reliability
 from compress.report.pareto_chart import pareto_charts
-from compress.report.schema import Calibration, Details, DrawnChange, Report
+from compress.report.schema import (
+    Calibration,
+    Coverage,
+    Details,
+    DrawnChange,
+    Island,
+    Report,
+)
 from compress.report.tables import accuracies, compact, is_labelled, sizes, speeds
 from compress.report.terminal import gate_sentence, missing
 from compress.report.verdict import comparisons, sizes_mib, verdicts
@@ -128,6 +136,7 @@ def _environment() -> Environment:
     environment.globals.update(
         class_name=errors_by_class.class_name,
         gate_sentence=gate_sentence,
+        in_float=in_float,
         place_lines=lambda curve: (lines(curve), lines(curve, LINES_NARROW)),
         missing=missing,
         plain_json=plain_json,
@@ -144,6 +153,26 @@ def _environment() -> Environment:
         points=numbers.points,
     )
     return environment
+
+
+def in_float(part: Coverage) -> list[str]:
+    """Return a line for each reason why operations stay in float."""
+    found: dict[str | None, list[Island]] = {}
+    for island in part.islands:
+        found.setdefault(island.reason, []).append(island)
+    return [_staying(reason, islands) for reason, islands in found.items()]
+
+
+def _staying(reason: str | None, islands: Sequence[Island]) -> str:
+    names = dict.fromkeys(node for island in islands for node in island.nodes)
+    line = f"{numbers.staying(list(names))} in float"
+    if reason is None:
+        places = f", in {len(islands)} places" if len(islands) > 1 else ""
+        line += f" between int8 operations{places}"
+    else:
+        line += f": {reason}"
+    macs = [island.macs for island in islands if island.macs is not None]
+    return f"{line} ({numbers.count(sum(macs))} MACs)" if macs else line
 
 
 def plain_json(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from compress.report.schema import Interval, Result, Variant
 
 UNRECORDED = "no reason was recorded"
@@ -72,6 +74,14 @@ def fact(value: object) -> str:
 def factor(value: float | None) -> str:
     """Return a ratio: "3.91x"."""
     return ABSENT if value is None else f"{number(value)}x"
+
+
+def staying(names: Sequence[str]) -> str:
+    """Return "a stays", "a and b stay", "a, b and 14 more stay"."""
+    if len(names) == 1:
+        return f"{names[0]} stays"
+    more = f", {names[1]} and {len(names) - 2} more" if len(names) > 2 else f" and {names[1]}"
+    return f"{names[0]}{more} stay"
 
 
 def in_words(name: str) -> str:

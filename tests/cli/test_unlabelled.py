@@ -126,7 +126,7 @@ def test_what_nobody_said_of_the_images_is_told(tmp_path, pictures, size, given,
     content = {"model": {"name": str(path)}, "data": data, "stages": ["quantize"]}
     content["targets"] = [{"runtime": "onnxruntime"}]
     told = prepared(validate_recipe(content, where="test"))[0].assumed
-    parts = told.split(" and ") if told else []
+    parts = told.split(") and ") if told else []
     assert [each.split(" less ")[0].split(" (")[0] for each in parts] == assumed
 
 
@@ -135,7 +135,10 @@ def test_what_nobody_said_of_grey_images_is_told_as_well(tmp_path, pictures):
     content = {"model": {"name": str(path)}, "data": {"name": "images", "root": str(pictures)}}
     content |= {"stages": ["quantize"], "targets": [{"runtime": "onnxruntime"}]}
     told = prepared(validate_recipe(content, where="test"))[0].assumed
-    assert told.startswith("grey in 0..1 less 0.5, over 0.5 (--mean")
+    assert told == (
+        "grey in 0..1 less 0.5, over 0.5 (data.mean, data.std, data.input_range and data.color of "
+        "a recipe; --mean, --std, --input-range and --color)"
+    )
 
 
 @pytest.mark.parametrize(

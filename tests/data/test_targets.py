@@ -465,3 +465,17 @@ def test_a_label_file_that_is_no_text_is_named(tmp_path):
 def test_a_value_of_masks_belongs_to_one_class() -> None:
     with pytest.raises(UsageError, match="one value twice"):
         MaskKind(root="somewhere", values=(0, 0))
+
+
+def test_coco_is_found_as_it_comes(tmp_path):
+    """Annotations of each part in annotations/instances_PART.json, its images in PART."""
+    (tmp_path / "annotations").mkdir()
+    for part in ("train2017", "val2017"):
+        made = Path(coco(tmp_path / "made" / part).root)
+        made.rename(tmp_path / "annotations" / f"instances_{part}.json")
+        (made.parent / "images").rename(tmp_path / part)
+    root, test = (str(tmp_path / f"annotations/instances_{n}2017.json") for n in ("train", "val"))
+    data = load_data(
+        DataSettings(name="coco", root=root, options={"test": test}, image_size=64, calibration=8)
+    )
+    assert len(data.splits["test"]) == 14

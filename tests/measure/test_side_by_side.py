@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from compress.cli import app
 from compress.data import Dataset, load_data, parse_reference
@@ -394,3 +395,90 @@ def test_stages_and_runs_stand_for_their_files(tmp_path: Path) -> None:
     assert len(candidates_of([stage])) == 2
     with pytest.raises(CompressError, match="holds 2 networks"):
         compare_artifacts(stage, stage, digits())
+
+
+COLOURS = ((255, 0, 0), (0, 255, 0), (0, 0, 255))
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of three colours, with masks that say which is where."""
+    root, random = tmp_path_factory.mktemp("coloured"), np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 6)):
+        for kind in ("images", "masks"):
+            (root / part / kind).mkdir(parents=True)
+        for n in range(count):
+            mask = random.integers(0, 3, (4, 4)).repeat(4, 0).repeat(4, 1).astype(np.uint8)
+            pixels = np.array(COLOURS, np.uint8)[mask]
+            Image.fromarray(pixels).save(root / part / "images" / f"{n}.png")
+            Image.fromarray(mask).save(root / part / "masks" / f"{n}.png")
+    return root
+
+
+def segmenter(wrong: bool = False) -> onnx.ModelProto:
+    """Return the class of each pixel by its colour; ``wrong``: never the third."""
+    weight = np.eye(3, dtype=np.float32)[:, :, None, None]
+    weight[2] *= not wrong
+    bias = np.array([0, 0, -9 if wrong else 0], np.float32)
+    shape = [TensorProto.FLOAT, ["n", 3, 16, 16]]
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["input", "w", "b"], ["out"], name="head")],
+        "segmenter",
+        [helper.make_tensor_value_info("input", *shape)],
+        [helper.make_tensor_value_info("out", *shape)],
+        [numpy_helper.from_array(weight, "w"), numpy_helper.from_array(bias, "b")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    model.ir_version = 9
+    facts = {"mean": [0.0] * 3, "std": [1.0] * 3, "image_size": [16, 16]}
+    return with_facts(model, **facts)
+
+
+@pytest.mark.parametrize("task", [None, "segmentation"])
+def test_two_files_are_compared_by_the_task_of_the_labels(
+    tmp_path: Path, coloured: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, task: str | None
+) -> None:
+    pair, out = saved(tmp_path, old=segmenter(), new=segmenter(wrong=True)), tmp_path / "x.json"
+    chosen = ("--task", task) if task else ()
+    data = ("--data", f"masks:{coloured}", *chosen, "--json", out)
+    assert command(monkeypatch, "compare", *pair, *data) == 0
+    told = json.loads(out.read_text())
+    masks = [np.array(Image.open(file)) for file in sorted((coloured / "test/masks").iterdir())]
+    right = 100 * np.mean([mask != 2 for mask in masks])  # the second never says 2
+    before, plain, after = told["chain"]
+    assert before["metrics"]["miou"]["value"] == 100
+    assert after["metrics"]["pixel_accuracy"]["value"] == pytest.approx(right)
+    assert told["changes"]["pixel_accuracy"]["value"] == pytest.approx(right - 100)
+    assert plain["metrics"] == after["metrics"] and plain["error"] == "conversion"
+    assert told["images"] == 6 and told["agreement_pct"] < 100 and "skipped" not in told
+    shown = capsys.readouterr().out
+    assert "mIoU, %" in shown and "worse" in shown
+
+
+def test_a_task_compares_predictions_for_images_without_labels(
+    tmp_path: Path, coloured: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    pair, out = saved(tmp_path, old=segmenter(), new=segmenter(wrong=True)), tmp_path / "x.json"
+    data = ("--data", f"images:{coloured}/test/images", "--task", "segmentation", "--json", out)
+    assert command(monkeypatch, "compare", *pair, *data) == 0
+    told = json.loads(out.read_text())
+    assert 0 < told["agreement_pct"] < 100 and "sqnr_db" in told["outputs"]["out"]
+    assert "the images have no labels" in told["chain"][0]["skipped"]["accuracy"]
+    assert "agreement" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("data", "task", "said"),
+    [
+        ("masks", "segmentatoin", "Did you mean 'segmentation'?"),
+        ("masks", "detection", "the labels are of the form 'mask', the task needs 'boxes'"),
+        ("digits", "classification", "the network's outputs"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_refused(
+    tmp_path: Path, coloured: Path, monkeypatch: Any, capsys: Any, data: str, task: str, said: str
+) -> None:
+    pair = saved(tmp_path, old=detector("NCHW"), new=detector("NCHW"))
+    given = "digits" if data == "digits" else f"masks:{coloured}"
+    code = command(monkeypatch, "compare", *pair, "--data", given, "--task", task)
+    assert (code, said in capsys.readouterr().err) == (2, True)

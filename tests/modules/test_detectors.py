@@ -25,7 +25,7 @@ from compress.graph.nms import Nms
 from compress.groups.proof import prove
 from compress.models import check_forward
 from compress.models.references import check_reference
-from compress.modules.detectors import before_nms
+from compress.modules.detectors import before_nms, size_inside
 from compress.qdq import TARGETS
 from compress.quantize.sqnr import sqnr_db
 from compress.tasks import load_task
@@ -152,7 +152,7 @@ RELOAD = """
 import sys, torch, compress
 from compress.models import check_forward
 from compress.models.references import check_reference
-from compress.modules.detectors import before_nms
+from compress.modules.detectors import before_nms, size_inside
 for folder in sys.argv[1:]:
     model = before_nms(compress.load_model(folder).eval())
     with torch.no_grad():
@@ -249,3 +249,14 @@ def test_references_of_detectors_download_nothing_and_count_the_background() -> 
     own = compress.load_model("torchvision:ssdlite320_mobilenet_v3_large", num_classes=4)
     want = get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None)
     assert type(own) is type(want)
+
+
+@pytest.mark.parametrize(
+    ("images", "inside"), [(IMAGES, None), (torch.zeros(1, 3, 32, 32), (64, 64))]
+)
+def test_the_size_that_a_detector_resizes_to_is_known(images, inside):
+    model = detector("retinanet")
+    assert size_inside(model, images) == inside
+    taken = model.transform(list(images))[0].tensors.shape[-2:]
+    assert tuple(taken) == (inside or (64, 96))
+    assert size_inside(nn.ReLU(), images) is None

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 import compress
+from compress import progress
 from compress.data import load_data, targets_of
 from compress.data._augment import CHANCES, Chance, augment_with_labels
 from compress.errors import CompressError, UsageError
@@ -202,7 +203,7 @@ def test_a_detector_of_images_with_classes_names_the_nearest_task(kind, tmp_path
 
 
 @pytest.mark.slow
-def test_a_detector_is_pruned_on_images_without_labels(root, tmp_path):
+def test_a_detector_is_pruned_on_images_without_labels(root, tmp_path, monkeypatch):
     recipe = {
         "model": {"name": "torchvision:ssdlite320_mobilenet_v3_large"},
         "data": {"name": "images", "root": str(root / "train" / "images"), "image_size": 64},
@@ -210,7 +211,13 @@ def test_a_detector_is_pruned_on_images_without_labels(root, tmp_path):
         "stages": [{"prune": {"keep_macs": 0.7}}],
         "measure": {"rounds": 3, "round_ms": 1},
     }
-    assert compress.run(validate_recipe(recipe, where="test"), tmp_path / "run") is not None
+    warned: list[str] = []
+    monkeypatch.setattr(progress, "warn", warned.append)
+    report = compress.run(validate_recipe(recipe, where="test"), tmp_path / "run")
+    assert report is not None
+    resized = "the network resizes images of 64 x 64 to 320 x 320 inside"
+    assert [line for line in report.cautions if line.startswith(resized)]
+    assert warned[0].startswith(resized)
     small = compress.load_model(tmp_path / "run" / "01-prune")  # of the 91 classes it comes with
     assert small.head.classification_head.num_columns == 91
 

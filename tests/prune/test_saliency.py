@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from compress.errors import DataError
 from compress.groups import trace
-from compress.prune.answers import Reading
+from compress.prune.answers import AS_SEEN, Reading, SampledAnswers
 from compress.prune.criteria import ChannelGroup
 from compress.prune.saliency import Sampling, evidence
 
@@ -239,3 +239,15 @@ def test_hooks_are_removed_when_the_network_raises(model: nn.Module) -> None:
         data = [(torch.randn(2, 5, 6, 6), torch.zeros(2))]
         evidence(model, trace(model, EXAMPLE), "activations", data)
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_small_scores_beside_large_boxes_count() -> None:
+    """A detector joins boxes in hundreds of pixels and scores near zero in one output."""
+    boxes, rare = torch.randn(8, 4, 50) * 300, torch.rand(8, 1, 50) * 1e-3
+    constant = torch.full((8, 1, 50), 5.0)
+    output = torch.cat([boxes, rare, constant], 1).requires_grad_()
+    SampledAnswers(AS_SEEN, 1.0, 0)(output, None).backward()
+    assert output.grad is not None
+    felt = output.grad.square().sum((0, 2)) * output.detach().var((0, 2))
+    torch.testing.assert_close(felt[:5] / felt[0], torch.ones(5), rtol=0.05, atol=0)
+    assert felt[5] == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import re
 
 import made_up
 import numpy as np
@@ -21,9 +22,11 @@ from compress.report.schema import (
     Calibration,
     ClassScores,
     Confusion,
+    Coverage,
     Curve,
     Details,
     Flip,
+    Island,
     Line,
     Report,
     Result,
@@ -300,3 +303,19 @@ def test_thumbnails_keep_proportions_and_small_images(shape):
     assert Image.open(io.BytesIO(raw)).size == (10, 20)
     raw = base64.b64decode(thumbnail(image, 200).removeprefix("data:image/png;base64,"))
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(raw))), image.squeeze())
+
+
+def test_what_stays_in_float_is_told_once_for_each_reason():
+    islands = (
+        *(Island(nodes=(f"gate_{n}", "Mul")) for n in range(20)),
+        *(Island(nodes=(f"conv_{n}",), macs=1000, reason="a float bias") for n in range(3)),
+        Island(nodes=("head",), macs=5, reason="no int8 kernel"),
+    )
+    coverage = Coverage(variant="int8", runtime="onnxruntime", islands=islands)
+    page = html(Report(name="run", details=Details(coverage=(coverage,))))
+    lines = re.findall("<li>([^<]* in float[^<]*)</li>", page)
+    assert lines == [
+        "gate_0, Mul and 19 more stay in float between int8 operations, in 20 places",
+        "conv_0, conv_1 and 1 more stay in float: a float bias (3.00 k MACs)",
+        "head stays in float: no int8 kernel (5 MACs)",
+    ]

@@ -70,8 +70,7 @@ def _stays(tracer: Tracer, size: int) -> None:
     if not isinstance(size, TracedInt):
         return
     if isinstance(size.origin, Attribute):
-        use = tracer.use_attribute(size, np.zeros(size, np.int32))
-        tracer.constraints.uses.extend([use] if use else [])
+        tracer.follow(size, np.zeros(size, np.int32))
     elif size.origin is not None:
         tracer.freeze(size.origin.labels, "a view of fixed channels has their number")
 
@@ -187,8 +186,7 @@ def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> No
         _follow_difference(tracer, size, labels)
         return
     if isinstance(size.origin, Attribute):
-        use = tracer.use_attribute(size, labels)
-        tracer.constraints.uses.extend([use] if use else [])
+        tracer.follow(size, labels)
         return
     other = size.origin.labels
     if other is source:

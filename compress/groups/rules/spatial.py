@@ -56,8 +56,7 @@ def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tu
     for count, size in ((left, before), (right, after)):
         if isinstance(count, TracedInt):
             labels = tracer.constraints.fresh(size)
-            use = tracer.use_attribute(count, labels)
-            tracer.constraints.uses.extend([use] if use else [])
+            tracer.follow(count, labels)
         else:
             labels = np.zeros(size, np.int32)
         rows.append(labels)

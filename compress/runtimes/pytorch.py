@@ -15,6 +15,7 @@ from torch import nn
 from compress.errors import EngineError, UsageError
 from compress.modules import network_of, set_mode
 from compress.modules.copying import full_copy
+from compress.modules.detectors import before_nms
 from compress.modules.outputs import tensors_of
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
@@ -95,6 +96,7 @@ class Pytorch:
         """
         device = self._device()
         model = _load(path) if isinstance(path, Path) else full_copy(network_of(path))
+        model = before_nms(model) or model  # as it is exported, one row for each image
         set_mode(model, training=False)
         model = model.requires_grad_(False).to(device, DTYPES[self.dtype])
         if self.channels_last:

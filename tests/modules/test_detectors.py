@@ -42,6 +42,15 @@ def rows_of(model: nn.Module) -> nn.Module:
     return found
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_session_of_pytorch_answers_with_rows_as_the_exported_file_does(kind):
+    model = detector(kind)
+    with compress.open_session(model, runtime="pytorch") as session:
+        (found,) = session.run(IMAGES.numpy())
+    with torch.no_grad():
+        np.testing.assert_allclose(found, rows_of(model)(IMAGES).numpy(), rtol=1e-3, atol=1e-3)
+
+
 def place(found: dict[str, Any]) -> np.ndarray:
     """Return boxes in pixels, scores in steps of 0.001 and labels of 100, in one space."""
     boxes, scores, labels = (np.asarray(found[name]) for name in ("boxes", "scores", "labels"))

@@ -69,11 +69,19 @@ class ItemImages:
 
 @dataclass(frozen=True)
 class Reader:
-    """How a picture of an item becomes pixels of the network's input."""
+    """How a picture of an item becomes pixels of the network's input.
+
+    Args:
+        fit: How pictures get the size of the input.
+        channels: 1 or 3.
+        where: The data set, for errors.
+        shape: That of every tensor, (C, H, W), where nobody asked for a size; None: any is fitted.
+    """
 
     fit: Fit
     channels: int
     where: str
+    shape: tuple[int, int, int] | None = None
 
     @classmethod
     def of(cls, kind: Held, items: Items, where: str) -> Reader:
@@ -91,11 +99,24 @@ class Reader:
             fit = replace(fit, rule="squash", crop=None)
         elif kind.image_size is None:
             fit = replace(fit, size=(DEFAULT_SIZE, DEFAULT_SIZE))
-        return cls(fit, channels, where)
+        is_tensor = all(isinstance(each, Tensor) for each in first)
+        free = len(shapes) > 1 or kind.image_size is not None or kind.channels is not None
+        return cls(fit, channels, where, None if free or not is_tensor else next(iter(shapes)))
 
     def pixels(self, items: Items, index: int) -> Tensor:
-        """Return the picture of one item, (C, H, W) uint8."""
+        """Return the picture of one item, (C, H, W) uint8.
+
+        Raises:
+            DataError: the item is no picture, or a tensor of another shape than the first ones.
+        """
         found = picture(items, index, self.where)
+        if isinstance(found, Tensor) and self.shape not in (None, tuple(found.shape)):
+            raise DataError(
+                f"has a picture of shape {tuple(found.shape)}",
+                where=f"{self.where}, item {index}",
+                expected=f"{self.shape}, as the first items have",
+                fix="Correct it, or set image_size and channels: pictures are fitted to them",
+            )
         if not isinstance(found, Tensor):
             return self.fit.pixels(found.convert("L" if self.channels == 1 else "RGB"))
         fitted = self.fit.tensor(eight_bit(found, f"{self.where}, item {index}")[None])[0]

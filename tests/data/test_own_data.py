@@ -101,6 +101,18 @@ def odd_test(split):
     return Shades() if split == "train" else Odd("NaN") if split == "test" else None
 
 
+class Uneven(Shades):
+    """Item 11 is a tensor of another shape."""
+
+    def __init__(self, shape):
+        super().__init__(form="chw")
+        self.shape = tuple(shape)
+
+    def __getitem__(self, i):
+        picture, target = super().__getitem__(i)
+        return picture if i != 11 else torch.full(self.shape, 0.5), target
+
+
 class Failing(Shades):
     def __getitem__(self, i):
         if i == 11:
@@ -293,6 +305,16 @@ def test_one_item_that_is_not_like_the_others_is_named(file, how, target, said):
     with pytest.raises(CompressError) as error:
         load(f"{file}:Odd", options={"arguments": {"how": how, "target": target}})
     assert f"{file}:Odd, train, item 11: {said}" in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 10), (1, 12, 10)])
+def test_a_tensor_of_another_shape_is_fitted_only_where_a_size_is_asked_for(file, shape):
+    options = {"arguments": {"shape": shape}}
+    with pytest.raises(CompressError) as error:
+        load(f"{file}:Uneven", options=options)
+    said = f"item 11: has a picture of shape {shape}. Expected (3, 12, 10), as the first items have"
+    assert said in str(error.value)
+    assert load(f"{file}:Uneven", options=options, image_size=(8, 8)).classes == ("0", "1")
 
 
 def test_a_broken_picture_to_give_back_is_named(file):

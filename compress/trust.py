@@ -50,8 +50,9 @@ def limited(arguments: Sequence[str]) -> Iterator[None]:
 
 
 def allow_all() -> None:
-    """Let everything run, and remember it: what --trust does."""
-    os.environ[VARIABLE] = EVERYTHING
+    """Let everything run, and remember it: what --trust does. Outside a limit nothing changes."""
+    if VARIABLE in os.environ:
+        os.environ[VARIABLE] = EVERYTHING
 
 
 def is_limited() -> bool:

@@ -147,6 +147,15 @@ def test_a_strangers_folder_builds_nothing(reference, monkeypatch, capsys):
     assert "is code that the command line does not name" in capsys.readouterr().err
 
 
+def test_trust_ends_with_the_command_that_was_given_it():
+    trust.allow_all()  # outside a command
+    assert trust.VARIABLE not in os.environ
+    with trust.limited(["run", "theirs", "--trust"]):
+        trust.allow_all()
+        assert not trust.is_limited() and trust.is_allowed("evil.py")
+    assert trust.VARIABLE not in os.environ
+
+
 def test_python_is_not_limited_and_a_process_that_is_started_is_as_its_parent(monkeypatch):
     assert isinstance(construct("evil.py:Net", 10, {}), torch.nn.Module)
     with trust.limited(["prune", "theirs"]):

@@ -293,7 +293,8 @@ def test_published_recipes_name_files_that_exist_or_are_set():
         loaded = load_recipe(path)
         assert loaded.targets, path
         gates = loaded.gates
-        assert gates.top1_drop_pct or gates.metric_drop or gates.agreement_pct, path
+        gated = gates.top1_drop_pct or gates.metric_drop or gates.agreement_pct
+        assert bool(gated) == (path.stem != "bccd-multilabel"), path  # told from no guess: it says
 
 
 def test_accuracy_and_size_are_gated_once_for_all_batches_and_speed_for_each():

@@ -243,7 +243,8 @@ def _fold_into_layer(
     weight, old = constant(given), constant(bias)
     if given is None or weight is None or weight.dtype != np.float32 or not _plain(before):
         return
-    is_shared = not is_read_once(given) or given in shared.values()
+    key = (given, *node.inputs[1:])
+    is_shared = key in shared or given in shared.values() or not is_read_once(given)
     if not is_read_once(before.outputs[0]) or (is_shared and node.op_type != "BatchNormalization"):
         return
     channels = _channels(before, weight)
@@ -257,7 +258,6 @@ def _fold_into_layer(
     total = (start * factor + offset).astype(weight.dtype)
     scaled = _scaled(before, weight, factor).astype(weight.dtype)
     if is_shared:
-        key = (given, *node.inputs[1:])
         shared[key] = shared.get(key) or graph.add_constant(f"{given.name}_folded", scaled)
         before.replace_input_with(1, shared[key])
     else:

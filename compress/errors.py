@@ -24,7 +24,11 @@ from collections.abc import Iterable, Iterator
 
 LONGEST_REASON = 300  # characters of another error's message
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of allocators
+OUT_OF_MEMORY = (  # as allocators, then the interpreter, the linker and C++ say it
+    *("out of memory", "can't allocate memory", "not enough memory", "annot allocate memory"),
+    *("can't start new thread", "failed to map segment", "error return without exception set"),
+    "bad_alloc",
+)
 KEPT = "\n\t\u00ad\u200c\u200d"  # the last three belong to the spelling of some languages
 
 
@@ -145,9 +149,8 @@ def boundary(
 
 def is_out_of_memory(error: Exception) -> bool:
     """Return whether ``error`` says that memory ran out."""
-    if isinstance(error, MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    said = not isinstance(error, CompressError) and any(s in str(error) for s in OUT_OF_MEMORY)
+    return said or isinstance(error, MemoryError)
 
 
 def printable(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used, and named with their extra when absent."""
+"""Packages: optional ones, imported where they are used; our own that are functions as well."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 from compress.artifact import cache_folder
 from compress.errors import MissingPackageError
@@ -85,3 +87,24 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+class _CallableModule(ModuleType):
+    """A module whose call is that of the function it names in ``__calls__``."""
+
+    __calls__: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__calls__)(*args, **kwargs)
+
+
+def make_callable(module: str, function: str) -> None:
+    """Let a call of ``module`` be one of its ``function``; everything else stays as it is.
+
+    Args:
+        module: Its ``__name__``; it must have been imported.
+        function: A name in it.
+    """
+    found: Any = sys.modules[module]
+    found.__class__ = _CallableModule
+    found.__calls__ = function

@@ -24,11 +24,6 @@ ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if ha
 GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
 OF_THE_MACHINE = {*FULL, EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPERM, EROFS}
 
-_NO_MEMORY = (  # as the interpreter, the linker and C++ say it
-    *("can't start new thread", "failed to map segment", "annot allocate memory", "bad_alloc"),
-    "error return without exception set",
-)
-
 
 def exit_code(call: Callable[[], Any]) -> int:
     """Return the exit code of a command; what went wrong is said on stderr.
@@ -65,7 +60,7 @@ def exit_code(call: Callable[[], Any]) -> int:
 
 def _unexpected(error: Exception) -> int:
     """Say in a sentence what nobody foresaw, and where its traceback is; return the exit code."""
-    if is_out_of_memory(error) or any(words in str(error) for words in _NO_MEMORY):
+    if is_out_of_memory(error):
         sys.stderr.write(
             "compress: out of memory. Make room, or work on less at once: a smaller --batch-size "
             "or --image-size, fewer images; a run keeps what is done, and the same command goes "

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import tasks
-from compress.callables import make_callable
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
 from compress.evaluate.feeding import Fed
@@ -24,6 +23,7 @@ from compress.evaluate.predictions import Accuracy, ClassAccuracy, Predictions, 
 from compress.modules import evaluating
 from compress.modules.detectors import before_nms
 from compress.modules.outputs import logits_of
+from compress.packages import make_callable
 from compress.tasks import Task
 
 __all__ = [

@@ -22,7 +22,7 @@ from compress.errors import ExportError
 from compress.modules import network_of, set_mode
 from compress.modules.copying import full_copy
 from compress.modules.detectors import before_nms
-from compress.modules.inputs import example_of
+from compress.modules.inputs import call_inputs
 from compress.modules.outputs import chosen_outputs, leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
@@ -45,17 +45,15 @@ class Example:
         Raises:
             ExportError: it holds something that is no tensor with a batch dimension.
         """
-        given = example_of(given)
-        args: tuple[Tensor, ...]
-        kwargs: dict[str, Tensor]
-        if isinstance(given, Mapping):
-            args, kwargs = (), dict(given)
-        else:
-            args, kwargs = tuple(given) if isinstance(given, tuple | list) else (given,), {}
+        args, kwargs = call_inputs(given)
         for tensor in (*args, *kwargs.values()):
             if not isinstance(tensor, Tensor) or tensor.dim() == 0 or not tensor.numel():
+                is_tensor = isinstance(tensor, Tensor)
+                kind = (
+                    f"tensor of shape {tuple(tensor.shape)}" if is_tensor else type(tensor).__name__
+                )
                 raise ExportError(
-                    f"the example input holds {_described(tensor)}",
+                    f"the example input holds a {kind}",
                     expected="tensors whose first dimension is the batch, as in (1, 3, 224, 224)",
                 )
         return cls(tuple(map(_plain, args)), {key: _plain(t) for key, t in kwargs.items()})
@@ -78,7 +76,8 @@ class Example:
 
     def of_batch(self, size: int) -> Example:
         """Return this example repeated or cut to ``size`` rows."""
-        return self.replaced(tuple(_rows(tensor, size) for tensor in self.tensors))
+        rows = [torch.arange(size) % tensor.shape[0] for tensor in self.tensors]
+        return self.replaced(tuple(t[index] for t, index in zip(self.tensors, rows, strict=True)))
 
 
 def checked_opset(opset: int | None) -> int:
@@ -129,16 +128,12 @@ class Free:
         """Return what torch.export takes for dynamic shapes; None if nothing is free."""
         if not self.batch and not self.size:
             return None
-        batch = torch.export.Dim("batch")
-        rows = [self._of(tensor, batch) for tensor in example.tensors]
-        count = len(example.args)
-        return tuple(rows) if count else dict(zip(example.kwargs, rows, strict=True))
-
-    def _of(self, tensor: Tensor, batch: Any) -> dict[int, Any]:
-        found: dict[int, Any] = {0: batch} if self.batch else {}
-        if self.size and tensor.ndim > 2:
-            found |= dict.fromkeys(range(2, tensor.ndim), torch.export.Dim.DYNAMIC)
-        return found
+        batch: dict[int, Any] = {0: torch.export.Dim("batch")} if self.batch else {}
+        rows = [
+            batch | dict.fromkeys(range(2, t.ndim if self.size else 0), torch.export.Dim.DYNAMIC)
+            for t in example.tensors
+        ]
+        return tuple(rows) if example.args else dict(zip(example.kwargs, rows, strict=True))
 
 
 def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torch.onnx.ONNXProgram:
@@ -156,7 +151,8 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
     module = without_traces(module)  # what tracing caches on it has no values
     if not _is_plain(answer):
         module = _Flat(module)
-        shapes = _of_variadic(shapes) if shapes is not None else None
+        if shapes is not None:  # of a forward that takes *args and **kwargs
+            shapes = {"kwargs" if isinstance(shapes, dict) else "args": shapes}
     with _quiet(), _AttentionOf4Dimensions():
         try:
             program = torch.onnx.export(
@@ -261,11 +257,6 @@ def _of_4_dimensions(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.flatten(0, -4)
 
 
-def _of_variadic(shapes: Any) -> dict[str, Any]:
-    """Return dynamic shapes for a forward that takes ``*args`` and ``**kwargs``."""
-    return {"kwargs": shapes} if isinstance(shapes, dict) else {"args": shapes}
-
-
 def _is_plain(answer: Any) -> bool:
     """Say whether torch sees in what a network returned the tensors that we do.
 
@@ -333,14 +324,3 @@ def _quiet() -> Iterator[None]:
 def _plain(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def _rows(tensor: Tensor, size: int) -> Tensor:
-    repeats = -(-size // tensor.shape[0])
-    return tensor.repeat(repeats, *(1 for _ in tensor.shape[1:]))[:size].contiguous()
-
-
-def _described(thing: object) -> str:
-    if isinstance(thing, Tensor):
-        return f"a tensor of shape {tuple(thing.shape)}"
-    return f"a {type(thing).__name__}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,8 @@ def _prepend(graph: ir.Graph, preprocess: Preprocess) -> None:
         type=ir.TensorType(ir.DataType.UINT8),
         shape=ir.Shape([batch, height, width, channels]),
     )
-    scale, shift = (_constant(graph, name, value) for name, value in _affine(preprocess))
+    names = ("preprocess.scale", "preprocess.shift")
+    scale, shift = map(partial(_constant, graph), names, preprocess.affine())
     nodes = [ir.node("Transpose", [image], {"perm": [0, 3, 1, 2]}, name="preprocess_transpose")]
     nodes.append(ir.node("Cast", nodes[-1].outputs, {"to": 1}, name="preprocess_cast"))
     nodes.append(ir.node("Mul", [nodes[-1].outputs[0], scale], name="preprocess_scale"))
@@ -115,16 +117,9 @@ def _append_softmax(graph: ir.Graph) -> None:
             f"softmax is for classifiers, and the output of this network is {logits.shape}",
             expected="(B, K) logits",
         )
-    node = ir.node("Softmax", [logits], {"axis": 1}, name="softmax")
-    node.outputs[0].name = "probabilities"
-    node.outputs[0].type, node.outputs[0].shape = logits.type, logits.shape
-    graph.append(node)
-    graph.outputs[0] = node.outputs[0]
-
-
-def _affine(preprocess: Preprocess) -> list[tuple[str, np.ndarray]]:
-    scale, shift = preprocess.affine()
-    return [("preprocess.scale", scale), ("preprocess.shift", shift)]
+    found = ir.Value(name="probabilities", type=logits.type, shape=logits.shape)
+    graph.append(ir.node("Softmax", [logits], {"axis": 1}, outputs=[found], name="softmax"))
+    graph.outputs[0] = found
 
 
 def _constant(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:

@@ -46,7 +46,9 @@ def check_export(
     """
     session = _session(path)
     is_decided = False
-    for label, inputs in _trials(example, images, _free_sizes(session)):
+    shape = session.get_inputs()[0].shape
+    free = Free(isinstance(shape[0], str), any(isinstance(size, str) for size in shape[2:]))
+    for label, inputs in _trials(example, images, free):
         reference = _answers(module, inputs, label)
         answers = _run(session, inputs, label)
         worst = difference(answers, reference)
@@ -164,7 +166,8 @@ def _trials(example: Example, images: Tensor | None, free: Free) -> Iterable[tup
         drawn = tuple(_random_like(tensor, generator) for tensor in rows.tensors)
         yield f"random inputs of batch {size}", rows.replaced(drawn)
     for dim in (2, 3) if free.size else ():  # twice as high, then twice as wide
-        drawn = tuple(_random_like(_longer(t, dim), generator) for t in example.tensors)
+        longer = [torch.cat([t, t], dim) if t.ndim > dim else t for t in example.tensors]
+        drawn = tuple(_random_like(tensor, generator) for tensor in longer)
         yield f"random inputs of shape {tuple(drawn[0].shape)}", example.replaced(drawn)
     if images is not None:
         size = example.tensors[0].shape[0]
@@ -185,12 +188,14 @@ def _answers(module: nn.Module, inputs: Example, label: str) -> list[Tensor]:
 
 
 def _run(session: Any, inputs: Example, label: str) -> list[Tensor]:
-    feeds = {
-        entry.name: tensor.numpy()
-        for entry, tensor in zip(_declared(session, inputs), inputs.tensors, strict=True)
-    }
+    names = [entry.name for entry in session.get_inputs()]
+    if len(names) != len(inputs.tensors):
+        raise ExportError(
+            f"the network does not use {', '.join(sorted(set(inputs.names) - set(names)))}",
+            fix="Leave it out of the example input",
+        )
     try:
-        return [torch.from_numpy(answer) for answer in session.run(None, feeds)]
+        return [torch.from_numpy(a) for a in session.run(None, _feeds(session, inputs))]
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime fails on {label}: {str(error).splitlines()[0]}",
@@ -198,15 +203,9 @@ def _run(session: Any, inputs: Example, label: str) -> list[Tensor]:
         ) from error
 
 
-def _declared(session: Any, inputs: Example) -> list[Any]:
-    entries: list[Any] = session.get_inputs()
-    if len(entries) != len(inputs.tensors):
-        unused = sorted(set(inputs.names) - {entry.name for entry in entries})
-        raise ExportError(
-            f"the network does not use {', '.join(unused)}",
-            fix="Leave it out of the example input",
-        )
-    return entries
+def _feeds(session: Any, inputs: Example) -> dict[str, np.ndarray]:
+    names = [entry.name for entry in session.get_inputs()]
+    return dict(zip(names, (tensor.numpy() for tensor in inputs.tensors), strict=True))
 
 
 def _is_rounding(
@@ -259,12 +258,8 @@ def _first_divergence(
             if name in expected and name not in present:
                 model.graph.output.append(onnx.ValueInfoProto(name=name))
     session = _session(model.SerializeToString(), plain=True)
-    feeds = {
-        entry.name: tensor.numpy()
-        for entry, tensor in zip(session.get_inputs(), inputs.tensors, strict=True)
-    }
     names = [output.name for output in session.get_outputs()]
-    values = dict(zip(names, session.run(None, feeds), strict=True))
+    values = dict(zip(names, session.run(None, _feeds(session, inputs)), strict=True))
     for node in model.graph.node:
         for name in set(node.output) & set(values) & set(expected):
             gap = difference([torch.from_numpy(np.asarray(values[name]))], [expected[name]])
@@ -289,15 +284,6 @@ def _traced_values(traced: torch.export.ExportedProgram, inputs: Example) -> dic
     with torch.no_grad():
         Recorder(traced.module()).run(*inputs.tensors)
     return values
-
-
-def _free_sizes(session: Any) -> Free:
-    shape = session.get_inputs()[0].shape
-    return Free(isinstance(shape[0], str), any(isinstance(size, str) for size in shape[2:]))
-
-
-def _longer(tensor: Tensor, dim: int) -> Tensor:
-    return torch.cat([tensor, tensor], dim) if tensor.ndim > dim else tensor
 
 
 def _random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

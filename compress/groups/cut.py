@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,17 +93,11 @@ def _swap(module: nn.Module, swaps: Mapping[int, Tensor]) -> bool:
 
 def _follow(module: nn.Module) -> None:
     """Set the attributes of PyTorch's modules (and classes made from them) to the new shapes."""
-    for kind, update in _FOLLOWERS:
+    for kind, read in _FOLLOWERS:
         if isinstance(module, kind):
-            update(module)
+            for name, value in read(module).items():
+                setattr(module, name, value)
             return
-
-
-def _conv(module: nn.Module) -> None:
-    weight, groups = _weight(module), int(module.groups)  # type: ignore[arg-type]
-    transposed = bool(getattr(module, "transposed", False))
-    module.in_channels = weight.shape[0] if transposed else weight.shape[1] * groups  # type: ignore[assignment]
-    module.out_channels = weight.shape[1] * groups if transposed else weight.shape[0]  # type: ignore[assignment]
 
 
 def _weight(module: nn.Module) -> Tensor:
@@ -115,55 +110,51 @@ def _weight(module: nn.Module) -> Tensor:
     raise PlanError("the layer has no weight to read its size from", where=type(module).__name__)
 
 
-def _linear(module: nn.Module) -> None:
-    weight = _weight(module)
-    module.out_features, module.in_features = weight.shape  # type: ignore[assignment]
+def _conv(module: Any) -> dict[str, int]:
+    rows, columns = _weight(module).shape[:2]
+    if getattr(module, "transposed", False):
+        return {"in_channels": rows, "out_channels": columns * module.groups}
+    return {"in_channels": columns * module.groups, "out_channels": rows}
 
 
-def _batch_norm(module: nn.Module) -> None:
-    vectors = (module.running_mean, module.weight)
-    module.num_features = next(len(v) for v in vectors if isinstance(v, Tensor))  # type: ignore[assignment]
+def _linear(module: Any) -> dict[str, int]:
+    return dict(zip(("out_features", "in_features"), _weight(module).shape, strict=True))
 
 
-def _layer_norm(module: nn.Module) -> None:
-    if isinstance(module.weight, Tensor):
-        module.normalized_shape = tuple(module.weight.shape)  # type: ignore[assignment]
+def _batch_norm(module: Any) -> dict[str, int]:
+    return {
+        "num_features": len(module.weight if module.running_mean is None else module.running_mean)
+    }
 
 
-def _group_norm(module: nn.Module) -> None:
-    if isinstance(module.weight, Tensor):
-        module.num_channels = len(module.weight)  # type: ignore[assignment]
-
-
-def _recurrent(module: nn.Module) -> None:
+def _recurrent(module: Any) -> dict[str, Any]:
     own = module._parameters
-    module.input_size = own["weight_ih_l0"].shape[1]  # type: ignore[union-attr, assignment]
-    module._flat_weights = [own[name] for name in module._flat_weights_names]  # type: ignore[union-attr, assignment]
+    weights = [own[name] for name in module._flat_weights_names]
+    return {"input_size": own["weight_ih_l0"].shape[1], "_flat_weights": weights}
 
 
-def _attention(module: nn.Module) -> None:
-    own = module._parameters
-    packed, keys, values = (own[f"{name}_weight"] for name in ("in_proj", "k_proj", "v_proj"))
+def _attention(module: Any) -> dict[str, int]:
+    packed, keys, values = (
+        module._parameters[f"{name}_weight"] for name in ("in_proj", "k_proj", "v_proj")
+    )
     if packed is not None:
-        rows, module.kdim = packed.shape[0] // 3, packed.shape[1]  # type: ignore[assignment]
-        module.vdim = module.kdim
+        rows, keys, values = packed.shape[0] // 3, packed, packed
     else:
-        rows, module.kdim = keys.shape  # type: ignore[union-attr, assignment]
-        module.vdim = values.shape[1]  # type: ignore[union-attr, assignment]
-    module.embed_dim, module.head_dim = rows, rows // module.num_heads  # type: ignore[operator, assignment]
+        rows = keys.shape[0]
+    sizes = {"kdim": keys.shape[1], "vdim": values.shape[1]}
+    return sizes | {"embed_dim": rows, "head_dim": rows // module.num_heads}
 
 
-def _prelu(module: nn.Module) -> None:
-    module.num_parameters = module.weight.numel()  # type: ignore[operator, assignment]
-
-
-_FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[nn.Module], None]], ...] = (
+_FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, Any]]], ...] = (
     (nn.modules.conv._ConvNd, _conv),
     (nn.Linear, _linear),
     (nn.modules.batchnorm._NormBase, _batch_norm),
-    (nn.LayerNorm, _layer_norm),
-    (nn.GroupNorm, _group_norm),
-    (nn.PReLU, _prelu),
+    (
+        nn.LayerNorm,
+        lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},
+    ),
+    (nn.GroupNorm, lambda m: {} if m.weight is None else {"num_channels": len(m.weight)}),
+    (nn.PReLU, lambda m: {"num_parameters": m.weight.numel()}),
     (nn.RNNBase, _recurrent),
     (nn.MultiheadAttention, _attention),
 )

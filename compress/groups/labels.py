@@ -27,6 +27,12 @@ class AttributeUse:
     denominator: int
     place: str
 
+    @property
+    def why_fixed(self) -> str:
+        """Why other channels that the attribute counts must stay if this use fixes it."""
+        at = f"{self.attribute.module}.{self.attribute.name}".lstrip(".")
+        return f"{at} fixes other channels too, at {self.place}"
+
 
 @dataclass
 class Alternative:
@@ -44,6 +50,20 @@ class Components:
     count: int
     reasons: dict[int, str]  # frozen component -> why
     uses: tuple[AttributeUse, ...]
+
+    def conflicts(self) -> list[tuple[AttributeUse, AttributeUse]]:
+        """Return pairs of uses that could demand different values of one attribute."""
+        first: dict[Attribute, AttributeUse] = {}
+        pairs = [(first.setdefault(use.attribute, use), use) for use in self.uses]
+        return [(a, b) for a, b in pairs if a is not b and not self._agree(a, b)]
+
+    def _agree(self, first: AttributeUse, second: AttributeUse) -> bool:
+        mine, times = np.unique(self.of[first.labels], return_counts=True)
+        other, other_times = np.unique(self.of[second.labels], return_counts=True)
+        if all(int(component) in self.reasons for component in (*mine, *other)):
+            return True  # both stay as they are
+        proportional = times * len(second.labels), other_times * len(first.labels)
+        return np.array_equal(mine, other) and np.array_equal(*proportional)
 
 
 class Constraints:
@@ -68,10 +88,22 @@ class Constraints:
         if first is not second:
             self.pairs.append((first, second))
 
+    def tie(self, rows: Labels) -> None:
+        """Tie the same positions of all ``rows`` together, (rows, positions)."""
+        self.unify(rows.ravel(), np.tile(rows[0], len(rows)))
+
     def freeze(self, labels: Axis, reason: str | Callable[[], str]) -> None:
         """Say that the channels with these labels must stay, and why."""
         if labels is not None and labels.any():
             self.frozen.append((labels, reason if isinstance(reason, str) else reason()))
+
+    def reconcile(self, first: AttributeUse, second: AttributeUse) -> bool:
+        """Tie the channels that two uses count, so that both follow; False if that cannot be."""
+        many, few = sorted((first.labels, second.labels), key=len, reverse=True)
+        if len(many) % len(few) or not few.all() or not many.all():
+            return False
+        self.unify(many, np.tile(few, len(many) // len(few)))
+        return True
 
     def solve(self) -> Components:
         """Merge all labels; grouped convolutions get the alternative that leaves most to cut."""
@@ -97,7 +129,8 @@ class Constraints:
         ties = [
             [_stack([(of[a], of[b]) for a, b in side.pairs]) for side in c] for c in self.choices
         ]
-        must_stay = np.unique(of[np.concatenate([np.zeros(1, np.int32), *_rows(self.frozen)])])
+        frozen = [labels for labels, _ in self.frozen]
+        must_stay = np.unique(of[np.concatenate([np.zeros(1, np.int32), *frozen])])
         makers = np.unique(of[np.concatenate(self.produced)])
 
         def units(picks: Sequence[int]) -> int:
@@ -115,10 +148,6 @@ class Constraints:
             if (score := units(flipped)) > best:
                 picks, best = flipped, score
         return [choice[pick] for choice, pick in zip(self.choices, picks, strict=True)]
-
-
-def _rows(frozen: list[tuple[Labels, str]]) -> list[Labels]:
-    return [labels for labels, _ in frozen]
 
 
 def _stack(pairs: Pairs) -> npt.NDArray[np.int32]:

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_map
 from compress.errors import PlanError
 from compress.groups.calls import WatchedCalls, WatchedOps, whole_name
 from compress.groups.cut import check_fit, cut_by
-from compress.groups.plan import Dims, KeptOnly, PrunePlan
-from compress.groups.trace import undisturbed
+from compress.groups.forward import copied, undisturbed
+from compress.groups.plan import Kept, KeptOnly, PrunePlan
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, parameters_and_buffers
 
@@ -63,14 +63,9 @@ def mask_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return reference
 
 
-def _gone(size: int, kept: Any) -> Tensor:
-    gone = np.ones(size, bool)
-    gone[kept] = False
-    return torch.from_numpy(np.flatnonzero(gone))
-
-
 def _zero(tensor: Tensor, dim: int, kept: Any) -> None:
-    tensor.index_fill_(dim, _gone(tensor.shape[dim], kept).to(tensor.device), 0)
+    gone = torch.from_numpy(np.setdiff1d(np.arange(tensor.shape[dim]), kept))
+    tensor.index_fill_(dim, gone.to(tensor.device), 0)
 
 
 class _Watcher:
@@ -107,7 +102,7 @@ class _Watcher:
             self._pruned.to(like)
         pruned, listener = self._pruned, _Listener(self._items, {})
         set_mode(pruned, training=reference.training)
-        inputs, named = tree_map(_cloned, (args, kwargs))
+        inputs, named = tree_map(copied, (args, kwargs))
         with undisturbed(), contextlib.ExitStack() as stack:
             _watch(stack, listener)
             _read_out(pruned(*inputs, **named))
@@ -131,14 +126,6 @@ def _watch(stack: contextlib.ExitStack, ops: _OverKept) -> None:
     stack.enter_context(_unfused())
     stack.enter_context(ops)
     stack.enter_context(_WholeCalls(ops))
-
-
-def _own_tensor(mine: Any, its: Any) -> Any:
-    return mine if isinstance(mine, Tensor) else its
-
-
-def _cloned(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 @contextlib.contextmanager
@@ -182,11 +169,9 @@ class _OverKept(WatchedOps):  # type: ignore[no-untyped-call]
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
-        name = str(func)
-        packet = _packet(name)
-        if packet not in self._watched or self._inside_whole:
+        if _packet(str(func)) not in self._watched or self._inside_whole:
             return func(*args, **kwargs)
-        return self._run(func, name, args, kwargs)
+        return self._run(func, str(func), args, kwargs)
 
     def whole(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that the plan counts as one op."""
@@ -210,7 +195,9 @@ class _OverKept(WatchedOps):  # type: ignore[no-untyped-call]
         if not item.numbers:
             return _over_kept(func, item, args, kwargs)
         theirs = self._numbers.get((item.op, item.occurrence), (args, kwargs))
-        own, named = tree_map(_own_tensor, (args, kwargs), theirs)
+        own, named = tree_map(
+            lambda mine, its: mine if isinstance(mine, Tensor) else its, (args, kwargs), theirs
+        )
         return func(*own, **named)
 
 
@@ -265,24 +252,24 @@ def _over_kept(func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: dict[st
 
 
 def _check(tensor: Any, item: KeptOnly, position: int) -> None:
-    for dim, size in item.sizes[position].items():
-        if not isinstance(tensor, Tensor) or tensor.ndim <= dim or tensor.shape[dim] != size:
+    for dim, kept in item.inputs[position].items():
+        if not isinstance(tensor, Tensor) or tensor.ndim <= dim or tensor.shape[dim] != kept.size:
             raise PlanError(
                 f"call {item.occurrence} of {item.op} is not the one the plan was made for",
                 fix="Run it in eval mode on inputs shaped like the plan's example",
             )
 
 
-def _selected(tensor: Tensor, dims: Dims) -> Tensor:
+def _selected(tensor: Tensor, dims: Mapping[int, Kept]) -> Tensor:
     for dim, kept in dims.items():
-        tensor = tensor.index_select(dim, torch.from_numpy(kept).to(tensor.device))
+        tensor = tensor.index_select(dim, torch.from_numpy(kept.positions).to(tensor.device))
     return tensor
 
 
-def _masked(tensor: Tensor, dims: Dims) -> Tensor:
+def _masked(tensor: Tensor, dims: Mapping[int, Kept]) -> Tensor:
     tensor = tensor.clone()
     for dim, kept in dims.items():
-        _zero(tensor, dim, kept)
+        _zero(tensor, dim, kept.positions)
     return tensor
 
 
@@ -297,12 +284,12 @@ def _resized(op: str, args: list[Any]) -> list[Any]:
 
 
 def _spread(result: Tensor, item: KeptOnly, number: int, fill: float) -> Tensor:
-    dims: Mapping[int, Any] = item.outputs.get(number, {})
-    for dim, kept in dims.items():
-        if dim >= result.ndim or result.shape[dim] != len(kept):
+    for dim, kept in item.outputs.get(number, {}).items():
+        if dim >= result.ndim or result.shape[dim] != len(kept.positions):
             continue
         shape = list(result.shape)
-        shape[dim] = item.output_sizes[number][dim]
+        shape[dim] = kept.size
         full = result.new_full(shape, fill)
-        result = full.index_copy_(dim, torch.from_numpy(kept).to(result.device), result)
+        index = torch.from_numpy(kept.positions).to(result.device)
+        result = full.index_copy_(dim, index, result)
     return result

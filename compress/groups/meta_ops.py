@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,8 +18,6 @@ def words(text: str) -> tuple[str, ...]:
 
 SILENT = frozenset({"detach", "alias", "lift_fresh"})  # they come and go without meaning
 
-_NAMES: dict[OpOverload, str] = {}
-_POINTWISE: dict[OpOverload, bool] = {}
 # Integers that these ops take describe shapes, which a cut changes: they are checked as shapes.
 _SHAPE_OPS = frozenset(
     words(
@@ -31,28 +30,17 @@ _SHAPE_OPS = frozenset(
 )
 
 
+@functools.cache
 def op_name(func: OpOverload) -> str:
     """Return the name of an op without namespace, overload and in-place mark: ``add``."""
-    name = _NAMES.get(func)
-    if name is None:
-        name = str(func._schema.name).removeprefix("aten::")
-        if name.endswith("_") and not name.endswith("__"):
-            name = name[:-1]
-        _NAMES[func] = name
-    return name
+    name = str(func._schema.name).removeprefix("aten::")
+    return name if name.endswith("__") else name.removesuffix("_")
 
 
+@functools.cache
 def is_pointwise(func: OpOverload) -> bool:
     """Say whether PyTorch tags ``func`` as pointwise."""
-    found = _POINTWISE.get(func)
-    if found is None:
-        found = _POINTWISE[func] = torch.Tag.pointwise in func.tags
-    return found
-
-
-def pointwise_rule(func: OpOverload, rules: Mapping[str, Any], fallback: Any) -> Any:
-    """Return the rule of pointwise ops if ``func`` is one, else ``fallback``."""
-    return rules["pointwise"] if is_pointwise(func) else fallback
+    return torch.Tag.pointwise in func.tags
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -176,8 +177,7 @@ class Network:
         """
         new: dict[str, dict[str, int]] = {}
         for follower in self.followers:
-            stay = follower.units < 0
-            stay[~stay] = kept[follower.units[~stay]]
+            stay = stays_at(follower.units, kept)
             if not stay.all():
                 value = int(stay.sum()) * follower.denominator // follower.numerator
                 new.setdefault(follower.module, {})[follower.attribute] = value
@@ -191,11 +191,20 @@ class Network:
         """
         new = {}
         for index in self.indices:
-            stay = index.units < 0
-            stay[~stay] = kept[index.units[~stay]]
+            stay = stays_at(index.units, kept)
             if not stay.all():
                 new[index.tensor] = KeptIndex(index.values, np.flatnonzero(stay))
         return new
+
+    @functools.cached_property
+    def owned(self) -> dict[tuple[str, int], dict[int, int]]:
+        """Tensor and dimension -> positions that each group, by number, owns for each unit."""
+        found: dict[tuple[str, int], dict[int, int]] = {}
+        for number, group in enumerate(self.groups):
+            for piece in group.slices:
+                owned = found.setdefault((piece.tensor, piece.dim), {})
+                owned[number] = owned.get(number, 0) + piece.index.shape[1]
+        return found
 
     @property
     def macs(self) -> int:
@@ -207,9 +216,7 @@ class Network:
         """Number of parameters, shared ones counted once."""
         return sum(int(np.prod(self.shapes[name], dtype=np.int64)) for name in self.parameters)
 
-    def group(self, name: str) -> Group:
-        """Return the group called ``name``; KeyError if there is none."""
-        for group in self.groups:
-            if group.name == name:
-                return group
-        raise KeyError(name)
+
+def stays_at(units: Positions, kept: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return which positions stay: those of kept units, and those of none (-1)."""
+    return np.append(kept, True)[units]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import ValidationError
@@ -14,10 +16,9 @@ from pydantic import ValidationError
 from compress import artifact
 from compress.errors import PlanError, RunError, UnknownNameError
 from compress.groups import Network, Positions
-from compress.groups.network import KeptIndex, Reduction
+from compress.groups.network import KeptIndex, Reduction, stays_at
 from compress.groups.stored import (
     LARGEST_SIZE,
-    Side,
     StoredKeptOnly,
     StoredPlan,
     from_text,
@@ -28,21 +29,29 @@ _SCHEMA, _UNPROVED = 2, 1  # with and without an example input to be proved on
 Dims = Mapping[int, Positions]
 
 
+class Kept(NamedTuple):
+    """What stays of one dimension."""
+
+    size: int  # before the cut
+    positions: Positions
+
+
+Sides = Mapping[int, Mapping[int, Kept]]  # argument or output -> dimension -> what stays
+
+
 @dataclass(frozen=True)
 class KeptOnly:
     """An op that looks across cut channels: the masked reference computes it over kept ones only.
 
-    ``inputs`` maps the position of a tensor argument to {dimension: kept positions}, ``outputs``
+    ``inputs`` maps the position of a tensor argument to what stays of its dimensions, ``outputs``
     that of an output. With ``mask_only`` inputs are zeroed at cut positions, not left out. With
     ``numbers`` the reference gives it the number that the pruned network computes from its widths.
     """
 
     op: str
     occurrence: int  # which call of this op in one forward, counted from 0
-    inputs: Mapping[int, Dims]
-    outputs: Mapping[int, Dims]
-    sizes: Mapping[int, Mapping[int, int]]  # of the inputs before the cut: argument -> dim -> size
-    output_sizes: Mapping[int, Mapping[int, int]]
+    inputs: Sides
+    outputs: Sides
     mask_only: bool = False
     numbers: bool = False
 
@@ -88,7 +97,10 @@ class PrunePlan:
                 for name, kept in self.groups.items()
             },
             "tensors": {
-                name: {"shape": list(self.shapes[name]), "kept": _write_dims(dims)}
+                name: {
+                    "shape": list(self.shapes[name]),
+                    "kept": {str(dim): to_text(row) for dim, row in sorted(dims.items())},
+                }
                 for name, dims in self.tensors.items()
             },
             "attributes": {module: dict(values) for module, values in self.attributes.items()},
@@ -174,9 +186,15 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
             kept for r in network.reductions if (kept := _kept_only(r, units)) is not None
         ),
         macs_before=network.macs,
-        macs_after=_macs(network, tensors),
+        macs_after=sum(
+            math.prod(_left_of(layer.shape, tensors.get(name, {}))) * layer.macs_per_element
+            for name, layer in network.layers.items()
+        ),
         params_before=network.params,
-        params_after=_params(network, tensors),
+        params_after=sum(
+            math.prod(_left_of(network.shapes[name], tensors.get(name, {})))
+            for name in network.parameters
+        ),
         frozen=dict(network.frozen),
         indices=network.kept_indices(units),
         about=remembered,
@@ -201,53 +219,32 @@ def _checked(network: Network, name: str, kept: Any) -> Positions:
 
 
 def _kept_only(reduction: Reduction, kept: Any) -> KeptOnly | None:
-    def positions(dims: Mapping[int, Positions]) -> dict[int, Positions]:
-        return {d: np.flatnonzero((row < 0) | kept[row]) for d, row in dims.items()}
+    """Return what stays of the channels that an op looks across; None if all do."""
 
-    if reduction.numbers:
-        return KeptOnly(reduction.op, reduction.occurrence, {}, {}, {}, {}, numbers=True)
-    inputs = {i: positions(dims) for i, dims in reduction.inputs.items()}
-    sizes = {i: {d: len(row) for d, row in dims.items()} for i, dims in reduction.inputs.items()}
-    if all(len(inputs[i][d]) == size for i, dims in sizes.items() for d, size in dims.items()):
+    def sides(given: Mapping[int, Dims]) -> Sides:
+        return {
+            i: {d: Kept(len(r), np.flatnonzero(stays_at(r, kept))) for d, r in dims.items()}
+            for i, dims in given.items()
+        }
+
+    inputs = sides(reduction.inputs)
+    is_cut = any(len(k.positions) < k.size for dims in inputs.values() for k in dims.values())
+    if not is_cut and not reduction.numbers:
         return None
-    return KeptOnly(
-        reduction.op,
-        reduction.occurrence,
-        inputs,
-        {i: positions(dims) for i, dims in reduction.outputs.items()},
-        sizes,
-        {i: {d: len(row) for d, row in dims.items()} for i, dims in reduction.outputs.items()},
-        reduction.mask_only,
-    )
+    outputs, how = sides(reduction.outputs), (reduction.mask_only, reduction.numbers)
+    return KeptOnly(reduction.op, reduction.occurrence, inputs, outputs, *how)
 
 
-def _size_after(shape: tuple[int, ...], dims: Dims) -> int:
-    kept = [len(dims[d]) if d in dims else size for d, size in enumerate(shape)]
-    return int(np.prod(kept, dtype=np.int64))
-
-
-def _macs(network: Network, tensors: Mapping[str, Dims]) -> int:
-    return sum(
-        _size_after(layer.shape, tensors.get(name, {})) * layer.macs_per_element
-        for name, layer in network.layers.items()
-    )
-
-
-def _params(network: Network, tensors: Mapping[str, Dims]) -> int:
-    return sum(
-        _size_after(network.shapes[name], tensors.get(name, {})) for name in network.parameters
-    )
-
-
-def _write_dims(dims: Dims) -> dict[str, str]:
-    return {str(dim): to_text(row) for dim, row in sorted(dims.items())}
+def _left_of(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
+    """Return the shape that a cut leaves of ``shape``."""
+    return tuple(len(dims[d]) if d in dims else size for d, size in enumerate(shape))
 
 
 def _write_kept_only(item: KeptOnly) -> dict[str, Any]:
-    def sides(kept: Mapping[int, Dims], sizes: Mapping[int, Mapping[int, int]]) -> dict[str, Any]:
+    def written(sides: Sides) -> dict[str, Any]:
         return {
-            str(i): {str(d): [sizes[i][d], to_text(row)] for d, row in dims.items()}
-            for i, dims in kept.items()
+            str(i): {str(d): [kept.size, to_text(kept.positions)] for d, kept in dims.items()}
+            for i, dims in sides.items()
         }
 
     return {
@@ -255,8 +252,8 @@ def _write_kept_only(item: KeptOnly) -> dict[str, Any]:
         "occurrence": item.occurrence,
         "mask_only": item.mask_only,
         **({"numbers": True} if item.numbers else {}),
-        "inputs": sides(item.inputs, item.sizes),
-        "outputs": sides(item.outputs, item.output_sizes),
+        "inputs": written(item.inputs),
+        "outputs": written(item.outputs),
     }
 
 
@@ -286,34 +283,20 @@ def _read(stored: StoredPlan) -> PrunePlan:
 
 
 def _read_kept_only(stored: StoredKeptOnly) -> KeptOnly:
-    def sizes(side: Side) -> dict[int, dict[int, int]]:
-        return {i: {d: size for d, (size, _) in dims.items()} for i, dims in side.items()}
-
-    def kept(side: Side) -> dict[int, dict[int, Positions]]:
-        return {
-            i: {d: from_text(row, size) for d, (size, row) in dims.items()}
+    inputs, outputs = (
+        {
+            i: {d: Kept(size, from_text(row, size)) for d, (size, row) in dims.items()}
             for i, dims in side.items()
         }
-
-    return KeptOnly(
-        stored.op,
-        stored.occurrence,
-        kept(stored.inputs),
-        kept(stored.outputs),
-        sizes(stored.inputs),
-        sizes(stored.outputs),
-        stored.mask_only,
-        stored.numbers,
+        for side in (stored.inputs, stored.outputs)
     )
+    how = stored.mask_only, stored.numbers
+    return KeptOnly(stored.op, stored.occurrence, inputs, outputs, *how)
 
 
 def _compose(first: PrunePlan, later: PrunePlan) -> PrunePlan:
     for name, shape in later.shapes.items():
-        between = first.shapes.get(name)
-        dims = first.tensors.get(name, {})
-        if between is not None and shape != tuple(
-            len(dims[d]) if d in dims else size for d, size in enumerate(between)
-        ):
+        if name in first.shapes and shape != _left_of(first.shapes[name], first.tensors[name]):
             raise PlanError(
                 "the later plan was made for another network",
                 where=name,
@@ -327,10 +310,17 @@ def _compose(first: PrunePlan, later: PrunePlan) -> PrunePlan:
     attributes = {module: dict(values) for module, values in first.attributes.items()}
     for module, values in later.attributes.items():
         attributes.setdefault(module, {}).update(values)
-    groups, sizes = _compose_groups(first, later)
+    groups = dict(first.groups)  # units that both keep; a regrouped one stays as it was
+    for name, row in later.groups.items():
+        if name in groups and len(groups[name]) == later.group_sizes[name]:
+            groups[name] = groups[name][row]
+    indices = {**later.indices, **first.indices}
+    for name in first.indices.keys() & later.indices.keys():
+        mine_kept = first.indices[name].kept[later.indices[name].kept]
+        indices[name] = KeptIndex(first.indices[name].values, mine_kept)
     return PrunePlan(
         groups=groups,
-        group_sizes=sizes,
+        group_sizes=dict(first.group_sizes),
         tensors=tensors,
         shapes={**later.shapes, **first.shapes},
         attributes=attributes,
@@ -340,31 +330,10 @@ def _compose(first: PrunePlan, later: PrunePlan) -> PrunePlan:
         params_before=first.params_before,
         params_after=later.params_after,
         frozen=dict(later.frozen),
-        indices=_compose_indices(first, later),
+        indices=indices,
         about={**later.about, "after": dict(first.about)},
         is_proved=first.is_proved and later.is_proved,
     )
-
-
-def _compose_groups(
-    first: PrunePlan, later: PrunePlan
-) -> tuple[dict[str, Positions], dict[str, int]]:
-    """Return units of the first plan's groups that both keep; a regrouped one is kept as it was."""
-    groups = dict(first.groups)
-    for name, row in later.groups.items():
-        if name in groups and len(groups[name]) == later.group_sizes[name]:
-            groups[name] = groups[name][row]
-    return groups, dict(first.group_sizes)
-
-
-def _compose_indices(first: PrunePlan, later: PrunePlan) -> dict[str, KeptIndex]:
-    """Return the buffers of both plans: the later one counts among the channels the first left."""
-    found = {**later.indices, **first.indices}
-    for name in first.indices.keys() & later.indices.keys():
-        found[name] = KeptIndex(
-            first.indices[name].values, first.indices[name].kept[later.indices[name].kept]
-        )
-    return found
 
 
 def _compose_kept_only(
@@ -372,30 +341,20 @@ def _compose_kept_only(
 ) -> tuple[KeptOnly, ...]:
     found = {(item.op, item.occurrence): item for item in first}
     for item in later:
-        key = (item.op, item.occurrence)
-        before = found.get(key)
-        if before is None:
-            found[key] = item
-            continue
-        found[key] = KeptOnly(
-            item.op,
-            item.occurrence,
-            _through(before.inputs, item.inputs),
-            _through(before.outputs, item.outputs),
-            before.sizes,
-            before.output_sizes,
-            item.mask_only,
-            item.numbers,
-        )
+        before = found.get((item.op, item.occurrence))
+        if before is not None:
+            sides = _through(before.inputs, item.inputs), _through(before.outputs, item.outputs)
+            item = dataclasses.replace(item, inputs=sides[0], outputs=sides[1])
+        found[item.op, item.occurrence] = item
     return tuple(found.values())
 
 
-def _through(
-    first: Mapping[int, Dims], later: Mapping[int, Dims]
-) -> dict[int, dict[int, Positions]]:
+def _through(first: Sides, later: Sides) -> Sides:
+    """Return what stays after two cuts."""
     result = {i: dict(dims) for i, dims in first.items()}
     for i, dims in later.items():
-        for d, row in dims.items():
-            mine = result.setdefault(i, {})
-            mine[d] = mine[d][row] if d in mine else row
+        mine = result.setdefault(i, {})
+        for d, kept in dims.items():
+            before = mine.get(d)
+            mine[d] = Kept(before.size, before.positions[kept.positions]) if before else kept
     return result

@@ -14,14 +14,13 @@ from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError, boundary
 from compress.groups.cut import check_fit, cut_by
-from compress.groups.inputs import Example, call_inputs
+from compress.groups.forward import copied, undisturbed
 from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan
-from compress.groups.trace import undisturbed
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, parameters_and_buffers
 from compress.modules.detectors import on_batch
-from compress.modules.inputs import example_of
+from compress.modules.inputs import Example, call_inputs, example_of
 from compress.modules.outputs import chosen_outputs, leaves
 
 logger = logging.getLogger(__name__)
@@ -153,7 +152,11 @@ def _difference(model: nn.Module, plan: PrunePlan, example_input: Example) -> fl
             where=type(model).__name__,
             fix="Return what it computes, or wrap it in a module that does",
         )
-    if [_form(leaf) for leaf in small] != [_form(leaf) for leaf in reference]:
+    forms = [
+        [leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in each]
+        for each in (small, reference)
+    ]
+    if forms[0] != forms[1]:
         return float("inf")
     return max((_relative(a, b) for a, b in zip(small, reference, strict=True)), default=0.0)
 
@@ -164,16 +167,15 @@ def _answers(
     kwargs: dict[str, Any],
     outputs: Sequence[str] | None,
 ) -> list[Any]:
-    own, named = tree_map(_clone, (args, kwargs))  # a network may write into its inputs
-    model = (
-        model if outputs else on_batch(model, own, named)
-    )  # the least difference may reorder boxes after NMS
+    own, named = tree_map(copied, (args, kwargs))  # a network may write into its inputs
+    # The least difference may reorder boxes after NMS.
+    model = model if outputs else on_batch(model, own, named)
     set_mode(model, training=False)
     found = chosen_outputs(leaves(model(*own, **named)), outputs)
-    return [_value(leaf) for _, leaf in found if leaf is not None]
+    return [_comparable(leaf) for _, leaf in found if leaf is not None]
 
 
-def _value(leaf: Any) -> Any:
+def _comparable(leaf: Any) -> Any:
     """Return numbers as a tensor, everything else as it is."""
     if isinstance(leaf, Tensor):
         return leaf.detach().as_subclass(Tensor)
@@ -181,10 +183,6 @@ def _value(leaf: Any) -> Any:
         array = np.asarray(leaf)
         return torch.from_numpy(array) if array.dtype.kind in "biufc" else array.tolist()
     return leaf
-
-
-def _form(leaf: Any) -> Any:
-    return leaf.shape if isinstance(leaf, Tensor) else leaf
 
 
 def _relative(small: Any, reference: Any) -> float:
@@ -196,10 +194,6 @@ def _relative(small: Any, reference: Any) -> float:
         return 0.0 if torch.equal(small.nan_to_num(), reference.nan_to_num()) else float("inf")
     scale = reference.abs().max().clamp_min(1e-12)
     return float((small - reference).abs().max() / scale)
-
-
-def _clone(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _double(value: Any) -> Any:

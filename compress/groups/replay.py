@@ -8,34 +8,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 
+from compress.errors import PlanError
 from compress.groups import meta_ops
 from compress.groups.calls import MAKERS, TAKERS, WatchedCalls, WatchedOps, whole_name
+from compress.groups.forward import (
+    MismatchError,
+    inputs_in,
+    needs_values,
+    run_traced,
+    undisturbed,
+)
 from compress.groups.labels import Axis
-from compress.groups.places import here, place_of, place_text
-from compress.groups.record import Key, Step, TraceRecord
+from compress.groups.record import Step, TraceRecord, here, place_of, place_text
+from compress.modules import set_mode
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
-
-
-class MismatchError(Exception):
-    """The pruned network did something else than the record says it must.
-
-    Args:
-        step: Number of the op.
-        key: The op and the line of the program it came from.
-        why: What was different, with the line of the user's code.
-    """
-
-    def __init__(self, step: int, key: Key, why: str) -> None:
-        super().__init__(why)
-        self.step = step
-        self.key = key
-        self.why = why
-        self.forward = 0  # which of the traced forwards it was, set by who ran them
-        self.other_op = False  # another op than the original's, not the same one on other shapes
 
 
 class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
@@ -94,9 +84,7 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
             return step
         more = "does more than the original"
         why = more if step is None else f"calls {name} where the original {step.name}"
-        mismatch = self._mismatch(f"the pruned network {why}")
-        mismatch.other_op = True
-        raise mismatch
+        raise self._mismatch(f"the pruned network {why}", other_op=True)
 
     def _check_numbers(
         self, op: str, name: str, scalars: tuple[float, ...], *, may_follow: bool
@@ -119,7 +107,7 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
         self._running = True
         result = run()
         self._running = False
-        expected = [self._expected(shape, axes) for shape, axes in step.outputs]
+        expected = [tuple(map(self._kept, shape, axes)) for shape, axes in step.outputs]
         if dynamic:
             result = _reshaped(result, iter(expected))
         shapes = [tuple(out.shape) for out in meta_ops.tensors_in(result)]
@@ -152,27 +140,22 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
         if not self.finished:
             raise self._mismatch("the pruned network does less than the original")
 
-    def _mismatch(self, why: str, *, line: bool = True) -> MismatchError:
+    def _mismatch(self, why: str, *, line: bool = True, other_op: bool = False) -> MismatchError:
         at = min(self._done, len(self._steps) - 1)
         if not line and not self._running:
             at = max(0, self._done - 1)  # the program itself stopped, after that op
         ending = f" at {here()}" if line else ""
-        return MismatchError(at, self._steps[at].key, why + ending)
+        return MismatchError(at, self._steps[at].key, why + ending, other_op=other_op)
 
-    def _expected(self, shape: tuple[int, ...], axes: tuple[Axis, ...]) -> tuple[int, ...]:
-        return tuple(
-            size if axis is None else self._kept(axis)
-            for size, axis in zip(shape, axes, strict=True)
-        )
-
-    def _kept(self, axis: npt.NDArray[np.int32]) -> int:
-        found = self._sizes.get(id(axis))
-        if found is None:
-            found = self._sizes[id(axis)] = int(self._stays[axis].sum())
-        return found
+    def _kept(self, size: int, axis: Axis) -> int:
+        if axis is None:
+            return size
+        if id(axis) not in self._sizes:
+            self._sizes[id(axis)] = int(self._stays[axis].sum())
+        return self._sizes[id(axis)]
 
 
-class UncomparedOps(WatchedOps):
+class _UncomparedOps(WatchedOps):
     """Runs every op as a comparison does, and compares nothing."""
 
     def __init__(self, on: torch.device | None) -> None:
@@ -191,7 +174,7 @@ def _reshaped(result: Any, shapes: Iterator[tuple[int, ...]]) -> Any:
     return type(result)(_reshaped(item, shapes) for item in result)
 
 
-class ReplayCalls(WatchedCalls):
+class _ReplayCalls(WatchedCalls):
     """Hands the program of a replayed network the values that the original's took out."""
 
     def __init__(self, replay: TraceComparison) -> None:
@@ -208,3 +191,46 @@ class ReplayCalls(WatchedCalls):
 
 def _write(shapes: list[tuple[int, ...]]) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes) or "nothing"
+
+
+def compared(
+    model: nn.Module,
+    inputs: Any,
+    training: bool,
+    record: TraceRecord,
+    stays: Stays,
+    on: torch.device | None,
+) -> TraceComparison | MismatchError:
+    """Compare a cut copy with a forward of the original; return what went wrong, if it did.
+
+    A network may keep what it computed for one size of feature maps, as YOLO does anchors, and
+    the original may have met this size before it was traced. A copy that calls other ops is
+    compared again once it has met it, too.
+
+    Raises:
+        PlanError: it needs values to meet it, and the copy has none.
+    """
+
+    def replayed() -> TraceComparison | MismatchError:
+        replay = TraceComparison(record, stays, on)
+        try:
+            run_traced(model, inputs_in(inputs, training), replay, _ReplayCalls(replay))
+            replay.check_finished()
+        except (PlanError, MismatchError) as error:
+            return replay.failure(error)
+        return replay
+
+    set_mode(model, training=training)
+    found = replayed()
+    if not isinstance(found, MismatchError) or not found.other_op:
+        return found
+    args, kwargs = inputs_in(inputs, training)
+    try:
+        with undisturbed(), _UncomparedOps(on):
+            model(*args, **kwargs)
+    except Exception as error:
+        if on is not None and needs_values(error):
+            raise PlanError("the cut network asks for values") from error
+        return found
+    again = replayed()
+    return found if isinstance(again, MismatchError) else again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,14 +15,23 @@ from compress.groups import meta_ops
 from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, WatchedOps, whole_name
 from compress.groups.labels import AttributeUse, Axis, Constraints, Labels
 from compress.groups.network import Positions
-from compress.groups.places import here, program_place
-from compress.groups.record import NO_CALL, Axes, Call, Key, RawCall, Restricted, Step, TraceRecord
+from compress.groups.record import (
+    NO_CALL,
+    Axes,
+    Call,
+    Key,
+    RawCall,
+    Restricted,
+    Step,
+    TraceRecord,
+    here,
+    program_place,
+)
 from compress.groups.traced_ints import Attribute, TracedDimension, TracedInt
 
 Memory = tuple[int, tuple[int, ...]]
 Loose = tuple[Labels, str]  # channels that a tensor is made of, or numbers, and how
 _SHAPE = torch.Tensor.shape
-_SIZERS = {torch.Tensor.size}
 
 
 Rule = Callable[["Tracer", Call], None]
@@ -114,6 +124,11 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         """Keep channels for a reason that the user reads, with the line of their code."""
         self.constraints.freeze(labels, lambda: f"{why} at {here()}")
 
+    def freeze_each(self, axes: Iterable[Axis], why: str) -> None:
+        """Keep the channels of several axes, as ``freeze`` does."""
+        for axis in axes:
+            self.freeze(axis, why)
+
     def freeze_output(self, tensor: Tensor, why: str) -> None:
         """Keep the channels that an output of the network has, is made of, or numbers."""
         for axis in self.axes(tensor):
@@ -196,13 +211,11 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         name = self._places.get(_memory(numbers))  # other objects over it are it: Variable(buffer)
         values = self._constants.get(name or "")
         if axis is None or own is None or name is None or values is None or values.min() < 0:
-            for each in (axis, own):
-                self.freeze(each, "channels are taken by number")
+            self.freeze_each((axis, own), "channels are taken by number")
             return None
         before = self.record.indexed.setdefault(name, axis)
         if len(before) != len(axis):
-            for each in (axis, before):
-                self.freeze(each, "one buffer numbers channels of two layers")
+            self.freeze_each((axis, before), "one buffer numbers channels of two layers")
             return None
         self.constraints.unify(before, axis)
         self.constraints.unify(own, axis[values])
@@ -272,21 +285,18 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         """Note that the program writes ``tensor.data = values``: its channels are theirs."""
         mine, theirs = self.axes(tensor), self.axes(values)
         if len(mine) == len(theirs) == tensor.ndim:
-            mine = tuple(
-                self.unify(a, b, "the program sets it from something fixed") if a is not b else a
-                for a, b in zip(mine, theirs, strict=True)
-            )
-            self.label(tensor, mine)
+            why = "the program sets it from something fixed"
+            self.label(tensor, [self.unify(a, b, why) for a, b in zip(mine, theirs, strict=True)])
         else:
-            for axis in (*mine, *theirs):
-                self.freeze(axis, "the program gives a tensor another shape")
+            self.freeze_each((*mine, *theirs), "the program gives a tensor another shape")
             self.label(tensor, (None,) * tensor.ndim)
         self._assigned.add(id(tensor))
 
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
         rule = self._rules.get(call.name)
         if rule is None:
-            rule = meta_ops.pointwise_rule(call.func, self._rules, self._fallback)
+            is_pointwise = meta_ops.is_pointwise(call.func)
+            rule = self._rules["pointwise"] if is_pointwise else self._fallback
         rule(self, call)
         self._write_restricted()
         for out in call.outputs:
@@ -347,8 +357,8 @@ class CallWatcher(WatchedCalls):
         """Run one call of the program."""
         if getattr(func, "__self__", None) is _SHAPE:
             return torch.Size(self._shape(args[0]))
-        if func in _SIZERS:
-            return self._size(args[0], *args[1:], **kwargs)
+        if func is torch.Tensor.size:
+            return self._size(*args, **kwargs)
         raw = self._tracer.raw
         raw.append(RawCall(func, args, kwargs))
         try:
@@ -358,8 +368,7 @@ class CallWatcher(WatchedCalls):
         finally:
             raw.pop()
         if (name := getattr(func, "__name__", "")) in TAKERS:
-            for axis in self._tracer.axes(args[0]):
-                self._tracer.freeze(axis, "the program takes its values")
+            self._tracer.freeze_each(self._tracer.axes(args[0]), "the program takes its values")
             self._tracer.record.taken.append(result)
         elif name == "__set__" and func.__self__ is torch.Tensor.data:
             self._tracer.assign(args[0], args[1])
@@ -367,10 +376,11 @@ class CallWatcher(WatchedCalls):
 
     def _shape(self, tensor: Tensor) -> Iterator[int]:
         for size, axis in zip(tensor.size(), self._tracer.axes(tensor), strict=True):
-            yield size if axis is None else TracedInt(size, self._dimension(axis))
-
-    def _dimension(self, axis: Labels) -> TracedDimension:
-        return TracedDimension(axis, lambda count: self._tracer.follow(count, axis))
+            if axis is None:
+                yield size
+            else:
+                counted_by = functools.partial(self._tracer.follow, labels=axis)
+                yield TracedInt(size, TracedDimension(axis, counted_by))
 
     def _size(self, tensor: Tensor, dim: int | None = None) -> Any:
         sizes = tuple(self._shape(tensor))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from compress.groups.labels import Components, Labels
-from compress.groups.network import Group, Layer, Positions, Role, Slice
+from compress.groups.labels import AttributeUse, Components, Labels
+from compress.groups.network import DependentAttribute, Group, Layer, Positions, Role, Slice
 from compress.groups.record import Axes
+from compress.groups.traced_ints import Attribute
 
 Named = Sequence[tuple[str, Axes]]  # tensors of the model, in order of first use
 
@@ -22,19 +23,20 @@ class Units:
     of: npt.NDArray[np.int64]  # (labels,)
     groups: tuple[Group, ...]
 
-    @property
-    def count(self) -> int:
-        """Return the number of units of all groups together."""
-        return sum(group.size for group in self.groups)
+    def along(self, axes: Axes) -> dict[int, Positions]:
+        """Return the units along each dimension that has some."""
+        rows = {d: self.of[axis] for d, axis in enumerate(axes) if axis is not None}
+        return {d: row for d, row in rows.items() if (row >= 0).any()}
 
-
-@dataclass(frozen=True)
-class _Slots:
-    """All positions of all tensors whose component can be cut, flattened."""
-
-    slot: Positions  # (P,) number of the (tensor, dim)
-    position: Positions  # (P,)
-    component: Positions  # (P,)
+    def followers(self, uses: Iterable[AttributeUse]) -> tuple[DependentAttribute, ...]:
+        """Return the attributes that the surgery sets: those that count what can be cut."""
+        found: dict[Attribute, DependentAttribute] = {}
+        for use in uses:
+            row, at = self.of[use.labels], use.attribute
+            if (row >= 0).any():
+                scale = use.numerator, use.denominator
+                found.setdefault(at, DependentAttribute(at.module, at.name, row, *scale))
+        return tuple(found.values())
 
 
 def find_units(
@@ -53,7 +55,7 @@ def find_units(
     groups: list[Group] = []
     names: dict[str, int] = {}
     offset = 0
-    for members, parts in _groups(_slots(rows, components, prunable), components.count):
+    for members, parts in _groups(rows, components, prunable):
         slices = tuple(
             Slice(*keys[slot], index, _role(*keys[slot], layers)) for slot, index in parts
         )
@@ -69,40 +71,35 @@ def find_units(
     return Units(unit_of[components.of], tuple(groups))
 
 
-def _slots(
+def _groups(
     rows: Sequence[Labels], components: Components, prunable: npt.NDArray[np.bool_]
-) -> _Slots:
-    if not rows:
-        empty = np.zeros(0, np.int64)
-        return _Slots(empty, empty, empty)
-    slot = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    position = np.concatenate([np.arange(len(row)) for row in rows])
-    component = components.of[np.concatenate(rows)].astype(np.int64)
-    keep = prunable[component]
-    return _Slots(slot[keep], position[keep], component[keep])
-
-
-def _groups(slots: _Slots, count: int) -> Iterator[tuple[Positions, list[tuple[int, Positions]]]]:
+) -> Iterator[tuple[Positions, list[tuple[int, Positions]]]]:
     """Yield sets of components that have equally many positions in the same slots.
 
-    Components are told apart by the sum of a fixed random number for each of their positions'
-    slot; sets and their members are in order of first appearance. With each set come its slots
-    and, for each, the positions (members, k).
+    A slot is the number of a (tensor, dimension), of which ``rows`` are the labels. Components are
+    told apart by the sum of a fixed random number for each of their positions' slot; sets and their
+    members are in order of first appearance. With each set come its slots and, for each, the
+    positions (members, k).
     """
-    if not len(slots.slot):
+    component = components.of[np.concatenate([np.zeros(0, np.int32), *rows])].astype(np.int64)
+    keep = prunable[component]
+    if not keep.any():
         return
-    random = np.random.default_rng(0).integers(1, 2**62, int(slots.slot.max()) + 1, dtype=np.uint64)
+    slot = np.repeat(np.arange(len(rows)), [len(row) for row in rows])[keep]
+    position = np.concatenate([np.arange(len(row)) for row in rows])[keep]
+    component, count = component[keep], components.count
+    random = np.random.default_rng(0).integers(1, 2**62, int(slot.max()) + 1, dtype=np.uint64)
     signature = np.zeros(count, np.uint64)
-    np.add.at(signature, slots.component, random[slots.slot])
-    seen, first = np.unique(slots.component, return_index=True)
+    np.add.at(signature, component, random[slot])
+    seen, first = np.unique(component, return_index=True)
     members = seen[np.argsort(first, kind="stable")]
     _, start, inverse = np.unique(signature[members], return_index=True, return_inverse=True)
     order = np.argsort(np.argsort(start))[inverse]  # set of each member, by first appearance
     set_of, rank = np.zeros(count, np.int64), np.zeros(count, np.int64)
     set_of[members], rank[members] = order, np.arange(len(members))
-    group = set_of[slots.component]
-    rows = np.lexsort((slots.position, rank[slots.component], slots.slot, group))
-    group, slot, position = group[rows], slots.slot[rows], slots.position[rows]
+    group = set_of[component]
+    sort = np.lexsort((position, rank[component], slot, group))
+    group, slot, position = group[sort], slot[sort], position[sort]
     by_set = np.split(members[np.argsort(order, kind="stable")], np.cumsum(np.bincount(order))[:-1])
     bounds = np.flatnonzero((np.diff(group) != 0) | (np.diff(slot) != 0)) + 1
     runs = zip(np.concatenate([[0], bounds]), np.split(position, bounds), strict=True)

@@ -159,12 +159,8 @@ def _rapl(root: Path) -> Iterator[EnergyMeter]:
             continue
         wrap = _read_number(domain / "max_energy_range_uj") or 0.0
         label = f"cpu_{name.read_text().strip().replace('-', '_')}"
-        yield EnergyMeter(label, partial(_millijoules, counter), wrap / 1000)
-
-
-def _millijoules(path: Path) -> float:
-    """Return a RAPL counter, which counts microjoules, in millijoules."""
-    return float(path.read_text()) / 1000
+        read = partial(lambda path: float(path.read_text()) / 1000, counter)  # of microjoules
+        yield EnergyMeter(label, read, wrap / 1000)
 
 
 def _nvml_meters() -> Iterator[EnergyMeter]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from compress.graph import files
 from compress.graph.shapes import PRODUCTS, Shapes, macs, real_inputs, shapes_of
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 MIB = 2**20
 WEIGHTS_FILE = "model.safetensors"  # in the folder of a stage
@@ -61,59 +60,33 @@ def count_module(model: nn.Module, example_input: Any) -> Count:
         ModelError: the forward pass fails.
     """
     import torch
+    from torch.utils._pytree import tree_map
     from torch.utils.flop_counter import FlopCounterMode
 
-    from compress.modules import network_of
-
-    model = network_of(model)
-    clone = _in_eval_mode(model)
-    place = torch.device("cpu")
-    if all(p.device == place for p in clone.parameters()):
-        place = torch.device("meta")
-    try:
-        flops = _flops(clone, example_input, place, FlopCounterMode)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError):
-        # Tensors that are no buffers stay behind, and values that steer the forward pass are
-        # unknown on meta: such a network is counted where it lives.
-        flops = _flops_in_place(_in_eval_mode(model), example_input, FlopCounterMode)
-    return Count(params=sum(p.numel() for p in model.parameters()), macs=flops // 2)
-
-
-def _in_eval_mode(model: nn.Module) -> nn.Module:
-    from compress.modules import set_mode
+    from compress.modules import network_of, set_mode
     from compress.modules.copying import full_copy
+    from compress.modules.inputs import call_inputs
 
-    clone = full_copy(model)
-    set_mode(clone, training=False)
-    return clone
-
-
-def _flops_in_place(model: nn.Module, example_input: Any, counter: Any) -> int:
-    import torch
-
-    parameter = next(model.parameters(), torch.empty(0))
-    try:
-        return _flops(model, example_input, parameter.device, counter)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
-        raise ModelError(
-            f"the forward pass fails: {error}", fix="Check the shape of the example input"
-        ) from error
-
-
-def _flops(model: nn.Module, example_input: Any, device: Any, counter: Any) -> int:
-    import torch
-
-    arguments: tuple[Tensor, ...] = ()
-    named: dict[str, Tensor] = {}
-    if isinstance(example_input, Mapping):
-        named = {name: tensor.to(device) for name, tensor in example_input.items()}
-    else:
-        several = isinstance(example_input, tuple | list)
-        arguments = tuple(t.to(device) for t in (example_input if several else (example_input,)))
-    model.to(device)
-    with torch.no_grad(), counter(display=False) as mode:
-        model(*arguments, **named)
-    return int(mode.get_total_flops())
+    model, inputs = network_of(model), call_inputs(example_input)
+    own, cpu = next(model.parameters(), torch.empty(0)).device, torch.device("cpu")
+    is_at_hand = all(parameter.device == cpu for parameter in model.parameters())
+    # Tensors that are no buffers stay behind, and values that steer the forward pass are unknown on
+    # meta: such a network is counted where it lives.
+    for device in (torch.device("meta") if is_at_hand else cpu, own):
+        clone = full_copy(model).to(device)
+        set_mode(clone, training=False)
+        args, named = tree_map(lambda tensor, to=device: tensor.to(to), inputs)
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                clone(*args, **named)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            failure = error
+        else:
+            params = sum(parameter.numel() for parameter in model.parameters())
+            return Count(params=params, macs=counter.get_total_flops() // 2)
+    raise ModelError(
+        f"the forward pass fails: {failure}", fix="Check the shape of the example input"
+    ) from failure
 
 
 def count_onnx(source: Path | onnx.ModelProto) -> Count:

@@ -77,12 +77,10 @@ def inputs_for(session: Any, batch: int, shapes: Any = None) -> list[np.ndarray]
                 fix="Give the shapes of the inputs, or data to take them from",
             )
         dims = (batch if isinstance(shape[0], str) else shape[0], *shape[1:]) if shape else ()
-        values = (
-            generator.normal(size=dims)
-            if "int" not in (spec.dtype or "float32")
-            else (generator.integers(0, 128, size=dims))
-        )
-        arrays.append(np.asarray(values, dtype=spec.dtype or "float32"))
+        dtype = spec.dtype or "float32"
+        is_whole = "int" in dtype
+        values = generator.integers(0, 128, size=dims) if is_whole else generator.normal(size=dims)
+        arrays.append(np.asarray(values, dtype=dtype))
     return arrays
 
 
@@ -131,23 +129,15 @@ def _forget_peak() -> None:
 def _run_one_layer(runtime: Any, options: dict[str, Any]) -> None:
     """Import the runtime and let it set up what it holds for any network."""
     import onnx
-    from onnx import TensorProto, helper, numpy_helper
 
+    from compress.artifact import scratch
     from compress.errors import CompressError
     from compress.runtimes import open_session
 
-    weight = numpy_helper.from_array(np.ones((4, 3, 1, 1), np.float32), "w")
-    graph = helper.make_graph(
-        [helper.make_node("Conv", ["input", "w"], ["logits"])],
-        "one layer",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, [1, 3, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [1, 4, 8, 8])],
-        [weight],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
-    model.ir_version = 9
-    from compress.artifact import scratch
-
+    ones = ", ".join(["1"] * 12)
+    model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["": 17]>
+        one_layer (float[1, 3, 8, 8] input) => (float[1, 4, 8, 8] logits)
+        <float[4, 3, 1, 1] w = {{{ones}}}> {{ logits = Conv (input, w) }}""")
     with scratch() as folder:
         path = folder / "one-layer.onnx"
         onnx.save(model, path)

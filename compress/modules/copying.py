@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -62,7 +62,9 @@ def _plain_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any] | No
     kind = type(module)
     if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ != nn.Module.__reduce_ex__:
         return None
-    if kind.__getstate__ != nn.Module.__getstate__ or not _is_torchs(kind.__setstate__):
+    # Those of torch's modules fill in what old files lack.
+    is_torchs = kind.__setstate__.__module__.startswith("torch.nn.modules.")
+    if kind.__getstate__ != nn.Module.__getstate__ or not is_torchs:
         return None
     state: dict[str, Any] = {}
     for key, value in vars(module).items():
@@ -81,16 +83,13 @@ def _plain_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any] | No
     return state
 
 
-def _is_torchs(method: Callable[..., Any]) -> bool:
-    """Return whether ``method`` is one of torch's modules: those fill in what old files lack."""
-    return method.__module__.startswith("torch.nn.modules.")
-
-
 def _copy(model: nn.Module, tensor: Any) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(tensor(parameter.detach()), parameter.requires_grad)
-    for value in (*model.buffers(), *_loose_tensors(model)):
+    # Also tensors that modules keep as plain attributes, as weight norm's hook does.
+    kept = (value for module in model.modules() for value in module.__dict__.values())
+    for value in (*model.buffers(), *(value for value in kept if isinstance(value, Tensor))):
         memo.setdefault(id(value), tensor(value.detach()))
     for module in reversed(list(model.modules())):  # the parts before the whole
         if (state := _plain_state(module, memo)) is not None:
@@ -109,14 +108,6 @@ def _copy(model: nn.Module, tensor: Any) -> nn.Module:
         if wrapped and type(module).forward is not nn.Module.forward:
             del module.__dict__["forward"]  # a wrapper around the forward of the original
     return twin
-
-
-def _loose_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Yield tensors that modules keep as plain attributes, as weight norm's hook does."""
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor):
-                yield value
 
 
 def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from compress.errors import DataError, UsageError
 
 IMAGE_KEYS = ("pixel_values", "images", "image", "img", "inputs", "input", "x", "data")
 TARGET_KEYS = ("labels", "label", "targets", "target", "y", "masks", "mask", "cls", "class")
+Example = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]  # or a shape
 _EXPECTED = "images (B, C, H, W), (images, targets), or a dict like {'images': ..., 'labels': ...}"
 
 
@@ -77,15 +78,36 @@ def example_of(given: Any) -> Any:
     return given
 
 
+def call_inputs(example_input: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments for a call with ``example_input``.
+
+    Raises:
+        UsageError: it holds no tensor.
+    """
+    example_input = example_of(example_input)
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if isinstance(example_input, Tensor):
+        return (example_input,), {}
+    return tuple(example_input), {}
+
+
 def read_batches(batches: Any, example: Any = None) -> Iterator[Inputs]:
-    """Yield each batch of ``batches`` as ``read_batch`` reads it; one tensor is one batch."""
+    """Yield each batch of ``batches`` as ``read_batch`` reads it; one tensor is one batch.
+
+    Raises:
+        UsageError: there is not one batch.
+    """
     one = isinstance(batches, Tensor | np.ndarray | Mapping | Inputs)
     if not one and not isinstance(batches, Iterable):
         raise UsageError(
             f"batches is a {type(batches).__name__}", expected="a list of batches, or a loader"
         )
+    batch = None
     for batch in [batches] if one else batches:
         yield read_batch(batch, example)
+    if batch is None:
+        raise UsageError("batches holds no images", fix="Give at least one batch")
 
 
 def read_batch(batch: Any, example: Any = None) -> Inputs:

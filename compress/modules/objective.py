@@ -78,8 +78,19 @@ class Stateful(Protocol):
         """Go on from ``state``."""
 
 
+class _WithoutAdapters:
+    """An objective with nothing to train beside the network, and nothing to leave."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield nothing: there are no adapters."""
+        return iter(())
+
+    def close(self) -> None:
+        """Leave everything as it is."""
+
+
 @dataclass(frozen=True)
-class CrossEntropy:
+class CrossEntropy(_WithoutAdapters):
     """Cross-entropy with the labels; heads beside the main one count a little."""
 
     label_smoothing: float = 0.0
@@ -96,13 +107,6 @@ class CrossEntropy:
         """Return the mean cross-entropy of ``logits``, (B, K), a scalar."""
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield nothing: there are no adapters."""
-        return iter(())
-
-    def close(self) -> None:
-        """Leave everything as it is."""
-
 
 class HasLoss(Protocol):
     """A task: what a network is for."""
@@ -113,7 +117,7 @@ class HasLoss(Protocol):
 
 
 @dataclass(frozen=True)
-class TaskLoss:
+class TaskLoss(_WithoutAdapters):
     """The loss of a task."""
 
     task: HasLoss
@@ -141,13 +145,6 @@ class TaskLoss:
             expected="the mean loss of the batch: a tensor () that depends on the weights",
             fix="Return it as PyTorch computed it, not detached and not as a number",
         )
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield nothing: there are no adapters."""
-        return iter(())
-
-    def close(self) -> None:
-        """Leave everything as it is."""
 
 
 def _shown(loss: Any) -> str:

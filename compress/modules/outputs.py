@@ -91,9 +91,8 @@ def chosen_outputs(
 
 def as_places(outputs: Iterable[str | int] | str | int | None) -> tuple[str, ...] | None:
     """Return places of outputs as texts, whether one or several are given."""
-    if outputs is None:
-        return None
-    return (str(outputs),) if isinstance(outputs, str | int) else tuple(map(str, outputs))
+    several = (outputs,) if isinstance(outputs, str | int) else outputs
+    return None if several is None else tuple(map(str, several))
 
 
 def _is_at(place: str, name: str) -> bool:

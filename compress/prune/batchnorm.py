@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.errors import DataError, UsageError
+from compress.errors import DataError
 from compress.modules import evaluating
 from compress.modules.inputs import read_batches
 
@@ -32,26 +33,23 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
         UsageError: there is not one batch.
         DataError: a batch is too small to have a variance.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    norms = tracking_norms(model)
     if not norms:
         return model
-    device = next(model.parameters()).device
-    before = [(norm, norm.momentum, _statistics(norm)) for norm in norms]
-    count = 0
+    before = [
+        (norm, norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)])
+        for norm in norms
+    ]
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum, norm.training = None, True  # None: a plain average
-            for batch in read_batches(batches):
-                inputs = batch.to(device)
-                model(*inputs.args, **inputs.kwargs)
-                count += 1
-        if not count:
-            raise UsageError("batches holds no images", fix="Give at least one batch")
+            _run(model, batches)
     except BaseException as error:
         for norm, _, statistics in before:
-            _restore(norm, statistics)
+            for buffer, old in zip(norm.buffers(recurse=False), statistics, strict=True):
+                buffer.copy_(old)
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             raise DataError(
                 f"a batch is too small to estimate BatchNorm from: {error}",
@@ -82,30 +80,30 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     Raises:
         UsageError: there is not one batch.
     """
-    seen = {
-        norm: _Moments(norm.num_features)
-        for norm in model.modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats and norm.affine
-    }
-    device = next(model.parameters()).device
-    count = 0
-    hooks = [norm.register_forward_pre_hook(moments) for norm, moments in seen.items()]
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in read_batches(batches):
-                inputs = batch.to(device)
-                model(*inputs.args, **inputs.kwargs)
-                count += 1
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not count:
-        raise UsageError("batches holds no images", fix="Give at least one batch")
+    seen = {norm: _Moments(norm.num_features) for norm in tracking_norms(model) if norm.affine}
+    with evaluating(model), contextlib.ExitStack() as hooks:
+        for norm, moments in seen.items():
+            hooks.enter_context(norm.register_forward_pre_hook(moments))
+        _run(model, batches)
     with torch.no_grad():
         for norm, moments in seen.items():
             if moments.count:
                 _rebase(norm, moments)
     return model
+
+
+def tracking_norms(model: nn.Module) -> list[_BatchNorm]:
+    """Return the BatchNorms of ``model`` that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+
+
+def _run(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Run ``model`` on every batch, without gradients."""
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for batch in read_batches(batches):
+            inputs = batch.to(device)
+            model(*inputs.args, **inputs.kwargs)
 
 
 class _Moments:
@@ -140,12 +138,3 @@ def _rebase(norm: _BatchNorm, moments: _Moments) -> None:
     ):
         if tensor is not None:
             tensor.copy_(value)
-
-
-def _statistics(norm: _BatchNorm) -> list[Tensor]:
-    return [buffer.clone() for buffer in norm.buffers(recurse=False)]
-
-
-def _restore(norm: _BatchNorm, statistics: list[Tensor]) -> None:
-    for buffer, old in zip(norm.buffers(recurse=False), statistics, strict=True):
-        buffer.copy_(old)

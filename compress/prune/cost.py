@@ -30,8 +30,8 @@ class CostModel:
     def __init__(self, network: Network) -> None:
         shapes, layers = network.shapes, network.layers
         self.sizes: Counts = np.array([group.size for group in network.groups], dtype=np.int64)
-        dims = _cut_dimensions(network)
-        tensors = sorted({tensor for tensor, _ in dims})
+        dims = network.owned
+        tensors = sorted({t for t, _ in dims if t in layers or t in network.parameters})
         self._first = _Lengths(self.sizes, len(tensors))
         self._second = _Lengths(self.sizes, len(tensors))
         volume = np.ones(len(tensors))
@@ -90,14 +90,3 @@ class _Lengths:
         """Return the lengths at these counts: (tensors,)."""
         lengths: Floats = self._base + self.slopes @ counts
         return lengths
-
-
-def _cut_dimensions(network: Network) -> dict[tuple[str, int], dict[int, int]]:
-    """Return, for each dimension that is cut, the positions that each group owns per unit."""
-    dims: dict[tuple[str, int], dict[int, int]] = {}
-    for number, group in enumerate(network.groups):
-        for piece in group.slices:
-            if piece.tensor in network.layers or piece.tensor in network.parameters:
-                owned = dims.setdefault((piece.tensor, piece.dim), {})
-                owned[number] = owned.get(number, 0) + piece.index.shape[1]
-    return dims

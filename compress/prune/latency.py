@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,11 @@ from torch import nn
 
 from compress.errors import PlanError
 from compress.groups import Network
-from compress.groups.inputs import Example, call_inputs
 from compress.groups.plan import make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.modules import evaluating
 from compress.modules.copying import full_copy
+from compress.modules.inputs import Example, call_inputs
 from compress.modules.sliding import sliding
 from compress.progress import task
 from compress.prune.budget import NAMES, Budget
@@ -185,22 +187,12 @@ class LayerTimes:
         self._shapes = _layer_shapes(model, example_input)
         self._network = network
         self._lengths = CostModel(network)
-        self._widths: dict[str, tuple[dict[int, int], dict[int, int]]] = {}
-        owners: dict[str, dict[int, dict[int, int]]] = {}
-        for number, group in enumerate(network.groups):
-            for piece in group.slices:
-                owners.setdefault(piece.tensor, {}).setdefault(piece.dim, {})
-                owned = owners[piece.tensor][piece.dim]
-                owned[number] = owned.get(number, 0) + piece.index.shape[1]
-        for tensor in self._shapes:
-            dims = owners.get(tensor, {})
-            self._widths[tensor] = (dims.get(0, {}), dims.get(1, {}))
+        self._widths = {
+            tensor: tuple(network.owned.get((tensor, dim), {}) for dim in (0, 1))
+            for tensor in self._shapes
+        }
         self.changed: list[list[str]] = [
-            [
-                t
-                for t, (first, second) in self._widths.items()
-                if number in first or number in second
-            ]
+            [t for t, widths in self._widths.items() if any(number in each for each in widths)]
             for number in range(len(network.groups))
         ]
 
@@ -249,16 +241,13 @@ def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerSh
     found: dict[str, LayerShape] = {}
     model = full_copy(model)  # its caches and hooks are not the caller's
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: Any, inputs: Any, _output: Any) -> None:
-            found[f"{name}.weight"] = _shape_of(module, inputs[0].shape)
-
-        return hook
+    def note(name: str, module: Any, inputs: Any, _output: Any) -> None:
+        found[f"{name}.weight"] = _shape_of(module, inputs[0].shape)
 
     for name, module in model.named_modules():
         is_layer = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
         if is_layer and "weight" in module._parameters:
-            module.register_forward_hook(note(name))
+            module.register_forward_hook(functools.partial(note, name))
     args, kwargs = call_inputs(example_input)
     with evaluating(model), torch.no_grad():
         model(*args, **kwargs)
@@ -301,57 +290,33 @@ def knapsack(
     """
     sums = [np.concatenate(([0.0], np.cumsum(values))) for values in importance]
     counts = np.array([one.size for one in candidates], dtype=np.int64)
-    now = total(counts)
-    while now > target:
-        best: tuple[float, int, int] | None = None
+
+    def steps(*, down: bool) -> Iterator[tuple[float, float, int, int]]:
+        """Yield ms saved and importance lost by each change of one count, the group, the count."""
         for number, one in enumerate(candidates):
-            for level in one.levels[one.levels < counts[number]]:
-                saved = _difference(counts, number, int(level), total, changed)
-                lost = sums[number][counts[number]] - sums[number][level]
-                if saved > 0 and (best is None or saved / max(lost, 1e-30) > best[0]):
-                    best = (saved / max(lost, 1e-30), number, int(level))
-        if best is None:
+            now = counts[number]
+            chosen = one.levels < now if down else one.levels > now
+            for level in one.levels[chosen].tolist():
+                before = total(counts, changed[number])
+                counts[number] = level
+                saved = before - total(counts, changed[number])
+                counts[number] = now
+                yield saved, sums[number][now] - sums[number][level], number, level
+
+    while total(counts) > target:
+        cuts = [(ms / max(lost, 1e-30), n, k) for ms, lost, n, k in steps(down=True) if ms > 0]
+        if not cuts:
             return np.array([one.levels[0] for one in candidates], dtype=np.int64)
-        counts[best[1]] = best[2]
-        now = total(counts)
-    return _exchanged(candidates, sums, counts, total, changed, target)
-
-
-def _exchanged(
-    candidates: Sequence[CandidateCounts],
-    sums: Sequence[Floats],
-    counts: Counts,
-    total: Callable[..., float],
-    changed: Sequence[Sequence[Any]],
-    target: float,
-) -> Counts:
+        _, number, level = max(cuts, key=operator.itemgetter(0))
+        counts[number] = level
     while True:
-        room = target - total(counts)
-        best: tuple[float, int, int] | None = None
-        for number, one in enumerate(candidates):
-            for level in one.levels[one.levels > counts[number]]:
-                spent = -_difference(counts, number, int(level), total, changed)
-                won = sums[number][level] - sums[number][counts[number]]
-                if spent <= room and won > 0:
-                    worth = won / max(spent, 1e-9)
-                    if best is None or worth > best[0]:
-                        best = (worth, number, int(level))
-        if best is None:
+        room = total(counts) - target
+        fits = [
+            (-lost / max(-ms, 1e-9), number, level)
+            for ms, lost, number, level in steps(down=False)
+            if ms >= room and lost < 0
+        ]
+        if not fits:
             return counts
-        counts[best[1]] = best[2]
-
-
-def _difference(
-    counts: Counts,
-    number: int,
-    level: int,
-    total: Callable[..., float],
-    changed: Sequence[Sequence[Any]],
-) -> float:
-    """Return the time saved when group ``number`` goes to ``level``."""
-    before = total(counts, changed[number])
-    kept = counts[number]
-    counts[number] = level
-    after = total(counts, changed[number])
-    counts[number] = kept
-    return before - after
+        _, number, level = max(fits, key=operator.itemgetter(0))
+        counts[number] = level

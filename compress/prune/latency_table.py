@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import statistics
@@ -11,20 +12,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 from pydantic import Field, TypeAdapter
+from torch import nn
 
 from compress import artifact, environment, packages, progress
 from compress.artifact import read_json, scratch, write_json
 from compress.errors import EngineError, RunError
 from compress.runtimes import open_built, open_session, runtime_class, unavailable
-
-if TYPE_CHECKING:
-    from torch import nn
 
 SMOOTH = 0.10  # a cell whose centre is further than this from interpolation is measured finer
 NOISE_MS = 0.003  # differences below this are never called rough
@@ -109,7 +108,7 @@ class LatencyTable:
             inputs, whole = 1, (1, whole[1])
         low, high = (1, 1), whole
         while True:
-            if not _worth_dividing(low, high):
+            if max(b - a for a, b in zip(low, high, strict=True)) <= SMALLEST_CELL:
                 return self._point(shape, inputs, outputs)
             centre = _inside(low, high, 8)
             if all(self._is_smooth(shape, low, high, at) for at in (centre, _inside(low, high, 5))):
@@ -126,14 +125,11 @@ class LatencyTable:
             (x - a) / (b - a) if b > a else 0.0 for x, a, b in zip(at, low, high, strict=True)
         ]
         total = 0.0
-        for first in (0, 1):
-            for second in (0, 1):
-                weight = (across[0] if first else 1 - across[0]) * (
-                    across[1] if second else 1 - across[1]
-                )
-                if weight:
-                    corner = ((low, high)[first][0], (low, high)[second][1])
-                    total += weight * self._point(shape, *corner)
+        for ends in itertools.product((0, 1), repeat=2):
+            weight = math.prod(x if end else 1 - x for x, end in zip(across, ends, strict=True))
+            if weight:
+                corner = ((low, high)[end][dim] for dim, end in enumerate(ends))
+                total += weight * self._point(shape, *corner)
         return total
 
     def _point(self, shape: LayerShape, inputs: int, outputs: int) -> float:
@@ -143,10 +139,6 @@ class LatencyTable:
             points[place] = _checked(round(self.measure(shape, inputs, outputs), 6), shape.key)
             self.measured += 1
         return points[place]
-
-
-def _worth_dividing(low: tuple[int, ...], high: tuple[int, ...]) -> bool:
-    return max(b - a for a, b in zip(low, high, strict=True)) > SMALLEST_CELL
 
 
 def _inside(low: tuple[int, ...], high: tuple[int, ...], sixteenths: int) -> tuple[int, ...]:
@@ -203,16 +195,12 @@ def table_for(runtime: str) -> LatencyTable:
     if reason is not None:
         raise EngineError(f"nothing can be measured on {runtime}: {reason}", where="runtime")
     version = packages.version(runtime_class(runtime).package.replace("_", "-"))
-    machine = [runtime, version, *_processor(), None]  # None: all threads
+    device = environment.describe_machine()["device"]
+    cpu, threads = str(device.get("cpu", "unknown")), device.get("threads_usable")
+    machine = [runtime, version, cpu, threads, None]  # None: all threads
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
     measure = functools.partial(measure_layer, runtime=runtime)
     return LatencyTable(measure, latency_cache() / f"{runtime}-{name}.json")
-
-
-def _processor() -> tuple[str, Any]:
-    """Return the processor's name, and how many of its threads may be used by default."""
-    device = environment.describe_machine()["device"]
-    return str(device.get("cpu", "unknown")), device.get("threads_usable")
 
 
 def latency_cache() -> Path:
@@ -230,29 +218,19 @@ def measure_layer(shape: LayerShape, inputs: int, outputs: int, *, runtime: str)
     were measured.
     """
     inputs = outputs if shape.groups == 0 else inputs
-    if runtime_class(runtime).opens == "network":
-        return _measure_module(shape, inputs, outputs, runtime)
     array = np.random.default_rng(0).standard_normal(_input_shape(shape, inputs)).astype(np.float32)
     with scratch() as folder:
-        path = folder / "layer.onnx"
-        onnx.save(layer_graph(shape, inputs, outputs), path)
-        with open_built(path, runtime) as session:
+        if runtime_class(runtime).opens == "network":
+            session = open_session(layer_module(shape, inputs, outputs), runtime)
+        else:
+            onnx.save(layer_graph(shape, inputs, outputs), folder / "layer.onnx")
+            session = open_built(folder / "layer.onnx", runtime)
+        with session:
             return time_calls(functools.partial(session.run, array), SECONDS, quantile=0.1)
-
-
-def _measure_module(shape: LayerShape, inputs: int, outputs: int, runtime: str) -> float:
-    import torch
-
-    size = _input_shape(shape, inputs)
-    image = torch.randn(size, generator=torch.Generator().manual_seed(0)).numpy()
-    with open_session(layer_module(shape, inputs, outputs), runtime) as session:
-        return time_calls(functools.partial(session.run, image), SECONDS, quantile=0.1)
 
 
 def layer_module(shape: LayerShape, inputs: int, outputs: int) -> nn.Module:
     """Return a torch module that is one convolution or matrix product, with its padding."""
-    from torch import nn
-
     if not shape.kernel:
         return nn.Linear(inputs, outputs)
     rank = len(shape.kernel)

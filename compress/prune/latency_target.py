@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from compress.artifact import scratch
 from compress.errors import PlanError
 from compress.export import export_onnx
-from compress.groups.inputs import Example
 from compress.groups.plan import PrunePlan
+from compress.modules.inputs import Example, call_inputs
 from compress.prune.budget import latency_left, rounds_of
 from compress.prune.latency_table import time_calls
 from compress.runtimes import Session, open_built, open_session, runtime_class
@@ -48,7 +46,8 @@ class Stopwatch:
         original_ms: float | None = None,
     ) -> None:
         self._example, self._runtime = example_input, runtime
-        self._arrays = _arrays(example_input)
+        args, kwargs = call_inputs(example_input)
+        self._arrays = [tensor.detach().cpu().numpy() for tensor in (*args, *kwargs.values())]
         self._open = ExitStack()
         self._reference = self._session(original, self._open)
         if original_ms is None:
@@ -144,12 +143,3 @@ def check_latency(
     with Stopwatch(original, example_input, runtime, original_ms) as stopwatch:
         measured = stopwatch.ms(pruned)
     return LatencyCheck(promised_ms, measured, runtime, bool(plan.tensors))
-
-
-def _arrays(example_input: Example) -> list[np.ndarray]:
-    if isinstance(example_input, torch.Tensor):
-        tensors: Any = [example_input]
-    else:
-        is_mapping = isinstance(example_input, Mapping)
-        tensors = example_input.values() if is_mapping else example_input  # type: ignore[union-attr]
-    return [tensor.detach().cpu().numpy() for tensor in tensors]

@@ -1,19 +1,25 @@
-"""The loss that gradients are taken of: the caller's, or the one that fits outputs and targets."""
+"""The loss that gradients are taken of: the caller's, one that fits the targets, or of own answers.
+
+The gradients of the last are samples of the Fisher information of a network's outputs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.errors import DataError, UsageError
-from compress.modules.outputs import logits_of
+from compress.errors import DataError, PlanError, UsageError
+from compress.modules.outputs import chosen_outputs, logits_of, named_tensors
 
 Loss = Callable[[Any, Any], Tensor]  # of what the network returns, and the targets
+Answers = Literal["auto", "classes", "numbers"]
 Kind = Literal["cross-entropy", "soft cross-entropy", "binary cross-entropy", "squared error"]
+LEAST_VARIANCE = 1e-8  # as a share of its mean square; a channel below it is constant
 _IGNORED = 255  # the label of pixels that belong to no class, as in Pascal VOC and Cityscapes
 _FIX = "Pass loss=, a function of outputs and targets, or use a criterion without labels (fisher)"
 
@@ -91,7 +97,8 @@ def checked(loss: Loss, output: Any, target: Any) -> Tensor:
 def _kind(logits: Tensor, target: Tensor) -> Kind:
     classes = logits.shape[1] if logits.ndim > 1 else 1
     low, high = float(target.min()), float(target.max())
-    alike = target.shape[1:].numel() == logits.shape[1:].numel() and _tails(target, logits)
+    # Alike but for the batch, which may be a part, and sizes of one.
+    alike = [n for n in target.shape[1:] if n != 1] == [n for n in logits.shape[1:] if n != 1]
     if not target.is_floating_point():
         if alike and low >= 0 and high <= 1:
             return "binary cross-entropy"
@@ -112,8 +119,10 @@ def _kind(logits: Tensor, target: Tensor) -> Kind:
             expected="targets of the output's shape, or whole numbers for classes",
             fix=_FIX,
         )
-    if classes > 1 and low >= 0 and _adds_up(target):
-        return "soft cross-entropy"
+    if classes > 1 and low >= 0:
+        sums = target.float().sum(1)
+        if torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all():
+            return "soft cross-entropy"
     if bool(((target == 0) | (target == 1)).all()):
         return "binary cross-entropy"
     if low < 0 or high > 1 or logits.ndim > 2:
@@ -140,18 +149,103 @@ def _computed(kind: Kind, logits: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(logits, target)
 
 
-def _tails(target: Tensor, logits: Tensor) -> bool:
-    """Say whether the shapes agree but for the batch, which may be a part, and sizes of one."""
-    ours = [n for n in logits.shape[1:] if n != 1]
-    return [n for n in target.shape[1:] if n != 1] == ours
-
-
 def _without_one(target: Tensor) -> tuple[int, ...]:
     """Return the shape of one image's labels, without a channel of size one: (B, 1, H, W)."""
     shape = tuple(target.shape[1:])
     return shape[1:] if len(shape) in (1, 3) and shape[0] == 1 else shape
 
 
-def _adds_up(target: Tensor) -> bool:
-    sums = target.float().sum(1)
-    return bool(torch.isclose(sums, torch.ones_like(sums), atol=1e-3).all())
+@dataclass(frozen=True)
+class Reading:
+    """What of a network's outputs counts, and what it is.
+
+    Args:
+        kind: "classes" (the main output holds logits), "numbers", or "auto": classes where the
+            main output is (B, K) or (B, K, H, W), K at least 2, and no more are named.
+        outputs: Places of the outputs that count; all, or the main one of classes, if None.
+    """
+
+    kind: Answers = "auto"
+    outputs: tuple[str, ...] | None = None
+
+
+AS_SEEN = Reading()
+
+
+class SampledAnswers:
+    """The negative log-likelihood of answers drawn from the network's own; no labels are used.
+
+    Classes are drawn from softened logits. Other outputs are taken as means of Gaussians whose
+    variance is that of the output over the batch, channel by channel for maps: the gradient of a
+    random projection of them is a sample of the Gauss-Newton matrix, and several outputs add up.
+
+    Args:
+        reading: Which outputs count, and what they are.
+        temperature: Divides the logits.
+        seed: Of the draws.
+    """
+
+    def __init__(self, reading: Reading, temperature: float, seed: int) -> None:
+        self.reading, self.temperature = reading, temperature
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, output: Any, _target: Any) -> Tensor:
+        """Return a scalar whose gradients are one sample.
+
+        Raises:
+            DataError: the outputs are not of this kind.
+            PlanError: they are not finite.
+        """
+        found = [
+            tensor
+            for _, tensor in chosen_outputs(named_tensors(output), self.reading.outputs)
+            if tensor.is_floating_point() and tensor.requires_grad and tensor.numel()
+        ]
+        if not found:
+            raise DataError(
+                "no output of the network depends on its weights",
+                expected="floating-point outputs",
+                fix="Name others in outputs, or use a criterion without gradients: l2, activation",
+            )
+        main, kind = found[0], self.reading.kind
+        is_alone = len(found) == 1 or self.reading.outputs is None
+        are_logits = is_alone and main.ndim in (2, 4) and main.shape[1] > 1
+        if kind == "classes" or (kind == "auto" and are_logits):
+            return self._of_classes(logits_of(main))
+        return torch.stack([self._projected(each) for each in found]).sum()
+
+    def _of_classes(self, logits: Tensor) -> Tensor:
+        if logits.ndim < 2 or logits.shape[1] < 2:
+            raise DataError(
+                f"the network's output {tuple(logits.shape)} holds no logits of classes",
+                expected="logits (B, K) or (B, K, H, W), K at least 2",
+            )
+        rows = logits.movedim(1, -1).flatten(0, -2) / self.temperature  # (positions, K)
+        # Drawn on the CPU, so that the same seed draws alike on every device.
+        chances = _finite(rows.detach().float().softmax(1).cpu())
+        drawn = torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+        return F.cross_entropy(rows, drawn.to(rows.device))
+
+    def _projected(self, output: Tensor) -> Tensor:
+        """Return the output times random signs, a scalar: its mean square is 1 per image."""
+        values = _finite(output.detach().float())
+        over = [dim for dim in range(values.ndim) if dim != 1 or values.ndim < 3]
+        variance = values.var(over, keepdim=True, correction=0) if values.numel() > 1 else None
+        weights = torch.ones_like(values)
+        if variance is not None:  # of each channel: scores up to 1 may stand beside boxes in pixels
+            alive = variance > LEAST_VARIANCE * values.square().mean(over, keepdim=True)
+            if alive.any():
+                weights = torch.where(alive, variance.clamp_min(1e-30).rsqrt(), 0.0) * weights
+        signs = torch.randint(0, 2, tuple(values.shape), generator=self.generator) * 2.0 - 1.0
+        each_image = max(1, values[0].numel()) if values.ndim else 1
+        scale = len(values) * each_image**0.5 if values.ndim else 1.0
+        return (output * (weights * signs.to(weights)).to(output.dtype)).sum() / scale
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise PlanError(
+            "the network returns numbers that are not finite",
+            fix="Check the weights and the images for NaN or infinity",
+        )
+    return values

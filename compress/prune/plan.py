@@ -15,20 +15,18 @@ from torch import nn
 
 from compress.errors import PlanError, UsageError
 from compress.groups import Network, trace
-from compress.groups.inputs import Example
 from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import example_shapes
 from compress.modules import network_of, with_gradients
-from compress.modules.inputs import example_of, read_batches
+from compress.modules.inputs import Example, example_of, read_batches
 from compress.modules.outputs import as_places
-from compress.prune.answers import Answers, Reading
 from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
 from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.criteria import Criterion
 from compress.prune.latency import counts_for_latency
-from compress.prune.loss import Loss
+from compress.prune.loss import Answers, Loss, Reading
 from compress.prune.saliency import Batches
-from compress.prune.scoring import build_criterion, criterion_name, scores
+from compress.prune.scoring import build_criterion, criterion_name, criterion_options, scores
 from compress.prune.selection import (
     CandidateCounts,
     Normalize,
@@ -138,33 +136,32 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         keep_macs=keep_macs, keep_params=keep_params, keep_channels=keep_channels,
         keep_latency=keep_latency, latency_ms=latency_ms,
     )  # fmt: skip
-    limits = Limits(round_to, min_channels, max_cut, _names(exclude))
+    named = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+    limits = Limits(round_to, min_channels, max_cut, named)
     _check_choices(ranking=(ranking, Ranking), normalize=(normalize, Normalize),
                    answers=(answers, Answers))  # fmt: skip
     scorer = build_criterion(criterion, seed)
-    model, example = network_of(model), example_of(example_input)
-    if batches is not None:
-        batches = read_batches(batches, example)
-    places = as_places(outputs)
+    if normalize == "auto":
+        normalize = "per_cost" if getattr(scorer, "estimates_loss", False) else "mean"
+    model, example, places = network_of(model), example_of(example_input), as_places(outputs)
+    batches = None if batches is None else read_batches(batches, example)
     network = trace(model, example, places)
     _check_counted(network, budget)
-    excluded = _excluded(model, network, limits.exclude)
-    _check_something_to_cut(network, excluded)
-    way = _normalize(normalize, scorer)
-    _note_side_outputs(network)
+    network, excluded = _with_excluded(model, network, limits.exclude)
     rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
-    candidates = _candidates(network, [normalized(row, way) for row in rows], limits, excluded)
+    found = [normalized(row, normalize) for row in rows]
+    candidates = _candidates(network, found, limits, excluded)
     about: dict[str, Any] = {
-        "criterion": {criterion_name(scorer): _options(scorer)},
+        "criterion": {criterion_name(scorer): criterion_options(scorer)},
         "budget": budget.to_json(),
         "ranking": ranking,
-        "normalize": way,
-        "limits": dataclasses.asdict(limits) | {"exclude": list(limits.exclude)},
+        "normalize": normalize,
+        "limits": dataclasses.asdict(limits),
         "seed": seed,
         "example": example_shapes(example),
     }
     if budget.kind in ("latency", "latency_ms"):
-        importance = _importance(CostModel(network), candidates, way)
+        importance = _importance(CostModel(network), candidates, normalize)
         counts, about["latency"] = counts_for_latency(
             model, example, network, candidates, importance, budget, runtime
         )
@@ -172,12 +169,11 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     elif budget.kind == "channels":
         counts = _counts_of_channels(model, network, candidates, budget)
     else:
-        counts = _counts_of_cost(network, candidates, budget, ranking, way == "per_cost")
-    if places is not None:
-        about["outputs"] = list(places)
-    about |= {"side_outputs": list(network.side_outputs)} if network.side_outputs else {}
+        counts = _counts_of_cost(network, candidates, budget, ranking, normalize == "per_cost")
+    about |= {"outputs": places} if places is not None else {}
+    about |= {"side_outputs": network.side_outputs} if network.side_outputs else {}
     keep = kept_units([group.name for group in network.groups], candidates, counts)
-    return make_prune_plan(_with_excluded(network, excluded), keep, **about)
+    return make_prune_plan(network, keep, **about)
 
 
 def _check_counted(network: Network, budget: Budget) -> None:
@@ -200,19 +196,6 @@ def _check_counted(network: Network, budget: Budget) -> None:
     )
 
 
-def _note_side_outputs(network: Network) -> None:
-    if network.side_outputs:
-        logger.warning(
-            "the network also leaves tensors on attributes, which get fewer channels: %s; return "
-            "them to keep their channels",
-            ", ".join(network.side_outputs),
-        )
-
-
-def _names(exclude: Iterable[str]) -> tuple[str, ...]:
-    return (exclude,) if isinstance(exclude, str) else tuple(exclude)
-
-
 def _check_choices(**options: tuple[object, Any]) -> None:
     """Refuse an option, given with the ``Literal`` of what it may be, that is something else."""
     for option, (value, kind) in options.items():
@@ -222,38 +205,29 @@ def _check_choices(**options: tuple[object, Any]) -> None:
             )
 
 
-def _normalize(normalize: Normalize, criterion: Criterion) -> Normalize:
-    if normalize != "auto":
-        return normalize
-    return "per_cost" if getattr(criterion, "estimates_loss", False) else "mean"
+def _with_excluded(
+    model: nn.Module, network: Network, names: tuple[str, ...]
+) -> tuple[Network, dict[int, str]]:
+    """Return the network that says why excluded groups stay, and those with the name that does.
 
-
-def _options(criterion: Criterion) -> dict[str, Any]:
-    names = getattr(type(criterion), "__dataclass_fields__", {})
-    return {name: getattr(criterion, name) for name in names}
-
-
-def _excluded(model: nn.Module, network: Network, names: tuple[str, ...]) -> dict[int, str]:
-    """Return the groups that stay whole because a name in ``names`` says so, and that name."""
-    return {number: name for name in names for number in groups_of(model, network, name, "exclude")}
-
-
-def _with_excluded(network: Network, excluded: Mapping[int, str]) -> Network:
-    frozen = {
-        network.groups[number].name: f"excluded by the name {name!r}"
-        for number, name in excluded.items()
-    }
-    return dataclasses.replace(network, frozen=dict(network.frozen) | frozen)
-
-
-def _check_something_to_cut(network: Network, excluded: Mapping[int, str]) -> None:
-    if len(excluded) < len(network.groups):
-        return
-    reasons = [f"{layer}: {reason}" for layer, reason in network.frozen.items()]
-    reasons += [f"{network.groups[n].name}: excluded as {name!r}" for n, name in excluded.items()]
-    shown = "; ".join(reasons[:5]) + (f"; and {len(reasons) - 5} more" if reasons[5:] else "")
-    shown = shown or "it has no convolution or linear layer"
-    raise PlanError(f"no channel of this network can be cut: {shown}")
+    Raises:
+        PlanError: nothing is left to cut.
+    """
+    excluded = {n: name for name in names for n in groups_of(model, network, name, "exclude")}
+    groups = [(network.groups[number].name, name) for number, name in excluded.items()]
+    if len(excluded) == len(network.groups):
+        reasons = [f"{layer}: {reason}" for layer, reason in network.frozen.items()]
+        reasons += [f"{group}: excluded as {name!r}" for group, name in groups]
+        more = f"; and {len(reasons) - 5} more" if reasons[5:] else ""
+        raise PlanError(f"no channel of this network can be cut: {'; '.join(reasons[:5])}{more}")
+    if network.side_outputs:
+        logger.warning(
+            "the network also leaves tensors on attributes, which get fewer channels: %s; return "
+            "them to keep their channels",
+            ", ".join(network.side_outputs),
+        )
+    why = {group: f"excluded by the name {name!r}" for group, name in groups}
+    return dataclasses.replace(network, frozen={**network.frozen, **why}), excluded
 
 
 def _candidates(

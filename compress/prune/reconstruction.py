@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import UsageError
 from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
 from compress.modules.inputs import read_batches
@@ -79,8 +79,6 @@ def refit(
     device = next(pruned.parameters()).device
     batches = list(batches)
     images = [batch.to(device).args[0] for batch in read_batches(batches)]
-    if not images:
-        raise UsageError("batches holds no images", fix="Give at least one batch")
     with evaluating(pruned), evaluating(original), torch.no_grad():
         pairs = list(_pairs(pruned, original, plan, images))
         count = sum(map(len, images))
@@ -131,7 +129,7 @@ class _LayerFit:
         """Size of the answers, at most."""
         return self.rows * self.batches * self.calls * len(_filters(self.layer)) * 4 / 2**20
 
-    def note(self, answer: Tensor, other: Tensor | None) -> None:
+    def note(self, _input: Tensor, answer: Tensor, other: Tensor | None) -> None:
         """Keep what the original answered at places drawn for this call.
 
         Args:
@@ -217,11 +215,7 @@ def _asked(
     pairs: Sequence[_LayerFit], original: Replay, images: Sequence[Tensor]
 ) -> Iterator[_LayerFit]:
     """Run the original once for all ``pairs``, yield them, and forget each one's answers after."""
-
-    def note(pair: _LayerFit) -> Show:
-        return lambda _input, answer, other: pair.note(answer, other)
-
-    notes = [_Note(pair.before, pair.calls, pair.join, note(pair)) for pair in pairs]
+    notes = [_Note(pair.before, pair.calls, pair.join, pair.note) for pair in pairs]
     for number, batch in enumerate(images):
         _run(original, number, batch, notes)
     for pair in pairs:
@@ -234,23 +228,17 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     modules = dict(model.named_modules())
     owners = Counter(id(weight) for m in modules.values() for weight in m._parameters.values())
     calls: Counter[str] = Counter()
-    removals = []
-    for name, module in modules.items():
-        # Only plain classes: a subclass may compute something else with its weight. A weight that
-        # is no parameter of its own is computed from others, as by spectral normalization.
-        is_plain = type(module) in get_args(Layer)
-        is_plain &= not isinstance(module, Transposed) or module.groups == 1
-        weight = module._parameters.get("weight")
-        if is_plain and weight is not None and owners[id(weight)] == 1:
-            hook = module.register_forward_hook(
-                lambda _module, _inputs, _output, name=name: calls.update([name])
-            )
-            removals.append(hook)
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            # Only plain classes: a subclass may compute something else with its weight. A weight
+            # that is no parameter of its own is computed from others (spectral normalization).
+            is_plain = type(module) in get_args(Layer)
+            is_plain &= not isinstance(module, Transposed) or module.groups == 1
+            weight = module._parameters.get("weight")
+            if is_plain and weight is not None and owners[id(weight)] == 1:
+                count = functools.partial(lambda name, *_: calls.update([name]), name)
+                hooks.enter_context(module.register_forward_hook(count))
         model(image)
-    finally:
-        for hook in removals:
-            hook.remove()
     return [(name, modules[name], count) for name, count in calls.items()]
 
 
@@ -305,15 +293,12 @@ def _run(replay: Replay, number: int, images: Tensor, notes: Sequence[_Note]) ->
         if not missing:
             raise _EnoughSeen
 
-    def hook(note: _Note) -> Callable[..., None]:
-        def seen(_module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
-            if note.join is not None:
-                waiting[note.join.number] = inputs[0], answer
-                return
-            note.show(inputs[0], answer, None)
-            shown()
-
-        return seen
+    def seen(note: _Note, _module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        if note.join is not None:
+            waiting[note.join.number] = inputs[0], answer
+            return
+        note.show(inputs[0], answer, None)
+        shown()
 
     def summed(number: int, operands: tuple[Tensor, Tensor]) -> None:
         note = joined.get(number)
@@ -321,19 +306,16 @@ def _run(replay: Replay, number: int, images: Tensor, notes: Sequence[_Note]) ->
             note.show(*waiting.pop(number), operands[note.join.other])
             shown()
 
-    hooks = [note.layer.register_forward_hook(hook(note)) for note in notes]
     sums = Sums(summed)
     limit = min(replay.entered(note.layer) for note in notes)
-    try:
-        with (
-            replay.passing(number, limit, sums.skip),
-            contextlib.suppress(_EnoughSeen),
-            sums if joined else contextlib.nullcontext(),
-        ):
-            replay.model(images)
-    finally:
-        for each in hooks:
-            each.remove()
+    with contextlib.ExitStack() as stack:
+        for note in notes:
+            hook = functools.partial(seen, note)
+            stack.enter_context(note.layer.register_forward_hook(hook))
+        stack.enter_context(replay.passing(number, limit, sums.skip))
+        stack.enter_context(contextlib.suppress(_EnoughSeen))
+        stack.enter_context(sums if joined else contextlib.nullcontext())
+        replay.model(images)
 
 
 def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:

@@ -70,8 +70,13 @@ class Replay:
             skip: Told of sums of two tensors that are left out.
         """
         kept = self._kept[batch]
-        wanted = self._outermost({n for n, c in self._calls.items() if c.left < limit})
-        needed = {name for name in wanted if self._is_read(name, wanted)}
+        done = {name for name, call in self._calls.items() if call.left < limit}
+        wanted = {name for name in done if done.isdisjoint(self._calls[name].parents)}
+        needed = {
+            name
+            for name in wanted
+            if any(wanted.isdisjoint(stack) for stack in self._calls[name].readers)
+        }
         with contextlib.ExitStack() as stack:
             for name, value in kept.items():
                 stack.enter_context(self._replaced(name, value, skip))
@@ -79,27 +84,14 @@ class Replay:
             fresh: dict[str, Tensor] = {}
             if size <= CACHE_MIB:
                 for name in wanted - set(kept):
-                    hook = self._keeping(name, fresh, name in needed)
-                    stack.callback(self._modules[name].register_forward_hook(hook).remove)
+                    hook = partial(_keep, fresh, name, name in needed)
+                    stack.enter_context(self._modules[name].register_forward_hook(hook))
             yield
         if size <= CACHE_MIB and wanted - set(kept) <= set(fresh):
             found = kept | fresh
             self._kept[batch] = {
                 name: found[name] if name in needed else _shape_of(found[name]) for name in wanted
             }
-
-    def _outermost(self, names: set[str]) -> set[str]:
-        return {name for name in names if not any(p in names for p in self._calls[name].parents)}
-
-    def _is_read(self, name: str, finished: set[str]) -> bool:
-        return any(finished.isdisjoint(stack) for stack in self._calls[name].readers)
-
-    def _keeping(self, name: str, fresh: dict[str, Tensor], is_needed: bool) -> Callable[..., None]:
-        def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            # A copy: what comes after may change it in place.
-            fresh[name] = output.clone() if is_needed else _shape_of(output)
-
-        return keep
 
     @contextlib.contextmanager
     def _replaced(self, name: str, value: Tensor, skip: Callable[[int], None]) -> Iterator[None]:
@@ -122,6 +114,13 @@ class Replay:
                 del module.forward
             else:
                 module.forward = own
+
+
+def _keep(
+    fresh: dict[str, Tensor], name: str, is_needed: bool, _module: Any, _inputs: Any, output: Tensor
+) -> None:
+    """Keep the output of a module: a copy, as what comes after may change it in place."""
+    fresh[name] = output.clone() if is_needed else _shape_of(output)
 
 
 def _shape_of(tensor: Tensor) -> Tensor:
@@ -172,10 +171,11 @@ class _Survey(Sums):  # type: ignore[no-untyped-call]
         call.mib = output.numel() * output.element_size() / 2**20
         given = inputs[0] if inputs else None
         if isinstance(given, Tensor) and _storage(given) == _storage(output):
-            if not _lie_alike(given, output):
+            if given.is_set_to(output):
+                call.is_alias = True
+            else:
                 self.unfit.add(name)  # made anew in a moment, and its input may have other readers
                 return
-            call.is_alias = True
         self.storages[_storage(output)].append(call)
         self.alive.append(output)
 
@@ -205,30 +205,17 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _lie_alike(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors of one storage are the same numbers in the same order."""
-    return bool(
-        first.shape == second.shape
-        and first.stride() == second.stride()
-        and first.storage_offset() == second.storage_offset()
-    )
-
-
 def _survey(
     model: nn.Module, modules: dict[str, nn.Module], image: Tensor
 ) -> tuple[dict[str, _Call], dict[str, int]]:
     """Return the modules that can be replayed, and when each module first runs."""
     watch = _Survey()
-    hooks = []
-    for name, module in modules.items():
-        hooks.append(module.register_forward_pre_hook(partial(watch.enter, name)))
-        hooks.append(module.register_forward_hook(partial(watch.leave, name)))
-    try:
-        with watch:
-            model(image)
-    finally:
-        for each in hooks:
-            each.remove()
+    with contextlib.ExitStack() as stack:
+        for name, module in modules.items():
+            stack.enter_context(module.register_forward_pre_hook(partial(watch.enter, name)))
+            stack.enter_context(module.register_forward_hook(partial(watch.leave, name)))
+        stack.enter_context(watch)
+        model(image)
     return {
         name: found[0]
         for name, found in watch.calls.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.groups import meta_ops
 from compress.groups.calls import WatchedOps
+from compress.prune.batchnorm import tracking_norms
 
 LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up what others lost
 
@@ -81,11 +83,10 @@ def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[
     answers: dict[int, tuple[nn.Module, _BatchNorm | None]] = {}  # by the tensor's id
 
     def show(number: int, operands: tuple[Tensor, Tensor]) -> None:
-        if operands[0].shape != operands[1].shape:
-            return
+        alike = operands[0].shape == operands[1].shape
         for own, other in ((0, 1), (1, 0)):
             layer, norm = answers.get(id(operands[own]), (None, None))
-            if layer is not None and watch.made_at(operands[other]) <= started[layer]:
+            if alike and layer is not None and watch.made_at(operands[other]) <= started[layer]:
                 found.setdefault(layer, Join(number, other, norm))
 
     def starts(layer: nn.Module, _inputs: Any) -> None:
@@ -94,25 +95,20 @@ def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[
     def ends(layer: nn.Module, _inputs: Any, answer: Tensor) -> None:
         answers[id(answer)] = (layer, None)
 
-    def normalizes(norm: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
-        layer, already = answers.get(id(inputs[0]), (None, None))
-        if layer is not None and already is None and isinstance(norm, _BatchNorm):
+    def normalizes(norm: Any, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        layer, already = answers.get(id(inputs[0]), (norm, norm))
+        if already is None and norm.affine:
             answers[id(answer)] = (layer, norm)
 
-    hooks = [layer.register_forward_pre_hook(starts) for layer in layers]
-    hooks += [layer.register_forward_hook(ends) for layer in layers]
-    hooks += [
-        norm.register_forward_hook(normalizes)
-        for norm in model.modules()
-        if isinstance(norm, _BatchNorm) and norm.track_running_stats and norm.affine
-    ]
     watch = _Watch(show)
-    try:
-        with watch:
-            model(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(layer.register_forward_pre_hook(starts))
+            stack.enter_context(layer.register_forward_hook(ends))
+        for norm in tracking_norms(model):
+            stack.enter_context(norm.register_forward_hook(normalizes))
+        stack.enter_context(watch)
+        model(image)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from compress.errors import CompressError, DataError, UsageError
+from compress.errors import CompressError, DataError
 from compress.groups import Group, Network, Slice
 from compress.modules import evaluating, with_gradients
 from compress.modules.detectors import on_batch
 from compress.modules.inputs import Inputs, read_batches
-from compress.prune.answers import AS_SEEN, Reading, SampledAnswers
 from compress.prune.criteria import Evidence, Need
-from compress.prune.loss import FittingLoss, Loss, checked
+from compress.prune.loss import AS_SEEN, FittingLoss, Loss, Reading, SampledAnswers, checked
 
 Batches = Iterable[Any]  # each as ``compress.modules.inputs.read_batch`` reads it
 Place = tuple[str, int]  # a parameter and one of its dimensions
@@ -77,37 +77,31 @@ def evidence(
         UsageError: there is not one batch.
         DataError: the model's output and the labels do not go together.
     """
-    device = next(model.parameters()).device
-    drawn = SampledAnswers(reading, sampling.temperature, sampling.seed)
-    fitting = FittingLoss()
-    of = fitting if loss is None else functools.partial(checked, loss)
+    loss_of: Loss = SampledAnswers(reading, sampling.temperature, sampling.seed)
+    if need in LABELLED:
+        loss_of = functools.partial(checked, loss) if loss is not None else FittingLoss()
     size = None if need in WATCHED else sampling.images_per_gradient
-    is_labelled = need in LABELLED
-    chunks = (
-        chunk.to(device)
-        for batch in read_batches(batches)
-        for chunk in _chunks(batch, size, fitting if loss is None and is_labelled else None)
-    )
+    chunks = _chunks(model, batches, size, loss_of)
     with evaluating(model):
         if need == "activations":
-            found = _activations(model, network, chunks)
-        elif need == "correlations":
-            found = _correlations(model, network, chunks, sampling.seed)
-        elif need == "hessian":
-            found = _curvatures(model, network, chunks, sampling.seed, of)
-        elif need == "answers":
-            found = _products(model, network, chunks, drawn)
-        else:
-            found = _products(model, network, chunks, of)
-    if found is None:
-        raise UsageError("batches holds no images", fix="Give at least one batch")
-    return found
+            return _activations(model, network, chunks)
+        if need == "correlations":
+            return _correlations(model, network, chunks, sampling.seed)
+        if need == "hessian":
+            return _curvatures(model, network, chunks, sampling.seed, loss_of)
+        return _products(model, network, chunks, loss_of)
 
 
-def _chunks(batch: Inputs, size: int | None, fitting: FittingLoss | None) -> Iterator[Inputs]:
-    if fitting is not None:
-        fitting.see(batch.target)
-    yield from [batch] if size is None else batch.split(size)
+def _chunks(
+    model: nn.Module, batches: Batches, size: int | None, loss_of: Loss
+) -> Iterator[Inputs]:
+    """Yield parts of ``size`` images beside the model; a loss that fits sees whole batches."""
+    device = next(model.parameters()).device
+    for batch in read_batches(batches):
+        if isinstance(loss_of, FittingLoss):
+            loss_of.see(batch.target)
+        for chunk in [batch] if size is None else batch.split(size):
+            yield chunk.to(device)
 
 
 def _run(model: nn.Module, inputs: Inputs, weights: dict[str, Tensor] | None = None) -> Any:
@@ -131,43 +125,39 @@ def _run(model: nn.Module, inputs: Inputs, weights: dict[str, Tensor] | None = N
 
 def _places(network: Network) -> dict[str, list[int]]:
     """Return the dimensions of each parameter along which groups cut."""
-    found: dict[str, set[int]] = defaultdict(set)
-    for group in network.groups:
-        for piece in group.slices:
-            if piece.tensor in network.parameters:
-                found[piece.tensor].add(piece.dim)
-    return {tensor: sorted(dims) for tensor, dims in found.items()}
+    found: dict[str, list[int]] = defaultdict(list)
+    for tensor, dim in network.owned:
+        if tensor in network.parameters:
+            found[tensor].append(dim)
+    return found
 
 
 def _products(
     model: nn.Module, network: Network, chunks: Iterable[Inputs], loss_of: Loss
-) -> Evidence | None:
+) -> Evidence:
     places = _places(network)
     rows: dict[Place, list[Tensor]] = defaultdict(list)
     for inputs in chunks:
-        weights, output = _outputs(model, places, inputs)
+        weights, output = run_on_leaves(model, places, inputs)
         loss = loss_of(output, inputs.target)
         gradients = torch.autograd.grad(loss, list(weights.values()), materialize_grads=True)
         for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
             product = (weight * gradient).detach()
             for dim in places[name]:
                 rows[name, dim].append(_summed(product, dim).cpu())
-    return Evidence(products={key: torch.stack(row) for key, row in rows.items()}) if rows else None
+    return Evidence(products={key: torch.stack(row) for key, row in rows.items()})
 
 
 def _curvatures(
-    model: nn.Module,
-    network: Network,
-    chunks: Iterable[Inputs],
-    seed: int,
-    loss_of: Loss,
-) -> Evidence | None:
+    model: nn.Module, network: Network, chunks: Iterable[Inputs], seed: int, loss_of: Loss
+) -> Evidence:
     places = _places(network)
     generator = torch.Generator().manual_seed(seed)
-    totals: dict[Place, Tensor] = {}
+    totals: dict[Place, Any] = defaultdict(float)
     samples = 0
     for inputs in chunks:
-        weights, output = _outputs(model, places, inputs)
+        samples += 1
+        weights, output = run_on_leaves(model, places, inputs)
         loss = loss_of(output, inputs.target)
         values = list(weights.values())
         signs = [(torch.randint(0, 2, v.shape, generator=generator) * 2 - 1).to(v) for v in values]
@@ -177,26 +167,21 @@ def _curvatures(
         for (name, weight), z, hz in zip(weights.items(), signs, second, strict=True):
             cost = (0.5 * weight.square() * z * hz).detach()
             for dim in places[name]:
-                summed = _summed(cost, dim).cpu()
-                totals[name, dim] = totals[name, dim] + summed if samples else summed
-        samples += 1
-    if not samples:
-        return None
+                totals[name, dim] += _summed(cost, dim).cpu()
     return Evidence(curvatures={key: total / samples for key, total in totals.items()})
 
 
-def _outputs(
+def run_on_leaves(
     model: nn.Module, names: Iterable[str], inputs: Inputs
 ) -> tuple[dict[str, Tensor], Any]:
     """Return parameters that share the model's memory but not its gradients, and the output."""
     known = dict(model.named_parameters(remove_duplicate=False))
-    weights = {name: _leaf(known[name]) for name in names}
+    values = {name: known[name].detach() for name in names}
+    weights = {
+        name: (value.clone() if value.is_inference() else value).requires_grad_()
+        for name, value in values.items()
+    }
     return weights, _run(model, inputs, weights)
-
-
-def _leaf(parameter: Tensor) -> Tensor:
-    value = parameter.detach()
-    return (value.clone() if value.is_inference() else value).requires_grad_()
 
 
 def _summed(tensor: Tensor, dim: int) -> Tensor:
@@ -262,52 +247,44 @@ def _readers(model: nn.Module, network: Network) -> Iterator[tuple[Group, Slice,
                 yield group, piece, owner
 
 
-def _watched(
+def _watch(
     model: nn.Module,
     chunks: Iterable[Inputs],
     watches: Iterable[tuple[nn.Module, Callable[..., None]]],
-) -> bool:
-    """Run ``model`` while ``watches`` see what enters their modules; say whether it ever ran."""
-    removals = [owner.register_forward_pre_hook(watch).remove for owner, watch in watches]
-    seen = False
-    try:
-        with torch.no_grad():
-            for inputs in chunks:
-                _run(model, inputs)
-                seen = True
-    finally:
-        for remove in removals:
-            remove()
-    return seen
+) -> None:
+    """Run ``model`` while ``watches`` see what enters their modules."""
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for owner, watch in watches:
+            hooks.enter_context(owner.register_forward_pre_hook(watch))
+        for inputs in chunks:
+            _run(model, inputs)
 
 
-def _activations(model: nn.Module, network: Network, chunks: Iterable[Inputs]) -> Evidence | None:
-    watches: dict[str, tuple[nn.Module, _InputStatistics]] = {}
+def _activations(model: nn.Module, network: Network, chunks: Iterable[Inputs]) -> Evidence:
+    watches = {}
     for _, piece, owner in _readers(model, network):
-        dim = -1 if isinstance(owner, nn.Linear) else 1
-        watch = _InputStatistics(network.shapes[piece.tensor][piece.dim], dim)
-        watches.setdefault(piece.tensor, (owner, watch))
-    if not _watched(model, chunks, watches.values()):
-        return None
-    statistics = {
+        channels = -1 if isinstance(owner, nn.Linear) else 1
+        statistics = _InputStatistics(network.shapes[piece.tensor][piece.dim], channels)
+        watches[piece.tensor] = (owner, statistics)
+    _watch(model, chunks, watches.values())
+    found = {
         tensor: {key: total / watch.count for key, total in watch.sums.items()}
         for tensor, (_, watch) in watches.items()
         if watch.count
     }
-    return Evidence(activations=statistics)
+    return Evidence(activations=found)
 
 
 def _correlations(
     model: nn.Module, network: Network, chunks: Iterable[Inputs], seed: int
-) -> Evidence | None:
-    watches: dict[tuple[str, str], tuple[nn.Module, _Mixing]] = {
+) -> Evidence:
+    watches = {
         (piece.tensor, group.name): (owner, _Mixing(piece, seed))
         for group, piece, owner in _readers(model, network)
         # A grouped layer's position means another channel in each of its groups.
         if getattr(owner, "groups", 1) == 1
     }
-    if not _watched(model, chunks, watches.values()):
-        return None
+    _watch(model, chunks, watches.values())
     found = {
         key: (watch.index[:, 0], watch.sum / watch.count)
         for key, (_, watch) in watches.items()

@@ -14,11 +14,10 @@ from torch.nn.modules.batchnorm import _NormBase
 from compress import plugins
 from compress.errors import PlanError, UsageError
 from compress.groups import Group, Network
-from compress.prune.answers import AS_SEEN, Reading
 from compress.prune.cost import Floats
 from compress.prune.criteria import ChannelGroup, Criterion, Evidence, Need
-from compress.prune.loss import Loss
-from compress.prune.saliency import Batches, Sampling, evidence
+from compress.prune.loss import AS_SEEN, Loss, Reading
+from compress.prune.saliency import LABELLED, Batches, Sampling, evidence
 
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -51,35 +50,30 @@ def scores(
         UsageError: the criterion needs images and ``batches`` is None or empty, or takes no loss.
         PlanError: it gives something else than one finite number for each unit, or the same to all.
     """
-    seen = None
     needs = getattr(criterion, "needs", ())
     wanted = cast("tuple[Need, ...]", (needs,) if isinstance(needs, str) else needs)
-    if loss is not None and not {"gradients", "hessian"} & set(wanted):
+    if loss is not None and not {*LABELLED} & {*wanted}:
         raise UsageError(
             f"criterion {criterion_name(criterion)!r} takes no gradients of a loss, but loss= is "
             "given",
             fix="Leave loss out, or use taylor or hessian",
         )
-    if wanted:
-        if batches is None:
-            raise UsageError(
-                f"criterion {criterion_name(criterion)!r} needs {' and '.join(wanted)} on images, "
-                "and no images are given",
-                expected="batches of images (B, C, H, W) and labels (B,)",
-                fix="Pass batches=, or use a criterion that needs none, such as l2",
-            )
-        options = {
-            name: getattr(criterion, name)
-            for name in ("images_per_gradient", "temperature")
-            if hasattr(criterion, name)
-        }
-        sampling = Sampling(seed=seed, **options)
-        batches = list(batches) if len(wanted) > 1 else batches
-        found = [
-            evidence(model, network, need, batches, sampling, loss=loss, reading=reading)
-            for need in wanted
-        ]
-        seen = functools.reduce(Evidence.joined, found)
+    if wanted and batches is None:
+        raise UsageError(
+            f"criterion {criterion_name(criterion)!r} needs {' and '.join(wanted)} on images, "
+            "and no images are given",
+            expected="batches of images (B, C, H, W) and labels (B,)",
+            fix="Pass batches=, or use a criterion that needs none, such as l2",
+        )
+    given = ("images_per_gradient", "temperature")
+    options = {name: getattr(criterion, name) for name in given if hasattr(criterion, name)}
+    sampling = Sampling(seed=seed, **options)
+    shown = list(batches or ()) if len(wanted) > 1 else batches or ()
+    found = (
+        evidence(model, network, need, shown, sampling, loss=loss, reading=reading)
+        for need in wanted
+    )
+    seen = functools.reduce(Evidence.joined, found, Evidence())
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     scales = frozenset(
         f"{name}.weight" for name, module in model.named_modules() if isinstance(module, NORMS)
@@ -117,6 +111,12 @@ def criterion_name(criterion: Criterion) -> str:
     module = type(criterion).__module__
     is_plugin = module.startswith("compress.prune.criteria.")
     return module.rpartition(".")[2] if is_plugin else type(criterion).__name__
+
+
+def criterion_options(criterion: Criterion) -> dict[str, Any]:
+    """Return the options of a criterion, by name."""
+    names = getattr(type(criterion), "__dataclass_fields__", {})
+    return {name: getattr(criterion, name) for name in names}
 
 
 def _checked(found: Tensor, group: Group) -> Floats:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from compress.prune.cost import Counts, Floats
 
@@ -89,14 +89,56 @@ def normalized(scores: Floats, how: Normalize) -> Floats:
     return scores
 
 
-@dataclass(frozen=True)
 class _Blocks:
-    """Units that leave together, over all groups: one block leads to the next candidate count."""
+    """Units that leave together, over all groups: one block leads to the next candidate count.
 
-    group: Counts
-    units: Counts  # units in the block
-    score: Floats  # mean score of its units
-    share_cut: Floats  # share of its group that is gone once the block is
+    Args:
+        candidates: One for each group.
+        cost: What the network costs with the given counts.
+    """
+
+    def __init__(
+        self, candidates: Sequence[CandidateCounts], cost: Callable[[Counts], int]
+    ) -> None:
+        self.cost = cost
+        group, units, score, share = [], [], [], []
+        for number, one in enumerate(candidates):  # blocks of a group in the order they leave in
+            sums = np.concatenate(([0.0], np.cumsum(one.scores)))
+            upper, lower = one.levels[:0:-1], one.levels[-2::-1]
+            group.append(np.full(len(lower), number, dtype=np.int64))
+            units.append(upper - lower)
+            score.append(np.maximum.accumulate((sums[upper] - sums[lower]) / (upper - lower)))
+            share.append((one.size - lower) / one.size)
+        self.group, self.units = np.concatenate(group), np.concatenate(units)
+        self.score = np.concatenate(score)  # mean score of its units
+        self.share_cut = np.concatenate(share)  # of its group, that is gone once the block is
+
+    def without(self, cut: Counts, counts: Counts) -> Counts:
+        """Return the counts once blocks are cut."""
+        lost = np.bincount(self.group[cut], weights=self.units[cut], minlength=len(counts))
+        return counts - lost.astype(np.int64)
+
+    def shortest_prefix(self, left: Counts, counts: Counts, target: float) -> int:
+        """Return how many of ``left`` must go, in order, until the cost is at most target."""
+        return bisect.bisect_left(
+            range(len(left)),
+            True,
+            key=lambda number: self.cost(self.without(left[:number], counts)) <= target,
+        )
+
+    def refill(self, gone: Counts, counts: Counts, budget: float) -> None:
+        """Put blocks back, last cut first, while the cost stays within the budget, in place."""
+        full: set[int] = set()
+        for block in gone[::-1]:
+            group = int(self.group[block])
+            if group in full:
+                continue
+            counts[group] += self.units[block]
+            if self.cost(counts) > budget:
+                counts[group] -= self.units[block]
+                full.add(group)
+                if len(full) == len(counts):
+                    break
 
 
 def select(
@@ -119,7 +161,7 @@ def select(
         budget: Largest cost allowed; must be reachable.
         ranking: "global" or "uniform".
     """
-    blocks = _blocks(candidates)
+    blocks = _Blocks(candidates, cost)
     counts = np.array([one.size for one in candidates], dtype=np.int64)
     gone: list[Counts] = []
     left = np.arange(len(blocks.group))
@@ -132,66 +174,9 @@ def select(
             weights = np.maximum(marginal(counts), 1e-30)
             priority = priority / weights[blocks.group]
         left = left[np.lexsort((left, priority[left]))]
-        number = _shortest_prefix(blocks, left, counts, cost, target)
+        number = blocks.shortest_prefix(left, counts, target)
         gone.append(left[:number])
-        counts = _without(blocks, left[:number], counts)
+        counts = blocks.without(left[:number], counts)
         left = left[number:]
-    return _refilled(blocks, np.concatenate(gone), counts, cost, budget)
-
-
-def _blocks(candidates: Sequence[CandidateCounts]) -> _Blocks:
-    """Return the blocks of all groups; those of one group in the order in which they leave."""
-    group, units, score, share = [], [], [], []
-    for number, one in enumerate(candidates):
-        sums = np.concatenate(([0.0], np.cumsum(one.scores)))
-        upper, lower = one.levels[:0:-1], one.levels[-2::-1]
-        group.append(np.full(len(lower), number, dtype=np.int64))
-        units.append(upper - lower)
-        score.append(np.maximum.accumulate((sums[upper] - sums[lower]) / (upper - lower)))
-        share.append((one.size - lower) / one.size)
-    return _Blocks(*(np.concatenate(part) for part in (group, units, score, share)))
-
-
-def _without(blocks: _Blocks, cut: npt.NDArray[np.int64], counts: Counts) -> Counts:
-    lost = np.bincount(blocks.group[cut], weights=blocks.units[cut], minlength=len(counts))
-    return counts - lost.astype(np.int64)
-
-
-def _shortest_prefix(
-    blocks: _Blocks,
-    left: npt.NDArray[np.int64],
-    counts: Counts,
-    cost: Callable[[Counts], int],
-    target: float,
-) -> int:
-    """Return how many blocks of ``left`` must go, in order, until the cost is at most target."""
-    low, high = 0, len(left)
-    while low < high:
-        middle = (low + high) // 2
-        if cost(_without(blocks, left[:middle], counts)) <= target:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-def _refilled(
-    blocks: _Blocks,
-    gone: npt.NDArray[np.int64],
-    counts: Counts,
-    cost: Callable[[Counts], int],
-    budget: float,
-) -> Counts:
-    """Put blocks back, last cut first, while the cost stays within the budget."""
-    full: set[int] = set()
-    for block in gone[::-1]:
-        group = int(blocks.group[block])
-        if group in full:
-            continue
-        counts[group] += blocks.units[block]
-        if cost(counts) > budget:
-            counts[group] -= blocks.units[block]
-            full.add(group)
-            if len(full) == len(counts):
-                break
+    blocks.refill(np.concatenate(gone), counts, budget)
     return counts

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from compress.artifact import replacing
 from compress.errors import PlanError, UsageError
 from compress.groups import trace
-from compress.groups.inputs import Example
 from compress.groups.plan import make_prune_plan
 from compress.groups.proof import apply_pruning
+from compress.modules.inputs import Example
 from compress.progress import track
 from compress.prune.batchnorm import recalibrate_batchnorm
 from compress.prune.cost import CostModel
@@ -86,17 +86,17 @@ class PruneSensitivity:
         """Return the curves as JSON-able data."""
         data = asdict(self)
         metric, baseline = data.pop("metric"), data.pop("baseline")
-        is_top1 = self.metric == TOP1
-        named = {f"baseline_{TOP1.name}": baseline} if is_top1 else {
-            "metric": metric, "baseline": baseline
-        }  # fmt: skip
-        curves = []
-        for one in data["curves"]:
-            points = [
-                {(TOP1.name if key == "value" and is_top1 else key): v for key, v in point.items()}
-                for point in one["points"]
-            ]
-            curves.append(one | {"layers": list(one["layers"]), "points": points})
+        named, key = {"metric": metric, "baseline": baseline}, "value"
+        if self.metric == TOP1:
+            named, key = {f"baseline_{TOP1.name}": baseline}, TOP1.name
+        curves = [
+            one
+            | {
+                "layers": list(one["layers"]),
+                "points": [_renamed(point, "value", key) for point in one["points"]],
+            }
+            for one in data["curves"]
+        ]
         return named | data | {"curves": curves}
 
     @classmethod
@@ -107,29 +107,21 @@ class PruneSensitivity:
             PlanError: the data is something else.
         """
         try:
-            curves = tuple(
-                GroupCurve(
-                    one["group"],
-                    one["size"],
-                    tuple(one["layers"]),
-                    tuple(
-                        Point(
-                            **{
-                                ("value" if key == TOP1.name else key): v
-                                for key, v in point.items()
-                            }
-                        )
-                        for point in one["points"]
-                    ),
-                )
-                for one in data["curves"]
-            )
+            curves = []
+            for one in data["curves"]:
+                points = [Point(**_renamed(point, TOP1.name, "value")) for point in one["points"]]
+                layers = tuple(one["layers"])
+                curves.append(GroupCurve(one["group"], one["size"], layers, tuple(points)))
             if f"baseline_{TOP1.name}" in data:
-                return cls(data[f"baseline_{TOP1.name}"], data["criterion"], curves)
+                return cls(data[f"baseline_{TOP1.name}"], data["criterion"], tuple(curves))
             metric = Primary(data["metric"]["name"], Kind(**data["metric"]["kind"]))
-            return cls(data["baseline"], data["criterion"], curves, metric)
+            return cls(data["baseline"], data["criterion"], tuple(curves), metric)
         except (KeyError, TypeError) as error:
             raise PlanError(f"this is no sensitivity to pruning: {error!r}") from None
+
+
+def _renamed(row: Mapping[str, Any], old: str, new: str) -> dict[str, Any]:
+    return {new if key == old else key: value for key, value in row.items()}
 
 
 def prune_sensitivity(

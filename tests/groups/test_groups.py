@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import compress
 from compress.errors import PlanError
-from compress.groups import meta_ops, trace
+from compress.groups import Group, Network, meta_ops, trace
 
 STAYS = {  # network -> layers, besides those that make an output, of which something must stay
     "ConstantSplit": {"body.wide.0"},
@@ -31,6 +31,10 @@ def line_of(kind: type, text: str) -> str:
     lines, start = inspect.getsourcelines(kind)
     number = next(i for i, line in enumerate(lines) if text in line)
     return f"test_groups.py:{start + number} ({lines[number].strip()})"
+
+
+def group(network: Network, name: str) -> Group:
+    return next(each for each in network.groups if each.name == name)
 
 
 @pytest.mark.parametrize("name", zoo.ZOO)
@@ -82,7 +86,7 @@ def test_products_of_activations_are_not_a_layers_cost() -> None:
 
 def test_residual_outputs_are_one_group() -> None:
     network = trace(zoo.build("Residual"), zoo.inputs("Residual"))
-    stream = network.group("stem.0")
+    stream = group(network, "stem.0")
     made = {part.tensor for part in stream.slices if part.role == "output"}
     assert made == {"stem.0.weight", "body.0.conv2.weight", "body.1.conv2.weight"}
     assert {"body.0.bn2.running_mean", "stem.1.bias"} <= {part.tensor for part in stream.slices}
@@ -91,7 +95,7 @@ def test_residual_outputs_are_one_group() -> None:
 
 def test_flattened_channels_take_all_their_places_along() -> None:
     network = trace(zoo.build("FlattenLinear"), zoo.inputs("FlattenLinear"))
-    last = network.group("features.2.0")
+    last = group(network, "features.2.0")
     taken = next(part for part in last.slices if part.tensor == "classifier.0.weight")
     assert taken.role == "input"
     np.testing.assert_array_equal(taken.index[3], np.arange(3 * 16, 4 * 16))
@@ -99,10 +103,10 @@ def test_flattened_channels_take_all_their_places_along() -> None:
 
 def test_many_small_groups_go_whole_and_few_large_ones_stay() -> None:
     many = trace(zoo.build("ManyGroups"), zoo.inputs("ManyGroups"))
-    assert many.group("body.0.0").width == 2
+    assert group(many, "body.0.0").width == 2
     assert [f.attribute for f in many.followers] == ["groups"]
     few = trace(zoo.build("FewGroups"), zoo.inputs("FewGroups"))
-    assert few.group("body.0.0").size == 12
+    assert group(few, "body.0.0").size == 12
     assert not few.followers
 
 
@@ -208,7 +212,7 @@ def test_an_output_of_the_network_is_never_cut() -> None:
 
 def test_layers_that_run_in_training_only_are_cut_along() -> None:
     network = trace(zoo.build("AuxiliaryHead"), zoo.inputs("AuxiliaryHead"))
-    assert "aux.weight" in {part.tensor for part in network.group("trunk.0").slices}
+    assert "aux.weight" in {part.tensor for part in group(network, "trunk.0").slices}
 
 
 class KeepsItsGrid(nn.Module):

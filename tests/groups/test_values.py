@@ -98,7 +98,7 @@ def test_the_trace_with_values_finds_what_the_one_without_does(
 ) -> None:
     model, inputs = zoo.build(name), zoo.inputs(name)
     plain = trace(model, inputs)
-    monkeypatch.setattr(TRACING, "_has_own_hooks", lambda model: True)
+    monkeypatch.setattr(TRACING, "has_own_hooks", lambda model: True)
     valued = trace(model, inputs)
     assert [(g.name, g.size) for g in valued.groups] == [(g.name, g.size) for g in plain.groups]
     assert dict(valued.frozen) == dict(plain.frozen)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from compress.errors import DataError
 from compress.groups import trace
-from compress.prune.answers import AS_SEEN, Reading, SampledAnswers
 from compress.prune.criteria import ChannelGroup
+from compress.prune.loss import AS_SEEN, Reading, SampledAnswers
 from compress.prune.saliency import Sampling, evidence
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)

@@ -125,28 +125,23 @@ def _view_block(
         return
     wide = [d for d in after if out.shape[d] > 1]
     if len(labelled) > 1 or not wide:
-        for d in labelled:
-            tracer.freeze(axes[d], "a view merges it with another dimension that can be cut")
+        why = "a view merges it with another dimension that can be cut"
+        tracer.freeze_each((axes[d] for d in labelled), why)
         return
     labels = axes[labelled[0]]
     if labels is None:
         return
-    grid = _grid(labels, [x.shape[d] for d in before], labelled[0] - before.start)
-    grid = grid.reshape([out.shape[d] for d in wide])
+    row = labels.reshape([-1 if d == labelled[0] else 1 for d in before])
+    grid = np.broadcast_to(row, [x.shape[d] for d in before]).reshape([out.shape[d] for d in wide])
     at = _carrier(grid, [sizes[d] for d in wide])
     if at is None:
         tracer.freeze(labels, "a view has the number of channels written in the program")
         return
     carried = np.moveaxis(grid, at, 0).reshape(grid.shape[at], -1)
     if carried.shape[1] > 1 and (carried != carried[:, :1]).any():
-        tracer.constraints.unify(carried.ravel(), np.repeat(carried[:, 0], carried.shape[1]))
+        tracer.constraints.tie(carried.T)
     result[wide[at]] = first = np.ascontiguousarray(carried[:, 0])
     follow(tracer, sizes[wide[at]], first, labels)
-
-
-def _grid(labels: Labels, shape: Sequence[int], dim: int) -> Labels:
-    row = labels.reshape([-1 if d == dim else 1 for d in range(len(shape))])
-    return np.broadcast_to(row, shape)
 
 
 def _carrier(grid: Labels, sizes: Sequence[int]) -> int | None:
@@ -162,14 +157,8 @@ def _carrier(grid: Labels, sizes: Sequence[int]) -> int | None:
         moved = np.moveaxis(grid, d, 0).reshape(grid.shape[d], -1)
         if (moved == moved[:, :1]).all():
             return d
-    follows = [d for d in free if not isinstance(sizes[d], TracedInt) or _follows(sizes[d])]
-    if follows:
-        return max(follows, key=lambda d: grid.shape[d])
-    return max(free, key=lambda d: grid.shape[d])
-
-
-def _follows(count: int) -> bool:
-    return isinstance(count, TracedInt) and not isinstance(count.origin, Attribute)
+    follows = [d for d in free if not isinstance(getattr(sizes[d], "origin", None), Attribute)]
+    return max(follows or free, key=lambda d: grid.shape[d])
 
 
 def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> None:
@@ -220,8 +209,7 @@ def as_strided(tracer: Tracer, call: Call) -> None:
     if out.shape == x.shape and (len(call.args) < 4 or not call.args[3]):
         tracer.label(out, tracer.axes(x))
         return
-    for axis in tracer.axes(x):
-        tracer.freeze(axis, "as_strided addresses memory directly")
+    tracer.freeze_each(tracer.axes(x), "as_strided addresses memory directly")
 
 
 def expand(tracer: Tracer, call: Call) -> None:
@@ -287,8 +275,7 @@ def repeat_interleave(tracer: Tracer, call: Call) -> None:
         axes[dim] = None if axis is None else np.repeat(axis, times)
         tracer.label(out, axes)
     else:
-        for axis in axes:
-            tracer.freeze(axis, "repeat_interleave with a tensor of counts")
+        tracer.freeze_each(axes, "repeat_interleave with a tensor of counts")
 
 
 RULES: dict[str, Rule] = {

@@ -1,4 +1,8 @@
-"""Convolutions and matrix products: the ops that make channels and consume them."""
+"""Convolutions, matrix products and what is made of them: ops that make channels and consume them.
+
+Attention and recurrent layers are followed as a whole: what PyTorch makes of them differs by device
+and mode.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from compress.groups.labels import Alternative, Axis, Labels
+from compress.groups.meta_ops import tensors_in, words
 from compress.groups.record import Call, Use
 from compress.groups.traced_ints import TracedInt
 from compress.groups.tracer import Rule, Tracer
@@ -19,12 +24,13 @@ def convolution(tracer: Tracer, call: Call) -> None:
     x, weight, bias, transposed, groups = *call.args[:3], call.args[6], call.args[8]
     (out,) = call.outputs
     spatial = out.ndim - 2
-    batch, inputs, *space = _padded(tracer.axes(x), out.ndim)
+    axes = tracer.axes(x)
+    batch, inputs, *space = axes if len(axes) == out.ndim else (None, *axes)
     slid = _slid(tracer, call, space)
     rows, columns, *kernel = tracer.axes(weight)
     made, taken = (columns, rows) if transposed else (rows, columns)
-    for axis in kernel[: spatial if tracer.origin(weight) is None else 0]:
-        tracer.freeze(axis, "it is the kernel's extent of a convolution")
+    if tracer.origin(weight) is None:
+        tracer.freeze_each(kernel[:spatial], "it is the kernel's extent of a convolution")
     if groups == 1:
         tracer.unify(inputs, taken, "its input channels are fixed")
     else:
@@ -60,10 +66,6 @@ def _slid(tracer: Tracer, call: Call, space: Sequence[Axis]) -> list[Axis]:
     return slid
 
 
-def _padded(axes: tuple[Axis, ...], ndim: int) -> tuple[Axis, ...]:
-    return axes if len(axes) == ndim else (None, *axes)
-
-
 def _weighed(tracer: Tracer, call: Call, weight: Tensor, made: Axis, taken: Axis) -> None:
     """Note a layer that makes channels of those it weighs; a constant buffer only sums them."""
     if made is not None:
@@ -80,13 +82,9 @@ def _note_use(
     name = tracer.origin(weight)
     if name is not None:
         tracer.record.uses.append(Use(name, cost, made, taken))
-    if not tracer.is_own(weight) and (name is None or not _plain(tracer, weight, name)):
+    is_view = weight._base is not None and tracer.is_own(weight._base)  # transposed or reshaped
+    if not tracer.is_own(weight) and (name is None or not is_view):
         tracer.restrict(call, mask_only=True)
-
-
-def _plain(tracer: Tracer, weight: Tensor, name: str) -> bool:
-    """Say whether ``weight`` is only a transposed or reshaped view of the parameter."""
-    return weight._base is not None and tracer.is_own(weight._base)
 
 
 def _grouped(
@@ -100,8 +98,7 @@ def _grouped(
         in_group, out_group = None, made
         made = tracer.constraints.fresh(call.outputs[0].shape[1])
     if inputs is None or made is None:
-        for axis in (inputs, made, taken, out_group):
-            tracer.freeze(axis, why)
+        tracer.freeze_each((inputs, made, taken, out_group), why)
         return made
     rows_in, rows_out = inputs.reshape(groups, -1), made.reshape(groups, -1)
     whole = Alternative([_tied(rows_in), _tied(rows_out), (rows_in[:, 0], rows_out[:, 0])])
@@ -154,10 +151,8 @@ def matmul(tracer: Tracer, call: Call) -> None:
     *batch_right, inner_right, columns = tracer.axes(right)
     why = "a matrix product sums it with something fixed"
     inner = tracer.unify(inner_left, inner_right, why)
-    batch = [
-        tracer.unify(a, b, "a batched product pairs it with something fixed") if a is not b else a
-        for a, b in zip(batch_left, batch_right, strict=True)
-    ]
+    paired = "a batched product pairs it with something fixed"
+    batch = [tracer.unify(a, b, paired) for a, b in zip(batch_left, batch_right, strict=True)]
     axes: list[Axis] = [*batch, rows, columns]
     if isinstance(bias, Tensor) and bias.ndim:
         offset = out.ndim - bias.ndim
@@ -174,10 +169,8 @@ def matmul(tracer: Tracer, call: Call) -> None:
         _note_use(tracer, call, left, cost, rows, inner_left)
     elif inner is not None:
         tracer.restrict(call, mask_only=True)
-        if inner_right is not None and np.array_equal(
-            inner, inner_right
-        ):  # of channels with themselves, as in a norm
-            tracer.reduced(call, [inner])
+        if inner_right is not None and np.array_equal(inner, inner_right):
+            tracer.reduced(call, [inner])  # of channels with themselves, as in a norm
 
 
 def vector(tracer: Tracer, call: Call) -> None:
@@ -192,13 +185,60 @@ def vector(tracer: Tracer, call: Call) -> None:
         tracer.restrict(call, mask_only=True)
 
 
+def attention(tracer: Tracer, call: Call) -> None:
+    """Softmax of queries (..., N, E) times keys (..., M, E), times values (..., M, V).
+
+    The default scale counts the kept positions of E, and the softmax is over the kept of M.
+    """
+    out, given = call.outputs[0], list(tensors_in((*call.args, *call.kwargs.values())))
+    plain = len(call.args) > 2 and len({tensor.ndim for tensor in call.args[:3]}) == 1
+    if not plain or call.raw.argument(7, "enable_gqa", False):
+        for tensor in given:
+            tracer.freeze_each(tracer.axes(tensor), "attention in which several heads share one")
+        return
+    queries, keys, values = call.args[:3]
+    *batch, rows, inner = tracer.axes(queries)
+    *batch_keys, tokens, inner_keys = tracer.axes(keys)
+    *batch_values, tokens_values, columns = tracer.axes(values)
+    why = "attention lines it up with something fixed"
+    inner = tracer.unify(inner, inner_keys, why)
+    tokens = tracer.unify(tokens, tokens_values, why)
+    for other in (batch_keys, batch_values):
+        batch = [tracer.unify(a, b, why) for a, b in zip(batch, other, strict=True)]
+    mask = call.raw.argument(3, "attn_mask")
+    if isinstance(mask, Tensor):
+        for d, side in ((-1, tokens), (-2, rows)):
+            if mask.shape[d] > 1:
+                tracer.unify(side, tracer.axes(mask)[d], "an attention mask is fixed")
+    tracer.label(out, (*batch, rows, columns))
+    if inner is not None or tokens is not None:
+        tracer.restrict(call)
+
+
+def recurrent(tracer: Tracer, call: Call) -> None:
+    """LSTM, GRU and RNN: what the first layer reads can be cut; what a cell remembers stays."""
+    x = call.args[0]
+    *others, inputs = tracer.axes(x)
+    weights = next(list(a) for a in call.args if isinstance(a, list) and len(a) > 1)
+    tracer.freeze_each(others, "a recurrent layer goes along it")
+    for tensor in tensors_in(call.args[1:]):
+        axes = tracer.axes(tensor)
+        name = tracer.origin(tensor) or ""
+        first = "weight_ih_l0" in name and tensor.ndim == 2
+        tracer.freeze_each(axes[: 1 if first else None], "it is the state of a recurrent layer")
+        if first:
+            tracer.unify(inputs, axes[1], "a recurrent layer reads a fixed number of inputs")
+        if tensor.ndim == 2 and name and any(tensor is weight for weight in weights):
+            cost = tensor.numel() * (x.numel() // x.shape[-1])
+            tracer.record.uses.append(Use(name, cost, axes[0], axes[1]))
+    if not any("weight_ih_l0" in (tracer.origin(weight) or "") for weight in weights):
+        tracer.freeze(inputs, "the weights of a recurrent layer are computed")
+
+
 RULES: dict[str, Rule] = {
     "convolution": convolution,
-    "mm": matmul,
-    "bmm": matmul,
-    "addmm": matmul,
-    "baddbmm": matmul,
-    "mv": vector,
-    "dot": vector,
-    "vdot": vector,
+    **dict.fromkeys(words("mm bmm addmm baddbmm"), matmul),
+    **dict.fromkeys(words("mv dot vdot"), vector),
+    "scaled_dot_product_attention": attention,
+    **dict.fromkeys(words("lstm gru rnn_tanh rnn_relu"), recurrent),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.groups.calls import MAKERS
 from compress.groups.labels import Axis, Labels
 from compress.groups.meta_ops import words
 from compress.groups.record import Call
@@ -33,11 +35,8 @@ def cat(tracer: Tracer, call: Call) -> None:
         elif all(row[d] is None for row in rows):
             axes.append(None)
         else:
-            axes.append(
-                np.concatenate(
-                    [_filled(r[d], t.shape[d]) for r, t in zip(rows, tensors, strict=True)]
-                )
-            )
+            sizes = [t.shape[d] for t in tensors]
+            axes.append(np.concatenate(list(map(_filled, (row[d] for row in rows), sizes))))
     tracer.label(out, axes)
 
 
@@ -46,21 +45,15 @@ def _filled(axis: Axis, size: int) -> Labels:
 
 
 def _tie(tracer: Tracer, axes: Sequence[Axis], why: str) -> Axis:
-    first = axes[0]
-    for axis in axes[1:]:
-        if axis is not first:
-            first = tracer.unify(first, axis, why)
-    return first
+    return functools.reduce(lambda first, axis: tracer.unify(first, axis, why), axes)
 
 
 def stack(tracer: Tracer, call: Call) -> None:
     """A new dimension; all others are tied."""
     out = call.outputs[0]
     rows = [tracer.axes(t) for t in call.args[0]]
-    axes = [
-        _tie(tracer, column, "stack lines it up with a fixed one")
-        for column in zip(*rows, strict=True)
-    ]
+    why = "stack lines it up with a fixed one"
+    axes = [_tie(tracer, column, why) for column in zip(*rows, strict=True)]
     axes.insert(call.argument(1, 0) % out.ndim, None)
     tracer.label(out, axes)
 
@@ -71,17 +64,14 @@ def equal_parts(tracer: Tracer, call: Call) -> None:
     axis = tracer.axes(x)[dim]
     if axis is not None:
         size = call.args[1]
-        given = (
-            size
-            if call.raw.name in {"chunk", "tensor_split"}
-            else call.raw.argument(1, "split_size")
-        )
+        is_counted = call.raw.name in {"chunk", "tensor_split"}
+        given = size if is_counted else call.raw.argument(1, "split_size")
         fixed = given is not None and not isinstance(given, TracedInt) and call.raw.name == "split"
         if len(axis) % size or fixed:
             tracer.freeze(axis, f"split {_CONSTANT}" if fixed else "it is split into unequal parts")
         else:
             rows = axis.reshape(-1, size)
-            tracer.constraints.unify(rows.ravel(), np.tile(rows[0], len(rows)))
+            tracer.constraints.tie(rows)
             follow(tracer, given, rows[0], axis)
     _parts(tracer, call, dim)
 
@@ -140,8 +130,10 @@ def slicing(tracer: Tracer, call: Call) -> None:
             for bound, value in zip(given or (None, None), (start, stop), strict=True):
                 if 0 < value < size and not (step > 1 and value == start < step):
                     _bound(tracer, axis, value, bound)
-        if step > 1:
-            _stepped(tracer, axis, (start, stop, step))
+        if step > 1 and (start >= step or stop < size or size % step):
+            tracer.freeze(axis, f"a slice takes one in {step} channels")
+        elif step > 1:
+            tracer.constraints.tie(axis.reshape(-1, step).T)
         axes[dim] = axis[start:stop:step]
     tracer.label(out, axes)
 
@@ -183,22 +175,12 @@ def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
     """Tie the same positions of ``parts`` equal parts."""
     if parts < 2 or len(axis) % parts:
         tracer.freeze(axis, "it is sliced into unequal parts")
-        return
-    rows = axis.reshape(parts, -1)
-    tracer.constraints.unify(rows.ravel(), np.tile(rows[0], parts))
-
-
-def _stepped(tracer: Tracer, axis: Labels, taken: tuple[int, int, int]) -> None:
-    start, stop, step = taken
-    if start >= step or stop < len(axis) or len(axis) % step:
-        tracer.freeze(axis, f"a slice takes one in {step} channels")
     else:
-        rows = axis.reshape(-1, step)
-        tracer.constraints.unify(rows.ravel(), np.repeat(rows[:, 0], step))
+        tracer.constraints.tie(axis.reshape(parts, -1))
 
 
 def select_index(tracer: Tracer, call: Call) -> None:
-    """One position of a dimension: that dimension must stay as it is."""
+    """One position of a dimension, or each on its own: that dimension must stay as it is."""
     x, dim = call.args[0], call.argument(1, 0)
     axes = list(tracer.axes(x))
     tracer.freeze(axes[dim], f"{call.name} takes channels by number")
@@ -230,23 +212,14 @@ def index(tracer: Tracer, call: Call) -> None:
         axes[used[0]] = tracer.picked(axes[used[0]], indices[used[0]])
         tracer.label(out, axes)
         return
-    for tensor in indices:
-        if tensor is not None:
-            for axis in tracer.axes(tensor):
-                tracer.freeze(axis, "it is used as an index")
     for d in used:
-        tracer.freeze(axes[d], "channels are taken by number")
+        tracer.freeze_each(tracer.axes(indices[d]), "it is used as an index")
+    tracer.freeze_each((axes[d] for d in used), "channels are taken by number")
     if simple:
         axes[used[0]] = None
         tracer.label(out, axes)
     else:
-        for axis in axes:
-            tracer.freeze(axis, "it is indexed by tensors")
-
-
-def unbind(tracer: Tracer, call: Call) -> None:
-    """One output for each position of a dimension, which must stay."""
-    select_index(tracer, call)
+        tracer.freeze_each(axes, "it is indexed by tensors")
 
 
 def made(tracer: Tracer, call: Call) -> None:
@@ -256,9 +229,8 @@ def made(tracer: Tracer, call: Call) -> None:
         axes = tracer.axes(call.raw.args[0])
         tracer.label(out, [a if n > 1 else None for a, n in zip(axes, out.shape, strict=True)])
         return
-    given = call.raw.args[1 if call.name.startswith("new_") else 0 :] or (
-        call.raw.kwargs.get("size"),
-    )
+    given = call.raw.args[1 if call.name.startswith("new_") else 0 :]
+    given = given or (call.raw.kwargs.get("size"),)
     if len(given) >= 1 and isinstance(given[0], Sequence):
         given = tuple(given[0])
     if len(given) < out.ndim or call.name.removeprefix("new_") not in call.raw.name:
@@ -300,7 +272,7 @@ RULES: dict[str, Rule] = {
     "slice": slicing,
     "narrow": slicing,
     "select": select_index,
-    "unbind": unbind,
+    "unbind": select_index,
     "index_select": index_select,
     "index": index,
     "flip": flip,
@@ -309,7 +281,10 @@ RULES: dict[str, Rule] = {
         words("zeros ones full empty rand randn new_zeros new_ones new_full new_empty"), made
     ),
     **dict.fromkeys(
-        words("arange linspace eye scalar_tensor randint randperm empty_strided numel sym_size"),
+        (
+            *words("arange linspace eye scalar_tensor randint randperm empty_strided"),
+            *("numel", "sym_size", *MAKERS),
+        ),
         nothing,
     ),
 }

@@ -6,7 +6,9 @@ only; that is another function than zeroing channels, and the masked reference d
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
 from torch import Tensor
 
 from compress.groups.labels import Axis
@@ -19,10 +21,8 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
     """Every vector follows the channels; statistics of the batch reduce over all else."""
     x, training = call.args[0], "no_training" not in call.name and call.args[5]
     axes = list(tracer.axes(x))
-    for vector in call.args[1:5]:
-        if isinstance(vector, Tensor):
-            axis = tracer.axes(vector)[0]
-            axes[1] = tracer.unify(axes[1], axis, "a normalization ties it to fixed statistics")
+    for axis in _vectors(tracer, call.args[1:5]):
+        axes[1] = tracer.unify(axes[1], axis, "a normalization ties it to fixed statistics")
     tracer.label(call.outputs[0], axes)
     for out in call.outputs[1:]:
         tracer.label(out, (axes[1],) if out.shape == x.shape[1:2] else (None,) * out.ndim)
@@ -52,25 +52,34 @@ def group_norm(tracer: Tracer, call: Call) -> None:
     """The same positions of every group are tied; the number of groups stays."""
     x, groups = call.args[0], call.args[6]
     batch, channels, *space = tracer.axes(x)
-    for vector in call.args[1:3]:
-        if isinstance(vector, Tensor):
-            why = "a normalization ties it to fixed weights"
-            channels = tracer.unify(channels, tracer.axes(vector)[0], why)
+    for axis in _vectors(tracer, call.args[1:3]):
+        channels = tracer.unify(channels, axis, "a normalization ties it to fixed weights")
     if channels is not None:
         if groups == len(channels) and groups > 1:
             tracer.freeze(channels, "a group normalization has one channel in each group")
-        rows = channels.reshape(groups, -1)
-        tracer.constraints.unify(rows.ravel(), np.tile(rows[0], groups))
+        tracer.constraints.tie(channels.reshape(groups, -1))
         tracer.restrict(call)
     tracer.label(call.outputs[0], (batch, channels, *space))
 
 
+def _vectors(tracer: Tracer, given: Iterable[Any]) -> Iterator[Axis]:
+    """Yield the labels of the vectors of a normalization that there are."""
+    return (tracer.axes(vector)[0] for vector in given if isinstance(vector, Tensor))
+
+
 def reduction(tracer: Tracer, call: Call) -> None:
     """Reduced dimensions go (or have size one); where they could be cut the reference is told."""
-    label_reduced(tracer, call, _reduced(call, call.args[0]))
+    _label_reduced(tracer, call, _reduced(call, call.args[0]))
 
 
-def label_reduced(tracer: Tracer, call: Call, dims: set[int], leading: int = 0) -> None:
+def quantile(tracer: Tracer, call: Call) -> None:
+    """A quantile looks across a dimension as a mean does."""
+    x, dim, share = call.args[0], call.raw.argument(2, "dim"), call.raw.argument(1, "q")
+    dims = set(range(x.ndim)) if dim is None else {dim % x.ndim}
+    _label_reduced(tracer, call, dims, leading=int(isinstance(share, Tensor) and share.ndim))
+
+
+def _label_reduced(tracer: Tracer, call: Call, dims: set[int], leading: int = 0) -> None:
     """Label the outputs of a reduction over ``dims``, with ``leading`` dimensions before."""
     x = call.args[0]
     axes = tracer.axes(x)
@@ -79,12 +88,17 @@ def label_reduced(tracer: Tracer, call: Call, dims: set[int], leading: int = 0) 
         tracer.reduced(call, [axes[d] for d in dims])
     if len(call.outputs) == 2 and call.name in {"max", "min"} and dims:
         tracer.positions(call, call.outputs[1], axes[next(iter(dims))])
+    _label_without(tracer, call, dims, leading)
+
+
+def _label_without(tracer: Tracer, call: Call, dims: Container[int], leading: int = 0) -> None:
+    """Label the outputs of an op that takes ``dims`` away, or leaves positions without names."""
+    x = call.args[0]
+    axes = [None if d in dims else axis for d, axis in enumerate(tracer.axes(x))]
+    left = [axis for d, axis in enumerate(axes) if d not in dims]
     for out in call.outputs:
-        new = (None,) * leading
-        if out.ndim == x.ndim + leading:
-            tracer.label(out, [*new, *(None if d in dims else a for d, a in enumerate(axes))])
-        else:
-            tracer.label(out, [*new, *(a for d, a in enumerate(axes) if d not in dims)])
+        is_kept = out.ndim == x.ndim + leading
+        tracer.label(out, [*(None,) * leading, *(axes if is_kept else left)])
 
 
 def _reduced(call: Call, x: Tensor) -> set[int]:
@@ -114,15 +128,9 @@ def ordering(tracer: Tracer, call: Call) -> None:
     default = None if call.name in {"argmax", "argmin", "median", "nanmedian"} else -1
     dim = call.kwargs.get("dim", call.argument(at, default))
     dims = range(x.ndim) if dim is None else (dim % max(x.ndim, 1),)
-    axes: list[Axis] = list(tracer.axes(x))
-    for d in dims:
-        tracer.freeze(axes[d], f"{call.name} picks channels by their value")
-        axes[d] = None
-    for out in call.outputs:
-        if out.ndim == x.ndim:
-            tracer.label(out, axes)
-        else:
-            tracer.label(out, [a for d, a in enumerate(axes) if d not in set(dims)])
+    axes = tracer.axes(x)
+    tracer.freeze_each((axes[d] for d in dims), f"{call.name} picks channels by their value")
+    _label_without(tracer, call, dims)
 
 
 def median(tracer: Tracer, call: Call) -> None:
@@ -164,6 +172,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(words("_softmax _log_softmax _safe_softmax softmax cumsum cumprod"), along),
     **dict.fromkeys(words("topk sort argsort argmax argmin kthvalue mode"), ordering),
     **dict.fromkeys(words("median nanmedian"), median),
+    **dict.fromkeys(words("quantile nanquantile"), quantile),
     "_weight_norm_interface": weight_norm,
     "_weight_norm": weight_norm,
 }

@@ -1,16 +1,57 @@
-"""Pooling, interpolation, padding and pixel shuffle: ops on space that leave channels alone."""
+"""Ops that leave channels where they are: pointwise ones, and those on space (pooling, padding)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from compress.groups.labels import Axis, Labels
-from compress.groups.meta_ops import words
+from compress.groups.meta_ops import tensors_in, words
 from compress.groups.record import Call
 from compress.groups.traced_ints import Attribute, TracedInt
 from compress.groups.tracer import Rule, Tracer
+
+
+def pointwise(tracer: Tracer, call: Call) -> None:
+    """Broadcast the labels of all operands; operands of one size along a dimension are tied."""
+    operands = [t for t in tensors_in((*call.args, *call.kwargs.values())) if t.ndim]
+    for out in call.outputs:
+        if len(operands) == 1 and operands[0].shape == out.shape:
+            tracer.label(out, tracer.axes(operands[0]))
+        else:
+            tracer.label(out, _broadcast(tracer, call, operands, out))
+
+
+def _broadcast(tracer: Tracer, call: Call, operands: list[Tensor], out: Tensor) -> list[Axis]:
+    """Return the labels of ``out`` whose shape is the operands' broadcast shape."""
+    axes: list[Axis] = []
+    rows = [(t.shape, tracer.axes(t), t.ndim - out.ndim) for t in operands]
+    for dim, size in enumerate(out.shape):
+        axis: Axis = None
+        first = True
+        for shape, labels, offset in rows:
+            at = dim + offset
+            if size == 1 or at < 0 or shape[at] != size:
+                continue
+            mine = labels[at]
+            if first:
+                axis, first = mine, False
+            elif mine is not axis:
+                axis = tracer.unify(
+                    axis, mine, f"{call.name} joins it with channels that are fixed"
+                )
+        axes.append(axis)
+    return axes
+
+
+def same(tracer: Tracer, call: Call) -> None:
+    """Outputs have the labels of the first operand."""
+    first = call.args[0]
+    for out in call.outputs:
+        if out is not first and out.shape == first.shape:
+            tracer.label(out, tracer.axes(first))
 
 
 def over_last(count: int) -> Rule:
@@ -19,8 +60,7 @@ def over_last(count: int) -> Rule:
     def rule(tracer: Tracer, call: Call) -> None:
         x = call.args[0]
         axes = tracer.axes(x)
-        for axis in axes[x.ndim - count :]:
-            tracer.freeze(axis, f"{call.name} works along it")
+        tracer.freeze_each(axes[x.ndim - count :], f"{call.name} works along it")
         for out in call.outputs:
             if out.ndim == x.ndim:
                 tracer.label(out, [*axes[: x.ndim - count], *(None,) * count])
@@ -68,28 +108,26 @@ def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tu
 
 def pixel_shuffle(tracer: Tracer, call: Call) -> None:
     """``(C r r, H, W) -> (C, H r, W r)``: the r x r channels of one output are tied."""
-    x, factor = call.args[0], call.args[1]
-    axes: list[Axis] = list(tracer.axes(x))
-    channels = axes[-3]
-    for axis in axes[-2:]:
-        tracer.freeze(axis, "pixel_shuffle works along it")
+    *others, channels, height, width = tracer.axes(call.args[0])
+    tracer.freeze_each((height, width), "pixel_shuffle works along it")
     if channels is not None:
-        rows = channels.reshape(-1, factor * factor)
-        tracer.constraints.unify(rows.ravel(), np.repeat(rows[:, 0], rows.shape[1]))
+        rows = channels.reshape(-1, call.args[1] ** 2)
+        tracer.constraints.tie(rows.T)
         channels = rows[:, 0].copy() if len(rows) > 1 else None
         if channels is None:
             tracer.freeze(rows.ravel(), "pixel_shuffle makes one channel of them")
-    tracer.label(call.outputs[0], [*axes[:-3], channels, None, None])
+    tracer.label(call.outputs[0], [*others, channels, None, None])
 
 
-def pixel_unshuffle(tracer: Tracer, call: Call) -> None:
-    """``(C, H r, W r) -> (C r r, H, W)``: the r x r channels of one input are tied."""
-    x, factor = call.args[0], call.args[1]
-    axes = tracer.axes(x)
-    channels = None if axes[-3] is None else np.repeat(axes[-3], factor * factor)
-    for axis in axes[-2:]:
-        tracer.freeze(axis, "pixel_unshuffle works along it")
-    tracer.label(call.outputs[0], [*axes[:-3], channels, None, None])
+def unfold(tracer: Tracer, call: Call) -> None:
+    """``(C, H, W)`` to several channels for each of C: a window's places, or r x r pixels."""
+    out = call.outputs[0]
+    *others, channels, height, width = tracer.axes(call.args[0])
+    name = "unfold" if call.name == "im2col" else call.name
+    tracer.freeze_each((height, width), f"{name} works along it")
+    if channels is not None:
+        channels = np.repeat(channels, out.shape[len(others)] // len(channels))
+    tracer.label(out, [*others, channels, *(None,) * (out.ndim - len(others) - 1)])
 
 
 def channel_shuffle(tracer: Tracer, call: Call) -> None:
@@ -98,41 +136,39 @@ def channel_shuffle(tracer: Tracer, call: Call) -> None:
     axes: list[Axis] = list(tracer.axes(x))
     if (channels := axes[1]) is not None:
         rows = channels.reshape(groups, -1)
-        tracer.constraints.unify(rows.ravel(), np.tile(rows[0], groups))
+        tracer.constraints.tie(rows)
         axes[1] = np.repeat(rows[0], groups)
     tracer.label(call.outputs[0], axes)
 
 
-def grid_sample(tracer: Tracer, call: Call) -> None:
-    """The image's channels go on; the grid's positions are fixed."""
-    x, grid = call.args[:2]
-    for axis in (*tracer.axes(x)[2:], *tracer.axes(grid)):
-        tracer.freeze(axis, "it is a place in an image")
+def sampled(tracer: Tracer, call: Call) -> None:
+    """Values at places of a grid or regions: the maps' channels go on, the places are fixed."""
+    x, places = call.args[:2]
+    batch, channels, *space = tracer.axes(x)
+    tracer.freeze_each((*space, *tracer.axes(places)), "it is a place in an image")
     out = call.outputs[0]
-    tracer.label(out, [*tracer.axes(x)[:2], *(None,) * (out.ndim - 2)])
-
-
-def roi_align(tracer: Tracer, call: Call) -> None:
-    """The maps' channels go on; there is a row for each region."""
-    x, regions = call.args[:2]
-    for axis in (*tracer.axes(x)[2:], *tracer.axes(regions)):
-        tracer.freeze(axis, "it is a place in an image")
-    tracer.label(call.outputs[0], [None, tracer.axes(x)[1], None, None])
-
-
-def unfold(tracer: Tracer, call: Call) -> None:
-    """``im2col``: every channel becomes as many as the window has places."""
-    x, out = call.args[0], call.outputs[0]
-    axes = tracer.axes(x)
-    channels = axes[-3]
-    for axis in axes[-2:]:
-        tracer.freeze(axis, "unfold works along it")
-    if channels is not None:
-        channels = np.repeat(channels, out.shape[-2] // len(channels))
-    tracer.label(out, [*axes[:-3], channels, None])
+    rows = None if call.name == "torchvision::roi_align" else batch  # one for each region
+    tracer.label(out, [rows, channels, *(None,) * (out.ndim - 2)])
 
 
 RULES: dict[str, Rule] = {
+    "pointwise": pointwise,
+    **dict.fromkeys(
+        words(
+            "hardswish _prelu_kernel prelu copy lerp where masked_fill clamp clamp_min "
+            "clamp_max dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub "
+            "rsub"
+        ),
+        pointwise,
+    ),
+    **dict.fromkeys(
+        words(
+            "detach alias clone contiguous _to_copy lift_fresh lift native_dropout empty_like "
+            "zeros_like ones_like full_like rand_like randn_like bernoulli uniform normal "
+            "fill zero random rrelu_with_noise _local_scalar_dense exponential alpha_dropout"
+        ),
+        same,
+    ),
     **dict.fromkeys(
         ["avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d"], over_last(1)
     ),
@@ -163,11 +199,9 @@ RULES: dict[str, Rule] = {
     ),
     "constant_pad_nd": constant_pad,
     "pixel_shuffle": pixel_shuffle,
-    "pixel_unshuffle": pixel_unshuffle,
+    "pixel_unshuffle": unfold,
     "channel_shuffle": channel_shuffle,
     "native_channel_shuffle": channel_shuffle,
-    "grid_sampler_2d": grid_sample,
-    "grid_sampler": grid_sample,
     "im2col": unfold,
-    "torchvision::roi_align": roi_align,
+    **dict.fromkeys(words("grid_sampler_2d grid_sampler torchvision::roi_align"), sampled),
 }

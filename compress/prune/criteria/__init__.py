@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -119,17 +119,13 @@ class ChannelGroup:
         It is the sum of weight x gradient over the weights that read the channel. Where no weight
         reads it, it is the sum over its producers and their norms.
         """
-        changes = self._products("input") or self._products("channel") or self._products("output")
-        return torch.stack(changes).sum(0)
+        found = (self._seen(self.evidence.products, r) for r in ("input", "channel", "output"))
+        return torch.stack(next(filter(None, found), [])).sum(0)
 
     def curvatures(self) -> list[Tensor]:
         """Return half the sum of curvature x weight squared: (C,) for each layer."""
         table = self.evidence.curvatures
-        return [
-            self._gathered(table[piece.tensor, piece.dim], piece)
-            for piece in self._of("output") + self._of("input")
-            if (piece.tensor, piece.dim) in table
-        ]
+        return self._seen(table, "output") + self._seen(table, "input")
 
     def activations(self, statistic: str) -> list[Tensor]:
         """Return a statistic of the channels as they enter each consuming layer: (C, k) each."""
@@ -166,8 +162,8 @@ class ChannelGroup:
             found.append(Consumer(matrix[rows][:, rows], self._values(piece), changes))
         return found
 
-    def _products(self, role: str) -> list[Tensor]:
-        table = self.evidence.products
+    def _seen(self, table: Mapping[tuple[str, int], Tensor], role: str) -> list[Tensor]:
+        """Return what ``table`` holds for each slice of a role, unit by unit."""
         return [
             self._gathered(table[piece.tensor, piece.dim], piece)
             for piece in self._of(role)
@@ -259,9 +255,13 @@ def reduced(scores: list[Tensor], how: Reduction) -> Tensor:
     return ways[how](0)
 
 
-def check_option(name: str, value: str, kind: Any) -> None:
-    """Raise ValueError unless ``value`` is one of the strings of the Literal ``kind``."""
-    choices = get_args(kind)
-    if value not in choices:
-        listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
-        raise ValueError(f"{name} must be {listed}, not {value!r}")
+class CheckedOptions:
+    """A dataclass whose options of a ``Literal`` type are checked when it is made."""
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where an option is none of the strings of its type."""
+        for name, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in choices:
+                listed = f"{', '.join(choices[:-1])} or {choices[-1]}"
+                raise ValueError(f"{name} must be {listed}, not {value!r}")

@@ -7,14 +7,14 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Need, Reduction, check_option, reduced
+from compress.prune.criteria import ChannelGroup, CheckedOptions, Need, Reduction, reduced
 from compress.prune.criteria.l2 import L2
 
 Statistic = Literal["mean_abs", "nonzero", "contribution"]
 
 
 @dataclass(frozen=True)
-class Activation:
+class Activation(CheckedOptions):
     """Score a channel by its values on the given images.
 
     A group whose channels enter no layer that could be watched is scored by the L2 norm of its
@@ -35,10 +35,6 @@ class Activation:
     reduce: Reduction = "mean"
 
     needs: ClassVar[Need] = "activations"
-
-    def __post_init__(self) -> None:
-        check_option("statistic", self.statistic, Statistic)
-        check_option("reduce", self.reduce, Reduction)
 
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), higher = keep."""

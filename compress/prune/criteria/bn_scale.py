@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Reduction, check_option, reduced
+from compress.prune.criteria import ChannelGroup, CheckedOptions, Reduction, reduced
 from compress.prune.criteria.l2 import L2
 
 
 @dataclass(frozen=True)
-class BnScale:
+class BnScale(CheckedOptions):
     """Score a channel by the magnitude of its BatchNorm scales.
 
     A group without BatchNorm is scored by the L2 norm of its filters instead.
@@ -24,9 +24,6 @@ class BnScale:
     """
 
     reduce: Reduction = "mean"
-
-    def __post_init__(self) -> None:
-        check_option("reduce", self.reduce, Reduction)
 
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), higher = keep."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Reduction, check_option, reduced
+from compress.prune.criteria import ChannelGroup, CheckedOptions, Reduction, reduced
 
 
 @dataclass(frozen=True)
-class GeometricMedian:
+class GeometricMedian(CheckedOptions):
     """Score a channel by the summed distance of its filter to all other filters of its layer.
 
     A filter near the geometric median of its layer is the most replaceable one.
@@ -25,14 +25,10 @@ class GeometricMedian:
 
     reduce: Reduction = "mean"
 
-    def __post_init__(self) -> None:
-        check_option("reduce", self.reduce, Reduction)
-
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), higher = keep."""
-        return reduced([_summed_distances(f) for f in group.filters()], self.reduce)
-
-
-def _summed_distances(filters: Tensor) -> Tensor:
-    """Return the summed Euclidean distance of each row of (C, fan_in) to all rows: (C,)."""
-    return torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+        distances = [  # of each row of (C, fan_in) to all rows, Euclidean
+            torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+            for filters in group.filters()
+        ]
+        return reduced(distances, self.reduce)

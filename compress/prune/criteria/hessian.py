@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Need, Reduction, check_option, reduced
+from compress.prune.criteria import ChannelGroup, CheckedOptions, Need, Reduction, reduced
 
 
 @dataclass(frozen=True)
-class Hessian:
+class Hessian(CheckedOptions):
     """Score a channel by half the curvature of the loss times the square of its weights.
 
     Only the diagonal of the Hessian is used, estimated with random signs z as z * (H z). Negative
@@ -28,9 +28,6 @@ class Hessian:
 
     estimates_loss: ClassVar[bool] = True
     needs: ClassVar[Need] = "hessian"
-
-    def __post_init__(self) -> None:
-        check_option("reduce", self.reduce, Reduction)
 
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), higher = keep."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
+from compress.prune.criteria import ChannelGroup, CheckedOptions, Reduction, Weights, reduced
 
 
 @dataclass(frozen=True)
-class L1:
+class L1(CheckedOptions):
     """Score a channel by the summed magnitude of its weights.
 
     Args:
@@ -23,10 +23,6 @@ class L1:
 
     weights: Weights = "filters"
     reduce: Reduction = "mean"
-
-    def __post_init__(self) -> None:
-        check_option("weights", self.weights, Weights)
-        check_option("reduce", self.reduce, Reduction)
 
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), higher = keep."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Reduction, Weights, check_option, reduced
+from compress.prune.criteria import ChannelGroup, CheckedOptions, Reduction, Weights, reduced
 
 
 @dataclass(frozen=True)
-class Lamp:
+class Lamp(CheckedOptions):
     """Score a channel by its squared norm over the sum of all that are at least as large.
 
     The largest channel of every group scores 1, so no group is ever emptied before the others.
@@ -27,17 +27,10 @@ class Lamp:
     weights: Weights = "filters"
     reduce: Reduction = "mean"
 
-    def __post_init__(self) -> None:
-        check_option("weights", self.weights, Weights)
-        check_option("reduce", self.reduce, Reduction)
-
     def __call__(self, group: ChannelGroup) -> Tensor:
         """Return importance, (C,), in (0, 1], higher = keep."""
-        squares = reduced(
-            [norm.square() for norm in group.norms(self.weights, 2)],
-            self.reduce,
-        )
-        return shares_of_larger(squares)
+        squares = [norm.square() for norm in group.norms(self.weights, 2)]
+        return shares_of_larger(reduced(squares, self.reduce))
 
 
 def shares_of_larger(squares: Tensor) -> Tensor:

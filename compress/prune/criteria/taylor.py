@@ -7,13 +7,13 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from compress.prune.criteria import ChannelGroup, Need, check_option
+from compress.prune.criteria import ChannelGroup, CheckedOptions, Need
 
 Power = Literal["square", "magnitude"]
 
 
 @dataclass(frozen=True)
-class Taylor:
+class Taylor(CheckedOptions):
     """Score a channel by how much the loss would change, to first order, if it were zero.
 
     For every few images the change is the sum of weight x gradient over the weights that read the
@@ -37,7 +37,7 @@ class Taylor:
     needs: ClassVar[Need] = "gradients"
 
     def __post_init__(self) -> None:
-        check_option("power", self.power, Power)
+        super().__post_init__()
         if self.images_per_gradient < 1:
             raise ValueError("images_per_gradient must be at least 1")
 

@@ -1,0 +1,148 @@
+"""One forward pass of a copy: its inputs, what watches it, what it leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from compress.errors import ModelError, PlanError
+from compress.groups.record import Key
+from compress.modules.outputs import leaves
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of a tensor, anything else as it is."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def batch_size(inputs: Any) -> int:
+    """Return how many images the first input holds."""
+    for leaf in tree_leaves(inputs, is_leaf=_is_images):
+        if _is_images(leaf) or (isinstance(leaf, Tensor) and leaf.ndim):
+            return len(leaf)
+    return 1
+
+
+def inputs_in(inputs: Any, training: bool) -> Any:
+    """Return a copy of inputs; in training mode of two images at least, for batch statistics."""
+    inputs = tree_map(copied, inputs)  # a network may write into them
+    if not training or batch_size(inputs) > 1:
+        return inputs
+    return tree_map(_twice, inputs, is_leaf=_is_images)
+
+
+def _twice(value: Any) -> Any:
+    """Return one image, or a list of them, twice; anything else as it is."""
+    if _is_images(value):
+        return [*value, *value]
+    is_one = isinstance(value, Tensor) and value.ndim and len(value) == 1
+    return torch.cat([value, value]) if is_one else value
+
+
+def _is_images(value: Any) -> bool:
+    """Say whether ``value`` is a list of images (C, H, W) of any sizes, as detectors take them."""
+    is_list = isinstance(value, list) and bool(value)
+    return is_list and all(isinstance(each, Tensor) and each.ndim == 3 for each in value)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No gradients, and the random number generators afterwards as they were before."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def attributes_restored(model: nn.Module) -> Iterator[None]:
+    """Undo, afterwards, what happens to attributes of modules: tags, and caches of a forward."""
+
+    def shallow(value: Any) -> Any:  # the module's buffers are in a container
+        return value.copy() if type(value) in {dict, list, set} and value else value
+
+    before = [
+        (module, {name: shallow(value) for name, value in module.__dict__.items()})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def left_on_attributes(
+    model: nn.Module, before: Mapping[str, Mapping[str, Any]]
+) -> dict[str, list[Tensor]]:
+    """Return tensors that a forward left on attributes of modules, by their names."""
+    found = {}
+    for place, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if value is not before.get(place, {}).get(name):
+                tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+                found[f"{place}.{name}".lstrip(".")] = tensors
+    return {name: tensors for name, tensors in found.items() if tensors}
+
+
+def run_traced(
+    model: nn.Module, inputs: Any, ops: TorchDispatchMode, calls: TorchFunctionMode
+) -> list[tuple[str, Any]]:
+    """Return what ``model`` returns, by places as of ``leaves``, while two modes watch.
+
+    Raises:
+        PlanError: the network raised an error, or returns what cannot be looked into;
+            MismatchError: a replay went another way.
+    """
+    args, kwargs = inputs
+    try:
+        with undisturbed(), ops, calls:
+            return leaves(model(*args, **kwargs))  # iterators run on while they are read
+    except MismatchError:
+        raise
+    except ModelError as error:
+        parts = {"where": error.where, "expected": error.expected, "fix": error.fix}
+        raise PlanError(error.what, **parts) from None
+    except Exception as error:
+        raise PlanError(
+            f"the network does not run on the example input: {type(error).__name__}: {error}",
+            where=type(model).__name__,
+            expected="an example that the network accepts",
+        ) from error
+
+
+class MismatchError(Exception):
+    """The pruned network did something else than the record says it must.
+
+    Args:
+        step: Number of the op.
+        key: The op and the line of the program it came from.
+        why: What was different, with the line of the user's code.
+        other_op: It is another op than the original's, not the same one on other shapes.
+    """
+
+    def __init__(self, step: int, key: Key, why: str, *, other_op: bool = False) -> None:
+        super().__init__(why)
+        self.step, self.key, self.why, self.other_op = step, key, why, other_op
+        self.forward = 0  # which of the traced forwards it was, set by who ran them
+
+
+def needs_values(error: BaseException | None) -> bool:
+    """Say whether a program failed because tensors on the meta device have no values."""
+    return isinstance(error, NotImplementedError) or "meta" in str(error)
+
+
+def has_own_hooks(model: nn.Module) -> bool:
+    """Say whether hooks that are not PyTorch's (weight norm's are) run with the network."""
+    everywhere = torch.nn.modules.module
+    found = [everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks]
+    for module in model.modules():
+        found += [module._forward_hooks, module._forward_pre_hooks]
+    every = (hook for hooks in found for hook in hooks.values())
+    return not all(str(getattr(hook, "__module__", "")).startswith("torch.") for hook in every)

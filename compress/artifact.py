@@ -156,7 +156,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes it private
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes it private
         temporary.replace(path)
     except OSError as error:
         raise _cannot_write(path, error) from error
@@ -177,11 +178,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _try_room(path: Path) -> None:
-    """Write a little more to a file that could not be written.
-
-    Raises:
-        OSError: that fails as well, for this reason.
-    """
+    """Write a little more to a file that could not be written; OSError says why that fails."""
     with path.open("ab") as file:
         file.write(bytes(FULL_BYTES))
         file.flush()
@@ -342,12 +339,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"{text} is no finite number")
     return number
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _cannot_write(path: Path, error: OSError) -> RunError:

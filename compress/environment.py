@@ -99,7 +99,7 @@ def _processor(root: Path) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "cores": psutil.cpu_count(logical=False),
         "threads": psutil.cpu_count(),
-        "threads_usable": _usable_threads(),
+        "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
         "cpu_quota": _quota(root),
         "instructions": [name for name in _INSTRUCTIONS if name in flags],
         "virtual_machine": "hypervisor" in flags or None,
@@ -115,10 +115,6 @@ def _cpu_information(root: Path) -> dict[str, str]:
     first = (_read(root / "proc/cpuinfo") or "").split("\n\n")[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {name.strip(): value.strip() for name, value in pairs}
-
-
-def _usable_threads() -> int | None:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
 
 
 def check_address_space() -> None:

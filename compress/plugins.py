@@ -190,11 +190,7 @@ def _folder(kind: str) -> Path:
 
 
 def _own(kind: str, name: str) -> tuple[Path, str] | None:
-    """Return file and class of ``path/file.py:Class``; None for the name of a plug-in here.
-
-    Raises:
-        UsageError: there is no such file.
-    """
+    """Return file and class of ``path/file.py:Class``; None for the name of a plug-in here."""
     file, colon, wanted = name.rpartition(":")
     if not colon or not file.endswith(".py"):
         return None

@@ -22,13 +22,8 @@ VARIABLE = "COMPRESS_CODE_ALLOWED"  # what was typed, a JSON list; everything ma
 EVERYTHING = "null"  # its value after --trust
 # Networks of this package, which recipes name as code; the last two as they once were named.
 OWN = frozenset(
-    {
-        "compress.models.cifar",
-        "compress.models.detector",
-        "compress.models.restoration",
-        "compress.networks",
-        "compress.detector",
-    }
+    f"compress.{name}"
+    for name in ("models.cifar", "models.detector", "models.restoration", "networks", "detector")
 )
 BUILDERS = ("torchvision", "timm")  # not code of the file's: a name of theirs
 FREE = {"weights", "teacher_weights"}  # keys whose text is never run
@@ -152,8 +147,11 @@ def check_recipe(content: Any) -> str | None:
     Raises:
         UsageError: nobody agreed to some of it; all of it is listed.
     """
-    named = code_in(content)
-    found = {place: each for place, each in named.items() if _can_be_imported(each)}
+    found = {}
+    for place, reference in code_in(content).items():
+        source = reference.rpartition(":")[0]
+        if not source.endswith(".py") or Path(source).is_file():  # others tell of absent files
+            found[place] = reference
     listed = "; ".join(f"{reference} ({place})" for place, reference in found.items())
     if not all(is_allowed(reference.rpartition(":")[0]) for reference in found.values()):
         raise UsageError(f"this would run code: {listed}", expected="your agreement", fix=FIX)
@@ -171,12 +169,6 @@ def _saved_reference(text: str) -> str | None:
                     content = json.loads(file.read_text("utf-8"))
                     return str(content.get("reference")) if isinstance(content, dict) else None
     return None
-
-
-def _can_be_imported(reference: str) -> bool:
-    """Return whether there is such code; of a file that is not there others will tell."""
-    source = reference.rpartition(":")[0]
-    return not source.endswith(".py") or Path(source).is_file()
 
 
 def _identity(source: str) -> str:

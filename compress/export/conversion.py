@@ -86,8 +86,7 @@ def checked_opset(opset: int | None) -> int:
     Raises:
         ExportError: torch or a runtime does not know it.
     """
-    if opset is None:
-        return DEFAULT_OPSET
+    opset = DEFAULT_OPSET if opset is None else opset
     if opset not in OPSETS:
         raise ExportError(
             f"opset {opset} cannot be written", expected=f"{OPSETS[0]} to {OPSETS[-1]}"

@@ -69,12 +69,7 @@ def _zero(tensor: Tensor, dim: int, kept: Any) -> None:
 
 
 class _Watcher:
-    """Turns the mode on while the reference's forward runs.
-
-    Args:
-        items: The ops that are computed in another way.
-        pruned: The pruned network, if some of them are given numbers that it computes.
-    """
+    """Turns the mode on while the reference's forward runs; some ops need numbers of ``pruned``."""
 
     def __init__(self, items: tuple[KeptOnly, ...], pruned: nn.Module | None) -> None:
         self._items = items
@@ -140,21 +135,15 @@ def _unfused() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _OverKept(WatchedOps):  # type: ignore[no-untyped-call]
-    """Computes the listed ops over kept positions only, and puts the results back in place.
-
-    Args:
-        items: The ops.
-        numbers: Of those that are given other numbers: their arguments in the pruned network.
-    """
+class _OverKept(WatchedOps):
+    """Computes ops over kept positions only, or with the numbers of the pruned network."""
 
     def __init__(self, items: tuple[KeptOnly, ...], numbers: Mapping[Call, Given]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._numbers = numbers
         self._items = {(item.op, item.occurrence): item for item in items}
         self._watched = {_packet(item.op) for item in items}
         self._calls: dict[str, int] = {}
-        self._inside_whole = False
         self._missing = set(self._items)
 
     def check_finished(self) -> None:
@@ -169,20 +158,13 @@ class _OverKept(WatchedOps):  # type: ignore[no-untyped-call]
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
-        if _packet(str(func)) not in self._watched or self._inside_whole:
-            return func(*args, **kwargs)
-        return self._run(func, str(func), args, kwargs)
+        return self.counted(func, str(func), args, kwargs)
 
-    def whole(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call that the plan counts as one op."""
-        self._inside_whole = True
-        try:
-            return self._run(func, f"aten.{name}.whole", args, kwargs)
-        finally:
-            self._inside_whole = False
-
-    def _run(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def counted(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an op, or a call that the plan counts as one."""
         packet = _packet(name)
+        if packet not in self._watched:
+            return func(*args, **kwargs)
         occurrence = self._calls.get(packet, 0)
         self._calls[packet] = occurrence + 1
         item = self._items.get((name, occurrence))
@@ -201,7 +183,7 @@ class _OverKept(WatchedOps):  # type: ignore[no-untyped-call]
         return func(*own, **named)
 
 
-class _Listener(_OverKept):  # type: ignore[no-untyped-call]
+class _Listener(_OverKept):
     """Remembers what ops that need numbers are given; runs in the pruned network."""
 
     def __init__(self, items: tuple[KeptOnly, ...], numbers: Mapping[Call, Given]) -> None:
@@ -224,7 +206,8 @@ class _WholeCalls(WatchedCalls):
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the program."""
         if (name := whole_name(func, args)) is not None:
-            return self._ops.whole(func, name, args, kwargs)
+            with self._ops.inside_whole():
+                return self._ops.counted(func, f"aten.{name}.whole", args, kwargs)
         return self.inside(func, args, kwargs)
 
 

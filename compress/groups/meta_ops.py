@@ -76,23 +76,19 @@ def scalars_in(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float, 
 
 
 def run_op(
-    func: OpOverload,
-    name: str,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    on: torch.device | None,
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.device | None
 ) -> Any:
     """Return the result of an op; tensors that the program made elsewhere are taken along.
 
     Args:
         func: The op.
-        name: Its name.
         args: Positional arguments.
         kwargs: Keyword arguments.
         on: The meta device; None leaves tensors where the program has them.
     """
     if on is None:
         return func(*args, **kwargs)
+    name = op_name(func)
     fast = _FAST.get(name)
     if fast is not None and not kwargs:
         result = fast(func, args)
@@ -114,26 +110,21 @@ _FACTORIES = frozenset(
 
 
 def _same_device(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    devices = {t.device.type for t in tensors_in(args) if t.ndim}
-    if len(devices) < 2 or "meta" not in devices:
+    if len({t.is_meta for t in tensors_in(args) if t.ndim}) < 2:
         return args
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return value.to("meta") if value.ndim and value.device.type != "meta" else value
-        return type(value)(move(v) for v in value) if type(value) in {tuple, list} else value
+            return value.to("meta") if value.ndim else value
+        return type(value)(map(move, value)) if type(value) in {tuple, list} else value
 
-    return tuple(move(value) for value in args)
+    return tuple(map(move, args))
 
 
 def _same_shape(func: OpOverload, args: tuple[Any, ...]) -> Any:
     """Unary and same-shape binary ops: nothing to compute on the meta device."""
     first = args[0]
-    if (
-        not isinstance(first, Tensor)
-        or first.device.type != "meta"
-        or not first.is_floating_point()
-    ):
+    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
         return NotImplemented
     for other in args[1:]:
         if isinstance(other, Tensor) and (
@@ -145,7 +136,7 @@ def _same_shape(func: OpOverload, args: tuple[Any, ...]) -> Any:
 
 def _batch_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
     x, training = args[0], args[5]
-    if training or x.device.type != "meta":
+    if training or not x.is_meta:
         return NotImplemented
     none = x.new_empty(0)
     return x.new_empty(x.shape), none, none
@@ -153,7 +144,7 @@ def _batch_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
 
 def _convolution(func: OpOverload, args: tuple[Any, ...]) -> Any:
     x, weight, _, stride, padding, dilation, transposed, _, groups = args
-    if transposed or x.device.type != "meta" or x.ndim != weight.ndim:
+    if transposed or not x.is_meta or x.ndim != weight.ndim:
         return NotImplemented
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         return NotImplemented  # let PyTorch say what is wrong
@@ -171,22 +162,18 @@ def _cat(func: OpOverload, args: tuple[Any, ...]) -> Any:
     first = tensors[0]
     shape = list(first.shape)
     for other in tensors[1:]:
-        alike = (
-            other.device.type == "meta" and other.dtype == first.dtype and other.ndim == len(shape)
-        )
-        if not alike or any(
-            a != b
-            for d, (a, b) in enumerate(zip(shape, other.shape, strict=True))
-            if d != dim % len(shape)
-        ):
+        if not other.is_meta or other.dtype != first.dtype or other.ndim != len(shape):
             return NotImplemented
-        shape[dim] += other.shape[dim]
-    return first.new_empty(shape) if first.device.type == "meta" else NotImplemented
+        length, shape[dim] = shape[dim], other.shape[dim]
+        if shape != list(other.shape):
+            return NotImplemented
+        shape[dim] += length
+    return first.new_empty(shape) if first.is_meta else NotImplemented
 
 
 def _mean(func: OpOverload, args: tuple[Any, ...]) -> Any:
     x = args[0]
-    if len(args) < 2 or not args[1] or x.device.type != "meta" or not x.is_floating_point():
+    if len(args) < 2 or not args[1] or not x.is_meta or not x.is_floating_point():
         return NotImplemented
     dims = {d % x.ndim for d in args[1]}
     keep = len(args) > 2 and args[2]
@@ -196,7 +183,7 @@ def _mean(func: OpOverload, args: tuple[Any, ...]) -> Any:
 
 def _layer_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
     x, over = args[0], args[1]
-    if x.device.type != "meta" or tuple(x.shape[-len(over) :]) != tuple(over):
+    if not x.is_meta or tuple(x.shape[-len(over) :]) != tuple(over):
         return NotImplemented
     statistics = x.new_empty((*x.shape[: -len(over)], *([1] * len(over))))
     return x.new_empty(x.shape), statistics, statistics.clone()
@@ -204,7 +191,7 @@ def _layer_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
 
 def _addmm(func: OpOverload, args: tuple[Any, ...]) -> Any:
     bias, first, second = args[:3]
-    alike = first.device.type == "meta" and first.dtype == second.dtype == bias.dtype
+    alike = first.is_meta and first.dtype == second.dtype == bias.dtype
     if not alike or first.shape[1] != second.shape[0] or bias.shape != second.shape[1:]:
         return NotImplemented
     return first.new_empty((first.shape[0], second.shape[1]))

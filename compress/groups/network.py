@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+T = TypeVar("T")
+U = TypeVar("U")
 Positions = npt.NDArray[np.int64]
 Role = Literal["output", "input", "channel"]
 
@@ -106,20 +108,34 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Reduction:
+class Reduction(Generic[T]):
     """An op that looks across channels which can be cut: it sees the kept ones only.
 
-    ``inputs`` maps the position of a tensor argument to {dimension: units}, ``outputs`` that of an
-    output. With ``mask_only`` the inputs are zeroed at cut positions, else they are left out. With
-    ``numbers`` it is given a number that the program computes from channel counts.
+    ``inputs`` maps the position of a tensor argument to {dimension: what is known of it}: labels,
+    then units, then what is kept; ``outputs`` that of an output. With ``mask_only`` the inputs are
+    zeroed at cut positions, else they are left out. With ``numbers`` it is given a number that the
+    program computes from channel counts: the masked reference gives it the pruned network's.
     """
 
     op: str
-    occurrence: int  # the how manieth call of this op in one forward
-    inputs: Mapping[int, Mapping[int, Positions]]
-    outputs: Mapping[int, Mapping[int, Positions]]
+    occurrence: int  # which call of this op in one forward, counted from 0
+    inputs: Mapping[int, Mapping[int, T]]
+    outputs: Mapping[int, Mapping[int, T]]
     mask_only: bool = False
     numbers: bool = False
+
+    def map(self, change: Callable[[T], U | None]) -> Reduction[U]:
+        """Return it with ``change`` of all that is known; without dimensions where that is None."""
+
+        def changed(sides: Mapping[int, Mapping[int, T]]) -> dict[int, dict[int, U]]:
+            found = {
+                i: {d: new for d, row in dims.items() if (new := change(row)) is not None}
+                for i, dims in sides.items()
+            }
+            return {i: dims for i, dims in found.items() if dims}
+
+        sides = changed(self.inputs), changed(self.outputs)
+        return Reduction(self.op, self.occurrence, *sides, self.mask_only, self.numbers)
 
 
 @dataclass(frozen=True)
@@ -132,7 +148,7 @@ class Network:
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor of the state dict
     parameters: frozenset[str]  # names of ``shapes`` that count as parameters
     followers: tuple[DependentAttribute, ...] = ()
-    reductions: tuple[Reduction, ...] = ()
+    reductions: tuple[Reduction[Positions], ...] = ()
     side_outputs: tuple[str, ...] = ()  # attributes that the forward leaves cut channels on
     indices: tuple[Index, ...] = ()
 

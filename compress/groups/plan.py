@@ -19,7 +19,6 @@ from compress.groups import Network, Positions
 from compress.groups.network import KeptIndex, Reduction, stays_at
 from compress.groups.stored import (
     LARGEST_SIZE,
-    StoredKeptOnly,
     StoredPlan,
     from_text,
     to_text,
@@ -36,24 +35,7 @@ class Kept(NamedTuple):
     positions: Positions
 
 
-Sides = Mapping[int, Mapping[int, Kept]]  # argument or output -> dimension -> what stays
-
-
-@dataclass(frozen=True)
-class KeptOnly:
-    """An op that looks across cut channels: the masked reference computes it over kept ones only.
-
-    ``inputs`` maps the position of a tensor argument to what stays of its dimensions, ``outputs``
-    that of an output. With ``mask_only`` inputs are zeroed at cut positions, not left out. With
-    ``numbers`` the reference gives it the number that the pruned network computes from its widths.
-    """
-
-    op: str
-    occurrence: int  # which call of this op in one forward, counted from 0
-    inputs: Sides
-    outputs: Sides
-    mask_only: bool = False
-    numbers: bool = False
+KeptOnly = Reduction[Kept]  # the masked reference computes it over what stays
 
 
 @dataclass(frozen=True)
@@ -175,6 +157,11 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
     except (TypeError, ValueError) as error:
         raise PlanError(f"what the plan should remember is not JSON: {error}") from None
     units = network.kept_units(chosen)
+
+    def kept_of(row: Positions) -> Kept:
+        return Kept(len(row), np.flatnonzero(stays_at(row, units)))
+
+    reductions = [reduction.map(kept_of) for reduction in network.reductions]
     tensors = network.kept_positions(chosen)
     return PrunePlan(
         groups=chosen,
@@ -182,9 +169,7 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
         tensors=tensors,
         shapes={name: network.shapes[name] for name in tensors},
         attributes=network.attributes(units),
-        kept_only=tuple(
-            kept for r in network.reductions if (kept := _kept_only(r, units)) is not None
-        ),
+        kept_only=tuple(each for each in reductions if each.numbers or _is_cut(each)),
         macs_before=network.macs,
         macs_after=sum(
             math.prod(_left_of(layer.shape, tensors.get(name, {}))) * layer.macs_per_element
@@ -218,43 +203,28 @@ def _checked(network: Network, name: str, kept: Any) -> Positions:
     return row
 
 
-def _kept_only(reduction: Reduction, kept: Any) -> KeptOnly | None:
-    """Return what stays of the channels that an op looks across; None if all do."""
-
-    def sides(given: Mapping[int, Dims]) -> Sides:
-        return {
-            i: {d: Kept(len(r), np.flatnonzero(stays_at(r, kept))) for d, r in dims.items()}
-            for i, dims in given.items()
-        }
-
-    inputs = sides(reduction.inputs)
-    is_cut = any(len(k.positions) < k.size for dims in inputs.values() for k in dims.values())
-    if not is_cut and not reduction.numbers:
-        return None
-    outputs, how = sides(reduction.outputs), (reduction.mask_only, reduction.numbers)
-    return KeptOnly(reduction.op, reduction.occurrence, inputs, outputs, *how)
-
-
 def _left_of(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
     """Return the shape that a cut leaves of ``shape``."""
     return tuple(len(dims[d]) if d in dims else size for d, size in enumerate(shape))
 
 
+def _is_cut(reduction: KeptOnly) -> bool:
+    """Say whether an op loses some of the channels that it looks across."""
+    rows = (kept for dims in reduction.inputs.values() for kept in dims.values())
+    return any(len(kept.positions) < kept.size for kept in rows)
+
+
 def _write_kept_only(item: KeptOnly) -> dict[str, Any]:
-    def written(sides: Sides) -> dict[str, Any]:
-        return {
+    inputs, outputs = (
+        {
             str(i): {str(d): [kept.size, to_text(kept.positions)] for d, kept in dims.items()}
             for i, dims in sides.items()
         }
-
-    return {
-        "op": item.op,
-        "occurrence": item.occurrence,
-        "mask_only": item.mask_only,
-        **({"numbers": True} if item.numbers else {}),
-        "inputs": written(item.inputs),
-        "outputs": written(item.outputs),
-    }
+        for sides in (item.inputs, item.outputs)
+    )
+    numbers = {"numbers": True} if item.numbers else {}
+    about = {"op": item.op, "occurrence": item.occurrence, "mask_only": item.mask_only, **numbers}
+    return {**about, "inputs": inputs, "outputs": outputs}
 
 
 def _read(stored: StoredPlan) -> PrunePlan:
@@ -267,7 +237,10 @@ def _read(stored: StoredPlan) -> PrunePlan:
         },
         shapes={name: t.shape for name, t in stored.tensors.items()},
         attributes=stored.attributes,
-        kept_only=tuple(map(_read_kept_only, stored.kept_only)),
+        kept_only=tuple(
+            Reduction(**dict(item)).map(lambda row: Kept(row[0], from_text(row[1], row[0])))
+            for item in stored.kept_only
+        ),
         macs_before=stored.macs.before,
         macs_after=stored.macs.after,
         params_before=stored.params.before,
@@ -280,18 +253,6 @@ def _read(stored: StoredPlan) -> PrunePlan:
         about=stored.about,
         is_proved=False,
     )
-
-
-def _read_kept_only(stored: StoredKeptOnly) -> KeptOnly:
-    inputs, outputs = (
-        {
-            i: {d: Kept(size, from_text(row, size)) for d, (size, row) in dims.items()}
-            for i, dims in side.items()
-        }
-        for side in (stored.inputs, stored.outputs)
-    )
-    how = stored.mask_only, stored.numbers
-    return KeptOnly(stored.op, stored.occurrence, inputs, outputs, *how)
 
 
 def _compose(first: PrunePlan, later: PrunePlan) -> PrunePlan:
@@ -347,6 +308,9 @@ def _compose_kept_only(
             item = dataclasses.replace(item, inputs=sides[0], outputs=sides[1])
         found[item.op, item.occurrence] = item
     return tuple(found.values())
+
+
+Sides = Mapping[int, Mapping[int, Kept]]
 
 
 def _through(first: Sides, later: Sides) -> Sides:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from compress.groups.labels import Axis, Labels
+from compress.groups.network import Reduction
 
 Axes = tuple[Axis, ...]
 Place = tuple[str, int]  # file and line of the user's program
@@ -65,17 +66,6 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Restricted:
-    """An op across channels that can be cut: the masked reference computes it on kept ones only."""
-
-    op: str
-    occurrence: int  # among the calls of this op in one forward
-    inputs: tuple[tuple[int, Axes], ...]  # position of a tensor argument, its labels
-    outputs: tuple[Axes, ...]
-    mask_only: bool  # zero the first operand instead of leaving positions out
-
-
-@dataclass(frozen=True)
 class Use:
     """One matrix product or convolution with a weight: what the layer's cost is made of."""
 
@@ -95,6 +85,8 @@ class Call:
     kwargs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
     raw: RawCall
+    is_reduction: bool = False  # across channels that can be cut
+    mask_only: bool = False
 
     def argument(self, position: int, default: Any = None) -> Any:
         """Return the positional argument, or ``default`` where the op got fewer."""
@@ -106,7 +98,7 @@ class TraceRecord:
     """Everything one forward left behind."""
 
     steps: list[Step] = field(default_factory=list)
-    restricted: list[Restricted] = field(default_factory=list)
+    reductions: list[Reduction[Labels]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     taken: list[Any] = field(default_factory=list)  # values that the program took out, in order
     touched: dict[str, None] = field(default_factory=dict)  # tensors of the model, in order of use

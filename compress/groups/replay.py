@@ -28,7 +28,7 @@ from compress.modules import set_mode
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
 
 
-class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
+class TraceComparison(WatchedOps):
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
     Args:
@@ -38,13 +38,11 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, record: TraceRecord, stays: Stays, on: torch.device | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(on)
         self._steps = record.steps
         self._taken = iter(record.taken)
         self._stays = stays
-        self._on = on
         self._done = 0
-        self._inside_whole = False
         self._running = False  # an op runs: what is raised comes from it, not from the program
         self._sizes: dict[int, int] = {}
         self._calls: dict[str, int] = {}
@@ -55,28 +53,21 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
         name = meta_ops.op_name(func)
         if name in meta_ops.SILENT:
             return func(*args, **kwargs)
-        if self._inside_whole:
-            return meta_ops.run_op(func, name, args, kwargs, self._on)
         dynamic = self._on is None and meta_ops.depends_on_values(func, args)
         scalars = meta_ops.scalars_in(name, args, kwargs)
         pointwise = meta_ops.is_pointwise(func)
         self._check_numbers(str(func), name, scalars, may_follow=pointwise)
-        return self._compare(
-            name, lambda: meta_ops.run_op(func, name, args, kwargs, self._on), dynamic=dynamic
-        )
+        return self._compare(name, lambda: self.run(func, args, kwargs), dynamic=dynamic)
 
     def whole(self, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         """Run a call that was followed as one op and compare it."""
-        self._inside_whole = True
-        try:
-            if name in MAKERS:
-                scalars = meta_ops.scalars_in(name, args, kwargs)
-                self._check_numbers(f"aten.{name}.whole", name, scalars, may_follow=True)
-            else:
-                self._check_step(name)
+        if name in MAKERS:
+            scalars = meta_ops.scalars_in(name, args, kwargs)
+            self._check_numbers(f"aten.{name}.whole", name, scalars, may_follow=True)
+        else:
+            self._check_step(name)
+        with self.inside_whole():
             return self._compare(name, run)
-        finally:
-            self._inside_whole = False
 
     def _check_step(self, name: str) -> Step:
         step = None if self.finished else self._steps[self._done]
@@ -155,18 +146,6 @@ class TraceComparison(WatchedOps):  # type: ignore[no-untyped-call]
         return self._sizes[id(axis)]
 
 
-class _UncomparedOps(WatchedOps):
-    """Runs every op as a comparison does, and compares nothing."""
-
-    def __init__(self, on: torch.device | None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._on = on
-
-    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one op."""
-        return meta_ops.run_op(func, meta_ops.op_name(func), args, kwargs, self._on)
-
-
 def _reshaped(result: Any, shapes: Iterator[tuple[int, ...]]) -> Any:
     """Return zeros in the shapes that the original's results had."""
     if isinstance(result, Tensor):
@@ -226,7 +205,7 @@ def compared(
         return found
     args, kwargs = inputs_in(inputs, training)
     try:
-        with undisturbed(), _UncomparedOps(on):
+        with undisturbed(), WatchedOps(on):  # as in a comparison, and nothing is compared
             model(*args, **kwargs)
     except Exception as error:
         if on is not None and needs_values(error):

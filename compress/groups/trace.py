@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any
@@ -213,6 +213,7 @@ class _Traced:
 
     def _network(self) -> Network:
         units = self.units
+        found = [each.map(units.along) for each in self._forwards[0].record.reductions]
         indexed = {n: axis for f in self._forwards for n, axis in f.record.indexed.items()}
         return Network(
             groups=units.groups,
@@ -221,12 +222,16 @@ class _Traced:
             shapes=self._shapes,
             parameters=frozenset(name for name, _ in self._model.named_parameters()),
             followers=units.followers(self._components.uses),
-            reductions=tuple(self._reductions()),
+            reductions=tuple(reduction for reduction in found if reduction.inputs),
             indices=tuple(
                 Index(name, units.of[axis].astype(np.int64), self._constants[name])
                 for name, axis in indexed.items()
             ),
-            side_outputs=tuple(n for n, rows in self._left.items() if any(map(units.along, rows))),
+            side_outputs=tuple(
+                n
+                for n, rows in self._left.items()
+                if any(units.along(a) is not None for axes in rows for a in axes)
+            ),
         )
 
     def _frozen(self) -> dict[str, str]:
@@ -246,14 +251,6 @@ class _Traced:
             if name not in touched and name.endswith(".weight"):
                 frozen[layer_name(name)] = "it does not run on the example input"
         return frozen
-
-    def _reductions(self) -> Iterator[Reduction]:
-        along = self.units.along
-        for item in self._forwards[0].record.restricted:
-            inputs = {i: dims for i, axes in item.inputs if (dims := along(axes))}
-            if inputs:
-                outputs = {i: d for i, axes in enumerate(item.outputs) if (d := along(axes))}
-                yield Reduction(item.op, item.occurrence, inputs, outputs, item.mask_only)
 
     def culprit(self, mismatch: MismatchError, known: Mapping[Key, str]) -> Key:
         """Return the op to freeze: where it went wrong, or the last before it not yet frozen."""

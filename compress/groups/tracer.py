@@ -14,14 +14,13 @@ from torch._ops import OpOverload
 from compress.groups import meta_ops
 from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, WatchedOps, whole_name
 from compress.groups.labels import AttributeUse, Axis, Constraints, Labels
-from compress.groups.network import Positions
+from compress.groups.network import Positions, Reduction
 from compress.groups.record import (
     NO_CALL,
     Axes,
     Call,
     Key,
     RawCall,
-    Restricted,
     Step,
     TraceRecord,
     here,
@@ -37,7 +36,7 @@ _SHAPE = torch.Tensor.shape
 Rule = Callable[["Tracer", Call], None]
 
 
-class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
+class Tracer(WatchedOps):
     """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
 
     Args:
@@ -58,7 +57,7 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         on: torch.device | None = None,
         constants: Mapping[str, Positions] = types.MappingProxyType({}),
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__(on)
         self._constants = constants
         self.constraints = constraints
         self.record = TraceRecord()
@@ -81,9 +80,6 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         self._rules = rules
         self._fallback = fallback
         self._distrusted = distrusted
-        self._on = on
-        self._inside_whole = False
-        self._restricted: tuple[Call, bool] | None = None
 
     def axes(self, tensor: Tensor) -> Axes:
         """Return the labels of each dimension of ``tensor``."""
@@ -223,42 +219,37 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
 
     def restrict(self, call: Call, *, mask_only: bool = False) -> None:
         """Note that the reference must compute this op on the kept channels only."""
-        self._restricted = (call, mask_only)
+        call.is_reduction, call.mask_only = True, mask_only
 
-    def _write_restricted(self) -> None:
-        if self._restricted is None:
-            return
-        (call, mask_only), self._restricted = self._restricted, None
-        whole = call.name in WHOLE
-        tensors = [(i, a) for i, a in enumerate(call.args) if isinstance(a, Tensor)]
-        self.record.restricted.append(
-            Restricted(
-                f"aten.{call.name}.whole" if whole else str(call.func),
-                self.record.occurrences[call.name] - 1,
-                tuple((i, self.axes(a)) for i, a in tensors),
-                tuple(self.axes(out) for out in call.outputs),
-                mask_only,
-            )
+    def _reduction(self, call: Call) -> Reduction[Labels]:
+        inputs, outputs = (
+            {
+                i: {d: axis for d, axis in enumerate(self.axes(each)) if axis is not None}
+                for i, each in enumerate(tensors)
+                if isinstance(each, Tensor)
+            }
+            for tensors in (call.args, call.outputs)
         )
+        name = f"aten.{call.name}.whole" if call.name in WHOLE else str(call.func)
+        occurrence = self.record.occurrences[call.name] - 1
+        return Reduction(name, occurrence, inputs, outputs, call.mask_only)
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op, then its rule."""
+        before = args
+        if torch.Tag.inplace_view in func.tags:  # it reshapes its first argument, here as it was
+            before = (args[0].detach(), *args[1:])
+            self.label(before[0], self.axes(args[0]))
+        result = self.run(func, args, kwargs)
         name = meta_ops.op_name(func)
-        if self._inside_whole:
-            return meta_ops.run_op(func, name, args, kwargs, self._on)
-        before = self._as_before(func, args)
-        result = meta_ops.run_op(func, name, args, kwargs, self._on)
         self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
         return result
 
     def whole(self, name: str, run: Callable[[], Any]) -> Any:
         """Return the result of the program's present call, followed as one op."""
         raw = self.raw[-1]
-        self._inside_whole = True
-        try:
+        with self.inside_whole():
             result = run()
-        finally:
-            self._inside_whole = False
         self._follow(Call(name, raw.function, raw.args, raw.kwargs, (), raw), result)
         return result
 
@@ -272,14 +263,6 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
         self._pass_on(call, inputs)
         value = result if not outputs and not isinstance(result, Tensor | list | tuple) else None
         self._note(call, inputs, value)
-
-    def _as_before(self, func: OpOverload, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of an op that reshapes its first in place, with that as it was."""
-        if torch.Tag.inplace_view not in func.tags:
-            return args
-        before = args[0].detach()
-        self.label(before, self.axes(args[0]))
-        return (before, *args[1:])
 
     def assign(self, tensor: Tensor, values: Tensor) -> None:
         """Note that the program writes ``tensor.data = values``: its channels are theirs."""
@@ -298,17 +281,15 @@ class Tracer(WatchedOps):  # type: ignore[no-untyped-call]
             is_pointwise = meta_ops.is_pointwise(call.func)
             rule = self._rules["pointwise"] if is_pointwise else self._fallback
         rule(self, call)
-        self._write_restricted()
+        if call.is_reduction:
+            self.record.reductions.append(self._reduction(call))
         for out in call.outputs:
             if len(self.axes(out)) != out.ndim:  # an op without a rule reshaped it in place
                 self.label(out, (None,) * out.ndim)
-        if (
-            self._distrusted
-            and (why := self._distrusted.get((call.name, *program_place()))) is not None
-        ):
-            for tensor in (*inputs, *call.outputs):
-                for axis in self.axes(tensor):
-                    self.constraints.freeze(axis, why)
+        why = self._distrusted and self._distrusted.get((call.name, *program_place()))
+        for tensor in (*inputs, *call.outputs) if why else ():
+            for axis in self.axes(tensor):
+                self.constraints.freeze(axis, str(why))
 
     def _note(self, call: Call, inputs: list[Tensor], value: Any) -> None:
         for out in call.outputs:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compress.groups.labels import AttributeUse, Components, Labels
+from compress.groups.labels import AttributeUse, Axis, Components, Labels
 from compress.groups.network import DependentAttribute, Group, Layer, Positions, Role, Slice
 from compress.groups.record import Axes
 from compress.groups.traced_ints import Attribute
@@ -23,10 +23,10 @@ class Units:
     of: npt.NDArray[np.int64]  # (labels,)
     groups: tuple[Group, ...]
 
-    def along(self, axes: Axes) -> dict[int, Positions]:
-        """Return the units along each dimension that has some."""
-        rows = {d: self.of[axis] for d, axis in enumerate(axes) if axis is not None}
-        return {d: row for d, row in rows.items() if (row >= 0).any()}
+    def along(self, axis: Axis) -> Positions | None:
+        """Return the units of a dimension; None where it has none."""
+        row = None if axis is None else self.of[axis]
+        return None if row is None or (row < 0).all() else row
 
     def followers(self, uses: Iterable[AttributeUse]) -> tuple[DependentAttribute, ...]:
         """Return the attributes that the surgery sets: those that count what can be cut."""

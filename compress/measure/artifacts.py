@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,14 +97,15 @@ def candidates_of(
         places += [(path, *plugins.parse("runtimes", each)) for each in chosen]
     several = len({repr(place[1:]) for place in places}) > 1
     labels = _labels([path for path, *_ in places])
-    names = [
-        f"{label} on {_spoken(runtime, options)}" if several else label
-        for label, (_, runtime, options) in zip(labels, places, strict=True)
-    ]
-    return [
-        Candidate(name, *place, threads)
-        for name, place in zip(_distinct(names), places, strict=True)
-    ]
+    seen: Counter[str] = Counter()
+    found = []
+    for label, (path, runtime, options) in zip(labels, places, strict=True):
+        told = ", ".join(f"{key}={value}" for key, value in options.items())
+        name = f"{label} on {runtime}{f' ({told})' * bool(told)}" if several else label
+        seen[name] += 1  # a number behind those that occur again: one file given twice
+        number = f" #{seen[name]}" if seen[name] > 1 else ""
+        found.append(Candidate(name + number, path, runtime, options, threads))
+    return found
 
 
 def time_together(
@@ -128,12 +130,6 @@ def time_together(
             return Bench({}, skipped, {}, {})
         timed = bench(sessions, inputs, timing=timing)
     return replace(timed, skipped=skipped | timed.skipped)
-
-
-def _spoken(runtime: str, options: Mapping[str, Any]) -> str:
-    """Return how a runtime with its options is called."""
-    told = ", ".join(f"{key}={value}" for key, value in options.items())
-    return f"{runtime} ({told})" if told else runtime
 
 
 def inputs_of(session: Session, batch: int, dataset: Dataset | None) -> list[NDArray[Any]]:
@@ -176,13 +172,3 @@ def _labels(paths: Sequence[Path]) -> list[str]:
         if len(set(labels)) == len(set(paths)):
             return labels
     return [str(path) for path in paths]
-
-
-def _distinct(names: Sequence[str]) -> list[str]:
-    """Return ``names`` with a number behind those that occur again: one file given twice."""
-    seen: dict[str, int] = {}
-    distinct = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        distinct.append(name if seen[name] == 1 else f"{name} #{seen[name]}")
-    return distinct

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from compress.measure.artifacts import (
     test_answers,
 )
 from compress.report.run_folder import one_artifact
-from compress.runtimes import open_session, runtime_class
+from compress.runtimes import Session, open_session, runtime_class
 from compress.tasks import Task, default_task, load_task
 
 if TYPE_CHECKING:
@@ -150,12 +151,7 @@ def compare_artifacts(
 
 
 def _judge(reference: str | Mapping[str, Any] | None, dataset: Dataset) -> Task | None:
-    """Return the task that predictions are judged by; None: by classes, if they are named.
-
-    Raises:
-        UsageError: there is no such task.
-        DataError: it needs other labels.
-    """
+    """Return the task that predictions are judged by; None: by classes, if they are named."""
     if reference is None and dataset.target in ("class", "none"):
         return None
     reference = reference or default_task(dataset.target)
@@ -173,12 +169,19 @@ def _names_classes(candidates: Iterable[Candidate], dataset: Dataset) -> bool:
     """
     is_named = True
     for each in candidates:
-        with each.open() as session:
-            try:
-                is_named &= names_classes(session, dataset)
-            except DataError as error:
-                raise error.within(str(each.path)) from None
+        with _opened(each, each.reference) as session:
+            is_named &= names_classes(session, dataset)
     return is_named
+
+
+@contextlib.contextmanager
+def _opened(candidate: Candidate, runtime: Any) -> Iterator[Session]:
+    """Open a candidate; errors of its answers name its file."""
+    with open_session(candidate.path, runtime, threads=candidate.threads) as session:
+        try:
+            yield session
+        except (DataError, EngineError) as error:
+            raise error.within(str(candidate.path)) from None
 
 
 Form = tuple[str, str, Candidate, Any]  # name, what was done to get here, file, where it runs
@@ -203,7 +206,9 @@ def _steps(
 ) -> Iterator[NetworkForm]:
     """Yield the classes that each form names."""
     for name, error, candidate, runtime in _forms(old, new):
-        yield NetworkForm(name, error, _answers(candidate, runtime, dataset, limit))
+        with _opened(candidate, runtime) as session:
+            answers = test_answers(session, dataset, candidate.name, limit)
+        yield NetworkForm(name, error, answers)
 
 
 def _judged(
@@ -212,11 +217,8 @@ def _judged(
     """Yield what each form is worth at a task."""
     first: evaluate.Evaluation | None = None
     for name, error, candidate, runtime in _forms(old, new):
-        try:
-            with open_session(candidate.path, runtime, threads=candidate.threads) as session:
-                found = evaluate.of_task(session, dataset, task, limit=limit)
-        except (DataError, EngineError) as error_of_file:
-            raise error_of_file.within(str(candidate.path)) from None
+        with _opened(candidate, runtime) as session:
+            found = evaluate.of_task(session, dataset, task, limit=limit)
         yield JudgedForm(name, error, found, _change(task, first, found))
         first = first or found
 
@@ -233,23 +235,8 @@ def _change(
     return drifts | evaluate.agreement_row(task, first, found)
 
 
-def _answers(
-    candidate: Candidate, runtime: Any, dataset: Dataset, limit: int | None
-) -> evaluate.Predictions:
-    with open_session(candidate.path, runtime, threads=candidate.threads) as session:
-        try:
-            return test_answers(session, dataset, candidate.name, limit)
-        except DataError as error:
-            raise error.within(str(candidate.path)) from None
-
-
 def _outputs(
-    old: Candidate,
-    new: Candidate,
-    dataset: Dataset,
-    limit: int | None,
-    *,
-    is_named: bool,
+    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None, *, is_named: bool
 ) -> dict[str, Any]:
     """Return the drift of each output, and the share of equal answers where there are scores.
 
@@ -270,11 +257,10 @@ def _bisection(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
         shape = leading_input(session.inputs, dataset).shape
         fixed = shape[0] if shape else None
         size = fixed if isinstance(fixed, int) else BISECT_IMAGES
+        some = dataset.with_fewer("test", max(size, BISECT_IMAGES))
         inputs = [
             tuple(arrays_for(session.inputs, images, dataset))
-            for images, _ in dataset.with_fewer("test", max(size, BISECT_IMAGES)).pictures(
-                "test", size
-            )
+            for images, _ in some.pictures("test", size)
             if len(images) == size or not isinstance(fixed, int)
         ]
     return comparison.bisect(old.path, new.path, inputs)

@@ -53,11 +53,7 @@ def _plain_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any] | No
     """Return a copy of what ``module`` holds, or None where only ``copy.deepcopy`` knows how.
 
     Nearly all modules are plain, and deepcopy takes five times as long for them: most of it for a
-    dozen empty dicts of hooks in each.
-
-    Args:
-        module: A module.
-        memo: The copies of its tensors and of the modules inside it, by the id of the original.
+    dozen empty dicts of hooks in each. ``memo`` holds the copies of what is inside it, by its id.
     """
     kind = type(module)
     if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ != nn.Module.__reduce_ex__:

@@ -253,13 +253,7 @@ def _pooled(
 
 
 def _grid(cells: Tensor, features: Tensor, size: Sequence[int]) -> Tensor:
-    """Return anchors (H * W * N, 4) for a map (B, C, H, W): ``cells`` (N, 4) at each of its places.
-
-    Args:
-        cells: Corners around 0, pixels.
-        features: The map.
-        size: Height and width of the images that it was made of.
-    """
+    """Return anchors (H * W * N, 4) for a map of images of a ``size``: ``cells`` at each place."""
     steps = [side // count for side, count in zip(size, features.shape[-2:], strict=True)]
     y, x = (
         torch.arange(count, device=features.device, dtype=features.dtype) * step

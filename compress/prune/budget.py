@@ -65,27 +65,13 @@ class Budget:
         return {NAMES[self.kind]: value}
 
 
-def one_budget(
-    *,
-    keep_macs: float | None = None,
-    keep_params: float | None = None,
-    keep_channels: float | Mapping[str, float] | None = None,
-    keep_latency: float | None = None,
-    latency_ms: float | None = None,
-) -> Budget:
-    """Return the one budget that is given.
+def one_budget(**budgets: float | Mapping[str, float] | None) -> Budget:
+    """Return the one budget that is given, by its name among ``BUDGETS``.
 
     Raises:
         UsageError: none or several are given, or it is out of range.
     """
-    values: dict[Kind, float | Mapping[str, float] | None] = {
-        "macs": keep_macs,
-        "params": keep_params,
-        "channels": keep_channels,
-        "latency": keep_latency,
-        "latency_ms": latency_ms,
-    }
-    given = {kind: value for kind, value in values.items() if value is not None}
+    given = {k: value for k, name in NAMES.items() if (value := budgets.get(name)) is not None}
     if len(given) != 1:
         named = " and ".join(NAMES[kind] for kind in given)
         raise UsageError(

@@ -86,7 +86,7 @@ class LatencyTable:
         """
         question = (shape, inputs, outputs)
         if question not in self._answers:
-            self._answers[question] = self._looked_up(shape, inputs, outputs, whole)
+            self._answers[question] = self._looked_up(*question, whole)
         return self._answers[question]
 
     def save(self) -> None:
@@ -170,11 +170,7 @@ def _read(file: Path | None) -> dict[str, dict[str, float]]:
 
 
 def _checked(ms: float, where: str) -> float:
-    """Return a latency, unless no layer can have it.
-
-    Raises:
-        EngineError: it is not above 0, no number, or beyond an hour.
-    """
+    """Return a latency; raise EngineError where no layer can have it."""
     if not 0 < ms < LONGEST_MS:
         raise EngineError(
             f"was measured to take {ms} ms", where=where, fix="Measure again; check the clock"

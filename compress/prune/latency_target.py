@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ ROUND_SECONDS = 0.1  # of timed calls of each
 BURST_SECONDS = 2.0  # for which a processor that was idle may run faster than it can go on (1.5x)
 
 
-class Stopwatch:
+class Stopwatch(ExitStack):
     """Latency of networks on a runtime, each timed in turns with the uncut one.
 
     A machine is faster in one minute than in the next. What is measured is therefore a ratio, and
@@ -48,8 +47,8 @@ class Stopwatch:
         self._example, self._runtime = example_input, runtime
         args, kwargs = call_inputs(example_input)
         self._arrays = [tensor.detach().cpu().numpy() for tensor in (*args, *kwargs.values())]
-        self._open = ExitStack()
-        self._reference = self._session(original, self._open)
+        super().__init__()
+        self._reference = self._session(original, self)
         if original_ms is None:
             self._time(self._reference, BURST_SECONDS)
             original_ms = self._time(self._reference, ROUNDS * ROUND_SECONDS)
@@ -68,17 +67,6 @@ class Stopwatch:
                 reference = self._time(self._reference, ROUND_SECONDS)
                 ratios.append(self._time(session, ROUND_SECONDS) / reference)
         return float(np.median(ratios)) * self.original_ms
-
-    def __enter__(self) -> Stopwatch:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trail: TracebackType | None,
-    ) -> None:
-        self._open.close()
 
     def _time(self, session: Session, seconds: float) -> float:
         return time_calls(lambda: session.run(*self._arrays), seconds)

@@ -177,11 +177,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
 
 
 def _check_counted(network: Network, budget: Budget) -> None:
-    """Refuse a budget of MACs where layers ran on nothing: their share is unknown.
-
-    Raises:
-        PlanError: there are such layers, as in a head for detections where nothing was detected.
-    """
+    """Refuse a budget of MACs where layers ran on nothing, as a head without detections does."""
     idle = [
         name.removesuffix(".weight") for name, layer in network.layers.items() if not layer.macs
     ]
@@ -208,11 +204,7 @@ def _check_choices(**options: tuple[object, Any]) -> None:
 def _with_excluded(
     model: nn.Module, network: Network, names: tuple[str, ...]
 ) -> tuple[Network, dict[int, str]]:
-    """Return the network that says why excluded groups stay, and those with the name that does.
-
-    Raises:
-        PlanError: nothing is left to cut.
-    """
+    """Return the network that says why excluded groups stay, and those with the name that does."""
     excluded = {n: name for name in names for n in groups_of(model, network, name, "exclude")}
     groups = [(network.groups[number].name, name) for number, name in excluded.items()]
     if len(excluded) == len(network.groups):

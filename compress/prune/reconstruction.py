@@ -22,8 +22,7 @@ from compress.modules.inputs import read_batches
 from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
-from compress.prune.replay import Replay
-from compress.prune.residual_adds import Join, Sums, joins
+from compress.prune.forward_passes import Join, Replay, Sums, joins
 
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
 ROWS_PER_FEATURE = 64  # samples of a layer's output, for each weight of one of its filters
@@ -130,12 +129,7 @@ class _LayerFit:
         return self.rows * self.batches * self.calls * len(_filters(self.layer)) * 4 / 2**20
 
     def note(self, _input: Tensor, answer: Tensor, other: Tensor | None) -> None:
-        """Keep what the original answered at places drawn for this call.
-
-        Args:
-            answer: The answer of the layer in the original, (B, O, ...) or (..., O).
-            other: What it is added to there; kept with it, as a part of the answer.
-        """
+        """Keep what the original answered, with what that is added to, at places drawn for this."""
         places = None
         if not isinstance(self.layer, nn.Linear):
             size = answer.shape[2:]

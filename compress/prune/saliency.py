@@ -105,11 +105,7 @@ def _chunks(
 
 
 def _run(model: nn.Module, inputs: Inputs, weights: dict[str, Tensor] | None = None) -> Any:
-    """Return what ``model`` answers a batch, with other weights if they are given.
-
-    Raises:
-        DataError: it does not run on it.
-    """
+    """Return what ``model`` answers a batch, with other weights if they are given."""
     try:
         model = on_batch(model, inputs.args, inputs.kwargs)
         return torch.func.functional_call(model, weights or {}, inputs.args, dict(inputs.kwargs))

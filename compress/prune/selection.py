@@ -90,12 +90,7 @@ def normalized(scores: Floats, how: Normalize) -> Floats:
 
 
 class _Blocks:
-    """Units that leave together, over all groups: one block leads to the next candidate count.
-
-    Args:
-        candidates: One for each group.
-        cost: What the network costs with the given counts.
-    """
+    """Units that leave together, over all groups: one block leads to the next candidate count."""
 
     def __init__(
         self, candidates: Sequence[CandidateCounts], cost: Callable[[Counts], int]

@@ -361,4 +361,4 @@ def test_what_does_not_fit_is_left_for_pytorch_to_refuse(op: str, args: tuple[ob
     func = getattr(torch.ops.aten, op).default
     assert meta_ops._FAST[op](func, args) is NotImplemented
     with pytest.raises(RuntimeError):
-        meta_ops.run_op(func, op, args, {}, torch.device("meta"))
+        meta_ops.run_op(func, args, {}, torch.device("meta"))

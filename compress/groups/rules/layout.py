@@ -280,9 +280,7 @@ def repeat_interleave(tracer: Tracer, call: Call) -> None:
 
 RULES: dict[str, Rule] = {
     "permute": permute,
-    "transpose": transpose,
-    "t": transpose,
-    "swapaxes": transpose,
+    **dict.fromkeys(words("transpose t swapaxes"), transpose),
     "unsqueeze": insert_dimension,
     "squeeze": drop_dimension,
     **dict.fromkeys(words("view _unsafe_view reshape _reshape_alias unflatten"), view),

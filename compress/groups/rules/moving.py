@@ -262,17 +262,12 @@ def nothing(tracer: Tracer, call: Call) -> None:
 
 
 RULES: dict[str, Rule] = {
-    "cat": cat,
-    "concat": cat,
+    **dict.fromkeys(words("cat concat"), cat),
     "stack": stack,
-    "split": equal_parts,
-    "unsafe_split": equal_parts,
-    "split_with_sizes": split_with_sizes,
-    "unsafe_split_with_sizes": split_with_sizes,
-    "slice": slicing,
-    "narrow": slicing,
-    "select": select_index,
-    "unbind": select_index,
+    **dict.fromkeys(words("split unsafe_split"), equal_parts),
+    **dict.fromkeys(words("split_with_sizes unsafe_split_with_sizes"), split_with_sizes),
+    **dict.fromkeys(words("slice narrow"), slicing),
+    **dict.fromkeys(words("select unbind"), select_index),
     "index_select": index_select,
     "index": index,
     "flip": flip,

@@ -181,7 +181,7 @@ class ChannelGroup:
         """Return the entries of one slice, unit by unit: (C, entries)."""
         tensor = self._tensors[piece.tensor].movedim(piece.dim, 0)
         index = torch.as_tensor(piece.index)
-        if index.shape[1] == 1 and index.shape[0] == tensor.shape[0] and is_ramp(index):
+        if torch.equal(index, torch.arange(tensor.shape[0])[:, None]):  # all, in their order
             return tensor.reshape(self.size, -1)
         return tensor[index.to(tensor.device)].reshape(self.size, -1)
 
@@ -234,12 +234,6 @@ def norms_along(tensor: Tensor, dim: int, power: int) -> Tensor:
         total.addmv_(values.T, total.new_ones(len(part)))
     total = total.reshape(tensor.shape[1], -1).sum(1)
     return total.sqrt() if power == 2 else total
-
-
-def is_ramp(index: Tensor) -> bool:
-    """Return whether ``index`` counts 0, 1, 2, ... ."""
-    flat = index.flatten()
-    return bool((flat == torch.arange(len(flat), device=flat.device)).all())
 
 
 def reduced(scores: list[Tensor], how: Reduction) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.models.cifar import resnet8, unet
-from compress.prune.replay import Replay
+from compress.prune.forward_passes import Replay
 
 
 class InPlace(nn.Module):
@@ -138,7 +138,7 @@ def test_layers_that_are_done_are_not_computed_again(monkeypatch: pytest.MonkeyP
 
 
 def test_without_room_all_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compress.prune.replay.CACHE_MIB", 0)
+    monkeypatch.setattr("compress.prune.forward_passes.CACHE_MIB", 0)
     torch.manual_seed(0)
     model, image = resnet8(width=4).eval(), torch.randn(1, 3, 16, 16)
     with torch.no_grad():

@@ -1,4 +1,7 @@
-"""The calls of a program, also those inside the functions of torch.nn.functional."""
+"""The calls of a program and its ops: how they are seen, named and run.
+
+On the meta device the shapes of the most frequent ops are known beforehand.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,21 @@ import abc
 import contextlib
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress.groups import meta_ops
+
+def words(text: str) -> tuple[str, ...]:
+    """Return the names in a line of text."""
+    return tuple(text.split())
+
 
 WHOLE = frozenset(  # followed as one op each
     (
@@ -63,6 +71,203 @@ def whole_name(func: Any, args: Sequence[Any]) -> str | None:
     return name if name in WHOLE else None
 
 
+SILENT = frozenset({"detach", "alias", "lift_fresh"})  # they come and go without meaning
+
+# Integers that these ops take describe shapes, which a cut changes: they are checked as shapes.
+_SHAPE_OPS = frozenset(
+    words(
+        "view _unsafe_view reshape expand repeat split split_with_sizes slice convolution "
+        "constant_pad_nd native_group_norm native_layer_norm zeros ones full empty rand "
+        "randn new_zeros new_ones new_full new_empty arange empty_strided "
+        "new_empty_strided unsafe_split unsafe_split_with_sizes as_strided narrow unfold "
+        "select linspace unbind"
+    )
+)
+
+
+@functools.cache
+def op_name(func: OpOverload) -> str:
+    """Return the name of an op without namespace, overload and in-place mark: ``add``."""
+    name = str(func._schema.name).removeprefix("aten::")
+    return name if name.endswith("__") else name.removesuffix("_")
+
+
+@functools.cache
+def is_pointwise(func: OpOverload) -> bool:
+    """Say whether PyTorch tags ``func`` as pointwise."""
+    return torch.Tag.pointwise in func.tags
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in arguments or results, one level of lists deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+
+
+_TAKES_BOOLEANS = frozenset(words("index index_put"))
+
+
+def depends_on_values(func: OpOverload, args: Any) -> bool:
+    """Say whether the shapes of an op's results depend on the values it is given."""
+    name = op_name(func)
+    if name in _TAKES_BOOLEANS:
+        return any(t.dtype in (torch.bool, torch.uint8) for t in tensors_in(args[1]))
+    return torch.Tag.dynamic_output_shape in func.tags or name.endswith("::nms")
+
+
+def scalars_in(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float, ...]:
+    """Return the numbers an op was given that a cut must not change."""
+    shapes = name in _SHAPE_OPS
+    found: list[float] = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, float) or (not shapes and isinstance(value, int)):
+            found.append(float(value))
+        elif not shapes and isinstance(value, list | tuple):
+            found.extend(float(v) for v in value if isinstance(v, int | float))
+    return tuple(found)
+
+
+def run_op(
+    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.device | None
+) -> Any:
+    """Return the result of an op; tensors that the program made elsewhere are taken along.
+
+    Args:
+        func: The op.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        on: The meta device; None leaves tensors where the program has them.
+    """
+    if on is None:
+        return func(*args, **kwargs)
+    name = op_name(func)
+    fast = _FAST.get(name)
+    if fast is not None and not kwargs:
+        result = fast(func, args)
+        if result is not NotImplemented:
+            return result
+    if name in _FACTORIES and not any(True for _ in tensors_in(args)):
+        kwargs = {**kwargs, "device": on}
+    else:
+        args = _same_device(args)
+    return func(*args, **kwargs)
+
+
+_FACTORIES = frozenset(
+    words(
+        "zeros ones full empty rand randn arange linspace eye scalar_tensor randint "
+        "randperm empty_strided"
+    )
+)
+
+
+def _same_device(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len({t.is_meta for t in tensors_in(args) if t.ndim}) < 2:
+        return args
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to("meta") if value.ndim else value
+        return type(value)(map(move, value)) if type(value) in {tuple, list} else value
+
+    return tuple(map(move, args))
+
+
+def _same_shape(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    """Unary and same-shape binary ops: nothing to compute on the meta device."""
+    first = args[0]
+    if not isinstance(first, Tensor) or not first.is_meta or not first.is_floating_point():
+        return NotImplemented
+    for other in args[1:]:
+        if isinstance(other, Tensor) and (
+            other.shape != first.shape or other.dtype != first.dtype or other.device != first.device
+        ):
+            return NotImplemented
+    return first if func._schema.is_mutable else first.new_empty(first.shape)
+
+
+def _batch_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x, training = args[0], args[5]
+    if training or not x.is_meta:
+        return NotImplemented
+    none = x.new_empty(0)
+    return x.new_empty(x.shape), none, none
+
+
+def _convolution(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x, weight, _, stride, padding, dilation, transposed, _, groups = args
+    if transposed or not x.is_meta or x.ndim != weight.ndim:
+        return NotImplemented
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        return NotImplemented  # let PyTorch say what is wrong
+    sizes = []
+    for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
+        s, p, d = (row[i if len(row) > 1 else 0] for row in (stride, padding, dilation))
+        sizes.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
+    if min(sizes) < 1:
+        return NotImplemented
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes))
+
+
+def _cat(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    tensors, dim = args[0], args[1] if len(args) > 1 else 0
+    first = tensors[0]
+    shape = list(first.shape)
+    for other in tensors[1:]:
+        if not other.is_meta or other.dtype != first.dtype or other.ndim != len(shape):
+            return NotImplemented
+        length, shape[dim] = shape[dim], other.shape[dim]
+        if shape != list(other.shape):
+            return NotImplemented
+        shape[dim] += length
+    return first.new_empty(shape) if first.is_meta else NotImplemented
+
+
+def _mean(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x = args[0]
+    if len(args) < 2 or not args[1] or not x.is_meta or not x.is_floating_point():
+        return NotImplemented
+    dims = {d % x.ndim for d in args[1]}
+    keep = len(args) > 2 and args[2]
+    sizes = [1 if d in dims else n for d, n in enumerate(x.shape) if keep or d not in dims]
+    return x.new_empty(sizes)
+
+
+def _layer_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    x, over = args[0], args[1]
+    if not x.is_meta or tuple(x.shape[-len(over) :]) != tuple(over):
+        return NotImplemented
+    statistics = x.new_empty((*x.shape[: -len(over)], *([1] * len(over))))
+    return x.new_empty(x.shape), statistics, statistics.clone()
+
+
+def _addmm(func: OpOverload, args: tuple[Any, ...]) -> Any:
+    bias, first, second = args[:3]
+    alike = first.is_meta and first.dtype == second.dtype == bias.dtype
+    if not alike or first.shape[1] != second.shape[0] or bias.shape != second.shape[1:]:
+        return NotImplemented
+    return first.new_empty((first.shape[0], second.shape[1]))
+
+
+_FAST: dict[str, Callable[[OpOverload, tuple[Any, ...]], Any]] = {
+    "native_batch_norm": _batch_norm,
+    "convolution": _convolution,
+    "cat": _cat,
+    "mean": _mean,
+    "native_layer_norm": _layer_norm,
+    "addmm": _addmm,
+    **dict.fromkeys(
+        words(
+            "relu hardtanh hardswish hardsigmoid sigmoid silu gelu elu leaky_relu tanh mish add mul"
+        ),
+        _same_shape,
+    ),
+}
+
+
 class WatchedOps(TorchDispatchMode):
     """A mode in which ``op`` runs every op, but those inside a call that is followed as a whole.
 
@@ -77,7 +282,7 @@ class WatchedOps(TorchDispatchMode):
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an op gives."""
-        return meta_ops.run_op(func, args, kwargs, self._on)
+        return run_op(func, args, kwargs, self._on)
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an op gives."""

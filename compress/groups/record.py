@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.groups.labels import Axis, Labels
+from compress.groups.labels import Axes, Axis, Labels
 from compress.groups.network import Reduction
 
-Axes = tuple[Axis, ...]
 Place = tuple[str, int]  # file and line of the user's program
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent) + os.sep

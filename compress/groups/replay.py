@@ -12,8 +12,19 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from compress.errors import PlanError
-from compress.groups import meta_ops
-from compress.groups.calls import MAKERS, TAKERS, WatchedCalls, WatchedOps, whole_name
+from compress.groups.calls import (
+    MAKERS,
+    SILENT,
+    TAKERS,
+    WatchedCalls,
+    WatchedOps,
+    depends_on_values,
+    is_pointwise,
+    op_name,
+    scalars_in,
+    tensors_in,
+    whole_name,
+)
 from compress.groups.forward import (
     MismatchError,
     inputs_in,
@@ -50,19 +61,19 @@ class TraceComparison(WatchedOps):
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and compare it."""
-        name = meta_ops.op_name(func)
-        if name in meta_ops.SILENT:
+        name = op_name(func)
+        if name in SILENT:
             return func(*args, **kwargs)
-        dynamic = self._on is None and meta_ops.depends_on_values(func, args)
-        scalars = meta_ops.scalars_in(name, args, kwargs)
-        pointwise = meta_ops.is_pointwise(func)
+        dynamic = self._on is None and depends_on_values(func, args)
+        scalars = scalars_in(name, args, kwargs)
+        pointwise = is_pointwise(func)
         self._check_numbers(str(func), name, scalars, may_follow=pointwise)
         return self._compare(name, lambda: self.run(func, args, kwargs), dynamic=dynamic)
 
     def whole(self, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
         """Run a call that was followed as one op and compare it."""
         if name in MAKERS:
-            scalars = meta_ops.scalars_in(name, args, kwargs)
+            scalars = scalars_in(name, args, kwargs)
             self._check_numbers(f"aten.{name}.whole", name, scalars, may_follow=True)
         else:
             self._check_step(name)
@@ -101,7 +112,7 @@ class TraceComparison(WatchedOps):
         expected = [tuple(map(self._kept, shape, axes)) for shape, axes in step.outputs]
         if dynamic:
             result = _reshaped(result, iter(expected))
-        shapes = [tuple(out.shape) for out in meta_ops.tensors_in(result)]
+        shapes = [tuple(out.shape) for out in tensors_in(result)]
         if shapes != expected:
             found = f"{name} gives {_write(shapes)} where {_write(expected)} should remain"
             raise self._mismatch(f"channel counts written in the program: {found}")

@@ -26,14 +26,13 @@ from compress.groups.forward import (
     needs_values,
     run_traced,
 )
-from compress.groups.labels import Components, Constraints
+from compress.groups.labels import Axes, Components, Constraints, find_units, layer_name
 from compress.groups.network import Index, Layer, Network, Positions, Reduction, stays_at
-from compress.groups.record import Axes, Key, TraceRecord
+from compress.groups.record import Key, TraceRecord
 from compress.groups.replay import compared
 from compress.groups.rules import RULES, freeze_all
 from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
-from compress.groups.units import find_units, layer_name
 from compress.modules import network_of, set_mode, with_gradients
 from compress.modules.copying import full_copy, meta_copy, parameters_and_buffers
 from compress.modules.detectors import on_batch

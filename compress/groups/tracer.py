@@ -11,13 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 
-from compress.groups import meta_ops
-from compress.groups.calls import TAKERS, WHOLE, WatchedCalls, WatchedOps, whole_name
-from compress.groups.labels import AttributeUse, Axis, Constraints, Labels
+from compress.groups.calls import (
+    SILENT,
+    TAKERS,
+    WHOLE,
+    WatchedCalls,
+    WatchedOps,
+    is_pointwise,
+    op_name,
+    scalars_in,
+    tensors_in,
+    whole_name,
+)
+from compress.groups.labels import AttributeUse, Axes, Axis, Constraints, Labels
 from compress.groups.network import Positions, Reduction
 from compress.groups.record import (
     NO_CALL,
-    Axes,
     Call,
     Key,
     RawCall,
@@ -166,7 +175,7 @@ class Tracer(WatchedOps):
         if not self._loose and not self._positions:
             return
         storages = [_memory(tensor)[0] for tensor in inputs]
-        if call.name not in meta_ops.SILENT:
+        if call.name not in SILENT:
             for storage in storages:
                 if storage in self._positions:
                     self.constraints.freeze(*self._positions[storage])
@@ -241,7 +250,7 @@ class Tracer(WatchedOps):
             before = (args[0].detach(), *args[1:])
             self.label(before[0], self.axes(args[0]))
         result = self.run(func, args, kwargs)
-        name = meta_ops.op_name(func)
+        name = op_name(func)
         self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
         return result
 
@@ -254,9 +263,9 @@ class Tracer(WatchedOps):
         return result
 
     def _follow(self, call: Call, result: Any) -> None:
-        name, outputs = call.name, tuple(meta_ops.tensors_in(result))
+        name, outputs = call.name, tuple(tensors_in(result))
         call.outputs = outputs
-        inputs = list(meta_ops.tensors_in((*call.args, *call.kwargs.values())))
+        inputs = list(tensors_in((*call.args, *call.kwargs.values())))
         self.record.occurrences[name] = self.record.occurrences.get(name, 0) + 1
         self._known.update(map(id, outputs))
         self._apply(call, inputs)
@@ -278,8 +287,8 @@ class Tracer(WatchedOps):
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
         rule = self._rules.get(call.name)
         if rule is None:
-            is_pointwise = meta_ops.is_pointwise(call.func)
-            rule = self._rules["pointwise"] if is_pointwise else self._fallback
+            of_points = is_pointwise(call.func)
+            rule = self._rules["pointwise"] if of_points else self._fallback
         rule(self, call)
         if call.is_reduction:
             self.record.reductions.append(self._reduction(call))
@@ -304,13 +313,13 @@ class Tracer(WatchedOps):
                 self._origin.setdefault(id(out), str(self.origin(largest)))
         self._alive.extend(call.outputs)
         self._alive.extend(inputs)
-        if call.name in meta_ops.SILENT:
+        if call.name in SILENT:
             return
         self.record.steps.append(
             Step(
                 call.name,
                 tuple((tuple(out.shape), self.axes(out)) for out in call.outputs),
-                meta_ops.scalars_in(call.name, call.args, call.kwargs),
+                scalars_in(call.name, call.args, call.kwargs),
                 tuple(self.axes(t) for t in inputs),
                 program_place(),
                 value,

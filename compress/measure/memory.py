@@ -55,7 +55,7 @@ def memory(
 ) -> Memory:
     """Return what an artifact takes on disk, in weights, in activations, and in a fresh process.
 
-    **Method:** see ``methods.METHODS``, a sentence for each number. The process is a new Python
+    **Method:** see ``METHODS``, a sentence for each number. The process is a new Python
     that runs nothing else; its memory is the operating system's own high-water mark, not a sample.
 
     Args:

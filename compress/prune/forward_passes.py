@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from compress.groups import meta_ops
-from compress.groups.calls import WatchedOps
+from compress.groups.calls import WatchedOps, op_name, tensors_in
 from compress.prune.batchnorm import tracking_norms
 
 LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up what others lost
@@ -36,7 +35,7 @@ class Sums(WatchedOps):
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
-        if meta_ops.op_name(func) == "add" and not kwargs:
+        if op_name(func) == "add" and not kwargs:
             operands = tuple(each for each in args if isinstance(each, Tensor))
             if len(operands) == 2:
                 self._show(self._done, operands)
@@ -209,7 +208,7 @@ class _Survey(Sums):
         self.clock += 1
         result = super().op(func, args, kwargs)
         self.sums = self._done
-        for tensor in meta_ops.tensors_in((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             for call in self.storages.get(_storage(tensor), ()):
                 call.readers.add(tuple(self.stack))
         written = [
@@ -217,10 +216,10 @@ class _Survey(Sums):
             for value, spec in zip(args, func._schema.arguments, strict=False)
             if spec.alias_info is not None and spec.alias_info.is_write
         ]
-        for tensor in meta_ops.tensors_in(written):
+        for tensor in tensors_in(written):
             since = self.made.get(_storage(tensor), 0)
             self.meddling |= {name for name, begun in self.open if since < begun}
-        for tensor in meta_ops.tensors_in(result):
+        for tensor in tensors_in(result):
             self.made.setdefault(_storage(tensor), self.clock)
             self.alive.append(tensor)
         return result
@@ -342,6 +341,6 @@ class _Watch(Sums):
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and note what it makes."""
         result = super().op(func, args, kwargs)
-        for tensor in meta_ops.tensors_in(result):
+        for tensor in tensors_in(result):
             self._made.setdefault(id(tensor), (self.clock + 1, tensor))
         return result

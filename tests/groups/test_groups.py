@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import compress
 from compress.errors import PlanError
-from compress.groups import Group, Network, meta_ops, trace
+from compress.groups import Group, Network, calls, trace
 
 STAYS = {  # network -> layers, besides those that make an output, of which something must stay
     "ConstantSplit": {"body.wide.0"},
@@ -340,14 +340,14 @@ def meta(*shape: int) -> torch.Tensor:
 def test_shapes_known_beforehand_are_those_of_pytorch(op: str, args: tuple[object, ...]) -> None:
     packet = getattr(torch.ops.aten, op)
     func = packet.Tensor if op == "mul" else packet.dim if op == "mean" else packet.default
-    fast = meta_ops._FAST[op](func, args)
+    fast = calls._FAST[op](func, args)
     assert fast is not NotImplemented
     with torch.no_grad():
         expected = func(*args)
-    found = [tuple(t.shape) for t in meta_ops.tensors_in(fast)]
-    assert found[:1] == [tuple(t.shape) for t in meta_ops.tensors_in(expected)][:1]
+    found = [tuple(t.shape) for t in calls.tensors_in(fast)]
+    assert found[:1] == [tuple(t.shape) for t in calls.tensors_in(expected)][:1]
     if op == "native_layer_norm":
-        assert found == [tuple(t.shape) for t in meta_ops.tensors_in(expected)]
+        assert found == [tuple(t.shape) for t in calls.tensors_in(expected)]
 
 
 @pytest.mark.parametrize(
@@ -359,6 +359,6 @@ def test_shapes_known_beforehand_are_those_of_pytorch(op: str, args: tuple[objec
 )
 def test_what_does_not_fit_is_left_for_pytorch_to_refuse(op: str, args: tuple[object, ...]) -> None:
     func = getattr(torch.ops.aten, op).default
-    assert meta_ops._FAST[op](func, args) is NotImplemented
+    assert calls._FAST[op](func, args) is NotImplemented
     with pytest.raises(RuntimeError):
-        meta_ops.run_op(func, args, {}, torch.device("meta"))
+        calls.run_op(func, args, {}, torch.device("meta"))

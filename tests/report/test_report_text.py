@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from compress.measure.methods import METHODS
+from compress.measure import METHODS
 from compress.pipeline.report_rows import gates
 from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.groups.meta_ops import tensors_in
+from compress.groups.calls import tensors_in
 from compress.groups.record import Call
 from compress.groups.rules import layout, linear, moving, norms, spatial
 from compress.groups.tracer import Rule, Tracer

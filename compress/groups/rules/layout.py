@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compress.groups.labels import Axis, Labels
-from compress.groups.meta_ops import words
-from compress.groups.record import Axes, Call
+from compress.groups.calls import words
+from compress.groups.labels import Axes, Axis, Labels
+from compress.groups.record import Call
 from compress.groups.traced_ints import Attribute, TracedInt
 from compress.groups.tracer import Rule, Tracer
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from compress.groups.calls import tensors_in, words
 from compress.groups.labels import Alternative, Axis, Labels
-from compress.groups.meta_ops import tensors_in, words
 from compress.groups.record import Call, Use
 from compress.groups.traced_ints import TracedInt
 from compress.groups.tracer import Rule, Tracer

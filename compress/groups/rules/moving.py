@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress.groups.calls import MAKERS
+from compress.groups.calls import MAKERS, words
 from compress.groups.labels import Axis, Labels
-from compress.groups.meta_ops import words
 from compress.groups.record import Call
 from compress.groups.rules.layout import copies, follow
 from compress.groups.traced_ints import TracedDimension, TracedInt

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.groups.calls import words
 from compress.groups.labels import Axis
-from compress.groups.meta_ops import words
 from compress.groups.record import Call
 from compress.groups.tracer import Rule, Tracer
 

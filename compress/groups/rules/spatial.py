@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from compress.groups.calls import tensors_in, words
 from compress.groups.labels import Axis, Labels
-from compress.groups.meta_ops import tensors_in, words
 from compress.groups.record import Call
 from compress.groups.traced_ints import Attribute, TracedInt
 from compress.groups.tracer import Rule, Tracer

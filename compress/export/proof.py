@@ -73,12 +73,7 @@ def check_export(
 
 
 def check_ends(
-    path: Path,
-    module: nn.Module,
-    example: Example,
-    preprocess: Preprocess | None,
-    *,
-    softmax: bool,
+    path: Path, module: nn.Module, example: Example, preprocess: Preprocess | None, *, softmax: bool
 ) -> None:
     """Compare the file with pre- and post-processing inside with torch doing the same outside.
 
@@ -98,13 +93,8 @@ def check_ends(
     if softmax:
         reference = [reference[0].softmax(1)]
     answers = [torch.from_numpy(a) for a in _session(path).run(None, {"input": feed.numpy()})]
-    worst = difference(answers, reference)
-    if worst > TOLERANCE:
-        raise ExportError(
-            f"with preprocessing or softmax in the graph ONNX Runtime differs from torch by "
-            f"{worst:.2g} of the output's magnitude",
-            expected=f"at most {TOLERANCE:g}",
-        )
+    what = "with preprocessing or softmax in the graph ONNX Runtime differs from torch by"
+    _check_difference(answers, reference, what, "of the output's magnitude")
 
 
 def check_nms(model: ir.Model, heads: ir.Value, nms: Nms) -> None:
@@ -136,12 +126,17 @@ def check_nms(model: ir.Model, heads: ir.Value, nms: Nms) -> None:
         for each in made:
             each[4:, :some] = (random.permutation(count).reshape(-1, some) + 1) / (count + 1)
         answers = [torch.from_numpy(each) for each in session.run(None, {heads.name: made})]
-        worst = difference(answers, [torch.from_numpy(nms.rows(made))])
-        if worst > TOLERANCE:
-            raise ExportError(
-                f"boxes after NMS differ from torchvision's by {worst:.2g} of the largest",
-                expected=f"at most {TOLERANCE:g}",
-            )
+        expected = [torch.from_numpy(nms.rows(made))]
+        what = "boxes after NMS differ from torchvision's by"
+        _check_difference(answers, expected, what, "of the largest")
+
+
+def _check_difference(
+    answers: Iterable[Tensor], reference: Iterable[Tensor], what: str, unit: str
+) -> None:
+    worst = difference(answers, reference)
+    if worst > TOLERANCE:
+        raise ExportError(f"{what} {worst:.2g} {unit}", expected=f"at most {TOLERANCE:g}")
 
 
 def difference(answers: Iterable[Tensor], reference: Iterable[Tensor]) -> float:

@@ -197,45 +197,6 @@ def _batch_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
     return x.new_empty(x.shape), none, none
 
 
-def _convolution(func: OpOverload, args: tuple[Any, ...]) -> Any:
-    x, weight, _, stride, padding, dilation, transposed, _, groups = args
-    if transposed or not x.is_meta or x.ndim != weight.ndim:
-        return NotImplemented
-    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
-        return NotImplemented  # let PyTorch say what is wrong
-    sizes = []
-    for i, (size, kernel) in enumerate(zip(x.shape[2:], weight.shape[2:], strict=True)):
-        s, p, d = (row[i if len(row) > 1 else 0] for row in (stride, padding, dilation))
-        sizes.append((size + 2 * p - d * (kernel - 1) - 1) // s + 1)
-    if min(sizes) < 1:
-        return NotImplemented
-    return x.new_empty((x.shape[0], weight.shape[0], *sizes))
-
-
-def _cat(func: OpOverload, args: tuple[Any, ...]) -> Any:
-    tensors, dim = args[0], args[1] if len(args) > 1 else 0
-    first = tensors[0]
-    shape = list(first.shape)
-    for other in tensors[1:]:
-        if not other.is_meta or other.dtype != first.dtype or other.ndim != len(shape):
-            return NotImplemented
-        length, shape[dim] = shape[dim], other.shape[dim]
-        if shape != list(other.shape):
-            return NotImplemented
-        shape[dim] += length
-    return first.new_empty(shape) if first.is_meta else NotImplemented
-
-
-def _mean(func: OpOverload, args: tuple[Any, ...]) -> Any:
-    x = args[0]
-    if len(args) < 2 or not args[1] or not x.is_meta or not x.is_floating_point():
-        return NotImplemented
-    dims = {d % x.ndim for d in args[1]}
-    keep = len(args) > 2 and args[2]
-    sizes = [1 if d in dims else n for d, n in enumerate(x.shape) if keep or d not in dims]
-    return x.new_empty(sizes)
-
-
 def _layer_norm(func: OpOverload, args: tuple[Any, ...]) -> Any:
     x, over = args[0], args[1]
     if not x.is_meta or tuple(x.shape[-len(over) :]) != tuple(over):
@@ -254,9 +215,6 @@ def _addmm(func: OpOverload, args: tuple[Any, ...]) -> Any:
 
 _FAST: dict[str, Callable[[OpOverload, tuple[Any, ...]], Any]] = {
     "native_batch_norm": _batch_norm,
-    "convolution": _convolution,
-    "cat": _cat,
-    "mean": _mean,
     "native_layer_norm": _layer_norm,
     "addmm": _addmm,
     **dict.fromkeys(

@@ -96,6 +96,7 @@ class Call:
 class TraceRecord:
     """Everything one forward left behind."""
 
+    training: bool  # the mode it was made in
     steps: list[Step] = field(default_factory=list)
     reductions: list[Reduction[Labels]] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)

@@ -186,7 +186,6 @@ def _write(shapes: list[tuple[int, ...]]) -> str:
 def compared(
     model: nn.Module,
     inputs: Any,
-    training: bool,
     record: TraceRecord,
     stays: Stays,
     on: torch.device | None,
@@ -204,17 +203,17 @@ def compared(
     def replayed() -> TraceComparison | MismatchError:
         replay = TraceComparison(record, stays, on)
         try:
-            run_traced(model, inputs_in(inputs, training), replay, _ReplayCalls(replay))
+            run_traced(model, inputs_in(inputs, record.training), replay, _ReplayCalls(replay))
             replay.check_finished()
         except (PlanError, MismatchError) as error:
             return replay.failure(error)
         return replay
 
-    set_mode(model, training=training)
+    set_mode(model, training=record.training)
     found = replayed()
     if not isinstance(found, MismatchError) or not found.other_op:
         return found
-    args, kwargs = inputs_in(inputs, training)
+    args, kwargs = inputs_in(inputs, record.training)
     try:
         with undisturbed(), WatchedOps(on):  # as in a comparison, and nothing is compared
             model(*args, **kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from numbers import Number
 from typing import Any
 
@@ -30,7 +30,7 @@ from compress.groups.labels import Axes, Components, Constraints, find_units, la
 from compress.groups.network import Index, Layer, Network, Positions, Reduction, stays_at
 from compress.groups.record import Key, TraceRecord
 from compress.groups.replay import compared
-from compress.groups.rules import RULES, freeze_all
+from compress.groups.rules import RULES
 from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
 from compress.modules import network_of, set_mode, with_gradients
@@ -86,14 +86,6 @@ def trace(
             fix=reasons or "It has no convolution or linear layer with a weight",
         )
     return network
-
-
-@dataclass(frozen=True)
-class _Forward:
-    """One traced forward and the mode it was made in."""
-
-    training: bool
-    record: TraceRecord
 
 
 class _Traced:
@@ -153,13 +145,12 @@ class _Traced:
             for name, tensor in self._tensors.items()
         }
 
-    def _forward(self, distrusted: Mapping[Key, str], *, training: bool) -> _Forward:
+    def _forward(self, distrusted: Mapping[Key, str], *, training: bool) -> TraceRecord:
         set_mode(self._model, training=training)
         before = {name: dict(m.__dict__) for name, m in self._model.named_modules()}
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
-        tracer = Tracer(
-            self._constraints, named, RULES, freeze_all, distrusted, self._on, self._constants
-        )
+        how = RULES, distrusted, training, self._on, self._constants
+        tracer = Tracer(self._constraints, named, *how)
         inputs = inputs_in(self._inputs, training)
         found = run_traced(self._model, inputs, tracer, CallWatcher(tracer))
         for _, leaf in self._counted(found, training):
@@ -170,7 +161,7 @@ class _Traced:
         if not training:
             left = left_on_attributes(self._model, before)
             self._left = {name: list(map(tracer.axes, tensors)) for name, tensors in left.items()}
-        return _Forward(training, tracer.record)
+        return tracer.record
 
     def _counted(self, found: list[tuple[str, Any]], training: bool) -> list[tuple[str, Any]]:
         """Return the outputs whose channels stay; in training mode there may be others."""
@@ -183,7 +174,7 @@ class _Traced:
 
     def _touched(self) -> dict[str, None]:
         """Return the tensors of the model that ran, in the order of use."""
-        return {name: None for f in self._forwards for name in f.record.touched}
+        return {name: None for f in self._forwards for name in f.touched}
 
     def _merged(self) -> Components:
         """Merge labels; channels that one attribute counts are tied, or stay if that cannot be."""
@@ -201,7 +192,7 @@ class _Traced:
     def _find_layers(self) -> dict[str, Layer]:
         batch = batch_size(self._inputs)
         layers: dict[str, Layer] = {}
-        for use in self._forwards[0].record.uses:
+        for use in self._forwards[0].uses:
             shape, axes = self._shapes[use.weight], self._named[use.weight]
             size = int(np.prod(shape, dtype=np.int64))
             before = layers[use.weight].macs if use.weight in layers else 0
@@ -212,8 +203,8 @@ class _Traced:
 
     def _network(self) -> Network:
         units = self.units
-        found = [each.map(units.along) for each in self._forwards[0].record.reductions]
-        indexed = {n: axis for f in self._forwards for n, axis in f.record.indexed.items()}
+        found = [each.map(units.along) for each in self._forwards[0].reductions]
+        indexed = {n: axis for f in self._forwards for n, axis in f.indexed.items()}
         return Network(
             groups=units.groups,
             layers=self._layers,
@@ -253,7 +244,7 @@ class _Traced:
 
     def culprit(self, mismatch: MismatchError, known: Mapping[Key, str]) -> Key:
         """Return the op to freeze: where it went wrong, or the last before it not yet frozen."""
-        steps = self._forwards[mismatch.forward].record.steps[: mismatch.step + 1]
+        steps = self._forwards[mismatch.forward].steps[: mismatch.step + 1]
         for step in reversed(steps):
             rows = (*step.inputs, *(axes for _, axes in step.outputs))
             if step.key not in known and any(axis is not None for axes in rows for axis in axes):
@@ -272,8 +263,7 @@ class _Traced:
         positions, attributes = self.network.kept_positions(keep), self.network.attributes(kept)
         cut(self._model, positions, attributes, self.network.kept_indices(kept))
         for number, forward in enumerate(self._forwards):
-            how = forward.training, forward.record, stays
-            replay = compared(self._model, self._inputs, *how, self._on)
+            replay = compared(self._model, self._inputs, forward, stays, self._on)
             if isinstance(replay, MismatchError):
                 replay.forward = number
                 return replay

@@ -51,7 +51,9 @@ class Tracer(WatchedOps):
     Args:
         constraints: Collects what belongs together.
         named: Tensor of the model -> (name, labels for each dimension).
-        rules: Op name -> rule.
+        rules: Op name -> rule; "pointwise" is that of pointwise ops, "unknown" that of the others.
+        distrusted: Ops and their places whose channels must stay, and why.
+        training: The mode that the network is in.
         on: Where tensors that the program makes are made; None leaves that to the program.
         constants: Values of the model's buffers of whole numbers.
     """
@@ -61,15 +63,15 @@ class Tracer(WatchedOps):
         constraints: Constraints,
         named: Sequence[tuple[Tensor, str, Axes]],
         rules: Mapping[str, Rule],
-        fallback: Rule,
         distrusted: Mapping[Key, str],
+        training: bool,
         on: torch.device | None = None,
         constants: Mapping[str, Positions] = types.MappingProxyType({}),
     ) -> None:
         super().__init__(on)
         self._constants = constants
         self.constraints = constraints
-        self.record = TraceRecord()
+        self.record = TraceRecord(training)
         self.raw: list[RawCall] = [NO_CALL]
         self._axes: dict[int, Axes] = {id(t): axes for t, _, axes in named}
         self._origin: dict[int, str] = {id(t): name for t, name, _ in named}
@@ -87,7 +89,6 @@ class Tracer(WatchedOps):
             self._register(tensor)
         self._places = {_memory(tensor): name for tensor, name, _ in named}
         self._rules = rules
-        self._fallback = fallback
         self._distrusted = distrusted
 
     def axes(self, tensor: Tensor) -> Axes:
@@ -285,10 +286,8 @@ class Tracer(WatchedOps):
         self._assigned.add(id(tensor))
 
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
-        rule = self._rules.get(call.name)
-        if rule is None:
-            of_points = is_pointwise(call.func)
-            rule = self._rules["pointwise"] if of_points else self._fallback
+        if (rule := self._rules.get(call.name)) is None:
+            rule = self._rules["pointwise" if is_pointwise(call.func) else "unknown"]
         rule(self, call)
         if call.is_reduction:
             self.record.reductions.append(self._reduction(call))

@@ -296,7 +296,11 @@ def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[
         alike = operands[0].shape == operands[1].shape
         for own, other in ((0, 1), (1, 0)):
             layer, norm = answers.get(id(operands[own]), (None, None))
-            if alike and layer is not None and watch.made_at(operands[other]) <= started[layer]:
+            if (
+                alike
+                and layer is not None
+                and watch.made.get(id(operands[other]), (0,))[0] <= started[layer]
+            ):
                 found.setdefault(layer, Join(number, other, norm))
 
     def starts(layer: nn.Module, _inputs: Any) -> None:
@@ -327,20 +331,16 @@ class _Watch(Sums):
 
     def __init__(self, show: Callable[[int, tuple[Tensor, Tensor]], None]) -> None:
         super().__init__(show)
-        self._made: dict[int, tuple[int, Tensor]] = {}
+        self.made: dict[int, tuple[int, Tensor]] = {}  # by the tensor's id; not before the forward
 
     @property
     def clock(self) -> int:
         """Tensors made so far."""
-        return len(self._made)
-
-    def made_at(self, tensor: Tensor) -> int:
-        """Return when a tensor was made; 0 if before the forward."""
-        return self._made.get(id(tensor), (0, tensor))[0]
+        return len(self.made)
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and note what it makes."""
         result = super().op(func, args, kwargs)
         for tensor in tensors_in(result):
-            self._made.setdefault(id(tensor), (self.clock + 1, tensor))
+            self.made.setdefault(id(tensor), (self.clock + 1, tensor))
         return result

@@ -196,12 +196,7 @@ def table_for(runtime: str) -> LatencyTable:
     machine = [runtime, version, cpu, threads, None]  # None: all threads
     name = hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]
     measure = functools.partial(measure_layer, runtime=runtime)
-    return LatencyTable(measure, latency_cache() / f"{runtime}-{name}.json")
-
-
-def latency_cache() -> Path:
-    """Return the folder for measurements that outlive a run."""
-    return artifact.cache_folder() / "latency"
+    return LatencyTable(measure, artifact.cache_folder() / "latency" / f"{runtime}-{name}.json")
 
 
 def measure_layer(shape: LayerShape, inputs: int, outputs: int, *, runtime: str) -> float:

@@ -113,7 +113,7 @@ def plan_sparsity(  # noqa: PLR0913 - the public face: every option by its name
 def apply_sparsity(model: nn.Module, plan: SparsityPlan) -> nn.Module:
     """Return a copy of ``model`` with every weight that the plan drops at zero."""
     sparse = copy.deepcopy(model)
-    _zero(sparse, plan)
+    _zero(sparse, plan.masks)
     return sparse
 
 
@@ -125,20 +125,18 @@ def keeping_zeros(model: nn.Module) -> Iterator[None]:
     every forward and at the end.
     """
     masks = {name: weight.detach() != 0 for name, weight in _weights(model)}
-    plan = SparsityPlan(masks, "unstructured", "l1")
-    hook = model.register_forward_pre_hook(lambda module, _inputs: _zero(module, plan))
     try:
-        yield
+        with model.register_forward_pre_hook(lambda module, _inputs: _zero(module, masks)):
+            yield
     finally:
-        hook.remove()
-        _zero(model, plan)
+        _zero(model, masks)
 
 
-def _zero(model: nn.Module, plan: SparsityPlan) -> None:
+def _zero(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, weight in _weights(model):
-            if name in plan.masks:
-                weight.mul_(plan.masks[name].to(weight.device))
+            if name in masks:
+                weight.mul_(masks[name].to(weight.device))
 
 
 def _weights(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -178,16 +176,11 @@ def _masks_of_nncf(
     from compress.quantize.nncf import import_nncf
 
     nncf = import_nncf()
-    modes = nncf.PruneMode
+    where = "GLOBAL" if ranking == "global" else "LOCAL"
+    mode = getattr(nncf.PruneMode, f"UNSTRUCTURED_MAGNITUDE_{where}")
     # NNCF adds a module of its own to the outermost one, which an nn.Sequential would try to call.
-    wrapped = nncf.prune(
-        _Inside(copy.deepcopy(model).eval()),
-        modes.UNSTRUCTURED_MAGNITUDE_GLOBAL
-        if ranking == "global"
-        else modes.UNSTRUCTURED_MAGNITUDE_LOCAL,
-        ratio=1.0 - keep,
-        examples_inputs=example_input,
-    )
+    inside = _Inside(copy.deepcopy(model).eval())
+    wrapped = nncf.prune(inside, mode, ratio=1.0 - keep, examples_inputs=example_input)
     masks = {}
     for name, buffer in wrapped.named_buffers():
         place, _, kind = name.partition("post_hooks.")[2].rpartition(".")

@@ -7,14 +7,15 @@ from compress.groups.record import Call
 from compress.groups.rules import layout, linear, moving, norms, spatial
 from compress.groups.tracer import Rule, Tracer
 
-RULES: dict[str, Rule] = {
+
+def unknown(tracer: Tracer, call: Call) -> None:
+    """Nothing is known about this op: every channel it sees must stay."""
+    for tensor in tensors_in((*call.args, *call.kwargs.values())):
+        tracer.freeze_each(tracer.axes(tensor), f"no rule for the operation {call.name}")
+
+
+RULES: dict[str, Rule] = {"unknown": unknown} | {
     name: rule
     for module in (linear, norms, spatial, layout, moving)
     for name, rule in module.RULES.items()
 }
-
-
-def freeze_all(tracer: Tracer, call: Call) -> None:
-    """The fallback: nothing is known about this op, so every channel it sees must stay."""
-    for tensor in tensors_in((*call.args, *call.kwargs.values())):
-        tracer.freeze_each(tracer.axes(tensor), f"no rule for the operation {call.name}")

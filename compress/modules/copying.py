@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import types
-from collections import OrderedDict
 from collections.abc import Container, Iterator
 from typing import Any
 
@@ -12,8 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PlanError
-
-_ATOMS = (str, int, float, bool, type(None), torch.dtype, torch.device)  # copied by reference
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
@@ -49,36 +46,6 @@ def memory_format_of(tensor: Tensor) -> torch.memory_format:
     return last
 
 
-def _plain_state(module: nn.Module, memo: dict[int, Any]) -> dict[str, Any] | None:
-    """Return a copy of what ``module`` holds, or None where only ``copy.deepcopy`` knows how.
-
-    Nearly all modules are plain, and deepcopy takes five times as long for them: most of it for a
-    dozen empty dicts of hooks in each. ``memo`` holds the copies of what is inside it, by its id.
-    """
-    kind = type(module)
-    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ != nn.Module.__reduce_ex__:
-        return None
-    # Those of torch's modules fill in what old files lack.
-    is_torchs = kind.__setstate__.__module__.startswith("torch.nn.modules.")
-    if kind.__getstate__ != nn.Module.__getstate__ or not is_torchs:
-        return None
-    state: dict[str, Any] = {}
-    for key, value in vars(module).items():
-        if isinstance(value, _ATOMS):
-            state[key] = value
-        elif key in ("_parameters", "_buffers", "_modules"):
-            if not all(part is None or id(part) in memo for part in value.values()):
-                return None
-            state[key] = {name: memo.get(id(part)) for name, part in value.items()}
-        elif type(value) in (dict, OrderedDict) and not value:
-            state[key] = type(value)()
-        elif type(value) in (list, tuple, set) and all(isinstance(v, _ATOMS) for v in value):
-            state[key] = type(value)(value)
-        else:
-            return None
-    return state
-
-
 def _copy(model: nn.Module, tensor: Any) -> nn.Module:
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -87,10 +54,6 @@ def _copy(model: nn.Module, tensor: Any) -> nn.Module:
     kept = (value for module in model.modules() for value in module.__dict__.values())
     for value in (*model.buffers(), *(value for value in kept if isinstance(value, Tensor))):
         memo.setdefault(id(value), tensor(value.detach()))
-    for module in reversed(list(model.modules())):  # the parts before the whole
-        if (state := _plain_state(module, memo)) is not None:
-            made = memo[id(module)] = type(module).__new__(type(module))
-            made.__dict__.update(state)
     try:
         twin = copy.deepcopy(model, memo)
     except (TypeError, RuntimeError, AttributeError) as error:

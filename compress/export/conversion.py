@@ -16,9 +16,9 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from compress.errors import ExportError
+from compress.groups.calls import WatchedCalls
 from compress.modules import network_of, set_mode
 from compress.modules.copying import full_copy
 from compress.modules.detectors import before_nms
@@ -228,17 +228,14 @@ class _Flat(nn.Module):
         return tuple(leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor))
 
 
-class _AttentionOf4Dimensions(TorchFunctionMode):
+class _AttentionOf4Dimensions(WatchedCalls):
     """Attention over windows or single heads, seen as (B, heads, N, C): torch exports no other."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call ``func``, attention with its leading dimensions folded into one batch."""
-        kwargs = dict(kwargs or {})
         if func is not F.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        kwargs |= dict(zip(_ATTENTION, args, strict=False))
+        kwargs = kwargs | dict(zip(_ATTENTION, args, strict=False))
         lead = kwargs["query"].shape[:-2]
         if len(lead) == 2:
             return func(**kwargs)

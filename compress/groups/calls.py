@@ -63,7 +63,7 @@ def whole_name(func: Any, args: Sequence[Any]) -> str | None:
     """Return the name of a call that is followed as a whole, None for any other."""
     name = getattr(func, "__name__", None)
     if name in MAKERS:
-        data = args[-1 if name == "new_tensor" else 0] if args else None
+        data: Any = args[-1 if name == "new_tensor" else 0] if args else None
         if type(data) in {list, tuple} and len(data) == 1:
             data = data[0]
         is_number = isinstance(data, int | float) and not isinstance(data, bool)
@@ -237,6 +237,9 @@ class WatchedOps(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._on = on
         self._inside_whole = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()  # type: ignore[no-untyped-call]
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an op gives."""

@@ -82,7 +82,7 @@ class _Watcher:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         ops = _OverKept(self._items, self._numbers(module, args, kwargs))
         stack = contextlib.ExitStack()
-        _watch(stack, ops)
+        stack.enter_context(_watching(ops))
         self._entered.append((ops, stack))
 
     def _numbers(self, reference: nn.Module, args: Any, kwargs: Any) -> Mapping[Call, Given]:
@@ -98,8 +98,7 @@ class _Watcher:
         pruned, listener = self._pruned, _Listener(self._items, {})
         set_mode(pruned, training=reference.training)
         inputs, named = tree_map(copied, (args, kwargs))
-        with undisturbed(), contextlib.ExitStack() as stack:
-            _watch(stack, listener)
+        with undisturbed(), _watching(listener):
             _read_out(pruned(*inputs, **named))
         return listener.given
 
@@ -117,19 +116,14 @@ def _read_out(output: Any) -> Any:
     return iter(list(output)) if isinstance(output, Iterator) else output
 
 
-def _watch(stack: contextlib.ExitStack, ops: _OverKept) -> None:
-    stack.enter_context(_unfused())
-    stack.enter_context(ops)
-    stack.enter_context(_WholeCalls(ops))
-
-
 @contextlib.contextmanager
-def _unfused() -> Iterator[None]:
-    """Compute attention from the single ops that the trace saw: a fused one hides its softmax."""
+def _watching(ops: _OverKept) -> Iterator[None]:
+    """Let ``ops`` see the single ops of attention as well: a fused one hides its softmax."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        math = torch.nn.attention.SDPBackend.MATH
+        with torch.nn.attention.sdpa_kernel(math), ops, _WholeCalls(ops):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

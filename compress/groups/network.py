@@ -158,14 +158,9 @@ class Network:
         Args:
             keep: Group name -> kept units; groups left out stay whole.
         """
-        rows = []
-        for group in self.groups:
-            row = np.ones(group.size, bool)
-            if group.name in keep:
-                row[:] = False
-                row[keep[group.name]] = True
-            rows.append(row)
-        return np.concatenate(rows) if rows else np.zeros(0, bool)
+        units = [(np.arange(group.size), group.name) for group in self.groups]
+        rows = [np.isin(every, keep.get(name, every)) for every, name in units]
+        return np.concatenate([np.zeros(0, bool), *rows])
 
     def kept_positions(self, keep: Mapping[str, Positions]) -> dict[str, dict[int, Positions]]:
         """Return, for every tensor and dimension that loses something, the positions that stay."""

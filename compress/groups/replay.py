@@ -33,6 +33,7 @@ from compress.groups.forward import (
     undisturbed,
 )
 from compress.groups.labels import Axis
+from compress.groups.network import Positions, Reduction
 from compress.groups.record import Step, TraceRecord, here, place_of, place_text
 from compress.modules import set_mode
 
@@ -57,7 +58,7 @@ class TraceComparison(WatchedOps):
         self._running = False  # an op runs: what is raised comes from it, not from the program
         self._sizes: dict[int, int] = {}
         self._calls: dict[str, int] = {}
-        self.numbers: list[tuple[str, int]] = []  # ops given other numbers than in the original
+        self.numbers: list[Reduction[Positions]] = []  # given other numbers than in the original
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and compare it."""
@@ -102,7 +103,7 @@ class TraceComparison(WatchedOps):
             return
         if not may_follow or len(scalars) != len(step.scalars):
             raise self._mismatch(f"{name} is given a number that depends on the channel count")
-        self.numbers.append((op, occurrence))
+        self.numbers.append(Reduction(op, occurrence, {}, {}, numbers=True))
 
     def _compare(self, name: str, run: Callable[[], Any], *, dynamic: bool = False) -> Any:
         step = self._steps[self._done]

@@ -27,7 +27,7 @@ from compress.groups.forward import (
     run_traced,
 )
 from compress.groups.labels import Axes, Components, Constraints, find_units, layer_name
-from compress.groups.network import Index, Layer, Network, Positions, Reduction, stays_at
+from compress.groups.network import Index, Layer, Network, Positions, stays_at
 from compress.groups.record import Key, TraceRecord
 from compress.groups.replay import compared
 from compress.groups.rules import RULES
@@ -268,7 +268,7 @@ class _Traced:
                 replay.forward = number
                 return replay
             if number == 0:
-                numbers = [Reduction(op, at, {}, {}, numbers=True) for op, at in replay.numbers]
+                numbers = replay.numbers
         self.network = replace(self.network, reductions=(*self.network.reductions, *numbers))
         return None
 

@@ -161,7 +161,6 @@ class _Survey(Sums):
 
     def __init__(self) -> None:
         super().__init__(lambda _number, _operands: None)
-        self.stack: list[str] = []
         self.clock = 0
         self.sums = 0
         self.storages: dict[int, list[_Call]] = defaultdict(list)  # outputs of modules
@@ -177,15 +176,13 @@ class _Survey(Sums):
         """Note that a module begins."""
         self.clock += 1
         self.entered.setdefault(name, self.clock)
-        parents = tuple(parent for parent in self.stack if parent)
+        parents = tuple(parent for parent, _ in self.open if parent)
         self.calls[name].append(_Call(self.clock, sums=self.sums, parents=parents))
-        self.stack.append(name)
         self.open.append((name, self.clock))
 
     def leave(self, name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         """Note that a module has ended, and what it returned."""
         self.clock += 1
-        self.stack.pop()
         self.open.pop()
         call = self.calls[name][-1]
         call.left, call.sums = self.clock, self.sums - call.sums
@@ -210,7 +207,7 @@ class _Survey(Sums):
         self.sums = self._done
         for tensor in tensors_in((args, kwargs)):
             for call in self.storages.get(_storage(tensor), ()):
-                call.readers.add(tuple(self.stack))
+                call.readers.add(tuple(name for name, _ in self.open))
         written = [
             value
             for value, spec in zip(args, func._schema.arguments, strict=False)

@@ -24,7 +24,7 @@ from compress.prune.budget import NAMES, Budget
 from compress.prune.cost import CostModel, Counts, Floats
 from compress.prune.latency_table import LatencyTable, LayerShape, kernel_step, table_for
 from compress.prune.latency_target import TOLERANCE, LatencyCheck, Stopwatch
-from compress.prune.selection import CandidateCounts, kept_units
+from compress.prune.selection import CandidateCounts
 
 AIM = 0.97  # of the limit: what the plan is made for
 ATTEMPTS = 8
@@ -103,8 +103,9 @@ class _Trials:
 
     def ms(self, counts: Counts) -> float:
         """Return the latency of the network cut to ``counts``, ms."""
-        names = [group.name for group in self._network.groups]
-        plan = make_prune_plan(self._network, kept_units(names, self.candidates, counts))
+        choices = zip(self._network.groups, self.candidates, counts, strict=True)
+        keep = {group.name: one.kept(count) for group, one, count in choices}
+        plan = make_prune_plan(self._network, keep)
         ms = self._stopwatch.ms(apply_pruning(self._model, plan))
         self.measured.append((self.layers.total(counts), ms))
         return ms

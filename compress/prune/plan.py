@@ -32,7 +32,6 @@ from compress.prune.selection import (
     Normalize,
     Ranking,
     candidate_counts,
-    kept_units,
     normalized,
     select,
 )
@@ -172,7 +171,8 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         counts = _counts_of_cost(network, candidates, budget, ranking, normalize == "per_cost")
     about |= {"outputs": places} if places is not None else {}
     about |= {"side_outputs": network.side_outputs} if network.side_outputs else {}
-    keep = kept_units([group.name for group in network.groups], candidates, counts)
+    choices = zip(network.groups, candidates, counts, strict=True)
+    keep = {group.name: one.kept(count) for group, one, count in choices}
     return make_prune_plan(network, keep, **about)
 
 
@@ -266,11 +266,10 @@ def _counts_of_channels(
 
 def _whole_layers(network: Network) -> str:
     """Return how many layers stay whole, and why most of them do, to end a sentence with."""
-    if not network.frozen:
-        return ""
-    why, layers = Counter(network.frozen.values()).most_common(1)[0]
-    stay = "1 layer stays" if len(network.frozen) == 1 else f"{len(network.frozen)} layers stay"
-    return f"; {stay} whole, {layers} because {why}"
+    for why, layers in Counter(network.frozen.values()).most_common(1):
+        stay = "1 layer stays" if len(network.frozen) == 1 else f"{len(network.frozen)} layers stay"
+        return f"; {stay} whole, {layers} because {why}"
+    return ""
 
 
 def _counts_of_cost(

@@ -61,16 +61,6 @@ def candidate_counts(scores: Floats, *, step: int, at_least: int) -> CandidateCo
     return CandidateCounts(levels.astype(np.int64), order.astype(np.int64), scores[order])
 
 
-def kept_units(
-    names: Sequence[str], candidates: Sequence[CandidateCounts], counts: Counts
-) -> dict[str, Counts]:
-    """Return the units that each group, by name, keeps when it keeps so many of them."""
-    return {
-        name: one.kept(int(count))
-        for name, one, count in zip(names, candidates, counts, strict=True)
-    }
-
-
 def normalized(scores: Floats, how: Normalize) -> Floats:
     """Return scores, (C,), that can be compared with those of other groups.
 

@@ -98,16 +98,12 @@ class ChannelGroup:
             if piece.tensor in self._norm_scales
         ]
 
-    def weights(self, which: Weights) -> list[Tensor]:
-        """Return filters, columns or both; filters where nothing reads the channels."""
-        chosen = [] if which == "filters" else self.columns()
-        return chosen + self.filters() if which != "columns" or not chosen else chosen
-
     def norms(self, which: Weights, power: int) -> list[Tensor]:
         """Return the L1 or L2 norm of the weights of each channel: (C,) for each layer.
 
-        The same as ``vector_norm(w, power, dim=1)`` over ``weights(which)``, without copying them:
-        weights are reduced to one number for each position first.
+        They are of filters, columns or both; of filters where nothing reads the channels. The same
+        as ``vector_norm(w, power, dim=1)`` without copies: weights are reduced to one number for
+        each position first.
         """
         inputs = [] if which == "filters" else self._of("input")
         outputs = self._of("output") if which != "columns" or not inputs else []

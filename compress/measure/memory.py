@@ -118,22 +118,15 @@ def activations_mib(model: onnx.ModelProto, batch: int = 1) -> float | None:
             constants.update(node.output)
             continue
         alive |= {name for name in node.output if name}
-        sizes = [_activation_bytes(name, shapes, kinds) for name in alive - constants]
-        if None in sizes:
-            return None
-        largest = max(largest, sum(size for size in sizes if size is not None))
+        total = 0
+        for name in alive - constants:
+            shape = shapes.get(name, (None,))
+            if None in shape or name not in kinds:
+                return None
+            total += _tensor_bytes(kinds[name], [size or 0 for size in shape])
+        largest = max(largest, total)
         alive = {name for name in alive if name in ends or last_use.get(name, -1) > i}
     return largest / MIB
-
-
-def _activation_bytes(
-    name: str, shapes: Mapping[str, tuple[int | None, ...]], kinds: Mapping[str, int]
-) -> int | None:
-    shape = shapes.get(name)
-    sizes = [size for size in shape or () if size is not None]
-    if shape is None or len(sizes) != len(shape) or name not in kinds:
-        return None
-    return _tensor_bytes(kinds[name], sizes)
 
 
 def _tensor_bytes(kind: int, dims: Sequence[int]) -> int:
@@ -158,15 +151,10 @@ def _static(
         weights, activations = _graph_mib(path.absolute(), state_of(path), batch)
     elif path.suffix == ".xml" and path.with_suffix(".bin").is_file():
         weights = path.with_suffix(".bin").stat().st_size / MIB
-    skipped = {}
-    if weights is None:
-        skipped["weights_mib"] = "this kind of artifact does not tell"
-    if activations is None:
-        skipped["activations_mib"] = (
-            "a shape in the graph is not known"
-            if path.suffix == ".onnx"
-            else "this kind of artifact does not tell"
-        )
+    silent = "this kind of artifact does not tell"
+    unknown = "a shape in the graph is not known" if path.suffix == ".onnx" else silent
+    skipped = {"weights_mib": silent} if weights is None else {}
+    skipped |= {"activations_mib": unknown} if activations is None else {}
     return weights, activations, skipped
 
 

@@ -129,14 +129,16 @@ def read_batch(batch: Any, example: Any = None) -> Inputs:
     batch = _tensors(batch)
     names = list(example) if isinstance(example, Mapping) else None
     count = len(example) if isinstance(example, Mapping | tuple | list) else 1
-    if isinstance(batch, Tensor):
-        found = _named((batch,), names, None)
-    elif isinstance(batch, Mapping):
-        found = _of_mapping(batch, names, count)
+    values, target = (batch,), None
+    if isinstance(batch, Mapping):
+        values, target = _of_mapping(batch, names, count)
     elif isinstance(batch, tuple | list) and batch:
-        found = _of_sequence(batch, names, count)
-    else:
+        values, target = _of_sequence(batch, names, count)
+    elif not isinstance(batch, Tensor):
         raise DataError(f"a batch is {_described(batch)}", expected=_EXPECTED)
+    found = Inputs(values, {}, target)
+    if names is not None:
+        found = Inputs((), dict(zip(names, values, strict=False)), target)
     if len(found.args) + len(found.kwargs) != count:
         raise DataError(
             f"a batch holds {_described(batch)}, the network takes {count} inputs",
@@ -147,25 +149,26 @@ def read_batch(batch: Any, example: Any = None) -> Inputs:
     return found
 
 
-def _of_sequence(batch: Sequence[Any], names: list[str] | None, count: int) -> Inputs:
+Parts = tuple[tuple[Any, ...], Any]  # inputs and targets
+
+
+def _of_sequence(batch: Sequence[Any], names: list[str] | None, count: int) -> Parts:
     first, *rest = batch
     target = rest[0] if len(rest) == 1 else tuple(rest) or None
     if isinstance(first, Mapping):
-        inputs = _of_mapping(first, names, count)
-        return Inputs(inputs.args, inputs.kwargs, inputs.target if target is None else target)
-    if count == 1:
-        return _named((first,), names, target)
-    if isinstance(first, tuple | list):
-        return _named(tuple(first), names, target)
+        values, own = _of_mapping(first, names, count)
+        return values, own if target is None else target
+    if count == 1 or isinstance(first, tuple | list):
+        return (first,) if count == 1 else tuple(first), target
     if len(batch) in (count, count + 1):
-        return _named(tuple(batch[:count]), names, batch[count] if len(batch) > count else None)
+        return tuple(batch[:count]), batch[count] if len(batch) > count else None
     raise DataError(
         f"a batch holds {_described(batch)}, and the network takes {count} inputs",
         expected=f"{count} inputs, or those and the targets",
     )
 
 
-def _of_mapping(batch: Mapping[str, Any], names: list[str] | None, count: int) -> Inputs:
+def _of_mapping(batch: Mapping[str, Any], names: list[str] | None, count: int) -> Parts:
     taken = [name for name in names or IMAGE_KEYS if name in batch]
     if names is None:
         images = [name for name, value in batch.items() if _is_batched(value) and value.ndim > 2]
@@ -181,13 +184,7 @@ def _of_mapping(batch: Mapping[str, Any], names: list[str] | None, count: int) -
     target = rest[known] if known is not None else rest or None
     if known is None and len(rest) == 1:
         target = next(iter(rest.values()))
-    return _named(tuple(batch[name] for name in taken), names, target)
-
-
-def _named(values: tuple[Any, ...], names: list[str] | None, target: Any) -> Inputs:
-    if names is None:
-        return Inputs(values, {}, target)
-    return Inputs((), dict(zip(names, values, strict=False)), target)
+    return tuple(batch[name] for name in taken), target
 
 
 def _tensors(batch: Any) -> Any:
@@ -207,10 +204,8 @@ def _is_batched(value: Any) -> bool:
 def _part(value: Any, rows: slice, count: int) -> Any:
     if isinstance(value, Mapping):
         return {name: _part(each, rows, count) for name, each in value.items()}
-    whole = isinstance(value, Tensor) and (not value.ndim or len(value) != count)
-    if whole or not isinstance(value, Tensor | list):
-        return value
-    return value[rows] if len(value) == count else value
+    is_row = isinstance(value, list) or _is_batched(value)
+    return value[rows] if is_row and len(value) == count else value
 
 
 def _described(thing: Any) -> str:

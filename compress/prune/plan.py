@@ -146,7 +146,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     batches = None if batches is None else read_batches(batches, example)
     network = trace(model, example, places)
     _check_counted(network, budget)
-    network, excluded = _with_excluded(model, network, limits.exclude)
+    marked, excluded = _with_excluded(model, network, limits.exclude)
     rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
     found = [normalized(row, normalize) for row in rows]
     candidates = _candidates(network, found, limits, excluded)
@@ -173,7 +173,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     about |= {"side_outputs": network.side_outputs} if network.side_outputs else {}
     choices = zip(network.groups, candidates, counts, strict=True)
     keep = {group.name: one.kept(count) for group, one, count in choices}
-    return make_prune_plan(network, keep, **about)
+    return make_prune_plan(marked, keep, **about)
 
 
 def _check_counted(network: Network, budget: Budget) -> None:

@@ -21,10 +21,10 @@ from compress.prune.budget import one_budget
 from compress.prune.criteria.lamp import shares_of_larger
 from compress.prune.loss import FittingLoss
 from compress.prune.saliency import Batches, run_on_leaves
+from compress.prune.selection import Ranking
 
 Pattern = Literal["unstructured", "2:4"]
 Criterion = Literal["l1", "l2", "lamp", "taylor", "random"]
-Ranking = Literal["global", "uniform"]
 
 
 @dataclass(frozen=True)

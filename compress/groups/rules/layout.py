@@ -98,8 +98,6 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, ran
         start_i, start_j = i, j
         left = right = 1
         while True:
-            if left == right and left > 1:
-                break
             if left <= right and i < len(before):
                 left, i = left * before[i], i + 1
             elif j < len(after):

@@ -26,15 +26,7 @@ def words(text: str) -> tuple[str, ...]:
 
 
 WHOLE = frozenset(  # followed as one op each
-    (
-        "scaled_dot_product_attention",
-        "quantile",
-        "nanquantile",
-        "lstm",
-        "gru",
-        "rnn_tanh",
-        "rnn_relu",
-    )
+    words("scaled_dot_product_attention lstm gru rnn_tanh rnn_relu quantile nanquantile")
 )
 MAKERS = frozenset(("tensor", "as_tensor", "new_tensor"))  # of numbers: followed as one op each
 TAKERS = frozenset(("tolist", "numpy", "__array__"))  # they give values that are no tensors

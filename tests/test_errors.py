@@ -31,3 +31,11 @@ def test_an_unknown_name_lists_the_known_and_guesses():
 def test_every_error_is_one_family_and_stands_in_the_drawn_tree(name):
     assert issubclass(getattr(errors, name), errors.CompressError)
     assert name in (errors.__doc__ or "")
+
+
+@pytest.mark.parametrize("said", errors.OUT_OF_MEMORY)
+def test_words_for_too_little_memory_count_but_in_errors_of_our_own(said):
+    assert errors.is_out_of_memory(RuntimeError(f"kernel: {said} (1 GiB)"))
+    assert errors.is_out_of_memory(MemoryError())
+    assert not errors.is_out_of_memory(errors.EngineError(f"the process says: {said}"))
+    assert not errors.is_out_of_memory(RuntimeError("shape mismatch"))

@@ -23,8 +23,7 @@ from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings, Plugin
 from compress.tasks import Task, primary_of
 from compress.train.batches import on_device
-from compress.train.distill.feature_hooks import Survey, device_of, survey, tapped
-from compress.train.distill.layer_matching import pair_layers
+from compress.train.distill.features import Survey, device_of, pair_layers, survey, tapped
 from compress.train.distill.objective import DistillObjective, Term, last_output, main_answer
 from compress.train.distill.teachers import (
     CachedTeacher,
@@ -77,7 +76,9 @@ def build_objective(
         task = None
     answering = _teacher(teacher, dataset.example, settings)
     try:
-        order = _class_order(answering, dataset, settings) if task is None else None
+        order = None
+        if task is None:
+            order = class_order(dataset.classes, settings.teacher_classes, answering.classes)
         terms = _terms(student, answering, dataset, settings, task)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
@@ -94,17 +95,9 @@ def build_objective(
     )
     for line in objective.pairing():
         logger.info(line)
-    if task is None:
-        _compare(objective, student, dataset)
-    elif task.kinds:
-        _compare_at_task(objective, answering, student, dataset, task)
+    if len(dataset.splits.get("validation", ())) and (task is None or task.kinds):
+        _compare(objective, student, dataset, task)
     return objective
-
-
-def _class_order(teacher: Teacher, dataset: Dataset, settings: DistillSettings) -> Tensor | None:
-    """Return which of the teacher's classes each class of the data is; None for the same order."""
-    order = class_order(dataset.classes, settings.teacher_classes, teacher.classes)
-    return None if order is None else torch.from_numpy(order)
 
 
 def _terms(
@@ -327,58 +320,44 @@ def _cached(  # everything that the answers depend on
     return CachedTeacher(teacher, folder / f"teacher-{key}.npy", len(dataset.splits["train"]))
 
 
-@torch.no_grad()
-def _compare(objective: DistillObjective, student: nn.Module, dataset: Dataset) -> None:
+def _compare(
+    objective: DistillObjective, student: nn.Module, dataset: Dataset, task: Task | None
+) -> None:
     """Note how good teacher and student are on validation images before training."""
-    images = dataset.splits.get("validation")
-    if images is None or not len(images):
-        return
-    device = device_of(student)
-    some = dataset.with_fewer("validation", CHECKED_IMAGES)
-    right = np.zeros(2)
-    count = 0
+    some, primary = dataset.with_fewer("validation", CHECKED_IMAGES), primary_of(task)
+    count, unit = len(some.splits["validation"]), f" {primary.unit}".rstrip()
+    if task is None:
+        teacher, own = _top1_pct(objective, student, some)
+        told = f"{teacher:.2f}{unit} of"
+    else:
+        network = getattr(objective.teacher, "model", None)
+        if network is None:
+            return
+        teacher, own = (
+            evaluate.of_task(each, some, task, split="validation").metrics[task.primary].value
+            for each in (network, student)
+        )
+        told = f"{primary.called} {teacher:.2f}{unit} on"
+    objective.teacher_value, objective.student_value = teacher, own
+    if primary.drop(own, teacher) > 0:
+        note = (
+            f"the teacher ({told} {count} validation images) is worse than the student before "
+            f"training ({own:.2f}{unit})"
+        )
+        logger.warning(note)
+        objective.notes.append(note)
+
+
+@torch.no_grad()
+def _top1_pct(
+    objective: DistillObjective, student: nn.Module, dataset: Dataset
+) -> tuple[float, float]:
+    """Return the top-1 of teacher and student on the validation images."""
+    device, right = device_of(student), np.zeros(2)
     with evaluating(student):
-        for batch, target in some.batches("validation"):
+        for batch, target in dataset.batches("validation"):
             batch, target = batch.to(device), target.to(device)
             answers = (objective.answer(batch), logits_of(student(batch)))
             right += [int((answer.argmax(1) == target).sum()) for answer in answers]
-            count += len(target)
-    teacher_pct, student_pct = 100 * right / count
-    objective.teacher_value, objective.student_value = float(teacher_pct), float(student_pct)
-    if teacher_pct < student_pct:
-        note = (
-            f"the teacher ({teacher_pct:.2f} % of {count} validation images) is worse than the "
-            f"student before training ({student_pct:.2f} %)"
-        )
-        logger.warning(note)
-        objective.notes.append(note)
-
-
-def _compare_at_task(
-    objective: DistillObjective,
-    teacher: Teacher,
-    student: nn.Module,
-    dataset: Dataset,
-    task: Task,
-) -> None:
-    """Note how good teacher and student are at the task on validation images before training."""
-    whole = getattr(teacher, "model", None)
-    images = dataset.splits.get("validation")
-    if whole is None or images is None or not len(images):
-        return
-    limit = min(len(images), CHECKED_IMAGES)
-    scores = [
-        evaluate.of_task(each, dataset, task, split="validation", limit=limit).metrics[task.primary]
-        for each in (whole, student)
-    ]
-    objective.teacher_value, objective.student_value = (each.value for each in scores)
-    primary = primary_of(task)
-    if primary.drop(objective.student_value, objective.teacher_value) > 0:
-        unit = f" {primary.unit}".rstrip()
-        note = (
-            f"the teacher ({primary.called} {objective.teacher_value:.2f}{unit} on {limit} "
-            "validation images) is worse than the student before training "
-            f"({objective.student_value:.2f}{unit})"
-        )
-        logger.warning(note)
-        objective.notes.append(note)
+    teacher, own = (100 * right / len(dataset.splits["validation"])).tolist()
+    return teacher, own

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from compress.modules.objective import CrossEntropy, TaskLoss, TrainingProgress
 from compress.modules.outputs import logits_of, tensors_of
-from compress.train.distill.feature_hooks import Tap, tapped
-from compress.train.distill.layer_matching import LayerPair
+from compress.train.distill.features import LayerPair, Tap, tapped
 from compress.train.distill.teachers import Teacher
 from compress.train.losses import Taps
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.errors import TrainingError, UsageError
 from compress.recipe.settings import Plugin
 from compress.train.distill.build import prepare_losses, term_of
-from compress.train.distill.feature_hooks import Tap, device_of, survey, tapped
+from compress.train.distill.features import Tap, device_of, survey, tapped
 from compress.train.distill.objective import Term, feature_at, main_answer
 from compress.train.distill.teachers import TorchTeacher
 from compress.train.losses import Taps
@@ -161,11 +161,4 @@ class Distiller:
         return self._teacher
 
 
-def distiller(
-    student: nn.Module,
-    teacher: nn.Module,
-    losses: Sequence[Plugin],
-    example: Tensor | None = None,
-) -> Distiller:
-    """Return a context manager that gives distillation losses: see :class:`Distiller`."""
-    return Distiller(student, teacher, losses, example)
+distiller = Distiller  # as a function is called

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from compress import artifact, progress
 from compress.errors import TrainingError, boundary
 from compress.modules.outputs import logits_of
-from compress.train.distill.feature_hooks import Survey, Tap, device_of, survey, tapped
+from compress.train.distill.features import Survey, Tap, device_of, survey, tapped
 
 FEATURES = dict[Tap, Tensor]
 HEADER_BYTES = 128  # of a .npy file of two dimensions
@@ -56,7 +56,7 @@ class TorchTeacher:
         self.device = torch.device(device) if device is not None else None
         self._modes = {module: module.training for module in model.modules()}
         self._home = device_of(model)
-        self.survey: Survey | None = survey(model, self._resized(example.to(self._home)))
+        self.survey: Survey | None = survey(model, resized(example.to(self._home), image_size))
         self.classes = self.survey.classes
         self._placed: torch.device | None = None
 
@@ -69,7 +69,7 @@ class TorchTeacher:
             self.model.to(device).to(memory_format=torch.channels_last).eval()
             self._placed = device
         with torch.no_grad(), tapped(self.model, taps) as seen:
-            logits = logits_of(self.model(self._resized(images.to(device))))
+            logits = logits_of(self.model(resized(images.to(device), self.image_size)))
         here = {tap: value.to(images.device) for tap, value in seen.items()}
         return logits.to(images.device), here
 
@@ -88,9 +88,6 @@ class TorchTeacher:
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
-
-    def _resized(self, images: Tensor) -> Tensor:
-        return resized(images, self.image_size)
 
 
 class SessionTeacher:
@@ -197,7 +194,7 @@ def resized(images: Tensor, side: int | None) -> Tensor:
 
 def class_order(
     student: Sequence[str], teacher: Sequence[str] | None, classes: int
-) -> NDArray[np.int64] | None:
+) -> Tensor | None:
     """Return the teacher's output for each class of the student, (K,); None where they agree.
 
     Args:
@@ -230,7 +227,7 @@ def class_order(
         )
     if list(student) == list(teacher):
         return None
-    return np.array([list(teacher).index(name) for name in student])
+    return torch.tensor([list(teacher).index(name) for name in student])
 
 
 def _parity(rows: NDArray[np.float32]) -> NDArray[np.uint32]:

@@ -20,14 +20,23 @@ from compress.errors import DataError, UsageError
 from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-GREY_MEAN = (0.5,)  # of images with one channel, where nobody says
 IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY_MEAN = GREY_STD = (0.5,)  # of images with one channel, where nobody says
 NAMED = 12  # classes that are called by name in one line
 UNFITTED = {
     "resize": "squash",
     "crop": 1.0,
 }  # images of the network's own size, as arrays hold them
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a set of 40 or more keeps the others for training
+
+
+def usual(channels: int) -> dict[str, tuple[float, ...]]:
+    """Return the mean and std of images with so many channels where nobody says."""
+    is_grey = channels == 1
+    return {
+        "mean": GREY_MEAN if is_grey else IMAGENET_MEAN,
+        "std": GREY_STD if is_grey else IMAGENET_STD,
+    }
 
 
 @dataclass(frozen=True)
@@ -37,8 +46,8 @@ class Source:
     train: LabelledImages
     test: LabelledImages
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     validation: LabelledImages | None = None
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
     target: str = "class"  # what labels are: class, classes, mask, boxes, image, none

@@ -10,15 +10,13 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source
 from compress.data._decoding import opened_picture, upright_size
 from compress.data._held_out import with_test
-from compress.data._images import FileImages, LabelledImages, Names
+from compress.data._images import FileImages, LabelledImages, MemoryImages, Names, in_memory
 from compress.data._resize import Fit, Pictures
 from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
-
-LARGEST_IN_MEMORY_BYTES = 1 << 30
 
 
 @dataclass
@@ -91,8 +89,6 @@ class BoxedPictures(Pictures):
             self._images(train, classes),
             self._images(test, classes),
             classes,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
             validation=self._images(validation, classes) if validation else None,
             target=self.labels,
         )
@@ -182,10 +178,10 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledI
         kind.channels or 3,
         kind.workers,
     )
-    if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
-        return images
-    decoded = images.in_memory()
-    return replace(decoded, labels=labels.read()) if isinstance(labels, FittedMasks) else decoded
+    decoded = in_memory(images)
+    if isinstance(decoded, MemoryImages) and isinstance(labels, FittedMasks):
+        return replace(decoded, labels=labels.tensors().numpy())
+    return decoded
 
 
 def image_size(file: Path) -> tuple[int, int]:

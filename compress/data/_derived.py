@@ -8,11 +8,9 @@ from typing import Any
 
 from compress import plugins
 from compress.data import Source
-from compress.data._images import LabelledImages, MemoryImages
+from compress.data._images import LabelledImages
 from compress.data._resize import Fit, ImageSize
 from compress.errors import UsageError
-
-LARGEST_IN_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +71,3 @@ def in_every_split(
         validation=None if held is None else change(held),
         **facts,
     )
-
-
-def in_memory(images: LabelledImages) -> LabelledImages:
-    """Return ``images`` read once where they are few; else as they are."""
-    channels, height, width = images.shape
-    if len(images) * channels * height * width > LARGEST_IN_MEMORY_BYTES:
-        return images
-    return MemoryImages(images.take(range(len(images))), images.labels)

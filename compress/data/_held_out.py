@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.data._images import LabelledImages, Subset
 from compress.errors import DataError
 
 T = TypeVar("T")
@@ -41,6 +42,14 @@ def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArra
         test.append(random.permutation(own)[:count])
     chosen = np.sort(np.concatenate(test))
     return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def every_fourth_held_out(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """Return images to take ranges from, and every fourth, at least the last, to test on."""
+    is_test = np.arange(len(images)) % 4 == 3
+    is_test[-1] |= not is_test.any()
+    train, test = (Subset(images, np.flatnonzero(chosen)) for chosen in (~is_test, is_test))
+    return train, test
 
 
 def with_test(

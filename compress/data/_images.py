@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 from compress.data._decoding import opened_picture, to_8_bit
 from compress.data._resize import Fit, ImageSize, sides
 
+LARGEST_IN_MEMORY_BYTES = 1 << 30
 Indices = Sequence[int] | NDArray[np.int64]
 
 
@@ -174,10 +176,6 @@ class FileImages:
 
         return in_parallel(one, indices, self.workers)
 
-    def in_memory(self) -> MemoryImages:
-        """Return the same images, all decoded."""
-        return MemoryImages(self.take(range(len(self))), self.labels, self)
-
     def stored(self, index: int) -> tuple[int, Callable[[], bytes]]:
         """Return the size of an image's file in bytes, and what reads it."""
         path = self.folder / self.names[index]
@@ -188,6 +186,14 @@ class FileImages:
         for name in self.names:
             path = self.folder / name
             digest.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
+
+
+def in_memory(images: LabelledImages) -> LabelledImages:
+    """Return ``images`` read once where they fit in 1 GiB; else as they are."""
+    if len(images) * math.prod(images.shape) > LARGEST_IN_MEMORY_BYTES:
+        return images
+    files = images if isinstance(images, FileImages) else None
+    return MemoryImages(images.take(range(len(images))), images.labels, files)
 
 
 def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data._decoding import opened_picture, upright_size
-from compress.data._images import LabelledImages, Subset, in_parallel
+from compress.data._images import Indices, LabelledImages, Subset, in_parallel
 from compress.data._resize import Fit
 from compress.errors import DataError
 
-Indices = Sequence[int] | NDArray[np.int64]
 VOID = 255  # value of mask pixels that count nowhere
 Target = dict[str, Tensor]  # of one image: "boxes", "labels", "ignored"
 
@@ -129,10 +128,6 @@ class FittedMasks:
                 is no class; the message names the file.
         """
         return in_parallel(self._one, range(len(self)), 0)
-
-    def read(self) -> NDArray[np.uint8]:
-        """Return what ``tensors`` returns, as labels held in memory."""
-        return self.tensors().numpy()
 
     def tobytes(self) -> bytes:
         """Return names and sizes of all files, for a fingerprint."""

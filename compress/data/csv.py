@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source
 from compress.data._annotated import pictures
 from compress.data._held_out import TEST, held_out
 from compress.data._images import LabelledImages
@@ -77,8 +77,6 @@ class Csv(Pictures):
             images(train),
             images(test),
             classes,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
             validation=images(validation) if len(validation) else None,
             target="class" if len(labels) == 1 else "classes",
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.data import Source
-from compress.data._derived import Derived, in_every_split, in_memory
-from compress.data._images import Hash, Indices, LabelledImages, MemoryImages
+from compress.data._derived import Derived, in_every_split
+from compress.data._images import Hash, Indices, LabelledImages, MemoryImages, in_memory
 from compress.data._resize import sides
 from compress.data._targets import PictureTargets
 from compress.errors import DataError, UsageError

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source
 from compress.data._annotated import dense_fit, pictures
 from compress.data._held_out import with_test
 from compress.data._images import LabelledImages
@@ -139,8 +139,6 @@ def masked_source(
         images(train),
         images(test),
         names,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
         validation=images(validation) if validation else None,
         target="mask",
     )

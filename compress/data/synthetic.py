@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress import progress
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source, usual
 from compress.data._images import Hash, Indices, Subset
 from compress.data._resize import ImageSize, sides
 from compress.errors import DataError, ModelError, UsageError, boundary
@@ -81,8 +81,7 @@ class Synthetic:
             )
         network = build()
         channels = self.channels or _channels(network)
-        usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
-        mean, std = self.mean or usual[0], self.std or usual[1]
+        mean, std = self.mean or usual(channels)["mean"], self.std or usual(channels)["std"]
         shape = channels, *sides(self.image_size)
         matching_loss(network, torch.zeros(2, *shape))  # refuses before any work
         made = _Made(network, shape, mean, std, self)

@@ -360,7 +360,7 @@ def test_bad_masks_are_refused_before_any_of_them_is_used(tmp_path, name, how):
 
 def test_masks_read_at_once_and_one_by_one_are_equal(tmp_path, monkeypatch):
     at_once = load_data(masks(tmp_path)).splits["test"].labels
-    monkeypatch.setattr("compress.data._annotated.LARGEST_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr("compress.data._images.LARGEST_IN_MEMORY_BYTES", 0)
     images = load_data(masks(tmp_path / "again")).splits["test"]
     assert (images.labels.tensors().numpy() == at_once).all()
 

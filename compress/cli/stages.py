@@ -29,19 +29,21 @@ from compress.cli.arguments import (
     completion,
     with_options,
 )
-from compress.cli.options import Given, chosen_plugins, present
-from compress.cli.output import print_result
-from compress.cli.recipes import (
+from compress.cli.options import (
     DEFAULT_RUNTIME,
     TRAINING,
+    Given,
+    chosen_plugins,
     finish,
     int8_target,
     kept_channels,
     loaded,
+    present,
     run_stages,
     training_after,
     with_tracker,
 )
+from compress.cli.output import print_result
 from compress.errors import RecipeError, UsageError
 
 
@@ -64,15 +66,14 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
+    resolved = with_tracker(loaded(recipe, overrides), track)
     if dry_run:
         from compress.pipeline.check import preflight
         from compress.recipe.loading import dump
 
-        resolved = with_tracker(loaded(recipe, overrides), track)
         preflight(resolved, where=str(recipe))
         print_result(dump(resolved))
     else:
-        resolved = with_tracker(loaded(recipe, overrides), track)
         finish(resolved, out, fresh=fresh, verbose=verbose, where=str(recipe))
 
 
@@ -146,11 +147,7 @@ def prune(
 
 
 def _budget(given: Given) -> dict[str, Any]:
-    """Return the budget that was given, half the MACs if none was.
-
-    Raises:
-        UsageError: ``--max-drop`` stands without a sensitivity.
-    """
+    """Return the budget that was given, half the MACs if none was."""
     names = ("keep_macs", "keep_params", "keep_latency", "latency_ms")
     budget = present(given, **{name: name for name in names})
     if given["keep_channels"] is not None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._images import FileImages, LabelledImages, Names, Subset
+from compress.data._resize import Fit
 from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
 from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
@@ -30,13 +31,9 @@ UNFITTED = {
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a set of 40 or more keeps the others for training
 
 
-def usual(channels: int) -> dict[str, tuple[float, ...]]:
+def usual(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return the mean and std of images with so many channels where nobody says."""
-    is_grey = channels == 1
-    return {
-        "mean": GREY_MEAN if is_grey else IMAGENET_MEAN,
-        "std": GREY_STD if is_grey else IMAGENET_STD,
-    }
+    return (GREY_MEAN, GREY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True)
@@ -234,12 +231,12 @@ def _dataset(
     settings: DataSettings, plugin: Any, source: Source, splits: Mapping[str, LabelledImages]
 ) -> Dataset:
     channels = source.test.shape[0]
-    mean, std = _normalization(settings, source)
+    mean, std = (None, None) if source.prepared else _given_normalization(settings)
     return Dataset(
         name=settings.name,
         classes=source.classes,
-        mean=_per_channel("mean", mean, channels),
-        std=_per_channel("std", std, channels),
+        mean=_per_channel("mean", mean or source.mean, channels),
+        std=_per_channel("std", std or source.std, channels),
         splits=splits,
         batch_size=settings.batch_size,
         fingerprint=_fingerprint(source),
@@ -249,18 +246,10 @@ def _dataset(
         layout=settings.layout,
         inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
         prepared=source.prepared,
-        fit=_fit(plugin),
+        fit=_told(getattr(plugin, "fit", None)),
         parts=source.parts,
         note=source.note,
     )
-
-
-def _normalization(
-    settings: DataSettings, source: Source
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of images in [0, 1], from those of images in ``input_range``."""
-    mean, std = (None, None) if source.prepared else _given_normalization(settings)
-    return mean or source.mean, std or source.std
 
 
 def _given_normalization(
@@ -280,11 +269,7 @@ def _given_normalization(
 
 
 def _constant(name: str, value: Any) -> NDArray[Any]:
-    """Return the value of a further input: numbers as float32, or the array in a file.
-
-    Raises:
-        DataError: the file cannot be read, or the numbers are no array.
-    """
+    """Return the value of a further input: numbers as float32, or the array in a file."""
     try:
         if isinstance(value, str):
             loaded = np.load(value, allow_pickle=False)
@@ -300,9 +285,8 @@ def _constant(name: str, value: Any) -> NDArray[Any]:
         ) from None
 
 
-def _fit(plugin: Any) -> dict[str, Any]:
+def _told(fit: Fit | None) -> dict[str, Any]:
     """Return how a kind of data fits pictures to the size, if it does."""
-    fit = getattr(plugin, "fit", None)
     if fit is None:
         return {}
     return {"resize": fit.rule, "interpolation": fit.interpolation, "crop": fit.share}

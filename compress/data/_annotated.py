@@ -12,9 +12,15 @@ from numpy.typing import NDArray
 
 from compress.data import Source
 from compress.data._decoding import opened_picture, upright_size
-from compress.data._held_out import with_test
-from compress.data._images import FileImages, LabelledImages, MemoryImages, Names, in_memory
-from compress.data._resize import Fit, Pictures
+from compress.data._images import (
+    FileImages,
+    LabelledImages,
+    MemoryImages,
+    Names,
+    in_memory,
+    with_test,
+)
+from compress.data._resize import Pictures, Rule
 from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
 
@@ -47,6 +53,7 @@ class BoxedPictures(Pictures):
     invalid: Literal["refuse", "drop"] = "refuse"
 
     known_labels: ClassVar[tuple[str, ...]] = ("boxes", "classes")
+    usual_rule: ClassVar[Rule] = "letterbox"
 
     def __post_init__(self) -> None:
         for name, known in (("labels", self.known_labels), ("invalid", ("refuse", "drop"))):
@@ -56,11 +63,6 @@ class BoxedPictures(Pictures):
                     f"{name} {value!r}{did_you_mean(str(value), known)}",
                     expected=f"one of: {', '.join(known)}",
                 )
-
-    @property
-    def fit(self) -> Fit:
-        """How pictures are fitted to the network's input."""
-        return dense_fit(self)
 
     def source(
         self,
@@ -147,18 +149,6 @@ class BoxedPictures(Pictures):
             expected="x1 < x2 and y1 < y2, inside the image",
             fix="Correct it, or leave such boxes out: --data KIND:root=DIR,invalid=drop",
         )
-
-
-def dense_fit(kind: Pictures) -> Fit:
-    """Return how pictures with boxes or masks are fitted: letterboxed unless asked otherwise."""
-    from compress.data._resize import DEFAULT_SIZE, sides
-
-    return Fit(
-        sides(kind.image_size or DEFAULT_SIZE),
-        kind.resize or "letterbox",
-        kind.interpolation or "bilinear",
-        kind.crop,
-    )
 
 
 def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledImages:

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data import Source, usual
-from compress.data._held_out import TEST, held_out
 from compress.data._images import (
+    TEST,
     Hash,
     Indices,
     LabelledImages,
     MemoryImages,
     Subset,
+    held_out,
     in_memory,
     in_parallel,
 )
@@ -322,19 +323,15 @@ class ItemImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
         return self.reader.channels, *self.reader.fit.size
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.items)
 
     def take(self, indices: Indices) -> Tensor:
-        """Return the images at ``indices``, (B, C, H, W) uint8."""
         return in_parallel(lambda i: self.reader.pixels(self.items, i), indices, 1)
 
     def update_hash(self, digest: Hash) -> None:
-        """Add the first images and the number of all to ``digest``."""
         digest.update(self.take(range(min(len(self), 64))).numpy().tobytes())
         digest.update(str(len(self)).encode())
 
@@ -430,7 +427,7 @@ def source_of_items(kind: ItemPictures, parts: Mapping[str, Items]) -> Source:
         learned,
         test,
         classes,
-        **usual(reader.channels),
+        *usual(reader.channels),
         validation=images.get("validation") if "test" in images else None,
         target=form,
     )

@@ -30,11 +30,9 @@ class Boxes:
     ignored: tuple[NDArray[np.bool_], ...]  # boxes that need not be found, (M,)
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.boxes)
 
     def __getitem__(self, indices: Indices) -> Boxes:
-        """Return the boxes of the images at ``indices``."""
         chosen = [int(i) for i in indices]
         return Boxes(
             tuple(self.boxes[i] for i in chosen),
@@ -111,11 +109,9 @@ class FittedMasks:
     void: int | None = VOID  # value in the files that becomes VOID
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.files)
 
     def __getitem__(self, indices: Indices) -> FittedMasks:
-        """Return the masks of the images at ``indices``."""
         files = tuple(self.files[int(i)] for i in indices)
         images = tuple(self.images[int(i)] for i in indices)
         return replace(self, files=files, images=images)
@@ -179,11 +175,9 @@ class PictureTargets:
     pictures: LabelledImages
 
     def __len__(self) -> int:
-        """Return how many pictures there are."""
         return len(self.pictures)
 
     def __getitem__(self, indices: Indices) -> PictureTargets:
-        """Return the pictures at ``indices``."""
         return PictureTargets(Subset(self.pictures, np.asarray(indices, dtype=np.int64)))
 
     def tensors(self) -> Tensor:

@@ -11,8 +11,7 @@ import numpy as np
 
 from compress.data import Source
 from compress.data._annotated import pictures
-from compress.data._held_out import TEST, held_out
-from compress.data._images import LabelledImages
+from compress.data._images import TEST, LabelledImages, held_out
 from compress.data._resize import Pictures
 from compress.errors import DataError, UsageError, did_you_mean
 

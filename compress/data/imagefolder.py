@@ -9,8 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import Source
-from compress.data._held_out import TEST, held_out
-from compress.data._images import FileImages, LabelledImages, Names, Subset, in_memory
+from compress.data._images import (
+    TEST,
+    FileImages,
+    LabelledImages,
+    Names,
+    Subset,
+    held_out,
+    in_memory,
+)
 from compress.data._resize import ENDINGS, Pictures
 from compress.data.images import picture_files
 from compress.errors import DataError

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import Source, usual
-from compress.data._held_out import every_fourth_held_out
-from compress.data._images import FileImages, Names
+from compress.data._images import FileImages, Names, every_fourth_held_out
 from compress.data._resize import ENDINGS, Pictures
 from compress.errors import DataError
 
@@ -42,7 +41,7 @@ class Images(Pictures):
         names = Names.of(files)
         labels = np.zeros(len(files), dtype=np.int64)
         every = FileImages(root, names, labels, self.fit, self.channels or 3, self.workers)
-        return Source(*every_fourth_held_out(every), (), **usual(every.channels), target="none")
+        return Source(*every_fourth_held_out(every), (), *usual(every.channels), target="none")
 
 
 def picture_files(root: Path, folder: str = "") -> list[str]:

@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 
 from compress.artifact import check_zip
 from compress.data import Source, usual
-from compress.data._held_out import every_fourth_held_out
-from compress.data._images import MemoryImages, from_array
+from compress.data._images import MemoryImages, every_fourth_held_out, from_array
 from compress.data._resize import ImageSize
 from compress.errors import DataError, boundary
 
@@ -62,7 +61,7 @@ class Npz:
             splits["train"],
             splits["test"],
             _classes(path, arrays),
-            **usual(splits["test"].shape[0]),
+            *usual(splits["test"].shape[0]),
             validation=splits.get("validation"),
             test_groups=arrays.get("group_test"),
         )
@@ -113,17 +112,13 @@ def _without_labels(
     if count < 2:
         raise DataError(f"holds {count} images", where=str(path), expected="at least 2")
     # prepared ones stay as they are: ``normalize`` divides by 255
-    scale = {"mean": (0.0,), "std": (1 / 255,)} if prepared else usual(images.shape[0])
+    scale = ((0.0,), (1 / 255,)) if prepared else usual(images.shape[0])
     split = every_fourth_held_out(images)
-    return Source(*split, (), **scale, target="none", prepared=prepared, parts=parts or {})
+    return Source(*split, (), *scale, target="none", prepared=prepared, parts=parts or {})
 
 
 def _by_input(path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
-    """Return what an archive holds for the inputs of a network, in one row for each sample.
-
-    Raises:
-        DataError: the arrays are no floats, or of different numbers of samples.
-    """
+    """Return what an archive holds for the inputs of a network, in one row for each sample."""
     told = ", ".join(f"{name} {each.dtype} {each.shape}" for name, each in arrays.items())
     floats = all(np.issubdtype(each.dtype, np.floating) for each in arrays.values())
     counts = {each.shape[0] if each.ndim > 1 else 0 for each in arrays.values()}
@@ -193,11 +188,9 @@ def _is_channels_last(pixels: NDArray[Any]) -> bool:
 
 def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
     kinds = [array for name, array in arrays.items() if name.startswith("y_")]
-    if not all(np.issubdtype(array.dtype, np.integer) for array in kinds):
+    if not all(np.issubdtype(each.dtype, np.integer) and each.min() >= 0 for each in kinds):
         raise DataError("labels are not integers from 0", where=str(path))
     labels = np.concatenate([array.reshape(-1).astype(np.int64) for array in kinds])
-    if labels.min() < 0:
-        raise DataError("labels are not integers from 0", where=str(path))
     count = int(labels.max()) + 1
     if count > MOST_CLASSES:
         raise DataError(

@@ -113,12 +113,7 @@ def _layers_named(settings: Settings) -> Iterator[tuple[str, str]]:
 
 
 def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
-    """Run an ONNX file on one image, as the stages after it would.
-
-    Raises:
-        EngineError: it does not take the images, or does not answer as the task needs.
-        ModelError: it has another number of class outputs.
-    """
+    """Run an ONNX file on one image, as the stages after it would."""
     with open_session(Path(recipe.model.name)) as session:
         fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
         if not task.tells_classes:

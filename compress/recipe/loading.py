@@ -219,11 +219,7 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 
 def _content(text: str) -> Any:
-    """Return what a YAML text holds.
-
-    Raises:
-        YAMLError: it is none, or a few lines that refer to each other stand for very many values.
-    """
+    """Return what a YAML text holds."""
     if text.count("[") + text.count("{") > MOST_BRACKETS:  # they take the square in time
         raise yaml.YAMLError(f"it opens more than {MOST_BRACKETS:,} brackets")
     loader = _UniqueKeyLoader(text)

@@ -30,7 +30,7 @@ class MetricsLog:
         self._path = folder / FILE if folder is not None else None
         if self._path is not None:
             artifact.write_text(self._path, "".join(_line(row) for row in rows))
-        self._track, self._end = _tracker(track, folder or Path()) if track else (None, None)
+        self._tracker = _tracker(track, folder or Path()) if track else None
 
     def add(self, row: Row) -> None:
         """Append ``row``."""
@@ -38,10 +38,10 @@ class MetricsLog:
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(_line(row))
-        if self._track is not None:
+        if self._tracker is not None:
             for key, value in row.items():
                 if key != "step" and value is not None:
-                    self._track(key, value, step=row["step"])
+                    self._tracker[0](key, value, step=row["step"])
 
     def __enter__(self) -> Self:
         """Return the log."""
@@ -49,8 +49,8 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         """Close the tracker."""
-        if self._end is not None:
-            self._end()
+        if self._tracker is not None:
+            self._tracker[1]()
 
 
 def _line(row: Row) -> str:

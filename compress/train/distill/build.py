@@ -16,6 +16,7 @@ from compress import evaluate, plugins
 from compress.data import Dataset, targets_of
 from compress.data._augment import is_random
 from compress.errors import CompressError, TrainingError, UsageError
+from compress.evaluate import device_of
 from compress.modules import evaluating, set_mode
 from compress.modules.copying import full_copy
 from compress.modules.objective import CrossEntropy, TaskLoss
@@ -23,7 +24,7 @@ from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings, Plugin
 from compress.tasks import Task, primary_of
 from compress.train.batches import on_device
-from compress.train.distill.features import Survey, device_of, pair_layers, survey, tapped
+from compress.train.distill.features import Survey, pair_layers, survey, tapped
 from compress.train.distill.objective import DistillObjective, Term, last_output, main_answer
 from compress.train.distill.teachers import (
     CachedTeacher,

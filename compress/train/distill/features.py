@@ -66,11 +66,6 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]
             handle.remove()
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a network computes: the device of its first parameter."""
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
 def survey(model: nn.Module, example: Tensor) -> Survey:
     """Run ``model`` on one image and return what its layers compute.
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import TrainingError, UsageError
+from compress.evaluate import device_of
 from compress.recipe.settings import Plugin
 from compress.train.distill.build import prepare_losses, term_of
-from compress.train.distill.features import Tap, device_of, survey, tapped
+from compress.train.distill.features import Tap, survey, tapped
 from compress.train.distill.objective import Term, feature_at, main_answer
 from compress.train.distill.teachers import TorchTeacher
 from compress.train.losses import Taps
@@ -51,7 +52,7 @@ class Distiller:
         self._features: dict[Tap, Tensor] = {}
         self._outputs: list[Any] = []
         if example is not None:
-            self._build(example[:1])
+            self._teacher = self._build(example[:1])
 
     def __enter__(self) -> Distiller:
         """Begin to watch the student."""
@@ -81,13 +82,13 @@ class Distiller:
                 return in training.
         """
         if self._teacher is None:
-            self._build(images[:1])
+            self._teacher = self._build(images[:1])
             self._watch()
         if not self._has_seen(images):
             self._outputs.clear()
             self.student(images)
         taps = tuple(dict.fromkeys(p.teacher for term in self._terms for p in term.pairs))
-        answer, theirs = self._required()(images, None, taps)
+        answer, theirs = self._teacher(images, None, taps)
         logits = main_answer(self._outputs)
         total = torch.zeros((), device=images.device)
         for term in self._terms:
@@ -125,13 +126,14 @@ class Distiller:
         """Return which layers each loss compares, one line each."""
         return [f"{term.name}: {pair}" for term in self._terms for pair in term.pairs]
 
-    def _build(self, example: Tensor) -> None:
+    def _build(self, example: Tensor) -> TorchTeacher:
         device = device_of(self.student)
         example = example.detach().to(device)
-        self._teacher = TorchTeacher(self._model, example, None, None)
+        teacher = TorchTeacher(self._model, example, None, None)
         mine = survey(self.student, example)
-        self._terms = [term_of(each, mine, self._teacher, compiled=False) for each in self._losses]
-        prepare_losses(self._terms, self.student, self._teacher, example, torch.zeros(0))
+        self._terms = [term_of(each, mine, teacher, compiled=False) for each in self._losses]
+        prepare_losses(self._terms, self.student, teacher, example, torch.zeros(0))
+        return teacher
 
     def _watch(self) -> None:
         """Keep what the student computes from now on, until the end."""
@@ -154,11 +156,6 @@ class Distiller:
                 return False
             seen.append(answer)
         return all(len(each) == len(images) and each.requires_grad for each in seen)
-
-    def _required(self) -> TorchTeacher:
-        if self._teacher is None:
-            raise UsageError("the distiller has seen no image")
-        return self._teacher
 
 
 distiller = Distiller  # as a function is called

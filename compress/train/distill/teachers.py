@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from compress import artifact, progress
 from compress.errors import TrainingError, boundary
+from compress.evaluate import device_of, run_session
 from compress.modules.outputs import logits_of
-from compress.train.distill.features import Survey, Tap, device_of, survey, tapped
+from compress.train.distill.features import Survey, Tap, survey, tapped
 
 FEATURES = dict[Tap, Tensor]
 HEADER_BYTES = 128  # of a .npy file of two dimensions
@@ -107,8 +108,6 @@ class SessionTeacher:
         self, session: Any, example: Tensor, image_size: int | None, name: str, owned: bool
     ) -> None:
         self.session, self.image_size, self.name, self._owned = session, image_size, name, owned
-        batch = session.inputs[0].shape[0]
-        self._batch = batch if isinstance(batch, int) and batch > 0 else None
         self.classes = int(self(example.cpu(), None, ())[0].shape[1])
 
     def __call__(
@@ -116,8 +115,8 @@ class SessionTeacher:
     ) -> tuple[Tensor, FEATURES]:
         """Return logits (B, K) beside the images; there are no features."""
         array = resized(images.float(), self.image_size).detach().cpu().contiguous().numpy()
-        answers = [self._answer(part) for part in self._parts(array)]
-        return torch.from_numpy(np.concatenate(answers)[: len(array)]).to(images.device), {}
+        first = next(iter(run_session(self.session, array).values()))
+        return torch.from_numpy(np.asarray(first, np.float32)).to(images.device), {}
 
     def close(self) -> None:
         """Close the session if it was opened for this teacher."""
@@ -129,18 +128,6 @@ class SessionTeacher:
         path = Path(self.name)
         content = path.read_bytes() if path.is_file() else self.name.encode()
         return hashlib.sha256(content).hexdigest()
-
-    def _parts(self, array: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Split a batch into those of a fixed size that the engine wants, the last one padded."""
-        if self._batch is None:
-            return [array]
-        missing = -len(array) % self._batch
-        padded = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-        return list(padded.reshape(-1, self._batch, *array.shape[1:]))
-
-    def _answer(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = self.session.run(np.ascontiguousarray(array))[0]
-        return output.astype(np.float32)
 
 
 class CachedTeacher:

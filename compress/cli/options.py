@@ -21,23 +21,23 @@ logger = logging.getLogger(__name__)
 Given = Mapping[str, Any]  # the options of a command, as parsed
 INPUT_SIZE = "3 whole numbers, channels, height and width: 3,224,224"
 NOT: tuple[Any, ...] = (None, [], ())  # what an option is that was not given
-DATA_OPTIONS = ("batch_size", "workers")
 DROP_PCT = 1.0  # of the metric that one group may cost alone, where a sensitivity is the budget
-TRAINING = {"epochs": "epochs", "batch_size": "batch_size"}  # options of every training
+TRAINING = ("epochs", "batch_size")  # options of every training
 DEFAULT_RUNTIME = "onnxruntime"  # written out: runtimes are not imported to parse options
 DEFAULT_TARGETS = ({"runtime": DEFAULT_RUNTIME, "precision": "fp32"},)
 
 
-def present(given: Given, **names: str) -> dict[str, Any]:
-    """Return the options that were given, by their name in a recipe."""
+def present(given: Given, *same: str, **names: str) -> dict[str, Any]:
+    """Return the options that were given, by their name in a recipe: the same, or another one."""
+    names = {option: option for option in same} | names
     return {key: given[option] for option, key in names.items() if given.get(option) not in NOT}
 
 
-def chosen_plugins(given: Given, **names: str) -> dict[str, Any]:
+def chosen_plugins(given: Given, *same: str, **names: str) -> dict[str, Any]:
     """Return the plug-ins that were given, by their name in a recipe: NAME or NAME:OPTION=VALUE."""
     from compress import plugins
 
-    found = present(given, **names)
+    found = present(given, *same, **names)
     return {
         key: [plugins.reference(each) for each in value]
         if isinstance(value, list)
@@ -58,14 +58,13 @@ def data_part(given: Given) -> dict[str, Any]:
 
     text = given["data"]
     part = data_reference(plugins.reference(text) if ":root=" in text else text)
-    part |= present(given, **{option: option for option in DATA_OPTIONS})
+    part |= present(given, "batch_size", "workers", "color", "layout")
     if given.get("image_size") is not None:
         part["image_size"] = _sides(given["image_size"])
     for option in ("mean", "std", "input_range"):
         if given.get(option) is not None:
             part[option] = floats(given[option], f"--{option.replace('_', '-')}")
-    part |= present(given, color="color", layout="layout")
-    if fitting := present(given, resize="resize", interpolation="interpolation", crop="crop"):
+    if fitting := present(given, "resize", "interpolation", "crop"):
         part["options"] = part.get("options", {}) | fitting
     if given.get("inputs"):
         part["inputs"] = dict(_named_value(text) for text in given["inputs"])
@@ -198,14 +197,14 @@ def _content(
 ) -> dict[str, Any]:
     """Return the recipe as it would be in YAML."""
     model = {"name": given["model"]}
-    model |= present(given, weights="weights", num_classes="num_classes")
+    model |= present(given, "weights", "num_classes")
     if given.get("input_size") is not None:
         model["input_size"] = integers(
             given["input_size"], "--input-size", count=3, like=INPUT_SIZE
         )
     if options := model_options(given["model"], trust=bool(given.get("trust"))):
         model["options"] = options
-    return present(given, task="task") | {
+    return present(given, "task") | {
         "name": name,
         "model": model,
         "data": data_part(given),
@@ -217,7 +216,7 @@ def _content(
 
 def training_after(given: Given) -> list[dict[str, Any]]:
     """Return the stage that ``--epochs`` and ``--teacher`` ask for, if they do."""
-    after = present(given, teacher="teacher", **TRAINING)
+    after = present(given, "teacher", *TRAINING)
     if after.get("epochs"):
         return [{"distill" if "teacher" in after else "finetune": after}]
     if "teacher" in after:

@@ -24,10 +24,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY_MEAN = GREY_STD = (0.5,)  # of images with one channel, where nobody says
 NAMED = 12  # classes that are called by name in one line
-UNFITTED = {
-    "resize": "squash",
-    "crop": 1.0,
-}  # images of the network's own size, as arrays hold them
+UNFITTED = {"resize": "squash", "crop": 1.0}  # images of the network's own size, as in arrays
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a set of 40 or more keeps the others for training
 
 

@@ -71,11 +71,7 @@ class BoxedPictures(Pictures):
         test: Sequence[Annotation],
         names: Sequence[str] | None = None,
     ) -> Source:
-        """Return annotated images as a Source; a tenth of train is the test set if there is none.
-
-        Raises:
-            DataError: there are no images, a class is not known, or a box is invalid.
-        """
+        """Return annotated images as a Source; a tenth of train is the test set if need be."""
         train, validation, test = with_test(train, validation, test)
         for part, images in (("train", train), ("test", test)):
             if not any(each.names for each in images):
@@ -152,11 +148,7 @@ class BoxedPictures(Pictures):
 
 
 def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledImages:
-    """Return files with their labels as images, decoded into memory where they fit in 1 GiB.
-
-    Raises:
-        DataError: a file is missing or unreadable, or a mask does not fit its image.
-    """
+    """Return files with their labels as images, decoded into memory where they fit in 1 GiB."""
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise DataError(f"lacks {len(missing)} of {len(files)} images", where=str(missing[0]))
@@ -175,11 +167,7 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledI
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """Return width and height of an image file, as it is looked at, from its header.
-
-    Raises:
-        DataError: it is absent or no readable image.
-    """
+    """Return width and height of an image file, as it is looked at, from its header."""
     with opened_picture(file, where=str(file)) as image:
         return upright_size(image)
 

@@ -42,12 +42,7 @@ class Derived:
         return plugins.create("data", {self.of: dict(self.options)}, **supplied)
 
     def source(self, image_size: ImageSize | None) -> Source:
-        """Return the images that this data is made from, of ``image_size``.
-
-        Raises:
-            UsageError: ``of`` needs a root, or gives what is no 8-bit picture.
-            DataError: the images cannot be read.
-        """
+        """Return the images that this data is made from, of ``image_size``."""
         known = plugins.options("data", self.of)
         if known.get("root") is MISSING and self.root is None:
             raise UsageError(

@@ -185,11 +185,7 @@ def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) ->
 
 
 def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> Tensor:
-    """Return an image file's pixels, upright, RGB or grey, fitted to one size, (C, H, W) uint8.
-
-    Raises:
-        DataError: it is no readable image; the message begins with ``where``.
-    """
+    """Return an image file's pixels, upright, RGB or grey, fitted to one size, (C, H, W) uint8."""
     with opened_picture(source, where=where) as image:
         return fit.pixels(to_8_bit(image, channels, where=where))
 
@@ -227,9 +223,6 @@ def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArra
         labels: Class of each image, (N,); labels of another form are drawn without regard to them.
         share: Of the images that become the test set, in (0, 1).
         seed: Of the draw.
-
-    Raises:
-        DataError: a class would be without test or without training images.
     """
     random = np.random.default_rng(seed)
     kinds = np.unique(labels) if getattr(labels, "ndim", 0) == 1 else [None]
@@ -259,11 +252,7 @@ def every_fourth_held_out(images: LabelledImages) -> tuple[LabelledImages, Label
 def with_test(
     train: Sequence[T], validation: Sequence[T], test: Sequence[T]
 ) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
-    """Return the three with a test set: if there is none, validation, or a tenth of train.
-
-    Raises:
-        DataError: there are no images to train or to test on.
-    """
+    """Return the three with a test set: if there is none, validation, or a tenth of train."""
     if not test and validation:
         test, validation = validation, ()
     elif not test:

@@ -45,11 +45,7 @@ class Items(Protocol):
 
 
 def picture_and_target(items: Items, index: int, where: str) -> tuple[Any, Any]:
-    """Return picture and target of one item: a pair, or a dictionary with usual names.
-
-    Raises:
-        DataError: the user's code raises, or the item is something else.
-    """
+    """Return picture and target of one item: a pair, or a dictionary with usual names."""
     try:
         item = items[index]
     except (Exception, SystemExit) as error:  # of the user's code
@@ -70,11 +66,7 @@ def picture_and_target(items: Items, index: int, where: str) -> tuple[Any, Any]:
 
 
 def picture(items: Items, index: int, where: str) -> Any:
-    """Return the picture of an item: PIL's, or a tensor (C, H, W).
-
-    Raises:
-        DataError: it is no picture; the message names the item.
-    """
+    """Return the picture of an item: PIL's, or a tensor (C, H, W)."""
     found, _ = picture_and_target(items, index, where)
     if hasattr(found, "convert"):
         return found
@@ -107,11 +99,7 @@ def shape_of(picture: Any) -> tuple[int, int, int]:
 
 
 def eight_bit(pixels: Tensor, where: str) -> Tensor:
-    """Return pixels 0..255 of uint8, or of floats in [0, 1], as uint8.
-
-    Raises:
-        DataError: they are something else: normalized, not finite, of more bits.
-    """
+    """Return pixels 0..255 of uint8, or of floats in [0, 1], as uint8."""
     if pixels.dtype == torch.uint8:
         return pixels
     low, high = float(pixels.min()), float(pixels.max())  # NaN if any is
@@ -136,11 +124,7 @@ Labels = tuple[tuple[str, ...], dict[str, Any], str]  # names of the classes, la
 
 
 def all_targets(items: Items, where: str) -> list[Any]:
-    """Return every target; a list that the data set keeps saves reading all pictures.
-
-    Raises:
-        DataError: an item cannot be read, or its target is of another form than the first one's.
-    """
+    """Return every target; a list that the data set keeps saves reading all pictures."""
     kept = getattr(items, "targets", None)
     if kept is not None and len(kept) == len(items):
         found = [_plain(each) for each in kept]
@@ -164,10 +148,6 @@ def labels_of(targets: Parts, names: tuple[str, ...] | None, fit: Fit) -> Labels
         targets: What ``all_targets`` returned, by place.
         names: Of the classes; those that occur if None.
         fit: How the pictures are fitted; masks are fitted alike.
-
-    Raises:
-        DataError: a target is of no known form or holds a value that has no meaning; the message
-            names the item.
     """
     where, part = next(iter(targets.items()))
     first = part[0]
@@ -373,11 +353,7 @@ class Reader:
         return cls(fit, channels, where, None if free or not is_tensor else next(iter(shapes)))
 
     def pixels(self, items: Items, index: int) -> Tensor:
-        """Return the picture of one item, (C, H, W) uint8.
-
-        Raises:
-            DataError: the item is no picture, or a tensor of another shape than the first ones.
-        """
+        """Return the picture of one item, (C, H, W) uint8."""
         found = picture(items, index, self.where)
         if isinstance(found, Tensor) and self.shape not in (None, tuple(found.shape)):
             raise DataError(
@@ -398,11 +374,7 @@ class Reader:
 
 
 def source_of_items(kind: ItemPictures, parts: Mapping[str, Items]) -> Source:
-    """Return data sets by split as a Source; a part of train is the test set if there is none.
-
-    Raises:
-        DataError: an item is not a picture with its target, or changes when asked for again.
-    """
+    """Return data sets by split as a Source; a part of train is the test set if there is none."""
     if "train" not in parts:
         raise DataError(
             f"has the splits {', '.join(parts) or 'none'}", where=kind.root, expected="train"

@@ -50,9 +50,6 @@ class Fit:
         interpolation: Filter of the resizing; all of them are antialiased where they shrink.
         crop: Share of the resized picture that is kept; the rule's own if None: 0.875 for
             "short side", 1 for the others.
-
-    Raises:
-        UsageError: a value is out of range, or the rule or the filter is not known.
     """
 
     size: tuple[int, int]

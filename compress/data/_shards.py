@@ -130,11 +130,7 @@ class Shard:
 
 
 def read_shards(paths: Sequence[Path], threads: int) -> list[Shard]:
-    """Read what every image of the shards is; their pixels are passed over.
-
-    Raises:
-        DataError: a shard is damaged or holds pickles, or a sample has not one image and a label.
-    """
+    """Read what every image of the shards is; their pixels are passed over."""
     with ThreadPoolExecutor(threads or None) as pool:
         return list(progress.track(pool.map(read_shard, paths), "reading shards", len(paths)))
 

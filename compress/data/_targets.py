@@ -58,11 +58,7 @@ class Boxes:
 
 
 def mask_values(file: Path) -> NDArray[np.uint8]:
-    """Return a class map, (H, W) uint8, upright.
-
-    Raises:
-        DataError: it is no readable picture with one number of 8 bits for each pixel.
-    """
+    """Return a class map, (H, W) uint8, upright."""
     from PIL import ImageOps
 
     with opened_picture(file, where=str(file), what="mask") as mask:
@@ -81,9 +77,6 @@ def mask_classes(first: Mapping[int, str], fix: str = "") -> tuple[str, ...]:
     Args:
         first: Of each value that counts, in which mask it occurs first.
         fix: What else can be done about numbers that are missing.
-
-    Raises:
-        DataError: a number below the largest occurs nowhere: the largest may be a stray value.
     """
     largest = max(first, default=0)
     absent = sorted(set(range(largest)) - first.keys())
@@ -117,12 +110,7 @@ class FittedMasks:
         return replace(self, files=files, images=images)
 
     def tensors(self) -> Tensor:
-        """Return the masks, (N, H, W) uint8, VOID where nothing counts.
-
-        Raises:
-            DataError: a mask is unreadable, of another size than its image or holds a value that
-                is no class; the message names the file.
-        """
+        """Return the masks, (N, H, W) uint8, VOID where nothing counts."""
         return in_parallel(self._one, range(len(self)), 0)
 
     def tobytes(self) -> bytes:

@@ -263,7 +263,8 @@ def run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[
     """Return every output for all images by name, in batches that the session takes."""
     spec = session.inputs[0]
     fixed = spec.shape[0] if spec.shape else None
-    low, high = (fixed, fixed) if isinstance(fixed, int) else spec.batch or (1, len(images))
+    limits = getattr(spec, "batch", None) or (1, len(images))  # a user's session may have none
+    low, high = (fixed, fixed) if isinstance(fixed, int) else limits
     parts: list[list[NDArray[Any]]] = []
     for at in range(0, len(images), high):
         part = images[at : at + high]

@@ -69,14 +69,13 @@ def _refuse(problems: Sequence[str], where: str) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _complaint("model.name", partial(_check_model, recipe.model.name))
     yield from _missing_weights("model.weights", recipe.model.weights)
-    for number, stage in enumerate(recipe.stages):
-        yield from _stage_problems(recipe, stage, f"stages[{number}].{stage.verb}")
+    for place, stage in recipe.placed_stages():
+        yield from _stage_problems(recipe, stage, place)
         for key, kind in PLUGIN_KEYS.items():
             given = getattr(stage.settings, key, None)
             for each in given if isinstance(given, tuple) else [given]:
                 if each is not None:
-                    place = f"stages[{number}].{stage.verb}.{key}"
-                    yield from _complaint(place, partial(plugins.create, kind, each))
+                    yield from _complaint(f"{place}.{key}", partial(plugins.create, kind, each))
     if recipe.measure.explain_images and not is_installed("captum"):
         need = partial(require, "captum", extra="explain", purpose="attribution")
         yield from _complaint("measure.explain_images", need)

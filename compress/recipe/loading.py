@@ -127,7 +127,7 @@ def tracked(recipe: Recipe, tracker: str) -> Recipe:
     """
     if tracker not in TRACKERS:
         raise UnknownNameError("tracker", tracker, TRACKERS, where="--track")
-    if "'track'" not in repr(to_json(recipe)):  # a key of every training
+    if not any(isinstance(part, TrainSettings) for _, part in recipe.parts()):
         raise UsageError(
             "no stage trains a network, so there is nothing to log",
             where="--track",

@@ -6,7 +6,7 @@ Here are predictions: agreement, flips, change of accuracy, and which step adds 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -44,10 +44,6 @@ class ClassDrop:
     images: int
     drop_pct: float  # recall of the reference less that of the candidate, points
     drop_ci95: tuple[float, float]  # paired score interval over the images of the class
-
-    def to_json(self) -> dict[str, Any]:
-        """Return this drop as JSON-able data."""
-        return dict(self.__dict__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ class Comparison:
         return {
             "images": self.images,
             **self.row(),
-            "class_drops": [drop.to_json() for drop in self.class_drops],
+            "class_drops": [asdict(drop) for drop in self.class_drops],
             "flips": [
                 flip.model_dump(exclude_none=True) | {"kind": flip.kind} for flip in self.flips
             ],

@@ -111,8 +111,12 @@ def _terms(
     """Return the losses between the networks, with the layers that they compare."""
     device = device_of(student)
     mine = survey(student, dataset.example.to(device))
-    if task is None:
-        _check_student(mine, dataset)
+    if task is None and mine.classes != len(dataset.classes):
+        raise TrainingError(
+            f"the student has {mine.classes} class outputs, the data has {len(dataset.classes)}",
+            where="distill",
+            fix=f"Build the student with num_classes={len(dataset.classes)}",
+        )
     losses = losses_of(settings, task)
     terms = [term_of(each, mine, answering, compiled=settings.compile) for each in losses]
     if task is not None:
@@ -140,7 +144,8 @@ def _hard_weight(settings: DistillSettings, task: Task | None) -> float:
 
 def losses_on_outputs(task: Task) -> tuple[str, ...]:
     """Return those of the task's losses that compare outputs, else the one for any outputs."""
-    return tuple(name for name in task.losses if name in _logit_losses()) or ("mse",)
+    known = _losses_with("needs", "logits")
+    return tuple(name for name in task.losses if name in known) or ("mse",)
 
 
 def check_loss(reference: Plugin, task: Task) -> None:
@@ -149,10 +154,7 @@ def check_loss(reference: Plugin, task: Task) -> None:
     wanted = getattr(plugins.plugin_class("losses", name), "of_classes", None)
     if wanted is None or task.tells_classes or (wanted == "pixel" and task.answers == "classes"):
         return
-    known = [
-        n for n in plugins.names("losses")
-        if getattr(plugins.plugin_class("losses", n), "of_classes", None) is None
-    ]  # fmt: skip
+    known = _losses_with("of_classes", None)
     raise TrainingError(
         f"it compares the probabilities of one class for each {wanted}",
         where=f"loss {name!r}",
@@ -170,15 +172,6 @@ def _teacher(teacher: Any, example: Tensor, settings: DistillSettings) -> Teache
         session = open_session(Path(teacher), device=device or "auto")
         return SessionTeacher(session, example, size, str(teacher), owned=True)
     return SessionTeacher(teacher, example, size, type(teacher).__name__, owned=False)
-
-
-def _check_student(seen: Survey, dataset: Dataset) -> None:
-    if seen.classes != len(dataset.classes):
-        raise TrainingError(
-            f"the student has {seen.classes} class outputs, the data has {len(dataset.classes)}",
-            where="distill",
-            fix=f"Build the student with num_classes={len(dataset.classes)}",
-        )
 
 
 def _check_terms(
@@ -243,20 +236,17 @@ def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: b
         raise TrainingError(
             "it compares features, and a teacher from a file shows only its logits",
             where=f"loss {name!r}",
-            expected=f"one of: {', '.join(_logit_losses())}",
+            expected=f"one of: {', '.join(_losses_with('needs', 'logits'))}",
             fix="Or give the teacher as a network: --teacher MODEL with --weights",
         )
     pairs = pair_layers(student, teacher.survey, loss.layers, needs, name)
     return Term(name, loss, float(weight), pairs)
 
 
-def _logit_losses() -> list[str]:
-    names = plugins.names("losses")
-    return [
-        n
-        for n in names
-        if getattr(plugins.plugin_class("losses", n), "needs", "logits") == "logits"
-    ]
+def _losses_with(attribute: str, usual: str | None) -> list[str]:
+    """Return the losses that have an attribute of the usual value, or none that says otherwise."""
+    classes = {name: plugins.plugin_class("losses", name) for name in plugins.names("losses")}
+    return [name for name, each in classes.items() if getattr(each, attribute, usual) == usual]
 
 
 def prepare_losses(

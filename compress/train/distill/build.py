@@ -33,7 +33,7 @@ from compress.train.distill.teachers import (
     TorchTeacher,
     class_order,
 )
-from compress.train.losses import Needs, Taps
+from compress.train.losses import Needs
 
 logger = logging.getLogger(__name__)
 
@@ -269,10 +269,8 @@ def prepare_losses(
     answer, theirs = teacher(example, None, [p.teacher for p in pairs])
     for term in terms:
         if hasattr(term.loss, "prepare"):
-            taps = Taps(logits, tuple(mine[p.student] for p in term.pairs))
-            others = Taps(answer, tuple(theirs[p.teacher] for p in term.pairs))
             try:
-                term.loss.prepare(taps, others, labels)
+                term.loss.prepare(*term.taps((logits, mine), (answer, theirs)), labels)
             except ValueError as error:
                 raise TrainingError(str(error), where=f"loss {term.name!r}") from None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from compress.evaluate import device_of
 from compress.recipe.settings import Plugin
 from compress.train.distill.build import prepare_losses, term_of
 from compress.train.distill.features import Tap, survey, tapped
-from compress.train.distill.objective import Term, feature_at, main_answer
+from compress.train.distill.objective import Term, main_answer
 from compress.train.distill.teachers import TorchTeacher
-from compress.train.losses import Taps
 
 
 class Distiller:
@@ -60,12 +58,7 @@ class Distiller:
             self._watch()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove every hook, and leave the teacher as it was found."""
         self._open.close()
         if self._teacher is not None:
@@ -98,11 +91,9 @@ class Distiller:
                     where=f"loss {term.name!r}",
                     expected="losses on features, such as cwd, mgd or attention",
                 )
-            mine = feature_at(self._features, [p.student for p in term.pairs])
-            others = feature_at(theirs, [p.teacher for p in term.pairs])
             shown = answer if logits is None else logits
-            value = term.loss(Taps(shown, mine), Taps(answer, others), answer.argmax(1))
-            total = total + term.weight * value
+            both = term.taps((shown, self._features), (answer, theirs))
+            total = total + term.weight * term.loss(*both, answer.argmax(1))
         self._outputs.clear()
         self._features.clear()
         return total

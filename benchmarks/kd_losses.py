@@ -35,7 +35,7 @@ from compress.recipe.settings import AugmentSettings, DistillSettings
 from compress.train import train
 from compress.train.batches import train_batches
 from compress.train.distill import build_objective
-from compress.train.distill.feature_hooks import Tap
+from compress.train.distill.features import Tap
 from compress.train.distill.teachers import TorchTeacher
 
 RESULTS = Path(__file__).parent / "results"

@@ -15,7 +15,7 @@ import yaml
 
 from compress import trust
 from compress.cli import app
-from compress.cli.exits import USER_ERROR
+from compress.cli.output import USER_ERROR
 from compress.errors import ModelError, UsageError
 from compress.models import load_model, save_model
 from compress.models.references import construct

@@ -8,9 +8,8 @@ from typing import Annotated
 
 import typer
 
-from compress.cli import artifacts, init, inspect, measuring, sensitivity, stages
-from compress.cli.exits import exit_code
-from compress.cli.output import print_result
+from compress.cli import artifacts, init, inspect, measuring, stages
+from compress.cli.output import exit_code, print_result
 
 COMMANDS: dict[Callable[..., None], str] = {
     stages.run: "quickstart --out runs/first",
@@ -28,7 +27,7 @@ COMMANDS: dict[Callable[..., None], str] = {
     artifacts.predict: "runs/first photo.jpg more-photos --out drawn",
     artifacts.lint: "net.int8.onnx --target tensorrt --fix --out fixed.onnx",
     artifacts.split: "net.onnx --at auto --link-mbps 10 --edge-slowdown 5 --out parts",
-    sensitivity.sensitivity: "net.py:Net --weights net.pt --data imagefolder:photos --prune "
+    measuring.sensitivity: "net.py:Net --weights net.pt --data imagefolder:photos --prune "
     "--json s.json",
     measuring.report: "runs/half runs/quarter --out runs/both",
     measuring.verify: "runs/first --measure",

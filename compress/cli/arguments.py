@@ -33,48 +33,11 @@ ImageSize = Annotated[
     str | None,
     typer.Option(help="Network's input, pixels: SIDE or H,W; the file's or the data's if absent"),
 ]
-Mean = Annotated[
-    str | None,
-    typer.Option(
-        help="Mean of each channel, for normalization: 0.5,0.5,0.5; the file's or data's if absent"
-    ),
-]
-Std = Annotated[
-    str | None,
-    typer.Option(
-        help="Standard deviation of each channel: 0.2,0.2,0.2; the file's or data's if absent"
-    ),
-]
-Range = Annotated[
-    str | None,
-    typer.Option(
-        help="Values of black and white pixels before normalization: 0,255; 0,1 if absent"
-    ),
-]
-Color = Annotated[
-    str | None, typer.Option(help="Channel order that the network expects: BGR; RGB if absent")
-]
-Layout = Annotated[
-    str | None,
-    typer.Option(help="Dimension order of an ONNX file's input: NHWC; by its shape if absent"),
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input", help="Value of an additional input: NAME=0.5 or NAME=FILE.npy; none if absent"
-    ),
-]
 FixedSize = Annotated[
     str | None,
     typer.Option(help="Fix the file's dynamic input sizes: C,H,W; they stay dynamic if absent"),
 ]
-BatchSize = Annotated[
-    int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
-]
-Workers = Annotated[int | None, typer.Option(help="Threads that decode image files; 0 if absent")]
 Epochs = Annotated[int | None, typer.Option(help="Epochs of training")]
-After = Annotated[int | None, typer.Option(help="Epochs of fine-tuning afterwards; none if absent")]
-Teacher = Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")]
 Out = Annotated[
     Path | None,
     typer.Option(
@@ -110,7 +73,6 @@ Trust = Annotated[
         help="Allow code in recipes, run folders and .pt files, and engines built by others",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Random seed")]
 Precision = Annotated[
     str | None, typer.Option(help="fp32, fp16 or int8 (of a Q/DQ file); the file's own if absent")
 ]
@@ -120,26 +82,55 @@ class Pixels:
     """How pictures become the network's input."""
 
     image_size: ImageSize = None
-    mean: Mean = None
-    std: Std = None
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Mean of each channel, for normalization: 0.5,0.5,0.5; the file's or data's if "
+            "absent"
+        ),
+    ] = None
+    std: Annotated[
+        str | None,
+        typer.Option(
+            help="Standard deviation of each channel: 0.2,0.2,0.2; the file's or data's if absent"
+        ),
+    ] = None
 
 
 class FileInput:
     """What the input of an ONNX file or an engine needs besides."""
 
-    input_range: Range = None
-    color: Color = None
-    layout: Layout = None
-    inputs: Inputs = None
+    input_range: Annotated[
+        str | None,
+        typer.Option(
+            help="Values of black and white pixels before normalization: 0,255; 0,1 if absent"
+        ),
+    ] = None
+    color: Annotated[
+        str | None, typer.Option(help="Channel order that the network expects: BGR; RGB if absent")
+    ] = None
+    layout: Annotated[
+        str | None,
+        typer.Option(help="Dimension order of an ONNX file's input: NHWC; by its shape if absent"),
+    ] = None
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="Value of an additional input: NAME=0.5 or NAME=FILE.npy; none if absent",
+        ),
+    ] = None
 
 
 class Experiment:
     """Keys of a recipe besides its stages."""
 
-    batch_size: BatchSize = None
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images in a batch, of training as well; 128 if absent")
+    ] = None
     task: TaskName = None
     overrides: Set = None
-    seed: Seed = 0
+    seed: Annotated[int, typer.Option(help="Random seed")] = 0
     trust: Trust = False
 
 
@@ -149,15 +140,19 @@ class Running:
     out: Out = None
     fresh: Fresh = False
     track: Track = None
-    workers: Workers = None
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode image files; 0 if absent")
+    ] = None
     verbose: Verbose = False
 
 
 class FineTuning:
     """Training after a stage."""
 
-    epochs: After = None
-    teacher: Teacher = None
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs of fine-tuning afterwards; none if absent")
+    ] = None
+    teacher: Annotated[str | None, typer.Option(help="MODEL to distill from with --epochs")] = None
 
 
 def with_options(*groups: type) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -23,9 +23,8 @@ from compress.cli.arguments import (
     completion,
     with_options,
 )
-from compress.cli.exits import GATE_FAILED
 from compress.cli.options import INPUT_SIZE, data_settings, integers, model_options
-from compress.cli.output import print_result, write_numbers
+from compress.cli.output import GATE_FAILED, print_result, write_numbers
 from compress.errors import UsageError
 
 BATCH_RANGE = "3 whole numbers, the smallest, usual and largest batch: 1,1,8"
@@ -227,8 +226,7 @@ def split(
     json: Json = None,
 ) -> None:
     """Split an ONNX file into a head for the edge and a tail for the server, and time both."""
-    from compress.pipeline.split import split_onnx
-    from compress.pipeline.split.chart import split_table
+    from compress.pipeline.split import split_onnx, split_table
     from compress.report.run_folder import one_artifact
 
     with _fixed(one_artifact(file), input_size) as source:

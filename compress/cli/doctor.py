@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress import packages, plugins
+from compress import environment, packages, plugins
 from compress.artifact import scratch
 from compress.runtimes import build_engine, open_session, runtime_class, unavailable
 
@@ -93,31 +92,22 @@ class Examination:
         ]
         runtimes = [(s.name, "yes" if s.runs else "no", s.reason) for s in self.runtimes]
         pieces = [
-            (
-                piece.name,
-                piece.version or "-",
-                piece.enables,
-                "" if piece.version else piece.install,
-            )
-            for piece in self.packages
+            (each.name, each.version or "-", each.enables, "" if each.version else each.install)
+            for each in self.packages
         ]
+        headers = ("package", "version", "enables", "install")
         parts = [
             table(("", ""), machine, title="machine"),
             table(("runtime", "runs here", ""), runtimes, title="runtimes"),
-            table(
-                ("package", "version", "enables", "install"),
-                pieces,
-                title="packages",
-                whole={"install"},
-            ),
+            table(headers, pieces, title="packages", whole={"install"}),
         ]
         if self.trials:
             trials = [
                 (t.runtime, t.precision, t.outcome, t.detail, f"{t.seconds:.1f}")
                 for t in self.trials
             ]
-            headers = ("runtime", "precision", "outcome", "", "s")
-            parts.append(table(headers, trials, title="self-test", numbers={"s"}))
+            columns = ("runtime", "precision", "outcome", "", "s")
+            parts.append(table(columns, trials, title="self-test", numbers={"s"}))
         return Group(*parts)
 
 
@@ -133,17 +123,16 @@ def examine(*, selftest: bool = False) -> Examination:
 
 def machine() -> dict[str, Any]:
     """Return facts about the machine that decide what is fast on it."""
-    import psutil
-
+    found = environment.describe_machine()["device"]
     facts: dict[str, Any] = {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": f"{found['system']} {found['architecture']}",
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cpu cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "cpu instructions": _instructions(),
-        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "cpu": found["cpu"],
+        "cpu cores": found.get("threads_usable", found.get("threads")),
+        "cpu instructions": [
+            name for name in INSTRUCTIONS if name in found.get("instructions", ())
+        ],
+        "memory": f"{found['memory_gib']} GiB",
         "gpu": "none that PyTorch can use",
     }
     if torch.cuda.is_available():
@@ -244,19 +233,3 @@ class _Small(nn.Module):
         x = torch.relu(self.second(x) + x)
         logits: Tensor = self.classifier(x.mean((2, 3)))
         return logits
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
-
-
-def _instructions() -> list[str]:
-    """Return the instruction sets of the CPU that matter for int8 and bf16, where they are told."""
-    info = Path("/proc/cpuinfo")
-    flags = set(info.read_text().split()) if info.is_file() else set[str]()
-    return [name for name in INSTRUCTIONS if name in flags]

@@ -29,19 +29,21 @@ from compress.cli.arguments import (
     completion,
     with_options,
 )
-from compress.cli.options import Given, chosen_plugins, present
-from compress.cli.output import print_result
-from compress.cli.recipes import (
+from compress.cli.options import (
     DEFAULT_RUNTIME,
     TRAINING,
+    Given,
+    chosen_plugins,
     finish,
     int8_target,
     kept_channels,
     loaded,
+    present,
     run_stages,
     training_after,
     with_tracker,
 )
+from compress.cli.output import print_result
 from compress.errors import RecipeError, UsageError
 
 
@@ -64,15 +66,14 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
+    resolved = with_tracker(loaded(recipe, overrides), track)
     if dry_run:
         from compress.pipeline.check import preflight
         from compress.recipe.loading import dump
 
-        resolved = with_tracker(loaded(recipe, overrides), track)
         preflight(resolved, where=str(recipe))
         print_result(dump(resolved))
     else:
-        resolved = with_tracker(loaded(recipe, overrides), track)
         finish(resolved, out, fresh=fresh, verbose=verbose, where=str(recipe))
 
 
@@ -87,7 +88,7 @@ def train(
 ) -> None:
     """Train a network on labelled images."""
     given = ctx.params
-    run_stages("train", given, [{"train": present(given, **TRAINING)}])
+    run_stages("train", given, [{"train": present(given, *TRAINING)}])
 
 
 @with_options(FineTuning, Running, Pixels, Experiment)
@@ -137,8 +138,8 @@ def prune(
 ) -> None:
     """Prune channels of a network to a budget; fine-tune it if --epochs is given."""
     given = ctx.params
-    cut = _budget(given) | present(given, runtime="runtime", round_to="round_to")
-    cut |= chosen_plugins(given, criterion="criterion")
+    cut = _budget(given) | present(given, "runtime", "round_to")
+    cut |= chosen_plugins(given, "criterion")
     if outputs is not None:
         cut["outputs"] = outputs.split(",")
     targets = [{"runtime": runtime or DEFAULT_RUNTIME, "precision": "fp32"}]
@@ -146,13 +147,8 @@ def prune(
 
 
 def _budget(given: Given) -> dict[str, Any]:
-    """Return the budget that was given, half the MACs if none was.
-
-    Raises:
-        UsageError: ``--max-drop`` stands without a sensitivity.
-    """
-    names = ("keep_macs", "keep_params", "keep_latency", "latency_ms")
-    budget = present(given, **{name: name for name in names})
+    """Return the budget that was given, half the MACs if none was."""
+    budget = present(given, "keep_macs", "keep_params", "keep_latency", "latency_ms")
     if given["keep_channels"] is not None:
         budget["keep_channels"] = kept_channels(given["keep_channels"], given["max_drop"])
     elif given["max_drop"] is not None:
@@ -183,7 +179,7 @@ def sparsify(
 ) -> None:
     """Set single weights to zero (sparsity); fine-tune if --epochs is given."""
     given = ctx.params
-    zero = present(given, keep_weights="keep_weights", pattern="pattern", criterion="criterion")
+    zero = present(given, "keep_weights", "pattern", "criterion")
     run_stages("sparsify", given, [{"sparsify": zero}, *training_after(given)])
 
 
@@ -207,7 +203,7 @@ def distill(
 ) -> None:
     """Train a network on the outputs and features of a teacher."""
     given = ctx.params
-    learn = present(given, teacher="teacher", teacher_weights="teacher_weights", **TRAINING)
+    learn = present(given, "teacher", "teacher_weights", *TRAINING)
     learn |= chosen_plugins(given, loss="losses")
     run_stages("distill", {**given, "model": student}, [{"distill": learn}])
 
@@ -251,13 +247,11 @@ def quantize(
 ) -> None:
     """Quantize to int8: write one Q/DQ file for each target runtime."""
     given = ctx.params
-    settings = present(
-        given, method="method", samples="samples", max_drop="max_drop", exclude="exclude"
-    )
-    settings |= chosen_plugins(given, observer="observer")
+    settings = present(given, "method", "samples", "max_drop", "exclude")
+    settings |= chosen_plugins(given, "observer")
     if qat_epochs:
         qat = {"epochs": qat_epochs, "lr": 1e-3}
-        settings["qat"] = qat | present(given, batch_size="batch_size")
+        settings["qat"] = qat | present(given, "batch_size")
     targets = [int8_target(name) for name in target or [DEFAULT_RUNTIME]]
     run_stages("quantize", given, [{"quantize": settings}], targets)
 

@@ -15,19 +15,22 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._images import FileImages, LabelledImages, Names, Subset
+from compress.data._resize import Fit
 from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
 from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-GREY_MEAN = (0.5,)  # of images with one channel, where nobody says
 IMAGENET_STD = (0.229, 0.224, 0.225)
+GREY_MEAN = GREY_STD = (0.5,)  # of images with one channel, where nobody says
 NAMED = 12  # classes that are called by name in one line
-UNFITTED = {
-    "resize": "squash",
-    "crop": 1.0,
-}  # images of the network's own size, as arrays hold them
+UNFITTED = {"resize": "squash", "crop": 1.0}  # images of the network's own size, as in arrays
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a set of 40 or more keeps the others for training
+
+
+def usual(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and std of images with so many channels where nobody says."""
+    return (GREY_MEAN, GREY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,8 @@ class Source:
     train: LabelledImages
     test: LabelledImages
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
     validation: LabelledImages | None = None
     test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
     target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
@@ -225,12 +228,12 @@ def _dataset(
     settings: DataSettings, plugin: Any, source: Source, splits: Mapping[str, LabelledImages]
 ) -> Dataset:
     channels = source.test.shape[0]
-    mean, std = _normalization(settings, source)
+    mean, std = (None, None) if source.prepared else _given_normalization(settings)
     return Dataset(
         name=settings.name,
         classes=source.classes,
-        mean=_per_channel("mean", mean, channels),
-        std=_per_channel("std", std, channels),
+        mean=_per_channel("mean", mean or source.mean, channels),
+        std=_per_channel("std", std or source.std, channels),
         splits=splits,
         batch_size=settings.batch_size,
         fingerprint=_fingerprint(source),
@@ -240,18 +243,10 @@ def _dataset(
         layout=settings.layout,
         inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
         prepared=source.prepared,
-        fit=_fit(plugin),
+        fit=_told(getattr(plugin, "fit", None)),
         parts=source.parts,
         note=source.note,
     )
-
-
-def _normalization(
-    settings: DataSettings, source: Source
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and std of images in [0, 1], from those of images in ``input_range``."""
-    mean, std = (None, None) if source.prepared else _given_normalization(settings)
-    return mean or source.mean, std or source.std
 
 
 def _given_normalization(
@@ -271,11 +266,7 @@ def _given_normalization(
 
 
 def _constant(name: str, value: Any) -> NDArray[Any]:
-    """Return the value of a further input: numbers as float32, or the array in a file.
-
-    Raises:
-        DataError: the file cannot be read, or the numbers are no array.
-    """
+    """Return the value of a further input: numbers as float32, or the array in a file."""
     try:
         if isinstance(value, str):
             loaded = np.load(value, allow_pickle=False)
@@ -291,9 +282,8 @@ def _constant(name: str, value: Any) -> NDArray[Any]:
         ) from None
 
 
-def _fit(plugin: Any) -> dict[str, Any]:
+def _told(fit: Fit | None) -> dict[str, Any]:
     """Return how a kind of data fits pictures to the size, if it does."""
-    fit = getattr(plugin, "fit", None)
     if fit is None:
         return {}
     return {"resize": fit.rule, "interpolation": fit.interpolation, "crop": fit.share}

@@ -10,15 +10,19 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source
 from compress.data._decoding import opened_picture, upright_size
-from compress.data._held_out import with_test
-from compress.data._images import FileImages, LabelledImages, Names
-from compress.data._resize import Fit, Pictures
+from compress.data._images import (
+    FileImages,
+    LabelledImages,
+    MemoryImages,
+    Names,
+    in_memory,
+    with_test,
+)
+from compress.data._resize import Pictures, Rule
 from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
-
-LARGEST_IN_MEMORY_BYTES = 1 << 30
 
 
 @dataclass
@@ -49,6 +53,7 @@ class BoxedPictures(Pictures):
     invalid: Literal["refuse", "drop"] = "refuse"
 
     known_labels: ClassVar[tuple[str, ...]] = ("boxes", "classes")
+    usual_rule: ClassVar[Rule] = "letterbox"
 
     def __post_init__(self) -> None:
         for name, known in (("labels", self.known_labels), ("invalid", ("refuse", "drop"))):
@@ -59,11 +64,6 @@ class BoxedPictures(Pictures):
                     expected=f"one of: {', '.join(known)}",
                 )
 
-    @property
-    def fit(self) -> Fit:
-        """How pictures are fitted to the network's input."""
-        return dense_fit(self)
-
     def source(
         self,
         train: Sequence[Annotation],
@@ -71,11 +71,7 @@ class BoxedPictures(Pictures):
         test: Sequence[Annotation],
         names: Sequence[str] | None = None,
     ) -> Source:
-        """Return annotated images as a Source; a tenth of train is the test set if there is none.
-
-        Raises:
-            DataError: there are no images, a class is not known, or a box is invalid.
-        """
+        """Return annotated images as a Source; a tenth of train is the test set if need be."""
         train, validation, test = with_test(train, validation, test)
         for part, images in (("train", train), ("test", test)):
             if not any(each.names for each in images):
@@ -91,8 +87,6 @@ class BoxedPictures(Pictures):
             self._images(train, classes),
             self._images(test, classes),
             classes,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
             validation=self._images(validation, classes) if validation else None,
             target=self.labels,
         )
@@ -153,24 +147,8 @@ class BoxedPictures(Pictures):
         )
 
 
-def dense_fit(kind: Pictures) -> Fit:
-    """Return how pictures with boxes or masks are fitted: letterboxed unless asked otherwise."""
-    from compress.data._resize import DEFAULT_SIZE, sides
-
-    return Fit(
-        sides(kind.image_size or DEFAULT_SIZE),
-        kind.resize or "letterbox",
-        kind.interpolation or "bilinear",
-        kind.crop,
-    )
-
-
 def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledImages:
-    """Return files with their labels as images, decoded into memory where they fit in 1 GiB.
-
-    Raises:
-        DataError: a file is missing or unreadable, or a mask does not fit its image.
-    """
+    """Return files with their labels as images, decoded into memory where they fit in 1 GiB."""
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise DataError(f"lacks {len(missing)} of {len(files)} images", where=str(missing[0]))
@@ -182,18 +160,14 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledI
         kind.channels or 3,
         kind.workers,
     )
-    if len(images) * int(np.prod(images.shape)) > LARGEST_IN_MEMORY_BYTES:
-        return images
-    decoded = images.in_memory()
-    return replace(decoded, labels=labels.read()) if isinstance(labels, FittedMasks) else decoded
+    decoded = in_memory(images)
+    if isinstance(decoded, MemoryImages) and isinstance(labels, FittedMasks):
+        return replace(decoded, labels=labels.tensors().numpy())
+    return decoded
 
 
 def image_size(file: Path) -> tuple[int, int]:
-    """Return width and height of an image file, as it is looked at, from its header.
-
-    Raises:
-        DataError: it is absent or no readable image.
-    """
+    """Return width and height of an image file, as it is looked at, from its header."""
     with opened_picture(file, where=str(file)) as image:
         return upright_size(image)
 

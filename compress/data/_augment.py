@@ -97,9 +97,6 @@ def augment_with_labels(
 
     Returns:
         (B, C, H, W) float32, and targets of the same form.
-
-    Raises:
-        UsageError: a change is asked for that labels of pixels or boxes cannot follow.
     """
     wrong = [key for key in ("mixup", "cutmix", "randaugment") if getattr(settings, key)]
     if wrong:

@@ -8,11 +8,9 @@ from typing import Any
 
 from compress import plugins
 from compress.data import Source
-from compress.data._images import LabelledImages, MemoryImages
+from compress.data._images import LabelledImages
 from compress.data._resize import Fit, ImageSize
 from compress.errors import UsageError
-
-LARGEST_IN_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +42,7 @@ class Derived:
         return plugins.create("data", {self.of: dict(self.options)}, **supplied)
 
     def source(self, image_size: ImageSize | None) -> Source:
-        """Return the images that this data is made from, of ``image_size``.
-
-        Raises:
-            UsageError: ``of`` needs a root, or gives what is no 8-bit picture.
-            DataError: the images cannot be read.
-        """
+        """Return the images that this data is made from, of ``image_size``."""
         known = plugins.options("data", self.of)
         if known.get("root") is MISSING and self.root is None:
             raise UsageError(
@@ -73,11 +66,3 @@ def in_every_split(
         validation=None if held is None else change(held),
         **facts,
     )
-
-
-def in_memory(images: LabelledImages) -> LabelledImages:
-    """Return ``images`` read once where they are few; else as they are."""
-    channels, height, width = images.shape
-    if len(images) * channels * height * width > LARGEST_IN_MEMORY_BYTES:
-        return images
-    return MemoryImages(images.take(range(len(images))), images.labels)

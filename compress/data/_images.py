@@ -1,14 +1,15 @@
-"""Labelled images: in memory as uint8, or decoded from files when they are asked for."""
+"""Labelled images: in memory, or decoded from files when they are asked for; what is held back."""
 
 from __future__ import annotations
 
+import math
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +18,12 @@ from torch import Tensor
 
 from compress.data._decoding import opened_picture, to_8_bit
 from compress.data._resize import Fit, ImageSize, sides
+from compress.errors import DataError
 
+LARGEST_IN_MEMORY_BYTES = 1 << 30
+T = TypeVar("T")
+EVERY = 10  # every tenth image is a test image where images are listed in files
+TEST = 0.2  # share of images that become the test set where data has none
 Indices = Sequence[int] | NDArray[np.int64]
 
 
@@ -63,20 +69,16 @@ class MemoryImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
         _, channels, height, width = self.pixels.shape
         return channels, height, width
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.labels)
 
     def take(self, indices: Indices) -> Tensor:
-        """Return the images at ``indices``, (B, C, H, W) uint8."""
         return self.pixels[torch.as_tensor(np.asarray(indices, dtype=np.int64))]
 
     def update_hash(self, digest: Hash) -> None:
-        """Add every pixel to ``digest``."""
         digest.update(self.pixels.numpy().tobytes())
 
 
@@ -89,24 +91,19 @@ class Subset:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """Class of each image, (N,)."""
         return self.images.labels[self.indices]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
         return self.images.shape
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.indices)
 
     def take(self, indices: Indices) -> Tensor:
-        """Return the images at ``indices``, (B, C, H, W) uint8."""
         return self.images.take(self.indices[np.asarray(indices, dtype=np.int64)])
 
     def update_hash(self, digest: Hash) -> None:
-        """Add what identifies these images to ``digest``."""
         self.images.update_hash(digest)
         digest.update(self.indices.tobytes())
 
@@ -128,16 +125,13 @@ class Names:
         return cls(bytes(text), np.frombuffer(ends, dtype=np.int64))
 
     def __len__(self) -> int:
-        """Return how many names there are."""
         return len(self.ends)
 
     def __getitem__(self, position: int) -> str:
-        """Return one name."""
         start = int(self.ends[position - 1]) if position else 0
         return os.fsdecode(self.text[start : int(self.ends[position])])
 
     def __iter__(self) -> Iterator[str]:
-        """Yield every name."""
         return map(self.__getitem__, range(len(self)))
 
 
@@ -154,40 +148,34 @@ class FileImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
         return self.channels, *self.fit.size
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.names)
 
     def take(self, indices: Indices) -> Tensor:
-        """Return the images at ``indices``, (B, C, H, W) uint8.
-
-        Raises:
-            DataError: a file is no readable image; the message names it.
-        """
-
         def one(index: int) -> Tensor:
             path = self.folder / self.names[index]
             return decoded(path, self.fit, self.channels, where=str(path))
 
         return in_parallel(one, indices, self.workers)
 
-    def in_memory(self) -> MemoryImages:
-        """Return the same images, all decoded."""
-        return MemoryImages(self.take(range(len(self))), self.labels, self)
-
     def stored(self, index: int) -> tuple[int, Callable[[], bytes]]:
-        """Return the size of an image's file in bytes, and what reads it."""
         path = self.folder / self.names[index]
         return path.stat().st_size, path.read_bytes
 
     def update_hash(self, digest: Hash) -> None:
-        """Add name and size of every file to ``digest``; their content would take too long."""
-        for name in self.names:
+        for name in self.names:  # and sizes: the content would take too long
             path = self.folder / name
             digest.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
+
+
+def in_memory(images: LabelledImages) -> LabelledImages:
+    """Return ``images`` read once where they fit in 1 GiB; else as they are."""
+    if len(images) * math.prod(images.shape) > LARGEST_IN_MEMORY_BYTES:
+        return images
+    files = images if isinstance(images, FileImages) else None
+    return MemoryImages(images.take(range(len(images))), images.labels, files)
 
 
 def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) -> Tensor:
@@ -197,11 +185,7 @@ def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) ->
 
 
 def decoded(source: Path | BinaryIO, fit: Fit, channels: int, *, where: str) -> Tensor:
-    """Return an image file's pixels, upright, RGB or grey, fitted to one size, (C, H, W) uint8.
-
-    Raises:
-        DataError: it is no readable image; the message begins with ``where``.
-    """
+    """Return an image file's pixels, upright, RGB or grey, fitted to one size, (C, H, W) uint8."""
     with opened_picture(source, where=where) as image:
         return fit.pixels(to_8_bit(image, channels, where=where))
 
@@ -230,3 +214,49 @@ def from_array(
     if size is not None:
         tensor = Fit(sides(size), "squash").tensor(tensor)
     return MemoryImages(tensor, np.asarray(labels, dtype=np.int64).reshape(-1))
+
+
+def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return positions of training and of test images, each class with its ``share`` of the test.
+
+    Args:
+        labels: Class of each image, (N,); labels of another form are drawn without regard to them.
+        share: Of the images that become the test set, in (0, 1).
+        seed: Of the draw.
+    """
+    random = np.random.default_rng(seed)
+    kinds = np.unique(labels) if getattr(labels, "ndim", 0) == 1 else [None]
+    test = []
+    for kind in kinds:
+        own = np.arange(len(labels)) if kind is None else np.flatnonzero(labels == kind)
+        count = max(1, round(share * len(own)))
+        if count >= len(own):
+            raise DataError(
+                f"{len(own)} image{'s' * (len(own) != 1)} of class {kind} are too few to hold back "
+                "a test set",
+                expected="at least two images of each class, or a test set of its own",
+            )
+        test.append(random.permutation(own)[:count])
+    chosen = np.sort(np.concatenate(test))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen
+
+
+def every_fourth_held_out(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
+    """Return images to take ranges from, and every fourth, at least the last, to test on."""
+    is_test = np.arange(len(images)) % 4 == 3
+    is_test[-1] |= not is_test.any()
+    train, test = (Subset(images, np.flatnonzero(chosen)) for chosen in (~is_test, is_test))
+    return train, test
+
+
+def with_test(
+    train: Sequence[T], validation: Sequence[T], test: Sequence[T]
+) -> tuple[Sequence[T], Sequence[T], Sequence[T]]:
+    """Return the three with a test set: if there is none, validation, or a tenth of train."""
+    if not test and validation:
+        test, validation = validation, ()
+    elif not test:
+        test, train = train[::EVERY], [each for i, each in enumerate(train) if i % EVERY]
+    if not train or not test:
+        raise DataError("holds no images for training, or none to test on")
+    return train, validation, test

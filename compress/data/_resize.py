@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -50,9 +50,6 @@ class Fit:
         interpolation: Filter of the resizing; all of them are antialiased where they shrink.
         crop: Share of the resized picture that is kept; the rule's own if None: 0.875 for
             "short side", 1 for the others.
-
-    Raises:
-        UsageError: a value is out of range, or the rule or the filter is not known.
     """
 
     size: tuple[int, int]
@@ -167,12 +164,14 @@ class Pictures:
     interpolation: Interpolation | None = None
     crop: float | None = None
 
+    usual_rule: ClassVar[Rule] = "short side"  # where nothing is asked for
+
     @property
     def fit(self) -> Fit:
         """How pictures are fitted to the network's input."""
         return Fit(
             sides(self.image_size or DEFAULT_SIZE),
-            self.resize or "short side",
+            self.resize or self.usual_rule,
             self.interpolation or "bilinear",
             self.crop,
         )

@@ -57,28 +57,19 @@ class ShardImages:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
         return self.channels, *self.fit.size
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.labels)
 
     def take(self, indices: Indices) -> Tensor:
-        """Return the images at ``indices``, (B, C, H, W) uint8.
-
-        Raises:
-            DataError: a shard is gone, or holds what is no readable image.
-        """
         return in_parallel(self._one, indices, self.workers)
 
     def update_hash(self, digest: Hash) -> None:
-        """Add name and size of every shard to ``digest``; their content would take too long."""
         for path in self.paths:
             digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
 
     def stored(self, index: int) -> tuple[int, Callable[[], bytes]]:
-        """Return the size of an image's file in bytes, and what reads it."""
         return int(self.sizes[index]), lambda: self._content(index)
 
     def _place(self, index: int) -> tuple[Path, int]:
@@ -139,11 +130,7 @@ class Shard:
 
 
 def read_shards(paths: Sequence[Path], threads: int) -> list[Shard]:
-    """Read what every image of the shards is; their pixels are passed over.
-
-    Raises:
-        DataError: a shard is damaged or holds pickles, or a sample has not one image and a label.
-    """
+    """Read what every image of the shards is; their pixels are passed over."""
     with ThreadPoolExecutor(threads or None) as pool:
         return list(progress.track(pool.map(read_shard, paths), "reading shards", len(paths)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.data._decoding import opened_picture, upright_size
-from compress.data._images import LabelledImages, Subset, in_parallel
+from compress.data._images import Indices, LabelledImages, Subset, in_parallel
 from compress.data._resize import Fit
 from compress.errors import DataError
 
-Indices = Sequence[int] | NDArray[np.int64]
 VOID = 255  # value of mask pixels that count nowhere
 Target = dict[str, Tensor]  # of one image: "boxes", "labels", "ignored"
 
@@ -31,11 +30,9 @@ class Boxes:
     ignored: tuple[NDArray[np.bool_], ...]  # boxes that need not be found, (M,)
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.boxes)
 
     def __getitem__(self, indices: Indices) -> Boxes:
-        """Return the boxes of the images at ``indices``."""
         chosen = [int(i) for i in indices]
         return Boxes(
             tuple(self.boxes[i] for i in chosen),
@@ -61,11 +58,7 @@ class Boxes:
 
 
 def mask_values(file: Path) -> NDArray[np.uint8]:
-    """Return a class map, (H, W) uint8, upright.
-
-    Raises:
-        DataError: it is no readable picture with one number of 8 bits for each pixel.
-    """
+    """Return a class map, (H, W) uint8, upright."""
     from PIL import ImageOps
 
     with opened_picture(file, where=str(file), what="mask") as mask:
@@ -84,9 +77,6 @@ def mask_classes(first: Mapping[int, str], fix: str = "") -> tuple[str, ...]:
     Args:
         first: Of each value that counts, in which mask it occurs first.
         fix: What else can be done about numbers that are missing.
-
-    Raises:
-        DataError: a number below the largest occurs nowhere: the largest may be a stray value.
     """
     largest = max(first, default=0)
     absent = sorted(set(range(largest)) - first.keys())
@@ -112,27 +102,16 @@ class FittedMasks:
     void: int | None = VOID  # value in the files that becomes VOID
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.files)
 
     def __getitem__(self, indices: Indices) -> FittedMasks:
-        """Return the masks of the images at ``indices``."""
         files = tuple(self.files[int(i)] for i in indices)
         images = tuple(self.images[int(i)] for i in indices)
         return replace(self, files=files, images=images)
 
     def tensors(self) -> Tensor:
-        """Return the masks, (N, H, W) uint8, VOID where nothing counts.
-
-        Raises:
-            DataError: a mask is unreadable, of another size than its image or holds a value that
-                is no class; the message names the file.
-        """
+        """Return the masks, (N, H, W) uint8, VOID where nothing counts."""
         return in_parallel(self._one, range(len(self)), 0)
-
-    def read(self) -> NDArray[np.uint8]:
-        """Return what ``tensors`` returns, as labels held in memory."""
-        return self.tensors().numpy()
 
     def tobytes(self) -> bytes:
         """Return names and sizes of all files, for a fingerprint."""
@@ -184,11 +163,9 @@ class PictureTargets:
     pictures: LabelledImages
 
     def __len__(self) -> int:
-        """Return how many pictures there are."""
         return len(self.pictures)
 
     def __getitem__(self, indices: Indices) -> PictureTargets:
-        """Return the pictures at ``indices``."""
         return PictureTargets(Subset(self.pictures, np.asarray(indices, dtype=np.int64)))
 
     def tensors(self) -> Tensor:

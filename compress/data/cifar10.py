@@ -61,4 +61,4 @@ class Cifar10:
             )
             for part in parts
         )
-        return Source(train, test, tuple(parts[0].classes), IMAGENET_MEAN, IMAGENET_STD)
+        return Source(train, test, tuple(parts[0].classes))

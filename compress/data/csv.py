@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source
 from compress.data._annotated import pictures
-from compress.data._held_out import TEST, held_out
-from compress.data._images import LabelledImages
+from compress.data._images import TEST, LabelledImages, held_out
 from compress.data._resize import Pictures
 from compress.errors import DataError, UsageError, did_you_mean
 
@@ -77,8 +76,6 @@ class Csv(Pictures):
             images(train),
             images(test),
             classes,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
             validation=images(validation) if len(validation) else None,
             target="class" if len(labels) == 1 else "classes",
         )

@@ -10,10 +10,7 @@ from typing import Any
 
 from compress import plugins
 from compress.data import Source
-from compress.data._held_out import TEST
-from compress.data._item import Items
-from compress.data._items import source_of_items
-from compress.data._resize import Pictures
+from compress.data._items import ItemPictures, Items, source_of_items
 from compress.errors import DataError, UnknownNameError, UsageError
 
 SPLITS = ("train", "validation", "test")
@@ -21,7 +18,7 @@ EXPECTED = "the data as a torch Dataset, or a function that returns one for each
 
 
 @dataclass(frozen=True)
-class Dataset(Pictures):
+class Dataset(ItemPictures):
     """A torch Dataset of your own: path/file.py:NAME, as data or behind dataset:.
 
     NAME is a Dataset, a function of the split ("train", "validation" or "test"; None where there is
@@ -35,11 +32,7 @@ class Dataset(Pictures):
     ``classes`` say.
     """
 
-    root: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    classes: tuple[str, ...] | None = None
-    test: float = TEST
-    seed: int = 0
 
     def load(self) -> Source:
         """Return the images.

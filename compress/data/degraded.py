@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.data import Source
-from compress.data._derived import Derived, in_every_split, in_memory
-from compress.data._images import Hash, Indices, LabelledImages, MemoryImages
+from compress.data._derived import Derived, in_every_split
+from compress.data._images import Hash, Indices, LabelledImages, in_memory
 from compress.data._resize import sides
 from compress.data._targets import PictureTargets
 from compress.errors import DataError, UsageError
@@ -59,13 +59,12 @@ class Degraded(Derived):
 
     def _worse(self, pictures: LabelledImages) -> LabelledImages:
         kept = in_memory(pictures)
-        worse: LabelledImages = Worse(kept, PictureTargets(kept), self.scale, self.noise, self.seed)
-        return worse if kept is pictures else MemoryImages(worse.take(range(len(worse))),
-                                                           worse.labels)  # fmt: skip
+        worse = _Worse(kept, PictureTargets(kept), self.scale, self.noise, self.seed)
+        return worse if kept is pictures else in_memory(worse)
 
 
 @dataclass(frozen=True)
-class Worse:
+class _Worse:
     """Pictures made smaller and noisy when they are asked for."""
 
     pictures: LabelledImages
@@ -76,16 +75,13 @@ class Worse:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of every image."""
         channels, height, width = self.pictures.shape
         return channels, height // self.scale, width // self.scale
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return len(self.pictures)
 
     def take(self, indices: Indices) -> Tensor:
-        """Return the images at ``indices``, (B, C, H, W) uint8."""
         images = self.pictures.take(indices).float()
         if self.scale > 1:
             size = self.shape[1:]
@@ -99,6 +95,5 @@ class Worse:
         return images.round().clamp(0, 255).to(torch.uint8)
 
     def update_hash(self, digest: Hash) -> None:
-        """Add what identifies these images to ``digest``."""
         self.pictures.update_hash(digest)
         digest.update(f"{self.scale} {self.noise} {self.seed}".encode())

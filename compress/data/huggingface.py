@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.data import Source
-from compress.data._held_out import TEST
-from compress.data._items import source_of_items
-from compress.data._resize import Pictures
+from compress.data._items import ItemPictures, source_of_items
 from compress.errors import DataError, UsageError
 from compress.packages import require
 
 
 @dataclass(frozen=True)
-class Huggingface(Pictures):
+class Huggingface(ItemPictures):
     """A data set of Hugging Face's ``datasets``, as its save_to_disk left it on disk.
 
     ``image`` and ``label`` name its columns; if absent, the column of pictures, and the column of
@@ -23,12 +21,8 @@ class Huggingface(Pictures):
     back, by seed.
     """
 
-    root: str
     image: str | None = None
     label: str | None = None
-    classes: tuple[str, ...] | None = None
-    test: float = TEST
-    seed: int = 0
 
     def load(self) -> Source:
         """Return the images.
@@ -47,7 +41,7 @@ class Huggingface(Pictures):
             raise DataError(f"is no saved data set: {first}", where=self.root) from None
         parts = dict(found) if isinstance(found, dict) else {"train": found}
         image, label, names = self._columns(next(iter(parts.values())).features)
-        chosen = self if names is None or self.classes else _named(self, names)
+        chosen = self if names is None or self.classes else replace(self, classes=names)
         split = {"valid": "validation", "val": "validation", "dev": "validation"}
         return source_of_items(
             chosen,
@@ -71,12 +65,6 @@ class Huggingface(Pictures):
                 )
         names = getattr(features[label], "names", None)
         return str(image), str(label), None if names is None else tuple(names)
-
-
-def _named(kind: Huggingface, names: tuple[str, ...]) -> Huggingface:
-    from dataclasses import replace
-
-    return replace(kind, classes=names)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._held_out import TEST, held_out
-from compress.data._images import FileImages, LabelledImages, Names, Subset
+from compress.data import Source
+from compress.data._images import (
+    TEST,
+    FileImages,
+    LabelledImages,
+    Names,
+    Subset,
+    held_out,
+    in_memory,
+)
 from compress.data._resize import ENDINGS, Pictures
+from compress.data.images import picture_files
 from compress.errors import DataError
-
-LARGEST_IN_MEMORY_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,6 @@ class Imagefolder(Pictures):
             self._images(train, classes),
             self._images(test or validation or train, classes),
             classes,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
             validation=self._images(validation, classes) if test and validation else None,
         )
 
@@ -64,9 +67,7 @@ class Imagefolder(Pictures):
         classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
         images = self._images(root, classes)
         train, test = held_out(images.labels, self.test, self.seed)
-        return Source(
-            Subset(images, train), Subset(images, test), classes, IMAGENET_MEAN, IMAGENET_STD
-        )
+        return Source(Subset(images, train), Subset(images, test), classes)
 
     @staticmethod
     def _folder(root: Path, *names: str) -> Path | None:
@@ -82,7 +83,7 @@ class Imagefolder(Pictures):
 
         def found() -> Iterator[str]:  # one class at a time
             for name in classes:
-                files = _files(folder, name)
+                files = picture_files(folder, name)
                 counts.append(len(files))
                 yield from files
 
@@ -93,29 +94,13 @@ class Imagefolder(Pictures):
                 where=str(folder),
                 expected=f"CLASS/*{', *'.join(sorted(ENDINGS))}",
             )
-        images = FileImages(
-            folder,
-            names,
-            np.repeat(np.arange(len(classes)), counts),
-            self.fit,
-            self.channels or 3,
-            self.workers,
+        labels = np.repeat(np.arange(len(classes)), counts)
+        return in_memory(
+            FileImages(folder, names, labels, self.fit, self.channels or 3, self.workers)
         )
-        bytes_decoded = len(images) * np.prod(images.shape)
-        return images.in_memory() if bytes_decoded <= LARGEST_IN_MEMORY_BYTES else images
 
 
 def _has_classes(root: Path) -> bool:
     """Return whether at least two folders below ``root`` hold images."""
     folders = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    return sum(bool(_files(root, name)) for name in folders) > 1
-
-
-def _files(folder: Path, name: str) -> list[str]:
-    """Return the images of a class, at any depth, from ``folder`` on, sorted."""
-    return sorted(
-        os.path.relpath(os.path.join(place, file), folder)
-        for place, _, files in os.walk(folder / name)
-        for file in files
-        if os.path.splitext(file)[1].lower() in ENDINGS
-    )
+    return sum(bool(picture_files(root, name)) for name in folders) > 1

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._images import FileImages, Names, Subset
+from compress.data import Source, usual
+from compress.data._images import FileImages, Names, every_fourth_held_out
 from compress.data._resize import ENDINGS, Pictures
 from compress.errors import DataError
-
-TEST_SHARE = 4  # every fourth picture is a test picture
 
 
 @dataclass(frozen=True)
@@ -43,25 +41,17 @@ class Images(Pictures):
         names = Names.of(files)
         labels = np.zeros(len(files), dtype=np.int64)
         every = FileImages(root, names, labels, self.fit, self.channels or 3, self.workers)
-        is_test = np.arange(len(files)) % TEST_SHARE == TEST_SHARE - 1
-        is_test[-1] |= not is_test.any()
-        train, test = (Subset(every, np.flatnonzero(chosen)) for chosen in (~is_test, is_test))
-        grey = self.channels == 1
-        return Source(
-            train,
-            test,
-            (),
-            mean=(0.5,) if grey else IMAGENET_MEAN,
-            std=(0.5,) if grey else IMAGENET_STD,
-            target="none",
-        )
+        return Source(*every_fourth_held_out(every), (), *usual(every.channels), target="none")
 
 
-def picture_files(root: Path) -> list[str]:
-    """Return the pictures below ``root``, from there on, sorted; links to folders are left out."""
+def picture_files(root: Path, folder: str = "") -> list[str]:
+    """Return the pictures below a folder in ``root``, from ``root`` on, sorted.
+
+    Links to folders are left out.
+    """
     return sorted(
         os.path.relpath(os.path.join(place, file), root)
-        for place, _, files in os.walk(root)
+        for place, _, files in os.walk(root / folder)
         for file in files
         if os.path.splitext(file)[1].lower() in ENDINGS
     )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._annotated import dense_fit, pictures
-from compress.data._held_out import with_test
-from compress.data._images import LabelledImages
-from compress.data._resize import ENDINGS, Fit, Pictures
+from compress.data import Source
+from compress.data._annotated import pictures
+from compress.data._images import LabelledImages, with_test
+from compress.data._resize import ENDINGS, Pictures, Rule
 from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import FittedMasks as MaskFiles
 from compress.errors import DataError, UsageError
@@ -36,6 +36,8 @@ class Masks(Pictures):
     void: int | None = VOID
     values: tuple[int, ...] | None = None
 
+    usual_rule: ClassVar[Rule] = "letterbox"
+
     def __post_init__(self) -> None:
         given = (self.void or 0, *(self.values or ()))
         if not all(0 <= value <= VOID for value in given):
@@ -51,11 +53,6 @@ class Masks(Pictures):
                 f"{len(self.values)} values of {len(self.classes)} classes",
                 expected="a value for each class, in the same order",
             )
-
-    @property
-    def fit(self) -> Fit:
-        """How pictures are fitted to the network's input."""
-        return dense_fit(self)
 
     def load(self) -> Source:
         """Return the images.
@@ -139,19 +136,13 @@ def masked_source(
         images(train),
         images(test),
         names,
-        IMAGENET_MEAN,
-        IMAGENET_STD,
         validation=images(validation) if validation else None,
         target="mask",
     )
 
 
 def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
-    """Return numbers as names of the classes that occur in the masks, or in a sample of many.
-
-    Raises:
-        DataError: the largest may be a stray value, or all but one of them count nowhere.
-    """
+    """Return numbers as names of the classes that occur in the masks, or in a sample of many."""
     first: dict[int, str] = {}
     for _, file in pairs[:: -(-len(pairs) // SAMPLED)]:
         for value in np.unique(mask_values(file)).tolist():

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.artifact import check_zip
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
-from compress.data._images import MemoryImages, Subset, from_array
+from compress.data import Source, usual
+from compress.data._images import MemoryImages, every_fourth_held_out, from_array
 from compress.data._resize import ImageSize
 from compress.errors import DataError, boundary
 
@@ -57,13 +57,11 @@ class Npz:
             for split in ("train", "validation", "test")
             if f"x_{split}" in arrays
         }
-        channels = splits["test"].shape[0]
         return Source(
             splits["train"],
             splits["test"],
             _classes(path, arrays),
-            mean=IMAGENET_MEAN if channels == 3 else (0.5,),
-            std=IMAGENET_STD if channels == 3 else (0.5,),
+            *usual(splits["test"].shape[0]),
             validation=splits.get("validation"),
             test_groups=arrays.get("group_test"),
         )
@@ -83,11 +81,7 @@ class Npz:
         if pixels.ndim == 4 and not _is_channels_last(pixels):
             pixels = pixels.transpose(0, 2, 3, 1)
         images = from_array(pixels, labels, size=self.image_size, channels=self.channels)
-        channels = images.shape[0]
-        mean, std = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
-        if is_float:  # as they are: ``normalize`` divides by 255
-            mean, std = (0.0,), (1 / 255,)
-        return _without_labels(path, images, mean, std, prepared=is_float)
+        return _without_labels(path, images, prepared=is_float)
 
     def _images(self, path: Path, arrays: dict[str, NDArray[Any]], split: str) -> MemoryImages:
         pixels, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
@@ -109,8 +103,6 @@ class Npz:
 def _without_labels(
     path: Path,
     images: MemoryImages,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
     *,
     prepared: bool,
     parts: Mapping[str, tuple[int, ...]] | None = None,
@@ -119,20 +111,14 @@ def _without_labels(
     count = len(images)
     if count < 2:
         raise DataError(f"holds {count} images", where=str(path), expected="at least 2")
-    is_test = np.arange(count) % 4 == 3
-    is_test[-1] |= not is_test.any()
-    train, test = (Subset(images, np.flatnonzero(chosen)) for chosen in (~is_test, is_test))
-    return Source(
-        train, test, (), mean, std, target="none", prepared=prepared, parts=dict(parts or {})
-    )
+    # prepared ones stay as they are: ``normalize`` divides by 255
+    scale = ((0.0,), (1 / 255,)) if prepared else usual(images.shape[0])
+    split = every_fourth_held_out(images)
+    return Source(*split, (), *scale, target="none", prepared=prepared, parts=parts or {})
 
 
 def _by_input(path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
-    """Return what an archive holds for the inputs of a network, in one row for each sample.
-
-    Raises:
-        DataError: the arrays are no floats, or of different numbers of samples.
-    """
+    """Return what an archive holds for the inputs of a network, in one row for each sample."""
     told = ", ".join(f"{name} {each.dtype} {each.shape}" for name, each in arrays.items())
     floats = all(np.issubdtype(each.dtype, np.floating) for each in arrays.values())
     counts = {each.shape[0] if each.ndim > 1 else 0 for each in arrays.values()}
@@ -149,7 +135,7 @@ def _by_input(path: Path, arrays: dict[str, NDArray[Any]]) -> Source:
     labels = np.zeros(len(rows), np.int64)
     images = from_array(rows[:, None, :, None], labels, size=None, channels=None)
     parts = {name: each.shape[1:] for name, each in arrays.items()}
-    return _without_labels(path, images, (0.0,), (1 / 255,), prepared=True, parts=parts)
+    return _without_labels(path, images, prepared=True, parts=parts)
 
 
 def locate(path: Path) -> Path:
@@ -202,11 +188,9 @@ def _is_channels_last(pixels: NDArray[Any]) -> bool:
 
 def _classes(path: Path, arrays: dict[str, NDArray[Any]]) -> tuple[str, ...]:
     kinds = [array for name, array in arrays.items() if name.startswith("y_")]
-    if not all(np.issubdtype(array.dtype, np.integer) for array in kinds):
+    if not all(np.issubdtype(each.dtype, np.integer) and each.min() >= 0 for each in kinds):
         raise DataError("labels are not integers from 0", where=str(path))
     labels = np.concatenate([array.reshape(-1).astype(np.int64) for array in kinds])
-    if labels.min() < 0:
-        raise DataError("labels are not integers from 0", where=str(path))
     count = int(labels.max()) + 1
     if count > MOST_CLASSES:
         raise DataError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress import progress
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source, usual
 from compress.data._images import Hash, Indices, Subset
 from compress.data._resize import ImageSize, sides
 from compress.errors import DataError, ModelError, UsageError, boundary
@@ -81,8 +81,8 @@ class Synthetic:
             )
         network = build()
         channels = self.channels or _channels(network)
-        usual = (IMAGENET_MEAN, IMAGENET_STD) if channels == 3 else ((0.5,), (0.5,))
-        mean, std = self.mean or usual[0], self.std or usual[1]
+        mean, std = usual(channels)
+        mean, std = self.mean or mean, self.std or std
         shape = channels, *sides(self.image_size)
         matching_loss(network, torch.zeros(2, *shape))  # refuses before any work
         made = _Made(network, shape, mean, std, self)
@@ -104,22 +104,18 @@ class _Made:
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """None are known: zeros, (N,)."""
         return np.zeros(self.options.images, dtype=np.int64)
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         return self.options.images
 
     def take(self, indices: Indices) -> Tensor:
-        """Return the images at ``indices``, (B, C, H, W) uint8, made if they are not yet."""
         places = [divmod(int(index), BATCH) for index in indices]
         for number in sorted({batch for batch, _ in places} - set(self.batches)):
             self.batches[number] = self._pixels(number)
         return torch.stack([self.batches[batch][row] for batch, row in places])
 
     def update_hash(self, digest: Hash) -> None:
-        """Add the network's weights and the options, of which the pixels are made."""
         digest.update(repr((self.shape, self.mean, self.std, self.options)).encode())
         for name, value in self.network.state_dict().items():
             digest.update(name.encode() + value.cpu().float().numpy().tobytes())

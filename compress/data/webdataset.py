@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
+from compress.data import Source
 from compress.data._images import LabelledImages, Subset
 from compress.data._resize import Pictures
 from compress.data._shards import Shard, ShardImages, read_shards
@@ -66,8 +66,6 @@ class Webdataset(Pictures):
             train,
             test,
             classes,
-            IMAGENET_MEAN,
-            IMAGENET_STD,
             validation=parts.get("validation") if "test" in parts else None,
         )
 

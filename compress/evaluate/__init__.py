@@ -240,26 +240,31 @@ def _runnable(run: Any, form: Form) -> Iterator[Run]:
         with _evaluation(run) as answer:
             yield lambda images: form(answer(images))
     elif hasattr(run, "run"):
-        yield lambda images: form(_run_session(run, images.numpy()))
+        yield lambda images: form(run_session(run, images.numpy()))
     else:
         yield lambda images: form(run(images))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a network computes: the device of its first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 @contextlib.contextmanager
 def _evaluation(model: nn.Module) -> Iterator[Run]:
     """Yield ``model`` as a function of images on any device, in eval mode, without gradients."""
-    parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = device_of(model)
     answering = before_nms(model) or model
     with evaluating(model), evaluating(answering), torch.no_grad():
         yield lambda images: answering(images.to(device))
 
 
-def _run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
+def run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
     """Return every output for all images by name, in batches that the session takes."""
     spec = session.inputs[0]
     fixed = spec.shape[0] if spec.shape else None
-    low, high = (fixed, fixed) if isinstance(fixed, int) else spec.batch or (1, len(images))
+    limits = getattr(spec, "batch", None) or (1, len(images))  # a user's session may have none
+    low, high = (fixed, fixed) if isinstance(fixed, int) else limits
     parts: list[list[NDArray[Any]]] = []
     for at in range(0, len(images), high):
         part = images[at : at + high]
@@ -274,11 +279,7 @@ def _run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray
 
 
 def _rows(output: NDArray[Any], images: int) -> Any:
-    """Return ``output`` with a row for each image: all of it for one image, as of boxes found.
-
-    Raises:
-        EngineError: it has another number of rows.
-    """
+    """Return ``output`` with a row for each image: all of it for one image, as of boxes found."""
     if output.shape[:1] == (images,):
         return output
     if images == 1:

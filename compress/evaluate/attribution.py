@@ -18,10 +18,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from compress.errors import DataError, ModelError, UnknownNameError, UsageError
-from compress.evaluate import predict
+from compress.evaluate import device_of, predict
 from compress.modules import evaluating
 from compress.packages import require
-from compress.report.pictures import png
+from compress.report.pictures import from_pixels, png
 from compress.report.schema import Attribution, Interval, Similarity
 
 Maps = NDArray[np.float32]  # (N, H, W), larger = speaks more for the class
@@ -104,7 +104,7 @@ def explain(
             expected=f"one of {', '.join(ANSWERS)} for sessions and functions",
         )
     with _as_found(run) as model:
-        device = next((parameter.device for parameter in model.parameters()), images.device)
+        device = device_of(model)
         inputs = images.detach().to(device).clone().requires_grad_()
         targets = torch.as_tensor(classes, device=device)
         if method == "grad-cam":
@@ -178,12 +178,15 @@ def _as_maps(attribution: Tensor) -> Maps:
 def _by_answers(
     run: Any, images: Tensor, classes: NDArray[np.int64], method: str, perturbations: int, seed: int
 ) -> Maps:
+    from captum._utils.models.linear_model import SkLearnRidge  # the authors' mild penalty
     from captum.attr import KernelShap, Lime
 
     height, width = images.shape[2:]
     squares = _squares(height, width)
     forward = _logits(run)
-    explainer = KernelShap(forward) if method == "kernel-shap" else Lime(forward, _ridge())
+    explainer = (
+        KernelShap(forward) if method == "kernel-shap" else Lime(forward, SkLearnRidge(alpha=1.0))
+    )
     maps = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -198,13 +201,6 @@ def _by_answers(
             )
             maps.append(found[0, 0].detach().float().numpy())
     return np.stack(maps).astype(np.float32)
-
-
-def _ridge() -> Any:
-    """Return LIME's linear model: least squares with the authors' mild ridge penalty."""
-    from captum._utils.models.linear_model import SkLearnRidge
-
-    return SkLearnRidge(alpha=1.0)
 
 
 def _logits(run: Any) -> Callable[[Tensor], Tensor]:
@@ -291,7 +287,7 @@ def compare_maps(
             after=int(after[at]),
             variant=variant,
             similarity=round(float(alike[at]), 6),
-            image=png(_resized(_picture(samples.pictures[at]), SIDE)),
+            image=png(_resized(from_pixels(samples.pictures[at]), SIDE)),
             before_map=overlay(samples.pictures[at], maps[0][at]),
             after_map=overlay(samples.pictures[at], maps[1][at]),
         )
@@ -331,15 +327,10 @@ def overlay(picture: NDArray[np.uint8], weights: NDArray[np.float32], side: int 
     top = float(np.abs(weights).max()) or 1.0
     share = np.abs(weights) / top
     colour = np.where((weights >= 0)[..., None], np.array(HOT), np.array(COLD))
-    grey = np.asarray(_picture(picture).convert("L"), dtype=np.float64)[..., None]
+    grey = np.asarray(from_pixels(picture).convert("L"), dtype=np.float64)[..., None]
     opacity = 0.75 * share[..., None]
     mixed = np.round((0.35 * 255 + 0.65 * grey) * (1 - opacity) + colour * opacity)
     return png(_resized(Image.fromarray(mixed.clip(0, 255).astype(np.uint8)), side))
-
-
-def _picture(picture: NDArray[np.uint8]) -> Image.Image:
-    flat = picture[..., 0] if picture.shape[-1] == 1 else picture
-    return Image.fromarray(np.ascontiguousarray(flat))
 
 
 def _resized(image: Image.Image, side: int) -> Image.Image:

@@ -193,7 +193,7 @@ def _check_same(key: str, own: Any, said: Any, by: str, path: Path) -> None:
         return
     option = key.replace("_", "-")
     raise UsageError(
-        f"{key} is {_shown(own)} by {by}, and {_shown(said)} by the file",
+        f"{key} is {shown(own)} by {by}, and {shown(said)} by the file",
         where=str(path),
         fix=f"Leave --{option} out to use the file's, or write the file again"
         if key not in ("image_size", "layout", "channels")
@@ -216,10 +216,11 @@ def _same(own: Any, said: Any) -> bool:
     return bool(own == said)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a fact of an input as it is read."""
     if isinstance(value, list | tuple):
         return ",".join(f"{each:.4g}" for each in value)
-    return str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _picture(spec: TensorSpec, images: Tensor, dataset: Dataset) -> NDArray[Any]:
@@ -240,11 +241,7 @@ def _picture(spec: TensorSpec, images: Tensor, dataset: Dataset) -> NDArray[Any]
 
 
 def _further(spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int) -> NDArray[Any]:
-    """Return what an input that is no picture gets: one value for all rows, or the same for each.
-
-    Raises:
-        EngineError: nothing says what, or it does not fit.
-    """
+    """Return what an input that is no picture gets: a value for all rows, or the same for each."""
     if spec.name not in given:
         shown = ", ".join(map(str, spec.shape or ()))
         raise EngineError(

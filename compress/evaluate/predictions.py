@@ -157,9 +157,9 @@ def accuracy(
     return Accuracy(
         images=total,
         top1_pct=100 * right / total,
-        top1_ci95=_percent(statistics.wilson_interval(right, total)),
+        top1_ci95=in_percent(statistics.wilson_interval(right, total)),
         top5_pct=None if near is None else 100 * near / total,
-        top5_ci95=None if near is None else _percent(statistics.wilson_interval(near, total)),
+        top5_ci95=None if near is None else in_percent(statistics.wilson_interval(near, total)),
         ece_pct=100 * bins.error,
         calibration={
             "confidence_pct": [100 * value for value in bins.confidence],
@@ -183,7 +183,7 @@ def _per_subgroup(predictions: Predictions, subgroups: Sequence[str]) -> dict[st
     for name in sorted(set(subgroups)):
         correct = predictions.correct[member == name]
         right, images = int(correct.sum()), len(correct)
-        interval = _percent(statistics.wilson_interval(right, images))
+        interval = in_percent(statistics.wilson_interval(right, images))
         found[name] = {"images": images, "top1_pct": 100 * right / images, "top1_ci95": interval}
     return found
 
@@ -206,5 +206,6 @@ def _among_top(predictions: Predictions, k: int) -> int:
     return int((larger < k).sum())
 
 
-def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+def in_percent(interval: tuple[float, float]) -> tuple[float, float]:
+    """Return the ends of an interval of shares in percent."""
     return 100 * interval[0], 100 * interval[1]

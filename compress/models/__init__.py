@@ -248,11 +248,7 @@ def _fill(
 
 
 def _state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of ``model`` by name, on the CPU.
-
-    Raises:
-        ModelError: it keeps something else in its state.
-    """
+    """Return the tensors of ``model`` by name, on the CPU."""
     found: dict[str, Tensor] = {}
     for key, value in model.state_dict().items():
         if not isinstance(value, Tensor):
@@ -328,9 +324,6 @@ def _checked_classes(
     """Return the ``num_classes`` with which reference, plan and ``state`` give the network again.
 
     The network is rebuilt and ``state`` loaded into it: what is saved can be loaded.
-
-    Raises:
-        ModelError: it cannot; the message says what does not fit.
     """
     given, reasons = description["num_classes"], []
     candidates = [given] if given is not None else _class_counts(state, description, plan)

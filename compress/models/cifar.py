@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,7 +42,9 @@ class CifarResNet(nn.Module):
     https://arxiv.org/abs/1512.03385, section 4.2.
     """
 
-    def __init__(self, depth: int, num_classes: int, in_channels: int, width: int) -> None:
+    def __init__(
+        self, depth: int, num_classes: int = 10, in_channels: int = 3, width: int = 16
+    ) -> None:
         super().__init__()
         if (depth - 2) % 6:
             raise ValueError(f"depth {depth} is not 6n + 2")
@@ -112,7 +116,7 @@ class CifarMobileNet(nn.Module):
     strides are moved to suit images of 32 x 32 pixels.
     """
 
-    def __init__(self, num_classes: int, in_channels: int) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.Hardswish()
@@ -131,31 +135,6 @@ class CifarMobileNet(nn.Module):
         out = self.head(self.blocks(self.stem(x)))
         logits: Tensor = self.linear(F.adaptive_avg_pool2d(out, 1).flatten(1))
         return logits
-
-
-def resnet8(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
-    """Return a ResNet-8 for small images; ``width`` channels in its first stage."""
-    return CifarResNet(8, num_classes, in_channels, width)
-
-
-def resnet14(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
-    """Return a ResNet-14 for small images; ``width`` channels in its first stage."""
-    return CifarResNet(14, num_classes, in_channels, width)
-
-
-def resnet20(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
-    """Return a ResNet-20 for small images; ``width`` channels in its first stage."""
-    return CifarResNet(20, num_classes, in_channels, width)
-
-
-def resnet56(num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
-    """Return a ResNet-56 for small images; ``width`` channels in its first stage."""
-    return CifarResNet(56, num_classes, in_channels, width)
-
-
-def mobilenet(num_classes: int = 10, in_channels: int = 3) -> CifarMobileNet:
-    """Return a depthwise network with squeeze-excite and hard-swish for small images."""
-    return CifarMobileNet(num_classes, in_channels)
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -177,7 +156,7 @@ class UNet(nn.Module):
     Source: Ronneberger et al., U-Net, MICCAI 2015, https://arxiv.org/abs/1505.04597.
     """
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int = 11, width: int = 16) -> None:
         super().__init__()
         self.first = _double(3, width)
         self.second = _double(width, 2 * width)
@@ -209,22 +188,18 @@ def _double(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def unet(num_classes: int = 11, width: int = 16) -> UNet:
-    """Return a small U-Net for ``num_classes`` classes of pixels."""
-    return UNet(num_classes, width)
-
-
 class TutorialCNN(nn.Module):
     """The first CNN of many tutorials: convolutions with pooling, then a large dense layer.
 
     Four 3x3 convolutions without padding (32, 64, 128, 128 channels), each followed by ReLU and
     2x2 max-pooling, a dense layer of 512 with dropout, and the classifier. Behind the flatten lies
-    most of its size: for 150 x 150 pixels, 3.2 of 3.5 million parameters.
+    most of its size: for 150 x 150 pixels, 3.2 of 3.5 million parameters. Images have sides of 46
+    or more.
 
     Source: F. Chollet, Deep Learning with Python, 2017, section 5.2.
     """
 
-    def __init__(self, num_classes: int, in_channels: int, image_size: int) -> None:
+    def __init__(self, num_classes: int = 2, in_channels: int = 3, image_size: int = 150) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         side, before = image_size, in_channels
@@ -246,6 +221,6 @@ class TutorialCNN(nn.Module):
         return logits
 
 
-def tutorial_cnn(num_classes: int = 2, in_channels: int = 3, image_size: int = 150) -> TutorialCNN:
-    """Return the CNN of tutorials for ``image_size`` x ``image_size`` pixels, 46 or more."""
-    return TutorialCNN(num_classes, in_channels, image_size)
+# What recipes call them.
+resnet8, resnet14, resnet20, resnet56 = (partial(CifarResNet, depth) for depth in (8, 14, 20, 56))
+mobilenet, unet, tutorial_cnn = CifarMobileNet, UNet, TutorialCNN

@@ -29,7 +29,7 @@ class SmallDetector(nn.Module):
     Generalized Focal Loss, NeurIPS 2020, https://arxiv.org/abs/2006.04388.
     """
 
-    def __init__(self, num_classes: int, width: int) -> None:
+    def __init__(self, num_classes: int = 3, width: int = 16) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.stem = nn.Sequential(
@@ -84,11 +84,6 @@ class _Head(nn.Module):
         """Return distances (B, 4, H, W) in steps of the grid, before exp, and logits."""
         shared = self.shared(x)
         return self.sides(shared), self.scores(shared)
-
-
-def detector(num_classes: int = 3, width: int = 16) -> SmallDetector:
-    """Return a small detector for ``num_classes`` classes of objects."""
-    return SmallDetector(num_classes, width)
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Sequential:
@@ -172,3 +167,6 @@ def _owners(cells: Tensor, strides: Tensor, boxes: Tensor) -> Tensor:
     area = torch.where(right_grid & near & inside, area, torch.inf)
     best = area.min(1)
     return torch.where(best.values.isfinite(), best.indices, -1)
+
+
+detector = SmallDetector  # what recipes call it

@@ -239,17 +239,13 @@ def _known_timm(name: str) -> ModuleType:
 
 
 def _own(reference: str) -> Callable[..., nn.Module]:
-    source, _, factory = reference.rpartition(":")
-    if not source or not factory:
+    source, _, name = reference.rpartition(":")
+    if not source or not name:
         raise UsageError(
             f"{reference!r} is no reference to a network",
             expected="torchvision:NAME, timm:NAME, ultralytics:FILE.yaml, package.module:factory, "
             "path/file.py:factory, a run or stage folder, or FILE.onnx",
         )
-    return _factory(source, factory)
-
-
-def _factory(source: str, name: str) -> Callable[..., nn.Module]:
     module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
     factory = getattr(module, name, None)
     if not callable(factory):

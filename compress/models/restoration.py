@@ -13,7 +13,7 @@ class SuperResolution(nn.Module):
     Sub-Pixel Convolutional Neural Network, CVPR 2016, https://arxiv.org/abs/1609.05158.
     """
 
-    def __init__(self, scale: int, width: int, depth: int) -> None:
+    def __init__(self, scale: int = 2, width: int = 32, depth: int = 3) -> None:
         super().__init__()
         self.scale = scale
         layers: list[nn.Module] = [nn.Conv2d(3, width, 5, padding=2), nn.ReLU()]
@@ -28,11 +28,6 @@ class SuperResolution(nn.Module):
         return F.interpolate(x, scale_factor=float(self.scale), mode="nearest") + detail
 
 
-def super_resolution(scale: int = 2, width: int = 32, depth: int = 3) -> SuperResolution:
-    """Return a network that enlarges pictures ``scale`` times."""
-    return SuperResolution(scale, width, depth)
-
-
 class Generator(nn.Module):
     """Transposed convolutions with BatchNorm, from a code to a picture.
 
@@ -41,7 +36,7 @@ class Generator(nn.Module):
     sigmoid, as pictures are in [0, 1].
     """
 
-    def __init__(self, code: int, width: int, side: int, channels: int) -> None:
+    def __init__(self, code: int = 32, width: int = 16, side: int = 32, channels: int = 1) -> None:
         super().__init__()
         doublings = max(0, (side // 4 - 1).bit_length())
         if 4 * 2**doublings != side:
@@ -68,6 +63,4 @@ class Generator(nn.Module):
         return picture
 
 
-def generator(code: int = 32, width: int = 16, side: int = 32, channels: int = 1) -> Generator:
-    """Return a generator of pictures of ``side`` x ``side`` pixels, 8, 16, 32, 64, ..."""
-    return Generator(code, width, side, channels)
+super_resolution, generator = SuperResolution, Generator  # what recipes call them

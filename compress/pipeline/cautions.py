@@ -20,7 +20,7 @@ from compress.models.classifier import classifier_layers
 from compress.modules.detectors import size_inside
 from compress.pipeline.context import RunContext
 from compress.quantize.notes import by_reason
-from compress.recipe.settings import Recipe, Settings, TrainSettings
+from compress.recipe.settings import Recipe, TrainSettings
 from compress.report import numbers
 from compress.report.schema import Variant
 from compress.report.verdict import speed_differs, title
@@ -84,11 +84,11 @@ class Trust:
 
 def of_training(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     """Yield a warning for each training with too few images."""
-    for number, stage in enumerate(recipe.stages):
-        for place, settings in _trainings(stage.settings, f"stages[{number}].{stage.verb}"):
-            steps = steps_in_epoch(dataset, settings)
-            if not settings.epochs or steps >= FEW_STEPS:
-                continue
+    for place, settings in recipe.parts():
+        if not isinstance(settings, TrainSettings) or not settings.epochs:
+            continue
+        steps = steps_in_epoch(dataset, settings)
+        if steps < FEW_STEPS:
             images = min(len(dataset.splits["train"]), settings.epoch_images or 1 << 62)
             fitting = max(1, images // (2 * FEW_STEPS))
             yield (
@@ -194,16 +194,6 @@ def of_data(dataset: Dataset) -> Iterator[str]:
         )
     if dataset.note:
         yield f"what is measured on images is measured on {dataset.note}: real ones may differ"
-
-
-def _trainings(settings: Settings, place: str) -> Iterator[tuple[str, TrainSettings]]:
-    """Yield every training below ``settings`` with its key path."""
-    if isinstance(settings, TrainSettings):
-        yield place, settings
-    for key in type(settings).model_fields:
-        value = getattr(settings, key)
-        if isinstance(value, Settings):
-            yield from _trainings(value, f"{place}.{key}")
 
 
 def _randomness(model: Any, rebuild: Callable[[], nn.Module] | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from compress.packages import is_installed, require
 from compress.pipeline import network
 from compress.pipeline.task import prepared
 from compress.quantize.methods import check_method
+from compress.recipe.problems import PLUGIN_KEYS
 from compress.recipe.settings import Recipe, Stage, Target
 from compress.runtimes import runtime_class, unavailable
 from compress.tasks import Task
@@ -68,18 +69,13 @@ def _refuse(problems: Sequence[str], where: str) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _complaint("model.name", partial(_check_model, recipe.model.name))
     yield from _missing_weights("model.weights", recipe.model.weights)
-    for number, stage in enumerate(recipe.stages):
-        yield from _stage_problems(recipe, stage, f"stages[{number}].{stage.verb}")
-        for key, kind in (
-            ("criterion", "criteria"),
-            ("losses", "losses"),
-            ("observer", "observers"),
-        ):
+    for place, stage in recipe.placed_stages():
+        yield from _stage_problems(recipe, stage, place)
+        for key, kind in PLUGIN_KEYS.items():
             given = getattr(stage.settings, key, None)
             for each in given if isinstance(given, tuple) else [given]:
                 if each is not None:
-                    place = f"stages[{number}].{stage.verb}.{key}"
-                    yield from _complaint(place, partial(plugins.create, kind, each))
+                    yield from _complaint(f"{place}.{key}", partial(plugins.create, kind, each))
     if recipe.measure.explain_images and not is_installed("captum"):
         need = partial(require, "captum", extra="explain", purpose="attribution")
         yield from _complaint("measure.explain_images", need)

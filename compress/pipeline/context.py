@@ -198,9 +198,6 @@ def _exported(model: nn.Module, example: Tensor, path: Path, **options: Any) -> 
 
     Returns:
         Why the batch is fixed; None where it is free.
-
-    Raises:
-        ExportError: neither can be exported; it says why any batch cannot.
     """
     try:
         export_onnx(model, example, path, **options)

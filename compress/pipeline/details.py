@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,26 +13,53 @@ from compress import measure, models
 from compress.evaluate import Accuracy, comparison
 from compress.evaluate.predictions import Predictions
 from compress.groups.plan import PrunePlan
-from compress.pipeline import records
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.measure import Measured
 from compress.pipeline.sensitivity_chart import unmeasured
 from compress.pipeline.stages.sparsify import sparsities
+from compress.qdq.plan import QuantPlan
+from compress.qdq.writer import RULES
 from compress.report import schema
 from compress.report.charts import learning_curves
 from compress.report.pictures import thumbnail
 
 MOST_FLIPS = 24  # images shown
+BITS = 8
+LARGEST_CODE = 127  # of a weight
 
 
 @dataclass(frozen=True)
-class Answered:
+class _Answered:
     """What a variant answers to the test images, and how right that is."""
 
     variant: str
     runtime: str
     path: Path  # of its predictions
     accuracy: Accuracy
+
+    @property
+    def place(self) -> dict[str, Any]:
+        return {"variant": self.variant, "runtime": self.runtime}
+
+    def scores(self) -> schema.ClassScores:
+        columns = {
+            name: tuple(getattr(each, name) for each in self.accuracy.per_class)
+            for name in ("images", "precision_pct", "recall_pct", "f1_pct")
+        }
+        return schema.ClassScores(**self.place, **columns)
+
+    def confusion(self) -> schema.Confusion:
+        matrix = np.array(self.accuracy.confusion)
+        cells = tuple((int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix))
+        return schema.Confusion(**self.place, cells=cells)
+
+    def calibration(self) -> schema.Calibration:
+        found = self.accuracy
+        return schema.Calibration(**self.place, ece_pct=found.ece_pct, **found.calibration)
+
+    def subgroups(self) -> Iterator[schema.Subgroup]:
+        for group, numbers in self.accuracy.per_subgroup.items():
+            yield schema.Subgroup(column="group", value=group, variant=self.variant, **numbers)
 
 
 def details(
@@ -42,16 +70,7 @@ def details(
     rows: Sequence[schema.Variant],
     judged: JudgedPredictions,
 ) -> schema.Details:
-    """Return everything the report tells beside its tables.
-
-    Args:
-        context: The run.
-        variants: All variants, the original first.
-        outcomes: What each stage recorded.
-        measured: What ``measure_targets`` recorded.
-        rows: The variants of the report.
-        judged: Predictions of each variant on the test images.
-    """
+    """Return everything the report tells beside its tables."""
     taken = _answers(rows, judged) if context.task.tells_classes else []
     plan = _last_plan(context, variants)
     return schema.Details(
@@ -63,17 +82,25 @@ def details(
         channels=tuple(_channels(plan)) if plan is not None else (),
         frozen=dict(plan.frozen) if plan is not None else {},
         sparsities=tuple(sparsities(context, variants, rows)),
-        ranges=tuple(_ranges(outcomes)),
-        coverage=measured.coverage,
-        learning=tuple(_learning_curves(outcomes)),
-        sensitivity=measured.sensitivity,
-        class_scores=tuple(_class_scores(taken)),
-        confusions=tuple(_confusions(taken)),
-        flips=tuple(_flips(context, taken)),
-        subgroups=tuple(_subgroups(taken)),
-        calibration=tuple(
-            records.calibration(each.accuracy, each.variant, each.runtime) for each in taken
+        ranges=tuple(
+            each
+            for outcome in outcomes
+            for form, plan in outcome.plans.items()
+            for each in tensor_ranges(plan, f"int8-{form}")
         ),
+        coverage=measured.coverage,
+        learning=tuple(
+            curve
+            for outcome in outcomes
+            for variant in outcome.variants[:1]
+            for curve in learning_curves(variant.stage, outcome.history)
+        ),
+        sensitivity=measured.sensitivity,
+        class_scores=tuple(each.scores() for each in taken),
+        confusions=tuple(each.confusion() for each in taken),
+        flips=tuple(_flips(context, taken)),
+        subgroups=tuple(group for each in taken for group in each.subgroups()),
+        calibration=tuple(each.calibration() for each in taken),
         attributions=measured.attributions,
         similarities=measured.similarities,
         artifacts=tuple(_artifacts(context)),
@@ -106,7 +133,7 @@ def _skipped(context: RunContext, plan: PrunePlan | None, original: RunVariant) 
     return reasons
 
 
-def _answers(rows: Sequence[schema.Variant], judged: JudgedPredictions) -> list[Answered]:
+def _answers(rows: Sequence[schema.Variant], judged: JudgedPredictions) -> list[_Answered]:
     """Return the answers of each variant on the first runtime that ran it.
 
     The original is first, and last is the variant that the verdict of the report is about: the last
@@ -116,7 +143,7 @@ def _answers(rows: Sequence[schema.Variant], judged: JudgedPredictions) -> list[
     for row in rows:
         for result in row.results[:1]:
             path = judged.path(row.name, result.runtime, result.precision)
-            found.append(Answered(row.name, result.runtime, path, judged.accuracy(path)))
+            found.append(_Answered(row.name, result.runtime, path, judged.accuracy(path)))
     return [*found[:1], *sorted(found[1:], key=lambda each: each.runtime == found[0].runtime)]
 
 
@@ -139,33 +166,7 @@ def _channels(plan: PrunePlan) -> Iterator[schema.Channels]:
             )
 
 
-def _learning_curves(outcomes: Sequence[StageResult]) -> Iterator[schema.Curve]:
-    for outcome in outcomes:
-        if outcome.variants:
-            yield from learning_curves(outcome.variants[0].stage, outcome.history)
-
-
-def _class_scores(taken: Sequence[Answered]) -> Iterator[schema.ClassScores]:
-    for answered in taken:
-        per_class = answered.accuracy.per_class
-        yield schema.ClassScores(
-            variant=answered.variant,
-            runtime=answered.runtime,
-            images=tuple(each.images for each in per_class),
-            precision_pct=tuple(each.precision_pct for each in per_class),
-            recall_pct=tuple(each.recall_pct for each in per_class),
-            f1_pct=tuple(each.f1_pct for each in per_class),
-        )
-
-
-def _confusions(taken: Sequence[Answered]) -> Iterator[schema.Confusion]:
-    for answered in taken:
-        matrix = np.array(answered.accuracy.confusion)
-        cells = tuple((int(i), int(j), int(matrix[i, j])) for i, j in np.argwhere(matrix))
-        yield schema.Confusion(variant=answered.variant, runtime=answered.runtime, cells=cells)
-
-
-def _flips(context: RunContext, taken: Sequence[Answered]) -> Iterator[schema.Flip]:
+def _flips(context: RunContext, taken: Sequence[_Answered]) -> Iterator[schema.Flip]:
     if len(taken) < 2:
         return
     candidate = taken[-1]
@@ -174,31 +175,27 @@ def _flips(context: RunContext, taken: Sequence[Answered]) -> Iterator[schema.Fl
     lost = [flip for flip in compared.flips if flip.kind == "lost"]
     for flip in lost[:MOST_FLIPS]:
         image = context.dataset.splits["test"].take([flip.index])[0]
-        yield schema.Flip(
-            index=flip.index,
-            label=flip.label,
-            before=flip.before,
-            after=flip.after,
-            before_confidence_pct=flip.before_confidence_pct,
-            after_confidence_pct=flip.after_confidence_pct,
-            variant=candidate.variant,
-            runtime=candidate.runtime,
-            thumbnail=thumbnail(image.permute(1, 2, 0).numpy()),
+        picture = thumbnail(image.permute(1, 2, 0).numpy())
+        yield flip.model_copy(update=candidate.place | {"thumbnail": picture})
+
+
+def tensor_ranges(plan: QuantPlan, variant: str) -> Iterator[schema.TensorRange]:
+    """Yield what part of each tensor's values the codes of ``plan`` cover on its target.
+
+    A weight with a scale of its own for each channel is told with the widest of them.
+    """
+    for name, found in plan.activations.items():
+        low, high = found.low, found.high
+        if not RULES[plan.target].asymmetric:
+            low, high = -found.limit, found.limit
+        yield schema.TensorRange(
+            tensor=name, kind="activation", bits=BITS, low=low, high=high, variant=variant
         )
-
-
-def _subgroups(taken: Sequence[Answered]) -> Iterator[schema.Subgroup]:
-    """Yield the accuracy of each variant on each subgroup, where the data names them."""
-    for each in taken:
-        for group, numbers in each.accuracy.per_subgroup.items():
-            yield schema.Subgroup(column="group", value=group, variant=each.variant, **numbers)
-
-
-def _ranges(outcomes: Sequence[StageResult]) -> Iterator[schema.TensorRange]:
-    """Yield the range of every tensor that a plan of the run quantizes."""
-    for outcome in outcomes:
-        for form, plan in outcome.plans.items():
-            yield from records.ranges(plan, f"int8-{form}")
+    for name, weight in plan.weights.items():
+        limit = LARGEST_CODE * max(weight.scales)
+        yield schema.TensorRange(
+            tensor=name, kind="weight", bits=BITS, low=-limit, high=limit, variant=variant
+        )
 
 
 def _artifacts(context: RunContext) -> Iterator[schema.ArtifactRecord]:

@@ -23,16 +23,14 @@ from compress.graph import files
 from compress.graph.model import GraphIndex
 from compress.measure import Timing
 from compress.measure.artifacts import Candidate, test_answers, time_together
-from compress.pipeline import records
-from compress.pipeline.attributions import explain_variants
-from compress.pipeline.changed_images import class_metrics_row, drawn_changes
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
+from compress.pipeline.report_images import class_metrics_row, drawn_changes, explain_variants
 from compress.pipeline.sensitivity_chart import pruning_curve
 from compress.quantize.images import fixed_batch
 from compress.recipe.settings import Target
 from compress.report import schema
 from compress.runtimes import build_engine, build_record, runtime_class, unavailable
-from compress.runtimes._fusion import check_fusion
+from compress.runtimes._fusion import Fusion, check_fusion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +62,7 @@ def measure_targets(
 ) -> Measured:
     """Build and measure every variant on every target of the recipe.
 
-    Args:
-        context: The run.
-        variants: All variants, the original first.
-        judged: Where the predictions of each variant on the test images are kept.
-
-    Returns:
-        Results by variant; targets that cannot be built or run here are under "skipped".
+    Targets that cannot be built or run here are under "skipped".
     """
     results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
     skipped: dict[str, str] = {}
@@ -221,8 +213,32 @@ def _coverage(context: RunContext, entries: Sequence[Entry]) -> list[schema.Cove
         engine = entry.path if entry.path != source else None
         with contextlib.suppress(EngineError, UsageError):  # it cannot tell: nothing is claimed
             fusion = check_fusion(source, runtime, engine=engine, threads=entry.target.threads)
-            found.append(records.coverage(fusion, entry.variant.name))
+            found.append(int8_coverage(fusion, entry.variant.name))
     return found
+
+
+def int8_coverage(fusion: Fusion, variant: str) -> schema.Coverage:
+    """Return how much of ``variant`` its runtime really runs in int8, and what stays in float."""
+    layers = {layer.node: layer for layer in fusion.float_layers}
+    islanded = {node for nodes in fusion.islands for node in nodes}
+    islands = []
+    for nodes in (*fusion.islands, *((node,) for node in layers if node not in islanded)):
+        inside = [layers[node] for node in nodes if node in layers]
+        reasons = dict.fromkeys(layer.reason for layer in inside)
+        islands.append(
+            schema.Island(
+                nodes=nodes,
+                macs=sum(layer.macs for layer in inside) if inside else None,
+                reason="; ".join(reasons) or None,
+            )
+        )
+    return schema.Coverage(
+        variant=variant,
+        runtime=fusion.runtime,
+        int8_macs_pct=100 * fusion.int8_share,
+        reformats=len(fusion.reformats),
+        islands=tuple(islands),
+    )
 
 
 def measure_entries(

@@ -16,7 +16,7 @@ from compress.graph.preprocess import prepare, read_onnx
 from compress.modules.detectors import size_inside
 from compress.pipeline import cautions
 from compress.quantize.qat.network import OnnxNetwork
-from compress.recipe.settings import ModelSettings, Recipe, Settings, TrainSettings
+from compress.recipe.settings import ModelSettings, Recipe
 from compress.runtimes import open_session
 from compress.tasks import Task
 from compress.train.optimizers import check_layer
@@ -92,33 +92,24 @@ def problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
         return
     for line in cautions.of_size(dataset, size_inside(model, dataset.example)):
         progress.warn(line)  # before anything that takes long
-    for number, stage in enumerate(recipe.stages):
-        for key, name in _layers_named(stage.settings):
-            try:
-                check_layer(model, name, f"stages[{number}].{stage.verb}.{key}")
-            except CompressError as error:
-                yield str(error)
+    for key, name in _layers_named(recipe):
+        try:
+            check_layer(model, name, key)
+        except CompressError as error:
+            yield str(error)
 
 
-def _layers_named(settings: Settings) -> Iterator[tuple[str, str]]:
-    """Yield the settings of a stage that name layers of the network, with each name."""
-    for key in type(settings).model_fields:
-        value = getattr(settings, key)
-        if isinstance(value, TrainSettings):
-            yield from ((f"{key}.{inner}", name) for inner, name in _layers_named(value))
-        elif key in LAYER_KEYS and not hasattr(settings, "observer"):  # whose names are ONNX nodes
-            yield from (
-                (key, each) for each in ([value] if isinstance(value, str) else value or ())
-            )
+def _layers_named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield the keys that name layers of the network, with each name."""
+    for place, part in recipe.parts():
+        for key in () if hasattr(part, "observer") else LAYER_KEYS:  # whose names are ONNX nodes
+            value = getattr(part, key, None)
+            for name in [value] if isinstance(value, str) else value or ():
+                yield f"{place}.{key}", name
 
 
 def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
-    """Run an ONNX file on one image, as the stages after it would.
-
-    Raises:
-        EngineError: it does not take the images, or does not answer as the task needs.
-        ModelError: it has another number of class outputs.
-    """
+    """Run an ONNX file on one image, as the stages after it would."""
     with open_session(Path(recipe.model.name)) as session:
         fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
         if not task.tells_classes:

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from compress.artifact import read_json, replacing
 from compress.data import load_pictures
-from compress.data._decoding import opened_picture, to_8_bit, upright_size
+from compress.data._annotated import image_size
+from compress.data._decoding import opened_picture, to_8_bit
 from compress.data._resize import Fit
 from compress.data.images import picture_files
 from compress.errors import CompressError, DataError, UsageError
 from compress.evaluate import BATCH, answered
-from compress.evaluate.feeding import ONNX_NAME, Fed, artifact_facts, completed, picture_of
+from compress.evaluate.feeding import (
+    ONNX_NAME,
+    Fed,
+    artifact_facts,
+    completed,
+    picture_of,
+    shown,
+)
 from compress.graph.metadata import CHANNELS
 from compress.measure.artifacts import runtime_of
 from compress.report import numbers
@@ -114,8 +121,8 @@ def predict_pictures(
     facts = dataset.facts()
     fit = Fit(dataset.image_size, facts["resize"], facts["interpolation"], facts["crop"])
     placed = [
-        chosen.in_picture(each, fit, _size(file))
-        for each, file in zip(predictions, files, strict=True)
+        chosen.in_picture(each, fit, (height, width))
+        for each, (width, height) in zip(predictions, map(image_size, files), strict=True)
     ]
     return Answers(
         source,
@@ -176,11 +183,7 @@ def _task(reference: Any, labels: Any, source: Path, *, given: bool) -> tuple[Ta
 def _complete(
     settings: DataSettings, source: Path, said: dict[str, Any], session: Session
 ) -> DataSettings:
-    """Return the settings with everything that the network's input needs.
-
-    Raises:
-        UsageError: neither the artifact nor the user says it.
-    """
+    """Return the settings with everything that the network's input needs."""
     found = completed(settings, [source])
     if "mean" in said and "resize" not in found.options:  # images of its own size were not fitted
         found = found.model_copy(
@@ -229,19 +232,6 @@ def _pictures(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _size(file: Path) -> tuple[int, int]:
-    """Return height and width of a picture as it is looked at."""
-    with opened_picture(file, where=str(file)) as image:
-        width, height = upright_size(image)
-    return height, width
-
-
-def _upright(file: Path) -> NDArray[np.uint8]:
-    """Return a picture as it is looked at, (H, W, 3)."""
-    with opened_picture(file, where=str(file)) as image:
-        return np.array(to_8_bit(image, 3, where=str(file)))
-
-
 def _drawn(
     task: Task, predictions: Sequence[Prediction], files: Sequence[Path], fit: Fit, out: Path
 ) -> list[Path]:
@@ -250,7 +240,8 @@ def _drawn(
 
     written: list[Path] = []
     for prediction, file in zip(predictions, files, strict=True):
-        picture = _upright(file)
+        with opened_picture(file, where=str(file)) as image:
+            picture = np.array(to_8_bit(image, 3, where=str(file)))
         times = -(-DRAWN_SIDE // min(picture.shape[:2]))
         picture = picture.repeat(times, 0).repeat(times, 1)
         placed = task.in_picture(prediction, fit, (picture.shape[0], picture.shape[1]))
@@ -296,7 +287,7 @@ def _table(answers: Answers) -> Table:
 
 def _fed(answers: Answers) -> str:
     """Return where it ran, how the pictures were fed and where the answers are drawn."""
-    fed = {key: _shown(value) for key, value in answers.fed.items()}
+    fed = {key: shown(value) for key, value in answers.fed.items()}
     height, width = answers.fed["image_size"]
     lines = [
         f"{answers.artifact} on {answers.runtime}",
@@ -308,12 +299,6 @@ def _fed(answers: Answers) -> str:
     if answers.drawn:
         lines.append(f"drawn in {answers.drawn[0].parent}")
     return "\n".join(lines)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(f"{each:.4g}" for each in value)
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cell(value: Any) -> str:

@@ -31,15 +31,7 @@ def assemble(
     measured: Measured,
     judged: JudgedPredictions,
 ) -> schema.Report:
-    """Return the report of a run whose stages are finished.
-
-    Args:
-        context: The run.
-        variants: All variants, the original first.
-        outcomes: What each stage recorded.
-        measured: What ``measure_targets`` recorded.
-        judged: Predictions of each variant on the test images.
-    """
+    """Return the report of a run whose stages are finished."""
     absent = {variant.name: outcome.skipped for outcome in outcomes for variant in outcome.variants}
     trust = cautions.trust_of(outcomes[0].facts)
     results = measured.results if trust.untrained is None else _undecided(measured.results)
@@ -75,11 +67,7 @@ def assemble(
 
 
 def notes_of(notes: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:
-    """Yield each note once, with the names of the int8 forms that it is of.
-
-    Args:
-        notes: Pairs of a form and the notes of its plan.
-    """
+    """Yield each note once, with the names of the int8 forms that it is of."""
     forms: dict[str, dict[str, None]] = {}  # note -> names of forms, in order
     for form, own in notes:
         for note in by_reason(own):
@@ -119,19 +107,16 @@ def gates(
                 variant=variant.name,
                 runtime=result.runtime,
                 batch=result.batch,
-                metric=(result.primary or "top-1") if name == "metric_drop" else None,
-                title=_title(result) if name == "metric_drop" else None,
-                unit=_unit(result) if name == "metric_drop" else None,
                 reason=reason,
+                **(_metric(result) if name == "metric_drop" else {}),
             )
 
 
-def _title(result: schema.Result) -> str | None:
-    return None if result.main_metric is None else result.main_metric.title
-
-
-def _unit(result: schema.Result) -> str | None:
-    return "pct" if result.main_metric is None else result.main_metric.unit
+def _metric(result: schema.Result) -> dict[str, Any]:
+    """Return what a gate tells of the primary metric that it is on."""
+    metric = result.main_metric
+    told = {"title": metric.title, "unit": metric.unit} if metric else {"unit": "pct"}
+    return {"metric": result.primary or "top-1", **told}
 
 
 def _last_results(
@@ -225,11 +210,11 @@ def _result(row: Mapping[str, Any]) -> schema.Result:
 def _provenance(
     context: RunContext, outcomes: Sequence[StageResult], measured: Measured
 ) -> schema.Provenance:
-    description = context.run.description()
+    description, root = context.run.description(), context.run.root.as_posix()
     found = environment.describe_machine()
     return schema.Provenance(
         created=description.get("created"),
-        command=_command(context),
+        command=shlex.join(["compress", "run", f"{root}/{RECIPE_FILE}", "--out", f"{root}-again"]),
         commit=found.pop("commit", None),
         seed=context.recipe.seed,
         settings=to_json(context.recipe),
@@ -243,8 +228,3 @@ def _provenance(
         device=found.pop("device", {}),
         conditions=measured.conditions,
     )
-
-
-def _command(context: RunContext) -> str:
-    recipe = (context.run.root / RECIPE_FILE).as_posix()
-    return shlex.join(["compress", "run", recipe, "--out", f"{context.run.root.as_posix()}-again"])

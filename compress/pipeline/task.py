@@ -147,11 +147,11 @@ def _problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
 def _too_few_images(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
     """Yield each quantization that the data has too few calibration images for."""
     count = len(dataset.splits.get("calibration", ()))
-    for number, stage in enumerate(recipe.stages):
+    for place, stage in recipe.placed_stages():
         own = stage.quantize is not None and stage.quantize.data is None
         if own and count < FEWEST_CALIBRATION:
             yield (
-                f"stages[{number}].quantize: data {dataset.name!r} has {count} calibration images. "
+                f"{place}: data {dataset.name!r} has {count} calibration images. "
                 f"Expected at least {FEWEST_CALIBRATION}; some hundreds are better. Give more "
                 "images, or others to calibrate on: quantize: {data: images:FOLDER}."
             )
@@ -165,8 +165,7 @@ def _only_for_classes(recipe: Recipe, task: Task) -> Iterator[str]:
     for name in ("top1_drop_pct", "worst_class_drop_pct"):
         if getattr(recipe.gates, name) is not None:
             yield f"gates.{name}: this task does not name one class an image. {drop}"
-    for number, stage in enumerate(recipe.stages):
-        place = f"stages[{number}].{stage.verb}"
+    for place, stage in recipe.placed_stages():
         if stage.distill is not None:
             yield from _distillation(stage.distill, task, place)
         if stage.quantize is not None and stage.quantize.max_drop_pct is not None:
@@ -196,8 +195,7 @@ def _only_with_labels(recipe: Recipe, task: Task) -> Iterator[str]:
         yield "augment: mixup and cutmix mix labels, and the images have none."
     if recipe.gates.metric_drop is not None:
         yield f"gates.metric_drop: the images have no labels. {_limit(task)}"
-    for number, stage in enumerate(recipe.stages):
-        place = f"stages[{number}].{stage.verb}"
+    for place, stage in recipe.placed_stages():
         if stage.verb in ("train", "finetune"):
             yield f"{place}: the images have no labels to learn. Learn from a teacher: distill."
         if stage.quantize is not None and stage.quantize.max_drop is not None:

@@ -11,7 +11,7 @@ from compress import artifact, environment
 from compress.artifact import FileProblem
 from compress.errors import RunError
 from compress.measure import Timing
-from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
+from compress.pipeline.context import JudgedPredictions, RunContext, StageResult
 from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
 from compress.progress import track
@@ -19,7 +19,7 @@ from compress.recipe import loading
 from compress.recipe.settings import Target
 from compress.report.numbers import factor, interval, percent
 from compress.report.reading import check_schema, read_report
-from compress.report.run_folder import DONE_FILE, LOCK_FILE, RUN_FILE, RunFolder
+from compress.report.run_folder import LOCK_FILE, RUN_FILE, RunFolder, recorded_variants
 from compress.report.schema import Interval, Report, Result
 from compress.runtimes import unavailable
 
@@ -121,7 +121,9 @@ def measure_again(root: Path) -> Remeasured:
     dataset, task = prepared(settings)
     context = RunContext(settings, RunFolder(root), dataset, task)
     _check_data(context, report)
-    variants, checks, skipped = _variants(root), list[Check](), dict[str, str]()
+    recorded = {"variants": recorded_variants(root), "facts": {}}
+    variants, checks = StageResult.from_json(recorded).variants, list[Check]()
+    skipped: dict[str, str] = {}
     elsewhere = _elsewhere(report)
     for targets in places(settings.targets):
         target = targets[0]
@@ -159,13 +161,6 @@ def _unmeasured(report: Report, target: Target) -> str | None:
     if any((r.runtime, r.batch) == (target.runtime, target.batch) for r in results):
         return None
     return "the report has no results of it"
-
-
-def _variants(root: Path) -> list[RunVariant]:
-    stages = [artifact.read_json(path) for path in sorted(root.glob(f"[0-9][0-9]-*/{DONE_FILE}"))]
-    return [
-        v for stage in stages if "variants" in stage for v in StageResult.from_json(stage).variants
-    ]
 
 
 def _elsewhere(report: Report) -> str:
@@ -271,10 +266,7 @@ def verify_files(run: Path) -> Verification:
 
 def _record(run: Path) -> dict[str, Any]:
     """Return run.json, with every artifact entry complete."""
-    path = run / RUN_FILE
-    if not path.is_file():
-        raise RunError("holds no run", where=str(run), expected=f"a folder with {RUN_FILE}")
-    record = artifact.read_json(path)
+    path, record = run / RUN_FILE, RunFolder(run).description()
     check_schema(record, path)
     if not isinstance(record.get("artifacts"), list):
         raise RunError("lists no artifacts", where=str(path), fix="Run the recipe again")

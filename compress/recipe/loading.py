@@ -127,7 +127,7 @@ def tracked(recipe: Recipe, tracker: str) -> Recipe:
     """
     if tracker not in TRACKERS:
         raise UnknownNameError("tracker", tracker, TRACKERS, where="--track")
-    if "'track'" not in repr(to_json(recipe)):  # a key of every training
+    if not any(isinstance(part, TrainSettings) for _, part in recipe.parts()):
         raise UsageError(
             "no stage trains a network, so there is nothing to log",
             where="--track",
@@ -219,11 +219,7 @@ _UniqueKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG,
 
 
 def _content(text: str) -> Any:
-    """Return what a YAML text holds.
-
-    Raises:
-        YAMLError: it is none, or a few lines that refer to each other stand for very many values.
-    """
+    """Return what a YAML text holds."""
     if text.count("[") + text.count("{") > MOST_BRACKETS:  # they take the square in time
         raise yaml.YAMLError(f"it opens more than {MOST_BRACKETS:,} brackets")
     loader = _UniqueKeyLoader(text)

@@ -78,19 +78,15 @@ def _explain(path: str, details: ErrorDetails) -> str:
     if details["type"] == "missing":
         return f"{path}: this key is required."
     if details["type"] == "literal_error":
-        hint = did_you_mean(str(value), _choices(details)) or "."
-        known = details["ctx"]["expected"]
-        return f"{path}: {value!r} is none of the choices{hint} Known: {known}."
+        told: str = details["ctx"]["expected"]
+        choices = [part.strip(" '") for part in told.replace(" or ", ", ").split(",")]
+        hint = did_you_mean(str(value), choices) or "."
+        return f"{path}: {value!r} is none of the choices{hint} Known: {told}."
     message = details["msg"].removeprefix("Value error, ")
     for pythons, ours in (("tuple", "list"), ("dictionary", "mapping")):
         message = message.replace(f"a valid {pythons}", f"a {ours}")
     shown = "" if isinstance(value, (dict, list)) or details["type"] == "value_error" else value
     return f"{path}: {f'{shown!r}: ' if shown != '' else ''}{message}."
-
-
-def _choices(details: ErrorDetails) -> list[str]:
-    expected: str = details["ctx"]["expected"]
-    return [part.strip(" '") for part in expected.replace(" or ", ", ").split(",")]
 
 
 def _key_path(location: Iterable[int | str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -25,6 +25,17 @@ class Settings(BaseModel):
     """A part of a recipe: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def parts(self, place: str = "") -> Iterator[tuple[str, Settings]]:
+        """Yield every part below this one with its key path, such as ``stages[0].distill``."""
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            several = isinstance(value, tuple)
+            for number, part in enumerate(value if several else (value,)):
+                if isinstance(part, Settings):
+                    at = f"{place}.{key}[{number}]" if several else f"{place}.{key}"
+                    yield at.removeprefix("."), part
+                    yield from part.parts(at)
 
 
 class ModelSettings(Settings):
@@ -436,6 +447,11 @@ class Recipe(Settings):
     targets: tuple[Target, ...] = ()
     gates: Gates = Gates()
     measure: MeasureSettings = MeasureSettings()
+
+    def placed_stages(self) -> Iterator[tuple[str, Stage]]:
+        """Yield each stage with its key path."""
+        for number, stage in enumerate(self.stages):
+            yield f"stages[{number}].{stage.verb}", stage
 
     @field_validator("name")
     @classmethod

@@ -63,46 +63,37 @@ def class_metric_table(details: Details) -> Table | None:
     return Table("class-metrics", title, tuple(columns), tuple(rows))
 
 
+_SCORES = {"Precision": "precision_pct", "Recall": "recall_pct", "F1": "f1_pct"}
+
+
 def _single(details: Details, scores: ClassScores) -> Table:
     columns = (
         Column("Class", is_number=False),
-        *(Column(name, unit) for name, unit in (("Images", ""), *_SCORES)),
+        Column("Images"),
+        *(Column(name, "%") for name in _SCORES),
     )
     rows = tuple(
         (
             Cell(class_name(details, position)),
             Cell(f"{images:,}", images),
-            *(
-                _percent(column[position])
-                for column in (scores.precision_pct, scores.recall_pct, scores.f1_pct)
-            ),
+            *(_percent(getattr(scores, field)[position]) for field in _SCORES.values()),
         )
         for position, images in enumerate(scores.images)
     )
     return Table(f"classes-{scores.variant}", scores.variant, columns, rows)
 
 
-_SCORES = (("Precision", "%"), ("Recall", "%"), ("F1", "%"))
-
-
 def _side_by_side(details: Details, before: ClassScores, after: ClassScores) -> Table:
-    heads = [(f"{name} {when}", unit) for name, unit in _SCORES for when in ("before", "after")]
     columns = (
         Column("Class", is_number=False),
         Column("Images"),
         Column("Recall change", "points"),
-        *(Column(name, unit) for name, unit in heads),
+        *(Column(f"{name} {when}", "%") for name in _SCORES for when in ("before", "after")),
     )
     rows = []
     for position, images in enumerate(after.images):
         scores = [
-            scores[position]
-            for pair in (
-                (before.precision_pct, after.precision_pct),
-                (before.recall_pct, after.recall_pct),
-                (before.f1_pct, after.f1_pct),
-            )
-            for scores in pair
+            getattr(each, field)[position] for field in _SCORES.values() for each in (before, after)
         ]
         change = _change(scores[2], scores[3])
         rows.append(
@@ -114,9 +105,8 @@ def _side_by_side(details: Details, before: ClassScores, after: ClassScores) -> 
             )
         )
     rows.sort(key=lambda row: (row[2].sort is None, row[2].sort or 0.0))
-    return Table(
-        f"classes-{after.variant}", f"{before.variant} and {after.variant}", columns, tuple(rows)
-    )
+    title = f"{before.variant} and {after.variant}"
+    return Table(f"classes-{after.variant}", title, columns, tuple(rows))
 
 
 def _percent(value: float | None) -> Cell:
@@ -188,9 +178,9 @@ def grown_confusions(details: Details) -> Table | None:
         (
             Cell(class_name(details, pair[0])),
             Cell(class_name(details, pair[1])),
-            Cell(str(before.get(pair, 0)), before.get(pair, 0)),
+            Cell(str(old := before.get(pair, 0)), old),
             Cell(str(after[pair]), after[pair]),
-            Cell(f"+{after[pair] - before.get(pair, 0)}", after[pair] - before.get(pair, 0)),
+            Cell(f"+{after[pair] - old}", after[pair] - old),
         )
         for pair in grown[:PAIRS]
         if after[pair] > before.get(pair, 0)

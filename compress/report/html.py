@@ -177,10 +177,11 @@ def _staying(reason: str | None, islands: Sequence[Island]) -> str:
 
 def plain_json(value: Any) -> str:
     """Return settings as indented JSON for reading, without what is not set."""
-    return json.dumps(_set(value), indent=2, ensure_ascii=False)
+    return json.dumps(without_unset(value), indent=2, ensure_ascii=False)
 
 
-def _set(value: Any) -> Any:
+def without_unset(value: Any) -> Any:
+    """Return settings without keys that are not set, as a person would write them."""
     if isinstance(value, dict):
-        return {key: _set(item) for key, item in value.items() if item is not None}
-    return [_set(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: without_unset(item) for key, item in value.items() if item is not None}
+    return [without_unset(item) for item in value] if isinstance(value, list | tuple) else value

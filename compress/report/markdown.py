@@ -18,7 +18,7 @@ def markdown(report: Report) -> str:
     parts = [
         f"# {escaped_line(report.name)}",
         f"**{escaped_line(report.verdict)}**",
-        _others(report),
+        bullets(escaped_line(text) for text in list(verdicts(report).values())[1:]),
         bullets(
             f"{'✅' if gate.passed else '❌'} {escaped_line(gate_sentence(gate))}"
             for gate in report.gates
@@ -26,7 +26,7 @@ def markdown(report: Report) -> str:
         bullets(f"⚠ {escaped_line(line)}" for line in (*report.incomplete, *report.cautions)),
         *(section(table(report)) for table in (accuracies, speeds, sizes)),
         bullets(escaped_line(line) for line in (*report.notes, *missing(report))),
-        _trials(report),
+        "## Tried\n\n" + bullets(map(escaped_line, report.trials)) if report.trials else "",
         _provenance(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -35,14 +35,6 @@ def markdown(report: Report) -> str:
 def escaped_line(text: str) -> str:
     """Return ``text`` on one line with everything escaped that Markdown or HTML would read."""
     return " ".join(text.split()).translate(_SPECIAL)
-
-
-def _others(report: Report) -> str:
-    return bullets(escaped_line(text) for text in list(verdicts(report).values())[1:])
-
-
-def _trials(report: Report) -> str:
-    return "## Tried\n\n" + bullets(map(escaped_line, report.trials)) if report.trials else ""
 
 
 def bullets(lines: Iterable[str]) -> str:

@@ -18,12 +18,17 @@ def thumbnail(image: NDArray[np.uint8], side: int = 64, colours: int | None = No
         side: Pixels of the longer side; smaller images are kept as they are.
         colours: How many are left of an image in colour, for a smaller file; all if None.
     """
-    flat = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
-    picture = Image.fromarray(np.ascontiguousarray(flat))
+    picture = from_pixels(image)
     picture.thumbnail((side, side))
     if colours is not None and picture.mode == "RGB":
         picture = picture.quantize(colours)
     return png(picture)
+
+
+def from_pixels(image: NDArray[np.uint8]) -> Image.Image:
+    """Return (H, W), (H, W, 1) or (H, W, 3) uint8 as a picture."""
+    flat = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+    return Image.fromarray(np.ascontiguousarray(flat))
 
 
 def png(picture: Image.Image) -> str:

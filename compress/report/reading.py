@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,13 @@ from compress.artifact import check_file, read_json
 from compress.errors import RunError
 from compress.packages import DISTRIBUTION
 from compress.report.charts import learning_curves
+from compress.report.run_folder import (
+    DONE_FILE,
+    RUN_FILE,
+    RunFolder,
+    recorded_variants,
+    stage_folders,
+)
 from compress.report.schema import (
     SCHEMA,
     ArtifactRecord,
@@ -26,7 +32,6 @@ from compress.report.schema import (
 )
 from compress.report.verdict import verdict
 
-STAGE = re.compile(r"\d\d-.+")  # name of a stage's folder
 LISTED = 6  # names in one line
 UNFINISHED = "the run was stopped before it was measured"
 
@@ -43,9 +48,9 @@ def read_run(folder: Path | str) -> Report:
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError("there is no such folder", where=str(folder), expected="a run folder")
-    is_run = (folder / "run.json").is_file()
+    is_run = (folder / RUN_FILE).is_file()
     if is_run:
-        check_schema(read_json(folder / "run.json"), folder / "run.json")
+        check_schema(read_json(folder / RUN_FILE), folder / RUN_FILE)
     if (folder / "report.json").is_file():
         report = read_report(folder / "report.json")
         if is_run and UNFINISHED in report.skipped.values():  # more may be there by now
@@ -113,7 +118,7 @@ def check_schema(content: Any, path: Path) -> None:
 
 
 def _half_finished(folder: Path) -> Report:
-    description = read_json(folder / "run.json")
+    description = RunFolder(folder).description()
     recipe = description.get("recipe") or {}
     try:
         report = Report(
@@ -132,30 +137,26 @@ def _half_finished(folder: Path) -> Report:
         )
     except (ValidationError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
-            f"does not describe a run: {str(error).splitlines()[0]}", where=str(folder / "run.json")
+            f"does not describe a run: {str(error).splitlines()[0]}", where=str(folder / RUN_FILE)
         ) from None
     return report.model_copy(update={"verdict": f"Not finished: {UNFINISHED}. {verdict(report)}"})
 
 
 def _variants(folder: Path) -> Iterator[Variant]:
-    for stage in _stages(folder):
-        if not (stage / "metrics.json").is_file():
-            continue
-        recorded = read_json(stage / "metrics.json")
-        for entry in recorded.get("variants", []) if isinstance(recorded, dict) else []:
-            known = {key: entry.get(key) for key in ("name", "stage", "parent", "params", "macs")}
-            path = folder / str(entry.get("path"))
-            yield Variant(
-                **known,
-                artifact=entry.get("path"),
-                size_mib=path.stat().st_size / 2**20 if path.is_file() else None,
-                skipped={"results": UNFINISHED},
-            )
+    for entry in recorded_variants(folder):
+        known = {key: entry.get(key) for key in ("name", "stage", "parent", "params", "macs")}
+        path = folder / str(entry.get("path"))
+        yield Variant(
+            **known,
+            artifact=entry.get("path"),
+            size_mib=path.stat().st_size / 2**20 if path.is_file() else None,
+            skipped={"results": UNFINISHED},
+        )
 
 
 def _learning(folder: Path) -> Iterator[Curve]:
     """Yield the learning curves of every stage that trains, also of one that was stopped."""
-    for stage in _stages(folder):
+    for stage in stage_folders(folder):
         journal = stage / "training" / "metrics.jsonl"
         if journal.is_file():
             yield from learning_curves(stage.name, _rows(journal.read_text("utf-8")))
@@ -171,16 +172,12 @@ def _rows(journal: str) -> list[dict[str, Any]]:
 
 
 def _unfinished(folder: Path) -> Iterator[str]:
-    stages = _stages(folder)
-    finished = [stage.name for stage in stages if (stage / "metrics.json").is_file()]
+    stages = stage_folders(folder)
+    finished = [stage.name for stage in stages if (stage / DONE_FILE).is_file()]
     begun = [stage.name for stage in stages if stage.name not in finished]
     yield f"the run is not finished; finished stages: {_list(finished)}"
     if begun:
         yield f"begun and not finished: {_list(begun)}; compress run with --resume goes on there"
-
-
-def _stages(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and STAGE.fullmatch(path.name))
 
 
 def _list(names: list[str]) -> str:

@@ -85,7 +85,14 @@ class RunFolder:
         return folder
 
     def description(self) -> dict[str, Any]:
-        """Return what run.json holds."""
+        """Return what run.json holds.
+
+        Raises:
+            RunError: there is none, or it cannot be read.
+        """
+        if not (self.root / RUN_FILE).is_file():
+            expected = f"a folder with {RUN_FILE}"
+            raise RunError("holds no run", where=str(self.root), expected=expected)
         content: dict[str, Any] = artifact.read_json(self.root / RUN_FILE)
         return content
 
@@ -118,7 +125,7 @@ class RunFolder:
         stored = _completed(self.description().get("recipe", {}))
         changed = sorted(k for k in {*stored, *wanted} if stored.get(k) != wanted.get(k))
         first = _first_changed(stored, wanted, changed) if changed else len(wanted["stages"]) + 2
-        begun = [path for path in self._stages() if int(path.name[:2]) >= first]
+        begun = [path for path in stage_folders(self.root) if int(path.name[:2]) >= first]
         if any(file.is_file() for path in begun for file in path.rglob("*")):
             raise RunError(
                 f"the folder belongs to another recipe; these keys differ: {', '.join(changed)}",
@@ -133,13 +140,6 @@ class RunFolder:
             for path in self.root.iterdir()
         )
 
-    def _stages(self) -> list[Path]:
-        return [
-            path
-            for path in self.root.iterdir()
-            if path.is_dir() and path.name[:2].isdigit() and path.name[2:3] == "-"
-        ]
-
     def _clear(self) -> None:
         """Remove what a run wrote, and nothing else.
 
@@ -148,9 +148,22 @@ class RunFolder:
         """
         for name in OWN_FILES - {RUN_FILE}:
             (self.root / name).unlink(missing_ok=True)
-        for path in sorted(self._stages(), reverse=True):
+        for path in reversed(stage_folders(self.root)):
             (path / DONE_FILE).unlink(missing_ok=True)
             shutil.rmtree(path)
+
+
+def stage_folders(root: Path) -> list[Path]:
+    """Return the folders of the stages of a run, in order."""
+    return sorted(path for path in root.glob("[0-9][0-9]-*") if path.is_dir())
+
+
+def recorded_variants(root: Path) -> list[dict[str, Any]]:
+    """Return what the finished stages of a run recorded of their networks, the original first."""
+    done = [stage / DONE_FILE for stage in stage_folders(root)]
+    found = [artifact.read_json(path) for path in done if path.is_file()]
+    return [each for content in found if isinstance(content, dict)
+            for each in content.get("variants", [])]  # fmt: skip
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -205,7 +218,7 @@ def artifacts_in(path: Path) -> list[Path]:
     graphs = sorted(path.glob("model.onnx")) or sorted(path.glob("model.*.onnx"))
     if graphs:
         return graphs
-    for stage in sorted(path.glob("[0-9][0-9]-*"), reverse=True):
+    for stage in reversed(stage_folders(path)):
         if (found := artifacts_in(stage)) != [stage] or (stage / "model.json").is_file():
             return found
     return [path]
@@ -266,12 +279,7 @@ def held(root: Path) -> Iterator[None]:
 
 
 def _opened(path: Path) -> int:
-    """Return a locked descriptor of the file that ``path`` names.
-
-    Raises:
-        RunError: another process holds the lock.
-        OSError: the file cannot be written.
-    """
+    """Return a locked descriptor of the file that ``path`` names."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:

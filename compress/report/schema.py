@@ -309,7 +309,7 @@ class Confusion(Record):
 
 
 class Flip(Record):
-    """An image whose answer changed from right to wrong."""
+    """An image whose answer changed; a report holds those that were right before."""
 
     index: int  # in the test split
     label: int  # classes are positions in Details.classes
@@ -320,6 +320,13 @@ class Flip(Record):
     variant: str | None = None
     runtime: str | None = None
     thumbnail: Png | None = None
+
+    @property
+    def kind(self) -> Literal["lost", "won", "other"]:
+        """Return "lost" (was right, now wrong), "won" (the reverse) or "other" (wrong twice)."""
+        if self.before == self.label:
+            return "lost"
+        return "won" if self.after == self.label else "other"
 
 
 class Subgroup(Record):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from compress.report import numbers as figures
 from compress.report.schema import Interval, Report, Result, Variant
@@ -112,27 +113,25 @@ def is_labelled(report: Report) -> bool:
 
 def speeds(report: Report) -> Table:
     """Return latency, throughput and memory of each variant, runtime and batch size."""
-    kinds = _keys(result.memory_mib for v in report.variants for result in v.results)
-    meters = _keys(result.energy_mj_per_image for v in report.variants for result in v.results)
-    columns = (
-        *_PLACE,
-        Column("Batch"),
-        *(column for column, _ in _SPEED),
-        *(Column(figures.titled(kind)[0].capitalize(), "MiB") for kind in kinds),
-        *(Column(f"Energy, {meter.replace('_', ' ')}", "mJ/image") for meter in meters),
-    )
-    rows = []
-    for variant in report.variants:
-        for result in variant.results:
-            rows.append(
-                (
-                    *_place(variant, result),
-                    Cell(str(result.batch), result.batch),
-                    *(_measured(variant, result, fill) for _, fill in _SPEED),
-                    *(_entry(variant, result, result.memory_mib, kind) for kind in kinds),
-                    *(_entry(variant, result, result.energy_mj_per_image, m) for m in meters),
-                )
-            )
+    results = [(v, result) for v in report.variants for result in v.results]
+    kinds = dict.fromkeys(key for _, result in results for key in result.memory_mib)
+    meters = dict.fromkeys(key for _, result in results for key in result.energy_mj_per_image)
+    filled: list[tuple[Column, Fill]] = [*_SPEED]
+    for kind in kinds:
+        column = Column(figures.titled(kind)[0].capitalize(), "MiB")
+        filled.append((column, _fill_entry("memory_mib", kind)))
+    for meter in meters:
+        column = Column(f"Energy, {meter.replace('_', ' ')}", "mJ/image")
+        filled.append((column, _fill_entry("energy_mj_per_image", meter)))
+    rows = [
+        (
+            *_place(variant, result),
+            Cell(str(result.batch), result.batch),
+            *(_measured(variant, result, fill) for _, fill in filled),
+        )
+        for variant, result in results
+    ]
+    columns = (*_PLACE, Column("Batch"), *(column for column, _ in filled))
     return Table("speed", "Speed and memory", columns, tuple(rows))
 
 
@@ -168,7 +167,17 @@ def _size(variant: Variant, original: Variant | None) -> tuple[Cell, ...]:
     )
 
 
-Fill = Callable[[Result], tuple[str, float | None, str, Interval | None, bool | None]]
+class FieldValue(NamedTuple):
+    """What a cell shows of a result."""
+
+    field: str
+    value: float | None = None
+    form: str = "number"
+    bounds: Interval | None = None
+    differs: bool | None = None
+
+
+Fill = Callable[[Result], FieldValue]
 
 
 def _fill(
@@ -179,9 +188,11 @@ def _fill(
 ) -> Fill:
     """Return what reads a field of a result, its interval and whether it differs."""
 
-    def fill(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+    def fill(result: Result) -> FieldValue:
         interval = getattr(result, bounds) if bounds else None
-        return field, getattr(result, field), form, interval, differs and differs(result)
+        return FieldValue(
+            field, getattr(result, field), form, interval, differs and differs(result)
+        )
 
     return fill
 
@@ -227,32 +238,36 @@ def _task_columns(report: Report) -> tuple[tuple[Column, Fill], ...]:
     return tuple(found)
 
 
-def _alike(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+def _alike(result: Result) -> FieldValue:
     alike = result.agreement
-    if alike is None:
-        return "agreement_pct", None, "number", None, None
-    return "agreement_pct", alike.value, "number", alike.ci95, None
+    value, bounds = (None, None) if alike is None else (alike.value, alike.ci95)
+    return FieldValue("agreement_pct", value, bounds=bounds)
 
 
 def _fill_metric(name: str) -> Fill:
-    def fill(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+    def fill(result: Result) -> FieldValue:
         metric = (result.metrics or {}).get(name)
         if metric is None:
-            return "metrics", None, "number", None, None
+            return FieldValue("metrics")
         form = "percent" if metric.unit == "pct" else "number"
-        return "metrics", metric.value, form, metric.ci95, None
+        return FieldValue("metrics", metric.value, form, metric.ci95)
 
     return fill
 
 
 def _fill_change(name: str) -> Fill:
-    def fill(result: Result) -> tuple[str, float | None, str, Interval | None, bool | None]:
+    def fill(result: Result) -> FieldValue:
         change = (result.changes or {}).get(name)
         if change is None:
-            return "changes", None, "points", None, None
-        return f"changes.{name}", change.value, "points", change.ci95, change.differs
+            return FieldValue("changes")
+        return FieldValue(f"changes.{name}", change.value, "points", change.ci95, change.differs)
 
     return fill
+
+
+def _fill_entry(field: str, key: str) -> Fill:
+    """Return what reads one of the figures that a field of a result holds by name."""
+    return lambda result: FieldValue(key, getattr(result, field).get(key))
 
 
 _SPEED: tuple[tuple[Column, Fill], ...] = (
@@ -306,16 +321,6 @@ def _open(result: Result, field: str) -> str | None:
         return said or (undecided(result.images, bounds) if bounds else None)
     change = (result.changes or {}).get(field.removeprefix("changes."))
     return None if change is None else change.verdict
-
-
-def _entry(variant: Variant, result: Result, values: Mapping[str, float], key: str) -> Cell:
-    if key not in values:
-        return _absent(variant, result, key)
-    return Cell(figures.number(values[key]), values[key])
-
-
-def _keys(mappings: Iterable[Mapping[str, float]]) -> list[str]:
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 _AGAINST_ITSELF = {

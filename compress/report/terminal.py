@@ -39,18 +39,17 @@ def summary(
     parts: list[RenderableType] = [*_tables(report)]
     details = (*report.trials, *missing(report)) if verbose else missing(report, SHOWN)
     parts += [Text(line, style="dim") for line in (*report.notes, *details)]
-    parts += [_gate_line(gate) for gate in report.gates]
+    for gate in report.gates:
+        sign, color = ("✓", "green") if gate.passed else ("✗", "red")
+        parts.append(Text(f"{sign} {gate_sentence(gate)}", style=color))
     parts += [Text(f"! {line}", style="yellow") for line in (*report.incomplete, *report.cautions)]
     if report.verdict:
         parts.append(Text(report.verdict, style="bold"))
     if folder is not None:
-        parts += [Text(f"Int8: {Path(run or folder) / path}") for path in _int8_files(report)]
+        int8 = [v.artifact for v in report.variants if v.artifact and v.name.startswith("int8-")]
+        parts += [Text(f"Int8: {Path(run or folder) / path}") for path in int8]
         parts.append(Text(f"Report: {Path(folder) / 'report.html'}  (.md, .json beside it)"))
     return Group(*parts)
-
-
-def _int8_files(report: Report) -> list[str]:
-    return [v.artifact for v in report.variants if v.artifact and v.name.startswith("int8-")]
 
 
 def missing(report: Report, shown: Collection[str] | None = None) -> list[str]:
@@ -174,15 +173,6 @@ def _accuracy_heading(report: Report) -> str:
 def _speedup(result: Result) -> str:
     sign = "=" if speed_differs(result) is False else ""  # no significant difference
     return f"{sign}{numbers.factor(result.speedup)}"
-
-
-def _gate_line(gate: Gate) -> RenderableType:
-    from rich.text import Text
-
-    return Text(
-        f"{'✓' if gate.passed else '✗'} {gate_sentence(gate)}",
-        style="green" if gate.passed else "red",
-    )
 
 
 def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:

@@ -207,9 +207,6 @@ class Task(abc.ABC):
         """Return the NMS that exported files end in; None: they end as the network does."""
         return None
 
-    def check_targets(self, labels: Any) -> None:  # noqa: B027  # a task may take any labels
-        """Raise DataError where labels (of all images) are not what this task needs."""
-
 
 def arrays_told(arrays: Mapping[str, Any]) -> list[Row]:
     """Return shape and range of each array, (nothing,) of an empty one."""
@@ -317,7 +314,8 @@ def check_repeated(
     """Raise UsageError where the same images contribute something else the second time."""
     for number, (one, two) in enumerate(zip(scores, again, strict=True)):
         for key, value in one.items():
-            if not np.array_equal(numeric(value), numeric(two[key]), equal_nan=_is_number(value)):
+            is_float = np.issubdtype(numeric(value).dtype, np.floating)
+            if not np.array_equal(numeric(value), numeric(two[key]), equal_nan=is_float):
                 raise UsageError(
                     f"score of image {number} gives {key} as {value} and then as {two[key]}",
                     where=type(task).__name__,
@@ -368,7 +366,3 @@ def _try_summary(task: Task, scores: Sequence[Contribution]) -> None:
                 where=name,
                 expected="the same value for the same scores",
             )
-
-
-def _is_number(value: Any) -> bool:
-    return bool(np.issubdtype(numeric(value).dtype, np.floating))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.data._resize import Fit
-from compress.errors import DataError, EngineError, UsageError
+from compress.errors import EngineError, UsageError
 from compress.graph.nms import Nms
 from compress.modules.detectors import has_background
 from compress.tasks import (
@@ -28,8 +28,7 @@ from compress.tasks import (
     shapes_told,
 )
 from compress.tasks._drawing import boxed
-from compress.tasks._losses import ultralytics_loss
-from compress.tasks._ranking import coco_average_precision, mean_over
+from compress.tasks._metrics import coco_average_precision, mean_over
 
 IOUS = np.linspace(0.5, 0.95, 10)
 OTHER_ROWS = (
@@ -89,7 +88,7 @@ class Detection(Task):
             UsageError: it returns no losses.
         """
         if hasattr(model, "init_criterion"):
-            return ultralytics_loss(model, images, targets)
+            return _ultralytics_loss(model, images, targets)
         shift = int(self.background or has_background(model))
         told = [{"boxes": each["boxes"], "labels": each["labels"] + shift} for each in targets]
         losses = model(images, told)
@@ -111,7 +110,7 @@ class Detection(Task):
     def score(self, prediction: Prediction, target: Target) -> Contribution:
         """Return each box's class, score and whether it is right at each of ten IoUs."""
         boxes, labels = numeric(target["boxes"]).reshape(-1, 4), numeric(target["labels"])
-        ignored = numeric(target.get("ignored", np.zeros(len(labels), bool))).astype(bool)
+        ignored = _ignored(target)
         hits = np.zeros((len(IOUS), len(prediction["scores"])), np.int8)  # -1: matches an ignored
         for label in np.unique(prediction["labels"]):
             mine, theirs = prediction["labels"] == label, labels == label
@@ -129,14 +128,6 @@ class Detection(Task):
         """Return mAP 50-95 and mAP 50, percent, of R samples of the images."""
         found = 100 * self._precisions(scores, counts)  # (R, K, 10)
         return {"map50_95": mean_over(mean_over(found)), "map50": mean_over(found[..., 0])}
-
-    def per_class(self, scores: Sequence[Contribution]) -> dict[str, float | None]:
-        """Return the AP 50-95 of each class, percent; None for one that has no objects."""
-        found = self.class_values(scores, np.ones((1, len(scores)), np.int64))[0]
-        names = self.classes or [str(k) for k in range(len(found))]
-        return {
-            name: None if np.isnan(found[k]) else float(found[k]) for k, name in enumerate(names)
-        }
 
     def class_values(self, scores: Sequence[Contribution], counts: Array) -> Array:
         """Return the AP 50-95 of each class, (R, K) in percent, NaN where it has no objects."""
@@ -157,7 +148,10 @@ class Detection(Task):
 
     def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
         """Return the boxes in pixels of the picture."""
-        return prediction | {"boxes": in_picture(prediction["boxes"], fit, size)}
+        place = fit.place(*size)
+        moved = prediction["boxes"] - (place.left, place.top) * 2
+        back = moved / ((place.scale[1], place.scale[0]) * 2)
+        return prediction | {"boxes": np.clip(back, 0, (size[1], size[0]) * 2)}
 
     def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
         """Return the boxes of each image that have a score of 0.3 or more, best first."""
@@ -181,9 +175,7 @@ class Detection(Task):
 
     def truth(self, target: Target) -> Prediction:
         """Return the objects that are to be found, as boxes without scores."""
-        counted = ~numeric(target.get("ignored", np.zeros(len(target["labels"]), bool))).astype(
-            bool
-        )
+        counted = ~_ignored(target)
         boxes, labels = numeric(target["boxes"]).reshape(-1, 4), numeric(target["labels"])
         return {"boxes": boxes[counted], "labels": labels[counted]}
 
@@ -199,8 +191,8 @@ class Detection(Task):
 
     def read_outputs(self, outputs: Mapping[str, Any]) -> tuple[str, ...] | None:
         """Return the first of several (B, rows, places): the others are what it is made of."""
-        rows = [name for name, value in outputs.items() if getattr(value, "ndim", 0) == 3]
-        return tuple(rows[:1]) if self.counted_outputs(outputs) else None
+        rows = self.counted_outputs(outputs)
+        return rows[:1] if rows else None
 
     def ending(self) -> Nms | None:
         """Return the NMS that exported files end in, if they do."""
@@ -212,20 +204,13 @@ class Detection(Task):
         maps = [name for name, value in outputs.items() if getattr(value, "ndim", 0) == 4]
         return tuple(rows) if len(rows) > 1 and maps else None
 
-    def check_targets(self, labels: Any) -> None:
-        """Raise DataError unless every image has boxes with labels of known classes."""
-        for number in range(len(labels)):
-            each = labels[number]
-            if not isinstance(each, Mapping) or not {"boxes", "labels"} <= set(each):
-                raise DataError(
-                    f"the label of image {number} is {type(each).__name__}",
-                    expected="a dictionary of boxes and labels",
-                    fix="Use data with boxes: voc, coco or yolo",
-                )
-
     def _images(self, outputs: Mapping[str, Any]) -> list[tuple[Array, Array, Array]]:
         """Return boxes, scores and labels of each image, whatever form the outputs have."""
-        arrays = {name: numeric(value) for name, value in outputs.items() if _is_array(value)}
+        arrays = {
+            name: numeric(value)
+            for name, value in outputs.items()
+            if isinstance(value, Tensor | np.ndarray)
+        }
         shift = int(self.background)
         if {"boxes", "scores", "labels"} <= set(arrays):
             boxes, scores, labels = (arrays[name] for name in ("boxes", "scores", "labels"))
@@ -333,6 +318,11 @@ def _matched(iou: Array, ignored: Array) -> Array:
     return out
 
 
+def _ignored(target: Target) -> Array:
+    """Return which objects need not be found, (M,)."""
+    return numeric(target.get("ignored", np.zeros(len(target["labels"]), bool))).astype(bool)
+
+
 def _confident(prediction: Prediction) -> Prediction:
     """Return the boxes of a score of 0.3 or more; those without an area overlap nothing."""
     has_area = (prediction["boxes"][:, 2:] > prediction["boxes"][:, :2]).all(1)
@@ -350,19 +340,22 @@ def _without(one: Prediction, two: Prediction) -> Prediction:
     return {name: value[alone] for name, value in one.items()}
 
 
-def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray)
-
-
-def in_picture(boxes: Array, fit: Fit, size: tuple[int, int]) -> Array:
-    """Return boxes (M, 4) in the network's input where they lie in the picture it was made from.
-
-    Args:
-        boxes: x1, y1, x2, y2 in pixels of the input.
-        fit: How the picture was fitted: a letterbox, a crop or a squash.
-        size: Height and width of the picture, pixels.
-    """
-    place = fit.place(*size)
-    back = (boxes - (place.left, place.top) * 2) / ((place.scale[1], place.scale[0]) * 2)
-    clipped: Array = np.clip(back, 0, (size[1], size[0]) * 2)
-    return clipped
+def _ultralytics_loss(
+    model: nn.Module, images: Tensor, targets: Sequence[Mapping[str, Tensor]]
+) -> Tensor:
+    """Return the loss of one of Ultralytics' networks, called as its authors do, a scalar."""
+    height, width = images.shape[2:]
+    boxes = torch.cat([each["boxes"] for each in targets]).to(images)
+    low, high = boxes[:, :2], boxes[:, 2:]
+    sides = torch.tensor([width, height]).to(boxes)
+    counts = torch.tensor([len(each["boxes"]) for each in targets])
+    batch = {
+        "img": images,
+        "bboxes": torch.cat([(low + high) / 2 / sides, (high - low) / sides], 1),
+        "cls": torch.cat([each["labels"] for each in targets]).to(boxes)[:, None],
+        "batch_idx": torch.arange(len(targets)).repeat_interleave(counts).to(boxes),
+    }
+    network: Any = model
+    parts, _ = network.init_criterion()(model(images), batch)
+    total: Tensor = parts.sum() / len(images)
+    return total

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import DataError, EngineError
+from compress.errors import EngineError
 from compress.modules.outputs import logits_of
 from compress.tasks import (
     Array,
@@ -24,7 +24,7 @@ from compress.tasks import (
     main_output,
 )
 from compress.tasks._drawing import captioned
-from compress.tasks._ranking import average_precision, mean_over
+from compress.tasks._metrics import average_precision, mean_over
 
 
 @dataclass(frozen=True)
@@ -110,16 +110,6 @@ class Multilabel(Task):
     def truth(self, target: Target) -> Prediction:
         """Return the classes that are there, without probabilities."""
         return {"present": np.asarray(target) > 0}
-
-    def check_targets(self, labels: Any) -> None:
-        """Raise DataError unless labels are (N, K) zeros and ones."""
-        array = np.asarray(labels)
-        if array.ndim != 2 or not np.isin(array, (0, 1)).all():
-            raise DataError(
-                f"labels of shape {array.shape} are not several classes for each image",
-                expected="zeros and ones of shape (N, K)",
-                fix="Use task: classification for one class an image",
-            )
 
     def _ranked(self, probabilities: Array, present: Array) -> list[Row]:
         order = np.argsort(-probabilities, kind="stable")[: max(1, int(present.sum()))]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.data._resize import Fit
-from compress.errors import DataError, EngineError, UsageError
+from compress.errors import EngineError, UsageError
 from compress.tasks import (
     Array,
     Contribution,
@@ -23,11 +23,10 @@ from compress.tasks import (
     Target,
     Task,
     channels_first,
-    class_metrics,
     main_output,
 )
 from compress.tasks._drawing import captioned, outlined, overlaid, palette
-from compress.tasks._ranking import mean_over
+from compress.tasks._metrics import mean_over
 
 UNSEEN = -1  # in a class map: pixels of the picture that the network was not shown
 LEGEND = 12  # classes that are named in a drawing
@@ -111,11 +110,6 @@ class Segmentation(Task):
         iou: Array = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
         return 100 * iou
 
-    def per_class(self, scores: Sequence[Contribution]) -> dict[str, float | None]:
-        """Return the IoU of each class, percent; None for one that never occurs."""
-        found = class_metrics(self, scores)
-        return {name: None if each is None else each.value for name, each in found.items()}
-
     def agreement(self, reference: Prediction, candidate: Prediction) -> float:
         """Return the mIoU between two class maps, percent, over the classes in either."""
         one, two = reference["class_map"], candidate["class_map"]
@@ -168,20 +162,6 @@ class Segmentation(Task):
         """Return the mask as a class map, UNSEEN where nothing counts."""
         mask = np.asarray(target).astype(np.int32)
         return {"class_map": np.where(mask == self.ignore, UNSEEN, mask)}
-
-    def check_targets(self, labels: Any) -> None:
-        """Raise DataError unless every value of every mask is a class or the ignored one."""
-        for number, mask in enumerate(labels):
-            values = np.unique(np.asarray(mask))
-            wrong = values[(values >= len(self.classes)) | (values < 0)]
-            wrong = wrong[wrong != self.ignore] if self.ignore is not None else wrong
-            if np.ndim(mask) != 2 or len(wrong):
-                raise DataError(
-                    f"mask {number} of shape {np.shape(mask)} holds the values {wrong.tolist()}",
-                    expected=f"(H, W) with classes 0 to {len(self.classes) - 1}"
-                    + ("" if self.ignore is None else f", or {self.ignore} for void"),
-                    fix="Set the task's ignore: {segmentation: {ignore: N}}",
-                )
 
     def _pixel_loss(self, logits: Any, targets: Tensor) -> Tensor:
         if not isinstance(logits, Tensor) or logits.ndim != 4:

@@ -166,11 +166,7 @@ def _taken(images: LabelledImages, parts: list[NDArray[np.int64]]) -> Iterable[T
 
 
 def _received(batches: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield what the decoding processes send.
-
-    Raises:
-        CompressError: what went wrong in one of them, or one has ended.
-    """
+    """Yield what the decoding processes send."""
     try:
         for batch in batches:
             if isinstance(batch, CompressError):

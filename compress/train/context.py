@@ -103,7 +103,8 @@ def chosen_precision(wanted: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return "bf16" if native else "fp16"
-    return "bf16" if device.type == "cpu" and _cpu_has_bf16() else "fp32"
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -111,8 +112,3 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
-
-
-def _cpu_has_bf16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

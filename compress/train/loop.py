@@ -76,11 +76,7 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
 
 
 def _all_epochs(train_step: TrainStep, training: Training) -> TrainResult:
-    """Train to the end, from where the folder's checkpoint stands.
-
-    Raises:
-        InterruptedBySignal: a signal asked to stop; the steps taken are saved.
-    """
+    """Train to the end, from where the folder's checkpoint stands."""
     state, writes = train_step.state, training.processes.is_main
     state.resume()
     log = MetricsLog(

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import is_out_of_memory
+from compress.errors import TrainingError, is_out_of_memory
 from compress.modules.objective import Informed, Movable, Objective, TrainingProgress
 from compress.train.batches import Batch, on_device, seed_of, training_view
 from compress.train.context import autocast
 from compress.train.distributed import Sharing, SyncedBatchNorm
-from compress.train.memory import more_parts, too_large
 from compress.train.optimizers import make_optimizer, rate_factor, set_rate
 from compress.train.state import Average, State, Training
 
@@ -155,11 +154,21 @@ class TrainStep:
         if processes.device.type == "cuda":
             torch.cuda.empty_cache()
         state.parts *= 2
-        note = more_parts(batch.total, state.parts, state.steps_done + 1, processes.world)
+        by = f" by each of {processes.world} processes" if processes.world > 1 else ""
+        note = (
+            f"out of memory at step {state.steps_done + 1}: batches of {batch.total} images are "
+            f"now computed in {state.parts} parts{by}"
+        )
         logger.warning(note)
         state.notes.append(note)
 
-    def _too_large(self, batch: Batch) -> Exception:
-        state = self.state
-        step = state.steps_done + 1
-        return too_large(len(batch.index), state.parts, step, self.training.settings)
+    def _too_large(self, batch: Batch) -> TrainingError:
+        state, parts = self.state, self.state.parts
+        halves = self.training.settings.halve_batch
+        or_halve = "" if halves else ", or halve_batch: true to do so when needed"
+        return TrainingError(
+            f"out of memory at step {state.steps_done + 1}, {len(batch.index)} images in {parts} "
+            f"part{'s' if parts > 1 else ''}",
+            where="train",
+            fix=f"Set accumulate: {2 * parts} to compute a batch in more parts{or_halve}",
+        )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from compress import evaluate
@@ -87,11 +87,8 @@ def validate(
             inputs = dataset.normalize(images.take(indices).to(processes.device))
             with autocast(precision, processes.device):
                 logits = logits_of(model(inputs)).float()
-            sums += _sums(logits, target)
-    right, loss = processes.sum(sums).tolist()
-    return Score(100 * right / len(images), loss / len(images), len(images))
-
-
-def _sums(logits: Tensor, target: Tensor) -> Tensor:
-    right = (logits.argmax(1) == target).sum()
-    return torch.stack([right.double(), F.cross_entropy(logits, target, reduction="sum").double()])
+            right = (logits.argmax(1) == target).sum().double()
+            loss = F.cross_entropy(logits, target, reduction="sum").double()
+            sums += torch.stack([right, loss])
+    correct, total = processes.sum(sums).tolist()
+    return Score(100 * correct / len(images), total / len(images), len(images))

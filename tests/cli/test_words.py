@@ -7,8 +7,7 @@ import pytest
 import typer
 
 from compress.cli import app
-from compress.cli.options import model_options
-from compress.cli.recipes import _content
+from compress.cli.options import _content, model_options
 from compress.errors import CompressError, RecipeError
 from compress.recipe.loading import validate_recipe
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from compress.data import load_data, parse_reference
+from compress.data import _images, load_data, parse_reference
 from compress.errors import CompressError, DataError, UsageError
 
 
@@ -150,10 +150,9 @@ def test_folders_are_cropped_and_labelled_by_sorted_name(folder):
 
 
 def test_a_large_folder_is_decoded_when_asked_for(folder, monkeypatch):
-    from compress.data import imagefolder
 
     whole = load(f"imagefolder:{folder}", image_size=16, calibration=8)
-    monkeypatch.setattr(imagefolder, "LARGEST_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(_images, "LARGEST_IN_MEMORY_BYTES", 0)
     lazy = load(f"imagefolder:{folder}", image_size=16, calibration=8)
     for split in whole.splits:
         indices = range(len(whole.splits[split]))

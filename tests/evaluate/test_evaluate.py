@@ -242,3 +242,13 @@ def test_logits_are_found_wherever_a_network_puts_them():
     images = torch.randn(6, 3, 4, 4)
     found = predict(InDict(), [(images, torch.arange(6) % 3)])
     np.testing.assert_allclose(found.logits, images.mean((2, 3)).numpy(), atol=1e-6)
+
+
+def test_the_calibration_error_of_equal_confidence_is_its_distance_from_the_accuracy() -> None:
+    logits = np.zeros((4, 3), np.float32)
+    logits[range(4), [0, 1, 2, 0]] = 2.0
+    sure = float(np.exp(2) / (np.exp(2) + 2))
+    judged = accuracy(Predictions(logits, np.array([0, 1, 2, 1])))
+    assert judged.ece_pct == pytest.approx(100 * abs(sure - 0.75))
+    assert judged.calibration["confidence_pct"] == pytest.approx([100 * sure])
+    assert (judged.calibration["accuracy_pct"], judged.calibration["images"]) == ([75.0], [4])

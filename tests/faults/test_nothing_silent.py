@@ -13,7 +13,7 @@ from graphs import network
 from shards import picture, sample, write_shard
 
 import compress
-from compress.data import imagefolder, load_data, parse_reference
+from compress.data import _images, load_data, parse_reference
 from compress.data._images import FileImages, MemoryImages, Names, Subset
 from compress.data._overlap import overlap
 from compress.data._resize import Fit
@@ -145,7 +145,7 @@ def test_learnt_images_are_found_wherever_each_split_is_held(
 ):
     """On disk, in memory, and the large training set on disk with the small test set in memory."""
     tried("splits that share images: equal and nearly equal ones are counted, in memory and files")
-    monkeypatch.setattr(imagefolder, "LARGEST_IN_MEMORY_BYTES", bytes_in_memory)
+    monkeypatch.setattr(_images, "LARGEST_IN_MEMORY_BYTES", bytes_in_memory)
     reference = written(tmp_path / "x", {"train": range(40), "val": [100, 101, 6, 7, 8, 102]})
     data = load_data(parse_reference(reference, image_size=32))
     learned = [data.splits[name] for name in ("train", "validation", "calibration")]

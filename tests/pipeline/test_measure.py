@@ -9,10 +9,11 @@ import pytest
 from onnx import TensorProto, load
 
 from compress import pipeline
-from compress.pipeline.measure import places
+from compress.pipeline.measure import int8_coverage, places
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import Target
 from compress.report.schema import Report
+from compress.runtimes._fusion import FloatLayer, Fusion
 
 RECIPE = {
     "name": "halves",
@@ -100,3 +101,27 @@ def test_targets_of_one_place_are_timed_side_by_side() -> None:
         [("int8", 1), ("fp16", 1), ("fp32", 1)],
         [("int8", 8), ("fp16", 8), ("fp32", 8)],
     ]
+
+
+def test_coverage_names_islands_and_float_layers_once():
+    fusion = Fusion(
+        runtime="onnxruntime",
+        macs=1000,
+        int8_macs=900,
+        kernels=5,
+        float_layers=(
+            FloatLayer("conv", "Conv", 80, "fp32", "no int8 kernel"),
+            FloatLayer("fc", "Gemm", 20, "fp32", "a float bias"),
+        ),
+        islands=(("conv", "relu"),),
+        reformats=("cast",),
+        unfused_adds=(),
+        adds=0,
+    )
+    found = int8_coverage(fusion, "int8")
+    assert found.int8_macs_pct == pytest.approx(90)
+    assert [(part.nodes, part.macs) for part in found.islands] == [
+        (("conv", "relu"), 80),
+        (("fc",), 20),
+    ]
+    assert found.islands[1].reason == "a float bias"

@@ -22,7 +22,7 @@ from compress.data import load_data, targets_of
 from compress.data._augment import CHANCES, Chance, augment_with_labels
 from compress.errors import CompressError, UsageError
 from compress.modules.objective import TaskLoss
-from compress.pipeline.changed_images import drawn_changes
+from compress.pipeline.report_images import drawn_changes
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.tasks import load_task

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compress import statistics
 from compress.errors import EngineError
+from compress.evaluate.predictions import in_percent
 from compress.progress import track
 from compress.tasks import Prediction
 
@@ -173,9 +174,7 @@ def outputs_row(reference: Sequence[Prediction], candidate: Sequence[Prediction]
         same = sum(int(a.argmax() == b.argmax()) for a, b in zip(*answers, strict=True))
         images = len(answers[0])
         found["agreement_pct"] = 100 * same / images
-        found["agreement_ci95"] = tuple(
-            100 * end for end in statistics.wilson_interval(same, images)
-        )
+        found["agreement_ci95"] = in_percent(statistics.wilson_interval(same, images))
     return found
 
 

@@ -18,12 +18,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from compress.artifact import inside, read_json, replacing
+from compress.artifact import inside, replacing
 from compress.data import UNFITTED, Dataset, load_data
 from compress.errors import RunError
 from compress.evaluate.feeding import arrays_for, artifact_facts, completed, picture_of
 from compress.recipe.settings import DataSettings
-from compress.report.run_folder import RUN_FILE
+from compress.report.html import without_unset
+from compress.report.run_folder import RunFolder, recorded_variants
 from compress.runtimes import Session, open_session
 from compress.tasks import Task, default_task, load_task
 
@@ -52,11 +53,8 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         DataError: the images of the run cannot be read here.
     """
     folder, target = Path(run), Path(out)
-    if not (folder / RUN_FILE).is_file():
-        raise RunError("holds no run", where=str(folder), expected=f"a folder with {RUN_FILE}")
-    description = read_json(folder / RUN_FILE)
+    recipe = RunFolder(folder).description()["recipe"]
     models = _models(folder)
-    recipe = description["recipe"]
     first = folder / models[0]["path"]
     data = completed(DataSettings.model_validate(recipe["data"]), [first])
     dataset = load_data(data, recipe["seed"])
@@ -67,7 +65,7 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
     )
     files: dict[str, bytes] = {
         **{name: Path(__file__).with_name(file).read_bytes() for name, file in SCRIPTS.items()},
-        "recipe.yaml": yaml.safe_dump(_without_defaults(recipe), sort_keys=False).encode(),
+        "recipe.yaml": yaml.safe_dump(without_unset(recipe), sort_keys=False).encode(),
         "labels.txt": "".join(f"{name}\n" for name in labels).encode(),
         "sample.npz": _sample(folder, models, dataset, task),
     }
@@ -92,9 +90,7 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
 
 def _models(folder: Path) -> list[dict[str, Any]]:
     """Return every network of the run, the original first, each with its name in the bundle."""
-    found: list[dict[str, Any]] = []
-    for stage in sorted(folder.glob("[0-9][0-9]-*/metrics.json")):
-        found += read_json(stage).get("variants", [])
+    found = recorded_variants(folder)
     if not found:
         raise RunError(
             "no stage of this run has left a network",
@@ -188,13 +184,6 @@ def _pack(files: Mapping[str, bytes], target: Path, *, root: str) -> None:
             entry.size = len(content)
             entry.mode = 0o755 if name in SCRIPTS else 0o644
             archive.addfile(entry, io.BytesIO(content))
-
-
-def _without_defaults(content: Any) -> Any:
-    """Return the recipe as a person would write it: without keys that are not set."""
-    if isinstance(content, dict):
-        return {k: _without_defaults(v) for k, v in content.items() if v is not None}
-    return [_without_defaults(item) for item in content] if isinstance(content, list) else content
 
 
 def _folder_name(target: Path) -> str:

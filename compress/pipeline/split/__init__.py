@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import io
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from onnx import ModelProto
 
 from compress import progress
@@ -17,14 +19,21 @@ from compress.errors import CompressError, ExportError, UsageError
 from compress.graph import files as onnx_file
 from compress.graph.shapes import dims_of, real_inputs
 from compress.measure import Timing
-from compress.pipeline.split.chart import split_chart
 from compress.pipeline.split.clock import Clock, Cost, write_parts
-from compress.pipeline.split.cutting import Cut, Cuttable, front
-from compress.pipeline.split.int8 import check_opset, quantize_between
+from compress.pipeline.split.cutting import Cut, Cuttable, check_opset, front, quantize_between
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 AUTO = "auto"
 LARGEST_DIFFERENCE = 1e-4  # between the two parts and the whole, as a share of the largest output
 LARGEST_DIFFERENCE_INT8 = 0.1  # where a graph rounds: runtimes fuse otherwise beside a cut
+LONGEST = 34  # letters of a tensor's name on the chart
+PARTS = {  # of the time: its label, its colour
+    "head_ms": ("head, edge", "#0b6e4f"),
+    "link_ms": ("link", "#7a7a7a"),
+    "tail_ms": ("tail, server", "#3f6fb0"),
+}
 _TIMING = Timing(seconds=0.5, warmup_limit_seconds=1.0)
 
 
@@ -213,11 +222,7 @@ def _write(graph: Cuttable, folder: Path, int8: bool, cut: Cut) -> tuple[Path, P
 
 
 def _check_equal(difference: float, model: ModelProto, where: str) -> None:
-    """Check that head and tail answer as the whole.
-
-    Raises:
-        ExportError: they do not.
-    """
+    """Check that head and tail answer as the whole."""
     rounds = any("Quant" in node.op_type for node in model.graph.node)
     limit = LARGEST_DIFFERENCE_INT8 if rounds else LARGEST_DIFFERENCE
     if difference > limit:
@@ -227,3 +232,57 @@ def _check_equal(difference: float, model: ModelProto, where: str) -> None:
             expected=f"at most {limit}",
             fix="Cut elsewhere with --at TENSOR, and please report this network",
         )
+
+
+def split_table(split: Split) -> Table:
+    """Return the places as a table for the terminal."""
+    from compress.terminal import table
+
+    kept = "int8 at the cut" if split.int8 else "equal to the whole"
+    caption = (
+        f"{split.head} and {split.tail}: {kept}, difference {split.difference:.1g} of the largest "
+        f"output; what crosses: {', '.join(split.cut.crossing)}; one image, link "
+        f"{split.link_mbps:g} Mbit/s, edge {split.edge_slowdown:g} x as slow as this machine"
+    )
+    numbers = ("head MACs %", "KiB that cross", "head ms", "link ms", "tail ms", "sum ms")
+    rows = []
+    for place in split.places:
+        times = (place.head_ms, place.link_ms, place.tail_ms, place.total_ms)
+        sizes = (f"{place.head_macs_pct:.1f}", f"{place.bytes / 1024:.1f}")
+        rows.append([_marked(place, split), *sizes, *(f"{time:.2f}" for time in times)])
+    return table(["cut at", *numbers], rows, caption=caption, numbers=numbers)
+
+
+def _marked(place: Place, split: Split) -> str:
+    return place.name + " *" * (place.name == split.cut.tensor)
+
+
+def split_chart(split: Split) -> str:
+    """Return the front as SVG: where the time goes at each place, the edge's work rising."""
+    import matplotlib as mpl
+
+    mpl.use("agg", force=False)
+    from matplotlib.figure import Figure
+
+    order = sorted(split.places, key=lambda place: (-place.head_macs_pct, -place.bytes))
+    figure = Figure(figsize=(7, 1.4 + 0.32 * len(order)), layout="constrained")
+    axes = figure.add_subplot()
+    left = np.zeros(len(order))
+    for name, (label, color) in PARTS.items():
+        values = np.array([getattr(place, name) for place in order])
+        axes.barh(range(len(order)), values, left=left, color=color, label=label)
+        left = left + values
+    for row, (place, end) in enumerate(zip(order, left, strict=True)):
+        axes.text(end, row, f" {end:.1f} ms, {place.bytes / 1024:.0f} KiB", va="center", fontsize=8)
+    names = [_marked(place, split) for place in order]
+    axes.set_yticks(
+        range(len(order)), [n if len(n) < LONGEST else f"...{n[4 - LONGEST :]}" for n in names]
+    )
+    axes.tick_params(labelsize=8)
+    axes.set_xlim(0, 1.3 * float(left.max()))
+    axes.set_xlabel(f"ms for one image, link {split.link_mbps:g} Mbit/s")
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,25 +19,14 @@ from compress.pipeline.context import RunContext, RunVariant, StageResult, train
 from compress.pipeline.network import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
-from compress.runtimes import DEFAULT, TensorSpec, open_session, runtime_class
+from compress.runtimes import DEFAULT, open_session, runtime_class
 from compress.train.distributed import join_processes
 
 if TYPE_CHECKING:
     from compress.qdq import QuantPlan
-    from compress.quantize.accuracy_budget import BudgetResult
     from compress.quantize.qat import Trained
 
 CALIBRATION_BATCH = 32
-
-
-@dataclass(frozen=True)
-class _Written:
-    """One int8 graph of the stage, and how it came about."""
-
-    variant: RunVariant
-    plan: QuantPlan
-    training: Mapping[str, Any] | None  # None: it was not trained
-    gate: schema.Gate | None  # None: its loss of accuracy has no limit
 
 
 def quantize_graphs(
@@ -60,22 +48,20 @@ def quantize_graphs(
         settings.observer,
         exclude=settings.exclude,
     )
-    made = {}
+    variants: list[RunVariant] = []
+    facts: dict[str, Any] = {"plans": {}, "qat": {}, "gates": []}
     for form, plan in plans.items():
         if calibration.note:
             plan = plan.changed(notes=(*plan.notes, f"calibrated on {calibration.note}"))
-        made[form] = _finished(context, settings, plan, parent, stage, form)
-    facts = {
-        "plans": {form: each.plan.to_json() for form, each in made.items()},
-        "qat": {form: each.training for form, each in made.items() if each.training is not None},
-        "gates": [
-            each.gate.model_dump(exclude_unset=True)
-            for each in made.values()
-            if each.gate is not None
-        ],
-        "calibration": _facts(calibration, settings.samples),
-    }
-    return StageResult(tuple(each.variant for each in made.values()), facts)
+        variant, plan, training, gate = _finished(context, settings, plan, parent, stage, form)
+        variants.append(variant)
+        facts["plans"][form] = plan.to_json()
+        if training is not None:
+            facts["qat"][form] = training
+        if gate is not None:
+            facts["gates"].append(gate.model_dump(exclude_unset=True))
+    facts["calibration"] = _facts(calibration, settings.samples)
+    return StageResult(tuple(variants), facts)
 
 
 def _finished(
@@ -85,9 +71,14 @@ def _finished(
     parent: RunVariant,
     stage: Path,
     form: str,
-) -> _Written:
-    """Train a graph and hold it to its limit of loss, where the stage asks for it."""
+) -> tuple[RunVariant, QuantPlan, dict[str, Any] | None, schema.Gate | None]:
+    """Train a graph and hold it to its limit of loss, where the stage asks for it.
+
+    Returns:
+        The variant, its plan, what is recorded of its training, and its limit of loss.
+    """
     from compress.qdq import read_onnx
+    from compress.quantize.accuracy_budget import meet_budget
 
     out, source = stage / f"model.{form}.onnx", None
     training = gate = None
@@ -99,7 +90,14 @@ def _finished(
         training = training_facts(trained.result)["training"]
     if settings.drop_limit is not None:
         source = read_onnx(context.path(parent)) if source is None else source
-        budget = _meet_budget(context, settings.drop_limit, plan, source, stage)
+        budget = meet_budget(
+            source,
+            plan,
+            context.dataset.batches("validation"),
+            max_drop=settings.drop_limit,
+            folder=stage,
+            task=context.task,
+        )
         plan = budget.plan
         gate = schema.Gate(
             name="max_drop_pct" if context.task.tells_classes else "max_drop",
@@ -123,7 +121,7 @@ def _finished(
         precision="int8",
         target=form,
     )
-    return _Written(variant, plan, training, gate)
+    return variant, plan, training, gate
 
 
 def _train_along(
@@ -174,17 +172,16 @@ def calibration_batches(
 ) -> list[dict[str, NDArray[Any]]]:
     """Return calibration images as the inputs of an ONNX file take them, by name."""
     with open_session(path) as session:
-        specs = [replace(spec, shape=_any_batch(spec)) for spec in session.inputs]
+        specs = [
+            replace(spec, shape=("batch", *spec.shape[1:]))  # of pictures: they are split later
+            if spec.shape is not None and len(spec.shape) == 4
+            else spec
+            for spec in session.inputs
+        ]
     return [
         dict(zip((s.name for s in specs), arrays_for(specs, images, dataset), strict=True))
         for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples)
     ]
-
-
-def _any_batch(spec: TensorSpec) -> tuple[int | str, ...] | None:
-    """Return the shape of an input of pictures for any number of them: they are split later."""
-    shape = spec.shape
-    return ("batch", *shape[1:]) if shape is not None and len(shape) == 4 else shape
 
 
 def _train_quantized(
@@ -207,21 +204,5 @@ def _train_quantized(
         settings,
         folder=folder,
         seed=context.recipe.seed,
-        task=context.task,
-    )
-
-
-def _meet_budget(
-    context: RunContext, limit: float, plan: QuantPlan, model: onnx.ModelProto, stage: Path
-) -> BudgetResult:
-    """Leave layers in float until the loss on validation images is within the budget."""
-    from compress.quantize.accuracy_budget import meet_budget
-
-    return meet_budget(
-        model,
-        plan,
-        context.dataset.batches("validation"),
-        max_drop=limit,
-        folder=stage,
         task=context.task,
     )

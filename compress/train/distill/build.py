@@ -16,6 +16,7 @@ from compress import evaluate, plugins
 from compress.data import Dataset, targets_of
 from compress.data._augment import is_random
 from compress.errors import CompressError, TrainingError, UsageError
+from compress.evaluate import device_of
 from compress.modules import evaluating, set_mode
 from compress.modules.copying import full_copy
 from compress.modules.objective import CrossEntropy, TaskLoss
@@ -23,8 +24,7 @@ from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings, Plugin
 from compress.tasks import Task, primary_of
 from compress.train.batches import on_device
-from compress.train.distill.feature_hooks import Survey, device_of, survey, tapped
-from compress.train.distill.layer_matching import pair_layers
+from compress.train.distill.features import Survey, pair_layers, survey, tapped
 from compress.train.distill.objective import DistillObjective, Term, last_output, main_answer
 from compress.train.distill.teachers import (
     CachedTeacher,
@@ -33,7 +33,7 @@ from compress.train.distill.teachers import (
     TorchTeacher,
     class_order,
 )
-from compress.train.losses import Needs, Taps
+from compress.train.losses import Needs
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,9 @@ def build_objective(
         task = None
     answering = _teacher(teacher, dataset.example, settings)
     try:
-        order = _class_order(answering, dataset, settings) if task is None else None
+        order = None
+        if task is None:
+            order = class_order(dataset.classes, settings.teacher_classes, answering.classes)
         terms = _terms(student, answering, dataset, settings, task)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
@@ -94,17 +96,9 @@ def build_objective(
     )
     for line in objective.pairing():
         logger.info(line)
-    if task is None:
-        _compare(objective, student, dataset)
-    elif task.kinds:
-        _compare_at_task(objective, answering, student, dataset, task)
+    if len(dataset.splits.get("validation", ())) and (task is None or task.kinds):
+        _compare(objective, student, dataset, task)
     return objective
-
-
-def _class_order(teacher: Teacher, dataset: Dataset, settings: DistillSettings) -> Tensor | None:
-    """Return which of the teacher's classes each class of the data is; None for the same order."""
-    order = class_order(dataset.classes, settings.teacher_classes, teacher.classes)
-    return None if order is None else torch.from_numpy(order)
 
 
 def _terms(
@@ -117,8 +111,12 @@ def _terms(
     """Return the losses between the networks, with the layers that they compare."""
     device = device_of(student)
     mine = survey(student, dataset.example.to(device))
-    if task is None:
-        _check_student(mine, dataset)
+    if task is None and mine.classes != len(dataset.classes):
+        raise TrainingError(
+            f"the student has {mine.classes} class outputs, the data has {len(dataset.classes)}",
+            where="distill",
+            fix=f"Build the student with num_classes={len(dataset.classes)}",
+        )
     losses = losses_of(settings, task)
     terms = [term_of(each, mine, answering, compiled=settings.compile) for each in losses]
     if task is not None:
@@ -146,7 +144,8 @@ def _hard_weight(settings: DistillSettings, task: Task | None) -> float:
 
 def losses_on_outputs(task: Task) -> tuple[str, ...]:
     """Return those of the task's losses that compare outputs, else the one for any outputs."""
-    return tuple(name for name in task.losses if name in _logit_losses()) or ("mse",)
+    known = _losses_with("needs", "logits")
+    return tuple(name for name in task.losses if name in known) or ("mse",)
 
 
 def check_loss(reference: Plugin, task: Task) -> None:
@@ -155,10 +154,7 @@ def check_loss(reference: Plugin, task: Task) -> None:
     wanted = getattr(plugins.plugin_class("losses", name), "of_classes", None)
     if wanted is None or task.tells_classes or (wanted == "pixel" and task.answers == "classes"):
         return
-    known = [
-        n for n in plugins.names("losses")
-        if getattr(plugins.plugin_class("losses", n), "of_classes", None) is None
-    ]  # fmt: skip
+    known = _losses_with("of_classes", None)
     raise TrainingError(
         f"it compares the probabilities of one class for each {wanted}",
         where=f"loss {name!r}",
@@ -176,15 +172,6 @@ def _teacher(teacher: Any, example: Tensor, settings: DistillSettings) -> Teache
         session = open_session(Path(teacher), device=device or "auto")
         return SessionTeacher(session, example, size, str(teacher), owned=True)
     return SessionTeacher(teacher, example, size, type(teacher).__name__, owned=False)
-
-
-def _check_student(seen: Survey, dataset: Dataset) -> None:
-    if seen.classes != len(dataset.classes):
-        raise TrainingError(
-            f"the student has {seen.classes} class outputs, the data has {len(dataset.classes)}",
-            where="distill",
-            fix=f"Build the student with num_classes={len(dataset.classes)}",
-        )
 
 
 def _check_terms(
@@ -249,20 +236,17 @@ def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: b
         raise TrainingError(
             "it compares features, and a teacher from a file shows only its logits",
             where=f"loss {name!r}",
-            expected=f"one of: {', '.join(_logit_losses())}",
+            expected=f"one of: {', '.join(_losses_with('needs', 'logits'))}",
             fix="Or give the teacher as a network: --teacher MODEL with --weights",
         )
     pairs = pair_layers(student, teacher.survey, loss.layers, needs, name)
     return Term(name, loss, float(weight), pairs)
 
 
-def _logit_losses() -> list[str]:
-    names = plugins.names("losses")
-    return [
-        n
-        for n in names
-        if getattr(plugins.plugin_class("losses", n), "needs", "logits") == "logits"
-    ]
+def _losses_with(attribute: str, usual: str | None) -> list[str]:
+    """Return the losses that have an attribute of the usual value, or none that says otherwise."""
+    classes = {name: plugins.plugin_class("losses", name) for name in plugins.names("losses")}
+    return [name for name, each in classes.items() if getattr(each, attribute, usual) == usual]
 
 
 def prepare_losses(
@@ -285,10 +269,8 @@ def prepare_losses(
     answer, theirs = teacher(example, None, [p.teacher for p in pairs])
     for term in terms:
         if hasattr(term.loss, "prepare"):
-            taps = Taps(logits, tuple(mine[p.student] for p in term.pairs))
-            others = Taps(answer, tuple(theirs[p.teacher] for p in term.pairs))
             try:
-                term.loss.prepare(taps, others, labels)
+                term.loss.prepare(*term.taps((logits, mine), (answer, theirs)), labels)
             except ValueError as error:
                 raise TrainingError(str(error), where=f"loss {term.name!r}") from None
 
@@ -327,58 +309,44 @@ def _cached(  # everything that the answers depend on
     return CachedTeacher(teacher, folder / f"teacher-{key}.npy", len(dataset.splits["train"]))
 
 
-@torch.no_grad()
-def _compare(objective: DistillObjective, student: nn.Module, dataset: Dataset) -> None:
+def _compare(
+    objective: DistillObjective, student: nn.Module, dataset: Dataset, task: Task | None
+) -> None:
     """Note how good teacher and student are on validation images before training."""
-    images = dataset.splits.get("validation")
-    if images is None or not len(images):
-        return
-    device = device_of(student)
-    some = dataset.with_fewer("validation", CHECKED_IMAGES)
-    right = np.zeros(2)
-    count = 0
+    some, primary = dataset.with_fewer("validation", CHECKED_IMAGES), primary_of(task)
+    count, unit = len(some.splits["validation"]), f" {primary.unit}".rstrip()
+    if task is None:
+        teacher, own = _top1_pct(objective, student, some)
+        told = f"{teacher:.2f}{unit} of"
+    else:
+        network = getattr(objective.teacher, "model", None)
+        if network is None:
+            return
+        teacher, own = (
+            evaluate.of_task(each, some, task, split="validation").metrics[task.primary].value
+            for each in (network, student)
+        )
+        told = f"{primary.called} {teacher:.2f}{unit} on"
+    objective.teacher_value, objective.student_value = teacher, own
+    if primary.drop(own, teacher) > 0:
+        note = (
+            f"the teacher ({told} {count} validation images) is worse than the student before "
+            f"training ({own:.2f}{unit})"
+        )
+        logger.warning(note)
+        objective.notes.append(note)
+
+
+@torch.no_grad()
+def _top1_pct(
+    objective: DistillObjective, student: nn.Module, dataset: Dataset
+) -> tuple[float, float]:
+    """Return the top-1 of teacher and student on the validation images."""
+    device, right = device_of(student), np.zeros(2)
     with evaluating(student):
-        for batch, target in some.batches("validation"):
+        for batch, target in dataset.batches("validation"):
             batch, target = batch.to(device), target.to(device)
             answers = (objective.answer(batch), logits_of(student(batch)))
             right += [int((answer.argmax(1) == target).sum()) for answer in answers]
-            count += len(target)
-    teacher_pct, student_pct = 100 * right / count
-    objective.teacher_value, objective.student_value = float(teacher_pct), float(student_pct)
-    if teacher_pct < student_pct:
-        note = (
-            f"the teacher ({teacher_pct:.2f} % of {count} validation images) is worse than the "
-            f"student before training ({student_pct:.2f} %)"
-        )
-        logger.warning(note)
-        objective.notes.append(note)
-
-
-def _compare_at_task(
-    objective: DistillObjective,
-    teacher: Teacher,
-    student: nn.Module,
-    dataset: Dataset,
-    task: Task,
-) -> None:
-    """Note how good teacher and student are at the task on validation images before training."""
-    whole = getattr(teacher, "model", None)
-    images = dataset.splits.get("validation")
-    if whole is None or images is None or not len(images):
-        return
-    limit = min(len(images), CHECKED_IMAGES)
-    scores = [
-        evaluate.of_task(each, dataset, task, split="validation", limit=limit).metrics[task.primary]
-        for each in (whole, student)
-    ]
-    objective.teacher_value, objective.student_value = (each.value for each in scores)
-    primary = primary_of(task)
-    if primary.drop(objective.student_value, objective.teacher_value) > 0:
-        unit = f" {primary.unit}".rstrip()
-        note = (
-            f"the teacher ({primary.called} {objective.teacher_value:.2f}{unit} on {limit} "
-            "validation images) is worse than the student before training "
-            f"({objective.student_value:.2f}{unit})"
-        )
-        logger.warning(note)
-        objective.notes.append(note)
+    teacher, own = (100 * right / len(dataset.splits["validation"])).tolist()
+    return teacher, own

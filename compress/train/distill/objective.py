@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +12,11 @@ from torch import Tensor, nn
 
 from compress.modules.objective import CrossEntropy, TaskLoss, TrainingProgress
 from compress.modules.outputs import logits_of, tensors_of
-from compress.train.distill.feature_hooks import Tap, tapped
-from compress.train.distill.layer_matching import LayerPair
+from compress.train.distill.features import LayerPair, Tap, tapped
 from compress.train.distill.teachers import Teacher
 from compress.train.losses import Taps
 
-logger = logging.getLogger(__name__)
+Computed = tuple[Tensor, dict[Tap, Tensor]]  # main output and features of a network
 
 
 @dataclass(frozen=True)
@@ -29,6 +27,14 @@ class Term:
     loss: Any  # see compress.train.losses
     weight: float
     pairs: tuple[LayerPair, ...] = ()
+
+    def taps(
+        self, student: Computed, teacher: Computed, index: Tensor | None = None
+    ) -> tuple[Taps, Taps]:
+        """Return what the loss sees of both networks."""
+        mine = tuple(student[1][pair.student] for pair in self.pairs)
+        theirs = tuple(teacher[1][pair.teacher] for pair in self.pairs)
+        return Taps(student[0], mine, index), Taps(teacher[0], theirs, index)
 
 
 class DistillObjective:
@@ -78,9 +84,8 @@ class DistillObjective:
         shown = answer if logits is None else logits  # then no loss looks at it
         fade = self._fade()
         for term in self.terms:
-            student = Taps(shown, feature_at(mine, [p.student for p in term.pairs]), index)
-            teacher = Taps(answer, feature_at(theirs, [p.teacher for p in term.pairs]), index)
-            loss = loss + fade * term.weight * term.loss(student, teacher, labels)
+            taps = term.taps((shown, mine), (answer, theirs), index)
+            loss = loss + fade * term.weight * term.loss(*taps, labels)
         return loss
 
     def _answered(
@@ -164,8 +169,3 @@ def main_answer(seen: Sequence[Any]) -> Tensor | None:
     """Return the main tensor of the last output; None where a network returned its losses."""
     found = tensors_of(seen[-1]) if seen else []
     return found[0] if found and found[0].ndim and found[0].is_floating_point() else None
-
-
-def feature_at(seen: dict[Tap, Tensor], taps: Sequence[Tap]) -> tuple[Tensor, ...]:
-    """Return the features at ``taps``, in their order."""
-    return tuple(seen[tap] for tap in taps)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.errors import TrainingError, UsageError
+from compress.evaluate import device_of
 from compress.recipe.settings import Plugin
 from compress.train.distill.build import prepare_losses, term_of
-from compress.train.distill.feature_hooks import Tap, device_of, survey, tapped
-from compress.train.distill.objective import Term, feature_at, main_answer
+from compress.train.distill.features import Tap, survey, tapped
+from compress.train.distill.objective import Term, main_answer
 from compress.train.distill.teachers import TorchTeacher
-from compress.train.losses import Taps
 
 
 class Distiller:
@@ -51,7 +50,7 @@ class Distiller:
         self._features: dict[Tap, Tensor] = {}
         self._outputs: list[Any] = []
         if example is not None:
-            self._build(example[:1])
+            self._teacher = self._build(example[:1])
 
     def __enter__(self) -> Distiller:
         """Begin to watch the student."""
@@ -59,12 +58,7 @@ class Distiller:
             self._watch()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Remove every hook, and leave the teacher as it was found."""
         self._open.close()
         if self._teacher is not None:
@@ -81,13 +75,13 @@ class Distiller:
                 return in training.
         """
         if self._teacher is None:
-            self._build(images[:1])
+            self._teacher = self._build(images[:1])
             self._watch()
         if not self._has_seen(images):
             self._outputs.clear()
             self.student(images)
         taps = tuple(dict.fromkeys(p.teacher for term in self._terms for p in term.pairs))
-        answer, theirs = self._required()(images, None, taps)
+        answer, theirs = self._teacher(images, None, taps)
         logits = main_answer(self._outputs)
         total = torch.zeros((), device=images.device)
         for term in self._terms:
@@ -97,11 +91,9 @@ class Distiller:
                     where=f"loss {term.name!r}",
                     expected="losses on features, such as cwd, mgd or attention",
                 )
-            mine = feature_at(self._features, [p.student for p in term.pairs])
-            others = feature_at(theirs, [p.teacher for p in term.pairs])
             shown = answer if logits is None else logits
-            value = term.loss(Taps(shown, mine), Taps(answer, others), answer.argmax(1))
-            total = total + term.weight * value
+            both = term.taps((shown, self._features), (answer, theirs))
+            total = total + term.weight * term.loss(*both, answer.argmax(1))
         self._outputs.clear()
         self._features.clear()
         return total
@@ -125,13 +117,14 @@ class Distiller:
         """Return which layers each loss compares, one line each."""
         return [f"{term.name}: {pair}" for term in self._terms for pair in term.pairs]
 
-    def _build(self, example: Tensor) -> None:
+    def _build(self, example: Tensor) -> TorchTeacher:
         device = device_of(self.student)
         example = example.detach().to(device)
-        self._teacher = TorchTeacher(self._model, example, None, None)
+        teacher = TorchTeacher(self._model, example, None, None)
         mine = survey(self.student, example)
-        self._terms = [term_of(each, mine, self._teacher, compiled=False) for each in self._losses]
-        prepare_losses(self._terms, self.student, self._teacher, example, torch.zeros(0))
+        self._terms = [term_of(each, mine, teacher, compiled=False) for each in self._losses]
+        prepare_losses(self._terms, self.student, teacher, example, torch.zeros(0))
+        return teacher
 
     def _watch(self) -> None:
         """Keep what the student computes from now on, until the end."""
@@ -155,17 +148,5 @@ class Distiller:
             seen.append(answer)
         return all(len(each) == len(images) and each.requires_grad for each in seen)
 
-    def _required(self) -> TorchTeacher:
-        if self._teacher is None:
-            raise UsageError("the distiller has seen no image")
-        return self._teacher
 
-
-def distiller(
-    student: nn.Module,
-    teacher: nn.Module,
-    losses: Sequence[Plugin],
-    example: Tensor | None = None,
-) -> Distiller:
-    """Return a context manager that gives distillation losses: see :class:`Distiller`."""
-    return Distiller(student, teacher, losses, example)
+distiller = Distiller  # as a function is called

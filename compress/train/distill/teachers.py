@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from compress import artifact, progress
 from compress.errors import TrainingError, boundary
+from compress.evaluate import device_of, run_session
 from compress.modules.outputs import logits_of
-from compress.train.distill.feature_hooks import Survey, Tap, device_of, survey, tapped
+from compress.train.distill.features import Survey, Tap, survey, tapped
 
 FEATURES = dict[Tap, Tensor]
 HEADER_BYTES = 128  # of a .npy file of two dimensions
@@ -56,7 +57,7 @@ class TorchTeacher:
         self.device = torch.device(device) if device is not None else None
         self._modes = {module: module.training for module in model.modules()}
         self._home = device_of(model)
-        self.survey: Survey | None = survey(model, self._resized(example.to(self._home)))
+        self.survey: Survey | None = survey(model, resized(example.to(self._home), image_size))
         self.classes = self.survey.classes
         self._placed: torch.device | None = None
 
@@ -69,7 +70,7 @@ class TorchTeacher:
             self.model.to(device).to(memory_format=torch.channels_last).eval()
             self._placed = device
         with torch.no_grad(), tapped(self.model, taps) as seen:
-            logits = logits_of(self.model(self._resized(images.to(device))))
+            logits = logits_of(self.model(resized(images.to(device), self.image_size)))
         here = {tap: value.to(images.device) for tap, value in seen.items()}
         return logits.to(images.device), here
 
@@ -89,9 +90,6 @@ class TorchTeacher:
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
-    def _resized(self, images: Tensor) -> Tensor:
-        return resized(images, self.image_size)
-
 
 class SessionTeacher:
     """An ONNX file or engine in any runtime: logits only.
@@ -110,8 +108,6 @@ class SessionTeacher:
         self, session: Any, example: Tensor, image_size: int | None, name: str, owned: bool
     ) -> None:
         self.session, self.image_size, self.name, self._owned = session, image_size, name, owned
-        batch = session.inputs[0].shape[0]
-        self._batch = batch if isinstance(batch, int) and batch > 0 else None
         self.classes = int(self(example.cpu(), None, ())[0].shape[1])
 
     def __call__(
@@ -119,8 +115,8 @@ class SessionTeacher:
     ) -> tuple[Tensor, FEATURES]:
         """Return logits (B, K) beside the images; there are no features."""
         array = resized(images.float(), self.image_size).detach().cpu().contiguous().numpy()
-        answers = [self._answer(part) for part in self._parts(array)]
-        return torch.from_numpy(np.concatenate(answers)[: len(array)]).to(images.device), {}
+        first = next(iter(run_session(self.session, array).values()))
+        return torch.from_numpy(np.asarray(first, np.float32)).to(images.device), {}
 
     def close(self) -> None:
         """Close the session if it was opened for this teacher."""
@@ -132,18 +128,6 @@ class SessionTeacher:
         path = Path(self.name)
         content = path.read_bytes() if path.is_file() else self.name.encode()
         return hashlib.sha256(content).hexdigest()
-
-    def _parts(self, array: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """Split a batch into those of a fixed size that the engine wants, the last one padded."""
-        if self._batch is None:
-            return [array]
-        missing = -len(array) % self._batch
-        padded = np.concatenate([array, np.repeat(array[-1:], missing, axis=0)])
-        return list(padded.reshape(-1, self._batch, *array.shape[1:]))
-
-    def _answer(self, array: NDArray[np.float32]) -> NDArray[np.float32]:
-        output: NDArray[np.float32] = self.session.run(np.ascontiguousarray(array))[0]
-        return output.astype(np.float32)
 
 
 class CachedTeacher:
@@ -197,7 +181,7 @@ def resized(images: Tensor, side: int | None) -> Tensor:
 
 def class_order(
     student: Sequence[str], teacher: Sequence[str] | None, classes: int
-) -> NDArray[np.int64] | None:
+) -> Tensor | None:
     """Return the teacher's output for each class of the student, (K,); None where they agree.
 
     Args:
@@ -230,7 +214,7 @@ def class_order(
         )
     if list(student) == list(teacher):
         return None
-    return np.array([list(teacher).index(name) for name in student])
+    return torch.tensor([list(teacher).index(name) for name in student])
 
 
 def _parity(rows: NDArray[np.float32]) -> NDArray[np.uint32]:

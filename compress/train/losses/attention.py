@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, Taps, _features
+from compress.train.losses import Layers, Needs, Taps, feature_pairs, same_size
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Attention:
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the mean squared difference of attention maps, summed over pairs, a scalar."""
         losses = []
-        for pair in zip(student.features, teacher.features, strict=True):
-            mine, theirs = (self._map(part) for part in _features.same_size(*pair))
+        for pair in feature_pairs(student, teacher):
+            mine, theirs = (self._map(part) for part in same_size(*pair))
             losses.append((mine - theirs).square().mean())
         return torch.stack(losses).sum()
 

@@ -10,7 +10,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, OfClasses, Taps, _features, full_precision
+from compress.train.losses import Layers, Needs, OfClasses, Taps, full_precision, vectors
 
 
 @dataclass(eq=False, repr=False)
@@ -104,7 +104,7 @@ class Crd(nn.Module):
     def _vectors(self, taps: Taps) -> Tensor:
         if len(taps.features) != 1:
             raise ValueError(f"crd compares one pair of layers, not {len(taps.features)}")
-        return _features.vectors(taps.features[0])
+        return vectors(taps.features[0])
 
     def _other_classes(self, target: Tensor) -> Tensor:
         """Return training images of other classes than each target's, (B, negatives) int64."""

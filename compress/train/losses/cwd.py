@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, Taps, _features, _logits
+from compress.train.losses import Layers, Needs, Projected, Taps, check_temperature, same_size
 
 
 @dataclass(eq=False, repr=False)
-class Cwd(nn.Module):
+class Cwd(Projected):
     """Match, channel by channel, the distribution over places (channel-wise distillation).
 
     Every channel of a feature becomes a softmax over its places; the student's channels are mapped
@@ -37,22 +37,14 @@ class Cwd(nn.Module):
     needs: ClassVar[Needs] = "necks"
 
     def __post_init__(self) -> None:
-        super().__init__()
-        _logits.check_temperature(self.temperature)
-        self.maps = nn.ModuleList()
-
-    def prepare(self, student: Taps, teacher: Taps, labels: Tensor) -> None:
-        """Create a map between channels for every pair of features of a dry run."""
-        for mine, theirs in zip(student.features, teacher.features, strict=True):
-            self.maps.append(_features.project(mine.shape[1], theirs.shape[1], mine))
+        super().__post_init__()
+        check_temperature(self.temperature)
 
     def forward(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the divergence of places, averaged over channels, images and pairs, a scalar."""
         losses = []
-        for project, mine, theirs in zip(
-            self.maps, student.features, teacher.features, strict=True
-        ):
-            mapped, wanted = _features.same_size(project(mine).float(), theirs.float())
+        for mine, theirs in self.mapped(student, teacher):
+            mapped, wanted = same_size(mine.float(), theirs.float())
             logs = (mapped.flatten(2) / self.temperature).log_softmax(2)
             wanted_logs = (wanted.flatten(2) / self.temperature).log_softmax(2)
             apart = F.kl_div(logs, wanted_logs, reduction="none", log_target=True).sum(2)

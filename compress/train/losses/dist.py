@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import OfClasses, Taps, _logits
+from compress.train.losses import OfClasses, Softened, Taps
 
 
 @dataclass(frozen=True)
-class Dist:
+class Dist(Softened):
     """Match the teacher's preferences among classes and among images, not its probabilities.
 
     One minus Pearson's correlation, over the classes of each image and over the images of each
@@ -37,12 +37,9 @@ class Dist:
     of_classes: ClassVar[OfClasses] = "image"
     relational: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        _logits.check_temperature(self.temperature)
-
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the weighted sum of both distances times temperature squared, a scalar."""
-        logits = _logits.logit_pair(student.logits, teacher.logits, self.standardize)
+        logits = self.logits(student.logits, teacher.logits)
         p, q = (F.softmax(part / self.temperature, 1) for part in logits)
         within_images = (1 - _correlation(p, q)).mean()
         within_classes = (1 - _correlation(p.T, q.T)).mean()

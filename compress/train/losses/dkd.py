@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import OfClasses, Taps, _logits
+from compress.train.losses import OfClasses, Softened, Taps
 
 
 @dataclass(frozen=True)
-class Dkd:
+class Dkd(Softened):
     """Match the teacher on the true class and among the others, each with its own weight.
 
     Classic distillation couples the two: the surer the teacher, the less its knowledge of the other
@@ -37,12 +37,9 @@ class Dkd:
     weight: ClassVar[float] = 1.0
     of_classes: ClassVar[OfClasses] = "image"
 
-    def __post_init__(self) -> None:
-        _logits.check_temperature(self.temperature)
-
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the weighted sum of both divergences times temperature squared, a scalar."""
-        logits = _logits.logit_pair(student.logits, teacher.logits, self.standardize)
+        logits = self.logits(student.logits, teacher.logits)
         mine, theirs = (F.log_softmax(part / self.temperature, 1) for part in logits)
         true = F.one_hot(target, mine.shape[1]).bool()
         binary = _divergence(_binary(mine, true), _binary(theirs, true))

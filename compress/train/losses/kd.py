@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from compress.train.losses import OfClasses, Taps, _logits
+from compress.train.losses import OfClasses, Softened, Taps
 
 
 @dataclass(frozen=True)
-class Kd:
+class Kd(Softened):
     """Match the teacher's softened class probabilities (the classic).
 
     The divergence is multiplied by the square of the temperature, so that its gradient stays
@@ -32,13 +33,12 @@ class Kd:
     weight: ClassVar[float] = 1.0
     of_classes: ClassVar[OfClasses] = "pixel"
 
-    def __post_init__(self) -> None:
-        _logits.check_temperature(self.temperature)
-
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return KL(teacher || student) times temperature squared, a scalar."""
-        pair = _logits.logit_pair(_rows(student.logits), _rows(teacher.logits), self.standardize)
-        return _logits.divergence(*pair, self.temperature)
+        logits = self.logits(_rows(student.logits), _rows(teacher.logits))
+        mine, theirs = (F.log_softmax(part / self.temperature, 1) for part in logits)
+        kl = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+        return kl * self.temperature**2
 
 
 def _rows(logits: Tensor) -> Tensor:

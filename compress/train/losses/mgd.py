@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, Taps, _features
+from compress.train.losses import Layers, Needs, Projected, Taps, same_size
 
 
 @dataclass(eq=False, repr=False)
-class Mgd(nn.Module):
+class Mgd(Projected):
     """Generate the teacher's whole feature from the student's with random places masked.
 
     Args:
@@ -32,31 +32,28 @@ class Mgd(nn.Module):
     needs: ClassVar[Needs] = "last"
 
     def __post_init__(self) -> None:
-        super().__init__()
+        super().__post_init__()
         if not 0 <= self.mask < 1:
             raise ValueError(f"mask {self.mask} must be in [0, 1)")
-        self.maps = nn.ModuleList()
         self.generators = nn.ModuleList()
 
     def prepare(self, student: Taps, teacher: Taps, labels: Tensor) -> None:
         """Create a map and a generator for every pair of features of a dry run."""
-        for mine, theirs in zip(student.features, teacher.features, strict=True):
+        super().prepare(student, teacher, labels)
+        for theirs in teacher.features:
             channels = theirs.shape[1]
-            self.maps.append(_features.project(mine.shape[1], channels, mine))
             generator = nn.Sequential(
                 nn.Conv2d(channels, channels, 3, padding=1),
                 nn.ReLU(),
                 nn.Conv2d(channels, channels, 3, padding=1),
             )
-            self.generators.append(generator.to(mine.device))
+            self.generators.append(generator.to(student.logits.device))
 
     def forward(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the squared difference per image, summed over pairs, a scalar."""
         losses = []
-        for project, generate, mine, theirs in zip(
-            self.maps, self.generators, student.features, teacher.features, strict=True
-        ):
-            mapped, wanted = _features.same_size(project(mine), theirs)
+        for generate, pair in zip(self.generators, self.mapped(student, teacher), strict=True):
+            mapped, wanted = same_size(*pair)
             places = torch.rand_like(mapped[:, :1], dtype=torch.float32)
             generated = generate(mapped * (places >= self.mask).to(mapped.dtype))
             squared = F.mse_loss(generated.float(), wanted.float(), reduction="sum")

@@ -8,11 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import OfClasses, Taps, _logits
+from compress.train.losses import OfClasses, Softened, Taps
 
 
 @dataclass(frozen=True)
-class Nkd:
+class Nkd(Softened):
     """Match the true class's probability, and the others after they are made to sum to 1.
 
     Args:
@@ -32,12 +32,9 @@ class Nkd:
     weight: ClassVar[float] = 1.0
     of_classes: ClassVar[OfClasses] = "image"
 
-    def __post_init__(self) -> None:
-        _logits.check_temperature(self.temperature)
-
     def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
         """Return the cross-entropies of both parts, a scalar."""
-        z_student, z_teacher = _logits.logit_pair(student.logits, teacher.logits, self.standardize)
+        z_student, z_teacher = self.logits(student.logits, teacher.logits)
         rows = target[:, None]
         p_true = F.softmax(z_teacher, 1).gather(1, rows)
         true = -(p_true * F.log_softmax(z_student, 1).gather(1, rows)).mean()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, Taps, _features, full_precision
+from compress.train.losses import Layers, Needs, Taps, feature_pairs, full_precision, vectors
 
 EPSILON = 1e-7
 
@@ -36,8 +36,8 @@ class Pkt:
         """Return the mean of p log(p / q) over pairs of images, summed over layers, a scalar."""
         losses = []
         with full_precision(student.logits):
-            for pair in zip(student.features, teacher.features, strict=True):
-                q, p = (_neighbours(_features.vectors(part)) for part in pair)
+            for pair in feature_pairs(student, teacher):
+                q, p = (_neighbours(vectors(part)) for part in pair)
                 losses.append((p * ((p + EPSILON) / (q + EPSILON)).log()).mean())
         return torch.stack(losses).sum()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, Taps, _features, full_precision
+from compress.train.losses import Layers, Needs, Taps, feature_pairs, full_precision, vectors
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Rkd:
         """Return the weighted Huber losses of both parts, summed over pairs, a scalar."""
         losses = []
         with full_precision(student.logits):
-            for pair in zip(student.features, teacher.features, strict=True):
-                mine, theirs = (_features.vectors(part) for part in pair)
+            for pair in feature_pairs(student, teacher):
+                mine, theirs = (vectors(part) for part in pair)
                 distance = F.smooth_l1_loss(_distances(mine), _distances(theirs))
                 angle = F.smooth_l1_loss(_angles(mine), _angles(theirs))
                 losses.append(self.distance * distance + self.angle * angle)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, Taps, full_precision
+from compress.train.losses import Layers, Needs, Taps, feature_pairs, full_precision
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sp:
         """Return the mean squared difference of similarities, summed over pairs, a scalar."""
         losses = []
         with full_precision(student.logits):
-            for mine, theirs in zip(student.features, teacher.features, strict=True):
+            for mine, theirs in feature_pairs(student, teacher):
                 losses.append((_similarity(mine) - _similarity(theirs)).square().mean())
         return torch.stack(losses).sum()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.train.losses import Layers, Needs, Taps, _features
+from compress.train.losses import Layers, Needs, Taps, feature_pairs, project, same_size
 
 
 @dataclass(eq=False, repr=False)
@@ -46,7 +46,7 @@ class Vid(nn.Module):
     def prepare(self, student: Taps, teacher: Taps, labels: Tensor) -> None:
         """Create a regressor and a vector of variances for every pair of features of a dry run."""
         softplus = math.log(math.expm1(self.variance - self.floor))  # its inverse, to start with
-        for mine, theirs in zip(student.features, teacher.features, strict=True):
+        for mine, theirs in feature_pairs(student, teacher):
             outputs = theirs.shape[1]
             self.means.append(_regressor(mine.shape[1], outputs, mine))
             self.spreads.append(torch.full((outputs,), softplus, device=mine.device))
@@ -57,7 +57,7 @@ class Vid(nn.Module):
         for mean, spread, mine, theirs in zip(
             self.means, self.spreads, student.features, teacher.features, strict=True
         ):
-            predicted, wanted = _features.same_size(mean(mine), theirs)
+            predicted, wanted = same_size(mean(mine), theirs)
             variance = F.softplus(spread) + self.floor
             variance = variance.view(1, -1, *[1] * (wanted.ndim - 2))
             squared = (predicted.float() - wanted.float()).square()
@@ -67,7 +67,7 @@ class Vid(nn.Module):
 
 def _regressor(inputs: int, outputs: int, like: Tensor) -> nn.Module:
     return nn.Sequential(
-        _features.project(inputs, outputs, like),
+        project(inputs, outputs, like),
         nn.ReLU(),
-        _features.project(outputs, outputs, like),
+        project(outputs, outputs, like),
     )

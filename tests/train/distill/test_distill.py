@@ -20,8 +20,7 @@ from compress.modules.objective import TrainingProgress
 from compress.recipe.settings import AugmentSettings, DistillSettings
 from compress.train import train
 from compress.train.distill import build, build_objective
-from compress.train.distill.feature_hooks import Tap, survey, tapped
-from compress.train.distill.layer_matching import pair_layers
+from compress.train.distill.features import Tap, pair_layers, survey, tapped
 from compress.train.distill.teacher_ablation import Control, does_teacher_help, shortened
 from compress.train.losses import Taps
 

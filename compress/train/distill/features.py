@@ -1,17 +1,133 @@
-"""Match layers of the student with layers of the teacher."""
+"""Feature maps of student and teacher: surveyed, read by forward hooks, matched with each other."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from compress.errors import TrainingError, UnknownNameError
-from compress.train.distill.feature_hooks import Feature, Survey, Tap
+from compress.modules import evaluating
+from compress.modules.copying import full_copy
+from compress.modules.outputs import logits_of
 from compress.train.losses import Layers, Needs
+from compress.train.optimizers import check_layer
 
 NECKS = 3  # sizes at which dense predictions are compared, the smallest ones
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One place in a network: what a layer returns, or what it is given."""
+
+    layer: str
+    side: Literal["output", "input"] = "output"
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A tensor that a layer returned in a dry run."""
+
+    layer: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a network computes for one image."""
+
+    features: tuple[Feature, ...]  # in the order of execution; layers called once only
+    classes: int
+    head: Tap | None  # what the classifier is given
+    image_size: tuple[int, int]
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]:
+    """Collect what passes at ``taps`` while the block runs; the last call of a layer counts.
+
+    Raises:
+        UnknownNameError: a tap names a layer that is not there.
+    """
+    seen: dict[Tap, Tensor] = {}
+    handles: list[Any] = []
+    try:
+        for tap in taps:
+            check_layer(model, tap.layer, type(model).__name__)
+            handles.append(_hook(model.get_submodule(tap.layer), tap, seen))
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def survey(model: nn.Module, example: Tensor) -> Survey:
+    """Run ``model`` on one image and return what its layers compute.
+
+    A copy of the network runs: the network itself is left as found.
+
+    Args:
+        model: Any network of images.
+        example: (1, C, H, W), on the network's device.
+    """
+    model = full_copy(model)
+    calls: list[tuple[str, tuple[int, ...], int]] = []
+    alive: list[Any] = []  # so that no identity is used twice
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor):
+                alive.append(output)
+                calls.append((name, tuple(output.shape), id(output)))
+
+        return hook
+
+    handles = [
+        layer.register_forward_hook(record(name)) for name, layer in model.named_modules() if name
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            logits = logits_of(model(example))
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, *_ in calls]
+    features = tuple(
+        Feature(name, shape)
+        for name, shape, _ in calls
+        if names.count(name) == 1 and shape[:1] == example.shape[:1]
+    )  # Not those of regions within images: training looks at other regions, and more of them.
+    heads = [name for name, _, identity in calls if identity == id(logits)]
+    if not heads:  # pooled or reshaped after the classifier
+        layers = dict(model.named_modules())
+        heads = [
+            feature.layer
+            for feature in reversed(features)
+            if isinstance(layers[feature.layer], (nn.Linear, nn.Conv2d))
+            and feature.shape[1] == logits.shape[1]
+        ]
+    head = Tap(heads[0], "input") if heads else None  # the innermost is called first
+    size = (int(example.shape[2]), int(example.shape[3]))
+    return Survey(features, logits.shape[1], head, size)
+
+
+def _hook(layer: nn.Module, tap: Tap, seen: dict[Tap, Tensor]) -> Any:
+    if tap.side == "input":
+
+        def take_input(_: nn.Module, given: tuple[Any, ...]) -> None:
+            seen[tap] = given[0]
+
+        return layer.register_forward_pre_hook(take_input)
+
+    def take_output(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        seen[tap] = output
+
+    return layer.register_forward_hook(take_output)
 
 
 @dataclass(frozen=True)
@@ -50,7 +166,13 @@ def pair_layers(
         TrainingError: nothing can be paired.
     """
     if layers != "auto":
-        return tuple(_named(student, teacher, *names) for names in _names(layers, loss))
+        return tuple(
+            _pair(
+                _find(student.features, mine, "the student"),
+                _find(teacher.features, theirs, "the teacher"),
+            )
+            for mine, theirs in _names(layers, loss)
+        )
     if needs == "embedding" and student.head is not None and teacher.head is not None:
         return (LayerPair(student.head, teacher.head),)
     pairs = _paired_stages(student, teacher, enlarged=needs == "necks")
@@ -112,18 +234,11 @@ def _names(layers: object, loss: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _named(student: Survey, teacher: Survey, mine: str, theirs: str) -> LayerPair:
-    return _pair(
-        _find(student.features, mine, "the student"), _find(teacher.features, theirs, "the teacher")
-    )
-
-
 def _find(features: Sequence[Feature], name: str, place: str) -> Feature:
-    for feature in features:
-        if feature.layer == name:
-            return feature
-    known = [feature.layer for feature in features]
-    raise UnknownNameError("layer that returns one tensor", name, known, where=place)
+    found = {feature.layer: feature for feature in features}
+    if name not in found:
+        raise UnknownNameError("layer that returns one tensor", name, list(found), where=place)
+    return found[name]
 
 
 def _pair(mine: Feature, theirs: Feature) -> LayerPair:

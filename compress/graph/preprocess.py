@@ -138,20 +138,24 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 fix="Export the network again with a newer opset",
             ) from None
         if opset < 11:  # Upsample, and Resize then: the converter forgets how they sampled
-            for node in model.graph.node:
-                if node.op_type == "Resize":
-                    _sample_as_before(node)
+            _sample_as_before(model.graph)
     infer_shapes(model, where)  # some exporters leave outputs without
     check_graph(model, where)
     model.ir_version = max(model.ir_version, 8)
     return model
 
 
-def _sample_as_before(node: onnx.NodeProto) -> None:
+def _sample_as_before(graph: onnx.GraphProto) -> None:
+    """Let every Resize of ``graph``, and of the branches and loops in it, sample as before."""
     sampled = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    kept = [item for item in node.attribute if item.name not in sampled]
-    del node.attribute[:]
-    node.attribute.extend([*kept, *(onnx.helper.make_attribute(*each) for each in sampled.items())])
+    for node in graph.node:
+        for body in files.bodies(node):
+            _sample_as_before(body)
+        if node.op_type == "Resize":
+            kept = [item for item in node.attribute if item.name not in sampled]
+            del node.attribute[:]
+            made = (onnx.helper.make_attribute(*each) for each in sampled.items())
+            node.attribute.extend([*kept, *made])
 
 
 def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:

@@ -121,6 +121,28 @@ def wrongly_annotated():
     return model
 
 
+def wrongly_annotated_branch():
+    """As paddle2onnx writes them: a branch that says its values are of another rank than they are."""
+    s = Sketch((3, 16, 16))
+    x = s.relu(s.conv("input", "conv", 3, 8, 3))
+    value = onnx.helper.make_tensor_value_info
+    zero, one = s.constant("zero", np.float32(0)), s.constant("one", np.ones(1, np.float32))
+    branch = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Neg", [one], ["turned"]),
+            onnx.helper.make_node("Neg", ["turned"], ["factor"]),
+        ],
+        "branch",
+        [],
+        [value("factor", onnx.TensorProto.FLOAT, [])],
+    )
+    branch.value_info.append(value("turned", onnx.TensorProto.FLOAT, []))
+    gate = s.op("Greater", [s.op("ReduceMax", [x], "top", keepdims=0), zero], "gate")
+    factor = s.op("If", [gate], "chosen", then_branch=branch, else_branch=branch)
+    s.head(s.conv(s.op("Mul", [x, factor], "scaled"), "last", 8, 8, 3), 8)
+    return s.model()
+
+
 def gated_features():
     """A gate joined with larger features and read by a layer: scores in form, not in use."""
     s = Sketch((3, 16, 16))
@@ -135,7 +157,7 @@ def gated_features():
 
 GRAPHS = [
     *(scalar_arithmetic, shape_arithmetic, detector_head, attention),
-    *(attention_of_slices, wrongly_annotated, gated_features),
+    *(attention_of_slices, wrongly_annotated, wrongly_annotated_branch, gated_features),
 ]
 
 

@@ -122,7 +122,7 @@ def wrongly_annotated():
 
 
 def wrongly_annotated_branch():
-    """As paddle2onnx writes them: a branch that says its values are of another rank than they are."""
+    """As paddle2onnx writes them: a branch that says its values are of another rank."""
     s = Sketch((3, 16, 16))
     x = s.relu(s.conv("input", "conv", 3, 8, 3))
     value = onnx.helper.make_tensor_value_info

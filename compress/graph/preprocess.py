@@ -37,7 +37,7 @@ _INT8_OPS = frozenset(
     | {"DynamicQuantizeLinear", "QGemm", "FakeQuantizeLearnablePerTensorAffine"}
 )
 _DONE = "compress.prepared"  # key in the metadata of a prepared graph
-_NO_EFFECT = frozenset({"Identity", "Dropout"})
+_NO_EFFECT = frozenset({"Identity", "Dropout", "Cast"})  # a Cast where it changes no type
 
 
 def read_onnx(path: Path | str) -> ModelProto:
@@ -187,7 +187,9 @@ def _drop_no_effect(graph: EditableGraph) -> None:
     for node in graph.of_type(*_NO_EFFECT):
         value, source = node.outputs[0], node.inputs[0]
         mask_read = any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
-        if source is not None and not value.is_graph_output() and not mask_read:
+        if source is None or value.is_graph_output() or mask_read:
+            continue
+        if node.op_type != "Cast" or source.dtype == attribute(node, "to"):
             value.replace_all_uses_with(source)
             graph.body.remove(node, safe=True)
 

@@ -31,6 +31,19 @@ def test_a_constant_keeps_its_rank(value):
         graph.set_constant(added, value)
 
 
+def test_casts_that_change_no_type_are_gone():
+    """As converters between frameworks write them, one after every operator."""
+    s = Sketch((3, 8, 8))
+    x = s.op("Cast", [s.conv("input", "conv", 3, 8, 3)], "same", to=onnx.TensorProto.FLOAT)
+    whole = s.op("Cast", [s.relu(x)], "whole", to=onnx.TensorProto.INT32)
+    s.head(s.op("Cast", [whole], "real", to=onnx.TensorProto.FLOAT), 8)
+    model = s.model()
+    prepared = prepare(model)
+    assert [n.name for n in prepared.graph.node if n.op_type == "Cast"] == ["whole", "real"]
+    feed = images(model)
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+
+
 def scalar_arithmetic():
     """Hard-swish written out with scalars, as TorchScript exports it."""
     s = Sketch((3, 16, 16))

@@ -44,6 +44,20 @@ def test_casts_that_change_no_type_are_gone():
     np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
 
 
+def test_a_constant_that_cannot_be_computed_here_is_left_to_the_runtime():
+    """ONNX's reference evaluator takes no vector of one number for the depth of a OneHot."""
+    s = Sketch((3, 8, 8))
+    which, depth = s.constant("which", np.array([1])), s.constant("depth", np.array([8]))
+    values = s.constant("values", np.array([0, 1], np.float32))
+    mask = s.op("OneHot", [which, depth, values], "mask")
+    shape = s.constant("shape", np.array([1, 8, 1, 1]))
+    x = s.relu(s.conv("input", "conv", 3, 8, 3))
+    s.head(s.op("Mul", [x, s.op("Reshape", [mask, shape], "gate")], "gated"), 8)
+    model = s.model()
+    feed = images(model)
+    np.testing.assert_allclose(run(prepare(model), feed)[0], run(model, feed)[0], atol=1e-5)
+
+
 def scalar_arithmetic():
     """Hard-swish written out with scalars, as TorchScript exports it."""
     s = Sketch((3, 16, 16))

@@ -247,6 +247,25 @@ def test_a_network_of_one_layer_has_only_its_input_to_observe(target, tmp_path):
     assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 25
 
 
+def test_sizes_from_before_a_layer_are_known_behind_it(tmp_path):
+    """As PyTorch writes interpolate(y, x.shape[2:]): ONNX Runtime infers the sizes of a Resize.
+
+    Layer by layer the height and width come from before the layer, the rest from its output.
+    """
+    s = Sketch((3, 16, 16))
+    x = s.relu(s.conv("input", "first", 3, 8, 3))
+    ends = {n: s.constant(f"at_{n}", np.array([n])) for n in (0, 2, 4)}
+    sides = s.op("Slice", [s.op("Shape", [x], "shape"), ends[2], ends[4]], "sides")
+    y = s.conv(x, "second", 8, 8, 3, strides=[2, 2])
+    rest = s.op("Slice", [s.op("Shape", [y], "small"), ends[0], ends[2]], "rest")
+    sizes = s.op("Concat", [rest, sides], "sizes", axis=0)
+    none = s.constant("none", np.zeros(0, np.float32))
+    s.head(s.relu(s.conv(s.op("Resize", [y, none, none, sizes], "up"), "third", 8, 8, 3)), 8)
+    model = s.model()
+    plan, _ = judged(model, [images(model, 16)], tmp_path, method="bias-correction")
+    assert plan.biases.keys() >= {"second", "third"}
+
+
 def nms_inside():
     s = Sketch((3, 8, 8))
     x = s.relu(s.conv("input", "stem", 3, 8, 3))

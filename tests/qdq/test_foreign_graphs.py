@@ -113,6 +113,23 @@ def attention():
     return s.model()
 
 
+def attention_with_positions():
+    """As in YOLO11: of what one layer makes, queries are scaled and a layer reads the values."""
+    s = Sketch((3, 8, 8))
+    whole = s.conv(s.relu(s.conv("input", "stem", 3, 8, 3)), "qkv", 8, 24, 1)
+    flat = s.op("Reshape", [whole, s.constant("rows", np.array([0, 24, 64]))], "columns")
+    s.op("Split", [flat, s.constant("thirds", np.array([8, 8, 8]))], "part", outputs=3, axis=1)
+    q = s.op("Mul", ["part_0", s.constant("root", np.float32(0.35))], "scaled")
+    q = s.op("Transpose", [q], "queries", perm=[0, 2, 1])
+    weights = s.op("Softmax", [s.op("MatMul", [q, "part_1"], "product")], "weights", axis=-1)
+    turned = s.op("Transpose", [weights], "turned", perm=[0, 2, 1])
+    square = s.constant("square", np.array([0, 8, 8, 8]))
+    x = s.op("Reshape", [s.op("MatMul", ["part_2", turned], "mixed"), square], "image")
+    positions = s.conv(s.op("Reshape", ["part_2", square], "values"), "positions", 8, 8, 3)
+    s.head(s.conv(s.op("Add", [x, positions], "sum"), "last", 8, 8, 1), 8)
+    return s.model()
+
+
 def attention_of_slices():
     """Attention on a feature map: of its two products one has a scaled query, in float."""
     s = Sketch((3, 8, 8))
@@ -184,7 +201,13 @@ def gated_features():
 
 GRAPHS = [
     *(scalar_arithmetic, shape_arithmetic, detector_head, attention),
-    *(attention_of_slices, wrongly_annotated, wrongly_annotated_branch, gated_features),
+    *(
+        attention_of_slices,
+        attention_with_positions,
+        wrongly_annotated,
+        wrongly_annotated_branch,
+        gated_features,
+    ),
 ]
 
 

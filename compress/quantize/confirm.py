@@ -20,7 +20,7 @@ from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
-from compress.quantize.planning_graph import SELECTING
+from compress.quantize.planning_graph import selects
 from compress.quantize.sqnr import answers_each, closeness, portions
 from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
@@ -71,7 +71,7 @@ class Confirmation:
         graph = GraphIndex(self.prepared)
         selected: set[str] = set()
         for node in graph.nodes:
-            if node.op_type in SELECTING or selected.intersection(node.input):
+            if selects(node) or selected.intersection(node.input):
                 selected.update(node.output)
         outputs = [output.name for output in self.prepared.graph.output]
         return [name for name in outputs if name not in selected and graph.is_float(name)]

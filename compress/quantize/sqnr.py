@@ -56,7 +56,7 @@ def answers_each(
 def _joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return the values of several batches; in one row where the batch is not what comes first."""
     if len({part.shape[1:] for part in parts}) == 1:
-        return np.concatenate(parts)
+        return np.concatenate([np.atleast_1d(part) for part in parts])
     return np.concatenate([part.reshape(-1) for part in parts])[None]
 
 

@@ -322,10 +322,35 @@ def winners():
     return model
 
 
+def decoder():
+    """A loop that writes a row for each step, and ends when the sum of logits says so."""
+    s = Sketch((3, 8, 8))
+    s.head(s.relu(s.conv("input", "stem", 3, 8, 3)), 8)
+    start = s.op("ReduceL2", ["logits"], "start", keepdims=0)
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    body = onnx.helper.make_graph(
+        [
+            node("Add", ["x", "growth"], ["next"]),
+            node("Less", ["next", "end"], ["on"]),
+            node("Mul", ["logits", "next"], ["row"]),
+        ],
+        "body",
+        [value("i", 7, []), value("go", 9, []), value("x", 1, [])],
+        [value("on", 9, []), value("next", 1, []), value("row", 1, None)],
+    )
+    s.constant("growth", np.float32(0.05)), s.constant("end", np.float32(20))
+    ends = [s.constant("trips", np.int64(500)), s.constant("go_on", np.bool_(True)), start]
+    s.nodes.append(node("Loop", ends, ["last", "rows"], name="loop", body=body))
+    return s.model(["rows"])
+
+
 @pytest.mark.parametrize(
     ("make", "compared"),
-    [(nms_inside, {"boxes", "scores"}), (top_scores, {"logits"}), (winners, {"logits"})],
-    ids=["NonMaxSuppression", "TopK", "only positions"],
+    [
+        *((nms_inside, {"boxes", "scores"}), (top_scores, {"logits"}), (winners, {"logits"})),
+        (decoder, {"logits", "start"}),
+    ],
+    ids=["NonMaxSuppression", "TopK", "only positions", "a loop that ends by a value"],
 )
 def test_answers_are_compared_before_they_are_sorted_or_selected(make, compared, tmp_path):
     """Rows of different objects would be compared after it, or no numbers at all."""

@@ -13,7 +13,7 @@ from onnx import ModelProto
 
 from compress import plugins
 from compress.artifact import scratch
-from compress.errors import QuantizationError
+from compress.errors import EngineError, QuantizationError
 from compress.graph.model import GraphIndex, tail
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
@@ -151,7 +151,13 @@ def confirmed(
     if runtime is None:
         whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
-    noisier = confirmation.losses(written, runtime)
+    try:
+        noisier = confirmation.losses(written, runtime)
+    except EngineError as error:
+        raise QuantizationError(
+            f"the int8 graph for {plan.target} does not run in {runtime}: {error.what}",
+            fix=f"Check that {runtime} runs the float file; if not, leave target {plan.target} out",
+        ) from error
     lost = [output for output in noisier if output.is_lost]
     if not lost:
         notes = [f"in {runtime} itself: {_listed(noisier)}"] if noisier else []

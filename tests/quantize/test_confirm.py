@@ -10,7 +10,7 @@ from test_openvino_reshapes import head, openvino_answer
 from test_openvino_reshapes import images as head_images
 
 import compress
-from compress.errors import QuantizationError
+from compress.errors import EngineError, QuantizationError
 from compress.graph.model import GraphIndex
 from compress.qdq import prepare
 from compress.quantize import confirm
@@ -66,6 +66,19 @@ def test_a_runtime_that_cannot_be_made_to_agree_is_refused(tmp_path, monkeypatch
     lying(monkeypatch, wrong)
     with pytest.raises(QuantizationError, match=r"computes the int8 graph wrongly: logits has -"):
         quantized(two_layers(), tmp_path)
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_a_graph_that_a_runtime_cannot_load_is_told_of_by_the_file(tmp_path, monkeypatch):
+    def refusing(self, written, feeds, names, runtime):
+        raise EngineError("no conversion of Loop", where="/tmp/scratch/model.onnx")
+
+    lying(monkeypatch, refusing)
+    with pytest.raises(QuantizationError, match="no conversion of Loop") as caught:
+        quantized(two_layers(), tmp_path)
+    message = str(caught.value)
+    assert "float.onnx" in message and "scratch" not in message
+    assert "leave target onnxruntime out" in message
     assert not (tmp_path / "int8.onnx").exists()
 
 

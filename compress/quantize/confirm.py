@@ -14,7 +14,9 @@ from onnx import ModelProto
 from compress import plugins
 from compress.artifact import scratch
 from compress.errors import EngineError, QuantizationError
+from compress.graph.metadata import layout_of, picture_input
 from compress.graph.model import GraphIndex, tail
+from compress.graph.shapes import dims_of
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
@@ -180,14 +182,41 @@ def confirmed(
             return safer.changed(notes=(*safer.notes, note)), written
     safer, written, left, said = max(tried, key=lambda each: min(x.real_db for x in each[2]))
     if any(loss.real_db < _SOUND_DB for loss in left):
+        fix = (
+            "Leave layers near these outputs in float: exclude (--exclude); or use another runtime"
+        )
+        sizes = _sizes_that_help(confirmation, [graph for _, graph, *_ in tried], runtime)
         raise QuantizationError(
             f"{runtime} computes the int8 graph wrongly: {_listed(lost)}",
             expected="what Q and DQ computed in float give",
-            fix="Leave layers near these outputs in float: exclude (--exclude); or use another "
-            "runtime",
+            fix=f"Fix the sizes of the images, with which it is right: {sizes}" if sizes else fix,
         )
     note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
     return safer.changed(notes=(*safer.notes, note)), written
+
+
+def _sizes_that_help(confirmation: Confirmation, graphs: Sequence[ModelProto], runtime: str) -> str:
+    """Return the option that fixes free sizes of images if a graph is right with fixed ones.
+
+    OpenVINO was seen to add other biases than a convolution has where a Resize takes its sizes from
+    an image of free height and width.
+    """
+    free = picture_input(confirmation.prepared)
+    if free is None or all(dims_of(free)[1:]) or free.name not in confirmation.feed:
+        return ""
+    for graph in graphs:
+        sized = ModelProto()
+        sized.CopyFrom(graph)
+        sized.graph.ClearField("value_info")
+        shape = confirmation.feed[free.name].shape[1:]
+        value = next(each for each in sized.graph.input if each.name == free.name)
+        for dim, size in zip(value.type.tensor_type.shape.dim[1:], shape, strict=True):
+            dim.dim_value = size
+        if not any(loss.is_lost for loss in confirmation.losses(sized, runtime)):
+            channels_last = layout_of(dims_of(free)) == "NHWC"
+            sides = (shape[2], *shape[:2]) if channels_last else shape
+            return f"--input-size {','.join(map(str, sides))}"
+    return ""
 
 
 def _listed(lost: Sequence[NoisyOutput]) -> str:

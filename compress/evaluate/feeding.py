@@ -235,9 +235,32 @@ def _picture(spec: TensorSpec, images: Tensor, dataset: Dataset) -> NDArray[Any]
         values = images.flip(1) if dataset.color == "BGR" else images
     else:
         values = dataset.normalize(images)
+    _check_sides(spec, tuple(values.shape[2:]), layout)
     if layout == "NHWC":
         values = values.permute(0, 2, 3, 1)
     return values.contiguous().numpy().astype(spec.dtype or "float32", copy=False)
+
+
+def _check_sides(spec: TensorSpec, sides: tuple[int, ...], layout: str) -> None:
+    """Refuse pictures of other sides than an input fixes; a file that fixes one tells no size.
+
+    Raises:
+        EngineError: they differ.
+    """
+    if spec.shape is None:
+        return
+    wanted = spec.shape[1:3] if layout == "NHWC" else spec.shape[2:4]
+    pairs = zip(wanted, sides, strict=True)
+    if all(isinstance(want, str) or want == side for want, side in pairs):
+        return
+    shown = [str(want) if isinstance(want, int) else "any" for want in wanted]
+    named = zip(wanted, ("HEIGHT", "WIDTH"), strict=True)
+    asked = ",".join(str(want) if isinstance(want, int) else name for want, name in named)
+    raise EngineError(
+        f"input {spec.name!r} takes pictures of {' x '.join(shown)} pixels (height x width), and "
+        f"they are {' x '.join(map(str, sides))}",
+        fix=f"Give the size it was trained on: --image-size {asked} (data.image_size of a recipe)",
+    )
 
 
 def _further(spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int) -> NDArray[Any]:

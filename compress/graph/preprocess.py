@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ _INT8_OPS = frozenset(
     | {"DynamicQuantizeLinear", "QGemm", "FakeQuantizeLearnablePerTensorAffine"}
 )
 _DONE = "compress.prepared"  # key in the metadata of a prepared graph
-_NO_EFFECT = frozenset({"Identity", "Dropout"})
+_NO_EFFECT = frozenset({"Identity", "Dropout", "Cast"})  # a Cast where it changes no type
 
 
 def read_onnx(path: Path | str) -> ModelProto:
@@ -138,20 +139,24 @@ def _modern(model: ModelProto, where: str) -> ModelProto:
                 fix="Export the network again with a newer opset",
             ) from None
         if opset < 11:  # Upsample, and Resize then: the converter forgets how they sampled
-            for node in model.graph.node:
-                if node.op_type == "Resize":
-                    _sample_as_before(node)
+            _sample_as_before(model.graph)
     infer_shapes(model, where)  # some exporters leave outputs without
     check_graph(model, where)
     model.ir_version = max(model.ir_version, 8)
     return model
 
 
-def _sample_as_before(node: onnx.NodeProto) -> None:
+def _sample_as_before(graph: onnx.GraphProto) -> None:
+    """Let every Resize of ``graph``, and of the branches and loops in it, sample as before."""
     sampled = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    kept = [item for item in node.attribute if item.name not in sampled]
-    del node.attribute[:]
-    node.attribute.extend([*kept, *(onnx.helper.make_attribute(*each) for each in sampled.items())])
+    for node in graph.node:
+        for body in files.bodies(node):
+            _sample_as_before(body)
+        if node.op_type == "Resize":
+            kept = [item for item in node.attribute if item.name not in sampled]
+            del node.attribute[:]
+            made = (onnx.helper.make_attribute(*each) for each in sampled.items())
+            node.attribute.extend([*kept, *made])
 
 
 def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
@@ -183,42 +188,44 @@ def _drop_no_effect(graph: EditableGraph) -> None:
     for node in graph.of_type(*_NO_EFFECT):
         value, source = node.outputs[0], node.inputs[0]
         mask_read = any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
-        if source is not None and not value.is_graph_output() and not mask_read:
+        if source is None or value.is_graph_output() or mask_read:
+            continue
+        if node.op_type != "Cast" or source.dtype == attribute(node, "to"):
             value.replace_all_uses_with(source)
             graph.body.remove(node, safe=True)
 
 
 def _fold_constants(graph: EditableGraph) -> None:
-    """Compute every node that depends on constants only, with ONNX's own reference evaluator."""
+    """Compute every node that depends on constants only, with ONNX's own reference evaluator.
+
+    What that cannot compute, an operator of a runtime's own or a default that it does not know, is
+    left to the runtime.
+    """
+    for node in graph.nodes:
+        given = {name_of(value): constant(value) for value in node.inputs if value is not None}
+        arrays = {name: array for name, array in given.items() if array is not None}
+        is_fixed = not node.op_type.startswith("Random") and not has_body(node)
+        if given and is_fixed and len(arrays) == len(given):
+            for value, array in zip(node.outputs, _computed(graph, node, arrays), strict=False):
+                graph.set_constant(value, array)
+    graph.sweep()
+
+
+def _computed(
+    graph: EditableGraph, node: ir.Node, arrays: Mapping[str, NDArray[Any]]
+) -> list[NDArray[Any]]:
+    """Return the outputs of ``node`` for constants by name; none if it cannot be computed here."""
     from onnx.reference import ReferenceEvaluator
 
-    known = set(graph.body.initializers.values())
-    folded: list[ir.Node] = []
-    for node in graph.nodes:
-        known_inputs = [value for value in node.inputs if value is not None]
-        is_fixed = not node.op_type.startswith("Random") and not has_body(node)
-        if known_inputs and is_fixed and known.issuperset(known_inputs):
-            folded.append(node)
-            known.update(node.outputs)
-    inside = set(folded)
-    wanted = [
-        value
-        for node in folded
-        for value in node.outputs
-        if value.is_graph_output() or any(reader not in inside for reader, _ in value.uses())
-    ]
-    if not wanted:
-        return
-    read = {value for node in folded for value in node.inputs if value is not None}
-    given = [(value.name, constant(value)) for value in read]
-    tensors = [onnx.numpy_helper.from_array(a, name) for name, a in given if a is not None]
-    ends = [onnx.helper.make_empty_tensor_value_info(name_of(value)) for value in wanted]
-    part = onnx.helper.make_graph([ir.to_proto(n) for n in folded], "constants", [], ends, tensors)
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    ends = [onnx.helper.make_empty_tensor_value_info(name_of(value)) for value in node.outputs]
+    part = onnx.helper.make_graph([ir.to_proto(node)], "constants", [], ends, tensors)
     opsets = [onnx.helper.make_opsetid(*each) for each in graph.body.opset_imports.items()]
     whole = onnx.helper.make_model(part, opset_imports=opsets, ir_version=graph.model.ir_version)
-    for value, array in zip(wanted, ReferenceEvaluator(whole).run(None, {}), strict=True):
-        graph.set_constant(value, np.asarray(array))
-    graph.sweep()
+    try:
+        return [np.asarray(array) for array in ReferenceEvaluator(whole).run(None, {})]
+    except Exception:  # noqa: BLE001 - numpy and onnx raise several kinds
+        return []
 
 
 def _name_nodes(graph: EditableGraph) -> None:

@@ -7,9 +7,10 @@ from contextlib import suppress
 from functools import partial
 
 import onnx
-from onnx import ModelProto, TensorProto, helper
+from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from compress.errors import QuantizationError, boundary
+from compress.graph.files import bodies
 
 LARGEST = 1024  # elements of a constant that stays: no op reads a shape or axes from a larger one
 
@@ -32,14 +33,14 @@ def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
     """Fill in the shapes and types of all tensors of ``model``.
 
     Shapes that somebody's exporter wrote down and that contradict the nodes are dropped, as
-    runtimes do.
+    runtimes do, those inside branches and loops too.
 
     Raises:
         QuantizationError: shapes contradict each other.
     """
     with boundary(QuantizationError, "shape inference fails", where=where):
         found = _inferred(_complete(model))
-    for field in ("value_info", "output"):
+    for field in ("node", "value_info", "output"):
         model.graph.ClearField(field)
         getattr(model.graph, field).extend(getattr(found.graph, field))
 
@@ -64,13 +65,21 @@ def _inferred(model: ModelProto) -> ModelProto:
     infer = partial(onnx.shape_inference.infer_shapes, data_prop=True)
     without = ModelProto()
     without.CopyFrom(model)
-    without.graph.ClearField("value_info")
-    for output in without.graph.output:
-        output.type.tensor_type.ClearField("shape")
+    _drop_shapes(without.graph)
     for tried in (model, without):
         with suppress(onnx.shape_inference.InferenceError):
             return infer(tried, strict_mode=True)
     return infer(model)
+
+
+def _drop_shapes(graph: GraphProto) -> None:
+    """Remove what ``graph``, and what is inside its nodes, says of the shapes that nodes make."""
+    graph.ClearField("value_info")
+    for output in graph.output:
+        output.type.tensor_type.ClearField("shape")
+    for node in graph.node:
+        for body in bodies(node):
+            _drop_shapes(body)
 
 
 def _complete(model: ModelProto) -> ModelProto:

@@ -13,14 +13,16 @@ from onnx import ModelProto
 
 from compress import plugins
 from compress.artifact import scratch
-from compress.errors import QuantizationError
+from compress.errors import EngineError, QuantizationError
+from compress.graph.metadata import layout_of, picture_input
 from compress.graph.model import GraphIndex, tail
+from compress.graph.shapes import dims_of
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
-from compress.quantize.planning_graph import SELECTING
+from compress.quantize.planning_graph import selects
 from compress.quantize.sqnr import answers_each, closeness, portions
 from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
@@ -71,7 +73,7 @@ class Confirmation:
         graph = GraphIndex(self.prepared)
         selected: set[str] = set()
         for node in graph.nodes:
-            if node.op_type in SELECTING or selected.intersection(node.input):
+            if selects(node) or selected.intersection(node.input):
                 selected.update(node.output)
         outputs = [output.name for output in self.prepared.graph.output]
         return [name for name in outputs if name not in selected and graph.is_float(name)]
@@ -151,7 +153,13 @@ def confirmed(
     if runtime is None:
         whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
-    noisier = confirmation.losses(written, runtime)
+    try:
+        noisier = confirmation.losses(written, runtime)
+    except EngineError as error:
+        raise QuantizationError(
+            f"the int8 graph for {plan.target} does not run in {runtime}: {error.what}",
+            fix=f"Check that {runtime} runs the float file; if not, leave target {plan.target} out",
+        ) from error
     lost = [output for output in noisier if output.is_lost]
     if not lost:
         notes = [f"in {runtime} itself: {_listed(noisier)}"] if noisier else []
@@ -174,14 +182,41 @@ def confirmed(
             return safer.changed(notes=(*safer.notes, note)), written
     safer, written, left, said = max(tried, key=lambda each: min(x.real_db for x in each[2]))
     if any(loss.real_db < _SOUND_DB for loss in left):
+        fix = (
+            "Leave layers near these outputs in float: exclude (--exclude); or use another runtime"
+        )
+        sizes = _sizes_that_help(confirmation, [graph for _, graph, *_ in tried], runtime)
         raise QuantizationError(
             f"{runtime} computes the int8 graph wrongly: {_listed(lost)}",
             expected="what Q and DQ computed in float give",
-            fix="Leave layers near these outputs in float: exclude (--exclude); or use another "
-            "runtime",
+            fix=f"Fix the sizes of the images, with which it is right: {sizes}" if sizes else fix,
         )
     note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
     return safer.changed(notes=(*safer.notes, note)), written
+
+
+def _sizes_that_help(confirmation: Confirmation, graphs: Sequence[ModelProto], runtime: str) -> str:
+    """Return the option that fixes free sizes of images if a graph is right with fixed ones.
+
+    OpenVINO was seen to add other biases than a convolution has where a Resize takes its sizes from
+    an image of free height and width.
+    """
+    free = picture_input(confirmation.prepared)
+    if free is None or all(dims_of(free)[1:]) or free.name not in confirmation.feed:
+        return ""
+    for graph in graphs:
+        sized = ModelProto()
+        sized.CopyFrom(graph)
+        sized.graph.ClearField("value_info")
+        shape = confirmation.feed[free.name].shape[1:]
+        value = next(each for each in sized.graph.input if each.name == free.name)
+        for dim, size in zip(value.type.tensor_type.shape.dim[1:], shape, strict=True):
+            dim.dim_value = size
+        if not any(loss.is_lost for loss in confirmation.losses(sized, runtime)):
+            channels_last = layout_of(dims_of(free)) == "NHWC"
+            sides = (shape[2], *shape[:2]) if channels_last else shape
+            return f"--input-size {','.join(map(str, sides))}"
+    return ""
 
 
 def _listed(lost: Sequence[NoisyOutput]) -> str:

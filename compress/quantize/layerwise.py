@@ -154,7 +154,7 @@ def _run(
     """Return ``outputs`` of a few nodes, in plain float arithmetic."""
     inputs = [
         helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim
+            name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape
         )
         for name, value in feed.items()
     ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, NodeProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.graph.model import SAME_SCALE, GraphIndex
+from compress.graph.model import SAME_SCALE, GraphIndex, captured
 from compress.graph.shapes import dims_of
 from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
@@ -20,6 +20,18 @@ SELECTING = frozenset(
     {"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero", "Unique", "Compress", "Hardmax"}
     | {"Equal"}  # of the largest value, by which the best class or a peak is found
 )
+
+
+def selects(node: NodeProto) -> bool:
+    """Return whether the rows that ``node`` makes are no longer those of the images.
+
+    A loop that ends by a value, as a decoder of text does, makes as many as it takes.
+    """
+    if node.op_type != "Loop":
+        return node.op_type in SELECTING
+    body = next(item.g for item in node.attribute if item.name == "body")
+    maker = next((each for each in body.node if body.output[0].name in each.output), None)
+    return maker is not None and maker.op_type not in ("Identity", "Constant")
 
 
 def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
@@ -62,7 +74,7 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
     graph = GraphIndex(prepared)
     selected: set[str] = set()
     for node in graph.nodes:
-        if node.op_type in SELECTING or selected.intersection(node.input):
+        if selects(node) or selected.intersection(node.input):
             selected.update(node.output)
     found: list[str] = []
     edge = [output.name for output in prepared.graph.output]
@@ -73,7 +85,9 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
             if graph.is_float(name) and name in graph.producer:
                 found += [part for part in joined_parts(graph, name) if part not in found]
             continue
-        for before in graph.data_inputs(graph.producer[name]):
+        node = graph.producer[name]
+        inside = sorted(captured(node) & graph.producer.keys())
+        for before in (*graph.data_inputs(node), *inside):
             if before not in seen:
                 seen.add(before)
                 edge.append(before)

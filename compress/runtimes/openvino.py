@@ -238,8 +238,18 @@ def _spec(port: Any) -> TensorSpec:
         ("batch" if axis == 0 else f"free_{axis}") if size.is_dynamic else size.get_length()
         for axis, size in enumerate(port.partial_shape)
     )
-    name = sorted(port.get_names())[0] if port.get_names() else port.node.friendly_name
-    return TensorSpec(name, shape, np.dtype(port.element_type.to_dtype()).name)
+    return TensorSpec(_name(port), shape, np.dtype(port.element_type.to_dtype()).name)
+
+
+def _name(port: Any) -> str:
+    """Return what the file calls an input or output.
+
+    Where a node without effect was next to it, such as a Cast to the type that it has, the port
+    bears the names of both sides.
+    """
+    names: set[str] = port.get_names()
+    own: str = port.node.friendly_name.split("/sink_port_")[0]
+    return own if own in names or not names else min(names)
 
 
 _cores: list[Any] = []

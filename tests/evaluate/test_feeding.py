@@ -181,6 +181,18 @@ def test_a_further_input_without_a_value_is_named(pictures):
         arrays_for(specs[1:], images, dataset)
 
 
+@pytest.mark.parametrize(
+    ("shape", "asked"), [(("n", 3, 48, "w"), "48,WIDTH"), (("n", "h", 48, 3), "HEIGHT,48")]
+)
+def test_pictures_of_another_side_than_the_file_fixes_are_refused_with_the_option(
+    pictures, shape, asked
+):
+    dataset = load_data(DataSettings(name="images", root=str(pictures), image_size=16))
+    stored = dataset.splits["test"].take([0])
+    with pytest.raises(EngineError, match=f"they are 16 x 16.*--image-size {asked} "):
+        arrays_for([TensorSpec("x", shape, "float32")], stored, dataset)
+
+
 def test_an_engine_knows_what_its_graph_said(tmp_path):
     pytest.importorskip("openvino")
     path = graph(tmp_path / "x.onnx", ["n", 3, 8, 8], facts={"mean": [0.5] * 3, "std": [0.5] * 3})

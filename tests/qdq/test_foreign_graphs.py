@@ -31,6 +31,33 @@ def test_a_constant_keeps_its_rank(value):
         graph.set_constant(added, value)
 
 
+def test_casts_that_change_no_type_are_gone():
+    """As converters between frameworks write them, one after every operator."""
+    s = Sketch((3, 8, 8))
+    x = s.op("Cast", [s.conv("input", "conv", 3, 8, 3)], "same", to=onnx.TensorProto.FLOAT)
+    whole = s.op("Cast", [s.relu(x)], "whole", to=onnx.TensorProto.INT32)
+    s.head(s.op("Cast", [whole], "real", to=onnx.TensorProto.FLOAT), 8)
+    model = s.model()
+    prepared = prepare(model)
+    assert [n.name for n in prepared.graph.node if n.op_type == "Cast"] == ["whole", "real"]
+    feed = images(model)
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+
+
+def test_a_constant_that_cannot_be_computed_here_is_left_to_the_runtime():
+    """ONNX's reference evaluator takes no vector of one number for the depth of a OneHot."""
+    s = Sketch((3, 8, 8))
+    which, depth = s.constant("which", np.array([1])), s.constant("depth", np.array([8]))
+    values = s.constant("values", np.array([0, 1], np.float32))
+    mask = s.op("OneHot", [which, depth, values], "mask")
+    shape = s.constant("shape", np.array([1, 8, 1, 1]))
+    x = s.relu(s.conv("input", "conv", 3, 8, 3))
+    s.head(s.op("Mul", [x, s.op("Reshape", [mask, shape], "gate")], "gated"), 8)
+    model = s.model()
+    feed = images(model)
+    np.testing.assert_allclose(run(prepare(model), feed)[0], run(model, feed)[0], atol=1e-5)
+
+
 def scalar_arithmetic():
     """Hard-swish written out with scalars, as TorchScript exports it."""
     s = Sketch((3, 16, 16))
@@ -86,6 +113,23 @@ def attention():
     return s.model()
 
 
+def attention_with_positions():
+    """As in YOLO11: of what one layer makes, queries are scaled and a layer reads the values."""
+    s = Sketch((3, 8, 8))
+    whole = s.conv(s.relu(s.conv("input", "stem", 3, 8, 3)), "qkv", 8, 24, 1)
+    flat = s.op("Reshape", [whole, s.constant("rows", np.array([0, 24, 64]))], "columns")
+    s.op("Split", [flat, s.constant("thirds", np.array([8, 8, 8]))], "part", outputs=3, axis=1)
+    q = s.op("Mul", ["part_0", s.constant("root", np.float32(0.35))], "scaled")
+    q = s.op("Transpose", [q], "queries", perm=[0, 2, 1])
+    weights = s.op("Softmax", [s.op("MatMul", [q, "part_1"], "product")], "weights", axis=-1)
+    turned = s.op("Transpose", [weights], "turned", perm=[0, 2, 1])
+    square = s.constant("square", np.array([0, 8, 8, 8]))
+    x = s.op("Reshape", [s.op("MatMul", ["part_2", turned], "mixed"), square], "image")
+    positions = s.conv(s.op("Reshape", ["part_2", square], "values"), "positions", 8, 8, 3)
+    s.head(s.conv(s.op("Add", [x, positions], "sum"), "last", 8, 8, 1), 8)
+    return s.model()
+
+
 def attention_of_slices():
     """Attention on a feature map: of its two products one has a scaled query, in float."""
     s = Sketch((3, 8, 8))
@@ -121,6 +165,28 @@ def wrongly_annotated():
     return model
 
 
+def wrongly_annotated_branch():
+    """As paddle2onnx writes them: a branch that says its values are of another rank."""
+    s = Sketch((3, 16, 16))
+    x = s.relu(s.conv("input", "conv", 3, 8, 3))
+    value = onnx.helper.make_tensor_value_info
+    zero, one = s.constant("zero", np.float32(0)), s.constant("one", np.ones(1, np.float32))
+    branch = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Neg", [one], ["turned"]),
+            onnx.helper.make_node("Neg", ["turned"], ["factor"]),
+        ],
+        "branch",
+        [],
+        [value("factor", onnx.TensorProto.FLOAT, [])],
+    )
+    branch.value_info.append(value("turned", onnx.TensorProto.FLOAT, []))
+    gate = s.op("Greater", [s.op("ReduceMax", [x], "top", keepdims=0), zero], "gate")
+    factor = s.op("If", [gate], "chosen", then_branch=branch, else_branch=branch)
+    s.head(s.conv(s.op("Mul", [x, factor], "scaled"), "last", 8, 8, 3), 8)
+    return s.model()
+
+
 def gated_features():
     """A gate joined with larger features and read by a layer: scores in form, not in use."""
     s = Sketch((3, 16, 16))
@@ -135,7 +201,13 @@ def gated_features():
 
 GRAPHS = [
     *(scalar_arithmetic, shape_arithmetic, detector_head, attention),
-    *(attention_of_slices, wrongly_annotated, gated_features),
+    *(
+        attention_of_slices,
+        attention_with_positions,
+        wrongly_annotated,
+        wrongly_annotated_branch,
+        gated_features,
+    ),
 ]
 
 
@@ -198,6 +270,25 @@ def test_a_network_of_one_layer_has_only_its_input_to_observe(target, tmp_path):
     assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 25
 
 
+def test_sizes_from_before_a_layer_are_known_behind_it(tmp_path):
+    """As PyTorch writes interpolate(y, x.shape[2:]): ONNX Runtime infers the sizes of a Resize.
+
+    Layer by layer the height and width come from before the layer, the rest from its output.
+    """
+    s = Sketch((3, 16, 16))
+    x = s.relu(s.conv("input", "first", 3, 8, 3))
+    ends = {n: s.constant(f"at_{n}", np.array([n])) for n in (0, 2, 4)}
+    sides = s.op("Slice", [s.op("Shape", [x], "shape"), ends[2], ends[4]], "sides")
+    y = s.conv(x, "second", 8, 8, 3, strides=[2, 2])
+    rest = s.op("Slice", [s.op("Shape", [y], "small"), ends[0], ends[2]], "rest")
+    sizes = s.op("Concat", [rest, sides], "sizes", axis=0)
+    none = s.constant("none", np.zeros(0, np.float32))
+    s.head(s.relu(s.conv(s.op("Resize", [y, none, none, sizes], "up"), "third", 8, 8, 3)), 8)
+    model = s.model()
+    plan, _ = judged(model, [images(model, 16)], tmp_path, method="bias-correction")
+    assert plan.biases.keys() >= {"second", "third"}
+
+
 def nms_inside():
     s = Sketch((3, 8, 8))
     x = s.relu(s.conv("input", "stem", 3, 8, 3))
@@ -231,10 +322,35 @@ def winners():
     return model
 
 
+def decoder():
+    """A loop that writes a row for each step, and ends when the sum of logits says so."""
+    s = Sketch((3, 8, 8))
+    s.head(s.relu(s.conv("input", "stem", 3, 8, 3)), 8)
+    start = s.op("ReduceL2", ["logits"], "start", keepdims=0)
+    value, node = onnx.helper.make_tensor_value_info, onnx.helper.make_node
+    body = onnx.helper.make_graph(
+        [
+            node("Add", ["x", "growth"], ["next"]),
+            node("Less", ["next", "end"], ["on"]),
+            node("Mul", ["logits", "next"], ["row"]),
+        ],
+        "body",
+        [value("i", 7, []), value("go", 9, []), value("x", 1, [])],
+        [value("on", 9, []), value("next", 1, []), value("row", 1, None)],
+    )
+    s.constant("growth", np.float32(0.05)), s.constant("end", np.float32(20))
+    ends = [s.constant("trips", np.int64(500)), s.constant("go_on", np.bool_(True)), start]
+    s.nodes.append(node("Loop", ends, ["last", "rows"], name="loop", body=body))
+    return s.model(["rows"])
+
+
 @pytest.mark.parametrize(
     ("make", "compared"),
-    [(nms_inside, {"boxes", "scores"}), (top_scores, {"logits"}), (winners, {"logits"})],
-    ids=["NonMaxSuppression", "TopK", "only positions"],
+    [
+        *((nms_inside, {"boxes", "scores"}), (top_scores, {"logits"}), (winners, {"logits"})),
+        (decoder, {"logits", "start"}),
+    ],
+    ids=["NonMaxSuppression", "TopK", "only positions", "a loop that ends by a value"],
 )
 def test_answers_are_compared_before_they_are_sorted_or_selected(make, compared, tmp_path):
     """Rows of different objects would be compared after it, or no numbers at all."""

@@ -10,7 +10,7 @@ from test_openvino_reshapes import head, openvino_answer
 from test_openvino_reshapes import images as head_images
 
 import compress
-from compress.errors import QuantizationError
+from compress.errors import EngineError, QuantizationError
 from compress.graph.model import GraphIndex
 from compress.qdq import prepare
 from compress.quantize import confirm
@@ -67,6 +67,40 @@ def test_a_runtime_that_cannot_be_made_to_agree_is_refused(tmp_path, monkeypatch
     with pytest.raises(QuantizationError, match=r"computes the int8 graph wrongly: logits has -"):
         quantized(two_layers(), tmp_path)
     assert not (tmp_path / "int8.onnx").exists()
+
+
+def test_a_graph_that_a_runtime_cannot_load_is_told_of_by_the_file(tmp_path, monkeypatch):
+    def refusing(self, written, feeds, names, runtime):
+        raise EngineError("no conversion of Loop", where="/tmp/scratch/model.onnx")
+
+    lying(monkeypatch, refusing)
+    with pytest.raises(QuantizationError, match="no conversion of Loop") as caught:
+        quantized(two_layers(), tmp_path)
+    message = str(caught.value)
+    assert "float.onnx" in message and "scratch" not in message
+    assert "leave target onnxruntime out" in message
+    assert not (tmp_path / "int8.onnx").exists()
+
+
+@pytest.mark.parametrize("helps", [True, False])
+def test_sizes_that_a_runtime_wants_fixed_are_asked_for(helps, tmp_path, monkeypatch):
+    right = confirm.Confirmation._in_runtime
+
+    def answer(self, written, feeds, names, runtime):
+        found = right(self, written, feeds, names, runtime)
+        side = written.graph.input[0].type.tensor_type.shape.dim[2]
+        return found if helps and side.dim_value else [[-a for a in each] for each in found]
+
+    lying(monkeypatch, answer)
+    model = two_layers()
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "side"
+    onnx.save(model, tmp_path / "float.onnx")
+    batch = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)
+    with pytest.raises(QuantizationError, match="computes the int8 graph wrongly") as caught:
+        compress.quantize_onnx(tmp_path / "float.onnx", [batch], tmp_path / "q", method="plain")
+    assert ("--input-size 3,8,8" in str(caught.value)) == helps
+    assert ("--exclude" in str(caught.value)) != helps
 
 
 @pytest.mark.parametrize(

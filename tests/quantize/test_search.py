@@ -69,6 +69,14 @@ def test_one_image_does_not_decide():
     assert not other.falls_below(one, 0.05)
 
 
+def test_images_that_are_as_good_as_exact_do_not_decide():
+    """A score that is 0 or 1 in float and in int8 alike, on some images."""
+    scores = np.array([1.0, 1.0, 0.9, 0.8, 0.7])[:, None]
+    noises = ([0, 0, 0.2, 0.2, 0.2], [1e-4, 1e-4, 0.1, 0.1, 0.1])
+    one, other = (closeness([scores], [scores + np.array(n)[:, None]], 5) for n in noises)
+    assert other.gain_over(one) == pytest.approx(6.02 * 3 / 5, abs=0.01)
+
+
 def test_an_output_falls_where_most_images_say_so():
     values = np.random.default_rng(0).normal(size=(16, 50))
     one, other = (closeness([values], [values + each], 16) for each in (0.01, 0.011))
@@ -80,7 +88,7 @@ def test_closeness_of_answers_that_are_exact_not_finite_or_of_no_image():
     values = np.random.default_rng(0).normal(size=(3, 4))
     broken = np.where(np.arange(3)[:, None] == 1, np.nan, values)
     found = closeness([values, values, values[None], values * 0], [values, broken] * 2, 3)
-    assert found.typical_db[0] == 120 and found.typical_db[1] == pytest.approx(40)
+    assert found.typical_db[0] == 60 and found.typical_db[1] == pytest.approx(20)
     assert [len(each) for each in found.by_image_db] == [3, 3, 1, 1]
     assert math.isnan(found.typical_db[3]) and math.isfinite(found.mean_db)
 

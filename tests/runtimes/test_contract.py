@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from graphs import expected, network, one_node, weights
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from compress import plugins
@@ -327,6 +329,21 @@ def test_importing_runtimes_imports_none_of_them() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_ports_are_called_as_the_file_calls_them(runtime: str, tmp_path: Path) -> None:
+    """Beside a Cast without effect OpenVINO knows a port by the names of both its sides."""
+    cast, relu = ("Cast", ["x"], ["a"]), ("Relu", ["a"], ["b"])
+    nodes = [helper.make_node(*each) for each in (cast, relu, ("Cast", ["b"], ["y"]))]
+    for node in (nodes[0], nodes[2]):
+        node.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 3]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "casts", ends[:1], ends[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "casts.onnx")
+    with open_session(tmp_path / "casts.onnx", runtime) as session:
+        assert [spec.name for spec in (*session.inputs, *session.outputs)] == ["x", "y"]
 
 
 def test_openvino_opens_no_connection(tmp_path: Path) -> None:

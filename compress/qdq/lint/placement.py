@@ -142,6 +142,9 @@ def _serves_others(value: ir.Value) -> bool:
         return True
     if node is None or node.op_type not in MOVING or node.inputs[0] is None:
         return False
+    others = [output for output in node.outputs if output is not value]  # of a Split
+    if any(output.uses() or output.is_graph_output() for output in others):
+        return True
     return _serves_others(node.inputs[0])
 
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
 
 from compress.errors import QuantizationError
+from compress.graph.files import bodies
 from compress.graph.model import SAME_SCALE, GraphIndex, captured
 from compress.graph.shapes import dims_of
 from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
 from compress.quantize.images import Batches, Feed, by_name, first_batch
-from compress.quantize.sessions import CannotRunError, GraphSession, session_of
+from compress.quantize.sessions import CannotRunError, GraphSession, TooLongError, session_of
 
 # Ops after which rows are no longer those of the images: sorted, chosen or positions.
 SELECTING = frozenset(
     {"TopK", "NonMaxSuppression", "ArgMax", "ArgMin", "NonZero", "Unique", "Compress", "Hardmax"}
     | {"Equal"}  # of the largest value, by which the best class or a peak is found
 )
+LOOP_SECONDS = 5.0  # on one image; a Loop that takes longer is taken never to end
 
 
 def selects(node: NodeProto) -> bool:
@@ -45,7 +48,7 @@ def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
         batches: Calibration batches, as ``quantize_onnx`` takes them.
 
     Raises:
-        QuantizationError: such an input has another value in another batch.
+        QuantizationError: such an input has another value in another batch, or a Loop does not end.
     """
     graph = GraphIndex(prepared)
     batch = first_batch(batches)
@@ -61,6 +64,7 @@ def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
         del copy.graph.input[:]
         copy.graph.input.extend(kept)
         copy.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in values.items())
+    _check_loops(copy, first)
     return _with_true_batch(copy, first)
 
 
@@ -121,6 +125,37 @@ def _parameters(graph: GraphIndex, batches: Batches, first: Feed) -> Feed:
                     fix="Quantize with the value that it will have in use",
                 )
     return values
+
+
+def _check_loops(model: ModelProto, first: Feed) -> None:
+    """Raise QuantizationError if the graph has a Loop that does not end on the first image."""
+    loops = [node for node in _all_nodes(model.graph) if node.op_type == "Loop"]
+    if not loops:
+        return
+    fix = "Check the number of its trips and its condition"
+    if not all(inner.node for loop in loops for inner in bodies(loop)):  # nothing could end it
+        raise QuantizationError("a Loop of the graph has nothing in its body", fix=fix)
+    graph = GraphIndex(model)
+    free = all((graph.shapes.get(name) or (0,))[0] is None for name in graph.inputs)
+    one = {name: first[name][:1] if free else first[name] for name in graph.inputs}
+    try:
+        session_of(model).run(None, one, seconds=LOOP_SECONDS)
+    except TooLongError:
+        raise QuantizationError(
+            "a Loop of the graph does not end",
+            where=f"after {LOOP_SECONDS:g} seconds, on the first image",
+            fix=fix,
+        ) from None
+    except CannotRunError:
+        return  # calibration says on which images
+
+
+def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Yield the nodes of ``graph`` and of the graphs inside them."""
+    for node in graph.node:
+        yield node
+        for inner in bodies(node):
+            yield from _all_nodes(inner)
 
 
 def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,10 @@ class CannotRunError(QuantizationError):
         return cls(told.what, where=f"run on {shapes}" if shapes else "", fix=told.fix or fix)
 
 
+class TooLongError(QuantizationError):
+    """A run of a graph was ended because it took too long."""
+
+
 class GraphSession:
     """A loaded graph; what ONNX Runtime raises becomes one kind of error."""
 
@@ -40,17 +45,37 @@ class GraphSession:
         self.weights = weights  # the session reads their memory
 
     def run(
-        self, names: Sequence[str] | None, feed: Mapping[str, NDArray[Any]]
+        self,
+        names: Sequence[str] | None,
+        feed: Mapping[str, NDArray[Any]],
+        *,
+        seconds: float | None = None,
     ) -> list[NDArray[Any]]:
         """Return the outputs ``names``, or all.
 
+        Args:
+            names: Of outputs.
+            feed: Inputs by name.
+            seconds: After which the run is ended, between two nodes; no limit if absent.
+
         Raises:
+            TooLongError: it was ended.
             CannotRunError: a node fails on these inputs.
         """
+        import onnxruntime as ort
+
+        options = ort.RunOptions()
+        timer = threading.Timer(seconds or 0, setattr, (options, "terminate", True))
+        if seconds is not None:
+            timer.start()
         try:
-            found: list[NDArray[Any]] = self.session.run(names, feed)
+            found: list[NDArray[Any]] = self.session.run(names, feed, options)
         except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
+            if options.terminate:
+                raise TooLongError(f"it runs longer than {seconds:g} seconds") from None
             raise CannotRunError.of(error, feed) from None
+        finally:
+            timer.cancel()
         return found
 
     def run_into(

@@ -115,7 +115,7 @@ def test_few_images_are_said_to_judge_badly(tmp_path):
     assert not any("judged on" in n for n in quantized(model, [images(model, 64)], tmp_path).notes)
 
 
-def loop(s, name, start):
+def loop(s, name, start, trips=2):
     value = onnx.helper.make_tensor_value_info
     body = onnx.helper.make_graph(
         [
@@ -131,7 +131,7 @@ def loop(s, name, start):
         [value("on", 9, []), value("next", 1, None)],
     )
     s.floats("stem_w2", 8, 8, 3, 3, scale=0.1)
-    ends = [s.constant("trips", np.int64(2)), s.constant("go_on", np.bool_(True)), start]
+    ends = [s.constant("trips", np.int64(trips)), s.constant("go_on", np.bool_(True)), start]
     return s.op("Loop", ends, name, body=body)
 
 
@@ -146,6 +146,33 @@ def test_a_loop_stays_in_float_and_is_said_to(target, tmp_path):
         tensor.type.tensor_type.ClearField("shape")
     plan = quantized(model, [images(model, 16)], tmp_path, target=target)
     assert any("(Loop) stays in float, 1 layers inside" in note for note in plan.notes)
+
+
+def test_a_loop_without_end_is_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.quantize.planning_graph.LOOP_SECONDS", 0.3)
+    s = Sketch((3, 8, 8))
+    x = loop(s, "turned", s.relu(s.conv("input", "stem", 3, 8, 3)), trips=2**62)
+    s.head(x, 8)
+    model = s.model()
+    for tensor in model.graph.output:
+        tensor.type.tensor_type.ClearField("shape")
+    with pytest.raises(QuantizationError, match="a Loop of the graph does not end"):
+        quantized(model, [images(model, 16)], tmp_path)
+
+
+def test_a_loop_around_nothing_is_a_sentence(tmp_path):
+    """ONNX Runtime could not be stopped in it."""
+    s = Sketch((3, 8, 8))
+    x = loop(s, "turned", s.relu(s.conv("input", "stem", 3, 8, 3)), trips=2**62)
+    s.head(x, 8)
+    model = s.model()
+    (node,) = [node for node in model.graph.node if node.op_type == "Loop"]
+    body = node.attribute[0].g
+    del body.node[:]
+    for output, given in zip(body.output, body.input[1:], strict=True):
+        output.name = given.name
+    with pytest.raises(QuantizationError, match="nothing in its body"):
+        quantized(model, [images(model, 16)], tmp_path)
 
 
 def test_free_dimensions_written_as_minus_one_are_free(tmp_path):

@@ -3,6 +3,7 @@
 nox -s oldest            the least version of every dependency, the part of the suite that
 touches them
 nox -s newest            the latest versions, the whole fast suite
+nox -s lock              requirements.lock: what an installation gets today, with hashes
 nox -s audit             known weaknesses of what newest installs (pip-audit)
 """
 
@@ -16,6 +17,8 @@ import nox
 PYTHON = "3.11"
 PROJECT = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 EXTRAS = ("openvino",)
+LOCKED = ("openvino", "tensorrt-rtx")  # of the README's first command
+HEAD = "# What pip install '.[openvino,tensorrt-rtx]' gets, with hashes; made by: nox -s lock"
 # Of the suite: what calls torch, onnx, onnxruntime, nncf, pydantic, typer and rich.
 CHOSEN = (
     *("tests/groups", "tests/graph", "tests/export", "tests/recipe", "tests/cli/test_cli.py"),
@@ -49,6 +52,26 @@ def newest(session: nox.Session) -> None:
     """Install the latest versions and run the fast suite."""
     session.install("--upgrade", "--upgrade-strategy", "eager", "-e", ".[dev]")
     session.run("python", "-m", "pytest", "-n", "2", *session.posargs)
+
+
+@nox.session(python=PYTHON)
+def lock(session: nox.Session) -> None:
+    """Write down every package of an installation, with the hashes of its files."""
+    session.install("uv")
+    extras = (word for extra in LOCKED for word in ("--extra", extra))
+    chosen = (
+        "--quiet",
+        "--universal",
+        "--generate-hashes",
+        "--no-header",
+        "--python-version",
+        PYTHON,
+    )
+    command = ("uv", "pip", "compile", "pyproject.toml", *extras, *chosen, *session.posargs)
+    text = session.run(*command, silent=True)
+    if not isinstance(text, str):
+        session.error("uv said nothing")
+    Path("requirements.lock").write_text(f"{HEAD}\n{text}")
 
 
 @nox.session(python=PYTHON)

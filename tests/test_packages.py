@@ -8,6 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from compress import packages
 from compress.errors import MissingPackageError
@@ -39,6 +42,24 @@ def test_every_extra_that_a_message_names_exists():
         named |= set(re.findall(r"install_command\([\"\']([\w-]*)[\"\']\)", source))
     assert {"timm", "openvino", "explain"} <= named
     assert named - {""} <= set(project["optional-dependencies"])
+
+
+def locked_versions(text):
+    """Return name -> version of a lock file; a package without a hash is left out."""
+    blocks = re.findall(r"^([\w.-]+)==(\S+).*((?:\n    --hash=\S+.*)+)", text, re.M)
+    return {canonicalize_name(name): Version(version) for name, version, _ in blocks}
+
+
+def test_the_lock_file_holds_every_dependency_with_hashes():
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["openvino"], *extras["tensorrt-rtx"]]
+    text = Path("requirements.lock").read_text()
+    locked = locked_versions(text)
+    assert len(locked) == len(re.findall(r"^[\w.-]+==", text, re.M)) > len(wanted)
+    for requirement in map(Requirement, wanted):
+        assert locked[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert not locked_versions("numpy==2.0 ; python_version < '4'\n    # via x\n")
 
 
 def test_a_package_of_every_installation_is_asked_for_without_an_extra():

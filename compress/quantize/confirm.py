@@ -153,13 +153,7 @@ def confirmed(
     if runtime is None:
         whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
-    try:
-        noisier = confirmation.losses(written, runtime)
-    except EngineError as error:
-        raise QuantizationError(
-            f"the int8 graph for {plan.target} does not run in {runtime}: {error.what}",
-            fix=f"Check that {runtime} runs the float file; if not, leave target {plan.target} out",
-        ) from error
+    noisier = _first_losses(confirmation, written, runtime, plan.target)
     lost = [output for output in noisier if output.is_lost]
     if not lost:
         notes = [f"in {runtime} itself: {_listed(noisier)}"] if noisier else []
@@ -193,6 +187,19 @@ def confirmed(
         )
     note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
     return safer.changed(notes=(*safer.notes, note)), written
+
+
+def _first_losses(
+    confirmation: Confirmation, written: ModelProto, runtime: str, target: str
+) -> list[NoisyOutput]:
+    """Return what ``runtime`` computes with more noise; raise QuantizationError if it cannot."""
+    try:
+        return confirmation.losses(written, runtime)
+    except EngineError as error:
+        raise QuantizationError(
+            f"the int8 graph for {target} does not run in {runtime}: {error.what}",
+            fix=f"Check that {runtime} runs the float file; if not, leave target {target} out",
+        ) from error
 
 
 def _sizes_that_help(confirmation: Confirmation, graphs: Sequence[ModelProto], runtime: str) -> str:

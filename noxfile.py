@@ -26,24 +26,27 @@ CHOSEN = (
     *("tests/quantize/test_calibration.py", "tests/runtimes/test_contract.py"),
     *("tests/report/test_report_parts.py", "tests/pipeline/test_pipeline.py"),
 )
+EXTRAS_OF_TESTS = ("timm", "explain")  # what chosen tests ask for
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.18")
 EAGER = "tests/cli/test_cli.py::test_help_imports_nothing_heavy"  # typer 0.16 imports rich at once
 
 nox.options.sessions = ["newest"]
 
 
-def needed() -> list[str]:
+def needed(extras: tuple[str, ...] = EXTRAS) -> list[str]:
     """Return every dependency with the least version that pyproject.toml allows: name>=version."""
-    optional = (each for extra in EXTRAS for each in PROJECT["optional-dependencies"][extra])
+    optional = (each for extra in extras for each in PROJECT["optional-dependencies"][extra])
     return [*PROJECT["dependencies"], *optional]
 
 
 @nox.session(python=PYTHON)
 def oldest(session: nox.Session) -> None:
     """Install the least versions and run the chosen part of the suite."""
-    session.install(*(each.replace(">=", "==") for each in needed()), *TOOLS)
+    least = (each.replace(">=", "==") for each in needed((*EXTRAS, *EXTRAS_OF_TESTS)))
+    session.install(*least, *TOOLS)
     session.install("--no-deps", "-e", ".")
-    chosen = (*CHOSEN, "--deselect", EAGER, "-n", "2")
+    # what the newest click says of the oldest typer is nobody's fault
+    chosen = (*CHOSEN, "--deselect", EAGER, "-n", "2", "-W", "ignore::DeprecationWarning")
     session.run("python", "-W", "ignore", "-m", "pytest", *chosen, *session.posargs)
 
 

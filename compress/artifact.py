@@ -88,7 +88,13 @@ def inside(root: Path, path: str) -> Path:
     Raises:
         RunError: it leads out of ``root``, as no run records it.
     """
-    if not (root / path).resolve().is_relative_to(root.resolve()):
+    try:
+        place = (root / path).resolve()
+        place.is_file()  # fails for a name that no file can have: too long, or with a NUL byte
+        lies_inside = place.is_relative_to(root.resolve())
+    except (OSError, ValueError):
+        lies_inside = False
+    if not lies_inside:
         raise RunError(
             f"its file {path!r} lies outside the run folder",
             where=str(root),

@@ -272,13 +272,14 @@ def _record(run: Path) -> dict[str, Any]:
         raise RunError("lists no artifacts", where=str(path), fix="Run the recipe again")
     for number, entry in enumerate(record["artifacts"]):
         complete = isinstance(entry, Mapping) and all(
-            isinstance(entry.get(key), str) for key in ("path", "sha256")
+            isinstance(entry.get(key), kinds)
+            for key, kinds in (("path", str), ("sha256", str), ("parent", str | None))
         )
         if not complete:
             raise RunError(
                 "does not say which file it is about and what its hash was",
                 where=f"{path}: artifacts[{number}]",
-                expected="path and sha256",
+                expected="path and sha256, and the hash of its parent or none",
             )
     return dict(record)
 

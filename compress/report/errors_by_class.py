@@ -119,7 +119,8 @@ def _change(before: float | None, after: float | None) -> float | None:
 
 def class_name(details: Details, position: int) -> str:
     """Return the name of a class, or its number where there is none."""
-    return details.classes[position] if position < len(details.classes) else str(position)
+    known = 0 <= position < len(details.classes)
+    return details.classes[position] if known else str(position)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,8 @@ def in_float(part: Coverage) -> list[str]:
     """Return a line for each reason why operations stay in float."""
     found: dict[str | None, list[Island]] = {}
     for island in part.islands:
-        found.setdefault(island.reason, []).append(island)
+        if island.nodes:
+            found.setdefault(island.reason, []).append(island)
     return [_staying(reason, islands) for reason, islands in found.items()]
 
 

@@ -350,6 +350,12 @@ class Calibration(Record):
     accuracy_pct: tuple[float, ...] = ()
     images: tuple[int, ...] = ()
 
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Calibration:
+        if not len(self.confidence_pct) == len(self.accuracy_pct) == len(self.images):
+            raise ValueError("confidence, accuracy and images differ in their number of bins")
+        return self
+
 
 class Attribution(Record):
     """What the original and a variant looked at in one image."""

@@ -206,9 +206,12 @@ def openvino_error(error: Exception, path: Path | None) -> EngineError:
     """Return an error of OpenVINO as one of ours: its last telling line, not its source lines."""
     text = str(error)
     where = str(path) if path else ""
-    missing = re.search(r"No conversion rule found for operations: (.+)", text)
+    missing = re.search(
+        r"(?:No conversion rule found for|not support the following ONNX) operations: (.+)",
+        text,
+    )
     if missing:
-        names = ", ".join(part.strip().rsplit("-", 1)[0] for part in missing[1].split(","))
+        names = ", ".join(part.strip(" .").rsplit("-", 1)[0] for part in missing[1].split(","))
         return EngineError(
             f"OpenVINO has no operator {names}{_nodes_of(path, names)}",
             where=where,

@@ -79,6 +79,24 @@ def test_a_record_cannot_point_outside_the_run(run: Path, path: str) -> None:
     assert not finding.found
 
 
+@pytest.mark.parametrize("path", ["a\0b", "x" * 300], ids=["NUL", "too long"])
+def test_a_name_that_no_file_can_have_is_a_finding(run: Path, path: str) -> None:
+    record = artifact.read_json(run / "run.json")
+    record["artifacts"][0]["path"] = path
+    change(run, artifacts=record["artifacts"])
+    assert any(
+        "outside the run folder" in finding.problem for finding in verify_files(run).findings
+    )
+
+
+def test_a_parent_that_is_no_hash_is_refused(run: Path) -> None:
+    record = artifact.read_json(run / "run.json")
+    record["artifacts"][1]["parent"] = {"sha256": "x"}
+    change(run, artifacts=record["artifacts"])
+    with pytest.raises(RunError, match="hash of its parent or none"):
+        verify_files(run)
+
+
 def test_verifying_changes_nothing(run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     verify_files(run)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from compress.report import errors_by_class
 from compress.report.charts import NARROW, Dot, lines, pareto, round_values, scale, scatter
-from compress.report.html import html
+from compress.report.html import html, in_float
 from compress.report.pictures import thumbnail
 from compress.report.schema import (
     Calibration,
@@ -319,3 +319,24 @@ def test_what_stays_in_float_is_told_once_for_each_reason():
         "conv_0, conv_1 and 1 more stay in float: a float bias (3.00 k MACs)",
         "head stays in float: no int8 kernel (5 MACs)",
     ]
+
+
+def test_islands_without_a_node_are_no_line():
+    islands = (Island(nodes=(), reason="x"), Island(nodes=("pool",), reason="y"))
+    part = Coverage(variant="int8", runtime="onnxruntime", islands=islands)
+    assert in_float(part) == ["pool stays in float: y"]
+
+
+def test_a_class_that_is_none_is_a_number():
+    details = Details(classes=("cat", "dog"))
+    assert [errors_by_class.class_name(details, n) for n in (0, 1, 2, -3)] == [
+        "cat",
+        "dog",
+        "2",
+        "-3",
+    ]
+
+
+def test_calibration_has_one_of_each_for_every_bin():
+    with pytest.raises(ValueError, match="differ in their number of bins"):
+        Calibration(variant="x", ece_pct=1.0, confidence_pct=(50.0,), accuracy_pct=(), images=(3,))

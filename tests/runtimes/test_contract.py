@@ -161,11 +161,17 @@ def test_a_built_engine_answers_alike_and_has_a_record(
         np.testing.assert_allclose(session.run(images)[0], expected(images), rtol=1e-4, atol=1e-5)
 
 
+def skip_without(runtime: str) -> None:
+    """Skip where no engine can be built: TensorRT needs a GPU for it, TensorRT-RTX its package."""
+    reason = unavailable(runtime)
+    if reason and (runtime == "tensorrt" or not is_installed(runtime.replace("-", "_"))):
+        pytest.skip(reason)
+
+
 @pytest.mark.parametrize("runtime", BUILDERS)
 @pytest.mark.parametrize("domain", ["", "my.operators"], ids=["unknown", "custom domain"])
 def test_an_unknown_operator_is_named(runtime: str, tmp_path: Path, domain: str) -> None:
-    if runtime == "tensorrt" and unavailable(runtime):
-        pytest.skip(str(unavailable(runtime)))
+    skip_without(runtime)
     source = one_node(tmp_path / "x.onnx", "Curious", domain=domain)
     with pytest.raises(EngineError, match=r"no operator .*Curious") as caught:
         build_engine(source, tmp_path / "x.xml", runtime=runtime)
@@ -197,8 +203,7 @@ def test_a_missing_file_is_named(runtime: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("runtime", BUILDERS)
 def test_int8_of_a_float_graph_is_refused(runtime: str, tmp_path: Path) -> None:
-    if runtime == "tensorrt" and unavailable(runtime):
-        pytest.skip(str(unavailable(runtime)))
+    skip_without(runtime)
     with pytest.raises(EngineError, match="holds no Q/DQ nodes"):
         build_engine(
             network(tmp_path / "x.onnx"), tmp_path / "x.xml", runtime=runtime, precision="int8"
@@ -375,8 +380,7 @@ def test_float32_stays_float32_in_openvino(tmp_path: Path, images: np.ndarray) -
 def test_fp16_is_in_the_graph(
     runtime: str, tolerance: float | None, tmp_path: Path, images: np.ndarray
 ) -> None:
-    if runtime == "tensorrt-rtx" and not is_installed("tensorrt_rtx"):
-        pytest.skip("tensorrt-rtx is not installed")
+    skip_without(runtime)
     out = tmp_path / f"half{plugins.plugin_class('runtimes', runtime).extension}"
     build_engine(network(tmp_path / "x.onnx"), out, runtime=runtime, precision="fp16")
     assert build_record(out)["precision"] == "fp16"

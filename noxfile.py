@@ -28,7 +28,11 @@ CHOSEN = (
 )
 EXTRAS_OF_TESTS = ("timm", "explain")  # what chosen tests ask for
 TOOLS = ("pytest>=8.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "tensorboard>=2.18")
-EAGER = "tests/cli/test_cli.py::test_help_imports_nothing_heavy"  # typer 0.16 imports rich at once
+LEFT_OUT = (
+    "tests/cli/test_cli.py::test_help_imports_nothing_heavy",  # typer 0.16 imports rich at once
+    "tests/cli/test_cli.py::test_the_schema_can_be_written",  # pydantic 2.10 writes 180 for 180.0
+    "tests/recipe/test_recipe.py::test_the_published_schema_is_current",
+)
 
 nox.options.sessions = ["newest"]
 
@@ -46,7 +50,8 @@ def oldest(session: nox.Session) -> None:
     session.install(*least, *TOOLS)
     session.install("--no-deps", "-e", ".")
     # what the newest click says of the oldest typer is nobody's fault
-    chosen = (*CHOSEN, "--deselect", EAGER, "-n", "2", "-W", "ignore::DeprecationWarning")
+    without = (word for test in LEFT_OUT for word in ("--deselect", test))
+    chosen = (*CHOSEN, *without, "-n", "2", "-W", "ignore::DeprecationWarning")
     session.run("python", "-W", "ignore", "-m", "pytest", *chosen, *session.posargs)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,16 @@ SPARSEST = 1000  # places of a sparse constant for each value that it holds
 MOST_READ = 4  # times the bytes of the files beside it: a part of one can be shared by weights
 _PACKED_BITS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT2": 2, "UINT2": 2}
 _COMPLEX = {TensorProto.COMPLEX64, TensorProto.COMPLEX128}
-_intact: dict[Path, dict[Path, tuple[int, ...]]] = {}  # a checked file -> states of its parts
 _DAMAGED = "Export it again, or copy it again and compare its SHA-256"
+
+
+@dataclass(frozen=True)
+class _Checked:
+    states: dict[Path, tuple[int, ...]]  # of the file and those of its weights, as they were
+    has_loop: bool
+
+
+_intact: dict[Path, _Checked] = {}
 
 
 def load(path: str | Path, *, weights: bool = True) -> ModelProto:
@@ -53,6 +62,7 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
     model = _parse(source)
     with boundary(EngineError, "is no valid ONNX file", where=str(source), fix=_DAMAGED):
         _check_calls(model, source)
+        looped = _check_loops(model, source)
         tensors = list(_all_tensors(model))
         _check_external(tensors, source)
         for location in _locations(tensors):
@@ -64,7 +74,7 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
             _check_size(tensor, source)
         if weights:
             _store_densely(model.graph, source)
-    _intact[source.absolute()] = states
+    _intact[source.absolute()] = _Checked(states, looped)
     return model
 
 
@@ -85,11 +95,24 @@ def parts(path: str | Path) -> set[Path]:
     Raises:
         EngineError: it is no whole ONNX file.
     """
+    return set(_checked(path).states)
+
+
+def has_loop(path: str | Path) -> bool:
+    """Return whether a model holds a Loop, which may turn 2^62 times.
+
+    Raises:
+        EngineError: it is no whole ONNX file.
+    """
+    return _checked(path).has_loop
+
+
+def _checked(path: str | Path) -> _Checked:
     source = Path(path).absolute()
-    known = _intact.get(source, {})
-    if not known or any(not p.is_file() or state_of(p) != known[p] for p in known):
+    known = _intact.get(source)
+    if known is None or any(not p.is_file() or state_of(p) != s for p, s in known.states.items()):
         load(path, weights=False)
-    return set(_intact[source])
+    return _intact[source]
 
 
 def _parse(path: Path) -> ModelProto:
@@ -255,6 +278,25 @@ def bodies(node: NodeProto) -> Iterator[GraphProto]:
         if attribute.HasField("g"):
             yield attribute.g
         yield from attribute.graphs
+
+
+def _check_loops(model: ModelProto, path: Path) -> bool:
+    """Return whether there is a Loop; refuse one whose body is empty: nothing can stop it."""
+    pending: list[GraphProto | FunctionProto] = [model.graph, *model.functions]
+    found = False
+    while pending:
+        for node in pending.pop().node:
+            inside = list(bodies(node))
+            pending += inside
+            if node.op_type == "Loop":
+                found = True
+                if not all(body.node for body in inside):
+                    raise EngineError(
+                        f"its Loop {node.name!r} has nothing in its body",
+                        where=str(path),
+                        fix="Remove it: it gives what it is given",
+                    )
+    return found
 
 
 def _all_tensors(model: ModelProto) -> Iterator[TensorProto]:

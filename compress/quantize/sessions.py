@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from onnx import ModelProto, numpy_helper
 
 from compress.errors import QuantizationError
 from compress.graph.weightless import is_large, skeleton
-from compress.runtimes.onnxruntime import EXACT_INT8, onnxruntime_error
+from compress.runtimes.onnxruntime import EXACT_INT8, onnxruntime_error, run_within
 
 
 class CannotRunError(QuantizationError):
@@ -62,20 +61,14 @@ class GraphSession:
             TooLongError: it was ended.
             CannotRunError: a node fails on these inputs.
         """
-        import onnxruntime as ort
-
-        options = ort.RunOptions()
-        timer = threading.Timer(seconds or 0, setattr, (options, "terminate", True))
-        if seconds is not None:
-            timer.start()
         try:
-            found: list[NDArray[Any]] = self.session.run(names, feed, options)
+            if seconds is not None:
+                return run_within(self.session, names, feed, seconds)
+            found: list[NDArray[Any]] = self.session.run(names, feed)
+        except TimeoutError as error:
+            raise TooLongError(str(error)) from None
         except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
-            if options.terminate:
-                raise TooLongError(f"it runs longer than {seconds:g} seconds") from None
             raise CannotRunError.of(error, feed) from None
-        finally:
-            timer.cancel()
         return found
 
     def run_into(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +29,7 @@ PROVIDERS = {
 # session option ONNX Runtime takes kernels that do not, there; elsewhere it changes nothing.
 # Source: ONNX Runtime, "Quantize ONNX models", on AVX2 and AVX-512 machines.
 EXACT_INT8 = ("session.x64quantprecision", "1")
+LOOP_SECONDS = 60.0  # after which a run of a graph with a Loop is ended: it may turn 2^62 times
 LEVELS = {
     "none": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -130,8 +133,8 @@ class Onnxruntime:
         Raises:
             EngineError: it is damaged or holds an operator ONNX Runtime does not know.
         """
-        files.check_onnx(path)
-        return OnnxruntimeSession(self._session(str(path), self._options(), path))
+        limit = LOOP_SECONDS if files.has_loop(path) else None
+        return OnnxruntimeSession(self._session(str(path), self._options(), path), limit)
 
     def _options(self) -> Any:
         ort = _package()
@@ -183,10 +186,10 @@ class Onnxruntime:
 
 
 class OnnxruntimeSession:
-    """A loaded ONNX file."""
+    """A loaded ONNX file; a run is ended after ``limit`` seconds, if given."""
 
-    def __init__(self, session: Any) -> None:
-        self.session = session
+    def __init__(self, session: Any, limit: float | None = None) -> None:
+        self.session, self.limit = session, limit
         self.inputs = tuple(_spec(entry) for entry in session.get_inputs())
         self.outputs = tuple(_spec(entry) for entry in session.get_outputs())
         self._input_names = [spec.name for spec in self.inputs]
@@ -196,7 +199,14 @@ class OnnxruntimeSession:
         """Return one array for each output."""
         feeds = dict(zip(self._input_names, arrays, strict=True))
         try:
+            if self.limit is not None:
+                return run_within(self.session, self._output_names, feeds, self.limit)
             answers: list[np.ndarray] = self.session.run(self._output_names, feeds)
+        except TimeoutError:
+            raise EngineError(
+                f"a Loop of the graph does not end within {self.limit:g} seconds",
+                fix="Check the number of its trips and its condition; or give smaller batches",
+            ) from None
         except Exception as error:  # onnxruntime has no common error class
             raise onnxruntime_error(error, None) from error
         return answers
@@ -204,6 +214,29 @@ class OnnxruntimeSession:
     def close(self) -> None:
         """Free the session."""
         self.session = None
+
+
+def run_within(
+    session: Any, names: Sequence[str] | None, feeds: Mapping[str, np.ndarray], seconds: float
+) -> list[np.ndarray]:
+    """Return the outputs of an ``onnxruntime.InferenceSession``.
+
+    Raises:
+        TimeoutError: it was ended after ``seconds``, between two nodes.
+    """
+    options = _package().RunOptions()
+    options.log_severity_level = 4  # fatal: what fails is raised
+    timer = threading.Timer(seconds, setattr, (options, "terminate", True))
+    timer.start()
+    try:
+        found: list[np.ndarray] = session.run(names, feeds, options)
+    except Exception:
+        if options.terminate:
+            raise TimeoutError(f"it runs longer than {seconds:g} seconds") from None
+        raise
+    finally:
+        timer.cancel()
+    return found
 
 
 def onnxruntime_error(error: Exception, path: Path | None) -> EngineError:

@@ -17,11 +17,13 @@ from compress.errors import EngineError, QuantizationError
 from compress.graph.metadata import layout_of, picture_input
 from compress.graph.model import GraphIndex, tail
 from compress.graph.shapes import dims_of
+from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
+from compress.quantize.isolate import needed_in_float
 from compress.quantize.planning_graph import selects
 from compress.quantize.sqnr import answers_each, closeness, portions
 from compress.quantize.workbench import Workbench
@@ -140,9 +142,9 @@ def confirmed(
 
     Where it does not, it is asked again with weights whose products cannot overflow (kernels for
     CPUs without VNNI add pairs of them in 16 bits), with 7 bits, with transposed convolutions in
-    float (OpenVINO's own were seen to lose 25 dB and more), with the last layers in float, then
-    with several of these. A target without a runtime that is installed here and has its hardware
-    is noted as not asked.
+    float (OpenVINO's own were seen to lose 25 dB and more), with the last layers in float, with
+    several of these, then with the layers in float that a search finds to be at fault. A target
+    without a runtime that is installed here and has its hardware is noted as not asked.
 
     Raises:
         QuantizationError: the runtime computes wrong answers all the same.
@@ -174,6 +176,12 @@ def confirmed(
             if left:
                 note += f"; and still {_listed(left)}"
             return safer.changed(notes=(*safer.notes, note)), written
+    searched = _without_faulty(bench, plan, confirmation, runtime)
+    if searched is not None:
+        safer, written, said = searched
+        return safer.changed(
+            notes=(*safer.notes, f"{said}: else, in {runtime}, {_listed(lost)}")
+        ), written
     safer, written, left, said = max(tried, key=lambda each: min(x.real_db for x in each[2]))
     if any(loss.real_db < _SOUND_DB for loss in left):
         fix = (
@@ -187,6 +195,31 @@ def confirmed(
         )
     note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
     return safer.changed(notes=(*safer.notes, note)), written
+
+
+def _without_faulty(
+    bench: Workbench, plan: QuantPlan, confirmation: Confirmation, runtime: str
+) -> tuple[QuantPlan, ModelProto, str] | None:
+    """Return ``plan`` with the layers at fault in float, its graph, and what was done.
+
+    None if more than half of the layers would have to be.
+    """
+    safer = with_headroom(bench, plan)
+    graph = GraphIndex(apply_corrections(bench.prepared, safer))
+    placement = place(graph, plan.target, safer.float_nodes)
+    int8 = {name for readers in placement.readers.values() for name, _ in readers}
+    layers = [node.name for node in graph.nodes if node.name in int8.union(placement.weights)]
+
+    def is_right(floating: Sequence[str]) -> bool:
+        left = confirmation.losses(write_qdq(bench.prepared, _in_float(safer, floating)), runtime)
+        return all(loss.real_db >= _SOUND_DB for loss in left)
+
+    faulty = needed_in_float(layers, is_right)
+    if faulty is None or len(faulty) > len(layers) / 2:
+        return None
+    found = _in_float(safer, faulty)
+    shown = ", ".join(map(repr, faulty[:3])) + f" and {len(faulty) - 3} more" * (len(faulty) > 3)
+    return found, write_qdq(bench.prepared, found), f"{shown} left in float"
 
 
 def _first_losses(
@@ -269,7 +302,7 @@ def ends_in_float(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     return _in_float(plan, last_layers(GraphIndex(bench.prepared)))
 
 
-def _in_float(plan: QuantPlan, layers: list[str]) -> QuantPlan:
+def _in_float(plan: QuantPlan, layers: Sequence[str]) -> QuantPlan:
     biases = {node: bias for node, bias in plan.biases.items() if node not in layers}
     return plan.keep_float(layers, WHY).changed(biases=biases)
 

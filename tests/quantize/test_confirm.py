@@ -132,6 +132,29 @@ def test_transposed_layers_that_a_runtime_computes_wrongly_are_left_in_float(
     assert "transposed convolutions are left in float" in said
 
 
+def test_a_layer_that_a_runtime_computes_wrongly_is_searched_for(tmp_path, monkeypatch):
+    """None of the remedies for known faults has an effect on a layer in the middle."""
+    right = confirm.Confirmation._in_runtime
+
+    def wrong(self, written, *others):
+        made_by = {name: node.op_type for node in written.graph.node for name in node.output}
+        (asked,) = [node for node in written.graph.node if node.name == "body"]
+        found = right(self, written, *others)
+        is_int8 = made_by.get(asked.input[1]) == "DequantizeLinear"
+        return [[-value for value in each] for each in found] if is_int8 else found
+
+    lying(monkeypatch, wrong)
+    s = Sketch((3, 8, 8))
+    x = "input"
+    for name, channels in {"stem": 3, "first": 8, "body": 8, "last": 8}.items():
+        x = s.relu(s.conv(x, name, channels, 8))
+    s.head(x, 8)
+    plan = quantized(s.model(), tmp_path, "openvino")
+    assert set(plan.float_nodes) == {"body"}
+    (said,) = [note for note in plan.notes if "else, in openvino, logits has" in note]
+    assert said.startswith("'body' left in float")
+
+
 def test_a_little_noise_of_the_runtime_is_no_reason_for_a_coarser_remedy(tmp_path, monkeypatch):
     found = iter([[confirm.NoisyOutput("logits", 45, 20)], [confirm.NoisyOutput("logits", 45, 36)]])
     monkeypatch.setattr(confirm.Confirmation, "losses", lambda *asked: next(found))

@@ -111,6 +111,35 @@ def concat() -> ModelProto:
     return s.model()
 
 
+def separable() -> ModelProto:
+    """Layers with nothing between them, a part of the channels, channels and edges of zeros."""
+    s = Sketch(SHAPE)
+    x = s.conv(s.relu(s.conv("input", "stem", 3, 8)), "point", 8, 8, k=1)
+    x = s.relu(s.conv(x, "filter", 8, 8, group=8))
+    w, b = s.floats("up_w", 8, 6, 2, 2, scale=0.3), s.floats("up_b", 6)
+    x = s.relu(s.op("ConvTranspose", [x, w, b], "up", strides=[2, 2], kernel_shape=[2, 2]))
+    ends = [
+        s.constant(f"part_{n}", np.array([v])) for n, v in (("from", 1), ("to", 5), ("axis", 1))
+    ]
+    x = s.op("Slice", [x, *ends], "part")
+    x = s.op("Pad", [x, s.constant("zeros", np.array([0, 0, 1, 1, 0, 2, 1, 1]))], "padded")
+    s.head(s.relu(s.conv(x, "last", 6, 8)), 8)
+    return s.model()
+
+
+def shared_constants() -> ModelProto:
+    """One bias for two convolutions and one scale for two BatchNorms, as converters store them."""
+    s = Sketch(SHAPE)
+    x = s.relu(s.conv("input", "stem", 3, 8))
+    for name in ("a", "b"):
+        x = norm(s, x, f"{name}_bn", 8)
+        s.nodes[-1].input[1] = "a_bn_scale"
+        x = s.relu(s.conv(x, name, 8, 8))
+        next(n for n in s.nodes if n.name == name).input[2] = "a_b"
+    s.head(x, 8)
+    return s.model()
+
+
 def dense() -> ModelProto:
     """BatchNorm that no convolution precedes."""
     s = Sketch(SHAPE)
@@ -217,7 +246,7 @@ GRAPHS: dict[str, Callable[[], ModelProto]] = {
     graph.__name__: graph
     for graph in (
         residual, depthwise, concat, dense, preactivated, folded, squeeze_excite, shuffle,
-        two_inputs, dead_channels,
+        two_inputs, dead_channels, separable, shared_constants,
     )
 }  # fmt: skip
 

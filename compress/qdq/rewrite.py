@@ -137,13 +137,13 @@ def _scale_input(graph: EditableGraph, node: ir.Node, factors: NDArray[Any]) -> 
             raise _unfit(node)
         rows = factors.reshape(groups, -1).repeat(weight.shape[0] // groups, 0)
         factors = rows.reshape(*rows.shape, *[1] * (weight.ndim - 2))
-    elif not attribute(node, "transB", 0):  # (in, out)
-        factors = factors.reshape(-1, 1)
+    elif node.op_type == "ConvTranspose" or not attribute(node, "transB", 0):  # (in, out, ...)
+        factors = factors.reshape(-1, *[1] * (weight.ndim - 1))
     _multiply(graph, node, 1, factors)
 
 
 def _multiply(graph: EditableGraph, node: ir.Node, position: int, factors: NDArray[Any]) -> None:
-    """Multiply a constant that ``node`` reads."""
+    """Multiply a constant that ``node`` reads, for it alone."""
     given = node.inputs[position]
     value = constant(given)
     if value is None or given is None:
@@ -153,7 +153,10 @@ def _multiply(graph: EditableGraph, node: ir.Node, position: int, factors: NDArr
         scaled = np.asarray(flat * factors, value.dtype).reshape(value.shape)
     except ValueError:
         raise _unfit(node) from None
-    graph.set_constant(given, scaled)
+    if len(given.uses()) > 1:
+        set_input(node, position, graph.add_constant(f"{node.name}_{position}", scaled))
+    else:
+        graph.set_constant(given, scaled)
 
 
 def _unfit(node: ir.Node) -> QuantizationError:

@@ -58,6 +58,8 @@ class _Labeller:
             "Mul": self._gate,
             "Concat": self._concat,
             "Split": self._split,
+            "Slice": self._slice,
+            "Pad": self._pad,
             "Flatten": self._flatten,
         }
 
@@ -87,6 +89,8 @@ class _Labeller:
     def visit(self, node: NodeProto) -> None:
         if self.is_layer(node):
             self.found.layers.add(node.name)
+            for tensor in (node.input[0], node.output[0]):  # perhaps no other operator has it
+                self.of(tensor)
             return
         rule = self.rules.get(node.op_type)
         if rule is None or not rule(node):
@@ -109,6 +113,42 @@ class _Labeller:
     def _split(self, node: NodeProto) -> bool:
         return self._whole(node, node.input[0], list(node.output))
 
+    def _slice(self, node: NodeProto) -> bool:
+        """A part of the channels, or of the space of all of them."""
+        given = [self.graph.constant(name) for name in (*node.input[1:], "", "")[:4]]
+        starts, ends = given[:2]
+        if starts is None or ends is None or len(node.output) != 1:
+            return False
+        if any(value is None for value, name in zip(given, node.input[1:], strict=False) if name):
+            return False
+        rank = self.graph.rank(node.input[0]) or 0
+        axes = np.arange(len(starts)) if given[2] is None else given[2] % max(rank, 1)
+        steps = np.ones(len(starts), int) if given[3] is None else given[3]
+        whole, part = self.of(node.input[0]), self.of(node.output[0])
+        for axis, *bounds in zip(axes, starts, ends, steps, strict=True):
+            if axis == 1 and whole is not None:
+                whole = whole[slice(*map(int, bounds))]
+        return self.join(whole, part)
+
+    def _pad(self, node: NodeProto) -> bool:
+        """Zeros around the image, or channels of zeros, which any factor leaves as they are."""
+        pads = self.graph.constant(node.input[1]) if len(node.input) > 1 else None
+        value = self.graph.constant(node.input[2]) if len(node.input) > 2 and node.input[2] else 0.0
+        inside, whole = self.of(node.input[0]), self.of(node.output[0])
+        if (
+            pads is None
+            or value is None
+            or np.any(value)
+            or (len(node.input) > 3 and node.input[3])
+        ):
+            return False
+        if inside is None or whole is None:
+            return False
+        before, after = int(pads[1]), int(pads[1 + len(pads) // 2])
+        if (before or after) and attribute(node, "mode", b"constant") != b"constant":
+            return False
+        return min(before, after) >= 0 and self.join(inside, whole[before : before + len(inside)])
+
     def _whole(self, node: NodeProto, whole: str, parts: list[str]) -> bool:
         """Join the channels of ``whole`` with those of its parts, one after the other."""
         if attribute(node, "axis", 0) not in (1, 1 - (self.graph.rank(whole) or 0)):
@@ -120,19 +160,19 @@ class _Labeller:
         """Return whether the weights of ``node`` take factors up on both sides."""
         graph = self.graph
         if node.op_type == "BatchNormalization":
-            alone = all(len(graph.readers[name]) == 1 for name in node.input[1:])
-            return alone and all(name in graph.initializers for name in node.input[1:])
+            return all(name in graph.initializers for name in node.input[1:])
         weight = graph.weight(node)
         if weight is None or len(graph.readers[weight]) > 1 or node.name in self.floating:
             return False
         if len(node.input) > 2 and node.input[2]:
-            bias, own = graph.constant(node.input[2]), len(graph.readers[node.input[2]]) == 1
-            made = graph.initializers[weight].dims[channel_axis(node)]
-            if bias is None or bias.size != made or not own:
+            bias = graph.constant(node.input[2])
+            if bias is None or bias.size != graph.initializers[weight].dims[channel_axis(node)]:
                 return False
         if node.op_type == "Gemm":
             odd = attribute(node, "transA", 0) or attribute(node, "alpha", 1.0) != 1.0
             return not odd and attribute(node, "beta", 1.0) == 1.0
+        if node.op_type == "ConvTranspose":
+            return bool(attribute(node, "group", 1) == 1)
         return node.op_type == "Conv"
 
     def _clip(self, node: NodeProto) -> bool:

@@ -49,7 +49,8 @@ def equalize(
         plan: Must not hold rescalings, scales or biases yet. Its ranges are those of the graph
             as it was.
         seen: Of ``prepared``, with the channels of its ``scalable`` tensors.
-        alpha: How far to go, in (0, 1].
+        alpha: How far to go, in [0, 1]; 0 scales only what depthwise layers alone read, which costs
+            nothing elsewhere.
 
     Returns:
         The plan, and what would be seen of the rescaled graph.

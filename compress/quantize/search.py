@@ -44,7 +44,7 @@ def auto(bench: Workbench) -> QuantPlan:
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
-    effort = 3 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
+    effort = 4 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
     refit = _BIASES * len(next(iter(bench.all_images().values()))) / TRIED
     with progress.task("Trying corrections", round(effort + refit)) as counter:
         search.counter = counter
@@ -53,6 +53,8 @@ def auto(bench: Workbench) -> QuantPlan:
             if search.attempt("percentile ranges", _RANGES, search.plain, wider):
                 widest = partial(_ranged, bench, "minmax")
                 search.attempt("minmax ranges", _RANGES, search.plain, widest)
+        freely = partial(_equalized, bench, 0.0)
+        search.attempt("equalization in front of depthwise layers", _RANGES, search.best, freely)
         search.attempt("weight scales", _RANGES, search.best, scaled)
         ranges = search.best
         search.attempt("bias correction", _BIASES, ranges, corrected)

@@ -80,9 +80,9 @@ class Workbench:
 
     def equalized(self, plan: QuantPlan, alpha: float) -> QuantPlan:
         """Return ``plan`` with rescalings and the ranges of the rescaled graph."""
-        bare = plan.changed(weights={}, biases={})
+        bare = plan.changed(weights={}, biases={}, equalization=())
         step, seen = equalize(self.prepared, bare, self.statistics, alpha)
-        if not step.equalization:
+        if step.equalization == plan.equalization:
             return plan
         observer = next(iter(plan.activations.values())).observer
         return step.changed(activations=self.ranges(seen, observer).activations)

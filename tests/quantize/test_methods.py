@@ -168,6 +168,8 @@ def with_uneven_channels(model):
         ("folded", {"c1", "c2"}),
         ("shuffle", set()),
         ("dense", {"c1", "bn1", "bn2", "logits"}),
+        ("separable", {"stem", "point", "filter", "up", "last", "logits"}),
+        ("shared_constants", {"stem", "a_bn", "a", "b_bn", "b", "logits"}),
     ],
 )
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
@@ -189,7 +191,7 @@ def test_what_equalization_cannot_scale_is_said():
     assert "Sigmoid" in note and "HardSwish" in note
 
 
-@pytest.mark.parametrize("name", ["residual", "depthwise", "dead_channels"])
+@pytest.mark.parametrize("name", ["residual", "depthwise", "dead_channels", "separable"])
 @pytest.mark.parametrize("alpha", [0.25, 1.0])
 def test_equalized_graph_computes_the_same(name, alpha):
     model = prepare(GRAPHS[name]())
@@ -201,7 +203,28 @@ def test_equalized_graph_computes_the_same(name, alpha):
     np.testing.assert_allclose(run(rescaled, feed)[0], run(model, feed)[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["residual", "depthwise", "concat", "dense", "dead_channels"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_tensors_that_depthwise_layers_alone_read_are_scaled_to_one_range(alpha):
+    """Also where nothing lies between the layers; with alpha 0 all others stay as they are."""
+    model = prepare(with_uneven_channels(GRAPHS["separable"]()))
+    feed = images(model, 2048)
+    plan, _ = equalize(model, QuantPlan("tensorrt"), with_channels(model, [feed]), alpha)
+    rescaled = apply_corrections(model, plan)
+    names = ["point", "stem_relu"]
+    ranges = [
+        np.abs(value).max(axis=(0, 2, 3))
+        for graph in (rescaled, model)
+        for value in run(with_outputs(graph, names), feed, names=names)
+    ]
+    alone, other, alone_before, other_before = ranges
+    assert alone.min() > 0.99 * alone.max() > 4 * alone_before.min()
+    assert np.array_equal(other, other_before) == (alpha == 0)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["residual", "depthwise", "concat", "dense", "dead_channels", "separable"],
+)
 def test_ranges_of_the_rescaled_graph_follow_from_the_channels_of_the_graph(name):
     model = prepare(with_uneven_channels(GRAPHS[name]()))
     feed = images(model, 256)

@@ -167,6 +167,8 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     _fold_constants(graph)
     _name_nodes(graph)
     join_hard_swish(graph)
+    for node in graph.of_type("MatMul"):
+        _write_as_gemm(graph, node)
     graph.sweep()
     shared: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     for node in graph.nodes if fold else ():
@@ -232,6 +234,14 @@ def _name_nodes(graph: EditableGraph) -> None:
     taken: set[str] = set()
     for node in graph.nodes:
         node.name = fresh_name(taken, node.name or f"{node.op_type}_{node.outputs[0].name}")
+
+
+def _write_as_gemm(graph: EditableGraph, node: ir.Node) -> None:
+    """Write a product of a matrix and a constant one as Gemm, which takes the bias behind it."""
+    given, weight = node.inputs[0], constant(node.inputs[1])
+    is_linear = weight is not None and weight.ndim == 2 and weight.dtype == np.float32
+    if is_linear and given is not None and constant(given) is None and graph.rank(given) == 2:
+        graph.substitute(node, "Gemm", node.inputs)
 
 
 def _fold_into_layer(

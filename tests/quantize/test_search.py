@@ -114,6 +114,19 @@ def test_equalization_that_falls_far_behind_is_not_tried_again_nor_wider_ranges(
     assert "percentile" in told and "minmax" not in told
 
 
+@pytest.mark.parametrize(("lost", "kept"), [([0.5, -0.4, 0.6, 0.1], 1), ([0.5, 0.4, 0.6, 0.5], 0)])
+def test_wider_ranges_are_taken_unless_they_lose_more_than_chance_explains(lost, kept):
+    class Noisy(Bench):
+        def judge(self, plan):
+            db = 20.0 - np.array(lost) * (plan.method == "percentile")
+            return Closeness((20.0,), (db,))
+
+    plan = auto(Noisy())
+    assert plan.activations["t"].observer == ("percentile" if kept else "mse")
+    (note,) = [note for note in plan.notes if note.startswith("percentile ranges")]
+    assert note.endswith("dB, kept" if kept else "not kept")
+
+
 def test_an_output_without_a_signal_decides_nothing():
     plan = Bench().ranges()
     one, other = (

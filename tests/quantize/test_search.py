@@ -122,7 +122,7 @@ def test_wider_ranges_are_taken_unless_they_lose_more_than_chance_explains(lost,
             return Closeness((20.0,), (db,))
 
     plan = auto(Noisy())
-    assert plan.activations["t"].observer == ("percentile" if kept else "mse")
+    assert plan.activations["t"].observer == ("minmax" if kept else "mse")
     (note,) = [note for note in plan.notes if note.startswith("percentile ranges")]
     assert note.endswith("dB, kept" if kept else "not kept")
 

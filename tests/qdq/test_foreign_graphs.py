@@ -476,3 +476,23 @@ def test_a_constant_that_only_the_body_of_a_loop_reads_as_float_stays(tmp_path):
     feed = images(model)
     _, written = judged(model, [feed], tmp_path, method="plain")
     assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 25
+
+
+def test_a_product_with_a_constant_matrix_takes_its_bias():
+    """As TensorFlow and Paddle write linear layers; one of three dimensions stays."""
+    s = Sketch((3, 8, 8))
+    pooled = s.op("GlobalAveragePool", [s.relu(s.conv("input", "stem", 3, 6))], "pool")
+    x = s.op("Flatten", [pooled], "flat")
+    x = s.op("MatMul", [x, s.floats("w1", 6, 9)], "linear")
+    x = s.op("Add", [s.floats("b1", 9), x], "biased")
+    y = s.op("MatMul", [s.relu(x), s.floats("w2", 9, 12)], "bare")
+    shape = s.constant("shape", np.array([-1, 4, 3]))
+    y = s.op("Reshape", [y, shape], "rows")
+    s.op("MatMul", [y, s.floats("w3", 3, 2)], "of_rows")
+    model = s.model(["of_rows"])
+    prepared = prepare(model)
+    kinds = {node.name: (node.op_type, len(node.input)) for node in prepared.graph.node}
+    assert kinds["linear"] == ("Gemm", 3) and "biased" not in kinds
+    assert kinds["bare"] == ("Gemm", 2) and kinds["of_rows"] == ("MatMul", 2)
+    feed = images(model, 4)
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], rtol=1e-5, atol=1e-5)

@@ -31,6 +31,7 @@ from compress.runtimes import BuildRequest
 
 IMAGES = 4  # that the runtime answers
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
+_GAIN_DB = 1.0  # by which a remedy brings each output closer
 _FINE_DB = 40.0  # and above this nothing is wrong
 _FAINT_DB = 60.0  # noise so far down is not worth a word
 _SOUND_DB = 30.0  # what no remedy brings closer is handed over from here on, and said
@@ -159,7 +160,8 @@ def confirmed(
     lost = [output for output in noisier if output.is_lost]
     if not lost:
         notes = [f"in {runtime} itself: {_listed(noisier)}"] if noisier else []
-        return plan.changed(notes=(*plan.notes, *notes)), written
+        as_it_is = plan.changed(notes=(*plan.notes, *notes)), written
+        return _with_headroom_if_closer(bench, plan, confirmation, noisier, runtime) or as_it_is
     tried = [(plan, written, lost, "")]
     for remedies in _LADDER:
         safer = plan
@@ -194,6 +196,29 @@ def confirmed(
             fix=f"Fix the sizes of the images, with which it is right: {sizes}" if sizes else fix,
         )
     note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
+    return safer.changed(notes=(*safer.notes, note)), written
+
+
+def _with_headroom_if_closer(
+    bench: Workbench,
+    plan: QuantPlan,
+    confirmation: Confirmation,
+    noisier: Sequence[NoisyOutput],
+    runtime: str,
+) -> tuple[QuantPlan, ModelProto] | None:
+    """Return ``plan`` with products that do not overflow, and its graph, if that helps all outputs.
+
+    Few images may overflow little where others overflow much.
+    """
+    safer = with_headroom(bench, plan) if noisier else plan
+    if safer == plan:
+        return None
+    written = write_qdq(bench.prepared, safer)
+    left = {loss.name: loss.real_db for loss in confirmation.losses(written, runtime)}
+    told = {output.name: output.real_db for output in noisier}
+    if left.keys() - told.keys() or any(db < told[name] + _GAIN_DB for name, db in left.items()):
+        return None
+    note = f"{_SAID[with_headroom]}: else, in {runtime}, {_listed(noisier)}"
     return safer.changed(notes=(*safer.notes, note)), written
 
 

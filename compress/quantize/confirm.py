@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from compress import plugins
+from compress import plugins, progress
 from compress.artifact import scratch
 from compress.errors import EngineError, QuantizationError
 from compress.graph.metadata import layout_of, picture_input
@@ -23,7 +23,7 @@ from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
-from compress.quantize.isolate import needed_in_float
+from compress.quantize.isolate import most_asked, needed_in_float
 from compress.quantize.planning_graph import selects
 from compress.quantize.sqnr import answers_each, closeness, portions
 from compress.quantize.workbench import Workbench
@@ -237,9 +237,11 @@ def _without_faulty(
 
     def is_right(floating: Sequence[str]) -> bool:
         left = confirmation.losses(write_qdq(bench.prepared, _in_float(safer, floating)), runtime)
+        counter.advance()
         return all(loss.real_db >= _SOUND_DB for loss in left)
 
-    faulty = needed_in_float(layers, is_right)
+    with progress.task(f"Looking for layers wrong in {runtime}", most_asked(layers)) as counter:
+        faulty = needed_in_float(layers, is_right)
     if faulty is None or len(faulty) > len(layers) / 2:
         return None
     found = _in_float(safer, faulty)

@@ -37,3 +37,8 @@ def needed_in_float(
         start = right + 1
         if is_right(taken):
             return taken
+
+
+def most_asked(layers: Sequence[str]) -> int:
+    """Return how often ``needed_in_float`` asks at most."""
+    return 1 + (MOST_ALONE + 1) * (len(layers).bit_length() + 1)

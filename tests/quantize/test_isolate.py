@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from compress.quantize.isolate import MOST_ALONE, needed_in_float
+from compress.quantize.isolate import MOST_ALONE, most_asked, needed_in_float
 
 LAYERS = [f"layer{k}" for k in range(24)]
 
@@ -20,7 +20,7 @@ def test_exactly_the_faulty_layers_are_found_with_few_questions(count, seed):
         return faulty.issubset(floating)
 
     assert set(needed_in_float(LAYERS, is_right)) == faulty
-    assert len(asked) <= 1 + count * (len(LAYERS).bit_length() + 1)
+    assert len(asked) <= 1 + count * (len(LAYERS).bit_length() + 1) <= most_asked(LAYERS)
 
 
 def test_of_many_faulty_layers_all_from_one_on_are_left():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +150,7 @@ def confirmed(
     Raises:
         QuantizationError: the runtime computes wrong answers all the same.
     """
-    prepared = confirmation.prepared
-    written = write_qdq(prepared, plan)
+    written = write_qdq(confirmation.prepared, plan)
     runtime, absent = _runtime_for(plan.target)
     if runtime is None:
         whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
@@ -162,30 +161,19 @@ def confirmed(
         notes = [f"in {runtime} itself: {_listed(noisier)}"] if noisier else []
         as_it_is = plan.changed(notes=(*plan.notes, *notes)), written
         return _with_headroom_if_closer(bench, plan, confirmation, noisier, runtime) or as_it_is
-    tried = [(plan, written, lost, "")]
-    for remedies in _LADDER:
-        safer = plan
-        for remedy in remedies:
-            safer = remedy(bench, safer)
-        if safer == plan:  # it has nothing to change here
-            continue
-        said = " and ".join(_SAID[remedy] for remedy in remedies)
-        written = write_qdq(prepared, safer)
-        left = confirmation.losses(written, runtime)
-        tried.append((safer, written, left, said))
-        if all(loss.real_db >= _SOUND_DB for loss in left):  # coarser remedies would cost more
-            note = f"{said}: else, in {runtime}, {_listed(lost)}"
-            if left:
-                note += f"; and still {_listed(left)}"
-            return safer.changed(notes=(*safer.notes, note)), written
+    tried = [(plan, written, lost, ""), *_remedied(bench, plan, confirmation, runtime)]
+    safer, written, left, said = tried[-1]
+    if said and _is_sound(left):
+        note = f"{said}: else, in {runtime}, {_listed(lost)}"
+        note += f"; and still {_listed(left)}" * bool(left)
+        return safer.changed(notes=(*safer.notes, note)), written
     searched = _without_faulty(bench, plan, confirmation, runtime)
     if searched is not None:
         safer, written, said = searched
-        return safer.changed(
-            notes=(*safer.notes, f"{said}: else, in {runtime}, {_listed(lost)}")
-        ), written
+        note = f"{said}: else, in {runtime}, {_listed(lost)}"
+        return safer.changed(notes=(*safer.notes, note)), written
     safer, written, left, said = max(tried, key=lambda each: min(x.real_db for x in each[2]))
-    if any(loss.real_db < _SOUND_DB for loss in left):
+    if not _is_sound(left):
         fix = (
             "Leave layers near these outputs in float: exclude (--exclude); or use another runtime"
         )
@@ -197,6 +185,30 @@ def confirmed(
         )
     note = f"{f'{said}: ' * bool(said)}in {runtime}, {_listed(left)}"
     return safer.changed(notes=(*safer.notes, note)), written
+
+
+def _is_sound(left: Sequence[NoisyOutput]) -> bool:
+    return all(loss.real_db >= _SOUND_DB for loss in left)
+
+
+def _remedied(
+    bench: Workbench, plan: QuantPlan, confirmation: Confirmation, runtime: str
+) -> Iterator[tuple[QuantPlan, ModelProto, list[NoisyOutput], str]]:
+    """Yield ``plan`` with one remedy after another, its graph, what is wrong yet, what was done.
+
+    The first that is sound is the last: coarser remedies would cost more.
+    """
+    for remedies in _LADDER:
+        safer = plan
+        for remedy in remedies:
+            safer = remedy(bench, safer)
+        if safer == plan:  # it has nothing to change here
+            continue
+        written = write_qdq(confirmation.prepared, safer)
+        left = confirmation.losses(written, runtime)
+        yield safer, written, left, " and ".join(_SAID[remedy] for remedy in remedies)
+        if _is_sound(left):
+            return
 
 
 def _with_headroom_if_closer(
@@ -213,7 +225,7 @@ def _with_headroom_if_closer(
     safer = with_headroom(bench, plan) if noisier else plan
     if safer == plan:
         return None
-    written = write_qdq(bench.prepared, safer)
+    written = write_qdq(confirmation.prepared, safer)
     left = {loss.name: loss.real_db for loss in confirmation.losses(written, runtime)}
     told = {output.name: output.real_db for output in noisier}
     if left.keys() - told.keys() or any(db < told[name] + _GAIN_DB for name, db in left.items()):
@@ -236,9 +248,11 @@ def _without_faulty(
     layers = [node.name for node in graph.nodes if node.name in int8.union(placement.weights)]
 
     def is_right(floating: Sequence[str]) -> bool:
-        left = confirmation.losses(write_qdq(bench.prepared, _in_float(safer, floating)), runtime)
+        left = confirmation.losses(
+            write_qdq(confirmation.prepared, _in_float(safer, floating)), runtime
+        )
         counter.advance()
-        return all(loss.real_db >= _SOUND_DB for loss in left)
+        return _is_sound(left)
 
     with progress.task(f"Looking for layers wrong in {runtime}", most_asked(layers)) as counter:
         faulty = needed_in_float(layers, is_right)
@@ -246,7 +260,7 @@ def _without_faulty(
         return None
     found = _in_float(safer, faulty)
     shown = ", ".join(map(repr, faulty[:3])) + f" and {len(faulty) - 3} more" * (len(faulty) > 3)
-    return found, write_qdq(bench.prepared, found), f"{shown} left in float"
+    return found, write_qdq(confirmation.prepared, found), f"{shown} left in float"
 
 
 def _first_losses(

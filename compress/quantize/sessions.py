@@ -14,6 +14,9 @@ from compress.errors import QuantizationError
 from compress.graph.weightless import is_large, skeleton
 from compress.runtimes.onnxruntime import EXACT_INT8, onnxruntime_error, run_within
 
+# Of no use in float arithmetic; ONNX Runtime 1.23 fails in it where a graph begins with a Clip.
+_CLIP_FUSION = "ClipQuantRewrite"
+
 
 class CannotRunError(QuantizationError):
     """ONNX Runtime cannot load a graph, or not run it on these inputs."""
@@ -121,7 +124,10 @@ def session_of(
     options.add_external_initializers(list(weights), values)
     try:
         session = ort.InferenceSession(
-            light.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            light.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=[_CLIP_FUSION] if float_qdq else [],
         )
     except Exception as error:  # noqa: BLE001 - onnxruntime has no common error class
         raise CannotRunError.of(error) from None

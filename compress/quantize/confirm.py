@@ -32,7 +32,7 @@ from compress.runtimes import BuildRequest
 IMAGES = 4  # that the runtime answers
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
 _GAIN_DB = 1.0  # by which a remedy brings each output closer
-_FINE_DB = 40.0  # and above this nothing is wrong
+_FINE_DB = 40.0  # and above this no layer is at fault
 _FAINT_DB = 60.0  # noise so far down is not worth a word
 _SOUND_DB = 30.0  # what no remedy brings closer is handed over from here on, and said
 _FEW_VALUES = 32  # of an output for one image, below which all images are judged together

@@ -187,7 +187,7 @@ class TrainSettings(Settings):
     channels_last: bool = Field(True, description="Memory format NHWC, faster on most devices")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
     deterministic: bool = Field(False, description="Use deterministic kernels only")
-    compile: bool = Field(False, description="Train the network compiled by torch.compile")
+    compile: bool = Field(False, description="Run network and teacher compiled by torch.compile")
     sync_batchnorm: bool = Field(
         False, description="Synchronized BatchNorm: statistics over all processes"
     )

@@ -165,7 +165,7 @@ def check_loss(reference: Plugin, task: Task) -> None:
 def _teacher(teacher: Any, example: Tensor, settings: DistillSettings) -> Teacher:
     size, device = settings.teacher_image_size, settings.teacher_device
     if isinstance(teacher, nn.Module):
-        return TorchTeacher(teacher, example, size, device)
+        return TorchTeacher(teacher, example, size, device, compiled=settings.compile)
     if isinstance(teacher, (str, Path)):
         from compress.runtimes import open_session
 

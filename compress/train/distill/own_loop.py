@@ -120,7 +120,7 @@ class Distiller:
     def _build(self, example: Tensor) -> TorchTeacher:
         device = device_of(self.student)
         example = example.detach().to(device)
-        teacher = TorchTeacher(self._model, example, None, None)
+        teacher = TorchTeacher(self._model, example)
         mine = survey(self.student, example)
         self._terms = [term_of(each, mine, teacher, compiled=False) for each in self._losses]
         prepare_losses(self._terms, self.student, teacher, example, torch.zeros(0))

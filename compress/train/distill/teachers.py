@@ -48,10 +48,17 @@ class TorchTeacher:
         example: One image as the student gets it, (1, C, H, W).
         image_size: Side of the teacher's own input; the student's if None.
         device: Where it runs; beside the student if None.
+        compiled: Whether it answers compiled by torch.compile; then there are no features.
     """
 
     def __init__(
-        self, model: nn.Module, example: Tensor, image_size: int | None, device: str | None
+        self,
+        model: nn.Module,
+        example: Tensor,
+        image_size: int | None = None,
+        device: str | None = None,
+        *,
+        compiled: bool = False,
     ) -> None:
         self.model, self.image_size = model, image_size
         self.device = torch.device(device) if device is not None else None
@@ -60,6 +67,7 @@ class TorchTeacher:
         self.survey: Survey | None = survey(model, resized(example.to(self._home), image_size))
         self.classes = self.survey.classes
         self._placed: torch.device | None = None
+        self._network: Any = torch.compile(model) if compiled else model
 
     def __call__(
         self, images: Tensor, index: Tensor | None, taps: Sequence[Tap]
@@ -70,7 +78,7 @@ class TorchTeacher:
             self.model.to(device).to(memory_format=torch.channels_last).eval()
             self._placed = device
         with torch.no_grad(), tapped(self.model, taps) as seen:
-            logits = logits_of(self.model(resized(images.to(device), self.image_size)))
+            logits = logits_of(self._network(resized(images.to(device), self.image_size)))
         here = {tap: value.to(images.device) for tap, value in seen.items()}
         return logits.to(images.device), here
 

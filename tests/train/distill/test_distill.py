@@ -386,6 +386,18 @@ def test_an_onnx_file_teaches_logits_like_the_network(onnx_teacher: tuple[nn.Mod
     made.close()
 
 
+@pytest.mark.slow
+def test_a_compiled_teacher_answers_the_same():
+    teacher, graphs = net(2), []
+    plainly = objective(net(1), teacher, losses=("kd",))
+    compiled = objective(net(1), teacher, losses=("kd",), compile=True)
+    images, _ = batch()
+    torch.testing.assert_close(compiled.answer(images), plainly.answer(images))
+    teacher.register_forward_hook(lambda *_: graphs.append(torch.compiler.is_compiling()))
+    objective(net(1), teacher, losses=("kd",), compile=True).answer(images)
+    assert any(graphs)
+
+
 def test_a_loss_on_features_refuses_a_teacher_from_a_file(onnx_teacher: tuple[nn.Module, Path]):
     with pytest.raises(TrainingError) as caught:
         objective(net(1), onnx_teacher[1], losses=("hint",))

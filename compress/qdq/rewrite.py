@@ -27,6 +27,16 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
     if not plan.equalization and not plan.biases:
         return model
     graph = EditableGraph(model)
+    correct(graph, plan)
+    return graph.to_model()
+
+
+def correct(graph: EditableGraph, plan: QuantPlan) -> None:
+    """Rescale neighbouring layers of ``graph`` and replace biases as ``plan`` says.
+
+    Raises:
+        QuantizationError: the plan names a node that is not there or does not fit.
+    """
     nodes = {node.name or "": node for node in graph.nodes}
     for step in plan.equalization:
         factors = np.asarray(step.factors, np.float64)
@@ -42,7 +52,6 @@ def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
                 f"the plan has {len(bias)} biases for node {name!r}", expected=f"{wanted}"
             )
         set_input(node, 2, graph.add_constant(f"{name}_bias", np.asarray(bias, np.float32)))
-    return graph.to_model()
 
 
 def rewrite_for(model: ModelProto, target: str) -> ModelProto:

@@ -18,7 +18,7 @@ from compress.graph.values import EditableGraph, constant, maker, name_of
 from compress.graph.weightless import check_graph, infer_shapes
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
-from compress.qdq.rewrite import apply_corrections, rewrite_for
+from compress.qdq.rewrite import correct, rewrite_for
 
 _SMALLEST_SCALE = 1e-12
 
@@ -81,10 +81,11 @@ def write_qdq(
 
 
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
-    corrected = rewrite_for(apply_corrections(prepared, plan), target)
-    placement = place(GraphIndex(corrected), target, plan.float_nodes)
-    written = _Writer(EditableGraph(corrected), plan, target, placement, float_bias).write()
-    del written.graph.value_info[:]
+    rewritten = rewrite_for(prepared, target)
+    placement = place(GraphIndex(rewritten), target, plan.float_nodes)  # corrections move nothing
+    graph = EditableGraph(rewritten)
+    correct(graph, plan)
+    written = _Writer(graph, plan, target, placement, float_bias).write()
     finished(written)
     return written
 
@@ -179,6 +180,7 @@ class _Writer:
             real = add_pair(self.graph, self.values[tensor], [scale, zero])
             for name, position in readers[tensor]:
                 self.nodes[name].replace_input_with(position, real)
+        self.graph.forget_shapes()
         return self.graph.to_model()
 
     def quantizer_of(self, tensor: str) -> Quantizer:

@@ -12,9 +12,10 @@ from compress.qdq.plan import QuantPlan
 from compress.quantize.images import Feed
 from compress.quantize.sparing import spare_layers
 from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
-from compress.quantize.workbench import TRIED, Workbench, first
+from compress.quantize.workbench import Workbench, count_of
 
 _GAIN_DB = 0.05  # less than this is noise
+_MANY = 128  # images, after which others hardly bring larger values
 _NEAR_DB = 1.0  # equalization that falls further behind is not tried with another strength
 Step = Callable[[QuantPlan, Feed], QuantPlan]
 # Effort of each attempt in passes over the images, for the time left.
@@ -45,7 +46,7 @@ def auto(bench: Workbench) -> QuantPlan:
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
     effort = 4 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
-    refit = _BIASES * len(next(iter(bench.all_images().values()))) / TRIED
+    refit = _BIASES * count_of(bench.all_images()) / count_of(bench.tried)
     with progress.task("Trying corrections", round(effort + refit)) as counter:
         search.counter = counter
         for observer in () if bench.observer else ("percentile", "minmax"):
@@ -96,7 +97,6 @@ class _Search:
 
     def __init__(self, bench: Workbench, plan: QuantPlan) -> None:
         self.bench = bench
-        self.few = first(bench.fitted, TRIED)
         self.best = self.plain = Trial(plan, (), bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
@@ -111,14 +111,15 @@ class _Search:
             self.notes.append(f"{', '.join(sorted(spared))} in float: {told}, kept")
 
     def widen(self, observer: str) -> bool:
-        """Take ranges that clip less unless an output loses more than chance explains.
+        """Take ranges that clip less; of few images, unless an output loses more than by chance.
 
         What few images look alike with, others tell apart: their largest values are larger.
         """
         step = partial(_ranged, self.bench, observer)
-        plan = step(self.best.plan, self.few)
+        plan = step(self.best.plan, self.bench.tried)
         found = Trial(plan, (), self.bench.judge(plan))
-        kept = not found.falls_below(self.best)
+        many = self.bench.statistics.images >= _MANY
+        kept = not found.falls_below(self.best) and (not many or found.exceeds(self.best))
         self.notes.append(f"{observer} ranges: {_told(found.found)}, {'not ' * (not kept)}kept")
         if kept:
             self.best = self.plain = found
@@ -149,7 +150,7 @@ class _Search:
         """
         plan = start.plan.changed(notes=())
         for step in steps:
-            last, plan = plan, step(plan, self.few)
+            last, plan = plan, step(plan, self.bench.tried)
             if plan is last:  # nothing there to scale
                 self.counter.advance(effort)
                 return False

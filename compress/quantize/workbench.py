@@ -24,7 +24,8 @@ from compress.quantize.rounding import improve_rounding, search_weight_scales
 from compress.quantize.sqnr import Closeness, answers, closeness, mean_db
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
-TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried
+TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried; more if small
+_LARGE, _MORE = 3 * 224 * 224 // 4, 4  # values of an image, below which so many times as many do
 SCREENED = 4  # images on which many plans are compared, of which one is then judged
 
 
@@ -49,6 +50,7 @@ class Workbench:
     exclude: Mapping[str, str]
     fitted: Feed = field(default_factory=dict)
     held_back: Feed = field(default_factory=dict)
+    tried: Feed = field(default_factory=dict)  # of ``fitted``
     judging: Feed = field(default_factory=dict)
     reference: list[NDArray[Any]] = field(default_factory=list)
     judged: list[str] = field(default_factory=list)  # tensors that are compared
@@ -60,12 +62,15 @@ class Workbench:
 
     def __post_init__(self) -> None:
         """Set images aside for judging; let the graph take any number of them."""
-        self.fitted, self.held_back = self.images.split(FITTED, HELD_BACK)
+        image = next(iter(self.images.feeds(1, limit=1)))
+        more = _MORE if sum(array.size for array in image.values()) <= _LARGE else 1
+        self.fitted, self.held_back = self.images.split(FITTED, max(HELD_BACK, more * JUDGED))
+        self.tried = first(self.fitted, more * TRIED)
         freed = with_free_batch(self.prepared, self.fitted)
         self.is_free = freed is not None
         self.prepared = freed or self.prepared
         self.judged = judged_tensors(self.prepared)
-        self.judging = first(self.held_back, JUDGED)
+        self.judging = first(self.held_back, more * JUDGED)
         self.reference = answers(self.prepared, self.judging, names=self.judged)
 
     def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:
@@ -115,7 +120,7 @@ class Workbench:
                 return found
         written = write_qdq(self.prepared, plan, checked=False)
         got = answers(written, self.judging, target=self.target, names=self.judged)
-        found = closeness(self.reference, got, _count(self.judging))
+        found = closeness(self.reference, got, count_of(self.judging))
         self.known.append((bare, found))
         return found
 
@@ -127,7 +132,7 @@ class Workbench:
             self.few_reference = answers(self.prepared, self.few, names=self.judged)
         written = write_qdq(self.prepared, plan, checked=False)
         got = answers(written, self.few, target=self.target, names=self.judged)
-        return closeness(self.few_reference, got, _count(self.few)).weakest_db
+        return closeness(self.few_reference, got, count_of(self.few)).weakest_db
 
     def notes(self, plan: QuantPlan) -> list[str]:
         """Return what else there is to say of ``plan``."""
@@ -143,5 +148,6 @@ def first(feed: Feed, count: int) -> Feed:
     return {name: array[:count] for name, array in feed.items()}
 
 
-def _count(feed: Feed) -> int:
+def count_of(feed: Feed) -> int:
+    """Return the number of images of ``feed``."""
     return len(next(iter(feed.values()), ()))

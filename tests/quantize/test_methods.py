@@ -26,7 +26,7 @@ from compress.quantize.observers.mse import Noise
 from compress.quantize.rounding import _patches, best_scales, fit_codes, improve_rounding
 from compress.quantize.sessions import with_outputs
 from compress.quantize.sqnr import answers, sqnr_db
-from compress.quantize.workbench import Workbench
+from compress.quantize.workbench import Workbench, count_of
 
 
 def with_channels(prepared, calibration, target="onnxruntime"):
@@ -40,6 +40,14 @@ def bench_of(model, target="onnxruntime", count=32):
     calibration = CalibrationImages(GraphIndex(prepared), [images(model, count)])
     statistics = with_channels(prepared, calibration, target)
     return Workbench(prepared, calibration, statistics, target, None, {})
+
+
+@pytest.mark.parametrize(("side", "tried", "judging"), [(8, 64, 100), (120, 16, 32)])
+def test_of_small_images_more_serve(side, tried, judging):
+    sketch = Sketch((3, side, side))
+    sketch.head(sketch.conv("input", "c", 3, 4), 4)
+    bench = bench_of(sketch.model(), count=200)
+    assert count_of(bench.tried) == tried and count_of(bench.judging) == judging
 
 
 @pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "two_inputs"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from compress.quantize.sqnr import Closeness, closeness
 class Bench:
     """Corrections that bring what a table says: SQNR of two outputs, by the steps taken."""
 
-    def __init__(self, **each_db):
-        self.observer, self.fitted = None, {"x": np.zeros((64, 1))}
+    def __init__(self, images=64, **each_db):
+        self.observer, self.tried = None, {"x": np.zeros((16, 1))}
+        self.statistics = SimpleNamespace(images=images)
         self.each = each_db
         self.fed: list[tuple[str, int]] = []
 
@@ -114,15 +116,23 @@ def test_equalization_that_falls_far_behind_is_not_tried_again_nor_wider_ranges(
     assert "percentile" in told and "minmax" not in told
 
 
-@pytest.mark.parametrize(("lost", "kept"), [([0.5, -0.4, 0.6, 0.1], 1), ([0.5, 0.4, 0.6, 0.5], 0)])
-def test_wider_ranges_are_taken_unless_they_lose_more_than_chance_explains(lost, kept):
+@pytest.mark.parametrize(
+    ("lost", "images", "kept"),
+    [
+        ([0.5, -0.4, 0.6, 0.1], 64, True),
+        ([0.5, 0.4, 0.6, 0.5], 64, False),
+        ([0.5, -0.4, 0.6, 0.1], 128, False),
+        ([-0.5, 0.4, -0.6, -0.1], 128, True),
+    ],
+)
+def test_wider_ranges_of_few_images_may_lose_what_chance_explains(lost, images, kept):
     class Noisy(Bench):
         def judge(self, plan):
-            db = 20.0 - np.array(lost) * (plan.method == "percentile")
+            db = 20.0 - np.array(lost) * (plan.method != "mse")
             return Closeness((20.0,), (db,))
 
-    plan = auto(Noisy())
-    assert plan.activations["t"].observer == ("minmax" if kept else "mse")
+    plan = auto(Noisy(images))
+    assert (plan.activations["t"].observer == "mse") is not kept
     (note,) = [note for note in plan.notes if note.startswith("percentile ranges")]
     assert note.endswith("dB, kept" if kept else "not kept")
 

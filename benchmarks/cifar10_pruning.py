@@ -137,14 +137,23 @@ def macs_of(model: nn.Module) -> int:
     return total
 
 
-def peer_cut(model: CifarResNet, dataset: Dataset, *, residual: bool) -> nn.Module:
+def peer_cut(
+    model: CifarResNet,
+    dataset: Dataset,
+    *,
+    residual: bool,
+    keep_macs: float = KEEP_MACS,
+    round_to: int | None = None,
+) -> nn.Module:
     """Cut with Torch-Pruning in small steps until the budget is met."""
     twin = for_the_peer(model)
     ignored: list[nn.Module] = [twin.linear]
     if not residual:
         ignored += [m for n, m in twin.named_modules() if n == "conv1" or n.endswith(".conv2")]
         ignored += [m.conv for m in twin.modules() if isinstance(m, Selection)]
-    return torch_pruning_peer.cut(twin, dataset.example, KEEP_MACS, ignored, macs_of)
+    return torch_pruning_peer.cut(
+        twin, dataset.example, keep_macs, ignored, macs_of, round_to=round_to
+    )
 
 
 def our_cut(

@@ -16,6 +16,7 @@ def cut(
     macs: Callable[[nn.Module], int],
     *,
     largest: float = 0.95,
+    round_to: int | None = None,
 ) -> nn.Module:
     """Cut ``model`` in place, in small steps, until it has ``keep`` of its MACs; return it.
 
@@ -26,6 +27,7 @@ def cut(
         ignored: Layers whose outputs stay as they are.
         macs: Counts the MACs of one image.
         largest: Share of channels that a layer may lose.
+        round_to: Channels are kept in multiples of this.
     """
     import torch_pruning as tp
 
@@ -40,6 +42,7 @@ def cut(
             pruning_ratio=largest,
             iterative_steps=400,
             ignored_layers=list(ignored),
+            round_to=round_to,
         )
         while macs(model) > keep * whole:
             pruner.step()

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.modules.objective import CrossEntropy, TaskLoss, TrainingProgress
+from compress.modules.objective import CrossEntropy, Objective, TaskLoss, TrainingProgress
 from compress.modules.outputs import logits_of, tensors_of
 from compress.train.distill.features import LayerPair, Tap, tapped
 from compress.train.distill.teachers import Teacher
@@ -37,7 +37,7 @@ class Term:
         return Taps(student[0], mine, index), Taps(teacher[0], theirs, index)
 
 
-class DistillObjective:
+class DistillObjective(Objective):
     """The loss with the labels plus a weighted sum of losses towards a teacher.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress import plugins
 from compress.data._images import FileImages, LabelledImages, Names, Subset
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
 from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
@@ -48,6 +48,17 @@ class Source:
     prepared: bool = False  # images are what the network takes: they are not normalized
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see ``Dataset``
     note: str = ""  # what to say of figures and int8 ranges that were taken from these images
+
+    def changed(self, change: Callable[[LabelledImages], LabelledImages], **facts: Any) -> Source:
+        """Return this with ``change`` applied to the images of each split, and new facts."""
+        held = self.validation
+        return replace(
+            self,
+            train=change(self.train),
+            test=change(self.test),
+            validation=None if held is None else change(held),
+            **facts,
+        )
 
 
 @dataclass(frozen=True)

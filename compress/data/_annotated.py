@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.data import Source
-from compress.data._decoding import opened_picture, upright_size
 from compress.data._images import (
     FileImages,
     LabelledImages,
@@ -20,7 +19,7 @@ from compress.data._images import (
     in_memory,
     with_test,
 )
-from compress.data._resize import Pictures, Rule
+from compress.data._pictures import Pictures, Rule, opened_picture, upright_size
 from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
 

@@ -23,7 +23,7 @@ from compress.data._images import (
     in_memory,
     in_parallel,
 )
-from compress.data._resize import DEFAULT_SIZE, Fit, Pictures, sides
+from compress.data._pictures import DEFAULT_SIZE, Fit, Pictures, sides
 from compress.data._targets import VOID, PictureTargets, mask_classes
 from compress.errors import DataError
 

@@ -12,7 +12,7 @@ import numpy as np
 from compress.data import Source
 from compress.data._annotated import pictures
 from compress.data._images import TEST, LabelledImages, held_out
-from compress.data._resize import Pictures
+from compress.data._pictures import Pictures
 from compress.errors import DataError, UsageError, did_you_mean
 
 IMAGE = ("image", "path", "file", "filename", "filepath", "image_path", "img", "name", "id")

@@ -18,7 +18,7 @@ from compress.data._images import (
     held_out,
     in_memory,
 )
-from compress.data._resize import ENDINGS, Pictures
+from compress.data._pictures import ENDINGS, Pictures
 from compress.data.images import picture_files
 from compress.errors import DataError
 

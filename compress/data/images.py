@@ -10,7 +10,7 @@ import numpy as np
 
 from compress.data import Source, usual
 from compress.data._images import FileImages, Names, every_fourth_held_out
-from compress.data._resize import ENDINGS, Pictures
+from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
 
 

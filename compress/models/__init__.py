@@ -15,8 +15,13 @@ from compress import artifact
 from compress.errors import ModelError, PlanError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
-from compress.models.classifier import classifier_layers
-from compress.models.references import class_option, construct, count_of, described
+from compress.models.references import (
+    class_option,
+    classifier_layers,
+    construct,
+    count_of,
+    described,
+)
 from compress.models.weights import (
     aligned,
     fit,
@@ -26,8 +31,7 @@ from compress.models.weights import (
     read_weights,
     write_safetensors,
 )
-from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, memory_format_of
+from compress.modules import full_copy, memory_format_of, network_of, set_mode, with_gradients
 from compress.modules.detectors import check_detector, check_rows, on_batch
 from compress.modules.outputs import logits_of
 

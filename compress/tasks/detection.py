@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.errors import EngineError, UsageError
 from compress.graph.nms import Nms
 from compress.modules.detectors import has_background

@@ -17,8 +17,7 @@ from compress.data import Dataset, targets_of
 from compress.data._augment import is_random
 from compress.errors import CompressError, TrainingError, UsageError
 from compress.evaluate import device_of
-from compress.modules import evaluating, set_mode
-from compress.modules.copying import full_copy
+from compress.modules import evaluating, full_copy, set_mode
 from compress.modules.objective import CrossEntropy, TaskLoss
 from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings, Plugin

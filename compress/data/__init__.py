@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import plugins
-from compress.data._images import FileImages, LabelledImages, Names, Subset
+from compress.data._images import LabelledImages, Names, Subset, file_images
 from compress.data._pictures import Fit
 from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
@@ -229,8 +229,7 @@ def load_pictures(settings: DataSettings, files: Sequence[Path]) -> Dataset:
     supplied = _options(settings.model_copy(update={"root": ""}))
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
     labels = np.zeros(len(files), dtype=np.int64)
-    names = Names.of(map(str, files))
-    images = FileImages(Path(), names, labels, plugin.fit, plugin.channels or 3, plugin.workers)
+    images = file_images(plugin, Path(), Names.of(map(str, files)), labels)
     source = Source(images, images, (), mean=(0.0,), std=(1.0,), target="none")
     return _dataset(settings, plugin, source, {"test": images})
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._pictures import Fit, ImageSize, opened_picture, sides, to_8_bit
+from compress.data._pictures import Fit, ImageSize, Pictures, opened_picture, sides, to_8_bit
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -259,6 +259,11 @@ def _bounds(images: LabelledImages) -> tuple[NDArray[np.int64], int] | None:
         found = _bounds(images.images)
         return None if found is None else (np.searchsorted(images.indices, found[0]), found[1])
     return None
+
+
+def file_images(kind: Pictures, folder: Path, names: Names, labels: Any) -> FileImages:
+    """Return pictures in files as the options of their ``kind`` fit them."""
+    return FileImages(folder, names, labels, kind.fit, kind.channels or 3, kind.workers)
 
 
 def in_memory(images: LabelledImages) -> LabelledImages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,19 +29,8 @@ from compress.errors import DataError
 
 SAMPLED = 8  # items whose pictures are looked at for a common size
 PICTURE_KEYS = ("image", "img", "picture", "pixel_values", "jpg", "png")
+Items = Any  # a torch Dataset, or what else has a length and items by number
 TARGET_KEYS = ("label", "labels", "target", "fine_label", "mask", "cls", "class")
-
-
-class Items(Protocol):
-    """What a torch Dataset offers, whatever it is made of."""
-
-    def __len__(self) -> int:
-        """Return how many items there are."""
-        ...
-
-    def __getitem__(self, index: int) -> Any:
-        """Return the item of that number."""
-        ...
 
 
 def picture_and_target(items: Items, index: int, where: str) -> tuple[Any, Any]:

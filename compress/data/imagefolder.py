@@ -11,10 +11,10 @@ import numpy as np
 from compress.data import Source
 from compress.data._images import (
     TEST,
-    FileImages,
     LabelledImages,
     Names,
     Subset,
+    file_images,
     held_out,
     in_memory,
 )
@@ -95,9 +95,7 @@ class Imagefolder(Pictures):
                 expected=f"CLASS/*{', *'.join(sorted(ENDINGS))}",
             )
         labels = np.repeat(np.arange(len(classes)), counts)
-        return in_memory(
-            FileImages(folder, names, labels, self.fit, self.channels or 3, self.workers)
-        )
+        return in_memory(file_images(self, folder, names, labels))
 
 
 def _has_classes(root: Path) -> bool:

@@ -55,15 +55,12 @@ def class_option(reference: str) -> str | None:
 def _class_option(factory: Callable[..., Any]) -> str | None:
     parameters = inspect.signature(factory).parameters
     for name in CLASS_OPTIONS:
-        if name in parameters and (name == CLASS_OPTIONS[0] or _is_count(parameters[name])):
+        given = parameters.get(name)  # a whole number, and no list of names
+        if given and (name == CLASS_OPTIONS[0] or given.annotation in (int, "int")):
+            return name
+        if given and type(given.default) is int:
             return name
     return CLASS_OPTIONS[0] if _takes(factory, CLASS_OPTIONS[0]) else None
-
-
-def _is_count(parameter: inspect.Parameter) -> bool:
-    """Return whether a parameter is a whole number, and no list of names."""
-    annotated = parameter.annotation in (int, "int")
-    return annotated or type(parameter.default) is int
 
 
 def count_of(reference: str, classes: int) -> int:

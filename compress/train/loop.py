@@ -26,7 +26,7 @@ from compress.train.distributed import (
     failing_together,
     join_processes,
 )
-from compress.train.optimizers import rate_factor, set_rate
+from compress.train.optimizers import rate_factor
 from compress.train.state import Training, TrainResult
 
 logger = logging.getLogger(__name__)
@@ -147,7 +147,9 @@ def _step(training: Training, batch: Batch) -> None:
         TrainingError: memory does not suffice.
     """
     settings = training.settings
-    set_rate(training.optimizer, settings.lr * rate_factor(training.position, settings))
+    rate = settings.lr * rate_factor(training.position, settings)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
     while (loss := _gradients_or_none(training, batch)) is None:
         _take_more_parts(training, batch)
     training.sharing.finish()

@@ -23,6 +23,11 @@ from compress.errors import DataError
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 T = TypeVar("T")
 EVERY = 10  # every tenth image is a test image where images are listed in files
+SPLITS = {  # by what people call them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 TEST = 0.2  # share of images that become the test set where data has none
 Indices = Sequence[int] | NDArray[np.int64]
 

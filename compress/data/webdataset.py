@@ -17,15 +17,10 @@ from numpy.typing import NDArray
 
 from compress import progress
 from compress.data import Source
-from compress.data._images import LabelledImages, ShardImages, Subset
+from compress.data._images import SPLITS, LabelledImages, ShardImages, Subset
 from compress.data._pictures import Pictures
 from compress.errors import DataError
 
-WORDS = {  # in names of shards
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 TEST_SHARE = 0.1  # of the images, where no shard is named after a test set
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+]+:")  # http:, s3:, pipe:
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -167,8 +162,8 @@ def _shards(root: str) -> list[Path]:
 
 def _split(path: Path) -> str:
     """Return the split that a shard is part of, by its name or by that of its folder."""
-    words = [word for word in re.split("[^a-z]+", path.stem.lower()) if word in WORDS]
-    return WORDS.get(words[0] if words else path.parent.name.lower(), "train")
+    words = [word for word in re.split("[^a-z]+", path.stem.lower()) if word in SPLITS]
+    return SPLITS.get(words[0] if words else path.parent.name.lower(), "train")
 
 
 def _numbered(shards: list[Shard], root: str) -> tuple[tuple[str, ...], list[Shard]]:

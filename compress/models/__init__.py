@@ -204,7 +204,7 @@ def save_model(
         description["num_classes"] = _checked_classes(state, description, joined)
     if joined is not None:
         joined.save(folder / PLAN_FILE)
-    if _is_channels_last(model):
+    if any(memory_format_of(p) is torch.channels_last for p in model.parameters()):
         description["memory_format"] = "channels_last"
     write_safetensors(folder / WEIGHTS_FILE, state)
     description |= {"pruned": joined is not None, "beside": _beside(description, folder)}
@@ -263,10 +263,6 @@ def _state_of(model: nn.Module) -> dict[str, Tensor]:
             )
         found[key] = value.detach().cpu().contiguous()
     return found
-
-
-def _is_channels_last(model: nn.Module) -> bool:
-    return any(memory_format_of(p) is torch.channels_last for p in model.parameters())
 
 
 def _rebuild(

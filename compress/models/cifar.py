@@ -9,6 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def convolved(  # of a convolution
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    *activation: nn.Module,
+    stride: int = 1,
+    groups: int = 1,
+) -> nn.Sequential:
+    """Return a convolution that keeps the size, divided by ``stride``, and its BatchNorm."""
+    layer = nn.Conv2d(
+        in_channels, out_channels, size, stride, padding=size // 2, groups=groups, bias=False
+    )
+    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), *activation)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters."""
 
@@ -89,18 +104,10 @@ class InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = in_channels * expansion
-        self.expand = nn.Sequential(
-            nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish()
-        )
-        self.filter = nn.Sequential(
-            nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.Hardswish(),
-        )
+        self.expand = convolved(in_channels, hidden, 1, nn.Hardswish())
+        self.filter = convolved(hidden, hidden, 3, nn.Hardswish(), stride=stride, groups=hidden)
         self.gate = SqueezeExcite(hidden, max(8, hidden // 4))
-        self.project = nn.Sequential(
-            nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-        )
+        self.project = convolved(hidden, out_channels, 1)
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,15 +125,11 @@ class CifarMobileNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.Hardswish()
-        )
+        self.stem = convolved(in_channels, 16, 3, nn.Hardswish())
         # in, out, stride, expansion
         rows = ((16, 24, 1, 3), (24, 24, 1, 3), (24, 40, 2, 4), (40, 40, 1, 4), (40, 80, 2, 4))
         self.blocks = nn.Sequential(*(InvertedResidual(*row) for row in (*rows, (80, 80, 1, 4))))
-        self.head = nn.Sequential(
-            nn.Conv2d(80, 240, 1, bias=False), nn.BatchNorm2d(240), nn.Hardswish()
-        )
+        self.head = convolved(80, 240, 1, nn.Hardswish())
         self.linear = nn.Linear(240, num_classes)
         _initialize(self)
 
@@ -178,14 +181,8 @@ class UNet(nn.Module):
 
 
 def _double(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )
+    first = convolved(in_channels, out_channels, 3, nn.ReLU())
+    return nn.Sequential(*first, *convolved(out_channels, out_channels, 3, nn.ReLU()))
 
 
 class TutorialCNN(nn.Module):

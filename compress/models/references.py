@@ -36,6 +36,7 @@ _DETECTORS = (*_WITH_BACKGROUND, "retinanet_", "fcos_")
 
 # Modules that networks were in: recipes and run folders written then name them.
 FORMER_NAMES = {
+    "compress.models.restoration": "compress.models.cifar",
     "compress.detector": "compress.models.detector",
     "compress.networks": "compress.models.cifar",
 }

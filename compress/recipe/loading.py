@@ -303,7 +303,7 @@ def explained_problems(errors: Sequence[ErrorDetails]) -> Iterator[str]:
     """
     found: dict[str, list[ErrorDetails]] = {}
     for details in errors:
-        found.setdefault(_key_path(_keys(details["loc"])), []).append(details)
+        found.setdefault(_key_path(_followed(details["loc"])[0]), []).append(details)
     for path, forms in found.items():
         right_type = [each for each in forms if not each["type"].endswith(("_type", "_parsing"))]
         if not right_type and any(other.startswith((f"{path}[", f"{path}.")) for other in found):
@@ -311,14 +311,22 @@ def explained_problems(errors: Sequence[ErrorDetails]) -> Iterator[str]:
         if right_type or len(forms) == 1:
             yield _explain(path, (right_type or forms)[0])
         else:
-            expected = _description(_keys(forms[0]["loc"]))
+            text = _followed(forms[0]["loc"])[1]
+            expected = f"Expected: {text}." if text else ""
             yield f"{path}: {forms[0]['input']!r} is not of a form that is known here. {expected}"
 
 
-def _keys(location: Iterable[int | str]) -> list[int | str]:
-    """Return ``location`` without the names of types that pydantic adds to it."""
+def _followed(
+    location: Iterable[int | str],
+) -> tuple[list[int | str], str, type[BaseModel] | None]:
+    """Return what a location of pydantic leads to in a recipe.
+
+    These are its keys, without the names of types that pydantic adds; what the last one is for;
+    and the class of settings there.
+    """
     model: type[BaseModel] | None = Recipe
     kept: list[int | str] = []
+    text = ""
     for part in location:
         if isinstance(part, int):
             kept.append(part)
@@ -327,26 +335,15 @@ def _keys(location: Iterable[int | str]) -> list[int | str]:
         else:
             kept.append(part)
             field = model.model_fields.get(part)
-            model = model_in(field.annotation) if field is not None else None
-    return kept
-
-
-def _description(location: Sequence[int | str]) -> str:
-    """Return what the key at ``location`` is for, as a sentence."""
-    model: type[BaseModel] | None = Recipe
-    text = ""
-    for part in location:
-        if isinstance(part, str) and model is not None:
-            field = model.model_fields.get(part)
             text = (field.description if field is not None else None) or text
             model = model_in(field.annotation) if field is not None else None
-    return f"Expected: {text}." if text else ""
+    return kept, text, model
 
 
 def _explain(path: str, details: ErrorDetails) -> str:
     value = details["input"]
     if details["type"] == "extra_forbidden":
-        known = _known_keys(details["loc"][:-1])
+        known = sorted((_followed(details["loc"][:-1])[2] or Recipe).model_fields)
         name = str(details["loc"][-1])
         hint = did_you_mean(name, known) or "."
         return f"{path}: no such key{hint} Known: {', '.join(known)}."
@@ -369,16 +366,6 @@ def _key_path(location: Iterable[int | str]) -> str:
     for part in location:
         path += f"[{part}]" if isinstance(part, int) else f".{part}"
     return path.removeprefix(".") or "(the whole recipe)"
-
-
-def _known_keys(location: Iterable[int | str]) -> list[str]:
-    """Return the keys that may stand at ``location``, following the classes of the recipe."""
-    model: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, str) and part in model.model_fields:
-            inner = model_in(model.model_fields[part].annotation)
-            model = inner or model
-    return sorted(model.model_fields)
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from compress import models
 from compress.errors import ModelError
-from compress.models import cifar
+from compress.models import cifar, load_model
 from compress.models.references import classifier_layers, replace_head
 
 
@@ -56,3 +56,15 @@ def test_a_fitting_head_keeps_its_weights():
 def test_a_network_without_a_head_is_refused():
     with pytest.raises(ModelError, match="no linear layer or 1x1 convolution that could be the cl"):
         replace_head(nn.Sequential(nn.Conv2d(3, 4, 3)), 2)
+
+
+@pytest.mark.parametrize(
+    ("former", "now"),
+    [
+        ("compress.networks:resnet8", "compress.models.cifar:resnet8"),
+        ("compress.detector:detector", "compress.models.detector:detector"),
+        ("compress.models.restoration:generator", "compress.models.cifar:generator"),
+    ],
+)
+def test_names_that_modules_had_when_runs_were_written_still_lead_to_their_networks(former, now):
+    assert type(load_model(former)) is type(load_model(now))

@@ -306,15 +306,21 @@ def from_array(
         pixels = pixels[..., None]
     tensor = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     tensor = tensor if tensor.dtype == torch.uint8 else tensor.float()
-    if channels == 3 and tensor.shape[1] == 1:
-        tensor = tensor.expand(-1, 3, -1, -1).contiguous()
-    elif channels == 1 and tensor.shape[1] == 3:
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        grey = (tensor * luma).sum(1, keepdim=True)
-        tensor = grey.round().to(torch.uint8) if tensor.dtype == torch.uint8 else grey
+    tensor = with_channels(tensor, channels)
     if size is not None:
         tensor = Fit(sides(size), "squash").tensor(tensor)
     return MemoryImages(tensor, np.asarray(labels, dtype=np.int64).reshape(-1))
+
+
+def with_channels(images: Tensor, channels: int | None) -> Tensor:
+    """Return images (N, C, H, W) in grey or colour; as they are if it is not said."""
+    if channels == 3 and images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1).contiguous()
+    if channels == 1 and images.shape[1] == 3:
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        grey = (images * luma).sum(1, keepdim=True)
+        return grey.round().to(torch.uint8) if images.dtype == torch.uint8 else grey
+    return images
 
 
 def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:

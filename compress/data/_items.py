@@ -22,6 +22,7 @@ from compress.data._images import (
     held_out,
     in_memory,
     in_parallel,
+    with_channels,
 )
 from compress.data._pictures import DEFAULT_SIZE, Fit, Pictures, sides
 from compress.data._targets import VOID, PictureTargets, mask_classes
@@ -353,13 +354,8 @@ class Reader:
             )
         if not isinstance(found, Tensor):
             return self.fit.pixels(found.convert("L" if self.channels == 1 else "RGB"))
-        fitted = self.fit.tensor(eight_bit(found, f"{self.where}, item {index}")[None])[0]
-        if fitted.shape[0] == self.channels:
-            return fitted
-        if fitted.shape[0] == 1:
-            return fitted.expand(self.channels, -1, -1).contiguous()
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        return (fitted * luma).sum(0, keepdim=True).round().to(torch.uint8)
+        fitted = self.fit.tensor(eight_bit(found, f"{self.where}, item {index}")[None])
+        return with_channels(fitted, self.channels)[0]
 
 
 def source_of_items(kind: ItemPictures, parts: Mapping[str, Items]) -> Source:

@@ -172,7 +172,10 @@ class Training:
         value, loss = score
         if self.best is None or primary_of(self.task).drop(self.best[0], value) < 0:
             self.best = (value, self.epoch)
-            self._keep_best()
+            weights = self.watched.state_dict()
+            if self.folder is None and self.settings.keep == "best":
+                self.best_weights = {name: each.clone() for name, each in weights.items()}
+            self._write(checkpoints.BEST, {"model": weights})
         scored = row | {f"validation_{self.metric}": value}
         return scored if loss is None else scored | {"validation_loss": loss}
 
@@ -267,12 +270,6 @@ class Training:
             "network": shapes,
             "objective": type(self.objective).__name__,
         }
-
-    def _keep_best(self) -> None:
-        weights = self.watched.state_dict()
-        if self.folder is None and self.settings.keep == "best":
-            self.best_weights = {name: value.clone() for name, value in weights.items()}
-        self._write(checkpoints.BEST, {"model": weights})
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         if self.folder is not None and self.processes.is_main:

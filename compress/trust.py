@@ -20,7 +20,7 @@ from compress.errors import UsageError
 
 VARIABLE = "COMPRESS_CODE_ALLOWED"  # what was typed, a JSON list; everything may run if absent
 EVERYTHING = "null"  # its value after --trust
-# Networks of this package, which recipes name as code; the last two as they once were named.
+# Networks of this package, which recipes name as code; the last three as they once were named.
 OWN = frozenset(
     f"compress.{name}"
     for name in ("models.cifar", "models.detector", "models.restoration", "networks", "detector")

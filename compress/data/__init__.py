@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import plugins
-from compress.data._images import FileImages, LabelledImages, Names, Subset
-from compress.data._resize import Fit
+from compress.data._images import LabelledImages, Names, Subset, file_images
+from compress.data._pictures import Fit
 from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
 from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_reference
@@ -48,6 +48,17 @@ class Source:
     prepared: bool = False  # images are what the network takes: they are not normalized
     parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see ``Dataset``
     note: str = ""  # what to say of figures and int8 ranges that were taken from these images
+
+    def changed(self, change: Callable[[LabelledImages], LabelledImages], **facts: Any) -> Source:
+        """Return this with ``change`` applied to the images of each split, and new facts."""
+        held = self.validation
+        return replace(
+            self,
+            train=change(self.train),
+            test=change(self.test),
+            validation=None if held is None else change(held),
+            **facts,
+        )
 
 
 @dataclass(frozen=True)
@@ -218,8 +229,7 @@ def load_pictures(settings: DataSettings, files: Sequence[Path]) -> Dataset:
     supplied = _options(settings.model_copy(update={"root": ""}))
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)
     labels = np.zeros(len(files), dtype=np.int64)
-    names = Names.of(map(str, files))
-    images = FileImages(Path(), names, labels, plugin.fit, plugin.channels or 3, plugin.workers)
+    images = file_images(plugin, Path(), Names.of(map(str, files)), labels)
     source = Source(images, images, (), mean=(0.0,), std=(1.0,), target="none")
     return _dataset(settings, plugin, source, {"test": images})
 

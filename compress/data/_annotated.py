@@ -11,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.data import Source
-from compress.data._decoding import opened_picture, upright_size
 from compress.data._images import (
-    FileImages,
     LabelledImages,
     MemoryImages,
     Names,
+    file_images,
     in_memory,
     with_test,
 )
-from compress.data._resize import Pictures, Rule
+from compress.data._pictures import Pictures, Rule, opened_picture, upright_size
 from compress.data._targets import Boxes, FittedMasks
 from compress.errors import DataError, UsageError, did_you_mean
 
@@ -152,15 +151,8 @@ def pictures(kind: Pictures, files: Sequence[Path], labels: object) -> LabelledI
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise DataError(f"lacks {len(missing)} of {len(files)} images", where=str(missing[0]))
-    images = FileImages(
-        Path("/") if files[0].is_absolute() else Path(),
-        Names.of(str(file) for file in files),
-        labels,  # type: ignore[arg-type]  # boxes and masks are indexed like arrays
-        kind.fit,
-        kind.channels or 3,
-        kind.workers,
-    )
-    decoded = in_memory(images)
+    folder = Path("/") if files[0].is_absolute() else Path()
+    decoded = in_memory(file_images(kind, folder, Names.of(map(str, files)), labels))
     if isinstance(decoded, MemoryImages) and isinstance(labels, FittedMasks):
         return replace(decoded, labels=labels.tensors().numpy())
     return decoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from array import array
@@ -16,13 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._decoding import opened_picture, to_8_bit
-from compress.data._resize import Fit, ImageSize, sides
+from compress.data._pictures import Fit, ImageSize, Pictures, opened_picture, sides, to_8_bit
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 T = TypeVar("T")
 EVERY = 10  # every tenth image is a test image where images are listed in files
+SPLITS = {  # by what people call them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 TEST = 0.2  # share of images that become the test set where data has none
 Indices = Sequence[int] | NDArray[np.int64]
 
@@ -170,6 +175,102 @@ class FileImages:
             digest.update(f"{path.parent.name}/{path.name}:{path.stat().st_size}\n".encode())
 
 
+@dataclass(frozen=True)
+class ShardImages:
+    """Images in tar files: of each only its place, its size and its class are in memory.
+
+    Args:
+        paths: The shards.
+        starts: Position of the first image of every shard, and the number of images, (S + 1,).
+        places: Where each image's file begins in its shard, bytes, (N,).
+        sizes: Of each image's file, bytes, (N,).
+        labels: (N,).
+        fit: How images are fitted to one size.
+        channels: 1 or 3.
+        workers: Processes that decode ahead in training.
+        window: Images among which the order of training is random.
+    """
+
+    paths: tuple[Path, ...]
+    starts: NDArray[np.int64]
+    places: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    fit: Fit
+    channels: int
+    workers: int
+    window: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, *self.fit.size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices: Indices) -> Tensor:
+        return in_parallel(self._one, indices, self.workers)
+
+    def update_hash(self, digest: Hash) -> None:
+        for path in self.paths:
+            digest.update(f"{path.name}:{path.stat().st_size}\n".encode())
+
+    def stored(self, index: int) -> tuple[int, Callable[[], bytes]]:
+        return int(self.sizes[index]), lambda: self._content(index)
+
+    def _place(self, index: int) -> tuple[Path, int]:
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.paths[shard], int(self.places[index])
+
+    def _content(self, index: int) -> bytes:
+        path, place = self._place(index)
+        try:
+            with path.open("rb") as file:
+                file.seek(place)
+                return file.read(int(self.sizes[index]))
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror})", where=str(path)) from None
+
+    def _one(self, index: int) -> Tensor:
+        path, place = self._place(index)
+        content = io.BytesIO(self._content(index))
+        return decoded(content, self.fit, self.channels, where=f"{path}, byte {place}")
+
+
+def shuffled(images: LabelledImages, random: np.random.Generator) -> NDArray[np.int64]:
+    """Return every position once, in random order, (N,).
+
+    Shards are taken in random order and each image at most ``window`` places away from where it
+    comes in its shard, so that they are read nearly from front to back: a shuffle buffer whose
+    content is known beforehand, so that no image waits in memory and training goes on anywhere.
+
+    Source: Aizman et al., High Performance I/O For Large Scale Deep Learning, 2019,
+    https://arxiv.org/abs/2001.01858, section on shuffling.
+    """
+    found = _bounds(images)
+    if found is None:
+        return random.permutation(len(images))
+    bounds, window = found
+    parts = [np.arange(*bounds[shard : shard + 2]) for shard in random.permutation(len(bounds) - 1)]
+    order = np.concatenate(parts)
+    return order[np.argsort(np.arange(len(order)) + window * random.random(len(order)))]
+
+
+def _bounds(images: LabelledImages) -> tuple[NDArray[np.int64], int] | None:
+    """Return where the images of each shard begin among ``images``, and the window."""
+    if isinstance(images, ShardImages):
+        return images.starts, images.window
+    if isinstance(images, Subset):
+        found = _bounds(images.images)
+        return None if found is None else (np.searchsorted(images.indices, found[0]), found[1])
+    return None
+
+
+def file_images(kind: Pictures, folder: Path, names: Names, labels: Any) -> FileImages:
+    """Return pictures in files as the options of their ``kind`` fit them."""
+    return FileImages(folder, names, labels, kind.fit, kind.channels or 3, kind.workers)
+
+
 def in_memory(images: LabelledImages) -> LabelledImages:
     """Return ``images`` read once where they fit in 1 GiB; else as they are."""
     if len(images) * math.prod(images.shape) > LARGEST_IN_MEMORY_BYTES:
@@ -205,15 +306,21 @@ def from_array(
         pixels = pixels[..., None]
     tensor = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
     tensor = tensor if tensor.dtype == torch.uint8 else tensor.float()
-    if channels == 3 and tensor.shape[1] == 1:
-        tensor = tensor.expand(-1, 3, -1, -1).contiguous()
-    elif channels == 1 and tensor.shape[1] == 3:
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        grey = (tensor * luma).sum(1, keepdim=True)
-        tensor = grey.round().to(torch.uint8) if tensor.dtype == torch.uint8 else grey
+    tensor = with_channels(tensor, channels)
     if size is not None:
         tensor = Fit(sides(size), "squash").tensor(tensor)
     return MemoryImages(tensor, np.asarray(labels, dtype=np.int64).reshape(-1))
+
+
+def with_channels(images: Tensor, channels: int | None) -> Tensor:
+    """Return images (N, C, H, W) in grey or colour; as they are if it is not said."""
+    if channels == 3 and images.shape[1] == 1:
+        return images.expand(-1, 3, -1, -1).contiguous()
+    if channels == 1 and images.shape[1] == 3:
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+        grey = (images * luma).sum(1, keepdim=True)
+        return grey.round().to(torch.uint8) if images.dtype == torch.uint8 else grey
+    return images
 
 
 def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,26 +22,16 @@ from compress.data._images import (
     held_out,
     in_memory,
     in_parallel,
+    with_channels,
 )
-from compress.data._resize import DEFAULT_SIZE, Fit, Pictures, sides
+from compress.data._pictures import DEFAULT_SIZE, Fit, Pictures, sides
 from compress.data._targets import VOID, PictureTargets, mask_classes
 from compress.errors import DataError
 
 SAMPLED = 8  # items whose pictures are looked at for a common size
 PICTURE_KEYS = ("image", "img", "picture", "pixel_values", "jpg", "png")
+Items = Any  # a torch Dataset, or what else has a length and items by number
 TARGET_KEYS = ("label", "labels", "target", "fine_label", "mask", "cls", "class")
-
-
-class Items(Protocol):
-    """What a torch Dataset offers, whatever it is made of."""
-
-    def __len__(self) -> int:
-        """Return how many items there are."""
-        ...
-
-    def __getitem__(self, index: int) -> Any:
-        """Return the item of that number."""
-        ...
 
 
 def picture_and_target(items: Items, index: int, where: str) -> tuple[Any, Any]:
@@ -364,13 +354,8 @@ class Reader:
             )
         if not isinstance(found, Tensor):
             return self.fit.pixels(found.convert("L" if self.channels == 1 else "RGB"))
-        fitted = self.fit.tensor(eight_bit(found, f"{self.where}, item {index}")[None])[0]
-        if fitted.shape[0] == self.channels:
-            return fitted
-        if fitted.shape[0] == 1:
-            return fitted.expand(self.channels, -1, -1).contiguous()
-        luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        return (fitted * luma).sum(0, keepdim=True).round().to(torch.uint8)
+        fitted = self.fit.tensor(eight_bit(found, f"{self.where}, item {index}")[None])
+        return with_channels(fitted, self.channels)[0]
 
 
 def source_of_items(kind: ItemPictures, parts: Mapping[str, Items]) -> Source:

@@ -11,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from compress.data._images import FileImages, LabelledImages, MemoryImages, Subset
-from compress.data._shards import ShardImages
+from compress.data._images import FileImages, LabelledImages, MemoryImages, ShardImages, Subset
 
 BLOCK = 1024  # images looked at together
 SMALLEST = 32  # pixels: thumbnails of smaller images are alike by chance

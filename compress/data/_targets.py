@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._decoding import opened_picture, upright_size
 from compress.data._images import Indices, LabelledImages, Subset, in_parallel
-from compress.data._resize import Fit
+from compress.data._pictures import Fit, opened_picture, upright_size
 from compress.errors import DataError
 
 VOID = 255  # value of mask pixels that count nowhere

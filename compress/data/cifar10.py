@@ -10,7 +10,7 @@ import numpy as np
 
 from compress.data import IMAGENET_MEAN, IMAGENET_STD, Source
 from compress.data._images import from_array
-from compress.data._resize import ImageSize
+from compress.data._pictures import ImageSize
 from compress.data.npz import Npz
 from compress.errors import DataError
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from compress.data import Source
-from compress.data._derived import Derived, in_every_split
 from compress.data._images import LabelledImages, MemoryImages
 from compress.data._targets import PictureTargets
+from compress.data.degraded import Derived
 from compress.errors import UsageError
 
 FITTED = 10_000  # pictures that components are taken from
@@ -47,8 +47,7 @@ class Codes(Derived):
             ]
             return MemoryImages(torch.cat(parts)[:, :, None, None], PictureTargets(pictures))
 
-        return in_every_split(
-            found,
+        return found.changed(
             coded,
             classes=(),
             mean=(0.0,),

@@ -11,17 +11,14 @@ import numpy as np
 
 from compress.data import Source
 from compress.data._annotated import pictures
-from compress.data._images import TEST, LabelledImages, held_out
-from compress.data._resize import Pictures
+from compress.data._images import SPLITS, TEST, LabelledImages, held_out
+from compress.data._pictures import Pictures
 from compress.errors import DataError, UsageError, did_you_mean
 
 IMAGE = ("image", "path", "file", "filename", "filepath", "image_path", "img", "name", "id")
 LABEL = ("label", "class", "target", "category", "y", "species")
 SPLIT = ("split", "set", "subset", "part", "partition")
-PARTS = {
-    "train": "train", "training": "train", "val": "validation", "valid": "validation",
-    "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
-}  # fmt: skip
+PARTS = SPLITS | {"dev": "validation"}
 Row = dict[str, str]
 
 
@@ -53,7 +50,8 @@ class Csv(Pictures):
         table = Path(self.root)
         rows, columns = _read(table)
         image = _column(self.image, IMAGE, columns, "image", table)
-        labels = [_column(name, LABEL, columns, "label", table) for name in self._labels()]
+        names = [None] if self.label is None else [each.strip() for each in self.label.split(",")]
+        labels = [_column(name, LABEL, columns, "label", table) for name in names]
         split = _column(self.split, SPLIT, columns, "split", table, required=False)
         base = Path(self.folder) if self.folder else table.parent
         files = [(base / row[image]).resolve() for row in rows]
@@ -79,9 +77,6 @@ class Csv(Pictures):
             validation=images(validation) if len(validation) else None,
             target="class" if len(labels) == 1 else "classes",
         )
-
-    def _labels(self) -> Sequence[str | None]:
-        return [None] if self.label is None else [name.strip() for name in self.label.split(",")]
 
 
 def _read(table: Path) -> tuple[list[Row], list[str]]:

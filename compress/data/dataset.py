@@ -89,8 +89,7 @@ class Dataset(ItemPictures):
                 where=self.root,
                 expected="a Dataset with a length and items by number",
             )
-        items: Items = part
-        return items
+        return part
 
 
 def _split_up(found: Any, where: str) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,53 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress import plugins
 from compress.data import Source
-from compress.data._derived import Derived, in_every_split
 from compress.data._images import Hash, Indices, LabelledImages, in_memory
-from compress.data._resize import sides
+from compress.data._pictures import Fit, ImageSize, sides
 from compress.data._targets import PictureTargets
 from compress.errors import DataError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derived:
+    """Images of the kind ``of``, read from ``root`` with its own ``options``."""
+
+    of: str = "images"
+    root: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    image_size: ImageSize | None = None
+    channels: int | None = None
+    workers: int = 0
+    seed: int = 0
+
+    @property
+    def fit(self) -> Fit | None:
+        """How the pictures are fitted that this data is made from; None where they are arrays."""
+        fit: Fit | None = getattr(self._kind(self.image_size), "fit", None)
+        return fit
+
+    def _kind(self, image_size: ImageSize | None) -> Any:
+        supplied = {
+            "root": self.root,
+            "image_size": image_size,
+            "channels": self.channels,
+            "workers": self.workers,
+            "seed": self.seed,
+        }
+        return plugins.create("data", {self.of: dict(self.options)}, **supplied)
+
+    def source(self, image_size: ImageSize | None) -> Source:
+        """Return the images that this data is made from, of ``image_size``."""
+        known = plugins.options("data", self.of)
+        if known.get("root") is MISSING and self.root is None:
+            raise UsageError(
+                f"data {self.of!r} needs to know where its images are", fix="Give data.root"
+            )
+        found: Source = self._kind(image_size).load()
+        if found.prepared:
+            raise UsageError(f"data {self.of!r} holds arrays", expected="8-bit pictures")
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +95,7 @@ class Degraded(Derived):
                 expected=f"sides that are multiples of {self.scale}",
                 fix="Set data.image_size, the size of the network's input",
             )
-        return in_every_split(
-            found, self._worse, classes=(), mean=(0.0,), std=(1.0,), target="image"
-        )
+        return found.changed(self._worse, classes=(), mean=(0.0,), std=(1.0,), target="image")
 
     def _worse(self, pictures: LabelledImages) -> LabelledImages:
         kept = in_memory(pictures)

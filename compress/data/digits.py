@@ -8,7 +8,7 @@ import numpy as np
 
 from compress.data import Source
 from compress.data._images import from_array
-from compress.data._resize import ImageSize
+from compress.data._pictures import ImageSize
 
 TEST_SHARE = 5  # every fifth image is a test image
 

@@ -11,14 +11,14 @@ import numpy as np
 from compress.data import Source
 from compress.data._images import (
     TEST,
-    FileImages,
     LabelledImages,
     Names,
     Subset,
+    file_images,
     held_out,
     in_memory,
 )
-from compress.data._resize import ENDINGS, Pictures
+from compress.data._pictures import ENDINGS, Pictures
 from compress.data.images import picture_files
 from compress.errors import DataError
 
@@ -46,7 +46,10 @@ class Imagefolder(Pictures):
         validation, test = self._folder(root, "val", "validation"), self._folder(root, "test")
         train = self._folder(root, "train")
         if train is None and validation is None and test is None and _has_classes(root):
-            return self._flat(root)
+            classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
+            images = self._images(root, classes)
+            kept, drawn = held_out(images.labels, self.test, self.seed)
+            return Source(Subset(images, kept), Subset(images, drawn), classes)
         if train is None or (validation is None and test is None):
             raise DataError(
                 "no such folder" if not root.is_dir() else "lacks its train or its test images",
@@ -61,13 +64,6 @@ class Imagefolder(Pictures):
             classes,
             validation=self._images(validation, classes) if test and validation else None,
         )
-
-    def _flat(self, root: Path) -> Source:
-        """Return a folder of class folders, a part of it held back by seed."""
-        classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))
-        images = self._images(root, classes)
-        train, test = held_out(images.labels, self.test, self.seed)
-        return Source(Subset(images, train), Subset(images, test), classes)
 
     @staticmethod
     def _folder(root: Path, *names: str) -> Path | None:
@@ -95,9 +91,7 @@ class Imagefolder(Pictures):
                 expected=f"CLASS/*{', *'.join(sorted(ENDINGS))}",
             )
         labels = np.repeat(np.arange(len(classes)), counts)
-        return in_memory(
-            FileImages(folder, names, labels, self.fit, self.channels or 3, self.workers)
-        )
+        return in_memory(file_images(self, folder, names, labels))
 
 
 def _has_classes(root: Path) -> bool:

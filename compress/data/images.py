@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import Source, usual
-from compress.data._images import FileImages, Names, every_fourth_held_out
-from compress.data._resize import ENDINGS, Pictures
+from compress.data._images import Names, every_fourth_held_out, file_images
+from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
 
 
@@ -38,9 +38,8 @@ class Images(Pictures):
                 where=str(root),
                 expected=f"at least 2 pictures: *{', *'.join(sorted(ENDINGS))}",
             )
-        names = Names.of(files)
         labels = np.zeros(len(files), dtype=np.int64)
-        every = FileImages(root, names, labels, self.fit, self.channels or 3, self.workers)
+        every = file_images(self, root, Names.of(files), labels)
         return Source(*every_fourth_held_out(every), (), *usual(every.channels), target="none")
 
 

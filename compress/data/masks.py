@@ -12,7 +12,7 @@ import numpy as np
 from compress.data import Source
 from compress.data._annotated import pictures
 from compress.data._images import LabelledImages, with_test
-from compress.data._resize import ENDINGS, Pictures, Rule
+from compress.data._pictures import ENDINGS, Pictures, Rule
 from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import FittedMasks as MaskFiles
 from compress.errors import DataError, UsageError

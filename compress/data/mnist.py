@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compress.artifact import check_room
 from compress.data import Source
 from compress.data._images import MemoryImages, from_array
-from compress.data._resize import ImageSize
+from compress.data._pictures import ImageSize
 from compress.errors import DataError, boundary
 
 UNSIGNED_BYTE = 0x08  # the only element type these files use

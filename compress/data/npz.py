@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from compress.artifact import check_zip
 from compress.data import Source, usual
 from compress.data._images import MemoryImages, every_fourth_held_out, from_array
-from compress.data._resize import ImageSize
+from compress.data._pictures import ImageSize
 from compress.errors import DataError, boundary
 
 MOST_CLASSES = 2**20

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from compress import progress
 from compress.data import Source, usual
 from compress.data._images import Hash, Indices, Subset
-from compress.data._resize import ImageSize, sides
+from compress.data._pictures import ImageSize, sides
 from compress.errors import DataError, ModelError, UsageError, boundary
 from compress.groups.calls import WatchedCalls
 from compress.modules import evaluating

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from compress.data import Source
-from compress.data._derived import Derived, in_every_split
 from compress.data._images import LabelledImages, Subset
+from compress.data.degraded import Derived
 from compress.errors import UsageError
 
 
@@ -52,4 +52,4 @@ class Unseen(Derived):
             return Subset(images, np.flatnonzero(~np.isin(images.labels, held)))
 
         tested = Subset(found.test, np.flatnonzero(np.isin(found.test.labels, held)))
-        return replace(in_every_split(found, learned), test=tested, test_groups=None)
+        return replace(found.changed(learned), test=tested, test_groups=None)

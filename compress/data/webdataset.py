@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+import tarfile
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from compress import progress
 from compress.data import Source
-from compress.data._images import LabelledImages, Subset
-from compress.data._resize import Pictures
-from compress.data._shards import Shard, ShardImages, read_shards
+from compress.data._images import SPLITS, LabelledImages, ShardImages, Subset
+from compress.data._pictures import Pictures
 from compress.errors import DataError
 
-WORDS = {  # in names of shards
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 TEST_SHARE = 0.1  # of the images, where no shard is named after a test set
 REMOTE = re.compile(r"(?!file:)[a-z][a-z0-9+]+:")  # http:, s3:, pipe:
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+IMAGES = {"jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff"}
+LABELS = ("cls", "json")  # the first one counts
+LABEL_KEYS = ("label", "cls", "class")  # of a JSON object
+PICKLES = {"pyd", "pickle", "pkl", "pth", "pt"}
+LARGEST_LABEL_BYTES = 1 << 20
+BLOCK = 512  # of a tar file
 
 
 @dataclass(frozen=True)
@@ -155,8 +162,8 @@ def _shards(root: str) -> list[Path]:
 
 def _split(path: Path) -> str:
     """Return the split that a shard is part of, by its name or by that of its folder."""
-    words = [word for word in re.split("[^a-z]+", path.stem.lower()) if word in WORDS]
-    return WORDS.get(words[0] if words else path.parent.name.lower(), "train")
+    words = [word for word in re.split("[^a-z]+", path.stem.lower()) if word in SPLITS]
+    return SPLITS.get(words[0] if words else path.parent.name.lower(), "train")
 
 
 def _numbered(shards: list[Shard], root: str) -> tuple[tuple[str, ...], list[Shard]]:
@@ -177,3 +184,110 @@ def _held_back(images: LabelledImages) -> tuple[LabelledImages, LabelledImages]:
     order = np.random.default_rng(0).permutation(len(images))
     test, train = np.split(order, [max(1, round(TEST_SHARE * len(order)))])
     return Subset(images, np.sort(train)), Subset(images, np.sort(test))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Where the images of one shard lie, and what they show."""
+
+    places: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    labels: NDArray[Any]  # integers, or names of classes
+
+
+def read_shards(paths: Sequence[Path], threads: int) -> list[Shard]:
+    """Read what every image of the shards is; their pixels are passed over."""
+    with ThreadPoolExecutor(threads or None) as pool:
+        return list(progress.track(pool.map(read_shard, paths), "reading shards", len(paths)))
+
+
+def read_shard(path: Path) -> Shard:
+    """Read what every image of one shard is; see :func:`read_shards`."""
+    places, sizes, labels = array("q"), array("q"), []
+    for key, members in _samples(path):
+        images = [member for ending, member in members.items() if ending in IMAGES]
+        label = next((members[ending] for ending in LABELS if ending in members), None)
+        if len(images) != 1 or label is None:
+            raise DataError(
+                f"sample {key!r} holds {', '.join(members)}",
+                where=str(path),
+                expected="one image (.jpg, .png, ...) and its class (.cls or .json)",
+            )
+        places.append(images[0].offset_data)
+        sizes.append(images[0].size)
+        labels.append(_label(path, key, label))
+    if not labels:
+        raise DataError("holds no images", where=str(path))
+    if len({type(label) for label in labels}) > 1:
+        raise DataError("gives some classes by number and some by name", where=str(path))
+    return Shard(np.array(places), np.array(sizes), np.array(labels))
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    """Yield the key of every sample and its files by ending; files of a sample lie together."""
+    key: str | None = None
+    members: dict[str, tarfile.TarInfo] = {}
+    for member in _members(path):
+        folder, slash, file = member.name.rpartition("/")
+        stem, _, endings = file.partition(".")
+        ending = endings.rpartition(".")[2].lower()
+        if not member.isreg() or not stem:
+            continue
+        if ending in PICKLES:
+            raise DataError(
+                f"{member.name} may hold code, and no pickle is read",
+                where=str(path),
+                fix="Write the shards again without such files",
+            )
+        if folder + slash + stem != key:
+            if key is not None:
+                yield key, members
+            key, members = folder + slash + stem, {}
+        members[ending] = member
+    if key is not None:
+        yield key, members
+
+
+def _members(path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the files of a tar file with their places; their contents are passed over."""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would hold them all
+                yield member
+            end = tar.offset
+        with path.open("rb") as file:
+            file.seek(end)
+            damaged = bool(file.read(BLOCK).strip(b"\0"))
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(
+            f"is no readable tar file ({error})", where=str(path), expected="a tar, not compressed"
+        ) from None
+    if damaged:
+        raise DataError(f"is damaged at byte {end}", where=str(path), fix="Replace or remove it")
+
+
+def _label(path: Path, key: str, member: tarfile.TarInfo) -> int | str:
+    """Return the class that a .cls or .json file gives: its number, or its name."""
+    if member.size > LARGEST_LABEL_BYTES:
+        raise DataError(f"{member.name} has {member.size} bytes", where=str(path))
+    with path.open("rb") as file:
+        file.seek(member.offset_data)
+        content = file.read(member.size)
+    try:
+        text = content.decode().strip()
+        value = json.loads(text) if member.name.lower().endswith(".json") else text
+    except ValueError as error:
+        raise DataError(f"{member.name} is no text ({error})", where=str(path)) from None
+    if isinstance(value, dict):
+        value = next((value[name] for name in LABEL_KEYS if name in value), None)
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    known = isinstance(value, str) or (isinstance(value, int) and value >= 0)
+    if not known or isinstance(value, bool) or value == "":
+        raise DataError(
+            f"sample {key!r} has the class {value!r}",
+            where=str(path),
+            expected=f"a number from 0 or a name; in JSON as one of: {', '.join(LABEL_KEYS)}",
+        )
+    return int(value) if isinstance(value, int) else str(value)

@@ -10,7 +10,7 @@ import yaml
 
 from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures
-from compress.data._resize import ENDINGS
+from compress.data._pictures import ENDINGS
 from compress.errors import DataError
 
 

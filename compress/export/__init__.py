@@ -6,22 +6,29 @@ as written only when ONNX Runtime gave the same answers as the module it came fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx_ir as ir
 from torch import Tensor, nn
 
-from compress.errors import CompressError
-from compress.export import conversion, files, io_wrapping, proof
+from compress.artifact import replacing
+from compress.errors import CompressError, ExportError, boundary
+from compress.export import conversion, io_wrapping, proof
 from compress.export.conversion import DEFAULT_OPSET, Free
-from compress.export.files import read_metadata
 from compress.export.io_wrapping import Preprocess
+from compress.graph.metadata import PREFIX, as_text, metadata
 from compress.graph.nms import Nms
 from compress.modules import with_gradients
 from compress.modules.outputs import as_places
 
 __all__ = ["DEFAULT_OPSET", "Preprocess", "export_onnx", "read_metadata"]
+
+LARGEST_SINGLE_FILE = 2**31 - 2**24  # bytes of weights; protobuf ends at 2 GiB
 
 
 @with_gradients()
@@ -82,27 +89,77 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
         example = conversion.Example.of(example_input)
         free = Free(dynamic_batch, dynamic_size)
         program = conversion.convert(module, example, opset, free)
-        facts = dict(metadata or {}) | {"weights_sha256": files.weights_sha256(module)}
+        facts = dict(metadata or {}) | {"weights_sha256": weights_sha256(module)}
         graph = program.model
-        if dynamic_batch:
-            files.name_batch(graph)
-        if dynamic_size:
-            files.name_sizes(graph)
-        conversion.keep_scopes_only(graph)
-        with files.writing(graph, target, facts) as written:
+        with writing(graph, target, facts) as written:
             proof.check_export(
                 written, module, example, program.exported_program, images=check_images
             )
             if preprocess is not None or softmax:
                 io_wrapping.attach(graph, preprocess, softmax=softmax)
                 facts |= io_wrapping.wrapping_facts(preprocess, softmax)
-                files.save_exported(graph, written, facts)
+                _save(graph, written, facts)
                 proof.check_ends(written, module, example, preprocess, softmax=softmax)
             if nms is not None:
                 heads = graph.graph.outputs[0]
                 nms.attach(graph.graph)
                 proof.check_nms(graph, heads, nms)
-                files.save_exported(graph, written, facts)
+                _save(graph, written, facts)
     except CompressError as error:
         raise error.within(name) from None
     return target
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Return a hash of every parameter and buffer of ``module``, by name and value."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().numpy()))
+    return digest.hexdigest()
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """Return what ``export_onnx`` noted in the file: labels, mean, std, lineage and so on.
+
+    Raises:
+        ExportError: the file is absent or is no ONNX.
+    """
+    with boundary(ExportError, "cannot be read as ONNX", where=str(path)):
+        model = onnx.load(str(path), load_external_data=False)
+        return metadata(model)
+
+
+@contextlib.contextmanager
+def writing(model: ir.Model, target: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """Yield a temporary file that holds ``model``; it becomes ``target`` if the block succeeds."""
+    data = target.with_name(f"{target.name}.data")
+    before = data.stat().st_mtime_ns if data.exists() else None
+    try:
+        with replacing(target) as temporary:
+            _save(model, temporary, facts, data=data)
+            yield temporary
+    except BaseException:
+        if data.exists() and data.stat().st_mtime_ns != before:
+            data.unlink()
+        raise
+
+
+def _save(model: ir.Model, path: Path, facts: Mapping[str, Any], data: Path | None = None) -> None:
+    """Write ``model`` with ``facts`` to ``path``, and weights over 2 GB to ``data``."""
+    model.metadata_props.clear()
+    model.metadata_props.update({f"{PREFIX}{key}": as_text(value) for key, value in facts.items()})
+    weights = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    if weights < LARGEST_SINGLE_FILE:
+        proto = ir.to_proto(model)
+        onnx.checker.check_model(proto)
+        path.write_bytes(proto.SerializeToString(deterministic=True))
+    elif data is None:
+        raise ExportError(f"{weights} bytes of weights do not fit one ONNX file")
+    else:
+        ir.save(model, path, external_data=data.name)
+        onnx.checker.check_model(str(path))

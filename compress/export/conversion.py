@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from compress.errors import ExportError
 from compress.groups.calls import WatchedCalls
-from compress.modules import network_of, set_mode
-from compress.modules.copying import full_copy
+from compress.modules import full_copy, network_of, set_mode
 from compress.modules.detectors import before_nms
 from compress.modules.inputs import call_inputs
 from compress.modules.outputs import chosen_outputs, leaves, named_tensors, tensors_of
@@ -136,10 +135,11 @@ class Free:
 
 
 def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torch.onnx.ONNXProgram:
-    """Return the dynamo exporter's program of ``module``.
+    """Return the dynamo exporter's program of ``module``, without traces of this machine.
 
     Raises:
-        ExportError: the module cannot be traced; the message names the line of its code.
+        ExportError: the module cannot be traced, and the message names the line of its code; or
+            the trace holds for one batch or size where it is to be free.
     """
     if free.batch and example.tensors[0].shape[0] < 2:
         example = example.of_batch(2)  # a batch of one would be taken for a constant
@@ -173,10 +173,15 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
     outputs = program.model.graph.outputs
     if len(outputs) == len(order):
         outputs[:] = [outputs[i] for i in order]
+    if free.batch:
+        _name_batch(program.model)
+    if free.size:
+        _name_sizes(program.model)
+    _keep_scopes_only(program.model)
     return program
 
 
-def keep_scopes_only(graph: ir.Model) -> None:
+def _keep_scopes_only(graph: ir.Model) -> None:
     """Remove everything the exporter wrote about its machine; keep module paths of nodes."""
     graph.doc_string = graph.graph.doc_string = None
     graph.graph.metadata_props.clear()
@@ -191,6 +196,45 @@ def keep_scopes_only(graph: ir.Model) -> None:
     for value in (*graph.graph.inputs, *graph.graph.outputs, *graph.graph.initializers.values()):
         value.metadata_props.clear()
         value.doc_string = None
+
+
+def _name_sizes(model: ir.Model) -> None:
+    """Call the free dimensions of images "height" and "width", whatever torch called them.
+
+    Raises:
+        ExportError: one of them is not free: the trace holds for one size.
+    """
+    names = {4: ("height", "width"), 5: ("depth", "height", "width")}
+    for value in model.graph.inputs:
+        shape = value.shape
+        if shape is None:
+            continue
+        for dim in range(2, len(shape)):
+            if isinstance(shape[dim], int):
+                raise ExportError(
+                    f"its code fixes dimension {dim} of {value.name!r} to {shape[dim]}",
+                    fix="Take sizes from x.shape, or export without dynamic_size (--fixed-size)",
+                )
+            if len(shape) in names:
+                shape[dim] = ir.SymbolicDim(names[len(shape)][dim - 2])
+
+
+def _name_batch(model: ir.Model) -> None:
+    """Call the free first dimension of every input and output "batch", whatever torch called it.
+
+    Raises:
+        ExportError: the first dimension of an input is not free: the trace holds for one batch.
+    """
+    for value in model.graph.inputs:
+        if value.shape is not None and isinstance(value.shape[0], int):
+            raise ExportError(
+                f"its code fixes the batch to {value.shape[0]}",
+                fix="Take the batch from x.shape[0], or export with dynamic_batch=False "
+                "(--fixed-batch)",
+            )
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+            value.shape[0] = ir.SymbolicDim("batch")
 
 
 def module_outputs(module: nn.Module, example: Example) -> list[Tensor]:

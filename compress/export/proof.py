@@ -16,7 +16,7 @@ from compress.errors import ExportError
 from compress.export.conversion import Example, Free, module_outputs
 from compress.export.io_wrapping import Preprocess
 from compress.graph.nms import OUTPUT, Nms
-from compress.modules.copying import full_copy
+from compress.modules import full_copy
 
 TOLERANCE = 1e-4  # largest difference, relative to the largest magnitude of an output
 SLACK = 10.0  # how many times torch's own fp32 rounding error ONNX Runtime may be off

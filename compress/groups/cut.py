@@ -12,12 +12,13 @@ from compress.errors import PlanError, did_you_mean
 from compress.groups.network import KeptIndex, Positions
 from compress.groups.plan import PrunePlan
 from compress.groups.traced_ints import read_attribute, write_attribute
-from compress.modules import network_of, with_gradients
-from compress.modules.copying import (
+from compress.modules import (
     aliasing_copy,
     memory_format_of,
+    network_of,
     own_storage,
     parameters_and_buffers,
+    with_gradients,
 )
 
 Kept = Mapping[str, Mapping[int, Positions]]  # tensor -> dim -> positions kept

@@ -25,8 +25,7 @@ from compress.groups.calls import WatchedCalls, WatchedOps, whole_name
 from compress.groups.cut import check_fit, cut_by
 from compress.groups.forward import copied, undisturbed
 from compress.groups.plan import Kept, KeptOnly, PrunePlan
-from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, parameters_and_buffers
+from compress.modules import full_copy, network_of, parameters_and_buffers, set_mode, with_gradients
 
 Call = tuple[str, int]  # an op, and which call of it in one forward
 Given = tuple[Any, Any]  # arguments and keyword arguments

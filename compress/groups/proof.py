@@ -17,8 +17,7 @@ from compress.groups.cut import check_fit, cut_by
 from compress.groups.forward import copied, undisturbed
 from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan
-from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, parameters_and_buffers
+from compress.modules import full_copy, network_of, parameters_and_buffers, set_mode, with_gradients
 from compress.modules.detectors import on_batch
 from compress.modules.inputs import Example, call_inputs, example_of
 from compress.modules.outputs import chosen_outputs, leaves

@@ -33,8 +33,14 @@ from compress.groups.replay import compared
 from compress.groups.rules import RULES
 from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
-from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, meta_copy, parameters_and_buffers
+from compress.modules import (
+    full_copy,
+    meta_copy,
+    network_of,
+    parameters_and_buffers,
+    set_mode,
+    with_gradients,
+)
 from compress.modules.detectors import on_batch
 from compress.modules.inputs import Example, call_inputs
 from compress.modules.outputs import chosen_outputs

@@ -63,8 +63,7 @@ def count_module(model: nn.Module, example_input: Any) -> Count:
     from torch.utils._pytree import tree_map
     from torch.utils.flop_counter import FlopCounterMode
 
-    from compress.modules import network_of, set_mode
-    from compress.modules.copying import full_copy
+    from compress.modules import full_copy, network_of, set_mode
     from compress.modules.inputs import call_inputs
 
     model, inputs = network_of(model), call_inputs(example_input)

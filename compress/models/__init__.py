@@ -15,8 +15,13 @@ from compress import artifact
 from compress.errors import ModelError, PlanError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
-from compress.models.classifier import classifier_layers
-from compress.models.references import class_option, construct, count_of, described
+from compress.models.references import (
+    class_option,
+    classifier_layers,
+    construct,
+    count_of,
+    described,
+)
 from compress.models.weights import (
     aligned,
     fit,
@@ -26,8 +31,7 @@ from compress.models.weights import (
     read_weights,
     write_safetensors,
 )
-from compress.modules import network_of, set_mode, with_gradients
-from compress.modules.copying import full_copy, memory_format_of
+from compress.modules import full_copy, memory_format_of, network_of, set_mode, with_gradients
 from compress.modules.detectors import check_detector, check_rows, on_batch
 from compress.modules.outputs import logits_of
 
@@ -200,7 +204,7 @@ def save_model(
         description["num_classes"] = _checked_classes(state, description, joined)
     if joined is not None:
         joined.save(folder / PLAN_FILE)
-    if _is_channels_last(model):
+    if any(memory_format_of(p) is torch.channels_last for p in model.parameters()):
         description["memory_format"] = "channels_last"
     write_safetensors(folder / WEIGHTS_FILE, state)
     description |= {"pruned": joined is not None, "beside": _beside(description, folder)}
@@ -259,10 +263,6 @@ def _state_of(model: nn.Module) -> dict[str, Tensor]:
             )
         found[key] = value.detach().cpu().contiguous()
     return found
-
-
-def _is_channels_last(model: nn.Module) -> bool:
-    return any(memory_format_of(p) is torch.channels_last for p in model.parameters())
 
 
 def _rebuild(

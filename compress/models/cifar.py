@@ -9,6 +9,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def convolved(  # of a convolution
+    in_channels: int,
+    out_channels: int,
+    size: int,
+    *activation: nn.Module,
+    stride: int = 1,
+    groups: int = 1,
+) -> nn.Sequential:
+    """Return a convolution that keeps the size, divided by ``stride``, and its BatchNorm."""
+    layer = nn.Conv2d(
+        in_channels, out_channels, size, stride, padding=size // 2, groups=groups, bias=False
+    )
+    return nn.Sequential(layer, nn.BatchNorm2d(out_channels), *activation)
+
+
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut without parameters."""
 
@@ -89,18 +104,10 @@ class InvertedResidual(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int, expansion: int) -> None:
         super().__init__()
         hidden = in_channels * expansion
-        self.expand = nn.Sequential(
-            nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.Hardswish()
-        )
-        self.filter = nn.Sequential(
-            nn.Conv2d(hidden, hidden, 3, stride, padding=1, groups=hidden, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.Hardswish(),
-        )
+        self.expand = convolved(in_channels, hidden, 1, nn.Hardswish())
+        self.filter = convolved(hidden, hidden, 3, nn.Hardswish(), stride=stride, groups=hidden)
         self.gate = SqueezeExcite(hidden, max(8, hidden // 4))
-        self.project = nn.Sequential(
-            nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels)
-        )
+        self.project = convolved(hidden, out_channels, 1)
         self.has_shortcut = stride == 1 and in_channels == out_channels
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,15 +125,11 @@ class CifarMobileNet(nn.Module):
 
     def __init__(self, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.Hardswish()
-        )
+        self.stem = convolved(in_channels, 16, 3, nn.Hardswish())
         # in, out, stride, expansion
         rows = ((16, 24, 1, 3), (24, 24, 1, 3), (24, 40, 2, 4), (40, 40, 1, 4), (40, 80, 2, 4))
         self.blocks = nn.Sequential(*(InvertedResidual(*row) for row in (*rows, (80, 80, 1, 4))))
-        self.head = nn.Sequential(
-            nn.Conv2d(80, 240, 1, bias=False), nn.BatchNorm2d(240), nn.Hardswish()
-        )
+        self.head = convolved(80, 240, 1, nn.Hardswish())
         self.linear = nn.Linear(240, num_classes)
         _initialize(self)
 
@@ -178,14 +181,8 @@ class UNet(nn.Module):
 
 
 def _double(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-        nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )
+    first = convolved(in_channels, out_channels, 3, nn.ReLU())
+    return nn.Sequential(*first, *convolved(out_channels, out_channels, 3, nn.ReLU()))
 
 
 class TutorialCNN(nn.Module):
@@ -221,6 +218,64 @@ class TutorialCNN(nn.Module):
         return logits
 
 
+class SuperResolution(nn.Module):
+    """Convolutions at the small size, then pixel shuffle; the picture itself is added.
+
+    Source: Shi et al., Real-Time Single Image and Video Super-Resolution Using an Efficient
+    Sub-Pixel Convolutional Neural Network, CVPR 2016, https://arxiv.org/abs/1609.05158.
+    """
+
+    def __init__(self, scale: int = 2, width: int = 32, depth: int = 3) -> None:
+        super().__init__()
+        self.scale = scale
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 5, padding=2), nn.ReLU()]
+        for _ in range(depth):
+            layers += [nn.Conv2d(width, width, 3, padding=1), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Conv2d(width, 3 * scale**2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the picture, (B, 3, H, W) in [0, 1] -> (B, 3, scale * H, scale * W)."""
+        detail = F.pixel_shuffle(self.head(self.body(x)), self.scale)
+        return F.interpolate(x, scale_factor=float(self.scale), mode="nearest") + detail
+
+
+class Generator(nn.Module):
+    """Transposed convolutions with BatchNorm, from a code to a picture.
+
+    Source: Radford et al., Unsupervised Representation Learning with Deep Convolutional Generative
+    Adversarial Networks, ICLR 2016, https://arxiv.org/abs/1511.06434; the last activation is a
+    sigmoid, as pictures are in [0, 1].
+    """
+
+    def __init__(self, code: int = 32, width: int = 16, side: int = 32, channels: int = 1) -> None:
+        super().__init__()
+        doublings = max(0, (side // 4 - 1).bit_length())
+        if 4 * 2**doublings != side:
+            raise ValueError(f"side {side} is not 4 times a power of 2")
+        now = width * 2**doublings
+        layers: list[nn.Module] = [
+            nn.ConvTranspose2d(code, now, 4, bias=False), nn.BatchNorm2d(now), nn.ReLU()
+        ]  # fmt: skip
+        for step in range(doublings):
+            if step == doublings - 1:
+                layers.append(nn.ConvTranspose2d(now, channels, 4, 2, padding=1))
+                break
+            layers += [
+                nn.ConvTranspose2d(now, now // 2, 4, 2, padding=1, bias=False),
+                nn.BatchNorm2d(now // 2),
+                nn.ReLU(),
+            ]
+            now //= 2
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, code: Tensor) -> Tensor:
+        """Return the picture, (B, D, 1, 1) -> (B, C, side, side) in [0, 1]."""
+        picture: Tensor = self.layers(code).sigmoid()
+        return picture
+
+
 # What recipes call them.
 resnet8, resnet14, resnet20, resnet56 = (partial(CifarResNet, depth) for depth in (8, 14, 20, 56))
 mobilenet, unet, tutorial_cnn = CifarMobileNet, UNet, TutorialCNN
+super_resolution, generator = SuperResolution, Generator

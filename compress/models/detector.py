@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.models.cifar import BasicBlock
+from compress.models.cifar import BasicBlock, convolved
 
 STRIDES = (8, 16)
 LARGE = 8.0  # objects with a side above this many steps of the fine grid belong to the coarse one
@@ -32,9 +32,7 @@ class SmallDetector(nn.Module):
     def __init__(self, num_classes: int = 3, width: int = 16) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 3, 2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
+        self.stem = _conv(3, width, 3, 2)
         self.quarter = _down(width, 2 * width)
         self.eighth = _down(2 * width, 4 * width)
         self.sixteenth = nn.Sequential(
@@ -87,11 +85,7 @@ class _Head(nn.Module):
 
 
 def _conv(in_channels: int, out_channels: int, size: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, size, stride, padding=size // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(),
-    )
+    return convolved(in_channels, out_channels, size, nn.ReLU(), stride=stride)
 
 
 def _down(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from compress.errors import CompressError, TrainingError, boundary, is_out_of_memory
 from compress.modules.outputs import heads_of
+
+if TYPE_CHECKING:
+    from compress.tasks import Task
 
 AUXILIARY_WEIGHT = 0.3  # of the heads that GoogLeNet and Inception train beside the last one
 
@@ -25,14 +28,12 @@ class TrainingProgress:
     training: nn.Module  # the network that is trained, as the caller gave it
 
 
-class Objective(Protocol):
-    """Maps a batch to the scalar that training minimizes.
+class Objective:
+    """Maps a batch to the scalar that training minimizes; all but the call has a default."""
 
-    It may be :class:`Informed`, :class:`Movable` or :class:`Stateful` as well, and have ``notes``:
-    sentences for the result of the training.
-    """
+    notes: Sequence[str] = ()  # sentences for the result of the training
 
-    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """Return the mean loss of a batch, a scalar.
 
         Args:
@@ -40,57 +41,36 @@ class Objective(Protocol):
             images: (B, C, H, W) float32, augmented and normalized.
             target: (B,) int64, or (B, K) probabilities where images are mixed.
         """
-        ...
+        raise NotImplementedError
+
+    @property
+    def meets_in(self) -> str | None:
+        """The loss in which processes exchange what they computed, if there is one."""
+        return None
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield what is trained beside the network and thrown away afterwards."""
-        ...
+        return iter(())
+
+    def to(self, device: torch.device) -> None:
+        """Move tensors that must be beside the images to ``device``."""
+
+    def before(self, moment: TrainingProgress) -> None:
+        """Take note of the batch that the next call is about."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what belongs into checkpoints: tensors and plain data."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``."""
 
     def close(self) -> None:
         """Leave everything as it was found; called once, also after an error."""
 
 
-@runtime_checkable
-class Informed(Protocol):
-    """An objective that wants to know which images come next."""
-
-    def before(self, moment: TrainingProgress) -> None:
-        """Take note of the batch that the next call is about."""
-
-
-@runtime_checkable
-class Movable(Protocol):
-    """An objective with tensors that must be beside the images."""
-
-    def to(self, device: torch.device) -> Any:
-        """Move them to ``device``."""
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """An objective whose state belongs into checkpoints."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain data."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Go on from ``state``."""
-
-
-class _WithoutAdapters:
-    """An objective with nothing to train beside the network, and nothing to leave."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield nothing: there are no adapters."""
-        return iter(())
-
-    def close(self) -> None:
-        """Leave everything as it is."""
-
-
 @dataclass(frozen=True)
-class CrossEntropy(_WithoutAdapters):
+class CrossEntropy(Objective):
     """Cross-entropy with the labels; heads beside the main one count a little."""
 
     label_smoothing: float = 0.0
@@ -108,19 +88,11 @@ class CrossEntropy(_WithoutAdapters):
         return F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
 
 
-class HasLoss(Protocol):
-    """A task: what a network is for."""
-
-    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
-        """Return the training loss of a batch, a scalar."""
-        ...
-
-
 @dataclass(frozen=True)
-class TaskLoss(_WithoutAdapters):
+class TaskLoss(Objective):
     """The loss of a task."""
 
-    task: HasLoss
+    task: Task
 
     def __call__(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """Return the mean loss of a batch, a scalar.

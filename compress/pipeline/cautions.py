@@ -16,7 +16,7 @@ from compress.data import Dataset
 from compress.data._overlap import overlap
 from compress.errors import DataError, ModelError
 from compress.evaluate.feeding import Fed
-from compress.models.classifier import classifier_layers
+from compress.models.references import classifier_layers
 from compress.modules.detectors import size_inside
 from compress.pipeline.context import RunContext
 from compress.quantize.notes import by_reason

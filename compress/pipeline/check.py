@@ -15,7 +15,7 @@ from compress.packages import is_installed, require
 from compress.pipeline import network
 from compress.pipeline.task import prepared
 from compress.quantize.methods import check_method
-from compress.recipe.problems import PLUGIN_KEYS
+from compress.recipe.loading import PLUGIN_KEYS
 from compress.recipe.settings import Recipe, Stage, Target
 from compress.runtimes import runtime_class, unavailable
 from compress.tasks import Task

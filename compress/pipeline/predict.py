@@ -12,8 +12,7 @@ import numpy as np
 from compress.artifact import read_json, replacing
 from compress.data import load_pictures
 from compress.data._annotated import image_size
-from compress.data._decoding import opened_picture, to_8_bit
-from compress.data._resize import Fit
+from compress.data._pictures import Fit, opened_picture, to_8_bit
 from compress.data.images import picture_files
 from compress.errors import CompressError, DataError, UsageError
 from compress.evaluate import BATCH, answered

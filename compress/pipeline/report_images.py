@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compress import tasks
 from compress.data import Dataset, targets_of
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.evaluate import Evaluation
 from compress.evaluate.attribution import ANSWERS, Samples, compare_maps
 from compress.evaluate.predictions import Predictions

@@ -15,8 +15,7 @@ from compress.errors import PlanError
 from compress.groups import Network
 from compress.groups.plan import make_prune_plan
 from compress.groups.proof import apply_pruning
-from compress.modules import evaluating
-from compress.modules.copying import full_copy
+from compress.modules import evaluating, full_copy
 from compress.modules.inputs import Example, call_inputs
 from compress.modules.sliding import sliding
 from compress.progress import task

@@ -306,7 +306,7 @@ class GroupLasso:
         return found
 
 
-class WithGroupLasso:
+class WithGroupLasso(Objective):
     """An objective plus ``strength`` times the group lasso."""
 
     def __init__(self, objective: Objective, lasso: GroupLasso, strength: float) -> None:

@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from compress.errors import EngineError, UsageError
-from compress.modules import network_of, set_mode
-from compress.modules.copying import full_copy
+from compress.modules import full_copy, network_of, set_mode
 from compress.modules.detectors import before_nms
 from compress.modules.outputs import tensors_of
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.errors import EngineError, UsageError
 from compress.graph.nms import Nms
 from compress.modules.detectors import has_background
@@ -226,7 +226,8 @@ class Detection(Task):
         heads = [array for array in arrays.values() if array.ndim == 3]
         if heads and heads[0].shape[2] == 6:
             return [(r[:, :4], r[:, 4], r[:, 5].astype(np.int64) - shift) for r in heads[0]]
-        if heads and heads[0].shape[1] > 4 and self._fits(heads[0].shape[1] - 4):
+        count = heads[0].shape[1] - 4 if heads else 0
+        if count > 0 and len(self.classes) in (0, count):
             return [self._decoded(head) for head in heads[0]]
         raise EngineError(
             f"task detection does not fit the network's outputs: {shapes_told(arrays)}",
@@ -234,9 +235,6 @@ class Detection(Task):
             f"centre and size of boxes and scores of {len(self.classes)} classes",
             fix=OTHER_ROWS if heads else f"{nearest_task(arrays.values())}, or check the network",
         )
-
-    def _fits(self, classes: int) -> bool:
-        return not self.classes or classes == len(self.classes)
 
     def _decoded(self, head: Array) -> tuple[Array, Array, Array]:
         """Return the boxes of one YOLO head (4 + K, A) after NMS within each class."""

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.errors import DataError, EngineError
 from compress.tasks import Kind, Prediction, Task, load_task, numeric
 

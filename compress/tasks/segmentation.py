@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.errors import EngineError, UsageError
 from compress.tasks import (
     Array,

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from compress.data import Dataset, targets_of
 from compress.data._augment import CHANCES, augment, augment_with_labels, mixed
-from compress.data._images import LabelledImages
-from compress.data._shards import shuffled
+from compress.data._images import LabelledImages, shuffled
 from compress.errors import CompressError, TrainingError
 from compress.recipe.settings import TrainSettings
 

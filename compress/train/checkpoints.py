@@ -1,19 +1,25 @@
-"""Checkpoints of a training: tensors and plain data, written whole or not at all."""
+"""What a training leaves in its folder: checkpoints, written whole or not at all, and its curve."""
 
 from __future__ import annotations
 
+import json
 import pickle
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
-from compress import artifact
+from compress import artifact, packages
 from compress.errors import TrainingError
 
 VERSION = 1
 LAST = "last.pt"
 BEST = "best.pt"
+CURVE = "metrics.jsonl"
+
+Row = dict[str, Any]  # of the learning curve
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -35,8 +41,10 @@ def load_state(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = line.split(". ")[0].rstrip(".")
         raise TrainingError(
-            f"cannot be read as a checkpoint ({_first_sentence(error)})",
+            f"cannot be read as a checkpoint ({reason})",
             where=str(path),
             fix="Remove it to start this training afresh",
         ) from None
@@ -70,6 +78,57 @@ def check_same(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
         )
 
 
-def _first_sentence(error: Exception) -> str:
-    line = (str(error).splitlines() or [type(error).__name__])[0]
-    return line.split(". ")[0].rstrip(".")
+class MetricsLog:
+    """Rows of a learning curve, one line of JSON each, as they come.
+
+    Args:
+        folder: Where metrics.jsonl is written; None keeps rows in memory only.
+        track: "tensorboard" or "mlflow", to log there too.
+        rows: Rows of an interrupted training, which grow; what the file holds beyond them is
+            dropped.
+    """
+
+    def __init__(self, folder: Path | None, track: str | None, rows: list[Row]) -> None:
+        self.rows = rows
+        self._path = folder / CURVE if folder is not None else None
+        if self._path is not None:
+            artifact.write_text(self._path, "".join(_line(row) for row in rows))
+        self._tracker = _tracker(track, folder or Path()) if track else None
+
+    def add(self, row: Row) -> None:
+        """Append ``row``."""
+        self.rows.append(row)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(_line(row))
+        if self._tracker is not None:
+            for key, value in row.items():
+                if key != "step" and value is not None:
+                    self._tracker[0](key, value, step=row["step"])
+
+    def __enter__(self) -> Self:
+        """Return the log."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close the tracker."""
+        if self._tracker is not None:
+            self._tracker[1]()
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _tracker(name: str, folder: Path) -> tuple[Callable[..., object], Callable[[], object]]:
+    """Return what logs a value (its name, value and step), and what ends the log."""
+    packages.require(name, extra="tracking", purpose=f"track: {name}")
+    if name == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+        return lambda key, value, step: writer.add_scalar(key, value, step), writer.close
+    from compress.report.tracking import mlflow_run
+
+    client, run = mlflow_run(folder.name)
+    return partial(client.log_metric, run), partial(client.set_terminated, run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,13 +51,6 @@ def left_as_found(
             for parameter, requires_grad in wanted.items():
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = None
-
-
-def set_training(model: nn.Module, frozen: Iterable[nn.Module]) -> None:
-    """Put a network into training mode, but for frozen modules: their statistics stay."""
-    model.train()
-    for module in frozen:
-        module.eval()
 
 
 @contextlib.contextmanager

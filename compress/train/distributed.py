@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compress.errors import CompressError, TrainingError
 from compress.groups.calls import WatchedCalls
+from compress.modules.objective import Objective
 
 FAILURE_KEY = "compress/failure"
 LONGEST_WAIT = timedelta(days=7)  # torchrun ends a process that waits for one that died
@@ -195,6 +196,23 @@ def _synced_batch_norm(  # noqa: PLR0913  # the arguments of F.batch_norm
     return out.to(x.dtype)
 
 
+class LossModule(nn.Module):
+    """Network and objective as one module, so that gradients of both are averaged together."""
+
+    def __init__(self, model: nn.Module, objective: Objective, compiled: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.adapters = nn.ParameterList(objective.parameters())
+        # In a tuple, neither a teacher nor the compiled twin becomes a submodule.
+        network: Any = torch.compile(model) if compiled else model
+        self._unregistered = (objective, network)
+
+    def forward(self, images: Tensor, target: Any) -> Tensor:
+        """Return the objective's scalar."""
+        objective, network = self._unregistered
+        return objective(network, images, target)
+
+
 class Sharing:
     """The network in every process, with gradients averaged over all of them.
 
@@ -204,16 +222,16 @@ class Sharing:
     a step stays with the first way, so that no process waits for gradients of one that gave up.
 
     Args:
-        task: Maps a batch to the loss; in the first process it has the weights that count.
+        losses: Maps a batch to the loss; in the first process it has the weights that count.
         processes: This process and those beside it.
         repeats: Whether steps may be repeated.
     """
 
-    def __init__(self, task: nn.Module, processes: Processes, *, repeats: bool) -> None:
-        self.module = task  # to be called
-        self._task, self._processes, self._repeats = task, processes, repeats
+    def __init__(self, losses: LossModule, processes: Processes, *, repeats: bool) -> None:
+        self.module: nn.Module = losses  # to be called
+        self._losses, self._processes, self._repeats = losses, processes, repeats
         if processes.world > 1:
-            for tensor in (*task.parameters(), *task.buffers()):
+            for tensor in (*losses.parameters(), *losses.buffers()):
                 dist.broadcast(tensor.detach(), 0)
 
     def part(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -227,13 +245,13 @@ class Sharing:
             return
         all_used = self._average()
         if not self._repeats:
-            self.module = DistributedDataParallel(self._task, find_unused_parameters=not all_used)
+            self.module = DistributedDataParallel(self._losses, find_unused_parameters=not all_used)
 
     @torch.no_grad()
     def _average(self) -> bool:
         """Average gradients; returns whether every parameter has one in every process."""
         world = self._processes.world
-        trained = [p for p in self._task.parameters() if p.requires_grad]
+        trained = [p for p in self._losses.parameters() if p.requires_grad]
         here = torch.tensor([p.grad is not None for p in trained], device=self._processes.device)
         users = self._processes.sum(here.float()).tolist()
         gradients = []

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from compress import interruption, progress
 from compress.data import Dataset
-from compress.errors import UsageError
-from compress.modules.objective import CrossEntropy, Objective, TaskLoss
+from compress.errors import TrainingError, UsageError, is_out_of_memory
+from compress.modules.objective import CrossEntropy, Objective, TaskLoss, TrainingProgress
 from compress.recipe.settings import TrainSettings
 from compress.tasks import Task
-from compress.train.batches import train_batches
-from compress.train.context import left_as_found, set_training
-from compress.train.distributed import Processes, failing_together, join_processes
-from compress.train.metrics_log import MetricsLog
+from compress.train.batches import Batch, on_device, seed_of, train_batches, training_view
+from compress.train.checkpoints import MetricsLog
+from compress.train.context import autocast, left_as_found
+from compress.train.distributed import (
+    Processes,
+    SyncedBatchNorm,
+    failing_together,
+    join_processes,
+)
+from compress.train.optimizers import rate_factor
 from compress.train.state import Training, TrainResult
-from compress.train.step import TrainStep
+
+logger = logging.getLogger(__name__)
 
 ROWS_IN_EPOCH = 10  # of metrics.jsonl
 
@@ -64,64 +75,187 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
         objective = plain if task is None else TaskLoss(task)
     try:
         _check_validation(dataset, settings)
-        place = join_processes(device)
-        _check_repeatable(objective, settings, place)
-        with failing_together(place), left_as_found(model, settings, place.device) as frozen:
-            training = Training(
-                model, dataset, settings, objective, place, folder, seed, task, tuple(frozen)
-            )
-            return _all_epochs(TrainStep(training), training)
+        processes = join_processes(device)
+        _check_repeatable(objective, settings, processes)
+        with (
+            failing_together(processes),
+            left_as_found(model, settings, processes.device) as frozen,
+        ):
+            training = Training(model, dataset, settings, objective, processes, folder, seed, task)
+            training.resume()
+            _all_epochs(training, frozen)
+            return training.result()
     finally:
         objective.close()
 
 
-def _all_epochs(train_step: TrainStep, training: Training) -> TrainResult:
-    """Train to the end, from where the folder's checkpoint stands."""
-    state, writes = train_step.state, training.processes.is_main
-    state.resume()
+def _all_epochs(training: Training, frozen: Sequence[nn.Module]) -> None:
+    """Train to the end; ``frozen`` modules stay in evaluation mode."""
+    settings, writes = training.settings, training.processes.is_main
     log = MetricsLog(
-        training.folder if writes else None, training.settings.track if writes else None, state.rows
+        training.folder if writes else None, settings.track if writes else None, training.rows
     )
-    with log, progress.task("train", training.images, done=state.images_done) as counter:
-        while not state.is_finished:
+    size = training.batch_size
+    images, done = settings.epochs * training.steps * size, training.steps_done * size
+    with log, progress.task("train", images, done=done) as counter:
+        while training.epoch < settings.epochs and not training.stopped_early:
             with interruption.deferred():
-                _one_epoch(train_step, training, log, counter)
+                training.model.train()
+                for module in frozen:
+                    module.eval()
+                _one_epoch(training, log, counter)
             interruption.stop_if_asked()
-    return state.result()
 
 
-def _one_epoch(
-    train_step: TrainStep, training: Training, log: MetricsLog, counter: progress.ProgressTask
-) -> None:
+def _one_epoch(training: Training, log: MetricsLog, counter: progress.ProgressTask) -> None:
     """Train to the end of the current epoch, validate, save."""
-    state, settings, processes = train_step.state, training.settings, training.processes
+    settings, processes = training.settings, training.processes
     every = max(1, training.steps // ROWS_IN_EPOCH)
-    set_training(training.model, training.frozen)
     batches = train_batches(
         training.dataset,
         settings,
-        state.epoch,
+        training.epoch,
         training.seed,
         rank=processes.rank,
         world=processes.world,
-        skip=state.step,
+        skip=training.step,
     )
     started, note = time.perf_counter(), ""
     for batch in batches:
         if interruption.is_asked():
-            state.save_between_rows()
+            if processes.world == 1:  # of several, each knows its own losses since the last row
+                training.save()
             interruption.stop_if_asked()
-        train_step(batch)
+        _step(training, batch)
         counter.advance(batch.total, note)
-        if state.step % every == 0 or state.step == training.steps:
-            row = state.take_row(batch.total, started)
+        if training.step % every == 0 or training.step == training.steps:
+            row = training.take_row(batch.total, started)
             note = f"{row['images_per_second']:.0f} images/s, loss {row['loss']:.3f}"
-            if state.step < training.steps:
+            if training.step < training.steps:
                 log.add(row)
-                state.save_if_due()
+                if time.monotonic() - training.saved_at > 60 * settings.checkpoint_minutes:
+                    training.save()
             started = time.perf_counter()
-    log.add(state.end_epoch(row))
-    state.save()
+    log.add(training.end_epoch(row))
+    training.save()
+
+
+def _step(training: Training, batch: Batch) -> None:
+    """Take one step with ``batch``; its loss joins ``training.losses``.
+
+    Raises:
+        TrainingError: memory does not suffice.
+    """
+    settings = training.settings
+    rate = settings.lr * rate_factor(training.position, settings)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate * group["rate"]
+    while (loss := _gradients_or_none(training, batch)) is None:
+        _take_more_parts(training, batch)
+    training.sharing.finish()
+    _update(training)
+    training.losses.append(loss)
+    training.step += 1
+
+
+def _gradients_or_none(training: Training, batch: Batch) -> Tensor | None:
+    """Compute gradients; None where memory ran out in any process and may be saved."""
+    rank = training.processes.rank
+    torch.manual_seed(seed_of(training.seed, training.epoch, training.step, rank))  # of dropout
+    loss = None
+    try:
+        loss = _gradients(training, batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if not training.settings.halve_batch:
+        if loss is None:
+            raise _too_large(training, batch)
+        return loss
+    return None if training.processes.any(loss is None) else loss
+
+
+def _gradients(training: Training, batch: Batch) -> Tensor:
+    """Add the gradients of every part; returns this process's share of the mean loss, ()."""
+    settings = training.settings
+    device, world = training.processes.device, training.processes.world
+    loss = torch.zeros((), device=device)
+    count = len(batch.index)
+    pieces = torch.arange(count).tensor_split(min(training.parts, count))
+    for number, piece in enumerate(pieces):
+        share = len(piece) / batch.total
+        rows = slice(int(piece[0]), int(piece[-1]) + 1)
+        images, target = training_view(
+            batch.images[rows].to(device, non_blocking=True),
+            on_device(batch.target[rows], device),
+            batch.chances[rows].to(device, non_blocking=True),
+            training.dataset,
+            settings,
+        )
+        index = batch.index[rows].to(device)
+        training.objective.before(TrainingProgress(training.position, index, training.model))
+        synced = settings.sync_batchnorm and world > 1
+        with (
+            training.sharing.part(last=number == len(pieces) - 1),
+            SyncedBatchNorm() if synced else contextlib.nullcontext(),
+        ):
+            with autocast(training.precision, device):
+                value = training.sharing.module(images, target)
+            penalized = value + _l1(training) if settings.l1 else value
+            training.scaler.scale(penalized * (share * world)).backward()
+        loss += value.detach() * share
+    return loss
+
+
+def _l1(training: Training) -> Tensor:
+    parameters = training.model.parameters()
+    weights = [p for p in parameters if p.requires_grad and p.ndim > 1]
+    norm = torch.stack([weight.abs().sum() for weight in weights]).sum()
+    return training.settings.l1 * norm
+
+
+def _update(training: Training) -> None:
+    clip_norm = training.settings.clip_norm
+    if clip_norm is not None:
+        training.scaler.unscale_(training.optimizer)
+        parameters = [p for group in training.optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    training.optimizer.zero_grad(set_to_none=True)
+    if training.average is not None:
+        training.average.update(training.model, training.steps_done)
+
+
+def _take_more_parts(training: Training, batch: Batch) -> None:
+    """Compute batches in twice as many parts from now on; called when memory ran out."""
+    processes = training.processes
+    if training.parts >= batch.total // processes.world:
+        raise _too_large(training, batch)
+    training.optimizer.zero_grad(set_to_none=True)
+    if processes.device.type == "cuda":
+        torch.cuda.empty_cache()
+    training.parts *= 2
+    by = f" by each of {processes.world} processes" if processes.world > 1 else ""
+    note = (
+        f"out of memory at step {training.steps_done + 1}: batches of {batch.total} images are "
+        f"now computed in {training.parts} parts{by}"
+    )
+    logger.warning(note)
+    training.notes.append(note)
+
+
+def _too_large(training: Training, batch: Batch) -> TrainingError:
+    parts = training.parts
+    or_halve = (
+        "" if training.settings.halve_batch else ", or halve_batch: true to do so when needed"
+    )
+    return TrainingError(
+        f"out of memory at step {training.steps_done + 1}, {len(batch.index)} images in {parts} "
+        f"part{'s' if parts > 1 else ''}",
+        where="train",
+        fix=f"Set accumulate: {2 * parts} to compute a batch in more parts{or_halve}",
+    )
 
 
 def _check_validation(dataset: Dataset, settings: TrainSettings) -> None:
@@ -135,10 +269,10 @@ def _check_validation(dataset: Dataset, settings: TrainSettings) -> None:
         )
 
 
-def _check_repeatable(objective: Objective, settings: TrainSettings, place: Processes) -> None:
+def _check_repeatable(objective: Objective, settings: TrainSettings, processes: Processes) -> None:
     """Refuse to repeat steps in which processes wait for each other half-way."""
-    meeting = "sync_batchnorm" if settings.sync_batchnorm else getattr(objective, "meets_in", None)
-    if settings.halve_batch and place.world > 1 and meeting:
+    meeting = "sync_batchnorm" if settings.sync_batchnorm else objective.meets_in
+    if settings.halve_batch and processes.world > 1 and meeting:
         raise UsageError(
             f"with {meeting}, the processes synchronize within a step, and one that runs out of "
             "memory cannot repeat it alone",

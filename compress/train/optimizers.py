@@ -12,6 +12,10 @@ from torch import nn
 from compress.errors import UnknownNameError, UsageError
 from compress.recipe.settings import TrainSettings
 
+ONE_CYCLE_RISE = 0.3  # share of the training in which the rate rises
+ONE_CYCLE_START = 1 / 25  # of the peak
+ONE_CYCLE_END = 1e-4 / 25
+
 
 def make_optimizer(
     model: nn.Module, extra: Iterable[nn.Parameter], settings: TrainSettings
@@ -29,12 +33,15 @@ def make_optimizer(
         UnknownNameError: ``settings.layer_lr`` names a layer that is not there.
         UsageError: nothing is left to train.
     """
-    for prefix in settings.layer_lr:
+    factors = settings.layer_lr
+    for prefix in factors:
         check_layer(model, prefix, "layer_lr")
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (_rate_factor(name, settings.layer_lr), parameter.ndim > 1)
+            fitting = [prefix for prefix in factors if f"{name}.".startswith(f"{prefix}.")]
+            rate = factors[max(fitting, key=len)] if fitting else 1.0
+            key = (rate, parameter.ndim > 1)
             groups.setdefault(key, []).append(parameter)
     for parameter in extra:
         groups.setdefault((1.0, parameter.ndim > 1), []).append(parameter)
@@ -72,12 +79,6 @@ def _optimizer(rows: list[dict[str, Any]], settings: TrainSettings) -> torch.opt
     return torch.optim.RMSprop(rows, lr=lr, momentum=settings.momentum)
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every group to its share of ``rate``."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
-
-
 def frozen_layers(model: nn.Module, until: str | None) -> list[str]:
     """Return the modules that come before the one named ``until``, in the order of definition.
 
@@ -99,16 +100,6 @@ def check_layer(model: nn.Module, name: str, key: str) -> None:
         raise UnknownNameError("layer", name, known, where=key)
 
 
-def _rate_factor(name: str, factors: dict[str, float]) -> float:
-    fitting = [prefix for prefix in factors if name.startswith(f"{prefix}.") or name == prefix]
-    return factors[max(fitting, key=len)] if fitting else 1.0
-
-
-ONE_CYCLE_RISE = 0.3  # share of the training in which the rate rises
-ONE_CYCLE_START = 1 / 25  # of the peak
-ONE_CYCLE_END = 1e-4 / 25
-
-
 def rate_factor(epoch: float, settings: TrainSettings) -> float:
     """Return what the peak learning rate is multiplied with.
 
@@ -124,7 +115,10 @@ def rate_factor(epoch: float, settings: TrainSettings) -> float:
     warm-up: Goyal et al., Accurate, Large Minibatch SGD, 2017, https://arxiv.org/abs/1706.02677.
     """
     if settings.schedule == "one-cycle":
-        return _one_cycle(epoch / settings.epochs)
+        done = epoch / settings.epochs
+        if done < ONE_CYCLE_RISE:
+            return _cosine(ONE_CYCLE_START, 1.0, done / ONE_CYCLE_RISE)
+        return _cosine(1.0, ONE_CYCLE_END, (done - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE))
     if epoch < settings.warmup_epochs:
         return epoch / settings.warmup_epochs
     if settings.schedule == "cosine":
@@ -133,12 +127,6 @@ def rate_factor(epoch: float, settings: TrainSettings) -> float:
     if settings.schedule == "step":
         return float(settings.step_factor ** sum(epoch >= at for at in settings.step_epochs))
     return 1.0
-
-
-def _one_cycle(done: float) -> float:
-    if done < ONE_CYCLE_RISE:
-        return _cosine(ONE_CYCLE_START, 1.0, done / ONE_CYCLE_RISE)
-    return _cosine(1.0, ONE_CYCLE_END, (done - ONE_CYCLE_RISE) / (1 - ONE_CYCLE_RISE))
 
 
 def _cosine(start: float, end: float, done: float) -> float:

@@ -1,4 +1,4 @@
-"""The state of a training, averaged weights included, and how it is saved and resumed."""
+"""A training: its arguments, its progress, and how that is saved and resumed."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ import logging
 import math
 import time
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress import tasks
 from compress.data import Dataset
 from compress.errors import TrainingError
-from compress.modules.objective import Objective, Stateful
+from compress.modules.objective import Objective
 from compress.recipe.settings import TrainSettings
+from compress.tasks import Task, primary_of
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
+from compress.train.checkpoints import Row
 from compress.train.context import chosen_precision
-from compress.train.distributed import Processes
-from compress.train.metrics_log import Row
-from compress.train.validation import Score, validate, validate_task
+from compress.train.distributed import LossModule, Processes, Sharing
+from compress.train.optimizers import make_optimizer
+from compress.train.validation import validate, validate_task
+
+logger = logging.getLogger(__name__)
+
+UNIMPORTANT = {"halve_batch", "track", "checkpoint_minutes"}  # may change on the way
 
 
 class Average:
@@ -53,11 +57,6 @@ class Average:
                 mean.copy_(value)
 
 
-logger = logging.getLogger(__name__)
-
-UNIMPORTANT = {"halve_batch", "track", "checkpoint_minutes"}  # may change on the way
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """The result of a training."""
@@ -75,9 +74,9 @@ class TrainResult:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Training:
-    """The arguments of one call of ``train``, and what follows from them."""
+    """The arguments of one call of ``train``, and the progress that a checkpoint holds."""
 
     model: nn.Module
     dataset: Dataset
@@ -86,58 +85,7 @@ class Training:
     processes: Processes
     folder: Path | None  # for checkpoints; None keeps nothing on disk
     seed: int
-    task: tasks.Task | None = None  # None: one class an image
-    frozen: tuple[nn.Module, ...] = ()  # modules that stay in eval mode
-
-    @cached_property
-    def precision(self) -> str:
-        """What the forward pass computes in: "fp32", "bf16" or "fp16"."""
-        return chosen_precision(self.settings.precision, self.processes.device)
-
-    @cached_property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return steps_in_epoch(self.dataset, self.settings)
-
-    @property
-    def batch_size(self) -> int:
-        """Images of a step over all processes."""
-        return min(self.settings.batch_size, len(self.dataset.splits["train"]))
-
-    @property
-    def images(self) -> int:
-        """Images of the whole training, counting repetitions."""
-        return self.settings.epochs * self.steps * self.batch_size
-
-    def score(self, model: nn.Module, parts: int) -> Score | None:
-        """Return how good ``model`` is on validation images, None where there are none."""
-        if self.task is not None:
-            return validate_task(model, self.dataset, self.task)
-        at_once = -(-self.settings.batch_size // parts)
-        return validate(model, self.dataset, self.processes, self.precision, at_once)
-
-    def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with a training that goes on from it."""
-        shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
-        settings = self.settings.model_dump(mode="json", exclude=UNIMPORTANT)
-        return {
-            **settings,
-            "seed": self.seed,
-            "data": self.dataset.fingerprint,
-            "network": shapes,
-            "objective": type(self.objective).__name__,
-        }
-
-
-@dataclass
-class State:
-    """The progress of a training: everything that a checkpoint holds."""
-
-    training: Training
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    average: Average | None
-    parts: int  # that a batch is computed in
+    task: Task | None  # None: one class an image
     epoch: int = 0  # whole epochs done
     step: int = 0  # steps done in the current epoch
     best: tuple[float, int] | None = None  # value of the metric, epoch counted from 1
@@ -147,36 +95,40 @@ class State:
     losses: list[Tensor] = field(default_factory=list)  # of the steps since the last row
     saved_at: float = field(default_factory=time.monotonic)
 
+    def __post_init__(self) -> None:
+        settings, device = self.settings, self.processes.device
+        self.metric = "top1_pct" if self.task is None else self.task.primary  # of validation
+        self.precision = chosen_precision(settings.precision, device)
+        self.steps = steps_in_epoch(self.dataset, settings)  # of an epoch
+        self.batch_size = min(settings.batch_size, len(self.dataset.splits["train"]))  # of all
+        self.parts = settings.accumulate  # that a batch is computed in
+        self.objective.to(device)
+        losses = LossModule(self.model, self.objective, settings.compile).to(device)
+        self.sharing = Sharing(losses, self.processes, repeats=settings.halve_batch)
+        self.optimizer = make_optimizer(self.model, losses.adapters, settings)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
+        self.average = Average(self.model, settings.ema) if settings.ema else None
+
     @property
     def position(self) -> float:
         """Epochs done, with the fraction of the current one up to the middle of its next step."""
-        return self.epoch + (self.step + 0.5) / self.training.steps
+        return self.epoch + (self.step + 0.5) / self.steps
 
     @property
     def steps_done(self) -> int:
         """Steps of all epochs so far."""
-        return self.epoch * self.training.steps + self.step
-
-    @property
-    def images_done(self) -> int:
-        """Images trained on so far, counting repetitions."""
-        return self.steps_done * self.training.batch_size
+        return self.epoch * self.steps + self.step
 
     @property
     def stopped_early(self) -> bool:
         """Whether validation has not improved for as long as patience lasts."""
-        patience, best = self.training.settings.patience, self.best
+        patience, best = self.settings.patience, self.best
         return patience is not None and best is not None and self.epoch - best[1] >= patience
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.epoch >= self.training.settings.epochs or self.stopped_early
 
     @property
     def watched(self) -> nn.Module:
         """The network that is validated and kept: the averaged one where there is one."""
-        return self.training.model if self.average is None else self.average.model
+        return self.model if self.average is None else self.average.model
 
     def take_row(self, batch_size: int, started: float) -> Row:
         """Return a row of the learning curve: the steps since the last one, which are forgotten.
@@ -188,7 +140,7 @@ class State:
         Raises:
             TrainingError: a loss is not finite.
         """
-        values = self.training.processes.sum(torch.stack(self.losses).double()).cpu()
+        values = self.processes.sum(torch.stack(self.losses).double()).cpu()
         rate = self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["rate"]
         finite = torch.isfinite(values)
         if not finite.all():
@@ -198,7 +150,7 @@ class State:
         seconds = time.perf_counter() - started
         self.losses = []
         return {
-            "epoch": round(self.epoch + self.step / self.training.steps, 6),
+            "epoch": round(self.epoch + self.step / self.steps, 6),
             "step": self.steps_done,
             "loss": float(values.mean()),
             "lr": rate,
@@ -208,29 +160,37 @@ class State:
     def end_epoch(self, row: Row) -> Row:
         """Count the epoch as done and validate; returns ``row`` with the scores."""
         self.epoch, self.step = self.epoch + 1, 0
-        self.training.processes.share_buffers(self.training.model)
-        self.training.processes.share_buffers(self.watched)
-        score = self.training.score(self.watched, self.parts)
+        self.processes.share_buffers(self.model)
+        self.processes.share_buffers(self.watched)
+        if self.task is not None:
+            score = validate_task(self.watched, self.dataset, self.task)
+        else:
+            at_once = -(-self.settings.batch_size // self.parts)
+            score = validate(self.watched, self.dataset, self.processes, self.precision, at_once)
         if score is None:
             return row
-        if self.best is None or score.is_better_than(self.best[0]):
-            self.best = (score.value, self.epoch)
-            self._keep_best()
-        return row | score.row()
+        value, loss = score
+        if self.best is None or primary_of(self.task).drop(self.best[0], value) < 0:
+            self.best = (value, self.epoch)
+            weights = self.watched.state_dict()
+            if self.folder is None and self.settings.keep == "best":
+                self.best_weights = {name: each.clone() for name, each in weights.items()}
+            self._write(checkpoints.BEST, {"model": weights})
+        scored = row | {f"validation_{self.metric}": value}
+        return scored if loss is None else scored | {"validation_loss": loss}
 
     def save(self) -> None:
         """Write a checkpoint that a training can go on from."""
-        objective = self.training.objective
         state = {
-            "about": self.training.identity(),
+            "about": self._identity(),
             "epoch": self.epoch,
             "step": self.step,
             "parts": self.parts,
-            "model": self.training.model.state_dict(),
+            "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "average": self.average.model.state_dict() if self.average else None,
-            "objective": objective.state_dict() if isinstance(objective, Stateful) else None,
+            "objective": self.objective.state_dict(),
             "best": list(self.best) if self.best else None,
             "history": self.rows,
             "notes": self.notes,
@@ -238,23 +198,13 @@ class State:
         }
         self._write(checkpoints.LAST, state)
 
-    def save_if_due(self) -> None:
-        """Write a checkpoint if the last one is older than ``checkpoint_minutes``."""
-        if time.monotonic() - self.saved_at > 60 * self.training.settings.checkpoint_minutes:
-            self.save()
-
-    def save_between_rows(self) -> None:
-        """Write a checkpoint between two rows; of several processes each knows its own losses."""
-        if self.training.processes.world == 1:
-            self.save()
-
     def resume(self) -> None:
         """Go on from the folder's checkpoint, if there is one.
 
         Raises:
             TrainingError: it belongs to another training, or processes found different ones.
         """
-        folder, processes = self.training.folder, self.training.processes
+        folder, processes = self.folder, self.processes
         path = folder / checkpoints.LAST if folder is not None else None
         if path is not None and path.exists():
             self._load(path)
@@ -269,16 +219,16 @@ class State:
 
     def result(self) -> TrainResult:
         """Put the wanted weights into the network and return how it went."""
-        training, folder = self.training, self.training.folder
-        if training.settings.keep == "best" and self.best is not None:
+        model, folder = self.model, self.folder
+        if self.settings.keep == "best" and self.best is not None:
             if folder is not None:
-                training.processes.wait()  # until the main process has written it
+                self.processes.wait()  # until the main process has written it
                 self.best_weights = checkpoints.load_state(folder / checkpoints.BEST)["model"]
-            training.model.load_state_dict(self.best_weights)
+            model.load_state_dict(self.best_weights)
         elif self.average is not None:
-            training.model.load_state_dict(self.average.model.state_dict())
-        metric = "top1_pct" if training.task is None else training.task.primary
-        scored = [row for row in self.rows if f"validation_{metric}" in row]
+            model.load_state_dict(self.average.model.state_dict())
+        key = f"validation_{self.metric}"
+        scored = [row for row in self.rows if key in row]
         speeds = sorted(row["images_per_second"] for row in self.rows)
         return TrainResult(
             history=tuple(self.rows),
@@ -286,49 +236,53 @@ class State:
             steps=self.steps_done,
             best_top1_pct=self.best[0] if self.best else None,
             best_epoch=self.best[1] if self.best else None,
-            last_top1_pct=scored[-1][f"validation_{metric}"] if scored else None,
+            last_top1_pct=scored[-1][key] if scored else None,
             images_per_second=speeds[math.floor(len(speeds) / 2)] if speeds else None,
-            precision=training.precision,
-            stopped_early=self.epoch < training.settings.epochs and self.stopped_early,
-            metric=metric,
-            notes=(*getattr(training.objective, "notes", ()), *self.notes),
+            precision=self.precision,
+            stopped_early=self.epoch < self.settings.epochs and self.stopped_early,
+            metric=self.metric,
+            notes=(*self.objective.notes, *self.notes),
         )
 
     def _load(self, path: Path) -> None:
-        state, training = checkpoints.load_state(path), self.training
-        checkpoints.check_same(path, state["about"], training.identity())
-        training.model.load_state_dict(state["model"])
+        state = checkpoints.load_state(path)
+        checkpoints.check_same(path, state["about"], self._identity())
+        self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         if self.average is not None:
             self.average.model.load_state_dict(state["average"])
-        if isinstance(training.objective, Stateful):
-            training.objective.load_state_dict(state["objective"])
+        self.objective.load_state_dict(state["objective"])
         self.epoch, self.step, self.parts = state["epoch"], state["step"], state["parts"]
         self.best = tuple(state["best"]) if state["best"] else None
         self.rows, self.notes = state["history"], state["notes"]
         losses = state.get("losses", [])  # absent where an older version saved
-        self.losses = [torch.tensor(each, device=training.processes.device) for each in losses]
+        self.losses = [torch.tensor(each, device=self.processes.device) for each in losses]
         logger.info("going on from %s, epoch %d, step %d", path, self.epoch, self.step)
 
-    def _keep_best(self) -> None:
-        weights = self.watched.state_dict()
-        if self.training.folder is None and self.training.settings.keep == "best":
-            self.best_weights = {name: value.clone() for name, value in weights.items()}
-        self._write(checkpoints.BEST, {"model": weights})
+    def _identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must have in common with a training that goes on from it."""
+        shapes = {name: list(value.shape) for name, value in self.model.state_dict().items()}
+        return {
+            **self.settings.model_dump(mode="json", exclude=UNIMPORTANT),
+            "seed": self.seed,
+            "data": self.dataset.fingerprint,
+            "network": shapes,
+            "objective": type(self.objective).__name__,
+        }
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
-        if self.training.folder is not None and self.training.processes.is_main:
-            checkpoints.save_state(self.training.folder / name, state)
+        if self.folder is not None and self.processes.is_main:
+            checkpoints.save_state(self.folder / name, state)
             self.saved_at = time.monotonic()
 
     def _not_finite(self, loss: float, step: int, rate: float) -> TrainingError:
-        folder = self.training.folder
+        folder = self.folder
         kept = folder is not None and (folder / checkpoints.LAST).exists()
         checkpoint = f"The last good checkpoint is {folder}/{checkpoints.LAST}. " if kept else ""
         return TrainingError(
             f"the loss became {loss} at step {step}, learning rate {rate:g}",
             where="train",
             expected="a finite loss",
-            fix=f"{checkpoint}Try a lower rate: lr: {self.training.settings.lr / 3:.2g}",
+            fix=f"{checkpoint}Try a lower rate: lr: {self.settings.lr / 3:.2g}",
         )

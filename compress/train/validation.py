@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import nn
@@ -20,24 +18,7 @@ from compress.train.distributed import Processes
 BATCH_SIZE = 256  # at most
 
 
-@dataclass(frozen=True)
-class Score:
-    """Accuracy and loss on validation images."""
-
-    value: float  # of the metric
-    loss: float | None
-    images: int
-    metric: str = "top1_pct"
-    higher_is_better: bool = True
-
-    def row(self) -> dict[str, float]:
-        """Return what the log of a training holds of this."""
-        told = {f"validation_{self.metric}": self.value}
-        return told if self.loss is None else told | {"validation_loss": self.loss}
-
-    def is_better_than(self, value: float) -> bool:
-        """Return whether this is better than an earlier value of the metric."""
-        return self.value > value if self.higher_is_better else self.value < value
+Score = tuple[float, float | None]  # the metric on validation images, and the loss where known
 
 
 def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | None:
@@ -46,9 +27,7 @@ def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | Non
         return None
     batches = dataset.batches("validation", evaluate.BATCH)
     _, scores = evaluate.predictions_of(model, task, dataset, batches)
-    value = values_of(task, scores)[task.primary]
-    better = task.kinds[task.primary].higher_is_better
-    return Score(value, None, len(scores), task.primary, better)
+    return values_of(task, scores)[task.primary], None
 
 
 def primary_value(model: nn.Module, dataset: Dataset, task: Task) -> float | None:
@@ -62,14 +41,14 @@ def primary_value(model: nn.Module, dataset: Dataset, task: Task) -> float | Non
         predictions = evaluate.predict(model, dataset.batches("validation"))
         return float(100 * predictions.correct.mean())
     score = validate_task(model, dataset, task)
-    return None if score is None else score.value
+    return None if score is None else score[0]
 
 
 @torch.no_grad()
 def validate(
     model: nn.Module, dataset: Dataset, processes: Processes, precision: str, at_once: int
 ) -> Score | None:
-    """Return the network's score on "validation", shared among the processes.
+    """Return top-1 in percent and cross-entropy on "validation", shared among the processes.
 
     The network's modes are left as found. Returns None where no images are held back. At most
     ``at_once`` images are computed together: what training does, validation has memory for.
@@ -91,4 +70,4 @@ def validate(
             loss = F.cross_entropy(logits, target, reduction="sum").double()
             sums += torch.stack([right, loss])
     correct, total = processes.sum(sums).tolist()
-    return Score(100 * correct / len(images), total / len(images), len(images))
+    return 100 * correct / len(images), total / len(images)

@@ -13,9 +13,8 @@ import pytest
 from PIL import Image, ImageCms
 
 from compress.data._annotated import image_size
-from compress.data._decoding import MOST_PIXELS, opened_picture, to_8_bit, upright_size
 from compress.data._images import decoded
-from compress.data._resize import Fit
+from compress.data._pictures import MOST_PIXELS, Fit, opened_picture, to_8_bit, upright_size
 from compress.data._targets import mask_values
 from compress.errors import DataError
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2  # noqa: TID253  # the oracle
 
-from compress.data._resize import PADDING, Fit
+from compress.data._pictures import PADDING, Fit
 from compress.errors import UsageError
 
 

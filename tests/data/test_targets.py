@@ -157,7 +157,7 @@ def test_kinds_with_boxes_have_disjoint_splits(tmp_path, kind):
 
 
 def test_letterboxed_boxes_are_put_back_into_the_picture(tmp_path):
-    from compress.data._resize import Fit
+    from compress.data._pictures import Fit
     from compress.tasks.detection import Detection
 
     fit = Fit((64, 64), "letterbox")

@@ -13,9 +13,8 @@ from shards import picture, sample, write_set, write_shard
 from torchvision.transforms import v2  # noqa: TID253  # the oracle
 
 from compress.data import load_data, parse_reference
-from compress.data._images import Names, Subset
-from compress.data._shards import ShardImages, read_shard, shuffled
-from compress.data.webdataset import expanded
+from compress.data._images import Names, ShardImages, Subset, shuffled
+from compress.data.webdataset import expanded, read_shard
 from compress.errors import DataError
 from compress.recipe.settings import TrainSettings
 from compress.train import CrossEntropy, train

@@ -11,7 +11,7 @@ from PIL import Image
 
 from compress.data import load_data
 from compress.data._images import decoded
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.errors import DataError, EngineError, UsageError
 from compress.evaluate.feeding import Fed, arrays_for, artifact_facts, completed, shapes_answered
 from compress.graph import files

@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CompressError, ExportError
-from compress.export import Preprocess, conversion, export_onnx, files, proof, read_metadata
+from compress.export import (
+    Preprocess,
+    conversion,
+    export_onnx,
+    proof,
+    read_metadata,
+    weights_sha256,
+    writing,
+)
 from compress.export import io_wrapping as ends
 from compress.export.conversion import Example
 from compress.runtimes import open_session
@@ -110,10 +118,10 @@ def test_metadata_comes_back(exported: Path) -> None:
 
 def test_weights_hash_follows_the_weights(small: Small, exported: Path) -> None:
     other = copy.deepcopy(small)
-    assert files.weights_sha256(other) == read_metadata(exported)["weights_sha256"]
+    assert weights_sha256(other) == read_metadata(exported)["weights_sha256"]
     with torch.no_grad():
         other.fc.bias[0] += 1e-3
-    assert files.weights_sha256(other) != read_metadata(exported)["weights_sha256"]
+    assert weights_sha256(other) != read_metadata(exported)["weights_sha256"]
 
 
 def test_a_second_export_gives_the_same_bytes_and_leaves_everything_as_found(
@@ -379,9 +387,9 @@ def test_a_comparison_that_rounding_decides_everywhere_is_refused(tmp_path, monk
 def test_weights_over_the_limit_lie_beside_the_file(
     small: Small, image: Tensor, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(files, "LARGEST_SINGLE_FILE", 100)
+    monkeypatch.setattr("compress.export.LARGEST_SINGLE_FILE", 100)
     path = tmp_path / "x.onnx"
-    with files.writing(ir.load(exported), path, {}):
+    with writing(ir.load(exported), path, {}):
         pass
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.onnx", "x.onnx.data"]
     expected = copy.deepcopy(small).eval()(image).detach().numpy()

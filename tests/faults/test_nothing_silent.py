@@ -16,7 +16,7 @@ import compress
 from compress.data import _images, load_data, parse_reference
 from compress.data._images import FileImages, MemoryImages, Names, Subset
 from compress.data._overlap import overlap
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.errors import DataError, EngineError
 from compress.pipeline import cautions, report_rows
 from compress.recipe.settings import Gates

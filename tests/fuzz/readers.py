@@ -24,7 +24,7 @@ from torch import nn
 
 import compress
 from compress.data._images import decoded
-from compress.data._resize import Fit
+from compress.data._pictures import Fit
 from compress.data.cifar10 import Cifar10
 from compress.data.mnist import Mnist
 from compress.data.npz import Npz

@@ -39,7 +39,7 @@ class Error(Restoration):
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     return compress.load_model(
-        "compress.models.restoration:super_resolution", options={"width": 8, "depth": 1}
+        "compress.models.cifar:super_resolution", options={"width": 8, "depth": 1}
     )
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from compress.train.distill.build import build_objective
-from compress.train.distill.objective import DistillObjective
-from compress.train.distill.own_loop import Distiller, distiller
+from compress.train.distill.objective import Distiller, DistillObjective, distiller
 from compress.train.distill.teacher_ablation import Control, does_teacher_help
 
 __all__ = [

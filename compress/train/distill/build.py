@@ -17,15 +17,22 @@ from compress.data import Dataset, targets_of
 from compress.data._augment import is_random
 from compress.errors import CompressError, TrainingError, UsageError
 from compress.evaluate import device_of
-from compress.modules import evaluating, set_mode
-from compress.modules.copying import full_copy
+from compress.modules import evaluating, full_copy, set_mode
 from compress.modules.objective import CrossEntropy, TaskLoss
 from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings, Plugin
 from compress.tasks import Task, primary_of
 from compress.train.batches import on_device
-from compress.train.distill.features import Survey, pair_layers, survey, tapped
-from compress.train.distill.objective import DistillObjective, Term, last_output, main_answer
+from compress.train.distill.features import survey
+from compress.train.distill.objective import (
+    DistillObjective,
+    Term,
+    last_output,
+    losses_with,
+    main_answer,
+    prepare_losses,
+    term_of,
+)
 from compress.train.distill.teachers import (
     CachedTeacher,
     SessionTeacher,
@@ -33,7 +40,6 @@ from compress.train.distill.teachers import (
     TorchTeacher,
     class_order,
 )
-from compress.train.losses import Needs
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +150,7 @@ def _hard_weight(settings: DistillSettings, task: Task | None) -> float:
 
 def losses_on_outputs(task: Task) -> tuple[str, ...]:
     """Return those of the task's losses that compare outputs, else the one for any outputs."""
-    known = _losses_with("needs", "logits")
+    known = losses_with("needs", "logits")
     return tuple(name for name in task.losses if name in known) or ("mse",)
 
 
@@ -154,7 +160,7 @@ def check_loss(reference: Plugin, task: Task) -> None:
     wanted = getattr(plugins.plugin_class("losses", name), "of_classes", None)
     if wanted is None or task.tells_classes or (wanted == "pixel" and task.answers == "classes"):
         return
-    known = _losses_with("of_classes", None)
+    known = losses_with("of_classes", None)
     raise TrainingError(
         f"it compares the probabilities of one class for each {wanted}",
         where=f"loss {name!r}",
@@ -206,73 +212,6 @@ def _check_terms(
             where=f"loss {on_outputs[0]!r}",
             expected="losses on features, such as cwd, mgd or attention",
         )
-
-
-def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: bool) -> Term:
-    """Return a loss with its weight and the layers it compares.
-
-    Raises:
-        TrainingError: it compares features, and there are none to be had or to be paired.
-        UsageError: its weight is no number of at least 0, or it refuses an option.
-    """
-    name, options = plugins.parse("losses", reference)
-    weight = options.pop("weight", None)
-    loss = plugins.create("losses", {name: options})
-    weight = type(loss).weight if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
-        raise UsageError(
-            f"weight {weight!r}", where=f"loss {name!r}", expected="a number of at least 0"
-        )
-    needs: Needs = getattr(loss, "needs", "logits")
-    if needs == "logits":
-        return Term(name, loss, float(weight))
-    if compiled:
-        raise TrainingError(
-            "it compares features, and hooks do not reach into a compiled network",
-            where=f"loss {name!r}",
-            fix="Leave compile out, or use losses on logits",
-        )
-    if teacher.survey is None:
-        raise TrainingError(
-            "it compares features, and a teacher from a file shows only its logits",
-            where=f"loss {name!r}",
-            expected=f"one of: {', '.join(_losses_with('needs', 'logits'))}",
-            fix="Or give the teacher as a network: --teacher MODEL with --weights",
-        )
-    pairs = pair_layers(student, teacher.survey, loss.layers, needs, name)
-    return Term(name, loss, float(weight), pairs)
-
-
-def _losses_with(attribute: str, usual: str | None) -> list[str]:
-    """Return the losses that have an attribute of the usual value, or none that says otherwise."""
-    classes = {name: plugins.plugin_class("losses", name) for name in plugins.names("losses")}
-    return [name for name, each in classes.items() if getattr(each, attribute, usual) == usual]
-
-
-def prepare_losses(
-    terms: Sequence[Term], student: nn.Module, teacher: Teacher, example: Tensor, labels: Tensor
-) -> None:
-    """Let losses create their adapters from what both networks compute for one image.
-
-    Args:
-        terms: The losses.
-        student: The network that will be trained.
-        teacher: Whoever answers.
-        example: One image, (1, C, H, W).
-        labels: Classes of all training images, (N,), for losses that remember images.
-    """
-    device = device_of(student)
-    example = example.to(device)
-    pairs = [pair for term in terms for pair in term.pairs]
-    with evaluating(student), torch.no_grad(), tapped(student, {p.student for p in pairs}) as mine:
-        logits = logits_of(student(example))
-    answer, theirs = teacher(example, None, [p.teacher for p in pairs])
-    for term in terms:
-        if hasattr(term.loss, "prepare"):
-            try:
-                term.loss.prepare(*term.taps((logits, mine), (answer, theirs)), labels)
-            except ValueError as error:
-                raise TrainingError(str(error), where=f"loss {term.name!r}") from None
 
 
 def _cached(  # everything that the answers depend on

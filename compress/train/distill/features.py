@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import TrainingError, UnknownNameError
-from compress.modules import evaluating
-from compress.modules.copying import full_copy
+from compress.modules import evaluating, full_copy
 from compress.modules.outputs import logits_of
 from compress.train.losses import Layers, Needs
 from compress.train.optimizers import check_layer

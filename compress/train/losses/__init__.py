@@ -1,7 +1,8 @@
 """Distillation losses: one file for each.
 
-A loss is a dataclass, named after its file, whose fields are its options. Besides
-``__call__(student, teacher, target)`` it may have:
+A loss is a dataclass, named after its file, whose fields are its options, called with the Taps of
+the student (which carry gradients), those of the teacher (detached) and the targets, (B,) int64:
+``__call__(student, teacher, target)`` is a scalar. It has a ``weight``, and may have:
 
 - ``needs``: what it wants to see of the networks: ``"logits"`` (the default), ``"stages"``
   (features of every pair of stages), ``"last"`` (of the last pair) or ``"embedding"`` (what the
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,22 +39,6 @@ class Taps:
     logits: Tensor  # (B, K), class order of the student; or the main output of any shape
     features: tuple[Tensor, ...] = ()  # shallow to deep, (B, C, H, W) or (B, C)
     index: Tensor | None = None  # (B,) int64, positions of the images in the train split
-
-
-class Loss(Protocol):
-    """The part of the contract that every loss has."""
-
-    weight: ClassVar[float]
-
-    def __call__(self, student: Taps, teacher: Taps, target: Tensor) -> Tensor:
-        """Return how far the student is from the teacher, a scalar.
-
-        Args:
-            student: Carries gradients.
-            teacher: Detached.
-            target: (B,) int64.
-        """
-        ...
 
 
 def full_precision(like: Tensor) -> torch.autocast:

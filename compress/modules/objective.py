@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,12 @@ class TrainingProgress:
     training: nn.Module  # the network that is trained, as the caller gave it
 
 
-class Objective:
+class Objective(ABC):
     """Maps a batch to the scalar that training minimizes; all but the call has a default."""
 
     notes: Sequence[str] = ()  # sentences for the result of the training
 
+    @abstractmethod
     def __call__(self, model: nn.Module, images: Tensor, target: Any) -> Tensor:
         """Return the mean loss of a batch, a scalar.
 
@@ -41,7 +43,6 @@ class Objective:
             images: (B, C, H, W) float32, augmented and normalized.
             target: (B,) int64, or (B, K) probabilities where images are mixed.
         """
-        raise NotImplementedError
 
     @property
     def meets_in(self) -> str | None:

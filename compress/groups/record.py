@@ -7,7 +7,7 @@ import linecache
 import os
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,11 @@ class RawCall:
         if position < len(self.args):
             return self.args[position]
         return self.kwargs.get(name, default)
+
+    def sizes(self, start: int) -> tuple[Any, ...]:
+        """Return what was given from a position on, or by name: single sizes, or a list of them."""
+        given = self.args[start:] or tuple(self.kwargs.values())
+        return tuple(given[0]) if len(given) == 1 and isinstance(given[0], Sequence) else given
 
 
 NO_CALL = RawCall(None, (), {})

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+import compress.groups.rules  # noqa: F401 - they register themselves
 from compress.errors import PlanError, UsageError
 from compress.groups.cut import cut
 from compress.groups.forward import (
@@ -30,7 +31,6 @@ from compress.groups.labels import Axes, Components, Constraints, find_units, la
 from compress.groups.network import Index, Layer, Network, Positions, stays_at
 from compress.groups.record import Key, TraceRecord
 from compress.groups.replay import compared
-from compress.groups.rules import RULES
 from compress.groups.traced_ints import tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
 from compress.modules import network_of, set_mode, with_gradients
@@ -149,7 +149,7 @@ class _Traced:
         set_mode(self._model, training=training)
         before = {name: dict(m.__dict__) for name, m in self._model.named_modules()}
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
-        how = RULES, distrusted, training, self._on, self._constants
+        how = distrusted, training, self._on, self._constants
         tracer = Tracer(self._constraints, named, *how)
         inputs = inputs_in(self._inputs, training)
         found = run_traced(self._model, inputs, tracer, CallWatcher(tracer))

@@ -41,8 +41,21 @@ Memory = tuple[int, tuple[int, ...]]
 Loose = tuple[Labels, str]  # channels that a tensor is made of, or numbers, and how
 _SHAPE = torch.Tensor.shape
 
-
 Rule = Callable[["Tracer", Call], None]
+RULES: dict[str, Rule] = {}  # by op; what the modules in compress.groups.rules register
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of the ops named.
+
+    "pointwise" is that of pointwise ops without a rule of their own, "unknown" that of others.
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
 
 
 class Tracer(WatchedOps):
@@ -51,7 +64,6 @@ class Tracer(WatchedOps):
     Args:
         constraints: Collects what belongs together.
         named: Tensor of the model -> (name, labels for each dimension).
-        rules: Op name -> rule; "pointwise" is that of pointwise ops, "unknown" that of the others.
         distrusted: Ops and their places whose channels must stay, and why.
         training: The mode that the network is in.
         on: Where tensors that the program makes are made; None leaves that to the program.
@@ -62,7 +74,6 @@ class Tracer(WatchedOps):
         self,
         constraints: Constraints,
         named: Sequence[tuple[Tensor, str, Axes]],
-        rules: Mapping[str, Rule],
         distrusted: Mapping[Key, str],
         training: bool,
         on: torch.device | None = None,
@@ -88,7 +99,6 @@ class Tracer(WatchedOps):
         for tensor, _, _ in named:
             self._register(tensor)
         self._places = {_memory(tensor): name for tensor, name, _ in named}
-        self._rules = rules
         self._distrusted = distrusted
 
     def axes(self, tensor: Tensor) -> Axes:
@@ -196,6 +206,10 @@ class Tracer(WatchedOps):
         self.constraints.unify(first, second)
         return first
 
+    def tie(self, axes: Sequence[Axis], why: str) -> Axis:
+        """Tie any number of axes together, as ``unify`` does two."""
+        return functools.reduce(lambda a, b: self.unify(a, b, why), axes) if axes else None
+
     def use_attribute(self, count: TracedInt, labels: Labels) -> AttributeUse | None:
         """Return the fact that ``count`` must follow ``labels``; None unless it is an attribute."""
         if not isinstance(count.origin, Attribute) or count < 0:  # -1 is what is left over
@@ -286,8 +300,8 @@ class Tracer(WatchedOps):
         self._assigned.add(id(tensor))
 
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
-        if (rule := self._rules.get(call.name)) is None:
-            rule = self._rules["pointwise" if is_pointwise(call.func) else "unknown"]
+        if (rule := RULES.get(call.name)) is None:
+            rule = RULES["pointwise" if is_pointwise(call.func) else "unknown"]
         rule(self, call)
         if call.is_reduction:
             self.record.reductions.append(self._reduction(call))

@@ -11,12 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.groups.calls import words
 from compress.groups.labels import Axis
 from compress.groups.record import Call
-from compress.groups.tracer import Rule, Tracer
+from compress.groups.tracer import Tracer, rule
 
 
+@rule(
+    "native_batch_norm batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
+    "_native_batch_norm_legit_no_training _batch_norm_no_update _batch_norm_with_update"
+)
 def batch_norm(tracer: Tracer, call: Call) -> None:
     """Every vector follows the channels; statistics of the batch reduce over all else."""
     x, training = call.args[0], "no_training" not in call.name and call.args[5]
@@ -30,6 +33,7 @@ def batch_norm(tracer: Tracer, call: Call) -> None:
         tracer.restrict(call)
 
 
+@rule("native_layer_norm")
 def layer_norm(tracer: Tracer, call: Call) -> None:
     """Weight and bias follow the normalized dimensions."""
     x, shape = call.args[0], call.args[1]
@@ -48,6 +52,7 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
         tracer.restrict(call)
 
 
+@rule("native_group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
     """The same positions of every group are tied; the number of groups stays."""
     x, groups = call.args[0], call.args[6]
@@ -67,11 +72,16 @@ def _vectors(tracer: Tracer, given: Iterable[Any]) -> Iterator[Axis]:
     return (tracer.axes(vector)[0] for vector in given if isinstance(vector, Tensor))
 
 
+@rule(
+    "mean sum var std var_mean std_mean amax amin max min prod any all logsumexp norm "
+    "linalg_vector_norm nansum"
+)
 def reduction(tracer: Tracer, call: Call) -> None:
     """Reduced dimensions go (or have size one); where they could be cut the reference is told."""
     _label_reduced(tracer, call, _reduced(call, call.args[0]))
 
 
+@rule("quantile nanquantile")
 def quantile(tracer: Tracer, call: Call) -> None:
     """A quantile looks across a dimension as a mean does."""
     x, dim, share = call.args[0], call.raw.argument(2, "dim"), call.raw.argument(1, "q")
@@ -112,6 +122,7 @@ def _reduced(call: Call, x: Tensor) -> set[int]:
     return {d % x.ndim for d in dims}
 
 
+@rule("_softmax _log_softmax _safe_softmax softmax cumsum cumprod")
 def along(tracer: Tracer, call: Call) -> None:
     """Softmax and cumulative sums: shape and labels stay, values mix along one dimension."""
     x, dim = call.args[0], call.args[1]
@@ -121,6 +132,7 @@ def along(tracer: Tracer, call: Call) -> None:
         tracer.restrict(call)
 
 
+@rule("topk sort argsort argmax argmin kthvalue mode")
 def ordering(tracer: Tracer, call: Call) -> None:
     """Sorting and picking by value: positions along the dimension lose their names."""
     x = call.args[0]
@@ -133,11 +145,13 @@ def ordering(tracer: Tracer, call: Call) -> None:
     _label_without(tracer, call, dims)
 
 
+@rule("median nanmedian")
 def median(tracer: Tracer, call: Call) -> None:
     """The median of all values looks across everything, as a mean does; along one it picks."""
     (reduction if len(call.args) == 1 else ordering)(tracer, call)
 
 
+@rule("_weight_norm_interface _weight_norm")
 def weight_norm(tracer: Tracer, call: Call) -> None:
     """``g * v / |v|``: the norm is over every dimension but one."""
     v, g, dim = call.args[0], call.args[1], call.argument(2, 0)
@@ -149,30 +163,3 @@ def weight_norm(tracer: Tracer, call: Call) -> None:
     for out in call.outputs[1:]:
         tracer.label(out, [axes[dim] if i == dim else None for i in range(out.ndim)])
     tracer.restrict(call)
-
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        words(
-            "native_batch_norm batch_norm cudnn_batch_norm miopen_batch_norm "
-            "_native_batch_norm_legit _native_batch_norm_legit_no_training "
-            "_batch_norm_no_update _batch_norm_with_update"
-        ),
-        batch_norm,
-    ),
-    "native_layer_norm": layer_norm,
-    "native_group_norm": group_norm,
-    **dict.fromkeys(
-        words(
-            "mean sum var std var_mean std_mean amax amin max min prod any all logsumexp norm "
-            "linalg_vector_norm nansum"
-        ),
-        reduction,
-    ),
-    **dict.fromkeys(words("_softmax _log_softmax _safe_softmax softmax cumsum cumprod"), along),
-    **dict.fromkeys(words("topk sort argsort argmax argmin kthvalue mode"), ordering),
-    **dict.fromkeys(words("median nanmedian"), median),
-    **dict.fromkeys(words("quantile nanquantile"), quantile),
-    "_weight_norm_interface": weight_norm,
-    "_weight_norm": weight_norm,
-}

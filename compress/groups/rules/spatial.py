@@ -7,13 +7,24 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from compress.groups.calls import tensors_in, words
+from compress.groups.calls import tensors_in
 from compress.groups.labels import Axis, Labels
 from compress.groups.record import Call
 from compress.groups.traced_ints import Attribute, TracedInt
-from compress.groups.tracer import Rule, Tracer
+from compress.groups.tracer import Tracer, rule
 
 
+@rule("unknown")
+def unknown(tracer: Tracer, call: Call) -> None:
+    """Nothing is known about this op: every channel it sees must stay."""
+    for tensor in tensors_in((*call.args, *call.kwargs.values())):
+        tracer.freeze_each(tracer.axes(tensor), f"no rule for the operation {call.name}")
+
+
+@rule(
+    "pointwise hardswish _prelu_kernel prelu copy lerp where masked_fill clamp clamp_min "
+    "clamp_max dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub rsub"
+)
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Broadcast the labels of all operands; operands of one size along a dimension are tied."""
     operands = [t for t in tensors_in((*call.args, *call.kwargs.values())) if t.ndim]
@@ -26,26 +37,21 @@ def pointwise(tracer: Tracer, call: Call) -> None:
 
 def _broadcast(tracer: Tracer, call: Call, operands: list[Tensor], out: Tensor) -> list[Axis]:
     """Return the labels of ``out`` whose shape is the operands' broadcast shape."""
-    axes: list[Axis] = []
     rows = [(t.shape, tracer.axes(t), t.ndim - out.ndim) for t in operands]
+    why = f"{call.name} joins it with channels that are fixed"
+    axes: list[Axis] = []
     for dim, size in enumerate(out.shape):
-        axis: Axis = None
-        first = True
-        for shape, labels, offset in rows:
-            at = dim + offset
-            if size == 1 or at < 0 or shape[at] != size:
-                continue
-            mine = labels[at]
-            if first:
-                axis, first = mine, False
-            elif mine is not axis:
-                axis = tracer.unify(
-                    axis, mine, f"{call.name} joins it with channels that are fixed"
-                )
-        axes.append(axis)
+        places = [(shape, labels, dim + offset) for shape, labels, offset in rows]
+        wide = [labels[at] for shape, labels, at in places if at >= 0 and shape[at] == size > 1]
+        axes.append(tracer.tie(wide, why))
     return axes
 
 
+@rule(
+    "detach alias clone contiguous _to_copy lift_fresh lift native_dropout empty_like zeros_like "
+    "ones_like full_like rand_like randn_like bernoulli uniform normal fill zero random "
+    "rrelu_with_noise _local_scalar_dense exponential alpha_dropout"
+)
 def same(tracer: Tracer, call: Call) -> None:
     """Outputs have the labels of the first operand."""
     first = call.args[0]
@@ -54,20 +60,28 @@ def same(tracer: Tracer, call: Call) -> None:
             tracer.label(out, tracer.axes(first))
 
 
-def over_last(count: int) -> Rule:
-    """Return the rule of an op that works along the last ``count`` dimensions."""
+@rule(
+    "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_unpool1d "
+    "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d reflection_pad1d "
+    "replication_pad1d max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d "
+    "_adaptive_avg_pool2d adaptive_max_pool2d max_unpool2d upsample_nearest2d "
+    "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d max_pool3d "
+    "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d "
+    "adaptive_max_pool3d upsample_nearest3d _upsample_nearest_exact3d upsample_trilinear3d "
+    "reflection_pad3d replication_pad3d"
+)
+def along_space(tracer: Tracer, call: Call) -> None:
+    """Pooling, resizing, padding along the last dimensions, as many as the name says: ``2d``."""
+    x, axes = call.args[0], tracer.axes(call.args[0])
+    count = next(n for n in (1, 2, 3) if f"{n}d" in call.name)
+    tracer.freeze_each(axes[x.ndim - count :], f"{call.name} works along it")
+    for out in call.outputs:
+        if out.ndim == x.ndim:
+            tracer.label(out, [*axes[: x.ndim - count], *(None,) * count])
 
-    def rule(tracer: Tracer, call: Call) -> None:
-        x = call.args[0]
-        axes = tracer.axes(x)
-        tracer.freeze_each(axes[x.ndim - count :], f"{call.name} works along it")
-        for out in call.outputs:
-            if out.ndim == x.ndim:
-                tracer.label(out, [*axes[: x.ndim - count], *(None,) * count])
 
-    return rule
-
-
+@rule("constant_pad_nd")
 def constant_pad(tracer: Tracer, call: Call) -> None:
     """Zeros put before and after channels become channels that must be cut with their partners."""
     x, pads = call.args[0], call.args[1]
@@ -106,6 +120,7 @@ def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tu
     return rows[0], rows[1]
 
 
+@rule("pixel_shuffle")
 def pixel_shuffle(tracer: Tracer, call: Call) -> None:
     """``(C r r, H, W) -> (C, H r, W r)``: the r x r channels of one output are tied."""
     *others, channels, height, width = tracer.axes(call.args[0])
@@ -119,6 +134,7 @@ def pixel_shuffle(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], [*others, channels, None, None])
 
 
+@rule("pixel_unshuffle im2col")
 def unfold(tracer: Tracer, call: Call) -> None:
     """``(C, H, W)`` to several channels for each of C: a window's places, or r x r pixels."""
     out = call.outputs[0]
@@ -130,6 +146,7 @@ def unfold(tracer: Tracer, call: Call) -> None:
     tracer.label(out, [*others, channels, *(None,) * (out.ndim - len(others) - 1)])
 
 
+@rule("channel_shuffle native_channel_shuffle")
 def channel_shuffle(tracer: Tracer, call: Call) -> None:
     """``(g, C/g) -> (C/g, g)``: the same positions of every group are tied."""
     x, groups = call.args[0], call.args[1]
@@ -141,6 +158,7 @@ def channel_shuffle(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
 
 
+@rule("grid_sampler_2d grid_sampler torchvision::roi_align")
 def sampled(tracer: Tracer, call: Call) -> None:
     """Values at places of a grid or regions: the maps' channels go on, the places are fixed."""
     x, places = call.args[:2]
@@ -149,59 +167,3 @@ def sampled(tracer: Tracer, call: Call) -> None:
     out = call.outputs[0]
     rows = None if call.name == "torchvision::roi_align" else batch  # one for each region
     tracer.label(out, [rows, channels, *(None,) * (out.ndim - 2)])
-
-
-RULES: dict[str, Rule] = {
-    "pointwise": pointwise,
-    **dict.fromkeys(
-        words(
-            "hardswish _prelu_kernel prelu copy lerp where masked_fill clamp clamp_min "
-            "clamp_max dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub "
-            "rsub"
-        ),
-        pointwise,
-    ),
-    **dict.fromkeys(
-        words(
-            "detach alias clone contiguous _to_copy lift_fresh lift native_dropout empty_like "
-            "zeros_like ones_like full_like rand_like randn_like bernoulli uniform normal "
-            "fill zero random rrelu_with_noise _local_scalar_dense exponential alpha_dropout"
-        ),
-        same,
-    ),
-    **dict.fromkeys(
-        ["avg_pool1d", "max_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d"], over_last(1)
-    ),
-    **dict.fromkeys(
-        words(
-            "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d "
-            "_adaptive_avg_pool2d adaptive_max_pool2d max_unpool2d upsample_nearest2d "
-            "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d "
-            "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d "
-            "replication_pad2d fractional_max_pool2d"
-        ),
-        over_last(2),
-    ),
-    **dict.fromkeys(
-        words(
-            "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d reflection_pad1d "
-            "replication_pad1d max_unpool1d"
-        ),
-        over_last(1),
-    ),
-    **dict.fromkeys(
-        words(
-            "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d "
-            "upsample_nearest3d _upsample_nearest_exact3d upsample_trilinear3d "
-            "reflection_pad3d replication_pad3d adaptive_max_pool3d max_pool3d"
-        ),
-        over_last(3),
-    ),
-    "constant_pad_nd": constant_pad,
-    "pixel_shuffle": pixel_shuffle,
-    "pixel_unshuffle": unfold,
-    "channel_shuffle": channel_shuffle,
-    "native_channel_shuffle": channel_shuffle,
-    "im2col": unfold,
-    **dict.fromkeys(words("grid_sampler_2d grid_sampler torchvision::roi_align"), sampled),
-}

@@ -15,8 +15,7 @@ from pydantic import ValidationError
 
 from compress import artifact
 from compress.errors import PlanError, RunError, UnknownNameError
-from compress.groups import Network, Positions
-from compress.groups.network import KeptIndex, Reduction, stays_at
+from compress.groups.network import KeptIndex, Network, Positions, Reduction, stays_at
 from compress.groups.stored import (
     LARGEST_SIZE,
     StoredPlan,
@@ -163,12 +162,19 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
 
     reductions = [reduction.map(kept_of) for reduction in network.reductions]
     tensors = network.kept_positions(chosen)
+    attributes: dict[str, dict[str, int]] = {}
+    for use in network.followers:
+        stay = stays_at(use.counted, units)
+        if not stay.all():
+            new = int(stay.sum()) // use.scale
+            attributes.setdefault(use.attribute.module, {})[use.attribute.name] = new
+    picks = [(pick, stays_at(pick.units, units)) for pick in network.indices]
     return PrunePlan(
         groups=chosen,
         group_sizes={g.name: g.size for g in network.groups},
         tensors=tensors,
         shapes={name: network.shapes[name] for name in tensors},
-        attributes=network.attributes(units),
+        attributes=attributes,
         kept_only=tuple(each for each in reductions if each.numbers or _is_cut(each)),
         macs_before=network.macs,
         macs_after=sum(
@@ -181,16 +187,20 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
             for name in network.parameters
         ),
         frozen=dict(network.frozen),
-        indices=network.kept_indices(units),
+        indices={
+            pick.tensor: KeptIndex(pick.values, np.flatnonzero(stay))
+            for pick, stay in picks
+            if not stay.all()
+        },
         about=remembered,
     )
 
 
 def _checked(network: Network, name: str, kept: Any) -> Positions:
-    sizes = {group.name: (group.size, group.multiple) for group in network.groups}
+    sizes = {group.name: group.size for group in network.groups}
     if name not in sizes:
         raise UnknownNameError("group", name, sizes)
-    size, multiple = sizes[name]
+    size = sizes[name]
     row = np.sort(np.asarray(kept, np.int64).ravel())
     if not len(row):
         raise PlanError("no channel would be left", where=name, expected=f"1 to {size} units")
@@ -198,8 +208,6 @@ def _checked(network: Network, name: str, kept: Any) -> Positions:
         raise PlanError(
             "kept units are repeated or out of range", where=name, expected=f"some of 0..{size - 1}"
         )
-    if len(row) % multiple:
-        raise PlanError(f"cannot keep {len(row)} units", where=name, expected=f"n x {multiple}")
     return row
 
 

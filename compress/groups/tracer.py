@@ -23,8 +23,8 @@ from compress.groups.calls import (
     tensors_in,
     whole_name,
 )
-from compress.groups.labels import AttributeUse, Axes, Axis, Constraints, Labels
-from compress.groups.network import Positions, Reduction
+from compress.groups.labels import Axes, Axis, Constraints, Labels
+from compress.groups.network import AttributeUse, Positions, Reduction
 from compress.groups.record import (
     NO_CALL,
     Call,
@@ -214,8 +214,7 @@ class Tracer(WatchedOps):
         """Return the fact that ``count`` must follow ``labels``; None unless it is an attribute."""
         if not isinstance(count.origin, Attribute) or count < 0:  # -1 is what is left over
             return None
-        scale = count.scale
-        return AttributeUse(count.origin, labels, scale.numerator, scale.denominator, here())
+        return AttributeUse(count.origin, labels, count.scale, here())
 
     def follow(self, count: TracedInt, labels: Labels) -> None:
         """Note that ``count``, where it is an attribute, must follow ``labels``."""

@@ -228,7 +228,7 @@ def _candidates(
     """Return the counts each group may keep; limits are in channels, counts in units."""
     candidates = []
     for number, (group, values) in enumerate(zip(network.groups, found, strict=True)):
-        step = math.lcm(limits.round_to // math.gcd(limits.round_to, group.width), group.multiple)
+        step = limits.round_to // math.gcd(limits.round_to, group.width)
         at_least = max(
             math.ceil(limits.min_channels / group.width),
             math.ceil(group.size * (1 - limits.max_cut) - 1e-9),

@@ -157,7 +157,7 @@ def prune_sensitivity(
     images = list(recalibrate)
     curves = []
     for number, group in enumerate(track(network.groups, "sensitivity")):
-        one = candidate_counts(found[number], step=group.multiple, at_least=1)
+        one = candidate_counts(found[number], step=1, at_least=1)
         points = []
         for count in sorted({one.level_at_most(s * group.size) for s in shares}, reverse=True):
             small = apply_pruning(model, make_prune_plan(network, {group.name: one.kept(count)}))

@@ -189,9 +189,7 @@ def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> No
 def _follow_difference(tracer: Tracer, size: TracedInt, labels: Labels) -> None:
     """``self.a - self.b``: a counts these channels and those that b counts elsewhere."""
     rows, lead = [labels], None
-    known = {
-        u.attribute: u.labels for u in tracer.constraints.uses if u.numerator == u.denominator == 1
-    }
+    known = {use.attribute: use.counted for use in tracer.constraints.uses if use.scale == 1}
     for origin, scale in size.terms.items():
         if scale == 1 and lead is None and isinstance(origin, Attribute):
             lead = origin

@@ -151,7 +151,7 @@ class Network:
     frozen: Mapping[str, str]  # layer -> why its outputs stay, with the line of the user's code
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor of the state dict
     parameters: frozenset[str]  # names of ``shapes`` that count as parameters
-    followers: tuple[AttributeUse[Positions], ...] = ()  # attributes that the surgery sets
+    followers: tuple[AttributeUse, ...] = ()  # attributes that the surgery sets
     reductions: tuple[Reduction[Positions], ...] = ()
     side_outputs: tuple[str, ...] = ()  # attributes that the forward leaves cut channels on
     indices: tuple[Index, ...] = ()

@@ -10,7 +10,8 @@ reference takes the number from the pruned network.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError
-from compress.groups.calls import WatchedCalls, WatchedOps, whole_name
+from compress.groups.calls import FollowedCalls, WatchedOps
 from compress.groups.cut import check_fit, cut_by
 from compress.groups.forward import copied, undisturbed
 from compress.groups.plan import Kept, KeptOnly, PrunePlan
@@ -74,13 +75,14 @@ class _Watcher:
     def __init__(self, items: tuple[KeptOnly, ...], pruned: nn.Module | None) -> None:
         self._items = items
         self._pruned = pruned
-        self._entered: list[tuple[_OverKept, contextlib.ExitStack]] = []
+        self._entered: list[tuple[_CountedOps, contextlib.ExitStack]] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Watcher:
         return _Watcher(self._items, self._pruned)
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        ops = _OverKept(self._items, self._numbers(module, args, kwargs))
+        meet = functools.partial(_over_kept, self._numbers(module, args, kwargs))
+        ops = _CountedOps(self._items, meet)
         stack = contextlib.ExitStack()
         stack.enter_context(_watching(ops))
         self._entered.append((ops, stack))
@@ -95,12 +97,17 @@ class _Watcher:
         )
         if (like.dtype, like.device) != (own.dtype, own.device):
             self._pruned.to(like)
-        pruned, listener = self._pruned, _Listener(self._items, {})
-        set_mode(pruned, training=reference.training)
+        given: dict[Call, Given] = {}
+
+        def note(func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: Any) -> Any:
+            given.update({(item.op, item.occurrence): (args, kwargs)} if item.numbers else {})
+            return func(*args, **kwargs)
+
+        set_mode(self._pruned, training=reference.training)
         inputs, named = tree_map(copied, (args, kwargs))
-        with undisturbed(), _watching(listener):
-            _read_out(pruned(*inputs, **named))
-        return listener.given
+        with undisturbed(), _watching(_CountedOps(self._items, note)):
+            _read_out(self._pruned(*inputs, **named))
+        return given
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         ops, stack = self._entered.pop()
@@ -117,24 +124,24 @@ def _read_out(output: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _watching(ops: _OverKept) -> Iterator[None]:
+def _watching(ops: _CountedOps) -> Iterator[None]:
     """Let ``ops`` see the single ops of attention as well: a fused one hides its softmax."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         math = torch.nn.attention.SDPBackend.MATH
-        with torch.nn.attention.sdpa_kernel(math), ops, _WholeCalls(ops):
+        with torch.nn.attention.sdpa_kernel(math), ops, FollowedCalls(ops):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _OverKept(WatchedOps):
-    """Computes ops over kept positions only, or with the numbers of the pruned network."""
+class _CountedOps(WatchedOps):
+    """Counts the calls of ops, and lets ``meet`` compute those that the plan has ``items`` for."""
 
-    def __init__(self, items: tuple[KeptOnly, ...], numbers: Mapping[Call, Given]) -> None:
+    def __init__(self, items: tuple[KeptOnly, ...], meet: Callable[..., Any]) -> None:
         super().__init__()
-        self._numbers = numbers
+        self._meet = meet
         self._items = {(item.op, item.occurrence): item for item in items}
         self._watched = {_packet(item.op) for item in items}
         self._calls: dict[str, int] = {}
@@ -152,10 +159,13 @@ class _OverKept(WatchedOps):
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
-        return self.counted(func, str(func), args, kwargs)
+        return self._counted(func, str(func), args, kwargs)
 
-    def counted(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an op, or a call that the plan counts as one."""
+    def whole(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that the plan counts as one op."""
+        return self._counted(func, f"aten.{name}.whole", args, kwargs)
+
+    def _counted(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         packet = _packet(name)
         if packet not in self._watched:
             return func(*args, **kwargs)
@@ -167,49 +177,25 @@ class _OverKept(WatchedOps):
         self._missing.discard((name, occurrence))
         return self._meet(func, item, args, kwargs)
 
-    def _meet(self, func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if not item.numbers:
-            return _over_kept(func, item, args, kwargs)
-        theirs = self._numbers.get((item.op, item.occurrence), (args, kwargs))
-        own, named = tree_map(
-            lambda mine, its: mine if isinstance(mine, Tensor) else its, (args, kwargs), theirs
-        )
-        return func(*own, **named)
-
-
-class _Listener(_OverKept):
-    """Remembers what ops that need numbers are given; runs in the pruned network."""
-
-    def __init__(self, items: tuple[KeptOnly, ...], numbers: Mapping[Call, Given]) -> None:
-        super().__init__(items, numbers)
-        self.given: dict[Call, Given] = {}
-
-    def _meet(self, func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: Any) -> Any:
-        if item.numbers:
-            self.given[item.op, item.occurrence] = (args, kwargs)
-        return func(*args, **kwargs)
-
-
-class _WholeCalls(WatchedCalls):
-    """Sees the calls that the plan counts as one op, also inside PyTorch's functions."""
-
-    def __init__(self, ops: _OverKept) -> None:
-        super().__init__()
-        self._ops = ops
-
-    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call of the program."""
-        if (name := whole_name(func, args)) is not None:
-            with self._ops.inside_whole():
-                return self._ops.counted(func, f"aten.{name}.whole", args, kwargs)
-        return self.inside(func, args, kwargs)
-
 
 def _packet(op: str) -> str:
     return op.split(".")[1].removesuffix("_")
 
 
-def _over_kept(func: Any, item: KeptOnly, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _over_kept(
+    numbers: Mapping[Call, Given],
+    func: Any,
+    item: KeptOnly,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Compute an op over kept positions only, or with the numbers of the pruned network."""
+    if item.numbers:
+        theirs = numbers.get((item.op, item.occurrence), (args, kwargs))
+        own, named = tree_map(
+            lambda mine, its: mine if isinstance(mine, Tensor) else its, (args, kwargs), theirs
+        )
+        return func(*own, **named)
     given = list(args)
     for position, dims in item.inputs.items():
         _check(args[position], item, position)

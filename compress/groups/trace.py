@@ -17,7 +17,9 @@ import compress.groups.rules  # noqa: F401 - they register themselves
 from compress.errors import PlanError, UsageError
 from compress.groups.cut import cut
 from compress.groups.forward import (
+    Key,
     MismatchError,
+    TraceRecord,
     attributes_restored,
     batch_size,
     copied,
@@ -30,7 +32,6 @@ from compress.groups.forward import (
 from compress.groups.labels import Axes, Axis, Components, Constraints, find_units, layer_name
 from compress.groups.network import AttributeUse, Index, Layer, Network, Positions, stays_at
 from compress.groups.plan import make_prune_plan
-from compress.groups.record import Key, TraceRecord
 from compress.groups.replay import compared
 from compress.groups.traced_ints import Attribute, tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer

@@ -15,17 +15,14 @@ from compress.groups.calls import (
     SILENT,
     TAKERS,
     WHOLE,
-    WatchedCalls,
+    FollowedCalls,
     WatchedOps,
     is_pointwise,
     op_name,
     scalars_in,
     tensors_in,
-    whole_name,
 )
-from compress.groups.labels import Axes, Axis, Constraints, Labels
-from compress.groups.network import AttributeUse, Positions, Reduction
-from compress.groups.record import (
+from compress.groups.forward import (
     NO_CALL,
     Call,
     Key,
@@ -35,6 +32,8 @@ from compress.groups.record import (
     here,
     program_place,
 )
+from compress.groups.labels import Axes, Axis, Constraints, Labels
+from compress.groups.network import AttributeUse, Positions, Reduction
 from compress.groups.traced_ints import Attribute, TracedDimension, TracedInt
 
 Memory = tuple[int, tuple[int, ...]]
@@ -268,12 +267,10 @@ class Tracer(WatchedOps):
         self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
         return result
 
-    def whole(self, name: str, run: Callable[[], Any]) -> Any:
-        """Return the result of the program's present call, followed as one op."""
-        raw = self.raw[-1]
-        with self.inside_whole():
-            result = run()
-        self._follow(Call(name, raw.function, raw.args, raw.kwargs, (), raw), result)
+    def whole(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call, then the rule that follows it as one op."""
+        result = func(*args, **kwargs)
+        self._follow(Call(name, func, args, kwargs, (), self.raw[-1]), result)
         return result
 
     def _follow(self, call: Call, result: Any) -> None:
@@ -348,11 +345,11 @@ def _memory(tensor: Tensor) -> Memory:
         return tensor.untyped_storage()._cdata, shape
 
 
-class CallWatcher(WatchedCalls):
+class CallWatcher(FollowedCalls):
     """Remembers the program's own calls for the rules, and turns shapes into TracedInts."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        super().__init__(tracer)
         self._tracer = tracer
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -364,9 +361,7 @@ class CallWatcher(WatchedCalls):
         raw = self._tracer.raw
         raw.append(RawCall(func, args, kwargs))
         try:
-            if (whole := whole_name(func, args)) is not None:
-                return self._tracer.whole(whole, lambda: func(*args, **kwargs))
-            result = self.inside(func, args, kwargs)
+            result = super().call(func, args, kwargs)
         finally:
             raw.pop()
         if (name := getattr(func, "__name__", "")) in TAKERS:

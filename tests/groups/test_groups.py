@@ -357,4 +357,4 @@ def test_what_does_not_fit_is_left_for_pytorch_to_refuse(op: str, args: tuple[ob
     func = getattr(torch.ops.aten, op).default
     assert calls._FAST[op](func, args) is NotImplemented
     with pytest.raises(RuntimeError):
-        calls.run_op(func, args, {}, torch.device("meta"))
+        calls.WatchedOps(torch.device("meta")).run(func, args, {})

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from compress.groups.forward import Call
 from compress.groups.labels import Axes, Axis, Labels
-from compress.groups.record import Call
 from compress.groups.traced_ints import Attribute, TracedInt
 from compress.groups.tracer import Tracer, rule
 

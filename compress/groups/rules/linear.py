@@ -13,8 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from compress.groups.calls import tensors_in
+from compress.groups.forward import Call, Use
 from compress.groups.labels import Alternative, Axis, Labels
-from compress.groups.record import Call, Use
 from compress.groups.traced_ints import TracedInt
 from compress.groups.tracer import Tracer, rule
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from compress.groups.forward import Call
 from compress.groups.labels import Axis, Labels
-from compress.groups.record import Call
 from compress.groups.rules.layout import copies, follow
 from compress.groups.traced_ints import TracedDimension, TracedInt
 from compress.groups.tracer import Tracer, rule

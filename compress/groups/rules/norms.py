@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from compress.groups.forward import Call
 from compress.groups.labels import Axis
-from compress.groups.record import Call
 from compress.groups.tracer import Tracer, rule
 
 

@@ -21,10 +21,9 @@ from compress.modules.inputs import Example, call_inputs
 from compress.modules.sliding import sliding
 from compress.progress import task
 from compress.prune.budget import NAMES, Budget
-from compress.prune.cost import CostModel, Counts, Floats
 from compress.prune.latency_table import LatencyTable, LayerShape, kernel_step, table_for
 from compress.prune.latency_target import TOLERANCE, LatencyCheck, Stopwatch
-from compress.prune.selection import CandidateCounts
+from compress.prune.selection import CandidateCounts, CostModel, Counts, Floats
 
 AIM = 0.97  # of the limit: what the plan is made for
 ATTEMPTS = 8

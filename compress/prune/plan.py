@@ -7,12 +7,12 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from torch import nn
 
+from compress import plugins
 from compress.errors import PlanError, UsageError
 from compress.groups import Network, trace
 from compress.groups.plan import PrunePlan, make_prune_plan
@@ -21,47 +21,25 @@ from compress.modules import network_of, with_gradients
 from compress.modules.inputs import Example, example_of, read_batches
 from compress.modules.outputs import as_places
 from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
-from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.criteria import Criterion
 from compress.prune.latency import counts_for_latency
-from compress.prune.loss import Answers, Loss, Reading
-from compress.prune.saliency import Batches
-from compress.prune.scoring import build_criterion, criterion_name, criterion_options, scores
+from compress.prune.loss import Answers, Loss, SampledAnswers
+from compress.prune.saliency import Batches, criterion_name, scores
 from compress.prune.selection import (
     CandidateCounts,
+    CostModel,
+    Counts,
+    Floats,
     Normalize,
+    Quantity,
     Ranking,
     candidate_counts,
+    kept_units,
     normalized,
     select,
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan must respect besides its budget.
-
-    Args:
-        round_to: Kept channels of a group are a multiple of this (or all of them).
-        min_channels: Channels that every group keeps at least.
-        max_cut: Largest share of a group's channels that may go, in (0, 1].
-        exclude: Layers whose output channels stay.
-    """
-
-    round_to: int = 1
-    min_channels: int = 1
-    max_cut: float = 1.0
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("round_to", "min_channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} is {value!r}", expected="a whole number, at least 1")
-        if not isinstance(self.max_cut, int | float) or not 0 < self.max_cut <= 1:
-            raise UsageError(f"max_cut is {self.max_cut!r}", expected="a share above 0, at most 1")
 
 
 @with_gradients()
@@ -135,30 +113,27 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         keep_macs=keep_macs, keep_params=keep_params, keep_channels=keep_channels,
         keep_latency=keep_latency, latency_ms=latency_ms,
     )  # fmt: skip
-    named = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    limits = Limits(round_to, min_channels, max_cut, named)
+    limits = _Limits(round_to, min_channels, max_cut, exclude)
     _check_choices(ranking=(ranking, Ranking), normalize=(normalize, Normalize),
                    answers=(answers, Answers))  # fmt: skip
-    scorer = build_criterion(criterion, seed)
+    if isinstance(criterion, str | Mapping):
+        criterion = cast("Criterion", plugins.create("criteria", criterion, seed=seed))
     if normalize == "auto":
-        normalize = "per_cost" if getattr(scorer, "estimates_loss", False) else "mean"
+        normalize = "per_cost" if getattr(criterion, "estimates_loss", False) else "mean"
     model, example, places = network_of(model), example_of(example_input), as_places(outputs)
     batches = None if batches is None else read_batches(batches, example)
     network = trace(model, example, places)
     _check_counted(network, budget)
     marked, excluded = _with_excluded(model, network, limits.exclude)
-    rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
-    found = [normalized(row, normalize) for row in rows]
-    candidates = _candidates(network, found, limits, excluded)
+    own = SampledAnswers(answers, places, seed=seed)
+    found = scores(model, network, criterion, batches, loss, own)
+    rows = [normalized(row, normalize) for row in found]
+    candidates = _candidates(network, rows, limits, excluded)
     about: dict[str, Any] = {
-        "criterion": {criterion_name(scorer): criterion_options(scorer)},
-        "budget": budget.to_json(),
-        "ranking": ranking,
-        "normalize": normalize,
-        "limits": dataclasses.asdict(limits),
-        "seed": seed,
+        "criterion": {criterion_name(criterion): _options(criterion)}, "budget": budget.to_json(),
+        "ranking": ranking, "normalize": normalize, "limits": vars(limits), "seed": seed,
         "example": example_shapes(example),
-    }
+    }  # fmt: skip
     if budget.kind in ("latency", "latency_ms"):
         importance = _importance(CostModel(network), candidates, normalize)
         counts, about["latency"] = counts_for_latency(
@@ -171,9 +146,35 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         counts = _counts_of_cost(network, candidates, budget, ranking, normalize == "per_cost")
     about |= {"outputs": places} if places is not None else {}
     about |= {"side_outputs": network.side_outputs} if network.side_outputs else {}
-    choices = zip(network.groups, candidates, counts, strict=True)
-    keep = {group.name: one.kept(count) for group, one, count in choices}
-    return make_prune_plan(marked, keep, **about)
+    return make_prune_plan(marked, kept_units(network, candidates, counts), **about)
+
+
+class _Limits:
+    """What a plan must respect besides its budget."""
+
+    def __init__(
+        self, round_to: int, min_channels: int, max_cut: float, exclude: Iterable[str]
+    ) -> None:
+        for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} is {value!r}", expected="a whole number, at least 1")
+        if not isinstance(max_cut, int | float) or not 0 < max_cut <= 1:
+            raise UsageError(f"max_cut is {max_cut!r}", expected="a share above 0, at most 1")
+        self.round_to, self.min_channels, self.max_cut = round_to, min_channels, max_cut
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+
+def _check_choices(**options: tuple[object, Any]) -> None:
+    """Refuse an option, given with the ``Literal`` of what it may be, that is something else."""
+    for option, (value, kind) in options.items():
+        if value not in get_args(kind):
+            expected = f"one of: {', '.join(get_args(kind))}"
+            raise UsageError(f"{option} is {value!r}", expected=expected)
+
+
+def _options(criterion: Criterion) -> dict[str, Any]:
+    names = getattr(type(criterion), "__dataclass_fields__", {})
+    return {name: getattr(criterion, name) for name in names}
 
 
 def _check_counted(network: Network, budget: Budget) -> None:
@@ -190,15 +191,6 @@ def _check_counted(network: Network, budget: Budget) -> None:
         fix="Give an example on which they compute something, such as an image with detections, or "
         "a budget in parameters or channels",
     )
-
-
-def _check_choices(**options: tuple[object, Any]) -> None:
-    """Refuse an option, given with the ``Literal`` of what it may be, that is something else."""
-    for option, (value, kind) in options.items():
-        if value not in get_args(kind):
-            raise UsageError(
-                f"{option} is {value!r}", expected=f"one of: {', '.join(get_args(kind))}"
-            )
 
 
 def _with_excluded(
@@ -223,7 +215,7 @@ def _with_excluded(
 
 
 def _candidates(
-    network: Network, found: list[Any], limits: Limits, excluded: Mapping[int, str]
+    network: Network, found: list[Floats], limits: _Limits, excluded: Mapping[int, str]
 ) -> list[CandidateCounts]:
     """Return the counts each group may keep; limits are in channels, counts in units."""
     candidates = []

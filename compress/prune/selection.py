@@ -1,20 +1,82 @@
-"""Select units to keep from scores and a budget; knows nothing of networks."""
+"""Select units to keep from scores and a budget; what a network of given widths costs."""
 
 from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
+from scipy import sparse
 
-from compress.prune.cost import Counts, Floats
+from compress.groups import Network
 
+Quantity = Literal["macs", "params"]
+Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 Ranking = Literal["global", "uniform"]
 Normalize = Literal["auto", "per_cost", "none", "mean", "max", "gaussian"]
 
 STEPS = 32  # rounds in which what a unit costs is brought up to date
+
+
+class CostModel:
+    """What a network costs when group g keeps ``counts[g]`` units, without cutting anything.
+
+    A group owns the same number of positions k for each of its units along a dimension of a tensor,
+    so the length of that dimension is a linear function of the counts, and the size of a tensor is
+    a product of at most two such lengths. Exact, and linear in the number of slices.
+
+    Args:
+        network: What ``trace`` returned.
+    """
+
+    def __init__(self, network: Network) -> None:
+        shapes, layers, dims = network.shapes, network.layers, network.owned
+        self.sizes: Counts = np.array([group.size for group in network.groups], dtype=np.int64)
+        tensors = sorted({t for t, _ in dims if t in layers or t in network.parameters})
+        # Lengths of the two dimensions that are cut: base + slopes @ counts; 1 where none is.
+        self._base, volume = np.ones((2, len(tensors))), np.ones(len(tensors))
+        entries: tuple[list[tuple[int, int, int]], ...] = ([], [])
+        for row, tensor in enumerate(tensors):
+            sides = iter((0, 1))
+            for dim, length in enumerate(shapes[tensor]):
+                if (owned := dims.get((tensor, dim))) is None:
+                    volume[row] *= length
+                    continue
+                side = next(sides)
+                self._base[side, row] = length - sum(k * self.sizes[g] for g, k in owned.items())
+                entries[side].extend((row, g, k) for g, k in owned.items())
+        self._slopes = [_matrix(each, (len(tensors), len(self.sizes))) for each in entries]
+        macs = [layers[t].macs_per_element if t in layers else 0 for t in tensors]
+        counted = [t in network.parameters for t in tensors]
+        self._factors: dict[Quantity, Floats] = {"macs": volume * macs, "params": volume * counted}
+        self._fixed: dict[Quantity, float] = {"macs": 0.0, "params": 0.0}
+        self._fixed["macs"] = network.macs - self.total("macs", self.sizes)
+        self._fixed["params"] = network.params - self.total("params", self.sizes)
+
+    def total(self, quantity: Quantity, counts: Counts) -> int:
+        """Return the MACs of one image, or the parameters, with these counts."""
+        first, second = self._lengths(counts)
+        return round(float(self._factors[quantity] @ (first * second)) + self._fixed[quantity])
+
+    def marginal(self, quantity: Quantity, counts: Counts) -> Floats:
+        """Return what one unit of each group costs, at these counts: (groups,)."""
+        factors, (first, second) = self._factors[quantity], self._lengths(counts)
+        marginal = self._slopes[0].T @ (factors * second) + self._slopes[1].T @ (factors * first)
+        return np.asarray(marginal, dtype=np.float64)
+
+    def _lengths(self, counts: Counts) -> list[Floats]:
+        return [
+            base + slopes @ counts for base, slopes in zip(self._base, self._slopes, strict=True)
+        ]
+
+
+def _matrix(entries: list[tuple[int, int, int]], shape: tuple[int, int]) -> Any:
+    rows, columns, values = np.array(entries, np.int64).reshape(-1, 3).T
+    return sparse.csr_array((values.astype(np.float64), (rows, columns)), shape=shape)
 
 
 @dataclass(frozen=True)
@@ -59,6 +121,14 @@ def candidate_counts(scores: Floats, *, step: int, at_least: int) -> CandidateCo
     lowest = -(-max(at_least, 1) // step) * step
     levels = np.unique(np.append(np.arange(lowest, size, step), size))
     return CandidateCounts(levels.astype(np.int64), order.astype(np.int64), scores[order])
+
+
+def kept_units(
+    network: Network, candidates: Sequence[CandidateCounts], counts: Counts
+) -> dict[str, Counts]:
+    """Return the units that each group of a network keeps, by its name."""
+    choices = zip(network.groups, candidates, counts, strict=True)
+    return {group.name: one.kept(count) for group, one, count in choices}
 
 
 def normalized(scores: Floats, how: Normalize) -> Floats:

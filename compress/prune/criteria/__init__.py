@@ -36,15 +36,6 @@ class Evidence:
     # weight and the group's name: the first position of each unit, (C,), and the matrix, (C, C).
     correlations: Mapping[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def joined(self, other: Evidence) -> Evidence:
-        """Return both in one."""
-        return Evidence(
-            {**self.products, **other.products},
-            {**self.curvatures, **other.curvatures},
-            {**self.activations, **other.activations},
-            {**self.correlations, **other.correlations},
-        )
-
 
 @dataclass(frozen=True)
 class Consumer:

@@ -19,7 +19,7 @@ from compress.packages import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
 from compress.prune.budget import BUDGETS, keep_in_round, one_budget
 from compress.prune.criteria import Criterion
-from compress.prune.latency_target import LatencyCheck, check_latency
+from compress.prune.latency import LatencyCheck, check_latency
 from compress.prune.plan import plan_pruning
 from compress.prune.reconstruction import refit
 from compress.prune.reconstruction import refit as reconstruct

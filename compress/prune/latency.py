@@ -68,7 +68,7 @@ def counts_for_latency(
         network: What ``trace`` returned for it.
         candidates: The counts each group may keep.
         importance: Of each group's units in the order in which they are kept, additive over groups.
-        budget: The limit: milliseconds, or a share of what the uncut network takes.
+        budget: Milliseconds, or a share of what the uncut network takes.
         runtime: Where it is measured.
 
     Returns:

@@ -80,15 +80,12 @@ def checked(loss: Loss, output: Any, target: Any) -> Tensor:
     Raises:
         UsageError: it is no scalar that depends on the network, or not finite.
     """
-    value = loss(output, target)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        kind = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
-        raise UsageError(
-            f"loss returns {kind}, without gradient"
-            if isinstance(value, Tensor) and not value.requires_grad
-            else f"loss returns {kind}",
-            expected="a scalar tensor computed from the network's outputs",
-        )
+    value, expected = loss(output, target), "a scalar tensor computed from the network's outputs"
+    if not isinstance(value, Tensor):
+        raise UsageError(f"loss returns {type(value)}", expected=expected)
+    if value.numel() != 1 or not value.requires_grad:
+        without = "" if value.requires_grad else ", without gradient"
+        raise UsageError(f"loss returns of shape {tuple(value.shape)}{without}", expected=expected)
     if not torch.isfinite(value):
         raise UsageError(f"loss returns {float(value)}", fix="Check the loss, weights and targets")
     return value.reshape(())
@@ -104,7 +101,9 @@ def _kind(logits: Tensor, target: Tensor) -> Kind:
             return "binary cross-entropy"
         used = target[target != _IGNORED]
         fits = not used.numel() or int(used.max()) < classes
-        if classes > 1 and fits and _without_one(target) == (*logits.shape[2:],):
+        shape = tuple(target.shape[1:])  # of one image's labels; (B, 1, H, W) has one channel
+        shape = shape[1:] if len(shape) in (1, 3) and shape[0] == 1 else shape
+        if classes > 1 and fits and shape == (*logits.shape[2:],):
             return "cross-entropy"
         raise DataError(
             f"the network's output {tuple(logits.shape)} does not fit labels "
@@ -147,12 +146,6 @@ def _computed(kind: Kind, logits: Tensor, target: Tensor) -> Tensor:
     if kind == "binary cross-entropy":
         return F.binary_cross_entropy_with_logits(logits, target)
     return F.mse_loss(logits, target)
-
-
-def _without_one(target: Tensor) -> tuple[int, ...]:
-    """Return the shape of one image's labels, without a channel of size one: (B, 1, H, W)."""
-    shape = tuple(target.shape[1:])
-    return shape[1:] if len(shape) in (1, 3) and shape[0] == 1 else shape
 
 
 @dataclass

@@ -43,13 +43,8 @@ def scores(
 ) -> list[Floats]:
     """Return the importance of the units of every group, (C,) each, higher = keep.
 
-    Args:
-        model: The network to be pruned.
-        network: What ``trace`` returned for it.
-        criterion: The measure of importance.
-        batches: What it is shown, as ``read_batch`` reads them.
-        loss: Of what the network returns and the targets, a scalar; by default the one that fits.
-        answers: How the network's own answers are drawn; its seed is that of all random choices.
+    The seed of ``answers``, which says how the network's own are drawn, is that of all random
+    choices; ``loss`` is of what the network returns and the targets, by default the one that fits.
 
     Raises:
         UsageError: the criterion needs images and ``batches`` is None or empty, or takes no loss.
@@ -87,7 +82,15 @@ def scores(
         ]
     values = np.concatenate(rows)
     if len(values) > 1 and (values == values[0]).all():
-        raise _says_nothing(name, values[0], needs_data=bool(wanted))
+        because = (
+            ": outputs of an untrained network may not depend on its images; or use the criterion "
+            "l1; from Python, give batches and a loss= whose gradient reaches it"
+        )
+        raise PlanError(
+            f"the criterion {name!r} gives every channel the same score, "
+            f"{values[0]:g}: it does not say which to keep",
+            fix=f"Give trained weights{because if wanted else ', or use the criterion random'}",
+        )
     return rows
 
 
@@ -106,21 +109,6 @@ def _finite(found: Tensor, group: Group) -> Floats:
             fix="Check the weights for NaN or infinity",
         )
     return values
-
-
-def _says_nothing(name: str, score: float, *, needs_data: bool) -> PlanError:
-    """Return the error for scores that are all equal: they do not say which channels to keep."""
-    fix = (
-        "Give trained weights: outputs of an untrained network may not depend on its images; or "
-        "use the criterion l1; from Python, give batches and a loss= whose gradient reaches it"
-        if needs_data
-        else "Give trained weights, or use the criterion random"
-    )
-    return PlanError(
-        f"the criterion {name!r} gives every channel the same score, "
-        f"{score:g}: it does not say which to keep",
-        fix=fix,
-    )
 
 
 def criterion_name(criterion: Criterion) -> str:
@@ -147,7 +135,7 @@ def evidence(
     Args:
         model: The network to be pruned.
         network: What ``trace`` returned for it.
-        need: "gradients", "answers", "hessian", "activations" or "correlations".
+        need: What is to be filled in.
         batches: Images, float32 (B, C, H, W), alone or with their targets, as ``read_batch`` reads
             them; "gradients" and "hessian" need targets, as ``FittingLoss`` takes them.
         loss: Of what the network returns and the targets, a scalar; by default ``SampledAnswers``
@@ -165,10 +153,8 @@ def evidence(
     size, see = None if is_watched else images_per_gradient, getattr(loss, "see", None)
     chunks = _chunks(model, batches, size, see if need in LABELLED else None)
     with evaluating(model):
-        if need == "activations":
-            return _activations(model, network, chunks)
-        if need == "correlations":
-            return _correlations(model, network, chunks, seed)
+        if is_watched:
+            return _watched(model, network, need, chunks, seed)
         if need == "hessian":
             return _curvatures(model, network, chunks, seed, loss)
         return _products(model, network, chunks, loss)
@@ -286,6 +272,10 @@ class _InputStatistics:
         self.sums["mean_square"] += values.square().sum(1).cpu()
         self.sums["nonzero"] += (values != 0).sum(1).cpu()
 
+    def found(self) -> dict[str, Tensor]:
+        """Return the means, (D,) each."""
+        return {key: total / self.count for key, total in self.sums.items()}
+
 
 class _Mixing:
     """Running sum of products between the channels of one group, as they enter one layer."""
@@ -310,6 +300,10 @@ class _Mixing:
         self.count += len(values)
         self.sum += (values.T @ values).cpu()
 
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Return the first position of each unit, (C,), and the mean products, (C, C)."""
+        return self.index[:, 0], self.sum / self.count
+
     def _some(self, size: int, count: int) -> Tensor:
         chosen = self.draw.choice(size, min(size, count), replace=False)
         return torch.from_numpy(np.sort(chosen))
@@ -325,47 +319,22 @@ def _readers(model: nn.Module, network: Network) -> Iterator[tuple[Group, Slice,
                 yield group, piece, owner
 
 
-def _watch(
-    model: nn.Module,
-    chunks: Iterable[Inputs],
-    watches: Iterable[tuple[nn.Module, Callable[..., None]]],
-) -> None:
-    """Run ``model`` while ``watches`` see what enters their modules."""
+def _watched(
+    model: nn.Module, network: Network, need: Need, chunks: Iterable[Inputs], seed: int
+) -> Evidence:
+    """Run ``model`` and return what enters the layers that read channels."""
+    watches: dict[Any, tuple[nn.Module, Any]] = {}
+    for group, piece, owner in _readers(model, network):
+        if need == "activations":
+            channels = -1 if isinstance(owner, nn.Linear) else 1
+            statistics = _InputStatistics(network.shapes[piece.tensor][piece.dim], channels)
+            watches[piece.tensor] = owner, statistics
+        # A grouped layer's position means another channel in each of its groups.
+        elif getattr(owner, "groups", 1) == 1:
+            watches[piece.tensor, group.name] = owner, _Mixing(piece, seed)
     with contextlib.ExitStack() as hooks, torch.no_grad():
-        for owner, watch in watches:
+        for owner, watch in watches.values():
             hooks.enter_context(owner.register_forward_pre_hook(watch))
         for inputs in chunks:
             _run(model, inputs)
-
-
-def _activations(model: nn.Module, network: Network, chunks: Iterable[Inputs]) -> Evidence:
-    watches = {}
-    for _, piece, owner in _readers(model, network):
-        channels = -1 if isinstance(owner, nn.Linear) else 1
-        statistics = _InputStatistics(network.shapes[piece.tensor][piece.dim], channels)
-        watches[piece.tensor] = (owner, statistics)
-    _watch(model, chunks, watches.values())
-    found = {
-        tensor: {key: total / watch.count for key, total in watch.sums.items()}
-        for tensor, (_, watch) in watches.items()
-        if watch.count
-    }
-    return Evidence(activations=found)
-
-
-def _correlations(
-    model: nn.Module, network: Network, chunks: Iterable[Inputs], seed: int
-) -> Evidence:
-    watches = {
-        (piece.tensor, group.name): (owner, _Mixing(piece, seed))
-        for group, piece, owner in _readers(model, network)
-        # A grouped layer's position means another channel in each of its groups.
-        if getattr(owner, "groups", 1) == 1
-    }
-    _watch(model, chunks, watches.values())
-    found = {
-        key: (watch.index[:, 0], watch.sum / watch.count)
-        for key, (_, watch) in watches.items()
-        if watch.count
-    }
-    return Evidence(correlations=found)
+    return Evidence(**{need: {key: w.found() for key, (_, w) in watches.items() if w.count}})

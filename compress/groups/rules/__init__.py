@@ -1,5 +1,5 @@
 """What each op does to the labels of its inputs; an op without a rule freezes what it touches."""
 
-from compress.groups.rules import layout, linear, moving, norms, spatial
+from compress.groups.rules import layout, linear, moving, values
 
-__all__ = ["layout", "linear", "moving", "norms", "spatial"]
+__all__ = ["layout", "linear", "moving", "values"]

@@ -162,12 +162,8 @@ def cut_by(model: nn.Module, plan: PrunePlan) -> nn.Module:
     return small
 
 
-def check_fit(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
-    """Return the tensors of ``model`` by name.
-
-    Raises:
-        PlanError: ``model`` lacks a tensor or module of the plan, or a shape is another.
-    """
+def check_fit(model: nn.Module, plan: PrunePlan) -> None:
+    """Raise PlanError where ``model`` lacks a tensor or module of the plan, or a shape differs."""
     tensors = dict(parameters_and_buffers(model))
     fix = "Use the network the plan was made for, not yet pruned, from the same constructor"
     numbers = {name: (len(index.values),) for name, index in plan.indices.items()}
@@ -193,4 +189,3 @@ def check_fit(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
                     where=f"{module}.{name}",
                     fix=fix,
                 )
-    return tensors

@@ -27,19 +27,19 @@ class Sums(WatchedOps):
     def __init__(self, show: Callable[[int, tuple[Tensor, Tensor]], None]) -> None:
         super().__init__()
         self._show = show
-        self._done = 0
+        self.done = 0
 
     def skip(self, count: int) -> None:
         """Count sums that are not done in this pass."""
-        self._done += count
+        self.done += count
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
         if op_name(func) == "add" and not kwargs:
             operands = tuple(each for each in args if isinstance(each, Tensor))
             if len(operands) == 2:
-                self._show(self._done, operands)
-                self._done += 1
+                self._show(self.done, operands)
+                self.done += 1
         return func(*args, **kwargs)
 
 
@@ -47,8 +47,7 @@ class Sums(WatchedOps):
 class _Call:
     """What is known of a module that runs once in a forward."""
 
-    entered: int
-    left: int = 0
+    left: int = 0  # when it ended
     sums: int = 0  # of two tensors, inside it
     mib: float = 0.0  # of its output, for one image
     is_alias: bool = False  # its output is its input, perhaps changed in place
@@ -76,7 +75,23 @@ class Replay:
         self.images = images
         self._modules = dict(model.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
-        self._calls, self._entered = _survey(model, self._modules, image)
+        watch = _Survey()
+        with contextlib.ExitStack() as stack:
+            for name, module in self._modules.items():
+                stack.enter_context(module.register_forward_pre_hook(partial(watch.enter, name)))
+                stack.enter_context(module.register_forward_hook(partial(watch.leave, name)))
+            stack.enter_context(watch)
+            model(image)
+        self._entered = watch.entered
+        self._calls = {  # of the modules that can be replayed
+            name: found[0]
+            for name, found in watch.calls.items()
+            if name
+            and len(found) == 1
+            and name not in watch.unfit
+            and (name not in watch.meddling or found[0].is_alias)
+            and not isinstance(self._modules[name], torch.jit.ScriptModule)
+        }
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # by batch
         self._finished: set[str] = set()
 
@@ -162,7 +177,6 @@ class _Survey(Sums):
     def __init__(self) -> None:
         super().__init__(lambda _number, _operands: None)
         self.clock = 0
-        self.sums = 0
         self.storages: dict[int, list[_Call]] = defaultdict(list)  # outputs of modules
         self.alive: list[Tensor] = []  # so that no storage is used twice
         self.made: dict[int, int] = {}  # when a storage was first seen
@@ -177,7 +191,7 @@ class _Survey(Sums):
         self.clock += 1
         self.entered.setdefault(name, self.clock)
         parents = tuple(parent for parent, _ in self.open if parent)
-        self.calls[name].append(_Call(self.clock, sums=self.sums, parents=parents))
+        self.calls[name].append(_Call(sums=self.done, parents=parents))
         self.open.append((name, self.clock))
 
     def leave(self, name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -185,7 +199,7 @@ class _Survey(Sums):
         self.clock += 1
         self.open.pop()
         call = self.calls[name][-1]
-        call.left, call.sums = self.clock, self.sums - call.sums
+        call.left, call.sums = self.clock, self.done - call.sums
         if not isinstance(output, Tensor):
             self.unfit.add(name)
             return
@@ -204,7 +218,6 @@ class _Survey(Sums):
         """Run one op and note what it reads and changes."""
         self.clock += 1
         result = super().op(func, args, kwargs)
-        self.sums = self._done
         for tensor in tensors_in((args, kwargs)):
             for call in self.storages.get(_storage(tensor), ()):
                 call.readers.add(tuple(name for name, _ in self.open))
@@ -224,28 +237,6 @@ class _Survey(Sums):
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def _survey(
-    model: nn.Module, modules: dict[str, nn.Module], image: Tensor
-) -> tuple[dict[str, _Call], dict[str, int]]:
-    """Return the modules that can be replayed, and when each module first runs."""
-    watch = _Survey()
-    with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(module.register_forward_pre_hook(partial(watch.enter, name)))
-            stack.enter_context(module.register_forward_hook(partial(watch.leave, name)))
-        stack.enter_context(watch)
-        model(image)
-    return {
-        name: found[0]
-        for name, found in watch.calls.items()
-        if name
-        and len(found) == 1
-        and name not in watch.unfit
-        and (name not in watch.meddling or found[0].is_alias)
-        and not isinstance(modules[name], torch.jit.ScriptModule)
-    }, watch.entered
 
 
 @dataclass(frozen=True)

@@ -227,9 +227,8 @@ def reduction(tracer: Tracer, call: Call) -> None:
     x = call.args[0]
     dim = call.kwargs.get("dim", call.argument(2 if "norm" in call.name else 1))
     if isinstance(dim, bool) or dim is None or dim == [] or not x.ndim:
-        dims = range(x.ndim)
-    else:
-        dims = dim if isinstance(dim, list | tuple) else [dim]
+        dim = range(x.ndim)
+    dims = [dim] if isinstance(dim, int) else dim
     _label_reduced(tracer, call, {d % x.ndim for d in dims})
 
 

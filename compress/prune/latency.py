@@ -27,7 +27,6 @@ from compress.modules.copying import full_copy
 from compress.modules.inputs import Example, call_inputs
 from compress.modules.sliding import sliding
 from compress.progress import task
-from compress.prune.budget import NAMES, Budget, latency_left, rounds_of
 from compress.prune.latency_table import (
     LatencyTable,
     LayerShape,
@@ -35,7 +34,16 @@ from compress.prune.latency_table import (
     table_for,
     time_calls,
 )
-from compress.prune.selection import CandidateCounts, Counts, Floats, kept_units
+from compress.prune.selection import (
+    NAMES,
+    Budget,
+    CandidateCounts,
+    Counts,
+    Floats,
+    kept_units,
+    latency_left,
+    rounds_of,
+)
 from compress.runtimes import Session, open_built, open_session, runtime_class
 
 AIM = 0.97  # of the limit: what the plan is made for
@@ -156,14 +164,7 @@ def _snapped(one: CandidateCounts, step: int) -> CandidateCounts:
 
 
 class LayerTimes:
-    """The sum of the table's latencies over the layers of a network, by the groups' counts.
-
-    Args:
-        model: The network.
-        example_input: An input for one image.
-        network: What ``trace`` returned for it.
-        table: Latencies of single layers.
-    """
+    """The sum of the table's latencies over the layers of a network, by the groups' counts."""
 
     def __init__(
         self, model: nn.Module, example_input: Example, network: Network, table: LatencyTable

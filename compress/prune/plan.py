@@ -13,19 +13,19 @@ import numpy as np
 from torch import nn
 
 from compress import plugins
-from compress.errors import PlanError, UsageError
+from compress.errors import PlanError, UsageError, nearest
 from compress.groups import Network, trace
 from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import example_shapes
 from compress.modules import network_of, with_gradients
 from compress.modules.inputs import Example, example_of, read_batches
 from compress.modules.outputs import as_places
-from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
 from compress.prune.criteria import Criterion
 from compress.prune.latency import counts_for_latency
 from compress.prune.loss import Answers, Loss, SampledAnswers
 from compress.prune.saliency import Batches, criterion_name, scores
 from compress.prune.selection import (
+    Budget,
     CandidateCounts,
     CostModel,
     Counts,
@@ -36,6 +36,7 @@ from compress.prune.selection import (
     candidate_counts,
     kept_units,
     normalized,
+    one_budget,
     select,
 )
 
@@ -197,7 +198,7 @@ def _with_excluded(
     model: nn.Module, network: Network, names: tuple[str, ...]
 ) -> tuple[Network, dict[int, str]]:
     """Return the network that says why excluded groups stay, and those with the name that does."""
-    excluded = {n: name for name in names for n in groups_of(model, network, name, "exclude")}
+    excluded = {n: name for name in names for n in _groups_of(model, network, name, "exclude")}
     groups = [(network.groups[number].name, name) for number, name in excluded.items()]
     if len(excluded) == len(network.groups):
         reasons = [f"{layer}: {reason}" for layer, reason in network.frozen.items()]
@@ -212,6 +213,57 @@ def _with_excluded(
         )
     why = {group: f"excluded by the name {name!r}" for group, name in groups}
     return dataclasses.replace(network, frozen={**network.frozen, **why}), excluded
+
+
+def _groups_of(model: nn.Module, network: Network, layer: str, option: str) -> list[int]:
+    """Return the groups whose channels ``layer``, or a layer inside it, produces.
+
+    Raises:
+        UsageError: there is no such layer or group; the message names the ``option`` it is under.
+    """
+    found = [
+        number
+        for number, group in enumerate(network.groups)
+        if group.name == layer
+        or any(
+            piece.role == "output" and f"{piece.tensor}.".startswith(f"{layer}.")
+            for piece in group.slices
+        )
+    ]
+    known = [name for name, _ in model.named_modules() if name]
+    if not found and layer not in known:
+        close = nearest(layer, known)
+        names = f"Nearest names: {', '.join(close)}" if close else f"Layers: {', '.join(known[:8])}"
+        raise UsageError(f"there is no layer {layer!r}", where=option, fix=names)
+    return found
+
+
+def _shares_by_group(
+    model: nn.Module, network: Network, shares: Mapping[str, float]
+) -> dict[int, float]:
+    """Return the share of channels that each named group keeps.
+
+    Raises:
+        UsageError: there is no such layer.
+        PlanError: the layer's channels cannot be cut, or two layers of one group contradict.
+    """
+    found: dict[int, float] = {}
+    said_by: dict[int, str] = {}
+    for layer, share in shares.items():
+        numbers = _groups_of(model, network, layer, "keep_channels")
+        if not numbers and share < 1:
+            reason = network.frozen.get(layer, "it produces no channels that could be cut")
+            raise PlanError(f"the channels of this layer stay: {reason}", where=layer)
+        for number in numbers:
+            if found.setdefault(number, share) != share:
+                raise PlanError(
+                    f"keeps {share:g} of its channels but {said_by[number]}, which is cut together "
+                    f"with it, keeps {found[number]:g}",
+                    where=f"keep_channels: {layer}",
+                    fix="Give both the same share, or name one of them",
+                )
+            said_by.setdefault(number, layer)
+    return found
 
 
 def _candidates(
@@ -246,7 +298,7 @@ def _counts_of_channels(
     model: nn.Module, network: Network, candidates: list[CandidateCounts], budget: Budget
 ) -> Counts:
     if isinstance(budget.value, Mapping):
-        shares = shares_by_group(model, network, budget.value)
+        shares = _shares_by_group(model, network, budget.value)
     else:
         shares = dict.fromkeys(range(len(candidates)), budget.value)
     counts = [

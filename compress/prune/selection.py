@@ -1,9 +1,10 @@
-"""Select units to keep from scores and a budget; what a network of given widths costs."""
+"""How far to prune: one budget, what networks of some widths cost, which units are kept."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import sparse
 
+from compress.errors import UsageError
 from compress.groups import Network
+from compress.groups.plan import PrunePlan
 
 Quantity = Literal["macs", "params"]
 Counts = npt.NDArray[np.int64]
@@ -19,7 +22,119 @@ Floats = npt.NDArray[np.float64]
 Ranking = Literal["global", "uniform"]
 Normalize = Literal["auto", "per_cost", "none", "mean", "max", "gaussian"]
 
+Kind = Literal["macs", "params", "channels", "latency", "latency_ms"]
+NAMES: dict[Kind, str] = {
+    "macs": "keep_macs",
+    "params": "keep_params",
+    "channels": "keep_channels",
+    "latency": "keep_latency",
+    "latency_ms": "latency_ms",
+}
+BUDGETS = tuple(NAMES.values())
 STEPS = 32  # rounds in which what a unit costs is brought up to date
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One limit: a share of MACs, parameters, channels (by layer perhaps) or time, or a time."""
+
+    kind: Kind
+    value: float | Mapping[str, float]
+
+    @property
+    def share(self) -> float:
+        """The limit of a budget that is one number."""
+        if isinstance(self.value, Mapping):
+            raise TypeError("keep_channels has one share for each layer")
+        return self.value
+
+    def in_round(self, number: int, rounds: int, done: PrunePlan | None) -> Budget:
+        """Return the budget of one of several rounds, of the network that those before it left.
+
+        ``done`` is the joined plan of the rounds before ``number``, which counts from 1; None if
+        it is the first.
+        """
+        if self.kind == "latency_ms" or isinstance(self.value, Mapping):
+            return self
+        if self.kind == "channels":
+            return Budget(self.kind, self.value ** (1 / rounds))
+        if done is None:
+            left = 1.0
+        elif self.kind == "latency":
+            left = latency_left(rounds_of(done.about))
+        else:
+            before, after = (getattr(done, f"{self.kind}_{when}") for when in ("before", "after"))
+            left = after / before
+        return Budget(self.kind, min(1.0, keep_in_round(self.value, number, rounds) / left))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this budget under the name that the user gave it."""
+        value = dict(self.value) if isinstance(self.value, Mapping) else self.value
+        return {NAMES[self.kind]: value}
+
+
+def one_budget(**budgets: float | Mapping[str, float] | None) -> Budget:
+    """Return the one budget that is given, by its name among ``BUDGETS``.
+
+    Raises:
+        UsageError: none or several are given, or it is out of range.
+    """
+    given = {k: value for k, name in NAMES.items() if (value := budgets.get(name)) is not None}
+    if len(given) != 1:
+        named = " and ".join(NAMES[kind] for kind in given)
+        raise UsageError(
+            f"{named} contradict each other" if given else "no budget says how far to prune",
+            expected=f"exactly one of {', '.join(BUDGETS)}",
+            fix="Leave one of them" if given else "Give for instance keep_macs=0.5",
+        )
+    ((kind, value),) = given.items()
+    if isinstance(value, Mapping):
+        if not value:
+            raise UsageError("keep_channels names no layer", fix="Give {layer: share, ...}")
+        for layer, share in value.items():
+            _check(f"keep_channels[{layer!r}]", share, "channels")
+    else:
+        _check(NAMES[kind], value, kind)
+    return Budget(kind, value)
+
+
+def _check(name: str, value: object, kind: Kind) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "latency_ms":
+        if not is_number or not 0 < float(value) < float("inf"):  # type: ignore[arg-type]
+            raise UsageError(f"{name} is {value!r}", expected="milliseconds above 0")
+    elif not is_number or not 0 < float(value) <= 1:  # type: ignore[arg-type]
+        raise UsageError(
+            f"{name} is {value!r}",
+            expected="the share that is kept, above 0 and at most 1",
+            fix="To keep half, write 0.5",
+        )
+
+
+def keep_in_round(keep: float, number: int, rounds: int) -> float:
+    """Return the share of the *original* that is kept after round ``number`` of ``rounds``.
+
+    Every round keeps the same share of what it finds, so early rounds cut the most channels and
+    late ones the fewest: keep ** (number / rounds). To plan a round on the network that the round
+    before has left, divide by the share that is actually left of it.
+    """
+    if not 1 <= number <= rounds:
+        raise ValueError(f"round {number} of {rounds}")
+    return keep if number == rounds else keep ** (number / rounds)
+
+
+def rounds_of(about: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield what is known of every round of a plan, the last first."""
+    yield about
+    if "after" in about:
+        yield from rounds_of(about["after"])
+
+
+def latency_left(rounds: Iterable[Mapping[str, Any]]) -> float:
+    """Return the share of the original's latency that was measured when ``rounds`` were planned."""
+    facts = (each["latency"] for each in rounds)
+    shares: Iterator[float] = (fact["planned_ms"] / fact["original_ms"] for fact in facts)
+    return math.prod(shares)
 
 
 class CostModel:
@@ -81,17 +196,11 @@ def _matrix(entries: list[tuple[int, int, int]], shape: tuple[int, int]) -> Any:
 
 @dataclass(frozen=True)
 class CandidateCounts:
-    """The counts that one group may keep, and its units in the order in which they are kept.
+    """The counts that one group may keep, and its units in the order in which they are kept."""
 
-    Args:
-        levels: Allowed counts, ascending; the last is the group's size.
-        order: Units by falling score, (C,).
-        scores: Scores in that order, (C,).
-    """
-
-    levels: Counts
-    order: Counts
-    scores: Floats
+    levels: Counts  # allowed counts, ascending; the last is the group's size
+    order: Counts  # units by falling score, (C,)
+    scores: Floats  # in that order, (C,)
 
     @property
     def size(self) -> int:
@@ -109,12 +218,9 @@ class CandidateCounts:
 
 
 def candidate_counts(scores: Floats, *, step: int, at_least: int) -> CandidateCounts:
-    """Return the candidate counts of a group with ``scores``, (C,).
+    """Return the candidate counts of a group with ``scores``, (C,), higher = keep; ties in order.
 
-    Args:
-        scores: Importance of each unit, higher = keep; ties are kept in order.
-        step: Counts below the group's size are multiples of this.
-        at_least: Smallest count, before it is rounded up to a multiple of ``step``.
+    Counts below the group's size are multiples of ``step``, the smallest that is ``at_least``.
     """
     size = len(scores)
     order = np.argsort(-scores, kind="stable")

@@ -95,6 +95,7 @@ class Call:
     kwargs: Mapping[str, Any]
     outputs: tuple[Tensor, ...]
     raw: RawCall
+    is_weighted: bool = False  # a layer that weighs its inputs
     is_reduction: bool = False  # across channels that can be cut
     mask_only: bool = False
 
@@ -267,13 +268,9 @@ def run_traced(
 
 
 class MismatchError(Exception):
-    """The pruned network did something else than the record says it must.
+    """The pruned network did something else, at some step, than the record says it must.
 
-    Args:
-        step: Number of the op.
-        key: The op and the line of the program it came from.
-        why: What was different, with the line of the user's code.
-        other_op: It is another op than the original's, not the same one on other shapes.
+    ``other_op`` says that it is another op than the original's, not the same one on other shapes.
     """
 
     def __init__(self, step: int, key: Key, why: str, *, other_op: bool = False) -> None:

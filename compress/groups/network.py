@@ -157,11 +157,7 @@ class Network:
     indices: tuple[Index, ...] = ()
 
     def kept_units(self, keep: Mapping[str, Positions]) -> npt.NDArray[np.bool_]:
-        """Return, for the units of all groups in a row, which are kept, (sum of sizes,).
-
-        Args:
-            keep: Group name -> kept units; groups left out stay whole.
-        """
+        """Return, for the units of all groups in a row, which are kept, (sum of sizes,)."""
         units = [(np.arange(group.size), group.name) for group in self.groups]
         rows = [np.isin(every, keep.get(name, every)) for every, name in units]
         return np.concatenate([np.zeros(0, bool), *rows])

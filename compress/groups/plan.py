@@ -209,7 +209,12 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
     def kept_of(row: Positions) -> Kept:
         return Kept(len(row), np.flatnonzero(stays_at(row, units)))
 
-    reductions = [reduction.map(kept_of) for reduction in network.reductions]
+    kept_only = []
+    for reduction in network.reductions:
+        item = reduction.map(kept_of)
+        rows = [kept for dims in item.inputs.values() for kept in dims.values()]
+        if item.numbers or any(len(kept.positions) < kept.size for kept in rows):
+            kept_only.append(item)
     tensors = network.kept_positions(chosen)
     attributes: dict[str, dict[str, int]] = {}
     for use in network.followers:
@@ -224,7 +229,7 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
         tensors=tensors,
         shapes={name: network.shapes[name] for name in tensors},
         attributes=attributes,
-        kept_only=tuple(each for each in reductions if each.numbers or _is_cut(each)),
+        kept_only=tuple(kept_only),
         macs_before=network.macs,
         macs_after=sum(
             math.prod(_left_of(layer.shape, tensors.get(name, {}))) * layer.macs_per_element
@@ -263,12 +268,6 @@ def _checked(network: Network, name: str, kept: Any) -> Positions:
 def _left_of(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
     """Return the shape that a cut leaves of ``shape``."""
     return tuple(len(dims[d]) if d in dims else size for d, size in enumerate(shape))
-
-
-def _is_cut(reduction: KeptOnly) -> bool:
-    """Say whether an op loses some of the channels that it looks across."""
-    rows = (kept for dims in reduction.inputs.values() for kept in dims.values())
-    return any(len(kept.positions) < kept.size for kept in rows)
 
 
 def _write_kept_only(item: KeptOnly) -> dict[str, Any]:

@@ -46,10 +46,7 @@ Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label 
 class TraceComparison(WatchedOps):
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
-    Args:
-        record: What the original did. Where its program took values, the copy gets the same ones.
-        stays: Which labels are kept.
-        on: The meta device; None if the copy has values.
+    Where the original's program took values, the copy gets the same ones.
     """
 
     def __init__(self, record: TraceRecord, stays: Stays, on: torch.device | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -60,13 +59,8 @@ def rule(names: str) -> Callable[[Rule], Rule]:
 class Tracer(WatchedOps):
     """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
 
-    Args:
-        constraints: Collects what belongs together.
-        named: Tensor of the model -> (name, labels for each dimension).
-        distrusted: Ops and their places whose channels must stay, and why.
-        training: The mode that the network is in.
-        on: Where tensors that the program makes are made; None leaves that to the program.
-        constants: Values of the model's buffers of whole numbers.
+    ``named`` are the tensors of the model with their names and labels, ``distrusted`` ops whose
+    channels must stay, and why, ``constants`` the values of buffers of whole numbers.
     """
 
     def __init__(
@@ -75,8 +69,8 @@ class Tracer(WatchedOps):
         named: Sequence[tuple[Tensor, str, Axes]],
         distrusted: Mapping[Key, str],
         training: bool,
-        on: torch.device | None = None,
-        constants: Mapping[str, Positions] = types.MappingProxyType({}),
+        on: torch.device | None,
+        constants: Mapping[str, Positions],
     ) -> None:
         super().__init__(on)
         self._constants = constants
@@ -94,7 +88,6 @@ class Tracer(WatchedOps):
         self._loose: dict[int, dict[int, Loose]] = {}  # storage -> by identity of the labels
         self._taken: list[Loose] = []  # channels that numbers which the program took are made of
         self._positions: dict[int, Loose] = {}  # storage of numbers of channels -> those channels
-        self._is_weighted = False
         for tensor, _, _ in named:
             self._register(tensor)
         self._places = {_memory(tensor): name for tensor, name, _ in named}
@@ -176,12 +169,7 @@ class Tracer(WatchedOps):
             why = f"{call.name} gives their numbers at {here()}"
             self._positions[_memory(numbers)[0]] = (axis, why)
 
-    def weighted(self) -> None:
-        """Note that the running op is a layer that weighs its inputs."""
-        self._is_weighted = True
-
     def _pass_on(self, call: Call, inputs: Sequence[Tensor]) -> None:
-        weighted, self._is_weighted = self._is_weighted, False
         if not self._loose and not self._positions:
             return
         storages = [_memory(tensor)[0] for tensor in inputs]
@@ -189,7 +177,7 @@ class Tracer(WatchedOps):
             for storage in storages:
                 if storage in self._positions:
                     self.constraints.freeze(*self._positions[storage])
-        if weighted:
+        if call.is_weighted:
             return
         for held in [self._loose[s] for s in storages if s in self._loose]:
             if call.name == "_local_scalar_dense":

@@ -62,12 +62,7 @@ class Replay:
     computed once for each batch; later passes get its output from memory. Outputs that only such
     modules read are not kept. Modules that run several times in a forward, return anything but one
     tensor, return a part or another shape of their input, or change a tensor of others in place,
-    are computed in every pass.
-
-    Args:
-        model: In eval mode. It is left as it was after every pass.
-        image: What to look at it with, (1, C, H, W).
-        images: In all batches.
+    are computed in every pass. The network, in eval mode, is left as it was after every pass.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, images: int) -> None:
@@ -103,10 +98,8 @@ class Replay:
     def passing(self, batch: int, limit: int, skip: Callable[[int], None]) -> Iterator[None]:
         """Let one forward pass of a batch reuse what was computed before, and keep what is new.
 
-        Args:
-            batch: Number of the batch.
-            limit: Modules that have left before this moment do not change any more.
-            skip: Told of sums of two tensors that are left out.
+        Modules that have left before ``limit`` do not change any more. ``skip`` is told of sums of
+        two tensors that are left out.
         """
         kept = self._kept[batch]
         done = {name for name, call in self._calls.items() if call.left < limit}
@@ -241,17 +234,11 @@ def _storage(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Join:
-    """A residual addition: a layer's output, as it is or after a BatchNorm, is one operand.
+    """A residual addition: a layer's output, as it is or after a BatchNorm, is one operand."""
 
-    Args:
-        number: Which of the sums of one forward it is.
-        other: Which of its two operands is not the layer's.
-        norm: The BatchNorm between the layer and the sum, in eval mode.
-    """
-
-    number: int
-    other: int
-    norm: _BatchNorm | None = None
+    number: int  # which of the sums of one forward it is
+    other: int  # which of its two operands is not the layer's
+    norm: _BatchNorm | None = None  # between the layer and the sum, in eval mode
 
     def gain(self) -> Tensor | float:
         """Return what the layer's answer must change by to change the sum by 1: (C,), or 1.
@@ -269,12 +256,8 @@ class Join:
 def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[nn.Module, Join]:
     """Return the addition that each layer's output goes into, if the other operand comes first.
 
-    Where the answers of two layers meet, this is so for the one that runs last.
-
-    Args:
-        model: A network in eval mode.
-        layers: Those to look for; each runs once in a forward.
-        image: What to run it on, (1, C, H, W).
+    Where the answers of two layers meet, this is so for the one that runs last. Each of ``layers``
+    runs once in a forward of ``model``, which is in eval mode.
     """
     found: dict[nn.Module, Join] = {}
     started: dict[nn.Module, int] = {}

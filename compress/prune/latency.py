@@ -311,13 +311,8 @@ class Stopwatch(ExitStack):
     """Latency of networks on a runtime, each timed in turns with the uncut one.
 
     A machine is faster in one minute than in the next. What is measured is therefore a ratio, and
-    the milliseconds are that ratio times those of the uncut network at the start.
-
-    Args:
-        original: The uncut network.
-        example_input: An input for one image.
-        runtime: Where it is measured.
-        original_ms: What the uncut network takes, if that was measured before.
+    the milliseconds are that ratio times those of the uncut network at the start, or those that
+    were measured before: ``original_ms``.
     """
 
     def __init__(

@@ -77,11 +77,7 @@ class LatencyTable:
     def ms(self, shape: LayerShape, inputs: int, outputs: int, whole: tuple[int, int]) -> float:
         """Return the latency of one layer, ms.
 
-        Args:
-            shape: The layer.
-            inputs: Its input channels.
-            outputs: Its output channels.
-            whole: Input and output channels before anything is cut: the far corner of the plane.
+        ``whole`` are its channels before anything is cut: the far corner of the plane.
         """
         question = (shape, inputs, outputs)
         if question not in self._answers:

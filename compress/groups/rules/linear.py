@@ -74,7 +74,7 @@ def _weighed(tracer: Tracer, call: Call, weight: Tensor, made: Axis, taken: Axis
     if tracer.is_constant(weight):
         tracer.reduced(call, [taken])
     else:
-        tracer.weighted()
+        call.is_weighted = True
 
 
 def _note_use(

@@ -32,13 +32,10 @@ def cat(tracer: Tracer, call: Call) -> None:
         elif all(row[d] is None for row in rows):
             axes.append(None)
         else:
-            sizes = [t.shape[d] for t in tensors]
-            axes.append(np.concatenate(list(map(_filled, (row[d] for row in rows), sizes))))
+            fixed = [np.zeros(t.shape[d], np.int32) for t in tensors]
+            pairs = zip((row[d] for row in rows), fixed, strict=True)
+            axes.append(np.concatenate([stays if a is None else a for a, stays in pairs]))
     tracer.label(out, axes)
-
-
-def _filled(axis: Axis, size: int) -> Labels:
-    return np.zeros(size, np.int32) if axis is None else axis
 
 
 @rule("stack")

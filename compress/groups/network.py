@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Generic, Literal, TypeVar
 
@@ -60,10 +60,9 @@ class Layer:
     the uses of a shared weight summed.
     """
 
-    weight: str  # name in the state dict
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the weight
     macs_per_element: int
-    output_dim: int  # dimension of ``weight`` that holds the filters
+    output_dim: int  # dimension that holds the filters
     input_dim: int
 
     @property
@@ -100,15 +99,6 @@ class KeptIndex:
         new = np.zeros(max(int(self.values.max()), int(self.kept.max())) + 1, np.int64)
         new[self.kept] = np.arange(len(self.kept))
         return np.asarray(new[self.values])
-
-
-@dataclass(frozen=True)
-class Index:
-    """A buffer of the model by which the program picks channels."""
-
-    tensor: str
-    units: Positions  # (P,) number of the unit of each channel it may pick, -1 for those that stay
-    values: Positions
 
 
 @dataclass(frozen=True)
@@ -154,7 +144,8 @@ class Network:
     followers: tuple[AttributeUse, ...] = ()  # attributes that the surgery sets
     reductions: tuple[Reduction[Positions], ...] = ()
     side_outputs: tuple[str, ...] = ()  # attributes that the forward leaves cut channels on
-    indices: tuple[Index, ...] = ()
+    # Buffers that pick channels: the unit of each channel they may pick, -1: it stays; their values
+    indices: Mapping[str, tuple[Positions, Positions]] = field(default_factory=dict)
 
     def kept_units(self, keep: Mapping[str, Positions]) -> npt.NDArray[np.bool_]:
         """Return, for the units of all groups in a row, which are kept, (sum of sizes,)."""

@@ -222,7 +222,7 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
         if not stay.all():
             new = int(stay.sum()) // use.scale
             attributes.setdefault(use.attribute.module, {})[use.attribute.name] = new
-    picks = [(pick, stays_at(pick.units, units)) for pick in network.indices]
+    picks = {n: (values, stays_at(row, units)) for n, (row, values) in network.indices.items()}
     return PrunePlan(
         groups=chosen,
         group_sizes={g.name: g.size for g in network.groups},
@@ -242,8 +242,8 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
         ),
         frozen=dict(network.frozen),
         indices={
-            pick.tensor: KeptIndex(pick.values, np.flatnonzero(stay))
-            for pick, stay in picks
+            name: KeptIndex(values, np.flatnonzero(stay))
+            for name, (values, stay) in picks.items()
             if not stay.all()
         },
         about=remembered,

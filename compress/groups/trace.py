@@ -30,7 +30,7 @@ from compress.groups.forward import (
     run_traced,
 )
 from compress.groups.labels import Axes, Axis, Components, Constraints, find_units, layer_name
-from compress.groups.network import AttributeUse, Index, Layer, Network, Positions, stays_at
+from compress.groups.network import AttributeUse, Layer, Network, Positions, stays_at
 from compress.groups.plan import make_prune_plan
 from compress.groups.replay import compared
 from compress.groups.traced_ints import Attribute, tag_attributes
@@ -201,7 +201,7 @@ class _Traced:
             before = layers[use.weight].macs if use.weight in layers else 0
             each = round((use.macs / batch + before) / size)
             output, taken = _dim_of(axes, use.output, 0), _dim_of(axes, use.input, 1)
-            layers[use.weight] = Layer(use.weight, shape, each, output, taken)
+            layers[use.weight] = Layer(shape, each, output, taken)
         return layers
 
     def _network(self) -> Network:
@@ -220,10 +220,7 @@ class _Traced:
             parameters=frozenset(name for name, _ in self._model.named_parameters()),
             followers=tuple(followers.values()),
             reductions=tuple(reduction for reduction in found if reduction.inputs),
-            indices=tuple(
-                Index(name, self._unit_of[axis], self._constants[name])
-                for name, axis in indexed.items()
-            ),
+            indices={n: (self._unit_of[axis], self._constants[n]) for n, axis in indexed.items()},
             side_outputs=tuple(
                 n
                 for n, rows in self._left.items()

@@ -216,7 +216,7 @@ def layer_module(shape: LayerShape, inputs: int, outputs: int) -> nn.Module:
         return nn.Linear(inputs, outputs)
     rank = len(shape.kernel)
     kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
-    groups = outputs if shape.groups == 0 else math.gcd(shape.groups, math.gcd(inputs, outputs))
+    groups = math.gcd(shape.groups or outputs, inputs, outputs)
     before, after = shape.padding[:rank], shape.padding[rank:]
     options = {"stride": shape.stride, "dilation": shape.dilation, "groups": groups}
     if before == after:
@@ -249,7 +249,7 @@ def layer_graph(shape: LayerShape, inputs: int, outputs: int) -> onnx.ModelProto
         weight = draw.standard_normal((inputs, outputs)).astype(np.float32)
         node = helper.make_node("Gemm", ["input", "weight", "bias"], ["output"])
     else:
-        groups = outputs if shape.groups == 0 else math.gcd(shape.groups, math.gcd(inputs, outputs))
+        groups = math.gcd(shape.groups or outputs, inputs, outputs)
         weight = draw.standard_normal((outputs, inputs // groups, *shape.kernel)).astype(np.float32)
         node = helper.make_node(
             "Conv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -231,19 +232,9 @@ def _role(name: str, dim: int, layers: Mapping[str, Layer]) -> Role:
     return "output" if dim == layer.output_dim else "input"
 
 
-_ENDINGS = (
-    ".weight",
-    ".weight_v",
-    ".weight_orig",
-    ".parametrizations.weight.original",
-    ".parametrizations.weight.original0",
-    ".parametrizations.weight.original1",
-)
+_ENDING = re.compile(r"\.(weight(_v|_orig)?|parametrizations\.weight\.original[01]?)$")
 
 
 def layer_name(tensor: str) -> str:
     """Return the layer that a weight belongs to: its name without ``.weight``."""
-    for ending in _ENDINGS:
-        if tensor.endswith(ending):
-            return tensor.removesuffix(ending)
-    return tensor
+    return _ENDING.sub("", tensor)

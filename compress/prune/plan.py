@@ -141,10 +141,9 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
             model, example, network, candidates, importance, budget, runtime
         )
         about["budget"]["runtime"] = runtime
-    elif budget.kind == "channels":
-        counts = _counts_of_channels(model, network, candidates, budget)
     else:
-        counts = _counts_of_cost(network, candidates, budget, ranking, normalize == "per_cost")
+        per_cost = normalize == "per_cost"
+        counts = _counts(model, network, candidates, budget, ranking, per_cost=per_cost)
     about |= {"outputs": places} if places is not None else {}
     about |= {"side_outputs": network.side_outputs} if network.side_outputs else {}
     return make_prune_plan(marked, kept_units(network, candidates, counts), **about)
@@ -294,20 +293,6 @@ def _importance(cost: CostModel, candidates: list[CandidateCounts], way: Normali
     return [one.scores * weight for one, weight in zip(candidates, weights, strict=True)]
 
 
-def _counts_of_channels(
-    model: nn.Module, network: Network, candidates: list[CandidateCounts], budget: Budget
-) -> Counts:
-    if isinstance(budget.value, Mapping):
-        shares = _shares_by_group(model, network, budget.value)
-    else:
-        shares = dict.fromkeys(range(len(candidates)), budget.value)
-    counts = [
-        one.level_at_most(shares.get(number, 1.0) * one.size)
-        for number, one in enumerate(candidates)
-    ]
-    return np.array(counts, dtype=np.int64)
-
-
 def _whole_layers(network: Network) -> str:
     """Return how many layers stay whole, and why most of them do, to end a sentence with."""
     for why, layers in Counter(network.frozen.values()).most_common(1):
@@ -316,13 +301,25 @@ def _whole_layers(network: Network) -> str:
     return ""
 
 
-def _counts_of_cost(
+def _counts(
+    model: nn.Module,
     network: Network,
     candidates: list[CandidateCounts],
     budget: Budget,
     ranking: Ranking,
+    *,
     per_cost: bool,
 ) -> Counts:
+    """Return the units that each group keeps within a budget of channels, MACs or parameters."""
+    if budget.kind == "channels":
+        shares: dict[int, float] = {}
+        if isinstance(budget.value, Mapping):
+            shares, others = _shares_by_group(model, network, budget.value), 1.0
+        else:
+            others = budget.value
+        pairs = enumerate(candidates)
+        kept = [one.level_at_most(shares.get(number, others) * one.size) for number, one in pairs]
+        return np.array(kept, dtype=np.int64)
     cost = CostModel(network)
     quantity: Quantity = "params" if budget.kind == "params" else "macs"
     share = budget.share

@@ -309,22 +309,17 @@ class _Mixing:
         return torch.from_numpy(np.sort(chosen))
 
 
-def _readers(model: nn.Module, network: Network) -> Iterator[tuple[Group, Slice, nn.Module]]:
-    """Yield the layers that read a group, and where."""
-    modules = dict(model.named_modules())
-    for group in network.groups:
-        for piece in group.slices:
-            owner = modules.get(piece.tensor.rpartition(".")[0])
-            if piece.role == "input" and isinstance(owner, _ConvNd | nn.Linear):
-                yield group, piece, owner
-
-
 def _watched(
     model: nn.Module, network: Network, need: Need, chunks: Iterable[Inputs], seed: int
 ) -> Evidence:
     """Run ``model`` and return what enters the layers that read channels."""
     watches: dict[Any, tuple[nn.Module, Any]] = {}
-    for group, piece, owner in _readers(model, network):
+    modules = dict(model.named_modules())
+    pieces = [(group, piece) for group in network.groups for piece in group.slices]
+    for group, piece in pieces:
+        owner = modules.get(piece.tensor.rpartition(".")[0])
+        if piece.role != "input" or not isinstance(owner, _ConvNd | nn.Linear):
+            continue
         if need == "activations":
             channels = -1 if isinstance(owner, nn.Linear) else 1
             statistics = _InputStatistics(network.shapes[piece.tensor][piece.dim], channels)

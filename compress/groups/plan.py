@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress import artifact
@@ -216,38 +217,41 @@ def make_prune_plan(network: Network, keep: Mapping[str, Any], **about: Any) -> 
         if item.numbers or any(len(kept.positions) < kept.size for kept in rows):
             kept_only.append(item)
     tensors = network.kept_positions(chosen)
-    attributes: dict[str, dict[str, int]] = {}
-    for use in network.followers:
-        stay = stays_at(use.counted, units)
+
+    def left_of(name: str) -> int:
+        return math.prod(_left_of(network.shapes[name], tensors.get(name, {})))
+
+    indices = {}
+    for name, (row, values) in network.indices.items():
+        stay = stays_at(row, units)
         if not stay.all():
-            new = int(stay.sum()) // use.scale
-            attributes.setdefault(use.attribute.module, {})[use.attribute.name] = new
-    picks = {n: (values, stays_at(row, units)) for n, (row, values) in network.indices.items()}
+            indices[name] = KeptIndex(values, np.flatnonzero(stay))
     return PrunePlan(
         groups=chosen,
         group_sizes={g.name: g.size for g in network.groups},
         tensors=tensors,
         shapes={name: network.shapes[name] for name in tensors},
-        attributes=attributes,
+        attributes=_attributes(network, units),
         kept_only=tuple(kept_only),
         macs_before=network.macs,
-        macs_after=sum(
-            math.prod(_left_of(layer.shape, tensors.get(name, {}))) * layer.macs_per_element
-            for name, layer in network.layers.items()
-        ),
+        macs_after=sum(left_of(n) * one.macs_per_element for n, one in network.layers.items()),
         params_before=network.params,
-        params_after=sum(
-            math.prod(_left_of(network.shapes[name], tensors.get(name, {})))
-            for name in network.parameters
-        ),
+        params_after=sum(map(left_of, network.parameters)),
         frozen=dict(network.frozen),
-        indices={
-            name: KeptIndex(values, np.flatnonzero(stay))
-            for name, (values, stay) in picks.items()
-            if not stay.all()
-        },
+        indices=indices,
         about=remembered,
     )
+
+
+def _attributes(network: Network, kept: npt.NDArray[np.bool_]) -> dict[str, dict[str, int]]:
+    """Return the attributes to rewrite: module -> attribute -> new value."""
+    new: dict[str, dict[str, int]] = {}
+    for use in network.followers:
+        stay = stays_at(use.counted, kept)
+        if not stay.all():
+            value = int(stay.sum()) // use.scale
+            new.setdefault(use.attribute.module, {})[use.attribute.name] = value
+    return new
 
 
 def _checked(network: Network, name: str, kept: Any) -> Positions:

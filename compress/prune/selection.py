@@ -117,6 +117,14 @@ def keep_in_round(keep: float, number: int, rounds: int) -> float:
     Every round keeps the same share of what it finds, so early rounds cut the most channels and
     late ones the fewest: keep ** (number / rounds). To plan a round on the network that the round
     before has left, divide by the share that is actually left of it.
+
+    Args:
+        keep: Share of the original kept in the end, in (0, 1].
+        number: 1, 2, ..., rounds.
+        rounds: Rounds in all.
+
+    Returns:
+        The share, in [keep, 1); exactly ``keep`` for the last round.
     """
     if not 1 <= number <= rounds:
         raise ValueError(f"round {number} of {rounds}")

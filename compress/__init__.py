@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.errors import CompressError
     from compress.export import export_onnx
-    from compress.groups.mask import mask_pruning
     from compress.groups.plan import PrunePlan
-    from compress.groups.proof import apply_pruning
+    from compress.groups.proof import apply_pruning, mask_pruning
     from compress.models import load_model, save_model
     from compress.pipeline import run
     from compress.prune import plan_pruning
@@ -64,7 +63,7 @@ _HOMES = {
     "lint_onnx": "compress.qdq.lint",
     "load_model": "compress.models",
     "load_task": "compress.tasks",
-    "mask_pruning": "compress.groups.mask",
+    "mask_pruning": "compress.groups.proof",
     "open_session": "compress.runtimes",
     "plan_pruning": "compress.prune",
     "prune": "compress.prune",

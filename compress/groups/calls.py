@@ -122,32 +122,6 @@ def scalars_in(name: str, args: Any, kwargs: Mapping[str, Any]) -> tuple[float, 
     return tuple(found)
 
 
-def run_op(
-    func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any], on: torch.device | None
-) -> Any:
-    """Return the result of an op; tensors that the program made elsewhere are taken along.
-
-    Args:
-        func: The op.
-        args: Positional arguments.
-        kwargs: Keyword arguments.
-        on: The meta device; None leaves tensors where the program has them.
-    """
-    if on is None:
-        return func(*args, **kwargs)
-    name = op_name(func)
-    fast = _FAST.get(name)
-    if fast is not None and not kwargs:
-        result = fast(func, args)
-        if result is not NotImplemented:
-            return result
-    if name in _FACTORIES and not any(True for _ in tensors_in(args)):
-        kwargs = {**kwargs, "device": on}
-    else:
-        args = _same_device(args)
-    return func(*args, **kwargs)
-
-
 _FACTORIES = frozenset(
     words(
         "zeros ones full empty rand randn arange linspace eye scalar_tensor randint "
@@ -234,12 +208,27 @@ class WatchedOps(TorchDispatchMode):
         super().__init_subclass__()  # type: ignore[no-untyped-call]
 
     def run(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what an op gives."""
-        return run_op(func, args, kwargs, self._on)
+        """Return what an op gives; tensors that the program made elsewhere are taken along."""
+        if self._on is None:
+            return func(*args, **kwargs)
+        name = op_name(func)
+        if (fast := _FAST.get(name)) is not None and not kwargs:
+            result = fast(func, args)
+            if result is not NotImplemented:
+                return result
+        if name in _FACTORIES and not any(True for _ in tensors_in(args)):
+            kwargs = {**kwargs, "device": self._on}
+        else:
+            args = _same_device(args)
+        return func(*args, **kwargs)
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what an op gives."""
         return self.run(func, args, kwargs)
+
+    def whole(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what a call gives that is followed as one op; its own ops just run."""
+        return func(*args, **kwargs)
 
     @contextlib.contextmanager
     def inside_whole(self) -> Iterator[None]:
@@ -276,3 +265,18 @@ class WatchedCalls(TorchFunctionMode, abc.ABC):
             with self:
                 return _without_override_check(func)(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+class FollowedCalls(WatchedCalls):
+    """Hands calls followed as a whole to ``ops``, also those inside PyTorch's functions."""
+
+    def __init__(self, ops: WatchedOps) -> None:
+        super().__init__()
+        self._ops = ops
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call of the program."""
+        if (name := whole_name(func, args)) is None:
+            return self.inside(func, args, kwargs)
+        with self._ops.inside_whole():
+            return self._ops.whole(name, func, args, kwargs)

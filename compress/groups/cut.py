@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import PlanError, did_you_mean
-from compress.groups.network import KeptIndex, Positions
+from compress.groups.network import Positions
 from compress.groups.plan import PrunePlan
 from compress.groups.traced_ints import read_attribute, write_attribute
 from compress.modules import (
@@ -21,33 +21,20 @@ from compress.modules import (
     with_gradients,
 )
 
-Kept = Mapping[str, Mapping[int, Positions]]  # tensor -> dim -> positions kept
 _LARGE_BYTES, _PIECE_BYTES = 2**23, 2**20
 
 
-def cut(
-    model: nn.Module,
-    kept: Kept,
-    attributes: Mapping[str, Mapping[str, int]],
-    indices: Mapping[str, KeptIndex],
-) -> None:
-    """Keep only the given positions of tensors and set attributes, in place.
-
-    Args:
-        model: A copy that may be changed.
-        kept: For each tensor to cut: dimension -> positions that stay.
-        attributes: Module -> attribute (or item, or closure variable) -> new value.
-        indices: Buffers whose values are numbers of channels.
-    """
+def cut(model: nn.Module, plan: PrunePlan) -> None:
+    """Keep only the positions of tensors that the plan keeps and set attributes, in place."""
     modules = dict(model.named_modules())
-    for path, values in attributes.items():
+    for path, values in plan.attributes.items():
         for name, value in values.items():
             write_attribute(modules[path], name, value)
     tensors = dict(parameters_and_buffers(model))
-    swaps = {id(tensors[name]): _shortened(tensors[name], dims) for name, dims in kept.items()}
-    for name, index in indices.items():
+    swaps = {id(tensors[n]): _shortened(tensors[n], dims) for n, dims in plan.tensors.items()}
+    for name, index in plan.indices.items():
         renumbered = torch.from_numpy(index.after()).to(tensors[name])
-        swaps[id(tensors[name])] = _shortened(renumbered, kept.get(name, {}))
+        swaps[id(tensors[name])] = _shortened(renumbered, plan.tensors.get(name, {}))
     changed = {id(module) for module in modules.values() if _swap(module, swaps)}
     for module in modules.values():
         parametrized = getattr(module._modules.get("parametrizations"), "weight", None)
@@ -171,17 +158,13 @@ def cut_by(model: nn.Module, plan: PrunePlan) -> nn.Module:
     model = network_of(model)
     check_fit(model, plan)
     small = aliasing_copy(model)
-    cut(small, plan.tensors, plan.attributes, plan.indices)
+    cut(small, plan)
     own_storage(small, plan.tensors)
     return small
 
 
-def check_fit(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
-    """Return the tensors of ``model`` by name.
-
-    Raises:
-        PlanError: ``model`` lacks a tensor or module of the plan, or a shape is another.
-    """
+def check_fit(model: nn.Module, plan: PrunePlan) -> None:
+    """Raise PlanError where ``model`` lacks a tensor or module of the plan, or a shape differs."""
     tensors = dict(parameters_and_buffers(model))
     fix = "Use the network the plan was made for, not yet pruned, from the same constructor"
     numbers = {name: (len(index.values),) for name, index in plan.indices.items()}
@@ -207,4 +190,3 @@ def check_fit(model: nn.Module, plan: PrunePlan) -> dict[str, Tensor]:
                     where=f"{module}.{name}",
                     fix=fix,
                 )
-    return tensors

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from compress.groups.network import DependentAttribute, Group, Layer, Positions, Role, Slice
+from compress.groups.network import AttributeUse, Group, Layer, Positions, Role, Slice
 from compress.groups.traced_ints import Attribute
 
 Labels = npt.NDArray[np.int32]  # one label per position of a dimension; 0 = must stay
@@ -18,23 +19,6 @@ Axis = Labels | None  # None: nothing along this dimension can be cut
 Axes = tuple[Axis, ...]  # of a tensor
 Named = Sequence[tuple[str, Axes]]  # tensors of the model, in order of first use
 Pairs = list[tuple[Labels, Labels]]
-
-
-@dataclass(frozen=True)
-class AttributeUse:
-    """The program reads an attribute where it must equal ``scale`` x the kept of ``labels``."""
-
-    attribute: Attribute
-    labels: Labels
-    numerator: int
-    denominator: int
-    place: str
-
-    @property
-    def why_fixed(self) -> str:
-        """Why other channels that the attribute counts must stay if this use fixes it."""
-        at = f"{self.attribute.module}.{self.attribute.name}".lstrip(".")
-        return f"{at} fixes other channels too, at {self.place}"
 
 
 @dataclass
@@ -61,11 +45,11 @@ class Components:
         return [(a, b) for a, b in pairs if a is not b and not self._agree(a, b)]
 
     def _agree(self, first: AttributeUse, second: AttributeUse) -> bool:
-        mine, times = np.unique(self.of[first.labels], return_counts=True)
-        other, other_times = np.unique(self.of[second.labels], return_counts=True)
+        mine, times = np.unique(self.of[first.counted], return_counts=True)
+        other, other_times = np.unique(self.of[second.counted], return_counts=True)
         if all(int(component) in self.reasons for component in (*mine, *other)):
             return True  # both stay as they are
-        proportional = times * len(second.labels), other_times * len(first.labels)
+        proportional = times * len(second.counted), other_times * len(first.counted)
         return np.array_equal(mine, other) and np.array_equal(*proportional)
 
 
@@ -100,9 +84,9 @@ class Constraints:
         if labels is not None and labels.any():
             self.frozen.append((labels, reason if isinstance(reason, str) else reason()))
 
-    def reconcile(self, first: AttributeUse, second: AttributeUse) -> bool:
-        """Tie the channels that two uses count, so that both follow; False if that cannot be."""
-        many, few = sorted((first.labels, second.labels), key=len, reverse=True)
+    def reconcile(self, first: Labels, second: Labels) -> bool:
+        """Tie channels that one attribute counts, so that it follows; False if that cannot be."""
+        many, few = sorted((first, second), key=len, reverse=True)
         if len(many) % len(few) or not few.all() or not many.all():
             return False
         self.unify(many, np.tile(few, len(many) // len(few)))
@@ -166,33 +150,13 @@ def _merge(size: int, pairs: npt.NDArray[np.int32]) -> tuple[int, npt.NDArray[np
     return int(count), of
 
 
-@dataclass(frozen=True)
-class Units:
-    """Which unit every label belongs to; -1 where the channel stays."""
-
-    of: npt.NDArray[np.int64]  # (labels,)
-    groups: tuple[Group, ...]
-
-    def along(self, axis: Axis) -> Positions | None:
-        """Return the units of a dimension; None where it has none."""
-        row = None if axis is None else self.of[axis]
-        return None if row is None or (row < 0).all() else row
-
-    def followers(self, uses: Iterable[AttributeUse]) -> tuple[DependentAttribute, ...]:
-        """Return the attributes that the surgery sets: those that count what can be cut."""
-        found: dict[Attribute, DependentAttribute] = {}
-        for use in uses:
-            row, at = self.of[use.labels], use.attribute
-            if (row >= 0).any():
-                scale = use.numerator, use.denominator
-                found.setdefault(at, DependentAttribute(at.module, at.name, row, *scale))
-        return tuple(found.values())
-
-
 def find_units(
     components: Components, produced: Sequence[Labels], named: Named, layers: Mapping[str, Layer]
-) -> Units:
-    """Return the groups of units that can be cut, in the order of the layers that make them."""
+) -> tuple[npt.NDArray[np.int64], tuple[Group, ...]]:
+    """Return the unit of every label, -1 where the channel stays, and the groups of units.
+
+    Groups are in the order of the layers that make them.
+    """
     prunable = np.zeros(components.count, bool)
     for labels in produced:
         prunable[components.of[labels]] = True
@@ -218,7 +182,7 @@ def find_units(
         names[name] = names.get(name, 0) + 1
         number = f"#{names[name]}" if names[name] > 1 else ""
         groups.append(Group(name + number, len(members), slices))
-    return Units(unit_of[components.of], tuple(groups))
+    return unit_of[components.of], tuple(groups)
 
 
 def _groups(
@@ -268,19 +232,9 @@ def _role(name: str, dim: int, layers: Mapping[str, Layer]) -> Role:
     return "output" if dim == layer.output_dim else "input"
 
 
-_ENDINGS = (
-    ".weight",
-    ".weight_v",
-    ".weight_orig",
-    ".parametrizations.weight.original",
-    ".parametrizations.weight.original0",
-    ".parametrizations.weight.original1",
-)
+_ENDING = re.compile(r"\.(weight(_v|_orig)?|parametrizations\.weight\.original[01]?)$")
 
 
 def layer_name(tensor: str) -> str:
     """Return the layer that a weight belongs to: its name without ``.weight``."""
-    for ending in _ENDINGS:
-        if tensor.endswith(ending):
-            return tensor.removesuffix(ending)
-    return tensor
+    return _ENDING.sub("", tensor)

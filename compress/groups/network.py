@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Generic, Literal, TypeVar
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from compress.groups.traced_ints import Attribute
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -36,14 +39,12 @@ class Group:
     """``size`` units; each can be cut, alone, with everything that depends on it.
 
     Units are in the order of the channels of the first layer that makes them. Kept counts are
-    free in 1..size (whatever must stay equal elsewhere is inside one unit already); ``multiple``
-    is what a kept count must be a multiple of.
+    free in 1..size: whatever must stay equal elsewhere is inside one unit already.
     """
 
     name: str  # the layer that makes the channels first, "#2" and so on if it makes several groups
     size: int
     slices: tuple[Slice, ...]
-    multiple: int = 1
 
     @property
     def width(self) -> int:
@@ -59,10 +60,9 @@ class Layer:
     the uses of a shared weight summed.
     """
 
-    weight: str  # name in the state dict
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of the weight
     macs_per_element: int
-    output_dim: int  # dimension of ``weight`` that holds the filters
+    output_dim: int  # dimension that holds the filters
     input_dim: int
 
     @property
@@ -72,16 +72,19 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class DependentAttribute:
-    """An attribute of a module that the surgery sets: ``scale`` x the kept among ``units``."""
+class AttributeUse:
+    """The program reads an attribute where ``scale`` x it must equal the kept of some channels."""
 
-    module: str
-    attribute: (
-        str  # "a", "a.0" for an item of a list, "a.<n>" for a variable a function closes over
-    )
-    units: Positions  # (P,) number of the unit over all groups, -1 for channels that stay
-    numerator: int  # the attribute = kept positions x denominator / numerator
-    denominator: int
+    attribute: Attribute
+    counted: npt.NDArray[Any]  # (P,) labels of channels; then units over all groups, -1: it stays
+    scale: Fraction
+    place: str  # in the program
+
+    @property
+    def why_fixed(self) -> str:
+        """Why other channels that the attribute counts must stay if this use fixes it."""
+        at = f"{self.attribute.module}.{self.attribute.name}".lstrip(".")
+        return f"{at} fixes other channels too, at {self.place}"
 
 
 @dataclass(frozen=True)
@@ -96,15 +99,6 @@ class KeptIndex:
         new = np.zeros(max(int(self.values.max()), int(self.kept.max())) + 1, np.int64)
         new[self.kept] = np.arange(len(self.kept))
         return np.asarray(new[self.values])
-
-
-@dataclass(frozen=True)
-class Index:
-    """A buffer of the model by which the program picks channels."""
-
-    tensor: str
-    units: Positions  # (P,) number of the unit of each channel it may pick, -1 for those that stay
-    values: Positions
 
 
 @dataclass(frozen=True)
@@ -147,17 +141,14 @@ class Network:
     frozen: Mapping[str, str]  # layer -> why its outputs stay, with the line of the user's code
     shapes: Mapping[str, tuple[int, ...]]  # of every tensor of the state dict
     parameters: frozenset[str]  # names of ``shapes`` that count as parameters
-    followers: tuple[DependentAttribute, ...] = ()
+    followers: tuple[AttributeUse, ...] = ()  # attributes that the surgery sets
     reductions: tuple[Reduction[Positions], ...] = ()
     side_outputs: tuple[str, ...] = ()  # attributes that the forward leaves cut channels on
-    indices: tuple[Index, ...] = ()
+    # Buffers that pick channels: the unit of each channel they may pick, -1: it stays; their values
+    indices: Mapping[str, tuple[Positions, Positions]] = field(default_factory=dict)
 
     def kept_units(self, keep: Mapping[str, Positions]) -> npt.NDArray[np.bool_]:
-        """Return, for the units of all groups in a row, which are kept, (sum of sizes,).
-
-        Args:
-            keep: Group name -> kept units; groups left out stay whole.
-        """
+        """Return, for the units of all groups in a row, which are kept, (sum of sizes,)."""
         units = [(np.arange(group.size), group.name) for group in self.groups]
         rows = [np.isin(every, keep.get(name, every)) for every, name in units]
         return np.concatenate([np.zeros(0, bool), *rows])
@@ -179,33 +170,6 @@ class Network:
         for (tensor, dim), mask in stays.items():
             kept.setdefault(tensor, {})[dim] = np.flatnonzero(mask)
         return kept
-
-    def attributes(self, kept: npt.NDArray[np.bool_]) -> dict[str, dict[str, int]]:
-        """Return the attributes to rewrite: module -> attribute -> new value.
-
-        Args:
-            kept: Which units stay, as ``kept_units`` returns it.
-        """
-        new: dict[str, dict[str, int]] = {}
-        for follower in self.followers:
-            stay = stays_at(follower.units, kept)
-            if not stay.all():
-                value = int(stay.sum()) * follower.denominator // follower.numerator
-                new.setdefault(follower.module, {})[follower.attribute] = value
-        return new
-
-    def kept_indices(self, kept: npt.NDArray[np.bool_]) -> dict[str, KeptIndex]:
-        """Return the buffers that number channels, where some of those are cut.
-
-        Args:
-            kept: Which units stay, as ``kept_units`` returns it.
-        """
-        new = {}
-        for index in self.indices:
-            stay = stays_at(index.units, kept)
-            if not stay.all():
-                new[index.tensor] = KeptIndex(index.values, np.flatnonzero(stay))
-        return new
 
     @functools.cached_property
     def owned(self) -> dict[tuple[str, int], dict[int, int]]:

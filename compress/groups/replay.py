@@ -16,25 +16,28 @@ from compress.groups.calls import (
     MAKERS,
     SILENT,
     TAKERS,
-    WatchedCalls,
+    FollowedCalls,
     WatchedOps,
     depends_on_values,
     is_pointwise,
     op_name,
     scalars_in,
     tensors_in,
-    whole_name,
 )
 from compress.groups.forward import (
     MismatchError,
+    Step,
+    TraceRecord,
+    here,
     inputs_in,
     needs_values,
+    place_of,
+    place_text,
     run_traced,
     undisturbed,
 )
 from compress.groups.labels import Axis
 from compress.groups.network import Positions, Reduction
-from compress.groups.record import Step, TraceRecord, here, place_of, place_text
 from compress.modules import set_mode
 
 Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label is kept
@@ -43,10 +46,7 @@ Stays = npt.NDArray[np.bool_]  # (labels,): whether the channel with this label 
 class TraceComparison(WatchedOps):
     """Compares every op with its step in the record: name, numbers and expected shapes.
 
-    Args:
-        record: What the original did. Where its program took values, the copy gets the same ones.
-        stays: Which labels are kept.
-        on: The meta device; None if the copy has values.
+    Where the original's program took values, the copy gets the same ones.
     """
 
     def __init__(self, record: TraceRecord, stays: Stays, on: torch.device | None) -> None:
@@ -71,15 +71,14 @@ class TraceComparison(WatchedOps):
         self._check_numbers(str(func), name, scalars, may_follow=pointwise)
         return self._compare(name, lambda: self.run(func, args, kwargs), dynamic=dynamic)
 
-    def whole(self, name: str, args: Any, kwargs: Any, run: Callable[[], Any]) -> Any:
+    def whole(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a call that was followed as one op and compare it."""
         if name in MAKERS:
             scalars = scalars_in(name, args, kwargs)
             self._check_numbers(f"aten.{name}.whole", name, scalars, may_follow=True)
         else:
             self._check_step(name)
-        with self.inside_whole():
-            return self._compare(name, run)
+        return self._compare(name, lambda: func(*args, **kwargs))
 
     def _check_step(self, name: str) -> Step:
         step = None if self.finished else self._steps[self._done]
@@ -165,18 +164,16 @@ def _reshaped(result: Any, shapes: Iterator[tuple[int, ...]]) -> Any:
     return type(result)(_reshaped(item, shapes) for item in result)
 
 
-class _ReplayCalls(WatchedCalls):
+class _ReplayCalls(FollowedCalls):
     """Hands the program of a replayed network the values that the original's took out."""
 
     def __init__(self, replay: TraceComparison) -> None:
-        super().__init__()
+        super().__init__(replay)
         self._replay = replay
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the program."""
-        if (whole := whole_name(func, args)) is not None:
-            return self._replay.whole(whole, args, kwargs, lambda: func(*args, **kwargs))
-        result = self.inside(func, args, kwargs)
+        result = super().call(func, args, kwargs)
         return self._replay.take(result) if getattr(func, "__name__", "") in TAKERS else result
 
 

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+import compress.groups.rules  # noqa: F401 - they register themselves
 from compress.errors import PlanError, UsageError
 from compress.groups.cut import cut
 from compress.groups.forward import (
+    Key,
     MismatchError,
+    TraceRecord,
     attributes_restored,
     batch_size,
     copied,
@@ -26,12 +29,11 @@ from compress.groups.forward import (
     needs_values,
     run_traced,
 )
-from compress.groups.labels import Axes, Components, Constraints, find_units, layer_name
-from compress.groups.network import Index, Layer, Network, Positions, stays_at
-from compress.groups.record import Key, TraceRecord
+from compress.groups.labels import Axes, Axis, Components, Constraints, find_units, layer_name
+from compress.groups.network import AttributeUse, Layer, Network, Positions, stays_at
+from compress.groups.plan import make_prune_plan
 from compress.groups.replay import compared
-from compress.groups.rules import RULES
-from compress.groups.traced_ints import tag_attributes
+from compress.groups.traced_ints import Attribute, tag_attributes
 from compress.groups.tracer import CallWatcher, Tracer
 from compress.modules import (
     full_copy,
@@ -78,7 +80,7 @@ def trace(
             with_values = True
             traced = _Traced(model, example_input, distrusted, outputs, with_values=True)
             mismatch = traced.probe(number)
-        if mismatch is None or not traced.units.groups:
+        if mismatch is None or not traced.groups:
             break
         distrusted[traced.culprit(mismatch, distrusted)] = mismatch.why
     else:
@@ -131,7 +133,8 @@ class _Traced:
         self._components = self._merged()
         self._layers = self._find_layers()
         order = [(name, self._named[name]) for name in self._touched()]
-        self.units = find_units(self._components, self._constraints.produced, order, self._layers)
+        produced = self._constraints.produced
+        self._unit_of, self.groups = find_units(self._components, produced, order, self._layers)
         self.network = self._network()
 
     def _label_tensors(self) -> dict[str, Axes]:
@@ -155,7 +158,7 @@ class _Traced:
         set_mode(self._model, training=training)
         before = {name: dict(m.__dict__) for name, m in self._model.named_modules()}
         named = [(t, name, self._named[name]) for name, t in self._tensors.items()]
-        how = RULES, distrusted, training, self._on, self._constants
+        how = distrusted, training, self._on, self._constants
         tracer = Tracer(self._constraints, named, *how)
         inputs = inputs_in(self._inputs, training)
         found = run_traced(self._model, inputs, tracer, CallWatcher(tracer))
@@ -187,11 +190,11 @@ class _Traced:
         components, tried = self._constraints.solve(), set()
         while bad := components.conflicts():
             for first, second in bad:
-                pair = (id(first.labels), id(second.labels))
-                if pair in tried or not self._constraints.reconcile(first, second):
-                    self._constraints.freeze(first.labels, second.why_fixed)
-                    self._constraints.freeze(second.labels, first.why_fixed)
-                tried.add(pair)
+                a, b = first.counted, second.counted
+                if (id(a), id(b)) in tried or not self._constraints.reconcile(a, b):
+                    self._constraints.freeze(a, second.why_fixed)
+                    self._constraints.freeze(b, first.why_fixed)
+                tried.add((id(a), id(b)))
             components = self._constraints.solve()
         return components
 
@@ -204,31 +207,37 @@ class _Traced:
             before = layers[use.weight].macs if use.weight in layers else 0
             each = round((use.macs / batch + before) / size)
             output, taken = _dim_of(axes, use.output, 0), _dim_of(axes, use.input, 1)
-            layers[use.weight] = Layer(use.weight, shape, each, output, taken)
+            layers[use.weight] = Layer(shape, each, output, taken)
         return layers
 
     def _network(self) -> Network:
-        units = self.units
-        found = [each.map(units.along) for each in self._forwards[0].reductions]
+        found = [each.map(self._units_along) for each in self._forwards[0].reductions]
+        followers: dict[Attribute, AttributeUse] = {}
+        for use in self._components.uses:
+            row = self._unit_of[use.counted]
+            if (row >= 0).any():
+                followers.setdefault(use.attribute, replace(use, counted=row))
         indexed = {n: axis for f in self._forwards for n, axis in f.indexed.items()}
         return Network(
-            groups=units.groups,
+            groups=self.groups,
             layers=self._layers,
             frozen=self._frozen(),
             shapes=self._shapes,
             parameters=frozenset(name for name, _ in self._model.named_parameters()),
-            followers=units.followers(self._components.uses),
+            followers=tuple(followers.values()),
             reductions=tuple(reduction for reduction in found if reduction.inputs),
-            indices=tuple(
-                Index(name, units.of[axis].astype(np.int64), self._constants[name])
-                for name, axis in indexed.items()
-            ),
+            indices={n: (self._unit_of[axis], self._constants[n]) for n, axis in indexed.items()},
             side_outputs=tuple(
                 n
                 for n, rows in self._left.items()
-                if any(units.along(a) is not None for axes in rows for a in axes)
+                if any(self._units_along(a) is not None for axes in rows for a in axes)
             ),
         )
+
+    def _units_along(self, axis: Axis) -> Positions | None:
+        """Return the units of a dimension; None where it has none."""
+        row = None if axis is None else self._unit_of[axis]
+        return None if row is None or (row < 0).all() else row
 
     def _frozen(self) -> dict[str, str]:
         frozen: dict[str, str] = {}
@@ -237,7 +246,7 @@ class _Traced:
             if axis is None:
                 frozen[layer_name(name)] = "it has a single output channel"
                 continue
-            stays = axis[self.units.of[axis] < 0]
+            stays = axis[self._unit_of[axis] < 0]
             if len(stays):
                 part = f"{len(stays)} of {len(axis)} channels: " if len(stays) < len(axis) else ""
                 why = self._components.reasons.get(int(self._components.of[stays[0]]))
@@ -261,13 +270,11 @@ class _Traced:
         """Cut a random part of every group of a copy and replay it; return what went wrong."""
         rng = np.random.default_rng(seed)
         keep = {}
-        for group in self.units.groups:
+        for group in self.groups:
             count = max(1, int(group.size * rng.uniform(0.4, 0.9)))
             keep[group.name] = np.sort(rng.permutation(group.size)[:count])
-        kept = self.network.kept_units(keep)
-        stays = stays_at(self.units.of, kept)
-        positions, attributes = self.network.kept_positions(keep), self.network.attributes(kept)
-        cut(self._model, positions, attributes, self.network.kept_indices(kept))
+        cut(self._model, make_prune_plan(self.network, keep))
+        stays = stays_at(self._unit_of, self.network.kept_units(keep))
         for number, forward in enumerate(self._forwards):
             replay = compared(self._model, self._inputs, forward, stays, self._on)
             if isinstance(replay, MismatchError):

@@ -49,9 +49,8 @@ class TracedInt(int):
     scale: Fraction
     terms: Mapping[Origin, Fraction]
 
-    def __new__(cls, value: int, origin: Origin | None, scale: Fraction | None = None) -> TracedInt:
+    def __new__(cls, value: int, origin: Origin | None, scale: Fraction = _ONE) -> TracedInt:
         """Return ``value`` with its origin."""
-        scale = Fraction(1) if scale is None else scale
         return cls._sum(value, {} if origin is None else {origin: scale})
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,17 +14,14 @@ from compress.groups.calls import (
     SILENT,
     TAKERS,
     WHOLE,
-    WatchedCalls,
+    FollowedCalls,
     WatchedOps,
     is_pointwise,
     op_name,
     scalars_in,
     tensors_in,
-    whole_name,
 )
-from compress.groups.labels import AttributeUse, Axes, Axis, Constraints, Labels
-from compress.groups.network import Positions, Reduction
-from compress.groups.record import (
+from compress.groups.forward import (
     NO_CALL,
     Call,
     Key,
@@ -35,38 +31,46 @@ from compress.groups.record import (
     here,
     program_place,
 )
+from compress.groups.labels import Axes, Axis, Constraints, Labels
+from compress.groups.network import AttributeUse, Positions, Reduction
 from compress.groups.traced_ints import Attribute, TracedDimension, TracedInt
 
 Memory = tuple[int, tuple[int, ...]]
 Loose = tuple[Labels, str]  # channels that a tensor is made of, or numbers, and how
 _SHAPE = torch.Tensor.shape
 
-
 Rule = Callable[["Tracer", Call], None]
+RULES: dict[str, Rule] = {}  # by op; what the modules in compress.groups.rules register
+
+
+def rule(names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of the ops named.
+
+    "pointwise" is that of pointwise ops without a rule of their own, "unknown" that of others.
+    """
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names.split(), function))
+        return function
+
+    return register
 
 
 class Tracer(WatchedOps):
     """Runs every op on the meta device and lets its rule pass labels from inputs to outputs.
 
-    Args:
-        constraints: Collects what belongs together.
-        named: Tensor of the model -> (name, labels for each dimension).
-        rules: Op name -> rule; "pointwise" is that of pointwise ops, "unknown" that of the others.
-        distrusted: Ops and their places whose channels must stay, and why.
-        training: The mode that the network is in.
-        on: Where tensors that the program makes are made; None leaves that to the program.
-        constants: Values of the model's buffers of whole numbers.
+    ``named`` are the tensors of the model with their names and labels, ``distrusted`` ops whose
+    channels must stay, and why, ``constants`` the values of buffers of whole numbers.
     """
 
     def __init__(
         self,
         constraints: Constraints,
         named: Sequence[tuple[Tensor, str, Axes]],
-        rules: Mapping[str, Rule],
         distrusted: Mapping[Key, str],
         training: bool,
-        on: torch.device | None = None,
-        constants: Mapping[str, Positions] = types.MappingProxyType({}),
+        on: torch.device | None,
+        constants: Mapping[str, Positions],
     ) -> None:
         super().__init__(on)
         self._constants = constants
@@ -84,11 +88,9 @@ class Tracer(WatchedOps):
         self._loose: dict[int, dict[int, Loose]] = {}  # storage -> by identity of the labels
         self._taken: list[Loose] = []  # channels that numbers which the program took are made of
         self._positions: dict[int, Loose] = {}  # storage of numbers of channels -> those channels
-        self._is_weighted = False
         for tensor, _, _ in named:
             self._register(tensor)
         self._places = {_memory(tensor): name for tensor, name, _ in named}
-        self._rules = rules
         self._distrusted = distrusted
 
     def axes(self, tensor: Tensor) -> Axes:
@@ -167,12 +169,7 @@ class Tracer(WatchedOps):
             why = f"{call.name} gives their numbers at {here()}"
             self._positions[_memory(numbers)[0]] = (axis, why)
 
-    def weighted(self) -> None:
-        """Note that the running op is a layer that weighs its inputs."""
-        self._is_weighted = True
-
     def _pass_on(self, call: Call, inputs: Sequence[Tensor]) -> None:
-        weighted, self._is_weighted = self._is_weighted, False
         if not self._loose and not self._positions:
             return
         storages = [_memory(tensor)[0] for tensor in inputs]
@@ -180,7 +177,7 @@ class Tracer(WatchedOps):
             for storage in storages:
                 if storage in self._positions:
                     self.constraints.freeze(*self._positions[storage])
-        if weighted:
+        if call.is_weighted:
             return
         for held in [self._loose[s] for s in storages if s in self._loose]:
             if call.name == "_local_scalar_dense":
@@ -196,12 +193,15 @@ class Tracer(WatchedOps):
         self.constraints.unify(first, second)
         return first
 
+    def tie(self, axes: Sequence[Axis], why: str) -> Axis:
+        """Tie any number of axes together, as ``unify`` does two."""
+        return functools.reduce(lambda a, b: self.unify(a, b, why), axes) if axes else None
+
     def use_attribute(self, count: TracedInt, labels: Labels) -> AttributeUse | None:
         """Return the fact that ``count`` must follow ``labels``; None unless it is an attribute."""
         if not isinstance(count.origin, Attribute) or count < 0:  # -1 is what is left over
             return None
-        scale = count.scale
-        return AttributeUse(count.origin, labels, scale.numerator, scale.denominator, here())
+        return AttributeUse(count.origin, labels, count.scale, here())
 
     def follow(self, count: TracedInt, labels: Labels) -> None:
         """Note that ``count``, where it is an attribute, must follow ``labels``."""
@@ -255,12 +255,10 @@ class Tracer(WatchedOps):
         self._follow(Call(name, func, before, kwargs, (), self.raw[-1]), result)
         return result
 
-    def whole(self, name: str, run: Callable[[], Any]) -> Any:
-        """Return the result of the program's present call, followed as one op."""
-        raw = self.raw[-1]
-        with self.inside_whole():
-            result = run()
-        self._follow(Call(name, raw.function, raw.args, raw.kwargs, (), raw), result)
+    def whole(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call, then the rule that follows it as one op."""
+        result = func(*args, **kwargs)
+        self._follow(Call(name, func, args, kwargs, (), self.raw[-1]), result)
         return result
 
     def _follow(self, call: Call, result: Any) -> None:
@@ -286,8 +284,8 @@ class Tracer(WatchedOps):
         self._assigned.add(id(tensor))
 
     def _apply(self, call: Call, inputs: list[Tensor]) -> None:
-        if (rule := self._rules.get(call.name)) is None:
-            rule = self._rules["pointwise" if is_pointwise(call.func) else "unknown"]
+        if (rule := RULES.get(call.name)) is None:
+            rule = RULES["pointwise" if is_pointwise(call.func) else "unknown"]
         rule(self, call)
         if call.is_reduction:
             self.record.reductions.append(self._reduction(call))
@@ -335,11 +333,11 @@ def _memory(tensor: Tensor) -> Memory:
         return tensor.untyped_storage()._cdata, shape
 
 
-class CallWatcher(WatchedCalls):
+class CallWatcher(FollowedCalls):
     """Remembers the program's own calls for the rules, and turns shapes into TracedInts."""
 
     def __init__(self, tracer: Tracer) -> None:
-        super().__init__()
+        super().__init__(tracer)
         self._tracer = tracer
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -351,9 +349,7 @@ class CallWatcher(WatchedCalls):
         raw = self._tracer.raw
         raw.append(RawCall(func, args, kwargs))
         try:
-            if (whole := whole_name(func, args)) is not None:
-                return self._tracer.whole(whole, lambda: func(*args, **kwargs))
-            result = self.inside(func, args, kwargs)
+            result = super().call(func, args, kwargs)
         finally:
             raw.pop()
         if (name := getattr(func, "__name__", "")) in TAKERS:

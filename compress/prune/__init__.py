@@ -17,13 +17,13 @@ from compress.modules import network_of
 from compress.modules.inputs import Example
 from compress.packages import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
-from compress.prune.budget import BUDGETS, keep_in_round, one_budget
 from compress.prune.criteria import Criterion
-from compress.prune.latency_target import LatencyCheck, check_latency
+from compress.prune.latency import LatencyCheck, check_latency
 from compress.prune.plan import plan_pruning
 from compress.prune.reconstruction import refit
 from compress.prune.reconstruction import refit as reconstruct
 from compress.prune.saliency import Batches
+from compress.prune.selection import BUDGETS, keep_in_round, one_budget
 from compress.prune.sparsity import GroupLasso, WithGroupLasso
 
 __all__ = [

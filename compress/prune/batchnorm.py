@@ -36,10 +36,9 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
     norms = tracking_norms(model)
     if not norms:
         return model
-    before = [
-        (norm, norm.momentum, [buffer.clone() for buffer in norm.buffers(recurse=False)])
-        for norm in norms
-    ]
+    momenta = [norm.momentum for norm in norms]
+    statistics = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+    before = [buffer.clone() for buffer in statistics]
     try:
         with evaluating(model):
             for norm in norms:
@@ -47,9 +46,8 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
                 norm.momentum, norm.training = None, True  # None: a plain average
             _run(model, batches)
     except BaseException as error:
-        for norm, _, statistics in before:
-            for buffer, old in zip(norm.buffers(recurse=False), statistics, strict=True):
-                buffer.copy_(old)
+        for buffer, old in zip(statistics, before, strict=True):
+            buffer.copy_(old)
         if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
             raise DataError(
                 f"a batch is too small to estimate BatchNorm from: {error}",
@@ -57,7 +55,7 @@ def recalibrate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module
             ) from None
         raise
     finally:
-        for norm, momentum, _ in before:
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     return model
 
@@ -85,10 +83,9 @@ def rebase_batchnorm(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for norm, moments in seen.items():
             hooks.enter_context(norm.register_forward_pre_hook(moments))
         _run(model, batches)
-    with torch.no_grad():
-        for norm, moments in seen.items():
-            if moments.count:
-                _rebase(norm, moments)
+    for norm, moments in seen.items():
+        if moments.count:
+            _rebase(norm, moments)
     return model
 
 
@@ -121,6 +118,7 @@ class _Moments:
         self.squares += values.square().sum(1)
 
 
+@torch.no_grad()
 def _rebase(norm: _BatchNorm, moments: _Moments) -> None:
     mean = moments.sum / moments.count
     variance = (moments.squares / moments.count - mean.square()).clamp_min(0.0)

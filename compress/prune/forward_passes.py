@@ -27,19 +27,19 @@ class Sums(WatchedOps):
     def __init__(self, show: Callable[[int, tuple[Tensor, Tensor]], None]) -> None:
         super().__init__()
         self._show = show
-        self._done = 0
+        self.done = 0
 
     def skip(self, count: int) -> None:
         """Count sums that are not done in this pass."""
-        self._done += count
+        self.done += count
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op."""
         if op_name(func) == "add" and not kwargs:
             operands = tuple(each for each in args if isinstance(each, Tensor))
             if len(operands) == 2:
-                self._show(self._done, operands)
-                self._done += 1
+                self._show(self.done, operands)
+                self.done += 1
         return func(*args, **kwargs)
 
 
@@ -47,8 +47,7 @@ class Sums(WatchedOps):
 class _Call:
     """What is known of a module that runs once in a forward."""
 
-    entered: int
-    left: int = 0
+    left: int = 0  # when it ended
     sums: int = 0  # of two tensors, inside it
     mib: float = 0.0  # of its output, for one image
     is_alias: bool = False  # its output is its input, perhaps changed in place
@@ -63,12 +62,7 @@ class Replay:
     computed once for each batch; later passes get its output from memory. Outputs that only such
     modules read are not kept. Modules that run several times in a forward, return anything but one
     tensor, return a part or another shape of their input, or change a tensor of others in place,
-    are computed in every pass.
-
-    Args:
-        model: In eval mode. It is left as it was after every pass.
-        image: What to look at it with, (1, C, H, W).
-        images: In all batches.
+    are computed in every pass. The network, in eval mode, is left as it was after every pass.
     """
 
     def __init__(self, model: nn.Module, image: Tensor, images: int) -> None:
@@ -76,7 +70,23 @@ class Replay:
         self.images = images
         self._modules = dict(model.named_modules())
         self._names = {module: name for name, module in self._modules.items()}
-        self._calls, self._entered = _survey(model, self._modules, image)
+        watch = _Survey()
+        with contextlib.ExitStack() as stack:
+            for name, module in self._modules.items():
+                stack.enter_context(module.register_forward_pre_hook(partial(watch.enter, name)))
+                stack.enter_context(module.register_forward_hook(partial(watch.leave, name)))
+            stack.enter_context(watch)
+            model(image)
+        self._entered = watch.entered
+        self._calls = {  # of the modules that can be replayed
+            name: found[0]
+            for name, found in watch.calls.items()
+            if name
+            and len(found) == 1
+            and name not in watch.unfit
+            and (name not in watch.meddling or found[0].is_alias)
+            and not isinstance(self._modules[name], torch.jit.ScriptModule)
+        }
         self._kept: dict[int, dict[str, Tensor]] = defaultdict(dict)  # by batch
         self._finished: set[str] = set()
 
@@ -88,10 +98,8 @@ class Replay:
     def passing(self, batch: int, limit: int, skip: Callable[[int], None]) -> Iterator[None]:
         """Let one forward pass of a batch reuse what was computed before, and keep what is new.
 
-        Args:
-            batch: Number of the batch.
-            limit: Modules that have left before this moment do not change any more.
-            skip: Told of sums of two tensors that are left out.
+        Modules that have left before ``limit`` do not change any more. ``skip`` is told of sums of
+        two tensors that are left out.
         """
         kept = self._kept[batch]
         done = {name for name, call in self._calls.items() if call.left < limit}
@@ -162,7 +170,6 @@ class _Survey(Sums):
     def __init__(self) -> None:
         super().__init__(lambda _number, _operands: None)
         self.clock = 0
-        self.sums = 0
         self.storages: dict[int, list[_Call]] = defaultdict(list)  # outputs of modules
         self.alive: list[Tensor] = []  # so that no storage is used twice
         self.made: dict[int, int] = {}  # when a storage was first seen
@@ -177,7 +184,7 @@ class _Survey(Sums):
         self.clock += 1
         self.entered.setdefault(name, self.clock)
         parents = tuple(parent for parent, _ in self.open if parent)
-        self.calls[name].append(_Call(self.clock, sums=self.sums, parents=parents))
+        self.calls[name].append(_Call(sums=self.done, parents=parents))
         self.open.append((name, self.clock))
 
     def leave(self, name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -185,7 +192,7 @@ class _Survey(Sums):
         self.clock += 1
         self.open.pop()
         call = self.calls[name][-1]
-        call.left, call.sums = self.clock, self.sums - call.sums
+        call.left, call.sums = self.clock, self.done - call.sums
         if not isinstance(output, Tensor):
             self.unfit.add(name)
             return
@@ -204,7 +211,6 @@ class _Survey(Sums):
         """Run one op and note what it reads and changes."""
         self.clock += 1
         result = super().op(func, args, kwargs)
-        self.sums = self._done
         for tensor in tensors_in((args, kwargs)):
             for call in self.storages.get(_storage(tensor), ()):
                 call.readers.add(tuple(name for name, _ in self.open))
@@ -226,41 +232,13 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _survey(
-    model: nn.Module, modules: dict[str, nn.Module], image: Tensor
-) -> tuple[dict[str, _Call], dict[str, int]]:
-    """Return the modules that can be replayed, and when each module first runs."""
-    watch = _Survey()
-    with contextlib.ExitStack() as stack:
-        for name, module in modules.items():
-            stack.enter_context(module.register_forward_pre_hook(partial(watch.enter, name)))
-            stack.enter_context(module.register_forward_hook(partial(watch.leave, name)))
-        stack.enter_context(watch)
-        model(image)
-    return {
-        name: found[0]
-        for name, found in watch.calls.items()
-        if name
-        and len(found) == 1
-        and name not in watch.unfit
-        and (name not in watch.meddling or found[0].is_alias)
-        and not isinstance(modules[name], torch.jit.ScriptModule)
-    }, watch.entered
-
-
 @dataclass(frozen=True)
 class Join:
-    """A residual addition: a layer's output, as it is or after a BatchNorm, is one operand.
+    """A residual addition: a layer's output, as it is or after a BatchNorm, is one operand."""
 
-    Args:
-        number: Which of the sums of one forward it is.
-        other: Which of its two operands is not the layer's.
-        norm: The BatchNorm between the layer and the sum, in eval mode.
-    """
-
-    number: int
-    other: int
-    norm: _BatchNorm | None = None
+    number: int  # which of the sums of one forward it is
+    other: int  # which of its two operands is not the layer's
+    norm: _BatchNorm | None = None  # between the layer and the sum, in eval mode
 
     def gain(self) -> Tensor | float:
         """Return what the layer's answer must change by to change the sum by 1: (C,), or 1.
@@ -278,12 +256,8 @@ class Join:
 def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[nn.Module, Join]:
     """Return the addition that each layer's output goes into, if the other operand comes first.
 
-    Where the answers of two layers meet, this is so for the one that runs last.
-
-    Args:
-        model: A network in eval mode.
-        layers: Those to look for; each runs once in a forward.
-        image: What to run it on, (1, C, H, W).
+    Where the answers of two layers meet, this is so for the one that runs last. Each of ``layers``
+    runs once in a forward of ``model``, which is in eval mode.
     """
     found: dict[nn.Module, Join] = {}
     started: dict[nn.Module, int] = {}

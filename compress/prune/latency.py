@@ -1,33 +1,57 @@
-"""Prune to a latency: a knapsack over groups, corrected by networks that were measured."""
+"""Prune to a latency: a knapsack over groups, corrected by networks that were measured.
+
+Afterwards ``check_latency`` says whether a pruned network takes the time it was pruned to.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from compress.artifact import scratch
 from compress.errors import PlanError
+from compress.export import export_onnx
 from compress.groups import Network
-from compress.groups.plan import make_prune_plan
+from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.modules import evaluating, full_copy
 from compress.modules.inputs import Example, call_inputs
 from compress.modules.sliding import sliding
 from compress.progress import task
-from compress.prune.budget import NAMES, Budget
-from compress.prune.cost import CostModel, Counts, Floats
-from compress.prune.latency_table import LatencyTable, LayerShape, kernel_step, table_for
-from compress.prune.latency_target import TOLERANCE, LatencyCheck, Stopwatch
-from compress.prune.selection import CandidateCounts
+from compress.prune.latency_table import (
+    LatencyTable,
+    LayerShape,
+    kernel_step,
+    table_for,
+    time_calls,
+)
+from compress.prune.selection import (
+    NAMES,
+    Budget,
+    CandidateCounts,
+    Counts,
+    Floats,
+    kept_units,
+    latency_left,
+    rounds_of,
+)
+from compress.runtimes import Session, open_built, open_session, runtime_class
 
 AIM = 0.97  # of the limit: what the plan is made for
 ATTEMPTS = 8
 MOST_LEVELS = 16  # counts of one group that the knapsack looks at
+TOLERANCE = 0.10  # how far the measured latency may be from the limit
+ROUNDS = 9  # in which two networks take turns
+ROUND_SECONDS = 0.1  # of timed calls of each
+BURST_SECONDS = 2.0  # for which a processor that was idle may run faster than it can go on (1.5x)
 
 
 def counts_for_latency(
@@ -51,7 +75,7 @@ def counts_for_latency(
         network: What ``trace`` returned for it.
         candidates: The counts each group may keep.
         importance: Of each group's units in the order in which they are kept, additive over groups.
-        budget: The limit: milliseconds, or a share of what the uncut network takes.
+        budget: Milliseconds, or a share of what the uncut network takes.
         runtime: Where it is measured.
 
     Returns:
@@ -64,74 +88,42 @@ def counts_for_latency(
     """
     layers = LayerTimes(model, example_input, network, table_for(runtime))
     candidates = [_snapped(one, layers.step(number)) for number, one in enumerate(candidates)]
+    uncut, smallest = (
+        np.array([one.levels[end] for one in candidates], dtype=np.int64) for end in (-1, 0)
+    )
     with Stopwatch(model, example_input, runtime) as stopwatch:
+        measured = [(layers.total(uncut), stopwatch.original_ms)]  # the sum over layers, in all
+
+        def measure(counts: Counts) -> float:
+            plan = make_prune_plan(network, kept_units(network, candidates, counts))
+            measured.append((layers.total(counts), stopwatch.ms(apply_pruning(model, plan))))
+            return measured[-1][1]
+
         original_ms = stopwatch.original_ms
-        trials = _Trials(model, network, candidates, layers, stopwatch)
         limit_ms = budget.share * (original_ms if budget.kind == "latency" else 1.0)
         facts = {"original_ms": round(original_ms, 4), "promised_ms": round(limit_ms, 4)}
         if original_ms <= limit_ms:
-            return trials.uncut, facts | {"planned_ms": round(original_ms, 4), "kept": True}
-        least_ms = trials.ms(trials.smallest)
+            return uncut, facts | {"planned_ms": round(original_ms, 4), "kept": True}
+        least_ms = measure(smallest)
         if least_ms > limit_ms:
             raise _unreachable(budget, runtime, least_ms, original_ms)
-        counts, ms = _slowest_within(limit_ms, trials, importance, f"measure on {runtime}")
+        best, best_ms = smallest, least_ms
+        with task(f"measure on {runtime}") as counter:
+            for _ in range(ATTEMPTS):  # a regula falsi: every plan narrows the sum over layers
+                aim = _layers_for(max(AIM * limit_ms, least_ms), measured)
+                counts = knapsack(candidates, importance, layers.total, layers.changed, aim)
+                ms = measure(counts)
+                counter.advance(note=f"{ms:.3f} ms")
+                if best_ms < ms <= limit_ms:
+                    best, best_ms = counts, ms
+                if (1 - TOLERANCE) * limit_ms <= ms <= limit_ms:
+                    break
     layers.table.save()
-    return counts, facts | {
+    return best, facts | {
         "smallest_ms": round(least_ms, 4),
-        "planned_ms": round(ms, 4),
-        "kept": LatencyCheck(limit_ms, ms, runtime).missed is None,
+        "planned_ms": round(best_ms, 4),
+        "kept": LatencyCheck(limit_ms, best_ms, runtime).missed is None,
     }
-
-
-class _Trials:
-    """Networks cut to some counts and timed: the sum over their layers, and the whole of each."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        network: Network,
-        candidates: Sequence[CandidateCounts],
-        layers: LayerTimes,
-        stopwatch: Stopwatch,
-    ) -> None:
-        self.candidates, self.layers = candidates, layers
-        self._model, self._network, self._stopwatch = model, network, stopwatch
-        self.uncut = np.array([one.size for one in candidates], dtype=np.int64)
-        self.smallest = np.array([one.levels[0] for one in candidates], dtype=np.int64)
-        self.measured = [(layers.total(self.uncut), stopwatch.original_ms)]  # of layers, in all
-
-    def ms(self, counts: Counts) -> float:
-        """Return the latency of the network cut to ``counts``, ms."""
-        choices = zip(self._network.groups, self.candidates, counts, strict=True)
-        keep = {group.name: one.kept(count) for group, one, count in choices}
-        plan = make_prune_plan(self._network, keep)
-        ms = self._stopwatch.ms(apply_pruning(self._model, plan))
-        self.measured.append((self.layers.total(counts), ms))
-        return ms
-
-
-def _slowest_within(
-    limit_ms: float, trials: _Trials, importance: Sequence[Floats], title: str
-) -> tuple[Counts, float]:
-    """Return the counts of the slowest network found that takes ``limit_ms`` at most, and its ms.
-
-    The smallest network, which is fast enough, is the last of ``trials``. A regula falsi: every
-    plan narrows the sum over layers from above or below.
-    """
-    layers, candidates = trials.layers, trials.candidates
-    least_ms = trials.measured[-1][1]
-    best, best_ms = trials.smallest, least_ms
-    with task(title) as counter:
-        for _ in range(ATTEMPTS):
-            aim = _layers_for(max(AIM * limit_ms, least_ms), trials.measured)
-            counts = knapsack(candidates, importance, layers.total, layers.changed, aim)
-            ms = trials.ms(counts)
-            counter.advance(note=f"{ms:.3f} ms")
-            if best_ms < ms <= limit_ms:
-                best, best_ms = counts, ms
-            if (1 - TOLERANCE) * limit_ms <= ms <= limit_ms:
-                break
-    return best, best_ms
 
 
 def _unreachable(budget: Budget, runtime: str, least_ms: float, original_ms: float) -> PlanError:
@@ -171,14 +163,7 @@ def _snapped(one: CandidateCounts, step: int) -> CandidateCounts:
 
 
 class LayerTimes:
-    """The sum of the table's latencies over the layers of a network, by the groups' counts.
-
-    Args:
-        model: The network.
-        example_input: An input for one image.
-        network: What ``trace`` returned for it.
-        table: Latencies of single layers.
-    """
+    """The sum of the table's latencies over the layers of a network, by the groups' counts."""
 
     def __init__(
         self, model: nn.Module, example_input: Example, network: Network, table: LatencyTable
@@ -186,7 +171,7 @@ class LayerTimes:
         self.table = table
         self._shapes = _layer_shapes(model, example_input)
         self._network = network
-        self._lengths = CostModel(network)
+        self._whole: Counts = np.array([group.size for group in network.groups], dtype=np.int64)
         self._widths = {
             tensor: tuple(network.owned.get((tensor, dim), {}) for dim in (0, 1))
             for tensor in self._shapes
@@ -210,22 +195,21 @@ class LayerTimes:
         ]
         if not producers:
             return 1
-        whole = self._lengths.sizes
-        slowest = max(producers, key=lambda tensor: self._ms(tensor, whole))
-        inputs, outputs = self._channels(slowest, whole)
+        slowest = max(producers, key=lambda tensor: self._ms(tensor, self._whole))
+        inputs, outputs = self._channels(slowest, self._whole)
         found = kernel_step(self.table, self._shapes[slowest], inputs, outputs)
         return max(1, found // max(1, group.width))
 
     def _ms(self, tensor: str, counts: Counts) -> float:
         inputs, outputs = self._channels(tensor, counts)
-        whole = self._channels(tensor, self._lengths.sizes)
+        whole = self._channels(tensor, self._whole)
         return self.table.ms(self._shapes[tensor], inputs, outputs, whole)
 
     def _channels(self, tensor: str, counts: Counts) -> tuple[int, int]:
         """Return the input and output channels of a layer at these counts."""
         shape = self._network.shapes[tensor]
         lost = [
-            sum(k * int(self._lengths.sizes[g] - counts[g]) for g, k in owned.items())
+            sum(k * int(self._whole[g] - counts[g]) for g, k in owned.items())
             for owned in self._widths[tensor]
         ]
         outputs, inputs = shape[0] - lost[0], shape[1] - lost[1]
@@ -320,3 +304,103 @@ def knapsack(
             return counts
         _, number, level = max(fits, key=operator.itemgetter(0))
         counts[number] = level
+
+
+class Stopwatch(ExitStack):
+    """Latency of networks on a runtime, each timed in turns with the uncut one.
+
+    A machine is faster in one minute than in the next. What is measured is therefore a ratio, and
+    the milliseconds are that ratio times those of the uncut network at the start, or those that
+    were measured before: ``original_ms``.
+    """
+
+    def __init__(
+        self,
+        original: nn.Module,
+        example_input: Example,
+        runtime: str,
+        original_ms: float | None = None,
+    ) -> None:
+        self._example, self._runtime = example_input, runtime
+        args, kwargs = call_inputs(example_input)
+        self._arrays = [tensor.detach().cpu().numpy() for tensor in (*args, *kwargs.values())]
+        super().__init__()
+        self._reference = self._session(original, self)
+        if original_ms is None:
+            self._time(self._reference, BURST_SECONDS)
+            original_ms = self._time(self._reference, ROUNDS * ROUND_SECONDS)
+        self.original_ms = original_ms
+
+    def ms(self, model: nn.Module) -> float:
+        """Return the latency of ``model``, ms.
+
+        **Method:** exported and loaded; ``ROUNDS`` rounds of calls in turns with the uncut network;
+        the median of the rounds' ratios of median calls, times the uncut network's milliseconds.
+        """
+        with ExitStack() as stack:
+            session = self._session(model, stack)
+            ratios = []
+            for _ in range(ROUNDS):
+                reference = self._time(self._reference, ROUND_SECONDS)
+                ratios.append(self._time(session, ROUND_SECONDS) / reference)
+        return float(np.median(ratios)) * self.original_ms
+
+    def _time(self, session: Session, seconds: float) -> float:
+        return time_calls(lambda: session.run(*self._arrays), seconds)
+
+    def _session(self, model: nn.Module, stack: ExitStack) -> Session:
+        if runtime_class(self._runtime).opens == "network":
+            return stack.enter_context(open_session(model, self._runtime))
+        folder = stack.enter_context(scratch())
+        example: Any = self._example
+        example = tuple(example) if isinstance(example, list) else example
+        path = export_onnx(model, example, folder / "network.onnx")
+        return stack.enter_context(open_built(path, self._runtime))
+
+
+@dataclass(frozen=True)
+class LatencyCheck:
+    """Whether a pruned network takes the time it was meant to take."""
+
+    promised_ms: float
+    measured_ms: float
+    runtime: str
+    is_cut: bool = True  # whether anything had to be cut for it
+
+    @property
+    def missed(self) -> str | None:
+        """By how much the limit is missed, if by more than ``TOLERANCE``, up or down; else None.
+
+        A network much faster than asked for was cut more than needed, unless nothing was cut.
+        """
+        ratio = self.measured_ms / self.promised_ms
+        if ratio > 1 + TOLERANCE:
+            return f"{self.measured_ms:.3f} ms is {100 * (ratio - 1):.0f} % slower than asked for"
+        if ratio < 1 - TOLERANCE and self.is_cut:
+            return (
+                f"{self.measured_ms:.3f} ms is {100 * (1 - ratio):.0f} % faster than asked for: "
+                "no network between was found, so more was cut than needed"
+            )
+        return None
+
+
+def check_latency(
+    pruned: nn.Module, original: nn.Module, plan: PrunePlan, example_input: Example
+) -> LatencyCheck:
+    """Measure a pruned network and compare it with the milliseconds it was pruned to.
+
+    Raises:
+        PlanError: the plan, or a round of it, was made for something else than a latency.
+    """
+    last, *earlier = rounds = list(rounds_of(plan.about))
+    if not all("latency" in each for each in rounds):
+        raise PlanError(
+            "the plan has no latency target",
+            expected="one made with keep_latency or latency_ms, in every round of it",
+        )
+    runtime, original_ms = last["budget"]["runtime"], rounds[-1]["latency"]["original_ms"]
+    if (promised_ms := last["budget"].get("latency_ms")) is None:
+        promised_ms = last["budget"]["keep_latency"] * latency_left(earlier) * original_ms
+    with Stopwatch(original, example_input, runtime, original_ms) as stopwatch:
+        measured = stopwatch.ms(pruned)
+    return LatencyCheck(promised_ms, measured, runtime, bool(plan.tensors))

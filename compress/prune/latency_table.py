@@ -72,17 +72,12 @@ class LatencyTable:
         self._file = file
         self._known: dict[str, dict[str, float]] = _read(file)
         self._answers: dict[tuple[LayerShape, int, int], float] = {}
-        self.steps: dict[tuple[LayerShape, int, int], int] = {}  # what kernel_step has found
         self.measured = 0  # points that this table has measured itself
 
     def ms(self, shape: LayerShape, inputs: int, outputs: int, whole: tuple[int, int]) -> float:
         """Return the latency of one layer, ms.
 
-        Args:
-            shape: The layer.
-            inputs: Its input channels.
-            outputs: Its output channels.
-            whole: Input and output channels before anything is cut: the far corner of the plane.
+        ``whole`` are its channels before anything is cut: the far corner of the plane.
         """
         question = (shape, inputs, outputs)
         if question not in self._answers:
@@ -136,7 +131,11 @@ class LatencyTable:
         points = self._known.setdefault(shape.key, {})
         place = f"{inputs},{outputs}"
         if place not in points:
-            points[place] = _checked(round(self.measure(shape, inputs, outputs), 6), shape.key)
+            ms = round(self.measure(shape, inputs, outputs), 6)
+            if not 0 < ms < LONGEST_MS:
+                fix = "Measure again; check the clock"
+                raise EngineError(f"was measured to take {ms} ms", where=shape.key, fix=fix)
+            points[place] = ms
             self.measured += 1
         return points[place]
 
@@ -167,15 +166,6 @@ def _read(file: Path | None) -> dict[str, dict[str, float]]:
         reason = error.what if isinstance(error, RunError) else "holds no table of latencies"
         progress.warn(f"{file}: {reason}; it is measured again")
         return {}
-
-
-def _checked(ms: float, where: str) -> float:
-    """Return a latency; raise EngineError where no layer can have it."""
-    if not 0 < ms < LONGEST_MS:
-        raise EngineError(
-            f"was measured to take {ms} ms", where=where, fix="Measure again; check the clock"
-        )
-    return ms
 
 
 @functools.lru_cache(maxsize=8)
@@ -226,7 +216,7 @@ def layer_module(shape: LayerShape, inputs: int, outputs: int) -> nn.Module:
         return nn.Linear(inputs, outputs)
     rank = len(shape.kernel)
     kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1]
-    groups = outputs if shape.groups == 0 else math.gcd(shape.groups, math.gcd(inputs, outputs))
+    groups = math.gcd(shape.groups or outputs, inputs, outputs)
     before, after = shape.padding[:rank], shape.padding[rank:]
     options = {"stride": shape.stride, "dilation": shape.dilation, "groups": groups}
     if before == after:
@@ -259,7 +249,7 @@ def layer_graph(shape: LayerShape, inputs: int, outputs: int) -> onnx.ModelProto
         weight = draw.standard_normal((inputs, outputs)).astype(np.float32)
         node = helper.make_node("Gemm", ["input", "weight", "bias"], ["output"])
     else:
-        groups = outputs if shape.groups == 0 else math.gcd(shape.groups, math.gcd(inputs, outputs))
+        groups = math.gcd(shape.groups or outputs, inputs, outputs)
         weight = draw.standard_normal((outputs, inputs // groups, *shape.kernel)).astype(np.float32)
         node = helper.make_node(
             "Conv",
@@ -286,18 +276,15 @@ def _input_shape(shape: LayerShape, inputs: int) -> tuple[int, ...]:
     return (1, inputs, *shape.size) if shape.kernel else (shape.rows, inputs)
 
 
+@functools.cache
 def kernel_step(table: LatencyTable, shape: LayerShape, inputs: int, outputs: int) -> int:
     """Return the multiple of output channels that the runtime's kernels work in: 16, 8, 4 or 1.
 
     A step of s shows in that half a step less than a full one buys next to nothing: 56 channels
     take as long as 64 when kernels work on 16 at a time.
     """
-    key = (shape, inputs, outputs)
-    if key not in table.steps:
-        table.steps[key] = next(
-            (step for step in (16, 8, 4) if _is_step(table, shape, inputs, outputs, step)), 1
-        )
-    return table.steps[key]
+    steps = (step for step in (16, 8, 4) if _is_step(table, shape, inputs, outputs, step))
+    return next(steps, 1)
 
 
 def _is_step(table: LatencyTable, shape: LayerShape, inputs: int, outputs: int, step: int) -> bool:

@@ -80,15 +80,12 @@ def checked(loss: Loss, output: Any, target: Any) -> Tensor:
     Raises:
         UsageError: it is no scalar that depends on the network, or not finite.
     """
-    value = loss(output, target)
-    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
-        kind = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value)
-        raise UsageError(
-            f"loss returns {kind}, without gradient"
-            if isinstance(value, Tensor) and not value.requires_grad
-            else f"loss returns {kind}",
-            expected="a scalar tensor computed from the network's outputs",
-        )
+    value, expected = loss(output, target), "a scalar tensor computed from the network's outputs"
+    if not isinstance(value, Tensor):
+        raise UsageError(f"loss returns {type(value)}", expected=expected)
+    if value.numel() != 1 or not value.requires_grad:
+        without = "" if value.requires_grad else ", without gradient"
+        raise UsageError(f"loss returns of shape {tuple(value.shape)}{without}", expected=expected)
     if not torch.isfinite(value):
         raise UsageError(f"loss returns {float(value)}", fix="Check the loss, weights and targets")
     return value.reshape(())
@@ -104,7 +101,9 @@ def _kind(logits: Tensor, target: Tensor) -> Kind:
             return "binary cross-entropy"
         used = target[target != _IGNORED]
         fits = not used.numel() or int(used.max()) < classes
-        if classes > 1 and fits and _without_one(target) == (*logits.shape[2:],):
+        shape = tuple(target.shape[1:])  # of one image's labels; (B, 1, H, W) has one channel
+        shape = shape[1:] if len(shape) in (1, 3) and shape[0] == 1 else shape
+        if classes > 1 and fits and shape == (*logits.shape[2:],):
             return "cross-entropy"
         raise DataError(
             f"the network's output {tuple(logits.shape)} does not fit labels "
@@ -149,29 +148,7 @@ def _computed(kind: Kind, logits: Tensor, target: Tensor) -> Tensor:
     return F.mse_loss(logits, target)
 
 
-def _without_one(target: Tensor) -> tuple[int, ...]:
-    """Return the shape of one image's labels, without a channel of size one: (B, 1, H, W)."""
-    shape = tuple(target.shape[1:])
-    return shape[1:] if len(shape) in (1, 3) and shape[0] == 1 else shape
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What of a network's outputs counts, and what it is.
-
-    Args:
-        kind: "classes" (the main output holds logits), "numbers", or "auto": classes where the
-            main output is (B, K) or (B, K, H, W), K at least 2, and no more are named.
-        outputs: Places of the outputs that count; all, or the main one of classes, if None.
-    """
-
-    kind: Answers = "auto"
-    outputs: tuple[str, ...] | None = None
-
-
-AS_SEEN = Reading()
-
-
+@dataclass
 class SampledAnswers:
     """The negative log-likelihood of answers drawn from the network's own; no labels are used.
 
@@ -180,14 +157,21 @@ class SampledAnswers:
     random projection of them is a sample of the Gauss-Newton matrix, and several outputs add up.
 
     Args:
-        reading: Which outputs count, and what they are.
+        kind: "classes" (the main output holds logits), "numbers", or "auto": classes where the
+            main output is (B, K) or (B, K, H, W), K at least 2, and no more are named.
+        outputs: Places of the outputs that count; all, or the main one of classes, if None.
         temperature: Divides the logits.
         seed: Of the draws.
     """
 
-    def __init__(self, reading: Reading, temperature: float, seed: int) -> None:
-        self.reading, self.temperature = reading, temperature
-        self.generator = torch.Generator().manual_seed(seed)
+    kind: Answers = "auto"
+    outputs: tuple[str, ...] | None = None
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Start drawing."""
+        self.generator = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, output: Any, _target: Any) -> Tensor:
         """Return a scalar whose gradients are one sample.
@@ -198,7 +182,7 @@ class SampledAnswers:
         """
         found = [
             tensor
-            for _, tensor in chosen_outputs(named_tensors(output), self.reading.outputs)
+            for _, tensor in chosen_outputs(named_tensors(output), self.outputs)
             if tensor.is_floating_point() and tensor.requires_grad and tensor.numel()
         ]
         if not found:
@@ -207,8 +191,8 @@ class SampledAnswers:
                 expected="floating-point outputs",
                 fix="Name others in outputs, or use a criterion without gradients: l2, activation",
             )
-        main, kind = found[0], self.reading.kind
-        is_alone = len(found) == 1 or self.reading.outputs is None
+        main, kind = found[0], self.kind
+        is_alone = len(found) == 1 or self.outputs is None
         are_logits = is_alone and main.ndim in (2, 4) and main.shape[1] > 1
         if kind == "classes" or (kind == "auto" and are_logits):
             return self._of_classes(logits_of(main))
@@ -240,6 +224,9 @@ class SampledAnswers:
         each_image = max(1, values[0].numel()) if values.ndim else 1
         scale = len(values) * each_image**0.5 if values.ndim else 1.0
         return (output * (weights * signs.to(weights)).to(output.dtype)).sum() / scale
+
+
+AS_SEEN = SampledAnswers()
 
 
 def _finite(values: Tensor) -> Tensor:

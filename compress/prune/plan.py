@@ -7,61 +7,40 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 from torch import nn
 
-from compress.errors import PlanError, UsageError
+from compress import plugins
+from compress.errors import PlanError, UsageError, nearest
 from compress.groups import Network, trace
 from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import example_shapes
 from compress.modules import network_of, with_gradients
 from compress.modules.inputs import Example, example_of, read_batches
 from compress.modules.outputs import as_places
-from compress.prune.budget import Budget, groups_of, one_budget, shares_by_group
-from compress.prune.cost import CostModel, Counts, Floats, Quantity
 from compress.prune.criteria import Criterion
 from compress.prune.latency import counts_for_latency
-from compress.prune.loss import Answers, Loss, Reading
-from compress.prune.saliency import Batches
-from compress.prune.scoring import build_criterion, criterion_name, criterion_options, scores
+from compress.prune.loss import Answers, Loss, SampledAnswers
+from compress.prune.saliency import Batches, criterion_name, scores
 from compress.prune.selection import (
+    Budget,
     CandidateCounts,
+    CostModel,
+    Counts,
+    Floats,
     Normalize,
+    Quantity,
     Ranking,
     candidate_counts,
+    kept_units,
     normalized,
+    one_budget,
     select,
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a plan must respect besides its budget.
-
-    Args:
-        round_to: Kept channels of a group are a multiple of this (or all of them).
-        min_channels: Channels that every group keeps at least.
-        max_cut: Largest share of a group's channels that may go, in (0, 1].
-        exclude: Layers whose output channels stay.
-    """
-
-    round_to: int = 1
-    min_channels: int = 1
-    max_cut: float = 1.0
-    exclude: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("round_to", "min_channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} is {value!r}", expected="a whole number, at least 1")
-        if not isinstance(self.max_cut, int | float) or not 0 < self.max_cut <= 1:
-            raise UsageError(f"max_cut is {self.max_cut!r}", expected="a share above 0, at most 1")
 
 
 @with_gradients()
@@ -135,45 +114,67 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
         keep_macs=keep_macs, keep_params=keep_params, keep_channels=keep_channels,
         keep_latency=keep_latency, latency_ms=latency_ms,
     )  # fmt: skip
-    named = (exclude,) if isinstance(exclude, str) else tuple(exclude)
-    limits = Limits(round_to, min_channels, max_cut, named)
+    limits = _Limits(round_to, min_channels, max_cut, exclude)
     _check_choices(ranking=(ranking, Ranking), normalize=(normalize, Normalize),
                    answers=(answers, Answers))  # fmt: skip
-    scorer = build_criterion(criterion, seed)
+    if isinstance(criterion, str | Mapping):
+        criterion = cast("Criterion", plugins.create("criteria", criterion, seed=seed))
     if normalize == "auto":
-        normalize = "per_cost" if getattr(scorer, "estimates_loss", False) else "mean"
+        normalize = "per_cost" if getattr(criterion, "estimates_loss", False) else "mean"
     model, example, places = network_of(model), example_of(example_input), as_places(outputs)
     batches = None if batches is None else read_batches(batches, example)
     network = trace(model, example, places)
     _check_counted(network, budget)
     marked, excluded = _with_excluded(model, network, limits.exclude)
-    rows = scores(model, network, scorer, batches, seed, loss, Reading(answers, places))
-    found = [normalized(row, normalize) for row in rows]
-    candidates = _candidates(network, found, limits, excluded)
+    own = SampledAnswers(answers, places, seed=seed)
+    found = scores(model, network, criterion, batches, loss, own)
+    rows = [normalized(row, normalize) for row in found]
+    candidates = _candidates(network, rows, limits, excluded)
     about: dict[str, Any] = {
-        "criterion": {criterion_name(scorer): criterion_options(scorer)},
-        "budget": budget.to_json(),
-        "ranking": ranking,
-        "normalize": normalize,
-        "limits": dataclasses.asdict(limits),
-        "seed": seed,
+        "criterion": {criterion_name(criterion): _options(criterion)}, "budget": budget.to_json(),
+        "ranking": ranking, "normalize": normalize, "limits": vars(limits), "seed": seed,
         "example": example_shapes(example),
-    }
+    }  # fmt: skip
     if budget.kind in ("latency", "latency_ms"):
         importance = _importance(CostModel(network), candidates, normalize)
         counts, about["latency"] = counts_for_latency(
             model, example, network, candidates, importance, budget, runtime
         )
         about["budget"]["runtime"] = runtime
-    elif budget.kind == "channels":
-        counts = _counts_of_channels(model, network, candidates, budget)
     else:
-        counts = _counts_of_cost(network, candidates, budget, ranking, normalize == "per_cost")
+        per_cost = normalize == "per_cost"
+        counts = _counts(model, network, candidates, budget, ranking, per_cost=per_cost)
     about |= {"outputs": places} if places is not None else {}
     about |= {"side_outputs": network.side_outputs} if network.side_outputs else {}
-    choices = zip(network.groups, candidates, counts, strict=True)
-    keep = {group.name: one.kept(count) for group, one, count in choices}
-    return make_prune_plan(marked, keep, **about)
+    return make_prune_plan(marked, kept_units(network, candidates, counts), **about)
+
+
+class _Limits:
+    """What a plan must respect besides its budget."""
+
+    def __init__(
+        self, round_to: int, min_channels: int, max_cut: float, exclude: Iterable[str]
+    ) -> None:
+        for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UsageError(f"{name} is {value!r}", expected="a whole number, at least 1")
+        if not isinstance(max_cut, int | float) or not 0 < max_cut <= 1:
+            raise UsageError(f"max_cut is {max_cut!r}", expected="a share above 0, at most 1")
+        self.round_to, self.min_channels, self.max_cut = round_to, min_channels, max_cut
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+
+def _check_choices(**options: tuple[object, Any]) -> None:
+    """Refuse an option, given with the ``Literal`` of what it may be, that is something else."""
+    for option, (value, kind) in options.items():
+        if value not in get_args(kind):
+            expected = f"one of: {', '.join(get_args(kind))}"
+            raise UsageError(f"{option} is {value!r}", expected=expected)
+
+
+def _options(criterion: Criterion) -> dict[str, Any]:
+    names = getattr(type(criterion), "__dataclass_fields__", {})
+    return {name: getattr(criterion, name) for name in names}
 
 
 def _check_counted(network: Network, budget: Budget) -> None:
@@ -192,20 +193,11 @@ def _check_counted(network: Network, budget: Budget) -> None:
     )
 
 
-def _check_choices(**options: tuple[object, Any]) -> None:
-    """Refuse an option, given with the ``Literal`` of what it may be, that is something else."""
-    for option, (value, kind) in options.items():
-        if value not in get_args(kind):
-            raise UsageError(
-                f"{option} is {value!r}", expected=f"one of: {', '.join(get_args(kind))}"
-            )
-
-
 def _with_excluded(
     model: nn.Module, network: Network, names: tuple[str, ...]
 ) -> tuple[Network, dict[int, str]]:
     """Return the network that says why excluded groups stay, and those with the name that does."""
-    excluded = {n: name for name in names for n in groups_of(model, network, name, "exclude")}
+    excluded = {n: name for name in names for n in _groups_of(model, network, name, "exclude")}
     groups = [(network.groups[number].name, name) for number, name in excluded.items()]
     if len(excluded) == len(network.groups):
         reasons = [f"{layer}: {reason}" for layer, reason in network.frozen.items()]
@@ -222,13 +214,64 @@ def _with_excluded(
     return dataclasses.replace(network, frozen={**network.frozen, **why}), excluded
 
 
+def _groups_of(model: nn.Module, network: Network, layer: str, option: str) -> list[int]:
+    """Return the groups whose channels ``layer``, or a layer inside it, produces.
+
+    Raises:
+        UsageError: there is no such layer or group; the message names the ``option`` it is under.
+    """
+    found = [
+        number
+        for number, group in enumerate(network.groups)
+        if group.name == layer
+        or any(
+            piece.role == "output" and f"{piece.tensor}.".startswith(f"{layer}.")
+            for piece in group.slices
+        )
+    ]
+    known = [name for name, _ in model.named_modules() if name]
+    if not found and layer not in known:
+        close = nearest(layer, known)
+        names = f"Nearest names: {', '.join(close)}" if close else f"Layers: {', '.join(known[:8])}"
+        raise UsageError(f"there is no layer {layer!r}", where=option, fix=names)
+    return found
+
+
+def _shares_by_group(
+    model: nn.Module, network: Network, shares: Mapping[str, float]
+) -> dict[int, float]:
+    """Return the share of channels that each named group keeps.
+
+    Raises:
+        UsageError: there is no such layer.
+        PlanError: the layer's channels cannot be cut, or two layers of one group contradict.
+    """
+    found: dict[int, float] = {}
+    said_by: dict[int, str] = {}
+    for layer, share in shares.items():
+        numbers = _groups_of(model, network, layer, "keep_channels")
+        if not numbers and share < 1:
+            reason = network.frozen.get(layer, "it produces no channels that could be cut")
+            raise PlanError(f"the channels of this layer stay: {reason}", where=layer)
+        for number in numbers:
+            if found.setdefault(number, share) != share:
+                raise PlanError(
+                    f"keeps {share:g} of its channels but {said_by[number]}, which is cut together "
+                    f"with it, keeps {found[number]:g}",
+                    where=f"keep_channels: {layer}",
+                    fix="Give both the same share, or name one of them",
+                )
+            said_by.setdefault(number, layer)
+    return found
+
+
 def _candidates(
-    network: Network, found: list[Any], limits: Limits, excluded: Mapping[int, str]
+    network: Network, found: list[Floats], limits: _Limits, excluded: Mapping[int, str]
 ) -> list[CandidateCounts]:
     """Return the counts each group may keep; limits are in channels, counts in units."""
     candidates = []
     for number, (group, values) in enumerate(zip(network.groups, found, strict=True)):
-        step = math.lcm(limits.round_to // math.gcd(limits.round_to, group.width), group.multiple)
+        step = limits.round_to // math.gcd(limits.round_to, group.width)
         at_least = max(
             math.ceil(limits.min_channels / group.width),
             math.ceil(group.size * (1 - limits.max_cut) - 1e-9),
@@ -250,20 +293,6 @@ def _importance(cost: CostModel, candidates: list[CandidateCounts], way: Normali
     return [one.scores * weight for one, weight in zip(candidates, weights, strict=True)]
 
 
-def _counts_of_channels(
-    model: nn.Module, network: Network, candidates: list[CandidateCounts], budget: Budget
-) -> Counts:
-    if isinstance(budget.value, Mapping):
-        shares = shares_by_group(model, network, budget.value)
-    else:
-        shares = dict.fromkeys(range(len(candidates)), budget.value)
-    counts = [
-        one.level_at_most(shares.get(number, 1.0) * one.size)
-        for number, one in enumerate(candidates)
-    ]
-    return np.array(counts, dtype=np.int64)
-
-
 def _whole_layers(network: Network) -> str:
     """Return how many layers stay whole, and why most of them do, to end a sentence with."""
     for why, layers in Counter(network.frozen.values()).most_common(1):
@@ -272,13 +301,25 @@ def _whole_layers(network: Network) -> str:
     return ""
 
 
-def _counts_of_cost(
+def _counts(
+    model: nn.Module,
     network: Network,
     candidates: list[CandidateCounts],
     budget: Budget,
     ranking: Ranking,
+    *,
     per_cost: bool,
 ) -> Counts:
+    """Return the units that each group keeps within a budget of channels, MACs or parameters."""
+    if budget.kind == "channels":
+        shares: dict[int, float] = {}
+        if isinstance(budget.value, Mapping):
+            shares, others = _shares_by_group(model, network, budget.value), 1.0
+        else:
+            others = budget.value
+        pairs = enumerate(candidates)
+        kept = [one.level_at_most(shares.get(number, others) * one.size) for number, one in pairs]
+        return np.array(kept, dtype=np.int64)
     cost = CostModel(network)
     quantity: Quantity = "params" if budget.kind == "params" else "macs"
     share = budget.share

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, get_args
@@ -209,9 +209,8 @@ def _asked(
     pairs: Sequence[_LayerFit], original: Replay, images: Sequence[Tensor]
 ) -> Iterator[_LayerFit]:
     """Run the original once for all ``pairs``, yield them, and forget each one's answers after."""
-    notes = [_Note(pair.before, pair.calls, pair.join, pair.note) for pair in pairs]
     for number, batch in enumerate(images):
-        _run(original, number, batch, notes)
+        _run(original, number, batch, {pair.before: (pair, pair.note) for pair in pairs})
     for pair in pairs:
         yield pair
         pair.answers.clear()
@@ -254,7 +253,7 @@ def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
         rows += seen.shape[1]
 
     for number, batch in enumerate(images):
-        _run(pruned, number, batch, [_Note(pair.layer, pair.calls, pair.join, add)])
+        _run(pruned, number, batch, {pair.layer: (pair, add)})
     if rows >= LEAST_ROWS_PER_FEATURE * pair.features:
         _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
 
@@ -262,23 +261,15 @@ def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
 Show = Callable[[Tensor, Tensor, Tensor | None], None]  # input, answer, what it is added to
 
 
-@dataclass(frozen=True)
-class _Note:
-    """What is to be seen of one layer while a network runs."""
-
-    layer: nn.Module
-    calls: int
-    join: Join | None
-    show: Show
-
-
-def _run(replay: Replay, number: int, images: Tensor, notes: Sequence[_Note]) -> None:
-    """Run a network until all that is asked for was shown, call by call.
+def _run(
+    replay: Replay, number: int, images: Tensor, shows: Mapping[nn.Module, tuple[_LayerFit, Show]]
+) -> None:
+    """Run a network until every call of some of its layers was shown.
 
     What ran before the first of the layers is final, and not computed again.
     """
-    missing = sum(note.calls for note in notes)
-    joined = {note.join.number: note for note in notes if note.join is not None}
+    missing = sum(pair.calls for pair, _ in shows.values())
+    joined = {pair.join.number: (pair.join, show) for pair, show in shows.values() if pair.join}
     waiting: dict[int, tuple[Tensor, Tensor]] = {}  # input and answer, by the sum to come
 
     def shown() -> None:
@@ -287,25 +278,25 @@ def _run(replay: Replay, number: int, images: Tensor, notes: Sequence[_Note]) ->
         if not missing:
             raise _EnoughSeen
 
-    def seen(note: _Note, _module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
-        if note.join is not None:
-            waiting[note.join.number] = inputs[0], answer
+    def seen(layer: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        pair, show = shows[layer]
+        if pair.join is not None:
+            waiting[pair.join.number] = inputs[0], answer
             return
-        note.show(inputs[0], answer, None)
+        show(inputs[0], answer, None)
         shown()
 
     def summed(number: int, operands: tuple[Tensor, Tensor]) -> None:
-        note = joined.get(number)
-        if note is not None and note.join is not None:
-            note.show(*waiting.pop(number), operands[note.join.other])
+        if number in joined:
+            join, show = joined[number]
+            show(*waiting.pop(number), operands[join.other])
             shown()
 
     sums = Sums(summed)
-    limit = min(replay.entered(note.layer) for note in notes)
+    limit = min(map(replay.entered, shows))
     with contextlib.ExitStack() as stack:
-        for note in notes:
-            hook = functools.partial(seen, note)
-            stack.enter_context(note.layer.register_forward_hook(hook))
+        for layer in shows:
+            stack.enter_context(layer.register_forward_hook(seen))
         stack.enter_context(replay.passing(number, limit, sums.skip))
         stack.enter_context(contextlib.suppress(_EnoughSeen))
         stack.enter_context(sums if joined else contextlib.nullcontext())
@@ -314,10 +305,8 @@ def _run(replay: Replay, number: int, images: Tensor, notes: Sequence[_Note]) ->
 
 def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:
     """Return what the layer sees at some places of its output, by group: (G, rows, F)."""
-    if isinstance(layer, nn.Linear):
-        seen = x.flatten(0, -2).unsqueeze(0)
-    else:
-        seen = _windows(layer, x, places)
+    is_linear = isinstance(layer, nn.Linear)
+    seen = x.flatten(0, -2).unsqueeze(0) if is_linear else _windows(layer, x, places)
     if layer.bias is not None:
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], 1)], dim=2)
     return seen

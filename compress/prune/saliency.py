@@ -1,4 +1,4 @@
-"""Saliency statistics for data-driven criteria: gradients, curvature and activations."""
+"""Scores of all units by a criterion; what it needs of images: gradients, activations."""
 
 from __future__ import annotations
 
@@ -6,46 +6,116 @@ import contextlib
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from compress.errors import CompressError, DataError
+from compress.errors import CompressError, DataError, PlanError, UsageError
 from compress.groups import Group, Network, Slice
 from compress.modules import evaluating, with_gradients
 from compress.modules.detectors import on_batch
 from compress.modules.inputs import Inputs, read_batches
-from compress.prune.criteria import Evidence, Need
-from compress.prune.loss import AS_SEEN, FittingLoss, Loss, Reading, SampledAnswers, checked
+from compress.prune.criteria import ChannelGroup, Criterion, Evidence, Need
+from compress.prune.loss import AS_SEEN, FittingLoss, Loss, SampledAnswers, checked
+from compress.prune.selection import Floats
 
 Batches = Iterable[Any]  # each as ``compress.modules.inputs.read_batch`` reads it
 Place = tuple[str, int]  # a parameter and one of its dimensions
 
 LABELLED = ("gradients", "hessian")
-WATCHED = ("activations", "correlations")  # without gradients, in batches as they come
+NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+IMAGES_PER_GRADIENT = 16
 PLACES = 16  # of each image that correlations are taken at
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How gradients are sampled.
+def scores(
+    model: nn.Module,
+    network: Network,
+    criterion: Criterion,
+    batches: Batches | None = None,
+    loss: Loss | None = None,
+    answers: SampledAnswers = AS_SEEN,
+) -> list[Floats]:
+    """Return the importance of the units of every group, (C,) each, higher = keep.
 
-    Args:
-        images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
-        temperature: Divides the logits that "answers" are drawn from.
-        seed: Seed of the answers drawn, and of the random signs behind the curvature.
+    The seed of ``answers``, which says how the network's own are drawn, is that of all random
+    choices; ``loss`` is of what the network returns and the targets, by default the one that fits.
+
+    Raises:
+        UsageError: the criterion needs images and ``batches`` is None or empty, or takes no loss.
+        PlanError: it gives something else than one finite number for each unit, or the same to all.
     """
+    name, needs = criterion_name(criterion), getattr(criterion, "needs", ())
+    wanted = cast("tuple[Need, ...]", (needs,) if isinstance(needs, str) else needs)
+    if loss is not None and not {*LABELLED} & {*wanted}:
+        raise UsageError(
+            f"criterion {name!r} takes no gradients of a loss, but loss= is given",
+            fix="Leave loss out, or use taylor or hessian",
+        )
+    if wanted and batches is None:
+        raise UsageError(
+            f"criterion {name!r} needs {' and '.join(wanted)} on images, and no images are given",
+            expected="batches of images (B, C, H, W) and labels (B,)",
+            fix="Pass batches=, or use a criterion that needs none, such as l2",
+        )
+    shown = list(batches or ()) if len(wanted) > 1 else batches or ()
+    answers = replace(answers, temperature=getattr(criterion, "temperature", 1.0))
+    given = functools.partial(checked, loss) if loss is not None else None
+    images = getattr(criterion, "images_per_gradient", IMAGES_PER_GRADIENT)
+    seen = Evidence()
+    for need in wanted:
+        of = answers if need == "answers" else given
+        found = evidence(model, network, need, shown, of, images, answers.seed)
+        seen = replace(seen, **{field: value for field, value in vars(found).items() if value})
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    scales = frozenset(f"{n}.weight" for n, m in model.named_modules() if isinstance(m, NORMS))
+    norms: dict[tuple[str, int, int], Tensor] = {}
+    with torch.no_grad():
+        rows = [
+            _finite(criterion(ChannelGroup(group, tensors, scales, seen, norms)), group)
+            for group in network.groups
+        ]
+    values = np.concatenate(rows)
+    if len(values) > 1 and (values == values[0]).all():
+        because = (
+            ": outputs of an untrained network may not depend on its images; or use the criterion "
+            "l1; from Python, give batches and a loss= whose gradient reaches it"
+        )
+        raise PlanError(
+            f"the criterion {name!r} gives every channel the same score, "
+            f"{values[0]:g}: it does not say which to keep",
+            fix=f"Give trained weights{because if wanted else ', or use the criterion random'}",
+        )
+    return rows
 
-    images_per_gradient: int = 16
-    temperature: float = 1.0
-    seed: int = 0
+
+def _finite(found: Tensor, group: Group) -> Floats:
+    if tuple(found.shape) != (group.size,):
+        raise PlanError(
+            f"the criterion gives scores of shape {tuple(found.shape)}",
+            where=group.name,
+            expected=f"one for each of its {group.size} channels",
+        )
+    values = found.double().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise PlanError(
+            "the criterion gives scores that are not finite",
+            where=group.name,
+            fix="Check the weights for NaN or infinity",
+        )
+    return values
 
 
-AS_USUAL = Sampling()
+def criterion_name(criterion: Criterion) -> str:
+    """Return the name of a criterion as users write it."""
+    module = type(criterion).__module__
+    is_plugin = module.startswith("compress.prune.criteria.")
+    return module.rpartition(".")[2] if is_plugin else type(criterion).__name__
 
 
 @with_gradients()
@@ -54,10 +124,9 @@ def evidence(
     network: Network,
     need: Need,
     batches: Batches,
-    sampling: Sampling = AS_USUAL,
-    *,
     loss: Loss | None = None,
-    reading: Reading = AS_SEEN,
+    images_per_gradient: int = IMAGES_PER_GRADIENT,
+    seed: int = 0,
 ) -> Evidence:
     """Return the saliency statistics that a criterion ``need``s, of ``batches`` through ``model``.
 
@@ -66,40 +135,39 @@ def evidence(
     Args:
         model: The network to be pruned.
         network: What ``trace`` returned for it.
-        need: "gradients", "answers", "hessian", "activations" or "correlations".
+        need: What is to be filled in.
         batches: Images, float32 (B, C, H, W), alone or with their targets, as ``read_batch`` reads
             them; "gradients" and "hessian" need targets, as ``FittingLoss`` takes them.
-        sampling: How many images a gradient is taken over, and what is drawn at random.
-        loss: Of what the network returns and the targets, a scalar; by default the one that fits.
-        reading: Which outputs "answers" are drawn from, and what they are.
+        loss: Of what the network returns and the targets, a scalar; by default ``SampledAnswers``
+            for "answers", else the one that fits.
+        images_per_gradient: Images that one gradient, or one curvature sample, is taken over.
+        seed: Seed of random choices.
 
     Raises:
         UsageError: there is not one batch.
         DataError: the model's output and the labels do not go together.
     """
-    loss_of: Loss = SampledAnswers(reading, sampling.temperature, sampling.seed)
-    if need in LABELLED:
-        loss_of = functools.partial(checked, loss) if loss is not None else FittingLoss()
-    size = None if need in WATCHED else sampling.images_per_gradient
-    chunks = _chunks(model, batches, size, loss_of)
+    if loss is None:
+        loss = SampledAnswers(seed=seed) if need == "answers" else FittingLoss()
+    is_watched = need in ("activations", "correlations")  # without gradients, batches as they come
+    size, see = None if is_watched else images_per_gradient, getattr(loss, "see", None)
+    chunks = _chunks(model, batches, size, see if need in LABELLED else None)
     with evaluating(model):
-        if need == "activations":
-            return _activations(model, network, chunks)
-        if need == "correlations":
-            return _correlations(model, network, chunks, sampling.seed)
+        if is_watched:
+            return _watched(model, network, need, chunks, seed)
         if need == "hessian":
-            return _curvatures(model, network, chunks, sampling.seed, loss_of)
-        return _products(model, network, chunks, loss_of)
+            return _curvatures(model, network, chunks, seed, loss)
+        return _products(model, network, chunks, loss)
 
 
 def _chunks(
-    model: nn.Module, batches: Batches, size: int | None, loss_of: Loss
+    model: nn.Module, batches: Batches, size: int | None, see: Callable[[Any], None] | None
 ) -> Iterator[Inputs]:
-    """Yield parts of ``size`` images beside the model; a loss that fits sees whole batches."""
+    """Yield parts of ``size`` images beside the model; ``see`` is shown whole batches' targets."""
     device = next(model.parameters()).device
     for batch in read_batches(batches):
-        if isinstance(loss_of, FittingLoss):
-            loss_of.see(batch.target)
+        if see is not None:
+            see(batch.target)
         for chunk in [batch] if size is None else batch.split(size):
             yield chunk.to(device)
 
@@ -204,6 +272,10 @@ class _InputStatistics:
         self.sums["mean_square"] += values.square().sum(1).cpu()
         self.sums["nonzero"] += (values != 0).sum(1).cpu()
 
+    def found(self) -> dict[str, Tensor]:
+        """Return the means, (D,) each."""
+        return {key: total / self.count for key, total in self.sums.items()}
+
 
 class _Mixing:
     """Running sum of products between the channels of one group, as they enter one layer."""
@@ -228,62 +300,36 @@ class _Mixing:
         self.count += len(values)
         self.sum += (values.T @ values).cpu()
 
+    def found(self) -> tuple[Tensor, Tensor]:
+        """Return the first position of each unit, (C,), and the mean products, (C, C)."""
+        return self.index[:, 0], self.sum / self.count
+
     def _some(self, size: int, count: int) -> Tensor:
         chosen = self.draw.choice(size, min(size, count), replace=False)
         return torch.from_numpy(np.sort(chosen))
 
 
-def _readers(model: nn.Module, network: Network) -> Iterator[tuple[Group, Slice, nn.Module]]:
-    """Yield the layers that read a group, and where."""
+def _watched(
+    model: nn.Module, network: Network, need: Need, chunks: Iterable[Inputs], seed: int
+) -> Evidence:
+    """Run ``model`` and return what enters the layers that read channels."""
+    watches: dict[Any, tuple[nn.Module, Any]] = {}
     modules = dict(model.named_modules())
-    for group in network.groups:
-        for piece in group.slices:
-            owner = modules.get(piece.tensor.rpartition(".")[0])
-            if piece.role == "input" and isinstance(owner, _ConvNd | nn.Linear):
-                yield group, piece, owner
-
-
-def _watch(
-    model: nn.Module,
-    chunks: Iterable[Inputs],
-    watches: Iterable[tuple[nn.Module, Callable[..., None]]],
-) -> None:
-    """Run ``model`` while ``watches`` see what enters their modules."""
+    pieces = [(group, piece) for group in network.groups for piece in group.slices]
+    for group, piece in pieces:
+        owner = modules.get(piece.tensor.rpartition(".")[0])
+        if piece.role != "input" or not isinstance(owner, _ConvNd | nn.Linear):
+            continue
+        if need == "activations":
+            channels = -1 if isinstance(owner, nn.Linear) else 1
+            statistics = _InputStatistics(network.shapes[piece.tensor][piece.dim], channels)
+            watches[piece.tensor] = owner, statistics
+        # A grouped layer's position means another channel in each of its groups.
+        elif getattr(owner, "groups", 1) == 1:
+            watches[piece.tensor, group.name] = owner, _Mixing(piece, seed)
     with contextlib.ExitStack() as hooks, torch.no_grad():
-        for owner, watch in watches:
+        for owner, watch in watches.values():
             hooks.enter_context(owner.register_forward_pre_hook(watch))
         for inputs in chunks:
             _run(model, inputs)
-
-
-def _activations(model: nn.Module, network: Network, chunks: Iterable[Inputs]) -> Evidence:
-    watches = {}
-    for _, piece, owner in _readers(model, network):
-        channels = -1 if isinstance(owner, nn.Linear) else 1
-        statistics = _InputStatistics(network.shapes[piece.tensor][piece.dim], channels)
-        watches[piece.tensor] = (owner, statistics)
-    _watch(model, chunks, watches.values())
-    found = {
-        tensor: {key: total / watch.count for key, total in watch.sums.items()}
-        for tensor, (_, watch) in watches.items()
-        if watch.count
-    }
-    return Evidence(activations=found)
-
-
-def _correlations(
-    model: nn.Module, network: Network, chunks: Iterable[Inputs], seed: int
-) -> Evidence:
-    watches = {
-        (piece.tensor, group.name): (owner, _Mixing(piece, seed))
-        for group, piece, owner in _readers(model, network)
-        # A grouped layer's position means another channel in each of its groups.
-        if getattr(owner, "groups", 1) == 1
-    }
-    _watch(model, chunks, watches.values())
-    found = {
-        key: (watch.index[:, 0], watch.sum / watch.count)
-        for key, (_, watch) in watches.items()
-        if watch.count
-    }
-    return Evidence(correlations=found)
+    return Evidence(**{need: {key: w.found() for key, (_, w) in watches.items() if w.count}})

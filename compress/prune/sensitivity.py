@@ -19,9 +19,9 @@ from compress.groups.proof import apply_pruning
 from compress.modules.inputs import Example
 from compress.progress import track
 from compress.prune.batchnorm import recalibrate_batchnorm
-from compress.prune.cost import CostModel
-from compress.prune.scoring import build_criterion, criterion_name, scores
-from compress.prune.selection import candidate_counts
+from compress.prune.criteria.l2 import L2
+from compress.prune.saliency import scores
+from compress.prune.selection import CostModel, candidate_counts
 from compress.tasks import TOP1, Kind, Primary
 
 SHARES = (0.75, 0.5, 0.25)
@@ -150,14 +150,13 @@ def prune_sensitivity(
         if not 0 < share < 1:
             raise UsageError(f"shares holds {share!r}", expected="shares above 0 and below 1")
     network = trace(model, example_input)
-    scorer = build_criterion("l2", seed=0)
-    found = scores(model, network, scorer, None, seed=0)
+    found = scores(model, network, L2())
     cost = CostModel(network)
     whole = cost.total("macs", cost.sizes)
     images = list(recalibrate)
     curves = []
     for number, group in enumerate(track(network.groups, "sensitivity")):
-        one = candidate_counts(found[number], step=group.multiple, at_least=1)
+        one = candidate_counts(found[number], step=1, at_least=1)
         points = []
         for count in sorted({one.level_at_most(s * group.size) for s in shares}, reverse=True):
             small = apply_pruning(model, make_prune_plan(network, {group.name: one.kept(count)}))
@@ -171,7 +170,7 @@ def prune_sensitivity(
         curves.append(
             GroupCurve(group.name, group.size, tuple(dict.fromkeys(layers)), tuple(points))
         )
-    return PruneSensitivity(evaluate(model), criterion_name(scorer), tuple(curves))
+    return PruneSensitivity(evaluate(model), "l2", tuple(curves))
 
 
 def plot_sensitivity(found: PruneSensitivity, path: str | Path) -> Path:

@@ -17,11 +17,10 @@ from compress.groups import Network
 from compress.modules import evaluating
 from compress.modules.inputs import Example, read_batches
 from compress.modules.objective import Objective
-from compress.prune.budget import one_budget
 from compress.prune.criteria.lamp import shares_of_larger
 from compress.prune.loss import FittingLoss
 from compress.prune.saliency import Batches, run_on_leaves
-from compress.prune.selection import Ranking
+from compress.prune.selection import Ranking, one_budget
 
 Pattern = Literal["unstructured", "2:4"]
 Criterion = Literal["l1", "l2", "lamp", "taylor", "random"]

@@ -17,9 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from compress.errors import PlanError, UnknownNameError
 from compress.groups import Network, trace
-from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan, make_prune_plan
-from compress.groups.proof import apply_pruning, prove
+from compress.groups.proof import apply_pruning, mask_pruning, prove
 
 
 def random_keep(network: Network, seed: int) -> dict[str, np.ndarray]:

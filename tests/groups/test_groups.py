@@ -104,7 +104,7 @@ def test_flattened_channels_take_all_their_places_along() -> None:
 def test_many_small_groups_go_whole_and_few_large_ones_stay() -> None:
     many = trace(zoo.build("ManyGroups"), zoo.inputs("ManyGroups"))
     assert group(many, "body.0.0").width == 2
-    assert [f.attribute for f in many.followers] == ["groups"]
+    assert [use.attribute.name for use in many.followers] == ["groups"]
     few = trace(zoo.build("FewGroups"), zoo.inputs("FewGroups"))
     assert group(few, "body.0.0").size == 12
     assert not few.followers
@@ -357,4 +357,4 @@ def test_what_does_not_fit_is_left_for_pytorch_to_refuse(op: str, args: tuple[ob
     func = getattr(torch.ops.aten, op).default
     assert calls._FAST[op](func, args) is NotImplemented
     with pytest.raises(RuntimeError):
-        calls.run_op(func, args, {}, torch.device("meta"))
+        calls.WatchedOps(torch.device("meta")).run(func, args, {})

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 import compress
 from compress.errors import CompressError, ModelError, PlanError
 from compress.groups import trace
-from compress.groups.mask import mask_pruning
 from compress.groups.plan import PrunePlan
-from compress.groups.proof import apply_pruning, prove
+from compress.groups.proof import apply_pruning, mask_pruning, prove
 from compress.modules.outputs import heads_of, leaves, logits_of, named_tensors, tensors_of
 
 EXAMPLE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))

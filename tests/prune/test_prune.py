@@ -22,8 +22,8 @@ from compress.prune import (
     rebase_batchnorm,
     recalibrate_batchnorm,
 )
-from compress.prune.cost import CostModel
 from compress.prune.criteria import ChannelGroup
+from compress.prune.selection import CostModel
 from compress.recipe.settings import PruneSettings
 
 EXAMPLE = torch.zeros(1, 3, 8, 8)

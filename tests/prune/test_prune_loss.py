@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import compress
+from compress import plugins
 from compress.errors import CompressError, DataError, PlanError, UsageError
 from compress.groups import trace
 from compress.prune.loss import FittingLoss
-from compress.prune.scoring import build_criterion, scores
+from compress.prune.saliency import scores
 
 DRAW = torch.Generator().manual_seed(5)
 IMAGES = torch.randn(12, 3, 8, 8, generator=DRAW)
@@ -112,9 +113,8 @@ def test_a_single_output_with_targets_below_one_has_no_loss_but_the_callers(crit
         plan(net(1), targets, criterion=criterion)
     model = net(1)
     network = trace(model, IMAGES[:1])
-    found = scores(
-        model, network, build_criterion(criterion, 0), [(IMAGES, targets)], 0, F.mse_loss
-    )
+    scorer = plugins.create("criteria", criterion)
+    found = scores(model, network, scorer, [(IMAGES, targets)], F.mse_loss)
     assert all((row > 0).any() and len(set(row.tolist())) > 1 for row in found)
     assert plan(model, targets, criterion=criterion, loss=F.mse_loss).macs_after > 0
 

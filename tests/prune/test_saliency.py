@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from compress.errors import DataError
 from compress.groups import trace
 from compress.prune.criteria import ChannelGroup
-from compress.prune.loss import AS_SEEN, Reading, SampledAnswers
-from compress.prune.saliency import Sampling, evidence
+from compress.prune.loss import SampledAnswers
+from compress.prune.saliency import evidence
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)
 
@@ -38,7 +38,7 @@ def test_products_are_the_slope_of_the_loss_when_a_channel_fades(model: nn.Modul
     """Scaling the columns that read a channel by (1 + e) changes the loss by e x product."""
     data = batches()
     found = evidence(
-        model, trace(model, EXAMPLE), "gradients", data, Sampling(images_per_gradient=3)
+        model, trace(model, EXAMPLE), "gradients", data, images_per_gradient=3
     ).products["6.weight", 1]
     assert found.shape == (4, 64)  # 2 batches of 6 images, 3 images for each gradient
     model = model.double()
@@ -61,7 +61,7 @@ def test_curvature_is_close_to_the_exact_hessian() -> None:
     images, target = torch.randn(32, 3, 2, 2), torch.arange(32) % 3
     repeated = [(images, target)] * 1500  # each with signs of its own
     network = trace(model, torch.zeros(1, 3, 2, 2))
-    found = evidence(model, network, "hessian", repeated, Sampling(images_per_gradient=32))
+    found = evidence(model, network, "hessian", repeated, images_per_gradient=32)
     weight = model.get_parameter("3.weight").detach()
 
     def loss(value: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ def test_squared_products_of_drawn_answers_are_the_fisher_information(temperatur
     network = trace(model, torch.zeros(1, 3, 2, 2))
     found = evidence(
         model, network, "answers", [(images, no_labels)] * 1500,
-        Sampling(images_per_gradient=1, temperature=temperature),
+        SampledAnswers(temperature=temperature), images_per_gradient=1,
     ).products["3.weight", 1]  # fmt: skip
     with torch.no_grad():
         features = model[:3](images)  # type: ignore[index, operator]
@@ -100,7 +100,7 @@ def test_squared_products_of_drawn_answers_are_the_fisher_information(temperatur
 def test_drawn_answers_need_no_labels_and_follow_their_seed(model: nn.Module) -> None:
     def products(seed: int, label: int) -> Tensor:
         data = [(images, torch.full((6,), label)) for images, _ in batches()]
-        found = evidence(model, trace(model, EXAMPLE), "answers", data, Sampling(seed=seed))
+        found = evidence(model, trace(model, EXAMPLE), "answers", data, seed=seed)
         return found.products["6.weight", 1]
 
     assert torch.equal(products(0, -1), products(0, 99))
@@ -113,8 +113,8 @@ def test_answers_are_drawn_for_every_pixel_of_a_segmentation() -> None:
     images = torch.randn(1, 3, 6, 6)
     data = [(images, torch.zeros(1, 6, 6))] * 1500
     network = trace(model, EXAMPLE)
-    sampling = Sampling(images_per_gradient=1)
-    found = evidence(model, network, "answers", data, sampling).products["2.weight", 1]
+    found = evidence(model, network, "answers", data, images_per_gradient=1)
+    found = found.products["2.weight", 1]
     with torch.no_grad():
         pixels = model[:2](images).movedim(1, -1).flatten(0, 2)  # type: ignore[index, operator]
         weight = model.get_parameter("2.weight").flatten(1)
@@ -172,8 +172,8 @@ def test_other_outputs_are_gaussian_and_add_up_scaled_by_their_variance(outputs)
     model = TwoOutputs().eval()
     images = torch.randn(3, 3, 6, 6)
     network = trace(model, EXAMPLE)
-    reading = Reading("numbers", tuple(map(str, outputs)))
-    found = evidence(model, network, "answers", [images] * 3000, reading=reading)
+    own = SampledAnswers("numbers", tuple(map(str, outputs)))
+    found = evidence(model, network, "answers", [images] * 3000, own)
     group = next(g for g in network.groups if "body" in g.name)
     tensors = dict(model.named_parameters())
     changes = ChannelGroup(group, tensors, evidence=found).loss_changes()
@@ -187,7 +187,7 @@ def test_one_number_is_scored_as_a_number() -> None:
     found = evidence(model, trace(model, EXAMPLE), "answers", data)
     assert found.products["2.weight", 1].abs().sum() > 0
     with pytest.raises(DataError, match="holds no logits of classes"):
-        evidence(model, trace(model, EXAMPLE), "answers", data, reading=Reading("classes"))
+        evidence(model, trace(model, EXAMPLE), "answers", data, SampledAnswers("classes"))
 
 
 def test_activations_are_those_that_enter_the_layer(model: nn.Module) -> None:
@@ -246,7 +246,7 @@ def test_small_scores_beside_large_boxes_count() -> None:
     boxes, rare = torch.randn(8, 4, 50) * 300, torch.rand(8, 1, 50) * 1e-3
     constant = torch.full((8, 1, 50), 5.0)
     output = torch.cat([boxes, rare, constant], 1).requires_grad_()
-    SampledAnswers(AS_SEEN, 1.0, 0)(output, None).backward()
+    SampledAnswers()(output, None).backward()
     assert output.grad is not None
     felt = output.grad.square().sum((0, 2)) * output.detach().var((0, 2))
     torch.testing.assert_close(felt[:5] / felt[0], torch.ones(5), rtol=0.05, atol=0)

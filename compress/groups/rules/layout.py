@@ -8,22 +8,23 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from compress.groups.calls import words
+from compress.groups.forward import Call
 from compress.groups.labels import Axes, Axis, Labels
-from compress.groups.record import Call
 from compress.groups.traced_ints import Attribute, TracedInt
-from compress.groups.tracer import Rule, Tracer
+from compress.groups.tracer import Tracer, rule
 
 _AUTOMATIC = -1  # the size follows from the shape: nothing in the program fixes it
 _SIZED = {"view", "reshape", "unflatten", "_reshape_alias"}
 
 
+@rule("permute")
 def permute(tracer: Tracer, call: Call) -> None:
     """Dimensions in another order."""
     axes = tracer.axes(call.args[0])
     tracer.label(call.outputs[0], [axes[d] for d in call.args[1]])
 
 
+@rule("transpose t swapaxes")
 def transpose(tracer: Tracer, call: Call) -> None:
     """Two dimensions change places."""
     axes = list(tracer.axes(call.args[0]))
@@ -33,6 +34,7 @@ def transpose(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
 
 
+@rule("unsqueeze")
 def insert_dimension(tracer: Tracer, call: Call) -> None:
     """A dimension of size one more."""
     out = call.outputs[0]
@@ -41,6 +43,7 @@ def insert_dimension(tracer: Tracer, call: Call) -> None:
     tracer.label(out, axes)
 
 
+@rule("squeeze")
 def drop_dimension(tracer: Tracer, call: Call) -> None:
     """Dimensions of size one less."""
     x, out = call.args[0], call.outputs[0]
@@ -50,6 +53,7 @@ def drop_dimension(tracer: Tracer, call: Call) -> None:
     tracer.label(out, [a for d, a in enumerate(tracer.axes(x)) if d not in gone])
 
 
+@rule("view _unsafe_view reshape _reshape_alias unflatten")
 def view(tracer: Tracer, call: Call) -> None:
     """Dimensions split and merged: each block of dimensions with equal products on its own."""
     x, out = call.args[0], call.outputs[0]
@@ -80,9 +84,7 @@ def _program_sizes(call: Call, out: Tensor) -> Sequence[int]:
     raw = call.raw
     if raw.name not in _SIZED:
         return (_AUTOMATIC,) * out.ndim
-    given = raw.args[2 if raw.name == "unflatten" else 1 :] or tuple(raw.kwargs.values())
-    if len(given) == 1 and isinstance(given[0], Sequence):
-        given = tuple(given[0])
+    given = raw.sizes(2 if raw.name == "unflatten" else 1)
     if raw.name == "unflatten":
         start = raw.argument(1, "dim", 0) % call.args[0].ndim
         rest = out.ndim - start - len(given)
@@ -187,9 +189,7 @@ def follow(tracer: Tracer, size: Any, labels: Labels, source: Axis = None) -> No
 def _follow_difference(tracer: Tracer, size: TracedInt, labels: Labels) -> None:
     """``self.a - self.b``: a counts these channels and those that b counts elsewhere."""
     rows, lead = [labels], None
-    known = {
-        u.attribute: u.labels for u in tracer.constraints.uses if u.numerator == u.denominator == 1
-    }
+    known = {use.attribute: use.counted for use in tracer.constraints.uses if use.scale == 1}
     for origin, scale in size.terms.items():
         if scale == 1 and lead is None and isinstance(origin, Attribute):
             lead = origin
@@ -201,6 +201,7 @@ def _follow_difference(tracer: Tracer, size: TracedInt, labels: Labels) -> None:
         follow(tracer, TracedInt(sum(map(len, rows)), lead), np.concatenate(rows))
 
 
+@rule("as_strided")
 def as_strided(tracer: Tracer, call: Call) -> None:
     """The same shape with other strides; anything else is unknown."""
     x, out = call.args[0], call.outputs[0]
@@ -210,6 +211,7 @@ def as_strided(tracer: Tracer, call: Call) -> None:
     tracer.freeze_each(tracer.axes(x), "as_strided addresses memory directly")
 
 
+@rule("expand")
 def expand(tracer: Tracer, call: Call) -> None:
     """Size-one dimensions repeated: new channels, all alike, if the program's size can follow."""
     x, out = call.args[0], call.outputs[0]
@@ -231,9 +233,7 @@ def _repeated(call: Call, out: Tensor) -> Sequence[int]:
         return [TracedInt(size, None) for size in out.shape]
     if raw.name not in {"expand", "repeat", "tile", "broadcast_to"}:
         return tuple(out.shape)
-    given = raw.args[1:] or tuple(raw.kwargs.values())
-    if len(given) == 1 and isinstance(given[0], Sequence):
-        given = tuple(given[0])
+    given = raw.sizes(1)
     return given if len(given) == out.ndim else tuple(out.shape)
 
 
@@ -246,6 +246,7 @@ def copies(tracer: Tracer, size: int, count: int) -> Axis:
     return labels
 
 
+@rule("repeat")
 def repeat(tracer: Tracer, call: Call) -> None:
     """Dimensions tiled: each copy of a channel goes with it."""
     x, out = call.args[0], call.outputs[0]
@@ -263,6 +264,7 @@ def repeat(tracer: Tracer, call: Call) -> None:
     tracer.label(out, axes)
 
 
+@rule("repeat_interleave")
 def repeat_interleave(tracer: Tracer, call: Call) -> None:
     """Each channel several times in a row."""
     x, out = call.args[0], call.outputs[0]
@@ -274,16 +276,3 @@ def repeat_interleave(tracer: Tracer, call: Call) -> None:
         tracer.label(out, axes)
     else:
         tracer.freeze_each(axes, "repeat_interleave with a tensor of counts")
-
-
-RULES: dict[str, Rule] = {
-    "permute": permute,
-    **dict.fromkeys(words("transpose t swapaxes"), transpose),
-    "unsqueeze": insert_dimension,
-    "squeeze": drop_dimension,
-    **dict.fromkeys(words("view _unsafe_view reshape _reshape_alias unflatten"), view),
-    "as_strided": as_strided,
-    "expand": expand,
-    "repeat": repeat,
-    "repeat_interleave": repeat_interleave,
-}

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
-from compress.groups.calls import tensors_in, words
+from compress.groups.calls import tensors_in
+from compress.groups.forward import Call, Use
 from compress.groups.labels import Alternative, Axis, Labels
-from compress.groups.record import Call, Use
 from compress.groups.traced_ints import TracedInt
-from compress.groups.tracer import Rule, Tracer
+from compress.groups.tracer import Tracer, rule
 
 
+@rule("convolution")
 def convolution(tracer: Tracer, call: Call) -> None:
     """Output channels are the weight's filters, input channels its columns."""
     x, weight, bias, transposed, groups = *call.args[:3], call.args[6], call.args[8]
@@ -73,7 +74,7 @@ def _weighed(tracer: Tracer, call: Call, weight: Tensor, made: Axis, taken: Axis
     if tracer.is_constant(weight):
         tracer.reduced(call, [taken])
     else:
-        tracer.weighted()
+        call.is_weighted = True
 
 
 def _note_use(
@@ -141,6 +142,7 @@ def _aligned(rows: Labels, positions: Axis) -> tuple[Labels, Labels]:
     return rows.ravel(), np.tile(first, rows.shape[0])
 
 
+@rule("mm bmm addmm baddbmm")
 def matmul(tracer: Tracer, call: Call) -> None:
     """``(..., n, k) @ (..., k, m)``: k is summed over, n and m go on."""
     bias, left, right = (
@@ -173,6 +175,7 @@ def matmul(tracer: Tracer, call: Call) -> None:
             tracer.reduced(call, [inner])  # of channels with themselves, as in a norm
 
 
+@rule("mv dot vdot")
 def vector(tracer: Tracer, call: Call) -> None:
     """``mv`` and ``dot``: the last dimension of both is summed over."""
     left, right = call.args[:2]
@@ -185,6 +188,7 @@ def vector(tracer: Tracer, call: Call) -> None:
         tracer.restrict(call, mask_only=True)
 
 
+@rule("scaled_dot_product_attention")
 def attention(tracer: Tracer, call: Call) -> None:
     """Softmax of queries (..., N, E) times keys (..., M, E), times values (..., M, V).
 
@@ -215,6 +219,7 @@ def attention(tracer: Tracer, call: Call) -> None:
         tracer.restrict(call)
 
 
+@rule("lstm gru rnn_tanh rnn_relu")
 def recurrent(tracer: Tracer, call: Call) -> None:
     """LSTM, GRU and RNN: what the first layer reads can be cut; what a cell remembers stays."""
     x = call.args[0]
@@ -233,12 +238,3 @@ def recurrent(tracer: Tracer, call: Call) -> None:
             tracer.record.uses.append(Use(name, cost, axes[0], axes[1]))
     if not any("weight_ih_l0" in (tracer.origin(weight) or "") for weight in weights):
         tracer.freeze(inputs, "the weights of a recurrent layer are computed")
-
-
-RULES: dict[str, Rule] = {
-    "convolution": convolution,
-    **dict.fromkeys(words("mm bmm addmm baddbmm"), matmul),
-    **dict.fromkeys(words("mv dot vdot"), vector),
-    "scaled_dot_product_attention": attention,
-    **dict.fromkeys(words("lstm gru rnn_tanh rnn_relu"), recurrent),
-}

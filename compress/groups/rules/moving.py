@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from compress.groups.calls import MAKERS, words
+from compress.groups.forward import Call
 from compress.groups.labels import Axis, Labels
-from compress.groups.record import Call
 from compress.groups.rules.layout import copies, follow
 from compress.groups.traced_ints import TracedDimension, TracedInt
-from compress.groups.tracer import Rule, Tracer
+from compress.groups.tracer import Tracer, rule
 
-_WHOLE_CHANNELS = frozenset(words("feature_dropout feature_alpha_dropout"))
 _CONSTANT = "has channel counts written in the program"
 
 
+@rule("cat concat")
 def cat(tracer: Tracer, call: Call) -> None:
     """Channels one after another; other dimensions are tied."""
     tensors = [t for t in call.args[0] if t.ndim > 1 or t.numel()]
@@ -30,33 +28,28 @@ def cat(tracer: Tracer, call: Call) -> None:
     axes: list[Axis] = []
     for d in range(out.ndim):
         if d != dim:
-            axes.append(_tie(tracer, [row[d] for row in rows], "cat lines it up with a fixed one"))
+            axes.append(tracer.tie([row[d] for row in rows], "cat lines it up with a fixed one"))
         elif all(row[d] is None for row in rows):
             axes.append(None)
         else:
-            sizes = [t.shape[d] for t in tensors]
-            axes.append(np.concatenate(list(map(_filled, (row[d] for row in rows), sizes))))
+            fixed = [np.zeros(t.shape[d], np.int32) for t in tensors]
+            pairs = zip((row[d] for row in rows), fixed, strict=True)
+            axes.append(np.concatenate([stays if a is None else a for a, stays in pairs]))
     tracer.label(out, axes)
 
 
-def _filled(axis: Axis, size: int) -> Labels:
-    return np.zeros(size, np.int32) if axis is None else axis
-
-
-def _tie(tracer: Tracer, axes: Sequence[Axis], why: str) -> Axis:
-    return functools.reduce(lambda first, axis: tracer.unify(first, axis, why), axes)
-
-
+@rule("stack")
 def stack(tracer: Tracer, call: Call) -> None:
     """A new dimension; all others are tied."""
     out = call.outputs[0]
     rows = [tracer.axes(t) for t in call.args[0]]
     why = "stack lines it up with a fixed one"
-    axes = [_tie(tracer, column, why) for column in zip(*rows, strict=True)]
+    axes = [tracer.tie(column, why) for column in zip(*rows, strict=True)]
     axes.insert(call.argument(1, 0) % out.ndim, None)
     tracer.label(out, axes)
 
 
+@rule("split unsafe_split")
 def equal_parts(tracer: Tracer, call: Call) -> None:
     """Parts of one size: their positions are tied, so that they stay equally long."""
     x, dim = call.args[0], call.argument(2, 0)
@@ -75,6 +68,7 @@ def equal_parts(tracer: Tracer, call: Call) -> None:
     _parts(tracer, call, dim)
 
 
+@rule("split_with_sizes unsafe_split_with_sizes")
 def split_with_sizes(tracer: Tracer, call: Call) -> None:
     """Parts of given sizes: free where the program's numbers can follow, else fixed."""
     x, sizes, dim = call.args[0], call.args[1], call.argument(2, 0)
@@ -113,6 +107,7 @@ def _parts(tracer: Tracer, call: Call, dim: int) -> None:
         tracer.label(out, axes)
 
 
+@rule("slice narrow")
 def slicing(tracer: Tracer, call: Call) -> None:
     """``x[:, a:b:s]``: positions before a bound keep their number, or the bound follows."""
     x, out = call.args[0], call.outputs[0]
@@ -178,6 +173,7 @@ def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
         tracer.constraints.tie(axis.reshape(parts, -1))
 
 
+@rule("select unbind")
 def select_index(tracer: Tracer, call: Call) -> None:
     """One position of a dimension, or each on its own: that dimension must stay as it is."""
     x, dim = call.args[0], call.argument(1, 0)
@@ -188,6 +184,7 @@ def select_index(tracer: Tracer, call: Call) -> None:
         tracer.label(out, axes)
 
 
+@rule("index_select")
 def index_select(tracer: Tracer, call: Call) -> None:
     """Positions by a tensor of numbers: that dimension must stay, or the numbers follow."""
     x, dim, numbers = call.args[:3]
@@ -200,6 +197,7 @@ def index_select(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
 
 
+@rule("index")
 def index(tracer: Tracer, call: Call) -> None:
     """Advanced indexing: indexed dimensions must stay, the others go on where that is simple."""
     x, indices = call.args[0], call.args[1]
@@ -221,10 +219,14 @@ def index(tracer: Tracer, call: Call) -> None:
         tracer.freeze_each(axes, "it is indexed by tensors")
 
 
+@rule("zeros ones full empty rand randn new_zeros new_ones new_full new_empty")
 def made(tracer: Tracer, call: Call) -> None:
     """Zeros, ones and the like: channels that can be cut if the program's size can follow."""
     out = call.outputs[0]
-    if call.raw.name in _WHOLE_CHANNELS:  # noise for each channel: its size is the input's
+    if call.raw.name in {
+        "feature_dropout",
+        "feature_alpha_dropout",
+    }:  # noise for each channel: its size is the input's
         axes = tracer.axes(call.raw.args[0])
         tracer.label(out, [a if n > 1 else None for a, n in zip(axes, out.shape, strict=True)])
         return
@@ -237,6 +239,7 @@ def made(tracer: Tracer, call: Call) -> None:
     tracer.label(out, [copies(tracer, given[d], size) for d, size in enumerate(out.shape)])
 
 
+@rule("flip")
 def flip(tracer: Tracer, call: Call) -> None:
     """Positions in reverse order."""
     axes = list(tracer.axes(call.args[0]))
@@ -246,6 +249,7 @@ def flip(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
 
 
+@rule("roll")
 def roll(tracer: Tracer, call: Call) -> None:
     """Positions shifted by a constant: only along dimensions that stay."""
     x = call.args[0]
@@ -256,29 +260,9 @@ def roll(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
 
 
+@rule(
+    "arange linspace eye scalar_tensor randint randperm empty_strided numel sym_size new_tensor "
+    "as_tensor tensor"
+)
 def nothing(tracer: Tracer, call: Call) -> None:
     """Outputs carry no channels."""
-
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(words("cat concat"), cat),
-    "stack": stack,
-    **dict.fromkeys(words("split unsafe_split"), equal_parts),
-    **dict.fromkeys(words("split_with_sizes unsafe_split_with_sizes"), split_with_sizes),
-    **dict.fromkeys(words("slice narrow"), slicing),
-    **dict.fromkeys(words("select unbind"), select_index),
-    "index_select": index_select,
-    "index": index,
-    "flip": flip,
-    "roll": roll,
-    **dict.fromkeys(
-        words("zeros ones full empty rand randn new_zeros new_ones new_full new_empty"), made
-    ),
-    **dict.fromkeys(
-        (
-            *words("arange linspace eye scalar_tensor randint randperm empty_strided"),
-            *("numel", "sym_size", *MAKERS),
-        ),
-        nothing,
-    ),
-}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, get_args, get_origin, get_type_hints, runtime_checkable
 
@@ -35,15 +35,6 @@ class Evidence:
     # Mean products of the values of a group's channels at one place, as they enter a layer, by its
     # weight and the group's name: the first position of each unit, (C,), and the matrix, (C, C).
     correlations: Mapping[tuple[str, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def joined(self, other: Evidence) -> Evidence:
-        """Return both in one."""
-        return Evidence(
-            {**self.products, **other.products},
-            {**self.curvatures, **other.curvatures},
-            {**self.activations, **other.activations},
-            {**self.correlations, **other.correlations},
-        )
 
 
 @dataclass(frozen=True)
@@ -234,15 +225,9 @@ def norms_along(tensor: Tensor, dim: int, power: int) -> Tensor:
 
 def reduced(scores: list[Tensor], how: Reduction) -> Tensor:
     """Combine the scores that several layers give the same channels, each (C,), into one (C,)."""
-    stacked = torch.stack(scores)
-    ways: dict[str, Callable[[int], Tensor]] = {
-        "mean": stacked.mean,
-        "sum": stacked.sum,
-        "max": stacked.amax,
-        "min": stacked.amin,
-        "product": stacked.prod,
-    }
-    return ways[how](0)
+    name = {"max": "amax", "min": "amin", "product": "prod"}.get(how, how)
+    combined: Tensor = getattr(torch.stack(scores), name)(0)
+    return combined
 
 
 class CheckedOptions:

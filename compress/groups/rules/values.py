@@ -1,0 +1,305 @@
+"""Ops that compute values and leave channels where they are: pointwise, on space, across positions.
+
+Where normalizations, reductions and softmax look across channels that can be cut, the pruned
+network computes over the kept ones only; that is another function than zeroing channels, and the
+masked reference does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from compress.groups.calls import tensors_in
+from compress.groups.forward import Call
+from compress.groups.labels import Axis, Labels
+from compress.groups.traced_ints import Attribute, TracedInt
+from compress.groups.tracer import Tracer, rule
+
+
+@rule("unknown")
+def unknown(tracer: Tracer, call: Call) -> None:
+    """Nothing is known about this op: every channel it sees must stay."""
+    for tensor in tensors_in((*call.args, *call.kwargs.values())):
+        tracer.freeze_each(tracer.axes(tensor), f"no rule for the operation {call.name}")
+
+
+@rule(
+    "pointwise hardswish _prelu_kernel prelu copy lerp where masked_fill clamp clamp_min "
+    "clamp_max dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub rsub"
+)
+def pointwise(tracer: Tracer, call: Call) -> None:
+    """Broadcast the labels of all operands; operands of one size along a dimension are tied."""
+    operands = [t for t in tensors_in((*call.args, *call.kwargs.values())) if t.ndim]
+    why = f"{call.name} joins it with channels that are fixed"
+    for out in call.outputs:
+        if len(operands) == 1 and operands[0].shape == out.shape:
+            tracer.label(out, tracer.axes(operands[0]))
+            continue
+        rows = [(t.shape, tracer.axes(t), t.ndim - out.ndim) for t in operands]
+        axes: list[Axis] = []
+        for dim, size in enumerate(out.shape):
+            places = [(shape, labels, dim + offset) for shape, labels, offset in rows]
+            wide = [labels[at] for shape, labels, at in places if at >= 0 and shape[at] == size > 1]
+            axes.append(tracer.tie(wide, why))
+        tracer.label(out, axes)
+
+
+@rule(
+    "detach alias clone contiguous _to_copy lift_fresh lift native_dropout empty_like zeros_like "
+    "ones_like full_like rand_like randn_like bernoulli uniform normal fill zero random "
+    "rrelu_with_noise _local_scalar_dense exponential alpha_dropout"
+)
+def same(tracer: Tracer, call: Call) -> None:
+    """Outputs have the labels of the first operand."""
+    first = call.args[0]
+    for out in call.outputs:
+        if out is not first and out.shape == first.shape:
+            tracer.label(out, tracer.axes(first))
+
+
+@rule(
+    "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_unpool1d "
+    "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d reflection_pad1d "
+    "replication_pad1d max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d "
+    "_adaptive_avg_pool2d adaptive_max_pool2d max_unpool2d upsample_nearest2d "
+    "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
+    "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d max_pool3d "
+    "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d "
+    "adaptive_max_pool3d upsample_nearest3d _upsample_nearest_exact3d upsample_trilinear3d "
+    "reflection_pad3d replication_pad3d"
+)
+def along_space(tracer: Tracer, call: Call) -> None:
+    """Pooling, resizing, padding along the last dimensions, as many as the name says: ``2d``."""
+    x, axes = call.args[0], tracer.axes(call.args[0])
+    count = next(n for n in (1, 2, 3) if f"{n}d" in call.name)
+    tracer.freeze_each(axes[x.ndim - count :], f"{call.name} works along it")
+    for out in call.outputs:
+        if out.ndim == x.ndim:
+            tracer.label(out, [*axes[: x.ndim - count], *(None,) * count])
+
+
+@rule("constant_pad_nd")
+def constant_pad(tracer: Tracer, call: Call) -> None:
+    """Zeros put before and after channels become channels that must be cut with their partners."""
+    x, pads = call.args[0], call.args[1]
+    is_own = call.raw.name in {"pad", "constant_pad_nd"}
+    given = call.raw.argument(1, "pad", pads) if is_own else pads
+    given = given if isinstance(given, Sequence) and len(given) == len(pads) else pads
+    axes: list[Axis] = list(tracer.axes(x))
+    for i in range(0, len(pads), 2):
+        dim = x.ndim - 1 - i // 2
+        axis = axes[dim]
+        if axis is None or (pads[i] == 0 and pads[i + 1] == 0):
+            continue
+        if pads[i] < 0 or pads[i + 1] < 0:
+            tracer.freeze(axis, "padding by a negative amount crops it")
+            axes[dim] = None
+        else:
+            before, after = _zeros(tracer, given[i], given[i + 1], pads[i], pads[i + 1])
+            axes[dim] = np.concatenate([before, axis, after])
+    tracer.label(call.outputs[0], axes)
+
+
+def _zeros(tracer: Tracer, left: int, right: int, before: int, after: int) -> tuple[Labels, Labels]:
+    """Return labels of the zeros on both sides; one number for both sides ties them pairwise."""
+    rows = []
+    for count, size in ((left, before), (right, after)):
+        if isinstance(count, TracedInt):
+            labels = tracer.constraints.fresh(size)
+            tracer.follow(count, labels)
+        else:
+            labels = np.zeros(size, np.int32)
+        rows.append(labels)
+    one = isinstance(left, TracedInt) and isinstance(right, TracedInt) and before == after
+    if one and isinstance(left.origin, Attribute) and left.origin == right.origin:  # type: ignore[attr-defined]
+        tracer.constraints.unify(rows[0], rows[1])
+    return rows[0], rows[1]
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(tracer: Tracer, call: Call) -> None:
+    """``(C r r, H, W) -> (C, H r, W r)``: the r x r channels of one output are tied."""
+    *others, channels, height, width = tracer.axes(call.args[0])
+    tracer.freeze_each((height, width), "pixel_shuffle works along it")
+    if channels is not None:
+        rows = channels.reshape(-1, call.args[1] ** 2)
+        tracer.constraints.tie(rows.T)
+        channels = rows[:, 0].copy() if len(rows) > 1 else None
+        if channels is None:
+            tracer.freeze(rows.ravel(), "pixel_shuffle makes one channel of them")
+    tracer.label(call.outputs[0], [*others, channels, None, None])
+
+
+@rule("pixel_unshuffle im2col")
+def unfold(tracer: Tracer, call: Call) -> None:
+    """``(C, H, W)`` to several channels for each of C: a window's places, or r x r pixels."""
+    out = call.outputs[0]
+    *others, channels, height, width = tracer.axes(call.args[0])
+    name = "unfold" if call.name == "im2col" else call.name
+    tracer.freeze_each((height, width), f"{name} works along it")
+    if channels is not None:
+        channels = np.repeat(channels, out.shape[len(others)] // len(channels))
+    tracer.label(out, [*others, channels, *(None,) * (out.ndim - len(others) - 1)])
+
+
+@rule("channel_shuffle native_channel_shuffle")
+def channel_shuffle(tracer: Tracer, call: Call) -> None:
+    """``(g, C/g) -> (C/g, g)``: the same positions of every group are tied."""
+    x, groups = call.args[0], call.args[1]
+    axes: list[Axis] = list(tracer.axes(x))
+    if (channels := axes[1]) is not None:
+        rows = channels.reshape(groups, -1)
+        tracer.constraints.tie(rows)
+        axes[1] = np.repeat(rows[0], groups)
+    tracer.label(call.outputs[0], axes)
+
+
+@rule("grid_sampler_2d grid_sampler torchvision::roi_align")
+def sampled(tracer: Tracer, call: Call) -> None:
+    """Values at places of a grid or regions: the maps' channels go on, the places are fixed."""
+    x, places = call.args[:2]
+    batch, channels, *space = tracer.axes(x)
+    tracer.freeze_each((*space, *tracer.axes(places)), "it is a place in an image")
+    out = call.outputs[0]
+    rows = None if call.name == "torchvision::roi_align" else batch  # one for each region
+    tracer.label(out, [rows, channels, *(None,) * (out.ndim - 2)])
+
+
+@rule(
+    "native_batch_norm batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
+    "_native_batch_norm_legit_no_training _batch_norm_no_update _batch_norm_with_update"
+)
+def batch_norm(tracer: Tracer, call: Call) -> None:
+    """Every vector follows the channels; statistics of the batch reduce over all else."""
+    x, training = call.args[0], "no_training" not in call.name and call.args[5]
+    axes = list(tracer.axes(x))
+    vectors = [tracer.axes(vector)[0] for vector in tensors_in(call.args[1:5])]
+    axes[1] = tracer.tie([axes[1], *vectors], "a normalization ties it to fixed statistics")
+    tracer.label(call.outputs[0], axes)
+    for out in call.outputs[1:]:
+        tracer.label(out, (axes[1],) if out.shape == x.shape[1:2] else (None,) * out.ndim)
+    if training and any(axis is not None for i, axis in enumerate(axes) if i != 1):
+        tracer.restrict(call)
+
+
+@rule("native_layer_norm")
+def layer_norm(tracer: Tracer, call: Call) -> None:
+    """Weight and bias follow the normalized dimensions."""
+    x, shape = call.args[0], call.args[1]
+    axes = list(tracer.axes(x))
+    start = x.ndim - len(shape)
+    why = "a normalization ties it to fixed weights"
+    for vector in tensors_in(call.args[2:4]):
+        for i, axis in enumerate(tracer.axes(vector), start):
+            if x.shape[i] > 1:
+                axes[i] = tracer.unify(axes[i], axis, why)
+    tracer.label(call.outputs[0], axes)
+    for out in call.outputs[1:]:
+        tracer.label(out, [*axes[:start], *(None,) * (out.ndim - start)])
+    if any(axis is not None for axis in axes[start:]):
+        tracer.restrict(call)
+
+
+@rule("native_group_norm")
+def group_norm(tracer: Tracer, call: Call) -> None:
+    """The same positions of every group are tied; the number of groups stays."""
+    x, groups = call.args[0], call.args[6]
+    batch, channels, *space = tracer.axes(x)
+    vectors = [tracer.axes(vector)[0] for vector in tensors_in(call.args[1:3])]
+    channels = tracer.tie([channels, *vectors], "a normalization ties it to fixed weights")
+    if channels is not None:
+        if groups == len(channels) and groups > 1:
+            tracer.freeze(channels, "a group normalization has one channel in each group")
+        tracer.constraints.tie(channels.reshape(groups, -1))
+        tracer.restrict(call)
+    tracer.label(call.outputs[0], (batch, channels, *space))
+
+
+@rule(
+    "mean sum var std var_mean std_mean amax amin max min prod any all logsumexp norm "
+    "linalg_vector_norm nansum"
+)
+def reduction(tracer: Tracer, call: Call) -> None:
+    """Reduced dimensions go (or have size one); where they could be cut the reference is told."""
+    x = call.args[0]
+    dim = call.kwargs.get("dim", call.argument(2 if "norm" in call.name else 1))
+    if isinstance(dim, bool) or dim is None or dim == [] or not x.ndim:
+        dim = range(x.ndim)
+    dims = [dim] if isinstance(dim, int) else dim
+    _label_reduced(tracer, call, {d % x.ndim for d in dims})
+
+
+@rule("quantile nanquantile")
+def quantile(tracer: Tracer, call: Call) -> None:
+    """A quantile looks across a dimension as a mean does."""
+    x, dim, share = call.args[0], call.raw.argument(2, "dim"), call.raw.argument(1, "q")
+    dims = set(range(x.ndim)) if dim is None else {dim % x.ndim}
+    _label_reduced(tracer, call, dims, leading=int(isinstance(share, Tensor) and share.ndim))
+
+
+def _label_reduced(tracer: Tracer, call: Call, dims: set[int], leading: int = 0) -> None:
+    """Label the outputs of a reduction over ``dims``, with ``leading`` dimensions before."""
+    x = call.args[0]
+    axes = tracer.axes(x)
+    if any(axes[d] is not None for d in dims):
+        tracer.restrict(call)
+        tracer.reduced(call, [axes[d] for d in dims])
+    if len(call.outputs) == 2 and call.name in {"max", "min"} and dims:
+        tracer.positions(call, call.outputs[1], axes[next(iter(dims))])
+    _label_without(tracer, call, dims, leading)
+
+
+def _label_without(tracer: Tracer, call: Call, dims: Container[int], leading: int = 0) -> None:
+    """Label the outputs of an op that takes ``dims`` away, or leaves positions without names."""
+    x = call.args[0]
+    axes = [None if d in dims else axis for d, axis in enumerate(tracer.axes(x))]
+    left = [axis for d, axis in enumerate(axes) if d not in dims]
+    for out in call.outputs:
+        is_kept = out.ndim == x.ndim + leading
+        tracer.label(out, [*(None,) * leading, *(axes if is_kept else left)])
+
+
+@rule("_softmax _log_softmax _safe_softmax softmax cumsum cumprod")
+def along(tracer: Tracer, call: Call) -> None:
+    """Softmax and cumulative sums: shape and labels stay, values mix along one dimension."""
+    x, dim = call.args[0], call.args[1]
+    axes = tracer.axes(x)
+    tracer.label(call.outputs[0], axes)
+    if axes[dim % x.ndim] is not None:
+        tracer.restrict(call)
+
+
+@rule("topk sort argsort argmax argmin kthvalue mode")
+def ordering(tracer: Tracer, call: Call) -> None:
+    """Sorting and picking by value: positions along the dimension lose their names."""
+    x = call.args[0]
+    at = 2 if call.name in {"topk", "kthvalue"} else 1
+    default = None if call.name in {"argmax", "argmin", "median", "nanmedian"} else -1
+    dim = call.kwargs.get("dim", call.argument(at, default))
+    dims = range(x.ndim) if dim is None else (dim % max(x.ndim, 1),)
+    axes = tracer.axes(x)
+    tracer.freeze_each((axes[d] for d in dims), f"{call.name} picks channels by their value")
+    _label_without(tracer, call, dims)
+
+
+@rule("median nanmedian")
+def median(tracer: Tracer, call: Call) -> None:
+    """The median of all values looks across everything, as a mean does; along one it picks."""
+    (reduction if len(call.args) == 1 else ordering)(tracer, call)
+
+
+@rule("_weight_norm_interface _weight_norm")
+def weight_norm(tracer: Tracer, call: Call) -> None:
+    """``g * v / |v|``: the norm is over every dimension but one."""
+    v, g, dim = call.args[0], call.args[1], call.argument(2, 0)
+    axes: list[Axis] = list(tracer.axes(v))
+    if g.ndim and v.shape[dim] > 1:
+        at = dim if g.ndim == v.ndim else 0
+        axes[dim] = tracer.unify(axes[dim], tracer.axes(g)[at], "its weight norm is fixed")
+    tracer.label(call.outputs[0], axes)
+    for out in call.outputs[1:]:
+        tracer.label(out, [axes[dim] if i == dim else None for i in range(out.ndim)])
+    tracer.restrict(call)

@@ -320,7 +320,7 @@ def _change_row(
     if isinstance(own, Predictions) and isinstance(reference, Predictions):
         if own is reference:
             return {}
-        return comparison.against(reference, own, context.dataset.classes)
+        return comparison.compare_predictions(reference, own, context.dataset.classes).row()
     if isinstance(own, Predictions) or isinstance(reference, Predictions):
         raise TypeError("answers of different kinds cannot be compared")
     if own is reference:

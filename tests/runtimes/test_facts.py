@@ -26,7 +26,7 @@ ELSEWHERE = {
     "environment.py": "packages whose versions a report holds",
     "packages.py": "packages",
     "pipeline/bundle/on_device.py": "runs where this package is not installed",
-    "evaluate/comparison/bisection.py": "node by node is something only ONNX Runtime can do",
+    "evaluate/bisection.py": "node by node is something only ONNX Runtime can do",
     "cli": "defaults of options, which import no runtime",
     "pipeline/split.py": "defaults",
     "pipeline/split": "defaults",

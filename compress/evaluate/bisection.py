@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from compress.artifact import scratch
 from compress.errors import EngineError, UsageError
-from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
+from compress.evaluate.comparison import Drift, compare_outputs
 from compress.graph import files as onnx_file
 from compress.graph.model import reads
 from compress.graph.shapes import shapes_of

@@ -21,8 +21,8 @@ from compress.pipeline import cautions
 from compress.pipeline.check import preflight, prepared_data, try_network
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.measure import Measured, measure_targets
-from compress.pipeline.report_rows import assemble
-from compress.pipeline.stages import prune, quantize, sparsify, train
+from compress.pipeline.reporting import assemble
+from compress.pipeline.stages import prune, quantize, train
 from compress.recipe import loading
 from compress.recipe.settings import Recipe, Settings
 from compress.report import Report
@@ -34,7 +34,7 @@ STEPS: dict[str, Step] = {
     "original": train.original,
     "train": train.train_original,
     "prune": prune.prune_channels,
-    "sparsify": sparsify.zero_weights,
+    "sparsify": prune.zero_weights,
     "distill": train.distill_student,
     "finetune": train.finetune,
     "quantize": quantize.quantize_graphs,

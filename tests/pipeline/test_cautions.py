@@ -13,7 +13,7 @@ from compress.cli import app
 from compress.data import load_data
 from compress.models import load_model
 from compress.pipeline import cautions
-from compress.pipeline.report_rows import gates
+from compress.pipeline.reporting import gates
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant

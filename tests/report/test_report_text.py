@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from compress.measure import METHODS
-from compress.pipeline.report_rows import gates
+from compress.pipeline.reporting import gates
 from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write
 from compress.report.html import html

@@ -1,4 +1,4 @@
-"""The stage prune: cut in rounds if asked, prove every cut, reconstruct or recalibrate."""
+"""The stages prune and sparsify: cut channels in rounds and prove it, or zero single weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from compress.groups.proof import apply_pruning, prove
 from compress.modules.objective import TaskLoss
 from compress.modules.outputs import returned
 from compress.pipeline.context import RunContext, RunVariant, StageResult, save_stage
-from compress.recipe.settings import PruneSettings, TrainSettings
+from compress.prune import sparsity
+from compress.recipe.settings import PruneSettings, SparsifySettings, TrainSettings
 from compress.report import schema
 from compress.train import CrossEntropy, shown_batches
 
@@ -151,3 +152,24 @@ def _train_sparse(
         settings.sparsity_strength,
     )
     context.train(model, training, stage / "sparsity", objective)
+
+
+def zero_weights(
+    context: RunContext, settings: SparsifySettings, stage: Path, before: tuple[RunVariant, ...]
+) -> StageResult:
+    """Zero single weights; every later training keeps them at zero."""
+    parent = before[-1]
+    model = context.network(parent)
+    plan = sparsity.plan_sparsity(
+        model,
+        context.dataset.example,
+        keep_weights=settings.keep_weights,
+        pattern=settings.pattern,
+        criterion=settings.criterion,
+        ranking=settings.ranking,
+        batches=list(context.dataset.batches("calibration")),
+        seed=context.recipe.seed,
+    )
+    sparse = sparsity.apply_sparsity(model, plan)
+    told = {"sparsity": plan.to_json()}
+    return save_stage(context, sparse, stage, "sparse", parent=parent, facts=told)

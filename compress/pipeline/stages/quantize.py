@@ -16,7 +16,7 @@ from compress import artifact, models
 from compress.data import Dataset, load_data
 from compress.evaluate.feeding import arrays_for, completed
 from compress.pipeline.context import RunContext, RunVariant, StageResult, training_facts
-from compress.pipeline.network import as_torch
+from compress.pipeline.task import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
 from compress.runtimes import DEFAULT, open_session, runtime_class

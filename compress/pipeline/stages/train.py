@@ -12,7 +12,7 @@ from compress import measure, models
 from compress.errors import CompressError, ModelError
 from compress.evaluate.feeding import Fed
 from compress.graph import files
-from compress.pipeline import cautions, network
+from compress.pipeline import cautions
 from compress.pipeline.context import (
     ONNX_FILE,
     RunContext,
@@ -22,6 +22,7 @@ from compress.pipeline.context import (
     save_stage,
     training_facts,
 )
+from compress.pipeline.task import build_original, load_original
 from compress.recipe.settings import DistillSettings, TrainSettings
 from compress.runtimes import open_session
 from compress.train import distill
@@ -34,10 +35,10 @@ def original(
     reference = context.recipe.model.name
     if models.is_onnx(reference):
         return _original_onnx(context, Path(reference), stage)
-    model = network.build_original(context.recipe, context.dataset, context.task)
+    model = build_original(context.recipe, context.dataset, context.task)
     rebuild = None
     if models.model_folder(Path(reference)) is None:
-        rebuild = partial(network.load_original, context.recipe, context.dataset)
+        rebuild = partial(load_original, context.recipe, context.dataset)
     return save_stage(
         context,
         model,
@@ -51,7 +52,7 @@ def train_original(
     context: RunContext, settings: TrainSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Train the network of the recipe; the result is what everything is compared with."""
-    model = network.build_original(context.recipe, context.dataset, context.task)
+    model = build_original(context.recipe, context.dataset, context.task)
     result = context.train(model, settings, stage)
     facts = training_facts(result) | cautions.of_original(context, model)
     return save_stage(context, model, stage, "original", facts=facts)

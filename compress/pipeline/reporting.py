@@ -148,10 +148,10 @@ def _last_results(
 def _gate_value(
     name: str, original: schema.Variant, variant: schema.Variant, result: schema.Result
 ) -> float | None:
-    if name == "metric_drop" and result.primary is not None:
-        return None if result.main_change is None else result.main_change.drop
-    if name in {"top1_drop_pct", "metric_drop"}:
-        return None if result.top1_change_pct is None else -result.top1_change_pct
+    if name == "metric_drop" or (name == "top1_drop_pct" and result.primary is None):
+        return None if result.change is None else result.change.drop
+    if name == "top1_drop_pct":
+        return None
     if name == "size_ratio":
         return size_ratio(original, variant, result)
     value: float | None = getattr(result, name)

@@ -10,8 +10,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from compress.report import errors_by_class, numbers
-from compress.report.charts import LINES_NARROW, lines, reliability
-from compress.report.pareto_chart import pareto_charts
+from compress.report.charts import LINES_NARROW, lines, pareto_charts, reliability
 from compress.report.schema import (
     Calibration,
     Coverage,
@@ -21,7 +20,7 @@ from compress.report.schema import (
     Report,
 )
 from compress.report.tables import accuracies, compact, is_labelled, sizes, speeds
-from compress.report.terminal import gate_sentence, missing
+from compress.report.text import gate_sentence, missing
 from compress.report.verdict import comparisons, sizes_mib, verdicts
 
 if TYPE_CHECKING:

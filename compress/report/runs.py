@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compress.artifact import write_json, write_text
 from compress.errors import RunError
 from compress.report import numbers
-from compress.report.markdown import bullets, escaped_line, section
-from compress.report.pareto_chart import pareto_charts
+from compress.report.charts import pareto_charts
 from compress.report.reading import read_run
 from compress.report.schema import SCHEMA, Figure, Interval, Report, Result, Variant
 from compress.report.tables import (
@@ -27,6 +26,7 @@ from compress.report.tables import (
     sizes,
     speeds,
 )
+from compress.report.text import bullets, escaped_line, section
 from compress.report.verdict import accuracy_of, comparisons, title
 
 if TYPE_CHECKING:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from compress.report import numbers as figures
-from compress.report.schema import Interval, Report, Result, Variant
-from compress.report.verdict import SAME, accuracy_differs, accuracy_of, speed_differs
-from compress.statistics import undecided
+from compress.report.schema import SAME, ChangeRecord, Interval, Report, Result, Variant
+from compress.report.verdict import accuracy_of, speed_differs
 
 Setting = tuple[str, str, int, int | None]  # runtime, device, batch, threads
 
@@ -174,7 +173,7 @@ class FieldValue(NamedTuple):
     value: float | None = None
     form: str = "number"
     bounds: Interval | None = None
-    differs: bool | None = None
+    remark: str = ""
 
 
 Fill = Callable[[Result], FieldValue]
@@ -184,24 +183,32 @@ def _fill(
     field: str,
     form: str = "number",
     bounds: str | None = None,
-    differs: Callable[[Result], bool | None] | None = None,
+    remark: Callable[[Result], str] = lambda _: "",
 ) -> Fill:
-    """Return what reads a field of a result, its interval and whether it differs."""
+    """Return what reads a field of a result, its interval and what is to be said of it."""
 
     def fill(result: Result) -> FieldValue:
         interval = getattr(result, bounds) if bounds else None
-        return FieldValue(
-            field, getattr(result, field), form, interval, differs and differs(result)
-        )
+        return FieldValue(field, getattr(result, field), form, interval, remark(result))
 
     return fill
+
+
+def _open(change: ChangeRecord | None) -> str:
+    """Return what an insignificant change of accuracy leaves open, or why it says nothing."""
+    return "" if change is None or change.differs else change.verdict
+
+
+def _worst_class(result: Result) -> str:
+    lost = result.worst_class and result.worst_class_drop_pct
+    return f"class {result.worst_class}" if lost else ""
 
 
 _ACCURACY: tuple[tuple[Column, Fill], ...] = (
     (Column("Top-1", "%"), _fill("top1_pct", "percent", "top1_ci95")),
     (
         Column("Change", "points", "of top-1 against the original, on the same images"),
-        _fill("top1_change_pct", "points", "top1_change_ci95", accuracy_differs),
+        _fill("top1_change_pct", "points", "top1_change_ci95", lambda r: _open(r.change)),
     ),
     (Column("Top-5", "%", is_optional=True), _fill("top5_pct", "percent", "top5_ci95")),
     (
@@ -214,7 +221,7 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
     ),
     (
         Column("Worst class", "points lost", "largest loss of recall of any class"),
-        _fill("worst_class_drop_pct", "percent", "worst_class_drop_ci95"),
+        _fill("worst_class_drop_pct", "percent", "worst_class_drop_ci95", _worst_class),
     ),
     (Column("ECE", "%", "expected calibration error"), _fill("ece_pct", "percent")),
     (Column("SQNR", "dB", "of the logits, against the original"), _fill("sqnr_db")),
@@ -260,7 +267,7 @@ def _fill_change(name: str) -> Fill:
         change = (result.changes or {}).get(name)
         if change is None:
             return FieldValue("changes")
-        return FieldValue(f"changes.{name}", change.value, "points", change.ci95, change.differs)
+        return FieldValue("changes", change.value, "points", change.ci95, _open(change))
 
     return fill
 
@@ -276,7 +283,7 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
     (Column("Throughput", "images/s"), _fill("throughput_ips")),
     (
         Column("Speed-up", "", "the original's p50 over this one's, in the same setting"),
-        _fill("speedup", "factor", "speedup_ci95", speed_differs),
+        _fill("speedup", "factor", "speedup_ci95", lambda r: SAME * (speed_differs(r) is False)),
     ),
     (
         Column("p50 on GPU", "ms", "without copies", is_optional=True),
@@ -297,7 +304,7 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
 
 
 def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
-    field, value, form, bounds, differs = fill(result)
+    field, value, form, bounds, remark = fill(result)
     if value is None:
         return _absent(variant, result, field)
     write = {
@@ -306,21 +313,8 @@ def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
         "points": figures.points,
         "factor": figures.factor,
     }[form]
-    remark = _open(result, field) or SAME if differs is False else ""
-    if field == "worst_class_drop_pct" and result.worst_class and value:
-        remark = f"class {result.worst_class}"
     spelled = figures.interval(bounds, "number" if form == "factor" else form)
     return Cell(write(value), value, spelled, remark)
-
-
-def _open(result: Result, field: str) -> str | None:
-    """Return what an insignificant change of accuracy leaves open, or why it says nothing."""
-    if field == "top1_change_pct":
-        bounds = result.top1_change_ci95
-        said = result.top1_verdict if result.top1_verdict != SAME else None
-        return said or (undecided(result.images, bounds) if bounds else None)
-    change = (result.changes or {}).get(field.removeprefix("changes."))
-    return None if change is None else change.verdict
 
 
 _AGAINST_ITSELF = {

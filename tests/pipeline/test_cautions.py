@@ -17,7 +17,7 @@ from compress.pipeline.reporting import gates
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant
-from compress.report.terminal import gate_sentence
+from compress.report.text import gate_sentence
 
 NETWORK = {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}}
 QUICK = {"rounds": 3, "round_ms": 2, "test_images": 64}

@@ -29,7 +29,6 @@ ELSEWHERE = {
     "evaluate/bisection.py": "node by node is something only ONNX Runtime can do",
     "cli": "defaults of options, which import no runtime",
     "pipeline/split.py": "defaults",
-    "pipeline/split": "defaults",
     "measure/memory.py": "a default",
     "prune/plan.py": "a default",
     "recipe/settings.py": "a default",

@@ -183,7 +183,11 @@ def _labelled(placed: Sequence[Placed], frame: Box) -> list[Placed]:
     A label never lies on a mark or on another label, and on a line only if it must.
     """
     taken: list[Box] = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in placed]
-    drawn = [box for place in placed for box in _whiskers(place)]
+    drawn: list[Box] = []
+    for place in placed:
+        drawn += [(place.across[0], place.y, place.across[1], place.y)] if place.across else []
+        if place.upright:
+            drawn.append((place.x, min(place.upright), place.x, max(place.upright)))
     front = sorted((place for place in placed if place.is_best), key=lambda place: place.x)
     drawn += [box for ends in pairwise(front) for box in _along(*ends)]
     labelled = []
@@ -210,13 +214,6 @@ def _box(label: tuple[float, float, str], width: float) -> Box:
 
 def _inside(box: Box, frame: Box) -> bool:
     return frame[0] < box[0] and box[2] < frame[2] and frame[1] < box[1] < frame[3] - LINE
-
-
-def _whiskers(place: Placed) -> Iterator[Box]:
-    if place.across:
-        yield (place.across[0], place.y, place.across[1], place.y)
-    if place.upright:
-        yield (place.x, min(place.upright), place.x, max(place.upright))
 
 
 def _along(one: Placed, other: Placed) -> Iterator[Box]:

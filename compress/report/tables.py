@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -335,35 +335,23 @@ def _absent(variant: Variant, result: Result | None, field: str) -> Cell:
 
 def compact(table: Table) -> Table:
     """Return ``table`` without number columns that hold nothing; its notes say why they do."""
-    empty = [
-        position
-        for position, column in enumerate(table.columns)
-        if column.is_number and all(row[position].text in _EMPTY for row in table.rows)
-    ]
-    kept = [position for position in range(len(table.columns)) if position not in empty]
+    rows = [[cell.text not in _EMPTY for cell in row] for row in table.rows]
+    kept, notes = list[int](), list[str]()
+    for position, column in enumerate(table.columns):
+        if not column.is_number or any(row[position] for row in rows):
+            kept.append(position)
+            continue
+        found = dict.fromkeys(row[position].reason for row in table.rows)
+        silent = {"", figures.UNRECORDED} if column.is_optional else {""}
+        if why := "; ".join(each for each in found if each not in silent):
+            notes.append(f"{column.name}: {why}")
     return Table(
         table.key,
         table.title,
         tuple(table.columns[position] for position in kept),
         tuple(tuple(row[position] for position in kept) for row in table.rows),
-        tuple(
-            f"{table.columns[position].name}: {'; '.join(why)}"
-            for position in empty
-            if (why := _worth_saying(table, position))
-        ),
+        tuple(notes),
     )
 
 
 _EMPTY = (figures.ABSENT, "")
-
-
-def _worth_saying(table: Table, position: int) -> list[str]:
-    """Return why a column is empty; an optional one needs no reason to be so."""
-    optional = table.columns[position].is_optional
-    found = reasons(row[position] for row in table.rows)
-    return [each for each in found if not optional or each != figures.UNRECORDED]
-
-
-def reasons(cells: Iterable[Cell]) -> list[str]:
-    """Return the distinct reasons of the empty cells, in order: the notes below a table."""
-    return list(dict.fromkeys(cell.reason for cell in cells if cell.reason))

@@ -128,15 +128,11 @@ def _table(report: Report, setting: Setting | None) -> rich_table.Table:
         for result in variant.results or (None,)
     )
     table.add_column("variant", overflow="fold", min_width=min(longest, 16))
-    for name in (
-        _accuracy_heading(report),
-        "params",
-        "MACs",
-        "file MiB",
-        "peak MiB",
-        "p50 ms",
-        "speed-up",
-    ):
+    figures = (result.figure for variant in report.variants for result in variant.results)
+    accuracy = "top-1 %" if report.details.tells_classes else "accuracy"
+    if first := next(filter(None, figures), None):
+        accuracy = f"{first.name} {first.unit}".strip()
+    for name in (accuracy, "params", "MACs", "file MiB", "peak MiB", "p50 ms", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True, min_width=6)
     for variant in report.variants:
         chosen: list[Result | None] = [r for r in variant.results if setting_of(r) == setting]
@@ -155,38 +151,22 @@ def _row_name(variant: Variant, result: Result | None) -> str:
 
 
 def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
-    accuracy = accuracy_of(variant, result) if result else None
+    if result is None:
+        counts = (numbers.count(variant.params), numbers.count(variant.macs))
+        size = numbers.number(variant.size_mib)
+        return (numbers.ABSENT, *counts, size, *[numbers.ABSENT] * 3)
+    figure = accuracy_of(variant, result).figure
+    write = numbers.number if figure is not None and figure.name == "SQNR" else numbers.percent
+    same = "=" * (speed_differs(result) is False)  # no significant difference
     return (
-        _accuracy(accuracy),
+        write(None if figure is None else figure.value),
         numbers.count(variant.params),
         numbers.count(variant.macs),
-        numbers.number(result.size_mib if result and result.size_mib else variant.size_mib),
-        numbers.number(result.peak_memory_mib if result else None),
-        numbers.number(result.latency_ms_p50 if result else None),
-        _speedup(result) if result else numbers.ABSENT,
+        numbers.number(result.size_mib or variant.size_mib),
+        numbers.number(result.peak_memory_mib),
+        numbers.number(result.latency_ms_p50),
+        f"{same}{numbers.factor(result.speedup)}",
     )
-
-
-def _accuracy(result: Result | None) -> str:
-    figure = None if result is None else result.figure
-    if figure is None:
-        return numbers.ABSENT
-    write = numbers.number if figure.name == "SQNR" else numbers.percent
-    return write(figure.value)
-
-
-def _accuracy_heading(report: Report) -> str:
-    """Return the name of the primary metric with its unit."""
-    for variant in report.variants:
-        for result in variant.results:
-            if result.figure is not None:
-                return f"{result.figure.name} {result.figure.unit}".strip()
-    return "top-1 %" if report.details.tells_classes else "accuracy"
-
-
-def _speedup(result: Result) -> str:
-    sign = "=" if speed_differs(result) is False else ""  # no significant difference
-    return f"{sign}{numbers.factor(result.speedup)}"
 
 
 def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:

@@ -46,7 +46,7 @@ _CHANGES = {"int8": "quantization", "fp16": "half precision", "fp32": "conversio
 
 
 @dataclass(frozen=True)
-class Step:
+class ChainStep:
     """One form of the network, what it is worth, and what changed on the way to it."""
 
     name: str  # "a.onnx", "b.onnx, node by node", "b.onnx, as it runs"
@@ -72,7 +72,7 @@ class Compared:
     classes: tuple[str, ...]
     images: int
     answers: Comparison | None  # None where images have no classes, or the networks name none
-    steps: tuple[Step, ...]  # the chain from the one to the other, by classes or by a task
+    steps: tuple[ChainStep, ...]  # the chain from the one to the other, by classes or by a task
     outputs: Mapping[str, Any]  # of other networks: drift of each output, agreement if there is one
     bisection: Bisection | None
 
@@ -153,7 +153,7 @@ def compare_artifacts(
     judge = _judge(task, dataset)
     old, new = candidates_of([one_artifact(reference), one_artifact(candidate)], threads=threads)
     is_named = _names_classes((old, new), dataset) and (judge is None or judge.tells_classes)
-    answers, steps, images = None, list[Step](), 0
+    answers, steps, images = None, list[ChainStep](), 0
     if is_named:
         forms = _forms(old, new, lambda file, run: test_answers(run, dataset, file.name, limit))
         first, last = forms[0][-1], forms[-1][-1]
@@ -234,7 +234,7 @@ def _forms(
     return found
 
 
-def chain(forms: Sequence[tuple[str, str, Predictions]]) -> list[Step]:
+def chain(forms: Sequence[tuple[str, str, Predictions]]) -> list[ChainStep]:
     """Return what each form of a network adds to the error, and what it comes to.
 
     Differences to the step before tell who is to blame; they do not add up to the difference to
@@ -250,16 +250,18 @@ def chain(forms: Sequence[tuple[str, str, Predictions]]) -> list[Step]:
     for before, (name, error, own) in zip([None, *forms], forms, strict=False):
         worth = {"top1_pct": 100 * float(own.correct.mean())}
         if before is None:
-            steps.append(Step(name, error, worth))
+            steps.append(ChainStep(name, error, worth))
         else:
             added, total = (
                 comparison.compare_predictions(each[-1], own) for each in (before, forms[0])
             )
-            steps.append(Step(name, error, worth, added, total.row()))
+            steps.append(ChainStep(name, error, worth, added, total.row()))
     return steps
 
 
-def _by_task(task: Task, forms: Sequence[tuple[str, str, evaluate.Evaluation]]) -> Iterator[Step]:
+def _by_task(
+    task: Task, forms: Sequence[tuple[str, str, evaluate.Evaluation]]
+) -> Iterator[ChainStep]:
     """Yield what each form is worth at a task; without labels the change is in its outputs."""
     first = forms[0][-1]
     for name, error, own in forms:
@@ -269,7 +271,7 @@ def _by_task(task: Task, forms: Sequence[tuple[str, str, evaluate.Evaluation]]) 
         elif own is not first:
             change = comparison.outputs_row(first.predictions, own.predictions)
             change |= evaluate.agreement_row(task, first, own)
-        yield Step(name, error, own.row(), change=change)
+        yield ChainStep(name, error, own.row(), change=change)
 
 
 def _drifts_of(
@@ -326,7 +328,7 @@ def _facts(answers: Comparison, title: str) -> Table:
     return table(("", "value"), rows, title=title)
 
 
-def _chain(steps: Sequence[Step]) -> Table:
+def _chain(steps: Sequence[ChainStep]) -> Table:
     headers = ("top-1 %", "SQNR dB", "agreement %", "SQNR dB so far")
     rows = []
     for step in steps:
@@ -363,7 +365,7 @@ def _flips(answers: Comparison, names: Sequence[str]) -> Table:
     return table(headers, rows, title="Images answered differently", caption=more)
 
 
-def _metrics(first: Mapping[str, Any], last: Step, title: str) -> Table:
+def _metrics(first: Mapping[str, Any], last: ChainStep, title: str) -> Table:
     """Return each metric of both and its change, or outputs where the images have no labels."""
     if "metrics" not in first:
         return _drifts(
@@ -377,7 +379,7 @@ def _metrics(first: Mapping[str, Any], last: Step, title: str) -> Table:
     return table(("", "reference (95 %)", "candidate (95 %)", "change (95 %)"), rows, title=title)
 
 
-def _judged(steps: Sequence[Step]) -> Table:
+def _judged(steps: Sequence[ChainStep]) -> Table:
     """Return the primary metric of each step, and how alike the first it predicts."""
     name = steps[0].worth.get("primary")
     headers = ["agreement"]

@@ -48,8 +48,11 @@ def drawn_changes(
         picture, fit = _picture(context, index)
         size = picture.shape[0], picture.shape[1]
         before, after = (task.in_picture(each, fit, size) for each in pairs[index])
-        truth = _truth(context, index)
-        truth = None if truth is None else task.in_picture(truth, fit, size)
+        truth = None
+        if task.kinds:
+            target = targets_of(context.dataset.splits["test"], np.array([index]))[0]
+            known = task.truth(target)
+            truth = None if known is None else task.in_picture(known, fit, size)
         changed = task.draw_change(picture, before, after)
         found.append(
             schema.DrawnChange(
@@ -82,12 +85,6 @@ def class_metrics_row(
         values=tuple(None if each is None else each.value for each in found.values()),
         ci95=tuple(None if each is None else each.ci95 for each in found.values()),
     )
-
-
-def _truth(context: RunContext, index: int) -> tasks.Prediction | None:
-    if not context.task.kinds:
-        return None
-    return context.task.truth(targets_of(context.dataset.splits["test"], np.array([index]))[0])
 
 
 def _picture(context: RunContext, index: int) -> tuple[NDArray[np.uint8], Fit]:

@@ -46,20 +46,35 @@ def assemble(
     judged: JudgedPredictions,
 ) -> schema.Report:
     """Return the report of a run whose stages are finished."""
-    absent = {variant.name: outcome.skipped for outcome in outcomes for variant in outcome.variants}
+    absent = {each.name: out.facts.get("skipped", {}) for out in outcomes for each in out.variants}
     trust = cautions.trust_of(outcomes[0].facts)
     results = measured.results if trust.untrained is None else _undecided(measured.results)
     rows = tuple(
         _variant(context, variant, results, absent.get(variant.name, {})) for variant in variants
     )
-    plans = [pair for outcome in outcomes for pair in outcome.plans.items()]
+    plans = [
+        (f"int8-{form}", QuantPlan.from_json(plan))
+        for outcome in outcomes
+        for form, plan in outcome.facts.get("plans", {}).items()
+    ]
+    made = {
+        "ranges": tuple(each for name, plan in plans for each in tensor_ranges(plan, name)),
+        "learning": tuple(
+            curve
+            for outcome in outcomes
+            for variant in outcome.variants[:1]
+            for curve in learning_curves(
+                variant.stage, outcome.facts.get("training", {}).get("history", ())
+            )
+        ),
+    }
     return schema.Report(
         name=context.recipe.name,
         recipe=to_json(context.recipe),
         provenance=_provenance(context, outcomes, measured),
         variants=rows,
         gates=(
-            *(gate for outcome in outcomes for gate in outcome.gates),
+            *(schema.Gate(**gate) for each in outcomes for gate in each.facts.get("gates", ())),
             *gates(context.recipe.gates, rows, trust.untrained),
         ),
         untrained=trust.untrained,
@@ -73,9 +88,9 @@ def assemble(
             *cautions.of_slower(rows),
             *cautions.of_timing(measured.conditions),
         ),
-        notes=tuple(notes_of((f"int8-{form}", plan.notes) for form, plan in plans)),
-        trials=tuple(f"int8-{form}: {trial}" for form, plan in plans for trial in plan.trials),
-        details=_details(context, variants, outcomes, measured, rows, judged),
+        notes=tuple(notes_of((name, plan.notes) for name, plan in plans)),
+        trials=tuple(f"{name}: {trial}" for name, plan in plans for trial in plan.trials),
+        details=_details(context, variants, measured, rows, judged).model_copy(update=made),
         skipped=measured.skipped,
     )
 
@@ -108,7 +123,9 @@ def gates(
             if name != "speedup" and (name, variant.name, result.runtime) in seen:
                 continue  # accuracy and size are the same for every batch
             seen.add((name, variant.name, result.runtime))
-            value = _finite(_gate_value(name, original, variant, result))
+            value = _gate_value(name, original, variant, result)
+            if value is not None and not math.isfinite(value):
+                value = None  # nothing was measured
             passed = value is not None and (value >= limit if name in AT_LEAST else value <= limit)
             reason = _unmeasured(name, result, variant) if value is None else None
             if untrained is not None and name not in {"speedup", "size_ratio"}:
@@ -156,11 +173,6 @@ def _gate_value(
         return size_ratio(original, variant, result)
     value: float | None = getattr(result, name)
     return value
-
-
-def _finite(value: float | None) -> float | None:
-    """Return a figure, or None where it is no number: then nothing was measured."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _unmeasured(name: str, result: schema.Result, variant: schema.Variant) -> str:
@@ -281,7 +293,6 @@ class _Answered:
 def _details(
     context: RunContext,
     variants: Sequence[RunVariant],
-    outcomes: Sequence[StageResult],
     measured: Measured,
     rows: Sequence[schema.Variant],
     judged: JudgedPredictions,
@@ -298,19 +309,7 @@ def _details(
         channels=tuple(_channels(plan)) if plan is not None else (),
         frozen=dict(plan.frozen) if plan is not None else {},
         sparsities=tuple(_sparsities(context, variants, rows)),
-        ranges=tuple(
-            each
-            for outcome in outcomes
-            for form, plan in outcome.plans.items()
-            for each in tensor_ranges(plan, f"int8-{form}")
-        ),
         coverage=measured.coverage,
-        learning=tuple(
-            curve
-            for outcome in outcomes
-            for variant in outcome.variants[:1]
-            for curve in learning_curves(variant.stage, outcome.history)
-        ),
         sensitivity=measured.sensitivity,
         class_scores=tuple(each.scores() for each in taken),
         confusions=tuple(each.confusion() for each in taken),
@@ -319,7 +318,10 @@ def _details(
         calibration=tuple(each.calibration() for each in taken),
         attributions=measured.attributions,
         similarities=measured.similarities,
-        artifacts=tuple(_artifacts(context)),
+        artifacts=tuple(
+            schema.ArtifactRecord(**each, bytes=(context.run.root / each["path"]).stat().st_size)
+            for each in context.run.description()["artifacts"]
+        ),
         methods=measure.methods_of(tells_classes=context.task.tells_classes),
         skipped=_skipped(context, plan, variants[0]),
     )
@@ -412,12 +414,6 @@ def tensor_ranges(plan: QuantPlan, variant: str) -> Iterator[schema.TensorRange]
         yield schema.TensorRange(
             tensor=name, kind="weight", bits=BITS, low=-limit, high=limit, variant=variant
         )
-
-
-def _artifacts(context: RunContext) -> Iterator[schema.ArtifactRecord]:
-    for each in context.run.description()["artifacts"]:
-        size = (context.run.root / each["path"]).stat().st_size
-        yield schema.ArtifactRecord(**each, bytes=size)
 
 
 def _sparsities(

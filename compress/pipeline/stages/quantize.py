@@ -37,7 +37,9 @@ def quantize_graphs(
 
     parent = before[-1]
     if not context.is_main:
-        return _train_along(context, settings, stage, parent)
+        for form in int8_forms(context.recipe) if settings.qat is not None else ():
+            _train_quantized(context, settings, None, parent, stage / f"qat-{form}")
+        return StageResult(())
     calibration = calibration_data(context, settings, parent)
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(context.recipe)}
     plans = quantize_targets(
@@ -122,16 +124,6 @@ def _finished(
         target=form,
     )
     return variant, plan, training, gate
-
-
-def _train_along(
-    context: RunContext, settings: QuantizeSettings, stage: Path, parent: RunVariant
-) -> StageResult:
-    """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
-    if settings.qat is not None:
-        for form in int8_forms(context.recipe):
-            _train_quantized(context, settings, None, parent, stage / f"qat-{form}")
-    return StageResult(())
 
 
 def int8_forms(recipe: Recipe) -> list[str]:

@@ -6,8 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto
-
 from compress import measure, models
 from compress.errors import CompressError, ModelError
 from compress.evaluate.feeding import Fed
@@ -105,8 +103,10 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
     files.copy(source, target, facts=run_facts(context), sizes=context.recipe.model.input_size)
     facts: dict[str, Any] = {}
     model, macs = files.load(target), None
+    height, width = context.dataset.image_size
     try:
-        macs = sum(measure.node_macs(_sized(model, context)).values())
+        files.fix_sizes(model, (context.dataset.channels, height, width), where="")
+        macs = sum(measure.node_macs(model).values())
     except CompressError as error:
         facts = {"skipped": {"macs": str(error)}}
     params = measure.onnx_params(model.graph)
@@ -115,15 +115,6 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
         return StageResult(
             (variant,), facts | cautions.of_original(context, Fed(session, context.dataset))
         )
-
-
-def _sized(model: ModelProto, context: RunContext) -> ModelProto:
-    """Return a graph with the sizes of the data's images, where it leaves them free."""
-    fixed = ModelProto()
-    fixed.CopyFrom(model)
-    channels, (height, width) = context.dataset.channels, context.dataset.image_size
-    files.fix_sizes(fixed, (channels, height, width), where="")
-    return fixed
 
 
 def _teacher(context: RunContext, settings: DistillSettings, first: RunVariant) -> Any:

@@ -128,16 +128,9 @@ def _environment() -> Environment:
         plain_json=plain_json,
         sizes_mib=sizes_mib,
     )
-    environment.filters.update(
-        count=numbers.count,
-        fact=numbers.fact,
-        factor=numbers.factor,
-        spoken=numbers.in_words,
-        interval=numbers.interval,
-        number=numbers.number,
-        percent=numbers.percent,
-        points=numbers.points,
-    )
+    named = ("count", "fact", "factor", "interval", "number", "percent", "points")
+    environment.filters.update({name: getattr(numbers, name) for name in named})
+    environment.filters["spoken"] = numbers.in_words
     return environment
 
 

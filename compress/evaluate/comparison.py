@@ -50,14 +50,8 @@ class Drift:
         return self.total_abs / self.values if self.values else 0.0
 
     def __add__(self, other: Drift) -> Drift:
-        return Drift(
-            self.signal + other.signal,
-            self.noise + other.noise,
-            self.total_abs + other.total_abs,
-            max(self.max_abs_diff, other.max_abs_diff),
-            self.values + other.values,
-            self.not_finite + other.not_finite,
-        )
+        summed = {key: value + getattr(other, key) for key, value in vars(self).items()}
+        return Drift(**summed | {"max_abs_diff": max(self.max_abs_diff, other.max_abs_diff)})
 
     def to_json(self) -> dict[str, Any]:
         """Return this drift as JSON-able data; an infinite ratio is absent.

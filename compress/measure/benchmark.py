@@ -30,10 +30,14 @@ if TYPE_CHECKING:
 
     from compress.data import Dataset
 
-SHOWN = (  # figures of a row, in the order of their columns
-    *("latency_ms_p50", "latency_ms_p99", "throughput_ips", "speedup", "file_mib"),
-    "peak_memory_mib",
-)
+SHOWN = {  # figures of a row, and their columns
+    "latency_ms_p50": "p50 ms",
+    "latency_ms_p99": "p99 ms",
+    "throughput_ips": "images/s",
+    "speedup": "speed-up (95 %)",
+    "file_mib": "file MiB",
+    "peak_memory_mib": "peak MiB",
+}
 
 
 @dataclass(frozen=True)
@@ -57,15 +61,7 @@ class Benched:
 
     def table(self) -> Table:
         """Return one row for each artifact, runtime and batch size, for the terminal."""
-        headers = [
-            "batch",
-            "p50 ms",
-            "p99 ms",
-            "images/s",
-            "speed-up (95 %)",
-            "file MiB",
-            "peak MiB",
-        ]
+        headers = ["batch", *SHOWN.values()]
         has_accuracy = any("top1_pct" in row for row in self.rows)
         has_outputs = any("outputs" in row for row in self.rows)
         headers += ["top-1 % (95 %)", "agreement %"] if has_accuracy else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -152,7 +152,10 @@ def compare_artifacts(
         )
     judge = _judge(task, dataset)
     old, new = candidates_of([one_artifact(reference), one_artifact(candidate)], threads=threads)
-    is_named = _names_classes((old, new), dataset) and (judge is None or judge.tells_classes)
+    is_named = judge is None or judge.tells_classes
+    for each in (old, new):  # a file that cannot be opened or fed is told before the long work
+        with _opened(each, each.reference) as session:
+            is_named &= names_classes(session, dataset)
     answers, steps, images = None, list[ChainStep](), 0
     if is_named:
         forms = _forms(old, new, lambda file, run: test_answers(run, dataset, file.name, limit))
@@ -187,18 +190,6 @@ def _judge(reference: str | Mapping[str, Any] | None, dataset: Dataset) -> Task 
         return load_task({default_task("none"): {"of": reference}}, classes=dataset.classes)
     evaluate.check_labels(dataset, task)
     return task
-
-
-def _names_classes(candidates: Iterable[Candidate], dataset: Dataset) -> bool:
-    """Say whether all give scores of the data's classes.
-
-    Each is opened and fed: a file that cannot be is told before the long work.
-    """
-    is_named = True
-    for each in candidates:
-        with _opened(each, each.reference) as session:
-            is_named &= names_classes(session, dataset)
-    return is_named
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -106,13 +105,8 @@ def _png(image: NDArray[np.uint8]) -> str:
     return thumbnail(np.ascontiguousarray(image), SIDE, COLOURS)
 
 
-@dataclass(frozen=True)
-class _Explained:
-    """A variant that is explained beside the original, on a runtime on which both were judged."""
-
-    variant: RunVariant
-    runtime: str
-    answers: tuple[Path, Path]  # of the original and of the variant to the test images
+# A variant beside the original, a runtime on which both were judged, and the answers of both.
+Judged = tuple[RunVariant, str, tuple[Path, Path]]
 
 
 def explain_variants(
@@ -137,18 +131,19 @@ def explain_variants(
         pair = _explained(pairs, needs_gradients=method not in ANSWERS)
         if pair is None:
             continue
-        in_torch = method not in ANSWERS or runtime_class(pair.runtime).opens != "onnx"
-        before, after = map(Predictions.load, pair.answers)
+        variant, runtime, answers = pair
+        in_torch = method not in ANSWERS or runtime_class(runtime).opens != "onnx"
+        before, after = map(Predictions.load, answers)
         samples = explained_samples(context.dataset, before, after, count)
         with contextlib.ExitStack() as stack:
             original, compressed = (
                 context.network(each)
                 if in_torch
-                else stack.enter_context(open_session(context.path(each), pair.runtime))
-                for each in (variants[0], pair.variant)
+                else stack.enter_context(open_session(context.path(each), runtime))
+                for each in (variants[0], variant)
             )
             maps, similarity = compare_maps(
-                original, compressed, samples, variant=pair.variant.name, method=method
+                original, compressed, samples, variant=variant.name, method=method
             )
         attributions += maps
         similarities.append(similarity)
@@ -157,7 +152,7 @@ def explain_variants(
 
 def _pairs(
     context: RunContext, variants: Sequence[RunVariant], judged: JudgedPredictions
-) -> Iterator[_Explained]:
+) -> Iterator[Judged]:
     """Yield the variants whose answers to the test images are known, beside the original's."""
     runtimes = dict.fromkeys(target.runtime for target in context.recipe.targets)
     for variant in variants[1:]:
@@ -166,19 +161,15 @@ def _pairs(
                 judged.path(each.name, runtime, each.precision) for each in (variants[0], variant)
             )
             if before.is_file() and after.is_file():
-                yield _Explained(variant, runtime, (before, after))
+                yield variant, runtime, (before, after)
 
 
-def _explained(pairs: Sequence[_Explained], *, needs_gradients: bool) -> _Explained | None:
+def _explained(pairs: Sequence[Judged], *, needs_gradients: bool) -> Judged | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [
-        each
-        for each in pairs
-        if each.variant.target and runtime_class(each.runtime).opens == "onnx"
-    ]
-    if int8 and not needs_gradients:
-        return int8[0]
-    floats = [pair for pair in pairs if pair.variant.target is None]
+    for variant, runtime, answers in () if needs_gradients else pairs:
+        if variant.target and runtime_class(runtime).opens == "onnx":
+            return variant, runtime, answers
+    floats = [pair for pair in pairs if pair[0].target is None]
     return floats[-1] if floats else None
 
 

@@ -159,16 +159,13 @@ class Split:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON-able data."""
-        return {
+        told = {key: value for key, value in vars(self).items() if key != "cut"}
+        return told | {
             "head": self.head.name,
             "tail": self.tail.name,
             "tensor": self.cut.tensor,
             "crossing": list(self.cut.crossing),
             "bytes": next(p.bytes for p in self.places if p.name == self.cut.tensor),
-            "int8": self.int8,
-            "difference": self.difference,
-            "link_mbps": self.link_mbps,
-            "edge_slowdown": self.edge_slowdown,
             "places": [place.to_json() for place in self.places],
         }
 

@@ -113,8 +113,9 @@ def _prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     reference = recipe.model.name
     source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))
     settings = recipe.data if source is None else completed(recipe.data, [source])
-    if source is None and takes_unit_range(reference):
-        settings = _in_unit_range(settings)
+    is_told = settings.mean or settings.std or settings.input_range is not None
+    if source is None and takes_unit_range(reference) and not is_told:
+        settings = settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})  # left in [0, 1]
     dataset = load_data(settings, recipe.seed, partial(as_torch, reference, recipe.model))
     if source is not None or dataset.target == "none":
         dataset = dataclasses.replace(dataset, assumed=_assumed(settings, dataset))
@@ -128,13 +129,6 @@ def _prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     logger.warning("%s: outputs are compared with those of the original", reason)
     dataset = dataclasses.replace(dataset, target="none", classes=())
     return dataset, task_of(recipe, dataset, reason)
-
-
-def _in_unit_range(settings: DataSettings) -> DataSettings:
-    """Return settings that leave images in [0, 1], unless they say how to normalize."""
-    if settings.mean or settings.std or settings.input_range is not None:
-        return settings
-    return settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})
 
 
 def _assumed(settings: DataSettings, dataset: Dataset) -> str:

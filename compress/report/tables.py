@@ -235,39 +235,29 @@ def _task_columns(report: Report) -> tuple[tuple[Column, Fill], ...]:
              for result in results for name, m in (result.metrics or {}).items()}  # fmt: skip
     found: list[tuple[Column, Fill]] = []
     for name, (unit, title) in kinds.items():
-        sign, spoken = ("%", "points") if unit == "pct" else (unit, unit)
-        found.append((Column(title, sign), _fill_metric(name)))
-        about = f"of {title} against the original, on the same images"
-        found.append((Column(f"Change of {title}", spoken, about), _fill_change(name)))
-    units = {result.agreement.unit for result in results if result.agreement}
-    for unit in units:
-        found.append((Column("Agreement", unit, "with the original's predictions"), _alike))
+        sign, spoken, form = ("%", "points", "percent") if unit == "pct" else (unit, unit, "number")
+        change = Column(
+            f"Change of {title}", spoken, f"of {title} against the original, on the same images"
+        )
+        found.append((Column(title, sign), _fill_record("metrics", form, name)))
+        found.append((change, _fill_record("changes", "points", name)))
+    for unit in {result.agreement.unit for result in results if result.agreement}:
+        alike = Column("Agreement", unit, "with the original's predictions")
+        found.append((alike, _fill_record("agreement", "number")))
     return tuple(found)
 
 
-def _alike(result: Result) -> FieldValue:
-    alike = result.agreement
-    value, bounds = (None, None) if alike is None else (alike.value, alike.ci95)
-    return FieldValue("agreement_pct", value, bounds=bounds)
+def _fill_record(field: str, form: str, key: str | None = None) -> Fill:
+    """Return what reads the record that a field of a result holds, or holds by the name ``key``."""
+    absent = "agreement_pct" if field == "agreement" else field
 
-
-def _fill_metric(name: str) -> Fill:
     def fill(result: Result) -> FieldValue:
-        metric = (result.metrics or {}).get(name)
-        if metric is None:
-            return FieldValue("metrics")
-        form = "percent" if metric.unit == "pct" else "number"
-        return FieldValue("metrics", metric.value, form, metric.ci95)
-
-    return fill
-
-
-def _fill_change(name: str) -> Fill:
-    def fill(result: Result) -> FieldValue:
-        change = (result.changes or {}).get(name)
-        if change is None:
-            return FieldValue("changes")
-        return FieldValue("changes", change.value, "points", change.ci95, _open(change))
+        held = getattr(result, field)
+        found = held if key is None else (held or {}).get(key)
+        if found is None:
+            return FieldValue(absent)
+        remark = _open(found) if isinstance(found, ChangeRecord) else ""
+        return FieldValue(absent, found.value, form, found.ci95, remark)
 
     return fill
 

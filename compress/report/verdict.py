@@ -40,7 +40,10 @@ def comparisons(report: Report) -> Iterator[tuple[Variant, Result, Result]]:
     original = report.original
     if original is None:
         return
-    for runtime in _runtimes(report):
+    targets = report.recipe.get("targets") or []
+    named = [t["runtime"] for t in targets if isinstance(t, dict) and "runtime" in t]
+    found = [result.runtime for variant in report.variants for result in variant.results]
+    for runtime in (name for name in dict.fromkeys([*named, *found]) if name in found):
         for variant in reversed(report.variants):
             pair = _same_setting(original, variant, runtime)
             if pair:
@@ -100,13 +103,6 @@ def accuracy_of(variant: Variant, result: Result) -> Result:
         return result
     same = [r for r in variant.results if r.runtime == result.runtime and r.figure is not None]
     return next((r for r in same if r.precision == result.precision), result)
-
-
-def _runtimes(report: Report) -> list[str]:
-    targets = report.recipe.get("targets") or []
-    named = [t["runtime"] for t in targets if isinstance(t, dict) and "runtime" in t]
-    found = [result.runtime for variant in report.variants for result in variant.results]
-    return [name for name in dict.fromkeys([*named, *found]) if name in found]
 
 
 def _same_setting(

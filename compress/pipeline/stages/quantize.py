@@ -62,7 +62,11 @@ def quantize_graphs(
             facts["qat"][form] = training
         if gate is not None:
             facts["gates"].append(gate.model_dump(exclude_unset=True))
-    facts["calibration"] = _facts(calibration, settings.samples)
+    digest = hashlib.sha256()  # of every pixel that ranges were taken from
+    for images, _ in calibration.pictures("calibration", CALIBRATION_BATCH, settings.samples):
+        digest.update(images.numpy().tobytes())
+    told = {"data": calibration.name, "note": calibration.note, "sha256": digest.hexdigest()}
+    facts["calibration"] = told
     return StageResult(tuple(variants), facts)
 
 
@@ -149,14 +153,6 @@ def calibration_data(
     is_onnx = models.is_onnx(context.recipe.model.name)
     source = path if is_onnx else context.run.root / parent.stage
     return load_data(completed(given, [path]), context.recipe.seed, partial(as_torch, source))
-
-
-def _facts(dataset: Dataset, samples: int) -> dict[str, str]:
-    """Return what the images were, with a hash of every pixel that ranges were taken from."""
-    digest = hashlib.sha256()
-    for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples):
-        digest.update(images.numpy().tobytes())
-    return {"data": dataset.name, "note": dataset.note, "sha256": digest.hexdigest()}
 
 
 def calibration_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -177,7 +178,7 @@ class Result(Record):
     def change(self) -> ChangeRecord | None:
         """The change of the task's primary metric, or of top-1, against the original."""
         value = self.top1_change_pct
-        if self.primary is not None or value is None:
+        if self.primary is not None or value is None or not math.isfinite(value):
             return (self.changes or {}).get(self.primary or "")
         verdict = "worse" if value < 0 else "better"
         if not self._top1_differs:

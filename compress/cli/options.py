@@ -186,12 +186,25 @@ def recipe_of(
     """Return the recipe that the options of a command stand for."""
     from compress.recipe.loading import apply_override, validate_recipe
 
-    model = {"name": given["model"]} | present(given, "weights", "num_classes")
-    if (size := given.get("input_size")) is not None:
-        model["input_size"] = integers(size, "--input-size", count=3, like=INPUT_SIZE)
+    written = _content(name, given, stages, targets)
+    for override in given["overrides"] or []:
+        apply_override(written, override)
+    return validate_recipe(written, where=f"compress {name}")
+
+
+def _content(
+    name: str, given: Given, stages: Sequence[Given], targets: Sequence[Given]
+) -> dict[str, Any]:
+    """Return the recipe as it would be in YAML."""
+    model = {"name": given["model"]}
+    model |= present(given, "weights", "num_classes")
+    if given.get("input_size") is not None:
+        model["input_size"] = integers(
+            given["input_size"], "--input-size", count=3, like=INPUT_SIZE
+        )
     if options := model_options(given["model"], trust=bool(given.get("trust"))):
         model["options"] = options
-    written = present(given, "task") | {
+    return present(given, "task") | {
         "name": name,
         "model": model,
         "data": data_part(given),
@@ -199,9 +212,6 @@ def recipe_of(
         "stages": list(stages),
         "targets": list(targets),
     }
-    for override in given["overrides"] or []:
-        apply_override(written, override)
-    return validate_recipe(written, where=f"compress {name}")
 
 
 def training_after(given: Given) -> list[dict[str, Any]]:

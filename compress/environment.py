@@ -90,7 +90,10 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _processor(root: Path) -> dict[str, Any]:
-    information = _cpu_information(root)
+    first = (_read(root / "proc/cpuinfo") or "").split("\n\n")[0]  # the facts of the first core
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    information = {name.strip(): value.strip() for name, value in pairs}
+    limit, _, period = (_read(root / "sys/fs/cgroup/cpu.max") or "max").partition(" ")
     flags = (information.get("flags") or information.get("Features") or "").split()
     frequency = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
     found = {
@@ -100,7 +103,7 @@ def _processor(root: Path) -> dict[str, Any]:
         "cores": psutil.cpu_count(logical=False),
         "threads": psutil.cpu_count(),
         "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
-        "cpu_quota": _quota(root),
+        "cpu_quota": int(limit) / int(period) if limit.isdigit() and period.isdigit() else None,
         "instructions": [name for name in _INSTRUCTIONS if name in flags],
         "virtual_machine": "hypervisor" in flags or None,
         "cpu_max_mhz": float(frequency) / 1000 if frequency else None,
@@ -108,13 +111,6 @@ def _processor(root: Path) -> dict[str, Any]:
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
     }
     return {name: value for name, value in found.items() if value}
-
-
-def _cpu_information(root: Path) -> dict[str, str]:
-    """Return the facts of the first core in /proc/cpuinfo."""
-    first = (_read(root / "proc/cpuinfo") or "").split("\n\n")[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {name.strip(): value.strip() for name, value in pairs}
 
 
 def check_address_space() -> None:
@@ -142,12 +138,6 @@ def check_address_space() -> None:
             "that libraries take",
             fix="Raise it (ulimit -v unlimited, h_vmem, --mem)",
         )
-
-
-def _quota(root: Path) -> float | None:
-    """Return how many processors a container may use at a time, where that is limited."""
-    limit, _, period = (_read(root / "sys/fs/cgroup/cpu.max") or "max").partition(" ")
-    return int(limit) / int(period) if limit.isdigit() and period.isdigit() else None
 
 
 def _gpu(root: Path) -> dict[str, Any]:

@@ -78,11 +78,17 @@ def plugin_class(kind: str, name: str) -> type[Any]:
         UsageError: it is a file of the user's own that cannot be imported.
     """
     own = _own(kind, name)
-    if own is not None:
-        return _imported(kind, *own)
-    stem = _stem(kind, name)
-    module = importlib.import_module(f"{PACKAGES[kind]}.{stem}")
-    plugin: type[Any] = getattr(module, _class_name(stem))
+    if own is None:
+        stem = _stem(kind, name)
+        module = importlib.import_module(f"{PACKAGES[kind]}.{stem}")
+        found: type[Any] = getattr(module, _class_name(stem))
+        return found
+    file, wanted = own
+    module = import_file(file, f"a {KINDS[kind]}")
+    plugin = getattr(module, wanted, None)
+    if not isinstance(plugin, type):
+        known = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise UnknownNameError(KINDS[kind], wanted, known, where=str(file))
     return plugin
 
 
@@ -226,15 +232,6 @@ def import_file(path: Path, expected: str) -> ModuleType:
     finally:
         sys.path.pop(0)
     return module
-
-
-def _imported(kind: str, file: Path, wanted: str) -> type[Any]:
-    module = import_file(file, f"a {KINDS[kind]}")
-    plugin = getattr(module, wanted, None)
-    if not isinstance(plugin, type):
-        known = [key for key, value in vars(module).items() if isinstance(value, type)]
-        raise UnknownNameError(KINDS[kind], wanted, known, where=str(file))
-    return plugin
 
 
 def _stem(kind: str, name: str) -> str:

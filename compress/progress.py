@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from contextvars import ContextVar
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from compress.errors import printable
 
@@ -20,19 +20,14 @@ LINE_EVERY_S = 10.0  # seconds between two plain lines
 SHORT_S = 1.0  # of work that is no part of other work, and leaves a line if it takes longer
 
 
-class ProgressTask(Protocol):
-    """One piece of work whose progress is shown."""
+class ProgressTask:
+    """One piece of work; its progress is shown where somebody asked for it."""
 
     def advance(self, count: float = 1.0, note: str = "") -> None:
         """Count ``count`` more units as done; ``note`` is shown beside the bar."""
 
 
-class _Silent:
-    def advance(self, count: float = 1.0, note: str = "") -> None:
-        """Show nothing."""
-
-
-class _Lines:
+class _Lines(ProgressTask):
     """Plain lines on stderr, for logs: at most one every ``LINE_EVERY_S`` seconds, and the last."""
 
     def __init__(
@@ -69,7 +64,7 @@ def _count(value: float) -> str:
     return f"{round(value, 2):,.12g}"
 
 
-class _Bar:
+class _Bar(ProgressTask):
     def __init__(self, bars: Any, identity: Any) -> None:
         self.bars, self.identity = bars, identity
 
@@ -131,7 +126,7 @@ def task(
     token = _depth.set(depth + 1)
     try:
         if bars is None:
-            yield _Silent()
+            yield ProgressTask()
         elif bars == "lines":
             lines = _Lines(description, total, LINE_EVERY_S if depth else SHORT_S, done)
             yield lines

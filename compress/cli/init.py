@@ -283,24 +283,22 @@ def _sized(
 ) -> tuple[Any, dict[str, Any]]:
     """Return data and its part of the recipe in the size that the network takes."""
     from compress.data import load_data
+    from compress.graph import files
+    from compress.graph.shapes import dims_of, real_inputs
     from compress.recipe.settings import DataSettings
 
-    wanted = _onnx_size(model) if model.endswith(".onnx") else _torch_size(model, weights, dataset)
+    wanted: tuple[int, int] | None
+    if model.endswith(".onnx"):  # it fixes height and width, or leaves them free
+        first = real_inputs(files.load(Path(model), weights=False))[0]
+        height, width = [None, None, *dims_of(first)][-2:]
+        wanted = (height, width) if height and width else None
+    else:
+        wanted = _torch_size(model, weights, dataset)
     if wanted is None or wanted == dataset.image_size:
         return dataset, part
     size: Any = wanted[0] if wanted[0] == wanted[1] else list(wanted)
     part = part | {"image_size": size}
     return load_data(DataSettings(**part)), part
-
-
-def _onnx_size(model: str) -> tuple[int, int] | None:
-    """Return height and width that an ONNX file fixes."""
-    from compress.graph import files
-    from compress.graph.shapes import dims_of, real_inputs
-
-    first = real_inputs(files.load(Path(model), weights=False))[0]
-    height, width = [None, None, *dims_of(first)][-2:]
-    return (height, width) if height and width else None
 
 
 def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int] | None:

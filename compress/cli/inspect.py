@@ -63,12 +63,17 @@ def show(
             raise UsageError(f"no such kind {kind!r}", fix=f"Did you mean {' or '.join(full)}?")
         raise UnknownNameError("kind", kind, SHOWN)
     if not name:
-        known = ", ".join(names_of(kind))
+        all_names = ", ".join(names_of(kind))
         raise UsageError(
-            f"{kind!r} alone is no plug-in", expected=f"{kind}/NAME, NAME one of: {known}"
+            f"{kind!r} alone is no plug-in", expected=f"{kind}/NAME, NAME one of: {all_names}"
         )
     if kind == RECIPES:
-        print_result(_recipe(name))
+        from compress.recipe.loading import packaged_recipes
+
+        known = packaged_recipes()
+        if name not in known:
+            raise UnknownNameError("recipe", name, known)
+        print_result(known[name].read_text(encoding="utf-8"))
     else:
         print_result(_stage(name) if kind == STAGES else _plugin(kind, name))
 
@@ -83,16 +88,6 @@ def _plugin(kind: str, name: str) -> str:
         required = default is dataclasses.MISSING
         lines.append(f"  {option}: {'required' if required else repr(default)} ({types[option]})")
     return "\n".join(lines if len(lines) > 3 else [*lines[:-1], "No options."])
-
-
-def _recipe(name: str) -> str:
-    """Return the text of a recipe that comes with the package."""
-    from compress.recipe.loading import packaged_recipes
-
-    known = packaged_recipes()
-    if name not in known:
-        raise UnknownNameError("recipe", name, known)
-    return known[name].read_text(encoding="utf-8")
 
 
 def _stage(name: str) -> str:

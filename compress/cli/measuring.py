@@ -135,8 +135,8 @@ def sensitivity(
 
 
 def _pruned(given: Given, recipe: Recipe, dataset: Dataset, task: Task) -> RenderableType:
-    from compress.pipeline.network import build_original
-    from compress.pipeline.sensitivity_chart import cut_alone
+    from compress.pipeline.measure import cut_alone
+    from compress.pipeline.task import build_original
     from compress.prune.sensitivity import plot_sensitivity
     from compress.terminal import table
 
@@ -192,7 +192,7 @@ def _float_graph(recipe: Recipe, dataset: Dataset, task: Task, folder: Path) -> 
     from compress.export import export_onnx
     from compress.models import is_onnx
     from compress.modules.outputs import returned
-    from compress.pipeline.network import build_original
+    from compress.pipeline.task import build_original
 
     if is_onnx(recipe.model.name):
         return Path(recipe.model.name)

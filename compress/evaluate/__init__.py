@@ -235,10 +235,11 @@ Form = Callable[[Any], Any]  # from what a network returns to what is read of it
 
 @contextlib.contextmanager
 def _runnable(run: Any, form: Form) -> Iterator[Run]:
-    """Yield a function of a batch for a module, a session or a function."""
+    """Yield a function of a batch, on any device, for a module, a session or a function."""
     if isinstance(run, nn.Module):
-        with _evaluation(run) as answer:
-            yield lambda images: form(answer(images))
+        device, answering = device_of(run), before_nms(run) or run
+        with evaluating(run), evaluating(answering), torch.no_grad():
+            yield lambda images: form(answering(images.to(device)))
     elif hasattr(run, "run"):
         yield lambda images: form(run_session(run, images.numpy()))
     else:
@@ -248,15 +249,6 @@ def _runnable(run: Any, form: Form) -> Iterator[Run]:
 def device_of(model: nn.Module) -> torch.device:
     """Return where a network computes: the device of its first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _evaluation(model: nn.Module) -> Iterator[Run]:
-    """Yield ``model`` as a function of images on any device, in eval mode, without gradients."""
-    device = device_of(model)
-    answering = before_nms(model) or model
-    with evaluating(model), evaluating(answering), torch.no_grad():
-        yield lambda images: answering(images.to(device))
 
 
 def run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:

@@ -7,7 +7,7 @@ they explain ONNX files and engines of any runtime as well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,12 +135,13 @@ def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
     classifier see, as the authors of Grad-CAM chose it.
     """
     found: list[str] = []
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
+            found.append(name)
+
     hooks = [
-        module.register_forward_hook(
-            lambda _module, _inputs, output, name=name: (
-                found.append(name) if _has_places(output) else None
-            )
-        )
+        module.register_forward_hook(lambda _module, _inputs, out, name=name: note(name, out))
         for name, module in model.named_modules()
         if name
     ]
@@ -153,10 +154,6 @@ def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
     if not found:
         raise ModelError("has no layer with an output (N, C, H, W) of more than one place")
     return found[-1]
-
-
-def _has_places(output: Any) -> bool:
-    return isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1
 
 
 def _integrated_gradients(model: nn.Module, inputs: Tensor, targets: Tensor) -> Maps:
@@ -182,8 +179,14 @@ def _by_answers(
     from captum.attr import KernelShap, Lime
 
     height, width = images.shape[2:]
-    squares = _squares(height, width)
-    forward = _logits(run)
+    rows = torch.arange(height) * min(SQUARES, height) // height
+    columns = torch.arange(width) * min(SQUARES, width) // width
+    squares = rows[:, None] * min(SQUARES, width) + columns  # the one each pixel lies in, (H, W)
+
+    def forward(batch: Tensor) -> Tensor:
+        labels = torch.zeros(len(batch), dtype=torch.int64)
+        return torch.from_numpy(predict(run, [(batch, labels)]).logits)
+
     explainer = (
         KernelShap(forward) if method == "kernel-shap" else Lime(forward, SkLearnRidge(alpha=1.0))
     )
@@ -201,21 +204,6 @@ def _by_answers(
             )
             maps.append(found[0, 0].detach().float().numpy())
     return np.stack(maps).astype(np.float32)
-
-
-def _logits(run: Any) -> Callable[[Tensor], Tensor]:
-    def forward(batch: Tensor) -> Tensor:
-        labels = torch.zeros(len(batch), dtype=torch.int64)
-        return torch.from_numpy(predict(run, [(batch, labels)]).logits)
-
-    return forward
-
-
-def _squares(height: int, width: int) -> Tensor:
-    """Return the number of the square each pixel lies in, int64 (H, W)."""
-    rows = torch.arange(height) * min(SQUARES, height) // height
-    columns = torch.arange(width) * min(SQUARES, width) // width
-    return rows[:, None] * min(SQUARES, width) + columns[None, :]
 
 
 @contextlib.contextmanager

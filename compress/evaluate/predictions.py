@@ -149,7 +149,9 @@ def accuracy(
     if len(names) != count:
         raise DataError(f"{len(names)} class names, but the network has {count} class outputs")
     right = int(predictions.correct.sum())
-    near = _among_top(predictions, 5) if count > 5 else None
+    own = np.take_along_axis(predictions.logits, predictions.labels[:, None], 1)
+    larger = (predictions.logits > own).sum(1)
+    near = int((larger < 5).sum()) if count > 5 else None
     bins = statistics.calibration_bins(predictions.confidence, predictions.correct)
     confusion = np.bincount(
         predictions.labels * count + predictions.answers, minlength=count * count
@@ -197,13 +199,6 @@ def _class_accuracy(confusion: NDArray[Any], k: int, name: str) -> ClassAccuracy
         recall_pct=float(100 * hit / images) if images else None,
         f1_pct=float(200 * hit / (images + answers)) if images + answers else None,
     )
-
-
-def _among_top(predictions: Predictions, k: int) -> int:
-    """Return how many labels have fewer than ``k`` larger logits."""
-    own = np.take_along_axis(predictions.logits, predictions.labels[:, None], 1)
-    larger = (predictions.logits > own).sum(1)
-    return int((larger < k).sum())
 
 
 def in_percent(interval: tuple[float, float]) -> tuple[float, float]:

@@ -20,13 +20,24 @@ from compress.measure.artifacts import (
     test_answers,
     time_together,
 )
+from compress.report import numbers
 from compress.runtimes import unavailable
 from compress.tasks import Prediction
+from compress.terminal import table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from compress.data import Dataset
+
+SHOWN = {  # figures of a row, and their columns
+    "latency_ms_p50": "p50 ms",
+    "latency_ms_p99": "p99 ms",
+    "throughput_ips": "images/s",
+    "speedup": "speed-up (95 %)",
+    "file_mib": "file MiB",
+    "peak_memory_mib": "peak MiB",
+}
 
 
 @dataclass(frozen=True)
@@ -49,10 +60,38 @@ class Benched:
         }
 
     def table(self) -> Table:
-        """Return the rows as a table for the terminal."""
-        from compress.measure.tables import bench_table
+        """Return one row for each artifact, runtime and batch size, for the terminal."""
+        headers = ["batch", *SHOWN.values()]
+        has_accuracy = any("top1_pct" in row for row in self.rows)
+        has_outputs = any("outputs" in row for row in self.rows)
+        headers += ["top-1 % (95 %)", "agreement %"] if has_accuracy else []
+        headers += ["SQNR dB, worst output"] if has_outputs else []
+        rows = []
+        for row in self.rows:
+            figures = {key: numbers.number(row.get(key)) for key in SHOWN}
+            figures["speedup"] = _speedup(row)
+            cells = [row["artifact"], str(row["batch"]), *figures.values()]
+            if has_accuracy:
+                cells += [numbers.share(row, "top1_pct"), numbers.number(row.get("agreement_pct"))]
+            if has_outputs:
+                cells.append(_worst_output(row))
+            rows.append(cells)
+        return table(("artifact", *headers), rows, caption=self._caption(), numbers=headers)
 
-        return bench_table(self)
+    def _caption(self) -> str:
+        lines = [f"not measured: {name}: {why}" for name, why in self.skipped.items()]
+        for where, state in self.conditions.items():
+            hot = [name for name in ("cpu_throttled", "gpu_throttled") if state.get(name)]
+            lines += [
+                f"{where}: {name.replace('_', ' ')}; measure again when it is cool" for name in hot
+            ]
+            if "busy" in state:
+                lines.append(
+                    f"{where}: busy machine: {state['busy']}; measure again when it is idle"
+                )
+        unstable = [row["artifact"] for row in self.rows if not row["warmup_stable"]]
+        lines += [f"{name}: its latency had not settled after the warm-up" for name in unstable]
+        return "\n".join(lines)
 
 
 def bench_artifacts(
@@ -161,5 +200,20 @@ def _accuracy(
         return comparison.outputs_row(first, own) if isinstance(first, list) and is_other else {}
     found = evaluate.accuracy(own, dataset.classes).row()
     if isinstance(first, Predictions) and own is not first:
-        found |= comparison.against(first, own, dataset.classes)
+        found |= comparison.compare_predictions(first, own, dataset.classes).row()
     return found
+
+
+def _speedup(row: Mapping[str, Any]) -> str:
+    if row["verdict"] in {"reference", "not compared"}:
+        return str(row["verdict"])
+    same = ", no difference" if row["verdict"] == "no difference" else ""
+    return f"{numbers.factor(row['speedup'])} ({numbers.interval(row['speedup_ci95'])}){same}"
+
+
+def _worst_output(row: Mapping[str, Any]) -> str:
+    """Return the smallest ratio among the outputs; "reference" for the first artifact."""
+    if "outputs" not in row:
+        return "reference" if row["verdict"] == "reference" else numbers.ABSENT
+    known = [each["sqnr_db"] for each in row["outputs"].values() if "sqnr_db" in each]
+    return f"{min(known):.1f}" if known else numbers.ratio_db(next(iter(row["outputs"].values())))

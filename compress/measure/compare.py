@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Group, RenderableType
 
 from compress import evaluate
 from compress.errors import DataError, EngineError, UsageError
 from compress.evaluate import comparison
-from compress.evaluate.comparison import Bisection, BreakdownStep, Comparison, NetworkForm
-from compress.evaluate.comparison.bisection import PLAIN, precision_of
+from compress.evaluate.bisection import PLAIN, Bisection, precision_of
+from compress.evaluate.bisection import bisect as first_difference
+from compress.evaluate.comparison import Comparison
 from compress.evaluate.feeding import arrays_for, leading_input
+from compress.evaluate.predictions import Predictions
 from compress.graph import files
 from compress.measure.artifacts import (
     Candidate,
@@ -22,35 +26,41 @@ from compress.measure.artifacts import (
     outputs_of,
     test_answers,
 )
+from compress.report import numbers
 from compress.report.run_folder import one_artifact
 from compress.runtimes import Session, open_session, runtime_class
-from compress.tasks import Task, default_task, load_task
+from compress.tasks import Kind, Primary, Task, default_task, load_task
+from compress.terminal import table
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.table import Table
 
     from compress.data import Dataset
 
+T = TypeVar("T")
+
 BISECT_IMAGES = 8  # enough to tell noise from an error; more only takes longer
 WHY_NO_ANSWERS = "the images have no labels, or the networks do not name one class an image"
+SHOWN = 5  # flips, classes and tensors listed; --json holds all
 _CHANGES = {"int8": "quantization", "fp16": "half precision", "fp32": "conversion"}
 
 
 @dataclass(frozen=True)
-class JudgedForm:
-    """One form of the network, judged by a task, and against the first."""
+class ChainStep:
+    """One form of the network, what it is worth, and what changed on the way to it."""
 
-    name: str
-    error: str  # what was done to get here; "" for the first
-    evaluation: evaluate.Evaluation
-    change: Mapping[str, Any]  # of predictions and metrics from the first; empty for the first
+    name: str  # "a.onnx", "b.onnx, node by node", "b.onnx, as it runs"
+    error: str  # what was done to get here: "export", "quantization", "engine"; "" for the first
+    worth: Mapping[str, Any]  # top-1, or the task's metrics
+    added: Comparison | None = None  # of classes, against the step before; None for the first
+    change: Mapping[str, Any] = field(default_factory=dict)  # against the first step
 
     def to_json(self) -> dict[str, Any]:
-        """Return this form as JSON-able data."""
-        told: dict[str, Any] = {"name": self.name}
-        if self.error:
-            told["error"] = self.error
-        return told | self.evaluation.row() | dict(self.change)
+        """Return this step as JSON-able data."""
+        told = {"name": self.name} | ({"error": self.error} if self.error else {}) | {**self.worth}
+        if self.added is None:
+            return told | {**self.change}
+        return told | {"added": self.added.row(), "total": self.change}
 
 
 @dataclass(frozen=True)
@@ -60,11 +70,11 @@ class Compared:
     reference: str
     candidate: str
     classes: tuple[str, ...]
+    images: int
     answers: Comparison | None  # None where images have no classes, or the networks name none
-    links: tuple[BreakdownStep, ...]  # the chain from the one to the other
+    steps: tuple[ChainStep, ...]  # the chain from the one to the other, by classes or by a task
     outputs: Mapping[str, Any]  # of other networks: drift of each output, agreement if there is one
     bisection: Bisection | None
-    judged: tuple[JudgedForm, ...] = ()  # the chain, where another task than classification judges
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON-able data."""
@@ -73,10 +83,11 @@ class Compared:
             "candidate": self.candidate,
             "classes": list(self.classes),
             **(self.answers.to_json() if self.answers is not None else {}),
-            "chain": [link.to_json() for link in self.links or self.judged],
+            "chain": [step.to_json() for step in self.steps],
+            "images": self.images,
         }
-        if self.judged:
-            told |= {"images": self.judged[0].evaluation.images, **self.judged[-1].change}
+        if self.answers is None and self.steps:
+            told |= self.steps[-1].change
         elif self.answers is None:
             told["skipped"] = {"accuracy": WHY_NO_ANSWERS}
         told |= self.outputs
@@ -85,10 +96,20 @@ class Compared:
         return told
 
     def table(self) -> RenderableType:
-        """Return the comparison as tables for the terminal."""
-        from compress.measure.tables import comparison_tables
-
-        return comparison_tables(self)
+        """Return the facts, the chain, what lost most, and the first divergence, as tables."""
+        title = f"{self.candidate} against {self.reference}, {self.images} images"
+        parts: list[RenderableType] = []
+        if self.answers is not None:
+            parts += [_facts(self.answers, title), _chain(self.steps)]
+            if self.answers.flips:
+                parts += [_classes(self.answers), _flips(self.answers, self.classes)]
+        elif self.steps:
+            parts += [_metrics(self.steps[0].worth, self.steps[-1], title), _judged(self.steps)]
+        if self.outputs:
+            parts.append(_outputs(self.outputs, title if self.answers is None else "Outputs"))
+        if self.bisection is not None:
+            parts.append(_bisection(self.bisection))
+        return Group(*parts)
 
 
 def compare_artifacts(
@@ -131,22 +152,31 @@ def compare_artifacts(
         )
     judge = _judge(task, dataset)
     old, new = candidates_of([one_artifact(reference), one_artifact(candidate)], threads=threads)
-    is_named = _names_classes((old, new), dataset) and (judge is None or judge.tells_classes)
-    steps = list(_steps(old, new, dataset, limit)) if is_named else []
-    by_task = judge is not None and not is_named
+    is_named = judge is None or judge.tells_classes
+    for each in (old, new):  # a file that cannot be opened or fed is told before the long work
+        with _opened(each, each.reference) as session:
+            is_named &= names_classes(session, dataset)
+    answers, steps, images = None, list[ChainStep](), 0
+    if is_named:
+        forms = _forms(old, new, lambda file, run: test_answers(run, dataset, file.name, limit))
+        first, last = forms[0][-1], forms[-1][-1]
+        answers = comparison.compare_predictions(first, last, dataset.classes)
+        steps, images = chain(forms), answers.images
+    elif judge is not None:
+        judged = _forms(old, new, lambda _, run: evaluate.of_task(run, dataset, judge, limit=limit))
+        steps, images = list(_by_task(judge, judged)), judged[0][-1].images
+    outputs: dict[str, Any] = {}
+    if is_named or judge is None:
+        outputs, images = _drifts_of(old, new, dataset, limit, is_named=is_named, images=images)
     return Compared(
         reference=old.name,
         candidate=new.name,
         classes=dataset.classes,
-        answers=comparison.compare_predictions(
-            steps[0].predictions, steps[-1].predictions, dataset.classes
-        )
-        if is_named
-        else None,
-        links=comparison.chain(steps) if is_named else (),
-        judged=tuple(_judged(old, new, dataset, limit, judge)) if judge and by_task else (),
-        outputs={} if by_task else _outputs(old, new, dataset, limit, is_named=is_named),
-        bisection=_bisection(old, new, dataset) if bisect else None,
+        images=images,
+        answers=answers,
+        steps=tuple(steps),
+        outputs=outputs,
+        bisection=_bisected(old, new, dataset) if bisect else None,
     )
 
 
@@ -162,18 +192,6 @@ def _judge(reference: str | Mapping[str, Any] | None, dataset: Dataset) -> Task 
     return task
 
 
-def _names_classes(candidates: Iterable[Candidate], dataset: Dataset) -> bool:
-    """Say whether all give scores of the data's classes.
-
-    Each is opened and fed: a file that cannot be is told before the long work.
-    """
-    is_named = True
-    for each in candidates:
-        with _opened(each, each.reference) as session:
-            is_named &= names_classes(session, dataset)
-    return is_named
-
-
 @contextlib.contextmanager
 def _opened(candidate: Candidate, runtime: Any) -> Iterator[Session]:
     """Open a candidate; errors of its answers name its file."""
@@ -184,61 +202,79 @@ def _opened(candidate: Candidate, runtime: Any) -> Iterator[Session]:
             raise error.within(str(candidate.path)) from None
 
 
-Form = tuple[str, str, Candidate, Any]  # name, what was done to get here, file, where it runs
+def _forms(
+    old: Candidate, new: Candidate, answer: Callable[[Candidate, Session], T]
+) -> list[tuple[str, str, T]]:
+    """Return what the reference, the candidate's graph and the candidate answer.
 
-
-def _forms(old: Candidate, new: Candidate) -> Iterator[Form]:
-    """Yield the reference, the candidate's graph, and the candidate."""
-    yield old.name, "", old, old.reference
-    error = "engine"
+    Returns:
+        For each its name, what was done to get there, and the answer.
+    """
+    forms: list[tuple[str, str, Candidate, Any]] = [(old.name, "", old, old.reference)]
+    error = "all of it"
     if new.path.suffix == ".onnx":
-        change = _CHANGES[precision_of(files.load(new.path))]
+        change, error = _CHANGES[precision_of(files.load(new.path))], "engine"
         if change == "conversion" and runtime_class(old.runtime).opens == "network":
             change = "export"
-        yield f"{new.name}, node by node", change, new, PLAIN
-    else:
-        error = "all of it"
-    yield f"{new.name}, as it runs", error, new, new.reference
-
-
-def _steps(
-    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None
-) -> Iterator[NetworkForm]:
-    """Yield the classes that each form names."""
-    for name, error, candidate, runtime in _forms(old, new):
+        forms.append((f"{new.name}, node by node", change, new, PLAIN))
+    forms.append((f"{new.name}, as it runs", error, new, new.reference))
+    found = []
+    for name, done, candidate, runtime in forms:
         with _opened(candidate, runtime) as session:
-            answers = test_answers(session, dataset, candidate.name, limit)
-        yield NetworkForm(name, error, answers)
+            found.append((name, done, answer(candidate, session)))
+    return found
 
 
-def _judged(
-    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None, task: Task
-) -> Iterator[JudgedForm]:
-    """Yield what each form is worth at a task."""
-    first: evaluate.Evaluation | None = None
-    for name, error, candidate, runtime in _forms(old, new):
-        with _opened(candidate, runtime) as session:
-            found = evaluate.of_task(session, dataset, task, limit=limit)
-        yield JudgedForm(name, error, found, _change(task, first, found))
-        first = first or found
+def chain(forms: Sequence[tuple[str, str, Predictions]]) -> list[ChainStep]:
+    """Return what each form of a network adds to the error, and what it comes to.
+
+    Differences to the step before tell who is to blame; they do not add up to the difference to
+    the first, because errors can cancel or compound.
+
+    Args:
+        forms: For each its name, what was done to get there, and its answers.
+
+    Raises:
+        DataError: two forms did not answer the same images.
+    """
+    steps = []
+    for before, (name, error, own) in zip([None, *forms], forms, strict=False):
+        worth = {"top1_pct": 100 * float(own.correct.mean())}
+        if before is None:
+            steps.append(ChainStep(name, error, worth))
+        else:
+            added, total = (
+                comparison.compare_predictions(each[-1], own) for each in (before, forms[0])
+            )
+            steps.append(ChainStep(name, error, worth, added, total.row()))
+    return steps
 
 
-def _change(
-    task: Task, first: evaluate.Evaluation | None, found: evaluate.Evaluation
-) -> dict[str, Any]:
-    """Return what changed from the first form; without labels that is in its outputs."""
-    if first is None:
-        return {}
-    if task.kinds:
-        return evaluate.change_row(task, first, found)
-    drifts = comparison.outputs_row(first.predictions, found.predictions)
-    return drifts | evaluate.agreement_row(task, first, found)
+def _by_task(
+    task: Task, forms: Sequence[tuple[str, str, evaluate.Evaluation]]
+) -> Iterator[ChainStep]:
+    """Yield what each form is worth at a task; without labels the change is in its outputs."""
+    first = forms[0][-1]
+    for name, error, own in forms:
+        change: dict[str, Any] = {}
+        if own is not first and task.kinds:
+            change = evaluate.change_row(task, first, own)
+        elif own is not first:
+            change = comparison.outputs_row(first.predictions, own.predictions)
+            change |= evaluate.agreement_row(task, first, own)
+        yield ChainStep(name, error, own.row(), change=change)
 
 
-def _outputs(
-    old: Candidate, new: Candidate, dataset: Dataset, limit: int | None, *, is_named: bool
-) -> dict[str, Any]:
-    """Return the drift of each output, and the share of equal answers where there are scores.
+def _drifts_of(
+    old: Candidate,
+    new: Candidate,
+    dataset: Dataset,
+    limit: int | None,
+    *,
+    is_named: bool,
+    images: int,
+) -> tuple[dict[str, Any], int]:
+    """Return the drift of each output, the share of equal answers, and how many images it is of.
 
     A network that names classes is compared by its answers, and so only if it has more outputs.
     """
@@ -246,13 +282,13 @@ def _outputs(
     for each in (old, new):
         with each.open() as session:
             if is_named and len(session.outputs) == 1:
-                return {}
+                return {}, images
             answers.append(outputs_of(session, dataset, limit))
     found = comparison.outputs_row(*answers)
-    return {"outputs": found["outputs"]} if is_named else {"images": len(answers[0]), **found}
+    return ({"outputs": found["outputs"]}, images) if is_named else (found, len(answers[0]))
 
 
-def _bisection(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
+def _bisected(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
     with old.open() as session:
         shape = leading_input(session.inputs, dataset).shape
         fixed = shape[0] if shape else None
@@ -263,4 +299,140 @@ def _bisection(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
             for images, _ in some.pictures("test", size)
             if len(images) == size or not isinstance(fixed, int)
         ]
-    return comparison.bisect(old.path, new.path, inputs)
+    return first_difference(old.path, new.path, inputs)
+
+
+def _facts(answers: Comparison, title: str) -> Table:
+    row = answers.row()
+    low, high = answers.top1_change_ci95
+    change = f"{answers.top1_change_pct:+.2f} points (95 % {low:+.2f} to {high:+.2f})"
+    largest, mean = answers.logits.max_abs_diff, answers.logits.mean_abs_diff
+    rows = [
+        ("top-1", f"{change}: {answers.verdict}, p = {answers.top1_p_value:.3g}"),
+        ("same answer", f"{numbers.share(row, 'agreement_pct')} %"),
+        ("was right, now wrong", f"{answers.flip_pct:.2f} %"),
+        ("was wrong, now right", f"{answers.won_pct:.2f} %"),
+        ("logits, SQNR", f"{row['sqnr_db']:.1f} dB" if "sqnr_db" in row else "equal"),
+        ("logits, difference", f"{largest:.3g} at most, {mean:.3g} on average"),
+        ("calibration error", f"{answers.ece_change_pct:+.2f} points"),
+    ]
+    return table(("", "value"), rows, title=title)
+
+
+def _chain(steps: Sequence[ChainStep]) -> Table:
+    headers = ("top-1 %", "SQNR dB", "agreement %", "SQNR dB so far")
+    rows = []
+    for step in steps:
+        added = {} if step.added is None else step.added.row()
+        top1, same = f"{step.worth['top1_pct']:.2f}", numbers.number(added.get("agreement_pct"))
+        ratios = map(numbers.ratio_db, (added, step.change))
+        rows.append((step.name, step.error or "reference", top1, next(ratios), same, next(ratios)))
+    return table(("step", "error", *headers), rows, title="What each step adds", numbers=headers)
+
+
+def _classes(answers: Comparison) -> Table:
+    rows = []
+    for drop in answers.class_drops[:SHOWN]:
+        low, high = drop.drop_ci95
+        rows.append((drop.name, str(drop.images), f"{drop.drop_pct:.2f} ({low:.2f} to {high:.2f})"))
+    headers = ("images", "recall lost, points (95 %)")
+    return table(("class", *headers), rows, title="Classes that lost most", numbers=headers)
+
+
+def _flips(answers: Comparison, names: Sequence[str]) -> Table:
+    flips = answers.flips
+    rows = [
+        (
+            str(flip.index),
+            names[flip.label],
+            f"{names[flip.before]} ({flip.before_confidence_pct:.0f} %)",
+            f"{names[flip.after]} ({flip.after_confidence_pct:.0f} %)",
+            flip.kind,
+        )
+        for flip in flips[:SHOWN]
+    ]
+    more = f"{SHOWN} of {len(flips)}; --json FILE holds all" if len(flips) > SHOWN else ""
+    headers = ("image", "label", "before", "after", "outcome")
+    return table(headers, rows, title="Images answered differently", caption=more)
+
+
+def _metrics(first: Mapping[str, Any], last: ChainStep, title: str) -> Table:
+    """Return each metric of both and its change, or outputs where the images have no labels."""
+    if "metrics" not in first:
+        return _drifts(
+            last.change["outputs"], title, f"no accuracy: {first['skipped']['accuracy']}"
+        )
+    rows = []
+    for name, before in first["metrics"].items():
+        change, after = last.change["changes"][name], last.worth["metrics"][name]
+        moved = f"{_value(change, '+')}: {change['verdict']}"
+        rows.append((_title(name, before), _value(before), _value(after), moved))
+    return table(("", "reference (95 %)", "candidate (95 %)", "change (95 %)"), rows, title=title)
+
+
+def _judged(steps: Sequence[ChainStep]) -> Table:
+    """Return the primary metric of each step, and how alike the first it predicts."""
+    name = steps[0].worth.get("primary")
+    headers = ["agreement"]
+    if name is not None:
+        headers.insert(0, _title(name, steps[0].worth["metrics"][name]))
+    rows = []
+    for step in steps:
+        value = [] if name is None else [_value(step.worth["metrics"][name])]
+        rows.append((step.name, step.error or "reference", *value, _alike(step.change)))
+    title = "Each step against the reference"
+    return table(("step", "error", *headers), rows, title=title, numbers=headers)
+
+
+def _title(name: str, metric: Mapping[str, Any]) -> str:
+    return Primary(name, Kind(metric["unit"], title=metric.get("title", ""))).title
+
+
+def _alike(change: Mapping[str, Any]) -> str:
+    if "agreement_pct" in change:
+        return f"{numbers.share(change, 'agreement_pct')} %"
+    if "agreement" in change:
+        return f"{_value(change['agreement'])} {change['agreement']['unit']}".rstrip()
+    return numbers.ABSENT
+
+
+def _value(metric: Mapping[str, Any], sign: str = "") -> str:
+    low, high = metric.get("ci95") or (None, None)
+    bounds = "" if low is None else f" ({low:{sign}.2f}..{high:{sign}.2f})"
+    return f"{metric['value']:{sign}.2f}{bounds}"
+
+
+def _outputs(found: Mapping[str, Any], title: str) -> Table:
+    share = numbers.share(found, "agreement_pct")
+    alike = f"same answer: {share} % of images" if "agreement_pct" in found else ""
+    return _drifts(found["outputs"], title, alike)
+
+
+def _drifts(outputs: Mapping[str, Mapping[str, Any]], title: str, caption: str) -> Table:
+    rows = [
+        (name, numbers.ratio_db(drift), f"{drift['max_abs_diff']:.3g}")
+        for name, drift in outputs.items()
+    ]
+    headers = ("SQNR dB", "largest difference")
+    return table(("output", *headers), rows, title=title, caption=caption, numbers=headers)
+
+
+def _bisection(found: Bisection) -> Table:
+    first = found.first
+    title = (
+        f"No tensor falls below {found.threshold_db:g} dB"
+        if first is None
+        else f"First tensor below {found.threshold_db:g} dB: {first.name} ({first.op})"
+    )
+    rows = [
+        (
+            tensor.name,
+            tensor.op,
+            numbers.ratio_db(tensor.drift.to_json()),
+            f"{tensor.drop_db:.1f}",
+            f"{tensor.drift.max_abs_diff:.3g}",
+        )
+        for tensor in sorted(found.tensors, key=lambda tensor: -tensor.drop_db)[:SHOWN]
+    ]
+    headers = ("SQNR dB", "lost here, dB", "largest difference")
+    return table(("tensor", "operator", *headers), rows, title=title, numbers=headers)

@@ -7,7 +7,7 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +16,13 @@ from compress import statistics
 from compress.errors import EngineError, UsageError
 from compress.measure.conditions import Conditions, EnergyMeter
 from compress.progress import track
+from compress.runtimes import Session
 
 LARGEST_BLOCK = 200  # calls in a row; more of the same moment tell nothing new
 LONGEST_CALL = 3600.0  # seconds: more is no latency but a clock that was set
 DEVICE_CALLS = 20  # timed on the device in each round, beside those timed on the host
 
 Clock = Callable[[], float]  # seconds, monotonic
-
-
-class Runnable(Protocol):
-    """What can be timed: a session of a runtime."""
-
-    def run(self, *arrays: NDArray[Any]) -> list[NDArray[Any]]:
-        """Return the outputs for one batch, complete and on the host."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +66,11 @@ class Latency:
 
     def to_json(self) -> dict[str, Any]:
         """Return these numbers as JSON-able data, without single calls and what is absent."""
-        told = {key: value for key, value in self.__dict__.items() if key != "seconds"}
-        return {key: value for key, value in told.items() if value is not None and value != {}}
+        return {
+            key: value
+            for key, value in vars(self).items()
+            if key != "seconds" and value is not None and value != {}
+        }
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class Bench(Mapping[str, Latency]):
 
 
 def bench(
-    sessions: Mapping[str, Runnable],
+    sessions: Mapping[str, Session],
     inputs: Sequence[NDArray[Any]] | Mapping[str, Sequence[NDArray[Any]]],
     *,
     timing: Timing | None = None,
@@ -186,7 +183,7 @@ class _Entrant:
     def __init__(
         self,
         name: str,
-        session: Runnable,
+        session: Session,
         arrays: Sequence[NDArray[Any]],
         clock: Clock,
         meters: Sequence[EnergyMeter],

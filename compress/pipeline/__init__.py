@@ -7,7 +7,7 @@ processes of a torchrun.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from compress import artifact, progress, report
-from compress.artifact import Artifact
 from compress.errors import CompressError, RunError, boundary
 from compress.pipeline import cautions
 from compress.pipeline.check import preflight, prepared_data, try_network
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant, StageResult
 from compress.pipeline.measure import Measured, measure_targets
-from compress.pipeline.report_rows import assemble
-from compress.pipeline.stages import prune, quantize, sparsify, train
+from compress.pipeline.reporting import assemble
+from compress.pipeline.stages import prune, quantize, train
 from compress.recipe import loading
 from compress.recipe.settings import Recipe, Settings
 from compress.report import Report
@@ -34,7 +33,7 @@ STEPS: dict[str, Step] = {
     "original": train.original,
     "train": train.train_original,
     "prune": prune.prune_channels,
-    "sparsify": sparsify.zero_weights,
+    "sparsify": prune.zero_weights,
     "distill": train.distill_student,
     "finetune": train.finetune,
     "quantize": quantize.quantize_graphs,
@@ -165,7 +164,15 @@ def once(
         except CompressError as error:
             raise error.within(f"stage {stage.name}") from None
         if context.is_main:
-            files = _artifacts(context, stage, settings, before)
+            parent = artifact.sha256(context.path(before[-1])) if before else None
+            told = {} if settings is None else settings.model_dump(mode="json")
+            files = (
+                artifact.describe_file(
+                    path, root=context.run.root, stage=stage.name, parent=parent, settings=told
+                )
+                for path in sorted(stage.iterdir())
+                if path.is_file() and not artifact.is_temporary(path)
+            )
             context.run.finish(stage, outcome.to_json(), files)
     if processes is not None:
         processes.wait()  # until the main process has recorded it
@@ -179,32 +186,12 @@ def measured_once(context: RunContext, stage: Path, measure: Callable[[], Measur
             return Measured.model_validate(recorded)
     with progress.task(stage.name):
         found = measure()
-    content = found.model_dump(mode="json", exclude_none=True)
-    context.run.finish(stage, content, _engine_artifacts(context, stage, found.engines))
-    return found
-
-
-def _artifacts(
-    context: RunContext, stage: Path, settings: Settings | None, before: tuple[RunVariant, ...]
-) -> Iterable[Artifact]:
-    parent = artifact.sha256(context.path(before[-1])) if before else None
-    told = {} if settings is None else settings.model_dump(mode="json")
-    return [
+    files = (
         artifact.describe_file(
-            path, root=context.run.root, stage=stage.name, parent=parent, settings=told
+            path, root=context.run.root, stage=stage.name, parent=artifact.sha256(source)
         )
-        for path in sorted(stage.iterdir())
-        if path.is_file() and not artifact.is_temporary(path)
-    ]
-
-
-def _engine_artifacts(
-    context: RunContext, stage: Path, engines: Mapping[Path, Path]
-) -> Iterator[Artifact]:
-    """Yield every engine with the files that lie beside it: weights, record, layers."""
-    for engine, source in engines.items():
-        parent = artifact.sha256(source)
-        for path in sorted(engine.parent.glob(f"{engine.stem}.*")):
-            yield artifact.describe_file(
-                path, root=context.run.root, stage=stage.name, parent=parent
-            )
+        for engine, source in found.engines.items()
+        for path in sorted(engine.parent.glob(f"{engine.stem}.*"))  # its weights, record, layers
+    )
+    context.run.finish(stage, found.model_dump(mode="json", exclude_none=True), files)
+    return found

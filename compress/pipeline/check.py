@@ -6,19 +6,24 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from compress import models, plugins
+from compress import evaluate, models, plugins, progress
 from compress.data import Dataset
-from compress.errors import CompressError, MissingPackageError, RecipeError
+from compress.errors import CompressError, MissingPackageError, ModelError, RecipeError
+from compress.evaluate.feeding import Fed
 from compress.models import references
 from compress.models.weights import is_weight_file
+from compress.modules.detectors import size_inside
 from compress.packages import is_installed, require
-from compress.pipeline import network
-from compress.pipeline.task import prepared
+from compress.pipeline import cautions
+from compress.pipeline.task import build_original, prepared
 from compress.quantize.methods import check_method
 from compress.recipe.loading import PLUGIN_KEYS
 from compress.recipe.settings import Recipe, Stage, Target
-from compress.runtimes import runtime_class, unavailable
+from compress.runtimes import open_session, runtime_class, unavailable
 from compress.tasks import Task
+from compress.train.optimizers import check_layer
+
+LAYER_KEYS = ("freeze_until", "layer_lr", "exclude")  # settings that name layers of the network
 
 
 def preflight(recipe: Recipe, *, where: str, read_data: bool = True) -> None:
@@ -58,7 +63,7 @@ def try_network(recipe: Recipe, dataset: Dataset, task: Task, *, where: str) -> 
     Raises:
         RecipeError: it does not fit the data or the task, or has no layer that a setting names.
     """
-    _refuse(list(network.problems(recipe, dataset, task)), where)
+    _refuse(list(_network_problems(recipe, dataset, task)), where)
 
 
 def _refuse(problems: Sequence[str], where: str) -> None:
@@ -116,7 +121,51 @@ def _data_problems(recipe: Recipe, *, has_network: bool) -> Iterator[str]:
     except CompressError as error:
         yield f"data: {error}"
     else:
-        yield from network.problems(recipe, dataset, task) if has_network else ()
+        yield from _network_problems(recipe, dataset, task) if has_network else ()
+
+
+def _network_problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[str]:
+    """Yield what is wrong with the network of ``recipe``, tried on one image of its data."""
+    try:
+        if models.is_onnx(recipe.model.name):
+            _try_onnx(recipe, dataset, task)
+            return
+        model = build_original(recipe, dataset, task)
+    except CompressError as error:
+        yield f"model: {error}"
+        return
+    for line in cautions.of_size(dataset, size_inside(model, dataset.example)):
+        progress.warn(line)  # before anything that takes long
+    for key, name in _layers_named(recipe):
+        try:
+            check_layer(model, name, key)
+        except CompressError as error:
+            yield str(error)
+
+
+def _layers_named(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield the keys that name layers of the network, with each name."""
+    for place, part in recipe.parts():
+        for key in () if hasattr(part, "observer") else LAYER_KEYS:  # whose names are ONNX nodes
+            value = getattr(part, key, None)
+            for name in [value] if isinstance(value, str) else value or ():
+                yield f"{place}.{key}", name
+
+
+def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
+    """Run an ONNX file on one image, as the stages after it would."""
+    with open_session(Path(recipe.model.name)) as session:
+        fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
+        if not task.tells_classes:
+            evaluate.check_task(fed, task, dataset, images=1)
+            return
+        found = evaluate.predict(fed, one).logits.shape[1]
+    if found != len(dataset.classes):
+        raise ModelError(
+            f"has {found} class outputs, the data has {len(dataset.classes)}",
+            where=recipe.model.name,
+            expected="a network that was trained for the classes of the data",
+        )
 
 
 def _complaint(place: str, check: Callable[[], object]) -> Iterator[str]:

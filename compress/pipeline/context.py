@@ -19,9 +19,7 @@ from compress.groups.plan import PrunePlan
 from compress.models.references import count_of, is_torchvision_detector
 from compress.modules.outputs import returned
 from compress.prune.sparsity import keeping_zeros
-from compress.qdq import QuantPlan
 from compress.recipe.settings import Recipe, TrainSettings
-from compress.report import schema
 from compress.report.run_folder import DONE_FILE, RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
@@ -52,27 +50,6 @@ class StageResult:
 
     variants: tuple[RunVariant, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, as its record has them
-
-    @property
-    def skipped(self) -> dict[str, str]:
-        """What was not measured of its variants, and why."""
-        return dict(self.facts.get("skipped", {}))
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """Rows of metrics.jsonl of its training; empty where nothing was trained."""
-        return list(self.facts.get("training", {}).get("history", ()))
-
-    @property
-    def plans(self) -> dict[str, QuantPlan]:
-        """The plan of each int8 graph, by the runtime it is written for."""
-        plans = self.facts.get("plans", {})
-        return {form: QuantPlan.from_json(plan) for form, plan in plans.items()}
-
-    @property
-    def gates(self) -> tuple[schema.Gate, ...]:
-        """Limits that the stage was given itself: milliseconds, loss of accuracy."""
-        return tuple(schema.Gate(**gate) for gate in self.facts.get("gates", ()))
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able data."""

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
+from torch import nn
 
-from compress import evaluate, measure, plugins, progress
+from compress import evaluate, measure, models, plugins, progress
 from compress.artifact import sha256
+from compress.data import Dataset
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
 from compress.evaluate import Evaluation, Predictions, comparison
 from compress.graph import files
@@ -25,12 +28,16 @@ from compress.measure import Timing
 from compress.measure.artifacts import Candidate, test_answers, time_together
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.pipeline.report_images import class_metrics_row, drawn_changes, explain_variants
-from compress.pipeline.sensitivity_chart import pruning_curve
+from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.quantize.images import fixed_batch
 from compress.recipe.settings import Target
 from compress.report import schema
 from compress.runtimes import build_engine, build_record, runtime_class, unavailable
 from compress.runtimes._fusion import Fusion, check_fusion
+from compress.tasks import Task, primary_of
+from compress.train.validation import primary_value
+
+RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +100,10 @@ def measure_targets(
         if not shown:
             shown = _shown(context, entries, answers)
         for entry, row in zip(entries, rows, strict=True):
-            results[entry.variant.name].append(row | _memory(context, entry, row["skipped"]))
+            memory = entry.memory(target.batch, context.dataset)
+            memory.pop("file_mib", None)  # it is the size_mib of the row
+            row["skipped"] |= memory.pop("skipped", {})
+            results[entry.variant.name].append(row | memory)
     attributions, similarities = explain_variants(context, variants, judged)
     return Measured(
         results=results,
@@ -248,10 +258,17 @@ def measure_entries(
 
     Predictions that ``judged`` holds are not taken again.
     """
-    answers = [_answers(context, entry, judged) for entry in entries]
-    latency = _latency(context, entries)
+    kept = [judged.path(each.variant.name, each.runtime, each.precision) for each in entries]
+    answers = [_answers(context, *pair) for pair in zip(entries, kept, strict=True)]
+    settings = context.recipe.measure
+    timing = Timing(
+        seconds=settings.rounds * settings.round_ms / 1000,
+        block_seconds=settings.round_ms / 1000,
+        min_rounds=settings.rounds,
+    )
+    latency = time_together(entries, entries[0].target.batch, context.dataset, timing)
     rows = []
-    for entry, own in zip(entries, answers, strict=True):
+    for entry, path, own in zip(entries, kept, answers, strict=True):
         row: dict[str, Any] = {
             "runtime": entry.target.runtime,
             "precision": entry.precision,
@@ -263,7 +280,7 @@ def measure_entries(
             "skipped": {},
         }
         if isinstance(own, Predictions):
-            row |= judged.accuracy(_kept(judged, entry)).row()
+            row |= judged.accuracy(path).row()
         row |= _change_row(context, answers[0], own)
         if entry.name in latency:
             row |= latency[entry.name].to_json()
@@ -293,15 +310,8 @@ def _shown(
     }
 
 
-def _kept(judged: JudgedPredictions, entry: Entry) -> Path:
-    return judged.path(entry.variant.name, entry.target.runtime, entry.precision)
-
-
-def _answers(
-    context: RunContext, entry: Entry, judged: JudgedPredictions
-) -> Predictions | Evaluation:
+def _answers(context: RunContext, entry: Entry, path: Path) -> Predictions | Evaluation:
     """Return the answers to the test images; logits are from disk if they were taken before."""
-    path = _kept(judged, entry)
     if path.is_file():
         return Predictions.load(path)
     with entry.open() as session:
@@ -320,7 +330,7 @@ def _change_row(
     if isinstance(own, Predictions) and isinstance(reference, Predictions):
         if own is reference:
             return {}
-        return comparison.against(reference, own, context.dataset.classes)
+        return comparison.compare_predictions(reference, own, context.dataset.classes).row()
     if isinstance(own, Predictions) or isinstance(reference, Predictions):
         raise TypeError("answers of different kinds cannot be compared")
     if own is reference:
@@ -333,18 +343,51 @@ def _change_row(
     return own.row() | alike
 
 
-def _latency(context: RunContext, entries: Sequence[Entry]) -> measure.Bench:
-    settings = context.recipe.measure
-    timing = Timing(
-        seconds=settings.rounds * settings.round_ms / 1000,
-        block_seconds=settings.round_ms / 1000,
-        min_rounds=settings.rounds,
+def no_sensitivity(context: RunContext, original: RunVariant) -> str | None:
+    """Return why a run has no sensitivity curves; None if it is to have them."""
+    if not context.recipe.measure.sensitivity:
+        return "the recipe does not ask for it: measure.sensitivity"
+    if not (context.run.root / original.stage / models.DESCRIPTION_FILE).is_file():
+        return "the original is an ONNX file, and cuts are tried on torch networks"
+    if not len(context.dataset.splits["validation"]):
+        return "the data has no validation images to judge cuts on"
+    if not context.task.kinds:
+        return "the images have no labels to judge cuts by"
+    return None
+
+
+def pruning_curve(context: RunContext, original: RunVariant) -> tuple[schema.Curve, ...]:
+    """Return accuracy on validation images against kept channels, a line for each group.
+
+    One group is cut at a time, by L2, and BatchNorm is re-estimated; nothing is refitted.
+    """
+    if no_sensitivity(context, original) is not None:
+        return ()
+    return (sensitivity_chart(cut_alone(context.network(original), context.dataset, context.task)),)
+
+
+def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivity:
+    """Return the primary metric on validation images with one group cut at a time."""
+    found = prune_sensitivity(
+        model,
+        dataset.example,
+        lambda cut: primary_value(cut, dataset, task) or 0.0,
+        recalibrate=list(itertools.islice(dataset.batches("train"), RECALIBRATION_BATCHES)),
     )
-    return time_together(entries, entries[0].target.batch, context.dataset, timing)
+    return replace(found, metric=primary_of(task))
 
 
-def _memory(context: RunContext, entry: Entry, skipped: dict[str, str]) -> dict[str, Any]:
-    told = entry.memory(entry.target.batch, context.dataset)
-    told.pop("file_mib", None)  # it is the size_mib of the row
-    skipped.update(told.pop("skipped", {}))
-    return told
+def sensitivity_chart(found: PruneSensitivity) -> schema.Curve:
+    """Return ``found`` as a chart whose lines end where the network is whole."""
+    lines = []
+    for curve in found.curves:
+        points = sorted((point.keep_channels, point.value) for point in curve.points)
+        x, y = zip(*points, (1.0, found.baseline), strict=True)
+        lines.append(schema.Line(name=curve.group, x=x, y=y))
+    return schema.Curve(
+        title="Each group of channels cut alone, the rest whole",
+        x_label="share of channels kept",
+        y_label=f"validation {found.metric.title}",
+        lines=tuple(lines),
+        variant=None,
+    )

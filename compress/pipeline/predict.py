@@ -33,7 +33,6 @@ from compress.tasks import Prediction, Row, Task, default_task, load_task
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from compress.data import Dataset
     from compress.recipe.settings import DataSettings
@@ -77,7 +76,22 @@ class Answers:
         from rich.console import Group
         from rich.text import Text
 
-        return Group(Text(_fed(self)), _table(self))
+        from compress.terminal import table
+
+        told = [row for rows in self.rows for row in rows]
+        columns = list(dict.fromkeys(key for row in told for key in row)) or ["answer"]
+        headers = {name: name.replace("_pct", " %") for name in columns}
+        lines = []
+        for image, rows in zip(self.images, self.rows, strict=True):
+            found = [[_cell(row.get(name)) for name in columns] for row in rows[:SHOWN_ROWS]]
+            if len(rows) > SHOWN_ROWS:
+                found.append([f"and {len(rows) - SHOWN_ROWS} more: --json FILE has all"])
+            names = [str(image)] + [""] * len(found)
+            found = found or [["nothing found"]]
+            lines += [[name, *cells] for name, cells in zip(names, found, strict=False)]
+        right = {headers[key] for row in told for key in row if isinstance(row[key], float)}
+        drawn = table(["image", *headers.values()], lines, numbers=right)
+        return Group(Text(_fed(self)), drawn)
 
 
 def predict_pictures(
@@ -258,30 +272,6 @@ def _free(target: Path, taken: Sequence[Path]) -> Path:
         number += 1
         free = target.with_name(f"{target.stem}-{number}.png")
     return free
-
-
-def _table(answers: Answers) -> Table:
-    """Return one row for each thing that is told of each image."""
-    from compress.terminal import table
-
-    told = [row for rows in answers.rows for row in rows]
-    columns = list(dict.fromkeys(key for row in told for key in row)) or ["answer"]
-    headers = [name.replace("_pct", " %") for name in columns]
-    lines = []
-    for image, rows in zip(answers.images, answers.rows, strict=True):
-        found = [[_cell(row.get(name)) for name in columns] for row in rows[:SHOWN_ROWS]]
-        if len(rows) > SHOWN_ROWS:
-            found.append([f"and {len(rows) - SHOWN_ROWS} more: --json FILE has all"])
-        names = [str(image)] + [""] * len(found)
-        lines += [
-            [name, *cells] for name, cells in zip(names, found or [["nothing found"]], strict=False)
-        ]
-    right = {
-        header
-        for name, header in zip(columns, headers, strict=True)
-        if any(isinstance(row.get(name), float) for row in told)
-    }
-    return table(["image", *headers], lines, numbers=right)
 
 
 def _fed(answers: Answers) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +47,11 @@ def drawn_changes(
         picture, fit = _picture(context, index)
         size = picture.shape[0], picture.shape[1]
         before, after = (task.in_picture(each, fit, size) for each in pairs[index])
-        truth = _truth(context, index)
-        truth = None if truth is None else task.in_picture(truth, fit, size)
+        truth = None
+        if task.kinds:
+            target = targets_of(context.dataset.splits["test"], np.array([index]))[0]
+            known = task.truth(target)
+            truth = None if known is None else task.in_picture(known, fit, size)
         changed = task.draw_change(picture, before, after)
         found.append(
             schema.DrawnChange(
@@ -84,12 +86,6 @@ def class_metrics_row(
     )
 
 
-def _truth(context: RunContext, index: int) -> tasks.Prediction | None:
-    if not context.task.kinds:
-        return None
-    return context.task.truth(targets_of(context.dataset.splits["test"], np.array([index]))[0])
-
-
 def _picture(context: RunContext, index: int) -> tuple[NDArray[np.uint8], Fit]:
     """Return a test image as RGB, (H, W, 3), and how the network's input comes from it.
 
@@ -109,13 +105,8 @@ def _png(image: NDArray[np.uint8]) -> str:
     return thumbnail(np.ascontiguousarray(image), SIDE, COLOURS)
 
 
-@dataclass(frozen=True)
-class _Explained:
-    """A variant that is explained beside the original, on a runtime on which both were judged."""
-
-    variant: RunVariant
-    runtime: str
-    answers: tuple[Path, Path]  # of the original and of the variant to the test images
+# A variant beside the original, a runtime on which both were judged, and the answers of both.
+Judged = tuple[RunVariant, str, tuple[Path, Path]]
 
 
 def explain_variants(
@@ -140,18 +131,19 @@ def explain_variants(
         pair = _explained(pairs, needs_gradients=method not in ANSWERS)
         if pair is None:
             continue
-        in_torch = method not in ANSWERS or runtime_class(pair.runtime).opens != "onnx"
-        before, after = map(Predictions.load, pair.answers)
+        variant, runtime, answers = pair
+        in_torch = method not in ANSWERS or runtime_class(runtime).opens != "onnx"
+        before, after = map(Predictions.load, answers)
         samples = explained_samples(context.dataset, before, after, count)
         with contextlib.ExitStack() as stack:
             original, compressed = (
                 context.network(each)
                 if in_torch
-                else stack.enter_context(open_session(context.path(each), pair.runtime))
-                for each in (variants[0], pair.variant)
+                else stack.enter_context(open_session(context.path(each), runtime))
+                for each in (variants[0], variant)
             )
             maps, similarity = compare_maps(
-                original, compressed, samples, variant=pair.variant.name, method=method
+                original, compressed, samples, variant=variant.name, method=method
             )
         attributions += maps
         similarities.append(similarity)
@@ -160,7 +152,7 @@ def explain_variants(
 
 def _pairs(
     context: RunContext, variants: Sequence[RunVariant], judged: JudgedPredictions
-) -> Iterator[_Explained]:
+) -> Iterator[Judged]:
     """Yield the variants whose answers to the test images are known, beside the original's."""
     runtimes = dict.fromkeys(target.runtime for target in context.recipe.targets)
     for variant in variants[1:]:
@@ -169,19 +161,15 @@ def _pairs(
                 judged.path(each.name, runtime, each.precision) for each in (variants[0], variant)
             )
             if before.is_file() and after.is_file():
-                yield _Explained(variant, runtime, (before, after))
+                yield variant, runtime, (before, after)
 
 
-def _explained(pairs: Sequence[_Explained], *, needs_gradients: bool) -> _Explained | None:
+def _explained(pairs: Sequence[Judged], *, needs_gradients: bool) -> Judged | None:
     """Return the first runtime's int8 graph, or the last float network."""
-    int8 = [
-        each
-        for each in pairs
-        if each.variant.target and runtime_class(each.runtime).opens == "onnx"
-    ]
-    if int8 and not needs_gradients:
-        return int8[0]
-    floats = [pair for pair in pairs if pair.variant.target is None]
+    for variant, runtime, answers in () if needs_gradients else pairs:
+        if variant.target and runtime_class(runtime).opens == "onnx":
+            return variant, runtime, answers
+    floats = [pair for pair in pairs if pair[0].target is None]
     return floats[-1] if floats else None
 
 

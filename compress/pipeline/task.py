@@ -1,4 +1,4 @@
-"""The task of a recipe, and which settings it allows."""
+"""The network, the images and the task of a recipe, and which settings they allow."""
 
 from __future__ import annotations
 
@@ -8,23 +8,84 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from compress import models
+from onnx import TensorProto
+from torch import nn
+
+from compress import evaluate, models
 from compress.data import GREY_MEAN, IMAGENET_MEAN, Dataset, load_data
-from compress.errors import CompressError, RecipeError
+from compress.errors import CompressError, ModelError, RecipeError
 from compress.evaluate import UNLABELLED_IMAGES
 from compress.evaluate.feeding import completed, shapes_answered
+from compress.graph.preprocess import prepare, read_onnx
 from compress.models.references import takes_unit_range
-from compress.pipeline.network import as_torch
+from compress.quantize.qat.network import OnnxNetwork
 from compress.recipe.settings import (
     FEWEST_CALIBRATION,
     DataSettings,
     DistillSettings,
+    ModelSettings,
     Recipe,
 )
 from compress.tasks import Task, default_task, load_task, primary_of
 from compress.train.distill.build import check_loss, losses_of
 
 logger = logging.getLogger(__name__)
+
+
+def load_original(recipe: Recipe, dataset: Dataset) -> nn.Module:
+    """Return the network that ``recipe`` names, with its weights."""
+    settings = recipe.model
+    return models.load_for(
+        len(dataset.classes),
+        settings.name,
+        settings.weights,
+        settings.num_classes,
+        options=settings.options,
+        new_head=settings.replace_head,
+    )
+
+
+def as_torch(reference: str | Path, settings: ModelSettings | None = None) -> nn.Module:
+    """Return a network to make images from, whatever holds it; of ONNX with its BatchNorm.
+
+    Args:
+        reference: As ``model.name`` of a recipe, or a folder of a stage.
+        settings: Weights and options of the network, unless a folder or an ONNX file has them.
+
+    Raises:
+        QuantizationError: an ONNX file has an operator that torch is not told how to run.
+        ModelError: an ONNX file takes more than one float input.
+    """
+    if not models.is_onnx(str(reference)):
+        known = settings or ModelSettings(name=str(reference))
+        return models.load_for(
+            0, known.name, known.weights, known.num_classes, options=known.options
+        )
+    model = prepare(read_onnx(reference), str(reference), fold=False)
+    kinds = [value.type.tensor_type.elem_type for value in model.graph.input]
+    if kinds != [TensorProto.FLOAT]:
+        shown = ", ".join(TensorProto.DataType.Name(kind).lower() for kind in kinds)
+        raise ModelError(
+            f"takes {len(kinds)} inputs ({shown}); synthetic images are made for one of floats",
+            where=str(reference),
+            fix="Calibrate on images: --data images:FOLDER",
+        )
+    return OnnxNetwork(model)
+
+
+def build_original(recipe: Recipe, dataset: Dataset, task: Task) -> nn.Module:
+    """Return the network that ``recipe`` names, tried on one image.
+
+    Raises:
+        ModelError: it does not take the images, or does not answer as the task needs.
+    """
+    model = load_original(recipe, dataset)
+    shape = models.check_forward(model, dataset.example)
+    if task.tells_classes and len(shape) == 2 and shape[0] == len(dataset.example):
+        models.check_classes(model, dataset.example, len(dataset.classes))
+    else:
+        evaluate.check_task(model, task, dataset)
+    return model
 
 
 def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
@@ -52,8 +113,9 @@ def _prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     reference = recipe.model.name
     source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))
     settings = recipe.data if source is None else completed(recipe.data, [source])
-    if source is None and takes_unit_range(reference):
-        settings = _in_unit_range(settings)
+    is_told = settings.mean or settings.std or settings.input_range is not None
+    if source is None and takes_unit_range(reference) and not is_told:
+        settings = settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})  # left in [0, 1]
     dataset = load_data(settings, recipe.seed, partial(as_torch, reference, recipe.model))
     if source is not None or dataset.target == "none":
         dataset = dataclasses.replace(dataset, assumed=_assumed(settings, dataset))
@@ -67,13 +129,6 @@ def _prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     logger.warning("%s: outputs are compared with those of the original", reason)
     dataset = dataclasses.replace(dataset, target="none", classes=())
     return dataset, task_of(recipe, dataset, reason)
-
-
-def _in_unit_range(settings: DataSettings) -> DataSettings:
-    """Return settings that leave images in [0, 1], unless they say how to normalize."""
-    if settings.mean or settings.std or settings.input_range is not None:
-        return settings
-    return settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})
 
 
 def _assumed(settings: DataSettings, dataset: Dataset) -> str:

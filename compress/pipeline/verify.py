@@ -16,7 +16,6 @@ from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
 from compress.progress import track
 from compress.recipe import loading
-from compress.recipe.settings import Target
 from compress.report.numbers import factor, interval, percent
 from compress.report.reading import check_schema, read_report
 from compress.report.run_folder import LOCK_FILE, RUN_FILE, RunFolder, recorded_variants
@@ -44,10 +43,6 @@ class Check:
     measured_ci95: Interval | None
     outcome: str  # "equal" | "differs" | "not compared: ..."
 
-    def to_json(self) -> dict[str, Any]:
-        """Return this as JSON-able data, without what is absent."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
-
 
 @dataclass(frozen=True)
 class Remeasured:
@@ -64,13 +59,11 @@ class Remeasured:
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON-able data."""
-        checks = [check.to_json() for check in self.checks]
-        return {
-            "holds": self.holds,
-            "checks": checks,
-            "skipped": self.skipped,
-            "elsewhere": self.elsewhere,
-        }
+        checks = [
+            {key: value for key, value in vars(check).items() if value is not None}
+            for check in self.checks
+        ]
+        return {"holds": self.holds} | vars(self) | {"checks": checks}
 
     def table(self) -> RenderableType:
         """Return the figures side by side, for the terminal."""
@@ -127,7 +120,10 @@ def measure_again(root: Path) -> Remeasured:
     elsewhere = _elsewhere(report)
     for targets in places(settings.targets):
         target = targets[0]
-        reason = _unmeasured(report, target) or unavailable(target.runtime)
+        results = (result for variant in report.variants for result in variant.results)
+        reason = unavailable(target.runtime)
+        if all((r.runtime, r.batch) != (target.runtime, target.batch) for r in results):
+            reason = "the report has no results of it"
         if reason is not None:
             skipped[f"{target.runtime}, batch {target.batch}"] = reason
             continue
@@ -154,13 +150,6 @@ def _check_data(context: RunContext, report: Report) -> None:
             expected=f"images with the fingerprint {before.fingerprint[:16] if before else '?'}",
             fix="Restore them, or run the recipe again in another folder",
         )
-
-
-def _unmeasured(report: Report, target: Target) -> str | None:
-    results = (result for variant in report.variants for result in variant.results)
-    if any((r.runtime, r.batch) == (target.runtime, target.batch) for r in results):
-        return None
-    return "the report has no results of it"
 
 
 def _elsewhere(report: Report) -> str:
@@ -255,12 +244,13 @@ def verify_files(run: Path) -> Verification:
         parent = entry.get("parent")
         if parent and parent not in hashes:
             findings.append(FileProblem(entry["path"], "parent unknown", "a recorded file", parent))
-    listed = {entry["path"] for entry in entries}
+    listed = {*(entry["path"] for entry in entries), RUN_FILE, LOCK_FILE}
+    there = (path.relative_to(run).as_posix() for path in sorted(run.rglob("*")) if path.is_file())
     return Verification(
         run=run.name,
         files=tuple(entry["path"] for entry in entries),
         findings=tuple(findings),
-        unrecorded=tuple(_unrecorded(run, listed)),
+        unrecorded=tuple(name for name in there if name not in listed),
     )
 
 
@@ -282,10 +272,3 @@ def _record(run: Path) -> dict[str, Any]:
                 expected="path and sha256, and the hash of its parent or none",
             )
     return dict(record)
-
-
-def _unrecorded(run: Path, listed: set[str]) -> Iterator[str]:
-    for path in sorted(run.rglob("*")):
-        name = path.relative_to(run).as_posix()
-        if path.is_file() and name not in {*listed, RUN_FILE, LOCK_FILE}:
-            yield name

@@ -9,7 +9,7 @@ from compress.errors import printable
 from compress.report.reading import read_run
 from compress.report.runs import compare_runs
 from compress.report.schema import Report
-from compress.report.terminal import summary
+from compress.report.text import markdown, summary
 from compress.report.verdict import verdict
 
 __all__ = ["Report", "compare_runs", "read_run", "summary", "verdict", "write"]
@@ -26,7 +26,6 @@ def write(report: Report, folder: Path | str) -> Report:
         RunError: the folder cannot be written.
     """
     from compress.report.html import html
-    from compress.report.markdown import markdown
 
     folder = Path(folder)
     if not report.verdict:

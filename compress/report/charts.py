@@ -1,4 +1,4 @@
-"""Charts: learning curves, and the layout of any (scales, ticks, points) for templates."""
+"""Charts: accuracy against latency, learning curves; scales, ticks and points for templates."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from compress.report.schema import Curve, Interval, Line
+from compress.report import numbers
+from compress.report.schema import Curve, Figure, Interval, Line, Report, Result, Variant
+from compress.report.tables import Setting, place_name, setting_name, setting_of, settings
+from compress.report.verdict import accuracy_of, title
 
 WIDE, NARROW = (1000.0, 400.0), (360.0, 320.0)  # pixels; the narrow one is for phones
 LETTER = 6.6  # mean width of a letter of the labels, pixels
 LINE = 14.0  # height of a label, pixels
+LINES_WIDE, LINES_NARROW = (540.0, 300.0), (350.0, 260.0)  # pixels
+FOREMOST = 5  # lines with a label; of more, those that fall the lowest are labelled
 
 
 @dataclass(frozen=True)
@@ -178,17 +183,22 @@ def _labelled(placed: Sequence[Placed], frame: Box) -> list[Placed]:
     A label never lies on a mark or on another label, and on a line only if it must.
     """
     taken: list[Box] = [(p.x - 7, p.y - 7, p.x + 7, p.y + 7) for p in placed]
-    drawn = [box for place in placed for box in _whiskers(place)]
-    drawn += [box for ends in pairwise(_in_order(placed)) for box in _along(*ends)]
+    drawn: list[Box] = []
+    for place in placed:
+        drawn += [(place.across[0], place.y, place.across[1], place.y)] if place.across else []
+        if place.upright:
+            drawn.append((place.x, min(place.upright), place.x, max(place.upright)))
+    front = sorted((place for place in placed if place.is_best), key=lambda place: place.x)
+    drawn += [box for ends in pairwise(front) for box in _along(*ends)]
     labelled = []
     for place in sorted(placed, key=lambda p: (not p.dot.is_original, not p.is_best)):
         width = LETTER * len(place.dot.label)
         free = [
             (label, box)
             for label in _beside(place.x, place.y, width, frame)
-            if _inside(box := _box(label, width), frame) and not _any_overlap(box, taken)
+            if _inside(box := _box(label, width), frame) and not _overlaps(box, taken)
         ]
-        clear = [each for each in free if not _any_overlap(each[1], drawn)]
+        clear = [each for each in free if not _overlaps(each[1], drawn)]
         for (x, y, anchor), box in (clear or free)[:1]:
             taken.append(box)
             place = replace(place, label=(round(x, 1), round(y, 1), anchor))
@@ -204,18 +214,6 @@ def _box(label: tuple[float, float, str], width: float) -> Box:
 
 def _inside(box: Box, frame: Box) -> bool:
     return frame[0] < box[0] and box[2] < frame[2] and frame[1] < box[1] < frame[3] - LINE
-
-
-def _whiskers(place: Placed) -> Iterator[Box]:
-    if place.across:
-        yield (place.across[0], place.y, place.across[1], place.y)
-    if place.upright:
-        yield (place.x, min(place.upright), place.x, max(place.upright))
-
-
-def _in_order(placed: Sequence[Placed]) -> list[Placed]:
-    """Return the marks that the line of the front joins, from left to right."""
-    return sorted((place for place in placed if place.is_best), key=lambda place: place.x)
 
 
 def _along(one: Placed, other: Placed) -> Iterator[Box]:
@@ -246,13 +244,93 @@ def _beside(x: float, y: float, width: float, frame: Box) -> list[tuple[float, f
     ]
 
 
-def _any_overlap(box: Box, others: Iterable[Box]) -> bool:
-    return any(_overlap(box, other) for other in others)
+def _overlaps(box: Box, others: Iterable[Box]) -> bool:
+    return any(
+        box[0] <= other[2] and other[0] <= box[2] and box[1] <= other[3] and other[1] <= box[3]
+        for other in others
+    )
 
 
-def _overlap(one: Box, other: Box) -> bool:
-    apart = one[2] < other[0] or other[2] < one[0] or one[3] < other[1] or other[3] < one[1]
-    return not apart
+@dataclass(frozen=True)
+class ParetoChart:
+    """The chart of one setting, at both sizes, and in words for those who cannot see it."""
+
+    setting: Setting
+    wide: Scatter
+    narrow: Scatter
+    description: str
+
+    @property
+    def place(self) -> str:
+        """The setting but for the batch: "onnxruntime cpu, 2 threads"."""
+        return place_name(self.setting)
+
+
+def pareto_charts(reports: Sequence[Report]) -> list[ParetoChart]:
+    """Return a chart for each setting in which at least one variant was measured."""
+    charts = []
+    for setting in dict.fromkeys(setting for report in reports for setting in settings(report)):
+        dots = _dots(reports, setting)
+        if not dots:
+            continue
+        name, _, unit = dots[0].y_label.partition(", ")
+        best = (
+            f"{dot.name} ({numbers.number(dot.x)} ms, {numbers.percent(dot.y)} {unit})"
+            for dot in pareto(dots)
+        )
+        text = (
+            f"{name[:1].upper()}{name[1:]} against median latency of {len(dots)} networks on "
+            f"{setting_name(setting)}. Not beaten in both: {', '.join(best)}."
+        )
+        charts.append(ParetoChart(setting, scatter(dots, WIDE), scatter(dots, NARROW), text))
+    return charts
+
+
+def _dots(reports: Sequence[Report], setting: Setting) -> list[Dot]:
+    return [
+        dot
+        for series, report in enumerate(reports)
+        for variant in report.variants
+        for result in variant.results
+        if setting_of(result) == setting
+        and (dot := _dot(report, variant, result, series if len(reports) > 1 else None))
+    ]
+
+
+def _dot(report: Report, variant: Variant, result: Result, series: int | None) -> Dot | None:
+    accuracy = accuracy_of(variant, result)
+    figure = accuracy.figure
+    if result.latency_ms_p50 is None or figure is None or accuracy.outputs:
+        return None  # the noise against the original says nothing of the original itself
+    name = title(variant, result)
+    return Dot(
+        name=name if series is None else f"{report.name}: {name}",
+        label=name,
+        x=result.latency_ms_p50,
+        y=figure.value,
+        x_ci=result.latency_ms_p50_ci95,
+        y_ci=figure.ci95,
+        facts=tuple(_facts(variant, result, figure)),
+        series=series,
+        is_original=variant is report.original,
+        y_label=figure.title,
+        higher_is_better=figure.higher_is_better,
+    )
+
+
+def _facts(variant: Variant, result: Result, figure: Figure) -> list[str]:
+    named = (
+        ("p50", numbers.number(result.latency_ms_p50), "ms", result.latency_ms_p50_ci95, "number"),
+        (figure.name, numbers.percent(figure.value), figure.unit, figure.ci95, "percent"),
+        ("speed-up", numbers.factor(result.speedup), "", result.speedup_ci95, "number"),
+        ("file", numbers.number(result.size_mib or variant.size_mib), "MiB", None, "number"),
+        ("peak memory", numbers.number(result.peak_memory_mib), "MiB", None, "number"),
+    )
+    return [
+        f"{name} {value} {unit}".rstrip() + (f" ({numbers.interval(ci, form)})" if ci else "")
+        for name, value, unit, ci, form in named
+        if value != numbers.ABSENT
+    ]
 
 
 @dataclass(frozen=True)
@@ -277,12 +355,6 @@ class Lines:
     y_label: str
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
-
-
-FOREMOST = 5  # lines with a label; of more, those that fall the lowest are labelled
-
-
-LINES_WIDE, LINES_NARROW = (540.0, 300.0), (350.0, 260.0)  # pixels
 
 
 def lines(curve: Curve, size: tuple[float, float] = LINES_WIDE) -> Lines | None:
@@ -353,9 +425,9 @@ def learning_curves(stage: str, history: Sequence[Mapping[str, Any]]) -> Iterato
         (key, "Validation images", key.removeprefix("validation_").replace("_", " "))
         for key in sorted(others - {"validation_loss"})
     ]
-    for key, title, label in (*CURVES, *own):
+    for key, heading, label in (*CURVES, *own):
         points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]
         if len(points) > 1:
             x, y = zip(*points, strict=True)
             lines = (Line(name=stage, x=x, y=y),)
-            yield Curve(title=f"{title}, {stage}", x_label="epoch", y_label=label, lines=lines)
+            yield Curve(title=f"{heading}, {stage}", x_label="epoch", y_label=label, lines=lines)

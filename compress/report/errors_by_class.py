@@ -36,10 +36,10 @@ def flipped(report: Report) -> int:
 def class_tables(details: Details) -> list[Table]:
     """Return precision, recall and F1 of each class, the original beside each other variant."""
     if len(details.class_scores) < 2:
-        return [_single(details, scores) for scores in details.class_scores]
+        return [_class_table(details, scores) for scores in details.class_scores]
     before, *others = details.class_scores
     chosen = others if len(details.classes) <= MANY_CLASSES else others[-1:]
-    return [_side_by_side(details, before, after) for after in chosen]
+    return [_class_table(details, before, after) for after in chosen]
 
 
 def class_metric_table(details: Details) -> Table | None:
@@ -66,51 +66,24 @@ def class_metric_table(details: Details) -> Table | None:
 _SCORES = {"Precision": "precision_pct", "Recall": "recall_pct", "F1": "f1_pct"}
 
 
-def _single(details: Details, scores: ClassScores) -> Table:
-    columns = (
-        Column("Class", is_number=False),
-        Column("Images"),
-        *(Column(name, "%") for name in _SCORES),
-    )
-    rows = tuple(
-        (
-            Cell(class_name(details, position)),
-            Cell(f"{images:,}", images),
-            *(_percent(getattr(scores, field)[position]) for field in _SCORES.values()),
-        )
-        for position, images in enumerate(scores.images)
-    )
-    return Table(f"classes-{scores.variant}", scores.variant, columns, rows)
-
-
-def _side_by_side(details: Details, before: ClassScores, after: ClassScores) -> Table:
-    columns = (
-        Column("Class", is_number=False),
-        Column("Images"),
-        Column("Recall change", "points"),
-        *(Column(f"{name} {when}", "%") for name in _SCORES for when in ("before", "after")),
-    )
+def _class_table(details: Details, *forms: ClassScores) -> Table:
+    """Return the scores of one variant, or of two side by side, the largest loss first."""
+    whens = (" before", " after") if len(forms) > 1 else ("",)
+    columns = [Column("Class", is_number=False), Column("Images")]
+    columns += [Column("Recall change", "points")] if len(forms) > 1 else []
+    columns += [Column(f"{name}{when}", "%") for name in _SCORES for when in whens]
     rows = []
-    for position, images in enumerate(after.images):
-        scores = [
-            getattr(each, field)[position] for field in _SCORES.values() for each in (before, after)
-        ]
-        change = _change(scores[2], scores[3])
-        rows.append(
-            (
-                Cell(class_name(details, position)),
-                Cell(f"{images:,}", images),
-                Cell(numbers.points(change), change),
-                *map(_percent, scores),
-            )
-        )
-    rows.sort(key=lambda row: (row[2].sort is None, row[2].sort or 0.0))
-    title = f"{before.variant} and {after.variant}"
-    return Table(f"classes-{after.variant}", title, columns, tuple(rows))
-
-
-def _percent(value: float | None) -> Cell:
-    return Cell(numbers.percent(value), value)
+    for position, images in enumerate(forms[-1].images):
+        scores = [getattr(each, field)[position] for field in _SCORES.values() for each in forms]
+        row = [Cell(class_name(details, position)), Cell(f"{images:,}", images)]
+        if len(forms) > 1:
+            change = _change(scores[2], scores[3])
+            row.append(Cell(numbers.points(change), change))
+        rows.append((*row, *(Cell(numbers.percent(score), score) for score in scores)))
+    if len(forms) > 1:
+        rows.sort(key=lambda row: (row[2].sort is None, row[2].sort or 0.0))
+    title = " and ".join(each.variant for each in forms)
+    return Table(f"classes-{forms[-1].variant}", title, tuple(columns), tuple(rows))
 
 
 def _change(before: float | None, after: float | None) -> float | None:

@@ -10,18 +10,10 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from compress.report import errors_by_class, numbers
-from compress.report.charts import LINES_NARROW, lines, reliability
-from compress.report.pareto_chart import pareto_charts
-from compress.report.schema import (
-    Calibration,
-    Coverage,
-    Details,
-    DrawnChange,
-    Island,
-    Report,
-)
+from compress.report.charts import LINES_NARROW, lines, pareto_charts, reliability
+from compress.report.schema import Calibration, Coverage, Details, Island, Record, Report
 from compress.report.tables import accuracies, compact, is_labelled, sizes, speeds
-from compress.report.terminal import gate_sentence, missing
+from compress.report.text import gate_sentence, missing
 from compress.report.verdict import comparisons, sizes_mib, verdicts
 
 if TYPE_CHECKING:
@@ -50,9 +42,13 @@ def html(report: Report) -> str:
         flipped=errors_by_class.flipped(report),
         figures=_figures(report),
         class_metrics=errors_by_class.class_metric_table(report.details),
-        drawn=_drawn(report.details),
+        similarities=errors_by_class.similarity_table(report.details),
+        drawn=_shown(report.details.drawn, "truth", "before", "after", "change"),
+        attributions=_shown(
+            report.details.attributions[:ATTRIBUTIONS], "image", "before_map", "after_map"
+        ),
+        flips=_shown(report.details.flips[:FLIPS], "thumbnail"),
         **_lost(report.details),
-        **_looking(report.details),
     )
 
 
@@ -70,9 +66,10 @@ def _figures(report: Report) -> list[tuple[str, float | None, float | None, str]
     return [(name, first, last, shown.unit)]
 
 
-def _drawn(details: Details) -> tuple[DrawnChange, ...]:
-    pictures = [(d.truth, d.before, d.after, d.change) for d in details.drawn]
-    return details.drawn[: errors_by_class.within_budget(pictures, PICTURES)]
+def _shown(items: Sequence[Record], *pictures: str) -> Sequence[Any]:
+    """Return the first items, as many as the report has room for the pictures of."""
+    found = [[getattr(item, name) for name in pictures] for item in items]
+    return items[: errors_by_class.within_budget(found, PICTURES)]
 
 
 def render(template: str, **content: Any) -> str:
@@ -94,8 +91,6 @@ def render(template: str, **content: Any) -> str:
 
 
 def _lost(details: Details) -> dict[str, Any]:
-    flips = details.flips[:FLIPS]
-    shown = errors_by_class.within_budget([(flip.thumbnail,) for flip in flips], PICTURES)
     bins = [(part.variant, *_well_filled(part)) for part in details.calibration]
     bins = [*bins[:1], *bins[1:][-LINES:]]  # the original, and what it became in the end
     return {
@@ -103,7 +98,6 @@ def _lost(details: Details) -> dict[str, Any]:
         "matrices": errors_by_class.matrices(details),
         "confused": errors_by_class.grown_confusions(details),
         "subgroups": errors_by_class.subgroup_table(details),
-        "flips": flips[:shown],
         "reliability": reliability(bins) if any(points for _, points, _ in bins) else None,
     }
 
@@ -113,14 +107,6 @@ def _well_filled(part: Calibration) -> tuple[list[float], list[float]]:
     rows = zip(part.confidence_pct, part.accuracy_pct, part.images, strict=True)
     kept = [(sure, right) for sure, right, images in rows if images >= BIN_IMAGES]
     return [sure for sure, _ in kept], [right for _, right in kept]
-
-
-def _looking(details: Details) -> dict[str, Any]:
-    maps = details.attributions[:ATTRIBUTIONS]
-    shown = errors_by_class.within_budget(
-        [(m.image, m.before_map, m.after_map) for m in maps], PICTURES
-    )
-    return {"attributions": maps[:shown], "similarities": errors_by_class.similarity_table(details)}
 
 
 def _environment() -> Environment:
@@ -142,16 +128,9 @@ def _environment() -> Environment:
         plain_json=plain_json,
         sizes_mib=sizes_mib,
     )
-    environment.filters.update(
-        count=numbers.count,
-        fact=numbers.fact,
-        factor=numbers.factor,
-        spoken=numbers.in_words,
-        interval=numbers.interval,
-        number=numbers.number,
-        percent=numbers.percent,
-        points=numbers.points,
-    )
+    named = ("count", "fact", "factor", "interval", "number", "percent", "points")
+    environment.filters.update({name: getattr(numbers, name) for name in named})
+    environment.filters["spoken"] = numbers.in_words
     return environment
 
 
@@ -161,19 +140,15 @@ def in_float(part: Coverage) -> list[str]:
     for island in part.islands:
         if island.nodes:
             found.setdefault(island.reason, []).append(island)
-    return [_staying(reason, islands) for reason, islands in found.items()]
-
-
-def _staying(reason: str | None, islands: Sequence[Island]) -> str:
-    names = dict.fromkeys(node for island in islands for node in island.nodes)
-    line = f"{numbers.staying(list(names))} in float"
-    if reason is None:
+    lines = []
+    for reason, islands in found.items():
+        names = dict.fromkeys(node for island in islands for node in island.nodes)
         places = f", in {len(islands)} places" if len(islands) > 1 else ""
-        line += f" between int8 operations{places}"
-    else:
-        line += f": {reason}"
-    macs = [island.macs for island in islands if island.macs is not None]
-    return f"{line} ({numbers.count(sum(macs))} MACs)" if macs else line
+        why = f" between int8 operations{places}" if reason is None else f": {reason}"
+        macs = [island.macs for island in islands if island.macs is not None]
+        work = f" ({numbers.count(sum(macs))} MACs)" if macs else ""
+        lines.append(f"{numbers.staying(list(names))} in float{why}{work}")
+    return lines
 
 
 def plain_json(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from compress.report.schema import Interval, Result, Variant
 
@@ -51,6 +52,25 @@ def interval(bounds: Interval | None, form: str = "number") -> str:
         return ""
     write = {"number": number, "points": points, "percent": percent}[form]
     return f"{write(bounds[0])}..{write(bounds[1])}"
+
+
+def share(row: Mapping[str, Any], key: str) -> str:
+    """Return a percentage of a row of results with its interval: "93.20 (91.02..94.88)"."""
+    if key not in row:
+        return ABSENT
+    bounds = row[f"{key.removesuffix('_pct')}_ci95"]
+    return f"{percent(row[key])} ({interval(bounds, 'percent')})"
+
+
+def ratio_db(row: Mapping[str, Any]) -> str:
+    """Return the signal-to-noise ratio of a row of differences, or why there is none."""
+    if "sqnr_db" in row:
+        return f"{row['sqnr_db']:.1f}"
+    if row.get("not_finite"):
+        return f"{row['not_finite']} not finite"
+    if row.get("max_abs_diff") == 0:
+        return "both zero" if row.get("zero_reference") else "equal"
+    return ABSENT
 
 
 def fact(value: object) -> str:

@@ -156,19 +156,12 @@ def _variants(folder: Path) -> Iterator[Variant]:
 
 def _learning(folder: Path) -> Iterator[Curve]:
     """Yield the learning curves of every stage that trains, also of one that was stopped."""
-    for stage in stage_folders(folder):
-        journal = stage / "training" / "metrics.jsonl"
-        if journal.is_file():
-            yield from learning_curves(stage.name, _rows(journal.read_text("utf-8")))
-
-
-def _rows(journal: str) -> list[dict[str, Any]]:
-    """Return the rows of a journal; its last line may have been cut off with the run."""
-    rows = []
-    for line in journal.splitlines():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
+    for journal in (stage / "training" / "metrics.jsonl" for stage in stage_folders(folder)):
+        rows: list[dict[str, Any]] = []
+        for line in journal.read_text("utf-8").splitlines() if journal.is_file() else ():
+            with contextlib.suppress(ValueError):  # the last line was cut off with the run
+                rows.append(json.loads(line))
+        yield from learning_curves(journal.parts[-3], rows)
 
 
 def _unfinished(folder: Path) -> Iterator[str]:

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compress.artifact import write_json, write_text
 from compress.errors import RunError
 from compress.report import numbers
-from compress.report.markdown import bullets, escaped_line, section
-from compress.report.pareto_chart import pareto_charts
+from compress.report.charts import pareto_charts
 from compress.report.reading import read_run
 from compress.report.schema import SCHEMA, Figure, Interval, Report, Result, Variant
 from compress.report.tables import (
@@ -27,6 +26,7 @@ from compress.report.tables import (
     sizes,
     speeds,
 )
+from compress.report.text import bullets, escaped_line, section
 from compress.report.verdict import accuracy_of, comparisons, title
 
 if TYPE_CHECKING:
@@ -98,17 +98,15 @@ def _differences(one: Report, other: Report) -> list[str]:
         values = devices[0][key], devices[1][key]
         if all(isinstance(value, str | int) for value in values) and values[0] != values[1]:
             lines.append(f"{both} ran on different devices ({key}: {values[0]}, {values[1]})")
-    figures = [_figure_name(report) for report in (one, other)]
+    figures = [
+        next((r.figure.name for v in report.variants for r in v.results if r.figure), None)
+        for report in (one, other)
+    ]
     if all(figures) and figures[0] != figures[1]:
         lines.append(f"{both} were judged by different metrics ({figures[0]}, {figures[1]})")
     if one.details.classes != other.details.classes:
         lines.append(f"{both} have different classes")
     return sorted(lines)
-
-
-def _figure_name(report: Report) -> str | None:
-    results = (result for variant in report.variants for result in variant.results)
-    return next((result.figure.name for result in results if result.figure), None)
 
 
 def joint(tables: Sequence[tuple[str, Table]]) -> Table:
@@ -187,11 +185,15 @@ def recipe_key(report: Report) -> str:
 
 
 def _history(name: str, place: str, batch: int, moments: Sequence[HistoryEntry]) -> Table:
+    figure = next((moment.figure for moment in reversed(moments) if moment.figure), None)
+    accuracy = Column("Accuracy")
+    if figure is not None:
+        accuracy = Column(figure.name[:1].upper() + figure.name[1:], figure.unit)
     columns = (
         Column("Run", is_number=False),
         Column("Created", is_number=False),
         Column("Variant", is_number=False),
-        _figure_column(moments),
+        accuracy,
         Column("p50", "ms"),
         Column("Speed-up"),
         Column("File", "MiB"),
@@ -228,14 +230,6 @@ def _moment(now: HistoryEntry, before: HistoryEntry | None) -> tuple[Cell, ...]:
             remark=WORSE if before and _grew(before, now) else "",
         ),
     )
-
-
-def _figure_column(moments: Sequence[HistoryEntry]) -> Column:
-    """Return the column of what stands for how good a result is: the task's metric, top-1, SQNR."""
-    figure = next((moment.figure for moment in reversed(moments) if moment.figure), None)
-    if figure is None:
-        return Column("Accuracy")
-    return Column(figure.name[:1].upper() + figure.name[1:], figure.unit)
 
 
 def _figure_cell(figure: Figure | None, old: Figure | None) -> Cell:

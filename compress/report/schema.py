@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from compress.statistics import excludes, undecided
+
 SCHEMA = 1  # later versions only add keys
+LEVEL = 0.05  # of significance
+SAME = "no significant difference"
 
 Interval = tuple[float, float]  # a 95 % confidence interval: low, high
 Class = Annotated[int, Field(ge=0, lt=2**24)]  # its number
@@ -170,9 +175,28 @@ class Result(Record):
         return (self.metrics or {}).get(self.primary or "")
 
     @property
-    def main_change(self) -> ChangeRecord | None:
-        """The change of the task's primary metric, where it is no classification."""
-        return (self.changes or {}).get(self.primary or "")
+    def change(self) -> ChangeRecord | None:
+        """The change of the task's primary metric, or of top-1, against the original."""
+        value = self.top1_change_pct
+        if self.primary is not None or value is None or not math.isfinite(value):
+            return (self.changes or {}).get(self.primary or "")
+        verdict = "worse" if value < 0 else "better"
+        if not self._top1_differs:
+            said = self.top1_verdict if self.top1_verdict != SAME else None
+            bounds = self.top1_change_ci95
+            verdict = said or (undecided(self.images, bounds) if bounds else None) or SAME
+        return ChangeRecord(
+            value=value, unit="pct", ci95=self.top1_change_ci95, drop=-value, verdict=verdict
+        )
+
+    @property
+    def _top1_differs(self) -> bool:
+        """Whether top-1 differs from the original's, as far as anything says."""
+        if self.top1_p_value is not None:
+            return self.top1_p_value < LEVEL
+        if self.top1_verdict is not None:
+            return self.top1_verdict != SAME
+        return self.top1_change_ci95 is None or excludes(self.top1_change_ci95, 0.0)
 
 
 class Variant(Record):

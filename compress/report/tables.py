@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from compress.report import numbers as figures
-from compress.report.schema import Interval, Report, Result, Variant
-from compress.report.verdict import SAME, accuracy_differs, accuracy_of, speed_differs
-from compress.statistics import undecided
+from compress.report.schema import SAME, ChangeRecord, Interval, Report, Result, Variant
+from compress.report.verdict import accuracy_of, speed_differs
 
 Setting = tuple[str, str, int, int | None]  # runtime, device, batch, threads
 
@@ -174,7 +173,7 @@ class FieldValue(NamedTuple):
     value: float | None = None
     form: str = "number"
     bounds: Interval | None = None
-    differs: bool | None = None
+    remark: str = ""
 
 
 Fill = Callable[[Result], FieldValue]
@@ -184,24 +183,32 @@ def _fill(
     field: str,
     form: str = "number",
     bounds: str | None = None,
-    differs: Callable[[Result], bool | None] | None = None,
+    remark: Callable[[Result], str] = lambda _: "",
 ) -> Fill:
-    """Return what reads a field of a result, its interval and whether it differs."""
+    """Return what reads a field of a result, its interval and what is to be said of it."""
 
     def fill(result: Result) -> FieldValue:
         interval = getattr(result, bounds) if bounds else None
-        return FieldValue(
-            field, getattr(result, field), form, interval, differs and differs(result)
-        )
+        return FieldValue(field, getattr(result, field), form, interval, remark(result))
 
     return fill
+
+
+def _open(change: ChangeRecord | None) -> str:
+    """Return what an insignificant change of accuracy leaves open, or why it says nothing."""
+    return "" if change is None or change.differs else change.verdict
+
+
+def _worst_class(result: Result) -> str:
+    lost = result.worst_class and result.worst_class_drop_pct
+    return f"class {result.worst_class}" if lost else ""
 
 
 _ACCURACY: tuple[tuple[Column, Fill], ...] = (
     (Column("Top-1", "%"), _fill("top1_pct", "percent", "top1_ci95")),
     (
         Column("Change", "points", "of top-1 against the original, on the same images"),
-        _fill("top1_change_pct", "points", "top1_change_ci95", accuracy_differs),
+        _fill("top1_change_pct", "points", "top1_change_ci95", lambda r: _open(r.change)),
     ),
     (Column("Top-5", "%", is_optional=True), _fill("top5_pct", "percent", "top5_ci95")),
     (
@@ -214,7 +221,7 @@ _ACCURACY: tuple[tuple[Column, Fill], ...] = (
     ),
     (
         Column("Worst class", "points lost", "largest loss of recall of any class"),
-        _fill("worst_class_drop_pct", "percent", "worst_class_drop_ci95"),
+        _fill("worst_class_drop_pct", "percent", "worst_class_drop_ci95", _worst_class),
     ),
     (Column("ECE", "%", "expected calibration error"), _fill("ece_pct", "percent")),
     (Column("SQNR", "dB", "of the logits, against the original"), _fill("sqnr_db")),
@@ -228,39 +235,29 @@ def _task_columns(report: Report) -> tuple[tuple[Column, Fill], ...]:
              for result in results for name, m in (result.metrics or {}).items()}  # fmt: skip
     found: list[tuple[Column, Fill]] = []
     for name, (unit, title) in kinds.items():
-        sign, spoken = ("%", "points") if unit == "pct" else (unit, unit)
-        found.append((Column(title, sign), _fill_metric(name)))
-        about = f"of {title} against the original, on the same images"
-        found.append((Column(f"Change of {title}", spoken, about), _fill_change(name)))
-    units = {result.agreement.unit for result in results if result.agreement}
-    for unit in units:
-        found.append((Column("Agreement", unit, "with the original's predictions"), _alike))
+        sign, spoken, form = ("%", "points", "percent") if unit == "pct" else (unit, unit, "number")
+        change = Column(
+            f"Change of {title}", spoken, f"of {title} against the original, on the same images"
+        )
+        found.append((Column(title, sign), _fill_record("metrics", form, name)))
+        found.append((change, _fill_record("changes", "points", name)))
+    for unit in {result.agreement.unit for result in results if result.agreement}:
+        alike = Column("Agreement", unit, "with the original's predictions")
+        found.append((alike, _fill_record("agreement", "number")))
     return tuple(found)
 
 
-def _alike(result: Result) -> FieldValue:
-    alike = result.agreement
-    value, bounds = (None, None) if alike is None else (alike.value, alike.ci95)
-    return FieldValue("agreement_pct", value, bounds=bounds)
+def _fill_record(field: str, form: str, key: str | None = None) -> Fill:
+    """Return what reads the record that a field of a result holds, or holds by the name ``key``."""
+    absent = "agreement_pct" if field == "agreement" else field
 
-
-def _fill_metric(name: str) -> Fill:
     def fill(result: Result) -> FieldValue:
-        metric = (result.metrics or {}).get(name)
-        if metric is None:
-            return FieldValue("metrics")
-        form = "percent" if metric.unit == "pct" else "number"
-        return FieldValue("metrics", metric.value, form, metric.ci95)
-
-    return fill
-
-
-def _fill_change(name: str) -> Fill:
-    def fill(result: Result) -> FieldValue:
-        change = (result.changes or {}).get(name)
-        if change is None:
-            return FieldValue("changes")
-        return FieldValue(f"changes.{name}", change.value, "points", change.ci95, change.differs)
+        held = getattr(result, field)
+        found = held if key is None else (held or {}).get(key)
+        if found is None:
+            return FieldValue(absent)
+        remark = _open(found) if isinstance(found, ChangeRecord) else ""
+        return FieldValue(absent, found.value, form, found.ci95, remark)
 
     return fill
 
@@ -276,7 +273,7 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
     (Column("Throughput", "images/s"), _fill("throughput_ips")),
     (
         Column("Speed-up", "", "the original's p50 over this one's, in the same setting"),
-        _fill("speedup", "factor", "speedup_ci95", speed_differs),
+        _fill("speedup", "factor", "speedup_ci95", lambda r: SAME * (speed_differs(r) is False)),
     ),
     (
         Column("p50 on GPU", "ms", "without copies", is_optional=True),
@@ -297,7 +294,7 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
 
 
 def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
-    field, value, form, bounds, differs = fill(result)
+    field, value, form, bounds, remark = fill(result)
     if value is None:
         return _absent(variant, result, field)
     write = {
@@ -306,21 +303,8 @@ def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
         "points": figures.points,
         "factor": figures.factor,
     }[form]
-    remark = _open(result, field) or SAME if differs is False else ""
-    if field == "worst_class_drop_pct" and result.worst_class and value:
-        remark = f"class {result.worst_class}"
     spelled = figures.interval(bounds, "number" if form == "factor" else form)
     return Cell(write(value), value, spelled, remark)
-
-
-def _open(result: Result, field: str) -> str | None:
-    """Return what an insignificant change of accuracy leaves open, or why it says nothing."""
-    if field == "top1_change_pct":
-        bounds = result.top1_change_ci95
-        said = result.top1_verdict if result.top1_verdict != SAME else None
-        return said or (undecided(result.images, bounds) if bounds else None)
-    change = (result.changes or {}).get(field.removeprefix("changes."))
-    return None if change is None else change.verdict
 
 
 _AGAINST_ITSELF = {
@@ -341,35 +325,23 @@ def _absent(variant: Variant, result: Result | None, field: str) -> Cell:
 
 def compact(table: Table) -> Table:
     """Return ``table`` without number columns that hold nothing; its notes say why they do."""
-    empty = [
-        position
-        for position, column in enumerate(table.columns)
-        if column.is_number and all(row[position].text in _EMPTY for row in table.rows)
-    ]
-    kept = [position for position in range(len(table.columns)) if position not in empty]
+    rows = [[cell.text not in _EMPTY for cell in row] for row in table.rows]
+    kept, notes = list[int](), list[str]()
+    for position, column in enumerate(table.columns):
+        if not column.is_number or any(row[position] for row in rows):
+            kept.append(position)
+            continue
+        found = dict.fromkeys(row[position].reason for row in table.rows)
+        silent = {"", figures.UNRECORDED} if column.is_optional else {""}
+        if why := "; ".join(each for each in found if each not in silent):
+            notes.append(f"{column.name}: {why}")
     return Table(
         table.key,
         table.title,
         tuple(table.columns[position] for position in kept),
         tuple(tuple(row[position] for position in kept) for row in table.rows),
-        tuple(
-            f"{table.columns[position].name}: {'; '.join(why)}"
-            for position in empty
-            if (why := _worth_saying(table, position))
-        ),
+        tuple(notes),
     )
 
 
 _EMPTY = (figures.ABSENT, "")
-
-
-def _worth_saying(table: Table, position: int) -> list[str]:
-    """Return why a column is empty; an optional one needs no reason to be so."""
-    optional = table.columns[position].is_optional
-    found = reasons(row[position] for row in table.rows)
-    return [each for each in found if not optional or each != figures.UNRECORDED]
-
-
-def reasons(cells: Iterable[Cell]) -> list[str]:
-    """Return the distinct reasons of the empty cells, in order: the notes below a table."""
-    return list(dict.fromkeys(cell.reason for cell in cells if cell.reason))

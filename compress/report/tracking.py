@@ -8,8 +8,8 @@ from typing import Any
 
 from compress.errors import UnknownNameError
 from compress.packages import require
-from compress.report.markdown import markdown
 from compress.report.schema import Report, Result
+from compress.report.text import markdown
 
 EXPERIMENT = "compress"
 LONGEST = 500  # characters of a parameter in MLflow

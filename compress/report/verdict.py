@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compress.report.numbers import factor, interval, number, points
-from compress.report.schema import ChangeRecord, Interval, Report, Result, Variant
-from compress.statistics import excludes, undecided
+from compress.report.schema import SAME, ChangeRecord, Interval, Report, Result, Variant
+from compress.statistics import excludes
 
-LEVEL = 0.05  # of significance
-SAME = "no significant difference"
 PRECISIONS = ("int8", "fp16", "fp32")  # the narrowest first
 
 
@@ -42,7 +40,10 @@ def comparisons(report: Report) -> Iterator[tuple[Variant, Result, Result]]:
     original = report.original
     if original is None:
         return
-    for runtime in _runtimes(report):
+    targets = report.recipe.get("targets") or []
+    named = [t["runtime"] for t in targets if isinstance(t, dict) and "runtime" in t]
+    found = [result.runtime for variant in report.variants for result in variant.results]
+    for runtime in (name for name in dict.fromkeys([*named, *found]) if name in found):
         for variant in reversed(report.variants):
             pair = _same_setting(original, variant, runtime)
             if pair:
@@ -58,26 +59,6 @@ def speed_differs(result: Result) -> bool | None:
     if result.verdict in {"faster", "slower", "no difference"}:
         return result.verdict != "no difference"
     return None if result.speedup_ci95 is None else excludes(result.speedup_ci95, 1.0)
-
-
-def accuracy_differs(result: Result) -> bool | None:
-    """Return whether top-1 differs from the original's; None when nothing says."""
-    if result.top1_p_value is not None:
-        return result.top1_p_value < LEVEL
-    if result.top1_verdict is not None:
-        return result.top1_verdict != SAME
-    if result.top1_change_ci95 is not None:
-        return excludes(result.top1_change_ci95, 0.0)
-    return None
-
-
-def change_of_top1(before: Result | None, after: Result) -> float | None:
-    """Return the change of top-1 in points, from the paired figure if there is one."""
-    if after.top1_change_pct is not None:
-        return after.top1_change_pct
-    if before is None or before.top1_pct is None or after.top1_pct is None:
-        return None
-    return after.top1_pct - before.top1_pct
 
 
 def matching(variant: Variant, result: Result) -> Result | None:
@@ -122,13 +103,6 @@ def accuracy_of(variant: Variant, result: Result) -> Result:
         return result
     same = [r for r in variant.results if r.runtime == result.runtime and r.figure is not None]
     return next((r for r in same if r.precision == result.precision), result)
-
-
-def _runtimes(report: Report) -> list[str]:
-    targets = report.recipe.get("targets") or []
-    named = [t["runtime"] for t in targets if isinstance(t, dict) and "runtime" in t]
-    found = [result.runtime for variant in report.variants for result in variant.results]
-    return [name for name in dict.fromkeys([*named, *found]) if name in found]
 
 
 def _same_setting(
@@ -186,19 +160,19 @@ def _accuracy(report: Report, variant: Variant, before: Result, after: Result) -
             f"; its accuracy says nothing, because the original is untrained ({report.untrained})"
         )
     measured = accuracy_of(variant, after)
-    if measured.main_change is not None:
-        return _metric(measured.title_of(measured.primary or ""), measured.main_change)
-    change = change_of_top1(before, measured)
-    if change is None and measured.outputs:
-        return _likeness(measured)
+    change, name = measured.change, measured.title_of(measured.primary or "top-1")
+    if change is None and before.top1_pct is not None and measured.top1_pct is not None:
+        value = measured.top1_pct - before.top1_pct
+        change = ChangeRecord(value=value, unit="pct", drop=-value, verdict="worse")
     if change is None:
-        return "with accuracy not measured"
-    bounds = _ci(measured.top1_change_ci95, "points")
-    if accuracy_differs(measured) is False:
-        if open_loss := undecided(measured.images, measured.top1_change_ci95 or (0.0, 0.0)):
-            return f"at {points(change)} points of top-1, where {open_loss} ({bounds[2:]})"
-        return f"with no significant difference in top-1 ({points(change)} points{bounds})"
-    return f"at {points(change)} points of top-1 ({bounds[2:] or 'no interval measured'})"
+        return _likeness(measured) if measured.outputs else "with accuracy not measured"
+    unit = "points" if change.unit == "pct" else change.unit
+    moved, bounds = f"{points(change.value)} {unit}", _ci(change.ci95, "points")
+    if change.differs:
+        return f"at {moved} of {name} ({bounds[2:] or 'no interval measured'})"
+    if change.verdict != SAME:  # it says what so few images cannot tell
+        return f"at {moved} of {name}, where {change.verdict} ({bounds[2:]})"
+    return f"with {SAME} in {name} ({moved}{bounds})"
 
 
 def _likeness(result: Result) -> str:
@@ -215,17 +189,6 @@ def _likeness(result: Result) -> str:
     return f"with {' and '.join(parts) or 'equal outputs'} (accuracy not measured)"
 
 
-def _metric(name: str, change: ChangeRecord) -> str:
-    """Return the change of a task's primary metric in words."""
-    unit = "points" if change.unit == "pct" else change.unit
-    bounds = _ci(change.ci95, "points")
-    if not change.differs and change.verdict != SAME:  # it says what so few images cannot tell
-        return f"at {points(change.value)} {unit} of {name}, where {change.verdict} ({bounds[2:]})"
-    if not change.differs:
-        return f"with no significant difference in {name} ({points(change.value)} {unit}{bounds})"
-    return f"at {points(change.value)} {unit} of {name} ({bounds[2:] or 'no interval measured'})"
-
-
 def _better(report: Report, variant: Variant, after: Result) -> str:
     """Name the fastest variant within the accuracy gate where the last variant is not it."""
     budgets = [
@@ -239,11 +202,9 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
     for variant, result in ((v, r) for v in report.variants for r in _beside(v, after)):
         if result.latency_ms_p50 is None or variant.name in missed:
             continue
-        judged = accuracy_of(variant, result)
-        change = judged.top1_change_pct
-        if judged.main_change is not None:
-            change = -judged.main_change.drop
-        if variant is report.original or limit is None or (change or 0.0) >= -limit:
+        change = accuracy_of(variant, result).change
+        is_within = limit is None or change is None or change.drop <= limit
+        if variant is report.original or is_within:
             candidates.append((result.latency_ms_p50, title(variant, result), result))
     if not candidates:
         return ""

@@ -18,7 +18,7 @@ from compress.data import load_data
 from compress.data.synthetic import matching_loss
 from compress.errors import CompressError
 from compress.models.cifar import resnet8
-from compress.pipeline.network import as_torch
+from compress.pipeline.task import as_torch
 from compress.recipe.settings import DataSettings
 
 TINY = {"images": 12, "steps": 12}

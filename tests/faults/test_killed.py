@@ -60,7 +60,7 @@ def without_memory():
     from compress.pipeline import measure
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "_memory", lambda *_: {})
+        patch.setattr(measure.Entry, "memory", lambda *_: {})
         yield
 
 

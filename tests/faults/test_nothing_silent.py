@@ -18,7 +18,7 @@ from compress.data._images import FileImages, MemoryImages, Names, Subset
 from compress.data._overlap import overlap
 from compress.data._pictures import Fit
 from compress.errors import DataError, EngineError
-from compress.pipeline import cautions, report_rows
+from compress.pipeline import cautions, reporting
 from compress.recipe.settings import Gates
 from compress.report.schema import Result, Variant
 from compress.runtimes import onnxruntime as ort_runtime
@@ -82,7 +82,7 @@ def test_a_gate_without_a_figure_fails(name, value, tried):
         rows.append(
             Variant.model_construct(name=variant, results=(result,), size_mib=value, skipped={})
         )
-    (gate,) = report_rows.gates(Gates(**{name: LIMITS[name]}), rows)
+    (gate,) = reporting.gates(Gates(**{name: LIMITS[name]}), rows)
     assert not gate.passed and gate.measured is None and gate.reason
 
 

@@ -32,8 +32,8 @@ def test_int8_resnet20_loses_in_quantization_and_not_in_the_engine(tmp_path: Pat
     images = [batch.numpy() for batch, _ in data.batches("calibration", 64, limit=256)]
     quantize_onnx(fp32, images, tmp_path / "int8.onnx", method="plain")
     found = compare_artifacts(fp32, tmp_path / "int8.onnx", data, bisect=True, limit=IMAGES)
-    blame = {link.error: link.added for link in found.links if link.added is not None}
-    assert found.links[0].top1_pct > 88  # 91.73 % on all 10,000
+    blame = {link.error: link.added for link in found.steps if link.added is not None}
+    assert found.steps[0].worth["top1_pct"] > 88  # 91.73 % on all 10,000
     assert 15 < blame["quantization"].logits.sqnr_db < 60
     assert blame["engine"].logits.sqnr_db > blame["quantization"].logits.sqnr_db
     assert found.answers.agreement_pct > 95

@@ -18,11 +18,12 @@ from PIL import Image
 from compress.cli import app
 from compress.data import Dataset, load_data, parse_reference
 from compress.errors import CompressError, EngineError, UnknownNameError, UsageError
+from compress.evaluate.predictions import Predictions
 from compress.graph.metadata import stamp
 from compress.measure import Timing
 from compress.measure.artifacts import candidates_of
 from compress.measure.benchmark import bench_artifacts
-from compress.measure.compare import compare_artifacts
+from compress.measure.compare import chain, compare_artifacts
 
 QUICK = Timing(
     seconds=0.05, block_seconds=0.005, settle_seconds=0.001, min_rounds=10, warmup_seconds=0.01
@@ -173,7 +174,7 @@ def test_compare_blames_quantization_and_not_the_engine(tmp_path: Path) -> None:
     found = compare_artifacts(
         *saved(tmp_path, fp32=linear(), int8=linear(step=0.5)), digits(), threads=1
     )
-    blame = {link.error: link.added for link in found.links}
+    blame = {link.error: link.added for link in found.steps}
     assert list(blame) == ["", "quantization", "engine"]
     assert blame["quantization"] is not None
     assert blame["engine"] is not None
@@ -184,6 +185,29 @@ def test_compare_blames_quantization_and_not_the_engine(tmp_path: Path) -> None:
     text = printed(found.table())
     assert "quantization" in text
     assert "was right, now wrong" in text
+
+
+def test_the_chain_names_the_step_that_erred() -> None:
+    generator = np.random.default_rng(0)
+    labels = generator.integers(0, 5, 300)
+    logits = generator.normal(size=(300, 5)).astype(np.float32)
+    logits[np.arange(300), labels] += 2
+    moved = logits + generator.normal(size=logits.shape).astype(np.float32)
+    plain, quantized = Predictions(logits, labels), Predictions(moved, labels)
+    steps = chain(
+        [
+            ("torch fp32", "", plain),
+            ("onnxruntime fp32", "export", plain),
+            ("onnxruntime Q/DQ", "quantization", quantized),
+            ("openvino int8", "engine", quantized),
+        ]
+    )
+    blame = {step.error: step.added.agreement_pct for step in steps if step.added}
+    assert blame["export"] == blame["engine"] == 100
+    assert blame["quantization"] < 100
+    assert steps[-1].change["agreement_pct"] == blame["quantization"]
+    assert steps[0].added is None
+    json.dumps([step.to_json() for step in steps], allow_nan=False)
 
 
 def test_compare_finds_the_first_tensor_on_request(tmp_path: Path) -> None:

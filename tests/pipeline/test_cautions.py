@@ -13,11 +13,11 @@ from compress.cli import app
 from compress.data import load_data
 from compress.models import load_model
 from compress.pipeline import cautions
-from compress.pipeline.report_rows import gates
+from compress.pipeline.reporting import gates
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant
-from compress.report.terminal import gate_sentence
+from compress.report.text import gate_sentence
 
 NETWORK = {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}}
 QUICK = {"rounds": 3, "round_ms": 2, "test_images": 64}

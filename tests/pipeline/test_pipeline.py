@@ -19,7 +19,7 @@ from compress.data import load_data
 from compress.errors import RunError
 from compress.evaluate import predict
 from compress.models import load_model
-from compress.pipeline.report_rows import gates
+from compress.pipeline.reporting import gates
 from compress.recipe.loading import load_recipe
 from compress.recipe.settings import DataSettings, Gates
 from compress.report.schema import Result, Variant

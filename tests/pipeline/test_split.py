@@ -22,8 +22,8 @@ from compress.export import export_onnx
 from compress.graph import files
 from compress.measure import Timing
 from compress.models.cifar import resnet8, unet
+from compress.pipeline.cutting import Cuttable
 from compress.pipeline.split import split_onnx
-from compress.pipeline.split.cutting import Cuttable
 from compress.quantize import quantize_onnx
 from compress.runtimes import open_session
 

@@ -9,15 +9,14 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from compress.measure import METHODS
-from compress.pipeline.report_rows import gates
+from compress.pipeline.reporting import gates
 from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write
 from compress.report.html import html
-from compress.report.markdown import escaped_line, markdown
 from compress.report.numbers import count, fact, factor, in_words, interval, number, points, reason
 from compress.report.schema import Details, Flip, Gate, Line, Result, Variant
 from compress.report.tables import speeds
-from compress.report.terminal import gate_sentence, missing
+from compress.report.text import escaped_line, gate_sentence, markdown, missing
 from compress.report.verdict import verdicts
 
 OTHER = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}

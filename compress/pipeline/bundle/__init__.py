@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,15 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
     }
     files["bundle.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
-    _pack(files, target, root=_folder_name(target))
+    root = target.name
+    for ending in (".gz", ".tgz", ".tar"):
+        root = root.removesuffix(ending)
+    with replacing(target) as temporary, tarfile.open(temporary, "w:gz") as archive:
+        for name, content in sorted(files.items()):
+            entry = tarfile.TarInfo(f"{root or 'bundle'}/{name}")
+            entry.size = len(content)
+            entry.mode = 0o755 if name in SCRIPTS else 0o644
+            archive.addfile(entry, io.BytesIO(content))
     return target
 
 
@@ -175,19 +182,3 @@ def _answers(session: Session, images: NDArray[Any], where: str) -> NDArray[Any]
             fix="Copy the ONNX files of the run and its report",
         )
     return answers
-
-
-def _pack(files: Mapping[str, bytes], target: Path, *, root: str) -> None:
-    with replacing(target) as temporary, tarfile.open(temporary, "w:gz") as archive:
-        for name, content in sorted(files.items()):
-            entry = tarfile.TarInfo(f"{root}/{name}")
-            entry.size = len(content)
-            entry.mode = 0o755 if name in SCRIPTS else 0o644
-            archive.addfile(entry, io.BytesIO(content))
-
-
-def _folder_name(target: Path) -> str:
-    name = target.name
-    for ending in (".gz", ".tgz", ".tar"):
-        name = name.removesuffix(ending)
-    return name or "bundle"

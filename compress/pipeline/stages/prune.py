@@ -1,10 +1,9 @@
-"""The stage prune: cut in rounds if asked, prove every cut, reconstruct or recalibrate."""
+"""The stages prune and sparsify: cut channels in rounds and prove it, or zero single weights."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,10 @@ from compress.groups.proof import apply_pruning, prove
 from compress.modules.objective import TaskLoss
 from compress.modules.outputs import returned
 from compress.pipeline.context import RunContext, RunVariant, StageResult, save_stage
-from compress.recipe.settings import PruneSettings, TrainSettings
+from compress.prune import sparsity
+from compress.recipe.settings import PruneSettings, SparsifySettings, TrainSettings
 from compress.report import schema
 from compress.train import CrossEntropy, shown_batches
-
-
-@dataclass(frozen=True)
-class _Pruned:
-    """A network after all rounds."""
-
-    model: nn.Module
-    plan: PrunePlan  # of all rounds together
-    difference: float  # largest relative one between a pruned network and its masked original
-    validation: Mapping[str, float | None]  # primary metric after each step of the last round
 
 
 def prune_channels(
@@ -40,18 +30,15 @@ def prune_channels(
     model = context.network(parent)
     if settings.sparsity_training is not None:
         _train_sparse(context, model, settings, stage)
-    pruned = _prune_in_rounds(context, model, settings, stage)
-    plan = pruned.plan
-    facts: dict[str, Any] = {
-        "proof_relative_difference": pruned.difference,
-        "validation_top1_pct": dict(pruned.validation),
+    model, plan, facts = _prune_in_rounds(context, model, settings, stage)
+    facts |= {
         "macs": [plan.macs_before, plan.macs_after],
         "params": [plan.params_before, plan.params_after],
         "frozen": dict(plan.frozen),
     }
     if settings.latency_ms is not None or settings.keep_latency is not None:
         uncut, example = context.network(parent), context.dataset.example
-        check = prune.check_latency(pruned.model, uncut, plan, example)
+        check = prune.check_latency(model, uncut, plan, example)
         gate = schema.Gate(
             name="latency_ms",
             limit=check.promised_ms,
@@ -62,13 +49,17 @@ def prune_channels(
             reason=check.missed,
         )
         facts["gates"] = [gate.model_dump(exclude_unset=True)]
-    return save_stage(context, pruned.model, stage, "pruned", parent=parent, plan=plan, facts=facts)
+    return save_stage(context, model, stage, "pruned", parent=parent, plan=plan, facts=facts)
 
 
 def _prune_in_rounds(
     context: RunContext, model: nn.Module, settings: PruneSettings, stage: Path
-) -> _Pruned:
-    """Return the network after all rounds, with their joined plan."""
+) -> tuple[nn.Module, PrunePlan, dict[str, Any]]:
+    """Return the network after all rounds, their joined plan, and what is recorded of them.
+
+    That is the largest relative difference between a pruned network and its masked original, and
+    the primary metric after each step of the last round.
+    """
     example = context.dataset.example
     budget = prune.one_budget(**{name: getattr(settings, name) for name in prune.BUDGETS})
     total: PrunePlan | None = None
@@ -107,27 +98,24 @@ def _prune_in_rounds(
             context.train(model, settings.round_training, stage / f"round-{number}")
     if total is None:
         raise ValueError("the number of rounds must be at least 1")
-    return _Pruned(model, total, max(differences), validation)
+    facts = {"proof_relative_difference": max(differences), "validation_top1_pct": validation}
+    return model, total, facts
 
 
 def _shown_batches(
     context: RunContext, settings: PruneSettings, number: int
 ) -> Iterator[tuple[Tensor, Tensor]] | None:
     """Yield images as training after round ``number`` will show them; None if none follows."""
-    is_last = number == settings.rounds
-    training = _training_after(context, settings) if is_last else settings.round_training
+    training: TrainSettings | None = settings.round_training
+    if number == settings.rounds:  # what the recipe trains by once the cut is made, if it does
+        after = itertools.dropwhile(lambda each: each.prune is not settings, context.recipe.stages)
+        trainings = (each.distill or each.finetune for each in after)
+        training = next((each for each in trainings if each is not None), None)
     if training is None:
         return None
     return shown_batches(
         context.dataset, training, settings.recalibrate_batches, context.recipe.seed
     )
-
-
-def _training_after(context: RunContext, settings: PruneSettings) -> TrainSettings | None:
-    """Return what the recipe trains by once the cut is made, if it does."""
-    stages = itertools.dropwhile(lambda stage: stage.prune is not settings, context.recipe.stages)
-    trainings = (stage.distill or stage.finetune for stage in stages)
-    return next((each for each in trainings if each is not None), None)
 
 
 def _reading(context: RunContext, model: nn.Module, settings: PruneSettings) -> dict[str, Any]:
@@ -151,3 +139,24 @@ def _train_sparse(
         settings.sparsity_strength,
     )
     context.train(model, training, stage / "sparsity", objective)
+
+
+def zero_weights(
+    context: RunContext, settings: SparsifySettings, stage: Path, before: tuple[RunVariant, ...]
+) -> StageResult:
+    """Zero single weights; every later training keeps them at zero."""
+    parent = before[-1]
+    model = context.network(parent)
+    plan = sparsity.plan_sparsity(
+        model,
+        context.dataset.example,
+        keep_weights=settings.keep_weights,
+        pattern=settings.pattern,
+        criterion=settings.criterion,
+        ranking=settings.ranking,
+        batches=list(context.dataset.batches("calibration")),
+        seed=context.recipe.seed,
+    )
+    sparse = sparsity.apply_sparsity(model, plan)
+    told = {"sparsity": plan.to_json()}
+    return save_stage(context, sparse, stage, "sparse", parent=parent, facts=told)

@@ -16,7 +16,7 @@ from compress import artifact, models
 from compress.data import Dataset, load_data
 from compress.evaluate.feeding import arrays_for, completed
 from compress.pipeline.context import RunContext, RunVariant, StageResult, training_facts
-from compress.pipeline.network import as_torch
+from compress.pipeline.task import as_torch
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
 from compress.runtimes import DEFAULT, open_session, runtime_class
@@ -37,7 +37,9 @@ def quantize_graphs(
 
     parent = before[-1]
     if not context.is_main:
-        return _train_along(context, settings, stage, parent)
+        for form in int8_forms(context.recipe) if settings.qat is not None else ():
+            _train_quantized(context, settings, None, parent, stage / f"qat-{form}")
+        return StageResult(())
     calibration = calibration_data(context, settings, parent)
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(context.recipe)}
     plans = quantize_targets(
@@ -60,7 +62,11 @@ def quantize_graphs(
             facts["qat"][form] = training
         if gate is not None:
             facts["gates"].append(gate.model_dump(exclude_unset=True))
-    facts["calibration"] = _facts(calibration, settings.samples)
+    digest = hashlib.sha256()  # of every pixel that ranges were taken from
+    for images, _ in calibration.pictures("calibration", CALIBRATION_BATCH, settings.samples):
+        digest.update(images.numpy().tobytes())
+    told = {"data": calibration.name, "note": calibration.note, "sha256": digest.hexdigest()}
+    facts["calibration"] = told
     return StageResult(tuple(variants), facts)
 
 
@@ -124,16 +130,6 @@ def _finished(
     return variant, plan, training, gate
 
 
-def _train_along(
-    context: RunContext, settings: QuantizeSettings, stage: Path, parent: RunVariant
-) -> StageResult:
-    """Take part in the trainings of ``quantize_graphs``, in a process that writes nothing."""
-    if settings.qat is not None:
-        for form in int8_forms(context.recipe):
-            _train_quantized(context, settings, None, parent, stage / f"qat-{form}")
-    return StageResult(())
-
-
 def int8_forms(recipe: Recipe) -> list[str]:
     """Return the kinds of Q/DQ graph that the int8 targets of ``recipe`` need, without repeats."""
     runtimes = [each.runtime for each in recipe.targets if each.precision == "int8"]
@@ -157,14 +153,6 @@ def calibration_data(
     is_onnx = models.is_onnx(context.recipe.model.name)
     source = path if is_onnx else context.run.root / parent.stage
     return load_data(completed(given, [path]), context.recipe.seed, partial(as_torch, source))
-
-
-def _facts(dataset: Dataset, samples: int) -> dict[str, str]:
-    """Return what the images were, with a hash of every pixel that ranges were taken from."""
-    digest = hashlib.sha256()
-    for images, _ in dataset.pictures("calibration", CALIBRATION_BATCH, samples):
-        digest.update(images.numpy().tobytes())
-    return {"data": dataset.name, "note": dataset.note, "sha256": digest.hexdigest()}
 
 
 def calibration_batches(

@@ -6,13 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from onnx import ModelProto
-
 from compress import measure, models
 from compress.errors import CompressError, ModelError
 from compress.evaluate.feeding import Fed
 from compress.graph import files
-from compress.pipeline import cautions, network
+from compress.pipeline import cautions
 from compress.pipeline.context import (
     ONNX_FILE,
     RunContext,
@@ -22,6 +20,7 @@ from compress.pipeline.context import (
     save_stage,
     training_facts,
 )
+from compress.pipeline.task import build_original, load_original
 from compress.recipe.settings import DistillSettings, TrainSettings
 from compress.runtimes import open_session
 from compress.train import distill
@@ -34,10 +33,10 @@ def original(
     reference = context.recipe.model.name
     if models.is_onnx(reference):
         return _original_onnx(context, Path(reference), stage)
-    model = network.build_original(context.recipe, context.dataset, context.task)
+    model = build_original(context.recipe, context.dataset, context.task)
     rebuild = None
     if models.model_folder(Path(reference)) is None:
-        rebuild = partial(network.load_original, context.recipe, context.dataset)
+        rebuild = partial(load_original, context.recipe, context.dataset)
     return save_stage(
         context,
         model,
@@ -51,7 +50,7 @@ def train_original(
     context: RunContext, settings: TrainSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Train the network of the recipe; the result is what everything is compared with."""
-    model = network.build_original(context.recipe, context.dataset, context.task)
+    model = build_original(context.recipe, context.dataset, context.task)
     result = context.train(model, settings, stage)
     facts = training_facts(result) | cautions.of_original(context, model)
     return save_stage(context, model, stage, "original", facts=facts)
@@ -104,8 +103,10 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
     files.copy(source, target, facts=run_facts(context), sizes=context.recipe.model.input_size)
     facts: dict[str, Any] = {}
     model, macs = files.load(target), None
+    height, width = context.dataset.image_size
     try:
-        macs = sum(measure.node_macs(_sized(model, context)).values())
+        files.fix_sizes(model, (context.dataset.channels, height, width), where="")
+        macs = sum(measure.node_macs(model).values())
     except CompressError as error:
         facts = {"skipped": {"macs": str(error)}}
     params = measure.onnx_params(model.graph)
@@ -114,15 +115,6 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
         return StageResult(
             (variant,), facts | cautions.of_original(context, Fed(session, context.dataset))
         )
-
-
-def _sized(model: ModelProto, context: RunContext) -> ModelProto:
-    """Return a graph with the sizes of the data's images, where it leaves them free."""
-    fixed = ModelProto()
-    fixed.CopyFrom(model)
-    channels, (height, width) = context.dataset.channels, context.dataset.image_size
-    files.fix_sizes(fixed, (channels, height, width), where="")
-    return fixed
 
 
 def _teacher(context: RunContext, settings: DistillSettings, first: RunVariant) -> Any:

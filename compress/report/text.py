@@ -1,21 +1,33 @@
-"""The report in a terminal: one table, the gates, the verdict, and where the files are."""
+"""The report as text: tables, gates and verdict in a terminal; Markdown for a pull request."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.report import numbers
 from compress.report.schema import Gate, Report, Result, Variant
-from compress.report.tables import Setting, setting_name, setting_of, settings
-from compress.report.verdict import accuracy_of, speed_differs
+from compress.report.tables import (
+    Cell,
+    Setting,
+    Table,
+    accuracies,
+    compact,
+    setting_name,
+    setting_of,
+    settings,
+    sizes,
+    speeds,
+)
+from compress.report.verdict import accuracy_of, speed_differs, verdicts
 
 if TYPE_CHECKING:
+    from rich import table as rich_table
     from rich.console import RenderableType
-    from rich.table import Table
 
 SHOWN = frozenset({"size_mib", "peak_memory_mib"})  # sizes that the table has a column for
+_SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#|~$&@"})
 
 
 def summary(
@@ -101,28 +113,26 @@ def _tables(report: Report) -> Iterator[RenderableType]:
         yield _table(report, None)
 
 
-def _table(report: Report, setting: Setting | None) -> Table:
+def _table(report: Report, setting: Setting | None) -> rich_table.Table:
     """Return the rows of one setting; None: the variants without results."""
     from rich import box
-    from rich.table import Table
+    from rich import table as rich_table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1))
+    table = rich_table.Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1)
+    )
     longest = max(
         len(_row_name(variant, result))
         for variant in report.variants
         for result in variant.results or (None,)
     )
     table.add_column("variant", overflow="fold", min_width=min(longest, 16))
-    for name in (
-        _accuracy_heading(report),
-        "params",
-        "MACs",
-        "file MiB",
-        "peak MiB",
-        "p50 ms",
-        "speed-up",
-    ):
+    figures = (result.figure for variant in report.variants for result in variant.results)
+    accuracy = "top-1 %" if report.details.tells_classes else "accuracy"
+    if first := next(filter(None, figures), None):
+        accuracy = f"{first.name} {first.unit}".strip()
+    for name in (accuracy, "params", "MACs", "file MiB", "peak MiB", "p50 ms", "speed-up"):
         table.add_column(name, justify="right", no_wrap=True, min_width=6)
     for variant in report.variants:
         chosen: list[Result | None] = [r for r in variant.results if setting_of(r) == setting]
@@ -141,38 +151,22 @@ def _row_name(variant: Variant, result: Result | None) -> str:
 
 
 def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
-    accuracy = accuracy_of(variant, result) if result else None
+    if result is None:
+        counts = (numbers.count(variant.params), numbers.count(variant.macs))
+        size = numbers.number(variant.size_mib)
+        return (numbers.ABSENT, *counts, size, *[numbers.ABSENT] * 3)
+    figure = accuracy_of(variant, result).figure
+    write = numbers.number if figure is not None and figure.name == "SQNR" else numbers.percent
+    same = "=" * (speed_differs(result) is False)  # no significant difference
     return (
-        _accuracy(accuracy),
+        write(None if figure is None else figure.value),
         numbers.count(variant.params),
         numbers.count(variant.macs),
-        numbers.number(result.size_mib if result and result.size_mib else variant.size_mib),
-        numbers.number(result.peak_memory_mib if result else None),
-        numbers.number(result.latency_ms_p50 if result else None),
-        _speedup(result) if result else numbers.ABSENT,
+        numbers.number(result.size_mib or variant.size_mib),
+        numbers.number(result.peak_memory_mib),
+        numbers.number(result.latency_ms_p50),
+        f"{same}{numbers.factor(result.speedup)}",
     )
-
-
-def _accuracy(result: Result | None) -> str:
-    figure = None if result is None else result.figure
-    if figure is None:
-        return numbers.ABSENT
-    write = numbers.number if figure.name == "SQNR" else numbers.percent
-    return write(figure.value)
-
-
-def _accuracy_heading(report: Report) -> str:
-    """Return the name of the primary metric with its unit."""
-    for variant in report.variants:
-        for result in variant.results:
-            if result.figure is not None:
-                return f"{result.figure.name} {result.figure.unit}".strip()
-    return "top-1 %" if report.details.tells_classes else "accuracy"
-
-
-def _speedup(result: Result) -> str:
-    sign = "=" if speed_differs(result) is False else ""  # no significant difference
-    return f"{sign}{numbers.factor(result.speedup)}"
 
 
 def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
@@ -218,3 +212,70 @@ _GATES = {  # name -> in words, unit
     "size_ratio": ("reduction of size", "x"),
     "latency_ms": ("latency", " ms"),
 }
+
+
+def markdown(report: Report) -> str:
+    """Return the verdict, the gates, the tables and the provenance as GitHub Markdown."""
+    parts = [
+        f"# {escaped_line(report.name)}",
+        f"**{escaped_line(report.verdict)}**",
+        bullets(escaped_line(text) for text in list(verdicts(report).values())[1:]),
+        bullets(
+            f"{'✅' if gate.passed else '❌'} {escaped_line(gate_sentence(gate))}"
+            for gate in report.gates
+        ),
+        bullets(f"⚠ {escaped_line(line)}" for line in (*report.incomplete, *report.cautions)),
+        *(section(table(report)) for table in (accuracies, speeds, sizes)),
+        bullets(escaped_line(line) for line in (*report.notes, *missing(report))),
+        "## Tried\n\n" + bullets(map(escaped_line, report.trials)) if report.trials else "",
+        _provenance(report),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def escaped_line(text: str) -> str:
+    """Return ``text`` on one line with everything escaped that Markdown or HTML would read."""
+    return " ".join(text.split()).translate(_SPECIAL)
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Return a list of lines that are Markdown already."""
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def section(source: Table) -> str:
+    """Return a table below its title, and the notes that belong to it."""
+    compacted = compact(source)
+    header = [
+        escaped_line(f"{column.name}, {column.unit}" if column.unit else column.name)
+        for column in compacted.columns
+    ]
+    rule = ["--:" if column.is_number else ":--" for column in compacted.columns]
+    rows = [[_cell(cell) for cell in row] for row in compacted.rows]
+    lines = ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
+    notes = [escaped_line(f"not measured: {note}") for note in compacted.notes]
+    return f"## {source.title}\n\n" + "\n".join(lines) + ("\n\n" + bullets(notes) if notes else "")
+
+
+def _cell(cell: Cell) -> str:
+    """Return "value (low..high), remark"."""
+    value = f"{cell.text} ({cell.bounds})" if cell.bounds else cell.text
+    return escaped_line(", ".join(part for part in (value, cell.remark) if part))
+
+
+def _provenance(report: Report) -> str:
+    facts = report.provenance
+    lines = [
+        f"{name}: {escaped_line(str(value))}"
+        for name, value in (
+            ("command", facts.command),
+            ("created", facts.created),
+            ("commit", facts.commit),
+            ("seed", facts.seed),
+            ("data", facts.data and f"{facts.data.name} {facts.data.fingerprint}"),
+            ("device", numbers.fact(facts.device)),
+            ("versions", ", ".join(f"{key} {value}" for key, value in facts.versions.items())),
+        )
+        if value not in (None, "")
+    ]
+    return "## Provenance\n\n" + bullets(lines) if lines else ""

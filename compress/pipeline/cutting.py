@@ -213,8 +213,13 @@ def quantize_between(parts: Parts, tensors: Sequence[str]) -> None:
     rest = list(tail.node)
     del tail.node[:]
     for name in tensors:
-        head.node.extend(_packing(name))
-        tail.node.extend(_unpacking(name))
+        packed, scale, zero = _packed(name)
+        scalars = [f"{scale}_scalar", f"{zero}_scalar"]
+        head.node.append(helper.make_node("DynamicQuantizeLinear", [name], [packed, *scalars]))
+        # scale and zero point get a dimension that sessions want
+        head.node.extend(_reshaped(name, [1], zip(scalars, (scale, zero), strict=True)))
+        tail.node.extend(_reshaped(name, [], zip((scale, zero), scalars, strict=True)))
+        tail.node.append(helper.make_node("DequantizeLinear", [packed, *scalars], [name]))
         _rename(head.output, name)
         _rename(tail.input, name)
     tail.node.extend(rest)
@@ -231,25 +236,6 @@ def _rename(values: Any, name: str) -> None:
 
 def _packed(name: str) -> tuple[str, str, str]:
     return f"{name}_uint8", f"{name}_scale", f"{name}_zero_point"
-
-
-def _packing(name: str) -> list[NodeProto]:
-    """Return what quantizes a tensor; scale and zero point get a dimension that sessions want."""
-    packed, scale, zero = _packed(name)
-    scalars = [f"{scale}_scalar", f"{zero}_scalar"]
-    return [
-        helper.make_node("DynamicQuantizeLinear", [name], [packed, *scalars]),
-        *_reshaped(name, [1], zip(scalars, (scale, zero), strict=True)),
-    ]
-
-
-def _unpacking(name: str) -> list[NodeProto]:
-    packed, scale, zero = _packed(name)
-    scalars = [f"{scale}_scalar", f"{zero}_scalar"]
-    return [
-        *_reshaped(name, [], zip((scale, zero), scalars, strict=True)),
-        helper.make_node("DequantizeLinear", [packed, *scalars], [name]),
-    ]
 
 
 def _reshaped(name: str, dims: list[int], pairs: zip[tuple[str, str]]) -> list[NodeProto]:

@@ -12,8 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import EngineError, UsageError
-from compress.evaluate.comparison import bisect
-from compress.evaluate.comparison.bisection import part_for, precision_of
+from compress.evaluate.bisection import bisect, part_for, precision_of
 
 LAYERS = 6
 
@@ -93,7 +92,7 @@ def test_the_steepest_fall_is_told_from_the_first(tmp_path: Path, images: Any) -
 
 
 def test_held_tensors_stay_within_the_limit(tmp_path: Path, images: Any, monkeypatch: Any) -> None:
-    from compress.evaluate.comparison import bisection
+    from compress.evaluate import bisection
 
     portions: list[list[str]] = []
     original = bisection._compare_portion

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import onnx
 from onnx import ModelProto
 
 from compress import progress
-from compress.artifact import write_json, write_text
-from compress.errors import CompressError, ExportError, UsageError
+from compress.artifact import replacing, write_json, write_text
+from compress.errors import CompressError, EngineError, ExportError, UsageError
 from compress.graph import files as onnx_file
 from compress.graph.shapes import dims_of, real_inputs
-from compress.measure import Timing
-from compress.pipeline.split.clock import Clock, Cost, write_parts
-from compress.pipeline.split.cutting import Cut, Cuttable, check_opset, front, quantize_between
+from compress.measure import Timing, bench
+from compress.measure.probe import inputs_for
+from compress.pipeline.cutting import Cut, Cuttable, check_opset, front, quantize_between
+from compress.runtimes import Session, open_session
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,23 +61,87 @@ class Place:
 
 
 @dataclass(frozen=True)
-class _Devices:
-    """How fast the edge and the link are."""
+class _Trial:
+    """Where whole and parts run here with random values, and how fast edge and link are there."""
 
+    source: Path
+    runtime: str
+    threads: int | None
+    timing: Timing
     link_mbps: float
     edge_slowdown: float
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
+        for name in ("link_mbps", "edge_slowdown"):
+            value = getattr(self, name)
             if not value > 0 or not math.isfinite(value):
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} {value:g}", expected="a number above 0")
 
-    def place(self, name: str, cost: Cost, head_macs_pct: float) -> Place:
-        """Return what a cut costs whose parts were timed on this machine."""
-        link_ms = cost.bytes * 8 / (self.link_mbps * 1000)
-        edge_ms = cost.head_ms * self.edge_slowdown
-        return Place(name, cost.bytes, edge_ms, link_ms, cost.tail_ms, head_macs_pct)
+    def cost(self, cut: Cut, files: tuple[Path, Path]) -> Place:
+        """Return what head and tail take, timed in turns, and what crosses.
+
+        Raises:
+            EngineError: one of them does not run.
+        """
+        with ExitStack() as stack:
+            head, tail = (stack.enter_context(self._open(file)) for file in files)
+            arrays = inputs_for(head, 1)
+            known = _named(head, arrays)
+            known |= _named(tail, inputs_for(tail, 1))  # inputs that the tail alone takes
+            known |= _answers(head, known)
+            crossing = [known[spec.name] for spec in tail.inputs]
+            found = bench(
+                {"head": head, "tail": tail},
+                {"head": arrays, "tail": crossing},
+                timing=self.timing,
+            )
+        for name, reason in found.skipped.items():
+            raise EngineError(f"the {name} does not run: {reason}", where=str(self.source))
+        head_ms, tail_ms = (found[name].latency_ms_p50 for name in ("head", "tail"))
+        return self._place(cut.tensor, head_ms, tail_ms, crossing, cut.head_macs_pct)
+
+    def ends(self) -> Iterator[Place]:
+        """Yield what it takes to compute all on the edge, and all on the server."""
+        with self._open(self.source) as session:
+            arrays = inputs_for(session, 1)
+            found = bench({"whole": session}, arrays, timing=self.timing)
+        whole_ms = found["whole"].latency_ms_p50
+        yield self._place("(all on the edge)", whole_ms, 0.0, (), 100.0)
+        yield self._place("(all on the server)", 0.0, whole_ms, arrays, 0.0)
+
+    def _place(
+        self, name: str, head_ms: float, tail_ms: float, crossing: Sequence[np.ndarray], pct: float
+    ) -> Place:
+        size = sum(array.nbytes for array in crossing)
+        link_ms = size * 8 / (self.link_mbps * 1000)
+        return Place(name, size, head_ms * self.edge_slowdown, link_ms, tail_ms, pct)
+
+    def difference(self, files: tuple[Path, Path]) -> float:
+        """Return how far head and tail answer from the whole, as a share of its largest output.
+
+        Raises:
+            EngineError: the whole answers with NaN or infinity.
+        """
+        with self._open(self.source) as session:
+            known = _named(session, inputs_for(session, 1))
+            expected = _answers(session, known)
+        for file in files:
+            with self._open(file) as session:
+                known |= _answers(session, known)
+        worst = 0.0
+        for name, value in expected.items():
+            exact, found = (np.asarray(each, np.float64) for each in (value, known[name]))
+            if exact.shape != found.shape:
+                return math.inf
+            largest = float(np.abs(exact).max(initial=0.0))
+            worst = max(worst, float(np.abs(found - exact).max(initial=0.0)) / (largest or 1.0))
+        if not math.isfinite(worst):
+            raise EngineError("its outputs are not finite on random values", where=str(self.source))
+        return worst
+
+    def _open(self, path: Path) -> Any:
+        return open_session(path, self.runtime, threads=self.threads)
 
 
 @dataclass(frozen=True)
@@ -93,16 +159,13 @@ class Split:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON-able data."""
-        return {
+        told = {key: value for key, value in vars(self).items() if key != "cut"}
+        return told | {
             "head": self.head.name,
             "tail": self.tail.name,
             "tensor": self.cut.tensor,
             "crossing": list(self.cut.crossing),
             "bytes": next(p.bytes for p in self.places if p.name == self.cut.tensor),
-            "int8": self.int8,
-            "difference": self.difference,
-            "link_mbps": self.link_mbps,
-            "edge_slowdown": self.edge_slowdown,
             "places": [place.to_json() for place in self.places],
         }
 
@@ -145,42 +208,29 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
         UsageError: no such tensor, or one that leaves nothing for a side; a speed of 0; free sizes.
         ExportError: the two parts do not answer as the whole does.
     """
-    devices = _Devices(link_mbps, edge_slowdown)
     source, folder = Path(path), Path(out)
+    trial = _Trial(source, runtime, threads, timing or _TIMING, link_mbps, edge_slowdown)
     model = onnx_file.load(source)
     try:
         graph, cuts = _cuts(model, at, int8=int8)
     except CompressError as error:
         raise error.within(str(source)) from None
-    clock = Clock(source, runtime, threads, timing or _TIMING)
     folder.mkdir(parents=True, exist_ok=True)
-    write = functools.partial(_write, graph, folder, int8)
-    places = _places(clock, devices, cuts, write)
+    ends = tuple(trial.ends())
+    places = [
+        trial.cost(cut, _write(graph, folder, cut, int8=int8))
+        for cut in progress.track(cuts, "split")
+    ]
     best = cuts[min(range(len(cuts)), key=lambda number: places[number].total_ms)]
-    files = write(best)
-    difference = clock.difference(files)
+    files = _write(graph, folder, best, int8=int8)
+    difference = trial.difference(files)
     if not int8:
         _check_equal(difference, model, f"{source}, cut at {best.tensor}")
-    split = Split(*files, best, int8, difference, link_mbps, edge_slowdown, tuple(places))
+    split = Split(*files, best, int8, difference, link_mbps, edge_slowdown, (*places, *ends))
     write_json(folder / "split.json", split.to_json())
     if at == AUTO:
         write_text(folder / "split.svg", split_chart(split))
     return split
-
-
-def _places(
-    clock: Clock, devices: _Devices, cuts: list[Cut], write: Callable[[Cut], tuple[Path, Path]]
-) -> list[Place]:
-    """Return what each cut costs; then all on the edge, and all on the server."""
-    whole = clock.whole()
-    return [
-        *(
-            devices.place(cut.tensor, clock.cost(write(cut)), cut.head_macs_pct)
-            for cut in progress.track(cuts, "split")
-        ),
-        devices.place("(all on the edge)", Cost(whole.tail_ms, 0.0, 0), 100.0),
-        devices.place("(all on the server)", whole, 0.0),
-    ]
 
 
 def _cuts(model: ModelProto, at: str, *, int8: bool) -> tuple[Cuttable, list[Cut]]:
@@ -213,12 +263,25 @@ def _refuse_free_sizes(model: ModelProto) -> None:
             )
 
 
-def _write(graph: Cuttable, folder: Path, int8: bool, cut: Cut) -> tuple[Path, Path]:
-    """Write both parts and return where they are."""
+def _write(graph: Cuttable, folder: Path, cut: Cut, *, int8: bool) -> tuple[Path, Path]:
+    """Write ``head.onnx`` and ``tail.onnx`` and return where they are."""
     parts = graph.parts(cut)
     if int8:
         quantize_between(parts, graph.floats(cut))
-    return write_parts(parts, folder)
+    files = folder / "head.onnx", folder / "tail.onnx"
+    for part, file in zip(parts, files, strict=True):
+        with replacing(file) as temporary:
+            onnx.save(part, temporary)
+    return files
+
+
+def _named(session: Session, arrays: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    return {spec.name: each for spec, each in zip(session.inputs, arrays, strict=True)}
+
+
+def _answers(session: Session, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    results = session.run(*(known[spec.name] for spec in session.inputs))
+    return {spec.name: each for spec, each in zip(session.outputs, results, strict=True)}
 
 
 def _check_equal(difference: float, model: ModelProto, where: str) -> None:

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from compress.artifact import scratch
 from compress.errors import EngineError, UsageError
-from compress.evaluate.comparison.numerical_difference import Drift, compare_outputs
+from compress.evaluate.comparison import Drift, compare_outputs
 from compress.graph import files as onnx_file
 from compress.graph.model import reads
 from compress.graph.shapes import shapes_of
@@ -55,12 +55,10 @@ class Bisection:
 
     def to_json(self) -> dict[str, Any]:
         """Return all of it as JSON-able data."""
-        return {
-            "threshold_db": self.threshold_db,
-            "first": self.first.to_json() if self.first else None,
-            "steepest": self.steepest.to_json() if self.steepest else None,
-            "tensors": [tensor.to_json() for tensor in self.tensors],
-        }
+        ends = {"first": self.first, "steepest": self.steepest}
+        told = {name: found.to_json() if found else None for name, found in ends.items()}
+        tensors = [tensor.to_json() for tensor in self.tensors]
+        return {"threshold_db": self.threshold_db, **told, "tensors": tensors}
 
 
 def bisect(

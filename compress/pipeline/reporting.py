@@ -59,14 +59,7 @@ def assemble(
     ]
     made = {
         "ranges": tuple(each for name, plan in plans for each in tensor_ranges(plan, name)),
-        "learning": tuple(
-            curve
-            for outcome in outcomes
-            for variant in outcome.variants[:1]
-            for curve in learning_curves(
-                variant.stage, outcome.facts.get("training", {}).get("history", ())
-            )
-        ),
+        "learning": tuple(curve for outcome in outcomes for curve in _learning(outcome)),
     }
     return schema.Report(
         name=context.recipe.name,
@@ -93,6 +86,12 @@ def assemble(
         details=_details(context, variants, measured, rows, judged).model_copy(update=made),
         skipped=measured.skipped,
     )
+
+
+def _learning(outcome: StageResult) -> Iterator[schema.Curve]:
+    history = outcome.facts.get("training", {}).get("history", ())
+    for variant in outcome.variants[:1]:
+        yield from learning_curves(variant.stage, history)
 
 
 def notes_of(notes: Iterable[tuple[str, Sequence[str]]]) -> Iterator[str]:

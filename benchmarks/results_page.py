@@ -149,6 +149,36 @@ def latency_pruning(content: dict[str, Any]) -> mpl.figure.Figure:
     return figure
 
 
+def accuracy_latency_front(content: dict[str, Any]) -> mpl.figure.Figure:
+    """Top-1 against latency of whole chains, by runtime; filled marks are int8."""
+    runtimes = list(dict.fromkeys(row["runtime"] for row in content["rows"]))
+    figure, frames = pyplot.subplots(1, len(runtimes), figsize=(9, 4.2), sharey=True, squeeze=False)
+    colors = {"not pruned": PLAIN, "compress": OURS, "torch-pruning": PEER}
+    marks = {"fp32": "o", "compress": "o", "ort tuned": "s", "nncf": "^"}
+    for axes, runtime in zip(frames[0], runtimes, strict=True):
+        for row in (row for row in content["rows"] if row["runtime"] == runtime):
+            trained = f", {row['epochs']} epoch" if row["epochs"] else ""
+            color, int8 = colors[row["pruned_by"]], row["quantizer"] != "fp32"
+            axes.plot(
+                [row["latency_ms_p50"]],
+                [row["top1_pct"]],
+                marks[row["quantizer"]],
+                color=color,
+                markerfacecolor=color if int8 else "none",
+                label=f"{row['pruned_by']}{trained}; {row['quantizer']}",
+            )
+        axes.set_title(runtime)
+        axes.set_xlabel("ms, median, batch 1")
+    frames[0][0].set_ylabel("top-1, %")
+    entries: dict[str, Any] = {}
+    for axes in frames[0]:
+        entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.set_layout_engine("constrained")
+    below = {"loc": "outside lower center", "ncols": 4}
+    figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=7, **below)
+    return figure
+
+
 def pruning_curves(content: dict[str, Any]) -> mpl.figure.Figure:
     """Top-1 before any training against the MACs kept, by network and arm."""
     points = content["points"]
@@ -186,6 +216,7 @@ def _style(arm: str) -> dict[str, Any]:
 
 
 CHARTS: dict[str, Callable[[dict[str, Any]], mpl.figure.Figure]] = {
+    "accuracy_latency_front_resnet20": accuracy_latency_front,
     "cifar10_pruning_resnet20": cifar10_pruning,
     "cifar10_pruning_resnet56": cifar10_pruning,
     "cpu_runtimes": cpu_runtimes,

@@ -11,7 +11,7 @@ from pathlib import Path
 from onnx import TensorProto
 from torch import nn
 
-from compress import evaluate, models
+from compress import evaluate, models, plugins
 from compress.data import GREY_MEAN, IMAGENET_MEAN, Dataset, load_data
 from compress.errors import CompressError, ModelError, RecipeError
 from compress.evaluate import UNLABELLED_IMAGES
@@ -113,6 +113,9 @@ def _prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     reference = recipe.model.name
     source = Path(reference) if models.is_onnx(reference) else models.model_folder(Path(reference))
     settings = recipe.data if source is None else completed(recipe.data, [source])
+    size, readable = recipe.model.input_size, plugins.options("data", settings.name)
+    if size is not None and settings.image_size is None and "image_size" in readable:
+        settings = settings.model_copy(update={"image_size": size[1:]})
     is_told = settings.mean or settings.std or settings.input_range is not None
     if source is None and takes_unit_range(reference) and not is_told:
         settings = settings.model_copy(update={"mean": (0.0,), "std": (1.0,)})  # left in [0, 1]

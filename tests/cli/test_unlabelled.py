@@ -80,7 +80,7 @@ def network(path, *, size=(12, 16), layout="NHWC", threshold=False, classes=None
         ({}, ()),
         ({"layout": "NCHW"}, ("--input-range", "0,255", "--color", "BGR")),
         ({"size": ("h", "w")}, ("--image-size", "20,24")),
-        ({"size": ("h", "w")}, ("--input-size", "3,20,24", "--image-size", "20,24")),
+        ({"size": ("h", "w")}, ("--input-size", "3,20,24")),
         ({"threshold": True}, ("--input", "threshold=0.5")),
     ],
     ids=["NHWC", "pixels in BGR", "free sizes", "sizes fixed", "a threshold"],

@@ -12,7 +12,7 @@ from compress.qdq.plan import QuantPlan
 from compress.quantize.images import Feed
 from compress.quantize.sparing import spare_layers
 from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
-from compress.quantize.workbench import Workbench, count_of
+from compress.quantize.workbench import Workbench, images_in
 
 _GAIN_DB = 0.05  # less than this is noise
 _MANY = 128  # images, after which others hardly bring larger values
@@ -46,7 +46,7 @@ def auto(bench: Workbench) -> QuantPlan:
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
     effort = 4 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
-    refit = _BIASES * count_of(bench.all_images()) / count_of(bench.tried)
+    refit = _BIASES * images_in(bench.all_images()) / images_in(bench.tried)
     with progress.task("Trying corrections", round(effort + refit)) as counter:
         search.counter = counter
         for observer in () if bench.observer else ("percentile", "minmax"):

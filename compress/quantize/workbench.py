@@ -120,7 +120,7 @@ class Workbench:
                 return found
         written = write_qdq(self.prepared, plan, checked=False)
         got = answers(written, self.judging, target=self.target, names=self.judged)
-        found = closeness(self.reference, got, count_of(self.judging))
+        found = closeness(self.reference, got, images_in(self.judging))
         self.known.append((bare, found))
         return found
 
@@ -132,7 +132,7 @@ class Workbench:
             self.few_reference = answers(self.prepared, self.few, names=self.judged)
         written = write_qdq(self.prepared, plan, checked=False)
         got = answers(written, self.few, target=self.target, names=self.judged)
-        return closeness(self.few_reference, got, count_of(self.few)).weakest_db
+        return closeness(self.few_reference, got, images_in(self.few)).weakest_db
 
     def notes(self, plan: QuantPlan) -> list[str]:
         """Return what else there is to say of ``plan``."""
@@ -148,6 +148,6 @@ def first(feed: Feed, count: int) -> Feed:
     return {name: array[:count] for name, array in feed.items()}
 
 
-def count_of(feed: Feed) -> int:
+def images_in(feed: Feed) -> int:
     """Return the number of images of ``feed``."""
     return len(next(iter(feed.values()), ()))

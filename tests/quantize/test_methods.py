@@ -26,7 +26,7 @@ from compress.quantize.observers.mse import Noise
 from compress.quantize.rounding import _patches, best_scales, fit_codes, improve_rounding
 from compress.quantize.sessions import with_outputs
 from compress.quantize.sqnr import answers, sqnr_db
-from compress.quantize.workbench import Workbench, count_of
+from compress.quantize.workbench import Workbench, images_in
 
 
 def with_channels(prepared, calibration, target="onnxruntime"):
@@ -47,7 +47,7 @@ def test_of_small_images_more_serve(side, tried, judging):
     sketch = Sketch((3, side, side))
     sketch.head(sketch.conv("input", "c", 3, 4), 4)
     bench = bench_of(sketch.model(), count=200)
-    assert count_of(bench.tried) == tried and count_of(bench.judging) == judging
+    assert images_in(bench.tried) == tried and images_in(bench.judging) == judging
 
 
 @pytest.mark.parametrize("name", ["residual", "concat", "squeeze_excite", "two_inputs"])

@@ -112,7 +112,7 @@ def prepare_losses(
                 raise TrainingError(str(error), where=f"loss {term.name!r}") from None
 
 
-class Compared:
+class LayerComparison:
     """Losses between a student and a teacher, and the layers that they compare."""
 
     terms: Sequence[Term] = ()
@@ -142,7 +142,7 @@ class Compared:
         return tuple(dict.fromkeys(pair.teacher for term in self.terms for pair in term.pairs))
 
 
-class DistillObjective(Compared, Objective):
+class DistillObjective(LayerComparison, Objective):
     """The loss with the labels plus a weighted sum of losses towards a teacher.
 
     Args:
@@ -241,7 +241,7 @@ class DistillObjective(Compared, Objective):
         return answer if self._order is None else answer[:, self._order.to(answer.device)]
 
 
-class Distiller(Compared):
+class Distiller(LayerComparison):
     """Distillation losses for a training loop that is not ours: ``compress.distiller``.
 
     Use it as a context manager. While it is open, hooks see what the student computes; after it

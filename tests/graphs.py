@@ -104,3 +104,10 @@ def save(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def saved(folder: Path, **models: onnx.ModelProto) -> list[Path]:
+    """Write each model to a file of its name."""
+    for name, model in models.items():
+        onnx.save(model, folder / f"{name}.onnx")
+    return [folder / f"{name}.onnx" for name in models]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from compress.cli.output import GATE_FAILED, print_result
-from compress.errors import UsageError
+from compress.errors import QuantizationError, UsageError
 
 if TYPE_CHECKING:
     from compress.data import Dataset
@@ -282,6 +282,7 @@ def finish(
 
     Raises:
         Exit: one of its gates failed.
+        QuantizationError: a target got no int8 file; what is there for others was printed.
         UsageError: a limit leaves too little address space.
     """
     from compress import pipeline
@@ -295,6 +296,13 @@ def finish(
     if report is None:  # another process of the same torchrun reports
         return
     print_result(summary(report, folder, verbose=verbose))
+    if report.refused:
+        raise QuantizationError(
+            f"no int8 file was written for {' and '.join(report.refused)}",
+            where=str(folder),
+            expected="one for each target",
+            fix="Do what the warning above says, or leave the target out; the others are finished",
+        )
     if any(not gate.passed for gate in report.gates):
         raise typer.Exit(GATE_FAILED)
 

@@ -176,6 +176,8 @@ def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"its files take one image at a time, another batch cannot be exported: {why}"
     if note := facts.get("calibration", {}).get("note"):
         yield f"int8 ranges come from {note}"
+    for form, why in facts.get("refused", {}).items():
+        yield f"no int8 file was written for {form}: {why}"
     for form, plan in facts.get("plans", {}).items():
         if not plan["activations"]:
             why = [note for note in by_reason(plan["notes"][1:]) if "float" in note]

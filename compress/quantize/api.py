@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from onnx import ModelProto
 from onnx.numpy_helper import to_array
 
 from compress.artifact import replacing
-from compress.errors import QuantizationError, UnknownNameError, boundary
+from compress.errors import CompressError, QuantizationError, UnknownNameError, boundary
 from compress.graph.metadata import usual_range
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
@@ -68,6 +68,7 @@ def quantize_targets(
     observer: str | Mapping[str, Any] | None = None,
     *,
     exclude: Iterable[str] = (),
+    on_refusal: Callable[[str, CompressError], None] | None = None,
 ) -> dict[str, QuantPlan]:
     """Quantize an fp32 ONNX file for several targets after one pass of calibration.
 
@@ -78,9 +79,12 @@ def quantize_targets(
         method: As in ``quantize_onnx``.
         observer: As in ``quantize_onnx``.
         exclude: As in ``quantize_onnx``.
+        on_refusal: Called with each target whose runtime computes wrong answers, and why; the
+            others are written and returned. If absent, or if no target is left, it is raised.
 
     Raises:
-        QuantizationError: the file or the images cannot be used; nothing is written.
+        QuantizationError: the file or the images cannot be used, or a target is refused; nothing
+            is written.
         UnknownNameError: there is no such target, method, observer or node.
     """
     for target in outs:
@@ -88,7 +92,8 @@ def quantize_targets(
             raise UnknownNameError("target", target, TARGETS)
     if method not in METHODS:
         raise UnknownNameError("method", method, METHODS)
-    plans, written = {}, {}
+    plans: dict[str, QuantPlan] = {}
+    written: dict[str, ModelProto] = {}
     try:
         with boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN):
             model = read_onnx(path)
@@ -105,15 +110,25 @@ def quantize_targets(
             for target in outs:
                 own = statistics.of(observed_tensors(planned, [target]))
                 bench = Workbench(planned, images, own, target, observer, excluded)
-                plan = plan_by(method, bench)
                 check = Confirmation(prepared, given | bench.held_back, images.fixed_batch)
-                plan, written[target] = confirmed(bench, plan, check)
+                try:
+                    plan, written[target] = confirmed(bench, plan_by(method, bench), check)
+                except QuantizationError as error:
+                    if on_refusal is None or (not written and target == list(outs)[-1]):
+                        raise
+                    on_refusal(target, _within(path, error))
+                    continue
                 plans[target] = plan if _has_int8(written[target]) else _without_int8(plan)
     except QuantizationError as error:
-        raise error if str(path) in error.where else error.within(str(path)) from error.__cause__
-    for target, out in outs.items():
-        save_graph(written[target], Path(out))
+        raise _within(path, error) from error.__cause__
+    for target, model in written.items():
+        save_graph(model, Path(outs[target]))
     return plans
+
+
+def _within(path: Path | str, error: CompressError) -> CompressError:
+    """Return ``error`` with the name of the file that was asked for."""
+    return error if str(path) in error.where else error.within(str(path))
 
 
 def _has_int8(model: ModelProto) -> bool:

@@ -506,6 +506,7 @@ class Report(Record):
     verdict: str = ""  # filled by `write` when empty
     details: Details = Details()
     skipped: Reasons = {}  # runtime, stage or anything else -> why it is absent
+    refused: Reasons = {}  # kind of int8 graph that the recipe wants -> why none was written
     incomplete: tuple[str, ...] = ()  # what is missing or wrong in the run folder itself
     cautions: tuple[str, ...] = ()  # likely mistakes of the recipe; machines that were busy
     notes: tuple[str, ...] = ()  # of int8 plans: what was decided, what stays in float

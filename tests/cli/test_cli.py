@@ -319,6 +319,36 @@ def test_nodes_are_excluded_from_the_command_line(compress, monkeypatch):
     assert seen[0].stages[-1].settings.exclude == ("a", "b/c")
 
 
+def test_a_target_that_is_refused_does_not_take_the_others_with_it(
+    compress, recipe, tmp_path, monkeypatch
+):
+    from compress.quantize.confirm import Confirmation
+
+    right = Confirmation._in_runtime
+
+    def answer(self, written, feeds, names, runtime):
+        found = right(self, written, feeds, names, runtime)
+        return [[-a for a in each] for each in found] if runtime == "openvino" else found
+
+    monkeypatch.setattr(Confirmation, "_in_runtime", answer)
+    path = recipe(
+        model={"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1}},
+        stages=[{"quantize": {"method": "plain", "samples": 16}}],
+        targets=[{"runtime": "onnxruntime"}, {"runtime": "openvino"}],
+    )
+    code, _, err = compress("run", path, "--out", tmp_path / "run")
+    assert code == 2
+    assert err.splitlines()[-1].startswith(
+        f"compress: {tmp_path}/run: no int8 file was written for openvino"
+    )
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert "openvino computes the int8 graph wrongly" in report["refused"]["openvino"]
+    assert [each["name"] for each in report["variants"]] == ["original", "int8-onnxruntime"]
+    assert "no stage wrote an int8 graph for openvino" in str(report["skipped"])
+    assert "no int8 file was written for openvino: " in "".join(report["cautions"])
+    assert compress("run", path, "--out", tmp_path / "run")[0] == 2  # nor when all is done
+
+
 def test_track_without_training_is_refused(compress):
     code, _, err = compress(
         "prune", "compress.models.cifar:resnet8", "--data", "digits", "--track", "mlflow"

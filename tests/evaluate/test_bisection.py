@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from graphs import saved
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import EngineError, UsageError
@@ -41,12 +42,6 @@ def chain(broken: int | None = None, error: float = 0.3, prefix: str = "t") -> o
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 9
     return model
-
-
-def saved(folder: Path, **models: onnx.ModelProto) -> list[Path]:
-    for name, model in models.items():
-        onnx.save(model, folder / f"{name}.onnx")
-    return [folder / f"{name}.onnx" for name in models]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from graphs import saved
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -78,12 +79,6 @@ def linear(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
     model.ir_version = 9
     return model
-
-
-def saved(folder: Path, **models: onnx.ModelProto) -> list[Path]:
-    for name, model in models.items():
-        onnx.save(model, folder / f"{name}.onnx")
-    return [folder / f"{name}.onnx" for name in models]
 
 
 def printed(renderable: Any) -> str:

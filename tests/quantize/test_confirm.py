@@ -13,7 +13,7 @@ import compress
 from compress.errors import EngineError, QuantizationError
 from compress.graph.model import GraphIndex
 from compress.qdq import prepare
-from compress.quantize import confirm
+from compress.quantize import confirm, quantize_targets
 from compress.quantize.confirm import last_layers
 from compress.quantize.sqnr import sqnr_db
 from compress.runtimes.onnxruntime import Onnxruntime
@@ -80,6 +80,33 @@ def test_a_graph_that_a_runtime_cannot_load_is_told_of_by_the_file(tmp_path, mon
     assert "float.onnx" in message and "scratch" not in message
     assert "leave target onnxruntime out" in message
     assert not (tmp_path / "int8.onnx").exists()
+
+
+@pytest.mark.parametrize("wrong", [("openvino",), ("onnxruntime", "openvino")])
+def test_a_refused_target_leaves_the_others_alone(wrong, tmp_path, monkeypatch):
+    right = confirm.Confirmation._in_runtime
+
+    def answer(self, written, feeds, names, runtime):
+        found = right(self, written, feeds, names, runtime)
+        return [[-a for a in each] for each in found] if runtime in wrong else found
+
+    lying(monkeypatch, answer)
+    model = two_layers()
+    onnx.save(model, tmp_path / "float.onnx")
+    outs = {name: tmp_path / f"{name}.onnx" for name in ("onnxruntime", "openvino")}
+    given = (tmp_path / "float.onnx", [images(model, 16)], outs, "plain")
+    refused = {}
+    if len(wrong) == 2:
+        with pytest.raises(QuantizationError, match=r"float\.onnx: openvino computes"):
+            quantize_targets(*given, on_refusal=refused.setdefault)
+    else:
+        with pytest.raises(QuantizationError, match="openvino computes the int8 graph wrongly"):
+            quantize_targets(*given)
+        assert not outs["onnxruntime"].exists()
+        plans = quantize_targets(*given, on_refusal=refused.setdefault)
+        assert list(plans) == ["onnxruntime"] and outs["onnxruntime"].exists()
+    assert list(refused) == [wrong[0]] and "float.onnx" in str(refused[wrong[0]])
+    assert not outs["openvino"].exists()
 
 
 @pytest.mark.parametrize("helps", [True, False])

@@ -63,6 +63,11 @@ def by_hand(model: nn.Module, chosen: TrainSettings, seed: int = 0) -> nn.Module
     return model
 
 
+def test_a_function_is_no_objective():
+    with pytest.raises(UsageError, match="objective is function, which is none"):
+        trained(objective=lambda model, images, target: model(images).mean())
+
+
 def test_equals_a_plain_script():
     ours, _ = trained(channels_last=False)
     wanted = by_hand(plain(), settings())

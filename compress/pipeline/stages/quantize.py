@@ -36,11 +36,14 @@ def quantize_graphs(
     from compress.quantize import quantize_targets
 
     parent = before[-1]
+    forms = f"{context.relative(stage)}/forms"  # what is trained, which the first process tells
     if not context.is_main:
-        for form in int8_forms(context.recipe) if settings.qat is not None else ():
-            _train_quantized(context, settings, None, parent, stage / f"qat-{form}")
+        if settings.qat is not None:
+            for form in json.loads(join_processes().first_tells(forms, None)):
+                _train_quantized(context, settings, None, parent, stage / f"qat-{form}")
         return StageResult(())
     calibration = calibration_data(context, settings, parent)
+    refused: dict[str, str] = {}
     outs = {form: stage / f"model.{form}.onnx" for form in int8_forms(context.recipe)}
     plans = quantize_targets(
         context.path(parent),
@@ -49,9 +52,12 @@ def quantize_graphs(
         settings.method,
         settings.observer,
         exclude=settings.exclude,
+        on_refusal=lambda form, error: refused.update({form: str(error)}),
     )
+    if settings.qat is not None:
+        join_processes().first_tells(forms, json.dumps(list(plans)))
     variants: list[RunVariant] = []
-    facts: dict[str, Any] = {"plans": {}, "qat": {}, "gates": []}
+    facts: dict[str, Any] = {"plans": {}, "qat": {}, "gates": [], "refused": refused}
     for form, plan in plans.items():
         if calibration.note:
             plan = plan.changed(notes=(*plan.notes, f"calibrated on {calibration.note}"))

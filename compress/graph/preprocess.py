@@ -18,6 +18,7 @@ from compress.errors import EngineError, QuantizationError
 from compress.graph import files
 from compress.graph.hard_swish import join_hard_swish
 from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
+from compress.graph.opset import modern
 from compress.graph.pools import is_spatial_mean, say_plainly, write_pool
 from compress.graph.reshapes import keep_batch
 from compress.graph.values import (
@@ -31,8 +32,6 @@ from compress.graph.values import (
 )
 from compress.graph.weightless import check_graph, infer_shapes
 
-OLDEST_OPSET = 13  # the first whose Q/DQ takes a scale for each channel
-CONVERTED_OPSET = 17
 _INT8_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "ConvInteger", "MatMulInteger", "FakeQuantize"}
     | {"DynamicQuantizeLinear", "QGemm", "FakeQuantizeLearnablePerTensorAffine"}
@@ -78,7 +77,10 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
     files.free_negative_sizes(prepared.graph)
     if prepared.functions:  # runtimes do not know the operators of others
         prepared = onnx.inliner.inline_local_functions(prepared)
-    prepared = _modern(prepared, where)
+    prepared = modern(prepared, where)
+    infer_shapes(prepared, where)  # some exporters leave outputs without
+    check_graph(prepared, where)
+    prepared.ir_version = max(prepared.ir_version, 8)
     prepared = _tidied(prepared, fold=fold)
     infer_shapes(prepared, where)
     if fold:
@@ -124,39 +126,6 @@ def _refuse_without_weights(model: ModelProto, where: str) -> None:
         where=where,
         expected=f"at least one of {', '.join(sorted(WEIGHTED))}",
     )
-
-
-def _modern(model: ModelProto, where: str) -> ModelProto:
-    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset < OLDEST_OPSET:
-        try:
-            model = onnx.version_converter.convert_version(model, CONVERTED_OPSET)
-        except Exception as error:  # noqa: BLE001 - the converter raises bare exceptions of many kinds
-            raise QuantizationError(
-                f"opset {opset} cannot be converted to {CONVERTED_OPSET}: {error}",
-                where=where,
-                expected=f"opset {OLDEST_OPSET} or newer",
-                fix="Export the network again with a newer opset",
-            ) from None
-        if opset < 11:  # Upsample, and Resize then: the converter forgets how they sampled
-            _sample_as_before(model.graph)
-    infer_shapes(model, where)  # some exporters leave outputs without
-    check_graph(model, where)
-    model.ir_version = max(model.ir_version, 8)
-    return model
-
-
-def _sample_as_before(graph: onnx.GraphProto) -> None:
-    """Let every Resize of ``graph``, and of the branches and loops in it, sample as before."""
-    sampled = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    for node in graph.node:
-        for body in files.bodies(node):
-            _sample_as_before(body)
-        if node.op_type == "Resize":
-            kept = [item for item in node.attribute if item.name not in sampled]
-            del node.attribute[:]
-            made = (onnx.helper.make_attribute(*each) for each in sampled.items())
-            node.attribute.extend([*kept, *made])
 
 
 def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:

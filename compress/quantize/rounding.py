@@ -31,6 +31,8 @@ def improve_rounding(
 ) -> QuantPlan:
     """Return ``plan`` with the integers of each convolution chosen anew, and biases to match.
 
+    ``plan`` itself where no convolution is large enough.
+
     The weights of an output are rounded one after the other, each rounding error being made good by
     the weights still to come, on the inputs that the quantized network gives the layer. What is
     aimed at is the float layer's answer to these same inputs: to aim at its answer to float inputs
@@ -48,6 +50,8 @@ def improve_rounding(
     bare = plan.changed(biases={})
     graph = GraphIndex(apply_corrections(prepared, bare))
     nodes = {node.name: node for node in graph.nodes if _fits(graph, node)}
+    if not nodes:
+        return plan
     rounded = {node.input[1] for node in nodes.values()}
     weights = {name: scales for name, scales in plan.weights.items() if name not in rounded}
     generator = np.random.default_rng(0)

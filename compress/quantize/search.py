@@ -19,7 +19,7 @@ _MANY = 128  # images, after which others hardly bring larger values
 _NEAR_DB = 1.0  # equalization that falls further behind is not tried with another strength
 Step = Callable[[QuantPlan, Feed], QuantPlan]
 # Effort of each attempt in passes over the images, for the time left.
-_RANGES, _BIASES, _EQUALIZATION, _ROUNDING = 1, 4, 6, 7
+_RANGES, _BIASES, _ROUNDING = 1, 4, 7
 
 
 def auto(bench: Workbench) -> QuantPlan:
@@ -28,16 +28,6 @@ def auto(bench: Workbench) -> QuantPlan:
     Corrections are tried on a few images; what was kept is made once more at the end, fitted to
     all of them.
     """
-
-    def corrected(plan: QuantPlan, feed: Feed) -> QuantPlan:
-        return bench.corrected(plan, feed)
-
-    def scaled(plan: QuantPlan, feed: Feed) -> QuantPlan:
-        return bench.scaled(plan)
-
-    def rounded(plan: QuantPlan, feed: Feed) -> QuantPlan:
-        return bench.rounded(plan, feed)
-
     observed = bench.ranges()
     if not observed.activations:  # nothing that the target computes in int8
         return observed
@@ -45,7 +35,7 @@ def auto(bench: Workbench) -> QuantPlan:
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
-    effort = 4 * _RANGES + _BIASES + 2 * _EQUALIZATION + _ROUNDING
+    effort = 8 * _RANGES + _BIASES + _ROUNDING
     refit = _BIASES * images_in(bench.all_images()) / images_in(bench.tried)
     with progress.task("Trying corrections", round(effort + refit)) as counter:
         search.counter = counter
@@ -54,16 +44,20 @@ def auto(bench: Workbench) -> QuantPlan:
                 break
         freely = partial(_equalized, bench, 0.0)
         search.attempt("equalization in front of depthwise layers", _RANGES, search.best, freely)
+        scaled = partial(_scaled, bench)
         search.attempt("weight scales", _RANGES, search.best, scaled)
         ranges = search.best
-        search.attempt("bias correction", _BIASES, ranges, corrected)
-        for alpha in (0.5, 0.25):
-            steps = (partial(_equalized, bench, alpha), scaled, corrected)
-            what = f"equalization {alpha:g} and bias correction"
-            if not search.attempt(what, _EQUALIZATION, ranges, *steps, within_db=_NEAR_DB):
+        for alpha in (0.5, 0.25):  # judged before biases are corrected: a pass less for each
+            steps = (partial(_equalized, bench, alpha), scaled)
+            what = f"equalization {alpha:g}"
+            if not search.attempt(what, 2 * _RANGES, ranges, *steps, within_db=_NEAR_DB):
                 break
-        what = "rounding with feedback and bias correction"
-        search.attempt(what, _ROUNDING, search.best, rounded, instead_of=corrected)
+        rescaled = search.best
+        rounded = partial(_rounded, bench)
+        search.attempt("rounding with feedback and bias correction", _ROUNDING, rescaled, rounded)
+        if search.best is rescaled:  # what does less may do no harm
+            corrected = partial(_corrected, bench)
+            search.attempt("bias correction", _BIASES, rescaled, corrected)
         return search.refitted()
 
 
@@ -73,6 +67,18 @@ def _ranged(bench: Workbench, observer: str, plan: QuantPlan, feed: Feed) -> Qua
 
 def _equalized(bench: Workbench, alpha: float, plan: QuantPlan, feed: Feed) -> QuantPlan:
     return bench.equalized(plan, alpha)
+
+
+def _scaled(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    return bench.scaled(plan)
+
+
+def _rounded(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    return bench.rounded(plan, feed)
+
+
+def _corrected(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    return bench.corrected(plan, feed)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,6 @@ class _Search:
         start: Trial,
         *steps: Step,
         within_db: float = 0.0,
-        instead_of: Step | None = None,
     ) -> bool:
         """Take further steps from ``start``; keep the result if it is the best so far.
 
@@ -143,7 +148,6 @@ class _Search:
             start: What the steps are taken from.
             steps: Each makes another plan.
             within_db: By how much a result is still near the best.
-            instead_of: A step of ``start`` that these do anew.
 
         Returns:
             Whether it was kept, or falls behind the best by less than ``within_db``.
@@ -154,8 +158,7 @@ class _Search:
             if plan is last:  # nothing there to scale
                 self.counter.advance(effort)
                 return False
-        before = tuple(step for step in start.steps if step is not instead_of)
-        found = Trial(plan, (*before, *steps), self.bench.judge(plan))
+        found = Trial(plan, (*start.steps, *steps), self.bench.judge(plan))
         falls = found.falls_below(self.plain)
         kept = not falls and found.exceeds(self.best)
         verdict = "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls

@@ -115,6 +115,7 @@ def session_of(
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what it says is raised as well
     options.add_session_config_entry(*EXACT_INT8)
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it wastes a core
     if threads:
         options.intra_op_num_threads = threads
     if float_qdq:

@@ -55,8 +55,21 @@ class Bench:
 
 
 def test_all_outputs_decide():
-    bench = Bench(mse=(20.0, 30.0), mse_bias=(22.0, 30.5), mse_bias_round=(21.5, 34.0))
-    assert auto(bench).method == "mse bias round"
+    scaled = {"mse_equal05": (22.0, 30.5), "mse_equal05_round": (21.5, 34.0)}
+    assert auto(Bench(mse=(20.0, 30.0), **scaled)).method == "mse equal0.5 round"
+
+
+def test_equalization_is_chosen_before_biases_are_corrected():
+    better = {"mse_equal05": (21.0, 21.0), "mse_equal025": (22.0, 22.0)}
+    bench = Bench(mse=(20.0, 20.0), **better, mse_equal025_bias=(23.0, 23.0))
+    assert auto(bench).method == "mse equal0.25 bias"
+    assert bench.fed == [("round", 16), ("bias", 16), ("bias", 128)]
+
+
+def test_biases_are_not_corrected_alone_where_rounding_does_it():
+    bench = Bench(mse=(20.0, 20.0), mse_round=(22.0, 22.0), mse_bias=(23.0, 23.0))
+    assert auto(bench).method == "mse round"
+    assert bench.fed == [("round", 16), ("round", 128)]
 
 
 def test_one_image_does_not_decide():
@@ -106,7 +119,7 @@ def test_the_best_is_made_again_with_all_images_unless_an_output_falls():
     bench = Bench(mse=(20.0, 20.0), mse_bias=(22.0, 22.0))
     plan = auto(bench)
     assert "made again with all 128 images" in plan.notes
-    assert bench.fed[0] == ("bias", 16) and bench.fed[-1] == ("bias", 128)
+    assert bench.fed == [("round", 16), ("bias", 16), ("bias", 128)]
 
 
 def test_equalization_that_falls_far_behind_is_not_tried_again_nor_wider_ranges():

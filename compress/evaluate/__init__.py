@@ -252,7 +252,11 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """Return every output for all images by name, in batches that the session takes."""
+    """Return every output for all images by name, in batches that the session takes.
+
+    One image at a time where outputs do not begin with the images, as a text reader's, whose first
+    dimension is time.
+    """
     spec = session.inputs[0]
     fixed = spec.shape[0] if spec.shape else None
     limits = getattr(spec, "batch", None) or (1, len(images))  # a user's session may have none
@@ -263,11 +267,22 @@ def run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[
         filling = np.repeat(part[-1:], max(0, low - len(part)), axis=0)
         padded = np.concatenate([part, filling]) if len(filling) else part
         answers = session.run(padded)
+        if low == 1 < len(padded) and not _are_rows(session, answers, len(padded)):
+            alone = (session.run(padded[row : row + 1]) for row in range(len(padded)))
+            parts += [[_rows(output, 1) for output in each] for each in alone]
+            continue
         parts.append([_rows(output, len(padded))[: len(part)] for output in answers])
     columns = [_joined(column) for column in zip(*parts, strict=True)]
     known = [each.name for each in getattr(session, "outputs", ())]
     names = known if len(known) == len(columns) else [f"output_{i}" for i in range(len(columns))]
     return dict(zip(names, columns, strict=True))
+
+
+def _are_rows(session: Any, answers: Sequence[NDArray[Any]], images: int) -> bool:
+    """Return whether every output begins with the images, by its size and by what the file says."""
+    told = (getattr(each, "shape", None) for each in getattr(session, "outputs", ()))
+    is_fixed = any(shape and isinstance(shape[0], int) for shape in told)
+    return not is_fixed and all(each.shape[:1] == (images,) for each in answers)
 
 
 def _rows(output: NDArray[Any], images: int) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.groups.calls import WatchedOps, op_name, tensors_in
+from compress.modules.outputs import tensors_of
 from compress.prune.batchnorm import tracking_norms
 
 LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up what others lost
@@ -245,73 +247,166 @@ class Join:
 
         It is 0 for channels that the BatchNorm hardly passes on.
         """
-        norm = self.norm
-        if norm is None or norm.running_var is None:
+        if self.norm is None or self.norm.running_var is None:
             return 1.0
-        slope = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
-        passes = slope.abs() > LEAST_SLOPE * slope.abs().max()
-        return torch.where(passes, 1 / slope, torch.zeros_like(slope))
+        slope, _ = _affine(self.norm)
+        return torch.where(_passes(slope), 1 / slope, torch.zeros_like(slope))
 
 
-def joins(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> dict[nn.Module, Join]:
-    """Return the addition that each layer's output goes into, if the other operand comes first.
+@dataclass(frozen=True)
+class Rectifier:
+    """A ReLU that alone reads a layer's output, as it is, normalized, or added to something."""
 
-    Where the answers of two layers meet, this is so for the one that runs last. Each of ``layers``
-    runs once in a forward of ``model``, which is in eval mode.
+    top: float = math.inf  # what it cuts off above, 6 of a ReLU6
+    norm: _BatchNorm | None = None  # between the layer and it, in eval mode
+
+    def asked(self, wanted: Tensor, answer: Tensor) -> Tensor:
+        """Return what a layer is asked for: ``wanted`` where the ReLU passes it on.
+
+        Where it does not, any answer is right that it does not pass on either.
+
+        Args:
+            wanted: What the layer is to answer, with what its answer is added to: (rows, C).
+            answer: What it answers, with the same.
+        """
+        slope, offset = _affine(self.norm)
+        want, got = wanted * slope + offset, answer * slope + offset
+        aim = torch.where(want <= 0, got.clamp_max(0), want)
+        aim = torch.where(want >= self.top, got.clamp_min(self.top), aim)
+        is_free = (aim != want) & _passes(slope)
+        return torch.where(is_free, (aim - offset) / slope, wanted)
+
+
+def _affine(norm: _BatchNorm | None) -> tuple[Tensor, Tensor]:
+    """Return factor and offset of a BatchNorm in eval mode, (C,) each; 1 and 0 without one."""
+    if norm is None or norm.running_var is None or norm.running_mean is None:
+        return torch.ones(1), torch.zeros(1)
+    slope = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+    return slope, norm.bias.detach() - slope * norm.running_mean
+
+
+def _passes(slope: Tensor) -> Tensor:
+    """Return for which channels a BatchNorm with this factor passes on what others lost."""
+    return slope.abs() > LEAST_SLOPE * slope.abs().max()
+
+
+def followers(
+    model: nn.Module, layers: Sequence[nn.Module], image: Tensor
+) -> tuple[dict[nn.Module, Join], dict[nn.Module, Rectifier]]:
+    """Return the addition and the ReLU that each layer's output goes into, where it does.
+
+    An addition counts if its other operand comes first: where the answers of two layers meet, this
+    is so for the one that runs last. A ReLU counts if nothing else reads what it reads. Each of
+    ``layers`` runs once in a forward of ``model``, which is in eval mode.
     """
-    found: dict[nn.Module, Join] = {}
-    started: dict[nn.Module, int] = {}
-    answers: dict[int, tuple[nn.Module, _BatchNorm | None]] = {}  # by the tensor's id
-
-    def show(number: int, operands: tuple[Tensor, Tensor]) -> None:
-        alike = operands[0].shape == operands[1].shape
-        for own, other in ((0, 1), (1, 0)):
-            layer, norm = answers.get(id(operands[own]), (None, None))
-            if (
-                alike
-                and layer is not None
-                and watch.made.get(id(operands[other]), (0,))[0] <= started[layer]
-            ):
-                found.setdefault(layer, Join(number, other, norm))
-
-    def starts(layer: nn.Module, _inputs: Any) -> None:
-        started[layer] = watch.clock
-
-    def ends(layer: nn.Module, _inputs: Any, answer: Tensor) -> None:
-        answers[id(answer)] = (layer, None)
-
-    def normalizes(norm: Any, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
-        layer, already = answers.get(id(inputs[0]), (norm, norm))
-        if already is None and norm.affine:
-            answers[id(answer)] = (layer, norm)
-
-    watch = _Watch(show)
+    watch = _Watch()
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.register_forward_pre_hook(starts))
-            stack.enter_context(layer.register_forward_hook(ends))
+            stack.enter_context(layer.register_forward_pre_hook(watch.starts))
+            stack.enter_context(layer.register_forward_hook(watch.ends))
         for norm in tracking_norms(model):
-            stack.enter_context(norm.register_forward_hook(normalizes))
+            stack.enter_context(norm.register_forward_hook(watch.normalizes))
         stack.enter_context(watch)
-        model(image)
-    return found
+        output = model(image)
+    return watch.joins, dict(watch.rectifiers(tensors_of(output)))
+
+
+@dataclass(frozen=True)
+class _Path:
+    """Where the output of a layer goes without being read by anything else."""
+
+    layer: nn.Module
+    tensors: tuple[int, ...]  # ids of the output, of what a BatchNorm makes of it, of the sum
+    norm: _BatchNorm | None = None
+    since: int = 0  # the op after which the last tensor is what is meant
 
 
 class _Watch(Sums):
-    """Also knows when each tensor was made. All are kept, so that no id is used twice."""
+    """Knows when tensors were made and by what they are read.
 
-    def __init__(self, show: Callable[[int, tuple[Tensor, Tensor]], None]) -> None:
-        super().__init__(show)
-        self.made: dict[int, tuple[int, Tensor]] = {}  # by the tensor's id; not before the forward
+    All are kept, so that no id is used twice.
+    """
 
-    @property
-    def clock(self) -> int:
-        """Tensors made so far."""
-        return len(self.made)
+    def __init__(self) -> None:
+        super().__init__(self._joins)
+        self.joins: dict[nn.Module, Join] = {}
+        self._made: dict[int, tuple[int, Tensor]] = {}  # by id; not what was before the forward
+        self._reads: dict[int, list[_Read]] = defaultdict(list)  # by the tensor's id
+        self._started: dict[nn.Module, int] = {}
+        self._paths: dict[int, _Path] = {}  # by the id of the last tensor
+        self._ended: list[_Path] = []  # in a sum that is done now
+        self._ops = 0
+
+    def starts(self, layer: nn.Module, _inputs: Any) -> None:
+        """Note that a layer begins."""
+        self._started[layer] = len(self._made)
+
+    def ends(self, layer: nn.Module, _inputs: Any, answer: Tensor) -> None:
+        """Note what a layer has made."""
+        self._paths[id(answer)] = _Path(layer, (id(answer),))
+
+    def normalizes(self, norm: Any, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        """Note what a BatchNorm has made of it."""
+        path = self._paths.get(id(inputs[0]))
+        if path is not None and path.norm is None and norm.affine:
+            self._paths[id(answer)] = _Path(path.layer, (*path.tensors, id(answer)), norm)
+
+    def _joins(self, number: int, operands: tuple[Tensor, Tensor]) -> None:
+        alike = operands[0].shape == operands[1].shape
+        for own, other in ((0, 1), (1, 0)):
+            path = self._paths.get(id(operands[own]))
+            made, _ = self._made.get(id(operands[other]), (0, None))
+            if alike and path is not None and made <= self._started[path.layer]:
+                if path.layer not in self.joins:
+                    self._ended.append(path)
+                self.joins.setdefault(path.layer, Join(number, other, path.norm))
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one op and note what it makes."""
+        """Run one op and note what it reads and makes."""
+        self._ops += 1
+        read = _Read(self._ops, _top(func, args), str(func._schema.name).endswith("_"))
+        for tensor in tensors_in((args, kwargs)):
+            self._reads[id(tensor)].append(read)
         result = super().op(func, args, kwargs)
         for tensor in tensors_in(result):
-            self.made.setdefault(id(tensor), (self.clock + 1, tensor))
+            self._made.setdefault(id(tensor), (len(self._made) + 1, tensor))
+            for path in self._ended:
+                tensors = (*path.tensors, id(tensor))
+                self._paths[id(tensor)] = _Path(path.layer, tensors, path.norm, self._ops)
+        self._ended.clear()
         return result
+
+    def rectifiers(self, outputs: Iterable[Tensor]) -> Iterator[tuple[nn.Module, Rectifier]]:
+        """Yield each layer that a ReLU follows; whoever gets ``outputs`` reads them too."""
+        for tensor in outputs:
+            self._reads[id(tensor)].append(_Read(self._ops + 1, None, in_place=False))
+        for path in self._paths.values():
+            *before, last = path.tensors
+            reads = [read for read in self._reads[last] if read.when > path.since]
+            tops = {read.top for read in _of_this(reads)}
+            is_alone = all(len(_of_this(self._reads[key])) == 1 for key in before)
+            if is_alone and len(tops) == 1 and (top := tops.pop()) is not None:
+                yield path.layer, Rectifier(top, path.norm)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An op that reads a tensor."""
+
+    when: int
+    top: float | None  # where it cuts off, if it is a ReLU
+    in_place: bool
+
+
+def _of_this(reads: list[_Read]) -> list[_Read]:
+    """Return the reads of a tensor as it was made: what follows a change in place reads another."""
+    return reads[:1] if reads and reads[0].in_place else reads
+
+
+def _top(func: OpOverload, args: tuple[Any, ...]) -> float | None:
+    """Return where a ReLU cuts off above; None for other ops."""
+    name = op_name(func)
+    if name == "relu":
+        return math.inf
+    is_relu6 = name == "hardtanh" and len(args) == 3 and args[1] == 0
+    return float(args[2]) if is_relu6 else None

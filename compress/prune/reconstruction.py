@@ -22,7 +22,7 @@ from compress.modules.inputs import read_batches
 from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
-from compress.prune.forward_passes import Join, Replay, Sums, joins
+from compress.prune.forward_passes import Join, Rectifier, Replay, Sums, followers
 
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
 ROWS_PER_FEATURE = 64  # samples of a layer's output, for each weight of one of its filters
@@ -47,9 +47,10 @@ def refit(
     are fitted already, Y what the same layer answered in the original, W0 the weights it has. What
     the lost channels did is taken over by those that correlate with them. Where the answer is added
     to something that is there before, as at the end of a residual block, Y is what is missing to
-    the original's sum: every block makes up for the errors of those before it. Needs no labels; a
-    few hundred images do. In the end BatchNorm's statistics become those of training, without a
-    change of the answers (``rebase_batchnorm``).
+    the original's sum: every block makes up for the errors of those before it. Where a ReLU
+    follows, the layer is fitted once more, to what the ReLU passes on: any answer below zero is
+    right where the original's is. Needs no labels; a few hundred images do. In the end BatchNorm's
+    statistics become those of training, without a change of the answers (``rebase_batchnorm``).
 
     A layer that several calls share is fitted to all of them. Transposed convolutions in groups,
     layers that share a weight, and those that see fewer than four samples for each weight of a
@@ -73,7 +74,8 @@ def refit(
     Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017,
     https://arxiv.org/abs/1707.06168, section 3.1, equation 4, and section 3.3 for sums; the pull
     towards the weights, and fitting to inputs of the network that is fitted already, are
-    differences from it.
+    differences from it. That the ReLU counts is from Zhang et al., Accelerating Very Deep
+    Convolutional Networks, https://arxiv.org/abs/1505.06798, section 3.2; here by a second fit.
     """
     device = next(pruned.parameters()).device
     batches = list(batches)
@@ -108,6 +110,7 @@ class _LayerFit:
     calls: int  # how often it runs in one forward
     batches: int
     join: Join | None = None  # what its answer is added to
+    rectifier: Rectifier | None = None  # what alone reads that
     answers: list[tuple[Any, tuple[int, ...], Tensor]] = field(
         default_factory=list
     )  # places in what extent, (rows, O)
@@ -144,12 +147,21 @@ class _LayerFit:
             rows = rows + _rows(self.layer, other, places, kept) * self.join.gain()
         self.answers.append((places, tuple(answer.shape[2:]), rows))
 
-    def wanted(self, noted: Tensor, other: Tensor | None, places: Any) -> Tensor:
-        """Return what the layer is to answer where ``other`` is added in the pruned network."""
+    def wanted(
+        self, noted: Tensor, other: Tensor | None, places: Any, answer: Tensor | None = None
+    ) -> Tensor:
+        """Return what the layer is to answer where ``other`` is added in the pruned network.
+
+        With its ``answer`` now, only of what the ReLU behind it passes on.
+        """
+        added: Tensor | float = 0.0
         if self.join is not None and other is not None:
-            noted = noted - _rows(self.layer, other, places, None) * self.join.gain()
+            added = _rows(self.layer, other, places, None) * self.join.gain()
+        if answer is not None and self.rectifier is not None:
+            noted = self.rectifier.asked(noted, _rows(self.layer, answer, places, None) + added)
         groups = getattr(self.layer, "groups", 1)
-        return noted.reshape(len(noted), groups, -1).transpose(0, 1)  # (G, rows, O / G)
+        wanted = noted - added
+        return wanted.reshape(len(wanted), groups, -1).transpose(0, 1)  # (G, rows, O / G)
 
 
 def _filters(layer: Layer) -> Tensor:
@@ -180,7 +192,7 @@ def _pairs(
     before = dict(original.named_modules())
     layers = _layers(pruned, images[0][:1])
     # Looked for in the original: where one channel is left, a broadcast looks like a plain sum.
-    added = joins(
+    added, rectified = followers(
         original, [before[name] for name, _, calls in layers if calls == 1], images[0][:1]
     )
     left = {before[name]: m for name, m in pruned.named_modules() if name in before}
@@ -190,7 +202,10 @@ def _pairs(
         join = added.get(before[name])
         if join is not None and join.norm is not None:
             join = dataclasses.replace(join, norm=left[join.norm])
-        yield _LayerFit(layer, before[name], kept, calls, len(images), join)
+        relu = rectified.get(before[name])
+        if relu is not None and relu.norm is not None:
+            relu = dataclasses.replace(relu, norm=left[relu.norm])
+        yield _LayerFit(layer, before[name], kept, calls, len(images), join, relu)
 
 
 def _portions(pairs: Sequence[_LayerFit]) -> Iterator[list[_LayerFit]]:
@@ -236,25 +251,37 @@ def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
 
 
 def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
-    """Collect the normal equations of one layer over all images, and solve them."""
+    """Collect the normal equations of one layer over all images, and solve them.
+
+    Where a ReLU follows they are solved once more, for what it passes on of the answers now.
+    """
     squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
-    rows, answers = 0, iter(pair.answers)
+    rows, again, answers = 0, False, iter(pair.answers)
 
     def add(x: Tensor, answer: Tensor, other: Tensor | None) -> None:
         nonlocal squares, products, rows
         places, extent, noted = next(answers)
         if places is not None and tuple(answer.shape[2:]) != extent:
             return  # it slides along channels, some of which are gone: no place has a partner
-        wanted = pair.wanted(noted, other, places)
+        wanted = pair.wanted(noted, other, places, answer if again else None)
         seen = _seen(pair.layer, x, places)
-        squares = squares + (seen.mT @ seen).double()
+        if not again:
+            squares = squares + (seen.mT @ seen).double()
         products = products + (seen.mT @ wanted).double()
         rows += seen.shape[1]
 
-    for number, batch in enumerate(images):
-        _run(pruned, number, batch, {pair.layer: (pair, add)})
-    if rows >= LEAST_ROWS_PER_FEATURE * pair.features:
+    def run() -> None:
+        for number, batch in enumerate(images):
+            _run(pruned, number, batch, {pair.layer: (pair, add)})
+
+    run()
+    if rows < LEAST_ROWS_PER_FEATURE * pair.features:
+        return
+    _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
+    if pair.rectifier is not None:
+        products, again, answers = 0.0, True, iter(pair.answers)
+        run()
         _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
 
 

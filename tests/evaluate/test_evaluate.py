@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from compress import evaluate
 from compress.errors import CompressError, DataError, EngineError
 from compress.evaluate import Predictions, accuracy, predict
+from compress.runtimes import open_session
 
 
 @dataclass
@@ -252,3 +256,28 @@ def test_the_calibration_error_of_equal_confidence_is_its_distance_from_the_accu
     assert judged.ece_pct == pytest.approx(100 * abs(sure - 0.75))
     assert judged.calibration["confidence_pct"] == pytest.approx([100 * sure])
     assert (judged.calibration["accuracy_pct"], judged.calibration["images"]) == ([75.0], [4])
+
+
+@pytest.mark.parametrize("images", [5, 8, 3])
+def test_outputs_whose_first_dimension_is_time_are_asked_for_one_image_at_a_time(
+    images: int, tmp_path: Path
+) -> None:
+    """As of a reader of text; eight images look like eight steps."""
+    nodes = [
+        helper.make_node("Reshape", ["x", "shape"], ["steps"]),
+        helper.make_node("Transpose", ["steps"], ["text"], perm=[1, 0, 2]),
+        helper.make_node("ReduceMean", ["x"], ["mean"], axes=[2, 3], keepdims=0),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in [("x", ["N", 3, 8, 8]), ("text", [8, "N", 24]), ("mean", ["N", 3])]
+    ]
+    constants = [numpy_helper.from_array(np.array([0, 8, 24]), "shape")]
+    graph = helper.make_graph(nodes, "reader", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    onnx.save(model, tmp_path / "reader.onnx")
+    x = np.random.default_rng(0).normal(size=(images, 3, 8, 8)).astype(np.float32)
+    with open_session(tmp_path / "reader.onnx") as session:
+        found = evaluate.run_session(session, x)
+    np.testing.assert_array_equal(found["text"], x.reshape(images, 8, 1, 24))
+    np.testing.assert_allclose(found["mean"], x.mean((2, 3)), atol=1e-6)

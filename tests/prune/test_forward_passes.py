@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compress.models.cifar import resnet8, unet
-from compress.prune.forward_passes import Replay
+from compress.prune.forward_passes import Rectifier, Replay, followers
 
 
 class InPlace(nn.Module):
@@ -147,3 +150,69 @@ def test_without_room_all_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
             with replay.passing(0, replay.entered(model.linear), lambda _count: None):
                 torch.testing.assert_close(model(image), model(image), rtol=0, atol=0)
     assert not any(replay._kept[0].values())
+
+
+class Followed(nn.Module):
+    """Two layers with a BatchNorm each, and what becomes of the second one's answer."""
+
+    def __init__(self, end: Callable[[Tensor, Tensor], object], inplace: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.norm, self.after = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.relu, self.end = nn.ReLU(inplace), end
+        self.eval()
+
+    def forward(self, x: Tensor) -> object:
+        x = self.relu(self.norm(self.first(x)))
+        return self.end(self.after(self.second(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("end", "top", "is_joined"),
+    [
+        (lambda y, _: F.relu(y), math.inf, False),
+        (lambda y, _: F.relu6(y).sum(), 6.0, False),
+        (lambda y, x: F.relu(y + x), math.inf, True),
+        (lambda y, x: F.relu_(y.add_(x)).mul(2), math.inf, True),
+        (lambda y, x: (F.relu(y + x), F.relu(x)), math.inf, True),
+        (lambda y, _: y, None, False),
+        (lambda y, _: {"before": y, "after": F.relu(y)}, None, False),
+        (lambda y, _: F.relu(y) + y.sigmoid(), None, False),
+        (lambda y, x: F.relu(y + x) + y, None, True),
+        (lambda y, x: F.relu(y + x) * (y + x).sum(), None, True),
+        (lambda y, _: F.silu(y), None, False),
+        (lambda y, _: F.hardtanh(y), None, False),
+    ],
+)
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_relu_counts_where_nothing_else_reads_what_it_reads(end, top, is_joined, inplace) -> None:
+    model = Followed(end, inplace)
+    layers = [model.first, model.second]
+    with torch.no_grad():
+        found, rectified = followers(model, layers, torch.randn(2, 3, 6, 6))
+    assert (model.second in found) == is_joined and model.first not in found
+    assert rectified[model.first] == Rectifier(math.inf, model.norm)
+    told = rectified.get(model.second)
+    assert told == (None if top is None else Rectifier(top, model.after))
+
+
+@pytest.mark.parametrize("top", [math.inf, 1.0])
+def test_what_a_relu_cuts_off_may_be_anything_that_it_cuts_off(top: float) -> None:
+    norm = nn.BatchNorm2d(3).eval()
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([2.0, -1.0, 0.0]))
+        norm.bias.copy_(torch.tensor([0.5, 0.1, 0.3]))
+        norm.running_mean.copy_(torch.tensor([0.2, -0.4, 0.0]))
+    draw = torch.Generator().manual_seed(0)
+    wanted, answer = (torch.randn(200, 3, generator=draw) for _ in range(2))
+    asked = Rectifier(top, norm).asked(wanted, answer)
+
+    def passed(rows: Tensor) -> Tensor:
+        return norm(rows[:, :, None, None])[:, :, 0, 0].clamp(0, top)
+
+    torch.testing.assert_close(passed(asked), passed(wanted))
+    both = passed(answer) == passed(wanted)  # cut off on the same side: nothing is asked for
+    both[:, 2] = False  # the BatchNorm hardly passes it on
+    assert both[:, :2].any() and not both[:, :2].all()
+    torch.testing.assert_close(asked[both], answer[both])
+    assert torch.equal(asked[:, 2], wanted[:, 2])

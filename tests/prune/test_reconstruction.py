@@ -15,6 +15,7 @@ from compress.errors import UsageError
 from compress.groups import trace
 from compress.groups.plan import make_prune_plan
 from compress.prune import refit
+from compress.prune.forward_passes import Rectifier
 
 
 def twins(first: nn.Conv2d, second: nn.Module, between: nn.Module | None = None) -> nn.Module:
@@ -235,6 +236,31 @@ def test_every_difficulty_is_scored_by_obs_and_refitted(name: str) -> None:
     refit(pruned, model, plan, [(x + shift,) for shift in shifts])
     assert all(torch.isfinite(value).all() for value in pruned.state_dict().values())
     pruned(x)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_layer_before_a_relu_is_fitted_to_what_that_passes_on(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(seed)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    ).eval()
+    network = trace(model, images()[0][0])
+    group = network.groups[0]
+    plan = make_prune_plan(network, {group.name: np.arange(3)})
+
+    def error() -> float:
+        fitted = refit(compress.apply_pruning(model, plan), model, plan, images(8))
+        with torch.no_grad():
+            return sum(float((fitted(x) - model(x)).square().sum()) for (x,) in images(8))
+
+    aware = error()
+    passes: list[Tensor] = []
+    monkeypatch.setattr(
+        Rectifier, "asked", lambda self, wanted, answer: passes.append(wanted) or wanted
+    )
+    assert aware < 0.99 * error() and passes
 
 
 def test_no_images_are_refused() -> None:

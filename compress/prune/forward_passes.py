@@ -247,9 +247,9 @@ class Join:
 
         It is 0 for channels that the BatchNorm hardly passes on.
         """
-        if self.norm is None or self.norm.running_var is None:
-            return 1.0
         slope, _ = _affine(self.norm)
+        if not isinstance(slope, Tensor):
+            return slope
         return torch.where(_passes(slope), 1 / slope, torch.zeros_like(slope))
 
 
@@ -273,14 +273,16 @@ class Rectifier:
         want, got = wanted * slope + offset, answer * slope + offset
         aim = torch.where(want <= 0, got.clamp_max(0), want)
         aim = torch.where(want >= self.top, got.clamp_min(self.top), aim)
-        is_free = (aim != want) & _passes(slope)
+        is_free = aim != want
+        if isinstance(slope, Tensor):
+            is_free &= _passes(slope)
         return torch.where(is_free, (aim - offset) / slope, wanted)
 
 
-def _affine(norm: _BatchNorm | None) -> tuple[Tensor, Tensor]:
+def _affine(norm: _BatchNorm | None) -> tuple[Tensor | float, Tensor | float]:
     """Return factor and offset of a BatchNorm in eval mode, (C,) each; 1 and 0 without one."""
     if norm is None or norm.running_var is None or norm.running_mean is None:
-        return torch.ones(1), torch.zeros(1)
+        return 1.0, 0.0
     slope = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
     return slope, norm.bias.detach() - slope * norm.running_mean
 

@@ -140,8 +140,9 @@ def table(content: dict[str, Any]) -> str:
         "|---|---|--:|" + "--:|" * len(shares),
     ]
     found = {(p["network"], p["arm"], p["asked"]): p.get("top1_pct", "fails") for p in points}
-    for name, arm in dict.fromkeys((p["network"], p["arm"]) for p in points):
-        if arm != "original":
+    networks = sorted({p["network"] for p in points})
+    for name, arm in itertools.product(networks, arms()):
+        if any((name, arm, share) in found for share in shares):
             row = [found[name, "original", 1.0], *(found.get((name, arm, s), "") for s in shares)]
             lines.append(f"| {name} | {arm} | " + " | ".join(map(str, row)) + " |")
     return "\n".join(lines) + "\n"

@@ -281,7 +281,7 @@ def run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[
 def _are_rows(session: Any, answers: Sequence[NDArray[Any]], images: int) -> bool:
     """Return whether every output begins with the images, by its size and by what the file says."""
     told = (getattr(each, "shape", None) for each in getattr(session, "outputs", ()))
-    is_fixed = any(shape and isinstance(shape[0], int) for shape in told)
+    is_fixed = any(shape and isinstance(shape[0], int) and shape[0] > 1 for shape in told)
     return not is_fixed and all(each.shape[:1] == (images,) for each in answers)
 
 

@@ -31,7 +31,7 @@ def improve_rounding(
 ) -> QuantPlan:
     """Return ``plan`` with the integers of each convolution chosen anew, and biases to match.
 
-    ``plan`` itself where no convolution is large enough.
+    ``plan`` itself where there is no convolution that this can be done for.
 
     The weights of an output are rounded one after the other, each rounding error being made good by
     the weights still to come, on the inputs that the quantized network gives the layer. What is

@@ -66,7 +66,8 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
         TrainingError: the loss is not finite, memory does not suffice, a checkpoint belongs to
             another training, or another process died.
         UnknownNameError: a setting names a layer that is not there.
-        UsageError: a setting needs validation images and there are none, or ``objective`` is none.
+        UsageError: a setting needs validation images and there are none, or ``objective`` is no
+            ``Objective``.
     """
     if task is not None and task.tells_classes:
         task = None
@@ -75,7 +76,7 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
         objective = plain if task is None else TaskLoss(task)
     if not isinstance(objective, Objective):
         raise UsageError(
-            f"objective is {type(objective).__name__}, which is none",
+            f"the objective is a {type(objective).__name__}",
             expected="a compress.modules.objective.Objective",
             fix="Derive a class from it whose call returns your loss; the rest has defaults",
         )

@@ -27,8 +27,7 @@ def scalable(graph: GraphIndex, ranged: Collection[str], floating: Iterable[str]
         floating: Nodes left in float.
     """
     found = channels(graph, set(floating))
-    wanted = found.bounds.keys() | set(ranged)
-    return [name for name, labels in found.labels.items() if labels.any() and name in wanted]
+    return [name for name in ranged if name in found.labels and found.labels[name].any()]
 
 
 def equalize(
@@ -39,10 +38,8 @@ def equalize(
     Channels that belong together (through Add, Concat, pooling, ...) are divided by one factor:
     (range of the channel / range of its tensor) ** alpha, the largest of them if they are several,
     and with room for what larger values other images bring, the more the fewer were seen.
-    The weights that make them are divided, the weights that read them multiplied. Behind Relu any
-    factor is exact; behind a Clip only factors that keep the channel below the bound on all images
-    seen. Where depthwise layers alone read the channel their own scales absorb the factor, so
-    alpha is 1 there.
+    The weights that make them are divided, the weights that read them multiplied. Where depthwise
+    layers alone read the channel their own scales absorb the factor, so alpha is 1 there.
 
     Args:
         prepared: The fp32 graph.
@@ -82,22 +79,18 @@ def _factors(
     """Return the factor of each label."""
     scaled = {name: labels for name, labels in found.labels.items() if labels.any()}
     count = 1 + max((int(labels.max()) for labels in scaled.values()), default=0)
-    size, floor = np.full(count, _NONE), np.zeros(count)
+    size = np.full(count, _NONE)
     dense = np.zeros(count, bool)
     ranged = plan.activations or scaled
     for name in scaled.keys() & seen.by_channel.keys():
         labels, largest = scaled[name], seen.by_channel[name].largest
         if name in ranged and largest.max() > 0:
             np.maximum.at(size, labels, largest / largest.max())
-        if name in found.bounds:
-            bound = found.bounds[name]
-            np.maximum.at(floor, labels, np.where(largest < bound, largest / bound, 1.0))
     size *= 1 + _UNSEEN / max(seen.images, 1)
     for node in found.graph.nodes:
         if node.name in found.layers and not _is_depthwise(found.graph, node):
             dense[scaled.get(node.input[0], [])] = True
     factors = np.clip(np.minimum(size, 1.0) ** np.where(dense, alpha, 1.0), _LEAST, 1.0)
-    factors = np.maximum(factors, np.minimum(floor, 1.0))
     factors[0] = 1.0
     return np.asarray(factors)
 

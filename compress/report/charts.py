@@ -6,17 +6,21 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.report import numbers
 from compress.report.schema import Curve, Figure, Interval, Line, Report, Result, Variant
 from compress.report.tables import Setting, place_name, setting_name, setting_of, settings
 from compress.report.verdict import accuracy_of, title
 
+if TYPE_CHECKING:
+    from matplotlib.ticker import Locator
+
 WIDE, NARROW = (1000.0, 400.0), (360.0, 320.0)  # pixels; the narrow one is for phones
 LETTER = 6.6  # mean width of a letter of the labels, pixels
 LINE = 14.0  # height of a label, pixels
 LINES_WIDE, LINES_NARROW = (540.0, 300.0), (350.0, 260.0)  # pixels
+_ROUND = (1, 2, 5, 10)  # first digits of ticks
 FOREMOST = 5  # lines with a label; of more, those that fall the lowest are labelled
 
 
@@ -41,10 +45,16 @@ class Scale:
 
     def ticks(self, count: int = 5) -> list[tuple[float, str]]:
         """Return about ``count`` round values inside the range, as (pixel, text)."""
-        values = _log_ticks(self.low, self.high) if self.is_log else []
+        from matplotlib.ticker import LogLocator, MaxNLocator
+
+        values = self._within(LogLocator(subs=_ROUND[:-1])) if self.is_log else []
         if len(values) < 3:
-            values = round_values(self.low, self.high, count)
+            values = self._within(MaxNLocator(count, steps=_ROUND))
         return [(self(value), f"{value:,g}".replace("-", "−")) for value in values]
+
+    def _within(self, locator: Locator) -> list[float]:
+        found = (round(float(value), 10) for value in locator.tick_values(self.low, self.high))
+        return [value for value in found if self.low <= value <= self.high]
 
 
 def scale(
@@ -58,22 +68,6 @@ def scale(
         return Scale(low / room, high * room, start, end, is_log=True)
     room = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
     return Scale(low - room, high + room, start, end)
-
-
-def round_values(low: float, high: float, count: int) -> list[float]:
-    """Return multiples of 1, 2 or 5 x 10^n in [low, high], at most about ``count``."""
-    raw = (high - low) / max(count, 1)
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [round(step * number, 10) for number in range(first, last + 1)]
-
-
-def _log_ticks(low: float, high: float) -> list[float]:
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    return [round(value, 10) for value in values if low <= value <= high]
 
 
 @dataclass(frozen=True)

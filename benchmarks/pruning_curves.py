@@ -5,7 +5,8 @@
 
 Needs COMPRESS_DATA (the folder with checkpoints/) and COMPRESS_CIFAR10 (cifar10.npz). Each arm cuts
 the same trained network once for every share of its MACs; criteria score and refit on the same
-images, without labels where the criterion needs none. "refit: no" cuts and leaves the weights, and
+images, without labels where the criterion needs none. "not refitted" leaves the weights that the
+cut left, "blocks too" fits whole blocks after their layers (``refit_steps: 200`` of a recipe), and
 the peer is shown as it cuts and with BatchNorm's statistics estimated anew. The depthwise network
 has no published weights: it is trained here for --epochs and kept in --cache. Written to
 benchmarks/results/pruning_curves.json after every cut; the same call goes on from there.
@@ -35,20 +36,22 @@ from compress.data import Dataset, load_data
 from compress.models import cifar as networks
 from compress.models.weights import fit, read_weights
 from compress.modules import evaluating
-from compress.prune import plan_pruning, recalibrate_batchnorm, refit
+from compress.prune import plan_pruning, recalibrate_batchnorm, refit, refit_blocks
 from compress.recipe.settings import DataSettings
 from compress.train import shown_batches
 
 RESULTS = Path(__file__).parent / "results" / "pruning_curves.json"
 PEERS = ("torch-pruning", "torch-pruning, BatchNorm again")
 PLAIN = "obs, not refitted"
+BLOCKS = "obs, blocks too"  # refitted layer by layer, then block by block
+STEPS = 200  # for each block
 BATCHES = 8  # of 128 training images: to score, and to refit
 
 
 def arms() -> list[str]:
     """Return ours, the peer, and every criterion, in the order in which they are worth knowing."""
     rest = [name for name in plugins.names("criteria") if name != "obs"]
-    return ["obs", *PEERS, PLAIN, *rest]
+    return ["obs", BLOCKS, *PEERS, PLAIN, *rest]
 
 
 def network(name: str, given: argparse.Namespace) -> nn.Module:
@@ -78,14 +81,17 @@ def network(name: str, given: argparse.Namespace) -> nn.Module:
 
 def ours(model: nn.Module, dataset: Dataset, arm: str, keep: float) -> nn.Module:
     """Cut by a criterion, then refit, unless the arm says not to."""
-    criterion = "obs" if arm == PLAIN else arm
+    criterion = "obs" if arm in (PLAIN, BLOCKS) else arm
     seen = dataset.batches("train", 128, 128 * BATCHES)
     plan = plan_pruning(model, dataset.example, criterion=criterion, keep_macs=keep, batches=seen)
     small = compress.apply_pruning(model, plan)
     if arm != PLAIN:
         images = dataset.batches("train", 128, 128 * BATCHES)
-        shown = shown_batches(dataset, cifar.TRAINING, BATCHES)
+        shown = list(shown_batches(dataset, cifar.TRAINING, BATCHES))
         refit(small, model, plan, images, training_batches=shown)
+        if arm == BLOCKS:
+            images = dataset.batches("train", 128, 128 * BATCHES)
+            refit_blocks(small, model, plan, images, steps=STEPS, training_batches=shown)
     return small
 
 

@@ -17,6 +17,7 @@ from compress.modules import network_of
 from compress.modules.inputs import Example
 from compress.packages import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
+from compress.prune.blocks import refit_blocks
 from compress.prune.criteria import Criterion
 from compress.prune.latency import LatencyCheck, check_latency
 from compress.prune.plan import plan_pruning
@@ -39,6 +40,7 @@ __all__ = [
     "rebase_batchnorm",
     "recalibrate_batchnorm",
     "refit",
+    "refit_blocks",
 ]
 
 
@@ -49,6 +51,7 @@ def prune_network(
     batches: Batches | None = None,
     criterion: str | Mapping[str, Any] | Criterion | None = None,
     refit: bool = True,
+    refit_steps: int = 0,
     training_batches: Batches | None = None,
     **options: Any,
 ) -> tuple[nn.Module, PrunePlan]:
@@ -65,6 +68,7 @@ def prune_network(
             Without them nothing is fitted, and the criterion must need no data.
         criterion: As ``plan_pruning`` takes it; "obs" where there are batches, else "l2".
         refit: Fit the weights that are left; needs batches.
+        refit_steps: Then fit whole blocks together, in so many steps each; 0: do not.
         training_batches: Images as training will show them, for BatchNorm; ``batches`` if absent.
         options: Of ``plan_pruning``: a budget (keep_macs, keep_params, ...), outputs, ...
 
@@ -80,7 +84,10 @@ def prune_network(
     original = network_of(model)
     small = apply_pruning(original, plan)
     if shown is not None and refit:
-        small = reconstruct(small, original, plan, shown, training_batches=training_batches)
+        trained = None if training_batches is None else list(training_batches)
+        small = reconstruct(small, original, plan, shown, training_batches=trained)
+        if refit_steps:
+            refit_blocks(small, original, plan, shown, steps=refit_steps, training_batches=trained)
     return small, plan
 
 

@@ -190,7 +190,7 @@ def _pairs(
 ) -> Iterator[_LayerFit]:
     """Yield the layers that can be fitted, in the order in which they first run."""
     before = dict(original.named_modules())
-    layers = _layers(pruned, images[0][:1])
+    layers = fitted_layers(pruned, images[0][:1])
     # Looked for in the original: where one channel is left, a broadcast looks like a plain sum.
     added, rectified = followers(
         original, [before[name] for name, _, calls in layers if calls == 1], images[0][:1]
@@ -231,7 +231,7 @@ def _asked(
         pair.answers.clear()
 
 
-def _layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
+def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int]]:
     """Return the layers that can be fitted, in the order in which they first run, and how often."""
     modules = dict(model.named_modules())
     owners = Counter(id(weight) for m in modules.values() for weight in m._parameters.values())

@@ -263,6 +263,9 @@ class PruneSettings(Settings):
     refit: bool = Field(
         True, description="Reconstruction: fit the remaining weights to the original's outputs"
     )
+    refit_steps: int = Field(
+        0, ge=0, description="Then fit whole blocks together, in so many steps each; 0: do not"
+    )
     recalibrate_batches: int = Field(
         16, ge=1, description="Training batches that BatchNorm's statistics are taken from"
     )
@@ -275,6 +278,8 @@ class PruneSettings(Settings):
             raise ValueError(
                 f"give exactly one of {', '.join(names)}; here: {', '.join(given) or 'none'}"
             )
+        if self.refit_steps and not self.refit:
+            raise ValueError("refit_steps goes on from what refit found: leave refit on")
         return self
 
 

@@ -76,6 +76,10 @@ def test_all_problems_are_reported_at_once(write):
         ({"stages": []}, "a target asks for int8 and no stage is quantize"),
         ({"stages": [{"prune": {}}], "targets": []}, "give exactly one of keep_macs"),
         ({"stages": [{"prune": {"keep_macs": 0.5, "latency_ms": 1}}]}, "here: keep_macs, latency"),
+        (
+            {"stages": [{"prune": {"keep_macs": 0.5, "refit": False, "refit_steps": 9}}]},
+            "refit_steps goes on from what refit found: leave refit on",
+        ),
         ({"stages": [{"prune": {"keep_macs": 1.5}}]}, "1.5: Input should be less than or equal"),
         (
             {"stages": [{"prune": {}, "distill": {}}]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,16 +85,23 @@ def _prune_in_rounds(
         )
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
-        shown = _shown_batches(context, settings, number)
+        shown = functools.partial(_shown_batches, context, settings, number)
         total = plan if total is None else total.then(plan)
         validation["cut"] = context.validation_pct(small)
         if settings.refit:
-            model = prune.refit(small, model, plan, batches, training_batches=shown)
-            validation["refitted"] = context.validation_pct(model)
+            prune.refit(small, model, plan, batches, training_batches=shown())
+            validation["refitted"] = context.validation_pct(small)
+            if settings.refit_steps:
+                steps = settings.refit_steps
+                prune.refit_blocks(
+                    small, model, plan, batches, steps=steps, training_batches=shown()
+                )
+                validation["blocks refitted"] = context.validation_pct(small)
         else:
             plain = itertools.islice(context.dataset.batches("train"), settings.recalibrate_batches)
-            model = prune.recalibrate_batchnorm(small, shown or plain)
-            validation["recalibrated"] = context.validation_pct(model)
+            prune.recalibrate_batchnorm(small, shown() or plain)
+            validation["recalibrated"] = context.validation_pct(small)
+        model = small
         if settings.round_training is not None and number < settings.rounds:
             context.train(model, settings.round_training, stage / f"round-{number}")
     if total is None:

@@ -1,0 +1,237 @@
+"""Block-wise reconstruction: blocks of layers are fitted together, by gradient, without labels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compress.errors import UsageError
+from compress.groups.plan import PrunePlan
+from compress.modules import evaluating
+from compress.modules.inputs import read_batches
+from compress.progress import track
+from compress.prune.batchnorm import rebase_batchnorm
+from compress.prune.forward_passes import Replay
+from compress.prune.reconstruction import Batches, Transposed, fitted_layers
+
+MOST_LAYERS = 8  # of a block: more are fitted part by part
+IMAGES = 128  # of one step
+HELD_MIB = 1024  # of the inputs and answers of one block
+RATE = 1e-3  # of Adam, at the start; falls to zero along a cosine
+
+
+def refit_blocks(
+    pruned: nn.Module,
+    original: nn.Module,
+    plan: PrunePlan,
+    batches: Batches,
+    *,
+    steps: int = 200,
+    training_batches: Batches | None = None,
+) -> nn.Module:
+    """Fit the blocks of ``pruned`` one after the other to the answers of ``original``, in place.
+
+    ``refit`` solves for one layer at a time: the first layer of a block never learns what the later
+    ones could still make good. Here all weights of a block move together until its answer to what
+    it gets in the pruned network comes close to the original's; call it after ``refit``. A block is
+    the largest module of two to eight layers that makes one tensor of one, as a residual block
+    does. One whose answer has channels that no layer of its own orders, and one that comes no
+    closer, stay as they are. Needs no labels.
+
+    Args:
+        pruned: What ``refit`` returned. Its weights are replaced.
+        original: The network before the cut. Not modified.
+        plan: The cut between the two.
+        batches: Images, float32 (B, C, H, W), with or without anything after them.
+        steps: Steps of Adam for each block.
+        training_batches: As in ``refit``.
+
+    Returns:
+        ``pruned``.
+
+    Raises:
+        UsageError: there is not one batch, or no block.
+
+    Source: Li et al., BRECQ, ICLR 2021, https://arxiv.org/abs/2102.05426, which rounds weights
+    block by block; here weights that a cut has left are fitted so.
+    """
+    device = next(pruned.parameters()).device
+    batches = list(batches)
+    images = _regrouped([batch.to(device).args[0] for batch in read_batches(batches)])
+    with evaluating(pruned), evaluating(original):
+        blocks = _blocks(pruned, original, plan, images[0][:1])
+        if not blocks:
+            raise UsageError(
+                "no block can be fitted",
+                expected=f"modules of 2 to {MOST_LAYERS} layers that make one tensor of one",
+                fix="Leave refit_steps out",
+            )
+        count = sum(map(len, images))
+        with torch.no_grad():
+            known, fitted = (Replay(net, images[0][:1], count) for net in (original, pruned))
+        for block in track(blocks, "refit blocks", len(blocks)):
+            _fit(block, list(_seen(block, known, fitted, images)), steps)
+    return rebase_batchnorm(pruned, batches if training_batches is None else training_batches)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A module in both networks, and which channels of the original's answer are left."""
+
+    module: nn.Module
+    before: nn.Module
+    kept: Any  # positions, None = all
+    weights: tuple[nn.Parameter, ...]  # that no other module has
+
+
+def _regrouped(batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return the images in batches for one step each; as they are where their sizes differ."""
+    if len({batch.shape[1:] for batch in batches}) > 1:
+        return list(batches)
+    return list(torch.split(torch.cat(list(batches)), IMAGES))
+
+
+def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tensor) -> list[_Block]:
+    """Return the blocks in the order in which they run."""
+    layers = [name for name, _, _ in fitted_layers(pruned, image)]
+    before, after = (_shapes(net, image) for net in (original, pruned))
+    owners = Counter(id(p) for m in pruned.modules() for p in m._parameters.values())
+    modules, originals = dict(pruned.named_modules()), dict(original.named_modules())
+
+    def inside(name: str) -> list[str]:
+        return [layer for layer in layers if layer.startswith(f"{name}.")]
+
+    found = [n for n in after if n and n in before and 2 <= len(inside(n)) <= MOST_LAYERS]
+    blocks = []
+    for name in found:
+        if any(name.startswith(f"{other}.") for other in found):
+            continue
+        last = inside(name)[-1]
+        axis = int(isinstance(modules[last], Transposed))
+        kept = plan.tensors.get(f"{last}.weight", {}).get(axis)
+        whole, left = before[name][1], after[name][1]
+        if whole == left:
+            kept = None
+        elif kept is None or len(kept) != left or _outputs(originals[last]) != whole:
+            continue
+        own = [p for p in modules[name].parameters() if owners[id(p)] == 1]
+        blocks.append(_Block(modules[name], originals[name], kept, tuple(own)))
+    return blocks
+
+
+def _outputs(layer: Any) -> int:
+    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+
+
+def _shapes(model: nn.Module, image: Tensor) -> dict[str, torch.Size]:
+    """Return the shape that each module makes, in the order in which they end.
+
+    Only of modules that run once and make one tensor, with channels, of one.
+    """
+    found: dict[str, torch.Size] = {}
+    calls: Counter[str] = Counter()
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+
+            def note(
+                _module: Any, inputs: Any, named: Any, answer: Any, *, name: str = name
+            ) -> None:
+                calls[name] += 1
+                one = len(inputs) == 1 and not named and isinstance(inputs[0], Tensor)
+                if one and isinstance(answer, Tensor) and answer.ndim > 1:
+                    found[name] = answer.shape
+
+            hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+        model(image)
+    return {name: shape for name, shape in found.items() if calls[name] == 1}
+
+
+class _Seen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    """The block in question has run."""
+
+
+def _seen(
+    block: _Block, known: Replay, fitted: Replay, images: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what the block gets in the pruned network, and what it is to answer, of each batch."""
+    held = 0.0
+    for number, batch in enumerate(images):
+        _, wanted = _called(known, block.before, number, batch)
+        given, _ = _called(fitted, block.module, number, batch)
+        if block.kept is not None:
+            wanted = wanted[:, torch.as_tensor(np.asarray(block.kept), device=wanted.device)]
+        yield given, wanted
+        held += (given.nbytes + wanted.nbytes) / 2**20
+        if held > HELD_MIB:
+            return
+
+
+@torch.no_grad()
+def _called(
+    replay: Replay, module: nn.Module, number: int, images: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what ``module`` gets and what it answers for a batch."""
+    found: list[Tensor] = []
+
+    def enter(_module: Any, inputs: tuple[Tensor]) -> None:
+        found.append(inputs[0].clone())  # the block may change it in place
+
+    def leave(_module: Any, _inputs: Any, answer: Tensor) -> None:
+        found.append(answer.clone())
+        raise _Seen
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(module.register_forward_pre_hook(enter))
+        stack.enter_context(module.register_forward_hook(leave))
+        stack.enter_context(replay.passing(number, replay.entered(module), lambda _: None))
+        stack.enter_context(contextlib.suppress(_Seen))
+        replay.model(images)
+    given, answer = found
+    return given, answer
+
+
+def _fit(block: _Block, seen: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
+    """Move the weights of a block towards the answers wanted; keep them if they come closer."""
+    before = _distance(block, seen)
+    if not block.weights or not 0 < before < 1:  # 1: no answer at all is as close
+        return
+    old = [weight.detach().clone() for weight in block.weights]
+    asked = [weight.requires_grad for weight in block.weights]
+    power = sum(float(wanted.square().mean()) for _, wanted in seen) / len(seen)
+    try:
+        for weight in block.weights:
+            weight.requires_grad_(True)
+        with torch.enable_grad():
+            optimizer = torch.optim.Adam(block.weights, lr=RATE)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            for step in range(steps):
+                given, wanted = seen[step % len(seen)]
+                error = (block.module(given.clone()) - wanted).square().mean() / power
+                grads = torch.autograd.grad(error, block.weights, allow_unused=True)
+                for weight, grad in zip(block.weights, grads, strict=True):
+                    weight.grad = grad
+                optimizer.step()
+                schedule.step()
+    finally:
+        for weight, flag in zip(block.weights, asked, strict=True):
+            weight.grad = None
+            weight.requires_grad_(flag)
+    if not _distance(block, seen) < before:
+        with torch.no_grad():
+            for weight, value in zip(block.weights, old, strict=True):
+                weight.copy_(value)
+
+
+@torch.no_grad()
+def _distance(block: _Block, seen: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Return the squared error of a block's answers as a share of the power of those wanted."""
+    error = sum(float((block.module(x.clone()) - y).square().sum()) for x, y in seen)
+    power = sum(float(wanted.square().sum()) for _, wanted in seen)
+    return error / power if power else 0.0

@@ -1,0 +1,132 @@
+"""Blocks fitted together come closer to the original, on images not seen too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+import zoo
+from torch import Tensor, nn
+
+import compress
+from compress.errors import PlanError, UsageError
+from compress.models.cifar import CifarResNet
+from compress.prune import refit, refit_blocks
+from compress.prune.blocks import _blocks
+
+
+def images(count: int, seed: int = 0, side: int = 16) -> list[tuple[Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    return [(torch.randn(32, 3, side, side, generator=draw),) for _ in range(count)]
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    model = CifarResNet(8, 10, 3, 16)
+    zoo.randomize(model)
+    return model.eval()
+
+
+def errors(pruned: nn.Module, original: nn.Module, plan: compress.PrunePlan) -> list[float]:
+    """Return the error of each block's answer on images not seen, as a share of its power."""
+    ((x,),) = images(1, seed=9)
+    found = []
+    for block in _blocks(pruned, original, plan, x[:1]):
+        names = {n for n, module in original.named_modules() if module is block.before}
+        (got,), (wanted,) = (_answers(net, names, x).values() for net in (pruned, original))
+        wanted = wanted if block.kept is None else wanted[:, torch.as_tensor(block.kept)]
+        found.append(float((got - wanted).square().sum() / wanted.square().sum()))
+    return found
+
+
+def test_blocks_fitted_together_come_closer_than_layers_fitted_alone() -> None:
+    model, shown = resnet(), images(8)
+    plan = compress.plan_pruning(model, shown[0][0][:1], keep_macs=0.5)
+    pruned = compress.apply_pruning(model, plan)
+    refit(pruned, model, plan, shown)
+    alone = errors(pruned, model, plan)
+    flags = [p.requires_grad for p in pruned.parameters()]
+    assert refit_blocks(pruned, model, plan, shown, steps=60) is pruned
+    together = errors(pruned, model, plan)
+    assert len(together) == 3
+    assert all(now < before for now, before in zip(together, alone, strict=True))
+    assert sum(together) < 0.95 * sum(alone)
+    assert [p.requires_grad for p in pruned.parameters()] == flags
+    assert all(p.grad is None for p in pruned.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pruned.modules())
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_the_channels_of_a_block_are_those_of_the_masked_original(name: str) -> None:
+    """A wrong order would teach a block another function, and nothing else would show it."""
+    model, inputs = zoo.build(name), zoo.inputs(name)
+    try:
+        plan = compress.plan_pruning(model, tuple(x[:1] for x in inputs), keep_channels=0.6)
+    except PlanError:
+        return  # nothing to cut here
+    if len(inputs) > 1:
+        return
+    pruned, masked = compress.apply_pruning(model, plan), compress.mask_pruning(model, plan)
+    twins = {id(block.before): block for block in _blocks(pruned, model, plan, inputs[0][:1])}
+    names = {name for name, module in model.named_modules() if id(module) in twins}
+    found = [_answers(net, names, inputs[0]) for net in (pruned, masked)]
+    for name, block in ((n, twins[id(model.get_submodule(n))]) for n in names):
+        got, wanted = (each[name] for each in found)
+        wanted = wanted if block.kept is None else wanted[:, torch.as_tensor(block.kept)]
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
+
+
+def _answers(model: nn.Module, names: set[str], x: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, answer, name=name: found.update({name: answer.clone()})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def test_a_network_that_lost_nothing_stays_as_it_is() -> None:
+    model, ((x,),) = resnet(), images(1)
+    plan = compress.plan_pruning(model, x[:1], keep_channels=1.0)
+    pruned = compress.apply_pruning(model, plan)
+    refit_blocks(pruned, model, plan, images(2), steps=5)
+    for name, weight in pruned.named_parameters():
+        if weight.ndim > 1:  # BatchNorm's statistics are those of the images now
+            assert torch.equal(weight, model.get_parameter(name)), name
+    torch.testing.assert_close(pruned(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+def test_a_network_without_blocks_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    plan = compress.plan_pruning(model, torch.zeros(1, 3, 16, 16), keep_channels=0.5)
+    with pytest.raises(UsageError, match="no block can be fitted"):
+        refit_blocks(compress.apply_pruning(model, plan), model, plan, images(1))
+
+
+RECIPE = {
+    "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}},
+    "data": {"name": "digits", "calibration": 32},
+    "stages": [{"prune": {"criterion": "l1", "keep_macs": 0.5, "refit_steps": 2}}],
+    "targets": [],
+}
+
+
+def test_a_recipe_fits_blocks_and_says_what_that_brought(compress: Any, tmp_path: Path) -> None:
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "run"
+    recipe.write_text(yaml.safe_dump(RECIPE))
+    code, _, err = compress("run", recipe, "--out", out)
+    assert code == 0, err
+    metrics = json.loads((out / "01-prune" / "metrics.json").read_text())
+    told = metrics["facts"]["validation_top1_pct"]
+    assert list(told) == ["before", "cut", "refitted", "blocks refitted"]

@@ -108,10 +108,9 @@ def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tens
     def inside(name: str) -> list[str]:
         return [layer for layer in layers if layer.startswith(f"{name}.")]
 
-    found = [n for n in after if n and n in before and 2 <= len(inside(n)) <= MOST_LAYERS]
-    blocks = []
-    for name in found:
-        if any(name.startswith(f"{other}.") for other in found):
+    found: dict[str, _Block] = {}
+    for name in after:
+        if not name or name not in before or not 2 <= len(inside(name)) <= MOST_LAYERS:
             continue
         last = inside(name)[-1]
         axis = int(isinstance(modules[last], Transposed))
@@ -120,10 +119,14 @@ def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tens
         if whole == left:
             kept = None
         elif kept is None or len(kept) != left or _outputs(originals[last]) != whole:
-            continue
+            continue  # several layers make its channels, in an order that is not known here
         own = [p for p in modules[name].parameters() if owners[id(p)] == 1]
-        blocks.append(_Block(modules[name], originals[name], kept, tuple(own)))
-    return blocks
+        found[name] = _Block(modules[name], originals[name], kept, tuple(own))
+    return [
+        block
+        for name, block in found.items()
+        if not any(name.startswith(f"{other}.") for other in found)
+    ]
 
 
 def _outputs(layer: Any) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,18 +85,11 @@ def _prune_in_rounds(
         )
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
-        shown = functools.partial(_shown_batches, context, settings, number)
         total = plan if total is None else total.then(plan)
         validation["cut"] = context.validation_pct(small)
+        shown = functools.partial(_shown_batches, context, settings, number)
         if settings.refit:
-            prune.refit(small, model, plan, batches, training_batches=shown())
-            validation["refitted"] = context.validation_pct(small)
-            if settings.refit_steps:
-                steps = settings.refit_steps
-                prune.refit_blocks(
-                    small, model, plan, batches, steps=steps, training_batches=shown()
-                )
-                validation["blocks refitted"] = context.validation_pct(small)
+            _refit(context, settings, (small, model, plan), batches, shown, validation)
         else:
             plain = itertools.islice(context.dataset.batches("train"), settings.recalibrate_batches)
             prune.recalibrate_batchnorm(small, shown() or plain)
@@ -108,6 +101,27 @@ def _prune_in_rounds(
         raise ValueError("the number of rounds must be at least 1")
     facts = {"proof_relative_difference": max(differences), "validation_top1_pct": validation}
     return model, total, facts
+
+
+def _refit(
+    context: RunContext,
+    settings: PruneSettings,
+    cut: tuple[nn.Module, nn.Module, PrunePlan],
+    batches: Sequence[tuple[Tensor, Tensor]],
+    shown: Callable[[], Iterable[tuple[Tensor, Tensor]] | None],
+    validation: dict[str, Any],
+) -> None:
+    """Fit the layers of a pruned network to its original, then its blocks if asked, in place.
+
+    ``cut`` is the pruned network, its original and the plan between the two; ``validation`` gets
+    the primary metric after each.
+    """
+    prune.refit(*cut, batches, training_batches=shown())
+    validation["refitted"] = context.validation_pct(cut[0])
+    if settings.refit_steps:
+        steps = settings.refit_steps
+        prune.refit_blocks(*cut, batches, steps=steps, training_batches=shown())
+        validation["blocks refitted"] = context.validation_pct(cut[0])
 
 
 def _shown_batches(

@@ -78,6 +78,11 @@ def prune_network(
     """
     if batches is None and training_batches is not None:
         raise UsageError("training_batches without batches", fix="Give batches=, images to fit on")
+    if refit_steps and (batches is None or not refit):
+        raise UsageError(
+            "refit_steps goes on from what refit found",
+            fix="Give batches=, images to fit on, and leave refit on",
+        )
     shown = None if batches is None else list(batches)
     chosen = criterion if criterion is not None else "l2" if shown is None else "obs"
     plan = plan_pruning(model, example_input, criterion=chosen, batches=shown, **options)

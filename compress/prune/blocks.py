@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import functools
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from compress.modules.inputs import read_batches
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import Replay
-from compress.prune.reconstruction import Batches, Transposed, fitted_layers
+from compress.prune.reconstruction import Batches, Layer, Transposed, fitted_layers
 
 MOST_LAYERS = 8  # of a block: more are fitted part by part
 IMAGES = 128  # of one step
@@ -42,8 +43,8 @@ def refit_blocks(
     ones could still make good. Here all weights of a block move together until its answer to what
     it gets in the pruned network comes close to the original's; call it after ``refit``. A block is
     the largest module of two to eight layers that makes one tensor of one, as a residual block
-    does. One whose answer has channels that no layer of its own orders, and one that comes no
-    closer, stay as they are. Needs no labels.
+    does. Which of its channels are left, the layer that reads its answer says, or its own last one:
+    one whose answer neither orders, and one that comes no closer, stay as they are. No labels.
 
     Args:
         pruned: What ``refit`` returned. Its weights are replaced.
@@ -101,7 +102,7 @@ def _regrouped(batches: Sequence[Tensor]) -> list[Tensor]:
 def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tensor) -> list[_Block]:
     """Return the blocks in the order in which they run."""
     layers = [name for name, _, _ in fitted_layers(pruned, image)]
-    before, after = (_shapes(net, image) for net in (original, pruned))
+    (before, readers), (after, _) = (_observed(net, image) for net in (original, pruned))
     owners = Counter(id(p) for m in pruned.modules() for p in m._parameters.values())
     modules, originals = dict(pruned.named_modules()), dict(original.named_modules())
 
@@ -112,14 +113,12 @@ def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tens
     for name in after:
         if not name or name not in before or not 2 <= len(inside(name)) <= MOST_LAYERS:
             continue
-        last = inside(name)[-1]
-        axis = int(isinstance(modules[last], Transposed))
-        kept = plan.tensors.get(f"{last}.weight", {}).get(axis)
-        whole, left = before[name][1], after[name][1]
-        if whole == left:
-            kept = None
-        elif kept is None or len(kept) != left or _outputs(originals[last]) != whole:
-            continue  # several layers make its channels, in an order that is not known here
+        whole, left = before[name], after[name]
+        kept = None
+        if whole != left:
+            kept = _kept(plan, originals, [*readers[name], (inside(name)[-1], False)], whole)
+            if kept is None or len(kept) != left:
+                continue  # several layers make its channels, in an order that is not known here
         own = [p for p in modules[name].parameters() if owners[id(p)] == 1]
         found[name] = _Block(modules[name], originals[name], kept, tuple(own))
     return [
@@ -129,31 +128,87 @@ def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tens
     ]
 
 
-def _outputs(layer: Any) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
+def _kept(
+    plan: PrunePlan, originals: Any, layers: Sequence[tuple[str, bool]], channels: int
+) -> Any:
+    """Return which of so many channels are left, from the first layer that reads or makes them."""
+    for name, reads in layers:
+        layer = originals[name]
+        if isinstance(layer, _Norm):
+            axis, whole = 0, layer.num_features
+        else:
+            axis = int(reads != isinstance(layer, Transposed))
+            whole = layer.weight.shape[axis]
+        kept = plan.tensors.get(f"{name}.weight", {}).get(axis)
+        if kept is not None and whole == channels:
+            return kept
+    return None
 
 
-def _shapes(model: nn.Module, image: Tensor) -> dict[str, torch.Size]:
-    """Return the shape that each module makes, in the order in which they end.
+_Norm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
+_Pool = nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d | nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
+_Whole = nn.AdaptiveAvgPool1d | nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool1d | nn.AdaptiveMaxPool2d
+# What answers with the channels it reads, in their order.
+_Passing = (
+    _Pool
+    | _Whole
+    | nn.ReLU
+    | nn.ReLU6
+    | nn.LeakyReLU
+    | nn.SiLU
+    | nn.GELU
+    | nn.Dropout
+    | nn.Identity
+)
 
-    Only of modules that run once and make one tensor, with channels, of one.
+
+def _observed(
+    model: nn.Module, image: Tensor
+) -> tuple[dict[str, int], dict[str, list[tuple[str, bool]]]]:
+    """Return how many channels each module makes, in the order in which they end, and its readers.
+
+    Only of modules that run once and make one tensor, with channels, of one. A reader is a layer
+    that gets the answer itself, or what pooling and activations made of it.
     """
-    found: dict[str, torch.Size] = {}
+    found: dict[str, int] = {}
     calls: Counter[str] = Counter()
+    makers: dict[Any, list[str]] = {}  # of a place in memory: what was put there
+    readers: dict[str, list[tuple[str, bool]]] = defaultdict(list)
+    held: list[Tensor] = []  # so that no place in memory is used twice
+
+    def enter(module: nn.Module, inputs: Any, *, name: str) -> None:
+        plain = isinstance(module, _Norm) or (isinstance(module, Layer) and _groups(module) == 1)
+        if plain and inputs and isinstance(inputs[0], Tensor):
+            for maker in makers.get(_place(inputs[0]), ()):
+                readers[maker].append((name, True))
+
+    def leave(module: nn.Module, inputs: Any, named: Any, answer: Any, *, name: str) -> None:
+        calls[name] += 1
+        one = len(inputs) == 1 and not named and isinstance(inputs[0], Tensor)
+        if one and isinstance(answer, Tensor) and answer.ndim > 1:
+            found[name] = answer.shape[1]
+            held.append(answer)
+            known = makers.setdefault(_place(answer), [])
+            if isinstance(module, _Passing):
+                known += [m for m in makers.get(_place(inputs[0]), ()) if m not in known]
+            known.append(name)
+
     with contextlib.ExitStack() as hooks, torch.no_grad():
         for name, module in model.named_modules():
-
-            def note(
-                _module: Any, inputs: Any, named: Any, answer: Any, *, name: str = name
-            ) -> None:
-                calls[name] += 1
-                one = len(inputs) == 1 and not named and isinstance(inputs[0], Tensor)
-                if one and isinstance(answer, Tensor) and answer.ndim > 1:
-                    found[name] = answer.shape
-
-            hooks.enter_context(module.register_forward_hook(note, with_kwargs=True))
+            before, after = functools.partial(enter, name=name), functools.partial(leave, name=name)
+            hooks.enter_context(module.register_forward_pre_hook(before))
+            hooks.enter_context(module.register_forward_hook(after, with_kwargs=True))
         model(image)
-    return {name: shape for name, shape in found.items() if calls[name] == 1}
+    return {name: count for name, count in found.items() if calls[name] == 1}, readers
+
+
+def _groups(layer: Any) -> int:
+    return int(getattr(layer, "groups", 1))
+
+
+def _place(tensor: Tensor) -> Any:
+    """Return where the channels of a tensor lie: the same after it was flattened behind them."""
+    return tensor.data_ptr(), tensor.shape[1:2], tensor.stride()[1:2]
 
 
 class _Seen(Exception):  # noqa: N818 - not an error: it ends a forward pass early

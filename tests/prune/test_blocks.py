@@ -71,15 +71,73 @@ def _compared(name: str) -> bool:
     model, (x,) = zoo.build(name), zoo.inputs(name)
     plan = compress.plan_pruning(model, x[:1], keep_channels=0.6)
     pruned, masked = compress.apply_pruning(model, plan), compress.mask_pruning(model, plan)
-    blocks = {id(block.before): block for block in _blocks(pruned, model, plan, x[:1])}
-    names = {name: blocks[id(m)] for name, m in model.named_modules() if id(m) in blocks}
+    blocks = _blocks(pruned, model, plan, x[:1])
+    return bool(_same(model, pruned, masked, blocks, x, name))
+
+
+def _same(
+    model: nn.Module, pruned: nn.Module, masked: nn.Module, blocks: Any, x: Tensor, told: str
+) -> set[str]:
+    """Return the names of the blocks, once those cut answer as those masked do."""
+    by_id = {id(block.before): block for block in blocks}
+    names = {name: by_id[id(m)] for name, m in model.named_modules() if id(m) in by_id}
     cut, left = (_answers(net, set(names), x) for net in (pruned, masked))
     for place, block in names.items():
         kept = slice(None) if block.kept is None else torch.as_tensor(block.kept)
         torch.testing.assert_close(
-            cut[place], left[place][:, kept], rtol=1e-3, atol=1e-4, msg=f"{name}: {place}"
+            cut[place], left[place][:, kept], rtol=1e-3, atol=1e-4, msg=f"{told}: {place}"
         )
-    return bool(names)
+    return set(names)
+
+
+class Fire(nn.Module):
+    """Two branches of a squeezed tensor, side by side, shuffled or not."""
+
+    def __init__(self, before: int, width: int, *, shuffled: bool = False) -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(before, width // 2, 1)
+        self.one = nn.Conv2d(width // 2, width, 1)
+        self.three = nn.Conv2d(width // 2, width, 3, padding=1)
+        self.shuffled = shuffled
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.squeeze(x).relu()
+        joined = torch.cat([self.one(x).relu(), self.three(x).relu()], 1)
+        return nn.functional.channel_shuffle(joined, 2) if self.shuffled else joined
+
+
+def fires() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        Fire(8, 8),  # pooling, then a layer
+        nn.MaxPool2d(2),
+        Fire(16, 12),  # BatchNorm
+        nn.BatchNorm2d(24),
+        nn.ReLU(),
+        Fire(24, 12, shuffled=True),  # a layer, inside the next block
+        Fire(24, 16),  # pooling, flattening, a layer
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    ).eval()
+
+
+def test_a_block_of_branches_is_ordered_by_what_reads_it() -> None:
+    model, (x,) = fires(), images(1)[0]
+    plan = compress.plan_pruning(model, x[:1], keep_channels=0.6)
+    pruned, masked = compress.apply_pruning(model, plan), compress.mask_pruning(model, plan)
+    blocks = _blocks(pruned, model, plan, x[:1])
+    names = {name for name, m in model.named_modules() for b in blocks if m is b.before}
+    assert names == {"1", "3", "6", "7"}
+    assert all(block.kept is not None for block in blocks)
+    assert _same(model, pruned, masked, blocks, x, "fires") == names
+
+
+def test_a_block_that_nothing_orders_is_left_out() -> None:
+    model, (x,) = nn.Sequential(fires()[:2], nn.Tanh(), nn.Conv2d(16, 4, 1)).eval(), images(1)[0]
+    plan = compress.plan_pruning(model, x[:1], keep_channels=0.6)
+    assert _blocks(compress.apply_pruning(model, plan), model, plan, x[:1]) == []
 
 
 def _answers(model: nn.Module, names: set[str], x: Tensor) -> dict[str, Tensor]:

@@ -7,19 +7,21 @@ import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from compress.errors import UsageError
+from compress.groups.calls import tensors_in
 from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
 from compress.modules.inputs import read_batches
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
-from compress.prune.forward_passes import Replay
+from compress.prune.forward_passes import EnoughSeen, Replay
 from compress.prune.reconstruction import Batches, Layer, Transposed, fitted_layers
 
 MOST_LAYERS = 8  # of a block: more are fitted part by part
@@ -42,9 +44,9 @@ def refit_blocks(
     ``refit`` solves for one layer at a time: the first layer of a block never learns what the later
     ones could still make good. Here all weights of a block move together until its answer to what
     it gets in the pruned network comes close to the original's; call it after ``refit``. A block is
-    the largest module of two to eight layers that makes one tensor of one, as a residual block
-    does. Which of its channels are left, the layer that reads its answer says, or its own last one:
-    one whose answer neither orders, and one that comes no closer, stay as they are. No labels.
+    the largest module of two to eight layers that makes one tensor, as a residual block does. The
+    layer that reads its answer, or its own last one, says which of its channels are left; one whose
+    answer neither orders, and one that comes no closer, stay as they are. Needs no labels.
 
     Args:
         pruned: What ``refit`` returned. Its weights are replaced.
@@ -71,7 +73,7 @@ def refit_blocks(
         if not blocks:
             raise UsageError(
                 "no block can be fitted",
-                expected=f"modules of 2 to {MOST_LAYERS} layers that make one tensor of one",
+                expected=f"modules of 2 to {MOST_LAYERS} layers that make one tensor",
                 fix="Leave refit_steps out",
             )
         count = sum(map(len, images))
@@ -167,8 +169,8 @@ def _observed(
 ) -> tuple[dict[str, int], dict[str, list[tuple[str, bool]]]]:
     """Return how many channels each module makes, in the order in which they end, and its readers.
 
-    Only of modules that run once and make one tensor, with channels, of one. A reader is a layer
-    that gets the answer itself, or what pooling and activations made of it.
+    Only of modules that run once and make one tensor with channels. A reader is a layer that gets
+    the answer itself, or what pooling and activations made of it.
     """
     found: dict[str, int] = {}
     calls: Counter[str] = Counter()
@@ -182,14 +184,13 @@ def _observed(
             for maker in makers.get(_place(inputs[0]), ()):
                 readers[maker].append((name, True))
 
-    def leave(module: nn.Module, inputs: Any, named: Any, answer: Any, *, name: str) -> None:
+    def leave(module: nn.Module, inputs: Any, answer: Any, *, name: str) -> None:
         calls[name] += 1
-        one = len(inputs) == 1 and not named and isinstance(inputs[0], Tensor)
-        if one and isinstance(answer, Tensor) and answer.ndim > 1:
+        if isinstance(answer, Tensor) and answer.ndim > 1:
             found[name] = answer.shape[1]
             held.append(answer)
             known = makers.setdefault(_place(answer), [])
-            if isinstance(module, _Passing):
+            if isinstance(module, _Passing) and inputs:
                 known += [m for m in makers.get(_place(inputs[0]), ()) if m not in known]
             known.append(name)
 
@@ -197,7 +198,7 @@ def _observed(
         for name, module in model.named_modules():
             before, after = functools.partial(enter, name=name), functools.partial(leave, name=name)
             hooks.enter_context(module.register_forward_pre_hook(before))
-            hooks.enter_context(module.register_forward_hook(after, with_kwargs=True))
+            hooks.enter_context(module.register_forward_hook(after))
         model(image)
     return {name: count for name, count in found.items() if calls[name] == 1}, readers
 
@@ -211,13 +212,12 @@ def _place(tensor: Tensor) -> Any:
     return tensor.data_ptr(), tensor.shape[1:2], tensor.stride()[1:2]
 
 
-class _Seen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """The block in question has run."""
+_Given = tuple[tuple[Any, ...], dict[str, Any]]  # what a module is called with
 
 
 def _seen(
     block: _Block, known: Replay, fitted: Replay, images: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[_Given, Tensor]]:
     """Yield what the block gets in the pruned network, and what it is to answer, of each batch."""
     held = 0.0
     for number, batch in enumerate(images):
@@ -226,7 +226,7 @@ def _seen(
         if block.kept is not None:
             wanted = wanted[:, torch.as_tensor(np.asarray(block.kept), device=wanted.device)]
         yield given, wanted
-        held += (given.nbytes + wanted.nbytes) / 2**20
+        held += sum(tensor.nbytes for tensor in tensors_in((given, wanted))) / 2**20
         if held > HELD_MIB:
             return
 
@@ -234,28 +234,37 @@ def _seen(
 @torch.no_grad()
 def _called(
     replay: Replay, module: nn.Module, number: int, images: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[_Given, Tensor]:
     """Return what ``module`` gets and what it answers for a batch."""
-    found: list[Tensor] = []
+    found: list[Any] = []
 
-    def enter(_module: Any, inputs: tuple[Tensor]) -> None:
-        found.append(inputs[0].clone())  # the block may change it in place
+    def enter(_module: Any, inputs: Any, named: Any) -> None:
+        found.append(_cloned((inputs, named)))  # the block may change it in place
 
     def leave(_module: Any, _inputs: Any, answer: Tensor) -> None:
         found.append(answer.clone())
-        raise _Seen
+        raise EnoughSeen
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(module.register_forward_pre_hook(enter))
+        stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
         stack.enter_context(module.register_forward_hook(leave))
         stack.enter_context(replay.passing(number, replay.entered(module), lambda _: None))
-        stack.enter_context(contextlib.suppress(_Seen))
+        stack.enter_context(contextlib.suppress(EnoughSeen))
         replay.model(images)
     given, answer = found
     return given, answer
 
 
-def _fit(block: _Block, seen: Sequence[tuple[Tensor, Tensor]], steps: int) -> None:
+def _cloned(given: _Given) -> _Given:
+    return cast("_Given", tree_map_only(Tensor, Tensor.clone, given))
+
+
+def _answer(module: nn.Module, given: _Given) -> Tensor:
+    inputs, named = _cloned(given)
+    return cast("Tensor", module(*inputs, **named))
+
+
+def _fit(block: _Block, seen: Sequence[tuple[_Given, Tensor]], steps: int) -> None:
     """Move the weights of a block towards the answers wanted; keep them if they come closer."""
     before = _distance(block, seen)
     if not block.weights or not 0 < before < 1:  # 1: no answer at all is as close
@@ -271,7 +280,7 @@ def _fit(block: _Block, seen: Sequence[tuple[Tensor, Tensor]], steps: int) -> No
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             for step in range(steps):
                 given, wanted = seen[step % len(seen)]
-                error = (block.module(given.clone()) - wanted).square().mean() / power
+                error = (_answer(block.module, given) - wanted).square().mean() / power
                 grads = torch.autograd.grad(error, block.weights, allow_unused=True)
                 for weight, grad in zip(block.weights, grads, strict=True):
                     weight.grad = grad
@@ -288,8 +297,8 @@ def _fit(block: _Block, seen: Sequence[tuple[Tensor, Tensor]], steps: int) -> No
 
 
 @torch.no_grad()
-def _distance(block: _Block, seen: Sequence[tuple[Tensor, Tensor]]) -> float:
+def _distance(block: _Block, seen: Sequence[tuple[_Given, Tensor]]) -> float:
     """Return the squared error of a block's answers as a share of the power of those wanted."""
-    error = sum(float((block.module(x.clone()) - y).square().sum()) for x, y in seen)
+    error = sum(float((_answer(block.module, x) - y).square().sum()) for x, y in seen)
     power = sum(float(wanted.square().sum()) for _, wanted in seen)
     return error / power if power else 0.0

@@ -23,6 +23,10 @@ LEAST_SLOPE = 1e-3  # of a BatchNorm's largest: a channel below cannot take up w
 CACHE_MIB = 2048  # of outputs kept of one network; with more, later modules are computed again
 
 
+class EnoughSeen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
+    """The modules in question have run."""
+
+
 class Sums(WatchedOps):
     """Shows every sum of two tensors: its number and both operands, before it is done."""
 

@@ -22,7 +22,7 @@ from compress.modules.inputs import read_batches
 from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
-from compress.prune.forward_passes import Join, Rectifier, Replay, Sums, followers
+from compress.prune.forward_passes import EnoughSeen, Join, Rectifier, Replay, Sums, followers
 
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
 ROWS_PER_FEATURE = 64  # samples of a layer's output, for each weight of one of its filters
@@ -94,10 +94,6 @@ def refit(
 
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | Transposed
-
-
-class _EnoughSeen(Exception):  # noqa: N818 - not an error: it ends a forward pass early
-    """The layers in question have run."""
 
 
 @dataclass
@@ -303,7 +299,7 @@ def _run(
         nonlocal missing
         missing -= 1
         if not missing:
-            raise _EnoughSeen
+            raise EnoughSeen
 
     def seen(layer: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
         pair, show = shows[layer]
@@ -325,7 +321,7 @@ def _run(
         for layer in shows:
             stack.enter_context(layer.register_forward_hook(seen))
         stack.enter_context(replay.passing(number, limit, sums.skip))
-        stack.enter_context(contextlib.suppress(_EnoughSeen))
+        stack.enter_context(contextlib.suppress(EnoughSeen))
         stack.enter_context(sums if joined else contextlib.nullcontext())
         replay.model(images)
 

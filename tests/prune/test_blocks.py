@@ -134,6 +134,47 @@ def test_a_block_of_branches_is_ordered_by_what_reads_it() -> None:
     assert _same(model, pruned, masked, blocks, x, "fires") == names
 
 
+class Dense(nn.Module):
+    """A layer of a DenseNet: it gets a list, and by its name what is not in it."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(before)
+        self.one = nn.Conv2d(before, 16, 1)
+        self.three = nn.Conv2d(16, 8, 3, padding=1)
+
+    def forward(self, parts: list[Tensor], *, image: Tensor) -> Tensor:
+        x = self.norm(torch.cat([*parts, image], 1)).relu_()
+        return self.three(self.one(x).relu_())
+
+
+class DenseNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first, self.second, self.head = Dense(11), Dense(19), nn.Conv2d(24, 10, 16)
+        zoo.randomize(self)
+
+    def forward(self, image: Tensor) -> Tensor:
+        parts = [self.stem(image)]
+        for layer in (self.first, self.second):
+            parts.append(layer(parts, image=image))
+        return self.head(torch.cat(parts, 1)).flatten(1)
+
+
+def test_blocks_that_get_several_tensors_are_fitted() -> None:
+    model, shown = DenseNet().eval(), images(4)
+    plan = compress.plan_pruning(model, shown[0][0][:1], keep_macs=0.5)
+    pruned = compress.apply_pruning(model, plan)
+    refit(pruned, model, plan, shown)
+    alone = errors(pruned, model, plan)
+    refit_blocks(pruned, model, plan, shown, steps=60)
+    together = errors(pruned, model, plan)
+    assert len(together) == 2
+    assert sum(together) < 0.95 * sum(alone)
+
+
 def test_a_block_that_nothing_orders_is_left_out() -> None:
     model, (x,) = nn.Sequential(fires()[:2], nn.Tanh(), nn.Conv2d(16, 4, 1)).eval(), images(1)[0]
     plan = compress.plan_pruning(model, x[:1], keep_channels=0.6)

@@ -128,7 +128,8 @@ def _settings(given: argparse.Namespace) -> tuple[list[str], str | None]:
         trained = [f"stages.{i}.{v}" for i, v in enumerate(stages) if v in ("train", "distill")]
         tiny = [f"{where}.{each}" for where in trained for each in ("epochs=1", "epoch_images=128")]
         tiny.append(f"stages.{stages.index('quantize')}.quantize.samples=16")
-        tiny.append(f"stages.{stages.index('prune')}.prune.criterion=l1")
+        pruning = f"stages.{stages.index('prune')}.prune"
+        tiny += [f"{pruning}.criterion=l1", f"{pruning}.refit_steps=0"]
         return [*TINY, *tiny], None
     kind = name.split("-")[0]
     root = os.environ.get(f"COMPRESS_{kind.upper()}")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import numpy as np
@@ -25,7 +27,8 @@ from compress.prune.forward_passes import EnoughSeen, Replay
 from compress.prune.reconstruction import Batches, Layer, Transposed, fitted_layers
 
 MOST_LAYERS = 8  # of a block: more are fitted part by part
-IMAGES = 128  # of one step
+IMAGES = 128  # of one step, at most
+STEP_MIB = 2048  # of what the modules of a block answer in one step
 HELD_MIB = 1024  # of the inputs and answers of one block
 RATE = 1e-3  # of Adam, at the start; falls to zero along a cosine
 
@@ -44,9 +47,10 @@ def refit_blocks(
     ``refit`` solves for one layer at a time: the first layer of a block never learns what the later
     ones could still make good. Here all weights of a block move together until its answer to what
     it gets in the pruned network comes close to the original's; call it after ``refit``. A block is
-    the largest module of two to eight layers that makes one tensor, as a residual block does. The
-    layer that reads its answer, or its own last one, says which of its channels are left; one whose
-    answer neither orders, and one that comes no closer, stay as they are. Needs no labels.
+    the largest module of two to eight layers that makes one tensor, as a residual block does, or so
+    many neighbours in a Sequential. The layer that reads its answer, or its own last one, says
+    which of its channels are left; one whose answer neither orders, and one that comes no closer,
+    stay as they are. Needs no labels.
 
     Args:
         pruned: What ``refit`` returned. Its weights are replaced.
@@ -67,7 +71,7 @@ def refit_blocks(
     """
     device = next(pruned.parameters()).device
     batches = list(batches)
-    images = _regrouped([batch.to(device).args[0] for batch in read_batches(batches)])
+    images = [batch.to(device).args[0] for batch in read_batches(batches)]
     with evaluating(pruned), evaluating(original):
         blocks = _blocks(pruned, original, plan, images[0][:1])
         if not blocks:
@@ -77,6 +81,7 @@ def refit_blocks(
                 fix="Leave refit_steps out",
             )
         count = sum(map(len, images))
+        images = _regrouped(images, max(block.mib for block in blocks))
         with torch.no_grad():
             known, fitted = (Replay(net, images[0][:1], count) for net in (original, pruned))
         for block in track(blocks, "refit blocks", len(blocks)):
@@ -86,48 +91,92 @@ def refit_blocks(
 
 @dataclass(frozen=True)
 class _Block:
-    """A module in both networks, and which channels of the original's answer are left."""
+    """Modules that feed one the other, in both networks, and which channels of the answer stay."""
 
-    module: nn.Module
-    before: nn.Module
+    parts: tuple[nn.Module, ...]
+    before: tuple[nn.Module, ...]
     kept: Any  # positions, None = all
     weights: tuple[nn.Parameter, ...]  # that no other module has
+    mib: float  # of what all its modules answer for one image
 
 
-def _regrouped(batches: Sequence[Tensor]) -> list[Tensor]:
+def _regrouped(batches: Sequence[Tensor], mib: float) -> list[Tensor]:
     """Return the images in batches for one step each; as they are where their sizes differ."""
     if len({batch.shape[1:] for batch in batches}) > 1:
         return list(batches)
-    return list(torch.split(torch.cat(list(batches)), IMAGES))
+    return list(torch.split(torch.cat(list(batches)), max(1, min(IMAGES, int(STEP_MIB / mib)))))
 
 
 def _blocks(pruned: nn.Module, original: nn.Module, plan: PrunePlan, image: Tensor) -> list[_Block]:
     """Return the blocks in the order in which they run."""
     layers = [name for name, _, _ in fitted_layers(pruned, image)]
-    (before, readers), (after, _) = (_observed(net, image) for net in (original, pruned))
+    before, after = (_observed(net, image) for net in (original, pruned))
     owners = Counter(id(p) for m in pruned.modules() for p in m._parameters.values())
     modules, originals = dict(pruned.named_modules()), dict(original.named_modules())
-
-    def inside(name: str) -> list[str]:
-        return [layer for layer in layers if layer.startswith(f"{name}.")]
-
-    found: dict[str, _Block] = {}
-    for name in after:
-        if not name or name not in before or not 2 <= len(inside(name)) <= MOST_LAYERS:
-            continue
-        whole, left = before[name], after[name]
+    fit = set(before.channels) & set(after.channels)
+    order = list(after.channels)
+    found: dict[tuple[str, ...], _Block] = {}
+    for names in sorted(_candidates(modules, layers, fit), key=lambda each: order.index(each[-1])):
+        last = names[-1]
+        whole, left = before.channels[last], after.channels[last]
         kept = None
         if whole != left:
-            kept = _kept(plan, originals, [*readers[name], (inside(name)[-1], False)], whole)
+            own_last = [layer for name in names for layer in _inside(name, layers)][-1]
+            kept = _kept(plan, originals, [*before.readers[last], (own_last, False)], whole)
             if kept is None or len(kept) != left:
                 continue  # several layers make its channels, in an order that is not known here
-        own = [p for p in modules[name].parameters() if owners[id(p)] == 1]
-        found[name] = _Block(modules[name], originals[name], kept, tuple(own))
+        parts = tuple(modules[name] for name in names)
+        own = [p for part in parts for p in part.parameters() if owners[id(p)] == 1]
+        mib = sum(after.mib(name) for name in names)
+        found[names] = _Block(parts, tuple(originals[n] for n in names), kept, tuple(own), mib)
+    covered = {name for names in found for name in names}
     return [
         block
-        for name, block in found.items()
-        if not any(name.startswith(f"{other}.") for other in found)
+        for names, block in found.items()
+        if not any(names[0].startswith(f"{other}.") for other in covered)
+        and not any(names[0] in others and len(others) > len(names) for others in found)
     ]
+
+
+def _inside(name: str, layers: Sequence[str]) -> list[str]:
+    """Return the layers of a module, itself if it is one."""
+    return [layer for layer in layers if layer == name or layer.startswith(f"{name}.")]
+
+
+def _candidates(
+    modules: dict[str, nn.Module], layers: Sequence[str], fit: set[str]
+) -> Iterator[tuple[str, ...]]:
+    """Yield what a block could be: a module, or neighbours of a Sequential too large for one."""
+    for name in fit:
+        count = len(_inside(name, layers))
+        if 2 <= count <= MOST_LAYERS and name and name not in layers:
+            yield (name,)
+        if count > MOST_LAYERS and type(modules[name]).forward is nn.Sequential.forward:
+            children = [f"{name}.{child}" if name else child for child in modules[name]._modules]
+            yield from _portions(children, layers, fit)
+
+
+def _portions(
+    children: Sequence[str], layers: Sequence[str], fit: set[str]
+) -> Iterator[tuple[str, ...]]:
+    """Yield neighbours that have two to eight layers together, in portions of about one size.
+
+    One layer that is left over behind them is in none.
+    """
+    counts = {child: len(_inside(child, layers)) for child in children}
+    for is_fit, run in groupby(children, lambda c: c in fit and counts[c] <= MOST_LAYERS):
+        names = list(run) if is_fit else []
+        total = sum(counts[name] for name in names)
+        most = math.ceil(total / max(1, math.ceil(total / MOST_LAYERS)))
+        portions: list[list[str]] = [[]]
+        for name in names:
+            held = sum(counts[each] for each in portions[-1])
+            if held and counts[name] and held + counts[name] > most:
+                portions.append([])
+            portions[-1].append(name)
+        for portion in portions:
+            if len(portion) > 1 and sum(counts[name] for name in portion) > 1:
+                yield tuple(portion)
 
 
 def _kept(
@@ -164,15 +213,22 @@ _Passing = (
 )
 
 
-def _observed(
-    model: nn.Module, image: Tensor
-) -> tuple[dict[str, int], dict[str, list[tuple[str, bool]]]]:
-    """Return how many channels each module makes, in the order in which they end, and its readers.
+@dataclass(frozen=True)
+class _Observed:
+    """What the modules that run once and make one tensor with channels answer for one image."""
 
-    Only of modules that run once and make one tensor with channels. A reader is a layer that gets
-    the answer itself, or what pooling and activations made of it.
-    """
-    found: dict[str, int] = {}
+    channels: dict[str, int]  # in the order in which they end
+    sizes: dict[str, int]  # bytes
+    readers: dict[str, list[tuple[str, bool]]]  # layers that get it, pooled and activated perhaps
+
+    def mib(self, name: str) -> float:
+        """Return the size of what a module and all in it answer."""
+        inside = [n for n in self.sizes if n == name or n.startswith(f"{name}.")]
+        return sum(self.sizes[each] for each in inside) / 2**20
+
+
+def _observed(model: nn.Module, image: Tensor) -> _Observed:
+    found: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
     makers: dict[Any, list[str]] = {}  # of a place in memory: what was put there
     readers: dict[str, list[tuple[str, bool]]] = defaultdict(list)
@@ -187,7 +243,7 @@ def _observed(
     def leave(module: nn.Module, inputs: Any, answer: Any, *, name: str) -> None:
         calls[name] += 1
         if isinstance(answer, Tensor) and answer.ndim > 1:
-            found[name] = answer.shape[1]
+            found[name] = answer
             held.append(answer)
             known = makers.setdefault(_place(answer), [])
             if isinstance(module, _Passing) and inputs:
@@ -200,7 +256,9 @@ def _observed(
             hooks.enter_context(module.register_forward_pre_hook(before))
             hooks.enter_context(module.register_forward_hook(after))
         model(image)
-    return {name: count for name, count in found.items() if calls[name] == 1}, readers
+    once = {name: answer for name, answer in found.items() if calls[name] == 1}
+    channels = {name: answer.shape[1] for name, answer in once.items()}
+    return _Observed(channels, {name: answer.nbytes for name, answer in once.items()}, readers)
 
 
 def _groups(layer: Any) -> int:
@@ -222,7 +280,7 @@ def _seen(
     held = 0.0
     for number, batch in enumerate(images):
         _, wanted = _called(known, block.before, number, batch)
-        given, _ = _called(fitted, block.module, number, batch)
+        given, _ = _called(fitted, block.parts, number, batch)
         if block.kept is not None:
             wanted = wanted[:, torch.as_tensor(np.asarray(block.kept), device=wanted.device)]
         yield given, wanted
@@ -233,9 +291,9 @@ def _seen(
 
 @torch.no_grad()
 def _called(
-    replay: Replay, module: nn.Module, number: int, images: Tensor
+    replay: Replay, parts: Sequence[nn.Module], number: int, images: Tensor
 ) -> tuple[_Given, Tensor]:
-    """Return what ``module`` gets and what it answers for a batch."""
+    """Return what the first of ``parts`` gets and what the last answers, for a batch."""
     found: list[Any] = []
 
     def enter(_module: Any, inputs: Any, named: Any) -> None:
@@ -246,9 +304,9 @@ def _called(
         raise EnoughSeen
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
-        stack.enter_context(module.register_forward_hook(leave))
-        stack.enter_context(replay.passing(number, replay.entered(module), lambda _: None))
+        stack.enter_context(parts[0].register_forward_pre_hook(enter, with_kwargs=True))
+        stack.enter_context(parts[-1].register_forward_hook(leave))
+        stack.enter_context(replay.passing(number, replay.entered(parts[0]), lambda _: None))
         stack.enter_context(contextlib.suppress(EnoughSeen))
         replay.model(images)
     given, answer = found
@@ -259,9 +317,12 @@ def _cloned(given: _Given) -> _Given:
     return cast("_Given", tree_map_only(Tensor, Tensor.clone, given))
 
 
-def _answer(module: nn.Module, given: _Given) -> Tensor:
+def _answer(block: _Block, given: _Given) -> Tensor:
     inputs, named = _cloned(given)
-    return cast("Tensor", module(*inputs, **named))
+    answer: Tensor = block.parts[0](*inputs, **named)
+    for part in block.parts[1:]:
+        answer = part(answer)
+    return answer
 
 
 def _fit(block: _Block, seen: Sequence[tuple[_Given, Tensor]], steps: int) -> None:
@@ -280,7 +341,7 @@ def _fit(block: _Block, seen: Sequence[tuple[_Given, Tensor]], steps: int) -> No
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             for step in range(steps):
                 given, wanted = seen[step % len(seen)]
-                error = (_answer(block.module, given) - wanted).square().mean() / power
+                error = (_answer(block, given) - wanted).square().mean() / power
                 grads = torch.autograd.grad(error, block.weights, allow_unused=True)
                 for weight, grad in zip(block.weights, grads, strict=True):
                     weight.grad = grad
@@ -299,6 +360,6 @@ def _fit(block: _Block, seen: Sequence[tuple[_Given, Tensor]], steps: int) -> No
 @torch.no_grad()
 def _distance(block: _Block, seen: Sequence[tuple[_Given, Tensor]]) -> float:
     """Return the squared error of a block's answers as a share of the power of those wanted."""
-    error = sum(float((_answer(block.module, x) - y).square().sum()) for x, y in seen)
+    error = sum(float((_answer(block, x) - y).square().sum()) for x, y in seen)
     power = sum(float(wanted.square().sum()) for _, wanted in seen)
     return error / power if power else 0.0

@@ -36,7 +36,7 @@ def errors(pruned: nn.Module, original: nn.Module, plan: compress.PrunePlan) -> 
     ((x,),) = images(1, seed=9)
     found = []
     for block in _blocks(pruned, original, plan, x[:1]):
-        names = {n for n, module in original.named_modules() if module is block.before}
+        names = {n for n, module in original.named_modules() if module is block.before[-1]}
         (got,), (wanted,) = (_answers(net, names, x).values() for net in (pruned, original))
         wanted = wanted if block.kept is None else wanted[:, torch.as_tensor(block.kept)]
         found.append(float((got - wanted).square().sum() / wanted.square().sum()))
@@ -79,7 +79,7 @@ def _same(
     model: nn.Module, pruned: nn.Module, masked: nn.Module, blocks: Any, x: Tensor, told: str
 ) -> set[str]:
     """Return the names of the blocks, once those cut answer as those masked do."""
-    by_id = {id(block.before): block for block in blocks}
+    by_id = {id(block.before[-1]): block for block in blocks}
     names = {name: by_id[id(m)] for name, m in model.named_modules() if id(m) in by_id}
     cut, left = (_answers(net, set(names), x) for net in (pruned, masked))
     for place, block in names.items():
@@ -128,7 +128,7 @@ def test_a_block_of_branches_is_ordered_by_what_reads_it() -> None:
     plan = compress.plan_pruning(model, x[:1], keep_channels=0.6)
     pruned, masked = compress.apply_pruning(model, plan), compress.mask_pruning(model, plan)
     blocks = _blocks(pruned, model, plan, x[:1])
-    names = {name for name, m in model.named_modules() for b in blocks if m is b.before}
+    names = {name for name, m in model.named_modules() for b in blocks if m is b.before[-1]}
     assert names == {"1", "3", "6", "7"}
     assert all(block.kept is not None for block in blocks)
     assert _same(model, pruned, masked, blocks, x, "fires") == names
@@ -173,6 +173,28 @@ def test_blocks_that_get_several_tensors_are_fitted() -> None:
     together = errors(pruned, model, plan)
     assert len(together) == 2
     assert sum(together) < 0.95 * sum(alone)
+
+
+def chain() -> nn.Module:
+    """Fourteen layers in one Sequential, as a VGG has them, three of them in a block."""
+    torch.manual_seed(0)
+    parts: list[nn.Module] = [nn.Conv2d(3, 8, 3, padding=1)]
+    for number in range(10):
+        parts += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+        parts += [Fire(8, 4)] if number == 4 else []
+    return nn.Sequential(nn.Sequential(*parts), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def test_a_long_chain_is_fitted_in_portions() -> None:
+    model, (x,) = chain().eval(), images(1)[0]
+    plan = compress.plan_pruning(model, x[:1], keep_channels=0.6)
+    pruned, masked = compress.apply_pruning(model, plan), compress.mask_pruning(model, plan)
+    blocks = _blocks(pruned, model, plan, x[:1])
+    parts = [[type(part).__name__ for part in block.before] for block in blocks]
+    assert [names.count("Conv2d") for names in parts] == [6, 4]
+    assert ["Fire" in names for names in parts] == [False, True]
+    assert all(len(part.weight) < 8 for part in blocks[0].parts if isinstance(part, nn.Conv2d))
+    assert len(_same(model, pruned, masked, blocks, x, "chain")) == 2
 
 
 def test_a_block_that_nothing_orders_is_left_out() -> None:

@@ -77,7 +77,7 @@ def refit_blocks(
         if not blocks:
             raise UsageError(
                 "no block can be fitted",
-                expected=f"modules of 2 to {MOST_LAYERS} layers that make one tensor",
+                expected=f"modules, or neighbours in a Sequential, of 2 to {MOST_LAYERS} layers",
                 fix="Leave refit_steps out",
             )
         count = sum(map(len, images))
@@ -228,6 +228,7 @@ class _Observed:
 
 
 def _observed(model: nn.Module, image: Tensor) -> _Observed:
+    """Run a network once and note what its modules make, and which layers read that."""
     found: dict[str, Tensor] = {}
     calls: Counter[str] = Counter()
     makers: dict[Any, list[str]] = {}  # of a place in memory: what was put there

@@ -95,6 +95,11 @@ def _pytorchcv(side: int, *names: str, **options: Any) -> list[Architecture]:
     return [Architecture(package, f"{package}.models.{n}", options, shape) for n in names]
 
 
+def _spandrel(channels: int, *names: str) -> list[Architecture]:
+    package, shape = "spandrel", (1, channels, 64, 64)
+    return [Architecture(package, f"{package}.architectures.{n}", {}, shape) for n in names]
+
+
 def _torchvision(names: str, module: str = "models") -> list[Architecture]:
     package, options = "torchvision", {"weights": None, "weights_backbone": None}
     given = options if module == "models.segmentation" else {"weights": None}
@@ -165,6 +170,13 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     *_pytorchcv(64, "linknet:linknet_cityscapes", "unet:unet_cityscapes", in_size=[64, 64]),
     *_pytorchcv(64, "simplepose_coco:simplepose_resnet18_coco", in_size=[64, 64]),
     *_pytorchcv(64, "centernet:centernet_resnet18_voc", in_size=[64, 64]),
+    *_spandrel(1, "DnCNN:DnCNN", "DRUNet:DRUNet"),
+    *_spandrel(3, "Compact:Compact", "CRAFT:CRAFT", "DCTLSA:DCTLSA", "DITN:DITN"),
+    *_spandrel(3, "ESRGAN:ESRGAN", "FFTformer:FFTformer", "HVICIDNet:HVICIDNet", "KBNet:KBNet_l"),
+    *_spandrel(3, "MixDehazeNet:MixDehazeNet", "MoESR:MoESR", "MoSR:MoSR", "NAFNet:NAFNet"),
+    *_spandrel(3, "OmniSR:OmniSR", "PLKSR:RealPLKSR", "RCAN:RCAN", "RealCUGAN:UpCunet2x_fast"),
+    *_spandrel(3, "RetinexFormer:RetinexFormer", "SCUNet:SCUNet", "SeemoRe:SeemoRe"),
+    *_spandrel(3, "SwiftSRGAN:SwiftSRGAN"),
 )  # fmt: skip
 
 

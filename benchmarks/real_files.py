@@ -46,14 +46,15 @@ FILES = {
 }
 
 
-def feeds(model: onnx.ModelProto, name: str, photos: Path, count: int) -> list[Feed]:
+def feeds(model: onnx.ModelProto, name: str, photos: Path, count: int, draw: int = 0) -> list[Feed]:
     """Return ``count`` inputs of the network in the file ``name``, one image each.
 
-    Photos in an order of their own; rectified noise for a network that takes activations.
+    Photos in an order of their own, another for each ``draw``; rectified noise for a network that
+    takes activations.
     """
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(draw)
     if name in FILES:
         files = sorted(file for file in photos.rglob("*") if file.suffix.lower() in SUFFIXES)
         order = rng.permutation(len(files))[:count]

@@ -8,7 +8,9 @@ ONNX Runtime's rows are its minmax, percentile and entropy calibration, weights 
 same in its symmetric form for TensorRT; NNCF's are its fast and its full bias correction. Files of
 opsets without per-channel Q/DQ are converted first for the peers. Graphs for ONNX Runtime
 run on its integer kernels; those for OpenVINO, NNCF's too, in OpenVINO; TensorRT forms in plain
-Q/DQ arithmetic. Rows that are there are kept: a run that was stopped goes on.
+Q/DQ arithmetic. Rows that are there are kept: a run that was stopped goes on. ``--draw 1`` takes
+other photos to calibrate and to judge: where few show what an output looks for, which ones they are
+decides more than the method.
 """
 
 from __future__ import annotations
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--only", action="append", help="this file; may be given several times")
     parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--draw", type=int, default=0, help="another choice of photos")
     parser.add_argument("--graph", default="", help="only graphs whose name begins so: ours, nncf")
     parser.add_argument("--again", action="store_true", help="measure rows again that are there")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -164,13 +167,14 @@ def main() -> None:
     for path in sorted((options.data / "onnx").glob("*.onnx"), key=lambda p: p.stat().st_size):
         if options.only and path.stem not in options.only:
             continue
-        known = files.setdefault(path.stem, [])
+        drawn = f"{path.stem}, draw {options.draw}" if options.draw else path.stem
+        known = files.setdefault(drawn, [])
         if options.again:
             known[:] = [row for row in known if not row["graph"].startswith(options.graph)]
         done = {row["graph"] for row in known}
-        feeds = real_files.feeds(
-            onnx.load(str(path)), path.stem, options.data / "photos", options.images + HELD_BACK
-        )
+        photos, count = options.data / "photos", options.images + HELD_BACK
+        model = onnx.load(str(path))
+        feeds = real_files.feeds(model, path.stem, photos, count, options.draw)
         for row in measure(
             path, feeds, lambda name, done=done: name not in done and name.startswith(options.graph)
         ):

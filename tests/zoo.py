@@ -1299,3 +1299,51 @@ class ReorderedChannels(Picked):
 
     def between(self, x: Tensor) -> Tensor:
         return self.grouped(x[:, self.index])[:, self.index] + x
+
+
+@zoo()
+class FourierGate(Stages):
+    """Each channel's spectrum over space times a learned one, as in FFTformer's feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spectrum = nn.Parameter(torch.rand(24, 1, 1) + 0.5)
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x) * self.spectrum, s=x.shape[2:])
+
+
+@zoo()
+class FourierUnit(Stages):
+    """A 1x1 convolution of spectra, real and imaginary parts as channels: LaMa's (FFC)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = conv_bn(48, 48, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        found = torch.view_as_real(torch.fft.rfftn(x, dim=(-2, -1), norm="ortho"))
+        found = self.mix(found.permute(0, 1, 4, 2, 3).flatten(1, 2))
+        parts = found.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2).contiguous()
+        spectrum = torch.view_as_complex(parts)
+        return torch.fft.irfftn(spectrum, s=x.shape[2:], dim=(-2, -1), norm="ortho") + x
+
+
+@zoo()
+class WrittenWhereChosen(nn.Module):
+    """Pixels get values by masks that the network computes, as in conversions between colours.
+
+    Source: the transform at the end of HVI-CIDNet, in the package spandrel.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide = conv_bn(3, 16), conv_bn(16, 24)
+        self.last = nn.Conv2d(24, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hue, value = self.last(self.wide(self.stem(x))).unbind(1)
+        found, chosen = torch.zeros_like(hue), hue > value
+        found[chosen] = value[chosen]
+        found[~chosen] = hue[~chosen] * 0.5
+        return found.unsqueeze(1)

@@ -22,6 +22,7 @@ from compress.evaluate.feeding import Fed
 from compress.evaluate.predictions import Accuracy, ClassAccuracy, Predictions, accuracy
 from compress.modules import evaluating
 from compress.modules.detectors import before_nms
+from compress.modules.inputs import copied
 from compress.modules.outputs import logits_of
 from compress.packages import make_callable
 from compress.tasks import Task
@@ -239,7 +240,7 @@ def _runnable(run: Any, form: Form) -> Iterator[Run]:
     if isinstance(run, nn.Module):
         device, answering = device_of(run), before_nms(run) or run
         with evaluating(run), evaluating(answering), torch.no_grad():
-            yield lambda images: form(answering(images.to(device)))
+            yield lambda images: form(answering(copied(images).to(device)))
     elif hasattr(run, "run"):
         yield lambda images: form(run_session(run, images.numpy()))
     else:

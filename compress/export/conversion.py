@@ -21,7 +21,7 @@ from compress.errors import ExportError
 from compress.groups.calls import WatchedCalls
 from compress.modules import full_copy, network_of, set_mode
 from compress.modules.detectors import before_nms
-from compress.modules.inputs import call_inputs
+from compress.modules.inputs import call_inputs, copied
 from compress.modules.outputs import chosen_outputs, leaves, named_tensors, tensors_of
 
 DEFAULT_OPSET = 20  # the first with Gelu as one op; read by ORT, OpenVINO and TensorRT 10 and 11
@@ -102,17 +102,23 @@ def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Mo
         model: The network.
         outputs: Places of the outputs that the copy returns, in its order; all if None.
     """
-    copied = full_copy(network_of(model))
-    copied = before_nms(copied) or copied
-    set_mode(copied, training=False)
+    twin = full_copy(network_of(model))
+    twin = before_nms(twin) or twin
+    set_mode(twin, training=False)
+    twin.register_forward_pre_hook(_on_copies, with_kwargs=True)
     if outputs is not None:
 
         def choose(_module: nn.Module, _given: Any, output: Any) -> Any:
             found = chosen_outputs(named_tensors(output), outputs, where=type(model).__name__)
             return found[0][1] if len(found) == 1 else tuple(tensor for _, tensor in found)
 
-        copied.register_forward_hook(choose)
-    return copied.cpu().float().requires_grad_(False)
+        twin.register_forward_hook(choose)
+    return twin.cpu().float().requires_grad_(False)
+
+
+def _on_copies(_module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Keep a network from writing into its inputs, which a traced graph cannot do."""
+    return copied((args, kwargs))
 
 
 @dataclass(frozen=True)

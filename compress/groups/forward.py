@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from compress.errors import ModelError, PlanError
 from compress.groups.labels import Axes, Axis, Labels
 from compress.groups.network import Reduction
+from compress.modules.inputs import copied
 from compress.modules.outputs import leaves
 
 Place = tuple[str, int]  # file and line of the user's program
@@ -167,11 +168,6 @@ def place_text(at: Place) -> str:
     return f"{'/'.join(Path(file).parts[-2:])}:{line} ({text})"
 
 
-def copied(value: Any) -> Any:
-    """Return a copy of a tensor, anything else as it is."""
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
 def batch_size(inputs: Any) -> int:
     """Return how many images the first input holds."""
     for leaf in tree_leaves(inputs, is_leaf=_is_images):
@@ -182,7 +178,7 @@ def batch_size(inputs: Any) -> int:
 
 def inputs_in(inputs: Any, training: bool) -> Any:
     """Return a copy of inputs; in training mode of two images at least, for batch statistics."""
-    inputs = tree_map(copied, inputs)  # a network may write into them
+    inputs = copied(inputs)  # a network may write into them
     if not training or batch_size(inputs) > 1:
         return inputs
     return tree_map(_twice, inputs, is_leaf=_is_images)
@@ -207,6 +203,26 @@ def undisturbed() -> Iterator[None]:
     """No gradients, and the random number generators afterwards as they were before."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         yield
+
+
+@contextlib.contextmanager
+def _shapes_computed_anew() -> Iterator[None]:
+    """Keep einops from its memory of shapes, in which equal widths of two layers are one.
+
+    What it computed for the first layer would come back for the second with the first one's tags,
+    and their channels could only be cut alike.
+    """
+    module = sys.modules.get("einops.einops")
+    remembering = getattr(module, "_reconstruct_from_shape", None)
+    computing = getattr(remembering, "__wrapped__", None)
+    if computing is None:
+        yield
+        return
+    setattr(module, "_reconstruct_from_shape", computing)  # noqa: B010 - a name that is not public
+    try:
+        yield
+    finally:
+        setattr(module, "_reconstruct_from_shape", remembering)  # noqa: B010
 
 
 @contextlib.contextmanager
@@ -252,7 +268,7 @@ def run_traced(
     """
     args, kwargs = inputs
     try:
-        with undisturbed(), ops, calls:
+        with undisturbed(), _shapes_computed_anew(), ops, calls:
             return leaves(model(*args, **kwargs))  # iterators run on while they are read
     except MismatchError:
         raise

@@ -27,11 +27,11 @@ from torch.utils._pytree import tree_map
 from compress.errors import PlanError, boundary
 from compress.groups.calls import FollowedCalls, WatchedOps
 from compress.groups.cut import check_fit, cut_by
-from compress.groups.forward import copied, undisturbed
+from compress.groups.forward import undisturbed
 from compress.groups.plan import KeptOnly, PrunePlan
 from compress.modules import full_copy, network_of, parameters_and_buffers, set_mode, with_gradients
 from compress.modules.detectors import on_batch
-from compress.modules.inputs import Example, call_inputs, example_of
+from compress.modules.inputs import Example, call_inputs, copied, example_of
 from compress.modules.outputs import chosen_outputs, leaves
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ def _answers(
     kwargs: dict[str, Any],
     outputs: Sequence[str] | None,
 ) -> list[Any]:
-    own, named = tree_map(copied, (args, kwargs))  # a network may write into its inputs
+    own, named = copied((args, kwargs))  # a network may write into its inputs
     # The least difference may reorder boxes after NMS.
     model = model if outputs else on_batch(model, own, named)
     set_mode(model, training=False)
@@ -285,7 +285,7 @@ class _Watcher:
             return func(*args, **kwargs)
 
         set_mode(self._pruned, training=reference.training)
-        inputs, named = tree_map(copied, (args, kwargs))
+        inputs, named = copied((args, kwargs))
         with undisturbed(), _watching(_CountedOps(self._items, note)):
             _read_out(self._pruned(*inputs, **named))
         return given

@@ -69,6 +69,8 @@ class TraceComparison(WatchedOps):
         scalars = scalars_in(name, args, kwargs)
         pointwise = is_pointwise(func)
         self._check_numbers(str(func), name, scalars, may_follow=pointwise)
+        if dynamic and name == "index_put":  # what it writes is as long as in the original
+            return self._compare(name, lambda: args[0], dynamic=True)
         return self._compare(name, lambda: self.run(func, args, kwargs), dynamic=dynamic)
 
     def whole(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

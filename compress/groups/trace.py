@@ -22,7 +22,6 @@ from compress.groups.forward import (
     TraceRecord,
     attributes_restored,
     batch_size,
-    copied,
     has_own_hooks,
     inputs_in,
     left_on_attributes,
@@ -44,7 +43,7 @@ from compress.modules import (
     with_gradients,
 )
 from compress.modules.detectors import on_batch
-from compress.modules.inputs import Example, call_inputs
+from compress.modules.inputs import Example, call_inputs, copied
 from compress.modules.outputs import chosen_outputs
 
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
@@ -116,7 +115,7 @@ class _Traced:
         self._tensors = dict(parameters_and_buffers(self._model))
         self._shapes = {name: tuple(t.shape) for name, t in self._tensors.items()}
         self._constants = _constants(model)
-        self._inputs = tree_map(copied, (args, kwargs))
+        self._inputs = copied((args, kwargs))
         if not with_values:
             self._inputs = tree_map(
                 lambda v: v.to("meta") if isinstance(v, Tensor) else v, self._inputs

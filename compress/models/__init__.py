@@ -33,6 +33,7 @@ from compress.models.weights import (
 )
 from compress.modules import full_copy, memory_format_of, network_of, set_mode, with_gradients
 from compress.modules.detectors import check_detector, check_rows, on_batch
+from compress.modules.inputs import copied
 from compress.modules.outputs import logits_of
 
 SCHEMA = 1
@@ -122,17 +123,17 @@ def check_forward(model: nn.Module, example: Tensor) -> tuple[int, ...]:
     """
     network = network_of(model)
     check_detector(type(network), type(model).__name__)
-    copied = on_batch(full_copy(network), (example,), {})
-    set_mode(copied, training=False)
+    twin = on_batch(full_copy(network), (example,), {})
+    set_mode(twin, training=False)
     try:
         with torch.inference_mode():
-            output = copied(example)
+            output = twin(copied(example))
     except Exception as error:
         shape = tuple(example.shape)
         raise ModelError(
             f"its forward pass fails on an input of shape {shape}: {error}",
             where=type(model).__name__,
-            fix=_fitting_size(copied, example)
+            fix=_fitting_size(twin, example)
             or "Check the image size and channels of the data against what the network expects",
         ) from error
     check_rows(output, type(model).__name__)

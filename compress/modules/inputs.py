@@ -34,13 +34,10 @@ class Inputs:
         return len(nested) if nested else next(len(t) for t in leaves if _is_batched(t))
 
     def to(self, device: torch.device) -> Inputs:
-        """Return the same on ``device``, as tensors that gradients can be taken through."""
+        """Return the same on ``device``, in memory of its own that a network may write into."""
 
         def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            value = value.clone() if value.is_inference() else value
-            return value.to(device)
+            return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
         return Inputs(*tree_map(moved, (self.args, dict(self.kwargs), self.target)))
 
@@ -54,6 +51,11 @@ class Inputs:
                 {name: _part(value, rows, count) for name, value in self.kwargs.items()},
                 _part(self.target, rows, count),
             )
+
+
+def copied(inputs: Any) -> Any:
+    """Return inputs with copies of their tensors: a network may write into what it is given."""
+    return tree_map(lambda v: v.detach().clone() if isinstance(v, Tensor) else v, inputs)
 
 
 def example_of(given: Any) -> Any:

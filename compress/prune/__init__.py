@@ -14,10 +14,10 @@ from compress.errors import UsageError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
 from compress.modules import network_of
-from compress.modules.inputs import Example
+from compress.modules.inputs import Example, read_batches
 from compress.packages import make_callable
 from compress.prune.batchnorm import rebase_batchnorm, recalibrate_batchnorm
-from compress.prune.blocks import refit_blocks
+from compress.prune.blocks import check_blocks, refit_blocks
 from compress.prune.criteria import Criterion
 from compress.prune.latency import LatencyCheck, check_latency
 from compress.prune.plan import plan_pruning
@@ -32,6 +32,7 @@ __all__ = [
     "GroupLasso",
     "LatencyCheck",
     "WithGroupLasso",
+    "check_blocks",
     "check_latency",
     "keep_in_round",
     "one_budget",
@@ -84,6 +85,8 @@ def prune_network(
             fix="Give batches=, images to fit on, and leave refit on",
         )
     shown = None if batches is None else list(batches)
+    if shown is not None and refit_steps:
+        check_blocks(model, next(read_batches(shown)).args[0][:1])
     chosen = criterion if criterion is not None else "l2" if shown is None else "obs"
     plan = plan_pruning(model, example_input, criterion=chosen, batches=shown, **options)
     original = network_of(model)

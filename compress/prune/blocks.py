@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map_only
 from compress.errors import UsageError
 from compress.groups.calls import tensors_in
 from compress.groups.plan import PrunePlan
-from compress.modules import evaluating
-from compress.modules.inputs import read_batches
+from compress.modules import evaluating, network_of
+from compress.modules.inputs import copied, read_batches
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import EnoughSeen, Replay
@@ -75,11 +75,7 @@ def refit_blocks(
     with evaluating(pruned), evaluating(original):
         blocks = _blocks(pruned, original, plan, images[0][:1])
         if not blocks:
-            raise UsageError(
-                "no block can be fitted",
-                expected=f"modules, or neighbours in a Sequential, of 2 to {MOST_LAYERS} layers",
-                fix="Leave refit_steps out",
-            )
+            raise _no_block()
         count = sum(map(len, images))
         images = _regrouped(images, max(block.mib for block in blocks))
         with torch.no_grad():
@@ -87,6 +83,32 @@ def refit_blocks(
         for block in track(blocks, "refit blocks", len(blocks)):
             _fit(block, list(_seen(block, known, fitted, images)), steps)
     return rebase_batchnorm(pruned, batches if training_batches is None else training_batches)
+
+
+def check_blocks(model: nn.Module, image: Tensor) -> None:
+    """Check, before anything is cut, that a network has blocks that ``refit_blocks`` could fit.
+
+    Args:
+        model: The network to be cut.
+        image: One image, (1, C, H, W).
+
+    Raises:
+        UsageError: it has none.
+    """
+    model = network_of(model)
+    with evaluating(model), torch.no_grad():
+        layers = [name for name, _, _ in fitted_layers(model, image)]
+        fit = set(_observed(model, image).channels)
+    if next(_candidates(dict(model.named_modules()), layers, fit), None) is None:
+        raise _no_block()
+
+
+def _no_block() -> UsageError:
+    return UsageError(
+        "no block can be fitted",
+        expected=f"modules, or neighbours in a Sequential, of 2 to {MOST_LAYERS} layers",
+        fix="Leave refit_steps out",
+    )
 
 
 @dataclass(frozen=True)
@@ -256,7 +278,7 @@ def _observed(model: nn.Module, image: Tensor) -> _Observed:
             before, after = functools.partial(enter, name=name), functools.partial(leave, name=name)
             hooks.enter_context(module.register_forward_pre_hook(before))
             hooks.enter_context(module.register_forward_hook(after))
-        model(image)
+        model(copied(image))
     once = {name: answer for name, answer in found.items() if calls[name] == 1}
     channels = {name: answer.shape[1] for name, answer in once.items()}
     return _Observed(channels, {name: answer.nbytes for name, answer in once.items()}, readers)
@@ -309,7 +331,7 @@ def _called(
         stack.enter_context(parts[-1].register_forward_hook(leave))
         stack.enter_context(replay.passing(number, replay.entered(parts[0]), lambda _: None))
         stack.enter_context(contextlib.suppress(EnoughSeen))
-        replay.model(images)
+        replay.model(copied(images))
     given, answer = found
     return given, answer
 

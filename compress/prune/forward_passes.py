@@ -16,6 +16,7 @@ from torch._ops import OpOverload
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.groups.calls import WatchedOps, op_name, tensors_in
+from compress.modules.inputs import copied
 from compress.modules.outputs import tensors_of
 from compress.prune.batchnorm import tracking_norms
 
@@ -82,7 +83,7 @@ class Replay:
                 stack.enter_context(module.register_forward_pre_hook(partial(watch.enter, name)))
                 stack.enter_context(module.register_forward_hook(partial(watch.leave, name)))
             stack.enter_context(watch)
-            model(image)
+            model(copied(image))
         self._entered = watch.entered
         self._calls = {  # of the modules that can be replayed
             name: found[0]
@@ -313,7 +314,7 @@ def followers(
         for norm in tracking_norms(model):
             stack.enter_context(norm.register_forward_hook(watch.normalizes))
         stack.enter_context(watch)
-        output = model(image)
+        output = model(copied(image))
     return watch.joins, dict(watch.rectifiers(tensors_of(output)))
 
 

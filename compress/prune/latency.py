@@ -23,7 +23,7 @@ from compress.groups import Network
 from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.modules import evaluating, full_copy
-from compress.modules.inputs import Example, call_inputs
+from compress.modules.inputs import Example, call_inputs, copied
 from compress.modules.sliding import sliding
 from compress.progress import task
 from compress.prune.latency_table import (
@@ -232,7 +232,7 @@ def _layer_shapes(model: nn.Module, example_input: Example) -> dict[str, LayerSh
         is_layer = type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
         if is_layer and "weight" in module._parameters:
             module.register_forward_hook(functools.partial(note, name))
-    args, kwargs = call_inputs(example_input)
+    args, kwargs = copied(call_inputs(example_input))
     with evaluating(model), torch.no_grad():
         model(*args, **kwargs)
     return found

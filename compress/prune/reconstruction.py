@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
-from compress.modules.inputs import read_batches
+from compress.modules.inputs import copied, read_batches
 from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
@@ -242,7 +242,7 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
             if is_plain and weight is not None and owners[id(weight)] == 1:
                 count = functools.partial(lambda name, *_: calls.update([name]), name)
                 hooks.enter_context(module.register_forward_hook(count))
-        model(image)
+        model(copied(image))
     return [(name, modules[name], count) for name, count in calls.items()]
 
 
@@ -323,7 +323,7 @@ def _run(
         stack.enter_context(replay.passing(number, limit, sums.skip))
         stack.enter_context(contextlib.suppress(EnoughSeen))
         stack.enter_context(sums if joined else contextlib.nullcontext())
-        replay.model(images)
+        replay.model(copied(images))
 
 
 def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:

@@ -235,11 +235,11 @@ def _taylor(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[
     """Return the mean square of weight x gradient, for every weight."""
     names = [name for name, _ in _weights(model)]
     totals: dict[str, Tensor] = {}
-    loss = FittingLoss()
+    loss, device = FittingLoss(), next(model.parameters()).device
     with evaluating(model):
         for batch in read_batches(batches):
             loss.see(batch.target)
-            weights, output = run_on_leaves(model, names, batch)
+            weights, output = run_on_leaves(model, names, batch.to(device))
             found = torch.autograd.grad(loss(output, batch.target), list(weights.values()))
             for name, gradient in zip(names, found, strict=True):
                 square = (weights[name].detach() * gradient).square()

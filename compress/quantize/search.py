@@ -42,43 +42,28 @@ def auto(bench: Workbench) -> QuantPlan:
         for observer in () if bench.observer else ("percentile", "minmax"):
             if not search.widen(observer):
                 break
-        freely = partial(_equalized, bench, 0.0)
+        freely = _alone(partial(bench.equalized, alpha=0.0))
         search.attempt("equalization in front of depthwise layers", _RANGES, search.best, freely)
-        scaled = partial(_scaled, bench)
+        scaled = _alone(bench.scaled)
         search.attempt("weight scales", _RANGES, search.best, scaled)
         ranges = search.best
         for alpha in (0.5, 0.25):  # judged before biases are corrected: a pass less for each
-            steps = (partial(_equalized, bench, alpha), scaled)
+            steps = (_alone(partial(bench.equalized, alpha=alpha)), scaled)
             what = f"equalization {alpha:g}"
             if not search.attempt(what, 2 * _RANGES, ranges, *steps, within_db=_NEAR_DB):
                 break
         rescaled = search.best
-        rounded = partial(_rounded, bench)
-        search.attempt("rounding with feedback and bias correction", _ROUNDING, rescaled, rounded)
+        search.attempt(
+            "rounding with feedback and bias correction", _ROUNDING, rescaled, bench.rounded
+        )
         if search.best is rescaled:  # what does less may do no harm
-            corrected = partial(_corrected, bench)
-            search.attempt("bias correction", _BIASES, rescaled, corrected)
+            search.attempt("bias correction", _BIASES, rescaled, bench.corrected)
         return search.refitted()
 
 
-def _ranged(bench: Workbench, observer: str, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    return bench.ranges(observer=observer).changed(float_nodes=plan.float_nodes)
-
-
-def _equalized(bench: Workbench, alpha: float, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    return bench.equalized(plan, alpha)
-
-
-def _scaled(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    return bench.scaled(plan)
-
-
-def _rounded(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    return bench.rounded(plan, feed)
-
-
-def _corrected(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
-    return bench.corrected(plan, feed)
+def _alone(step: Callable[[QuantPlan], QuantPlan]) -> Step:
+    """Return a step that needs no images."""
+    return lambda plan, _feed: step(plan)
 
 
 @dataclass(frozen=True)
@@ -121,8 +106,8 @@ class _Search:
 
         What few images look alike with, others tell apart: their largest values are larger.
         """
-        step = partial(_ranged, self.bench, observer)
-        plan = step(self.best.plan, self.bench.tried)
+        ranges = self.bench.ranges(observer=observer)
+        plan = ranges.changed(float_nodes=self.best.plan.float_nodes)
         found = Trial(plan, (), self.bench.judge(plan))
         many = self.bench.statistics.images >= _MANY
         kept = not found.falls_below(self.best) and (not many or found.exceeds(self.best))

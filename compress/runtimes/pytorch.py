@@ -157,7 +157,9 @@ class PytorchSession:
         self._graphs.clear()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        tensor = torch.from_numpy(np.array(array, order="C")).to(
+            self.device
+        )  # it may be written to
         if tensor.is_floating_point():
             tensor = tensor.to(DTYPES[self._options.dtype])
         if self._options.channels_last and tensor.dim() == 4:

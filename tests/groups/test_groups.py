@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 
+import einops
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,6 +25,7 @@ STAYS = {  # network -> layers, besides those that make an output, of which some
     "ChannelAttention": {"body.eca"},
     "KernelOfOne": {"mix"},
     "WidthAsserted": {"wide.0"},
+    "WrittenWhereChosen": {"last"},
 }
 
 
@@ -91,6 +94,29 @@ def test_residual_outputs_are_one_group() -> None:
     assert made == {"stem.0.weight", "body.0.conv2.weight", "body.1.conv2.weight"}
     assert {"body.0.bn2.running_mean", "stem.1.bias"} <= {part.tensor for part in stream.slices}
     assert [group.name for group in network.groups] == ["stem.0", "body.0.conv1", "body.1.conv1"]
+
+
+class _Patches(nn.Module):
+    """Layers of one width, each rearranged into patches and back by einops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = zoo.conv_bn(3, 16), zoo.conv_bn(16, 16)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.first, self.second):
+            patches = rearrange(layer(x), "b c (h p) (w q) -> b c h w p q", p=4, q=4)
+            x = rearrange(patches * 2, "b c h w p q -> b c (h p) (w q)")
+        head: Tensor = self.head(x.mean((2, 3)))
+        return head
+
+
+def test_layers_of_one_width_are_cut_apart_whatever_einops_remembers() -> None:
+    remembering = einops.einops._reconstruct_from_shape
+    network = trace(_Patches().eval(), torch.randn(1, 3, 16, 16))
+    assert [group.name for group in network.groups] == ["first.0", "second.0"]
+    assert einops.einops._reconstruct_from_shape is remembering
 
 
 def test_flattened_channels_take_all_their_places_along() -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 import compress
 from compress.errors import DataError, UsageError
+from compress.evaluate import predict
 from compress.modules.inputs import example_of, read_batch, read_batches
 
 IMAGES, LABELS = torch.randn(6, 3, 8, 8), torch.arange(6)
@@ -155,3 +156,86 @@ def test_batches_that_the_network_cannot_take_are_named():
         compress.plan_pruning(
             Small(), IMAGES[:1], criterion="obs", keep_macs=0.5, batches=[IMAGES[:, :1]]
         )
+
+
+class _Scaling(nn.Module):
+    """A CNN that scales what it is given: in place, as some image-restoration networks do, or not.
+
+    Source: RCAN's forward in the package spandrel multiplies its input by 255 in place.
+    """
+
+    def __init__(self, *, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_place = in_place
+        self.stem, self.last = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+        self.block = nn.Sequential(
+            nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.in_place:
+            x *= 3.0
+        else:
+            x = x * 3.0
+        x = torch.relu(self.stem(x))
+        return self.last((x + self.block(x)).mean((2, 3)))
+
+
+@pytest.fixture
+def twins():
+    """The network that writes into its input, and the same network that does not."""
+    return [_Scaling(in_place=in_place).eval() for in_place in (True, False)]
+
+
+@pytest.mark.parametrize("criterion", ["l2", "taylor", "obs", "activation"])
+def test_pruning_a_network_that_writes_into_its_input_prunes_its_twin(twins, criterion):
+    images = torch.rand(32, 3, 8, 8)
+    batches = [(part.clone(), torch.arange(16) % 4) for part in images.split(16)]
+    found = [
+        compress.prune(
+            twin,
+            (1, 3, 8, 8),
+            batches=batches,
+            criterion=criterion,
+            keep_macs=0.6,
+            refit_steps=5,
+        )
+        for twin in twins
+    ]
+    assert torch.equal(torch.cat([batch for batch, _ in batches]), images)
+    (writing, plan), (plain, same) = found
+    assert plan.to_json() == same.to_json()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(writing.state_dict()[name], value), name
+
+
+def test_a_network_that_writes_into_its_input_is_evaluated_and_exported_as_its_twin(
+    twins, tmp_path
+):
+    images = torch.rand(6, 3, 8, 8)
+    kept = images.clone()
+    with compress.open_session(twins[0], "pytorch") as session:
+        mine = session.run(images.numpy())[0]
+    np.testing.assert_array_equal(images, kept)
+    want = twins[1](images).detach().numpy()
+    np.testing.assert_allclose(mine, want, rtol=1e-5, atol=1e-6)
+    found = predict(twins[0], [(images, torch.zeros(6, dtype=torch.long))])
+    np.testing.assert_allclose(found.logits, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(images, kept)
+    path = compress.export_onnx(twins[0], images[:1], tmp_path / "net.onnx")
+    with compress.open_session(path) as session:
+        np.testing.assert_allclose(session.run(images.numpy())[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_that_writes_into_its_input_leaves_the_student_its_images(twins):
+    images = torch.rand(4, 3, 8, 8)
+    student = _Scaling(in_place=False)
+    losses = []
+    for teacher in twins:
+        given = images.clone()
+        with compress.distiller(student, teacher, ["kd"]) as distill:
+            student(given)
+            losses.append(distill.loss(given).item())
+        assert torch.equal(given, images)
+    assert losses[0] == losses[1]

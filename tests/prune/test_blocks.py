@@ -237,6 +237,19 @@ def test_a_network_without_blocks_is_refused() -> None:
         refit_blocks(compress.apply_pruning(model, plan), model, plan, images(1))
 
 
+def test_a_network_without_blocks_is_refused_before_it_is_scored() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    with pytest.raises(UsageError, match="no block can be fitted"):
+        compress.prune(
+            model,
+            (1, 3, 16, 16),
+            batches=images(1),
+            criterion="no such",
+            keep_macs=0.5,
+            refit_steps=5,
+        )
+
+
 @pytest.mark.parametrize("options", [{"refit": False, "batches": images(1)}, {}])
 def test_steps_without_what_they_go_on_from_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="refit_steps goes on from what refit found"):

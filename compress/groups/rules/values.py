@@ -28,7 +28,8 @@ def unknown(tracer: Tracer, call: Call) -> None:
 
 @rule(
     "pointwise hardswish _prelu_kernel prelu copy lerp where masked_fill clamp clamp_min "
-    "clamp_max dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub rsub"
+    "clamp_max dropout feature_dropout gelu rrelu addcmul addcdiv maximum minimum sub rsub complex "
+    "polar"
 )
 def pointwise(tracer: Tracer, call: Call) -> None:
     """Broadcast the labels of all operands; operands of one size along a dimension are tied."""
@@ -50,7 +51,8 @@ def pointwise(tracer: Tracer, call: Call) -> None:
 @rule(
     "detach alias clone contiguous _to_copy lift_fresh lift native_dropout empty_like zeros_like "
     "ones_like full_like rand_like randn_like bernoulli uniform normal fill zero random "
-    "rrelu_with_noise _local_scalar_dense exponential alpha_dropout"
+    "rrelu_with_noise _local_scalar_dense exponential alpha_dropout _conj _neg_view resolve_conj "
+    "resolve_neg"
 )
 def same(tracer: Tracer, call: Call) -> None:
     """Outputs have the labels of the first operand."""
@@ -270,6 +272,27 @@ def along(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
     if axes[dim % x.ndim] is not None:
         tracer.restrict(call)
+
+
+@rule("_fft_r2c _fft_c2r _fft_c2c")
+def fourier(tracer: Tracer, call: Call) -> None:
+    """A Fourier transform along some dimensions leaves the channels along the others alone."""
+    axes: list[Axis] = list(tracer.axes(call.args[0]))
+    for dim in call.args[1]:
+        tracer.freeze(axes[dim], "a Fourier transform works along it")
+        axes[dim] = None
+    tracer.label(call.outputs[0], axes)
+
+
+@rule("view_as_real view_as_complex")
+def complex_view(tracer: Tracer, call: Call) -> None:
+    """Complex numbers as pairs of real ones, in a last dimension of two, or pairs as numbers."""
+    axes = tracer.axes(call.args[0])
+    if call.name == "view_as_real":
+        tracer.label(call.outputs[0], [*axes, None])
+    else:
+        tracer.freeze(axes[-1], "its numbers are parts of one complex number")
+        tracer.label(call.outputs[0], axes[:-1])
 
 
 @rule("topk sort argsort argmax argmin kthvalue mode")

@@ -63,6 +63,8 @@ def _prune_in_rounds(
     """
     example = context.dataset.example
     budget = prune.one_budget(**{name: getattr(settings, name) for name in prune.BUDGETS})
+    if settings.refit_steps:
+        prune.check_blocks(model, example)
     total: PrunePlan | None = None
     differences, validation = [], {"before": context.validation_pct(model)}
     for number in range(1, settings.rounds + 1):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from compress.errors import TrainingError, UnknownNameError
 from compress.modules import evaluating, full_copy
+from compress.modules.inputs import copied
 from compress.modules.outputs import logits_of
 from compress.train.losses import Layers, Needs
 from compress.train.optimizers import check_layer
@@ -91,7 +92,7 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
     ]
     try:
         with evaluating(model), torch.no_grad():
-            logits = logits_of(model(example))
+            logits = logits_of(model(copied(example)))
     finally:
         for handle in handles:
             handle.remove()

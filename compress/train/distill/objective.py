@@ -14,6 +14,7 @@ from compress import plugins
 from compress.errors import TrainingError, UsageError
 from compress.evaluate import device_of
 from compress.modules import evaluating
+from compress.modules.inputs import copied
 from compress.modules.objective import CrossEntropy, Objective, TaskLoss, TrainingProgress
 from compress.modules.outputs import logits_of, tensors_of
 from compress.recipe.settings import Plugin
@@ -102,7 +103,7 @@ def prepare_losses(
     example = example.to(device)
     pairs = [pair for term in terms for pair in term.pairs]
     with evaluating(student), torch.no_grad(), tapped(student, {p.student for p in pairs}) as mine:
-        logits = logits_of(student(example))
+        logits = logits_of(student(copied(example)))
     answer, theirs = teacher(example, None, [p.teacher for p in pairs])
     for term in terms:
         if hasattr(term.loss, "prepare"):

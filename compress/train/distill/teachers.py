@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from compress import artifact, progress
 from compress.errors import TrainingError, boundary
 from compress.evaluate import device_of, run_session
+from compress.modules.inputs import copied
 from compress.modules.outputs import logits_of
 from compress.train.distill.features import Survey, Tap, survey, tapped
 
@@ -78,7 +79,7 @@ class TorchTeacher:
             self.model.to(device).to(memory_format=torch.channels_last).eval()
             self._placed = device
         with torch.no_grad(), tapped(self.model, taps) as seen:
-            logits = logits_of(self._network(resized(images.to(device), self.image_size)))
+            logits = logits_of(self._network(resized(copied(images).to(device), self.image_size)))
         here = {tap: value.to(images.device) for tap, value in seen.items()}
         return logits.to(images.device), here
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 Feed = dict[str, np.ndarray]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+WORDS = [
+    "exit",
+    "open",
+    "sale",
+    "train",
+    "coffee",
+    "north",
+    "gate",
+    "parking",
+    "24",
+    "hours",
+    "museum",
+]
 MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
 
 
@@ -23,11 +37,14 @@ class Preparation:
     width: int
     numbers: Callable[[np.ndarray], np.ndarray]
     nhwc: bool = False
+    text: bool = False  # written on the photo: what a text detector looks for
 
     def __call__(self, file: Path) -> np.ndarray:
         """Return the input made of one image file, (1, ...)."""
         with Image.open(file) as image:
             sized = image.convert("RGB").resize((self.width, self.height))
+        if self.text:
+            write_text(sized, seed=zlib.crc32(file.name.encode()))
         values = self.numbers(np.asarray(sized, np.float32))
         return np.ascontiguousarray(values if self.nhwc else values.transpose(2, 0, 1))[None]
 
@@ -40,10 +57,21 @@ FILES = {
     "yunet_n_dyn": Preparation(160, 192, lambda x: x[..., ::-1]),
     "ultra_rfb320": Preparation(240, 320, lambda x: (x - 127) / 128),
     "yolox_nano": Preparation(416, 416, lambda x: x[..., ::-1]),
-    "ppocr2_det": Preparation(160, 192, lambda x: (x / 255 - MEAN) / STD),
+    "ppocr2_det": Preparation(160, 192, lambda x: (x / 255 - MEAN) / STD, text=True),
     "ppocr2_cls": Preparation(48, 192, lambda x: (x / 255 - 0.5) / 0.5),
     "deeplab_v3": Preparation(257, 257, lambda x: x / 127.5 - 1, nhwc=True),
 }
+
+
+def write_text(image: Image.Image, seed: int) -> None:
+    """Write one to three signs of two words on an image, in place."""
+    draw, rng = ImageDraw.Draw(image), np.random.default_rng(seed)
+    for _ in range(rng.integers(1, 4)):
+        font = ImageFont.load_default(size=int(rng.integers(12, 30)))
+        place = tuple(rng.integers(0, (image.width * 5 // 8, image.height * 13 // 16)).tolist())
+        words, ground = " ".join(rng.choice(WORDS, 2)), rng.integers(0, 256, 3)
+        draw.rectangle(draw.textbbox(place, words, font), fill=tuple(ground.tolist()))
+        draw.text(place, words, fill=tuple((255 - ground).tolist()), font=font)
 
 
 def feeds(model: onnx.ModelProto, name: str, photos: Path, count: int, draw: int = 0) -> list[Feed]:

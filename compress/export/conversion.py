@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import ExportError
+from compress.errors import ExportError, boundary
 from compress.groups.calls import WatchedCalls
 from compress.modules import full_copy, network_of, set_mode
 from compress.modules.detectors import before_nms
@@ -150,7 +150,10 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
     if free.batch and example.tensors[0].shape[0] < 2:
         example = example.of_batch(2)  # a batch of one would be taken for a constant
     shapes = free.shapes(example)
-    with torch.inference_mode():
+    images = example.tensors[0].shape[0]
+    fix = "Mend its forward" + ", or export with dynamic_batch=False (--fixed-batch)" * free.batch
+    what = f"its forward pass fails on a batch of {images}"
+    with torch.inference_mode(), boundary(ExportError, what, fix=fix):
         answer = without_traces(module)(*example.args, **example.kwargs)
     names, order = _outputs(answer)
     module = without_traces(module)  # what tracing caches on it has no values

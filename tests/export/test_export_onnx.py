@@ -559,3 +559,21 @@ def test_a_list_that_is_returned_twice_is_exported_once(tmp_path: Path) -> None:
     file = export_onnx(SharedList().eval(), torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
     shapes = [output.shape[1:] for output in ort.InferenceSession(file).get_outputs()]
     assert shapes == [[8], [8, 6, 6]]
+
+
+class OneImage(nn.Module):
+    """Works on one image only, as a mixture of experts that is routed for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.convolution(x) + x.new_zeros(1, 5 - len(x), 1, 1)
+
+
+def test_a_network_that_fails_on_a_batch_of_two_is_told_so(tmp_path):
+    image = torch.rand(1, 3, 8, 8)
+    with pytest.raises(ExportError, match=r"fails on a batch of 2.*--fixed-batch"):
+        export_onnx(OneImage(), image, tmp_path / "net.onnx")
+    export_onnx(OneImage(), image, tmp_path / "net.onnx", dynamic_batch=False)

@@ -157,9 +157,8 @@ class PytorchSession:
         self._graphs.clear()
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.array(array, order="C")).to(
-            self.device
-        )  # it may be written to
+        own = np.array(array, order="C")  # a network may write into it
+        tensor = torch.from_numpy(own).to(self.device)
         if tensor.is_floating_point():
             tensor = tensor.to(DTYPES[self._options.dtype])
         if self._options.channels_last and tensor.dim() == 4:

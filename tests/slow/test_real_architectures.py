@@ -18,6 +18,11 @@ REFUSED = {  # in one sentence each, by name
     "condensenet74_c4_g4": "its groups of learned connections leave 0.56 of the MACs at the least",
     "dicenet_wd5": "its dimension-wise units leave 0.93 of the MACs at the least",
     "simplepose_resnet18_coco": "it decodes key points with int() of a tensor's values: no export",
+    "CRAFT:CRAFT": "what torch traces of it differs from it: no export",
+    "DCTLSA": "its code fixes the batch: no export of a free one",
+    "FFTformer": "it computes in float32 itself: 3e-7 from its reference where 1e-8 is asked",
+    "HVICIDNet": "it takes float() of a tensor's value: no export",
+    "SeemoRe": "it runs on one image only: no export of a free batch",
 }
 
 

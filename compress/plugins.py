@@ -11,6 +11,7 @@ A user's own plug-in is named by its file and its class: ``path/file.py:Class``.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -209,7 +210,7 @@ def import_file(path: Path, expected: str) -> ModuleType:
     """Run a Python file of the user's and return its module.
 
     Args:
-        path: The file. Files beside it can be imported by it.
+        path: The file. Files beside it can be imported by it, then and by its functions.
         expected: What it should hold, for the message.
 
     Raises:
@@ -224,13 +225,17 @@ def import_file(path: Path, expected: str) -> ModuleType:
         raise UsageError("cannot be imported", where=str(path), expected=expected)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
-    sys.path.insert(0, str(path.resolve().parent))  # for the imports of neighbouring files
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # for the imports of neighbouring files
     try:
         spec.loader.exec_module(module)
     except Exception as error:
         raise UsageError(f"importing it fails: {error!r}", where=str(path)) from error
-    finally:
-        sys.path.pop(0)
+    finally:  # what it put there itself stays; a neighbour that a function imports is found later
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
+        if folder not in sys.path:
+            sys.path.append(folder)
     return module
 
 

@@ -74,3 +74,20 @@ def test_a_reference_with_two_names_is_refused():
 def test_an_option_that_is_a_list_is_given_one(value: object) -> None:
     with pytest.raises(UsageError, match=rf"'masks': classes is {value!r}. Expected a list"):
         plugins.create("data", {"masks": {"root": "x", "classes": value}})
+
+
+def test_what_a_file_adds_to_the_search_path_serves_its_functions_later(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "part_elsewhere.py").write_text("VALUE = 2")
+    (tmp_path / "part_beside.py").write_text("VALUE = 3")
+    (tmp_path / "net.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tmp_path / 'lib')!r})\n"
+        "def build():\n"
+        "    import part_beside, part_elsewhere\n"
+        "    return part_beside.VALUE * part_elsewhere.VALUE\n"
+    )
+    for _ in range(2):
+        assert plugins.import_file(tmp_path / "net.py", "a network").build() == 6
+    assert sys.path.count(str(tmp_path)) == 1
+    assert sys.path[-1] == str(tmp_path)  # it shadows nothing

@@ -7,7 +7,7 @@ they explain ONNX files and engines of any runtime as well.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from compress.errors import DataError, ModelError, UnknownNameError, UsageError
 from compress.evaluate import device_of, predict
 from compress.modules import evaluating
+from compress.modules.outputs import heads_of
 from compress.packages import require
 from compress.report.pictures import from_pixels, png
 from compress.report.schema import Attribution, Interval, Similarity
@@ -119,13 +120,18 @@ def _grad_cam(model: nn.Module, inputs: Tensor, targets: Tensor, layer: str | No
     modules = dict(model.named_modules())
     if chosen not in modules:
         raise UnknownNameError("layer", chosen, modules)
-    maps = LayerGradCam(model, modules[chosen]).attribute(
+    maps = LayerGradCam(_logits_of(model), modules[chosen]).attribute(
         inputs, targets, relu_attributions=True, attr_dim_summation=True
     )
     if maps.ndim != 4:
         raise ModelError("has no output (N, C, H, W) to weigh", where=chosen)
     full = LayerAttribution.interpolate(maps, tuple(inputs.shape[2:]), "bilinear")
     return _as_maps(full)
+
+
+def _logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Return a function from a batch, which it leaves as it was, to the network's main output."""
+    return lambda batch: heads_of(model(batch.clone()))[0]
 
 
 def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
@@ -147,7 +153,7 @@ def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
     ]
     try:
         with torch.no_grad():
-            model(inputs[:1])
+            model(inputs[:1].clone())
     finally:
         for hook in hooks:
             hook.remove()
@@ -159,7 +165,7 @@ def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
 def _integrated_gradients(model: nn.Module, inputs: Tensor, targets: Tensor) -> Maps:
     from captum.attr import IntegratedGradients
 
-    integral = IntegratedGradients(model)
+    integral = IntegratedGradients(_logits_of(model))
     batch = max(len(inputs), IMAGES_AT_ONCE)
     found = integral.attribute(
         inputs, torch.zeros_like(inputs), targets, n_steps=STEPS, internal_batch_size=batch

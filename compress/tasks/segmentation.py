@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from compress.data._pictures import Fit
 from compress.errors import EngineError, UsageError
+from compress.modules.outputs import named_tensors
 from compress.tasks import (
     Array,
     Contribution,
@@ -59,14 +60,25 @@ class Segmentation(Task):
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the mean cross-entropy over pixels, a scalar; targets (B, H, W) classes.
 
-        A network that returns a dictionary with "out" and "aux" trains both heads.
+        Every head is trained: outputs with as many channels as the main one, like "out" and "aux"
+        of a dictionary. Other outputs are features.
+
+        Raises:
+            UsageError: no output has four dimensions.
         """
-        output = model(images)
-        heads = list(output.values()) if isinstance(output, Mapping) else [output]
-        if isinstance(output, list | tuple):
-            heads = list(output)
-        first, *others = (self._pixel_loss(head, targets) for head in heads)
-        return first + AUXILIARY_WEIGHT * sum(others) if others else first
+        found = named_tensors(model(images))
+        maps = {place: t for place, t in found if t.ndim == 4 and t.is_floating_point()}
+        if not maps:
+            shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in found)
+            raise UsageError(
+                f"task segmentation does not fit an output of shape {shapes or 'none'}",
+                expected="logits (B, K, H, W)",
+            )
+        fitting = [each for each in maps.values() if each.shape[1] == len(self.classes)]
+        main = maps.get("out", (fitting or list(maps.values()))[0])
+        others = (e for e in maps.values() if e is not main and e.shape[1] == main.shape[1])
+        auxiliary = [AUXILIARY_WEIGHT * self._pixel_loss(head, targets) for head in others]
+        return self._pixel_loss(main, targets) + sum(auxiliary)
 
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:
         """Return "class_map" (H, W) for each image, from logits (B, K, H, W) or (B, H, W, K).
@@ -163,13 +175,7 @@ class Segmentation(Task):
         mask = np.asarray(target).astype(np.int32)
         return {"class_map": np.where(mask == self.ignore, UNSEEN, mask)}
 
-    def _pixel_loss(self, logits: Any, targets: Tensor) -> Tensor:
-        if not isinstance(logits, Tensor) or logits.ndim != 4:
-            shape = tuple(getattr(logits, "shape", ()))
-            raise UsageError(
-                f"task segmentation does not fit an output of shape {shape}",
-                expected="logits (B, K, H, W)",
-            )
+    def _pixel_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         if logits.shape[2:] != targets.shape[1:]:
             size = targets.shape[1:]
             logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)

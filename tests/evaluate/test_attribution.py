@@ -44,6 +44,14 @@ class Pooled(nn.Module):
         return self.linear(self.drop(self.relu(self.conv(images)).mean((2, 3))))
 
 
+class Wrapped(Pooled):
+    """The same function; it writes into its input and returns its logits in a dictionary."""
+
+    def forward(self, images):
+        images *= 2
+        return {"loss": None, "logits": super().forward(images / 2)}
+
+
 class Flat(nn.Module):
     """A linear function of the pixels: every other method's closed case."""
 
@@ -85,6 +93,17 @@ def test_grad_cam_equals_the_class_activation_map(images):
     weights = model.linear.weight[torch.from_numpy(CLASSES)] / 14**2
     cam = torch.relu(torch.einsum("nk,nkhw->nhw", weights, features))
     np.testing.assert_allclose(found, cam.detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_network_returns_its_logits_in_changes_no_map(images, method):
+    before = images.clone()
+    found, expected = (
+        explain(network.eval(), images, CLASSES, method=method, perturbations=40)
+        for network in (Wrapped(), Pooled())
+    )
+    assert np.allclose(found, expected, rtol=1e-4, atol=1e-6)
+    assert torch.equal(images, before)
 
 
 def test_grad_cam_of_a_named_layer(images):

@@ -590,6 +590,30 @@ def test_class_metrics_are_those_of_torchmetrics_with_intervals():
         assert each.ci95[0] < each.value < each.ci95[1]
 
 
+@pytest.mark.parametrize("features", [2, 3, 7])
+def test_the_loss_of_segmentation_trains_heads_and_no_features(features):
+    class Heads(nn.Module):
+        def forward(self, images):
+            maps = images[:, :1].expand(-1, features, -1, -1) * images.mean()
+            if features == 3:  # deep supervision at half the size
+                return {"logits": images, "aux": 2 * maps[:, :, ::2, ::2], "loss": None}
+            return {"features": maps, "logits": images, "loss": None}
+
+    images, masks = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8))
+    expected = nn.functional.cross_entropy(images, masks)
+    if features == 3:
+        half = Heads()(images)["aux"]
+        full = nn.functional.interpolate(half, (8, 8), mode="bilinear")
+        expected = expected + 0.5 * nn.functional.cross_entropy(full, masks)
+    task = load_task("segmentation", classes=("a", "b", "c"))
+    torch.testing.assert_close(task.loss(Heads(), images, masks), expected)
+
+
+def test_the_loss_of_segmentation_needs_an_output_with_places():
+    with pytest.raises(UsageError, match=r"segmentation does not fit an output of shape \(2, 3\)"):
+        made("segmentation").loss(nn.Flatten(1), torch.randn(2, 3), torch.zeros(2, 1, 1))
+
+
 def test_a_segmentation_network_of_too_few_classes_is_refused():
     task = load_task("segmentation", classes=("a", "b", "c", "d", "e"))
     with pytest.raises(EngineError, match=r"has 3 classes for each pixel, the data has 5"):

@@ -34,6 +34,9 @@ NEAR_CHANCE = 0.1  # of the way from guessing to no error at all, where guessing
 EASY_PCT = 5.0  # guessing that is right more often than this
 POOR_DB = 10.0  # of an output: below it noise is a third as large as the answer, and more
 
+KERNEL_STEP = 8  # channels that most kernels take at once; others are up to three times slower
+ROUND = f"prune with round_to: {KERNEL_STEP} (--round-to)"
+
 
 @dataclass(frozen=True)
 class Trust:
@@ -271,8 +274,13 @@ def of_noise(variants: Sequence[Variant]) -> Iterator[str]:
             )
 
 
-def of_slower(variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield what takes longer than the original in fp32, and what is fastest there."""
+def of_slower(variants: Sequence[Variant], round_to: int = KERNEL_STEP) -> Iterator[str]:
+    """Yield what takes longer than the original in fp32, and what is fastest there.
+
+    Args:
+        variants: The original first.
+        round_to: The multiple that the widths of what was pruned were kept in.
+    """
     for variant in variants:
         for result in variant.results:
             if (result.speedup or 1.0) >= 1:
@@ -287,10 +295,16 @@ def of_slower(variants: Sequence[Variant]) -> Iterator[str]:
             if not same or not speed_differs(result):
                 continue
             milliseconds, name, runtime = min(same)
+            cut = (variant.macs or 0) < (variants[0].macs or 0) and round_to % KERNEL_STEP
             yield (
                 f"{variant.name} is {numbers.factor(1 / (result.speedup or 1.0))} slower than the "
                 f"original on {result.runtime}, batch {result.batch}; of all measured {name} on "
                 f"{runtime} is fastest ({numbers.number(milliseconds)} ms)"
+                + (
+                    f". Most kernels are made for widths in multiples of {KERNEL_STEP}: {ROUND}"
+                    if cut
+                    else ""
+                )
             )
 
 

@@ -39,6 +39,7 @@ def assemble(
         _variant(context, variant, results, absent.get(variant.name, {})) for variant in variants
     )
     plans = int8_plans(outcomes)
+    cuts = [stage.prune for stage in context.recipe.stages if stage.prune is not None]
     return schema.Report(
         name=context.recipe.name,
         recipe=to_json(context.recipe),
@@ -56,7 +57,7 @@ def assemble(
             *cautions.of_size(context.dataset, outcomes[0].facts.get("size_inside")),
             *dict.fromkeys(line for each in outcomes for line in cautions.of_stage(each.facts)),
             *cautions.of_noise(rows),
-            *cautions.of_slower(rows),
+            *cautions.of_slower(rows, *(cut.round_to for cut in cuts[:1])),
             *cautions.of_timing(measured.conditions),
         ),
         notes=tuple(notes_of((name, plan.notes) for name, plan in plans)),

@@ -236,6 +236,19 @@ def test_what_is_slower_is_said_to_be_so_and_the_fastest_is_named():
     assert line.startswith("pruned is 1.75x slower than the original on onnxruntime")
 
 
+@pytest.mark.parametrize(("round_to", "advised"), [(1, True), (4, True), (8, False), (16, False)])
+def test_a_cut_that_made_a_network_slower_is_told_the_widths_that_kernels_are_made_for(
+    round_to, advised
+):
+    original = timed("original", ("onnxruntime", "fp32", 10.0, 1.0, ""))
+    cut = timed("pruned", ("onnxruntime", "fp32", 17.5, 0.571, "slower"))
+    rows = [one.model_copy(update={"macs": n}) for one, n in ((original, 100), (cut, 60))]
+    (line,) = cautions.of_slower(rows, round_to)
+    assert line.endswith("multiples of 8: prune with round_to: 8 (--round-to)") == advised
+    (line,) = cautions.of_slower([rows[0], rows[1].model_copy(update={"macs": 100})], round_to)
+    assert "round_to" not in line
+
+
 def test_int8_that_answers_far_from_the_original_is_said_to_do_so():
     def variant(name, precision, **each_db):
         outputs = {key: {"sqnr_db": value} for key, value in each_db.items()}

@@ -1,8 +1,8 @@
-"""An fp32 ONNX file made ready for int8: read safely, checked, BatchNorm folded, names unique."""
+"""An fp32 ONNX file made ready for int8: read, checked, of a new opset, BatchNorm folded."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,20 @@ import onnx
 import onnx.inliner
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import GraphProto, ModelProto, NodeProto, helper
 from onnx_ir.passes import common as passes
 
 from compress.errors import EngineError, QuantizationError
 from compress.graph import files
-from compress.graph.hard_swish import join_hard_swish
+from compress.graph.files import bodies
 from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
-from compress.graph.opset import modern
-from compress.graph.pools import is_spatial_mean, say_plainly, write_pool
-from compress.graph.reshapes import keep_batch
+from compress.graph.rewrites import (
+    is_spatial_mean,
+    join_hard_swish,
+    keep_batch,
+    say_plainly,
+    write_pool,
+)
 from compress.graph.values import (
     EditableGraph,
     constant,
@@ -311,3 +315,85 @@ def _scaled(node: ir.Node, weight: NDArray[Any], factor: NDArray[Any]) -> NDArra
     shape = [1] * weight.ndim
     shape[channel_axis(node)] = -1
     return np.asarray(weight * factor.reshape(shape))
+
+
+OLDEST_OPSET = 13
+CONVERTED_OPSET = 17
+
+
+def modern(model: ModelProto, where: str) -> ModelProto:
+    """Return ``model`` in an opset that can be quantized; itself where it is in one.
+
+    ONNX's converter does it, but for two kinds of operator whose old meaning it forgets.
+
+    Args:
+        model: May be changed.
+        where: What to call it in errors.
+
+    Raises:
+        QuantizationError: it is too old, or an operator cannot be converted.
+    """
+    opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
+    if opset >= OLDEST_OPSET:
+        return model
+    graphs = list(_graphs(model.graph))
+    taken = {
+        name for graph in graphs for node in graph.node for name in (*node.input, *node.output)
+    }
+    for graph in graphs:
+        _flatten_before_hardmax(graph, taken)
+    try:
+        model = onnx.version_converter.convert_version(model, CONVERTED_OPSET)
+    except Exception as error:  # noqa: BLE001 - the converter raises bare exceptions of many kinds
+        raise QuantizationError(
+            f"opset {opset} cannot be converted to {CONVERTED_OPSET}: {error}",
+            where=where,
+            expected=f"opset {OLDEST_OPSET} or newer",
+            fix="Export the network again with a newer opset",
+        ) from None
+    if opset < 11:
+        for graph in _graphs(model.graph):
+            _sample_as_before(graph)
+    return model
+
+
+def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
+    """Yield ``graph``, and the branches and loops in it."""
+    yield graph
+    for node in graph.node:
+        for body in bodies(node):
+            yield from _graphs(body)
+
+
+def _flatten_before_hardmax(graph: GraphProto, taken: set[str]) -> None:
+    """Let Hardmax look for the largest value of all axes from its own on, as it did before 13."""
+    nodes: list[NodeProto] = []
+    for node in graph.node:
+        axis = attribute(node, "axis", 1)
+        if node.op_type != "Hardmax" or axis == -1:
+            nodes.append(node)
+            continue
+        given, made = node.input[0], node.output[0]
+        shape, flat, one = (
+            fresh_name(taken, f"{made}_{kind}") for kind in ("shape", "flat", "one")
+        )
+        nodes += [
+            helper.make_node("Shape", [given], [shape]),
+            helper.make_node("Flatten", [given], [flat], axis=axis),
+            helper.make_node("Hardmax", [flat], [one], name=node.name, axis=1),
+            helper.make_node("Reshape", [one, shape], [made]),
+        ]
+    if len(nodes) > len(graph.node):
+        del graph.node[:]
+        graph.node.extend(nodes)
+
+
+def _sample_as_before(graph: GraphProto) -> None:
+    """Let every Resize sample as Upsample, and Resize before opset 11, did."""
+    sampled = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    for node in graph.node:
+        if node.op_type == "Resize":
+            kept = [item for item in node.attribute if item.name not in sampled]
+            del node.attribute[:]
+            made = (helper.make_attribute(*each) for each in sampled.items())
+            node.attribute.extend([*kept, *made])

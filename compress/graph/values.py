@@ -1,4 +1,4 @@
-"""Edit an ONNX graph on onnx_ir, where values know what makes and uses them; ``model`` looks up."""
+"""Edit an ONNX graph on onnx_ir, where values know what makes and uses them; their signs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from onnx_ir.passes import common as passes
 
-from compress.graph.model import fresh_name
+from compress.graph.model import SAME_SCALE, attribute, fresh_name
 
 Array = NDArray[Any]
 
@@ -205,3 +205,32 @@ def label(node: ir.Node) -> str:
 def name_of(value: ir.Value | None) -> str:
     """Return the name of a value; "" for an input that is left out."""
     return (value.name or "") if value is not None else ""
+
+
+# Operators that pick or move values and compute none: quantizing before or after is the same.
+MOVING = (SAME_SCALE - {"Resize"}) | {"Identity", "GlobalMaxPool", "Expand", "Tile"}
+AVERAGING = frozenset({"AveragePool", "GlobalAveragePool", "ReduceMean"})
+_NEVER_NEGATIVE = frozenset(
+    {"Relu", "Sigmoid", "HardSigmoid", "Softmax", "Exp", "Abs", "Softplus", "ReduceL1", "Sqrt"}
+)
+_KEEPS_SIGN = MOVING | AVERAGING | {"ReduceMax", "Dropout"}
+_KEEPS_SIGN_OF_ALL = frozenset({"Concat", "Add", "Mul", "Max", "Sum"})
+
+
+def is_never_negative(value: ir.Value | None, depth: int = 12) -> bool:
+    """Return whether ``value``, of a float or a Q/DQ graph, is certainly not negative."""
+    node = maker(value)
+    if node is None or depth == 0:
+        return False
+    if node.op_type in _NEVER_NEGATIVE:
+        return True
+    if node.op_type == "Clip":
+        low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        low = low if low is not None else np.asarray(attribute(node, "min", -1.0))
+        return bool(low >= 0)
+    if node.op_type == "DequantizeLinear":
+        zero = constant(node.inputs[2]) if len(node.inputs) > 2 else np.zeros((), np.uint8)
+        return zero is not None and bool(np.all(zero <= np.iinfo(zero.dtype).min))
+    if node.op_type in _KEEPS_SIGN_OF_ALL:
+        return all(is_never_negative(each, depth - 1) for each in node.inputs)
+    return node.op_type in _KEEPS_SIGN and is_never_negative(node.inputs[0], depth - 1)

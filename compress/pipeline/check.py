@@ -16,7 +16,7 @@ from compress.modules.detectors import size_inside
 from compress.packages import is_installed, require
 from compress.pipeline import cautions
 from compress.pipeline.task import build_original, prepared
-from compress.quantize.methods import check_method
+from compress.quantize.api import check_method
 from compress.recipe.loading import PLUGIN_KEYS
 from compress.recipe.settings import Recipe, Stage, Target
 from compress.runtimes import open_session, runtime_class, unavailable

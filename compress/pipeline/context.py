@@ -23,7 +23,7 @@ from compress.recipe.settings import Recipe, TrainSettings
 from compress.report.run_folder import DONE_FILE, RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
-from compress.train.validation import primary_value
+from compress.train.state import primary_value
 
 ONNX_FILE = "model.onnx"
 CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on

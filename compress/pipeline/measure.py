@@ -35,7 +35,7 @@ from compress.report import schema
 from compress.runtimes import build_engine, build_record, runtime_class, unavailable
 from compress.runtimes._fusion import Fusion, check_fusion
 from compress.tasks import Task, primary_of
-from compress.train.validation import primary_value
+from compress.train.state import primary_value
 
 RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 

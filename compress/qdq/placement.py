@@ -16,7 +16,7 @@ from compress.graph.model import (
     averages_probabilities,
     tail,
 )
-from compress.graph.pools import is_ambiguous
+from compress.graph.rewrites import is_ambiguous
 
 ELEMENTWISE = frozenset({"Add", "Mul"})
 _MOVES = SAME_SCALE | ACTIVATIONS | {"Concat"}  # hands its inputs' steps on

@@ -12,9 +12,8 @@ from onnx import ModelProto
 
 from compress.errors import QuantizationError
 from compress.graph.model import WEIGHTED, attribute, channel_axis
-from compress.graph.pools import is_convolution, write_convolution
-from compress.graph.signs import is_never_negative
-from compress.graph.values import EditableGraph, constant, set_input
+from compress.graph.rewrites import is_convolution, write_convolution
+from compress.graph.values import EditableGraph, constant, is_never_negative, set_input
 from compress.qdq.plan import QuantPlan
 
 

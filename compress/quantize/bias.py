@@ -16,7 +16,7 @@ from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import write_qdq
-from compress.quantize.activations import ActivationFunction, activation_of, identity
+from compress.quantize.calibration import ActivationFunction, activation_of, identity
 from compress.quantize.images import Feed
 from compress.quantize.layerwise import QuantizedLayer, channel_means, layers, some_positions
 from compress.quantize.sessions import session_of, with_outputs

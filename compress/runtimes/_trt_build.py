@@ -16,7 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 from compress import progress
 from compress.artifact import replacing, write_json
 from compress.errors import EngineError, UsageError
-from compress.runtimes import _graph, _trt_layers
+from compress.runtimes import _session, _trt_layers
 from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import Flavour, Log, gpu_capability, gpu_name
 
@@ -51,7 +51,7 @@ class Build:
             EngineError: the graph does not parse, does not fit, or the builder gives up.
         """
         trt = self.flavour.package()
-        model = _graph.of_precision(self.source, self.request.precision)
+        model = _session.of_precision(self.source, self.request.precision)
         check_quantization(model, self.source)
         builder = self._builder(trt)
         network = self._network(trt, builder, model)
@@ -218,7 +218,7 @@ class Build:
             "version_compatible": wanted.version_compatible,
             "workspace_mib": wanted.workspace_mib,
             "tf32": wanted.tf32,
-            "inputs": _graph.inputs(model),
+            "inputs": _session.inputs(model),
             "layers": len(layers["Layers"]),
             "weights_bytes": _said(self.log, r"Total Weights Memory: (\d+)"),
             "activation_bytes": _said(self.log, r"Total Activation Memory: (\d+)"),

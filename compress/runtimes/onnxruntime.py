@@ -17,7 +17,7 @@ from compress.artifact import replacing
 from compress.errors import EngineError, UsageError
 from compress.graph import files
 from compress.packages import require
-from compress.runtimes import _graph
+from compress.runtimes import _session
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 PROVIDERS = {
@@ -115,7 +115,7 @@ class Onnxruntime:
                 f"ONNX Runtime reads {out.name!r} as its ORT format, and this writes ONNX",
                 expected="an --out that ends in .onnx",
             )
-        model = _graph.of_precision(source, request.precision)
+        model = _session.of_precision(source, request.precision)
         options = self._options()
         ort = _package()
         if self.optimization == "all":  # the last level is for the CPU it was made on only
@@ -125,7 +125,7 @@ class Onnxruntime:
             converted = request.precision == "fp16"
             self._session(model.SerializeToString() if converted else str(source), options, source)
             nodes = len(onnx.load(str(temporary), load_external_data=False).graph.node)
-        return {"version": ort.__version__, "nodes": nodes, "inputs": _graph.inputs(model)}
+        return {"version": ort.__version__, "nodes": nodes, "inputs": _session.inputs(model)}
 
     def open(self, path: Path) -> OnnxruntimeSession:
         """Load an ONNX file.

@@ -14,7 +14,7 @@ from compress.artifact import replacing
 from compress.errors import EngineError, UsageError
 from compress.graph import files
 from compress.packages import install_command, is_installed, require
-from compress.runtimes import _graph
+from compress.runtimes import _session
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 PRECISIONS = ("f32", "bf16", "f16", "auto")
@@ -91,9 +91,9 @@ class Openvino:
         ov = _package()
         files.check_onnx(source)
         if request.precision == "fp16":
-            model = self._read(_graph.of_precision(source, "fp16").SerializeToString(), source)
+            model = self._read(_session.of_precision(source, "fp16").SerializeToString(), source)
         else:
-            _graph.of_precision(source, request.precision)
+            _session.of_precision(source, request.precision)
             model = self._read(str(source), source)
         with replacing(out.with_suffix(".bin")) as weights, replacing(out) as graph:
             ov.serialize(model, str(graph), str(weights))

@@ -1,4 +1,4 @@
-"""A training: its arguments, its progress, and how that is saved and resumed."""
+"""A training: its arguments, its progress, how it is validated, saved and resumed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from compress import evaluate
 from compress.data import Dataset
 from compress.errors import TrainingError
+from compress.modules import evaluating
 from compress.modules.objective import Objective
+from compress.modules.outputs import logits_of
 from compress.recipe.settings import TrainSettings
-from compress.tasks import Task, primary_of
+from compress.tasks import Task, primary_of, values_of
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
 from compress.train.checkpoints import Row
-from compress.train.context import chosen_precision
+from compress.train.context import autocast, chosen_precision
 from compress.train.distributed import LossModule, Processes, Sharing
 from compress.train.optimizers import make_optimizer
-from compress.train.validation import validate, validate_task
 
 logger = logging.getLogger(__name__)
 
@@ -286,3 +290,61 @@ class Training:
             expected="a finite loss",
             fix=f"{checkpoint}Try a lower rate: lr: {self.settings.lr / 3:.2g}",
         )
+
+
+VALIDATION_BATCH = 256  # at most
+
+
+Score = tuple[float, float | None]  # the metric on validation images, and the loss where known
+
+
+def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | None:
+    """Return the task's primary metric on "validation"; None where no images are held back."""
+    if not task.kinds or not len(dataset.splits.get("validation", ())):
+        return None
+    batches = dataset.batches("validation", evaluate.BATCH)
+    _, scores = evaluate.predictions_of(model, task, dataset, batches)
+    return values_of(task, scores)[task.primary], None
+
+
+def primary_value(model: nn.Module, dataset: Dataset, task: Task) -> float | None:
+    """Return the primary metric on "validation", percent of top-1 where one class is told.
+
+    None where no images are held back, or they have no labels.
+    """
+    if not task.kinds or not len(dataset.splits.get("validation", ())):
+        return None
+    if task.tells_classes:
+        predictions = evaluate.predict(model, dataset.batches("validation"))
+        return float(100 * predictions.correct.mean())
+    score = validate_task(model, dataset, task)
+    return None if score is None else score[0]
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module, dataset: Dataset, processes: Processes, precision: str, at_once: int
+) -> Score | None:
+    """Return top-1 in percent and cross-entropy on "validation", shared among the processes.
+
+    The network's modes are left as found. Returns None where no images are held back. At most
+    ``at_once`` images are computed together: what training does, validation has memory for.
+    """
+    images = dataset.splits.get("validation")
+    if images is None or not len(images):
+        return None
+    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
+    with evaluating(model):
+        count = min(VALIDATION_BATCH, at_once)
+        starts = range(0, len(images), count)
+        for start in list(starts)[processes.rank :: processes.world]:
+            indices = np.arange(start, min(start + count, len(images)))
+            target = torch.from_numpy(images.labels[indices]).to(processes.device)
+            inputs = dataset.normalize(images.take(indices).to(processes.device))
+            with autocast(precision, processes.device):
+                logits = logits_of(model(inputs)).float()
+            right = (logits.argmax(1) == target).sum().double()
+            loss = F.cross_entropy(logits, target, reduction="sum").double()
+            sums += torch.stack([right, loss])
+    correct, total = processes.sum(sums).tolist()
+    return 100 * correct / len(images), total / len(images)

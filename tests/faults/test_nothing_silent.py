@@ -15,10 +15,10 @@ from shards import picture, sample, write_shard
 import compress
 from compress.data import _images, load_data, parse_reference
 from compress.data._images import FileImages, MemoryImages, Names, Subset
-from compress.data._overlap import overlap
 from compress.data._pictures import Fit
 from compress.errors import DataError, EngineError
 from compress.pipeline import cautions, reporting
+from compress.pipeline.cautions import overlap
 from compress.recipe.settings import Gates
 from compress.report.schema import Result, Variant
 from compress.runtimes import onnxruntime as ort_runtime

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from compress.pipeline.reporting import notes_of
+import pytest
+
+from compress.pipeline.reporting import notes_of, tensor_ranges
+from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 
 
 def test_what_several_int8_forms_share_is_told_once() -> None:
@@ -19,3 +22,19 @@ def test_what_several_int8_forms_share_is_told_once() -> None:
         "int8-openvino: mse ranges: 31.0 dB",
         "int8-tensorrt: a and b stay in float: slow",
     ]
+
+
+def plan(target: str) -> QuantPlan:
+    return QuantPlan(
+        target,
+        activations={"x": ActivationRange(low=-1.0, high=3.0, limit=3.0)},
+        weights={"w": WeightScales(axis=0, scales=(0.01, 0.02))},
+    )
+
+
+def test_ranges_are_those_of_the_target():
+    asymmetric, weight = tensor_ranges(plan("onnxruntime"), "int8")
+    symmetric, _ = tensor_ranges(plan("tensorrt"), "int8")
+    assert (asymmetric.low, asymmetric.high) == (-1.0, 3.0)
+    assert (symmetric.low, symmetric.high) == (-3.0, 3.0)
+    assert (weight.kind, weight.high, weight.bits) == ("weight", pytest.approx(2.54), 8)

@@ -1,6 +1,7 @@
 """No graph is handed over that its target's own runtime computes wrongly."""
 
 import importlib
+import random
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from compress.errors import EngineError, QuantizationError
 from compress.graph.model import GraphIndex
 from compress.qdq import prepare
 from compress.quantize import confirm, quantize_targets
-from compress.quantize.confirm import last_layers
+from compress.quantize.confirm import MOST_ALONE, last_layers, most_asked, needed_in_float
 from compress.quantize.sqnr import sqnr_db
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.tensorrt import Tensorrt
@@ -348,3 +349,37 @@ def test_the_session_option_that_int8_needs_on_cpus_without_vnni_is_said(tmp_pat
     notes = quantized(two_layers(), tmp_path, target).notes
     line = "options.add_session_config_entry('session.x64quantprecision', '1')"
     assert any(line in note for note in notes) == (target == "onnxruntime")
+
+
+LAYERS = [f"layer{k}" for k in range(24)]
+
+
+@pytest.mark.parametrize("count", range(1, MOST_ALONE + 1))
+@pytest.mark.parametrize("seed", range(20))
+def test_exactly_the_faulty_layers_are_found_with_few_questions(count, seed):
+    faulty = set(random.Random(seed).sample(LAYERS, count))
+    asked = []
+
+    def is_right(floating):
+        asked.append(floating)
+        return faulty.issubset(floating)
+
+    assert set(needed_in_float(LAYERS, is_right)) == faulty
+    assert len(asked) <= 1 + count * (len(LAYERS).bit_length() + 1) <= most_asked(LAYERS)
+
+
+def test_of_many_faulty_layers_all_from_one_on_are_left():
+    faulty = set(LAYERS[3:15:2])
+    found = needed_in_float(LAYERS, lambda floating: faulty.issubset(floating))
+    assert found == ["layer3", "layer5", "layer7", *LAYERS[9:]]
+
+
+def test_layers_that_are_wrong_only_together_leave_one_in_float():
+    def is_right(floating):
+        return not {"layer4", "layer9"}.isdisjoint(floating)
+
+    assert needed_in_float(LAYERS, is_right) == ["layer9"]
+
+
+def test_nothing_is_found_where_float_is_wrong_too():
+    assert needed_in_float(LAYERS, lambda _: False) is None

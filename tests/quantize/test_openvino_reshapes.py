@@ -102,7 +102,7 @@ def test_lint_finds_and_mends_what_openvino_computes_wrongly(tmp_path, monkeypat
 
 def test_a_batch_of_another_input_is_no_constant(tmp_path):
     """The two inputs may hold different numbers of images: only the first Reshape is certain."""
-    from compress.graph.reshapes import constant_targets
+    from compress.graph.rewrites import constant_targets
     from compress.graph.values import EditableGraph
 
     def targets(path):

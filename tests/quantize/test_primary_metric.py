@@ -22,7 +22,7 @@ from compress.quantize.sensitivity import quantize_sensitivity
 from compress.recipe.settings import QuantizeSettings, TrainSettings
 from compress.tasks import Kind, Task, load_task, primary_of
 from compress.tasks.restoration import Restoration
-from compress.train.validation import primary_value
+from compress.train.state import primary_value
 
 
 class Error(Restoration):

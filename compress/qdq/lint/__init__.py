@@ -1,18 +1,22 @@
-"""Check a Q/DQ graph against the rules of a target, and fix it."""
+"""Check a Q/DQ graph against the rules of a target, and fix it: every rule, in order."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import checker, inliner
 
 from compress.artifact import replacing
-from compress.errors import ModelError, boundary
+from compress.errors import ModelError, UnknownNameError, boundary
 from compress.graph import files
 from compress.graph.values import EditableGraph
-from compress.qdq.lint.finding import Finding
-from compress.qdq.lint.rules import RULES, TARGETS, Rule, rules_for
+from compress.qdq.lint import activations, onnxruntime, openvino, placement, tensorrt, weights
+from compress.qdq.lint.patterns import Problem
+from compress.qdq.plan import TARGETS
 
 __all__ = [
     "RULES",
@@ -30,6 +34,101 @@ LARGEST = 2**31 - 1  # bytes of one protobuf message
 INVALID = "is not valid ONNX"
 FIX = "Export it again, or copy it again and compare its SHA-256"
 MOST_ROUNDS = 12  # mending one thing can uncover another; three rounds are the rule
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that costs accuracy or speed on the target.
+
+    Args:
+        rule: Name of the rule, as in ``compress.qdq.lint.RULES``.
+        node: Name of the node it is about.
+        message: What is wrong, what it costs, and what to do.
+        fixable: Whether ``fix_onnx`` fixes it.
+    """
+
+    rule: str
+    node: str
+    message: str
+    fixable: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return this finding as JSON-able data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A named function that yields problems, and the targets it is right for."""
+
+    find: Callable[[EditableGraph], Iterator[Problem]]
+    targets: tuple[str, ...] = TARGETS
+
+    @property
+    def name(self) -> str:
+        """Name of the rule: its function's, with hyphens."""
+        return self.find.__name__.replace("_", "-")
+
+
+_TRT = ("tensorrt",)
+_ORT = ("onnxruntime",)
+_OPENVINO = ("openvino",)
+_CPU = ("onnxruntime", "openvino")
+
+RULES = (
+    Rule(placement.operator_format),
+    Rule(placement.nothing_quantized),
+    Rule(placement.unread_quantize),
+    Rule(activations.scale_not_constant),
+    Rule(activations.scale_not_positive),
+    Rule(activations.pair_mismatch),
+    Rule(activations.activation_per_channel),
+    Rule(weights.weight_axis),
+    Rule(weights.weight_zero_point),
+    Rule(weights.weight_clipped),
+    Rule(weights.weight_minus_128, _TRT),
+    Rule(weights.weight_half_range, _TRT),
+    Rule(weights.weight_per_tensor),
+    Rule(placement.unfolded_batchnorm),
+    Rule(activations.unsigned_activation, _TRT),
+    Rule(activations.activation_zero_point, _TRT),
+    Rule(placement.quantized_before_activation),
+    Rule(openvino.split_activation, _OPENVINO),
+    Rule(openvino.computed_batch, _OPENVINO),
+    Rule(openvino.padded_average_pool, _OPENVINO),
+    Rule(placement.vanishing_scores),
+    Rule(placement.double_quantization),
+    Rule(placement.duplicate_quantize),
+    Rule(tensorrt.residual_both_sides, _TRT),
+    Rule(tensorrt.residual_skip_float, _TRT),
+    Rule(tensorrt.needless_pair, _TRT),
+    Rule(onnxruntime.reduce_mean, _ORT),
+    Rule(onnxruntime.rounded_up_pool, _ORT),
+    Rule(placement.half_quantized),
+    Rule(tensorrt.float_weight, _TRT),
+    Rule(activations.signed_activation, _ORT),
+    Rule(activations.signed_activation_with_zero_point, _OPENVINO),
+    Rule(activations.wasted_range, _CPU),
+    Rule(onnxruntime.missing_input_quantization, _ORT),
+    Rule(onnxruntime.missing_output_quantization, _ORT),
+    Rule(activations.moved_with_another_scale),
+    Rule(activations.concat_scales, _TRT),
+    Rule(weights.bias_quantized, _TRT),
+    Rule(weights.bias_overflow, _ORT),
+    Rule(weights.bias_scale, _ORT),
+    Rule(weights.bias_float, _ORT),
+)
+
+
+def rules_for(target: str) -> list[Rule]:
+    """Return the rules of ``target``, in order.
+
+    Raises:
+        UnknownNameError: there is no such target.
+    """
+    if target not in TARGETS:
+        raise UnknownNameError("target", target, TARGETS)
+    return [rule for rule in RULES if target in rule.targets]
 
 
 def lint_onnx(path: str | Path, target: str = "tensorrt") -> list[Finding]:

@@ -9,9 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import attribute
-from compress.graph.signs import MOVING, is_never_negative
-from compress.graph.values import EditableGraph, constant, label, maker, name_of
-from compress.qdq.lint.finding import Problem
+from compress.graph.values import (
+    MOVING,
+    EditableGraph,
+    constant,
+    is_never_negative,
+    label,
+    maker,
+    name_of,
+)
 from compress.qdq.lint.patterns import (
     DQ,
     INT8,
@@ -19,6 +25,7 @@ from compress.qdq.lint.patterns import (
     UINT8,
     DType,
     Numbers,
+    Problem,
     Q,
     QdqPair,
     numbers_of,

@@ -9,19 +9,26 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import ACTIVATIONS, WEIGHTED
-from compress.graph.pools import (
+from compress.graph.rewrites import (
     counts_padding,
     is_ambiguous,
     is_spatial_mean,
     say_plainly,
     write_pool,
 )
-from compress.graph.signs import MOVING, is_never_negative
-from compress.graph.values import Array, EditableGraph, label, maker, name_of
+from compress.graph.values import (
+    MOVING,
+    Array,
+    EditableGraph,
+    is_never_negative,
+    label,
+    maker,
+    name_of,
+)
 from compress.qdq.lint.difference import wanted
-from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
     UINT8,
+    Problem,
     Q,
     insert_pair,
     pair_before,

@@ -9,11 +9,15 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED
-from compress.graph.pools import counts_padding, is_convolution, write_convolution
-from compress.graph.reshapes import constant_targets, set_target
+from compress.graph.rewrites import (
+    constant_targets,
+    counts_padding,
+    is_convolution,
+    set_target,
+    write_convolution,
+)
 from compress.graph.values import EditableGraph, label, maker
-from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import QdqPair, is_quantized, pair_before
+from compress.qdq.lint.patterns import Problem, QdqPair, is_quantized, pair_before
 from compress.qdq.lint.placement import bypass
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED, attribute, channel_axis
-from compress.graph.signs import MOVING
-from compress.graph.values import Array, EditableGraph, constant, maker, set_attribute, set_input
+from compress.graph.values import (
+    MOVING,
+    Array,
+    EditableGraph,
+    constant,
+    maker,
+    set_attribute,
+    set_input,
+)
 from compress.qdq.writer import add_pair, broadcast_along, encode
 
 DType = np.dtype[Any]
@@ -20,6 +27,15 @@ Q, DQ = "QuantizeLinear", "DequantizeLinear"
 SMALLEST_SCALE = 2.0**-14  # smallest normal fp16: stays positive when the graph goes to fp16
 INT8 = np.dtype(np.int8)
 UINT8 = np.dtype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A finding as its rule reports it, with the edit of the graph that fixes it, if any."""
+
+    node: str
+    message: str
+    edit: Callable[[], None] | None = None
 
 
 @dataclass(frozen=True)

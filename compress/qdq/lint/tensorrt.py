@@ -11,12 +11,10 @@ from functools import partial
 import onnx_ir as ir
 
 from compress.graph.model import WEIGHTED
-from compress.graph.signs import MOVING
-from compress.graph.values import EditableGraph, constant, label, maker
+from compress.graph.values import MOVING, EditableGraph, constant, label, maker
 from compress.qdq.lint.activations import implied_clip
 from compress.qdq.lint.difference import Wanted, wanted
-from compress.qdq.lint.finding import Problem
-from compress.qdq.lint.patterns import DQ, Q, QdqPair, is_quantized, pair_before, pairs
+from compress.qdq.lint.patterns import DQ, Problem, Q, QdqPair, is_quantized, pair_before, pairs
 from compress.qdq.lint.placement import bypass, quantize_weight
 
 

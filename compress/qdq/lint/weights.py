@@ -11,10 +11,10 @@ import onnx_ir as ir
 
 from compress.graph.model import BIAS_LIMIT, WEIGHTED, attribute
 from compress.graph.values import Array, EditableGraph, constant, label, maker
-from compress.qdq.lint.finding import Problem
 from compress.qdq.lint.patterns import (
     DQ,
     INT8,
+    Problem,
     Weight,
     best_scale,
     numbers_of,

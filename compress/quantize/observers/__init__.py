@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from compress.quantize.observers._by_channel import ChannelHistogram
-from compress.quantize.observers._histogram import BINS, Histogram, Pointwise
+from compress.quantize.observers._histogram import BINS, ChannelHistogram, Histogram, Pointwise
 
 __all__ = ["BINS", "ChannelHistogram", "Histogram", "Observer", "Pointwise"]
 

@@ -18,7 +18,7 @@ from compress.artifact import scratch
 from compress.errors import UsageError
 from compress.graph import files
 from compress.runtimes._fusion import kernels
-from compress.runtimes._fusion import macs as work
+from compress.runtimes._fusion import kernels as work
 from compress.runtimes._fusion.kernels import Kernel
 
 __all__ = ["FloatLayer", "Fusion", "check_fusion"]

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from compress.train.distill.build import build_objective
+from compress.train.distill.build import Control, build_objective, does_teacher_help
 from compress.train.distill.objective import Distiller, DistillObjective, distiller
-from compress.train.distill.teacher_ablation import Control, does_teacher_help
 
 __all__ = [
     "Control",

@@ -20,8 +20,8 @@ from compress.modules.objective import TrainingProgress
 from compress.recipe.settings import AugmentSettings, DistillSettings
 from compress.train import train
 from compress.train.distill import build, build_objective
+from compress.train.distill.build import Control, does_teacher_help, shortened
 from compress.train.distill.features import Tap, pair_layers, survey, tapped
-from compress.train.distill.teacher_ablation import Control, does_teacher_help, shortened
 from compress.train.losses import Taps
 
 

@@ -1,0 +1,268 @@
+"""Hard-swish, means and reshapes of the batch, written as runtimes compute them in int8."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx import NodeProto
+
+from compress.graph.model import attribute
+from compress.graph.values import EditableGraph, constant, is_read_once, maker, set_attribute
+
+_HARD_SWISH_OPSET = 14  # the first with HardSwish
+
+
+def join_hard_swish(graph: EditableGraph) -> None:
+    """Write x * clip(x + 3, 0, 6) / 6, in any order, as HardSwish.
+
+    Exporters of older opsets write four operators. Quantized one by one they cost more time than
+    the convolution before them saves, and each adds its noise. A gate clip(x + 3, 0, 6) / 6 becomes
+    HardSigmoid.
+    """
+    if graph.body.opset_imports.get("", 0) < _HARD_SWISH_OPSET:
+        return
+    found = [(node, _swish(node), _gate(node)) for node in graph.nodes]
+    for node, swish, gate in found:
+        if swish is not None:
+            graph.substitute(node, "HardSwish", [swish])
+        elif gate is not None:
+            graph.substitute(node, "HardSigmoid", [gate], alpha=1 / 6)
+
+
+def _swish(node: ir.Node) -> ir.Value | None:
+    whole = _sixth(node)
+    product = _made_by(whole, "Mul")
+    if product is not None and whole is not None and is_read_once(whole):
+        for source, gate in (product.inputs, product.inputs[::-1]):
+            if source is not None and _clipped(gate) is source:
+                return source
+    if node.op_type == "Mul" and all(constant(value) is None for value in node.inputs):
+        for source, gate in (node.inputs, node.inputs[::-1]):
+            if source is not None and _gated(gate) is source:
+                return source
+    return None
+
+
+def _gate(node: ir.Node) -> ir.Value | None:
+    return _clipped(_sixth(node))
+
+
+def _gated(value: ir.Value | None) -> ir.Value | None:
+    """Return x where ``value`` is clip(x + 3, 0, 6) / 6 in whatever form."""
+    node = maker(value)
+    if node is None or node.op_type != "HardSigmoid":
+        return None if node is None else _gate(node)
+    is_sixth = math.isclose(attribute(node, "alpha", 0.2), 1 / 6, rel_tol=1e-3)
+    return node.inputs[0] if is_sixth and attribute(node, "beta", 0.5) == 0.5 else None
+
+
+def _sixth(node: ir.Node) -> ir.Value | None:
+    """Return what ``node`` divides by six, or None."""
+    if node.op_type not in ("Div", "Mul") or len(node.inputs) != 2:
+        return None
+    for position, wanted in ((1, 6.0), (1, 1 / 6), (0, 1 / 6)):
+        if (wanted == 6.0) == (node.op_type == "Div") and _is(node.inputs[position], wanted):
+            return node.inputs[1 - position]
+    return None
+
+
+def _clipped(value: ir.Value | None) -> ir.Value | None:
+    """Return x where ``value`` is clip(x + 3, 0, 6), or None."""
+    clip = _made_by(value, "Clip")
+    if clip is None or len(clip.inputs) < 3:
+        return None
+    if not (_is(clip.inputs[1], 0.0) and _is(clip.inputs[2], 6.0)):
+        return None
+    add = _made_by(clip.inputs[0], "Add")
+    for position in (0, 1) if add is not None else ():
+        if add is not None and _is(add.inputs[position], 3.0):
+            return add.inputs[1 - position]
+    return None
+
+
+def _made_by(value: ir.Value | None, kind: str) -> ir.Node | None:
+    node = maker(value)
+    return node if node is not None and node.op_type == kind else None
+
+
+def _is(value: ir.Value | None, number: float) -> bool:
+    array = constant(value)
+    return (
+        array is not None
+        and array.size == 1
+        and math.isclose(float(array.reshape(-1)[0]), number, rel_tol=1e-4, abs_tol=1e-9)
+    )
+
+
+def is_spatial_mean(graph: EditableGraph, node: ir.Node) -> bool:
+    """Return whether a ReduceMean is one over all of an image: a GlobalAveragePool."""
+    image, axes = node.inputs[0], attribute(node, "axes")
+    given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    axes = axes if given is None else given.tolist()
+    if image is None or axes is None or graph.rank(image) != 4:
+        return False
+    return sorted(axis % 4 for axis in axes) == [2, 3]
+
+
+def write_pool(graph: EditableGraph, node: ir.Node) -> None:
+    """Write a mean over space as GlobalAveragePool, which has int8 kernels."""
+    if attribute(node, "keepdims", 1):
+        graph.substitute(node, "GlobalAveragePool", [node.inputs[0]])
+        return
+    pooled = graph.add("GlobalAveragePool", [node.inputs[0]], f"{node.outputs[0].name}_pooled")
+    pool = maker(pooled)
+    if pool is not None:
+        pool.name, node.name = node.name, f"{node.name}_flatten"
+    graph.substitute(node, "Flatten", [pooled])
+
+
+def counts_padding(node: NodeProto | ir.Node) -> bool:
+    """Return whether an AveragePool divides by the whole window where that holds padding."""
+    if not attribute(node, "count_include_pad", 0):
+        return False
+    rule = attribute(node, "auto_pad", "NOTSET")
+    rule = rule.decode() if isinstance(rule, bytes) else rule
+    return rule not in ("NOTSET", "VALID") or any(attribute(node, "pads", ()))
+
+
+def is_ambiguous(node: NodeProto | ir.Node) -> bool:
+    """Return whether int8 kernels divide the last windows of an AveragePool by other numbers.
+
+    With ceil_mode they may reach over the edge; with count_include_pad too, ONNX Runtime's integer
+    kernel divides by all of the window, its float kernel by what lies in the image and its padding.
+    """
+    return bool(attribute(node, "ceil_mode", 0) and attribute(node, "count_include_pad", 0))
+
+
+def say_plainly(node: ir.Node) -> None:
+    """Clear ceil_mode and count_include_pad of an AveragePool where neither changes anything."""
+    if attribute(node, "count_include_pad", 0) and not counts_padding(node):
+        set_attribute(node, "count_include_pad", 0)
+    if attribute(node, "ceil_mode", 0) and _fits(node):
+        set_attribute(node, "ceil_mode", 0)
+
+
+def _fits(node: ir.Node) -> bool:
+    """Return whether the last window ends with the image and its padding, as far as is known."""
+    image, kernel = node.inputs[0], list(attribute(node, "kernel_shape", ()))
+    sizes = list(image.shape)[2:] if image is not None and image.shape else []
+    rule = attribute(node, "auto_pad", "NOTSET")
+    if len(sizes) != len(kernel) or rule != "NOTSET" or "dilations" in node.attributes:
+        return False
+    pads = attribute(node, "pads", [0] * 2 * len(kernel))
+    steps = attribute(node, "strides", [1] * len(kernel))
+    return all(
+        isinstance(size, int) and (size + pads[d] + pads[d + len(kernel)] - kernel[d]) % step == 0
+        for d, (size, step) in enumerate(zip(sizes, steps, strict=True))
+    )
+
+
+def is_convolution(node: ir.Node) -> bool:
+    """Return whether an AveragePool is a depthwise Conv: all windows have the same divisor."""
+    image = node.inputs[0]
+    channels = image.shape[1] if image is not None and image.shape else None
+    return counts_padding(node) and not is_ambiguous(node) and isinstance(channels, int)
+
+
+def write_convolution(graph: EditableGraph, node: ir.Node) -> None:
+    """Write an AveragePool of which ``is_convolution`` holds as a depthwise Conv.
+
+    All its weights are alike, so that int8 holds them exactly. OpenVINO pools integers and counts
+    padding as code 0 where that stands for the smallest value, not for zero.
+    """
+    image = node.inputs[0]
+    if image is None or image.shape is None or not isinstance(image.shape[1], int):
+        raise TypeError(f"{node.name} has no known channels")
+    kernel = [int(side) for side in attribute(node, "kernel_shape")]
+    names = ("auto_pad", "dilations", "kernel_shape", "pads", "strides")
+    given = {name: attribute(node, name) for name in names if name in node.attributes}
+    shape = (image.shape[1], 1, *kernel)
+    weight = np.full(shape, 1 / math.prod(kernel), np.float32)
+    mean = graph.add_constant(f"{node.name}_mean", weight)
+    graph.substitute(node, "Conv", [image, mean], group=shape[0], **given)
+
+
+_CARRIES = frozenset({"Unsqueeze", "Squeeze", "Cast", "Identity"})  # one number, as it was
+
+
+def constant_targets(graph: EditableGraph) -> dict[ir.Node, NDArray[np.int64]]:
+    """Return a constant target for each Reshape whose own begins with its batch.
+
+    Exporters write ``x.view(x.size(0), C, -1)`` as Concat(Gather(Shape(t), 0), C, -1). Where t has
+    the batch of what is reshaped, the constant (0, C, -1) is the same: 0 keeps the dimension.
+    """
+    computed = [n for n in graph.of_type("Reshape") if constant(n.inputs[1]) is None]
+    if computed:
+        graph.infer_shapes()
+    targets = {node: _target(node) for node in computed}
+    return {node: target for node, target in targets.items() if target is not None}
+
+
+def keep_batch(graph: EditableGraph) -> None:
+    """Give Reshapes their constant targets.
+
+    With a target computed at run time, OpenVINO joins int8 tensors wrongly behind the Reshape.
+    """
+    for node, target in constant_targets(graph).items():
+        set_target(graph, node, target)
+
+
+def set_target(graph: EditableGraph, node: ir.Node, target: NDArray[np.int64]) -> None:
+    """Give a Reshape a constant target."""
+    node.replace_input_with(1, graph.add_constant(f"{node.outputs[0].name}_shape", target))
+
+
+def _target(node: ir.Node) -> NDArray[np.int64] | None:
+    concat = maker(node.inputs[1])
+    if concat is None or concat.op_type != "Concat" or attribute(node, "allowzero", 0):
+        return None
+    rest = [_number(value) for value in concat.inputs[1:]]
+    tensor = _whose_batch(concat.inputs[0])
+    if tensor is None or any(value is None for value in rest):
+        return None
+    batch = _batch(tensor)
+    if tensor is not node.inputs[0] and (not batch or _batch(node.inputs[0]) != batch):
+        return None
+    return np.concatenate(
+        [[0], *(value.reshape(-1) for value in rest if value is not None)]
+    ).astype(np.int64)
+
+
+def _batch(value: ir.Value | None) -> str | None:
+    """Return the name of a free first dimension."""
+    shape = None if value is None else value.shape
+    first = shape[0] if shape else None
+    return first.value if isinstance(first, ir.SymbolicDim) else None
+
+
+def _whose_batch(value: ir.Value | None) -> ir.Value | None:
+    """Return the tensor whose first dimension ``value`` holds, or None."""
+    node = _before(maker(value), _CARRIES)
+    if node is None or node.op_type not in ("Gather", "Slice"):
+        return None
+    wanted = [0] if node.op_type == "Gather" else [0, 1]  # an index; a start and an end
+    values = [_number(given) for given in node.inputs[1 : 1 + len(wanted)]]
+    if [v.reshape(-1).tolist() for v in values if v is not None] != [[w] for w in wanted]:
+        return None
+    shape = _before(maker(node.inputs[0]), {"Cast"})
+    is_whole = shape is not None and shape.op_type == "Shape" and not shape.attributes
+    return shape.inputs[0] if shape is not None and is_whole else None
+
+
+def _before(node: ir.Node | None, kinds: Container[str]) -> ir.Node | None:
+    """Return the first node, from ``node`` on upwards, that is of none of these kinds."""
+    while node is not None and node.op_type in kinds:
+        node = maker(node.inputs[0])
+    return node
+
+
+def _number(value: ir.Value | None) -> NDArray[np.int64] | None:
+    """Return the integers of a constant, or None."""
+    array, node = constant(value), maker(value)
+    while array is None and node is not None and node.op_type in _CARRIES:
+        array, node = constant(node.inputs[0]), maker(node.inputs[0])
+    return None if array is None else array.astype(np.int64)

@@ -296,14 +296,10 @@ def read_text(path: Path, *, failed: str = "cannot be read") -> str:
 
 
 def check_room(path: Path, claimed: int) -> None:
-    """Refuse a file that claims to hold more than there is memory for, before any is taken.
-
-    Args:
-        path: The file.
-        claimed: Bytes that its content is said to have once it is unpacked.
+    """Refuse a file that claims so many bytes, once unpacked, as there is no memory for.
 
     Raises:
-        RunError: there is less memory.
+        RunError: there is less memory; none was taken.
     """
     import psutil
 

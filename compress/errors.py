@@ -129,13 +129,8 @@ def boundary(
     """Turn whatever is raised while a file of somebody else is read into one error of ours.
 
     Parsers, and code that walks what they return, raise errors of many kinds over a damaged file.
-    A CompressError passes as it is; the cause of another is kept for whoever looks for a bug here.
-
-    Args:
-        kind: The error that is raised instead.
-        what: What is wrong; the first line of the cause is added.
-        where: As in CompressError.
-        fix: As in CompressError.
+    A CompressError passes as it is; the cause of another is kept for whoever looks for a bug here,
+    and its first line is added to ``what``.
     """
     try:
         yield

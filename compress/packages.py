@@ -99,12 +99,7 @@ class _CallableModule(ModuleType):
 
 
 def make_callable(module: str, function: str) -> None:
-    """Let a call of ``module`` be one of its ``function``; everything else stays as it is.
-
-    Args:
-        module: Its ``__name__``; it must have been imported.
-        function: A name in it.
-    """
+    """Let a call of a module, by its ``__name__``, be one of its ``function``; all else stays."""
     found: Any = sys.modules[module]
     found.__class__ = _CallableModule
     found.__calls__ = function

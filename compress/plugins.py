@@ -209,9 +209,8 @@ def _own(kind: str, name: str) -> tuple[Path, str] | None:
 def import_file(path: Path, expected: str) -> ModuleType:
     """Run a Python file of the user's and return its module.
 
-    Args:
-        path: The file. Files beside it can be imported by it, then and by its functions.
-        expected: What it should hold, for the message.
+    It can import the files beside it, then and in its functions. ``expected`` is what it
+    should hold, for the message.
 
     Raises:
         UsageError: there is no such file, or running it fails.

@@ -44,16 +44,11 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> Interval
 
 
 def mcnemar(only_reference: int, only_candidate: int, *, mid_p: bool = True) -> float:
-    """Return the two-sided p-value of McNemar's test on paired right/wrong answers.
+    """Return the two-sided p-value of McNemar's test on images that only one of two gets right.
 
     Under the null hypothesis each image on which exactly one of the two is right falls to either
     side like a fair coin. The exact binomial test is too careful when such images are few; mid-p
     counts half of the observed outcome's own probability and is the better default.
-
-    Args:
-        only_reference: Images that only the reference gets right.
-        only_candidate: Images that only the candidate gets right.
-        mid_p: Mid-p; else the exact conditional test.
 
     Source: Fagerland, Lydersen, Laake, The McNemar test for binary matched-pairs data: mid-p and
     asymptotic are better than exact conditional, BMC Medical Research Methodology 13:91, 2013.
@@ -79,13 +74,10 @@ def accuracy_change_interval(
 ) -> Interval:
     """Return Tango's 95 % score interval of candidate less reference accuracy, in [-1, 1].
 
-    Of N images, ``lost`` are right for the reference alone and ``won`` for the candidate alone. The
-    interval holds every change that a score test on these pairs does not reject. Without a single
-    flip it is +-z^2 / (N + z^2), never of no width: few images cannot show that nothing changed.
-
-    Args:
-        reference_correct: Whether the reference is right, (N,).
-        candidate_correct: Whether the candidate is right, (N,), in the same order.
+    Of N images, told right or wrong in the same order, (N,), ``lost`` are right for the reference
+    alone and ``won`` for the candidate alone. The interval holds every change that a score test on
+    these pairs does not reject. Without a single flip it is +-z^2 / (N + z^2), never of no width:
+    few images cannot show that nothing changed.
 
     Raises:
         UsageError: no images, or not the same number of them.
@@ -122,13 +114,10 @@ def _tango(lost: int, won: int, total: int, z: float) -> Interval:
 
 
 def quantile_interval(blocks: Floats, q: float, *, resamples: int = RESAMPLES) -> Interval:
-    """Return the 95 % block bootstrap interval of a quantile of all values.
+    """Return the 95 % block bootstrap interval of a quantile ``q``, in (0, 1), of all values.
 
-    Args:
-        blocks: Values, (R, n): R rounds of n. Rounds are drawn whole, because values within one
-            are not independent of each other.
-        q: Which quantile, in (0, 1); 0.5 is the median.
-        resamples: Bootstrap draws.
+    Values are (R, n), R rounds of n. Rounds are drawn whole, because values within one are not
+    independent of each other.
     """
     return _ends(_quantiles(blocks, _draws(len(blocks), resamples, seed=0), q))
 
@@ -142,14 +131,9 @@ def ratio_interval(
 ) -> Interval:
     """Return the paired 95 % block bootstrap interval of median(reference) / median(candidate).
 
-    Round i of the one was timed beside round i of the other, so rounds are drawn in pairs: what
-    slows the machine down for a while hits both and leaves the ratio alone.
-
-    Args:
-        reference: Positive values, (R, n).
-        candidate: Positive values, (R, m).
-        resamples: Bootstrap draws.
-        seed: Of the draws.
+    Values are positive, (R, n) and (R, m). Round i of the one was timed beside round i of the
+    other, so rounds are drawn in pairs: what slows the machine down for a while hits both and
+    leaves the ratio alone.
 
     Raises:
         UsageError: the number of rounds differs or is zero, or a value is not positive.
@@ -188,12 +172,7 @@ class CalibrationBins:
 def calibration_bins(
     confidence: Floats, correct: NDArray[np.bool_], *, bins: int = 15
 ) -> CalibrationBins:
-    """Return accuracy against confidence.
-
-    Args:
-        confidence: Probability of the given answer, (N,), in [0, 1].
-        correct: Whether the answer is right, (N,).
-        bins: Parts.
+    """Return accuracy against confidence in the given answers, (N,) each, in so many bins.
 
     Raises:
         UsageError: there are no answers.
@@ -219,12 +198,7 @@ def excludes(interval: Interval, value: float) -> bool:
 def undecided(images: int | None, bounds: Interval) -> str | None:
     """Return what an insignificant change leaves open: "153 images cannot rule out a loss of ...".
 
-    Args:
-        images: How many it was measured on, where that is known.
-        bounds: 95 % interval of the change, points.
-
-    Returns:
-        None where a loss of more than ``SETTLED_POINTS`` is ruled out.
+    None where its 95 % interval, points, rules out a loss of more than ``SETTLED_POINTS``.
     """
     if bounds[0] >= -SETTLED_POINTS:
         return None

@@ -62,10 +62,7 @@ def allow(typed: str) -> None:
 
 
 def check_code(source: str) -> None:
-    """Refuse to import a Python file or module that nobody agreed to.
-
-    Args:
-        source: ``path/file.py`` or ``package.module``, as it is named.
+    """Refuse to import ``path/file.py`` or ``package.module``, as named, that nobody agreed to.
 
     Raises:
         UsageError: a file named it, not the command line, and it did not run here before.

@@ -94,9 +94,8 @@ def init(
 def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
     """Write a recipe for the network and images in a folder and return what was found and done.
 
-    Args:
-        given: The options; what is absent is proposed.
-        ask: Puts a question with the proposed answer to the user; None takes the proposals.
+    What is absent in ``given``, the options, is proposed. ``ask`` puts a question with the proposed
+    answer to the user; None takes the proposals.
 
     Raises:
         UsageError: there is no network or no data to be found, or the recipe exists already.

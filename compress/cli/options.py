@@ -134,11 +134,7 @@ def load_dataset(
 def integers(text: str, option: str, *, like: str, count: int | None = None) -> list[int]:
     """Return whole numbers above 0 written with commas, ``count`` of them or any number.
 
-    Args:
-        text: What was given.
-        option: Its name, for the message.
-        like: What is wanted, with an example, for the message.
-        count: How many.
+    For the message, ``option`` is its name and ``like`` what is wanted, with an example.
     """
     parts = [part.strip() for part in text.split(",")]
     wrong = count is not None and len(parts) != count

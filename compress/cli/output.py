@@ -29,11 +29,7 @@ OF_THE_MACHINE = {*FULL, EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPER
 
 
 def exit_code(call: Callable[[], Any]) -> int:
-    """Return the exit code of a command; what went wrong is said on stderr.
-
-    Args:
-        call: Carries the command out and returns its exit code, or None.
-    """
+    """Return the exit code of a command, carried out by ``call``; stderr says what went wrong."""
     try:
         with (
             ending_on_signals() as signals,

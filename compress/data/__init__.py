@@ -220,11 +220,9 @@ def load_data(
 
 
 def load_pictures(settings: DataSettings, files: Sequence[Path]) -> Dataset:
-    """Return picture files as a network takes them: test images without labels.
+    """Return picture files as a network takes them: test images without labels, each read if asked.
 
-    Args:
-        settings: Of a kind of data that reads pictures from files; its root does not count.
-        files: The pictures, at least one; each is read when it is asked for.
+    The root of ``settings``, of a kind of data that reads pictures from files, does not count.
     """
     supplied = _options(settings.model_copy(update={"root": ""}))
     plugin = plugins.create("data", {settings.name: settings.options}, **supplied)

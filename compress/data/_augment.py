@@ -54,16 +54,10 @@ def augment(
     settings: AugmentSettings,
     normalize: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """Return ``images`` changed at random and normalized.
+    """Return ``images``, (B, C, H, W) uint8, changed at random and normalized, float32.
 
-    Args:
-        images: (B, C, H, W) uint8. Not modified.
-        chances: (B, CHANCES) uniform numbers in [0, 1); row i decides all about image i.
-        settings: Which changes, and how far.
-        normalize: Maps (B, C, H, W) in 0..255 to what the network wants, float32.
-
-    Returns:
-        (B, C, H, W) float32.
+    Row i of ``chances``, (B, CHANCES) uniform numbers in [0, 1), decides all about image i.
+    ``normalize`` maps 0..255 to what the network wants. ``images`` are not modified.
     """
     if settings.crop_padding:
         images = cropped(images, chances, settings.crop_padding)
@@ -86,17 +80,10 @@ def augment_with_labels(
     settings: AugmentSettings,
     normalize: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Any]:
-    """Return ``images`` changed at random and normalized, and their labels moved with them.
+    """Return images as ``augment`` does, and their targets moved with them, of the same form.
 
-    Args:
-        images: (B, C, H, W) uint8. Not modified.
-        targets: (B, H, W) masks, (B, C, H, W) images, or "boxes", "labels" and more of each image.
-        chances: (B, CHANCES) uniform numbers in [0, 1); row i decides all about image i.
-        settings: Which changes, and how far; those that mix images or colours are refused.
-        normalize: Maps (B, C, H, W) in 0..255 to what the network wants, float32.
-
-    Returns:
-        (B, C, H, W) float32, and targets of the same form.
+    Targets are (B, H, W) masks, (B, C, H, W) images, or "boxes", "labels" and more of each image.
+    Settings that mix images or colours are refused.
     """
     wrong = [key for key in ("mixup", "cutmix", "randaugment") if getattr(settings, key)]
     if wrong:
@@ -247,21 +234,12 @@ def erased(images: Tensor, chances: Tensor, probability: float) -> Tensor:
 def mixed(
     images: Tensor, target: Tensor, chances: Tensor, settings: AugmentSettings, classes: int
 ) -> tuple[Tensor, Tensor]:
-    """Return images mixed in pairs of neighbours by mixup or cutmix, and their soft targets.
+    """Return images mixed in pairs of neighbours by mixup or cutmix, and their soft targets (B, K).
 
     The order of a batch is random, so neighbours are random pairs; the last image of an odd batch
-    stays alone. With both asked for, each pair takes either with equal chances.
-
-    Args:
-        images: (B, C, H, W) float32, normalized. Not modified.
-        target: (B,) int64.
-        chances: (B, CHANCES) in [0, 1); the first of a pair decides.
-        settings: Alphas of the Beta distributions of the shares.
-        classes: K.
-
-    Returns:
-        Images (B, C, H, W) and class probabilities (B, K) float32; the given ones where neither
-        is asked for.
+    stays alone. With both asked for, each pair takes either with equal chances, by the row of
+    ``chances``, (B, CHANCES) in [0, 1), of its first image; with neither all is as it was.
+    ``images`` are (B, C, H, W), normalized, ``target`` is (B,); they are not modified.
 
     Source: Zhang et al., mixup, ICLR 2018, https://arxiv.org/abs/1710.09412; Yun et al., CutMix,
     ICCV 2019, https://arxiv.org/abs/1905.04899.

@@ -177,29 +177,18 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ShardImages:
-    """Images in tar files: of each only its place, its size and its class are in memory.
+    """Images in tar files: of each only its place, its size and its class are in memory."""
 
-    Args:
-        paths: The shards.
-        starts: Position of the first image of every shard, and the number of images, (S + 1,).
-        places: Where each image's file begins in its shard, bytes, (N,).
-        sizes: Of each image's file, bytes, (N,).
-        labels: (N,).
-        fit: How images are fitted to one size.
-        channels: 1 or 3.
-        workers: Processes that decode ahead in training.
-        window: Images among which the order of training is random.
-    """
-
-    paths: tuple[Path, ...]
+    paths: tuple[Path, ...]  # the shards
+    # Position of the first image of every shard, and the number of images, (S + 1,)
     starts: NDArray[np.int64]
-    places: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    labels: NDArray[np.int64]
-    fit: Fit
-    channels: int
-    workers: int
-    window: int
+    places: NDArray[np.int64]  # where each image's file begins in its shard, bytes, (N,)
+    sizes: NDArray[np.int64]  # of each image's file, bytes, (N,)
+    labels: NDArray[np.int64]  # (N,)
+    fit: Fit  # how images are fitted to one size
+    channels: int  # 1 or 3
+    workers: int  # processes that decode ahead in training
+    window: int  # images among which the order of training is random
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -326,10 +315,7 @@ def with_channels(images: Tensor, channels: int | None) -> Tensor:
 def held_out(labels: Any, share: float, seed: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Return positions of training and of test images, each class with its ``share`` of the test.
 
-    Args:
-        labels: Class of each image, (N,); labels of another form are drawn without regard to them.
-        share: Of the images that become the test set, in (0, 1).
-        seed: Of the draw.
+    ``labels`` are classes, (N,); those of another form are drawn without regard to them.
     """
     random = np.random.default_rng(seed)
     kinds = np.unique(labels) if getattr(labels, "ndim", 0) == 1 else [None]

@@ -132,12 +132,9 @@ def all_targets(items: Items, where: str) -> list[Any]:
 
 
 def labels_of(targets: Parts, names: tuple[str, ...] | None, fit: Fit) -> Labels:
-    """Return names of the classes, labels by place, and their form.
+    """Return names of the classes, those that occur if None, labels by place, and their form.
 
-    Args:
-        targets: What ``all_targets`` returned, by place.
-        names: Of the classes; those that occur if None.
-        fit: How the pictures are fitted; masks are fitted alike.
+    ``targets`` are what ``all_targets`` returned, by place; masks are fitted as the pictures are.
     """
     where, part = next(iter(targets.items()))
     first = part[0]
@@ -308,18 +305,12 @@ class ItemImages:
 
 @dataclass(frozen=True)
 class Reader:
-    """How a picture of an item becomes pixels of the network's input.
+    """How a picture of an item becomes pixels of the network's input."""
 
-    Args:
-        fit: How pictures get the size of the input.
-        channels: 1 or 3.
-        where: The data set, for errors.
-        shape: That of every tensor, (C, H, W), where nobody asked for a size; None: any is fitted.
-    """
-
-    fit: Fit
-    channels: int
-    where: str
+    fit: Fit  # how pictures get the size of the input
+    channels: int  # 1 or 3
+    where: str  # the data set, for errors
+    # That of every tensor, (C, H, W), where nobody asked for a size; None: any is fitted
     shape: tuple[int, int, int] | None = None
 
     @classmethod

@@ -35,12 +35,9 @@ _DEEP_GREY = {"I;16", "I;16B", "I;16L", "I;16N"}
 def opened_picture(
     source: Path | BinaryIO, *, where: str, what: str = "image"
 ) -> Iterator[Image.Image]:
-    """Open a picture whose size is bounded; nothing is decoded yet.
+    """Open a picture, a regular file or its content, of bounded size; nothing is decoded yet.
 
-    Args:
-        source: A regular file, or its content.
-        where: What errors begin with.
-        what: What it is called there.
+    Errors begin with ``where`` and call it ``what``.
 
     Raises:
         DataError: it is no readable picture, also when what is done with it inside shows that; it
@@ -81,15 +78,10 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def to_8_bit(image: Image.Image, channels: int, *, where: str) -> Image.Image:
-    """Return a picture upright, as RGB or grey of 8 bits.
+    """Return what ``opened_picture`` gave upright, as RGB of 8 bits, as grey with one channel.
 
     16 bits are scaled to 8, floats from 0..1; what is transparent is shown on white; CMYK is
     converted by the profile inside, if there is one.
-
-    Args:
-        image: What ``opened_picture`` returned.
-        channels: 3, or 1 for grey.
-        where: What errors begin with.
 
     Raises:
         DataError: its numbers have no known white: 32-bit integers, floats beyond 0..1.
@@ -224,12 +216,7 @@ class Fit:
         return PicturePlacement(resized, top, left, (resized[0] / height, resized[1] / width))
 
     def image(self, picture: Image.Image, fill: int | tuple[int, ...] | None = None) -> Image.Image:
-        """Return ``picture`` resized, then cropped or padded to the size.
-
-        Args:
-            picture: Of any size and mode.
-            fill: Value of the padding in the picture's mode; grey if None.
-        """
+        """Return ``picture`` resized, then cropped or padded to the size, with ``fill`` or grey."""
         from PIL import Image as Pillow
 
         height, width = self.size

@@ -73,9 +73,8 @@ def mask_values(file: Path) -> NDArray[np.uint8]:
 def mask_classes(first: Mapping[int, str], fix: str = "") -> tuple[str, ...]:
     """Return the numbers of the classes that masks hold as their names.
 
-    Args:
-        first: Of each value that counts, in which mask it occurs first.
-        fix: What else can be done about numbers that are missing.
+    ``first`` tells in which mask each value that counts occurs first, ``fix`` what else can be done
+    about numbers that are missing.
     """
     largest = max(first, default=0)
     absent = sorted(set(range(largest)) - first.keys())

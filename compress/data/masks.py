@@ -110,16 +110,11 @@ def masked_source(
     values: Sequence[int] | None = None,
     void: int | None = VOID,
 ) -> Source:
-    """Return pairs of image and mask as a Source.
+    """Return pairs of image and mask, fitted as ``kind`` says, as a Source.
 
-    Args:
-        kind: How pictures are fitted.
-        train: Files to learn from.
-        validation: Files to choose by; may be empty.
-        test: Files to measure on; drawn from the others if empty.
-        classes: Names; what ``values`` are, or the numbers that occur, if absent.
-        values: Number in the files of each class; 0, 1, 2, ... if absent.
-        void: Number in the files where nothing counts.
+    ``validation`` may be empty, and ``test``, which is then drawn from the others. Classes are
+    called ``classes``, else after ``values``, else by the numbers that occur. ``values`` are their
+    numbers in the files, 0, 1, 2, ... if absent; ``void`` is the number where nothing counts.
 
     Raises:
         DataError: there are no images, a mask is missing, or the numbers in them are no classes.

@@ -59,10 +59,7 @@ class Synthetic:
             raise ValueError(f"{self.images} images, {self.steps} steps: at least 2 and 1")
 
     def load(self, build: Callable[[], nn.Module] | None) -> Source:
-        """Return the images, each batch of which is made when it is first asked for.
-
-        Args:
-            build: Returns a copy of the network, which takes (B, C, H, W).
+        """Return the images for the network that ``build`` gives, each batch made when it is asked.
 
         Raises:
             UsageError: there is no network, or nothing says how large its images are.
@@ -144,12 +141,8 @@ def matched_to_batchnorm(
 ) -> Tensor:
     """Return images like ``start``, changed until BatchNorm reads the statistics that it stored.
 
-    Args:
-        network: In which nothing is changed.
-        start: Images to begin with, (B, C, H, W) as the network takes them.
-        bounds: Smallest and largest value of each channel, (C, 1, 1).
-        steps: Of Adam.
-        done: Counts the steps.
+    Images are (B, C, H, W) as the network takes them, within ``bounds``, (C, 1, 1), of each
+    channel. ``done`` counts the steps of Adam. In the network nothing is changed.
     """
     images = start.clamp(*bounds).requires_grad_()
     optimizer = torch.optim.Adam([images], LR)

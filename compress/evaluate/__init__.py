@@ -186,11 +186,7 @@ def agreement_row(task: Task, reference: Evaluation, candidate: Evaluation) -> d
 def check_task(run: Any, task: Task, dataset: Dataset, *, images: int = TRIED) -> None:
     """Try a network and its task on a few test images, before anything depends on them.
 
-    Args:
-        run: A module, or a session that takes pictures as the dataset stores them.
-        task: What the network is for.
-        dataset: The images.
-        images: How many.
+    ``run`` is a module, or a session that takes pictures as the dataset stores them.
 
     Raises:
         EngineError: the outputs are not what the task reads.

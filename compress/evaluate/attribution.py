@@ -253,18 +253,11 @@ def compare_maps(
     method: str = "grad-cam",
     shown: int = 6,
 ) -> tuple[tuple[Attribution, ...], Similarity]:
-    """Return map pairs of a few images, flipped ones first, and the similarity over all.
+    """Return map pairs of a few images, flipped ones first, and the similarity over all samples.
 
     Both networks are asked about the same class, the original's answer: whether they look at the
-    same places for the same reason.
-
-    Args:
-        original: The uncompressed network; see ``explain`` for what each method takes.
-        compressed: The compressed one.
-        samples: The images; the similarity is taken over all of them.
-        variant: Name of the compressed network in the report.
-        method: As in ``explain``.
-        shown: Pairs returned, at most.
+    same places for the same reason. See ``explain`` for what each method takes; ``variant`` names
+    the compressed network in the report, and at most ``shown`` pairs are returned.
     """
     batches = [(samples.images, torch.from_numpy(samples.labels))]
     before, after = (predict(run, batches).answers for run in (original, compressed))
@@ -308,15 +301,11 @@ def _interval_of_mean(values: NDArray[np.float64]) -> Interval | None:
 
 
 def overlay(picture: NDArray[np.uint8], weights: NDArray[np.float32], side: int = SIDE) -> str:
-    """Return the picture in grey with its map in colour over it, as PNG data URI.
+    """Return a picture, uint8 (H, W, C), in grey with its map (H, W) in colour, as PNG data URI.
 
     Orange speaks for the class and blue against it; the strongest place of a map is the most
-    coloured, so colours of two pictures do not compare in strength.
-
-    Args:
-        picture: uint8 (H, W, C).
-        weights: (H, W), any scale.
-        side: Pixels of the longer side.
+    coloured, so colours of two pictures do not compare in strength. The longer side has ``side``
+    pixels.
     """
     top = float(np.abs(weights).max()) or 1.0
     share = np.abs(weights) / top

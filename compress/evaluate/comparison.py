@@ -198,16 +198,10 @@ def compare_predictions(
 def compare_outputs(
     reference: Session, candidate: Session, inputs: Iterable[tuple[NDArray[Any], ...]]
 ) -> dict[str, Drift]:
-    """Return the drift of every output of ``candidate`` from that of ``reference``.
+    """Return the drift of each output of ``candidate``, by the reference's name for it.
 
-    Args:
-        reference: A session.
-        candidate: A session with as many outputs. They are matched by name where all names agree,
-            else by position.
-        inputs: Batches: for each the arrays that both sessions are called with.
-
-    Returns:
-        Name of the reference's output -> drift over all batches.
+    They are matched by name where all names agree, else by position. ``inputs`` are batches: for
+    each the arrays that both sessions are called with.
 
     Raises:
         EngineError: the number or the shapes of the outputs differ, or there are no batches.

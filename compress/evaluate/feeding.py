@@ -80,12 +80,9 @@ def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
 
 
 def arrays_for(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> list[NDArray[Any]]:
-    """Return what a session with these inputs takes for ``images``.
+    """Return what a session with these inputs takes for ``images``, normalized as the dataset says.
 
-    Args:
-        specs: The session's inputs.
-        images: (B, C, H, W) as the dataset stores them: uint8, or floats that are used as they are.
-        dataset: Says how they are normalized, and what further inputs get.
+    Images are (B, C, H, W) as the dataset stores them: uint8, or floats that are used as they are.
 
     Raises:
         EngineError: an input is no picture and nothing says what it gets.

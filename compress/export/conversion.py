@@ -96,11 +96,8 @@ def checked_opset(opset: int | None) -> int:
 def frozen_copy(model: nn.Module, outputs: Sequence[str] | None = None) -> nn.Module:
     """Return a copy of ``model`` on the CPU, in fp32 and eval mode, out of any wrapper.
 
-    A detector of torchvision becomes one that returns boxes before NMS, for any batch.
-
-    Args:
-        model: The network.
-        outputs: Places of the outputs that the copy returns, in its order; all if None.
+    It returns the ``outputs`` at these places, in its order; all if None. A detector of torchvision
+    becomes one that returns boxes before NMS, for any batch.
     """
     twin = full_copy(network_of(model))
     twin = before_nms(twin) or twin

@@ -101,12 +101,7 @@ def check_nms(model: ir.Model, heads: ir.Value, nms: Nms) -> None:
     """Compare NMS at the end of a graph with torchvision's, on made-up boxes and scores.
 
     Scores all differ and sides are whole: which of two equal boxes is kept, and how an overlap at
-    the limit is rounded, may differ.
-
-    Args:
-        model: A graph that ends in NMS.
-        heads: The boxes before NMS, (B, 4 + K, A).
-        nms: What it ends in.
+    the limit is rounded, may differ. ``heads`` are the boxes before NMS, (B, 4 + K, A).
 
     Raises:
         ExportError: they differ.

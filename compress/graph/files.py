@@ -346,13 +346,9 @@ def copy(
     facts: Mapping[str, Any],
     sizes: tuple[int, int, int] | None = None,
 ) -> None:
-    """Copy an ONNX file with the weights beside it, and keep ``facts`` in the copy.
+    """Copy an ONNX file with the weights beside it, and ``stamp`` the copy with ``facts``.
 
-    Args:
-        source: The file; it is left as it is.
-        target: The copy.
-        facts: See ``onnx_facts.stamp``.
-        sizes: Channels, height and width that free ones of its first picture are fixed to.
+    Free channels, height and width of its first picture are fixed to ``sizes``, if given.
 
     Raises:
         EngineError: the file is damaged, or its sizes are others.

@@ -45,11 +45,9 @@ ANY_TYPE = frozenset({"Shape", "Size"})  # read what is there, whatever its type
 
 
 def to_half(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
-    """Return ``model`` with its float part in fp16; inputs and outputs stay fp32.
+    """Return a copy of an fp32 graph, with or without Q/DQ nodes, with its float part in fp16.
 
-    Args:
-        model: An fp32 graph with or without Q/DQ nodes. Not modified.
-        keep: Names of nodes to hold in fp32.
+    Inputs and outputs stay fp32, and so do the nodes that ``keep`` names.
 
     Raises:
         ExportError: ``keep`` names a node that is not there.

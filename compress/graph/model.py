@@ -127,10 +127,8 @@ def reads(node: NodeProto) -> set[str]:
 def tail(nodes: Sequence[NodeProto]) -> set[str]:
     """Return the tensors made behind the last weighted ops: their precision is the answer's.
 
-    Nothing quantizes them: the writer does not, and the linter does not ask for it.
-
-    Args:
-        nodes: Of a graph with or without Q/DQ pairs, in topological order.
+    Nothing quantizes them: the writer does not, and the linter does not ask for it. ``nodes`` are
+    in topological order, with or without Q/DQ pairs.
     """
     producer = {name: node for node in nodes for name in node.output}
     before_weights: set[str] = set()  # tensors that a weighted op needs, directly or not
@@ -149,10 +147,6 @@ def averages_probabilities(node: NodeProto, producer: Mapping[str, NodeProto]) -
 
     So the boxes of YOLO are decoded: a Conv with the weights 0, 1, 2, ... is the mean of a
     distribution over distances. It is part of the answer, and no layer.
-
-    Args:
-        node: Of a graph with or without Q/DQ pairs.
-        producer: The node that makes a tensor, by its name.
     """
     if node.op_type not in WEIGHTED or len(node.input) < 2 or _source(node.input[1], producer):
         return False

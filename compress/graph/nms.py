@@ -17,17 +17,11 @@ OUTPUT = "detections"
 
 @dataclass(frozen=True)
 class Nms:
-    """Non-maximum suppression within each class; a place has the class of its highest score.
+    """Non-maximum suppression within each class; a place has the class of its highest score."""
 
-    Args:
-        iou: Overlap from which the box of the lower score is left out.
-        score: Boxes up to this score are left out.
-        max_boxes: Of an image, the best; fewer are filled up with zeros.
-    """
-
-    iou: float = 0.7
-    score: float = 0.001
-    max_boxes: int = 100
+    iou: float = 0.7  # overlap from which the box of the lower score is left out
+    score: float = 0.001  # boxes up to this score are left out
+    max_boxes: int = 100  # of an image, the best; fewer are filled up with zeros
 
     def of(self, head: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
         """Return boxes (M, 4) as x1, y1, x2, y2, scores and labels of one image, best first.

@@ -322,13 +322,9 @@ CONVERTED_OPSET = 17
 
 
 def modern(model: ModelProto, where: str) -> ModelProto:
-    """Return ``model`` in an opset that can be quantized; itself where it is in one.
+    """Return ``model``, which may be changed, in an opset that can be quantized.
 
     ONNX's converter does it, but for two kinds of operator whose old meaning it forgets.
-
-    Args:
-        model: May be changed.
-        where: What to call it in errors.
 
     Raises:
         QuantizationError: it is too old, or an operator cannot be converted.

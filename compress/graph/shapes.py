@@ -62,12 +62,8 @@ def shapes_of(
 ) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
     """Return shape and element type of each tensor, as inferred with a free batch set to ``batch``.
 
-    A size that is not known is None; a tensor of which nothing is known is absent.
-
-    Args:
-        model: The graph. Not modified.
-        batch: The size that a free batch has.
-        others: The size that all other free dimensions of inputs have; they stay free if None.
+    Other free dimensions of inputs have the size ``others``; they stay free if None. A size that is
+    not known is None; a tensor of which nothing is known is absent.
 
     Raises:
         ModelError: the graph breaks the rules of ONNX.

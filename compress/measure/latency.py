@@ -285,11 +285,9 @@ class _Entrant:
 
 
 def verdict_of(interval: statistics.Interval, resolution_pct: float = 0.0) -> str:
-    """Return what the interval of a speed-up says: "faster", "slower" or "no difference".
+    """Return what the interval of old time / new time says: "faster", "slower" or "no difference".
 
-    Args:
-        interval: Of old time / new time.
-        resolution_pct: Differences up to this are none.
+    Differences up to ``resolution_pct`` are none.
     """
     margin = 1 + resolution_pct / 100
     if interval[0] > margin:

@@ -107,14 +107,10 @@ def count_onnx(source: Path | onnx.ModelProto) -> Count:
 
 
 def node_macs(model: onnx.ModelProto, shapes: Shapes | None = None) -> dict[str, int]:
-    """Return the MACs of one image of each convolution and matrix product.
+    """Return the MACs of one image of each convolution and matrix product, in graph order.
 
-    Args:
-        model: The graph.
-        shapes: Of its tensors, where they are known: ``complete_shapes``.
-
-    Returns:
-        The name of a node's first output -> MACs, in graph order. Other nodes are absent.
+    They go by the name of a node's first output. ``shapes`` are those of ``complete_shapes``, where
+    they are known.
 
     Raises:
         ModelError: a shape that is needed cannot be inferred.

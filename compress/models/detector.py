@@ -145,10 +145,7 @@ def _losses(
 def _owners(cells: Tensor, strides: Tensor, boxes: Tensor) -> Tensor:
     """Return for every cell the object that it answers for, the smallest of several, (A,); or -1.
 
-    Args:
-        cells: Centres, (A, 2).
-        strides: Pixels between centres of the cell's grid, (A,).
-        boxes: (M, 4) as x1, y1, x2, y2.
+    ``cells`` are centres, (A, 2), ``strides`` the pixels between those of a cell's grid, (A,).
     """
     if not len(boxes):
         return torch.full((len(cells),), -1, device=cells.device)

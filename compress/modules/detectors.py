@@ -98,11 +98,7 @@ def has_background(model: nn.Module) -> bool:
 def size_inside(model: Any, images: Tensor) -> tuple[int, int] | None:
     """Return height and width that a detector of torchvision resizes images to inside.
 
-    None where it takes them as they are, and for any other network.
-
-    Args:
-        model: A network, or anything else.
-        images: (B, C, H, W).
+    None where it takes them, (B, C, H, W), as they are, and for anything else.
     """
     if type(model) not in _read_kinds():
         return None

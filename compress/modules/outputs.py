@@ -67,12 +67,9 @@ def tensors_of(output: Any) -> list[Tensor]:
 def chosen_outputs(
     found: Sequence[tuple[str, Leaf]], outputs: Sequence[str] | None, *, where: str = ""
 ) -> list[tuple[str, Leaf]]:
-    """Return those of ``found`` that ``outputs`` name: all if None.
+    """Return those of ``found``, places with what is there, that ``outputs`` name: all if None.
 
-    Args:
-        found: Places, as ``leaves`` gives them, and what is there.
-        outputs: Places; ``1`` stands for ``1.boxes`` and ``1.feats.0`` as well.
-        where: What a message begins with.
+    ``1`` stands for ``1.boxes`` and ``1.feats.0`` as well.
 
     Raises:
         UsageError: a name is no place; the message lists all.

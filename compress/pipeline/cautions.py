@@ -142,10 +142,8 @@ def of_original(
 ) -> dict[str, Any]:
     """Return the facts "trust" and "size_inside" about the original, as a stage records them.
 
-    Args:
-        context: The run.
-        run: The network, or a session of it.
-        rebuild: Builds it again; None where its weights are known to be trained or to come with it.
+    ``run`` is the network, or a session of it. ``rebuild`` builds it again; None where its weights
+    are known to be trained or to come with it.
     """
     size = size_inside(run, context.dataset.example)
     here = bool(context.recipe.stages) and context.recipe.stages[0].verb == "train"
@@ -159,12 +157,7 @@ def trust_of(facts: Mapping[str, Any]) -> Trust:
 
 
 def of_size(dataset: Dataset, inside: Sequence[int] | None) -> Iterator[str]:
-    """Yield a warning where the network resizes images inside.
-
-    Args:
-        dataset: The images.
-        inside: Height and width that it resizes them to, as ``size_inside`` returns them.
-    """
+    """Yield a warning where the network resizes images inside, to height and width ``inside``."""
     if inside is not None:
         own, resized = (f"{h} x {w}" for h, w in (dataset.image_size, inside))
         yield (

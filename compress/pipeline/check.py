@@ -27,12 +27,9 @@ LAYER_KEYS = ("freeze_until", "layer_lr", "exclude")  # settings that name layer
 
 
 def preflight(recipe: Recipe, *, where: str, read_data: bool = True) -> None:
-    """Check that ``recipe`` can be run on this machine.
+    """Check that ``recipe`` can be run on this machine; nothing of it is carried out.
 
-    Args:
-        recipe: The recipe. Nothing of it is carried out.
-        where: What the messages begin with: the recipe's file.
-        read_data: Also read the images; a run does that itself.
+    Messages begin with ``where``, its file. Without ``read_data`` images are left to the run.
 
     Raises:
         RecipeError: it cannot; every problem is one line of the message.

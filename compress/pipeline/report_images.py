@@ -178,12 +178,9 @@ def explained_samples(
 ) -> Samples:
     """Return test images to explain: those that flipped from right to wrong, then others.
 
-    Args:
-        dataset: Of which ``before`` and ``after`` answer the first test images.
-        before: Answers of the original.
-        after: Answers of the compressed network.
-        count: Images, at most; half of them at most are flipped ones, so that the similarity of
-            maps is not about lost images alone. The others are spread evenly over the rest.
+    They are ``count`` at most of those that ``before`` and ``after`` answer; half of them at most
+    are flipped ones, so that the similarity of maps is not about lost images alone. The others are
+    spread evenly over the rest.
     """
     flipped = np.flatnonzero(before.correct & ~after.correct)[: max(1, count // 2)]
     others = np.setdiff1d(np.arange(len(before.labels)), flipped)

@@ -86,11 +86,7 @@ def refit_blocks(
 
 
 def check_blocks(model: nn.Module, image: Tensor) -> None:
-    """Check, before anything is cut, that a network has blocks that ``refit_blocks`` could fit.
-
-    Args:
-        model: The network to be cut.
-        image: One image, (1, C, H, W).
+    """Check, on one image (1, C, H, W), that a network has blocks that ``refit_blocks`` could fit.
 
     Raises:
         UsageError: it has none.

@@ -265,12 +265,9 @@ def knapsack(
     Greedy: again and again the cut of one group, of any size, that saves the most time per
     importance lost. Then exchange: steps up that still fit, the most important per time first.
 
-    Args:
-        candidates: The counts each group may keep.
-        importance: Of each group's units in the order in which they are kept, (C,) each.
-        total: (counts, layers) -> ms; over all layers if none are given.
-        changed: For each group, the layers whose time depends on it.
-        target: Largest total, ms; must be reachable.
+    ``importance`` is that of each group's units in the order in which they are kept, (C,).
+    ``total`` gives the ms of (counts, layers), over all layers if none are given; ``changed`` has
+    the layers whose time depends on each group. ``target``, ms, must be reachable.
     """
     sums = [np.concatenate(([0.0], np.cumsum(values))) for values in importance]
     counts = np.array([one.size for one in candidates], dtype=np.int64)

@@ -115,16 +115,8 @@ def keep_in_round(keep: float, number: int, rounds: int) -> float:
     """Return the share of the *original* that is kept after round ``number`` of ``rounds``.
 
     Every round keeps the same share of what it finds, so early rounds cut the most channels and
-    late ones the fewest: keep ** (number / rounds). To plan a round on the network that the round
-    before has left, divide by the share that is actually left of it.
-
-    Args:
-        keep: Share of the original kept in the end, in (0, 1].
-        number: 1, 2, ..., rounds.
-        rounds: Rounds in all.
-
-    Returns:
-        The share, in [keep, 1); exactly ``keep`` for the last round.
+    late ones the fewest: keep ** (number / rounds), exactly ``keep`` in the last. To plan a round
+    on the network that the round before has left, divide by the share that is actually left of it.
     """
     if not 1 <= number <= rounds:
         raise ValueError(f"round {number} of {rounds}")
@@ -151,9 +143,6 @@ class CostModel:
     A group owns the same number of positions k for each of its units along a dimension of a tensor,
     so the length of that dimension is a linear function of the counts, and the size of a tensor is
     a product of at most two such lengths. Exact, and linear in the number of slices.
-
-    Args:
-        network: What ``trace`` returned.
     """
 
     def __init__(self, network: Network) -> None:
@@ -319,16 +308,10 @@ def select(
 ) -> Counts:
     """Return how many units each group keeps: the cost is at most ``budget`` and close to it.
 
-    With "global" ranking the blocks with the lowest score, per unit of cost if ``marginal`` is
-    given, go first; what a unit costs is brought up to date ``STEPS`` times on the way. With
-    "uniform" every group loses the same share. Then blocks that still fit are put back.
-
-    Args:
-        candidates: One for each group.
-        cost: What the network costs with the given counts.
-        marginal: What one unit of each group costs at given counts; None = score alone decides.
-        budget: Largest cost allowed; must be reachable.
-        ranking: "global" or "uniform".
+    With "global" ranking the blocks with the lowest score go first, per unit of cost if
+    ``marginal`` gives it for each group at given counts; what a unit costs is brought up to date
+    ``STEPS`` times on the way. With "uniform" every group loses the same share. Then blocks that
+    still fit are put back. The budget must be reachable.
     """
     blocks = _Blocks(candidates, cost)
     counts = np.array([one.size for one in candidates], dtype=np.int64)

@@ -57,13 +57,10 @@ class PruneSensitivity:
     metric: Primary = TOP1
 
     def keep_channels(self, max_drop: float) -> dict[str, float]:
-        """Return the smallest share that costs each group at most ``max_drop``.
+        """Return the smallest share that costs each group at most ``max_drop`` of the metric.
 
         It is a budget for ``plan_pruning(keep_channels=...)``. Groups are judged one at a time, so
         cutting them together costs more than that.
-
-        Args:
-            max_drop: Loss of the metric that one group may cost alone, in its unit.
         """
         found = {}
         for curve in self.curves:
@@ -176,9 +173,7 @@ def prune_sensitivity(
 def plot_sensitivity(found: PruneSensitivity, path: str | Path) -> Path:
     """Draw one small chart per group, the metric against kept channels, and return the file's path.
 
-    Args:
-        found: What ``prune_sensitivity`` returned.
-        path: The picture; .svg, .png or .pdf.
+    It ends in .svg, .png or .pdf.
     """
     from matplotlib.figure import Figure
 

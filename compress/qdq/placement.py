@@ -27,20 +27,16 @@ Reader = tuple[str, int]  # name of the node, position among its inputs
 
 @dataclass
 class Placement:
-    """Q/DQ pairs of one graph for one target.
+    """Q/DQ pairs of one graph for one target."""
 
-    Args:
-        readers: Of each quantized tensor, the readers that get the dequantized value.
-        scale_of: The tensor whose range serves for another; absent = its own.
-        joined: Tensors that share one range that holds all of theirs.
-        weights: Weighted nodes whose weight is quantized.
-        left_float: Weighted nodes left in float, and why.
-    """
-
+    # Of each quantized tensor, the readers that get the dequantized value
     readers: dict[str, set[Reader]] = field(default_factory=dict)
+    # The tensor whose range serves for another; absent = its own
     scale_of: dict[str, str] = field(default_factory=dict)
+    # Tensors that share one range that holds all of theirs
     joined: list[set[str]] = field(default_factory=list)
-    weights: list[str] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)  # weighted nodes whose weight is quantized
+    # Weighted nodes left in float, and why
     left_float: dict[str, str] = field(default_factory=dict)
 
     def source(self, tensor: str) -> str:
@@ -53,12 +49,9 @@ class Placement:
 def place(
     graph: GraphIndex, target: str, float_nodes: Mapping[str, str] | None = None
 ) -> Placement:
-    """Return where the Q/DQ pairs go.
+    """Return where the Q/DQ pairs go in a prepared graph, after the rewriting for this target.
 
-    Args:
-        graph: A prepared graph, after the rewriting for this target.
-        target: "onnxruntime", "openvino" or "tensorrt".
-        float_nodes: Nodes to leave in float, and why: they read and write float tensors.
+    ``float_nodes``, each with the reason, read and write float tensors.
     """
     refused = dict(float_nodes or {})
     if target != "tensorrt":  # which has no pairs around pools

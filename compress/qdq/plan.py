@@ -31,39 +31,26 @@ Factor = Annotated[float, Field(gt=0, le=LARGEST)]
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """What of one tensor's values is kept; a target makes its own scale and zero point of it.
-
-    Args:
-        low: Lower end of the asymmetric range, at most 0.
-        high: Upper end of the asymmetric range, at least 0.
-        limit: The symmetric range is [-limit, limit]; positive.
-        observer: What chose it.
-        seen: Smallest and largest value of the calibration images.
-    """
+    """What of one tensor's values is kept; a target makes its own scale and zero point of it."""
 
     __pydantic_config__: ClassVar = STRICT
 
-    low: Value
-    high: Value
-    limit: Size
-    observer: str = ""
-    seen: tuple[Value, Value] = (0.0, 0.0)
+    low: Value  # lower end of the asymmetric range, at most 0
+    high: Value  # upper end of the asymmetric range, at least 0
+    limit: Size  # the symmetric range is [-limit, limit]; positive
+    observer: str = ""  # what chose it
+    seen: tuple[Value, Value] = (0.0, 0.0)  # smallest and largest value of the calibration images
 
 
 @dataclass(frozen=True)
 class WeightScales:
-    """Symmetric scales of one weight; its integers lie in [-127, 127].
-
-    Args:
-        axis: Dimension with a scale of its own for each index; None = one scale for all.
-        scales: One for each index along ``axis``, positive.
-        codes: The integers themselves (``pack_codes``), where rounding to nearest was improved on.
-    """
+    """Symmetric scales of one weight; its integers lie in [-127, 127]."""
 
     __pydantic_config__: ClassVar = STRICT
 
-    axis: int | None
-    scales: tuple[Factor, ...]
+    axis: int | None  # dimension with a scale of its own for each index; None = one scale for all
+    scales: tuple[Factor, ...]  # one for each index along ``axis``, positive
+    # The integers themselves (``pack_codes``), where rounding to nearest was improved on
     codes: str | None = None
 
 
@@ -80,31 +67,23 @@ class Equalization:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """How one fp32 graph is quantized. Tensors and nodes are named as in the prepared graph.
-
-    Args:
-        target: The runtime its corrections were matched for; its ranges serve any.
-        method: What made it.
-        activations: Range of each tensor that may be quantized.
-        weights: Scales of each weight; the largest magnitude / 127 where absent.
-        biases: Corrected biases, by node.
-        equalization: Rescalings between neighbouring layers, applied in this order.
-        float_nodes: Nodes left in float, and why.
-        notes: What was decided, at what cost, and how far to trust it.
-        trials: What was tried on the way, and what it brought.
-    """
+    """How one fp32 graph is quantized. Tensors and nodes are named as in the prepared graph."""
 
     __pydantic_config__: ClassVar = STRICT
 
-    target: str
-    method: str = ""
+    target: str  # the runtime its corrections were matched for; its ranges serve any
+    method: str = ""  # what made it
+    # Range of each tensor that may be quantized
     activations: Mapping[str, ActivationRange] = field(default_factory=dict)
+    # Scales of each weight; the largest magnitude / 127 where absent
     weights: Mapping[str, WeightScales] = field(default_factory=dict)
+    # Corrected biases, by node
     biases: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    # Rescalings between neighbouring layers, applied in this order
     equalization: tuple[Equalization, ...] = ()
-    float_nodes: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    trials: tuple[str, ...] = ()
+    float_nodes: Mapping[str, str] = field(default_factory=dict)  # nodes left in float, and why
+    notes: tuple[str, ...] = ()  # what was decided, at what cost, and how far to trust it
+    trials: tuple[str, ...] = ()  # what was tried on the way, and what it brought
 
     def __post_init__(self) -> None:
         """Refuse an unknown target."""

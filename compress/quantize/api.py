@@ -143,15 +143,9 @@ def quantize_targets(
 ) -> dict[str, QuantPlan]:
     """Quantize an fp32 ONNX file for several targets after one pass of calibration.
 
-    Args:
-        path: As in ``quantize_onnx``.
-        batches: As in ``quantize_onnx``.
-        outs: Where the Q/DQ file of each target goes.
-        method: As in ``quantize_onnx``.
-        observer: As in ``quantize_onnx``.
-        exclude: As in ``quantize_onnx``.
-        on_refusal: Called with each target whose runtime computes wrong answers, and why; the
-            others are written and returned. If absent, or if no target is left, it is raised.
+    As ``quantize_onnx``, but that ``outs`` says where the Q/DQ file of each target goes.
+    ``on_refusal`` is called with each target whose runtime computes wrong answers, and why; the
+    others are written and returned. If it is absent, or if no target is left, that is raised.
 
     Raises:
         QuantizationError: the file or the images cannot be used, or a target is refused; nothing

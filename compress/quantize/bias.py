@@ -43,13 +43,9 @@ def correct_biases(
     the mean of every channel *after* the activation is that of the float network on the same
     images; matched before the activation, a shift that the activation cuts off would do harm.
 
-    Args:
-        prepared: The fp32 graph.
-        plan: Ranges and weight scales; its own corrected biases, if any, are the start.
-        feed: Images, by input name.
-        known: Means of the float graph that were found before, for one graph and images that begin
-            alike; what is found here is added.
-        choose: Gives a layer another weight before its bias is corrected, or None.
+    Biases of ``plan`` that are corrected already are the start. ``known`` are means of the float
+    graph that were found before, for one graph and images that begin alike; what is found here is
+    added. ``choose`` gives a layer another weight before its bias is corrected, or None.
 
     Source: Nagel et al., Data-Free Quantization Through Weight Equalization and Bias Correction,
     ICCV 2019, https://arxiv.org/abs/1906.04721, section 4.2, with measured means.
@@ -96,12 +92,8 @@ def find_shift(
 ) -> NDArray[np.float64]:
     """Return what to add to each channel, (C,), that gives ``wanted`` means after the activation.
 
-    Newton's method; a channel whose activation passes nothing on is left alone.
-
-    Args:
-        output: Of the layer, at some positions, (P, C).
-        activation: What follows it.
-        wanted: Means of the float network at the same positions, (C,).
+    Newton's method; a channel whose activation passes nothing on is left alone. ``output`` is the
+    layer's at some positions, (P, C), ``wanted`` the float network's means there, (C,).
     """
     if activation.value is identity:
         return wanted - channel_means(output)

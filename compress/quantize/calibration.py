@@ -32,18 +32,13 @@ _ELEMENTS = 4_000_000  # of all observed tensors together, in one batch of the p
 
 @dataclass
 class Statistics:
-    """What was seen of each tensor.
+    """What was seen of each tensor."""
 
-    Args:
-        tensors: Histograms, by tensor of the prepared graph.
-        images: Number of images seen.
-        counted: Whether values were counted, or only the smallest and the largest kept.
-        by_channel: What was seen of each channel of some tensors.
-    """
-
+    # Histograms, by tensor of the prepared graph
     tensors: dict[str, Histogram] = field(default_factory=dict)
-    images: int = 0
-    counted: bool = True
+    images: int = 0  # number of images seen
+    counted: bool = True  # whether values were counted, or only the smallest and the largest kept
+    # What was seen of each channel of some tensors
     by_channel: dict[str, ChannelHistogram] = field(default_factory=dict)
 
     def of(self, names: Iterable[str]) -> Statistics:
@@ -245,17 +240,11 @@ Function = Callable[[Array], Array]
 
 @dataclass(frozen=True)
 class ActivationFunction:
-    """A pointwise function and its derivative.
+    """A pointwise function and its derivative."""
 
-    Args:
-        output: The tensor that holds its value in the graph.
-        value: The function.
-        slope: Its derivative.
-    """
-
-    output: str
-    value: Function
-    slope: Function
+    output: str  # the tensor that holds its value in the graph
+    value: Function  # the function
+    slope: Function  # its derivative
 
 
 def activation_of(graph: GraphIndex, node: NodeProto) -> ActivationFunction:

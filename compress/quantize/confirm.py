@@ -57,17 +57,11 @@ class NoisyOutput:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """Float answers for a few images, and what they were made from.
+    """Float answers for a few images, and what they were made from."""
 
-    Args:
-        prepared: The fp32 graph, with all inputs of the file.
-        feed: Images, and the values of inputs that are none.
-        fixed: The batch that the graph fixes, or None.
-    """
-
-    prepared: ModelProto
-    feed: Feed
-    fixed: int | None
+    prepared: ModelProto  # the fp32 graph, with all inputs of the file
+    feed: Feed  # images, and the values of inputs that are none
+    fixed: int | None  # the batch that the graph fixes, or None
 
     @property
     def names(self) -> list[str]:
@@ -385,11 +379,8 @@ def needed_in_float(
     """Return few of ``layers`` that, left in float, make a graph right; None if all do not.
 
     The last layer is looked for from which on all must be in float; it alone is taken, and the
-    search goes on with those after it. Each costs as many questions as ``len(layers)`` has bits.
-
-    Args:
-        layers: Names, in the order in which the graph computes them.
-        is_right: Whether a graph with the layers given in float is right.
+    search goes on with those after it. Each costs as many questions, put to ``is_right``, as
+    ``len(layers)`` has bits. Layers are in the order in which the graph computes them.
     """
     if not is_right(layers):
         return None

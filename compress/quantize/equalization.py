@@ -31,18 +31,14 @@ _OVER_SPACE = frozenset({"Resize"})  # interpolation adds up values of one chann
 
 @dataclass
 class ChannelLabels:
-    """Labels of the channels of one graph.
+    """Labels of the channels of one graph."""
 
-    Args:
-        graph: The graph.
-        labels: Of each tensor with channels in dimension 1, (C,); 0 = must not be scaled.
-        layers: Names of the nodes whose weights take factors up.
-        fixed: Number of tensors that must not be scaled, by the operator that says so.
-    """
-
-    graph: GraphIndex
+    graph: GraphIndex  # the graph
+    # Of each tensor with channels in dimension 1, (C,); 0 = must not be scaled
     labels: dict[str, Labels] = field(default_factory=dict)
+    # Names of the nodes whose weights take factors up
     layers: set[str] = field(default_factory=set)
+    # Number of tensors that must not be scaled, by the operator that says so
     fixed: Counter[str] = field(default_factory=Counter)
 
 
@@ -207,12 +203,7 @@ class _Labeller:
 
 
 def channels(graph: GraphIndex, floating: set[str]) -> ChannelLabels:
-    """Return the labels of all channels of ``graph``.
-
-    Args:
-        graph: A prepared graph.
-        floating: Nodes left in float, which stay as they are.
-    """
+    """Return the labels of all channels of a prepared graph; ``floating`` nodes stay as is."""
     labeller = _Labeller(graph, floating)
     for tensor in (*graph.inputs, *graph.outputs, *graph.captured):
         labeller.fix(tensor, "input or output")
@@ -238,13 +229,7 @@ _UNSEEN = 8  # images; with as many a channel may be twice as large on images ye
 
 
 def scalable(graph: GraphIndex, ranged: Collection[str], floating: Iterable[str] = ()) -> list[str]:
-    """Return the tensors whose channels ``equalize`` must know.
-
-    Args:
-        graph: A prepared graph.
-        ranged: Tensors that may be quantized.
-        floating: Nodes left in float.
-    """
+    """Return those of ``ranged``, of a prepared graph, whose channels ``equalize`` must know."""
     found = channels(graph, set(floating))
     return [name for name in ranged if name in found.labels and found.labels[name].any()]
 

@@ -98,12 +98,8 @@ def largest_sums(
     """Return, for each output channel, the largest |sum| of two products that follow each other.
 
     They follow in the order (kernel, input channel), in which kernels multiply; the inputs of a
-    depthwise layer have no neighbours. Products of two signs cannot overflow.
-
-    Args:
-        node: The layer.
-        codes: Its weights.
-        largest: Integers of its input channels, (C,).
+    depthwise layer have no neighbours. Products of two signs cannot overflow. ``codes`` are the
+    weights of ``node``, ``largest`` the integers of its input channels, (C,).
     """
     if node.op_type == "ConvTranspose":  # (I, O / groups, ...): one scale for all
         rows, seen = np.moveaxis(codes, 0, -1), largest

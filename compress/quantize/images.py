@@ -229,13 +229,10 @@ def first_batch(batches: Batches) -> Batch | None:
 def by_name(batch: Batch, names: Sequence[str], index: int = 0) -> dict[str, Any]:
     """Return the arrays of ``batch`` by input name.
 
-    Args:
-        batch: One array where there is one input; a dict, or arrays in the order of ``names``.
-        names: The inputs of the graph.
-        index: Number of the batch, for the message.
+    It is one array where there is one input, a dict, or arrays in the order of ``names``.
 
     Raises:
-        QuantizationError: it holds other inputs.
+        QuantizationError: it holds other inputs; the message has its number, ``index``.
     """
     if isinstance(batch, Mapping):
         feed = dict(batch)

@@ -21,18 +21,12 @@ _POSITIONS = 4096  # of a channel, whose mean stands for that of all
 
 @dataclass
 class QuantizedLayer:
-    """A weighted node whose input, as the quantized network makes it, is known.
+    """A weighted node whose input, as the quantized network makes it, is known."""
 
-    Args:
-        graph: The Q/DQ graph.
-        node: The weighted node in the Q/DQ graph; its weight may be given another value.
-        incoming: Its dequantized input, (B, C, ...).
-        output: What it makes of that, without its activation; None where nobody asked.
-    """
-
-    graph: GraphIndex
-    node: NodeProto
-    incoming: NDArray[Any]
+    graph: GraphIndex  # the Q/DQ graph
+    node: NodeProto  # the weighted node in the Q/DQ graph; its weight may be given another value
+    incoming: NDArray[Any]  # its dequantized input, (B, C, ...)
+    # What it makes of that, without its activation; None where nobody asked
     output: NDArray[Any] | None = None
     outgoing: NDArray[Any] | None = None  # what the rest of the graph is to read
 
@@ -66,11 +60,9 @@ def layers(
     What the caller puts in ``outgoing`` is what later layers see. Memory holds the tensors that
     are still needed, for all images of ``feed`` at once.
 
-    Args:
-        written: A float graph, or a Q/DQ graph with float biases.
-        feed: Images.
-        names: Weighted nodes whose weight is constant or comes from a DequantizeLinear.
-        outputs: Compute the output of each layer too, at once with what lies before it.
+    The graph is float, or has float biases; the weights of its layers are constant or come from a
+    DequantizeLinear. With ``outputs`` the output of each is computed too, at once with what lies
+    before it.
     """
     graph = GraphIndex(written)
     wanted = set(names)

@@ -38,13 +38,7 @@ def quantize_by_nncf(prepared: ModelProto, feed: Feed) -> ModelProto:
 
 
 def plan_by_nncf(prepared: ModelProto, feed: Feed, plan: QuantPlan) -> QuantPlan:
-    """Return ``plan`` with the ranges and biases of NNCF where it has any.
-
-    Args:
-        prepared: The fp32 graph.
-        feed: Images, by input name.
-        plan: Ranges of our own, for tensors that NNCF leaves in float and the target does not.
-    """
+    """Return ``plan`` with the ranges and biases of NNCF where it has any."""
     graph = GraphIndex(quantize_by_nncf(prepared, feed))
     ranges = dict(plan.activations)
     for node in graph.nodes:

@@ -35,12 +35,7 @@ def decided(trials: Sequence[str]) -> list[str]:
 
 
 def float_parts(graph: GraphIndex, target: str) -> list[str]:
-    """Return a sentence for each part with weights that ``target`` cannot have in int8.
-
-    Args:
-        graph: A prepared graph.
-        target: The runtime.
-    """
+    """Return a sentence for each part with weights that ``target`` cannot have in int8."""
     left = place(graph, target).left_float
     products = {n.name for n in graph.nodes if len(graph.data_inputs(n)) > 1}
     found = [f"{name}{STAYS}: {why}" for name, why in left.items() if name not in products]
@@ -56,8 +51,7 @@ def float_parts(graph: GraphIndex, target: str) -> list[str]:
 def by_reason(notes: Iterable[str]) -> list[str]:
     """Return notes with one line for all that stay in float for one reason: two names and how many.
 
-    Args:
-        notes: Those of a plan, which keeps a note of each; others are returned as they are.
+    Other notes are returned as they are.
     """
     found: dict[str, dict[str, None]] = {}  # what is said of them -> names, in order
     for note in notes:
@@ -84,13 +78,7 @@ def of_sessions(target: str) -> list[str]:
 def of_judging(
     names: Sequence[str], reference: Sequence[NDArray[Any]], each_db: Sequence[float]
 ) -> list[str]:
-    """Return notes on the outputs that were compared.
-
-    Args:
-        names: Tensors that were compared.
-        reference: What each is in float, (B, ...).
-        each_db: SQNR of each, decibels.
-    """
+    """Return notes on outputs: their names, values in float, (B, ...), and SQNR, decibels."""
     found = []
     told = [db for db in each_db if not math.isnan(db)]
     if len(names) > 1 and told:

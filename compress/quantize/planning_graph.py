@@ -193,12 +193,8 @@ def _runs(session: GraphSession, feed: Feed) -> bool:
 def with_free_batch(prepared: ModelProto, feed: Feed) -> ModelProto | None:
     """Return ``prepared``, or a copy whose batch is free if it was fixed; names stay as they are.
 
-    Args:
-        prepared: A prepared graph. Not modified.
-        feed: Images, at least twice as many as the fixed batch, to prove the copy with.
-
-    Returns:
-        None where the batch cannot be freed: the copy must answer as the original does.
+    None where it cannot be freed: the copy must answer as the original does to ``feed``, at least
+    twice as many images as the fixed batch.
     """
     first = dims_of(prepared.graph.input[0])
     fixed = first[0] if first else None

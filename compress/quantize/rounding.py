@@ -37,13 +37,8 @@ def improve_rounding(
     the weights still to come, on the inputs that the quantized network gives the layer. What is
     aimed at is the float layer's answer to these same inputs: to aim at its answer to float inputs
     (least squares before rounding) lost 1 dB on residual networks. Then the bias of the layer is
-    corrected, so that the next one is fed as it will be.
-
-    Args:
-        prepared: The fp32 graph.
-        plan: Ranges and rescalings; biases that were corrected before are found anew.
-        feed: Images, by input name.
-        known: As in ``correct_biases``.
+    corrected, so that the next one is fed as it will be: biases that were corrected before are
+    found anew. ``known`` is as in ``correct_biases``.
 
     Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
     """
@@ -82,9 +77,7 @@ def fit_codes(
 ) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
     """Return integers, (G, O, K), and scales, (G, O), with codes * scale near ``weight`` on ``x``.
 
-    Args:
-        x: Inputs of each group, (G, P, K).
-        weight: Float weights, (G, O, K).
+    ``x`` are inputs of each group, (G, P, K), ``weight`` its float weights, (G, O, K).
     """
     gram = np.stack([each.T @ each for each in x]).astype(np.float64)
     ridge = _RIDGE * np.einsum("gkk->gk", gram).mean(1) + 1e-12

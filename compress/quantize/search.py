@@ -133,15 +133,8 @@ class _Search:
     ) -> bool:
         """Take further steps from ``start``; keep the result if it is the best so far.
 
-        Args:
-            what: Its name in the notes.
-            effort: For the time left.
-            start: What the steps are taken from.
-            steps: Each makes another plan.
-            within_db: By how much a result is still near the best.
-
-        Returns:
-            Whether it was kept, or falls behind the best by less than ``within_db``.
+        Notes call it ``what``; ``effort`` is for the time left. Return whether it was kept, or
+        falls behind the best by less than ``within_db``.
         """
         plan = start.plan.changed(notes=())
         for step in steps:

@@ -23,12 +23,7 @@ class CannotRunError(QuantizationError):
 
     @classmethod
     def of(cls, error: Exception, feed: Mapping[str, NDArray[Any]] | None = None) -> CannotRunError:
-        """Return an error of ONNX Runtime as one of ours.
-
-        Args:
-            error: What ONNX Runtime raised.
-            feed: The inputs it ran on; None where the graph could not be loaded.
-        """
+        """Return an error of ONNX Runtime as one of ours; no ``feed``: the graph did not load."""
         told = onnxruntime_error(error, None)
         shapes = ", ".join(f"{name} {value.shape}" for name, value in (feed or {}).items())
         fix = "Check that the fp32 network runs on such images" if feed else "Check the fp32 file"
@@ -100,12 +95,9 @@ class GraphSession:
 def session_of(
     model: ModelProto, threads: int | None = None, *, float_qdq: bool = False
 ) -> GraphSession:
-    """Return a session of ``model``.
+    """Return a session of any graph, of any size, on all cores if ``threads`` is absent.
 
-    Args:
-        model: Any graph, of any size.
-        threads: CPU threads; all cores if absent.
-        float_qdq: Compute Q/DQ arithmetic in float instead of fusing it into integer kernels.
+    With ``float_qdq`` Q/DQ arithmetic is computed in float, not fused into integer kernels.
 
     Raises:
         CannotRunError: ONNX Runtime cannot load it, as with an operator of somebody's own.

@@ -25,14 +25,10 @@ def answers(
     target: str | None = None,
     names: Sequence[str] | None = None,
 ) -> list[NDArray[Any]]:
-    """Return the outputs for ``feed``, or the tensors ``names``.
+    """Return the outputs of a float or Q/DQ graph for ``feed``, or its tensors ``names``.
 
-    Args:
-        model: A float or Q/DQ graph.
-        feed: Images, by input name.
-        target: Of a Q/DQ graph: "onnxruntime" runs the integer kernels that it would run in use;
-            any other computes the Q/DQ arithmetic in float.
-        names: Tensors of the graph; its outputs if absent.
+    For the target "onnxruntime" a Q/DQ graph runs the integer kernels that it would run in use; for
+    any other the Q/DQ arithmetic is computed in float.
     """
     (found,) = answers_each(model, [feed], target=target, names=names)
     return found
@@ -81,13 +77,11 @@ class Closeness:
     the decibels of each image: the power of a detector's scores, and so their noise, rests on the
     one or two images with an object, and moves by 10 dB from one set of images to the next. Beyond
     60 dB all are alike there: a score that is 0 or 1 on some images has no noise at all on them.
-
-    Args:
-        each_db: SQNR of each output over all images; NaN where it is the same for all.
-        by_image_db: Of each output, the noise of each image against its mean power, (B,).
     """
 
+    # SQNR of each output over all images; NaN where it is the same for all
     each_db: tuple[float, ...]
+    # Of each output, the noise of each image against its mean power, (B,)
     by_image_db: tuple[NDArray[np.float64], ...]
 
     @property

@@ -31,23 +31,14 @@ SCREENED = 4  # images on which many plans are compared, of which one is then ju
 
 @dataclass
 class Workbench:
-    """The quantization context: everything that a method works with.
+    """The quantization context: everything that a method works with."""
 
-    Args:
-        prepared: The fp32 graph.
-        images: All calibration images.
-        statistics: What the pass over them saw.
-        target: The runtime the plan is for.
-        observer: The user's choice, or None.
-        exclude: Nodes to leave in float, and why.
-    """
-
-    prepared: ModelProto
-    images: CalibrationImages
-    statistics: Statistics
-    target: str
-    observer: str | Mapping[str, Any] | None
-    exclude: Mapping[str, str]
+    prepared: ModelProto  # the fp32 graph
+    images: CalibrationImages  # all calibration images
+    statistics: Statistics  # what the pass over them saw
+    target: str  # the runtime the plan is for
+    observer: str | Mapping[str, Any] | None  # the user's choice, or None
+    exclude: Mapping[str, str]  # nodes to leave in float, and why
     fitted: Feed = field(default_factory=dict)
     held_back: Feed = field(default_factory=dict)
     tried: Feed = field(default_factory=dict)  # of ``fitted``

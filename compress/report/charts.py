@@ -127,12 +127,7 @@ def pareto(dots: Sequence[Dot]) -> list[Dot]:
 
 
 def scatter(dots: Sequence[Dot], size: tuple[float, float] = WIDE) -> Scatter:
-    """Place dots, their intervals and labels, and the Pareto front.
-
-    Args:
-        dots: At least one.
-        size: Width and height in pixels.
-    """
+    """Place dots, at least one, their intervals and labels, and the Pareto front, in pixels."""
     left, top, right, bottom = 52.0, 24.0, size[0] - 14, size[1] - 42
     wide = max(d.x for d in dots) > 6 * min(d.x for d in dots) > 0
     across = scale((v for d in dots for v in (d.x, *(d.x_ci or ()))), left, right, is_log=wide)

@@ -11,12 +11,10 @@ from PIL import Image
 
 
 def thumbnail(image: NDArray[np.uint8], side: int = 64, colours: int | None = None) -> str:
-    """Return ``image`` as PNG data URI, its longer side ``side`` pixels.
+    """Return ``image``, uint8 (H, W), (H, W, 1) or (H, W, 3) RGB, as PNG data URI.
 
-    Args:
-        image: uint8, (H, W), (H, W, 1) or (H, W, 3) RGB.
-        side: Pixels of the longer side; smaller images are kept as they are.
-        colours: How many are left of an image in colour, for a smaller file; all if None.
+    Its longer side is ``side`` pixels, less where it is smaller. So many ``colours`` are left of an
+    image in colour, for a smaller file; all if None.
     """
     picture = from_pixels(image)
     picture.thumbnail((side, side))

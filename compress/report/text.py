@@ -67,11 +67,8 @@ def summary(
 def missing(report: Report, shown: Collection[str] | None = None) -> list[str]:
     """Return one line for each thing that was not measured, with the reason.
 
-    What is missing for one reason in several results is one line that says of how many.
-
-    Args:
-        report: The report.
-        shown: The figures of results that count; all if None.
+    What is missing for one reason in several results is one line that says of how many. ``shown``
+    are the figures of results that count; all if None.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for name, why in report.skipped.items():
@@ -172,9 +169,7 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
 def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
     """Return a gate in words: "loss of top-1 at most 1 point: measured 0.3, passed".
 
-    Args:
-        gate: The gate; where it failed and has a reason, that follows the figure.
-        with_outcome: Say "passed" or "failed" in the end.
+    Where it failed and has a reason, that follows the figure.
     """
     name, unit = _GATES.get(gate.name, (gate.name.replace("_", " "), ""))
     if gate.metric is not None:

@@ -118,11 +118,7 @@ class EngineHeader:
 
     @classmethod
     def read(cls, path: Path, *, expected_bytes: int | None = None) -> EngineHeader:
-        """Return the header of an engine file.
-
-        Args:
-            path: The engine.
-            expected_bytes: Its size by its record; TensorRT-RTX also writes it in the header.
+        """Return the header of an engine file, which has ``expected_bytes`` by its record.
 
         Raises:
             EngineError: the file is no engine, or only a part of one.

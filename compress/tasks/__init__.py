@@ -380,14 +380,9 @@ def numeric(value: Any) -> Array:
 def main_output(
     outputs: Mapping[str, Any], ndim: int, what: str, task: str, channels: int = 0
 ) -> Array:
-    """Return the output called ``what``, else the first with ``ndim`` dimensions.
+    """Return the output called ``what``, else the first with ``ndim`` dimensions, for ``task``.
 
-    Args:
-        outputs: What the network gave, by name.
-        ndim: Dimensions of the output.
-        what: Its name, where it has one.
-        task: Who asks.
-        channels: If not 0, outputs of other channels are feature maps, unless the first is one.
+    If ``channels`` is not 0, outputs of other channels are feature maps, unless the first is one.
 
     Raises:
         EngineError: there is none, or it holds numbers that are not finite.

@@ -23,13 +23,7 @@ DARK = 110  # mean of a colour below which text on it is white
 def captioned(
     image: Image, lines: Sequence[str], colours: NDArray[np.uint8] | None = None
 ) -> Image:
-    """Return ``image`` with ``lines`` in its upper left corner.
-
-    Args:
-        image: (H, W, 3). Not modified.
-        lines: What is written, one below the other.
-        colours: Of the ground of each line, (N, 3); black if None.
-    """
+    """Return ``image`` with ``lines`` in its upper left corner, on black or a colour each."""
     from PIL import Image as Pillow
     from PIL import ImageDraw
 

@@ -119,11 +119,7 @@ class Change:
 
 
 def metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metric]:
-    """Return every metric with its bootstrap interval over images.
-
-    Args:
-        task: Says how images contribute.
-        scores: What each of N images contributes, as ``score`` returned it.
+    """Return every metric with its bootstrap interval over images, of what each contributes.
 
     Raises:
         DataError: there are no images, or a metric is not a finite number.
@@ -287,10 +283,8 @@ def _inside(interval: Interval | None, kind: Kind) -> Interval | None:
 def average_precision(scores: Array, hits: Array, weights: Array) -> float:
     """Return the area under precision over recall; NaN where there are no positives.
 
-    Args:
-        scores: Of each item, (M,), best first; equal ones are one threshold.
-        hits: Whether each item is right, (M,).
-        weights: How often each item counts, (M,).
+    Items, (M,), come best first; those of equal score are one threshold. Each is a hit or not, and
+    counts as often as its weight says.
     """
     last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True))
     right, seen = np.cumsum(hits * weights)[last], np.cumsum(weights)[last]
@@ -303,11 +297,9 @@ def average_precision(scores: Array, hits: Array, weights: Array) -> float:
 def coco_average_precision(hits: Array, weights: Array, positives: float) -> float:
     """Return the mean precision at 101 recalls, as COCO does; NaN without positives.
 
-    Args:
-        hits: Whether each detection is right, (M,), best score first.
-        weights: How often each detection counts, (M,); detections that match an ignored object
-            have weight 0.
-        positives: Objects that should be found, counted likewise.
+    Detections, (M,), come best first; each is a hit or not, and counts as often as its weight says,
+    0 where it matches an ignored object. ``positives`` are the objects to be found, counted
+    likewise.
 
     Source: Lin et al., Microsoft COCO, ECCV 2014, https://arxiv.org/abs/1405.0312, and the COCO
     evaluation code's definition.

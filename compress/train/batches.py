@@ -50,16 +50,9 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yield the batches of one epoch that fall to process ``rank`` of ``world``.
 
-    A step takes the same images, changed in the same way, however many processes share it.
-
-    Args:
-        dataset: Where the images of split "train" are taken from.
-        settings: Batch size over all processes, and whether augmentation is fixed.
-        epoch: Counted from 0; decides the order.
-        seed: Of the whole training.
-        rank: Of this process.
-        world: Number of processes.
-        skip: Steps of the epoch that are done already.
+    A step takes the same images, changed in the same way, however many processes share it. The
+    epoch, counted from 0, and the seed of the training decide the order; ``skip`` steps are done
+    already.
 
     Raises:
         TrainingError: there are fewer images in a step than processes.
@@ -90,17 +83,10 @@ def train_batches(
 def training_view(
     images: Tensor, target: Any, chances: Tensor, dataset: Dataset, settings: TrainSettings
 ) -> tuple[Tensor, Any]:
-    """Return stored images as training shows them to a network: augmented, normalized.
+    """Return stored images, (B, C, H, W) uint8, as training shows them: augmented, normalized.
 
-    Args:
-        images: (B, C, H, W) uint8.
-        target: (B,) int64, (B, K) several classes, (B, H, W) masks, or boxes of each image.
-        chances: (B, CHANCES) uniform numbers in [0, 1).
-        dataset: Says how images are normalized, and how many classes there are.
-        settings: Say how images are changed and laid out in memory.
-
-    Returns:
-        Images (B, C, H, W) float32 and their targets: (B,), or (B, K) where images are mixed.
+    Targets are (B,) int64, (B, K) several classes, (B, H, W) masks, or boxes of each image; classes
+    become (B, K) where images are mixed. ``chances`` are (B, CHANCES) uniform numbers in [0, 1).
     """
     if dataset.target in {"mask", "boxes", "image"}:
         images, target = augment_with_labels(

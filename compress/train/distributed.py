@@ -55,11 +55,9 @@ class Processes:
                 dist.broadcast(buffer, 0)
 
     def first_tells(self, key: str, text: str | None) -> str:
-        """Return the first process's ``text``; the others wait for it, however long it takes.
+        """Return the first process's ``text`` about ``key``; others wait, however long it takes.
 
-        Args:
-            key: What it is about; each is told once.
-            text: In the first process; not looked at in others.
+        Each key is told once; a text in other processes is not looked at.
         """
         if self.is_main:
             if self.world > 1:

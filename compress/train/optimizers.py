@@ -20,14 +20,10 @@ ONE_CYCLE_END = 1e-4 / 25
 def make_optimizer(
     model: nn.Module, extra: Iterable[nn.Parameter], settings: TrainSettings
 ) -> torch.optim.Optimizer:
-    """Return an optimizer over what is trained.
+    """Return an optimizer over parameters with ``requires_grad``, and ``extra`` ones.
 
-    Weights (two dimensions or more) decay; biases and the scales and shifts of norms do not.
-
-    Args:
-        model: The network; parameters without ``requires_grad`` are left out.
-        extra: Further parameters, trained at the full rate.
-        settings: Optimizer, rate, decay, and factors of the rate by prefix of layer name.
+    Weights (two dimensions or more) decay; biases and the scales and shifts of norms do not. Layers
+    may have a share of the rate; ``extra`` ones have all of it.
 
     Raises:
         UnknownNameError: ``settings.layer_lr`` names a layer that is not there.
@@ -101,14 +97,7 @@ def check_layer(model: nn.Module, name: str, key: str) -> None:
 
 
 def rate_factor(epoch: float, settings: TrainSettings) -> float:
-    """Return what the peak learning rate is multiplied with.
-
-    Args:
-        epoch: Epochs done, with the fraction of the current one, in [0, settings.epochs).
-        settings: The schedule, its warm-up and its length.
-
-    Returns:
-        A factor in [0, 1].
+    """Return what the peak learning rate is multiplied with, in [0, 1], after ``epoch`` epochs.
 
     Source: cosine: Loshchilov and Hutter, SGDR, ICLR 2017, https://arxiv.org/abs/1608.03983;
     one-cycle: Smith and Topin, Super-Convergence, 2018, https://arxiv.org/abs/1708.07120;

@@ -137,9 +137,8 @@ class Training:
     def take_row(self, batch_size: int, started: float) -> Row:
         """Return a row of the learning curve: the steps since the last one, which are forgotten.
 
-        Args:
-            batch_size: Images of a step over all processes.
-            started: ``time.perf_counter()`` at the first of the steps.
+        A step has ``batch_size`` images over all processes; ``started`` is ``time.perf_counter()``
+        at the first of them.
 
         Raises:
             TrainingError: a loss is not finite.

@@ -38,19 +38,12 @@ MOST_ROUNDS = 12  # mending one thing can uncover another; three rounds are the 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that costs accuracy or speed on the target.
+    """One thing that costs accuracy or speed on the target."""
 
-    Args:
-        rule: Name of the rule, as in ``compress.qdq.lint.RULES``.
-        node: Name of the node it is about.
-        message: What is wrong, what it costs, and what to do.
-        fixable: Whether ``fix_onnx`` fixes it.
-    """
-
-    rule: str
-    node: str
-    message: str
-    fixable: bool
+    rule: str  # name of the rule, as in ``compress.qdq.lint.RULES``
+    node: str  # name of the node it is about
+    message: str  # what is wrong, what it costs, and what to do
+    fixable: bool  # whether ``fix_onnx`` fixes it
 
     def to_json(self) -> dict[str, Any]:
         """Return this finding as JSON-able data."""

@@ -41,13 +41,10 @@ class Histogram:
         high: float,
         times: NDArray[np.int64] | None = None,
     ) -> None:
-        """Count ``values``.
+        """Count ``values``, (N,), finite, a sample of what was seen or all of it.
 
-        Args:
-            values: (N,), finite; a sample of what was seen, or all of it.
-            low: Smallest value of all that was seen, not of the sample.
-            high: Largest.
-            times: How often each of ``values`` was seen, (N,); once if absent.
+        ``low`` and ``high`` are the smallest and largest value of all that was seen. Each value was
+        seen ``times`` often, (N,); once if absent.
         """
         self.see(low, high)
         largest = max(-low, high)
@@ -126,9 +123,6 @@ class ChannelHistogram:
 
     As ``Histogram``, with fewer bins: what a tensor is once its channels are divided by factors
     need not be measured, as it follows from what they were.
-
-    Args:
-        channels: C, their number.
     """
 
     def __init__(self, channels: int) -> None:
@@ -150,13 +144,9 @@ class ChannelHistogram:
         low: NDArray[np.float32],
         high: NDArray[np.float32],
     ) -> None:
-        """Count ``values``.
+        """Count ``values``, (N,), finite, of these channels, (N,): a sample of what was seen.
 
-        Args:
-            values: (N,), finite; a sample of what was seen.
-            channels: The channel of each, (N,).
-            low: Smallest value of each channel in all that was seen, (C,).
-            high: Largest, (C,).
+        ``low`` and ``high``, (C,), are the smallest and largest value of each channel in all of it.
         """
         self.low, self.high = np.minimum(self.low, low), np.maximum(self.high, high)
         wanted = np.frexp(np.maximum(self.largest, 2.0**-100) / _CHANNEL_BINS)[1]
@@ -170,12 +160,7 @@ class ChannelHistogram:
         self.counts += found.reshape(self.counts.shape).astype(np.uint32)
 
     def divided(self, factors: NDArray[np.float64], through: Pointwise | None = None) -> Histogram:
-        """Return the histogram of the tensor with each channel divided by a factor, (C,).
-
-        Args:
-            factors: Positive.
-            through: As in ``Histogram``.
-        """
+        """Return the histogram of the tensor, each channel divided by a positive factor, (C,)."""
         found = Histogram(through)
         channels, bins = np.nonzero(self.counts)
         steps, times = bins - (_CHANNEL_BINS - 1), self.counts[channels, bins].astype(np.int64)

@@ -84,16 +84,11 @@ def _farthest(errors: NDArray[np.float64], slack: float) -> int:
 
 @dataclass(frozen=True)
 class Noise:
-    """The squared error that quantization makes of counted values.
+    """The squared error that quantization makes of counted values."""
 
-    Args:
-        centers: Values, (N,).
-        counts: How often each was seen, (N,).
-        through: The function behind which the error is taken; None = that of the values.
-    """
-
-    centers: NDArray[np.float64]
-    counts: NDArray[np.float64]
+    centers: NDArray[np.float64]  # values, (N,)
+    counts: NDArray[np.float64]  # how often each was seen, (N,)
+    # The function behind which the error is taken; None = that of the values
     through: Pointwise | None = None
 
     def symmetric(self, limits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -57,12 +57,10 @@ def with_node_names(model: ModelProto) -> ModelProto:
 
 
 def read(model: ModelProto, *, needs_quantized_output: bool) -> Workload:
-    """Return what ``model`` has to compute.
+    """Return what ``model``, every node of it named, has to compute.
 
-    Args:
-        model: Every node named. Not modified.
-        needs_quantized_output: Whether the runtime takes a convolution to int8 only with a
-            quantizer behind it, as ONNX Runtime does.
+    ``needs_quantized_output``: the runtime takes a convolution to int8 only with a quantizer behind
+    it, as ONNX Runtime does.
     """
     shapes, tensors = shapes_of(model, others=1)
     view = GraphIndex(model)

@@ -361,12 +361,8 @@ def does_teacher_help(
 ) -> Control:
     """Train a copy of the student briefly with the teacher, another without, and compare them.
 
-    Args:
-        student: Not modified.
-        teacher: As ``build_objective`` takes it.
-        dataset: With validation images, which both are compared on.
-        settings: Of the training that is to be judged; its schedule is squeezed.
-        seed: Of both trainings.
+    They are compared on validation images; the schedule of ``settings`` is squeezed. The teacher is
+    what ``build_objective`` takes.
 
     Raises:
         TrainingError: there are no validation images to compare them on.

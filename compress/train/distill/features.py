@@ -67,13 +67,9 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]
 
 
 def survey(model: nn.Module, example: Tensor) -> Survey:
-    """Run ``model`` on one image and return what its layers compute.
+    """Run ``model`` on an image, (1, C, H, W) on its device, and return what its layers compute.
 
     A copy of the network runs: the network itself is left as found.
-
-    Args:
-        model: Any network of images.
-        example: (1, C, H, W), on the network's device.
     """
     model = full_copy(model)
     calls: list[tuple[str, tuple[int, ...], int]] = []
@@ -151,19 +147,13 @@ def pair_layers(
 ) -> tuple[LayerPair, ...]:
     """Return the pairs of layers that a loss compares, shallow to deep.
 
-    "auto" pairs stages: the last module at each spatial size. Stages of equal size belong together;
-    where input sizes differ, or no sizes agree, they are paired from the deepest backwards.
-
-    Args:
-        student: What the student computes.
-        teacher: What the teacher computes.
-        layers: "auto", names that both have, or {student: teacher}.
-        needs: What the loss compares where ``layers`` is "auto".
-        loss: Its name, for messages.
+    "auto" pairs stages, by what the loss ``needs``: the last module at each spatial size. Stages of
+    equal size belong together; where input sizes differ, or no sizes agree, they are paired from
+    the deepest backwards. Other ``layers`` are names that both have, or {student: teacher}.
 
     Raises:
         UnknownNameError: a named layer is not there.
-        TrainingError: nothing can be paired.
+        TrainingError: nothing can be paired; the message names the loss.
     """
     if layers != "auto":
         return tuple(

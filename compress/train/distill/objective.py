@@ -90,14 +90,9 @@ def losses_with(attribute: str, usual: str | None) -> list[str]:
 def prepare_losses(
     terms: Sequence[Term], student: nn.Module, teacher: Teacher, example: Tensor, labels: Tensor
 ) -> None:
-    """Let losses create their adapters from what both networks compute for one image.
+    """Let losses create their adapters from what both networks compute for one image, (1, C, H, W).
 
-    Args:
-        terms: The losses.
-        student: The network that will be trained.
-        teacher: Whoever answers.
-        example: One image, (1, C, H, W).
-        labels: Classes of all training images, (N,), for losses that remember images.
+    ``labels`` are the classes of all training images, (N,), for losses that remember images.
     """
     device = device_of(student)
     example = example.to(device)

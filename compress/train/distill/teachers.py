@@ -193,10 +193,8 @@ def class_order(
 ) -> Tensor | None:
     """Return the teacher's output for each class of the student, (K,); None where they agree.
 
-    Args:
-        student: Class names, in the order of the student's outputs.
-        teacher: Class names of the teacher, in its order, where known.
-        classes: Outputs of the teacher.
+    Names are in the order of the outputs; the teacher's where they are known, ``classes`` in
+    number.
 
     Raises:
         TrainingError: the counts differ and nothing says which is which, or a class is missing.

@@ -37,8 +37,8 @@ from compress.data._images import MemoryImages
 from compress.models.cifar import resnet20, resnet56
 from compress.recipe.settings import AugmentSettings, DistillSettings, TrainSettings
 from compress.train import train
-from compress.train.context import autocast, chosen_precision
 from compress.train.distill import build_objective
+from compress.train.state import autocast, chosen_precision
 
 RESULTS = Path(__file__).parent / "results"
 BATCH = 128

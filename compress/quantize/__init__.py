@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from compress.qdq import QuantPlan, write_qdq
 from compress.quantize.api import quantize_onnx, quantize_targets
-from compress.quantize.calibration import Statistics, calibrate
-from compress.quantize.ranges import make_quant_plan
+from compress.quantize.calibration import Statistics, calibrate, make_quant_plan
 
 __all__ = [
     "QuantPlan",

@@ -16,14 +16,13 @@ from compress.graph.metadata import usual_range
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
-from compress.quantize.calibration import calibrate, observed_tensors
+from compress.quantize.calibration import begin_below_zero, calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, confirmed
 from compress.quantize.equalization import scalable
 from compress.quantize.images import Batches, CalibrationImages
 from compress.quantize.nncf import plan_by_nncf
 from compress.quantize.notes import decided
 from compress.quantize.planning_graph import planning_graph
-from compress.quantize.ranges import begin_below_zero
 from compress.quantize.search import auto
 from compress.quantize.workbench import Workbench
 
@@ -182,26 +181,20 @@ def quantize_targets(
                         raise
                     on_refusal(target, _within(path, error))
                     continue
-                plans[target] = plan if _has_int8(written[target]) else _without_int8(plan)
+                if not any(n.op_type == "DequantizeLinear" for n in written[target].graph.node):
+                    plan = plan.changed(activations={}, notes=(ALL_FLOAT, *plan.notes))
+                plans[target] = plan
     except QuantizationError as error:
         raise _within(path, error) from error.__cause__
     for target, model in written.items():
-        save_graph(model, Path(outs[target]))
+        with replacing(Path(outs[target])) as temporary:
+            onnx.save(model, str(temporary))
     return plans
 
 
 def _within(path: Path | str, error: CompressError) -> CompressError:
     """Return ``error`` with the name of the file that was asked for."""
     return error if str(path) in error.where else error.within(str(path))
-
-
-def _has_int8(model: ModelProto) -> bool:
-    return any(node.op_type == "DequantizeLinear" for node in model.graph.node)
-
-
-def _without_int8(plan: QuantPlan) -> QuantPlan:
-    """Return ``plan`` as that of a file without a layer in int8, which its notes say."""
-    return plan.changed(activations={}, notes=(ALL_FLOAT, *plan.notes))
 
 
 def excluded_nodes(graph: GraphIndex, names: Iterable[str]) -> dict[str, str]:
@@ -215,9 +208,3 @@ def excluded_nodes(graph: GraphIndex, names: Iterable[str]) -> dict[str, str]:
         if name not in known:
             raise UnknownNameError("node", name, known)
     return dict.fromkeys(names, "excluded by the user")
-
-
-def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write ``model`` to ``path``, whole or not at all."""
-    with replacing(path) as temporary:
-        onnx.save(model, str(temporary))

@@ -12,8 +12,7 @@ from compress.graph.model import GraphIndex, attribute
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import broadcast_along, default_scales, encode, scale_axis, write_qdq
-from compress.quantize.bias import fewer
-from compress.quantize.layerwise import QuantizedLayer, layers
+from compress.quantize.layerwise import QuantizedLayer, fewer, layers
 from compress.quantize.workbench import Workbench
 
 LARGEST_SUM = 2**15 - 1 - 255  # of two products, less what rounding of both codes may add

@@ -15,9 +15,8 @@ from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import broadcast_along, default_scales, scale_axis
-from compress.quantize.bias import FloatMeans, correct_biases
 from compress.quantize.images import Feed
-from compress.quantize.layerwise import QuantizedLayer
+from compress.quantize.layerwise import FloatMeans, QuantizedLayer, correct_biases
 
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted

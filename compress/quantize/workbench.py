@@ -13,13 +13,12 @@ from onnx import ModelProto
 from compress.graph.model import GraphIndex
 from compress.qdq.plan import QuantPlan
 from compress.qdq.writer import write_qdq
-from compress.quantize.bias import FloatMeans, correct_biases
-from compress.quantize.calibration import Statistics
+from compress.quantize.calibration import Statistics, begin_below_zero, make_quant_plan
 from compress.quantize.equalization import equalize
 from compress.quantize.images import CalibrationImages, Feed
+from compress.quantize.layerwise import FloatMeans, correct_biases
 from compress.quantize.notes import float_parts, of_judging, of_sessions
 from compress.quantize.planning_graph import judged_tensors, with_free_batch
-from compress.quantize.ranges import begin_below_zero, make_quant_plan
 from compress.quantize.rounding import improve_rounding, search_weight_scales
 from compress.quantize.sqnr import Closeness, answers, closeness, mean_db
 

@@ -14,10 +14,6 @@ import torch
 from compress.errors import EngineError
 from compress.packages import install_command, is_installed, require
 
-ZERO_WEIGHTS = (
-    "may choose 2:4 kernels on Ampere and later where they are faster; other zeros "
-    "cost as much as other weights"
-)
 _HEADER = struct.Struct("<4sI8xQ4B")  # tag, serialization version, bytes in all, four version parts
 
 

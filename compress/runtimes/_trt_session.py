@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch
 from compress.artifact import read_json
 from compress.errors import EngineError
 from compress.runtimes import _trt
-from compress.runtimes._session import TensorSpec
+from compress.runtimes._session import Opens, TensorSpec
 from compress.runtimes._trt import EngineHeader, Flavour, Log
 
 
@@ -156,6 +156,46 @@ class TrtSession:
             fix="Build for a smaller largest batch or with a smaller workspace_mib, or close "
             "other programs on the GPU",
         )
+
+
+class TrtRuntime:
+    """What the runtimes of both products have in common."""
+
+    flavour: ClassVar[Flavour]
+    cuda_graph: bool  # an option of either
+
+    extension: ClassVar[str] = ".engine"
+    opens: ClassVar[Opens] = "engine"
+    int8_form: ClassVar[str | None] = "tensorrt"
+    zero_weights: ClassVar[str] = (
+        "may choose 2:4 kernels on Ampere and later where they are faster; other zeros "
+        "cost as much as other weights"
+    )
+
+    @classmethod
+    def owns(cls, path: Path, magic: bytes) -> bool:
+        """Return whether ``path`` begins as an engine of this runtime does."""
+        return magic == cls.flavour.tag
+
+    def device_kind(self) -> str:
+        """Return where it runs: "cuda"."""
+        return "cuda"
+
+    def how(self) -> str:
+        """Return what it would run on."""
+        return "on the GPU"
+
+    def available(self) -> str | None:
+        """Return why engines cannot run here, or None."""
+        return self.flavour.unavailable()
+
+    def open(self, path: Path) -> TrtSession:
+        """Load an engine; it needs a GPU that it was built for.
+
+        Raises:
+            EngineError: it is damaged, made for something else, or there is no GPU.
+        """
+        return load_engine(self.flavour, path, cuda_graph=self.cuda_graph)
 
 
 def load_engine(flavour: Flavour, path: Path, *, cuda_graph: bool) -> TrtSession:

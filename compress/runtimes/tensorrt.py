@@ -11,14 +11,14 @@ import torch
 from compress.artifact import cache_folder
 from compress.errors import UsageError
 from compress.graph import files
-from compress.runtimes._session import BuildRequest, Opens
-from compress.runtimes._trt import TENSORRT, ZERO_WEIGHTS, gpu_name
+from compress.runtimes._session import BuildRequest
+from compress.runtimes._trt import TENSORRT, Flavour, gpu_name
 from compress.runtimes._trt_build import Build, BuildSettings
-from compress.runtimes._trt_session import TrtSession, load_engine
+from compress.runtimes._trt_session import TrtRuntime
 
 
 @dataclass(frozen=True)
-class Tensorrt:
+class Tensorrt(TrtRuntime):
     """TensorRT 10 or 11: builds on the GPU it is for, and runs there.
 
     Networks are strongly typed: fp16 and int8 are in the graph, not in flags.
@@ -38,14 +38,11 @@ class Tensorrt:
     timing_cache: str = "auto"
     cuda_graph: bool = False
 
-    extension: ClassVar[str] = ".engine"
-    opens: ClassVar[Opens] = "engine"
-    int8_form: ClassVar[str | None] = "tensorrt"
+    flavour: ClassVar[Flavour] = TENSORRT
     package: ClassVar[str] = "tensorrt"
     extra: ClassVar[str] = "tensorrt"
     builds_without_device: ClassVar[bool] = False
     enables: ClassVar[str] = "engines for the NVIDIA GPU at hand"
-    zero_weights: ClassVar[str] = ZERO_WEIGHTS
 
     def __post_init__(self) -> None:
         level = self.optimization_level
@@ -53,23 +50,6 @@ class Tensorrt:
             raise UsageError(
                 f"optimization_level is {level}", where="runtime 'tensorrt'", expected="0 to 5"
             )
-
-    @staticmethod
-    def owns(path: Path, magic: bytes) -> bool:
-        """Return whether ``path`` begins as an engine of this runtime does."""
-        return magic == TENSORRT.tag
-
-    def device_kind(self) -> str:
-        """Return where it runs: "cuda"."""
-        return "cuda"
-
-    def how(self) -> str:
-        """Return what it would run on."""
-        return "on the GPU"
-
-    def available(self) -> str | None:
-        """Return why engines cannot run here, or None."""
-        return TENSORRT.unavailable()
 
     def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
         """Write an engine for the ONNX file ``source``.
@@ -87,14 +67,6 @@ class Tensorrt:
             timing_cache=self._timing_cache(),
         )
         return Build(TENSORRT, settings, source, request).run(out)
-
-    def open(self, path: Path) -> TrtSession:
-        """Load an engine; it needs the GPU it was built for.
-
-        Raises:
-            EngineError: it is damaged, made for something else, or there is no GPU.
-        """
-        return load_engine(TENSORRT, path, cuda_graph=self.cuda_graph)
 
     def _timing_cache(self) -> Path | None:
         if self.timing_cache == "none" or gpu_name() is None:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from compress.graph import files
-from compress.runtimes._session import BuildRequest, Opens
-from compress.runtimes._trt import TENSORRT_RTX, ZERO_WEIGHTS
+from compress.runtimes._session import BuildRequest
+from compress.runtimes._trt import TENSORRT_RTX, Flavour
 from compress.runtimes._trt_build import Build, BuildSettings
-from compress.runtimes._trt_session import TrtSession, load_engine
+from compress.runtimes._trt_session import TrtRuntime
 
 
 @dataclass(frozen=True)
-class TensorrtRtx:
+class TensorrtRtx(TrtRuntime):
     """TensorRT-RTX: builds engines without a GPU, for GPUs that are elsewhere.
 
     An engine is built for the named compute capabilities and finished on the GPU when it is first
@@ -32,31 +32,11 @@ class TensorrtRtx:
     version_compatible: bool = False
     cuda_graph: bool = False
 
-    extension: ClassVar[str] = ".engine"
-    opens: ClassVar[Opens] = "engine"
-    int8_form: ClassVar[str | None] = "tensorrt"
+    flavour: ClassVar[Flavour] = TENSORRT_RTX
     package: ClassVar[str] = "tensorrt_rtx"
     extra: ClassVar[str] = "tensorrt-rtx"
     builds_without_device: ClassVar[bool] = True
     enables: ClassVar[str] = "engines for RTX GPUs, built on any x86-64 machine"
-    zero_weights: ClassVar[str] = ZERO_WEIGHTS
-
-    @staticmethod
-    def owns(path: Path, magic: bytes) -> bool:
-        """Return whether ``path`` begins as an engine of this runtime does."""
-        return magic == TENSORRT_RTX.tag
-
-    def device_kind(self) -> str:
-        """Return where it runs: "cuda"."""
-        return "cuda"
-
-    def how(self) -> str:
-        """Return what it would run on."""
-        return "on the GPU"
-
-    def available(self) -> str | None:
-        """Return why engines cannot run here, or None."""
-        return TENSORRT_RTX.unavailable()
 
     def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
         """Write an engine for the ONNX file ``source``.
@@ -72,11 +52,3 @@ class TensorrtRtx:
             version_compatible=self.version_compatible,
         )
         return Build(TENSORRT_RTX, settings, source, request).run(out)
-
-    def open(self, path: Path) -> TrtSession:
-        """Load an engine; it needs a GPU.
-
-        Raises:
-            EngineError: it is damaged, made for something else, or there is no GPU.
-        """
-        return load_engine(TENSORRT_RTX, path, cuda_graph=self.cuda_graph)

@@ -1,11 +1,13 @@
-"""The loop: batches in, a trained network out, resumable at any step."""
+"""The loop: batches in, a trained network out, resumable at any step, the rest left as found."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,15 +21,14 @@ from compress.recipe.settings import TrainSettings
 from compress.tasks import Task
 from compress.train.batches import Batch, on_device, seed_of, train_batches, training_view
 from compress.train.checkpoints import MetricsLog
-from compress.train.context import autocast, left_as_found
 from compress.train.distributed import (
     Processes,
     SyncedBatchNorm,
     failing_together,
     join_processes,
 )
-from compress.train.optimizers import rate_factor
-from compress.train.state import Training, TrainResult
+from compress.train.optimizers import frozen_layers, rate_factor
+from compress.train.state import Training, TrainResult, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +95,65 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
             return training.result()
     finally:
         objective.close()
+
+
+@contextlib.contextmanager
+def left_as_found(
+    model: nn.Module, settings: TrainSettings, device: torch.device
+) -> Iterator[list[nn.Module]]:
+    """Prepare a network for training; restore everything but the weights afterwards.
+
+    Modes, ``requires_grad``, device, memory format, global random state and flags of torch are
+    as before afterwards.
+
+    Yields:
+        The modules that ``settings.freeze_until`` freezes; they stay in evaluation mode.
+    """
+    modes = {module: module.training for module in model.modules()}
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    home = next((tensor.device for tensor in model.parameters()), device)
+    frozen = [model.get_submodule(name) for name in frozen_layers(model, settings.freeze_until)]
+    devices = [device] if device.type == "cuda" else []
+    flags = _flags(settings, device)
+    with torch.random.fork_rng(devices=devices), flags, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of 1x1 kernels, in DDP
+        try:
+            for module in frozen:
+                module.requires_grad_(False)
+            last = settings.channels_last and device.type != "mps"
+            form = torch.channels_last if last else torch.preserve_format
+            model.to(device).to(memory_format=form)
+            yield frozen
+        finally:
+            form = torch.contiguous_format if settings.channels_last else torch.preserve_format
+            model.to(home).to(memory_format=form)
+            for module, training in modes.items():
+                module.training = training
+            for parameter, requires_grad in wanted.items():
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = None
+
+
+@contextlib.contextmanager
+def _flags(settings: TrainSettings, device: torch.device) -> Iterator[None]:
+    deterministic, threads = settings.deterministic, torch.get_num_threads()
+    was = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    try:
+        torch.set_num_threads(settings.threads or threads)
+        torch.backends.cudnn.benchmark = device.type == "cuda" and not deterministic
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(was, warn_only=warned)
+        torch.backends.cudnn.benchmark = benchmark
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
 def _all_epochs(training: Training, frozen: Sequence[nn.Module]) -> None:

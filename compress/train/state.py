@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -26,12 +27,12 @@ from compress.tasks import Task, primary_of, values_of
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
 from compress.train.checkpoints import Row
-from compress.train.context import autocast, chosen_precision
 from compress.train.distributed import LossModule, Processes, Sharing
 from compress.train.optimizers import make_optimizer
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNIMPORTANT = {"halve_batch", "track", "checkpoint_minutes"}  # may change on the way
 
 
@@ -347,3 +348,32 @@ def validate(
             sums += torch.stack([right, loss])
     correct, total = processes.sum(sums).tolist()
     return 100 * correct / len(images), total / len(images)
+
+
+def chosen_precision(wanted: str, device: torch.device) -> str:
+    """Return "fp32", "bf16" or "fp16": the wanted one, or the fastest safe one for "auto".
+
+    bf16 where the device multiplies it natively (AVX-512 BF16 or AMX; GPUs since Ampere), else
+    fp16 on older GPUs and fp32 everywhere else.
+
+    Raises:
+        TrainingError: the device has no support for the wanted one.
+    """
+    if wanted != "auto":
+        if device.type == "cuda" and wanted == "bf16" and not torch.cuda.is_bf16_supported():
+            raise TrainingError(
+                "this GPU does not compute in bf16", where="precision", fix="Set precision: fp16"
+            )
+        return wanted
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+        return "bf16" if native else "fp16"
+    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which a network computes in ``precision``."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[precision])

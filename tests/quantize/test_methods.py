@@ -16,11 +16,17 @@ from compress.qdq import TARGETS, QuantPlan, prepare, write_qdq
 from compress.qdq.rewrite import apply_corrections
 from compress.quantize import api, calibrate, make_quant_plan, quantize_onnx, quantize_targets
 from compress.quantize.api import METHODS, plan_by
-from compress.quantize.bias import correct_biases, find_shift, float_means
 from compress.quantize.calibration import activation_of, observed_tensors
 from compress.quantize.equalization import equalize, scalable
 from compress.quantize.images import CalibrationImages
-from compress.quantize.layerwise import channel_means, layers, some_positions
+from compress.quantize.layerwise import (
+    channel_means,
+    correct_biases,
+    find_shift,
+    float_means,
+    layers,
+    some_positions,
+)
 from compress.quantize.observers.mse import Noise
 from compress.quantize.rounding import _patches, best_scales, fit_codes, improve_rounding
 from compress.quantize.sessions import with_outputs

@@ -16,10 +16,9 @@ from compress.qdq import prepare
 from compress.qdq.plan import ActivationRange, QuantPlan
 from compress.quantize import calibrate, search
 from compress.quantize.api import plan_by
-from compress.quantize.bias import find_shift
 from compress.quantize.calibration import activation_of
 from compress.quantize.images import CalibrationImages
-from compress.quantize.layerwise import channel_means, some_positions
+from compress.quantize.layerwise import channel_means, find_shift, some_positions
 from compress.quantize.notes import bearing_images, by_reason, of_judging
 from compress.quantize.search import Trial, auto, spare_layers
 from compress.quantize.sqnr import Closeness, closeness

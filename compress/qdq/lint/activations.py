@@ -298,12 +298,9 @@ def _constant_pairs(graph: EditableGraph) -> Iterator[QdqPair]:
 
 
 def _is_usable(pair: QdqPair) -> bool:
-    scale = pair.numbers.scale
-    return scale is not None and bool(np.all(np.isfinite(scale))) and _is_integer(pair.numbers)
-
-
-def _is_integer(numbers: Numbers) -> bool:
-    return numbers.dtype in [np.dtype(d) for d in (np.int8, np.uint8, np.int16, np.uint16)]
+    scale, kind = pair.numbers.scale, pair.numbers.dtype
+    is_integer = kind in [np.dtype(d) for d in (np.int8, np.uint8, np.int16, np.uint16)]
+    return scale is not None and bool(np.all(np.isfinite(scale))) and is_integer
 
 
 def _scale_dtype(pair: QdqPair) -> DType:

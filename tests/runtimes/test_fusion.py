@@ -12,10 +12,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.errors import EngineError, UsageError
+from compress.graph.shapes import macs
 from compress.packages import is_installed
 from compress.runtimes import _trt_layers
-from compress.runtimes._fusion import Fusion, check_fusion, islands, kernels
-from compress.runtimes._fusion.kernels import Kernel
+from compress.runtimes._fusion import Fusion, Kernel, check_fusion, islands
 
 FIRST, SECOND, LAST = 8 * 64 * 3 * 9, 8 * 64 * 8 * 9, 5 * 8  # MACs of the three layers below
 
@@ -200,8 +200,8 @@ def test_macs_follow_the_closed_formula(
 ) -> None:
     node = helper.make_node(operator, ["a", "b"], ["c"], **attributes)
     known = dict(zip("abc", [*shapes, answer], strict=True))
-    assert kernels.macs(node, known) == expected
-    assert kernels.macs(node, {}) is None
+    assert macs(node, known) == expected
+    assert macs(node, {}) is None
 
 
 def kernel(

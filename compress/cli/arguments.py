@@ -196,6 +196,11 @@ def completion(kind: str) -> Callable[[str], list[str]]:
     return completed
 
 
+def chosen_from(kind: str, help_text: str) -> Any:
+    """Return an option for the name of a plug-in of a kind, which the shell completes."""
+    return typer.Option(help=help_text, autocompletion=completion(kind))
+
+
 def complete_reference(incomplete: str) -> list[str]:
     """Complete KIND/NAME."""
     kind, slash, name = incomplete.partition("/")

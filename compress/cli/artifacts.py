@@ -20,7 +20,7 @@ from compress.cli.arguments import (
     Threads,
     Trust,
     Weights,
-    completion,
+    chosen_from,
     with_options,
 )
 from compress.cli.options import INPUT_SIZE, data_settings, integers, model_options
@@ -93,9 +93,7 @@ def export(
 
 def build(
     file: Annotated[Path, typer.Argument(help="ONNX file, or the stage folder or run of one")],
-    runtime: Annotated[
-        str, typer.Option(help="See: compress list runtimes", autocompletion=completion("runtimes"))
-    ],
+    runtime: Annotated[str, chosen_from("runtimes", "See: compress list runtimes")],
     out: Annotated[Path, typer.Option("--out", help="Engine to write")],
     batch: Annotated[str, typer.Option(help="Smallest, usual and largest batch size")] = "1,1,8",
     input_size: FixedSize = None,
@@ -139,10 +137,7 @@ def predict(
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(
-            help="Where it runs; the engine's own, or onnxruntime, if absent",
-            autocompletion=completion("runtimes"),
-        ),
+        chosen_from("runtimes", "Where it runs; the engine's own, or onnxruntime, if absent"),
     ] = None,
     resize: Annotated[
         str | None,

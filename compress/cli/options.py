@@ -171,8 +171,9 @@ def run_stages(
     targets: Sequence[Given] = DEFAULT_TARGETS,
 ) -> None:
     """Run the recipe that the options of a command stand for, as any other recipe."""
-    recipe = recipe_of(name, given, stages, targets)
-    recipe = with_tracker(recipe, given["track"])
+    from compress.recipe.loading import tracked
+
+    recipe = tracked(recipe_of(name, given, stages, targets), given["track"])
     finish(recipe, given["out"], fresh=given["fresh"], verbose=given["verbose"])
 
 
@@ -262,13 +263,6 @@ def loaded(path: Path, overrides: Sequence[str] | None) -> Recipe:
     if told:
         logger.warning("%s: %s", path, told)
     return recipe
-
-
-def with_tracker(recipe: Recipe, tracker: str | None) -> Recipe:
-    """Return a recipe whose trainings are logged to ``tracker`` as well, if it is given."""
-    from compress.recipe import loading
-
-    return recipe if tracker is None else loading.tracked(recipe, tracker)
 
 
 def finish(

@@ -26,6 +26,7 @@ from compress.cli.arguments import (
     Trust,
     Verbose,
     Weights,
+    chosen_from,
     completion,
     with_options,
 )
@@ -41,7 +42,6 @@ from compress.cli.options import (
     present,
     run_stages,
     training_after,
-    with_tracker,
 )
 from compress.cli.output import print_result
 from compress.errors import RecipeError, UsageError
@@ -66,10 +66,11 @@ def run(
     verbose: Verbose = False,
 ) -> None:
     """Carry out a recipe: prune, distill, quantize, build, measure, report."""
-    resolved = with_tracker(loaded(recipe, overrides), track)
+    from compress.recipe.loading import dump, tracked
+
+    resolved = tracked(loaded(recipe, overrides), track)
     if dry_run:
         from compress.pipeline.check import preflight
-        from compress.recipe.loading import dump
 
         preflight(resolved, where=str(recipe))
         print_result(dump(resolved))
@@ -99,10 +100,7 @@ def prune(
     weights: Weights = None,
     num_classes: Classes = None,
     criterion: Annotated[
-        str | None,
-        typer.Option(
-            help="See: compress list criteria; obs if absent", autocompletion=completion("criteria")
-        ),
+        str | None, chosen_from("criteria", "See: compress list criteria; obs if absent")
     ] = None,
     keep_macs: Annotated[
         float | None, typer.Option(help="Share of the MACs to keep; 0.5 if no budget is given")
@@ -126,10 +124,7 @@ def prune(
     latency_ms: Annotated[float | None, typer.Option(help="Latency limit on --runtime, ms")] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(
-            help="Runtime that latency is measured on; onnxruntime if absent",
-            autocompletion=completion("runtimes"),
-        ),
+        chosen_from("runtimes", "Runtime that latency is measured on; onnxruntime if absent"),
     ] = None,
     round_to: Annotated[
         int | None, typer.Option(help="Keep channels in multiples of this; 1 if absent")
@@ -193,11 +188,7 @@ def distill(
     teacher_weights: Weights = None,
     num_classes: Classes = None,
     loss: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="See: compress list losses; the task's if absent",
-            autocompletion=completion("losses"),
-        ),
+        list[str] | None, chosen_from("losses", "See: compress list losses; the task's if absent")
     ] = None,
     epochs: Epochs = 10,
 ) -> None:

@@ -125,14 +125,18 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         place[keys[-1]] = value
 
 
-def tracked(recipe: Recipe, tracker: str) -> Recipe:
+def tracked(recipe: Recipe, tracker: str | None) -> Recipe:
     """Return ``recipe`` with every training logged by ``tracker`` as well, as ``--track`` does.
+
+    None changes nothing.
 
     Raises:
         UnknownNameError: there is no such tracker.
         MissingPackageError: it is not installed.
         UsageError: the recipe trains nothing.
     """
+    if tracker is None:
+        return recipe
     if tracker not in TRACKERS:
         raise UnknownNameError("tracker", tracker, TRACKERS, where="--track")
     if not any(isinstance(part, TrainSettings) for _, part in recipe.parts()):

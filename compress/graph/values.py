@@ -48,7 +48,7 @@ class EditableGraph:
     def set_constant(self, value: ir.Value, array: Array) -> None:
         """Give a constant another value, or a computed value a constant in its place."""
         if value.producer() is None:
-            value.const_value = ir.tensor(np.asarray(array, order="C"), name=value.name)
+            value.const_value = ir.Tensor(np.asarray(array, order="C"), name=value.name)
             return
         name, value.name = value.name, None
         value.replace_all_uses_with(self._initializer(name, array), replace_graph_outputs=True)

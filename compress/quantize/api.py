@@ -16,6 +16,7 @@ from compress.graph.metadata import usual_range
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
+from compress.quantize.blas import one_thread
 from compress.quantize.calibration import begin_below_zero, calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, confirmed
 from compress.quantize.equalization import scalable
@@ -158,7 +159,8 @@ def quantize_targets(
     plans: dict[str, QuantPlan] = {}
     written: dict[str, ModelProto] = {}
     try:
-        with boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN):
+        where = boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN)
+        with where, one_thread():
             model = read_onnx(path)
             prepared = prepare(model)
             excluded = excluded_nodes(GraphIndex(prepared), exclude)

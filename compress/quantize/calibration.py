@@ -32,7 +32,11 @@ _ELEMENTS = 4_000_000  # of all observed tensors together, in one batch of the p
 
 @dataclass
 class Statistics:
-    """What was seen of each tensor."""
+    """What was seen of each tensor.
+
+    What is worked out of it is kept for all that ``of`` and ``divided`` return too: plans that are
+    tried, and targets, share most tensors.
+    """
 
     # Histograms, by tensor of the prepared graph
     tensors: dict[str, Histogram] = field(default_factory=dict)
@@ -40,6 +44,10 @@ class Statistics:
     counted: bool = True  # whether values were counted, or only the smallest and the largest kept
     # What was seen of each channel of some tensors
     by_channel: dict[str, ChannelHistogram] = field(default_factory=dict)
+    # Histograms that ``divided`` made, by tensor and bytes of the factors
+    rescaled: dict[tuple[str, bytes], Histogram] = field(default_factory=dict)
+    # Ranges, by histogram and observer
+    chosen: dict[tuple[Histogram, str], ActivationRange] = field(default_factory=dict)
 
     def of(self, names: Iterable[str]) -> Statistics:
         """Return what was seen of the tensors ``names`` alone, and of all channels."""
@@ -48,12 +56,17 @@ class Statistics:
     def divided(self, factors: Mapping[str, NDArray[np.float64]]) -> Statistics:
         """Return what would be seen with channels divided by ``factors``, (C,), of tensors."""
         divided = {
-            name: self.by_channel[name].divided(factors[name], seen.through)
-            if name in factors
-            else seen
+            name: self._divided(name, factors[name]) if name in factors else seen
             for name, seen in self.tensors.items()
         }
         return dataclasses.replace(self, tensors=divided)
+
+    def _divided(self, name: str, factors: NDArray[np.float64]) -> Histogram:
+        key = name, factors.tobytes()
+        if key not in self.rescaled:
+            through = self.tensors[name].through
+            self.rescaled[key] = self.by_channel[name].divided(factors, through)
+        return self.rescaled[key]
 
 
 def calibrate(
@@ -350,11 +363,14 @@ def make_quant_plan(
             f"observer {name!r} needs histograms, and calibration kept extremes only",
             fix="Calibrate with histograms=True",
         )
-    ranges = {}
+    ranges, known = {}, statistics.chosen
     for tensor, seen in statistics.tensors.items():
-        low, high = seen.trimmed(*choose(seen, symmetric=False))
-        limit = max(map(abs, seen.trimmed(*choose(seen, symmetric=True))))
-        ranges[tensor] = ActivationRange(low, high, limit, name, (seen.low, seen.high))
+        key = seen, repr(observer)
+        if key not in known:
+            low, high = seen.trimmed(*choose(seen, symmetric=False))
+            limit = max(map(abs, seen.trimmed(*choose(seen, symmetric=True))))
+            known[key] = ActivationRange(low, high, limit, name, (seen.low, seen.high))
+        ranges[tensor] = known[key]
     return QuantPlan(target, name, ranges, float_nodes=dict(exclude or {}))
 
 

@@ -169,11 +169,14 @@ def _patches(
 ) -> NDArray[np.float32]:
     """Return what each output position sees, (G, P, K)."""
     pads, strides, dilations = _geometry(node)
-    padded = np.pad(incoming, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
     image, row, column = at
-    y = (row * strides[0])[:, None, None] + (np.arange(weight[2]) * dilations[0])[:, None]
-    x = (column * strides[1])[:, None, None] + (np.arange(weight[3]) * dilations[1])[None, :]
-    seen = padded[image[:, None, None], :, y, x]  # (P, kh, kw, C)
+    y = (row * strides[0] - pads[0])[:, None, None] + (np.arange(weight[2]) * dilations[0])[:, None]
+    x = (column * strides[1] - pads[1])[:, None, None] + np.arange(weight[3]) * dilations[1]
+    height, width = incoming.shape[2:]
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # padded images would be a copy
+    y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
+    seen = incoming[image[:, None, None], :, y, x]  # (P, kh, kw, C)
+    seen[~inside] = 0
     groups = attribute(node, "group", 1)
     split = seen.transpose(0, 3, 1, 2).reshape(len(row), groups, -1)
     return np.asarray(split.transpose(1, 0, 2).astype(np.float32))
@@ -211,9 +214,13 @@ def best_scales(rows: NDArray[Any]) -> NDArray[np.float32]:
     largest[largest == 0] = 1.0
     best = (largest / 127).astype(np.float32)
     least = np.full(len(rows), np.inf)
+    moved = np.empty(rows.shape, np.float32)
     for m in range(127, _COARSEST - 1, -1):
         scale = (largest / m).astype(np.float32)
-        codes = np.rint(rows / scale[:, None])
-        error = np.square(codes * scale[:, None] - rows).sum(1, dtype=np.float64)
+        np.divide(rows, scale[:, None], out=moved)
+        np.rint(moved, out=moved)
+        moved *= scale[:, None]
+        moved -= rows
+        error = np.square(moved, out=moved).sum(1, dtype=np.float64)
         best, least = np.where(error < least, scale, best), np.minimum(error, least)
     return np.asarray(best, np.float32)

@@ -23,7 +23,8 @@ from compress.quantize.workbench import Workbench, images_in
 _GAIN_DB = 0.05  # less than this is noise
 _MANY = 128  # images, after which others hardly bring larger values
 _NEAR_DB = 1.0  # equalization that falls further behind is not tried with another strength
-Step = Callable[[QuantPlan, Feed], QuantPlan]
+Step = Callable[[QuantPlan], QuantPlan]
+Fit = Callable[[QuantPlan, Feed], QuantPlan]
 # Effort of each attempt in passes over the images, for the time left.
 _RANGES, _BIASES, _ROUNDING = 1, 4, 7
 
@@ -48,37 +49,43 @@ def auto(bench: Workbench) -> QuantPlan:
         for observer in () if bench.observer else ("percentile", "minmax"):
             if not search.widen(observer):
                 break
-        freely = _alone(partial(bench.equalized, alpha=0.0))
+        freely = partial(bench.equalized, alpha=0.0)
         search.attempt("equalization in front of depthwise layers", _RANGES, search.best, freely)
-        scaled = _alone(bench.scaled)
-        search.attempt("weight scales", _RANGES, search.best, scaled)
+        search.attempt("weight scales", _RANGES, search.best, bench.scaled)
         ranges = search.best
         for alpha in (0.5, 0.25):  # judged before biases are corrected: a pass less for each
-            steps = (_alone(partial(bench.equalized, alpha=alpha)), scaled)
+            steps = (partial(bench.equalized, alpha=alpha), bench.scaled)
             what = f"equalization {alpha:g}"
             if not search.attempt(what, 2 * _RANGES, ranges, *steps, within_db=_NEAR_DB):
                 break
         rescaled = search.best
-        search.attempt(
-            "rounding with feedback and bias correction", _ROUNDING, rescaled, bench.rounded
-        )
+        what = "rounding with feedback and bias correction"
+        search.attempt(what, _ROUNDING, rescaled, fit=bench.rounded)
         if search.best is rescaled:  # what does less may do no harm
-            search.attempt("bias correction", _BIASES, rescaled, bench.corrected)
+            search.attempt("bias correction", _BIASES, rescaled, fit=bench.corrected)
         return search.refitted()
 
 
-def _alone(step: Callable[[QuantPlan], QuantPlan]) -> Step:
-    """Return a step that needs no images."""
-    return lambda plan, _feed: step(plan)
+def _on(feed: Feed, fit: Fit) -> Step:
+    """Return ``fit`` as a step that is fitted to ``feed``."""
+    return lambda plan: fit(plan, feed)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A plan, the steps that make it of plain ranges, and how close it comes."""
+    """A plan, how close it comes, and the step by which it was fitted to images, if it was.
+
+    Args:
+        plan: What it is called for.
+        found: How close its outputs come.
+        unfitted: The plan before that step.
+        fit: The step.
+    """
 
     plan: QuantPlan
-    steps: tuple[Step, ...]
     found: Closeness
+    unfitted: QuantPlan | None = None
+    fit: Fit | None = None
 
     def exceeds(self, other: Trial, by_db: float = _GAIN_DB) -> bool:
         """Return whether the outputs are closer."""
@@ -94,7 +101,7 @@ class _Search:
 
     def __init__(self, bench: Workbench, plan: QuantPlan) -> None:
         self.bench = bench
-        self.best = self.plain = Trial(plan, (), bench.judge(plan))
+        self.best = self.plain = Trial(plan, bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
 
@@ -103,7 +110,7 @@ class _Search:
         plan = spare_layers(self.bench, self.plain.plan)
         spared = plan.float_nodes.keys() - self.plain.plan.float_nodes.keys()
         if spared:
-            self.best = self.plain = Trial(plan, (), self.bench.judge(plan))
+            self.best = self.plain = Trial(plan, self.bench.judge(plan))
             told = _told(self.best.found)
             self.notes.append(f"{', '.join(sorted(spared))} in float: {told}, kept")
 
@@ -114,7 +121,7 @@ class _Search:
         """
         ranges = self.bench.ranges(observer=observer)
         plan = ranges.changed(float_nodes=self.best.plan.float_nodes)
-        found = Trial(plan, (), self.bench.judge(plan))
+        found = Trial(plan, self.bench.judge(plan))
         many = self.bench.statistics.images >= _MANY
         kept = not found.falls_below(self.best) and (not many or found.exceeds(self.best))
         self.notes.append(f"{observer} ranges: {_told(found.found)}, {'not ' * (not kept)}kept")
@@ -129,20 +136,23 @@ class _Search:
         effort: float,
         start: Trial,
         *steps: Step,
+        fit: Fit | None = None,
         within_db: float = 0.0,
     ) -> bool:
         """Take further steps from ``start``; keep the result if it is the best so far.
 
-        Notes call it ``what``; ``effort`` is for the time left. Return whether it was kept, or
-        falls behind the best by less than ``within_db``.
+        Notes call it ``what``; ``effort`` is for the time left, and ``fit`` is the last step, if it
+        is fitted to images. Return whether the result was kept, or falls behind the best by less
+        than ``within_db``.
         """
-        plan = start.plan.changed(notes=())
-        for step in steps:
-            last, plan = plan, step(plan, self.bench.tried)
-            if plan is last:  # nothing there to scale
+        unfitted = plan = start.plan.changed(notes=())
+        fitting = [] if fit is None else [_on(self.bench.tried, fit)]
+        for step in (*steps, *fitting):
+            unfitted, plan = plan, step(plan)
+            if plan is unfitted:  # nothing there to scale
                 self.counter.advance(effort)
                 return False
-        found = Trial(plan, (*start.steps, *steps), self.bench.judge(plan))
+        found = Trial(plan, self.bench.judge(plan), unfitted, fit)
         falls = found.falls_below(self.plain)
         kept = not falls and found.exceeds(self.best)
         verdict = "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
@@ -154,15 +164,14 @@ class _Search:
         return near
 
     def refitted(self) -> QuantPlan:
-        """Return the best plan, made once more with all images where any step is fitted to them."""
-        if not self.best.steps:
-            return self.best.plan.changed(notes=tuple(self.notes))
-        plan, feed = self.plain.plan, self.bench.all_images()
-        for step in self.best.steps:
-            plan = step(plan, feed)
-        found = Trial(plan, self.best.steps, self.bench.judge(plan))
-        if found.falls_below(self.plain) or self.best.exceeds(found):  # on images it has seen now
-            plan = self.best.plan
+        """Return the best plan, fitted once more, to all images, where it was fitted to a few."""
+        best, feed = self.best, self.bench.all_images()
+        if best.fit is None or best.unfitted is None:
+            return best.plan.changed(notes=tuple(dict.fromkeys(self.notes)))
+        plan = best.fit(best.unfitted, feed)
+        found = Trial(plan, self.bench.judge(plan))
+        if found.falls_below(self.plain) or best.exceeds(found):  # on images it has seen now
+            plan = best.plan
         else:
             self.notes.append(f"made again with all {len(next(iter(feed.values())))} images")
         return plan.changed(notes=tuple(dict.fromkeys(self.notes)))

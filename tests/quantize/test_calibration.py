@@ -16,8 +16,10 @@ from compress.qdq import prepare, read_onnx
 from compress.qdq.plan import TARGETS
 from compress.quantize import calibrate, make_quant_plan, quantize_onnx
 from compress.quantize.calibration import SAMPLE, observed_tensors
+from compress.quantize.equalization import scalable
 from compress.quantize.images import CalibrationImages
 from compress.quantize.observers import Histogram
+from compress.quantize.observers.minmax import Minmax
 from compress.quantize.sessions import session_of, with_outputs
 
 
@@ -104,6 +106,31 @@ def test_extremes_alone_serve_minmax_only():
     )
     with pytest.raises(UsageError, match="observer 'mse' needs histograms"):
         make_quant_plan(statistics, observer="mse")
+
+
+def test_a_range_is_chosen_once_for_each_histogram(monkeypatch):
+    prepared = prepare(residual())
+    scaled = scalable(GraphIndex(prepared), observed_tensors(prepared, TARGETS))
+    statistics = calibrate(prepared, [images(prepared)], by_channel=scaled)
+    asked = []
+    choose = Minmax.__call__
+
+    def counted(self, seen, *, symmetric):
+        asked.append((seen, symmetric))
+        return choose(self, seen, symmetric=symmetric)
+
+    monkeypatch.setattr(Minmax, "__call__", counted)
+    plain = make_quant_plan(statistics, observer="minmax")
+    one = scaled[0]
+    factors = {one: np.full(len(statistics.by_channel[one].low), 0.5)}
+    moved = [
+        make_quant_plan(statistics.of(scaled).divided(factors), target=target, observer="minmax")
+        for target in TARGETS
+    ]
+    assert len(asked) == len(set(asked)) == 2 * (len(statistics.tensors) + 1)
+    for plan in moved:
+        assert plan.activations[one].high == pytest.approx(2 * plain.activations[one].high)
+        assert all(plan.activations[name] == plain.activations[name] for name in scaled[1:])
 
 
 def test_a_fixed_batch_is_filled_up_and_not_counted_twice():

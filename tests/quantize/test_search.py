@@ -130,6 +130,21 @@ def test_the_best_is_made_again_with_all_images_unless_an_output_falls():
     assert bench.fed == [("round", 16), ("bias", 16), ("bias", 128)]
 
 
+def test_what_is_not_fitted_to_images_is_done_once_for_each_attempt():
+    class Counting(Bench):
+        scalings = 0
+
+        def scaled(self, plan):
+            self.scalings += 1
+            return plan.changed(method=f"{plan.method} scaled")
+
+    better = {"mse_scaled": (21.0, 21.0), "mse_scaled_round": (22.0, 22.0)}
+    bench = Counting(mse=(20.0, 20.0), mse_equal0=(1.0, 1.0), **better)
+    assert auto(bench).method == "mse scaled round"
+    assert bench.fed == [("round", 16), ("round", 128)]
+    assert bench.scalings == 2  # alone, and behind an equalization
+
+
 def test_equalization_that_falls_far_behind_is_not_tried_again_nor_wider_ranges():
     bench = Bench(mse=(20.0, 20.0), percentile=(18.0, 18.0), mse_bias=(22.0, 22.0))
     told = " ".join(auto(bench).notes)
@@ -161,7 +176,7 @@ def test_wider_ranges_of_few_images_may_lose_what_chance_explains(lost, images, 
 def test_an_output_without_a_signal_decides_nothing():
     plan = Bench().ranges()
     one, other = (
-        Trial(plan, (), Closeness((math.nan, db), (np.full(1, math.nan), np.full(4, db))))
+        Trial(plan, Closeness((math.nan, db), (np.full(1, math.nan), np.full(4, db))))
         for db in (20.0, 21.0)
     )
     assert other.exceeds(one) and not other.falls_below(one)

@@ -105,13 +105,17 @@ class Noise:
     def _of(
         self, scale: NDArray[np.float64], zero: NDArray[np.float64], lowest: int
     ) -> NDArray[np.float64]:
-        codes = np.rint(self.centers / scale[:, None]) + zero[:, None]
-        codes = np.clip(codes, lowest, lowest + 255)
+        zero, scale = zero[:, None], scale[:, None]
+        codes = self.centers / scale
+        np.rint(codes, out=codes)  # in place: new memory would cost more than the arithmetic
+        codes += zero
+        np.clip(codes, lowest, lowest + 255, out=codes)
         if self.through is None:
-            back, wanted = (codes - zero[:, None]) * scale[:, None], self.centers
-        else:  # of each code once: there are fewer of them
-            each = np.arange(lowest, lowest + 256) - zero[:, None]
-            values = self.through(each * scale[:, None])
-            back = np.take_along_axis(values, (codes - lowest).astype(np.intp), 1)
-            wanted = self.through(self.centers)
-        return np.asarray(np.square(back - wanted) @ self.counts)
+            codes -= zero
+            codes *= scale
+            codes -= self.centers
+            return np.asarray(np.square(codes, out=codes) @ self.counts)
+        # of each code once: there are fewer of them
+        values = self.through((np.arange(lowest, lowest + 256) - zero) * scale)
+        back = np.take_along_axis(values, (codes - lowest).astype(np.intp), 1)
+        return np.asarray(np.square(back - self.through(self.centers)) @ self.counts)

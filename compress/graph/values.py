@@ -133,11 +133,10 @@ class EditableGraph:
         self.body.sort()
         for node in self.of_type("QuantizeLinear"):  # its type may be another by now
             node.outputs[0].type = node.outputs[0].shape = None
-        model: ModelProto = ir.to_proto(self.model)
-        known = [v for v in model.graph.value_info if v.name not in self.body.initializers]
-        del model.graph.value_info[:]
-        model.graph.value_info.extend(known)
-        return model
+        for value in self.body.initializers.values():  # what they are is written with their values
+            if not value.is_graph_input():
+                value.type = value.shape = None
+        return ir.to_proto(self.model)
 
     def _initializer(self, name: str | None, array: Array) -> ir.Value:
         tensor = ir.Tensor(np.asarray(array, order="C"), name=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ class Confirmation:
     feed: Feed  # images, and the values of inputs that are none
     fixed: int | None  # the batch that the graph fixes, or None
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
         """The float outputs whose rows do not depend on an order of values."""
         graph = GraphIndex(self.prepared)
@@ -80,15 +81,14 @@ class Confirmation:
         Raises:
             EngineError: the runtime cannot load or run the graph.
         """
-        names = self.names
-        feeds = list(self._feeds())
-        wanted = answers_each(self.prepared, feeds, names=names)
+        names, feeds = self.names, self.feeds
         expected = answers_each(written, feeds, names=names)
         found = self._in_runtime(written, feeds, names, runtime)
         lost = []
         for k, name in enumerate(names):
             parts = [
-                [answer[k].reshape(1, -1) for answer in side] for side in (wanted, expected, found)
+                [answer[k].reshape(1, -1) for answer in side]
+                for side in (self.wanted, expected, found)
             ]
             sizes = {part.size for part in parts[0]}
             one = min(sizes) < _FEW_VALUES or len(sizes) > 1  # two classes of an image say little
@@ -99,8 +99,14 @@ class Confirmation:
                 lost.append(NoisyOutput(name, told, real))
         return lost
 
-    def _feeds(self) -> list[Feed]:
-        """Return the inputs of one run each; a fixed batch is filled."""
+    @cached_property
+    def wanted(self) -> list[list[NDArray[Any]]]:
+        """The float answers to each of ``feeds``, the same for all graphs that are judged."""
+        return answers_each(self.prepared, self.feeds, names=self.names)
+
+    @cached_property
+    def feeds(self) -> list[Feed]:
+        """The inputs of one run each; a fixed batch is filled."""
         batch = self.fixed or 1
         some = {n: v[: IMAGES * batch] if v.ndim > 1 else v for n, v in self.feed.items()}
         return list(portions(some, batch))

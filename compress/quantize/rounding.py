@@ -78,9 +78,9 @@ def fit_codes(
 
     ``x`` are inputs of each group, (G, P, K), ``weight`` its float weights, (G, O, K).
     """
-    gram = np.stack([each.T @ each for each in x]).astype(np.float64)
-    ridge = _RIDGE * np.einsum("gkk->gk", gram).mean(1) + 1e-12
-    gram += ridge[:, None, None] * np.eye(gram.shape[1])
+    gram = (x.transpose(0, 2, 1) @ x).astype(np.float64)
+    diagonal = np.einsum("gkk->gk", gram)  # a view
+    diagonal += _RIDGE * diagonal.mean(1, keepdims=True) + 1e-12
     scales = default_scales(weight.reshape(-1, weight.shape[2]), 0).astype(np.float64)
     scales = scales.reshape(weight.shape[:2])
     return _round_with_feedback(weight, scales, gram), scales
@@ -93,7 +93,7 @@ def _round_with_feedback(
 
     Weights of a block see the errors before it at once, in one product of matrices.
     """
-    upper = np.stack([_upper_root_of_inverse(each) for each in gram])
+    upper = _upper_roots_of_inverses(gram)
     left = weight.copy()
     codes = np.zeros(weight.shape, np.int8)
     for start in range(0, weight.shape[2], _BLOCK):
@@ -109,15 +109,16 @@ def _round_with_feedback(
     return codes
 
 
-def _upper_root_of_inverse(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return upper triangular U with U.T @ U = inverse of ``gram``, (K, K), without inverting it.
+def _upper_roots_of_inverses(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return upper triangular U with U.T @ U = inverse of each of ``gram``, (G, K, K).
 
-    The Cholesky factor of the matrix read backwards is, read backwards, upper triangular: R with
-    R @ R.T = gram, and U is its inverse.
+    Nothing is inverted but triangles: the Cholesky factor of the matrix read backwards is, read
+    backwards, upper triangular: R with R @ R.T = gram, and U is its inverse.
     """
-    backwards = np.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
-    inverse, _ = dtrtri(backwards)
-    return np.asarray(inverse)
+    backwards = np.linalg.cholesky(gram[:, ::-1, ::-1])[:, ::-1, ::-1]
+    if len(gram) == 1:  # large: no copy
+        return np.asarray(dtrtri(backwards[0])[0])[None]
+    return np.stack([dtrtri(each)[0] for each in backwards])
 
 
 def _fits(graph: GraphIndex, node: NodeProto) -> bool:
@@ -179,7 +180,7 @@ def _patches(
     seen[~inside] = 0
     groups = attribute(node, "group", 1)
     split = seen.transpose(0, 3, 1, 2).reshape(len(row), groups, -1)
-    return np.asarray(split.transpose(1, 0, 2).astype(np.float32))
+    return np.ascontiguousarray(split.transpose(1, 0, 2), np.float32)
 
 
 _FEW = 256  # values of a channel; with more of them no step is better than the finest

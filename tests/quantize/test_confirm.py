@@ -6,7 +6,7 @@ import random
 import numpy as np
 import onnx
 import pytest
-from int8_graphs import Sketch, images, run
+from int8_graphs import Sketch, images, residual, run
 from test_openvino_reshapes import head, openvino_answer
 from test_openvino_reshapes import images as head_images
 
@@ -14,7 +14,8 @@ import compress
 from compress.errors import EngineError, QuantizationError
 from compress.graph.model import GraphIndex
 from compress.qdq import prepare
-from compress.quantize import confirm, quantize_targets
+from compress.qdq.writer import write_qdq
+from compress.quantize import calibrate, confirm, make_quant_plan, quantize_targets
 from compress.quantize.confirm import MOST_ALONE, last_layers, most_asked, needed_in_float
 from compress.quantize.sqnr import sqnr_db
 from compress.runtimes.onnxruntime import Onnxruntime
@@ -255,6 +256,22 @@ def test_an_image_of_next_to_no_answer_is_no_defect(amounts, lost, monkeypatch):
     graph = two_layers()
     confirmation = confirm.Confirmation(graph, images(graph, 4), None)
     assert sum(each.is_lost for each in confirmation.losses(graph, "openvino")) == lost
+
+
+def test_the_float_graph_answers_once_however_many_graphs_are_judged(monkeypatch):
+    graph = prepare(residual())
+    asked = []
+    answer = confirm.answers_each
+
+    def counted(model, feeds, **options):
+        asked.append(model is graph)
+        return answer(model, feeds, **options)
+
+    monkeypatch.setattr(confirm, "answers_each", counted)
+    confirmation = confirm.Confirmation(graph, images(graph, 4), None)
+    written = write_qdq(graph, make_quant_plan(calibrate(graph, [images(graph)])))
+    assert not [confirmation.losses(written, "onnxruntime") for _ in range(3)][-1]
+    assert asked.count(True) == 1 and asked.count(False) == 3
 
 
 def test_a_runtime_that_agrees_is_asked_once(tmp_path):

@@ -81,14 +81,13 @@ class Confirmation:
         Raises:
             EngineError: the runtime cannot load or run the graph.
         """
-        names, feeds = self.names, self.feeds
+        names, feeds, wanted = self.names, self.feeds, self.wanted
         expected = answers_each(written, feeds, names=names)
         found = self._in_runtime(written, feeds, names, runtime)
         lost = []
         for k, name in enumerate(names):
             parts = [
-                [answer[k].reshape(1, -1) for answer in side]
-                for side in (self.wanted, expected, found)
+                [answer[k].reshape(1, -1) for answer in side] for side in (wanted, expected, found)
             ]
             sizes = {part.size for part in parts[0]}
             one = min(sizes) < _FEW_VALUES or len(sizes) > 1  # two classes of an image say little

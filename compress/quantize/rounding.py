@@ -184,7 +184,8 @@ def _patches(
 
 
 _FEW = 256  # values of a channel; with more of them no step is better than the finest
-_COARSEST = 16
+_FINENESS = np.arange(127, 15, -1)  # steps from zero to the largest value
+_TOGETHER = 65_536  # values that a processor's cache holds
 
 
 def search_weight_scales(prepared: ModelProto, plan: QuantPlan) -> QuantPlan:
@@ -215,13 +216,15 @@ def best_scales(rows: NDArray[Any]) -> NDArray[np.float32]:
     largest[largest == 0] = 1.0
     best = (largest / 127).astype(np.float32)
     least = np.full(len(rows), np.inf)
-    moved = np.empty(rows.shape, np.float32)
-    for m in range(127, _COARSEST - 1, -1):
-        scale = (largest / m).astype(np.float32)
-        np.divide(rows, scale[:, None], out=moved)
+    parts = min(-(-rows.size * len(_FINENESS) // _TOGETHER), len(_FINENESS))
+    for part in np.array_split(_FINENESS, parts):
+        scales = (largest / part[:, None]).astype(np.float32)
+        moved = rows / scales[:, :, None]
         np.rint(moved, out=moved)
-        moved *= scale[:, None]
+        moved *= scales[:, :, None]
         moved -= rows
-        error = np.square(moved, out=moved).sum(1, dtype=np.float64)
-        best, least = np.where(error < least, scale, best), np.minimum(error, least)
+        errors = np.square(moved, out=moved).sum(2, dtype=np.float64)
+        at = errors.argmin(0), np.arange(len(rows))
+        best = np.where(errors[at] < least, scales[at], best)
+        least = np.minimum(errors[at], least)
     return np.asarray(best, np.float32)

@@ -7,6 +7,7 @@ import onnx
 import pytest
 from int8_graphs import GRAPHS, Sketch, images, residual, run
 from onnx import ModelProto
+from threadpoolctl import threadpool_info
 
 from compress import plugins
 from compress.errors import QuantizationError
@@ -306,6 +307,24 @@ def test_rounding_in_blocks_equals_rounding_one_weight_after_the_other():
             error = (left[:, k] - expected[:, k] * step) / upper[k, k]
             left[:, k:] -= error[:, None] * upper[k, k:]
         assert (codes[group] == expected).mean() > 0.999  # ties may fall either way
+
+
+def test_a_plan_does_not_depend_on_the_number_of_cores(tmp_path, monkeypatch):
+    """Sums of products come out otherwise, by a bit, where other threads share them."""
+
+    def threads():
+        return {each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"}
+
+    seen = []
+    original = api.calibrate
+    monkeypatch.setattr(
+        api, "calibrate", lambda *a, **k: seen.append(threads()) or original(*a, **k)
+    )
+    onnx.save(GRAPHS["residual"](), tmp_path / "float.onnx")
+    before = threads()
+    feed = images(GRAPHS["residual"](), 16)
+    quantize_onnx(tmp_path / "float.onnx", [feed], tmp_path / "int8.onnx", method="plain")
+    assert seen == [{1}] and threads() == before
 
 
 @pytest.mark.parametrize(("group", "stride", "dilation"), [(1, 1, 1), (8, 2, 1), (2, 1, 2)])

@@ -25,6 +25,7 @@ from onnx import (
 from compress.artifact import is_utf8, replacing, state_of
 from compress.errors import EngineError, boundary
 from compress.graph.metadata import layout_of, picture_input, stamp
+from compress.graph.order import sort_nodes
 from compress.graph.shapes import dims_of
 
 DEEPEST = 64  # branches and loops inside each other, functions that call functions
@@ -68,6 +69,7 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
         for location in _locations(tensors):
             states[(source.parent / location).absolute()] = state_of(source.parent / location)
         free_negative_sizes(model.graph)
+        sort_nodes(model.graph)
         if weights:
             onnx.load_external_data_for_model(model, str(source.parent))
         for tensor in tensors:

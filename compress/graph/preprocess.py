@@ -136,6 +136,7 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     graph = EditableGraph(model)
     passes.RemoveInitializersFromInputsPass()(graph.model)
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
+    _write_as_casts(graph)
     _drop_no_effect(graph)
     _fold_constants(graph)
     _name_nodes(graph)
@@ -157,6 +158,18 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     tidied = graph.to_model()
     del tidied.graph.value_info[:]
     return tidied
+
+
+def _write_as_casts(graph: EditableGraph) -> None:
+    """Write casts to the type of another tensor as plain ones, where that type is known.
+
+    PyTorch's exporter makes the zeros of a missing bias so; computed from an image, they would be
+    no constant, and keep BatchNorm out of the layer.
+    """
+    for node in graph.of_type("CastLike"):
+        like = node.inputs[1]
+        if like is not None and like.dtype is not None:
+            graph.substitute(node, "Cast", node.inputs[:1], to=int(like.dtype))
 
 
 def _drop_no_effect(graph: EditableGraph) -> None:

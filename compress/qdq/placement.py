@@ -167,15 +167,46 @@ def _in_squeeze_excite(graph: GraphIndex, node: NodeProto) -> bool:
 def _place_everywhere(graph: GraphIndex, placement: Placement, floating: set[str]) -> None:
     """ONNX Runtime: pairs around every op of the chain that has an int8 kernel."""
     tail = _tail(graph)
-    for node in _chosen(graph, placement, floating):
+    chosen = _chosen(graph, placement, floating)
+    lonely = _without_gain(graph, chosen, set(placement.weights))
+    chosen = [node for node in chosen if node.name not in lonely]
+    kernels = {node.name for node in chosen}
+    for node in chosen:
         for tensor in _image_inputs(graph, node):
             _quantize(graph, placement, tensor, floating)
         for tensor in _ends(graph, node):
             readers = {reader.name for reader, _ in graph.readers.get(tensor, [])}
             is_answer = node.op_type in ("Gemm", "MatMul") and readers <= tail
-            if tensor not in graph.outputs and not is_answer:
+            gives_float = node.op_type == "MatMul" and not readers & kernels
+            if tensor not in graph.outputs and not is_answer and not gives_float:
                 _quantize(graph, placement, tensor, floating)
         _share_scale(placement, node)
+
+
+def _without_gain(graph: GraphIndex, chosen: list[NodeProto], weighted: set[str]) -> set[str]:
+    """Return the cheap nodes among ``chosen`` that lie between ops in float.
+
+    Int8 would gain them nothing: what they read has to be rounded for them alone, as the terms of
+    a GELU or the heads of an attention. A product of matrices is no int8 neighbour: its kernel
+    gives float, and adds the bias behind it to sums that nothing has rounded.
+    """
+    made: set[str] = set()  # tensors of int8 kernels
+    for node in chosen:
+        is_layer = node.name in weighted and node.op_type != "MatMul"
+        if is_layer or (node.name not in weighted and made.intersection(node.input)):
+            made.update(node.output, _ends(graph, node))
+    read: set[str] = set()  # nodes that give to layers, directly or not
+    for node in reversed(chosen):
+        ends = {r.name for end in _ends(graph, node) for r, _ in graph.readers.get(end, [])}
+        if node.name in weighted or ends & read:
+            read.add(node.name)
+    return {
+        node.name
+        for node in chosen
+        if node.name not in weighted
+        and not made.intersection(node.input)
+        and (node.op_type in ELEMENTWISE or node.name not in read)
+    }
 
 
 def _place_where_read(graph: GraphIndex, placement: Placement, floating: set[str]) -> None:

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import onnx
 import pytest
-from int8_graphs import Sketch, images, run
+from int8_graphs import Sketch, images, norm, run
 
 import compress
 from compress.errors import QuantizationError
@@ -40,6 +40,22 @@ def test_casts_that_change_no_type_are_gone():
     model = s.model()
     prepared = prepare(model)
     assert [n.name for n in prepared.graph.node if n.op_type == "Cast"] == ["whole", "real"]
+    feed = images(model)
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+
+
+def test_zeros_of_the_type_of_an_image_are_a_constant():
+    """So PyTorch's exporter fills in a bias; BatchNorm stayed outside of the layer for it."""
+    s = Sketch((3, 8, 8))
+    zero = s.op("CastLike", [s.constant("zero", np.float32(0)), "input"], "typed")
+    bias = s.op("Expand", [zero, s.constant("count", np.array([8]))], "zeros")
+    x = s.conv("input", "conv", 3, 8, 3)
+    s.nodes[-1].input[2] = bias
+    s.head(s.relu(norm(s, x, "bn", 8)), 8)
+    model = s.model()
+    prepared = prepare(model)
+    kinds = {node.op_type for node in prepared.graph.node}
+    assert not kinds & {"CastLike", "Cast", "Expand", "BatchNormalization"}
     feed = images(model)
     np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
 

@@ -203,7 +203,33 @@ def test_onnxruntime_fuses_every_convolution(name, tmp_path):
     wanted = sum(node.op_type == "Conv" for node in written.graph.node)
     assert kinds["QLinearConv"] == wanted and "Conv" not in kinds and "FusedConv" not in kinds
     floats = {"Add", "Concat", "Gemm", "Mul", "Relu", "Clip"} & set(kinds)
-    assert floats == ({"Mul"} if name == "squeeze_excite" else set())  # hard-swish has no kernel
+    # hard-swish has no kernel, and a transposed convolution gives float to what reads it
+    assert floats == {"squeeze_excite": {"Mul"}, "separable": {"Relu"}}.get(name, set())
+
+
+def test_onnxruntime_leaves_what_lies_between_ops_in_float_alone(tmp_path):
+    """The terms of a GELU: each was rounded, for a product in int8 that gained nothing."""
+    import onnxruntime as ort
+
+    s = Sketch((16, 8))
+    x = s.op(
+        "Add", [s.op("MatMul", ["input", s.floats("w1", 8, 32)], "up"), s.floats("b1", 32)], "h"
+    )
+    erf = s.op("Erf", [s.op("Mul", [x, s.constant("root", np.float32(0.7071))], "scaled")], "erf")
+    one, half = s.constant("one", np.float32(1)), s.constant("half", np.float32(0.5))
+    gate = s.op("Mul", [x, s.op("Add", [erf, one], "shifted")], "gate")
+    x = s.op("MatMul", [s.op("Mul", [gate, half], "gelu"), s.floats("w2", 32, 8)], "down")
+    x = s.op("Relu", [s.op("Add", [x, "input"], "joined")], "relu")
+    x = s.op("MatMul", [x, s.floats("w3", 8, 4)], "last")
+    model = s.model(["last"])
+    written = write_qdq(model, plan_of(model, "onnxruntime"))
+    rounded = {n.input[0] for n in written.graph.node if n.op_type == "QuantizeLinear"}
+    assert rounded == {"input", "gelu", "relu"}
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    ort.InferenceSession(written.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
+    assert kinds.count("MatMulIntegerToFloat") == 3
 
 
 def test_uint8_for_onnxruntime_and_symmetric_int8_for_tensorrt():

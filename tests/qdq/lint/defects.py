@@ -329,8 +329,9 @@ def missing_input_quantization() -> Defect:
 def missing_output_quantization() -> Defect:
     s = Sketch()
     x = s.pair("input", 8 / 255, 128, np.uint8)
+    x = s.pair(s.conv(x, s.weight(_weights(s))), 8 / 255, 128, np.uint8)
     y = s.add("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
-    y = s.conv(s.add("Softsign", y), s.constant(s.kernel(3, 3, 3, 3)))  # a layer in float reads it
+    y = s.conv(s.add("Softsign", y), s.constant(s.kernel(3, 8, 3, 3)))  # a layer in float reads it
     return Defect(s.model(y), "onnxruntime", 25)
 
 

@@ -25,6 +25,7 @@ from compress.graph.rewrites import (
     say_plainly,
     write_pool,
 )
+from compress.graph.single import to_single
 from compress.graph.values import (
     EditableGraph,
     constant,
@@ -81,6 +82,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
     files.free_negative_sizes(prepared.graph)
     if prepared.functions:  # runtimes do not know the operators of others
         prepared = onnx.inliner.inline_local_functions(prepared)
+    to_single(prepared)
     prepared = modern(prepared, where)
     infer_shapes(prepared, where)  # some exporters leave outputs without
     check_graph(prepared, where)

@@ -57,12 +57,27 @@ def place(
     if target != "tensorrt":  # which has no pairs around pools
         pools = [n.name for n in graph.nodes if n.op_type == "AveragePool" and is_ambiguous(n)]
         refused |= dict.fromkeys(pools, "int8 kernels divide windows at the edge in other ways")
+    if target == "onnxruntime":
+        refused |= _behind_cubics(graph)
     while True:
         placement = _placed(graph, target, refused)
         half = _half_quantized(graph, placement)
         if not half - refused.keys():
             return placement
         refused |= dict.fromkeys(half, "only one of its two inputs would be quantized")
+
+
+def _behind_cubics(graph: GraphIndex) -> dict[str, str]:
+    """Return the nodes that read a cubic Resize, and why they are left in float.
+
+    ONNX Runtime removes the pairs around a Resize of any mode, and resizes bytes by no cubics: the
+    session ends with an error when it is made, or when it runs.
+    """
+    cubics = [
+        n for n in graph.nodes if n.op_type == "Resize" and attribute(n, "mode", b"") == b"cubic"
+    ]
+    readers = {reader.name for n in cubics for reader, _ in graph.readers.get(n.output[0], [])}
+    return dict.fromkeys(readers, "ONNX Runtime cannot resize int8 by cubics, which it reads")
 
 
 def _placed(graph: GraphIndex, target: str, refused: Mapping[str, str]) -> Placement:

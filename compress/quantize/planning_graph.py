@@ -71,9 +71,10 @@ def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
 def judged_tensors(prepared: ModelProto) -> list[str]:
     """Return the float tensors that quantized and float graph are compared on.
 
-    The outputs; of one that is sorted, selected or a position, what it was made of: after a
-    different order rows of different objects would be compared. Of one that joins tensors, as boxes
-    in pixels and scores up to 1, each of these: the noise of the small ones would not be seen.
+    The outputs, before a cast to half precision; of one that is sorted, selected or a position,
+    what it was made of: after a different order rows of different objects would be compared. Of one
+    that joins tensors, as boxes in pixels and scores up to 1, each of these: the noise of the small
+    ones would not be seen.
     """
     graph = GraphIndex(prepared)
     selected: set[str] = set()
@@ -86,6 +87,9 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
     while edge:
         name = edge.pop(0)
         if name not in selected:
+            maker = graph.producer.get(name)
+            if maker is not None and maker.op_type == "Cast" and not graph.is_float(name):
+                name = maker.input[0]
             if graph.is_float(name) and name in graph.producer:
                 found += [part for part in joined_parts(graph, name) if part not in found]
             continue

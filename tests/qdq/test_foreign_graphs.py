@@ -512,3 +512,35 @@ def test_a_product_with_a_constant_matrix_takes_its_bias():
     assert kinds["bare"] == ("Gemm", 2) and kinds["of_rows"] == ("MatMul", 2)
     feed = images(model, 4)
     np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_onnxruntime_runs_what_lies_around_a_cubic_resize(tmp_path):
+    """It takes the pairs around one away, and has no cubic Resize of bytes."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "conv", 3, 8))
+    half = s.constant("half", np.float32([1, 1, 0.5, 0.5]))
+    x = s.op("Resize", [x, "", half], "smaller", mode="cubic")
+    s.head(s.relu(s.conv(s.relu(s.conv(x, "behind", 8, 8)), "last", 8, 8)), 8)
+    model = s.model()
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    feed = images(model, 16)
+    out = tmp_path / "int8.onnx"
+    plan = compress.quantize_onnx(tmp_path / "net.onnx", [feed["input"]], out, method="plain")
+    assert set(plan.float_nodes) <= {"behind"}
+    wanted, found = run(model, feed)[0], answers(onnx.load(str(out)), feed, target="onnxruntime")[0]
+    assert sqnr_db([wanted], [found]) > 20
+
+
+def test_what_a_relu_shares_with_others_is_no_defect_before_it(tmp_path):
+    """As in the residual units of DPT, whose branch begins with a Relu."""
+    s = Sketch((3, 8, 8))
+    x = s.conv("input", "conv", 3, 8)
+    x = s.op("Add", [s.conv(s.relu(x), "branch", 8, 8), x], "joined")
+    s.head(s.relu(s.conv(x, "last", 8, 8)), 8)
+    model = s.model()
+    onnx.save(model, str(tmp_path / "net.onnx"))
+    batch = images(model, 16)["input"]
+    for target in TARGETS:
+        out = tmp_path / f"{target}.onnx"
+        compress.quantize_onnx(tmp_path / "net.onnx", [batch], out, target=target, method="plain")
+        assert not compress.lint_onnx(out, target=target)

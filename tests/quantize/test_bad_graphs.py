@@ -51,7 +51,7 @@ def test_a_size_that_the_graph_cannot_take_names_node_and_sizes(tmp_path):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("kind", [np.float16, np.float64], ids=str)
+@pytest.mark.parametrize("kind", [np.float64], ids=str)
 def test_a_network_of_another_precision_is_to_be_converted_first(kind, tmp_path):
     model = two_layers().model()
     code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))

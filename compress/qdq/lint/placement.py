@@ -104,6 +104,8 @@ def quantized_before_activation(graph: EditableGraph) -> Iterator[Problem]:
         made = maker(pair.source) if pair is not None else None
         if pair is None or made is None or made.op_type not in WEIGHTED | {"Add"}:
             continue
+        if node.inputs[0] is not None and _serves_others(node.inputs[0]):
+            continue  # what others read as well is fused with none of them
         yield Problem(
             label(node),
             f"Q and DQ stand between it and {label(made)!r}: the two are not fused, and the "

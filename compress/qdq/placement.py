@@ -68,15 +68,21 @@ def place(
 
 
 def _behind_cubics(graph: GraphIndex) -> dict[str, str]:
-    """Return the nodes that read a cubic Resize, and why they are left in float.
+    """Return the nodes that read what a cubic Resize makes, and why they are left in float.
 
     ONNX Runtime removes the pairs around a Resize of any mode, and resizes bytes by no cubics: the
     session ends with an error when it is made, or when it runs.
     """
-    cubics = [
+    edge = [
         n for n in graph.nodes if n.op_type == "Resize" and attribute(n, "mode", b"") == b"cubic"
     ]
-    readers = {reader.name for n in cubics for reader, _ in graph.readers.get(n.output[0], [])}
+    readers: set[str] = set()
+    while edge:  # ONNX Runtime moves pairs back through what only moves values
+        made = edge.pop().output
+        for reader in (node for name in made for node, _ in graph.readers.get(name, [])):
+            if reader.name not in readers:
+                readers.add(reader.name)
+                edge += [reader] if reader.op_type in SAME_SCALE | ACTIVATIONS else []
     return dict.fromkeys(readers, "ONNX Runtime cannot resize int8 by cubics, which it reads")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from compress import plugins, progress
 from compress.artifact import scratch
@@ -73,7 +73,8 @@ class Confirmation:
             if selects(node) or selected.intersection(node.input):
                 selected.update(node.output)
         outputs = [output.name for output in self.prepared.graph.output]
-        return [name for name in outputs if name not in selected and graph.is_float(name)]
+        kinds = (TensorProto.FLOAT, TensorProto.FLOAT16)
+        return [n for n in outputs if n not in selected and graph.types.get(n, kinds[0]) in kinds]
 
     def losses(self, written: ModelProto, runtime: str) -> list[NoisyOutput]:
         """Return each output that has more noise in ``runtime``, in the mean of the images.

@@ -10,6 +10,7 @@ from onnx import TensorProto, numpy_helper
 
 import compress
 from compress.graph.preprocess import prepare
+from compress.quantize.confirm import Confirmation
 from compress.quantize.sqnr import sqnr_db
 
 
@@ -52,6 +53,12 @@ def test_half_precision_becomes_int8_and_keeps_the_types_of_its_ends(ends, targe
     wanted, found = (run(each, feed)[0].astype(np.float64) for each in (model, written))
     assert sqnr_db([wanted], [found]) > 20
     assert compress.lint_onnx(out, target=target) == []
+
+
+def test_what_a_runtime_answers_in_half_precision_is_checked_too():
+    prepared = prepare(halved(ends=TensorProto.FLOAT16))
+    feed = {"input": images(residual(), 16)["input"].astype(np.float16)}
+    assert Confirmation(prepared, feed, None).names == ["logits"]
 
 
 def test_nothing_of_it_stays_half_inside():

@@ -26,7 +26,7 @@ IMAGES, HELD_BACK = 16, 4
 SMALL = {"mnist": 22.0, "mtcnn_pnet": 17.0}  # least SQNR of any output with plain ranges, decibels
 LARGE = {
     "mtcnn_onet": 18.0,
-    "yunet_n320": 5.0,
+    "yunet_n320": 3.0,  # scores of faces, which few of the photos raise
     "yunet_n_dyn": 1.0,
     "ultra_rfb320": 28.0,
     "yolox_nano": 6.0,

@@ -31,6 +31,10 @@ from compress.tasks._drawing import boxed
 from compress.tasks._metrics import coco_average_precision, mean_over
 
 IOUS = np.linspace(0.5, 0.95, 10)
+QUERIES = (
+    "Classes and boxes of queries, as DETR gives them in shares of the image, are not read: scale "
+    "them in the network, or give an own task: task: path/file.py:Class"
+)
 OTHER_ROWS = (
     "Build the network for the classes of the data. Instance masks, key points and rotated boxes, "
     "which other heads of YOLO give beside the boxes, are not read: use their detector"
@@ -224,6 +228,9 @@ class Detection(Task):
                 for e in first
             ]
         heads = [array for array in arrays.values() if array.ndim == 3]
+        fix = OTHER_ROWS if heads else f"{nearest_task(arrays.values())}, or check the network"
+        if any(each.shape[1:] == (heads[0].shape[1], 4) for each in heads[1:]):
+            heads, fix = [], QUERIES  # their scores may have the shape of boxes
         if heads and heads[0].shape[2] == 6:
             return [(r[:, :4], r[:, 4], r[:, 5].astype(np.int64) - shift) for r in heads[0]]
         count = heads[0].shape[1] - 4 if heads else 0
@@ -233,7 +240,7 @@ class Detection(Task):
             f"task detection does not fit the network's outputs: {shapes_told(arrays)}",
             expected=f"boxes, scores and labels; (B, M, 6); or (B, {4 + len(self.classes)}, A), "
             f"centre and size of boxes and scores of {len(self.classes)} classes",
-            fix=OTHER_ROWS if heads else f"{nearest_task(arrays.values())}, or check the network",
+            fix=fix,
         )
 
     def _decoded(self, head: Array) -> tuple[Array, Array, Array]:

@@ -245,6 +245,16 @@ def test_rows_beside_the_boxes_of_the_classes_are_refused(rows):
     assert "segmentation" not in str(caught.value)
 
 
+@pytest.mark.parametrize("classes", [3, 6])
+@pytest.mark.parametrize("names", [("logits", "pred_boxes"), ("output_0", "output_1")])
+def test_scores_of_queries_are_no_boxes(classes, names):
+    """As DETR gives them: of six classes, or of seven queries, they had the shape of boxes."""
+    task = load_task("detection", classes=tuple("abcdef"[:classes]))
+    outputs = dict(zip(names, (np.zeros((2, 7, classes)), np.zeros((2, 7, 4))), strict=True))
+    with pytest.raises(EngineError, match=r"\(2, 7, 4\).*as DETR gives them.*task: path/file"):
+        task.predict(outputs)
+
+
 def test_feature_maps_of_a_detector_are_no_class_maps():
     maps = {f"output_{n}": np.zeros((2, 64, 8 // n, 8 // n)) for n in (1, 2, 4)}
     task = load_task("segmentation", classes=("a", "b", "c"))

@@ -64,12 +64,12 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
     with boundary(EngineError, "is no valid ONNX file", where=str(source), fix=_DAMAGED):
         _check_calls(model, source)
         looped = _check_loops(model, source)
+        sort_nodes(model.graph)
         tensors = list(_all_tensors(model))
         _check_external(tensors, source)
         for location in _locations(tensors):
             states[(source.parent / location).absolute()] = state_of(source.parent / location)
         free_negative_sizes(model.graph)
-        sort_nodes(model.graph)
         if weights:
             onnx.load_external_data_for_model(model, str(source.parent))
         for tensor in tensors:

@@ -37,6 +37,9 @@ NEAR_CHANCE = 0.1  # of the way from guessing to no error at all, where guessing
 EASY_PCT = 5.0  # guessing that is right more often than this
 POOR_DB = 10.0  # of an output: below it noise is a third as large as the answer, and more
 
+BLOCK = 1024  # images looked at together
+SMALLEST = 32  # pixels: thumbnails of smaller images are alike by chance
+HASH_SIDES = (8, 9)  # rows and columns of the thumbnail whose 64 differences are compared
 KERNEL_STEP = 8  # channels that most kernels take at once; others are up to three times slower
 ROUND = f"prune with round_to: {KERNEL_STEP} (--round-to)"
 
@@ -316,11 +319,6 @@ def of_timing(conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
                 f"busy machine while {place} was timed: {state['busy']}. Speeds that differ by "
                 "less than 10 % are not told apart there; measure again on an idle machine"
             )
-
-
-BLOCK = 1024  # images looked at together
-SMALLEST = 32  # pixels: thumbnails of smaller images are alike by chance
-HASH_SIDES = (8, 9)  # rows and columns of the thumbnail whose 64 differences are compared
 
 
 @dataclass(frozen=True)

@@ -184,7 +184,9 @@ class TrainSettings(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Number format of training; auto: bf16 where the device is fast at it"
     )
-    channels_last: bool = Field(True, description="Memory format NHWC, faster on most devices")
+    channels_last: bool = Field(
+        True, description="Memory format NHWC, except for networks that NCHW trains faster"
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores if absent")
     deterministic: bool = Field(False, description="Use deterministic kernels only")
     compile: bool = Field(False, description="Run network and teacher compiled by torch.compile")

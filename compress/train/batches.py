@@ -95,8 +95,6 @@ def training_view(
     else:
         images = augment(images, chances, settings.augment, dataset.normalize)
         images, target = mixed(images, target, chances, settings.augment, len(dataset.classes))
-    if settings.channels_last and images.device.type != "mps":
-        images = images.contiguous(memory_format=torch.channels_last)
     return images, target
 
 

@@ -28,7 +28,7 @@ from compress.train.distributed import (
     join_processes,
 )
 from compress.train.optimizers import frozen_layers, rate_factor
-from compress.train.state import Training, TrainResult, autocast
+from compress.train.state import Training, TrainResult, autocast, fastest_format
 
 logger = logging.getLogger(__name__)
 
@@ -120,8 +120,7 @@ def left_as_found(
         try:
             for module in frozen:
                 module.requires_grad_(False)
-            last = settings.channels_last and device.type != "mps"
-            form = torch.channels_last if last else torch.preserve_format
+            form = fastest_format(model, settings, device)
             model.to(device).to(memory_format=form)
             yield frozen
         finally:
@@ -259,6 +258,7 @@ def _gradients(training: Training, batch: Batch) -> Tensor:
             training.dataset,
             settings,
         )
+        images = images.to(memory_format=training.memory_format)
         index = batch.index[rows].to(device)
         training.objective.before(TrainingProgress(training.position, index, training.model))
         synced = settings.sync_batchnorm and world > 1

@@ -104,6 +104,7 @@ class Training:
         settings, device = self.settings, self.processes.device
         self.metric = "top1_pct" if self.task is None else self.task.primary  # of validation
         self.precision = chosen_precision(settings.precision, device)
+        self.memory_format = fastest_format(self.model, settings, device)
         self.steps = steps_in_epoch(self.dataset, settings)  # of an epoch
         self.batch_size = min(settings.batch_size, len(self.dataset.splits["train"]))  # of all
         self.parts = settings.accumulate  # that a batch is computed in
@@ -370,6 +371,28 @@ def chosen_precision(wanted: str, device: torch.device) -> str:
         return "bf16" if native else "fp16"
     has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
+
+
+def fastest_format(
+    model: nn.Module, settings: TrainSettings, device: torch.device
+) -> torch.memory_format:
+    """Return the memory format in which ``model`` trains fastest on ``device``.
+
+    Channels last is it as a rule. On CPUs torch's BatchNorm walks channels last in vectors of 16
+    channels; what is left over goes one by one, and costs a network of few channels (13 of 16 after
+    pruning) more than its convolutions do: ResNet-20 at half its MACs trains 1.6 times as fast in
+    NCHW. Compiled networks have a BatchNorm of their own.
+
+    Returns:
+        ``torch.preserve_format`` where the settings or the device want none.
+    """
+    if not settings.channels_last or device.type == "mps":
+        return torch.preserve_format
+    if device.type != "cpu" or settings.compile:
+        return torch.channels_last
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    slow = [norm for norm in norms if norm.num_features < 64 and norm.num_features % 16]
+    return torch.contiguous_format if 2 * len(slow) > len(norms) else torch.channels_last
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import math
@@ -22,6 +23,7 @@ from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.train import TrainResult, shown_batches, train
 from compress.train.batches import permutation, train_batches
 from compress.train.optimizers import rate_factor
+from compress.train.state import fastest_format
 
 DATA = dataset()
 
@@ -665,3 +667,46 @@ def test_a_loss_in_which_processes_meet_excludes_repeated_steps():
     ):
         loop._check_repeatable(objective, settings, Processes(torch.device("cpu"), 0, 2))
     loop._check_repeatable(objective, settings, Processes(torch.device("cpu")))
+
+
+def conv_and_norm(*widths: int) -> nn.Module:
+    layers = [
+        layer
+        for taken, given in itertools.pairwise((3, *widths))
+        for layer in (nn.Conv2d(taken, given, 3, padding=1), nn.BatchNorm2d(given), nn.ReLU())
+    ]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 3))
+
+
+@pytest.mark.parametrize(
+    ("widths", "options", "wanted"),
+    [
+        ((16, 32), {}, torch.channels_last),
+        ((13, 27, 64), {}, torch.contiguous_format),
+        ((13, 64, 128), {}, torch.channels_last),
+        ((100, 200), {}, torch.channels_last),
+        ((13, 27, 64), {"compile": True}, torch.channels_last),
+        ((13, 27, 64), {"channels_last": False}, torch.preserve_format),
+    ],
+)
+def test_few_channels_train_in_nchw_on_a_cpu(
+    widths: tuple[int, ...], options: dict[str, Any], wanted: torch.memory_format
+):
+    model = conv_and_norm(*widths)
+    assert fastest_format(model, settings(**options), torch.device("cpu")) is wanted
+    assert fastest_format(model, settings(), torch.device("cuda")) is torch.channels_last
+
+
+@pytest.mark.parametrize("widths", [(16, 32), (13, 27)])
+def test_images_and_weights_are_laid_out_alike(widths: tuple[int, ...]):
+    seen: list[bool] = []
+    model = conv_and_norm(*widths)
+    model.register_forward_pre_hook(
+        lambda model, images: seen.extend(
+            value.is_contiguous(memory_format=torch.channels_last)
+            for value in (images[0], model[3].weight)
+            if model.training
+        )
+    )
+    trained(model, epochs=1)
+    assert set(seen) == {widths[0] == 16}

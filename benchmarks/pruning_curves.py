@@ -1,6 +1,6 @@
 """How accuracy falls before any training, over the MACs kept: ours, every criterion, Torch-Pruning.
 
-    python benchmarks/pruning_curves.py [--networks resnet20 resnet56 mobilenet]
+    python benchmarks/pruning_curves.py [--networks resnet20 resnet56 resnet8 mobilenet]
         [--keep 0.8 0.6 0.5 0.4 0.3 0.2] [--arms obs torch-pruning l1 ...] [--tested 2000]
 
 Needs COMPRESS_DATA (the folder with checkpoints/) and COMPRESS_CIFAR10 (cifar10.npz). Each arm cuts
@@ -8,8 +8,9 @@ the same trained network once for every share of its MACs; criteria score and re
 images, without labels where the criterion needs none. "not refitted" leaves the weights that the
 cut left, "blocks too" fits whole blocks after their layers (``refit_steps: 200`` of a recipe), and
 the peer is shown as it cuts and with BatchNorm's statistics estimated anew. The depthwise network
-has no published weights: it is trained here for --epochs and kept in --cache. Written to
-benchmarks/results/pruning_curves.json after every cut; the same call goes on from there.
+and ResNet-8 have no published weights: they are trained here (8 and 30 epochs, or --epochs) and
+kept in --cache. Written to benchmarks/results/pruning_curves.json after every cut; the same call
+goes on from there.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ PEERS = ("torch-pruning", "torch-pruning, BatchNorm again")
 PLAIN = "obs, not refitted"
 BLOCKS = "obs, blocks too"  # refitted layer by layer, then block by block
 STEPS = 200  # for each block
+TRAINED = {"mobilenet": (networks_for_int8.mobilenet_se, 8), "resnet8": (networks.resnet8, 30)}
 BATCHES = 8  # of 128 training images: to score, and to refit
 
 
@@ -56,14 +58,17 @@ def arms() -> list[str]:
 
 def network(name: str, given: argparse.Namespace) -> nn.Module:
     """Return the trained network of that name."""
-    if name != "mobilenet":
+    if name not in TRAINED:
         depth = int(name.removeprefix("resnet"))
         model: nn.Module = networks.CifarResNet(depth, 10, 3, 16)
         file = Path(given.data) / "checkpoints" / cifar.CHECKPOINTS[depth]
         fit(model, read_weights(file), where=str(file))
         return model.eval()
-    model = networks_for_int8.mobilenet_se()
-    file = given.cache / f"mobilenet-{given.epochs}.safetensors"
+    build, epochs = TRAINED[name]
+    epochs = given.epochs or epochs
+    torch.manual_seed(0)
+    model = build()
+    file = given.cache / f"{name}-{epochs}.safetensors"
     if file.is_file():
         model.load_state_dict(load_file(file))
         return model.eval()
@@ -71,7 +76,7 @@ def network(name: str, given: argparse.Namespace) -> nn.Module:
 
     with np.load(given.npz) as arrays:
         networks_for_int8.train(
-            model, arrays["x_train"], arrays["y_train"].reshape(-1), given.epochs, 0
+            model, arrays["x_train"], arrays["y_train"].reshape(-1), epochs, 0
         )
     model = model.to(memory_format=torch.contiguous_format)
     given.cache.mkdir(parents=True, exist_ok=True)
@@ -156,11 +161,11 @@ def table(content: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "mobilenet", "resnet56"])
+    parser.add_argument("--networks", nargs="+", default=["resnet20", *TRAINED, "resnet56"])
     parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.8, 0.6, 0.4, 0.2])
     parser.add_argument("--arms", nargs="+", default=arms(), choices=arms())
     parser.add_argument("--tested", type=int, default=2000, help="test images")
-    parser.add_argument("--epochs", type=int, default=8, help="of the depthwise network")
+    parser.add_argument("--epochs", type=int, help="of networks that are trained here")
     parser.add_argument("--npz", default=os.environ.get("COMPRESS_CIFAR10"))
     parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA"))
     parser.add_argument("--cache", type=Path, default=Path("runs") / "benchmarks")

@@ -59,7 +59,8 @@ def data_reference(reference: str | Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that a DATA reference stands for.
 
     Args:
-        reference: ``voc:DIR``, or ``{voc: {root: DIR, labels: classes}}`` with any options.
+        reference: ``voc:DIR``, ``FILE.npz``, or ``{voc: {root: DIR, labels: classes}}`` with any
+            options.
     """
     if not isinstance(reference, str):
         name, given = next(iter(reference.items()))
@@ -68,6 +69,8 @@ def data_reference(reference: str | Mapping[str, Any]) -> dict[str, Any]:
         return own | {"name": name, "options": own.get("options", {}) | others}
     if OWN in reference:
         return {"name": "dataset", "root": reference.removeprefix("dataset:")}
+    if ":" not in reference and reference.endswith((".npy", ".npz")):
+        return {"name": "npz", "root": reference}
     name, _, root = reference.partition(":")
     return {"name": name} | ({"root": root} if root else {})
 

@@ -223,3 +223,10 @@ def test_every_key_of_a_recipe_says_what_it_means():
     models = [*loading.stage_settings().values(), settings.ModelSettings, settings.DataSettings]
     models += [settings.Target, settings.Gates, settings.MeasureSettings, settings.AugmentSettings]
     assert [key for model in models for key in undescribed(model)] == []
+
+
+@pytest.mark.parametrize("file", ["images.npz", "folder/images.npy"])
+def test_an_array_file_needs_no_kind_of_data(file: str):
+    of = settings.data_reference
+    assert of(file) == of(f"npz:{file}") == {"name": "npz", "root": file}
+    assert of("cifar10:cifar10.npz") == {"name": "cifar10", "root": "cifar10.npz"}

@@ -25,6 +25,7 @@ import int8_peers
 import numpy as np
 import onnx
 
+from compress import environment
 from compress.errors import CompressError
 from compress.measure import Bench, Timing, bench
 from compress.quantize import quantize_onnx
@@ -171,7 +172,12 @@ def main() -> None:
     if options.make_only:
         return
     options.out.mkdir(parents=True, exist_ok=True)
-    content = {"threads": options.threads, "seconds": options.seconds, "rows": rows}
+    content = {
+        "environment": environment.describe_machine(),
+        "threads": options.threads,
+        "seconds": options.seconds,
+        "rows": rows,
+    }
     (options.out / "int8_speed.json").write_text(json.dumps(content, indent=1) + "\n")
     (options.out / "int8_speed.md").write_text(table(rows))
     print(table(rows))

@@ -75,9 +75,7 @@ def network(name: str, given: argparse.Namespace) -> nn.Module:
     import numpy as np
 
     with np.load(given.npz) as arrays:
-        networks_for_int8.train(
-            model, arrays["x_train"], arrays["y_train"].reshape(-1), epochs, 0
-        )
+        networks_for_int8.train(model, arrays["x_train"], arrays["y_train"].reshape(-1), epochs, 0)
     model = model.to(memory_format=torch.contiguous_format)
     given.cache.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, file)

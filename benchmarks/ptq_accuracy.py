@@ -22,6 +22,7 @@ import int8_peers
 import numpy as np
 import onnx
 
+from compress import environment
 from compress.quantize import quantize_onnx
 from compress.quantize.sqnr import answers, sqnr_db
 
@@ -143,7 +144,13 @@ def main() -> None:
     for path in sorted(options.networks.glob(f"{options.only or '*'}.onnx")):
         print(path.stem, flush=True)
         results[path.stem] = compare(path, calibration, feed, labels)
-        file.write_text(json.dumps({**about, "networks": results}, indent=1) + "\n")
+        file.write_text(
+            json.dumps(
+                {"environment": environment.describe_machine(), **about, "networks": results},
+                indent=1,
+            )
+            + "\n"
+        )
         (options.out / "ptq_accuracy.md").write_text(table(results))
     print(table(results))
 

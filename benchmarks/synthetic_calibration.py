@@ -22,6 +22,7 @@ import torch
 from ptq_accuracy import CALIBRATION, MEAN, STD, normalize
 
 import compress
+from compress import environment
 from compress.data import load_data
 from compress.quantize import quantize_onnx
 from compress.quantize.sqnr import answers
@@ -56,6 +57,7 @@ def main() -> None:
         path = compress.export_onnx(model, torch.zeros(1, 3, 32, 32), Path(folder) / "fp32.onnx")
         rows = measured(path, calibration, images, labels.reshape(-1))
     content = {
+        "environment": environment.describe_machine(),
         "images": given.images,
         "calibration_images": {name: len(each) for name, each in calibration.items()},
         "seconds_to_make": round(seconds, 1),

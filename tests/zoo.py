@@ -1347,3 +1347,15 @@ class WrittenWhereChosen(nn.Module):
         found[chosen] = value[chosen]
         found[~chosen] = hue[~chosen] * 0.5
         return found.unsqueeze(1)
+
+
+@zoo()
+class ImageByImage(Stages):
+    """A layer that runs once for each image of the batch: weights chosen by the image (CondConv)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.choose = nn.Linear(24, 24)
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.cat([one * self.choose(one.mean((2, 3)))[..., None, None] for one in x.split(1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Number
@@ -200,11 +201,11 @@ class _Traced:
     def _find_layers(self) -> dict[str, Layer]:
         batch = batch_size(self._inputs)
         layers: dict[str, Layer] = {}
+        macs: dict[str, int] = {}  # of the batch, in all uses of a weight
         for use in self._forwards[0].uses:
             shape, axes = self._shapes[use.weight], self._named[use.weight]
-            size = int(np.prod(shape, dtype=np.int64))
-            before = layers[use.weight].macs if use.weight in layers else 0
-            each = round((use.macs / batch + before) / size)
+            macs[use.weight] = total = macs.get(use.weight, 0) + use.macs
+            each = max(round(total / batch / math.prod(shape)), 1 if total else 0)
             output, taken = _dim_of(axes, use.output, 0), _dim_of(axes, use.input, 1)
             layers[use.weight] = Layer(shape, each, output, taken)
         return layers

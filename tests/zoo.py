@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torchvision.ops import DeformConv2d
 
 
 @dataclass(frozen=True)
@@ -1347,6 +1348,87 @@ class WrittenWhereChosen(nn.Module):
         found[chosen] = value[chosen]
         found[~chosen] = hue[~chosen] * 0.5
         return found.unsqueeze(1)
+
+
+@zoo()
+class GatedUnit(Stages):
+    """Half of the channels times the sigmoid of the other half: nn.GLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Sequential(nn.Conv2d(24, 48, 1), nn.GLU(1))
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.gate(x)
+
+
+@zoo()
+class FoldedPatches(Stages):
+    """Patches taken apart and put together again, as in MobileViTv2; then windows that overlap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = conv_bn(24, 24, 1)
+
+    def between(self, x: Tensor) -> Tensor:
+        b, c, *size = x.shape
+        patches = F.unfold(x, 4, stride=4).reshape(b, c, 16, -1)
+        x = F.fold(self.mix(patches).reshape(b, c * 16, -1), size, 4, stride=4)
+        return F.fold(F.unfold(x, 3, padding=1), size, 3, padding=1)
+
+
+@zoo()
+class Deformable(Stages):
+    """A convolution whose kernel goes to places that another one finds, for two parts of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.masks = nn.Conv2d(24, 36, 3, padding=1), nn.Conv2d(24, 18, 1)
+        self.bent = DeformConv2d(24, 24, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.bent(x, self.places(x), self.masks(x).sigmoid())
+
+
+@zoo()
+class WrittenSlices(Stages):
+    """The first channels are written in place, by an attribute, as in partial convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 6
+        self.some = nn.Conv2d(6, 6, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        first = self.some(x[:, : self.count])
+        x = x.clone()
+        x[:, : self.count] = first
+        return x
+
+
+@zoo()
+class ShiftedParts(Stages):
+    """Parts of the channels are shifted in space, each with a share of the width: S2-MLP's."""
+
+    def between(self, x: Tensor) -> Tensor:
+        part = x.shape[1] // 3
+        shifted = torch.zeros_like(x)
+        shifted[:, :part, :, 1:] = x[:, :part, :, :-1]
+        shifted[:, part : 2 * part, :, :-1] = x[:, part : 2 * part, :, 1:]
+        shifted[:, 2 * part :] = x[:, 2 * part :]
+        return shifted
+
+
+@zoo()
+class NormedEach(Stages):
+    """A group normalization with a group for each channel: an instance normalization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(24, 24)
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(x)
 
 
 @zoo()

@@ -130,7 +130,10 @@ class TracedInt(int):
         return TracedInt(int.__neg__(self), self.origin, -self.scale)
 
 
-_OWN = {"groups", "in_channels", "out_channels", "in_features", "out_features", "num_features"}
+_OWN = {"groups", "in_channels", "out_channels", "in_features", "out_features"} | {
+    "num_features",
+    "num_groups",
+}
 
 
 def tag_attributes(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ STAYS = {  # network -> layers, besides those that make an output, of which some
     "KernelOfOne": {"mix"},
     "WidthAsserted": {"wide.0"},
     "WrittenWhereChosen": {"last"},
+    "Deformable": {"places", "masks"},
 }
 
 
@@ -69,6 +70,7 @@ NO_LAYERS_COST = {"Attention", "FusedAttention", "RecurrentLstm", "RecurrentGru"
     "AttentionWithWeights",
     "ScaledAttention",
     "ChannelTokens",
+    "Deformable",
 }  # products of activations, recurrent steps: the flop counter counts what no layer costs
 
 

@@ -142,6 +142,29 @@ def _aligned(rows: Labels, positions: Axis) -> tuple[Labels, Labels]:
     return rows.ravel(), np.tile(first, rows.shape[0])
 
 
+@rule("torchvision::deform_conv2d")
+def deformable_convolution(tracer: Tracer, call: Call) -> None:
+    """A convolution whose kernel goes to places that are given, the same for parts of its input."""
+    x, weight, offset, mask, bias = call.args[:5]
+    groups, parts, (out,) = call.args[11], call.args[12], call.outputs
+    batch, inputs, *space = tracer.axes(x)
+    made, taken = tracer.axes(weight)[:2]
+    for places in (offset, mask):
+        tracer.freeze_each(tracer.axes(places), "it says where a deformable convolution looks")
+    tracer.freeze_each(space, "a convolution slides along it")
+    if groups == 1:
+        inputs = tracer.unify(inputs, taken, "its input channels are fixed")
+        if inputs is not None:
+            tracer.constraints.tie(inputs.reshape(parts, -1))
+    else:
+        tracer.freeze_each((inputs, made, taken), "a deformable convolution has groups")
+    made = tracer.unify(made, tracer.axes(bias)[0], "its bias cannot be cut")
+    _weighed(tracer, call, weight, made, inputs)
+    tracer.label(out, (batch, made, None, None))
+    cost = weight.numel() * math.prod(out.shape[2:]) * out.shape[0]
+    _note_use(tracer, call, weight, cost, made, taken)
+
+
 @rule("mm bmm addmm baddbmm")
 def matmul(tracer: Tracer, call: Call) -> None:
     """``(..., n, k) @ (..., k, m)``: k is summed over, n and m go on."""

@@ -138,7 +138,7 @@ def _bounds(call: Call, dim: int, ndim: int) -> tuple[Any, Any] | None:
     if raw.name == "narrow":
         start, length = raw.argument(2, "start"), raw.argument(3, "length")
         return start, length if start == 0 else start + length
-    if raw.name != "__getitem__" or len(raw.args) < 2:
+    if raw.name not in {"__getitem__", "__setitem__"} or len(raw.args) < 2:
         return None
     index = raw.args[1] if isinstance(raw.args[1], tuple) else (raw.args[1],)
     used = [i for i in index if i is not None and i is not Ellipsis]

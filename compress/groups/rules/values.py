@@ -7,6 +7,7 @@ masked reference does the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from compress.groups.calls import tensors_in
 from compress.groups.forward import Call
 from compress.groups.labels import Axis, Labels
+from compress.groups.rules.layout import follow
 from compress.groups.traced_ints import Attribute, TracedInt
 from compress.groups.tracer import Tracer, rule
 
@@ -147,6 +149,30 @@ def unfold(tracer: Tracer, call: Call) -> None:
     tracer.label(out, [*others, channels, *(None,) * (out.ndim - len(others) - 1)])
 
 
+@rule("col2im")
+def fold(tracer: Tracer, call: Call) -> None:
+    """``(C x window, places) -> (C, H, W)``: what the places of a window hold of C is tied."""
+    *others, channels, places = tracer.axes(call.args[0])
+    tracer.freeze(places, "fold works along it")
+    if channels is not None:
+        rows = channels.reshape(-1, math.prod(call.args[2]))
+        tracer.constraints.tie(rows.T)
+        channels = rows[:, 0].copy()
+    tracer.label(call.outputs[0], [*others, channels, None, None])
+
+
+@rule("glu")
+def gated(tracer: Tracer, call: Call) -> None:
+    """One half of the channels times the sigmoid of the other half: both halves are tied."""
+    axes: list[Axis] = list(tracer.axes(call.args[0]))
+    dim = call.argument(1, -1)
+    if (channels := axes[dim]) is not None:
+        halves = channels.reshape(2, -1)
+        tracer.constraints.tie(halves)
+        axes[dim] = halves[0]
+    tracer.label(call.outputs[0], axes)
+
+
 @rule("channel_shuffle native_channel_shuffle")
 def channel_shuffle(tracer: Tracer, call: Call) -> None:
     """``(g, C/g) -> (C/g, g)``: the same positions of every group are tied."""
@@ -207,14 +233,23 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
 
 @rule("native_group_norm")
 def group_norm(tracer: Tracer, call: Call) -> None:
-    """The same positions of every group are tied; the number of groups stays."""
+    """The same positions of every group are tied and the number of groups stays.
+
+    Where every channel is a group, the number follows the channels.
+    """
     x, groups = call.args[0], call.args[6]
     batch, channels, *space = tracer.axes(x)
     vectors = [tracer.axes(vector)[0] for vector in tensors_in(call.args[1:3])]
     channels = tracer.tie([channels, *vectors], "a normalization ties it to fixed weights")
-    if channels is not None:
-        if groups == len(channels) and groups > 1:
+    if channels is not None and groups == len(channels) > 1:
+        count = call.raw.argument(1, "num_groups")
+        if isinstance(count, TracedInt):
+            follow(tracer, count, channels)
+            for statistics in call.outputs[1:]:
+                tracer.label(statistics, (batch, channels))
+        else:
             tracer.freeze(channels, "a group normalization has one channel in each group")
+    elif channels is not None:
         tracer.constraints.tie(channels.reshape(groups, -1))
         tracer.restrict(call)
     tracer.label(call.outputs[0], (batch, channels, *space))

@@ -1441,3 +1441,17 @@ class ImageByImage(Stages):
 
     def between(self, x: Tensor) -> Tensor:
         return torch.cat([one * self.choose(one.mean((2, 3)))[..., None, None] for one in x.split(1)])
+
+
+@zoo()
+class ChosenTokens(Stages):
+    """The best positions are picked, by gather and by arrays of numbers: RT-DETR's queries."""
+
+    def between(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        best = tokens.mean(2).topk(64, 1).indices
+        batch = torch.arange(len(x)).repeat_interleave(64)
+        first = tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[2]))
+        second = tokens[batch, best.flatten()].view(len(x), 64, -1)
+        both: Tensor = first + second
+        return both.transpose(1, 2).unflatten(2, (8, 8))

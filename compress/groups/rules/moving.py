@@ -212,11 +212,27 @@ def index(tracer: Tracer, call: Call) -> None:
     for d in used:
         tracer.freeze_each(tracer.axes(indices[d]), "it is used as an index")
     tracer.freeze_each((axes[d] for d in used), "channels are taken by number")
-    if simple:
-        axes[used[0]] = None
-        tracer.label(out, axes)
+    left = [axis for d, axis in enumerate(axes) if d not in used]
+    at = used[0] if used[-1] - used[0] < len(used) else 0  # the front, if they are not neighbours
+    if any(indices[d].dtype in {torch.bool, torch.uint8} and indices[d].ndim > 1 for d in used):
+        tracer.freeze_each(axes, "it is indexed by a mask")
     else:
-        tracer.freeze_each(axes, "it is indexed by tensors")
+        tracer.label(out, [*left[:at], *(None,) * (out.ndim - len(left)), *left[at:]])
+
+
+@rule("gather")
+def gather(tracer: Tracer, call: Call) -> None:
+    """Positions along one dimension by numbers; the others are those of the numbers."""
+    x, dim, numbers = call.args[:3]
+    dim = dim % max(x.ndim, 1)
+    rows, picked = tracer.axes(x), list(tracer.axes(numbers))
+    for d, axis in enumerate(rows):
+        if d == dim or x.shape[d] != numbers.shape[d]:
+            tracer.freeze_each((axis, picked[d]), "channels are taken by number")
+            picked[d] = None
+        else:
+            picked[d] = tracer.unify(axis, picked[d], "gather lines it up with fixed numbers")
+    tracer.label(call.outputs[0], picked)
 
 
 @rule("zeros ones full empty rand randn new_zeros new_ones new_full new_empty")

@@ -9,13 +9,15 @@ a rule can tell a constant from a number that follows the shape or that the surg
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 from torch import nn
+
+from compress.modules.closures import closed_over, with_closure
 
 
 @dataclass(frozen=True)
@@ -170,33 +172,6 @@ def _tagged(value: Any, at: Attribute) -> Any:
     return value
 
 
-def with_closure(
-    function: types.FunctionType, change: Callable[[str, Any], Any]
-) -> types.FunctionType:
-    """Return a copy of ``function`` with ``change(name, value)`` for each closed-over variable."""
-    cells = tuple(
-        types.CellType(change(name, value)) if value is not _EMPTY else types.CellType()
-        for name, value in _closed_over(function)
-    )
-    copy = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    copy.__dict__.update(function.__dict__)
-    return copy
-
-
-_EMPTY = object()
-
-
-def _closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            yield name, cell.cell_contents
-        except ValueError:  # a cell that was never filled
-            yield name, _EMPTY
-
-
 def read_attribute(module: nn.Module, name: str) -> int | None:
     """Return the integer that an Attribute's name stands for; None where it stands for none."""
     head, _, rest = name.partition(".")
@@ -204,7 +179,7 @@ def read_attribute(module: nn.Module, name: str) -> int | None:
     if head.startswith("_") or head == "training":
         return None
     if rest.startswith("<") and isinstance(value, types.FunctionType):
-        value = dict(_closed_over(value)).get(rest[1:-1])
+        value = dict(closed_over(value)).get(rest[1:-1])
     elif rest.isdecimal() and isinstance(value, list | tuple) and int(rest) < len(value):
         value = value[int(rest)]
     elif rest:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from compress.errors import ModelError, PlanError
+from compress.modules.closures import with_closure
 
 _INSIDE = ("_orig_mod", "module", "ema_model", "ema", "_original_module")  # in wrappers
 _BESIDE = {"online_model", "model", "_forward_module"}  # the trained one, next to its average
@@ -181,6 +182,10 @@ def _copy(model: nn.Module, tensor: Any) -> nn.Module:
         wrapped = isinstance(module.__dict__.get("forward"), types.FunctionType)
         if wrapped and type(module).forward is not nn.Module.forward:
             del module.__dict__["forward"]  # a wrapper around the forward of the original
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key, hook in hooks.items():
+                if isinstance(hook, types.FunctionType):  # it may write into the network
+                    hooks[key] = with_closure(hook, lambda _, held: memo.get(id(held), held))
     return twin
 
 

@@ -222,6 +222,26 @@ def test_nothing_that_can_change_is_shared():
     assert not twin.first[0]._forward_hooks
 
 
+class KeepsByHook(nn.Module):
+    """Reads what a hook, a function made in the constructor, keeps on the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.kept = nn.Linear(2, 2), []
+        self.inner.register_forward_hook(lambda _module, _given, out: self.kept.append(out))
+
+    def forward(self, x):
+        self.inner(x)
+        return self.kept.pop()
+
+
+def test_a_hook_that_writes_into_its_network_writes_into_the_copy():
+    model, x = KeepsByHook(), torch.rand(1, 2)
+    twin = full_copy(model)
+    torch.testing.assert_close(twin(x), model(x))
+    assert model.kept == twin.kept == []
+
+
 def test_a_hook_is_copied_as_deepcopy_copies_it():
     model = resnet8()
     model.conv1.register_forward_hook(print)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Number
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 import compress.groups.rules  # noqa: F401 - they register themselves
-from compress.errors import PlanError, UsageError
+from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.cut import cut
 from compress.groups.forward import (
     Key,
@@ -47,6 +48,7 @@ from compress.modules.detectors import on_batch
 from compress.modules.inputs import Example, call_inputs, copied
 from compress.modules.outputs import chosen_outputs
 
+_PREPARED = re.compile(r"torch\.ao\.(quantization\.(fake_quantize|observer)|nn\..*quantized)")
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
 
@@ -64,10 +66,12 @@ def trace(
         outputs: Places of the outputs whose channels stay; all if None.
 
     Raises:
+        ModelError: the network is prepared for PyTorch's own quantization.
         PlanError: the network cannot be run on the example, or nothing in it can be cut.
         UsageError: there is no such output.
     """
     model = network_of(model)
+    _check_unprepared(model)
     distrusted: dict[Key, str] = {}
     with_values = has_own_hooks(model)
     for number in range(_ROUNDS):
@@ -94,6 +98,16 @@ def trace(
             fix=reasons or "It has no convolution or linear layer with a weight",
         )
     return network
+
+
+def _check_unprepared(model: nn.Module) -> None:
+    for place, module in model.named_modules():
+        if _PREPARED.match(type(module).__module__):
+            raise ModelError(
+                "is prepared for PyTorch's own quantization, and counts channels as they are",
+                where=place,
+                fix="Prune it as it was before torch.ao.quantization prepared it",
+            )
 
 
 class _Traced:

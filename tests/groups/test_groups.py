@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import compress
-from compress.errors import PlanError
+from compress.errors import ModelError, PlanError
 from compress.groups import Group, Network, calls, trace
 
 STAYS = {  # network -> layers, besides those that make an output, of which something must stay
@@ -277,6 +277,18 @@ def test_a_network_without_anything_to_cut_says_why() -> None:
         trace(nn.Sequential(nn.Conv2d(3, 8, 3)), torch.zeros(1, 3, 8, 8))
     with pytest.raises(PlanError, match="no convolution or linear layer with a weight"):
         trace(nn.Sequential(nn.ReLU()), torch.zeros(1, 3, 8, 8))
+
+
+def prepared() -> nn.Module:
+    """Return a network with observers and fake quantization, as PyTorch's preparation leaves it."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    network[0].weight_fake_quant = torch.ao.quantization.default_weight_fake_quant()
+    return network
+
+
+def test_a_network_prepared_for_pytorchs_quantization_is_refused_in_plain_words() -> None:
+    with pytest.raises(ModelError, match=r"0\.weight_fake_quant.*prepared for.*before torch\.ao"):
+        trace(prepared(), torch.zeros(1, 3, 9, 9))
 
 
 def test_an_example_the_network_refuses_is_an_error() -> None:

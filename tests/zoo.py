@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torchvision.ops import DeformConv2d
 
 
 @dataclass(frozen=True)
@@ -1383,6 +1382,8 @@ class Deformable(Stages):
 
     def __init__(self) -> None:
         super().__init__()
+        from torchvision.ops import DeformConv2d
+
         self.places, self.masks = nn.Conv2d(24, 36, 3, padding=1), nn.Conv2d(24, 18, 1)
         self.bent = DeformConv2d(24, 24, 3, padding=1)
 
@@ -1433,14 +1434,16 @@ class NormedEach(Stages):
 
 @zoo()
 class ImageByImage(Stages):
-    """A layer that runs once for each image of the batch: weights chosen by the image (CondConv)."""
+    """A layer that runs once for each image of the batch, as routers of CondConv do."""
 
     def __init__(self) -> None:
         super().__init__()
         self.choose = nn.Linear(24, 24)
 
     def between(self, x: Tensor) -> Tensor:
-        return torch.cat([one * self.choose(one.mean((2, 3)))[..., None, None] for one in x.split(1)])
+        return torch.cat(
+            [one * self.choose(one.mean((2, 3)))[..., None, None] for one in x.split(1)]
+        )
 
 
 @zoo()
@@ -1455,3 +1458,13 @@ class ChosenTokens(Stages):
         second = tokens[batch, best.flatten()].view(len(x), 64, -1)
         both: Tensor = first + second
         return both.transpose(1, 2).unflatten(2, (8, 8))
+
+
+@zoo()
+class SpreadStatistics(Stages):
+    """One deviation for two channels, spread over both; EvoNorm."""
+
+    def between(self, x: Tensor) -> Tensor:
+        grouped = x.reshape(len(x), 12, x.shape[1] // 12, *x.shape[2:])
+        deviation = grouped.var((2, 3, 4), keepdim=True).add(0.1).sqrt()
+        return x / deviation.expand(grouped.shape).reshape(x.shape)

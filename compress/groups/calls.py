@@ -64,11 +64,12 @@ def whole_name(func: Any, args: Sequence[Any]) -> str | None:
 
 
 SILENT = frozenset({"detach", "alias", "lift_fresh"})  # they come and go without meaning
+UNCOMPARED = SILENT | {"clone"}  # whether reshape copies before it views depends on the sizes
 
 # Integers that these ops take describe shapes, which a cut changes: they are checked as shapes.
 _SHAPE_OPS = frozenset(
     words(
-        "view _unsafe_view reshape expand repeat split split_with_sizes slice convolution "
+        "view reshape expand repeat split split_with_sizes slice convolution "
         "constant_pad_nd native_group_norm native_layer_norm zeros ones full empty rand "
         "randn new_zeros new_ones new_full new_empty arange empty_strided "
         "new_empty_strided unsafe_split unsafe_split_with_sizes as_strided narrow unfold "
@@ -81,6 +82,8 @@ _SHAPE_OPS = frozenset(
 def op_name(func: OpOverload) -> str:
     """Return the name of an op without namespace, overload and in-place mark: ``add``."""
     name = str(func._schema.name).removeprefix("aten::")
+    if name == "_unsafe_view":  # what reshape calls after a copy
+        return "view"
     return name if name.endswith("__") else name.removesuffix("_")
 
 

@@ -14,8 +14,8 @@ from torch._ops import OpOverload
 from compress.errors import PlanError
 from compress.groups.calls import (
     MAKERS,
-    SILENT,
     TAKERS,
+    UNCOMPARED,
     FollowedCalls,
     WatchedOps,
     depends_on_values,
@@ -63,8 +63,8 @@ class TraceComparison(WatchedOps):
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one op and compare it."""
         name = op_name(func)
-        if name in SILENT:
-            return func(*args, **kwargs)
+        if name in UNCOMPARED:
+            return self.run(func, args, kwargs)
         dynamic = self._on is None and depends_on_values(func, args)
         scalars = scalars_in(name, args, kwargs)
         pointwise = is_pointwise(func)

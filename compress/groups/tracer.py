@@ -13,6 +13,7 @@ from torch._ops import OpOverload
 from compress.groups.calls import (
     SILENT,
     TAKERS,
+    UNCOMPARED,
     WHOLE,
     FollowedCalls,
     WatchedOps,
@@ -310,7 +311,7 @@ class Tracer(WatchedOps):
                 self._origin.setdefault(id(out), str(self.origin(largest)))
         self._alive.extend(call.outputs)
         self._alive.extend(inputs)
-        if call.name in SILENT:
+        if call.name in UNCOMPARED:
             return
         self.record.steps.append(
             Step(

@@ -53,7 +53,7 @@ def drop_dimension(tracer: Tracer, call: Call) -> None:
     tracer.label(out, [a for d, a in enumerate(tracer.axes(x)) if d not in gone])
 
 
-@rule("view _unsafe_view reshape _reshape_alias unflatten")
+@rule("view reshape _reshape_alias unflatten")
 def view(tracer: Tracer, call: Call) -> None:
     """Dimensions split and merged: each block of dimensions with equal products on its own."""
     x, out = call.args[0], call.outputs[0]

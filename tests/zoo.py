@@ -1468,3 +1468,12 @@ class SpreadStatistics(Stages):
         grouped = x.reshape(len(x), 12, x.shape[1] // 12, *x.shape[2:])
         deviation = grouped.var((2, 3, 4), keepdim=True).add(0.1).sqrt()
         return x / deviation.expand(grouped.shape).reshape(x.shape)
+
+
+@zoo()
+class SlidingWindows(Stages):
+    """Windows that overlap, a maximum over each: the neighbourhoods of halo attention."""
+
+    def between(self, x: Tensor) -> Tensor:
+        windows = F.pad(x, (1, 1, 1, 1)).unfold(2, 4, 2).unfold(3, 4, 2)
+        return windows.reshape(*windows.shape[:4], -1).amax(4)

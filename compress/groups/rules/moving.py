@@ -173,6 +173,15 @@ def _couple(tracer: Tracer, axis: Labels, parts: int) -> None:
         tracer.constraints.tie(axis.reshape(parts, -1))
 
 
+@rule("unfold")
+def windows(tracer: Tracer, call: Call) -> None:
+    """Windows along one dimension, each laid out in a new last one."""
+    axes = list(tracer.axes(call.args[0]))
+    tracer.freeze(axes[call.args[1]], "windows slide along it")
+    axes[call.args[1]] = None
+    tracer.label(call.outputs[0], [*axes, None])
+
+
 @rule("select unbind")
 def select_index(tracer: Tracer, call: Call) -> None:
     """One position of a dimension, or each on its own: that dimension must stay as it is."""

@@ -186,7 +186,8 @@ def _pairs(
 ) -> Iterator[_LayerFit]:
     """Yield the layers that can be fitted, in the order in which they first run."""
     before = dict(original.named_modules())
-    layers = fitted_layers(pruned, images[0][:1])
+    one, batch = (fitted_layers(pruned, part) for part in (images[0][:1], images[0]))
+    layers = [each for each in one if each in batch]  # not those that run image by image
     # Looked for in the original: where one channel is left, a broadcast looks like a plain sum.
     added, rectified = followers(
         original, [before[name] for name, _, calls in layers if calls == 1], images[0][:1]

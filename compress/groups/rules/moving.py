@@ -230,7 +230,7 @@ def index(tracer: Tracer, call: Call) -> None:
 
 
 @rule("gather")
-def gather(tracer: Tracer, call: Call) -> None:
+def gathered(tracer: Tracer, call: Call) -> None:
     """Positions along one dimension by numbers; the others are those of the numbers."""
     x, dim, numbers = call.args[:3]
     dim = dim % max(x.ndim, 1)

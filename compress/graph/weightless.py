@@ -52,12 +52,20 @@ def check_graph(model: ModelProto, where: str = "the ONNX graph", *, full: bool 
         QuantizationError: it breaks one.
     """
     with boundary(QuantizationError, "it is not valid ONNX", where=where):
-        complete = _complete(model)
-        for output in complete.graph.output:  # the checker asks for a shape where none is known
+        check_rules(model, full=full)
+
+
+def check_rules(model: ModelProto, *, full: bool = False) -> None:
+    """As ``check_graph``, with ONNX's own errors."""
+    complete = _complete(model)
+    if full:
+        complete = onnx.shape_inference.infer_shapes(complete)
+    for output in complete.graph.output:  # the checker asks for a shape where none is known
+        if output.type.WhichOneof("value") in (None, "tensor_type"):
             output.type.tensor_type.shape.SetInParent()
-        onnx.checker.check_model(complete, full_check=full)
-        for tensor in model.graph.initializer:
-            _check_size(tensor)
+    onnx.checker.check_model(complete, full_check=full)
+    for tensor in model.graph.initializer:
+        _check_size(tensor)
 
 
 def _inferred(model: ModelProto) -> ModelProto:
@@ -76,7 +84,8 @@ def _drop_shapes(graph: GraphProto) -> None:
     """Remove what ``graph``, and what is inside its nodes, says of the shapes that nodes make."""
     graph.ClearField("value_info")
     for output in graph.output:
-        output.type.tensor_type.ClearField("shape")
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
     for node in graph.node:
         for body in bodies(node):
             _drop_shapes(body)

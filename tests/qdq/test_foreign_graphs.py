@@ -548,3 +548,34 @@ def test_what_a_relu_shares_with_others_is_no_defect_before_it(tmp_path):
         out = tmp_path / f"{target}.onnx"
         compress.quantize_onnx(tmp_path / "net.onnx", [batch], out, target=target, method="plain")
         assert not compress.lint_onnx(out, target=target)
+
+
+def behind_a_layer(opset=17):
+    """Return a sketch of two layers, 8 channels of 8 x 8, and the tensor they end in."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "first", 3, 8))
+    return s, s.relu(s.conv(x, "second", 8, 8))
+
+
+def quantized(model, tmp_path, target="onnxruntime", batch=16):
+    """Return the int8 model of a file, written and read again."""
+    onnx.save(model, tmp_path / "x.onnx")
+    feed = images(model, batch)
+    compress.quantize_onnx(tmp_path / "x.onnx", [feed], tmp_path / "q.onnx", target, "plain")
+    assert not compress.lint_onnx(tmp_path / "q.onnx", target)
+    return onnx.load(tmp_path / "q.onnx")
+
+
+@pytest.mark.parametrize("op", ["SequenceConstruct", "Optional"])
+def test_outputs_that_are_no_tensors_are_kept(op, tmp_path):
+    s, x = behind_a_layer()
+    s.op(op, [x], "wrapped")
+    s.head(x, 8)
+    model = s.model()
+    tensor = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, None)
+    wrap = {"SequenceConstruct": "sequence", "Optional": "optional"}[op]
+    kind = getattr(onnx.helper, f"make_{wrap}_type_proto")(tensor)
+    model.graph.output.append(onnx.helper.make_value_info("wrapped", kind))
+    written = quantized(model, tmp_path)
+    assert written.graph.output[1].type.WhichOneof("value") == f"{wrap}_type"
+    assert sqnr_db(run(model, images(model))[0], run(written, images(model))[0]) > 25

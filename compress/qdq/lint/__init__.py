@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import checker, inliner
+from onnx import inliner
 
 from compress.artifact import replacing
 from compress.errors import ModelError, UnknownNameError, boundary
 from compress.graph import files
 from compress.graph.values import EditableGraph
+from compress.graph.weightless import check_rules
 from compress.qdq.lint import activations, onnxruntime, openvino, placement, tensorrt, weights
 from compress.qdq.lint.patterns import Problem
 from compress.qdq.plan import TARGETS
@@ -195,8 +196,7 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
     """
     model = files.load(path)
     with boundary(ModelError, INVALID, where=str(path), fix=FIX):
-        if model.ByteSize() < LARGEST:
-            checker.check_model(model)
+        check_rules(model)
         return inliner.inline_local_functions(model) if model.functions else model
 
 
@@ -214,7 +214,7 @@ def save_onnx(model: onnx.ModelProto, path: str | Path) -> Path:
             expected="less than 2 GiB, all that one ONNX file can hold",
         )
     with boundary(ModelError, INVALID, where=str(path)):
-        checker.check_model(model, full_check=True)
+        check_rules(model, full=True)
     with replacing(path) as temporary:
         onnx.save_model(model, temporary)
     return path

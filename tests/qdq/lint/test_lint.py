@@ -244,6 +244,17 @@ def test_invalid_graph_is_refused_with_the_reason(tmp_path):
         lint_onnx(tmp_path / "x.onnx")
 
 
+def test_an_output_that_says_no_shape_is_linted(tmp_path):
+    """As runtimes read it; ONNX's checker asks for one."""
+    model = onnx.ModelProto()
+    model.CopyFrom(DEFECTS["bias-float"]().model)
+    found = lint_model(model, rules=rules_for("onnxruntime"))
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    (tmp_path / "x.onnx").write_bytes(model.SerializeToString())
+    assert lint_onnx(tmp_path / "x.onnx", "onnxruntime") == found
+    fix_onnx(tmp_path / "x.onnx", tmp_path / "fixed.onnx", "onnxruntime")
+
+
 @pytest.mark.parametrize("location", ["../outside.bin", "/etc/hostname"])
 def test_weights_outside_the_folder_are_refused(tmp_path, location):
     model = onnx.ModelProto()

@@ -22,6 +22,7 @@ from compress.graph.rewrites import (
     is_spatial_mean,
     join_hard_swish,
     keep_batch,
+    pad_plainly,
     say_plainly,
     write_pool,
 )
@@ -156,6 +157,8 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
             write_pool(graph, node)
     for node in graph.of_type("AveragePool"):
         say_plainly(node)
+    for node in graph.of_type("ConvTranspose"):
+        pad_plainly(node)
     keep_batch(graph)
     tidied = graph.to_model()
     del tidied.graph.value_info[:]

@@ -161,6 +161,30 @@ def _fits(node: ir.Node) -> bool:
     )
 
 
+def pad_plainly(node: ir.Node) -> None:
+    """Write in numbers how a ConvTranspose pads, where it names a rule: no size counts there.
+
+    OpenVINO follows the rule only where it knows the size of the image.
+    """
+    rule, weight = attribute(node, "auto_pad", "NOTSET"), node.inputs[1]
+    if rule == "NOTSET" or "output_shape" in node.attributes or not weight or not weight.shape:
+        return
+    kernel = np.array(attribute(node, "kernel_shape", list(weight.shape)[2:]), np.int64)
+    steps, dilations, more = (
+        np.array(attribute(node, name, [usual] * len(kernel)), np.int64)
+        for name, usual in (("strides", 1), ("dilations", 1), ("output_padding", 0))
+    )
+    total = (kernel - 1) * dilations + 1 + more - steps  # an image grows by its strides
+    if rule == "VALID":
+        total = np.zeros_like(kernel)
+    if (total < 0).any():
+        return
+    smaller, larger = total // 2, total - total // 2
+    ends = (smaller, larger) if rule == "SAME_UPPER" else (larger, smaller)
+    set_attribute(node, "auto_pad", None)
+    set_attribute(node, "pads", np.concatenate(ends).tolist())
+
+
 def is_convolution(node: ir.Node) -> bool:
     """Return whether an AveragePool is a depthwise Conv: all windows have the same divisor."""
     image = node.inputs[0]

@@ -550,7 +550,7 @@ def test_what_a_relu_shares_with_others_is_no_defect_before_it(tmp_path):
         assert not compress.lint_onnx(out, target=target)
 
 
-def behind_a_layer(opset=17):
+def behind_a_layer():
     """Return a sketch of two layers, 8 channels of 8 x 8, and the tensor they end in."""
     s = Sketch((3, 8, 8))
     x = s.relu(s.conv("input", "first", 3, 8))
@@ -579,3 +579,19 @@ def test_outputs_that_are_no_tensors_are_kept(op, tmp_path):
     written = quantized(model, tmp_path)
     assert written.graph.output[1].type.WhichOneof("value") == f"{wrap}_type"
     assert sqnr_db(run(model, images(model))[0], run(written, images(model))[0]) > 25
+
+
+@pytest.mark.parametrize("kernel", [2, 3, 5])
+@pytest.mark.parametrize("rule", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+def test_a_transposed_convolution_says_how_it_pads(rule, kernel):
+    """OpenVINO pads by the rule only where it knows the sizes, and gives larger images else."""
+    s, x = behind_a_layer()
+    w = s.floats("w", 8, 8, kernel, kernel, scale=0.2)
+    x = s.op("ConvTranspose", [x, w], "up", strides=[2, 2], auto_pad=rule)
+    s.head(s.conv(s.relu(x), "last", 8, 8), 8)
+    model = s.model(["logits", "up"])
+    prepared = prepare(model)
+    (up,) = (node for node in prepared.graph.node if node.op_type == "ConvTranspose")
+    assert "auto_pad" not in {item.name for item in up.attribute}
+    for got, want in zip(run(prepared, images(model)), run(model, images(model)), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)

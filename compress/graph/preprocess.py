@@ -282,7 +282,7 @@ Affine = tuple[NDArray[Any], NDArray[Any], int]  # factor (C,) or (1,), offset, 
 
 def _affine_of(graph: EditableGraph, node: ir.Node) -> Affine | None:
     """Return y = factor * x + offset, per channel, where ``node`` computes just that."""
-    if node.op_type == "BatchNormalization":
+    if node.op_type == "BatchNormalization" and not attribute(node, "training_mode", 0):
         scale, bias, mean, variance = (constant(value) for value in node.inputs[1:5])
         if scale is None or bias is None or mean is None or variance is None:
             return None
@@ -354,8 +354,13 @@ def modern(model: ModelProto, where: str) -> ModelProto:
     taken = {
         name for graph in graphs for node in graph.node for name in (*node.input, *node.output)
     }
+    read = {name for graph in graphs for node in graph.node for name in node.input}
+    read |= {output.name for graph in graphs for output in graph.output}
     for graph in graphs:
         _flatten_before_hardmax(graph, taken)
+        for node in graph.node:
+            if node.op_type == "BatchNormalization" and not read.intersection(node.output[1:]):
+                del node.output[1:]  # of training, which the converter refuses
     try:
         model = onnx.version_converter.convert_version(model, CONVERTED_OPSET)
     except Exception as error:  # noqa: BLE001 - the converter raises bare exceptions of many kinds

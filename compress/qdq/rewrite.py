@@ -68,7 +68,8 @@ def _write_as_conv(graph: EditableGraph, node: ir.Node) -> None:
     """Write a BatchNorm that could not be folded as a 1x1 depthwise Conv, exact in int8."""
     values = [constant(value) for value in node.inputs[1:5]]
     image = node.inputs[0]
-    if image is None or any(v is None for v in values) or graph.rank(image) != 4:
+    trains = attribute(node, "training_mode", 0)  # takes mean and variance of the batch
+    if trains or image is None or any(v is None for v in values) or graph.rank(image) != 4:
         return
     scale, bias, mean, variance = (np.asarray(v, np.float64) for v in values)
     factor = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))

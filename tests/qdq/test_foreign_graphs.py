@@ -595,3 +595,28 @@ def test_a_transposed_convolution_says_how_it_pads(rule, kernel):
     assert "auto_pad" not in {item.name for item in up.attribute}
     for got, want in zip(run(prepared, images(model)), run(model, images(model)), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_batchnorm_that_trains_is_no_part_of_a_layer():
+    """It takes mean and variance of the batch."""
+    s, x = behind_a_layer()
+    x = norm(s, x, "bn", 8)
+    s.nodes[-1].attribute.append(onnx.helper.make_attribute("training_mode", 1))
+    s.head(s.relu(x), 8)
+    model = s.model()
+    np.testing.assert_allclose(
+        run(prepare(model), images(model))[0], run(model, images(model))[0], atol=1e-4
+    )
+
+
+def test_batchnorm_of_old_opsets_may_name_outputs_that_nobody_reads():
+    s, x = behind_a_layer()
+    x = norm(s, x, "bn", 8)
+    s.nodes[-1].output.extend(["mean", "variance", "saved_mean", "saved_variance"])
+    s.head(s.relu(x), 8)
+    model = s.model(opset=9)
+    prepared = prepare(model)
+    assert "BatchNormalization" not in {node.op_type for node in prepared.graph.node}
+    np.testing.assert_allclose(
+        run(prepared, images(model))[0], run(model, images(model))[0], atol=1e-4
+    )

@@ -84,10 +84,10 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
     if prepared.functions:  # runtimes do not know the operators of others
         prepared = onnx.inliner.inline_local_functions(prepared)
     to_single(prepared)
+    prepared.ir_version = max(prepared.ir_version, 8)  # before 4 all weights were inputs
     prepared = modern(prepared, where)
     infer_shapes(prepared, where)  # some exporters leave outputs without
     check_graph(prepared, where)
-    prepared.ir_version = max(prepared.ir_version, 8)
     prepared = _tidied(prepared, fold=fold)
     infer_shapes(prepared, where)
     if fold:

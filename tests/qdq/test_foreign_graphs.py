@@ -620,3 +620,13 @@ def test_batchnorm_of_old_opsets_may_name_outputs_that_nobody_reads():
     np.testing.assert_allclose(
         run(prepared, images(model))[0], run(model, images(model))[0], atol=1e-4
     )
+
+
+def test_weights_of_an_old_file_need_not_be_inputs():
+    s, x = behind_a_layer()
+    s.head(x, 8)
+    model = s.model(opset=8)
+    model.ir_version = 3
+    np.testing.assert_allclose(
+        run(prepare(model), images(model))[0], run(model, images(model))[0], atol=1e-5
+    )

@@ -82,7 +82,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
     _refuse_quantized(prepared, where)
     files.free_negative_sizes(prepared.graph)
     if prepared.functions:  # runtimes do not know the operators of others
-        prepared = onnx.inliner.inline_local_functions(prepared)
+        prepared = onnx.inliner.inline_local_functions(prepared, convert_version=True)
     to_single(prepared)
     prepared.ir_version = max(prepared.ir_version, 8)  # before 4 all weights were inputs
     prepared = modern(prepared, where)

@@ -630,3 +630,20 @@ def test_weights_of_an_old_file_need_not_be_inputs():
     np.testing.assert_allclose(
         run(prepare(model), images(model))[0], run(model, images(model))[0], atol=1e-5
     )
+
+
+def test_a_function_of_another_opset_is_written_out():
+    s, x = behind_a_layer()
+    s.op("Mean", [x], "mean", domain="own")
+    s.op("Flatten", ["mean"], "flat")
+    s.op("Gemm", ["flat", s.floats("fc", 8, 10)], "logits")
+    model = s.model(opset=18)
+    inside = onnx.helper.make_node("ReduceMean", ["x"], ["y"], axes=[2, 3])
+    imports = [onnx.helper.make_opsetid("", 13)]
+    model.functions.append(
+        onnx.helper.make_function("own", "Mean", ["x"], ["y"], [inside], imports)
+    )
+    model.opset_import.append(onnx.helper.make_opsetid("own", 1))
+    np.testing.assert_allclose(
+        run(prepare(model), images(model))[0], run(model, images(model))[0], atol=1e-5
+    )

@@ -197,7 +197,9 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
     model = files.load(path)
     with boundary(ModelError, INVALID, where=str(path), fix=FIX):
         check_rules(model)
-        return inliner.inline_local_functions(model) if model.functions else model
+        if model.functions:
+            return inliner.inline_local_functions(model, convert_version=True)
+        return model
 
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> Path:

@@ -146,6 +146,8 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     join_hard_swish(graph)
     for node in graph.of_type("MatMul"):
         _write_as_gemm(graph, node)
+    for node in graph.of_type("Gemm"):
+        _add_apart(graph, node)
     graph.sweep()
     shared: dict[tuple[ir.Value | None, ...], ir.Value] = {}
     for node in graph.nodes if fold else ():
@@ -233,6 +235,16 @@ def _write_as_gemm(graph: EditableGraph, node: ir.Node) -> None:
     is_linear = weight is not None and weight.ndim == 2 and weight.dtype == np.float32
     if is_linear and given is not None and constant(given) is None and graph.rank(given) == 2:
         graph.substitute(node, "Gemm", node.inputs)
+
+
+def _add_apart(graph: EditableGraph, node: ir.Node) -> None:
+    """Write what a Gemm adds, where it is no bias of output channels, as an Add behind it."""
+    bias = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    is_bias = bias is None or bias.size == 1 or bias.shape[-1] == bias.size
+    if not is_bias and attribute(node, "beta", 1.0) == 1.0:
+        given = {name: attribute(node, name) for name in node.attributes}
+        product = graph.add("Gemm", node.inputs[:2], f"{node.outputs[0].name}_product", **given)
+        graph.substitute(node, "Add", [product, node.inputs[2]])
 
 
 def _fold_into_layer(

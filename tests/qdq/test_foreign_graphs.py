@@ -647,3 +647,16 @@ def test_a_function_of_another_opset_is_written_out():
     np.testing.assert_allclose(
         run(prepare(model), images(model))[0], run(model, images(model))[0], atol=1e-5
     )
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("shape", [(4, 1), (4, 10), (1, 10), (10,), (1,), ()])
+def test_a_bias_of_a_linear_layer_may_have_any_shape(shape, target, tmp_path):
+    s, x = behind_a_layer()
+    flat = s.op("Flatten", [s.op("GlobalAveragePool", [x], "pool")], "flat")
+    s.op("Gemm", [flat, s.floats("fc", 8, 10), s.floats("rows", *shape)], "logits")
+    model = s.model()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    feed = images(model, 4)
+    written = quantized(model, tmp_path, target)
+    assert sqnr_db(run(model, feed), run(written, feed)) > 25

@@ -22,6 +22,7 @@ from compress.graph.rewrites import (
     is_spatial_mean,
     join_hard_swish,
     keep_batch,
+    pad_every_axis,
     pad_plainly,
     say_plainly,
     write_pool,
@@ -161,6 +162,8 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
         say_plainly(node)
     for node in graph.of_type("ConvTranspose"):
         pad_plainly(node)
+    for node in graph.of_type("Pad"):
+        pad_every_axis(graph, node)
     keep_batch(graph)
     tidied = graph.to_model()
     del tidied.graph.value_info[:]

@@ -185,6 +185,20 @@ def pad_plainly(node: ir.Node) -> None:
     set_attribute(node, "pads", np.concatenate(ends).tolist())
 
 
+def pad_every_axis(graph: EditableGraph, node: ir.Node) -> None:
+    """Write a Pad of some axes as one of all.
+
+    ONNX Runtime moves the transposes of its int8 kernels through it as if it were one.
+    """
+    pads, axes = (constant(value) for value in (*node.inputs, None, None, None)[1:4:2])
+    rank = graph.rank(node.inputs[0]) if axes is not None and node.inputs[0] is not None else None
+    if pads is not None and axes is not None and rank is not None:
+        whole = np.zeros((2, rank), np.int64)
+        whole[:, axes % rank] = pads.reshape(2, -1)
+        node.replace_input_with(1, graph.add_constant(f"{node.name}_pads", whole.reshape(-1)))
+        node.resize_inputs(3)
+
+
 def is_convolution(node: ir.Node) -> bool:
     """Return whether an AveragePool is a depthwise Conv: all windows have the same divisor."""
     image = node.inputs[0]

@@ -660,3 +660,15 @@ def test_a_bias_of_a_linear_layer_may_have_any_shape(shape, target, tmp_path):
     feed = images(model, 4)
     written = quantized(model, tmp_path, target)
     assert sqnr_db(run(model, feed), run(written, feed)) > 25
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_padding_of_some_axes_is_padding_of_all(target, tmp_path):
+    """ONNX Runtime moves transposes through a Pad as if it padded every axis."""
+    s, x = behind_a_layer()
+    pads, axes = s.constant("pads", np.array([1, 2, 1, 0])), s.constant("axes", np.array([2, -1]))
+    x = s.op("Pad", [x, pads, "", axes], "padded", mode="edge")
+    s.head(s.relu(s.conv(x, "last", 8, 8)), 8)
+    model = s.model(opset=18)
+    written = quantized(model, tmp_path, target)
+    assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25

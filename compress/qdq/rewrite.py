@@ -69,17 +69,23 @@ def _write_as_conv(graph: EditableGraph, node: ir.Node) -> None:
     values = [constant(value) for value in node.inputs[1:5]]
     image = node.inputs[0]
     trains = attribute(node, "training_mode", 0)  # takes mean and variance of the batch
-    if trains or image is None or any(v is None for v in values) or graph.rank(image) != 4:
+    if (
+        trains
+        or image is None
+        or any(v is None for v in values)
+        or not (graph.rank(image) or 0) > 2
+    ):
         return
+    places = [1] * ((graph.rank(image) or 0) - 2)
     scale, bias, mean, variance = (np.asarray(v, np.float64) for v in values)
     factor = scale / np.sqrt(variance + attribute(node, "epsilon", 1e-5))
-    weight = factor.reshape(-1, 1, 1, 1).astype(np.float32)
+    weight = factor.reshape(-1, 1, *places).astype(np.float32)
     inputs = [
         image,
         graph.add_constant(f"{node.name}_factor", weight),
         graph.add_constant(f"{node.name}_offset", (bias - mean * factor).astype(np.float32)),
     ]
-    graph.substitute(node, "Conv", inputs, group=len(factor), kernel_shape=[1, 1])
+    graph.substitute(node, "Conv", inputs, group=len(factor), kernel_shape=places)
 
 
 def _write_pool(graph: EditableGraph, node: ir.Node) -> None:

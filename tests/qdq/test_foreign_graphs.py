@@ -672,3 +672,14 @@ def test_padding_of_some_axes_is_padding_of_all(target, tmp_path):
     model = s.model(opset=18)
     written = quantized(model, tmp_path, target)
     assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25
+
+
+def test_batchnorm_of_a_sequence_is_int8_for_onnxruntime(tmp_path):
+    s = Sketch((3, 32))
+    w, v = s.floats("w", 8, 3, 3, scale=0.4), s.floats("v", 8, 8, 3, scale=0.2)
+    x = s.relu(s.op("Conv", ["input", w], "first", pads=[1, 1]))
+    x = norm(s, s.op("Add", [x, s.op("Conv", [x, v], "second", pads=[1, 1])], "sum"), "bn", 8)
+    s.head(s.relu(x), 8)
+    model = s.model()
+    written = quantized(model, tmp_path)
+    assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25

@@ -60,11 +60,11 @@ class CalibrationImages:
         bound: Iterable[str] = (),
         usual: tuple[float, float] | None = None,
     ) -> None:
-        self.fewest = fewest
         self.inputs = {v.name: v for v in graph.model.graph.input if v.name in graph.inputs}
         self.bound = list(bound)
         self.usual = usual
         self.fixed_batch = fixed_batch(graph)
+        self.fewest = max(fewest, 2 * (self.fixed_batch or 0))  # a batch to fit, one to judge
         self.stream = batches if callable(batches) else None
         self.batches: list[Feed] = []
         if callable(batches):

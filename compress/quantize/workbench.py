@@ -54,13 +54,18 @@ class Workbench:
         """Set images aside for judging; let the graph take any number of them."""
         image = next(iter(self.images.feeds(1, limit=1)))
         more = _MORE if sum(array.size for array in image.values()) <= _LARGE else 1
-        self.fitted, self.held_back = self.images.split(FITTED, max(HELD_BACK, more * JUDGED))
-        self.tried = first(self.fitted, more * TRIED)
+        batch = self.images.fixed_batch or 1
+        fitted, held_back, tried, judging = (
+            -(-count // batch) * batch
+            for count in (FITTED, max(HELD_BACK, more * JUDGED), more * TRIED, more * JUDGED)
+        )
+        self.fitted, self.held_back = self.images.split(fitted, held_back)
+        self.tried = first(self.fitted, tried)
         freed = with_free_batch(self.prepared, self.fitted)
         self.is_free = freed is not None
         self.prepared = freed or self.prepared
         self.judged = judged_tensors(self.prepared)
-        self.judging = first(self.held_back, more * JUDGED)
+        self.judging = first(self.held_back, judging)
         self.reference = answers(self.prepared, self.judging, names=self.judged)
 
     def ranges(self, statistics: Statistics | None = None, observer: str = "mse") -> QuantPlan:

@@ -683,3 +683,14 @@ def test_batchnorm_of_a_sequence_is_int8_for_onnxruntime(tmp_path):
     model = s.model()
     written = quantized(model, tmp_path)
     assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25
+
+
+def test_fewer_images_than_a_fixed_batch_is_a_sentence(tmp_path):
+    s, x = behind_a_layer()
+    s.head(x, 8)
+    model = s.model()
+    feed = images(model)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 32
+    onnx.save(model, tmp_path / "x.onnx")
+    with pytest.raises(QuantizationError, match="16 calibration images are too few.*64"):
+        compress.quantize_onnx(tmp_path / "x.onnx", [feed], tmp_path / "q.onnx")

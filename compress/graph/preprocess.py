@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx.inliner
 import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper
@@ -37,7 +36,7 @@ from compress.graph.values import (
     name_of,
     set_input,
 )
-from compress.graph.weightless import check_graph, infer_shapes
+from compress.graph.weightless import check_graph, infer_shapes, without_functions
 
 _INT8_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "ConvInteger", "MatMulInteger", "FakeQuantize"}
@@ -82,8 +81,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
         return prepared
     _refuse_quantized(prepared, where)
     files.free_negative_sizes(prepared.graph)
-    if prepared.functions:  # runtimes do not know the operators of others
-        prepared = onnx.inliner.inline_local_functions(prepared, convert_version=True)
+    prepared = without_functions(prepared)  # runtimes do not know the operators of others
     to_single(prepared)
     prepared.ir_version = max(prepared.ir_version, 8)  # before 4 all weights were inputs
     prepared = modern(prepared, where)
@@ -369,13 +367,8 @@ def modern(model: ModelProto, where: str) -> ModelProto:
     taken = {
         name for graph in graphs for node in graph.node for name in (*node.input, *node.output)
     }
-    read = {name for graph in graphs for node in graph.node for name in node.input}
-    read |= {output.name for graph in graphs for output in graph.output}
     for graph in graphs:
         _flatten_before_hardmax(graph, taken)
-        for node in graph.node:
-            if node.op_type == "BatchNormalization" and not read.intersection(node.output[1:]):
-                del node.output[1:]  # of training, which the converter refuses
     try:
         model = onnx.version_converter.convert_version(model, CONVERTED_OPSET)
     except Exception as error:  # noqa: BLE001 - the converter raises bare exceptions of many kinds

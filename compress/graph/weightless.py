@@ -7,6 +7,7 @@ from contextlib import suppress
 from functools import partial
 
 import onnx
+import onnx.inliner
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from compress.errors import QuantizationError, boundary
@@ -66,6 +67,14 @@ def check_rules(model: ModelProto, *, full: bool = False) -> None:
     onnx.checker.check_model(complete, full_check=full)
     for tensor in model.graph.initializer:
         _check_size(tensor)
+
+
+def without_functions(model: ModelProto) -> ModelProto:
+    """Return ``model``, which may be changed, with its own functions written out in its opset."""
+    if not model.functions:
+        return model
+    infer_shapes(model)  # a function of another opset is converted by the types that it gets
+    return onnx.inliner.inline_local_functions(model, convert_version=True)
 
 
 def _inferred(model: ModelProto) -> ModelProto:

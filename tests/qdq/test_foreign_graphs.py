@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import pytest
 from int8_graphs import Sketch, images, norm, run
+from onnx.reference import ReferenceEvaluator
 
 import compress
 from compress.errors import QuantizationError
@@ -602,23 +603,11 @@ def test_batchnorm_that_trains_is_no_part_of_a_layer():
     s, x = behind_a_layer()
     x = norm(s, x, "bn", 8)
     s.nodes[-1].attribute.append(onnx.helper.make_attribute("training_mode", 1))
+    s.nodes[-1].output.extend(["mean", "variance"])
     s.head(s.relu(x), 8)
     model = s.model()
     np.testing.assert_allclose(
         run(prepare(model), images(model))[0], run(model, images(model))[0], atol=1e-4
-    )
-
-
-def test_batchnorm_of_old_opsets_may_name_outputs_that_nobody_reads():
-    s, x = behind_a_layer()
-    x = norm(s, x, "bn", 8)
-    s.nodes[-1].output.extend(["mean", "variance", "saved_mean", "saved_variance"])
-    s.head(s.relu(x), 8)
-    model = s.model(opset=9)
-    prepared = prepare(model)
-    assert "BatchNormalization" not in {node.op_type for node in prepared.graph.node}
-    np.testing.assert_allclose(
-        run(prepared, images(model))[0], run(model, images(model))[0], atol=1e-4
     )
 
 
@@ -644,9 +633,9 @@ def test_a_function_of_another_opset_is_written_out():
         onnx.helper.make_function("own", "Mean", ["x"], ["y"], [inside], imports)
     )
     model.opset_import.append(onnx.helper.make_opsetid("own", 1))
-    np.testing.assert_allclose(
-        run(prepare(model), images(model))[0], run(model, images(model))[0], atol=1e-5
-    )
+    feed = images(model)
+    (want,) = ReferenceEvaluator(model).run(None, feed)  # ONNX Runtime refuses to run it
+    np.testing.assert_allclose(run(prepare(model), feed)[0], want, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-from onnx import inliner
 
 from compress.artifact import replacing
 from compress.errors import ModelError, UnknownNameError, boundary
 from compress.graph import files
 from compress.graph.values import EditableGraph
-from compress.graph.weightless import check_rules
+from compress.graph.weightless import check_rules, without_functions
 from compress.qdq.lint import activations, onnxruntime, openvino, placement, tensorrt, weights
 from compress.qdq.lint.patterns import Problem
 from compress.qdq.plan import TARGETS
@@ -197,9 +196,7 @@ def load_onnx(path: str | Path) -> onnx.ModelProto:
     model = files.load(path)
     with boundary(ModelError, INVALID, where=str(path), fix=FIX):
         check_rules(model)
-        if model.functions:
-            return inliner.inline_local_functions(model, convert_version=True)
-        return model
+        return without_functions(model)
 
 
 def save_onnx(model: onnx.ModelProto, path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import broadcast_along, default_scales, encode, scale_axis, write_qdq
 from compress.quantize.layerwise import QuantizedLayer, fewer, layers
-from compress.quantize.workbench import Workbench
+from compress.quantize.workbench import Workbench, first
 
 LARGEST_SUM = 2**15 - 1 - 255  # of two products, less what rounding of both codes may add
 _MARGIN = 1.1  # by which other images may exceed the largest activations of these
@@ -33,7 +33,10 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     names = {node.name: node.input[1] for node in graph.nodes if graph.weight(node)}
     written = write_qdq(bench.prepared, plan, float_bias=True)
     weights = dict(plan.weights)
-    for layer in layers(written, fewer(bench.prepared, bench.fitted), list(names)):
+    feed = fewer(bench.prepared, bench.fitted)
+    if not bench.is_free:
+        feed = first(feed, bench.images.fixed_batch or 1)
+    for layer in layers(written, feed, list(names)):
         name, largest = names[layer.node.name], largest_codes(layer)
         value = graph.constant(name)
         if value is not None and largest is not None:

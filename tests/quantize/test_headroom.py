@@ -137,3 +137,15 @@ def test_a_layer_that_reads_float_has_no_integers():
     }
     assert found["first"] is None
     assert found["second"].shape == (16,) and found["second"].max() > 200
+
+
+def test_a_graph_of_a_fixed_batch_is_asked_for_one():
+    s = Sketch((3, 8, 8))
+    sizes = s.constant("sizes", np.array([1, 3, 8, 8]))
+    x = s.op("Resize", ["input", "", "", sizes], "sized", mode="linear")
+    s.head(s.relu(s.conv(x, "conv", 3, 8)), 8)
+    model = s.model()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    bench = bench_of(model, target="openvino")
+    assert not bench.is_free
+    assert with_headroom(bench, bench.ranges()).activations

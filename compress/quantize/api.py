@@ -18,7 +18,7 @@ from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.quantize.blas import one_thread
 from compress.quantize.calibration import begin_below_zero, calibrate, observed_tensors
-from compress.quantize.confirm import Confirmation, confirmed
+from compress.quantize.confirm import Confirmation, check_prepared, confirmed
 from compress.quantize.equalization import scalable
 from compress.quantize.images import Batches, CalibrationImages
 from compress.quantize.nncf import plan_by_nncf
@@ -169,6 +169,8 @@ def quantize_targets(
             bound = set(GraphIndex(prepared).inputs) - set(graph.inputs)
             images = CalibrationImages(graph, batches, bound=bound, usual=usual_range(model))
             given = {name: to_array(graph.initializers[name]).copy() for name in bound}
+            few = next(images.feeds(images.fixed_batch or 2))
+            check_prepared(model, prepared, given | few)
             ranged = observed_tensors(planned, outs)
             scaled = scalable(graph, ranged, excluded) if method in EQUALIZING else ()
             statistics = calibrate(planned, images, targets=outs, by_channel=scaled)

@@ -25,7 +25,8 @@ from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.headroom import with_headroom
 from compress.quantize.images import Feed
 from compress.quantize.planning_graph import selects
-from compress.quantize.sqnr import answers_each, closeness, portions
+from compress.quantize.sessions import CannotRunError
+from compress.quantize.sqnr import answers, answers_each, closeness, portions, sqnr_each
 from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
 
@@ -35,6 +36,7 @@ _GAIN_DB = 1.0  # by which a remedy brings each output closer
 _FINE_DB = 40.0  # and above this no layer is at fault
 _FAINT_DB = 60.0  # noise so far down is not worth a word
 _SOUND_DB = 30.0  # what no remedy brings closer is handed over from here on, and said
+_SAME_DB = 20.0  # far below what half precision or another order of sums costs
 _FEW_VALUES = 32  # of an output for one image, below which all images are judged together
 WHY = "the runtime computes it wrongly in int8"
 
@@ -133,6 +135,32 @@ class Confirmation:
                 found.append([by_name[name] for name in names])
             session.close()
         return found
+
+
+def check_prepared(model: ModelProto, prepared: ModelProto, feed: Feed) -> None:
+    """Refuse a prepared graph that answers otherwise than the file that it was made of.
+
+    Opsets are converted there and layers folded; every later check takes its answers for true.
+    Nothing is said of files that ONNX Runtime cannot run, or that answer by chance.
+
+    Raises:
+        QuantizationError: an output is another.
+    """
+    names = Confirmation(prepared, feed, None).names
+    try:
+        want = answers(model, feed, names=names)
+    except CannotRunError:
+        return
+    found = sqnr_each(want, answers(prepared, feed, names=names))
+    other = {name: db for name, db in zip(names, found, strict=True) if db < _SAME_DB}
+    again = sqnr_each(want, answers(model, feed, names=names)) if other else []
+    if other and not any(db < _SAME_DB for db in again):
+        told = ", ".join(f"{name} has {db:.1f} dB" for name, db in other.items())
+        raise QuantizationError(
+            f"before anything is int8 the graph answers otherwise than the file: {told}",
+            expected="the same answers",
+            fix="Export the network again with a newer opset; this file is read wrongly",
+        )
 
 
 def confirmed(

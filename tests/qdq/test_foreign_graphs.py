@@ -601,7 +601,7 @@ def test_a_transposed_convolution_says_how_it_pads(rule, kernel):
 def test_batchnorm_that_trains_is_no_part_of_a_layer():
     """It takes mean and variance of the batch."""
     s, x = behind_a_layer()
-    x = norm(s, x, "bn", 8)
+    x = norm(s, s.conv(x, "third", 8, 8), "bn", 8)
     s.nodes[-1].attribute.append(onnx.helper.make_attribute("training_mode", 1))
     s.nodes[-1].output.extend(["mean", "variance"])
     s.head(s.relu(x), 8)
@@ -683,3 +683,20 @@ def test_fewer_images_than_a_fixed_batch_is_a_sentence(tmp_path):
     onnx.save(model, tmp_path / "x.onnx")
     with pytest.raises(QuantizationError, match="16 calibration images are too few.*64"):
         compress.quantize_onnx(tmp_path / "x.onnx", [feed], tmp_path / "q.onnx")
+
+
+def test_a_graph_that_answers_otherwise_than_its_file_is_refused(tmp_path, monkeypatch):
+    def wrongly(model):
+        prepared = prepare(model)
+        for tensor in prepared.graph.initializer:
+            value = onnx.numpy_helper.to_array(tensor)
+            if value.ndim == 4:
+                tensor.CopyFrom(onnx.numpy_helper.from_array(value[::-1].copy(), tensor.name))
+        return prepared
+
+    s, x = behind_a_layer()
+    s.head(x, 8)
+    monkeypatch.setattr("compress.quantize.api.prepare", wrongly)
+    with pytest.raises(QuantizationError, match="logits has .* dB"):
+        quantized(s.model(), tmp_path)
+    assert not (tmp_path / "q.onnx").exists()

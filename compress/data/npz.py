@@ -45,7 +45,7 @@ class Npz:
         path = locate(Path(self.root))
         with boundary(DataError, "is not a readable NumPy archive", where=str(path)):
             arrays = _read(path)
-            if len(arrays) == 1:
+            if len(arrays) == 1 and not _is_signal(arrays):
                 return self._unlabelled(path, *arrays.values())
             if not set(arrays).intersection(REQUIRED):
                 return _by_input(path, arrays)
@@ -98,6 +98,12 @@ class Npz:
                 expected="one label for each image, and at least one image",
             )
         return from_array(pixels, labels, size=self.image_size, channels=self.channels)
+
+
+def _is_signal(arrays: Mapping[str, NDArray[Any]]) -> bool:
+    """Return whether the only array of an archive is for an input that takes no pictures."""
+    ((name, only),) = arrays.items()
+    return bool(name) and only.ndim != 4 and np.issubdtype(only.dtype, np.floating)
 
 
 def _without_labels(

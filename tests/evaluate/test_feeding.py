@@ -327,6 +327,27 @@ def test_an_archive_feeds_each_input_by_its_name_whatever_their_order(tmp_path):
     np.testing.assert_array_equal(got, np.concatenate(flat, 1))
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 64), (2, 4, 8, 8)])
+def test_an_archive_feeds_the_only_input_where_that_takes_no_pictures(shape, tmp_path):
+    rows = np.random.default_rng(0).normal(0, 9, (8, *shape)).astype(np.float32)
+    made = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Flatten", ["signal"], ["y"])],
+            "g",
+            [helper.make_tensor_value_info("signal", TensorProto.FLOAT, ("n", *shape))],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        ),
+        opset_imports=[helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    onnx.save(made, tmp_path / "m.onnx")
+    np.savez(tmp_path / "signals.npz", signal=rows)
+    dataset = load_data(DataSettings(name="npz", root=str(tmp_path / "signals.npz")))
+    with open_session(tmp_path / "m.onnx") as session:
+        (got,) = Fed(session, dataset).run(dataset.splits["test"].take([0, 1]).numpy())
+    np.testing.assert_array_equal(got, rows[[3, 7]].reshape(2, -1))
+
+
 @pytest.mark.parametrize("names", [("low", "high"), ("low", "high", "state", "else")])
 def test_an_archive_with_other_names_than_the_inputs_is_refused(names, tmp_path):
     shapes = {"low": (4, 8, 8), "high": (6, 4, 4), "state": (5,), "else": (3,)}

@@ -361,7 +361,7 @@ def modern(model: ModelProto, where: str) -> ModelProto:
         QuantizationError: it is too old, or an operator cannot be converted.
     """
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
-    if opset >= OLDEST_OPSET:
+    if not 0 < opset < OLDEST_OPSET:  # 0: it has no standard operators
         return model
     graphs = list(_graphs(model.graph))
     taken = {

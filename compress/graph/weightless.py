@@ -44,6 +44,10 @@ def infer_shapes(model: ModelProto, where: str = "the ONNX graph") -> None:
     for field in ("node", "value_info", "output"):
         model.graph.ClearField(field)
         getattr(model.graph, field).extend(getattr(found.graph, field))
+    given = {value.name: value.type for value in model.graph.input}
+    for output in model.graph.output:
+        if output.name in given:  # it hands on what it gets
+            output.type.CopyFrom(given[output.name])
 
 
 def check_graph(model: ModelProto, where: str = "the ONNX graph", *, full: bool = False) -> None:

@@ -17,6 +17,7 @@ from compress.graph.model import (
     tail,
 )
 from compress.graph.rewrites import is_ambiguous
+from compress.graph.values import MOVING
 
 ELEMENTWISE = frozenset({"Add", "Mul"})
 _MOVES = SAME_SCALE | ACTIVATIONS | {"Concat"}  # hands its inputs' steps on
@@ -104,6 +105,12 @@ def _placed(graph: GraphIndex, target: str, refused: Mapping[str, str]) -> Place
         "tensorrt": _place_on_weighted,
     }
     rules[target](graph, placement, floating)
+    for node in graph.nodes:
+        if node.op_type in MOVING - SAME_SCALE and placement.readers.keys() >= {
+            node.input[0],
+            node.output[0],
+        }:
+            placement.scale_of.setdefault(node.output[0], node.input[0])
     return placement
 
 

@@ -700,3 +700,34 @@ def test_a_graph_that_answers_otherwise_than_its_file_is_refused(tmp_path, monke
     with pytest.raises(QuantizationError, match="logits has .* dB"):
         quantized(s.model(), tmp_path)
     assert not (tmp_path / "q.onnx").exists()
+
+
+def test_a_file_without_standard_operators_has_no_opset_to_convert():
+    node = onnx.helper.make_node("Scaler", ["x"], ["y"], domain="ai.onnx.ml")
+    ends = [onnx.helper.make_tensor_value_info(name, 1, ("n", 3)) for name in ("x", "y")]
+    graph = onnx.helper.make_graph([node], "g", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("ai.onnx.ml", 3)])
+    with pytest.raises(QuantizationError, match="nothing to quantize"):
+        prepare(model)
+
+
+@pytest.mark.parametrize("op", ["GlobalMaxPool", "Tile"])
+def test_what_only_moves_values_keeps_their_scale(op, tmp_path):
+    s, x = behind_a_layer()
+    more = [s.constant("times", np.array([1, 1, 1, 1]))] if op == "Tile" else []
+    x = s.op(op, [s.conv(x, "last", 8, 8), *more], "moved")
+    size = 8 if op == "GlobalMaxPool" else 512
+    flat = s.op("Flatten", [x], "flat")
+    s.op("Gemm", [flat, s.floats("fc", size, 10, scale=0.1)], "logits")
+    model = s.model()
+    written = quantized(model, tmp_path)
+    assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25
+
+
+def test_an_output_that_is_the_input_keeps_its_shape(tmp_path):
+    """The output says none: it is one value with the input."""
+    s, x = behind_a_layer()
+    s.head(x, 8)
+    model = s.model(["logits", "input"])
+    written = quantized(model, tmp_path)
+    assert sqnr_db(run(model, images(model))[:1], run(written, images(model))[:1]) > 25

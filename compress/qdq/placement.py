@@ -60,12 +60,18 @@ def place(
         refused |= dict.fromkeys(pools, "int8 kernels divide windows at the edge in other ways")
     if target == "onnxruntime":
         refused |= _behind_cubics(graph)
+        apart = [n for n in graph.nodes if n.op_type == "AveragePool" and _is_dilated(n)]
+        refused |= {n.name: "ONNX Runtime has no int8 kernel for dilated windows" for n in apart}
     while True:
         placement = _placed(graph, target, refused)
         half = _half_quantized(graph, placement)
         if not half - refused.keys():
             return placement
         refused |= dict.fromkeys(half, "only one of its two inputs would be quantized")
+
+
+def _is_dilated(node: NodeProto) -> bool:
+    return any(step != 1 for step in attribute(node, "dilations", ()))
 
 
 def _behind_cubics(graph: GraphIndex) -> dict[str, str]:

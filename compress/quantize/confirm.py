@@ -148,10 +148,10 @@ def check_prepared(model: ModelProto, prepared: ModelProto, feed: Feed) -> None:
     """
     names = Confirmation(prepared, feed, None).names
     try:
-        want = answers(model, feed, names=names)
+        want = answers(model, feed, names=names) if names else []
     except CannotRunError:
         return
-    found = sqnr_each(want, answers(prepared, feed, names=names))
+    found = sqnr_each(want, answers(prepared, feed, names=names)) if names else []
     other = {name: db for name, db in zip(names, found, strict=True) if db < _SAME_DB}
     again = sqnr_each(want, answers(model, feed, names=names)) if other else []
     if other and not any(db < _SAME_DB for db in again):

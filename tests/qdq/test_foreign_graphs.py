@@ -731,3 +731,13 @@ def test_an_output_that_is_the_input_keeps_its_shape(tmp_path):
     model = s.model(["logits", "input"])
     written = quantized(model, tmp_path)
     assert sqnr_db(run(model, images(model))[:1], run(written, images(model))[:1]) > 25
+
+
+def test_an_average_of_pixels_apart_stays_in_float_for_onnxruntime(tmp_path):
+    """Its int8 kernel knows no dilations."""
+    s, x = behind_a_layer()
+    pool = {"kernel_shape": [2, 2], "dilations": [2, 2], "strides": [1, 1]}
+    s.head(s.relu(s.conv(s.op("AveragePool", [x], "mean", **pool), "last", 8, 8)), 8)
+    model = s.model(opset=19)
+    written = quantized(model, tmp_path)
+    assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25

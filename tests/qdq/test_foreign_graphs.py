@@ -681,7 +681,7 @@ def test_fewer_images_than_a_fixed_batch_is_a_sentence(tmp_path):
     feed = images(model)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 32
     onnx.save(model, tmp_path / "x.onnx")
-    with pytest.raises(QuantizationError, match="16 calibration images are too few.*64"):
+    with pytest.raises(QuantizationError, match=r"16 calibration images are too few.*64"):
         compress.quantize_onnx(tmp_path / "x.onnx", [feed], tmp_path / "q.onnx")
 
 
@@ -697,7 +697,7 @@ def test_a_graph_that_answers_otherwise_than_its_file_is_refused(tmp_path, monke
     s, x = behind_a_layer()
     s.head(x, 8)
     monkeypatch.setattr("compress.quantize.api.prepare", wrongly)
-    with pytest.raises(QuantizationError, match="logits has .* dB"):
+    with pytest.raises(QuantizationError, match=r"logits has .* dB"):
         quantized(s.model(), tmp_path)
     assert not (tmp_path / "q.onnx").exists()
 

@@ -301,7 +301,8 @@ def test_openvino_is_right_on_any_processor(method, tmp_path):
     assert sqnr_db([found], run(written, feed, plain=True)) > 40
     assert compress.lint_onnx(tmp_path / "int8.onnx", target="openvino") == []
     said = any(note.startswith("weights ") for note in plan.notes)
-    assert bool(plan.weights) == said
+    searched = method != "plain"  # scales of weights, whether or not they leave headroom
+    assert bool(plan.weights) == (said or searched)
 
 
 def test_a_target_without_its_hardware_is_said_not_to_be_judged(tmp_path, monkeypatch):

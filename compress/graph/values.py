@@ -134,7 +134,7 @@ class EditableGraph:
         for node in self.of_type("QuantizeLinear"):  # its type may be another by now
             node.outputs[0].type = node.outputs[0].shape = None
         for value in self.body.initializers.values():  # what they are is written with their values
-            if not value.is_graph_input():
+            if not value.is_graph_input() and not value.is_graph_output():
                 value.type = value.shape = None
         return ir.to_proto(self.model)
 

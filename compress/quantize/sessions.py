@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from compress.errors import QuantizationError
 from compress.graph.weightless import is_large, skeleton
@@ -113,7 +113,13 @@ def session_of(
     if float_qdq:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     light, weights = _without_weights(model)
-    values = [ort.OrtValue.ortvalue_from_numpy(value) for value in weights.values()]
+    values = [
+        # numpy has no bfloat16 of its own: its bits are handed over
+        ort.OrtValue.ortvalue_from_numpy_with_onnx_type(value.view(np.uint16), TensorProto.BFLOAT16)
+        if value.dtype.name == "bfloat16"
+        else ort.OrtValue.ortvalue_from_numpy(value)
+        for value in weights.values()
+    ]
     options.add_external_initializers(list(weights), values)
     try:
         session = ort.InferenceSession(

@@ -183,16 +183,17 @@ def pruning_curves(content: dict[str, Any]) -> mpl.figure.Figure:
     """Top-1 before any training against the MACs kept, by network and arm."""
     points = content["points"]
     networks = list(dict.fromkeys(p["network"] for p in points))
+    arms = list(dict.fromkeys(p["arm"] for p in points if p["arm"] != "original"))
     figure, frames = pyplot.subplots(
         1, len(networks), figsize=(5.4 * len(networks), 4.6), sharey=True, squeeze=False
     )
     for axes, network in zip(frames[0], networks, strict=True):
         own = [p for p in points if p["network"] == network and "top1_pct" in p]
         whole = [(1.0, p["top1_pct"]) for p in own if p["arm"] == "original"]
-        for arm in dict.fromkeys(p["arm"] for p in points if p["arm"] != "original"):
+        for number, arm in enumerate(arms):
             dots = [(p["macs_kept"], p["top1_pct"]) for p in own if p["arm"] == arm]
             if dots:
-                axes.plot(*zip(*sorted(whole + dots), strict=True), label=arm, **_style(arm))
+                axes.plot(*zip(*sorted(whole + dots), strict=True), label=arm, **_style(arm, number))
         axes.set_title(network)
         axes.set_xlabel("MACs kept")
         axes.invert_xaxis()
@@ -204,15 +205,18 @@ def pruning_curves(content: dict[str, Any]) -> mpl.figure.Figure:
     return figure
 
 
-def _style(arm: str) -> dict[str, Any]:
+def _style(arm: str, number: int) -> dict[str, Any]:
+    """Return how a curve looks, the same for every network."""
     if arm == "obs":
         return {"color": OURS, "linewidth": 2.6, "marker": "o"}
+    if arm == "obs, blocks too":
+        return {"color": BLUE, "linewidth": 2.6, "marker": "D", "markersize": 4}
     if arm.startswith("torch-pruning"):
         dashed = "--" if "BatchNorm" in arm else "-"
         return {"color": PEER, "linestyle": dashed, "linewidth": 1.8, "marker": "s"}
     if "not refitted" in arm:
         return {"color": OURS, "linestyle": ":", "linewidth": 1.8, "marker": "o"}
-    return {"linewidth": 1.1, "marker": ".", "alpha": 0.85}
+    return {"color": f"C{number}", "linewidth": 1.1, "marker": ".", "alpha": 0.85}
 
 
 CHARTS: dict[str, Callable[[dict[str, Any]], mpl.figure.Figure]] = {

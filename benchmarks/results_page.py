@@ -193,7 +193,9 @@ def pruning_curves(content: dict[str, Any]) -> mpl.figure.Figure:
         for number, arm in enumerate(arms):
             dots = [(p["macs_kept"], p["top1_pct"]) for p in own if p["arm"] == arm]
             if dots:
-                axes.plot(*zip(*sorted(whole + dots), strict=True), label=arm, **_style(arm, number))
+                axes.plot(
+                    *zip(*sorted(whole + dots), strict=True), label=arm, **_style(arm, number)
+                )
         axes.set_title(network)
         axes.set_xlabel("MACs kept")
         axes.invert_xaxis()

@@ -59,7 +59,7 @@ def place(
         pools = [n.name for n in graph.nodes if n.op_type == "AveragePool" and is_ambiguous(n)]
         refused |= dict.fromkeys(pools, "int8 kernels divide windows at the edge in other ways")
     if target == "onnxruntime":
-        refused |= _behind_cubics(graph)
+        refused |= _behind_resizes(graph)
         apart = [n for n in graph.nodes if n.op_type == "AveragePool" and _is_dilated(n)]
         refused |= {n.name: "ONNX Runtime has no int8 kernel for dilated windows" for n in apart}
     while True:
@@ -74,15 +74,23 @@ def _is_dilated(node: NodeProto) -> bool:
     return any(step != 1 for step in attribute(node, "dilations", ()))
 
 
-def _behind_cubics(graph: GraphIndex) -> dict[str, str]:
-    """Return the nodes that read what a cubic Resize makes, and why they are left in float.
+def _is_never_int8(node: NodeProto) -> bool:
+    """Return whether ``node`` is a Resize that ONNX Runtime cannot do in int8.
 
-    ONNX Runtime removes the pairs around a Resize of any mode, and resizes bytes by no cubics: the
-    session ends with an error when it is made, or when it runs.
+    It resizes bytes by no cubics; and where int8 kernels move transposes through a Resize of some
+    axes, it takes their sizes for those of all.
     """
-    edge = [
-        n for n in graph.nodes if n.op_type == "Resize" and attribute(n, "mode", b"") == b"cubic"
-    ]
+    by_cubics = attribute(node, "mode", b"") == b"cubic"
+    return node.op_type == "Resize" and (by_cubics or attribute(node, "axes", None) is not None)
+
+
+def _behind_resizes(graph: GraphIndex) -> dict[str, str]:
+    """Return the nodes that read what such a Resize makes, and why they are left in float.
+
+    ONNX Runtime removes the pairs around a Resize of any mode: the session ends with an error when
+    it is made, or when it runs.
+    """
+    edge = [node for node in graph.nodes if _is_never_int8(node)]
     readers: set[str] = set()
     while edge:  # ONNX Runtime moves pairs back through what only moves values
         made = edge.pop().output
@@ -90,7 +98,7 @@ def _behind_cubics(graph: GraphIndex) -> dict[str, str]:
             if reader.name not in readers:
                 readers.add(reader.name)
                 edge += [reader] if reader.op_type in SAME_SCALE | ACTIVATIONS else []
-    return dict.fromkeys(readers, "ONNX Runtime cannot resize int8 by cubics, which it reads")
+    return dict.fromkeys(readers, "ONNX Runtime cannot resize int8 as what it reads")
 
 
 def _placed(graph: GraphIndex, target: str, refused: Mapping[str, str]) -> Placement:

@@ -769,3 +769,20 @@ def test_an_average_of_pixels_apart_stays_in_float_for_onnxruntime(tmp_path):
     model = s.model(opset=19)
     written = quantized(model, tmp_path)
     assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25
+
+
+@pytest.mark.parametrize("given", ["scales", "sizes"])
+def test_onnxruntime_runs_what_lies_around_a_resize_of_some_axes(given, tmp_path):
+    """Between int8 kernels it reads the sizes of some axes as those of all."""
+    s, x = behind_a_layer()
+    values = {"scales": np.float32([2, 2]), "sizes": np.array([12, 12])}[given]
+    more = (
+        ["", s.constant(given, values)]
+        if given == "scales"
+        else ["", "", s.constant(given, values)]
+    )
+    x = s.op("Resize", [x, *more], "larger", axes=[2, 3], mode="nearest")
+    s.head(s.relu(s.conv(x, "last", 8, 8)), 8)
+    model = s.model(opset=18)
+    written = quantized(model, tmp_path)
+    assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25

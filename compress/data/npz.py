@@ -164,7 +164,14 @@ def locate(path: Path) -> Path:
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
     check_zip(path)
-    archive = np.load(path, allow_pickle=False)
+    try:
+        archive = np.load(path, allow_pickle=False)
+    except ValueError:  # numpy's own words advise to load objects, which may run code
+        raise DataError(
+            "is not a readable NumPy archive: neither .npy nor .npz, or of Python objects",
+            where=str(path),
+            expected="arrays of numbers, as numpy.save and numpy.savez write them",
+        ) from None
     if isinstance(archive, np.ndarray):
         return {"": archive}
     with archive:

@@ -318,3 +318,10 @@ def test_an_evaluation_with_a_limit_is_of_all_classes(by_class):
     found = evaluate.of_task(run, data, "classification", limit=6)
     assert found.images == 6
     assert len({round(value, 4) for value in seen}) == 3
+
+
+def test_a_file_that_is_no_array_is_refused_without_the_advice_to_load_objects(tmp_path):
+    (tmp_path / "x.npy").write_text("x")
+    with pytest.raises(DataError, match=r"neither \.npy nor \.npz") as caught:
+        load_data(parse_reference(f"npz:{tmp_path / 'x.npy'}"))
+    assert "allow_pickle" not in str(caught.value)

@@ -16,11 +16,12 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -42,6 +43,16 @@ PACKAGES = {  # where the files of each kind lie
     "runtimes": "compress.runtimes",
     "data": "compress.data",
     "tasks": "compress.tasks",
+}
+_SPELLED = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+    tuple: "a list",
+    Sequence: "a list",
+    Mapping: "a mapping",
 }
 _HYPHENATED = {"runtimes", "data"}  # tensorrt-rtx, fashion-mnist: as their makers write them
 
@@ -124,26 +135,48 @@ def create(kind: str, reference: str | Mapping[str, Any], **supplied: Any) -> An
                 f"{KINDS[kind]} {name!r} has no option {key!r}{did_you_mean(key, known)}",
                 expected=f"one of: {', '.join(sorted(known)) or 'none'}",
             )
+    given = _typed(kind, name, given)
     values = {key: value for key, value in supplied.items() if key in known} | given
-    _check_lists(kind, name, given)
     try:
         return plugin_class(kind, name)(**values)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{KINDS[kind]} {name!r}: {error}") from None
 
 
-def _check_lists(kind: str, name: str, given: Mapping[str, Any]) -> None:
-    """Raise UsageError where an option that is a list is given something else."""
-    fields = (
-        {f.name: str(f.type) for f in dataclasses.fields(plugin_class(kind, name))} if given else {}
-    )
-    for key, value in given.items():
-        is_list = value is None or isinstance(value, list | tuple)
-        if fields[key].startswith(("tuple[", "Sequence[")) and not is_list:
+def _typed(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options as the types that the plug-in declares: 4 as 4.0, a list as a tuple.
+
+    Raises:
+        UsageError: one is of another type.
+    """
+    from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
+
+    config = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
+    typed = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in given.items()}
+    try:
+        hints = get_type_hints(plugin_class(kind, name)) if given else {}
+    except NameError:  # a user's own plug-in, of names that only a type checker imports
+        return typed
+    for key, value in typed.items():
+        try:
+            typed[key] = TypeAdapter(hints[key], config=config).validate_python(value)
+        except PydanticUserError:  # a user's own type
+            continue
+        except ValidationError:
             raise UsageError(
-                f"{KINDS[kind]} {name!r}: {key} is {value!r}",
-                expected=f"a list: [{value}, ...]",
-            )
+                f"{KINDS[kind]} {name!r}: {key} is {value!r}", expected=_spelled(hints[key])
+            ) from None
+    return typed
+
+
+def _spelled(hint: Any) -> str:
+    """Return what a type is called in YAML."""
+    origin, inner = get_origin(hint) or hint, get_args(hint)
+    if origin is Literal:
+        return ", ".join(map(str, inner))
+    if origin in (Union, UnionType):
+        return " or ".join(", ".join(map(_spelled, inner)).rsplit(", ", 1))
+    return _SPELLED.get(origin) or str(getattr(origin, "__name__", origin))
 
 
 def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

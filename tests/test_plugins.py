@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -74,6 +75,48 @@ def test_a_reference_with_two_names_is_refused():
 def test_an_option_that_is_a_list_is_given_one(value: object) -> None:
     with pytest.raises(UsageError, match=rf"'masks': classes is {value!r}. Expected a list"):
         plugins.create("data", {"masks": {"root": "x", "classes": value}})
+
+
+@pytest.mark.parametrize(("kind", "name"), ALL, ids="/".join)
+def test_an_option_of_another_type_is_refused(kind, name):
+    hints = get_type_hints(plugins.plugin_class(kind, name))
+    for option in plugins.options(kind, name):
+        if hints[option] is not Any:
+            with pytest.raises(UsageError, match=rf"{name!r}: {option} is <object.*Expected \w"):
+                plugins.create(kind, {name: {option: object()}})
+
+
+def test_what_an_option_should_be_is_said_in_words():
+    for option, value, words in (
+        ("temperature", "hot", "a number"),
+        ("standardize", [1], "true or false"),
+    ):
+        with pytest.raises(UsageError, match=f"{option} is .*Expected {words}"):
+            plugins.create("losses", {"kd": {option: value}})
+    with pytest.raises(UsageError, match=r"ignore is \[11\]. Expected a whole number or null"):
+        plugins.create("tasks", {"segmentation": {"ignore": [11]}})
+    with pytest.raises(UsageError, match=r"resize is 'fit'. Expected .*letterbox or null"):
+        plugins.create("data", {"masks": {"root": "x", "resize": "fit"}})
+
+
+def test_an_option_is_given_as_its_type(tmp_path):
+    given = {"root": tmp_path, "image_size": [8, 9], "channels": 3.0}
+    made = plugins.create("data", {"masks": given})
+    assert (made.root, made.image_size, made.channels) == (str(tmp_path), (8, 9), 3)
+
+
+def test_types_that_nothing_checks_are_left_alone(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n"
+        "    from elsewhere import Thing\n"
+        "@dataclass\n"
+        "class Own:\n"
+        "    part: Thing = 1\n"
+    )
+    assert plugins.create("losses", {f"{tmp_path / 'own.py'}:Own": {"part": "x"}}).part == "x"
 
 
 def test_what_a_file_adds_to_the_search_path_serves_its_functions_later(tmp_path, monkeypatch):

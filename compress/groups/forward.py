@@ -8,6 +8,7 @@ import linecache
 import os
 import sys
 import types
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,8 +230,8 @@ def _shapes_computed_anew() -> Iterator[None]:
 def attributes_restored(model: nn.Module) -> Iterator[None]:
     """Undo, afterwards, what happens to attributes of modules: tags, and caches of a forward."""
 
-    def shallow(value: Any) -> Any:  # the module's buffers are in a container
-        return value.copy() if type(value) in {dict, list, set} and value else value
+    def shallow(value: Any) -> Any:  # the module's buffers and hooks are in containers
+        return value.copy() if type(value) in {dict, OrderedDict, list, set} else value
 
     before = [
         (module, {name: shallow(value) for name, value in module.__dict__.items()})

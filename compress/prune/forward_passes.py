@@ -29,7 +29,7 @@ class EnoughSeen(Exception):  # noqa: N818 - not an error: it ends a forward pas
 
 
 class Sums(WatchedOps):
-    """Shows every sum of two tensors: its number and both operands, before it is done."""
+    """Shows every sum of two tensors of one rank, before it is done: its number and operands."""
 
     def __init__(self, show: Callable[[int, tuple[Tensor, Tensor]], None]) -> None:
         super().__init__()
@@ -44,7 +44,8 @@ class Sums(WatchedOps):
         """Run one op."""
         if op_name(func) == "add" and not kwargs:
             operands = tuple(each for each in args if isinstance(each, Tensor))
-            if len(operands) == 2:
+            # Not of a bias: a linear layer may add it apart for one image, and not for several.
+            if len(operands) == 2 and operands[0].ndim == operands[1].ndim:
                 self._show(self.done, operands)
                 self.done += 1
         return func(*args, **kwargs)

@@ -27,8 +27,9 @@ _FIX = "Pass loss=, a function of outputs and targets, or use a criterion withou
 class FittingLoss:
     """The loss that the first batch asks for, of all batches.
 
-    Whole numbers are classes (B,) or maps of classes (B, H, W): cross-entropy. Numbers of the
-    output's shape are probabilities over the classes where they add up to one (cross-entropy),
+    Whole numbers are classes (B,) or maps of classes (B, H, W): cross-entropy, of logits resized to
+    the map where they are smaller, as a segmentation network's often are. Numbers of the output's
+    shape are probabilities over the classes where they add up to one (cross-entropy),
     independent labels where all are 0 or 1 (binary cross-entropy of logits), and values to predict
     (squared error) where they leave [0, 1] or are maps. Others could be two of these: they are
     refused.
@@ -101,9 +102,9 @@ def _kind(logits: Tensor, target: Tensor) -> Kind:
             return "binary cross-entropy"
         used = target[target != _IGNORED]
         fits = not used.numel() or int(used.max()) < classes
-        shape = tuple(target.shape[1:])  # of one image's labels; (B, 1, H, W) has one channel
-        shape = shape[1:] if len(shape) in (1, 3) and shape[0] == 1 else shape
-        if classes > 1 and fits and shape == (*logits.shape[2:],):
+        shape, size = _without_channel(target).shape[1:], logits.shape[2:]
+        are_maps = len(shape) == len(size) == 2 and min(size) > 1
+        if classes > 1 and fits and (shape == size or are_maps):
             return "cross-entropy"
         raise DataError(
             f"the network's output {tuple(logits.shape)} does not fit labels "
@@ -134,10 +135,16 @@ def _kind(logits: Tensor, target: Tensor) -> Kind:
     )
 
 
+def _without_channel(labels: Tensor) -> Tensor:
+    """Return (B, 1) labels or (B, 1, H, W) maps of them as (B,) or (B, H, W)."""
+    return labels[:, 0] if labels.ndim in (2, 4) and labels.shape[1] == 1 else labels
+
+
 def _computed(kind: Kind, logits: Tensor, target: Tensor) -> Tensor:
     if kind == "cross-entropy":
-        shape = (len(logits), *logits.shape[2:])
-        labels = target.reshape(shape).long()
+        labels = _without_channel(target).long()
+        if labels.shape[1:] != logits.shape[2:]:
+            logits = F.interpolate(logits.float(), labels.shape[1:], mode="bilinear")
         ignored = _IGNORED if logits.shape[1] <= _IGNORED else -100
         return F.cross_entropy(logits, torch.where(labels == ignored, -100, labels))
     target = target.reshape(logits.shape).to(logits.dtype)

@@ -52,7 +52,7 @@ def scores(
     """
     name, needs = criterion_name(criterion), getattr(criterion, "needs", ())
     wanted = cast("tuple[Need, ...]", (needs,) if isinstance(needs, str) else needs)
-    if loss is not None and not {*LABELLED} & {*wanted}:
+    if loss is not None and not takes_targets(criterion):
         raise UsageError(
             f"criterion {name!r} takes no gradients of a loss, but loss= is given",
             fix="Leave loss out, or use taylor or hessian",
@@ -92,6 +92,12 @@ def scores(
             fix=f"Give trained weights{because if wanted else ', or use the criterion random'}",
         )
     return rows
+
+
+def takes_targets(criterion: Criterion | type[Any]) -> bool:
+    """Return whether a criterion, or one of this class, takes gradients of a loss of targets."""
+    needs = getattr(criterion, "needs", ())
+    return not {*LABELLED}.isdisjoint((needs,) if isinstance(needs, str) else needs)
 
 
 def _finite(found: Tensor, group: Group) -> Floats:

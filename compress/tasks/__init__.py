@@ -209,6 +209,21 @@ class Task(abc.ABC):
         return None
 
 
+class OutputTask(Task):
+    """A task whose loss is of outputs and targets alone, so that criteria can take its gradients.
+
+    Has ``output_loss`` in place of ``loss``.
+    """
+
+    @abc.abstractmethod
+    def output_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of what a network returns for a batch, a scalar."""
+
+    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+        """Return the training loss of a batch, a scalar."""
+        return self.output_loss(model(images), targets)
+
+
 def arrays_told(arrays: Mapping[str, Any]) -> list[Row]:
     """Return shape and range of each array, (nothing,) of an empty one."""
     found = {name: np.asarray(value) for name, value in arrays.items()}

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compress.modules.outputs import logits_of
@@ -17,10 +17,10 @@ from compress.tasks import (
     Contribution,
     Form,
     Kind,
+    OutputTask,
     Prediction,
     Row,
     Target,
-    Task,
     arrays_told,
     main_output,
 )
@@ -29,7 +29,7 @@ NEAREST = 5  # images that are told of each
 
 
 @dataclass(frozen=True)
-class Embedding(Task):
+class Embedding(OutputTask):
     """A vector for each image, near those of its own class: recall at k, verification accuracy.
 
     Recall: images whose ``k`` nearest others by cosine hold one of their own class; images alone
@@ -57,9 +57,9 @@ class Embedding(Task):
         kinds = {**self.kinds, "recall_at_k": Kind(title=f"recall at {self.k}")}
         object.__setattr__(self, "kinds", kinds)
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+    def output_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the supervised contrastive loss of a batch, a scalar."""
-        vectors = F.normalize(logits_of(model(images)).float(), dim=1)
+        vectors = F.normalize(logits_of(outputs).float(), dim=1)
         cosines = vectors @ vectors.T / self.temperature
         itself = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)
         logs = cosines.masked_fill(itself, float("-inf")).log_softmax(1).masked_fill(itself, 0.0)

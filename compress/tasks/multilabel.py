@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import EngineError
@@ -17,10 +17,10 @@ from compress.tasks import (
     Contribution,
     Form,
     Kind,
+    OutputTask,
     Prediction,
     Row,
     Target,
-    Task,
     main_output,
 )
 from compress.tasks._drawing import captioned
@@ -28,7 +28,7 @@ from compress.tasks._metrics import average_precision, mean_over
 
 
 @dataclass(frozen=True)
-class Multilabel(Task):
+class Multilabel(OutputTask):
     """Several classes for each image: mean average precision over classes, micro F1.
 
     Targets are rows of zeros and ones, (B, K); a class counts as present above ``threshold``.
@@ -43,9 +43,9 @@ class Multilabel(Task):
     target: ClassVar[str] = "classes"
     form: ClassVar[Form] = "several classes"
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+    def output_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the mean binary cross-entropy of logits (B, K), a scalar."""
-        logits = logits_of(model(images)).float()
+        logits = logits_of(outputs).float()
         return F.binary_cross_entropy_with_logits(logits, targets.float())
 
     def predict(self, outputs: Mapping[str, Any]) -> list[Prediction]:

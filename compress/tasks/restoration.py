@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compress.errors import DataError
@@ -17,9 +17,9 @@ from compress.modules.outputs import logits_of
 from compress.tasks import (
     Form,
     Kind,
+    OutputTask,
     Prediction,
     Target,
-    Task,
     channels_first,
     main_output,
     numeric,
@@ -30,7 +30,7 @@ LARGEST_PSNR_DB = 100.0  # of two equal images, where the ratio is infinite
 
 
 @dataclass(frozen=True)
-class Restoration(Task):
+class Restoration(OutputTask):
     """An image from an image (super-resolution, denoising, generators): PSNR and SSIM.
 
     Images are compared in [0, ``peak``], RGB, without cutting borders.
@@ -50,9 +50,9 @@ class Restoration(Task):
     target: ClassVar[str] = "image"
     form: ClassVar[Form] = "image"
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+    def output_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the mean distance to the wanted images (B, C, H, W), a scalar."""
-        output = logits_of(model(images)).float()
+        output = logits_of(outputs).float()
         distance = F.l1_loss if self.criterion == "l1" else F.mse_loss
         return distance(output, targets.float())
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from compress.data._pictures import Fit
@@ -19,10 +19,10 @@ from compress.tasks import (
     Contribution,
     Form,
     Kind,
+    OutputTask,
     Prediction,
     Row,
     Target,
-    Task,
     channels_first,
     main_output,
 )
@@ -35,7 +35,7 @@ AUXILIARY_WEIGHT = 0.5  # of the second head that torchvision's segmentation net
 
 
 @dataclass(frozen=True)
-class Segmentation(Task):
+class Segmentation(OutputTask):
     """One class for each pixel: mean intersection over union, pixel accuracy.
 
     Intersections and unions are summed over all images before they are divided, then averaged over
@@ -57,7 +57,7 @@ class Segmentation(Task):
     target: ClassVar[str] = "mask"
     form: ClassVar[Form] = "class map"
 
-    def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
+    def output_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the mean cross-entropy over pixels, a scalar; targets (B, H, W) classes.
 
         Every head is trained: outputs with as many channels as the main one, like "out" and "aux"
@@ -66,7 +66,7 @@ class Segmentation(Task):
         Raises:
             UsageError: no output has four dimensions.
         """
-        found = named_tensors(model(images))
+        found = named_tensors(outputs)
         maps = {place: t for place, t in found if t.ndim == 4 and t.is_floating_point()}
         if not maps:
             shapes = ", ".join(str(tuple(tensor.shape)) for _, tensor in found)

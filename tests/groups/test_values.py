@@ -74,6 +74,40 @@ def test_hooks_of_the_user_see_values_and_no_meta_tensors() -> None:
     handle.remove()
 
 
+class Capturing(nn.Module):
+    """Hangs hooks on its layers when it first runs, and reads what they note: transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3)])
+        self.heads = nn.ModuleList([nn.Conv2d(8, 4, 1), nn.Conv2d(12, 4, 1)])
+        self.is_watched = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_watched:
+            for stage in self.stages:
+                stage.register_forward_hook(lambda _layer, _given, answer: SEEN.append(answer))
+            self.is_watched = True
+        SEEN.clear()
+        for stage in self.stages:
+            x = stage(x)
+        return sum(head(seen).mean((2, 3)) for head, seen in zip(self.heads, SEEN, strict=False))
+
+
+SEEN: list[Tensor] = []
+
+
+@pytest.mark.parametrize("has_run", [False, True])
+def test_hooks_that_a_network_hangs_on_its_layers_hang_there_once(has_run: bool) -> None:
+    model, image = Capturing().eval(), torch.rand(1, 3, 8, 8)
+    if has_run:
+        model(image)
+    network = trace(model, image)
+    assert sorted(group.size for group in network.groups) == [8, 12]
+    plan = plan_pruning(model, image, criterion="l2", keep_macs=0.6)
+    assert prove(model.double(), plan, image.double()) < 1e-12
+
+
 def test_a_hook_that_changes_channels_is_part_of_the_network() -> None:
     model, image = zoo.build("Plain"), torch.randn(2, 3, 16, 16)
     model.stem.register_forward_hook(lambda module, args, output: output.flip(1))

@@ -276,19 +276,27 @@ def test_reductions_over_layers(how: str, expected: list[float]) -> None:
     [
         ("talyor", "no such criterion 'talyor'. Did you mean 'taylor'?"),
         ({"taylor": {"powr": 1}}, "criterion 'taylor' has no option 'powr'. Did you mean 'power'?"),
-        ({"taylor": {"power": "cube"}}, "power must be square or magnitude, not 'cube'"),
+        ({"taylor": {"power": "cube"}}, "power is 'cube'. Expected square, magnitude"),
         ({"taylor": {"images_per_gradient": 0}}, "images_per_gradient must be at least 1"),
         ({"fisher": {"temperature": 0}}, "temperature must be above 0"),
         ({"fisher": {"images_per_gradient": 0}}, "images_per_gradient must be at least 1"),
-        ({"activation": {"statistic": "median"}}, "statistic must be mean_abs, nonzero or contr"),
-        ({"l2": {"weights": "rows"}}, "weights must be filters, columns or both, not 'rows'"),
-        ({"l2": {"reduce": "median"}}, "reduce must be mean, sum, max, min or product"),
+        (
+            {"activation": {"statistic": "median"}},
+            "statistic is 'median'. Expected mean_abs, nonz",
+        ),
+        ({"l2": {"weights": "rows"}}, "weights is 'rows'. Expected filters, columns, both"),
+        ({"l2": {"reduce": "median"}}, "reduce is 'median'. Expected mean, sum, max, min, product"),
     ],
 )
 def test_bad_references_say_what_is_wrong(reference: object, message: str) -> None:
     with pytest.raises((UnknownNameError, UsageError)) as caught:
         plugins.create("criteria", reference)  # type: ignore[arg-type]
     assert message in str(caught.value)
+
+
+def test_a_criterion_made_by_hand_knows_its_choices() -> None:
+    with pytest.raises(ValueError, match="power must be square or magnitude, not 'cube'"):
+        plugins.plugin_class("criteria", "taylor")(power="cube")
 
 
 def test_depthwise_filters_are_read_along_their_own_dimension() -> None:

@@ -41,6 +41,11 @@ FITTING: dict[str, tuple[Tensor, Tensor, Tensor]] = {  # output, target, expecte
         PIXELS.masked_fill(PIXELS == 3, 255),
         F.cross_entropy(MAPS, PIXELS, ignore_index=3),
     ),
+    "maps smaller than the classes": (
+        MAPS[:, :, ::4, ::2],
+        PIXELS,
+        F.cross_entropy(F.interpolate(MAPS[:, :, ::4, ::2], (8, 8), mode="bilinear"), PIXELS),
+    ),
     "probabilities": (ROWS, ROWS.softmax(1), F.cross_entropy(ROWS, ROWS.softmax(1))),
     "one hot": (ROWS, F.one_hot(CLASSES, 4).float(), F.cross_entropy(ROWS, CLASSES)),
     "labels": (ROWS, BITS, binary(ROWS, BITS)),

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress import prune
+from compress import plugins, prune
 from compress.groups import trace
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning, prove
@@ -18,8 +18,10 @@ from compress.modules.objective import TaskLoss
 from compress.modules.outputs import returned
 from compress.pipeline.context import RunContext, RunVariant, StageResult, save_stage
 from compress.prune import sparsity
+from compress.prune.saliency import takes_targets
 from compress.recipe.settings import PruneSettings, SparsifySettings, TrainSettings
 from compress.report import schema
+from compress.tasks import OutputTask
 from compress.train import CrossEntropy, shown_batches
 
 
@@ -149,7 +151,11 @@ def _reading(context: RunContext, model: nn.Module, settings: PruneSettings) -> 
     outputs = settings.outputs
     if outputs is None:
         outputs = context.task.counted_outputs(returned(model, context.dataset.example))
-    return {"outputs": outputs, "answers": context.task.answers}
+    found: dict[str, Any] = {"outputs": outputs, "answers": context.task.answers}
+    criterion = plugins.plugin_class("criteria", plugins.parse("criteria", settings.criterion)[0])
+    if isinstance(context.task, OutputTask) and takes_targets(criterion):
+        found["loss"] = context.task.output_loss
+    return found
 
 
 def _train_sparse(

@@ -208,20 +208,16 @@ def _paired_stages(student: Survey, teacher: Survey, *, enlarged: bool) -> tuple
     return tuple(_pair(a, b) for a, b in chosen)
 
 
-def _names(layers: object, loss: str) -> list[tuple[str, str]]:
+def _names(layers: Sequence[str] | Mapping[str, str], loss: str) -> list[tuple[str, str]]:
     """Return the names of student and teacher layers, as a recipe writes them, pair by pair."""
-    pairs: list[tuple[Any, Any]] = []
-    if isinstance(layers, Mapping):
-        pairs = list(layers.items())
-    elif isinstance(layers, Sequence) and not isinstance(layers, str):
-        pairs = [(name, name) for name in layers]
-    if not pairs or not all(isinstance(name, str) for pair in pairs for name in pair):
+    pairs = dict(layers) if isinstance(layers, Mapping) else {name: name for name in layers}
+    if not pairs:
         raise TrainingError(
             f"layers: {layers!r} names no layers",
             where=f"loss {loss!r}",
             expected='"auto", a list of names, or {student: teacher}',
         )
-    return pairs
+    return list(pairs.items())
 
 
 def _find(features: Sequence[Feature], name: str, place: str) -> Feature:

@@ -127,6 +127,22 @@ def create(kind: str, reference: str | Mapping[str, Any], **supplied: Any) -> An
         UnknownNameError: there is no such plug-in.
         UsageError: it has no such option, or refuses the value of one.
     """
+    name, given = read_reference(kind, reference)
+    known = options(kind, name)
+    values = {key: value for key, value in supplied.items() if key in known} | given
+    try:
+        return plugin_class(kind, name)(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{KINDS[kind]} {name!r}: {error}") from None
+
+
+def read_reference(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return a name and its options as the types that the plug-in declares: a list as a tuple.
+
+    Raises:
+        UnknownNameError: there is no such plug-in.
+        UsageError: it has no such option, or one is of another type.
+    """
     name, given = parse(kind, reference)
     known = options(kind, name)
     for key in given:
@@ -135,20 +151,10 @@ def create(kind: str, reference: str | Mapping[str, Any], **supplied: Any) -> An
                 f"{KINDS[kind]} {name!r} has no option {key!r}{did_you_mean(key, known)}",
                 expected=f"one of: {', '.join(sorted(known)) or 'none'}",
             )
-    given = _typed(kind, name, given)
-    values = {key: value for key, value in supplied.items() if key in known} | given
-    try:
-        return plugin_class(kind, name)(**values)
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{KINDS[kind]} {name!r}: {error}") from None
+    return name, _typed(kind, name, given)
 
 
 def _typed(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return options as the types that the plug-in declares: 4 as 4.0, a list as a tuple.
-
-    Raises:
-        UsageError: one is of another type.
-    """
     from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
     config = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)

@@ -241,8 +241,7 @@ def quantize(
     settings = present(given, "method", "samples", "max_drop", "exclude")
     settings |= chosen_plugins(given, "observer")
     if qat_epochs:
-        qat = {"epochs": qat_epochs, "lr": 1e-3}
-        settings["qat"] = qat | present(given, "batch_size")
+        settings["qat"] = {"epochs": qat_epochs} | present(given, "batch_size")
     targets = [int8_target(name) for name in target or [DEFAULT_RUNTIME]]
     run_stages("quantize", given, [{"quantize": settings}], targets)
 

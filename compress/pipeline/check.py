@@ -21,6 +21,7 @@ from compress.recipe.loading import PLUGIN_KEYS
 from compress.recipe.settings import Recipe, Stage, Target
 from compress.runtimes import open_session, runtime_class, unavailable
 from compress.tasks import Task
+from compress.train.distill.objective import loss_of
 from compress.train.optimizers import check_layer
 
 LAYER_KEYS = ("freeze_until", "layer_lr", "exclude")  # settings that name layers of the network
@@ -71,13 +72,18 @@ def _refuse(problems: Sequence[str], where: str) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _complaint("model.name", partial(_check_model, recipe.model.name))
     yield from _missing_weights("model.weights", recipe.model.weights)
+    images = {recipe.data.name: recipe.data.options}
+    yield from _complaint("data.options", partial(plugins.read_reference, "data", images))
+    if recipe.task is not None:
+        yield from _complaint("task", partial(plugins.read_reference, "tasks", recipe.task))
     for place, stage in recipe.placed_stages():
         yield from _stage_problems(recipe, stage, place)
         for key, kind in PLUGIN_KEYS.items():
             given = getattr(stage.settings, key, None)
+            create = loss_of if kind == "losses" else partial(plugins.create, kind)
             for each in given if isinstance(given, tuple) else [given]:
                 if each is not None:
-                    yield from _complaint(f"{place}.{key}", partial(plugins.create, kind, each))
+                    yield from _complaint(f"{place}.{key}", partial(create, each))
     if recipe.measure.explain_images and not is_installed("captum"):
         need = partial(require, "captum", extra="explain", purpose="attribution")
         yield from _complaint("measure.explain_images", need)

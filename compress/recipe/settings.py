@@ -204,6 +204,17 @@ class TrainSettings(Settings):
     )
 
 
+class QatSettings(TrainSettings):
+    """Quantization-aware training, for which weights move little: what rounding did."""
+
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_training(cls, given: Any) -> Any:
+        return given.model_dump(exclude_unset=True) if isinstance(given, TrainSettings) else given
+
+
 class DistillSettings(TrainSettings):
     """Training towards a teacher."""
 
@@ -322,7 +333,7 @@ class QuantizeSettings(Settings):
     max_drop: float | None = Field(
         None, ge=0, description="Largest loss of the task's primary metric, in its unit"
     )
-    qat: TrainSettings | None = Field(None, description="Quantization-aware training, if given")
+    qat: QatSettings | None = Field(None, description="Quantization-aware training, if given")
     learned_scales: bool = Field(False, description="LSQ: train the scales in qat as well")
     exclude: tuple[str, ...] = Field((), description="ONNX nodes that stay in float")
 

@@ -226,3 +226,24 @@ def test_a_network_that_no_free_batch_suits_runs_with_one_image_at_a_time(here):
         assert all(result.top1_pct is not None for result in variant.results)
     (told,) = [line for line in report.cautions if "one image at a time" in line]
     assert "another batch cannot be exported" in told
+
+
+def test_check_takes_weights_of_losses_and_looks_at_options_of_data_and_task(here, compress):
+    losses = [{"kd": {"weight": 0.5}}, {"hint": {"weight": 2}}]
+    recipe = content("net.py:net", {"distill": {"losses": losses, "epochs": 1}})
+    Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    assert compress("check", "r.yaml", "--trust")[0] == 0
+    recipe["stages"][0]["distill"]["losses"] = [{"kd": {"weight": -1}}]
+    recipe |= {
+        "data": {"name": "digits", "options": {"sead": 1}},
+        "task": {"segmentation": {"ignore": "x"}},
+    }
+    Path("r.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = compress("check", "r.yaml", "--trust")
+    assert code == 2
+    for told in (
+        "data.options: kind of data 'digits' has no option 'sead'",
+        "task: task 'segmentation': ignore is 'x'. Expected a whole number or null",
+        "stages[0].distill.losses: loss 'kd': weight -1",
+    ):
+        assert told in err

@@ -230,3 +230,10 @@ def test_an_array_file_needs_no_kind_of_data(file: str):
     of = settings.data_reference
     assert of(file) == of(f"npz:{file}") == {"name": "npz", "root": file}
     assert of("cifar10:cifar10.npz") == {"name": "cifar10", "root": "cifar10.npz"}
+
+
+def test_int8_training_has_a_small_learning_rate_of_its_own():
+    """That of training from scratch, 0.05, ruins a network whose BatchNorms are folded."""
+    assert settings.QuantizeSettings(qat={"epochs": 2}).qat.lr == 1e-3
+    assert settings.QuantizeSettings(qat=settings.TrainSettings(epochs=2)).qat.lr == 1e-3
+    assert settings.QuantizeSettings(qat=settings.TrainSettings(lr=0.01)).qat.lr == 0.01

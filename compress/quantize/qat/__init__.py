@@ -11,7 +11,7 @@ from compress.data import Dataset
 from compress.qdq import QuantPlan, prepare
 from compress.quantize.qat.network import OnnxNetwork
 from compress.quantize.qat.simulation import SimulatedNetwork
-from compress.recipe.settings import DistillSettings, QuantizeSettings, TrainSettings
+from compress.recipe.settings import DistillSettings, QatSettings, QuantizeSettings
 from compress.tasks import Task
 from compress.train import TrainResult, train
 from compress.train.distill import build_objective
@@ -51,8 +51,8 @@ def train_quantized(
         model: The fp32 graph that ``plan`` was made for. Not modified.
         plan: Where training begins. Layers that it leaves in float stay float.
         dataset: Trained on "train", watched on "validation".
-        settings: ``qat`` says how to train (a learning rate of 1e-3 is enough; one epoch at the
-            defaults if absent), ``learned_scales`` whether the scales are trained as well (LSQ).
+        settings: ``qat`` says how to train (one epoch at the defaults if absent),
+            ``learned_scales`` whether the scales are trained as well (LSQ).
         folder: For checkpoints.
         seed: Of the training.
         task: What the network is for; one class an image if absent.
@@ -61,7 +61,7 @@ def train_quantized(
         QuantizationError: the plan does not fit, or an operator of the graph cannot be trained.
         TrainingError: as in ``train``.
     """
-    loop = settings.qat or TrainSettings(lr=1e-3)
+    loop = settings.qat or QatSettings()
     network = SimulatedNetwork(model, plan, learned_scales=settings.learned_scales)
     known = ("kd",) if task is None or task.tells_classes else losses_on_outputs(task)
     hard = 1.0 if task is None or task.loss_reads_outputs else 0.0

@@ -53,17 +53,10 @@ def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: b
         TrainingError: it compares features, and there are none to be had or to be paired.
         UsageError: its weight is no number of at least 0, or it refuses an option.
     """
-    name, options = plugins.parse("losses", reference)
-    weight = options.pop("weight", None)
-    loss = plugins.create("losses", {name: options})
-    weight = type(loss).weight if weight is None else weight
-    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
-        raise UsageError(
-            f"weight {weight!r}", where=f"loss {name!r}", expected="a number of at least 0"
-        )
+    name, loss, weight = loss_of(reference)
     needs: Needs = getattr(loss, "needs", "logits")
     if needs == "logits":
-        return Term(name, loss, float(weight))
+        return Term(name, loss, weight)
     if compiled:
         raise TrainingError(
             "it compares features, and hooks do not reach into a compiled network",
@@ -78,7 +71,24 @@ def term_of(reference: Plugin, student: Survey, teacher: Teacher, *, compiled: b
             fix="Or give the teacher as a network: --teacher MODEL with --weights",
         )
     pairs = pair_layers(student, teacher.survey, loss.layers, needs, name)
-    return Term(name, loss, float(weight), pairs)
+    return Term(name, loss, weight, pairs)
+
+
+def loss_of(reference: Plugin) -> tuple[str, Any, float]:
+    """Return the name of a loss, the loss, and its weight in the sum.
+
+    Raises:
+        UsageError: its weight is no number of at least 0, or it refuses an option.
+    """
+    name, options = plugins.parse("losses", reference)
+    weight = options.pop("weight", None)
+    loss = plugins.create("losses", {name: options})
+    weight = type(loss).weight if weight is None else weight
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
+        raise UsageError(
+            f"weight {weight!r}", where=f"loss {name!r}", expected="a number of at least 0"
+        )
+    return name, loss, float(weight)
 
 
 def losses_with(attribute: str, usual: str | None) -> list[str]:

@@ -27,6 +27,7 @@ from compress.prune.forward_passes import EnoughSeen, Join, Rectifier, Replay, S
 RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
 ROWS_PER_FEATURE = 64  # samples of a layer's output, for each weight of one of its filters
 LEAST_ROWS_PER_FEATURE = 4  # with fewer a layer is left alone
+MOST_FEATURES = 12_288  # a layer with more is left alone: its squares would take over 1 GiB
 ANSWERS_MIB = 256  # of the original's answers held at once
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -153,7 +154,8 @@ class _LayerFit:
         added: Tensor | float = 0.0
         if self.join is not None and other is not None:
             added = _rows(self.layer, other, places, None) * self.join.gain()
-        if answer is not None and self.rectifier is not None:
+        is_known = self.join is None or other is not None
+        if answer is not None and self.rectifier is not None and is_known:
             noted = self.rectifier.asked(noted, _rows(self.layer, answer, places, None) + added)
         groups = getattr(self.layer, "groups", 1)
         wanted = noted - added
@@ -202,7 +204,9 @@ def _pairs(
         relu = rectified.get(before[name])
         if relu is not None and relu.norm is not None:
             relu = dataclasses.replace(relu, norm=left[relu.norm])
-        yield _LayerFit(layer, before[name], kept, calls, len(images), join, relu)
+        pair = _LayerFit(layer, before[name], kept, calls, len(images), join, relu)
+        if pair.features <= MOST_FEATURES:
+            yield pair
 
 
 def _portions(pairs: Sequence[_LayerFit]) -> Iterator[list[_LayerFit]]:
@@ -255,6 +259,9 @@ def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
     squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
     rows, again, answers = 0, False, iter(pair.answers)
+    least = LEAST_ROWS_PER_FEATURE * pair.features
+    if sum(len(noted) for _, _, noted in pair.answers) < least:  # a wide one's squares take GiB
+        return
 
     def add(x: Tensor, answer: Tensor, other: Tensor | None) -> None:
         nonlocal squares, products, rows
@@ -273,7 +280,7 @@ def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
             _run(pruned, number, batch, {pair.layer: (pair, add)})
 
     run()
-    if rows < LEAST_ROWS_PER_FEATURE * pair.features:
+    if rows < least:
         return
     _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
     if pair.rectifier is not None:
@@ -313,7 +320,12 @@ def _run(
     def summed(number: int, operands: tuple[Tensor, Tensor]) -> None:
         if number in joined:
             join, show = joined[number]
-            show(*waiting.pop(number), operands[join.other])
+            x, answer = waiting.pop(number)
+            other = operands[join.other]  # one for all images, where it is a map of places
+            if len(other) in (1, len(answer)):
+                show(x, answer, other.expand(len(answer), *other.shape[1:]))
+            else:
+                show(x, answer, None)
             shown()
 
     sums = Sums(summed)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,13 +112,37 @@ def test_a_network_that_lost_nothing_stays_as_it_is() -> None:
         torch.testing.assert_close(weight, model.state_dict()[name], atol=1e-4, rtol=1e-3)
 
 
-def test_layers_that_see_too_little_are_left_alone() -> None:
+def test_layers_that_see_too_little_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    looked_at: list[torch.Size] = []
+
+    def seen(layer: Any, x: Tensor, places: Any) -> Tensor:
+        found: Tensor = plain(layer, x, places)
+        looked_at.append(found.shape)
+        return found
+
+    module = sys.modules[refit.__module__]
+    plain = module._seen
+    monkeypatch.setattr(module, "_seen", seen)
     model = twins(nn.Conv2d(3, 6, 3), nn.Sequential(nn.Flatten(), nn.Linear(6 * 49, 4)))
     pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
     weight = pruned.get_submodule("3.1").weight.clone()  # type: ignore[operator, union-attr]
     refit(pruned, model, plan, images(1))
     assert torch.equal(weight, pruned.get_submodule("3.1").weight)  # type: ignore[arg-type]
+    assert all(shape[-1] != weight.shape[1] + 1 for shape in looked_at)  # squares may take GiB
+
+
+def test_layers_too_wide_to_be_solved_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = twins(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 4, 3))
+    pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
+    weight = pruned.get_parameter("3.weight").clone()
+    monkeypatch.setattr(sys.modules[refit.__module__], "MOST_FEATURES", 5 * 9)  # and a bias
+    refit(pruned, model, plan, images())
+    assert torch.equal(weight, pruned.get_parameter("3.weight"))
+    monkeypatch.undo()
+    refit(pruned, model, plan, images())
+    assert not torch.equal(weight, pruned.get_parameter("3.weight"))
 
 
 def test_the_original_modes_and_hooks_are_left_as_found() -> None:
@@ -213,7 +239,6 @@ def test_sums_are_the_same_ones_when_one_channel_is_left() -> None:
     assert (pruned(x) - model(x)).square().mean() < before
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
 class Tokens(nn.Module):
     """Two blocks of residual mlps on tokens, with a convolution over their map inside.
 
@@ -247,6 +272,33 @@ def test_a_sum_is_the_same_one_for_one_image_and_for_several() -> None:
     assert sum(left) < 0.5 * sum(lost)
 
 
+class Placed(nn.Module):
+    """Adds one map of places to the answers for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 12, 3), nn.Conv2d(12, 6, 3)
+        self.third = nn.Conv2d(6, 4, 3)
+        self.places = nn.Parameter(torch.randn(1, 6, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer: Tensor = self.third((self.second(self.first(x).relu()) + self.places).relu())
+        return answer
+
+
+def test_what_is_added_may_be_one_for_all_images() -> None:
+    torch.manual_seed(0)
+    model, batches = Placed().eval(), images()
+    plan = compress.plan_pruning(model, batches[0][0][:1], criterion="l1", keep_macs=0.6)
+    pruned = compress.apply_pruning(model, plan)
+    with torch.no_grad():
+        lost = [(pruned(x) - model(x)).square().mean() for (x,) in batches]
+        refit(pruned, model, plan, batches)
+        left = [(pruned(x) - model(x)).square().mean() for (x,) in batches]
+    assert sum(left) < 0.5 * sum(lost)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_weights_that_are_computed_from_others_stay() -> None:
     torch.manual_seed(0)
     second = torch.nn.utils.spectral_norm(nn.Conv2d(6, 5, 3))

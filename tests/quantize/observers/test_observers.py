@@ -211,7 +211,7 @@ def test_entropy_keeps_a_uniform_distribution_and_clips_a_long_tail():
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ({"percentile": {"percentile": 10}}, r"percentile 10 is not in \(50, 100\]"),
+        ({"percentile": {"percentile": 10}}, r"percentile 10.0 is not in \(50, 100\]"),
         ({"mse": {"steps": 1}}, "steps at least 3"),
         ({"mse": {"slack": -0.1}}, "slack at least 0"),
         ({"entropy": {"levels": 1}}, "must be at least 2"),

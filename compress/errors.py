@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -28,6 +29,12 @@ OUT_OF_MEMORY = (  # as allocators, then the interpreter, the linker and C++ say
     *("out of memory", "can't allocate memory", "not enough memory", "annot allocate memory"),
     *("can't start new thread", "failed to map segment", "error return without exception set"),
     "bad_alloc",
+)
+_IN_CPP = re.compile(  # a code; file and line, function, assertion
+    r"^\[ONNXRuntimeError\] : \d+ : \w+ : |"
+    r"(?:Exception during initialization: )?[^\s:]*\.(?:h|hpp|cc|cpp):\d+:? "
+    r"(?:\w[\w: ,<>&*]*::~?\w+\(.*?\)(?: const)? )?"
+    r"(?:.*? was false\. ?(?=.)|\w+: Assertion `.*?` failed: ?(?=.))?"
 )
 KEPT = "\n\t\u00ad\u200c\u200d"  # the last three belong to the spelling of some languages
 
@@ -137,9 +144,14 @@ def boundary(
     except CompressError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:LONGEST_REASON]
+        reason = reason_of(str(error))[:LONGEST_REASON]
         cause = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
         raise kind(f"{what}: {cause}", where=where, fix=fix) from error
+
+
+def reason_of(told: str) -> str:
+    """Return the first line of a library's message, without codes and places in its C++."""
+    return _IN_CPP.sub("", (told.strip().splitlines() or [""])[0])
 
 
 def is_out_of_memory(error: Exception) -> bool:

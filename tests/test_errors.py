@@ -39,3 +39,30 @@ def test_words_for_too_little_memory_count_but_in_errors_of_our_own(said):
     assert errors.is_out_of_memory(MemoryError())
     assert not errors.is_out_of_memory(errors.EngineError(f"the process says: {said}"))
     assert not errors.is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (
+            "/src/onnx/version_converter/Base.h:66: look: Assertion `false` failed: No Shape",
+            "No Shape",
+        ),
+        (
+            "[ONNXRuntimeError] : 1 : FAIL : Exception during initialization: /src/rnn/lstm.h:53 "
+            "onnxruntime::LSTM::LSTM(const onnxruntime::OpKernelInfo&) layout_ == 0 was false. No",
+            "No",
+        ),
+        (
+            "/src/a.cc:1 void onnxruntime::It::Append(int64_t, int64_t) a == 1 was false. 4 by 8",
+            "4 by 8",
+        ),
+        (
+            "Load failed:/src/a.cc:12 void onnxruntime::G::X(const std::vector<int>&) bad",
+            "Load failed:bad",
+        ),
+        ("layer1.h is missing\nand more", "layer1.h is missing"),
+    ],
+)
+def test_reasons_of_libraries_name_no_place_in_their_source(told, reason):
+    assert errors.reason_of(told) == reason

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from compress.errors import ExportError
+from compress.errors import ExportError, reason_of
 from compress.export.conversion import Example, Free, module_outputs
 from compress.export.io_wrapping import Preprocess
 from compress.graph.nms import OUTPUT, Nms
@@ -188,7 +188,7 @@ def _run(session: Any, inputs: Example, label: str) -> list[Tensor]:
         return [torch.from_numpy(a) for a in session.run(None, _feeds(session, inputs))]
     except Exception as error:
         raise ExportError(
-            f"ONNX Runtime fails on {label}: {str(error).splitlines()[0]}",
+            f"ONNX Runtime fails on {label}: {reason_of(str(error))}",
             fix="Export with dynamic_batch=False if the network works for one batch size only",
         ) from error
 
@@ -295,6 +295,4 @@ def _session(source: Path | bytes, *, plain: bool = False) -> Any:
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        raise ExportError(
-            f"ONNX Runtime refuses the graph: {str(error).splitlines()[0]}"
-        ) from error
+        raise ExportError(f"ONNX Runtime refuses the graph: {reason_of(str(error))}") from error

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, helper
 from onnx_ir.passes import common as passes
 
-from compress.errors import EngineError, QuantizationError
+from compress.errors import EngineError, QuantizationError, reason_of
 from compress.graph import files
 from compress.graph.files import bodies
 from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
@@ -373,7 +373,7 @@ def modern(model: ModelProto, where: str) -> ModelProto:
         model = onnx.version_converter.convert_version(model, CONVERTED_OPSET)
     except Exception as error:  # noqa: BLE001 - the converter raises bare exceptions of many kinds
         raise QuantizationError(
-            f"opset {opset} cannot be converted to {CONVERTED_OPSET}: {error}",
+            f"opset {opset} cannot be converted to {CONVERTED_OPSET}: {reason_of(str(error))}",
             where=where,
             expected=f"opset {OLDEST_OPSET} or newer",
             fix="Export the network again with a newer opset",

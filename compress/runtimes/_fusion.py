@@ -17,7 +17,7 @@ import onnx
 from onnx import ModelProto, NodeProto, TensorProto
 
 from compress.artifact import read_json, scratch
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UsageError, reason_of
 from compress.graph import files
 from compress.graph.model import WEIGHTED, GraphIndex
 from compress.graph.shapes import macs, shapes_of
@@ -158,7 +158,7 @@ def of_onnxruntime(model: ModelProto, graph: Workload, threads: int | None) -> l
         try:
             ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime has no common error class
-            raise EngineError(f"ONNX Runtime: {str(error).splitlines()[0]}") from error
+            raise EngineError(f"ONNX Runtime: {reason_of(str(error))}") from error
         nodes = onnx.load(str(optimized)).graph.node
     return _followed(nodes, graph)
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 
 from compress.artifact import replacing
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UsageError, reason_of
 from compress.graph import files
 from compress.packages import require
 from compress.runtimes import _session
@@ -266,13 +266,11 @@ def onnxruntime_error(error: Exception, path: Path | None) -> EngineError:
     )
     if failed:
         lines = [line.strip() for line in failed[3].splitlines() if line.strip()]
-        reason = re.sub(r"^\S+\.(?:h|cc):\d+ ", "", lines[-1] if lines else "no reason given")
-        reason = re.sub(r"^.* was false\. ?(?=.)", "", reason)  # the assertion in C++
+        reason = reason_of(lines[-1] if lines else "no reason given")
         return EngineError(
             f"ONNX Runtime cannot compute node {failed[2]!r} ({failed[1]}): {reason}", where=where
         )
-    reason = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text.splitlines()[0])
-    return EngineError(f"ONNX Runtime: {reason}", where=where)
+    return EngineError(f"ONNX Runtime: {reason_of(text)}", where=where)
 
 
 def _spec(entry: Any) -> TensorSpec:

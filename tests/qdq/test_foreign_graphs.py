@@ -786,3 +786,14 @@ def test_onnxruntime_runs_what_lies_around_a_resize_of_some_axes(given, tmp_path
     model = s.model(opset=18)
     written = quantized(model, tmp_path)
     assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25
+
+
+def test_what_cannot_be_converted_names_no_source_of_the_converter(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("/project/onnx/Base.h:66: look: Assertion `false` failed: No Adapter")
+
+    s, x = behind_a_layer()
+    s.head(x, 8)
+    monkeypatch.setattr("onnx.version_converter.convert_version", fails)
+    with pytest.raises(QuantizationError, match=r"opset 11 cannot be converted to 17: No Adapter"):
+        prepare(s.model(opset=11))

@@ -24,6 +24,7 @@ from onnx import (
 
 from compress.artifact import is_utf8, replacing, state_of
 from compress.errors import EngineError, boundary
+from compress.graph.lenient import write_plainly
 from compress.graph.metadata import layout_of, picture_input, stamp
 from compress.graph.order import sort_nodes
 from compress.graph.shapes import dims_of
@@ -64,6 +65,7 @@ def load(path: str | Path, *, weights: bool = True) -> ModelProto:
     with boundary(EngineError, "is no valid ONNX file", where=str(source), fix=_DAMAGED):
         _check_calls(model, source)
         looped = _check_loops(model, source)
+        write_plainly(model)
         sort_nodes(model.graph)
         tensors = list(_all_tensors(model))
         _check_external(tensors, source)

@@ -797,3 +797,14 @@ def test_what_cannot_be_converted_names_no_source_of_the_converter(monkeypatch):
     monkeypatch.setattr("onnx.version_converter.convert_version", fails)
     with pytest.raises(QuantizationError, match=r"opset 11 cannot be converted to 17: No Adapter"):
         prepare(s.model(opset=11))
+
+
+def test_lint_compares_texts(tmp_path):
+    s, x = behind_a_layer()
+    s.head(x, 8)
+    best = s.op("ArgMax", ["logits"], "best", axis=1, keepdims=0)
+    s.op("Gather", [s.constant("names", np.array(list("abcdefghij"), object)), best], "name")
+    model = s.model(["logits", "name"])
+    model.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.STRING
+    quantized(model, tmp_path)
+    assert compress.lint_onnx(tmp_path / "q.onnx", target="onnxruntime") == []

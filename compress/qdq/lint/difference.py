@@ -145,7 +145,8 @@ def _constant(value: ir.Value | None) -> Array | None:
 
 def _tensor(name: str, array: Array) -> TensorProto:
     if array.size <= LARGEST:
-        return numpy_helper.from_array(np.asarray(array, order="C"), name)
+        plain = array.astype(object) if array.dtype.kind == "S" else array  # texts of one length
+        return numpy_helper.from_array(np.asarray(plain, order="C"), name)
     return TensorProto(
         name=name, dims=array.shape, data_type=helper.np_dtype_to_tensor_dtype(array.dtype)
     )

@@ -1,0 +1,86 @@
+"""What runtimes take and ONNX's own checker does not, written as ONNX has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
+
+_SHARED_BY_GROUPS = range(18, 21)  # opsets whose GroupNormalization has one scale for each group
+
+
+def write_plainly(model: ModelProto) -> None:
+    """Name all domains that ``model`` uses, and write out what ONNX defined wrongly or withdrew.
+
+    Runtimes read such files as they were meant. It is changed in place.
+    """
+    if model.ir_version < 4 and _has_own_weights(model.graph):
+        model.ir_version = 4  # before, all weights were inputs
+    for body in (model, *model.functions):
+        parts = list(_parts(body.graph if isinstance(body, ModelProto) else body))
+        named = {each.domain or "ai.onnx" for each in body.opset_import}
+        used = {node.domain or "ai.onnx" for part in parts for node in part.node}
+        body.opset_import.extend(
+            helper.make_opsetid(domain, 1) for domain in sorted(used - named - {"ai.onnx"})
+        )
+        opset = max(
+            (o.version for o in body.opset_import if o.domain in ("", "ai.onnx")), default=0
+        )
+        for part in parts:
+            _write_norms(part, opset)
+
+
+def _has_own_weights(graph: GraphProto) -> bool:
+    inputs = {value.name for value in graph.input}
+    return any(tensor.name not in inputs for tensor in graph.initializer)
+
+
+def _parts(body: GraphProto | FunctionProto) -> Iterator[GraphProto | FunctionProto]:
+    """Yield ``body`` and the graphs inside its nodes, at any depth."""
+    yield body
+    for node in body.node:
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                yield from _parts(inner)
+
+
+def _write_norms(body: GraphProto | FunctionProto, opset: int) -> None:
+    nodes: list[NodeProto] = []
+    for node in body.node:
+        is_standard = node.domain in ("", "ai.onnx")
+        if is_standard and node.op_type == "GroupNormalization" and opset in _SHARED_BY_GROUPS:
+            nodes += _by_instance(node)
+            continue
+        if is_standard and node.op_type == "MeanVarianceNormalization" and not node.attribute:
+            node.attribute.append(helper.make_attribute("axes", [0, 2, 3]))  # its default
+        nodes.append(node)
+    if len(nodes) > len(body.node):
+        rest = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del body.node[:]
+        body.node.extend(rest)
+
+
+def _by_instance(node: NodeProto) -> Iterator[NodeProto]:
+    """Yield what computes a GroupNormalization that has one scale and bias for each group."""
+    made, given = (
+        node.output[0],
+        {item.name: helper.get_attribute_value(item) for item in node.attribute},
+    )
+    names = {part: f"{made}_{part}" for part in ("sizes", "target", "groups", "normed")}
+    yield helper.make_node("Shape", node.input[:1], [names["sizes"]], f"{made}_sizes")
+    yield helper.make_node(
+        "Constant", [], [names["target"]], f"{made}_target", value_ints=[0, given["num_groups"], -1]
+    )
+    yield helper.make_node(
+        "Reshape", [node.input[0], names["target"]], [names["groups"]], f"{made}_groups"
+    )
+    yield helper.make_node(
+        "InstanceNormalization",
+        [names["groups"], *node.input[1:]],
+        [names["normed"]],
+        node.name,
+        epsilon=given.get("epsilon", 1e-5),
+    )
+    yield helper.make_node(
+        "Reshape", [names["normed"], names["sizes"]], [made], f"{made}_ungrouped"
+    )

@@ -16,6 +16,7 @@ from onnx_ir.passes import common as passes
 from compress.errors import EngineError, QuantizationError, reason_of
 from compress.graph import files
 from compress.graph.files import bodies
+from compress.graph.fused import OF_ONE_CPU, unfused
 from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
 from compress.graph.rewrites import (
     is_spatial_mean,
@@ -80,11 +81,12 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
     if any(entry.key == _DONE for entry in model.metadata_props):
         return prepared
     _refuse_quantized(prepared, where)
+    _refuse_of_one_cpu(prepared, where)
     files.free_negative_sizes(prepared.graph)
     prepared = without_functions(prepared)  # runtimes do not know the operators of others
     to_single(prepared)
     prepared.ir_version = max(prepared.ir_version, 8)  # before 4 all weights were inputs
-    prepared = modern(prepared, where)
+    prepared = unfused(modern(prepared, where))
     infer_shapes(prepared, where)  # some exporters leave outputs without
     check_graph(prepared, where)
     prepared = _tidied(prepared, fold=fold)
@@ -93,6 +95,18 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
         prepared.metadata_props.add(key=_DONE, value="1")
     _refuse_without_weights(prepared, where)
     return prepared
+
+
+def _refuse_of_one_cpu(model: ModelProto, where: str) -> None:
+    for node in model.graph.node:
+        if node.domain in OF_ONE_CPU:
+            raise QuantizationError(
+                f"node {node.name or node.output[0]!r} is a {node.op_type} for the CPU that ONNX "
+                f"Runtime optimized the file on ({node.domain})",
+                where=where,
+                expected="operators of ONNX",
+                fix="Quantize the file from before, or save it at level 'extended' at most",
+            )
 
 
 def finished(model: ModelProto) -> None:

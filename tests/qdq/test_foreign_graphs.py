@@ -788,6 +788,63 @@ def test_onnxruntime_runs_what_lies_around_a_resize_of_some_axes(given, tmp_path
     assert sqnr_db(run(model, images(model)), run(written, images(model))) > 25
 
 
+def fused(activation: str, numbers: list[float]) -> onnx.ModelProto:
+    s, own = Sketch((3, 8, 8)), "com.microsoft"
+    w, b = s.floats("w", 8, 3, 3, 3, scale=0.4), s.floats("b", 8)
+    given = {"activation_params": numbers} if numbers else {}
+    x = s.op(
+        "FusedConv",
+        ["input", w, b],
+        "one",
+        pads=[1] * 4,
+        domain=own,
+        activation=activation,
+        **given,
+    )
+    sums = [x, s.floats("v", 8, 8, 3, 3, scale=0.2), s.floats("c", 8), s.conv(x, "side", 8, 8)]
+    x = s.op("FusedConv", sums, "two", pads=[1] * 4, domain=own, activation="Relu")
+    flat = s.op("Flatten", [s.op("GlobalAveragePool", [x], "pool")], "flat")
+    names = dict(zip(("activation_alpha", "activation_beta"), numbers, strict=False))
+    layer = [flat, s.floats("u", 16, 8, scale=0.4), s.floats("d", 16)]
+    x = s.op("FusedGemm", layer, "three", transB=1, domain=own, activation=activation, **names)
+    s.op("Gemm", [x, s.floats("fc", 16, 10)], "logits")
+    model = s.model()
+    model.opset_import.append(onnx.helper.make_opsetid(own, 1))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("activation", "numbers"),
+    [("Relu", []), ("Sigmoid", []), ("LeakyRelu", [0.2]), ("HardSigmoid", [0.3, 0.4])],
+)
+def test_what_onnxruntime_fused_is_written_apart(activation, numbers, tmp_path):
+    model = fused(activation, numbers)
+    prepared, feed = prepare(model), images(model)
+    assert not any(node.domain for node in prepared.graph.node)
+    assert {"one", "two", "three"} <= {node.name for node in prepared.graph.node}
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+    written = quantized(model, tmp_path)
+    assert sqnr_db(run(model, feed), run(written, feed)) > 25
+
+
+def test_limits_that_onnxruntime_fused_are_those_of_a_clip():
+    model = fused("Relu", [])
+    given = {"pads": [1] * 4, "activation": "Clip", "activation_params": [-0.5, 1.0]}
+    del model.graph.node[0].attribute[:]
+    made = (onnx.helper.make_attribute(*each) for each in given.items())
+    model.graph.node[0].attribute.extend(made)
+    prepared, feed = prepare(model), images(model)
+    assert not any(node.domain for node in prepared.graph.node)
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+
+
+def test_a_file_made_for_one_cpu_is_refused():
+    s, x = behind_a_layer()
+    s.head(s.op("MaxPool", [x], "pooled", kernel_shape=[2, 2], domain="com.microsoft.nchwc"), 8)
+    with pytest.raises(QuantizationError, match=r"'pooled' is a MaxPool for the CPU.*extended"):
+        prepare(s.model())
+
+
 def test_what_cannot_be_converted_names_no_source_of_the_converter(monkeypatch):
     def fails(*_):
         raise RuntimeError("/project/onnx/Base.h:66: look: Assertion `false` failed: No Adapter")

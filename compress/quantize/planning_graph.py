@@ -25,11 +25,23 @@ SELECTING = frozenset(
 LOOP_SECONDS = 5.0  # on one image; a Loop that takes longer is taken never to end
 
 
-def selects(node: NodeProto) -> bool:
+def selected_tensors(graph: GraphIndex) -> set[str]:
+    """Return the tensors whose rows are no longer those of the images, by order or by choice."""
+    selected: set[str] = set()
+    for node in graph.nodes:
+        if _selects(graph, node) or selected.intersection(node.input):
+            selected.update(node.output)
+    return selected
+
+
+def _selects(graph: GraphIndex, node: NodeProto) -> bool:
     """Return whether the rows that ``node`` makes are no longer those of the images.
 
-    A loop that ends by a value, as a decoder of text does, makes as many as it takes.
+    A loop that ends by a value, as a decoder of text does, makes as many as it takes. Integers that
+    are compared, as the codes of letters that a network reads, choose nothing by themselves.
     """
+    if node.op_type == "Equal":
+        return all(map(graph.is_float, node.input))
     if node.op_type != "Loop":
         return node.op_type in SELECTING
     body = next(item.g for item in node.attribute if item.name == "body")
@@ -77,10 +89,7 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
     ones would not be seen.
     """
     graph = GraphIndex(prepared)
-    selected: set[str] = set()
-    for node in graph.nodes:
-        if selects(node) or selected.intersection(node.input):
-            selected.update(node.output)
+    selected = selected_tensors(graph)
     found: list[str] = []
     edge = [output.name for output in prepared.graph.output]
     seen = set(edge)

@@ -93,11 +93,16 @@ class GraphSession:
 
 
 def session_of(
-    model: ModelProto, threads: int | None = None, *, float_qdq: bool = False
+    model: ModelProto,
+    threads: int | None = None,
+    *,
+    float_qdq: bool = False,
+    optimized: bool = True,
 ) -> GraphSession:
     """Return a session of any graph, of any size, on all cores if ``threads`` is absent.
 
-    With ``float_qdq`` Q/DQ arithmetic is computed in float, not fused into integer kernels.
+    With ``float_qdq`` Q/DQ arithmetic is computed in float, not fused into integer kernels. Not
+    ``optimized``, nothing at all is fused.
 
     Raises:
         CannotRunError: ONNX Runtime cannot load it, as with an operator of somebody's own.
@@ -108,6 +113,8 @@ def session_of(
     options.log_severity_level = 4  # what it says is raised as well
     options.add_session_config_entry(*EXACT_INT8)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it wastes a core
+    if not optimized:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads:
         options.intra_op_num_threads = threads
     if float_qdq:

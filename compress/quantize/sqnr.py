@@ -24,13 +24,14 @@ def answers(
     *,
     target: str | None = None,
     names: Sequence[str] | None = None,
+    optimized: bool = True,
 ) -> list[NDArray[Any]]:
     """Return the outputs of a float or Q/DQ graph for ``feed``, or its tensors ``names``.
 
     For the target "onnxruntime" a Q/DQ graph runs the integer kernels that it would run in use; for
-    any other the Q/DQ arithmetic is computed in float.
+    any other the Q/DQ arithmetic is computed in float. Not ``optimized``, sums are in other orders.
     """
-    (found,) = answers_each(model, [feed], target=target, names=names)
+    (found,) = answers_each(model, [feed], target=target, names=names, optimized=optimized)
     return found
 
 
@@ -40,10 +41,12 @@ def answers_each(
     *,
     target: str | None = None,
     names: Sequence[str] | None = None,
+    optimized: bool = True,
 ) -> list[list[NDArray[Any]]]:
     """Return what ``answers`` does for each of ``feeds``, of one session."""
     wanted = [output.name for output in model.graph.output] if names is None else list(names)
-    session = session_of(with_outputs(model, wanted), float_qdq=target != "onnxruntime")
+    asked = with_outputs(model, wanted)
+    session = session_of(asked, float_qdq=target != "onnxruntime", optimized=optimized)
     fixed = next((i.shape[0] for i in session.get_inputs() if len(i.shape) > 1), None)
     runs = [[session.run(wanted, part) for part in portions(feed, fixed)] for feed in feeds]
     return [[_joined(found) for found in zip(*parts, strict=True)] for parts in runs]

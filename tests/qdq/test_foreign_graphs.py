@@ -16,7 +16,9 @@ from compress.graph.model import BIAS_LIMIT
 from compress.graph.values import EditableGraph, constant
 from compress.qdq import prepare
 from compress.qdq.plan import TARGETS
+from compress.quantize.confirm import check_prepared
 from compress.quantize.planning_graph import judged_tensors
+from compress.quantize.sessions import with_outputs
 from compress.quantize.sqnr import answers, sqnr_db
 
 
@@ -865,3 +867,30 @@ def test_lint_compares_texts(tmp_path):
     model.graph.output[1].type.tensor_type.elem_type = onnx.TensorProto.STRING
     quantized(model, tmp_path)
     assert compress.lint_onnx(tmp_path / "q.onnx", target="onnxruntime") == []
+
+
+def test_a_file_that_answers_by_rounding_is_not_read_wrongly():
+    """As detectors that see nothing: ONNX Runtime's own optimizations give other answers."""
+    s, x = behind_a_layer()
+    weight = s.floats("w", 8, 8, 1, 1, scale=0.3)
+    x = s.op("Conv", [x, weight, s.constant("far", np.full(8, 1e7, np.float32))], "last")
+    ones, zeros = s.constant("ones", np.ones(8, np.float32)), s.constant("zeros", np.zeros(8, "f"))
+    s.op("BatchNormalization", [x, ones, zeros, "far", ones], "logits")
+    model = s.model()
+    apart = with_outputs(model, ["last"])  # which ONNX Runtime cannot fold
+    feed = images(model)
+    assert sqnr_db(run(model, feed)[:1], run(apart, feed)[:1]) < 20
+    check_prepared(model, apart, feed)
+
+
+def test_codes_that_are_compared_choose_no_rows(tmp_path):
+    """As networks that read bytes begin; what they answer was compared with nothing."""
+    s, x = Sketch((3, 8, 8)), "input"
+    whole = s.op("Cast", [x], "codes", to=onnx.TensorProto.INT32)
+    same = s.op("Equal", [whole, s.constant("one", np.int32(1))], "is_one")
+    x = s.op("Cast", [same], "real", to=onnx.TensorProto.FLOAT)
+    s.head(s.relu(s.conv(x, "first", 3, 8)), 8)
+    model = s.model()
+    assert judged_tensors(prepare(model)) == ["logits"]
+    feed = images(model)
+    assert sqnr_db(run(model, feed), run(quantized(model, tmp_path), feed)) > 25

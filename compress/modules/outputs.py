@@ -93,11 +93,12 @@ def as_places(outputs: Iterable[str | int] | str | int | None) -> tuple[str, ...
 
 
 def _is_at(place: str, name: str) -> bool:
+    place = place or "0"  # the one tensor of a network that returns no more
     return place == name or place.startswith(f"{name}.")
 
 
 def _shown(place: str, leaf: Any) -> str:
-    return f"{place} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else place
+    return f"{place or '0'} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else place
 
 
 def heads_of(output: Any) -> list[Tensor]:

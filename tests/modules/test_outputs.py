@@ -16,11 +16,18 @@ import zoo
 from torch import Tensor, nn
 
 import compress
-from compress.errors import CompressError, ModelError, PlanError
+from compress.errors import CompressError, ModelError, PlanError, UsageError
 from compress.groups import trace
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning, mask_pruning, prove
-from compress.modules.outputs import heads_of, leaves, logits_of, named_tensors, tensors_of
+from compress.modules.outputs import (
+    chosen_outputs,
+    heads_of,
+    leaves,
+    logits_of,
+    named_tensors,
+    tensors_of,
+)
 
 EXAMPLE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(3))
 
@@ -408,3 +415,10 @@ def test_an_output_that_is_not_there_is_refused_with_those_that_are() -> None:
     model, example = WithFeatures().eval(), torch.randn(1, 3, 8, 8)
     with pytest.raises(CompressError, match=r"no output .boxes.. Expected one of: 0 \(1, 6, 64\)"):
         compress.plan_pruning(model, example, keep_macs=0.5, outputs="boxes")
+
+
+def test_the_one_tensor_of_a_network_is_output_0() -> None:
+    found = [("", torch.zeros(1, 10))]
+    assert chosen_outputs(found, ["0"]) == found
+    with pytest.raises(UsageError, match=r"no output '1'. Expected one of: 0 \(1, 10\)"):
+        chosen_outputs(found, ["1"])

@@ -161,15 +161,21 @@ def losses_on_outputs(task: Task) -> tuple[str, ...]:
 def check_loss(reference: Plugin, task: Task) -> None:
     """Raise TrainingError where a loss reads other outputs than those of ``task``."""
     name, _ = plugins.parse("losses", reference)
-    wanted = getattr(plugins.plugin_class("losses", name), "of_classes", None)
-    if wanted is None or task.tells_classes or (wanted == "pixel" and task.answers == "classes"):
+    if _reads_outputs_of(name, task):
         return
-    known = losses_with("of_classes", None)
+    known = (each for each in plugins.names("losses") if _reads_outputs_of(each, task))
+    wanted = plugins.plugin_class("losses", name).of_classes
     raise TrainingError(
         f"it compares the probabilities of one class for each {wanted}",
         where=f"loss {name!r}",
         expected=f"for this task one of: {', '.join(known)}",
     )
+
+
+def _reads_outputs_of(name: str, task: Task) -> bool:
+    wanted = getattr(plugins.plugin_class("losses", name), "of_classes", None)
+    is_pixel = wanted == "pixel" and task.answers == "classes"
+    return wanted is None or task.tells_classes or is_pixel
 
 
 def _teacher(teacher: Any, example: Tensor, settings: DistillSettings) -> Teacher:

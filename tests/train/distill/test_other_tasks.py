@@ -21,6 +21,7 @@ from compress.modules.outputs import logits_of
 from compress.recipe.settings import DistillSettings
 from compress.tasks import load_task
 from compress.train import distill, train
+from compress.train.distill.build import check_loss
 from compress.train.losses import Taps
 from compress.train.losses.cwd import Cwd
 from compress.train.losses.kd import Kd
@@ -132,3 +133,10 @@ def test_mse_of_the_best_constant_is_one() -> None:
     assert float(Mse()(Taps(constant), Taps(wanted), torch.zeros(64))) == pytest.approx(1.0)
     assert float(Mse()(Taps(wanted), Taps(wanted), torch.zeros(64))) == 0
     assert F.mse_loss(constant, wanted) > 0
+
+
+def test_the_losses_that_fit_a_task_are_named() -> None:
+    for name, fits in (("segmentation", True), ("multilabel", False)):
+        with pytest.raises(TrainingError) as caught:
+            check_loss("dkd", load_task(name))
+        assert ("kd" in str(caught.value).split("one of: ")[1].rstrip(".").split(", ")) is fits

@@ -161,7 +161,7 @@ def _typed(kind: str, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     typed = {key: os.fspath(v) if isinstance(v, os.PathLike) else v for key, v in given.items()}
     try:
         hints = get_type_hints(plugin_class(kind, name)) if given else {}
-    except NameError:  # a user's own plug-in, of names that only a type checker imports
+    except (NameError, AttributeError, TypeError):  # of names that only a type checker imports
         return typed
     for key, value in typed.items():
         try:

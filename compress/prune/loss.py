@@ -28,8 +28,8 @@ class FittingLoss:
     """The loss that the first batch asks for, of all batches.
 
     Whole numbers are classes (B,) or maps of classes (B, H, W): cross-entropy, of logits resized to
-    the map where they are smaller, as a segmentation network's often are. Numbers of the output's
-    shape are probabilities over the classes where they add up to one (cross-entropy),
+    the map, as many segmentation networks end at a part of its size. Numbers of the output's shape
+    are probabilities over the classes where they add up to one (cross-entropy),
     independent labels where all are 0 or 1 (binary cross-entropy of logits), and values to predict
     (squared error) where they leave [0, 1] or are maps. Others could be two of these: they are
     refused.

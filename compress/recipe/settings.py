@@ -205,7 +205,7 @@ class TrainSettings(Settings):
 
 
 class QatSettings(TrainSettings):
-    """Quantization-aware training, for which weights move little: what rounding did."""
+    """Quantization-aware training: weights move a little, to make up for rounding."""
 
     lr: float = Field(1e-3, gt=0, description="Peak learning rate")
 

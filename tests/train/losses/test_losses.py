@@ -238,7 +238,7 @@ def test_standardized_logits_make_scale_and_shift_irrelevant(name: str):
 
 @pytest.mark.parametrize("name", ["kd", "dkd", "dist", "nkd"])
 def test_a_temperature_of_zero_is_refused(name: str):
-    with pytest.raises(UsageError, match=r"temperature 0 must be above 0"):
+    with pytest.raises(UsageError, match=r"temperature 0.0 must be above 0"):
         plugins.create("losses", {name: {"temperature": 0}})
 
 

@@ -239,7 +239,8 @@ def mixed(
     The order of a batch is random, so neighbours are random pairs; the last image of an odd batch
     stays alone. With both asked for, each pair takes either with equal chances, by the row of
     ``chances``, (B, CHANCES) in [0, 1), of its first image; with neither all is as it was.
-    ``images`` are (B, C, H, W), normalized, ``target`` is (B,); they are not modified.
+    ``images`` are (B, C, H, W), normalized, ``target`` is (B,), or (B, K) of several classes; they
+    are not modified.
 
     Source: Zhang et al., mixup, ICLR 2018, https://arxiv.org/abs/1710.09412; Yun et al., CutMix,
     ICCV 2019, https://arxiv.org/abs/1905.04899.
@@ -263,7 +264,7 @@ def mixed(
         torch.where(box, other, images),
         weight * images + (1 - weight) * other,
     )
-    hot = F.one_hot(target, classes).float()
+    hot = (F.one_hot(target, classes) if target.ndim == 1 else target).float()
     return out, share[:, None] * hot + (1 - share[:, None]) * hot[partner]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.errors import UsageError
 from compress.modules.outputs import logits_of
 from compress.tasks import (
     Array,
@@ -58,7 +59,16 @@ class Embedding(OutputTask):
         object.__setattr__(self, "kinds", kinds)
 
     def output_loss(self, outputs: Any, targets: Any) -> Tensor:
-        """Return the supervised contrastive loss of a batch, a scalar."""
+        """Return the supervised contrastive loss of a batch, a scalar; targets (B,) classes.
+
+        Raises:
+            UsageError: the classes of images are mixed.
+        """
+        if targets.ndim > 1:
+            raise UsageError(
+                "an embedding learns which images are of one class, and mixup and cutmix mix them",
+                fix="Leave augment.mixup and augment.cutmix out",
+            )
         vectors = F.normalize(logits_of(outputs).float(), dim=1)
         cosines = vectors @ vectors.T / self.temperature
         itself = torch.eye(len(cosines), dtype=torch.bool, device=cosines.device)

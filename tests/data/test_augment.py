@@ -114,6 +114,14 @@ def test_mixup_blends_neighbours_and_their_targets_with_one_share():
     assert soft[1, 1] == share
 
 
+def test_several_classes_of_an_image_are_mixed_as_one_is():
+    x, target = torch.rand(5, 3, 4, 4), torch.tensor([0, 1, 2, 0, 1])
+    for settings in (AugmentSettings(mixup=0.4), AugmentSettings(cutmix=1.0)):
+        out, soft = mixed(x, target, chances(5), settings, 3)
+        again, several = mixed(x, torch.eye(3)[target], chances(5), settings, 3)
+        assert torch.equal(out, again) and torch.equal(soft, several)
+
+
 def test_cutmix_takes_targets_in_proportion_to_pixels():
     x = torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 16, 16)
     out, soft = mixed(x, torch.tensor([0, 1]), chances(2), AugmentSettings(cutmix=1.0), 2)

@@ -776,3 +776,8 @@ def test_an_interval_in_decibels_has_a_width_where_nothing_changed() -> None:
     change = tasks.compare_metrics(task, scores, scores)["psnr"]
     assert change.ci95[0] < -0.1 and change.ci95[1] > 0.1
     assert all(low < high for low, high in (m.ci95 for m in tasks.metrics(task, scores).values()))
+
+
+def test_an_embedding_does_not_learn_from_mixed_classes():
+    with pytest.raises(UsageError, match="mixup and cutmix mix them"):
+        made("embedding").loss(nn.Identity(), torch.rand(4, 3), torch.rand(4, 2))

@@ -102,8 +102,9 @@ def _stage_problems(recipe: Recipe, stage: Stage, place: str) -> Iterator[str]:
     if stage.quantize is not None:
         yield from _complaint(f"{place}.method", partial(check_method, stage.quantize.method))
         if stage.quantize.data is not None:
-            kind = stage.quantize.data.name
-            yield from _complaint(f"{place}.data", partial(plugins.plugin_class, "data", kind))
+            images = {stage.quantize.data.name: stage.quantize.data.options}
+            check = partial(plugins.read_reference, "data", images)
+            yield from _complaint(f"{place}.data", check)
     if stage.distill is not None and stage.distill.teacher is not None:
         teacher, weights = stage.distill.teacher, stage.distill.teacher_weights
         yield from _complaint(f"{place}.teacher", partial(_check_model, teacher))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from compress import tasks
 from compress.data import Dataset
 from compress.errors import DataError, EngineError
+from compress.evaluate.evaluation import ClassEvaluation, Evaluation
 from compress.evaluate.feeding import Fed
 from compress.evaluate.predictions import Accuracy, ClassAccuracy, Predictions, accuracy
 from compress.modules import evaluating
@@ -25,11 +25,13 @@ from compress.modules.detectors import before_nms
 from compress.modules.inputs import copied
 from compress.modules.outputs import logits_of
 from compress.packages import make_callable
+from compress.progress import track
 from compress.tasks import Task
 
 __all__ = [
     "Accuracy",
     "ClassAccuracy",
+    "ClassEvaluation",
     "Evaluation",
     "Predictions",
     "accuracy",
@@ -69,25 +71,6 @@ def predict(run: Any, batches: Batches) -> Predictions:
     return Predictions(np.concatenate(logits), np.concatenate(labels))
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """How good a network is at a task, and what each image contributed."""
-
-    images: int
-    primary: str  # the metric that counts first
-    metrics: dict[str, tasks.Metric]
-    predictions: list[tasks.Prediction]  # of each image
-    scores: list[tasks.Contribution]  # of each image, for paired comparisons: tasks.compare
-    unmeasured: str = ""  # why there are no metrics
-
-    def row(self) -> dict[str, Any]:
-        """Return what a table of results holds of this."""
-        if self.unmeasured:
-            return {"skipped": {"accuracy": self.unmeasured}}
-        found = {name: metric.to_json() for name, metric in self.metrics.items()}
-        return {"images": self.images, "primary": self.primary, "metrics": found}
-
-
 def of_task(
     run: Any,
     dataset: Dataset,
@@ -95,6 +78,7 @@ def of_task(
     *,
     split: str = "test",
     limit: int | None = None,
+    title: str = "evaluate",
 ) -> Evaluation:
     """Return the metrics of ``run`` with 95 % intervals.
 
@@ -105,6 +89,7 @@ def of_task(
         task: A task, or what ``load_task`` takes.
         split: Of the dataset.
         limit: Evaluate so many images only, from all over the split.
+        title: What is said beside the progress.
 
     Raises:
         DataError: there are no images, or their labels are not what the task needs.
@@ -116,11 +101,15 @@ def of_task(
     dataset = dataset if limit is None else dataset.with_fewer(split, limit)
     is_session = hasattr(run, "run") and not isinstance(run, nn.Module)
     batches = (dataset.pictures if is_session else dataset.batches)(split, BATCH)
+    batches = track(batches, title, -(-len(dataset.splits[split]) // BATCH))
     fed = Fed(run, dataset) if is_session else run
-    predictions, scores = predictions_of(fed, chosen, dataset, batches)
-    found = tasks.metrics(chosen, scores) if chosen.kinds else {}
-    reason = "" if chosen.kinds else getattr(chosen, "reason", "the task has no metrics")
-    return Evaluation(len(predictions), chosen.primary, found, predictions, scores, reason)
+    if not chosen.tells_classes:
+        return Evaluation(chosen, *predictions_of(fed, chosen, dataset, batches))
+    check_labels(dataset, chosen)
+    logits = predict(fed, batches)
+    named = dataset.test_groups if split == "test" else None
+    groups = None if named is None else [str(each) for each in named]
+    return ClassEvaluation(chosen, logits, dataset.classes, groups)
 
 
 def predictions_of(
@@ -156,31 +145,6 @@ def answered(
     with _runnable(run, named_outputs) as answer:
         for images, targets in batches:
             yield tasks.predicted(task, answer(images), len(images)), targets
-
-
-def change_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
-    """Return what changed from one network to another on the same images, for a report."""
-    changes = tasks.compare_metrics(task, reference.scores, candidate.scores)
-    return agreement_row(task, reference, candidate) | {
-        "changes": {
-            name: {
-                "value": change.value,
-                "ci95": list(change.ci95),
-                "unit": change.unit,
-                "drop": change.drop,
-                "verdict": change.verdict_of(len(reference.scores)),
-            }
-            for name, change in changes.items()
-        }
-    }
-
-
-def agreement_row(task: Task, reference: Evaluation, candidate: Evaluation) -> dict[str, Any]:
-    """Return how alike two networks predict, for a report."""
-    alike = tasks.agreement(task, reference.predictions, candidate.predictions)
-    if alike.unit == "pct":
-        return {"agreement_pct": alike.value, "agreement_ci95": alike.ci95}
-    return {"agreement": alike.to_json()}
 
 
 def check_task(run: Any, task: Task, dataset: Dataset, *, images: int = TRIED) -> None:
@@ -303,10 +267,14 @@ def _joined(parts: Sequence[NDArray[Any]]) -> Any:
 
 
 def _first(output: Any) -> Any:
-    """Return the first array of a session; what torch returns is read by ``logits_of``."""
+    """Return the first scores of classes of a session; ``logits_of`` reads what torch returns."""
     values = list(output.values()) if isinstance(output, Mapping) else output
-    is_arrays = isinstance(values, list | tuple) and values and isinstance(values[0], np.ndarray)
-    return values[0] if is_arrays else output
+    if not (isinstance(values, list | tuple) and values and isinstance(values[0], np.ndarray)):
+        return output
+    found = next((each for each in values if np.ndim(each) == 2), None)
+    if found is None and isinstance(output, Mapping):
+        return tasks.main_output(output, 2, "logits", "classification")  # says what would fit
+    return values[0] if found is None else found
 
 
 def _checked(output: Any, images: int, before: int) -> NDArray[np.float32]:

@@ -14,13 +14,11 @@ from numpy.typing import NDArray
 
 from compress import plugins
 from compress.errors import CompressError, EngineError
-from compress.evaluate import BATCH, of_task, predict
-from compress.evaluate.feeding import Fed, arrays_for
-from compress.evaluate.predictions import Predictions
+from compress.evaluate import of_task
+from compress.evaluate.feeding import arrays_for
 from compress.measure.latency import Bench, Timing, bench
 from compress.measure.memory import memory
 from compress.measure.probe import inputs_for
-from compress.progress import track
 from compress.report.run_folder import artifacts_in
 from compress.runtimes import DEFAULT, Session, kind_of, open_session
 from compress.tasks import Prediction
@@ -140,21 +138,9 @@ def inputs_of(session: Session, batch: int, dataset: Dataset | None) -> list[NDA
     return arrays_for(session.inputs, dataset.splits["test"].take(chosen), dataset)
 
 
-def test_answers(
-    session: Session, dataset: Dataset, name: str, limit: int | None = None
-) -> Predictions:
-    """Return what ``session`` answers to the test images; ``name`` is said beside the progress.
-
-    With a ``limit``, to so many of them from all over the set.
-    """
-    dataset = dataset if limit is None else dataset.with_fewer("test", limit)
-    batches = track(dataset.pictures("test", BATCH), name, -(-len(dataset.splits["test"]) // BATCH))
-    return predict(Fed(session, dataset), batches)
-
-
 def outputs_of(session: Session, dataset: Dataset, limit: int | None = None) -> list[Prediction]:
     """Return every output of ``session`` for test images from all over the set, at most 64."""
-    return of_task(session, dataset, "fidelity", limit=limit).predictions
+    return list(of_task(session, dataset, "fidelity", limit=limit).predictions)
 
 
 def names_classes(session: Session, dataset: Dataset) -> bool:

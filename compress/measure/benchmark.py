@@ -9,20 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from compress import environment, evaluate, measure
 from compress.errors import CompressError, EngineError, UsageError
-from compress.evaluate import comparison
-from compress.evaluate.predictions import Predictions
+from compress.evaluate import Evaluation
 from compress.measure import Timing
 from compress.measure.artifacts import (
     Candidate,
     candidates_of,
     names_classes,
-    outputs_of,
-    test_answers,
     time_together,
 )
 from compress.report import numbers
 from compress.runtimes import unavailable
-from compress.tasks import Prediction
 from compress.terminal import table
 
 if TYPE_CHECKING:
@@ -130,7 +126,7 @@ def bench_artifacts(
             candidates.append(candidate)
         else:
             skipped[candidate.name] = reason
-    answers = {} if dataset is None else _all_answers(candidates, dataset, skipped)
+    evaluations = {} if dataset is None else _evaluations(candidates, dataset, skipped)
     rows: list[dict[str, Any]] = []
     conditions: dict[str, Any] = {}
     for batch in batches:
@@ -145,7 +141,7 @@ def bench_artifacts(
     if not rows:
         raise EngineError("; ".join(f"{name}: {why}" for name, why in skipped.items()))
     for row in rows:
-        row |= _accuracy(row["artifact"], candidates[0].name, answers, dataset)
+        row |= _accuracy(row["artifact"], candidates[0].name, evaluations)
     return Benched(tuple(rows), skipped, conditions, environment.describe_machine())
 
 
@@ -165,43 +161,34 @@ def _row(
     return {key: value for key, value in row.items() if value is not None}
 
 
-def _all_answers(
+def _evaluations(
     candidates: Sequence[Candidate], dataset: Dataset, skipped: dict[str, str]
-) -> dict[str, Predictions | list[Prediction]]:
-    """Return what each candidate predicts for the test images; why not goes into ``skipped``.
+) -> dict[str, Evaluation]:
+    """Return how each candidate does on the test images; why not goes into ``skipped``.
 
-    These are all outputs where an image has no class, or a candidate names none.
+    All outputs are compared where an image has no class, or a candidate names none.
     """
-    answers: dict[str, Predictions | list[Prediction]] = {}
+    found: dict[str, Evaluation] = {}
     for candidate in candidates:
         try:
             with candidate.open() as session:
-                if names_classes(session, dataset):
-                    answers[candidate.name] = test_answers(session, dataset, candidate.name)
-                else:
-                    answers[candidate.name] = outputs_of(session, dataset)
+                task = "classification" if names_classes(session, dataset) else "fidelity"
+                found[candidate.name] = evaluate.of_task(
+                    session, dataset, task, title=candidate.name
+                )
         except CompressError as error:
             skipped[f"{candidate.name}, accuracy"] = str(error)
-    return answers
-
-
-def _accuracy(
-    name: str,
-    reference: str,
-    answers: dict[str, Predictions | list[Prediction]],
-    dataset: Dataset | None,
-) -> dict[str, Any]:
-    """Return accuracy, and agreement with the first artifact, as entries of a row."""
-    if name not in answers or dataset is None:
-        return {}
-    own, first = answers[name], answers.get(reference)
-    if isinstance(own, list):
-        is_other = own is not first
-        return comparison.outputs_row(first, own) if isinstance(first, list) and is_other else {}
-    found = evaluate.accuracy(own, dataset.classes).row()
-    if isinstance(first, Predictions) and own is not first:
-        found |= comparison.compare_predictions(first, own, dataset.classes).row()
     return found
+
+
+def _accuracy(name: str, reference: str, evaluations: Mapping[str, Evaluation]) -> dict[str, Any]:
+    """Return accuracy, and agreement with the first artifact, as entries of a row."""
+    if name not in evaluations:
+        return {}
+    own, first = evaluations[name], evaluations.get(reference)
+    row = {} if own.unmeasured else own.row()
+    is_pair = first is not None and own is not first and type(own.task) is type(first.task)
+    return row | (own.change_row(first) if is_pair else {})
 
 
 def _speedup(row: Mapping[str, Any]) -> str:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 
 from compress import evaluate
 from compress.errors import DataError, EngineError, UsageError
-from compress.evaluate import comparison
+from compress.evaluate import ClassEvaluation, Evaluation, comparison
 from compress.evaluate.bisection import PLAIN, Bisection, precision_of
 from compress.evaluate.bisection import bisect as first_difference
 from compress.evaluate.comparison import Comparison
@@ -24,7 +24,6 @@ from compress.measure.artifacts import (
     candidates_of,
     names_classes,
     outputs_of,
-    test_answers,
 )
 from compress.report import numbers
 from compress.report.run_folder import one_artifact
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from compress.data import Dataset
-
-T = TypeVar("T")
 
 BISECT_IMAGES = 8  # enough to tell noise from an error; more only takes longer
 WHY_NO_ANSWERS = "the images have no labels, or the networks do not name one class an image"
@@ -157,14 +154,17 @@ def compare_artifacts(
         with _opened(each, each.reference) as session:
             is_named &= names_classes(session, dataset)
     answers, steps, images = None, list[ChainStep](), 0
-    if is_named:
-        forms = _forms(old, new, lambda file, run: test_answers(run, dataset, file.name, limit))
-        first, last = forms[0][-1], forms[-1][-1]
-        answers = comparison.compare_predictions(first, last, dataset.classes)
-        steps, images = chain(forms), answers.images
-    elif judge is not None:
-        judged = _forms(old, new, lambda _, run: evaluate.of_task(run, dataset, judge, limit=limit))
-        steps, images = list(_by_task(judge, judged)), judged[0][-1].images
+    if is_named or judge is not None:
+        forms = _forms(old, new, dataset, "classification" if is_named else judge, limit)
+        images = forms[0][-1].images
+        named = [
+            (name, error, own.logits)
+            for name, error, own in forms
+            if isinstance(own, ClassEvaluation)
+        ]
+        steps = chain(named) if named else list(_by_task(forms))
+        if named:
+            answers = comparison.compare_predictions(named[0][-1], named[-1][-1], dataset.classes)
     outputs: dict[str, Any] = {}
     if is_named or judge is None:
         outputs, images = _drifts_of(old, new, dataset, limit, is_named=is_named, images=images)
@@ -203,12 +203,12 @@ def _opened(candidate: Candidate, runtime: Any) -> Iterator[Session]:
 
 
 def _forms(
-    old: Candidate, new: Candidate, answer: Callable[[Candidate, Session], T]
-) -> list[tuple[str, str, T]]:
-    """Return what the reference, the candidate's graph and the candidate answer.
+    old: Candidate, new: Candidate, dataset: Dataset, task: Any, limit: int | None
+) -> list[tuple[str, str, Evaluation]]:
+    """Return how good the reference, the candidate's graph and the candidate are.
 
     Returns:
-        For each its name, what was done to get there, and the answer.
+        For each its name, what was done to get there, and the evaluation.
     """
     forms: list[tuple[str, str, Candidate, Any]] = [(old.name, "", old, old.reference)]
     error = "all of it"
@@ -221,7 +221,8 @@ def _forms(
     found = []
     for name, done, candidate, runtime in forms:
         with _opened(candidate, runtime) as session:
-            found.append((name, done, answer(candidate, session)))
+            own = evaluate.of_task(session, dataset, task, limit=limit, title=candidate.name)
+            found.append((name, done, own))
     return found
 
 
@@ -250,18 +251,11 @@ def chain(forms: Sequence[tuple[str, str, Predictions]]) -> list[ChainStep]:
     return steps
 
 
-def _by_task(
-    task: Task, forms: Sequence[tuple[str, str, evaluate.Evaluation]]
-) -> Iterator[ChainStep]:
+def _by_task(forms: Sequence[tuple[str, str, Evaluation]]) -> Iterator[ChainStep]:
     """Yield what each form is worth at a task; without labels the change is in its outputs."""
     first = forms[0][-1]
     for name, error, own in forms:
-        change: dict[str, Any] = {}
-        if own is not first and task.kinds:
-            change = evaluate.change_row(task, first, own)
-        elif own is not first:
-            change = comparison.outputs_row(first.predictions, own.predictions)
-            change |= evaluate.agreement_row(task, first, own)
+        change = {} if own is first else own.change_row(first)
         yield ChainStep(name, error, own.row(), change=change)
 
 

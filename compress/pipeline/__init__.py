@@ -85,7 +85,7 @@ def run(
         if not processes.is_main:
             return None
         folder = context.run.stage(len(stages), MEASURE)
-        judged = JudgedPredictions(folder, context.dataset)
+        judged = JudgedPredictions(folder, context.dataset, context.task)
         measured = measured_once(
             context, folder, partial(measure_targets, context, variants, judged)
         )

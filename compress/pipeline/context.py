@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress import artifact, evaluate, measure, models, plugins
+from compress import artifact, measure, models, plugins
 from compress.data import Dataset
 from compress.errors import ExportError, RunError, boundary
-from compress.evaluate import Accuracy, Predictions
+from compress.evaluate import Accuracy, ClassEvaluation, Evaluation, Predictions
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
 from compress.models.references import count_of, is_torchvision_detector
@@ -211,21 +211,32 @@ def run_facts(context: RunContext) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class JudgedPredictions:
-    """Files with the predictions of variants, and their accuracy."""
+    """Files with the logits of variants that name classes, and their accuracy."""
 
     folder: Path
     dataset: Dataset
+    task: Task
     _accuracies: dict[Path, Accuracy] = field(default_factory=dict, init=False, repr=False)
 
     def path(self, variant: str, runtime: str, precision: str) -> Path:
-        """Return where the predictions of a variant on a runtime are kept."""
+        """Return where the logits of a variant on a runtime are kept."""
         return self.folder / f"{variant}.{runtime}.{precision}.npz"
 
+    def evaluation(self, path: Path) -> ClassEvaluation:
+        """Return the evaluation whose logits are in ``path``."""
+        logits, named = Predictions.load(path), self.dataset.test_groups
+        groups = None if named is None else [str(g) for g in named[: len(logits.labels)]]
+        return ClassEvaluation(self.task, logits, self.dataset.classes, groups)
+
+    def keep(self, path: Path, found: Evaluation) -> None:
+        """Keep an evaluation in ``path``, if it is one of classes."""
+        if isinstance(found, ClassEvaluation):
+            if not path.is_file():
+                found.logits.save(path)
+            self._accuracies[path] = found.accuracy
+
     def accuracy(self, path: Path) -> Accuracy:
-        """Return how right the predictions in ``path`` are, for each subgroup as well."""
+        """Return how right the answers in ``path`` are, for each subgroup as well."""
         if path not in self._accuracies:
-            predictions, named = Predictions.load(path), self.dataset.test_groups
-            groups = None if named is None else [str(g) for g in named[: len(predictions.labels)]]
-            judged = evaluate.accuracy(predictions, self.dataset.classes, groups)
-            self._accuracies[path] = judged
+            self._accuracies[path] = self.evaluation(path).accuracy
         return self._accuracies[path]

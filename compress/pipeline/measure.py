@@ -14,18 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from compress import evaluate, measure, models, plugins, progress
 from compress.artifact import sha256
 from compress.data import Dataset
 from compress.errors import CompressError, EngineError, MissingPackageError, UsageError
-from compress.evaluate import Evaluation, Predictions, comparison
+from compress.evaluate import Evaluation
 from compress.graph import files
 from compress.graph.model import GraphIndex
 from compress.measure import Timing
-from compress.measure.artifacts import Candidate, test_answers, time_together
+from compress.measure.artifacts import Candidate, time_together
 from compress.pipeline.context import JudgedPredictions, RunContext, RunVariant
 from compress.pipeline.report_images import class_metrics_row, drawn_changes, explain_variants
 from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
@@ -52,7 +52,7 @@ class Entry(Candidate):
 class Measured(schema.Record):
     """All results of a run, by variant, and why others are missing."""
 
-    results: dict[str, list[dict[str, Any]]]
+    results: dict[str, tuple[schema.Result, ...]]
     skipped: schema.Reasons
     conditions: dict[str, Any]
     coverage: tuple[schema.Coverage, ...]
@@ -63,6 +63,15 @@ class Measured(schema.Record):
     class_metrics: tuple[schema.ClassMetrics, ...] = ()
     engines: dict[Path, Path] = Field({}, exclude=True)  # built -> the graph it was built from
 
+    @field_validator("results", mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, results: dict[str, Any]) -> dict[str, Any]:
+        """Return results whose memory numbers stand beside the others as they are today."""
+        return {
+            name: [_memory_apart(row) if isinstance(row, dict) else row for row in rows]
+            for name, rows in results.items()
+        }
+
 
 def measure_targets(
     context: RunContext, variants: Sequence[RunVariant], judged: JudgedPredictions
@@ -71,7 +80,7 @@ def measure_targets(
 
     Targets that cannot be built or run here are under "skipped".
     """
-    results: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    results: dict[str, list[schema.Result]] = {variant.name: [] for variant in variants}
     skipped: dict[str, str] = {}
     engines: dict[Path, Path] = {}
     conditions: dict[str, Any] = {}
@@ -96,17 +105,16 @@ def measure_targets(
             continue
         if (why := _absent_int8(targets, entries)) is not None:
             skipped[f"int8 on {label}"] = why
-        rows, conditions[label], answers = measure_entries(context, entries, judged)
+        rows, conditions[label], evaluations = measure_entries(context, entries, judged)
         if not shown:
-            shown = _shown(context, entries, answers)
+            shown = _shown(context, entries, evaluations)
         for entry, row in zip(entries, rows, strict=True):
-            memory = entry.memory(target.batch, context.dataset)
-            memory.pop("file_mib", None)  # it is the size_mib of the row
-            row["skipped"] |= memory.pop("skipped", {})
-            results[entry.variant.name].append(row | memory)
+            memory = _memory_apart(entry.memory(target.batch, context.dataset))
+            memory["skipped"] = row.skipped | memory.get("skipped", {})
+            results[entry.variant.name].append(row.model_copy(update=memory))
     attributions, similarities = explain_variants(context, variants, judged)
     return Measured(
-        results=results,
+        results={name: tuple(rows) for name, rows in results.items()},
         skipped=skipped,
         conditions=conditions,
         coverage=tuple(dict.fromkeys(coverage)),
@@ -116,6 +124,14 @@ def measure_targets(
         engines=engines,
         **shown,
     )
+
+
+def _memory_apart(row: dict[str, Any]) -> dict[str, Any]:
+    """Return ``row`` with the numbers of memory that a result has no field for in one of them."""
+    apart = [key for key in row if key.endswith("_mib") and key not in schema.Result.model_fields]
+    memory = {key.removesuffix("_mib"): row[key] for key in apart if key != "file_mib"}  # size_mib
+    kept = {key: value for key, value in row.items() if key not in apart}
+    return {"memory_mib": memory} | kept
 
 
 def places(targets: Sequence[Target]) -> list[list[Target]]:
@@ -253,13 +269,12 @@ def int8_coverage(fusion: Fusion, variant: str) -> schema.Coverage:
 
 def measure_entries(
     context: RunContext, entries: Sequence[Entry], judged: JudgedPredictions
-) -> tuple[list[dict[str, Any]], dict[str, Any], Sequence[Predictions | Evaluation]]:
-    """Return accuracy and latency of ``entries``, the machine's state, and their predictions.
+) -> tuple[list[schema.Result], dict[str, Any], list[Evaluation]]:
+    """Return accuracy and latency of ``entries``, the machine's state, and their evaluations.
 
     Predictions that ``judged`` holds are not taken again.
     """
-    kept = [judged.path(each.variant.name, each.runtime, each.precision) for each in entries]
-    answers = [_answers(context, *pair) for pair in zip(entries, kept, strict=True)]
+    evaluations = [_evaluated(context, entry, judged) for entry in entries]
     settings = context.recipe.measure
     timing = Timing(
         seconds=settings.rounds * settings.round_ms / 1000,
@@ -268,8 +283,16 @@ def measure_entries(
     )
     latency = time_together(entries, entries[0].target.batch, context.dataset, timing)
     rows = []
-    for entry, path, own in zip(entries, kept, answers, strict=True):
-        row: dict[str, Any] = {
+    for entry, own in zip(entries, evaluations, strict=True):
+        row = own.row()
+        if own is not evaluations[0]:
+            row |= own.change_row(evaluations[0])
+        if entry.name in latency:
+            row |= latency[entry.name].to_json()
+            row |= {key: latency.conditions[key] for key in ("busy",) if key in latency.conditions}
+        else:
+            row["skipped"] = row.get("skipped", {}) | {"latency": latency.skipped[entry.name]}
+        of_entry = {
             "runtime": entry.target.runtime,
             "precision": entry.precision,
             "size_mib": measure.size_mib(entry.path),
@@ -277,70 +300,36 @@ def measure_entries(
             "batch": entry.target.batch,
             "threads": entry.target.threads,
             "options": dict(entry.target.options) or None,
-            "skipped": {},
         }
-        if isinstance(own, Predictions):
-            row |= judged.accuracy(path).row()
-        row |= _change_row(context, answers[0], own)
-        if entry.name in latency:
-            row |= latency[entry.name].to_json()
-            row |= {key: latency.conditions[key] for key in ("busy",) if key in latency.conditions}
-        else:
-            row["skipped"]["latency"] = latency.skipped[entry.name]
-        rows.append(row)
-    return rows, latency.conditions, answers
+        rows.append(schema.Result(**(of_entry | row)))
+    return rows, latency.conditions, evaluations
 
 
 def _shown(
-    context: RunContext, entries: Sequence[Entry], answers: Sequence[Predictions | Evaluation]
+    context: RunContext, entries: Sequence[Entry], evaluations: Sequence[Evaluation]
 ) -> dict[str, Any]:
     """Return the images that changed most and the classes, where the task has such."""
-    pairs = [(entry, own) for entry, own in zip(entries, answers, strict=True)
-             if isinstance(own, Evaluation)]  # fmt: skip
-    if len(pairs) < 2:
+    if context.task.tells_classes or len(entries) < 2:
         return {}
-    places = [(entry.variant.name, entry.target.runtime) for entry, _ in pairs]
-    classes = [
-        class_metrics_row(context, place, own)
-        for place, (_, own) in zip(places, pairs, strict=True)
-    ]
+    places = [(entry.variant.name, entry.target.runtime) for entry in entries]
+    classes = map(functools.partial(class_metrics_row, context), places, evaluations)
     return {
-        "drawn": drawn_changes(context, places[-1], pairs[0][1], pairs[-1][1]),
+        "drawn": drawn_changes(context, places[-1], evaluations[0], evaluations[-1]),
         "class_metrics": tuple(each for each in classes if each is not None),
     }
 
 
-def _answers(context: RunContext, entry: Entry, path: Path) -> Predictions | Evaluation:
-    """Return the answers to the test images; logits are from disk if they were taken before."""
+def _evaluated(context: RunContext, entry: Entry, judged: JudgedPredictions) -> Evaluation:
+    """Return the evaluation on the test images; logits are from disk if they were taken before."""
+    path = judged.path(entry.variant.name, entry.runtime, entry.precision)
     if path.is_file():
-        return Predictions.load(path)
-    with entry.open() as session:
-        if not context.task.tells_classes:
-            return evaluate.of_task(session, context.dataset, context.task)
-        name = f"{entry.name} on {entry.target.runtime}"
-        predictions = test_answers(session, context.dataset, name)
-    predictions.save(path)
-    return predictions
-
-
-def _change_row(
-    context: RunContext, reference: Predictions | Evaluation, own: Predictions | Evaluation
-) -> dict[str, Any]:
-    """Return the metrics of an evaluation, and what changed against the original."""
-    if isinstance(own, Predictions) and isinstance(reference, Predictions):
-        if own is reference:
-            return {}
-        return comparison.compare_predictions(reference, own, context.dataset.classes).row()
-    if isinstance(own, Predictions) or isinstance(reference, Predictions):
-        raise TypeError("answers of different kinds cannot be compared")
-    if own is reference:
-        return own.row()
-    if context.task.kinds:
-        return own.row() | evaluate.change_row(context.task, reference, own)
-    alike = comparison.outputs_row(reference.predictions, own.predictions)
-    if getattr(context.task, "inner", None) is not None:
-        alike |= evaluate.agreement_row(context.task, reference, own)
-    return own.row() | alike
+        found: Evaluation = judged.evaluation(path)
+    else:
+        title = f"{entry.name} on {entry.target.runtime}"
+        with entry.open() as session:
+            found = evaluate.of_task(session, context.dataset, context.task, title=title)
+    judged.keep(path, found)
+    return found
 
 
 def no_sensitivity(context: RunContext, original: RunVariant) -> str | None:

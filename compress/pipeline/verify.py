@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -129,10 +130,10 @@ def measure_again(root: Path) -> Remeasured:
             continue
         entries = entries_on(context, variants, targets)
         with artifact.scratch() as folder:
-            rows, _, _ = measure_entries(context, entries, JudgedPredictions(folder, dataset))
+            rows, _, _ = measure_entries(context, entries, JudgedPredictions(folder, dataset, task))
         for entry, row in zip(entries, rows, strict=True):
             place = f"{entry.variant.name} on {target.runtime}, batch {target.batch}"
-            skipped |= {f"{place}: {what}": why for what, why in row["skipped"].items()}
+            skipped |= {f"{place}: {what}": why for what, why in row.skipped.items()}
             before = _reported(report, entry.variant.name, row)
             if before is None:
                 skipped[place] = "the report has no such result"
@@ -164,20 +165,20 @@ def _elsewhere(report: Report) -> str:
     )
 
 
-def _reported(report: Report, variant: str, row: dict[str, Any]) -> Result | None:
-    keys = ("runtime", "batch", "threads", "precision")
+def _reported(report: Report, variant: str, row: Result) -> Result | None:
+    place = operator.attrgetter("runtime", "batch", "threads", "precision")
     found = report.variant(variant)
     results = found.results if found else ()
-    return next((r for r in results if all(getattr(r, key) == row[key] for key in keys)), None)
+    return next((result for result in results if place(result) == place(row)), None)
 
 
-def _checks(variant: str, before: Result, row: dict[str, Any], elsewhere: str) -> Iterator[Check]:
+def _checks(variant: str, before: Result, row: Result, elsewhere: str) -> Iterator[Check]:
     for figure in FIGURES:
-        old, new = getattr(before, figure), row.get(figure)
-        if old is None or new is None or (figure, row.get("verdict")) == ("speedup", "reference"):
+        old, new = getattr(before, figure), getattr(row, figure)
+        if old is None or new is None or (figure, row.verdict) == ("speedup", "reference"):
             continue
         name = f"{figure.removesuffix('_pct')}_ci95"
-        old_ci, new_ci = getattr(before, name), row.get(name)
+        old_ci, new_ci = getattr(before, name), getattr(row, name)
         if figure == "speedup":
             outcome = "not compared: elsewhere" if elsewhere else _touch(old_ci, new_ci)
         elif elsewhere and old_ci is not None:

@@ -276,7 +276,7 @@ def test_a_candidate_that_cannot_be_opened_is_told_before_any_image_is_run(
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(path.read_bytes()[:100])
     ran: list[Any] = []
-    monkeypatch.setattr("compress.measure.compare.test_answers", lambda *a: ran.append(a))
+    monkeypatch.setattr("compress.evaluate.of_task", lambda *a, **_: ran.append(a))
     with pytest.raises(CompressError, match=r"broken\.onnx"):
         compare_artifacts(path, broken, digits())
     assert not ran

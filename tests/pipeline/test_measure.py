@@ -9,7 +9,7 @@ import pytest
 from onnx import TensorProto, load
 
 from compress import pipeline
-from compress.pipeline.measure import int8_coverage, places
+from compress.pipeline.measure import Measured, int8_coverage, places
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import Target
 from compress.report.schema import Report
@@ -125,3 +125,16 @@ def test_coverage_names_islands_and_float_layers_once():
         (("fc",), 20),
     ]
     assert found.islands[1].reason == "a float bias"
+
+
+def test_measurements_of_earlier_versions_are_read():
+    """They had every number of memory beside the others."""
+    place = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
+    memory = {"weights_mib": 1.5, "peak_rss_mib": 9.0, "peak_memory_mib": 3.0}
+    rows = {"original": [place | memory | {"skipped": {}}]}
+    record = {"results": rows, "skipped": {}, "conditions": {}, "coverage": []}
+    (result,) = Measured.model_validate(record).results["original"]
+    assert result.memory_mib == {"weights": 1.5, "peak_rss": 9.0}
+    assert result.peak_memory_mib == 3.0
+    again = Measured.model_validate(Measured.model_validate(record).model_dump(mode="json"))
+    assert again.results["original"] == (result,)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from compress.pipeline.reporting import notes_of, tensor_ranges
+from compress.pipeline.details import tensor_ranges
+from compress.pipeline.reporting import notes_of
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 
 

@@ -66,9 +66,9 @@ class Measured(schema.Record):
     @field_validator("results", mode="before")
     @classmethod
     def _of_earlier_versions(cls, results: dict[str, Any]) -> dict[str, Any]:
-        """Return results whose memory numbers stand beside the others as they are today."""
+        """Return results with their numbers of memory in one of them, as they are today."""
         return {
-            name: [_memory_apart(row) if isinstance(row, dict) else row for row in rows]
+            name: [_with_memory(row) if isinstance(row, dict) else row for row in rows]
             for name, rows in results.items()
         }
 
@@ -109,9 +109,10 @@ def measure_targets(
         if not shown:
             shown = _shown(context, entries, evaluations)
         for entry, row in zip(entries, rows, strict=True):
-            memory = _memory_apart(entry.memory(target.batch, context.dataset))
+            memory = entry.memory(target.batch, context.dataset)
+            memory.pop("file_mib", None)  # it is the size_mib of the row
             memory["skipped"] = row.skipped | memory.get("skipped", {})
-            results[entry.variant.name].append(row.model_copy(update=memory))
+            results[entry.variant.name].append(row.model_copy(update=_with_memory(memory)))
     attributions, similarities = explain_variants(context, variants, judged)
     return Measured(
         results={name: tuple(rows) for name, rows in results.items()},
@@ -126,12 +127,10 @@ def measure_targets(
     )
 
 
-def _memory_apart(row: dict[str, Any]) -> dict[str, Any]:
+def _with_memory(row: dict[str, Any]) -> dict[str, Any]:
     """Return ``row`` with the numbers of memory that a result has no field for in one of them."""
     apart = [key for key in row if key.endswith("_mib") and key not in schema.Result.model_fields]
-    memory = {key.removesuffix("_mib"): row[key] for key in apart if key != "file_mib"}  # size_mib
-    kept = {key: value for key, value in row.items() if key not in apart}
-    return {"memory_mib": memory} | kept
+    return row | {"memory_mib": {key.removesuffix("_mib"): row[key] for key in apart}}
 
 
 def places(targets: Sequence[Target]) -> list[list[Target]]:

@@ -15,7 +15,6 @@ from onnx import (
     FunctionProto,
     GraphProto,
     ModelProto,
-    NodeProto,
     SparseTensorProto,
     TensorProto,
     helper,
@@ -24,9 +23,9 @@ from onnx import (
 
 from compress.artifact import is_utf8, replacing, state_of
 from compress.errors import EngineError, boundary
-from compress.graph.lenient import write_plainly
+from compress.graph.lenient import sort_nodes, write_plainly
 from compress.graph.metadata import layout_of, picture_input, stamp
-from compress.graph.order import sort_nodes
+from compress.graph.model import bodies, graphs_in
 from compress.graph.shapes import dims_of
 
 DEEPEST = 64  # branches and loops inside each other, functions that call functions
@@ -276,31 +275,18 @@ def _check_calls(model: ModelProto, path: Path) -> None:
         )
 
 
-def bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """Yield the graphs inside a node: branches of an If, the body of a Loop or Scan."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
 def _check_loops(model: ModelProto, path: Path) -> bool:
     """Return whether there is a Loop; refuse one whose body is empty: nothing can stop it."""
-    pending: list[GraphProto | FunctionProto] = [model.graph, *model.functions]
-    found = False
-    while pending:
-        for node in pending.pop().node:
-            inside = list(bodies(node))
-            pending += inside
-            if node.op_type == "Loop":
-                found = True
-                if not all(body.node for body in inside):
-                    raise EngineError(
-                        f"its Loop {node.name!r} has nothing in its body",
-                        where=str(path),
-                        fix="Remove it: it gives what it is given",
-                    )
-    return found
+    inside = (each for body in (model.graph, *model.functions) for each in graphs_in(body))
+    loops = [node for graph in inside for node in graph.node if node.op_type == "Loop"]
+    for node in loops:
+        if not all(body.node for body in bodies(node)):
+            raise EngineError(
+                f"its Loop {node.name!r} has nothing in its body",
+                where=str(path),
+                fix="Remove it: it gives what it is given",
+            )
+    return bool(loops)
 
 
 def _all_tensors(model: ModelProto) -> Iterator[TensorProto]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, helper
+from onnx_ir import serde
+
+from compress.graph.model import bodies, graphs_in, reads
 
 _SHARED_BY_GROUPS = range(18, 21)  # opsets whose GroupNormalization has one scale for each group
 
@@ -17,7 +21,7 @@ def write_plainly(model: ModelProto) -> None:
     if model.ir_version < 4 and _has_own_weights(model.graph):
         model.ir_version = 4  # before, all weights were inputs
     for body in (model, *model.functions):
-        parts = list(_parts(body.graph if isinstance(body, ModelProto) else body))
+        parts = list(graphs_in(body.graph if isinstance(body, ModelProto) else body))
         named = {each.domain or "ai.onnx" for each in body.opset_import}
         used = {node.domain or "ai.onnx" for part in parts for node in part.node}
         body.opset_import.extend(
@@ -33,15 +37,6 @@ def write_plainly(model: ModelProto) -> None:
 def _has_own_weights(graph: GraphProto) -> bool:
     inputs = {value.name for value in graph.input}
     return any(tensor.name not in inputs for tensor in graph.initializer)
-
-
-def _parts(body: GraphProto | FunctionProto) -> Iterator[GraphProto | FunctionProto]:
-    """Yield ``body`` and the graphs inside its nodes, at any depth."""
-    yield body
-    for node in body.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _parts(inner)
 
 
 def _write_norms(body: GraphProto | FunctionProto, opset: int) -> None:
@@ -84,3 +79,29 @@ def _by_instance(node: NodeProto) -> Iterator[NodeProto]:
     yield helper.make_node(
         "Reshape", [names["normed"], names["sizes"]], [made], f"{made}_ungrouped"
     )
+
+
+def sort_nodes(graph: GraphProto) -> None:
+    """Put the nodes of ``graph``, and those inside them, behind what they read.
+
+    Tools that convert a file to half precision append their casts at its end. ONNX Runtime sorts
+    such files for itself; ONNX's checker and its shape inference refuse them or stop there. A graph
+    in order is left as it is, and so is one whose nodes need each other.
+    """
+    if not _is_sorted(graph):
+        with contextlib.suppress(ValueError):  # others tell of circles
+            ordered = serde.deserialize_graph(graph)
+            ordered.sort()
+            nodes = serde.serialize_graph(ordered).node
+            del graph.node[:]
+            graph.node.extend(nodes)
+
+
+def _is_sorted(graph: GraphProto) -> bool:
+    inner = (body for node in graph.node for body in bodies(node))
+    later = {name for node in graph.node for name in node.output if name}
+    for node in graph.node:
+        if later.intersection(reads(node)):
+            return False
+        later.difference_update(node.output)
+    return all(map(_is_sorted, inner))

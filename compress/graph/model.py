@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import NodeProto, numpy_helper
+from onnx import FunctionProto, GraphProto, NodeProto, numpy_helper
 
 from compress.graph.shapes import dims_of, real_inputs
 
@@ -23,6 +23,7 @@ _MOVES = frozenset(  # on the way from a Softmax to what averages over it
     {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Identity"}
     | {"QuantizeLinear", "DequantizeLinear"}
 )
+Body = TypeVar("Body", GraphProto, FunctionProto)
 BIAS_LIMIT = 2.0**30  # of an int32 bias; leaves room for the sum it is added to
 
 
@@ -112,9 +113,25 @@ class GraphIndex:
         return None if shape is None else len(shape)
 
 
+def bodies(node: NodeProto) -> Iterator[GraphProto]:
+    """Yield the graphs inside a node: branches of an If, the body of a Loop or Scan."""
+    for item in node.attribute:
+        if item.HasField("g"):
+            yield item.g
+        yield from item.graphs
+
+
+def graphs_in(body: Body) -> Iterator[Body | GraphProto]:
+    """Yield ``body`` and the graphs inside its nodes, at any depth."""
+    yield body
+    for node in body.node:
+        for inner in bodies(node):
+            yield from graphs_in(inner)
+
+
 def captured(node: NodeProto) -> set[str]:
     """Return the names that the subgraphs of ``node`` may read from outside."""
-    graphs = [graph for a in node.attribute for graph in (a.g, *a.graphs)]
+    graphs = list(bodies(node))
     ends = {output.name for graph in graphs for output in graph.output}
     return ends | {n for graph in graphs for child in graph.node for n in reads(child)}
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,23 @@ from onnx_ir.passes import common as passes
 
 from compress.errors import EngineError, QuantizationError, reason_of
 from compress.graph import files
-from compress.graph.files import bodies
-from compress.graph.fused import OF_ONE_CPU, unfused
-from compress.graph.model import WEIGHTED, GraphIndex, attribute, channel_axis, fresh_name
+from compress.graph.model import (
+    WEIGHTED,
+    GraphIndex,
+    attribute,
+    channel_axis,
+    fresh_name,
+    graphs_in,
+)
 from compress.graph.rewrites import (
+    OF_ONE_CPU,
     is_spatial_mean,
     join_hard_swish,
     keep_batch,
     pad_every_axis,
     pad_plainly,
     say_plainly,
+    unfused,
     write_pool,
 )
 from compress.graph.single import to_single
@@ -76,8 +84,7 @@ def prepare(model: ModelProto, where: str = "the ONNX graph", *, fold: bool = Tr
         QuantizationError: it is quantized already, has nothing to quantize, is too old to convert,
             or is not valid ONNX.
     """
-    prepared = ModelProto()
-    prepared.CopyFrom(model)
+    prepared = deepcopy(model)
     if any(entry.key == _DONE for entry in model.metadata_props):
         return prepared
     _refuse_quantized(prepared, where)
@@ -377,7 +384,7 @@ def modern(model: ModelProto, where: str) -> ModelProto:
     opset = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
     if not 0 < opset < OLDEST_OPSET:  # 0: it has no standard operators
         return model
-    graphs = list(_graphs(model.graph))
+    graphs = list(graphs_in(model.graph))
     taken = {
         name for graph in graphs for node in graph.node for name in (*node.input, *node.output)
     }
@@ -393,17 +400,9 @@ def modern(model: ModelProto, where: str) -> ModelProto:
             fix="Export the network again with a newer opset",
         ) from None
     if opset < 11:
-        for graph in _graphs(model.graph):
+        for graph in graphs_in(model.graph):
             _sample_as_before(graph)
     return model
-
-
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """Yield ``graph``, and the branches and loops in it."""
-    yield graph
-    for node in graph.node:
-        for body in bodies(node):
-            yield from _graphs(body)
 
 
 def _flatten_before_hardmax(graph: GraphProto, taken: set[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 
 import onnx
 
@@ -68,8 +69,7 @@ def shapes_of(
     Raises:
         ModelError: the graph breaks the rules of ONNX.
     """
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(model)
+    fixed = deepcopy(model)
     for value in real_inputs(fixed):
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_value < 1 and (axis == 0 or others is not None):

@@ -15,6 +15,8 @@ from onnx import (
     numpy_helper,
 )
 
+from compress.graph.model import graphs_in
+
 HALF, SINGLE = TensorProto.FLOAT16, TensorProto.FLOAT
 _TYPES = frozenset({"to", "dtype"})  # attributes that name an element type
 
@@ -69,7 +71,7 @@ def _give_half(graph: GraphProto, name: str) -> None:
 
 
 def _widen(graph: GraphProto) -> None:
-    for inner in _graphs(graph):
+    for inner in graphs_in(graph):
         outer = inner is graph
         for tensor in inner.initializer:
             _widen_tensor(tensor)
@@ -94,22 +96,13 @@ def _widen_tensor(tensor: TensorProto) -> None:
         tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
 
 
-def _graphs(graph: GraphProto) -> Iterator[GraphProto]:
-    """Yield ``graph`` and the graphs inside its nodes, at any depth."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)
-
-
 def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    for inner in _graphs(graph):
+    for inner in graphs_in(graph):
         yield from inner.node
 
 
 def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    for inner in _graphs(graph):
+    for inner in graphs_in(graph):
         yield from inner.initializer
         for node in inner.node:
             if node.op_type == "Constant":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 
 import onnx
@@ -11,7 +12,7 @@ import onnx.inliner
 from onnx import GraphProto, ModelProto, TensorProto, helper
 
 from compress.errors import QuantizationError, boundary
-from compress.graph.files import bodies
+from compress.graph.model import graphs_in
 
 LARGEST = 1024  # elements of a constant that stays: no op reads a shape or axes from a larger one
 
@@ -84,8 +85,7 @@ def without_functions(model: ModelProto) -> ModelProto:
 def _inferred(model: ModelProto) -> ModelProto:
     """Return ``model`` with all shapes; those of its own are dropped where this cures an error."""
     infer = partial(onnx.shape_inference.infer_shapes, data_prop=True)
-    without = ModelProto()
-    without.CopyFrom(model)
+    without = deepcopy(model)
     _drop_shapes(without.graph)
     for tried in (model, without):
         with suppress(onnx.shape_inference.InferenceError):
@@ -95,13 +95,11 @@ def _inferred(model: ModelProto) -> ModelProto:
 
 def _drop_shapes(graph: GraphProto) -> None:
     """Remove what ``graph``, and what is inside its nodes, says of the shapes that nodes make."""
-    graph.ClearField("value_info")
-    for output in graph.output:
-        if output.type.HasField("tensor_type"):
-            output.type.tensor_type.ClearField("shape")
-    for node in graph.node:
-        for body in bodies(node):
-            _drop_shapes(body)
+    for part in graphs_in(graph):
+        part.ClearField("value_info")
+        for output in part.output:
+            if output.type.HasField("tensor_type"):
+                output.type.tensor_type.ClearField("shape")
 
 
 def _complete(model: ModelProto) -> ModelProto:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from compress.modules.closures import closed_over, with_closure
+from compress.modules import closed_over, with_closure
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,8 +155,7 @@ def _values(model: onnx.ModelProto, names: list[str]) -> list[np.ndarray]:
     from compress.measure.probe import inputs_for
     from compress.runtimes import DEFAULT, open_session
 
-    watched = onnx.ModelProto()
-    watched.CopyFrom(model)
+    watched = deepcopy(model)
     watched.graph.ClearField("output")
     watched.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     with scratch() as folder:

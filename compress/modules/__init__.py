@@ -7,7 +7,7 @@ import copy
 import inspect
 import re
 import types
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from compress.errors import ModelError, PlanError
-from compress.modules.closures import with_closure
 
 _INSIDE = ("_orig_mod", "module", "ema_model", "ema", "_original_module")  # in wrappers
 _BESIDE = {"online_model", "model", "_forward_module"}  # the trained one, next to its average
@@ -193,3 +192,31 @@ def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield every parameter and buffer once, by the first of its names."""
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def with_closure(
+    function: types.FunctionType, change: Callable[[str, Any], Any]
+) -> types.FunctionType:
+    """Return a copy of ``function`` with ``change(name, value)`` for each closed-over variable."""
+    cells = tuple(
+        types.CellType(change(name, value)) if value is not _EMPTY else types.CellType()
+        for name, value in closed_over(function)
+    )
+    copy = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, cells
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__dict__.update(function.__dict__)
+    return copy
+
+
+_EMPTY = object()
+
+
+def closed_over(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Yield the names and values of the variables that a function closes over."""
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # a cell that was never filled
+            yield name, _EMPTY

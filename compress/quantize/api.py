@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 from onnx import ModelProto
 from onnx.numpy_helper import to_array
+from threadpoolctl import ThreadpoolController
 
 from compress.artifact import replacing
 from compress.errors import CompressError, QuantizationError, UnknownNameError, boundary
@@ -16,7 +18,6 @@ from compress.graph.metadata import usual_range
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
-from compress.quantize.blas import one_thread
 from compress.quantize.calibration import begin_below_zero, calibrate, observed_tensors
 from compress.quantize.confirm import Confirmation, check_prepared, confirmed
 from compress.quantize.equalization import scalable
@@ -160,7 +161,7 @@ def quantize_targets(
     written: dict[str, ModelProto] = {}
     try:
         where = boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN)
-        with where, one_thread():
+        with where, _one_thread():
             model = read_onnx(path)
             prepared = prepare(model)
             excluded = excluded_nodes(GraphIndex(prepared), exclude)
@@ -212,3 +213,14 @@ def excluded_nodes(graph: GraphIndex, names: Iterable[str]) -> dict[str, str]:
         if name not in known:
             raise UnknownNameError("node", name, known)
     return dict.fromkeys(names, "excluded by the user")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let products of matrices take one thread.
+
+    Small ones gain nothing from more, and the threads that wait for the next one spin: of a small
+    network that was a fifth of all the processor time that quantization took.
+    """
+    with ThreadpoolController().limit(limits=1, user_api="blas"):
+        yield

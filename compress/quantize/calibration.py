@@ -20,7 +20,7 @@ from compress.graph.preprocess import prepare
 from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS, ActivationRange, QuantPlan
 from compress.qdq.rewrite import rewrite_for
-from compress.quantize.images import Batches, CalibrationImages, Feed
+from compress.quantize.images import Batches, CalibrationImages, Feed, images_in
 from compress.quantize.observers import ChannelHistogram, Histogram, Pointwise
 from compress.quantize.sessions import session_of, with_outputs
 
@@ -107,7 +107,7 @@ def calibrate(
     total = len(images.order) if images.stream is None else None
     with progress.task("Calibrating", total) as counter:
         for feed in images.feeds(runner.batch_size(images)):
-            count = len(next(iter(feed.values())))
+            count = images_in(feed)
             for name, values in runner.run(feed, images.fixed_batch).items():
                 if name in by_channel:
                     _observe_channels(statistics, name, values)
@@ -163,13 +163,13 @@ class _Runner:
 
     def run(self, feed: Feed, fixed_batch: int | None) -> Mapping[str, NDArray[Any]]:
         """Return the observed tensors for a batch; they are overwritten by the next run."""
-        count = len(next(iter(feed.values())))
+        count = images_in(feed)
         if fixed_batch and count < fixed_batch:
             feed = {
                 name: np.concatenate([array, np.repeat(array[-1:], fixed_batch - count, 0)])
                 for name, array in feed.items()
             }
-        size = len(next(iter(feed.values())))
+        size = images_in(feed)
         seen = {name: feed[name] for name in self.inputs} | self._outputs(feed)
         if size == count:
             return seen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -311,8 +312,7 @@ def _sizes_that_help(confirmation: Confirmation, graphs: Sequence[ModelProto], r
     if free is None or all(dims_of(free)[1:]) or free.name not in confirmation.feed:
         return ""
     for graph in graphs:
-        sized = ModelProto()
-        sized.CopyFrom(graph)
+        sized = deepcopy(graph)
         sized.graph.ClearField("value_info")
         shape = confirmation.feed[free.name].shape[1:]
         value = next(each for each in sized.graph.input if each.name == free.name)

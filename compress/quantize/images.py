@@ -70,7 +70,7 @@ class CalibrationImages:
         if callable(batches):
             return
         self.batches = [self._feed(batch, index) for index, batch in enumerate(batches)]
-        rows = [_size(feed) for feed in self.batches]
+        rows = [images_in(feed) for feed in self.batches]
         self._check_count(sum(rows))
         _warn_if_unusual(self.batches, usual)
         images = [Image(b, r) for b, count in enumerate(rows) for r in range(count)]
@@ -95,19 +95,19 @@ class CalibrationImages:
             if index == 0:
                 _warn_if_unusual([feed], self.usual)
             if rest and _shapes(rest[0]) != _shapes(feed):  # images of another size follow
-                if last := _size(rest[0]):
+                if last := images_in(rest[0]):
                     seen += last
                     yield rest[0]
                 rest = []
             feed = _join([*rest, feed])
-            whole = _size(feed) // size * size
+            whole = images_in(feed) // size * size
             for start in range(0, whole, size):
                 if limit is not None and seen >= limit:
                     return
                 seen += size
                 yield {name: array[start : start + size] for name, array in feed.items()}
             rest = [{name: array[whole:] for name, array in feed.items()}]
-        if rest and (last := _size(rest[0])):
+        if rest and (last := images_in(rest[0])):
             seen += last
             yield rest[0]
         self._check_count(seen)
@@ -253,8 +253,9 @@ def _shapes(feed: Feed) -> tuple[tuple[int, ...], ...]:
     return tuple(array.shape[1:] for array in feed.values())
 
 
-def _size(feed: Feed) -> int:
-    return len(next(iter(feed.values())))
+def images_in(feed: Feed) -> int:
+    """Return the number of images of ``feed``."""
+    return len(next(iter(feed.values()), ()))
 
 
 def _join(parts: Sequence[Feed]) -> Feed:

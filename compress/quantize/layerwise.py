@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections, rewrite_for
 from compress.qdq.writer import write_qdq
 from compress.quantize.calibration import ActivationFunction, activation_of, identity
-from compress.quantize.images import Feed
+from compress.quantize.images import Feed, images_in
 from compress.quantize.sessions import session_of, with_outputs
 
 Values = dict[str, NDArray[Any]]
@@ -50,8 +51,7 @@ class QuantizedLayer:
         feed = {"x": self.incoming, "w": own}
         if (bias := self.bias) is not None:
             feed["b"] = bias
-        node = NodeProto()
-        node.CopyFrom(self.node)
+        node = deepcopy(self.node)
         del node.input[:]
         node.input.extend(feed)
         node.output[0] = "y"
@@ -177,15 +177,16 @@ def some_positions(values: NDArray[Any], images: int) -> NDArray[Any]:
     return np.ascontiguousarray(rows[:, :, ::stride].swapaxes(1, 2)).reshape(-1, rows.shape[1])
 
 
-def channel_means(values: NDArray[Any], axis: int = 1) -> NDArray[np.float64]:
+def channel_means(values: NDArray[Any]) -> NDArray[np.float64]:
     """Return the mean of each channel, (C,), over images and space."""
-    others = tuple(d for d in range(values.ndim) if d != axis % values.ndim)
+    others = tuple(d for d in range(values.ndim) if d != 1 % values.ndim)
     return np.asarray(values.mean(axis=others, dtype=np.float64))
 
 
 _STEPS = 3
 _ELEMENTS = 40_000_000  # of the largest tensor, for all images that a correction looks at
 _MOST = 0.5  # standard deviations that a bias may move
+_AT_ONCE = 8  # images of the float graph
 _NEAR = 3e-4  # and within how many of them a mean is met
 
 
@@ -220,7 +221,7 @@ def correct_biases(
     nodes = {node.name: node for node in graph.nodes}
     activations = {name: activation_of(graph, nodes[name]) for name in names}
     known = {} if known is None else known
-    images = len(next(iter(feed.values())))
+    images = images_in(feed)
     outputs = [a.output for a in activations.values()]
     if not known.get(images, {}).keys() >= set(outputs):
         known[images] = float_means(prepared, feed, outputs)
@@ -284,16 +285,14 @@ def fewer(prepared: ModelProto, feed: Feed) -> Feed:
     return {name: array[:count] for name, array in feed.items()}
 
 
-def float_means(
-    model: ModelProto, feed: Feed, names: list[str], batch: int = 8
-) -> dict[str, NDArray[np.float64]]:
+def float_means(model: ModelProto, feed: Feed, names: list[str]) -> dict[str, NDArray[np.float64]]:
     """Return the mean of each channel, (C,), of tensors of a float graph, at some positions."""
     session = session_of(with_outputs(model, names))
-    count = len(next(iter(feed.values())))
+    count = images_in(feed)
     sums: dict[str, NDArray[np.float64]] = {}
-    for start in range(0, count, batch):
-        part = {name: array[start : start + batch] for name, array in feed.items()}
-        share = len(next(iter(part.values()))) / count
+    for start in range(0, count, _AT_ONCE):
+        part = {name: array[start : start + _AT_ONCE] for name, array in feed.items()}
+        share = images_in(part) / count
         for name, value in zip(names, session.run(names, part), strict=True):
             sums[name] = sums.get(name, 0.0) + channel_means(some_positions(value, count)) * share
     return sums

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from onnx import ModelProto
 from compress.graph.model import GraphIndex
 from compress.packages import require
 from compress.qdq.plan import ActivationRange, QuantPlan
-from compress.quantize.images import Feed
+from compress.quantize.images import Feed, images_in
 
 
 def import_nncf() -> Any:
@@ -24,13 +25,12 @@ def quantize_by_nncf(prepared: ModelProto, feed: Feed) -> ModelProto:
 
     nncf = import_nncf()
     logging.getLogger("nncf").setLevel(logging.ERROR)
-    count = len(next(iter(feed.values())))
+    count = images_in(feed)
     items = [{name: array[i : i + 1] for name, array in feed.items()} for i in range(count)]
     advanced = nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.quantization.advanced_parameters.OverflowFix.DISABLE
     )
-    copy = ModelProto()
-    copy.CopyFrom(prepared)
+    copy = deepcopy(prepared)
     written: ModelProto = nncf.quantize(
         copy, nncf.Dataset(items), subset_size=count, advanced_parameters=advanced
     )

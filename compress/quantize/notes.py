@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, NodeProto
 
-from compress.graph.model import WEIGHTED, GraphIndex
+from compress.graph.model import WEIGHTED, GraphIndex, bodies, graphs_in
 from compress.qdq.placement import place
 from compress.quantize.sqnr import sqnr_text
 from compress.report.numbers import staying
@@ -40,7 +39,8 @@ def float_parts(graph: GraphIndex, target: str) -> list[str]:
     products = {n.name for n in graph.nodes if len(graph.data_inputs(n)) > 1}
     found = [f"{name}{STAYS}: {why}" for name, why in left.items() if name not in products]
     for node in graph.nodes:
-        inside = _weighted_inside(node)
+        children = (c for body in bodies(node) for part in graphs_in(body) for c in part.node)
+        inside = sum(child.op_type in WEIGHTED for child in children)
         if node.op_type in _RECURRENT:
             found.append(f"{node.name} ({node.op_type}){STAYS}: no target has it in int8")
         elif inside:
@@ -110,10 +110,3 @@ def bearing_images(values: NDArray[Any]) -> float:
     """
     power = np.square(values.reshape(len(values), -1), dtype=np.float64).sum(1)
     return float(power.sum() ** 2 / max(np.square(power).sum(), 1e-300)) if power.any() else 0.0
-
-
-def _weighted_inside(node: NodeProto) -> int:
-    """Return the number of weighted ops in the subgraphs of ``node``."""
-    bodies = [a.g for a in node.attribute if a.type == AttributeProto.GRAPH]
-    children = [child for body in bodies for child in body.node]
-    return sum((child.op_type in WEIGHTED) + _weighted_inside(child) for child in children)

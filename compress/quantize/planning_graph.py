@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from copy import deepcopy
 
 import numpy as np
-from onnx import GraphProto, ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.graph.files import bodies
-from compress.graph.model import SAME_SCALE, GraphIndex, captured
+from compress.graph.model import SAME_SCALE, GraphIndex, captured, graphs_in
 from compress.graph.shapes import dims_of
 from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
@@ -70,8 +69,7 @@ def planning_graph(prepared: ModelProto, batches: Batches) -> ModelProto:
     values = _parameters(graph, batches, first)
     copy = prepared
     if values:
-        copy = ModelProto()
-        copy.CopyFrom(prepared)
+        copy = deepcopy(prepared)
         kept = [value for value in copy.graph.input if value.name not in values]
         del copy.graph.input[:]
         copy.graph.input.extend(kept)
@@ -142,7 +140,7 @@ def _parameters(graph: GraphIndex, batches: Batches, first: Feed) -> Feed:
 
 def _check_loops(model: ModelProto, first: Feed) -> None:
     """Raise QuantizationError if the graph has a Loop that does not end on the first image."""
-    if not any(node.op_type == "Loop" for node in _all_nodes(model.graph)):
+    if not any(node.op_type == "Loop" for each in graphs_in(model.graph) for node in each.node):
         return
     graph = GraphIndex(model)
     free = all((graph.shapes.get(name) or (0,))[0] is None for name in graph.inputs)
@@ -159,14 +157,6 @@ def _check_loops(model: ModelProto, first: Feed) -> None:
         return  # calibration says on which images
 
 
-def _all_nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """Yield the nodes of ``graph`` and of the graphs inside them."""
-    for node in graph.node:
-        yield node
-        for inner in bodies(node):
-            yield from _all_nodes(inner)
-
-
 def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:
     """Return ``model``; a copy with a batch of 1 where the inputs say any and only 1 runs."""
     graph = GraphIndex(model)
@@ -179,8 +169,7 @@ def _with_true_batch(model: ModelProto, first: Feed) -> ModelProto:
     two = {name: np.repeat(array[:1], 2, 0) for name, array in rows.items()}
     if not _runs(session, one) or _runs(session, two):
         return model  # it takes any batch; or none, and calibration says why
-    fixed = ModelProto()
-    fixed.CopyFrom(model)
+    fixed = deepcopy(model)
     for value in fixed.graph.input:
         if value.name in free:
             value.type.tensor_type.shape.dim[0].dim_value = 1

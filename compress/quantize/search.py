@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-
-from onnx import ModelProto
 
 from compress import progress
 from compress.errors import ModelError
@@ -16,9 +15,9 @@ from compress.graph.model import GraphIndex
 from compress.measure.macs import node_macs
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
-from compress.quantize.images import Feed
+from compress.quantize.images import Feed, images_in
 from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
-from compress.quantize.workbench import Workbench, images_in
+from compress.quantize.workbench import Workbench
 
 _GAIN_DB = 0.05  # less than this is noise
 _MANY = 128  # images, after which others hardly bring larger values
@@ -173,7 +172,7 @@ class _Search:
         if found.falls_below(self.plain) or best.exceeds(found):  # on images it has seen now
             plan = best.plan
         else:
-            self.notes.append(f"made again with all {len(next(iter(feed.values())))} images")
+            self.notes.append(f"made again with all {images_in(feed)} images")
         return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
 
 
@@ -233,8 +232,7 @@ def _shares(bench: Workbench) -> dict[str, float]:
 
     Empty where they cannot be counted.
     """
-    sized = ModelProto()
-    sized.CopyFrom(bench.prepared)
+    sized = deepcopy(bench.prepared)
     del sized.graph.value_info[:]
     for value in sized.graph.input:
         image = bench.fitted.get(value.name)

@@ -162,7 +162,6 @@ def quantize_sensitivity(
     plan: QuantPlan,
     batches: Batches,
     *,
-    target: str | None = None,
     task: Task | None = None,
 ) -> QuantSensitivity:
     """Quantize one layer at a time and see what it does to the answers.
@@ -176,14 +175,13 @@ def quantize_sensitivity(
         model: The fp32 graph with one input that the plan was made for. Not modified.
         plan: Which layers are quantized, and how.
         batches: Labelled images, float32 (B, C, H, W) and int64 (B,), or the task's targets.
-        target: The runtime; the plan's own if absent.
         task: Whose primary metric counts; top-1 of one class an image if absent.
 
     Raises:
         QuantizationError: the plan does not fit the graph.
         DataError: there are no images.
     """
-    target = target or plan.target
+    target = plan.target
     judge = Judge(labelled_arrays(batches), task)
     images = [batch for batch, _ in judge.labelled]
     base = rewrite_for(apply_corrections(prepare(model), plan), target)

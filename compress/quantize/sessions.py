@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -163,8 +164,7 @@ def _without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, NDArray[A
 
 def with_outputs(model: ModelProto, names: Iterable[str]) -> ModelProto:
     """Return a copy of ``model`` that has ``names`` as outputs, after its own."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = deepcopy(model)
     present = {output.name for output in copy.graph.output}
     for name in names:
         if name not in present:

@@ -15,12 +15,12 @@ from compress.qdq.plan import QuantPlan
 from compress.qdq.writer import write_qdq
 from compress.quantize.calibration import Statistics, begin_below_zero, make_quant_plan
 from compress.quantize.equalization import equalize
-from compress.quantize.images import CalibrationImages, Feed
+from compress.quantize.images import CalibrationImages, Feed, images_in
 from compress.quantize.layerwise import FloatMeans, correct_biases
 from compress.quantize.notes import float_parts, of_judging, of_sessions
 from compress.quantize.planning_graph import judged_tensors, with_free_batch
 from compress.quantize.rounding import improve_rounding, search_weight_scales
-from compress.quantize.sqnr import Closeness, answers, closeness, mean_db
+from compress.quantize.sqnr import Closeness, answers, closeness
 
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
 TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried; more if small
@@ -103,10 +103,6 @@ class Workbench:
         """Return the images that were fitted to and those held back, together."""
         return {n: np.concatenate([a, self.held_back[n]]) for n, a in self.fitted.items()}
 
-    def fidelity_db(self, plan: QuantPlan) -> float:
-        """Return the SQNR of all answers together on the images that judge."""
-        return mean_db(self.judge(plan).each_db)
-
     def judge(self, plan: QuantPlan) -> Closeness:
         """Return how close the judged tensors come on the images that judge."""
         bare = plan.changed(method="", notes=())
@@ -141,8 +137,3 @@ class Workbench:
 def first(feed: Feed, count: int) -> Feed:
     """Return the first ``count`` images of ``feed``."""
     return {name: array[:count] for name, array in feed.items()}
-
-
-def images_in(feed: Feed) -> int:
-    """Return the number of images of ``feed``."""
-    return len(next(iter(feed.values()), ()))

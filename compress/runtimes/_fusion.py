@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,7 @@ class Workload:
 
 def with_node_names(model: ModelProto) -> ModelProto:
     """Return a copy in which every node has a name of its own."""
-    copy = ModelProto()
-    copy.CopyFrom(model)
+    copy = deepcopy(model)
     seen: set[str] = set()
     for index, node in enumerate(copy.graph.node):
         if not node.name or node.name in seen:

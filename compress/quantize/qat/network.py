@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any, Protocol
 
 import numpy as np
@@ -111,8 +112,7 @@ class OnnxNetwork(nn.Module):
 
     def trained_model(self) -> onnx.ModelProto:
         """Return the graph with the weights as they are now."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
+        model = deepcopy(self.model)
         for tensor in model.graph.initializer:
             if tensor.name in self.places:
                 array = self._array(tensor.name)

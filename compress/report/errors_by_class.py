@@ -52,12 +52,8 @@ def class_metric_table(details: Details) -> Table | None:
     rows = []
     for k, name in enumerate(first.classes):
         change = _change(first.values[k], last.values[k])
-        cells = [
-            Cell(numbers.percent(each.values[k]), each.values[k],
-                 numbers.interval(each.ci95[k], "percent"))
-            for each in details.class_metrics
-        ]  # fmt: skip
-        rows.append((Cell(name), Cell(numbers.points(change), change), *cells))
+        cells = [Cell.of(each.values[k], "percent", each.ci95[k]) for each in details.class_metrics]
+        rows.append((Cell(name), Cell.of(change, "points"), *cells))
     rows.sort(key=lambda row: (row[1].sort is None, row[1].sort or 0.0))
     title = f"{first.metric} of each class, {last.variant} against {first.variant}"
     return Table("class-metrics", title, tuple(columns), tuple(rows))
@@ -78,8 +74,8 @@ def _class_table(details: Details, *forms: ClassScores) -> Table:
         row = [Cell(class_name(details, position)), Cell(f"{images:,}", images)]
         if len(forms) > 1:
             change = _change(scores[2], scores[3])
-            row.append(Cell(numbers.points(change), change))
-        rows.append((*row, *(Cell(numbers.percent(score), score) for score in scores)))
+            row.append(Cell.of(change, "points"))
+        rows.append((*row, *(Cell.of(score, "percent") for score in scores)))
     if len(forms) > 1:
         rows.sort(key=lambda row: (row[2].sort is None, row[2].sort or 0.0))
     title = " and ".join(each.variant for each in forms)
@@ -189,11 +185,7 @@ def subgroup_table(details: Details) -> Table | None:
         cells = [
             Cell(numbers.ABSENT, reason="this variant was not measured on it")
             if group is None
-            else Cell(
-                numbers.percent(group.top1_pct),
-                group.top1_pct,
-                numbers.interval(group.top1_ci95, "percent"),
-            )
+            else Cell.of(group.top1_pct, "percent", group.top1_ci95)
             for group in groups
         ]
         rows.append((Cell(key[0]), Cell(key[1]), Cell(f"{images:,}", images), *cells))
@@ -212,7 +204,7 @@ def similarity_table(details: Details) -> Table | None:
         (
             Cell(part.variant),
             Cell(part.method, remark=part.measure),
-            Cell(numbers.number(part.mean), part.mean, numbers.interval(part.ci95)),
+            Cell.of(part.mean, bounds=part.ci95),
             Cell(str(part.images), part.images),
         )
         for part in details.similarities

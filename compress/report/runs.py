@@ -213,34 +213,21 @@ def _moment(now: HistoryEntry, before: HistoryEntry | None) -> tuple[Cell, ...]:
         Cell(now.report.provenance.created or numbers.ABSENT),
         Cell(title(now.variant, now.result)),
         _figure_cell(now.figure, before.figure if before else None),
-        Cell(
-            numbers.number(now.result.latency_ms_p50),
-            now.result.latency_ms_p50,
-            numbers.interval(now.result.latency_ms_p50_ci95),
-        ),
-        Cell(
-            numbers.factor(now.result.speedup),
-            now.result.speedup,
-            numbers.interval(now.result.speedup_ci95),
-            WORSE if slower else "",
-        ),
-        Cell(
-            numbers.number(now.size_mib),
-            now.size_mib,
-            remark=WORSE if before and _grew(before, now) else "",
-        ),
+        Cell.of(now.result.latency_ms_p50, bounds=now.result.latency_ms_p50_ci95),
+        Cell.of(now.result.speedup, "factor", now.result.speedup_ci95, WORSE * slower),
+        Cell.of(now.size_mib, remark=WORSE if before and _grew(before, now) else ""),
     )
 
 
 def _figure_cell(figure: Figure | None, old: Figure | None) -> Cell:
     if figure is None:
         return Cell(numbers.ABSENT, reason="not measured")
-    form, write = ("percent", numbers.percent) if figure.unit == "%" else ("number", numbers.number)
+    form = "percent" if figure.unit == "%" else "number"
     one, other = figure.ci95, old.ci95 if old and old.name == figure.name else None
     if not figure.higher_is_better:
         one, other = other, one
     remark = WORSE if _is_below(one, other) else ""
-    return Cell(write(figure.value), figure.value, numbers.interval(figure.ci95, form), remark)
+    return Cell.of(figure.value, form, figure.ci95, remark)
 
 
 def regressions(tables: Sequence[Table]) -> list[str]:

@@ -46,6 +46,24 @@ class Cell:
     remark: str = ""
     reason: str = ""  # why it was not measured
 
+    @classmethod
+    def of(
+        cls,
+        value: float | None,
+        form: str = "number",
+        bounds: Interval | None = None,
+        remark: str = "",
+    ) -> Cell:
+        """Return what shows a figure as a number, percent, points or factor, or a dash."""
+        write = {
+            "number": figures.number,
+            "percent": figures.percent,
+            "points": figures.points,
+            "factor": figures.factor,
+        }[form]
+        spelled = figures.interval(bounds, "number" if form == "factor" else form)
+        return cls(write(value), value, spelled, remark)
+
 
 @dataclass(frozen=True)
 class Column:
@@ -297,14 +315,7 @@ def _measured(variant: Variant, result: Result, fill: Fill) -> Cell:
     field, value, form, bounds, remark = fill(result)
     if value is None:
         return _absent(variant, result, field)
-    write = {
-        "number": figures.number,
-        "percent": figures.percent,
-        "points": figures.points,
-        "factor": figures.factor,
-    }[form]
-    spelled = figures.interval(bounds, "number" if form == "factor" else form)
-    return Cell(write(value), value, spelled, remark)
+    return Cell.of(value, form, bounds, remark)
 
 
 _AGAINST_ITSELF = {
@@ -319,8 +330,8 @@ _AGAINST_ITSELF = {
 
 def _absent(variant: Variant, result: Result | None, field: str) -> Cell:
     if field in _AGAINST_ITSELF and variant.name == "original":
-        return Cell(figures.ABSENT, None, remark="", reason="")
-    return Cell(figures.ABSENT, None, reason=figures.reason(field, result, variant))
+        return Cell(figures.ABSENT)
+    return Cell(figures.ABSENT, reason=figures.reason(field, result, variant))
 
 
 def compact(table: Table) -> Table:

@@ -78,21 +78,22 @@ class Session(Protocol):
 
 
 class Runtime(Protocol):
-    """What a file in this folder offers."""
+    """What a file in this folder offers; who extends it may leave out what has a value here."""
 
     extension: ClassVar[str]  # of the files it builds
     opens: ClassVar[Opens]  # ONNX files, engines that it built of them, or torch networks
-    int8_form: ClassVar[str | None]  # the kind of Q/DQ graph it wants; None: it runs none
+    int8_form: ClassVar[str | None] = None  # the kind of Q/DQ graph it wants; None: it runs none
     package: ClassVar[str]  # that it needs, as it is imported
-    extra: ClassVar[str]  # that installs it; empty where every installation has it
-    builds_without_device: ClassVar[bool]  # whether it builds where it cannot run
+    extra: ClassVar[str] = ""  # that installs it; empty where every installation has it
+    builds_without_device: ClassVar[bool] = False  # whether it builds where it cannot run
     enables: ClassVar[str]  # what the package is good for
-    zero_weights: ClassVar[str]  # what it does with weights that are zero
+    # What it does with weights that are zero
+    zero_weights: ClassVar[str] = "runs dense kernels: zeros cost as much as other weights"
 
     @staticmethod
     def owns(path: Path, magic: bytes) -> bool:
         """Return whether ``path``, whose first bytes are ``magic``, is a file of it alone."""
-        ...
+        return False
 
     def device_kind(self) -> str:
         """Return where it runs with these options: "cpu", "cuda", ..."""
@@ -104,7 +105,7 @@ class Runtime(Protocol):
 
     def available(self) -> str | None:
         """Return why this runtime cannot run anything on this machine, or None if it can."""
-        ...
+        return None
 
     def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
         """Write an engine for the ONNX file ``source`` to ``out``; return facts about it."""

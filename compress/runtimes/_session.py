@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Self
 import numpy as np
 from onnx import ModelProto, helper
 
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.graph import files
 from compress.graph.shapes import real_inputs
 
@@ -48,9 +48,7 @@ class BuildRequest:
                 expected="MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX",
             )
         if precision is not None and precision not in PRECISIONS:
-            raise UsageError(
-                f"no such precision {precision!r}", expected=f"one of {', '.join(PRECISIONS)}"
-            )
+            raise UnknownNameError("precision", precision, PRECISIONS)
         return cls((sizes[0], sizes[1], sizes[2]), precision)
 
 

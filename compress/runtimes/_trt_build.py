@@ -15,7 +15,7 @@ from onnx import ModelProto, TensorProto, helper
 
 from compress import progress
 from compress.artifact import replacing, write_json
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UnknownNameError
 from compress.runtimes import _session, _trt_layers
 from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import Flavour, Log, gpu_capability, gpu_name
@@ -253,10 +253,8 @@ def capabilities(trt: ModuleType, names: tuple[str, ...]) -> list[Any]:
     found = []
     for name in names:
         if capability_name(name) not in known:
-            raise UsageError(
-                f"no such compute capability {name!r}",
-                where="runtime 'tensorrt-rtx'",
-                expected=f"one of {', '.join(known)}",
+            raise UnknownNameError(
+                "compute capability", name, known, where="runtime 'tensorrt-rtx'"
             )
         found.append(getattr(trt.ComputeCapability, capability_name(name)))
     return found

@@ -14,10 +14,10 @@ import numpy as np
 import onnx
 
 from compress.artifact import replacing
-from compress.errors import EngineError, UsageError, reason_of
+from compress.errors import EngineError, UnknownNameError, UsageError, reason_of
 from compress.graph import files
 from compress.packages import require
-from compress.runtimes import _session
+from compress.runtimes import Runtime, _session
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 PROVIDERS = {
@@ -49,7 +49,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Onnxruntime:
+class Onnxruntime(Runtime):
     """ONNX Runtime on the CPU, or on a GPU where the installed build has its provider.
 
     Opens ONNX files. ``build`` writes the optimized graph as ONNX, which loads faster and shows
@@ -70,8 +70,6 @@ class Onnxruntime:
     opens: ClassVar[Opens] = "onnx"
     int8_form: ClassVar[str | None] = "onnxruntime"
     package: ClassVar[str] = "onnxruntime"
-    extra: ClassVar[str] = ""
-    builds_without_device: ClassVar[bool] = False
     enables: ClassVar[str] = "runs ONNX on the CPU, and proves every export"
     zero_weights: ClassVar[str] = (
         "runs dense kernels: zeros cost as much as other weights; the file compresses"
@@ -79,16 +77,9 @@ class Onnxruntime:
 
     def __post_init__(self) -> None:
         if self.optimization not in LEVELS:
-            raise UsageError(
-                f"no such optimization {self.optimization!r}",
-                where="runtime 'onnxruntime'",
-                expected=f"one of {', '.join(LEVELS)}",
+            raise UnknownNameError(
+                "optimization", self.optimization, LEVELS, where="runtime 'onnxruntime'"
             )
-
-    @staticmethod
-    def owns(path: Path, magic: bytes) -> bool:
-        """Return whether ``path`` is a file of this runtime alone: ONNX files are everybody's."""
-        return False
 
     def device_kind(self) -> str:
         """Return where it runs: "cpu" or "cuda"."""
@@ -98,10 +89,6 @@ class Onnxruntime:
         """Return the providers that are here."""
         providers = _package().get_available_providers()
         return ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
-
-    def available(self) -> str | None:
-        """Return why nothing can run here, or None."""
-        return None  # a core dependency, and it has the CPU
 
     def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
         """Write the graph as ONNX Runtime optimizes it for any CPU.
@@ -170,10 +157,8 @@ class Onnxruntime:
     def _providers(self) -> list[str]:
         device = "cpu" if self.device == "auto" else self.device
         if device not in PROVIDERS:
-            raise UsageError(
-                f"no such device {self.device!r}",
-                where="runtime 'onnxruntime'",
-                expected=f"one of auto, {', '.join(PROVIDERS)}",
+            raise UnknownNameError(
+                "device", self.device, ["auto", *PROVIDERS], where="runtime 'onnxruntime'"
             )
         present = _package().get_available_providers()
         if PROVIDERS[device] not in present:

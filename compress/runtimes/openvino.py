@@ -11,17 +11,17 @@ from typing import Any, ClassVar
 import numpy as np
 
 from compress.artifact import replacing
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.graph import files
 from compress.packages import install_command, is_installed, require
-from compress.runtimes import _session
+from compress.runtimes import Runtime, _session
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 PRECISIONS = ("f32", "bf16", "f16", "auto")
 
 
 @dataclass(frozen=True)
-class Openvino:
+class Openvino(Runtime):
     """OpenVINO on the CPU, or on an Intel GPU or NPU by name.
 
     Opens ONNX files and its own ``.xml`` with the ``.bin`` beside it, which ``build`` writes.
@@ -43,7 +43,6 @@ class Openvino:
     int8_form: ClassVar[str | None] = "openvino"
     package: ClassVar[str] = "openvino"
     extra: ClassVar[str] = "openvino"
-    builds_without_device: ClassVar[bool] = False
     enables: ClassVar[str] = "the fastest int8 on Intel and AMD CPUs"
     zero_weights: ClassVar[str] = (
         "runs dense kernels for convolutions: zeros cost as much as other weights"
@@ -51,10 +50,11 @@ class Openvino:
 
     def __post_init__(self) -> None:
         if self.inference_precision not in PRECISIONS:
-            raise UsageError(
-                f"no such inference_precision {self.inference_precision!r}",
+            raise UnknownNameError(
+                "inference_precision",
+                self.inference_precision,
+                PRECISIONS,
                 where="runtime 'openvino'",
-                expected=f"one of {', '.join(PRECISIONS)}",
             )
 
     @staticmethod

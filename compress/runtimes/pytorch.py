@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.modules import full_copy, network_of, set_mode
 from compress.modules.detectors import before_nms
 from compress.modules.outputs import tensors_of
+from compress.runtimes import Runtime
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Pytorch:
+class Pytorch(Runtime):
     """PyTorch, eager or compiled, on the CPU or a GPU.
 
     Opens a stage folder, or a module that is passed directly. Answers are float32 arrays.
@@ -42,20 +43,12 @@ class Pytorch:
 
     extension: ClassVar[str] = ""
     opens: ClassVar[Opens] = "network"
-    int8_form: ClassVar[str | None] = None
     package: ClassVar[str] = "torch"
-    extra: ClassVar[str] = ""
-    builds_without_device: ClassVar[bool] = False
     enables: ClassVar[str] = "everything"
-    zero_weights: ClassVar[str] = "runs dense kernels: zeros cost as much as other weights"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise UsageError(
-                f"no such dtype {self.dtype!r}",
-                where="runtime 'pytorch'",
-                expected=f"one of {', '.join(DTYPES)}",
-            )
+            raise UnknownNameError("dtype", self.dtype, DTYPES, where="runtime 'pytorch'")
 
     @staticmethod
     def owns(path: Path, magic: bytes) -> bool:
@@ -71,10 +64,6 @@ class Pytorch:
     def how(self) -> str:
         """Return what it would run on."""
         return "on the GPU" if torch.cuda.is_available() else "on the CPU"
-
-    def available(self) -> str | None:
-        """Return why nothing can run here, or None."""
-        return None
 
     def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
         """Refuse: PyTorch runs stage folders, there is nothing to build.
@@ -126,12 +115,12 @@ class Pytorch:
 class PytorchSession:
     """A module in eval mode, on its device."""
 
-    outputs = (TensorSpec("logits", None, "float32"),)
+    outputs: tuple[TensorSpec, ...] = (TensorSpec("logits", None, "float32"),)
 
     def __init__(self, model: nn.Module, options: Pytorch, device: torch.device) -> None:
         self.model: nn.Module | None = model
         self.device = device
-        self.inputs = (TensorSpec("input", None, None),)
+        self.inputs: tuple[TensorSpec, ...] = (TensorSpec("input", None, None),)
         self._options = options
         self._graphs: dict[Any, tuple[Any, list[torch.Tensor], list[torch.Tensor]]] = {}
         self._call: Any = torch.compile(model) if options.compile else model

@@ -245,7 +245,11 @@ def test_a_name_of_the_ort_format_is_refused(tmp_path: Path) -> None:
         ),
         pytest.param("openvino", {"device": "npu"}, EngineError, "finds no device", id="npu"),
         pytest.param(
-            "openvino", {"inference_precision": "f8"}, UsageError, "f32, bf16", id="precision"
+            "openvino",
+            {"inference_precision": "f8"},
+            UsageError,
+            "auto, bf16, f16, f32",
+            id="precision",
         ),
         pytest.param("pytorch", {}, EngineError, "is not a stage folder", id="folder"),
         pytest.param("pytorch", {"dtype": "int8"}, UsageError, "no such dtype", id="dtype"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,21 @@ def usual(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return (GREY_MEAN, GREY_STD) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AboutImages:
+    """What a kind of data says of its images, the same before and after they are split."""
+
+    test_groups: NDArray[Any] | None = field(default=None, compare=False)  # (N,), of test images
+    target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
+    prepared: bool = False  # images are what the network takes: they are not normalized
+    # Of an image, by input: what each input of the network takes of its values, in this order; {}
+    # where they are a picture.
+    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    note: str = ""  # what to say of figures and int8 ranges that were taken from these images
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(AboutImages):
     """What a kind of data delivers before it is split: images as they are stored."""
 
     train: LabelledImages
@@ -43,11 +56,6 @@ class Source:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     validation: LabelledImages | None = None
-    test_groups: NDArray[Any] | None = None  # (N,) subgroup of each test image, where known
-    target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
-    prepared: bool = False  # images are what the network takes: they are not normalized
-    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)  # see ``Dataset``
-    note: str = ""  # what to say of figures and int8 ranges that were taken from these images
 
     def changed(self, change: Callable[[LabelledImages], LabelledImages], **facts: Any) -> Source:
         """Return this with ``change`` applied to the images of each split, and new facts."""
@@ -62,7 +70,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Dataset:
+class Dataset(AboutImages):
     """Images in disjoint splits: "train", "validation", "calibration" and "test".
 
     Without labels calibration images are training images as well: there is nothing to learn by
@@ -76,17 +84,10 @@ class Dataset:
     splits: Mapping[str, LabelledImages]
     batch_size: int = 128
     fingerprint: str = ""  # sha256 of labels and images, or of names and sizes of large sets
-    test_groups: NDArray[Any] | None = field(default=None, compare=False)
-    target: str = "class"  # what labels are: class, classes, mask, boxes, image, none
     color: str = "RGB"  # order of the channels that the network takes
     layout: str | None = None  # of an ONNX file's input, NCHW or NHWC; None: its shape tells
     inputs: Mapping[str, NDArray[Any]] = field(default_factory=dict, compare=False)  # further ones
-    prepared: bool = False  # images are what the network takes, and no pictures
     fit: Mapping[str, Any] = field(default_factory=dict)  # rule, filter, crop; {} if not fitted
-    # Of an image, by input: what each input of the network takes of its values, in this order; {}
-    # where they are a picture.
-    parts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    note: str = ""  # what to say of figures and int8 ranges that were taken from these images
     assumed: str = ""  # of how the network wants its images: nobody said it
 
     @property
@@ -245,15 +246,11 @@ def _dataset(
         splits=splits,
         batch_size=settings.batch_size,
         fingerprint=_fingerprint(source),
-        test_groups=source.test_groups,
-        target=source.target,
         color="RGB" if source.prepared else settings.color or "RGB",
         layout=settings.layout,
         inputs={name: _constant(name, value) for name, value in (settings.inputs or {}).items()},
-        prepared=source.prepared,
         fit=_told(getattr(plugin, "fit", None)),
-        parts=source.parts,
-        note=source.note,
+        **{each.name: getattr(source, each.name) for each in fields(AboutImages)},
     )
 
 

@@ -37,6 +37,7 @@ __all__ = [
     "accuracy",
     "of_task",
     "predict",
+    "primary_value",
 ]
 
 TRIED = 4  # images that a task is tried on
@@ -110,6 +111,16 @@ def of_task(
     named = dataset.test_groups if split == "test" else None
     groups = None if named is None else [str(each) for each in named]
     return ClassEvaluation(chosen, logits, dataset.classes, groups)
+
+
+def primary_value(model: nn.Module, dataset: Dataset, task: Task) -> float | None:
+    """Return the primary metric on "validation", percent of top-1 where one class is told.
+
+    None where no images are held back, or they have no labels.
+    """
+    if not task.kinds or not len(dataset.splits.get("validation", ())):
+        return None
+    return of_task(model, dataset, task, split="validation", title="validate").value
 
 
 def predictions_of(

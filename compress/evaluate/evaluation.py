@@ -48,6 +48,11 @@ class Evaluation:
         """Why there are no metrics; empty where there are."""
         return "" if self.task.kinds else getattr(self.task, "reason", "the task has no metrics")
 
+    @property
+    def value(self) -> float:
+        """The metric that counts first, without an interval."""
+        return tasks.values_of(self.task, self.scores)[self.primary]
+
     @cached_property
     def metrics(self) -> dict[str, tasks.Metric]:
         """Every metric with its 95 % interval."""
@@ -122,6 +127,11 @@ class ClassEvaluation(Evaluation):
     def images(self) -> int:
         """How many images it is measured on."""
         return len(self.logits.labels)
+
+    @property
+    def value(self) -> float:
+        """The share of right answers, percent."""
+        return float(100 * self.logits.correct.mean())
 
     def row(self) -> dict[str, Any]:
         """Return what a table of results holds of this."""

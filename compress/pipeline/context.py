@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress import artifact, measure, models, plugins
 from compress.data import Dataset
 from compress.errors import ExportError, RunError, boundary
-from compress.evaluate import Accuracy, ClassEvaluation, Evaluation, Predictions
+from compress.evaluate import Accuracy, ClassEvaluation, Evaluation, Predictions, primary_value
 from compress.export import export_onnx
 from compress.groups.plan import PrunePlan
 from compress.models.references import count_of, is_torchvision_detector
@@ -23,7 +23,6 @@ from compress.recipe.settings import Recipe, TrainSettings
 from compress.report.run_folder import DONE_FILE, RunFolder
 from compress.tasks import Task, default_task
 from compress.train import TrainResult, train
-from compress.train.state import primary_value
 
 ONNX_FILE = "model.onnx"
 CHECK_IMAGES = 8  # real images that an exported graph is compared with torch on

@@ -35,7 +35,6 @@ from compress.report import schema
 from compress.runtimes import build_engine, build_record, runtime_class, unavailable
 from compress.runtimes._fusion import Fusion, check_fusion
 from compress.tasks import Task, primary_of
-from compress.train.state import primary_value
 
 RECALIBRATION_BATCHES = 8  # of BatchNorm, after each cut that is judged
 
@@ -359,7 +358,7 @@ def cut_alone(model: nn.Module, dataset: Dataset, task: Task) -> PruneSensitivit
     found = prune_sensitivity(
         model,
         dataset.example,
-        lambda cut: primary_value(cut, dataset, task) or 0.0,
+        lambda cut: evaluate.primary_value(cut, dataset, task) or 0.0,
         recalibrate=list(itertools.islice(dataset.batches("train"), RECALIBRATION_BATCHES)),
     )
     return replace(found, metric=primary_of(task))

@@ -23,7 +23,7 @@ from compress.modules import evaluating
 from compress.modules.objective import Objective
 from compress.modules.outputs import logits_of
 from compress.recipe.settings import TrainSettings
-from compress.tasks import Task, primary_of, values_of
+from compress.tasks import Task, primary_of
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
 from compress.train.checkpoints import Row
@@ -168,7 +168,8 @@ class Training:
         self.processes.share_buffers(self.model)
         self.processes.share_buffers(self.watched)
         if self.task is not None:
-            score = validate_task(self.watched, self.dataset, self.task)
+            found = evaluate.primary_value(self.watched, self.dataset, self.task)
+            score: Score | None = None if found is None else (found, None)
         else:
             at_once = -(-self.settings.batch_size // self.parts)
             score = validate(self.watched, self.dataset, self.processes, self.precision, at_once)
@@ -297,29 +298,6 @@ VALIDATION_BATCH = 256  # at most
 
 
 Score = tuple[float, float | None]  # the metric on validation images, and the loss where known
-
-
-def validate_task(model: nn.Module, dataset: Dataset, task: Task) -> Score | None:
-    """Return the task's primary metric on "validation"; None where no images are held back."""
-    if not task.kinds or not len(dataset.splits.get("validation", ())):
-        return None
-    batches = dataset.batches("validation", evaluate.BATCH)
-    _, scores = evaluate.predictions_of(model, task, dataset, batches)
-    return values_of(task, scores)[task.primary], None
-
-
-def primary_value(model: nn.Module, dataset: Dataset, task: Task) -> float | None:
-    """Return the primary metric on "validation", percent of top-1 where one class is told.
-
-    None where no images are held back, or they have no labels.
-    """
-    if not task.kinds or not len(dataset.splits.get("validation", ())):
-        return None
-    if task.tells_classes:
-        predictions = evaluate.predict(model, dataset.batches("validation"))
-        return float(100 * predictions.correct.mean())
-    score = validate_task(model, dataset, task)
-    return None if score is None else score[0]
 
 
 @torch.no_grad()

@@ -317,6 +317,7 @@ def test_an_evaluation_with_a_limit_is_of_all_classes(by_class):
 
     found = evaluate.of_task(run, data, "classification", limit=6)
     assert found.images == 6
+    assert found.value == pytest.approx(found.accuracy.top1_pct) == pytest.approx(100 / 3)
     assert len({round(value, 4) for value in seen}) == 3
 
 

@@ -14,6 +14,7 @@ import torch
 import compress
 from compress.data import Dataset
 from compress.data._images import MemoryImages
+from compress.evaluate import primary_value
 from compress.prune.sensitivity import PruneSensitivity, prune_sensitivity
 from compress.qdq import QuantPlan, read_onnx
 from compress.quantize.accuracy_budget import meet_budget
@@ -22,7 +23,6 @@ from compress.quantize.sensitivity import quantize_sensitivity
 from compress.recipe.settings import QuantizeSettings, TrainSettings
 from compress.tasks import Kind, Task, load_task, primary_of
 from compress.tasks.restoration import Restoration
-from compress.train.state import primary_value
 
 
 class Error(Restoration):

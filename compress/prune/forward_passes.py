@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -298,25 +298,31 @@ def _passes(slope: Tensor) -> Tensor:
     return slope.abs() > LEAST_SLOPE * slope.abs().max()
 
 
-def followers(
-    model: nn.Module, layers: Sequence[nn.Module], image: Tensor
-) -> tuple[dict[nn.Module, Join], dict[nn.Module, Rectifier]]:
-    """Return the addition and the ReLU that each layer's output goes into, where it does.
+@dataclass(frozen=True)
+class Followers:
+    """What the outputs of layers go into, by layer."""
+
+    joins: dict[nn.Module, Join]
+    rectifiers: dict[nn.Module, Rectifier]
+    norms: dict[nn.Module, _BatchNorm]  # that read nothing else, and that nothing else reads
+
+
+def followers(model: nn.Module, layers: Sequence[nn.Module], image: Tensor) -> Followers:
+    """Return the addition, the ReLU and the BatchNorm that each layer's output goes into.
 
     An addition counts if its other operand comes first: where the answers of two layers meet, this
     is so for the one that runs last. A ReLU counts if nothing else reads what it reads. Each of
     ``layers`` runs once in a forward of ``model``, which is in eval mode.
     """
-    watch = _Watch()
+    watch = _Watch([norm for norm in tracking_norms(model) if norm.affine])
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(layer.register_forward_pre_hook(watch.starts))
             stack.enter_context(layer.register_forward_hook(watch.ends))
-        for norm in tracking_norms(model):
-            stack.enter_context(norm.register_forward_hook(watch.normalizes))
         stack.enter_context(watch)
         output = model(copied(image))
-    return watch.joins, dict(watch.rectifiers(tensors_of(output)))
+    watch.returns(tensors_of(output))
+    return Followers(watch.joins, dict(watch.rectifiers()), dict(watch.norms()))
 
 
 @dataclass(frozen=True)
@@ -335,9 +341,12 @@ class _Watch(Sums):
     All are kept, so that no id is used twice.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, norms: Iterable[_BatchNorm]) -> None:
         super().__init__(self._joins)
         self.joins: dict[nn.Module, Join] = {}
+        # Known by their buffers: a class may do more than normalize, as with an activation in it.
+        self._norms = {id(norm.running_mean): norm for norm in norms}
+        self._normalized: Counter[_BatchNorm] = Counter()
         self._made: dict[int, tuple[int, Tensor]] = {}  # by id; not what was before the forward
         self._reads: dict[int, list[_Read]] = defaultdict(list)  # by the tensor's id
         self._started: dict[nn.Module, int] = {}
@@ -353,11 +362,15 @@ class _Watch(Sums):
         """Note what a layer has made."""
         self._paths[id(answer)] = _Path(layer, (id(answer),))
 
-    def normalizes(self, norm: Any, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
-        """Note what a BatchNorm has made of it."""
-        path = self._paths.get(id(inputs[0]))
-        if path is not None and path.norm is None and norm.affine:
-            self._paths[id(answer)] = _Path(path.layer, (*path.tensors, id(answer)), norm)
+    def _normalizes(self, args: tuple[Any, ...], result: Any) -> None:
+        """Note what a BatchNorm has made of what a layer has made."""
+        norm = next((n for each in args if (n := self._norms.get(id(each))) is not None), None)
+        if norm is not None:
+            self._normalized[norm] += 1
+            path = self._paths.get(id(args[0]))
+            answer = next(tensors_in(result))
+            if path is not None and path.norm is None:
+                self._paths[id(answer)] = _Path(path.layer, (*path.tensors, id(answer)), norm)
 
     def _joins(self, number: int, operands: tuple[Tensor, Tensor]) -> None:
         alike = operands[0].shape == operands[1].shape
@@ -376,6 +389,8 @@ class _Watch(Sums):
         for tensor in tensors_in((args, kwargs)):
             self._reads[id(tensor)].append(read)
         result = super().op(func, args, kwargs)
+        if "batch_norm" in op_name(func):
+            self._normalizes(args, result)
         for tensor in tensors_in(result):
             self._made.setdefault(id(tensor), (len(self._made) + 1, tensor))
             for path in self._ended:
@@ -384,17 +399,31 @@ class _Watch(Sums):
         self._ended.clear()
         return result
 
-    def rectifiers(self, outputs: Iterable[Tensor]) -> Iterator[tuple[nn.Module, Rectifier]]:
-        """Yield each layer that a ReLU follows; whoever gets ``outputs`` reads them too."""
+    def returns(self, outputs: Iterable[Tensor]) -> None:
+        """Note that the network returns ``outputs``: whoever gets them reads them too."""
         for tensor in outputs:
             self._reads[id(tensor)].append(_Read(self._ops + 1, None, in_place=False))
+
+    def rectifiers(self) -> Iterator[tuple[nn.Module, Rectifier]]:
+        """Yield each layer that a ReLU follows."""
         for path in self._paths.values():
             *before, last = path.tensors
             reads = [read for read in self._reads[last] if read.when > path.since]
             tops = {read.top for read in _of_this(reads)}
-            is_alone = all(len(_of_this(self._reads[key])) == 1 for key in before)
+            is_alone = all(self._is_read_once(key) for key in before)
             if is_alone and len(tops) == 1 and (top := tops.pop()) is not None:
                 yield path.layer, Rectifier(top, path.norm)
+
+    def norms(self) -> Iterator[tuple[nn.Module, _BatchNorm]]:
+        """Yield each layer with the BatchNorm that follows it, where neither has another."""
+        for path in self._paths.values():
+            norm = path.norm
+            is_own = norm is not None and self._normalized[norm] == 1
+            if norm is not None and is_own and self._is_read_once(path.tensors[0]):
+                yield path.layer, norm
+
+    def _is_read_once(self, key: int) -> bool:
+        return len(_of_this(self._reads[key])) == 1
 
 
 @dataclass(frozen=True)

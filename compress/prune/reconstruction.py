@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
@@ -50,12 +51,13 @@ def refit(
     to something that is there before, as at the end of a residual block, Y is what is missing to
     the original's sum: every block makes up for the errors of those before it. Where a ReLU
     follows, the layer is fitted once more, to what the ReLU passes on: any answer below zero is
-    right where the original's is. Needs no labels; a few hundred images do. In the end BatchNorm's
-    statistics become those of training, without a change of the answers (``rebase_batchnorm``).
+    right where the original's is. A layer without a bias whose answer only a BatchNorm reads has
+    one in that. Needs no labels; a few hundred images do. In the end BatchNorm's statistics become
+    those of training, without a change of the answers (``rebase_batchnorm``).
 
-    A layer that several calls share is fitted to all of them. Transposed convolutions in groups,
-    layers that share a weight, and those that see fewer than four samples for each weight of a
-    filter, stay as they are.
+    A layer that several calls share is fitted to all of them. One that sees fewer than four samples
+    for each weight of a filter is fitted in its bias alone. Transposed convolutions in groups, and
+    layers that share a weight, stay as they are.
 
     Args:
         pruned: What ``apply_pruning(original, plan)`` returned. Its weights are replaced.
@@ -108,6 +110,8 @@ class _LayerFit:
     batches: int
     join: Join | None = None  # what its answer is added to
     rectifier: Rectifier | None = None  # what alone reads that
+    norm: _BatchNorm | None = None  # of the pruned network; takes the bias that the layer has not
+    shift: Tensor | None = None  # bias that the norm is going to take, (O,)
     answers: list[tuple[Any, tuple[int, ...], Tensor]] = field(
         default_factory=list
     )  # places in what extent, (rows, O)
@@ -116,7 +120,43 @@ class _LayerFit:
     @property
     def features(self) -> int:
         """Weights of one filter, its bias included."""
-        return _filters(self.layer)[0].numel() + (self.layer.bias is not None)
+        return _filters(self.layer)[0].numel() + self.has_bias
+
+    @property
+    def has_bias(self) -> bool:
+        """Say whether a constant can be added to its answers."""
+        return self.layer.bias is not None or self.norm is not None
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added to its answers by itself or, when all is fitted, the norm: (O,)."""
+        if self.layer.bias is not None:
+            return self.layer.bias
+        if self.shift is None:
+            return self.layer.weight.new_zeros(len(_filters(self.layer)))
+        return self.shift
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Let the layer or, when all is fitted, the norm add ``bias``, in any shape."""
+        if self.layer.bias is not None:
+            self.layer.bias.copy_(bias.reshape(-1))
+        else:
+            self.shift = bias.reshape(-1).to(self.layer.weight)
+
+    def finish(self) -> None:
+        """Let the norm add what the layer cannot."""
+        if self.shift is not None and self.norm is not None and self.norm.running_mean is not None:
+            self.norm.running_mean -= self.shift
+
+    def extent(self, answer: Tensor) -> tuple[int, ...]:
+        """Return over what it runs in one call: every size of its answer but that of channels."""
+        axis = answer.ndim - 1 if isinstance(self.layer, nn.Linear) else 1
+        return (*answer.shape[:axis], *answer.shape[axis + 1 :])
+
+    def answered(self, answer: Tensor, places: Any) -> Tensor:
+        """Return the layer's answer in the pruned network at some places: (rows, O)."""
+        rows = _rows(self.layer, answer, places, None)
+        return rows if self.shift is None else rows + self.shift
 
     @property
     def rows(self) -> int:
@@ -142,7 +182,7 @@ class _LayerFit:
         rows = _rows(self.layer, answer, places, kept)
         if self.join is not None and other is not None:
             rows = rows + _rows(self.layer, other, places, kept) * self.join.gain()
-        self.answers.append((places, tuple(answer.shape[2:]), rows))
+        self.answers.append((places, self.extent(answer), rows))
 
     def wanted(
         self, noted: Tensor, other: Tensor | None, places: Any, answer: Tensor | None = None
@@ -156,7 +196,7 @@ class _LayerFit:
             added = _rows(self.layer, other, places, None) * self.join.gain()
         is_known = self.join is None or other is not None
         if answer is not None and self.rectifier is not None and is_known:
-            noted = self.rectifier.asked(noted, _rows(self.layer, answer, places, None) + added)
+            noted = self.rectifier.asked(noted, self.answered(answer, places) + added)
         groups = getattr(self.layer, "groups", 1)
         wanted = noted - added
         return wanted.reshape(len(wanted), groups, -1).transpose(0, 1)  # (G, rows, O / G)
@@ -191,20 +231,22 @@ def _pairs(
     one, batch = (fitted_layers(pruned, part) for part in (images[0][:1], images[0]))
     layers = [each for each in one if each in batch]  # not those that run image by image
     # Looked for in the original: where one channel is left, a broadcast looks like a plain sum.
-    added, rectified = followers(
+    found = followers(
         original, [before[name] for name, _, calls in layers if calls == 1], images[0][:1]
     )
     left = {before[name]: m for name, m in pruned.named_modules() if name in before}
     for name, layer, calls in layers:
         axis = int(isinstance(layer, Transposed))
         kept = plan.tensors.get(f"{name}.weight", {}).get(axis)
-        join = added.get(before[name])
+        join = found.joins.get(before[name])
         if join is not None and join.norm is not None:
             join = dataclasses.replace(join, norm=left[join.norm])
-        relu = rectified.get(before[name])
+        relu = found.rectifiers.get(before[name])
         if relu is not None and relu.norm is not None:
             relu = dataclasses.replace(relu, norm=left[relu.norm])
+        norm = found.norms.get(before[name]) if layer.bias is None else None
         pair = _LayerFit(layer, before[name], kept, calls, len(images), join, relu)
+        pair.norm = None if norm is None else left[norm]
         if pair.features <= MOST_FEATURES:
             yield pair
 
@@ -252,41 +294,75 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
 
 
 def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
+    """Fit one layer: its weights where it sees enough for that, otherwise its bias."""
+    noted = sum(len(rows) for _, _, rows in pair.answers)
+    if noted >= LEAST_ROWS_PER_FEATURE * pair.features:  # a wide one's squares take GiB
+        _fit_weights(pair, pruned, images)
+    elif pair.has_bias:
+        _fit_bias(pair, pruned, images)
+    pair.finish()
+
+
+def _fit_weights(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
     """Collect the normal equations of one layer over all images, and solve them.
 
     Where a ReLU follows they are solved once more, for what it passes on of the answers now.
     """
     squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
     products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
-    rows, again, answers = 0, False, iter(pair.answers)
-    least = LEAST_ROWS_PER_FEATURE * pair.features
-    if sum(len(noted) for _, _, noted in pair.answers) < least:  # a wide one's squares take GiB
-        return
+    rows, again = 0, False
 
-    def add(x: Tensor, answer: Tensor, other: Tensor | None) -> None:
+    def add(x: Tensor, answer: Tensor, other: Tensor | None, noted: Tensor, places: Any) -> None:
         nonlocal squares, products, rows
-        places, extent, noted = next(answers)
-        if places is not None and tuple(answer.shape[2:]) != extent:
-            return  # it slides along channels, some of which are gone: no place has a partner
         wanted = pair.wanted(noted, other, places, answer if again else None)
-        seen = _seen(pair.layer, x, places)
+        seen = _seen(pair, x, places)
         if not again:
             squares = squares + (seen.mT @ seen).double()
         products = products + (seen.mT @ wanted).double()
         rows += seen.shape[1]
 
-    def run() -> None:
-        for number, batch in enumerate(images):
-            _run(pruned, number, batch, {pair.layer: (pair, add)})
-
-    run()
-    if rows < least:
+    _show(pair, pruned, images, add)
+    if rows < LEAST_ROWS_PER_FEATURE * pair.features:
         return
-    _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
+    _solve(pair, torch.as_tensor(squares), torch.as_tensor(products))
     if pair.rectifier is not None:
-        products, again, answers = 0.0, True, iter(pair.answers)
-        run()
-        _solve(pair.layer, torch.as_tensor(squares), torch.as_tensor(products))
+        products, again = 0.0, True
+        _show(pair, pruned, images, add)
+        _solve(pair, torch.as_tensor(squares), torch.as_tensor(products))
+
+
+def _fit_bias(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
+    """Add to the bias of one layer what its answers lack on average, as far as that is certain."""
+    lacks: list[Tensor] = []  # (rows, O)
+
+    def add(_x: Tensor, answer: Tensor, other: Tensor | None, noted: Tensor, places: Any) -> None:
+        wanted = pair.wanted(noted, other, places).transpose(0, 1).flatten(1)
+        lacks.append(wanted - pair.answered(answer, places))
+
+    _show(pair, pruned, images, add)
+    if sum(map(len, lacks)) < LEAST_ROWS_PER_FEATURE:
+        return
+    lack = torch.cat(lacks).double()
+    mean, doubt = lack.mean(0), lack.var(0) / len(lack)
+    sure = mean.square() / (mean.square() + doubt).clamp_min(1e-300)
+    if torch.isfinite(mean * sure).all():
+        pair.set_bias(pair.bias + mean * sure)
+
+
+def _show(
+    pair: _LayerFit, pruned: Replay, images: Sequence[Tensor], add: Callable[..., None]
+) -> None:
+    """Run the pruned network on all images and show what the layer does, with what is wanted."""
+    answers = iter(pair.answers)
+
+    def show(x: Tensor, answer: Tensor, other: Tensor | None) -> None:
+        places, extent, noted = next(answers)
+        # Where it runs over channels of others, some of which are gone, no place has a partner.
+        if pair.extent(answer) == extent:
+            add(x, answer, other, noted, places)
+
+    for number, batch in enumerate(images):
+        _run(pruned, number, batch, {pair.layer: (pair, show)})
 
 
 Show = Callable[[Tensor, Tensor, Tensor | None], None]  # input, answer, what it is added to
@@ -339,11 +415,12 @@ def _run(
         replay.model(copied(images))
 
 
-def _seen(layer: Layer, x: Tensor, places: Any) -> Tensor:
+def _seen(pair: _LayerFit, x: Tensor, places: Any) -> Tensor:
     """Return what the layer sees at some places of its output, by group: (G, rows, F)."""
+    layer = pair.layer
     is_linear = isinstance(layer, nn.Linear)
     seen = x.flatten(0, -2).unsqueeze(0) if is_linear else _windows(layer, x, places)
-    if layer.bias is not None:
+    if pair.has_bias:
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], 1)], dim=2)
     return seen
 
@@ -388,20 +465,21 @@ def _spread(layer: Any, x: Tensor, how: Sliding) -> Tensor:
     return F.pad(spread, padding)
 
 
-def _solve(layer: Layer, squares: Tensor, products: Tensor) -> None:
+def _solve(pair: _LayerFit, squares: Tensor, products: Tensor) -> None:
     """Solve the normal equations and write the weights."""
+    layer = pair.layer
     groups, features = squares.shape[:2]
     filters = _filters(layer)
     now = filters.reshape(groups, -1, filters[0].numel()).double()  # (G, O, F)
-    if layer.bias is not None:
-        now = torch.cat([now, layer.bias.reshape(groups, -1, 1).double()], dim=2)
+    if pair.has_bias:
+        now = torch.cat([now, pair.bias.reshape(groups, -1, 1).double()], dim=2)
     pull = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
     eye = torch.eye(features, dtype=squares.dtype, device=squares.device)
     ridge = pull[:, None, None] * eye
     fitted = torch.linalg.solve(squares + ridge, products + ridge @ now.mT).mT  # (G, O, F)
     if not torch.isfinite(fitted).all():
         return
-    if layer.bias is not None:
-        layer.bias.copy_(fitted[:, :, -1].reshape(layer.bias.shape))
+    if pair.has_bias:
+        pair.set_bias(fitted[:, :, -1])
         fitted = fitted[:, :, :-1]
     layer.weight.copy_(_turned(layer, fitted.reshape(filters.shape)))

@@ -189,11 +189,36 @@ def test_a_relu_counts_where_nothing_else_reads_what_it_reads(end, top, is_joine
     model = Followed(end, inplace)
     layers = [model.first, model.second]
     with torch.no_grad():
-        found, rectified = followers(model, layers, torch.randn(2, 3, 6, 6))
-    assert (model.second in found) == is_joined and model.first not in found
-    assert rectified[model.first] == Rectifier(math.inf, model.norm)
-    told = rectified.get(model.second)
+        found = followers(model, layers, torch.randn(2, 3, 6, 6))
+    assert (model.second in found.joins) == is_joined and model.first not in found.joins
+    assert found.rectifiers[model.first] == Rectifier(math.inf, model.norm)
+    assert found.norms == {model.first: model.norm, model.second: model.after}
+    told = found.rectifiers.get(model.second)
     assert told == (None if top is None else Rectifier(top, model.after))
+
+
+class RectifiedNorm(nn.BatchNorm2d):
+    """A BatchNorm that has its activation in it, as those of some packages."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x))
+
+
+def test_a_norm_with_an_activation_in_it_is_followed_as_what_it_computes() -> None:
+    model = Followed(lambda y, x: y + x, inplace=False)
+    model.after = RectifiedNorm(4).eval()
+    with torch.no_grad():
+        found = followers(model, [model.second], torch.randn(2, 3, 6, 6))
+    assert not found.joins and found.norms == {model.second: model.after}
+    assert found.rectifiers == {model.second: Rectifier(math.inf, model.after)}
+
+
+def test_a_norm_of_two_layers_is_nobodys_own() -> None:
+    model = Followed(lambda y, _: y, inplace=False)
+    model.after = model.norm
+    with torch.no_grad():
+        found = followers(model, [model.first, model.second], torch.randn(2, 3, 6, 6))
+    assert not found.norms
 
 
 @pytest.mark.parametrize("top", [math.inf, 1.0])

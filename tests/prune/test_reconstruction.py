@@ -156,6 +156,53 @@ def test_the_original_modes_and_hooks_are_left_as_found() -> None:
     assert not any(m._forward_hooks for m in [*model.modules(), *pruned.modules()])
 
 
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.BatchNorm2d(4)])
+def test_layers_that_see_too_little_are_fitted_in_their_bias(
+    norm: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    last = nn.Conv2d(6, 4, 7, bias=norm is nn.Identity)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), last, norm()).eval()
+    plan = make_prune_plan(trace(model, images()[0][0][:1]), {"0": np.arange(3)})
+    pruned = compress.apply_pruning(model, plan)
+    weight = pruned.get_parameter("2.weight").clone()
+    refit(pruned, model, plan, images(2))  # 32 answers, and 147 weights
+    assert torch.equal(weight, pruned.get_parameter("2.weight"))
+    with torch.no_grad():
+        lacks = torch.cat([model(x) - pruned(x) for (x,) in images(2)])[:, :, 0, 0]
+    assert (lacks.mean(0).abs() < lacks.std(0) / len(lacks) ** 0.5).all()
+
+
+class Mixer(nn.Module):
+    """Tokens are mixed by linear layers that run once for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 3, stride=3), nn.Linear(8, 4)
+        self.mixed, self.folded = nn.Linear(9, 9), nn.Linear(9, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mixed(self.patches(x).flatten(2)).relu()  # (B, C, T)
+        x = self.folded(x.flatten(0, 1)).unflatten(0, (len(x), -1))
+        answer: Tensor = self.head(x.transpose(1, 2))
+        return answer
+
+
+def test_layers_that_run_over_channels_of_others_are_left_alone() -> None:
+    torch.manual_seed(0)
+    model, (x,) = Mixer().eval(), images()[0]
+    plan = make_prune_plan(trace(model, x[:1]), {"patches": np.arange(5)})
+    pruned = compress.apply_pruning(model, plan)
+    with torch.no_grad():
+        before = (pruned(x) - model(x)).square().mean()
+        refit(pruned, model, plan, images())
+        assert (pruned(x) - model(x)).square().mean() < before
+    for name in ("mixed", "folded"):
+        assert torch.equal(
+            pruned.get_parameter(f"{name}.weight"), model.get_parameter(f"{name}.weight")
+        )
+
+
 class Branches(nn.Module):
     """Two branches of equal filters that are added: what one loses, the other can replace."""
 

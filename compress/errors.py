@@ -136,12 +136,13 @@ def boundary(
     """Turn whatever is raised while a file of somebody else is read into one error of ours.
 
     Parsers, and code that walks what they return, raise errors of many kinds over a damaged file.
-    A CompressError passes as it is; the cause of another is kept for whoever looks for a bug here,
-    and its first line is added to ``what``.
+    A CompressError passes as it is, with ``where`` if it says no place; the cause of another is
+    kept for whoever looks for a bug here, and its first line is added to ``what``.
     """
     try:
         yield
-    except CompressError:
+    except CompressError as error:
+        error.where = error.where or where
         raise
     except Exception as error:
         reason = reason_of(str(error))[:LONGEST_REASON]

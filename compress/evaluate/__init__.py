@@ -227,26 +227,34 @@ def run_session(session: Any, images: NDArray[np.float32]) -> dict[str, NDArray[
     """Return every output for all images by name, in batches that the session takes.
 
     One image at a time where outputs do not begin with the images, as a text reader's, whose first
-    dimension is time.
+    dimension is time. Outputs that are no tensors, as maps of labels to scores, are left out.
     """
     spec = session.inputs[0]
     fixed = spec.shape[0] if spec.shape else None
     limits = getattr(spec, "batch", None) or (1, len(images))  # a user's session may have none
     low, high = (fixed, fixed) if isinstance(fixed, int) else limits
     parts: list[list[NDArray[Any]]] = []
+    tensors: dict[int, None] = {}  # positions of outputs
+
+    def answers_to(batch: NDArray[np.float32]) -> list[NDArray[Any]]:
+        found = {at: each for at, each in enumerate(session.run(batch)) if hasattr(each, "shape")}
+        tensors.update(dict.fromkeys(found))
+        return list(found.values())
+
     for at in range(0, len(images), high):
         part = images[at : at + high]
         filling = np.repeat(part[-1:], max(0, low - len(part)), axis=0)
         padded = np.concatenate([part, filling]) if len(filling) else part
-        answers = session.run(padded)
+        answers = answers_to(padded)
         if low == 1 < len(padded) and not _are_rows(session, answers, len(padded)):
-            alone = (session.run(padded[row : row + 1]) for row in range(len(padded)))
+            alone = (answers_to(padded[row : row + 1]) for row in range(len(padded)))
             parts += [[_rows(output, 1) for output in each] for each in alone]
             continue
         parts.append([_rows(output, len(padded))[: len(part)] for output in answers])
     columns = [_joined(column) for column in zip(*parts, strict=True)]
     known = [each.name for each in getattr(session, "outputs", ())]
-    names = known if len(known) == len(columns) else [f"output_{i}" for i in range(len(columns))]
+    is_known = len(known) > max(tensors, default=0)
+    names = [known[at] if is_known else f"output_{at}" for at in tensors]
     return dict(zip(names, columns, strict=True))
 
 

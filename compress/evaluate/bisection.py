@@ -24,6 +24,8 @@ from compress.progress import task
 MIB = 2**20
 PLAIN: Mapping[str, Any] = {"onnxruntime": {"optimization": "none"}}  # nothing fused: every tensor
 
+# Makers of no float tensor, whatever is known of it: shape inference knows no Q of a runtime's own
+_NO_FLOATS = frozenset({"Constant", "QuantizeLinear", "DynamicQuantizeLinear"})
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
 # What counts as divergence, dB: what rounding to this precision explains is not.
 _EXPECTED_DB = {"int8": 20.0, "fp16": 40.0, "fp32": 60.0}
@@ -168,14 +170,14 @@ def _common_tensors(old: onnx.ModelProto, new: onnx.ModelProto) -> list[str]:
     made = {
         name
         for node in new.graph.node
-        if node.op_type != "Constant"
+        if node.op_type not in _NO_FLOATS
         for name in node.output
         if other_kinds.get(name, TensorProto.FLOAT) in _FLOATS
     }
     return [
         name
         for node in old.graph.node
-        if node.op_type != "Constant"
+        if node.op_type not in _NO_FLOATS
         for name in node.output
         if name in made and kinds.get(name, TensorProto.FLOAT) in _FLOATS
     ]

@@ -19,6 +19,7 @@ SAME_SCALE = frozenset(  # what comes out was in what went in
 )
 ACTIVATIONS = frozenset({"Relu", "Clip"})  # what a runtime computes together with the op before
 WEIGHTED = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+_SIZES = frozenset({"Shape", "Size"})  # of a tensor, whatever its values
 _MOVES = frozenset(  # on the way from a Softmax to what averages over it
     {"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Identity"}
     | {"QuantizeLinear", "DequantizeLinear"}
@@ -41,6 +42,7 @@ class GraphIndex:
         self.inputs = [value.name for value in real_inputs(model)]
         self.outputs = {o.name for o in model.graph.output}
         self.captured: set[str] = set()  # what the bodies of loops and branches read
+        self.sized: set[str] = set()  # made of constants and of the sizes of images alone
         self.producer: dict[str, NodeProto] = {}
         self.readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
         for node in self.nodes:
@@ -49,7 +51,10 @@ class GraphIndex:
             for position, name in enumerate(node.input):
                 if name:
                     self.readers[name].append((node, position))
-            self.captured |= captured(node)
+            inside = captured(node)
+            self.captured |= inside
+            if node.op_type in _SIZES or (not inside and self._is_sized(node)):
+                self.sized.update(node.output)
         self.shapes = {
             v.name: tuple(dims_of(v)) if v.type.tensor_type.HasField("shape") else None
             for v in (*model.graph.input, *model.graph.value_info)
@@ -59,14 +64,19 @@ class GraphIndex:
             for v in (*model.graph.input, *model.graph.value_info, *model.graph.output)
         }
 
+    def _is_sized(self, node: NodeProto) -> bool:
+        known = [name for name in node.input if name in self.sized or name in self.initializers]
+        return not self.sized.isdisjoint(known) and len(known) == sum(map(bool, node.input))
+
     def constant(self, name: str) -> NDArray[Any] | None:
         """Return the value of an initializer, or None if ``name`` is none."""
         tensor = self.initializers.get(name)
         return None if tensor is None else numpy_helper.to_array(tensor)
 
     def is_constant(self, name: str) -> bool:
-        """Return whether ``name`` is an initializer, or an input that is no image."""
-        return name in self.initializers or (name in self.inputs and self.is_parameter(name))
+        """Return whether ``name`` is an initializer, or no image: an input, or made of sizes."""
+        is_given = name in self.initializers or name in self.sized
+        return is_given or (name in self.inputs and self.is_parameter(name))
 
     def is_parameter(self, name: str) -> bool:
         """Return whether the input ``name`` is one value for the whole batch, as a threshold is.
@@ -134,6 +144,12 @@ def captured(node: NodeProto) -> set[str]:
     graphs = list(bodies(node))
     ends = {output.name for graph in graphs for output in graph.output}
     return ends | {n for graph in graphs for child in graph.node for n in reads(child)}
+
+
+def layers_inside(node: NodeProto) -> int:
+    """Return the number of weighted ops in the branches and bodies of ``node``."""
+    inside = (child for body in bodies(node) for part in graphs_in(body) for child in part.node)
+    return sum(child.op_type in WEIGHTED for child in inside)
 
 
 def reads(node: NodeProto) -> set[str]:

@@ -16,6 +16,7 @@ from onnx_ir.passes import common as passes
 
 from compress.errors import EngineError, QuantizationError, reason_of
 from compress.graph import files
+from compress.graph.fused import OF_ONE_CPU, unfused
 from compress.graph.model import (
     WEIGHTED,
     GraphIndex,
@@ -23,19 +24,19 @@ from compress.graph.model import (
     channel_axis,
     fresh_name,
     graphs_in,
+    layers_inside,
 )
 from compress.graph.rewrites import (
-    OF_ONE_CPU,
     is_spatial_mean,
     join_hard_swish,
     keep_batch,
     pad_every_axis,
     pad_plainly,
     say_plainly,
-    unfused,
     write_pool,
 )
 from compress.graph.single import to_single
+from compress.graph.transposes import cancel_transposes
 from compress.graph.values import (
     EditableGraph,
     constant,
@@ -148,6 +149,17 @@ def _refuse_without_weights(model: ModelProto, where: str) -> None:
             expected="an fp32 network",
             fix="Convert it to fp32 first: export model.float() and quantize that file",
         )
+    inside = {node.name: layers for node in graph.nodes if (layers := layers_inside(node))}
+    if inside:
+        (name, count), *more = inside.items()
+        several = f"{count} layers" if count > 1 else "one layer"
+        others = f", others inside {len(more)} more" if more else ""
+        raise QuantizationError(
+            f"there is nothing to quantize: {several} inside {name!r}{others}, and int8 does not "
+            "reach into branches and loops",
+            where=where,
+            fix="Export the part that runs, with that input or condition fixed, as a network",
+        )
     raise QuantizationError(
         "there is nothing to quantize: no convolution or linear layer with constant weights",
         where=where,
@@ -161,8 +173,10 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(graph.model)
     _write_as_casts(graph)
     _drop_no_effect(graph)
+    _fold_sizes(graph)
     _fold_constants(graph)
     _name_nodes(graph)
+    cancel_transposes(graph)
     join_hard_swish(graph)
     for node in graph.of_type("MatMul"):
         _write_as_gemm(graph, node)
@@ -210,6 +224,25 @@ def _drop_no_effect(graph: EditableGraph) -> None:
         if node.op_type != "Cast" or source.dtype == attribute(node, "to"):
             value.replace_all_uses_with(source)
             graph.body.remove(node, safe=True)
+
+
+def _fold_sizes(graph: EditableGraph) -> None:
+    """Write sizes that are picked from a shape, and are known, as constants; never the batch.
+
+    Exporters compute shapes in this way whose images have one size.
+    """
+    for node in graph.of_type("Gather"):
+        shape, index = maker(node.inputs[0]), constant(node.inputs[1])
+        if shape is None or shape.op_type != "Shape" or index is None:
+            continue
+        image = shape.inputs[0]
+        if image is None or not image.shape or shape.attributes:  # a part of the shape
+            continue
+        sizes = dict(enumerate(image.shape))
+        axes = [int(i) % len(sizes) for i in index.reshape(-1)]
+        picked = [sizes[axis] if axis else None for axis in axes]
+        if all(isinstance(size, int) for size in picked) and index.size:
+            graph.set_constant(node.outputs[0], np.array(picked, np.int64).reshape(index.shape))
 
 
 def _fold_constants(graph: EditableGraph) -> None:
@@ -322,7 +355,7 @@ def _affine_of(graph: EditableGraph, node: ir.Node) -> Affine | None:
             return None
         factor = scale / np.sqrt(variance.astype(np.float64) + attribute(node, "epsilon", 1e-5))
         return factor, bias - mean * factor, 0
-    if node.op_type not in ("Mul", "Add"):
+    if node.op_type not in ("Mul", "Add", "Sub", "Div"):
         return None
     constants = [constant(value) for value in node.inputs]
     if (constants[0] is None) == (constants[1] is None):
@@ -335,7 +368,11 @@ def _affine_of(graph: EditableGraph, node: ir.Node) -> Affine | None:
     flat = value.reshape(-1).astype(np.float64)
     if node.op_type == "Mul":
         return flat, np.zeros_like(flat), data
-    return np.ones_like(flat), flat, data
+    if node.op_type == "Div":
+        return (1 / flat, np.zeros_like(flat), data) if data == 0 and flat.all() else None
+    sign = -1.0 if node.op_type == "Sub" else 1.0
+    factor, offset = (1.0, sign) if data == 0 else (sign, 1.0)
+    return np.full_like(flat, factor), offset * flat, data
 
 
 def _is_per_channel(value: NDArray[Any], rank: int) -> bool:

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx import ModelProto
+from onnx import ModelProto, TypeProto
 from onnx_ir.passes import common as passes
 
+from compress.errors import ModelError
 from compress.graph.model import SAME_SCALE, attribute, fresh_name
 
 Array = NDArray[Any]
+KNOWN = frozenset({"", "ai.onnx", "com.microsoft", "org.openvinotoolkit"})  # domains of operators
 
 
 class EditableGraph:
@@ -23,6 +25,7 @@ class EditableGraph:
     """
 
     def __init__(self, model: ModelProto) -> None:
+        _refuse_maps(model)
         self.model = ir.from_proto(model)
         self.body = self.model.graph
         names = {value.name for value in (*self.body.inputs, *self.body.initializers.values())}
@@ -36,9 +39,12 @@ class EditableGraph:
         return list(self.body)
 
     def of_type(self, *ops: str) -> Iterator[ir.Node]:
-        """Yield the nodes of the given operators; the graph may be edited meanwhile."""
+        """Yield the nodes of the given operators; the graph may be edited meanwhile.
+
+        What is called so in a domain that is not known may compute anything else.
+        """
         for node in self.nodes:
-            if node.op_type in ops and node.graph is self.body:
+            if node.op_type in ops and node.domain in KNOWN and node.graph is self.body:
                 yield node
 
     def add_constant(self, hint: str, array: Array) -> ir.Value:
@@ -147,6 +153,23 @@ class EditableGraph:
 
     def _free(self, hint: str) -> str:
         return fresh_name(self._taken, hint)
+
+
+def _refuse_maps(model: ModelProto) -> None:
+    """Raise ModelError for an output that is a map, which onnx_ir cannot hold."""
+    for output in model.graph.output:
+        if _is_map(output.type):
+            raise ModelError(
+                f"output {output.name!r} is a map (of labels to scores)",
+                expected="tensors",
+                fix="Export it without ZipMap: skl2onnx's options={'zipmap': False}",
+            )
+
+
+def _is_map(kind: TypeProto) -> bool:
+    inner = [kind.sequence_type.elem_type] if kind.HasField("sequence_type") else []
+    inner += [kind.optional_type.elem_type] if kind.HasField("optional_type") else []
+    return kind.HasField("map_type") or any(map(_is_map, inner))
 
 
 def maker(value: ir.Value | None) -> ir.Node | None:

@@ -78,6 +78,11 @@ def without_functions(model: ModelProto) -> ModelProto:
     """Return ``model``, which may be changed, with its own functions written out in its opset."""
     if not model.functions:
         return model
+    imported = {item.domain: item.version for item in model.opset_import}
+    for function in model.functions:
+        for item in function.opset_import:  # which of its own domain counts nowhere but here
+            if item.domain not in ("", "ai.onnx"):
+                item.version = imported.get(item.domain, item.version)
     infer_shapes(model)  # a function of another opset is converted by the types that it gets
     return onnx.inliner.inline_local_functions(model, convert_version=True)
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.graph.model import WEIGHTED, GraphIndex, bodies, graphs_in
+from compress.graph.model import GraphIndex, layers_inside
 from compress.qdq.placement import place
 from compress.quantize.sqnr import sqnr_text
 from compress.report.numbers import staying
@@ -39,8 +39,7 @@ def float_parts(graph: GraphIndex, target: str) -> list[str]:
     products = {n.name for n in graph.nodes if len(graph.data_inputs(n)) > 1}
     found = [f"{name}{STAYS}: {why}" for name, why in left.items() if name not in products]
     for node in graph.nodes:
-        children = (c for body in bodies(node) for part in graphs_in(body) for c in part.node)
-        inside = sum(child.op_type in WEIGHTED for child in children)
+        inside = layers_inside(node)
         if node.op_type in _RECURRENT:
             found.append(f"{node.name} ({node.op_type}){STAYS}: no target has it in int8")
         elif inside:

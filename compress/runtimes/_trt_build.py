@@ -106,7 +106,7 @@ class Build:
         node, operator = error.node_name(), error.node_operator()
         place = f"node {node!r} ({operator}): " if operator else ""
         reason = error.desc().strip()
-        if "Plugin not found" in reason:
+        if "Plugin not found" in reason or reason == "false":  # all that its assertion says
             reason = f"it has no operator {operator}"
         return EngineError(
             f"{place}{self.flavour.name} cannot take it: {reason}",
@@ -146,7 +146,7 @@ class Build:
                     f"input {tensor.name!r} has a free dimension besides the batch: "
                     f"{(first, *rest)}",
                     where=str(self.source),
-                    fix="Export it for one image size",
+                    fix="Say the size of its images (--input-size C,H,W), or export it for one",
                 )
             if first == -1:
                 dynamic = True

@@ -39,6 +39,23 @@ class FixedSession:
         return [images.mean((2, 3)), images]
 
 
+class LabellingSession(FixedSession):
+    """A session that says its scores by label first, as classifiers of scikit-learn do."""
+
+    outputs = (Spec("by_label", (), "map"), Spec("scores", ("batch", 3)), Spec("image", ("batch",)))
+
+    def run(self, images: np.ndarray) -> list[Any]:
+        scores, image = super().run(images)
+        return [[dict(enumerate(row)) for row in scores], scores, image]
+
+
+def test_outputs_that_are_no_tensors_are_left_out():
+    images = np.random.default_rng(0).normal(size=(5, 3, 4, 4)).astype(np.float32)
+    found = evaluate.run_session(LabellingSession("batch"), images)
+    assert list(found) == ["scores", "image"]
+    np.testing.assert_array_equal(found["image"], images)
+
+
 def batches(sizes: list[int], seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [

@@ -11,10 +11,11 @@ from int8_graphs import Sketch, images, norm, run
 from onnx.reference import ReferenceEvaluator
 
 import compress
-from compress.errors import QuantizationError
-from compress.graph.model import BIAS_LIMIT
+from compress.errors import CompressError, QuantizationError
+from compress.graph.model import BIAS_LIMIT, GraphIndex
 from compress.graph.values import EditableGraph, constant
 from compress.qdq import prepare
+from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS
 from compress.quantize.confirm import check_prepared
 from compress.quantize.planning_graph import judged_tensors
@@ -588,6 +589,26 @@ def test_outputs_that_are_no_tensors_are_kept(op, batch, tmp_path):
     assert sqnr_db(run(model, feed)[0], run(written, feed)[0]) > 25
 
 
+def test_scores_by_label_are_refused_with_the_option_that_makes_them_a_tensor(tmp_path):
+    """As classifiers of scikit-learn answer."""
+    s, x = behind_a_layer()
+    s.head(x, 8)
+    model = s.model()
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx.ml", 1))
+    zipped = onnx.helper.make_node(
+        "ZipMap", ["logits"], ["scores"], domain="ai.onnx.ml", classlabels_int64s=range(10)
+    )
+    model.graph.node.append(zipped)
+    tensor = onnx.helper.make_tensor_type_proto(onnx.TensorProto.FLOAT, [])
+    labels = onnx.helper.make_map_type_proto(onnx.TensorProto.INT64, tensor)
+    kind = onnx.helper.make_sequence_type_proto(labels)
+    model.graph.output.append(onnx.helper.make_value_info("scores", kind))
+    with pytest.raises(CompressError, match=r"x\.onnx: .*'scores' is a map.*'zipmap': False"):
+        quantized(model, tmp_path)
+    with pytest.raises(CompressError, match=r"x\.onnx: .*'scores' is a map.*'zipmap': False"):
+        compress.lint_onnx(tmp_path / "x.onnx")
+
+
 def test_a_weight_that_is_an_output_keeps_its_type(tmp_path):
     s, x = behind_a_layer()
     s.head(x, 8)
@@ -838,6 +859,123 @@ def test_limits_that_onnxruntime_fused_are_those_of_a_clip():
     prepared, feed = prepare(model), images(model)
     assert not any(node.domain for node in prepared.graph.node)
     np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"transB": 1}, {"transA": 1, "alpha": 0.5}, {"alpha": 2.0}])
+@pytest.mark.parametrize("of_two", [False, True])
+def test_products_that_onnxruntime_fused_are_written_apart(of_two, options, tmp_path):
+    s, own = Sketch((6, 6)), "com.microsoft"
+    weight = "input" if of_two else s.floats("w", 6, 6, scale=0.4)
+    s.op("FusedMatMul", ["input", weight], "product", domain=own, **options)
+    s.op("MatMul", ["product", s.floats("v", 6, 4)], "logits")
+    model = s.model()
+    model.opset_import.append(onnx.helper.make_opsetid(own, 1))
+    prepared, feed = prepare(model), images(model)
+    assert not any(node.domain for node in prepared.graph.node)
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("op", ["BiasGelu", "Gelu", "QuickGelu"])
+def test_gates_that_onnxruntime_fused_are_written_apart(op):
+    s, own = Sketch((6, 6)), "com.microsoft"
+    s.op("MatMul", ["input", s.floats("w", 6, 6)], "product")
+    bias = [s.floats("b", 6)] if op == "BiasGelu" else []
+    s.op(op, ["product", *bias], "gate", domain=own)
+    s.op("MatMul", ["gate", s.floats("v", 6, 4)], "logits")
+    model = s.model()
+    model.opset_import.append(onnx.helper.make_opsetid(own, 1))
+    prepared, feed = prepare(model), images(model)
+    assert not any(node.domain for node in prepared.graph.node)
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-4)
+
+
+def test_layers_inside_branches_alone_are_said_to_be_out_of_reach():
+    def branch(name):
+        inside = Sketch((3, 8, 8))
+        inside.conv("input", f"{name}_conv", 3, 8)
+        end = onnx.helper.make_tensor_value_info(f"{name}_conv", 1, None)
+        return onnx.helper.make_graph(inside.nodes, name, [], [end], inside.constants)
+
+    s = Sketch((3, 8, 8))
+    mean = s.op("ReduceMean", ["input"], "mean", keepdims=0)
+    is_bright = s.op("Greater", [mean, s.constant("half", np.float32(0.5))], "is_bright")
+    parts = {"then_branch": branch("day"), "else_branch": branch("night")}
+    s.op("If", [is_bright], "logits", **parts)
+    with pytest.raises(QuantizationError, match=r"2 layers inside 'logits'.*branches and loops"):
+        prepare(s.model())
+
+
+def test_a_function_may_say_another_version_of_its_own_domain_than_the_file():
+    """As jax2onnx writes them; such functions were left as they are, in float."""
+    own, opset = "my.blocks", onnx.helper.make_opsetid
+    inside = Sketch((3, 8, 8))
+    inside.relu(inside.conv("input", "conv", 3, 8))
+    constants = [
+        onnx.helper.make_node("Constant", [], [tensor.name], value=tensor)
+        for tensor in inside.constants
+    ]
+    block = onnx.helper.make_function(
+        own,
+        "Block",
+        ["input"],
+        ["conv_relu"],
+        [*constants, *inside.nodes],
+        [opset("", 17), opset(own, 17)],
+    )
+    s = Sketch((3, 8, 8))
+    s.head(s.op("Block", ["input"], "block", domain=own), 8)
+    model = s.model()
+    model.opset_import.append(opset(own, 1))
+    model.functions.append(block)
+    prepared, feed = prepare(model), images(model)
+    assert [node.op_type for node in prepared.graph.node][:2] == ["Conv", "Relu"]
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("op", ["Sub", "Div"])
+def test_a_difference_or_quotient_with_a_constant_is_part_of_the_layer(op):
+    """As keras writes BatchNorm: minus the mean, times one factor, plus one offset."""
+    s = Sketch((3, 8, 8))
+    x = s.conv("input", "conv", 3, 8)
+    mean = s.constant("mean", np.linspace(1, 2, 8, dtype=np.float32).reshape(1, 8, 1, 1))
+    x = s.op("Mul", [s.op(op, [x, mean], "less"), s.floats("factor", 1, 8, 1, 1)], "times")
+    if op == "Sub":
+        x = s.op("Sub", [mean, x], "turned")
+    s.head(s.relu(x), 8)
+    model = s.model()
+    prepared, feed = prepare(model), images(model)
+    assert [node.op_type for node in prepared.graph.node][:2] == ["Conv", "Relu"]
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-4)
+
+
+def test_a_size_that_is_known_is_a_constant():
+    """So keras reshapes a bias, which then is part of the layer."""
+    s = Sketch((3, 8, 8))
+    x = s.conv("input", "conv", 3, 8)
+    channels = s.constant("channels", np.array([1]))
+    picked = s.op("Gather", [s.op("Shape", [x], "shape"), channels], "picked")
+    one = s.constant("one", np.array([1]))
+    size = s.op("Concat", [one, picked, one, one], "size", axis=0)
+    bias = s.op("Reshape", [s.floats("more", 8), size], "bias")
+    s.head(s.relu(s.op("Add", [x, bias], "sum")), 8)
+    model = s.model()
+    prepared, feed = prepare(model), images(model)
+    assert [node.op_type for node in prepared.graph.node][:2] == ["Conv", "Relu"]
+    np.testing.assert_allclose(run(prepared, feed)[0], run(model, feed)[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_made_of_sizes_is_no_image(target):
+    """OpenVINO fails where what a constant is reshaped to is quantized."""
+    s, x = behind_a_layer()
+    bias = s.op("Expand", [s.floats("more", 8, 1, 1), s.op("Shape", [x], "size")], "bias")
+    s.head(s.relu(s.conv(s.op("Add", [x, bias], "sum"), "last", 8, 8)), 8)
+    model = s.model()
+    for dim in model.graph.input[0].type.tensor_type.shape.dim[2:]:
+        dim.dim_param = "any"
+    graph = GraphIndex(prepare(model))
+    assert graph.producer["bias"].op_type == "Expand"
+    assert "bias" not in place(graph, target).readers
 
 
 def test_a_file_made_for_one_cpu_is_refused():

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from compress.graph.fused import OF_ONE_CPU, is_fused
 from compress.graph.model import ACTIVATIONS, WEIGHTED, attribute
 from compress.graph.values import (
     MOVING,
@@ -44,7 +45,21 @@ INTEGER_OPS = frozenset(
 
 
 def operator_format(graph: EditableGraph) -> Iterator[Problem]:
-    """Integer operators in place of Q/DQ pairs: another runtime's format."""
+    """Operators of one runtime, or one CPU, in place of those of ONNX with Q/DQ pairs."""
+    is_int8 = any(graph.of_type(Q, DQ))
+    for node in graph.nodes:
+        if node.domain in OF_ONE_CPU:
+            yield Problem(
+                label(node),
+                f"{node.op_type} is in the layout of the CPU that ONNX Runtime optimized the file "
+                f"on ({node.domain}); take the file from before, or level 'extended' at most",
+            )
+        elif is_int8 and is_fused(node) and node.op_type.startswith("Fused"):
+            yield Problem(
+                label(node),
+                f"ONNX Runtime fused {node.op_type} of several operators, which has no int8 "
+                "kernel; quantize the float graph again",
+            )
     for node in graph.of_type(*INTEGER_OPS):
         yield Problem(
             label(node),

@@ -244,6 +244,26 @@ def test_invalid_graph_is_refused_with_the_reason(tmp_path):
         lint_onnx(tmp_path / "x.onnx")
 
 
+@pytest.mark.parametrize(
+    ("op", "domain", "said"),
+    [
+        ("Conv", "com.microsoft.nchwc", "layout of the CPU"),  # its weights are stored in blocks
+        ("FusedConv", "com.microsoft", "no int8 kernel"),
+    ],
+)
+def test_operators_that_onnxruntime_made_of_others_are_named(op, domain, said):
+    s = Sketch()
+    model = s.model(s.conv(s.pair("input", 4 / 127), s.weight(s.kernel(8, 3, 3, 3))))
+    assert rules_that_fire(model, "tensorrt") == set()
+    conv = next(node for node in model.graph.node if node.op_type == "Conv")
+    conv.op_type, conv.domain = op, domain
+    model.opset_import.append(onnx.helper.make_opsetid(domain, 1))
+    found = lint_model(model, rules=rules_for("tensorrt"))
+    (told,) = [each for each in found if each.rule == "operator-format"]
+    assert told.node == conv.name
+    assert said in told.message
+
+
 def test_an_output_that_says_no_shape_is_linted(tmp_path):
     """As runtimes read it; ONNX's checker asks for one."""
     model = onnx.ModelProto()

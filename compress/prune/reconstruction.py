@@ -24,11 +24,9 @@ from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import EnoughSeen, Join, Rectifier, Replay, Sums, followers
+from compress.prune.ridge import ENOUGH, Ridge
 
-RIDGE = 1e-2  # pull towards the weights that are there, as a share of the inputs' mean square
-ROWS_PER_FEATURE = 64  # samples of a layer's output, for each weight of one of its filters
-LEAST_ROWS_PER_FEATURE = 4  # with fewer a layer is left alone
-MOST_FEATURES = 12_288  # a layer with more is left alone: its squares would take over 1 GiB
+MOST_FEATURES = 12_288  # whose squares are taken: over 1 GiB; a wider layer is shown few samples
 ANSWERS_MIB = 256  # of the original's answers held at once
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -55,9 +53,9 @@ def refit(
     one in that. Needs no labels; a few hundred images do. In the end BatchNorm's statistics become
     those of training, without a change of the answers (``rebase_batchnorm``).
 
-    A layer that several calls share is fitted to all of them. One that sees fewer than four samples
-    for each weight of a filter is fitted in its bias alone. Transposed convolutions in groups, and
-    layers that share a weight, stay as they are.
+    A layer that several calls share is fitted to all of them. The fewer samples it sees for each
+    weight of a filter, the larger is r. Transposed convolutions in groups, and layers that share a
+    weight, stay as they are.
 
     Args:
         pruned: What ``apply_pruning(original, plan)`` returned. Its weights are replaced.
@@ -153,15 +151,12 @@ class _LayerFit:
         axis = answer.ndim - 1 if isinstance(self.layer, nn.Linear) else 1
         return (*answer.shape[:axis], *answer.shape[axis + 1 :])
 
-    def answered(self, answer: Tensor, places: Any) -> Tensor:
-        """Return the layer's answer in the pruned network at some places: (rows, O)."""
-        rows = _rows(self.layer, answer, places, None)
-        return rows if self.shift is None else rows + self.shift
-
     @property
     def rows(self) -> int:
         """Samples wanted from one call on one batch."""
-        return -(-ROWS_PER_FEATURE * self.features // self.batches)
+        is_wide = self.features > MOST_FEATURES
+        rows = MOST_FEATURES**2 // self.features if is_wide else ENOUGH * self.features
+        return -(-rows // self.batches)
 
     @property
     def mib(self) -> float:
@@ -184,22 +179,34 @@ class _LayerFit:
             rows = rows + _rows(self.layer, other, places, kept) * self.join.gain()
         self.answers.append((places, self.extent(answer), rows))
 
-    def wanted(
-        self, noted: Tensor, other: Tensor | None, places: Any, answer: Tensor | None = None
+    def lack(
+        self, noted: Tensor, other: Tensor | None, places: Any, answer: Tensor, is_again: bool
     ) -> Tensor:
-        """Return what the layer is to answer where ``other`` is added in the pruned network.
+        """Return what the ``answer`` now lacks where ``other`` is added: (G, rows, O / G).
 
-        With its ``answer`` now, only of what the ReLU behind it passes on.
+        For a layer that ``is_again`` fitted only of what the ReLU behind it passes on.
         """
-        added: Tensor | float = 0.0
+        now = _rows(self.layer, answer, places, None)
+        if self.shift is not None:
+            now = now + self.shift
         if self.join is not None and other is not None:
-            added = _rows(self.layer, other, places, None) * self.join.gain()
+            now = now + _rows(self.layer, other, places, None) * self.join.gain()
         is_known = self.join is None or other is not None
-        if answer is not None and self.rectifier is not None and is_known:
-            noted = self.rectifier.asked(noted, self.answered(answer, places) + added)
+        if is_again and self.rectifier is not None and is_known:
+            noted = self.rectifier.asked(noted, now)
         groups = getattr(self.layer, "groups", 1)
-        wanted = noted - added
-        return wanted.reshape(len(wanted), groups, -1).transpose(0, 1)  # (G, rows, O / G)
+        return (noted - now).reshape(len(now), groups, -1).transpose(0, 1)
+
+    def change(self, change: Tensor) -> None:
+        """Add ``change`` (G, O / G, F), if it is finite, to the weights and the bias."""
+        if not torch.isfinite(change).all():
+            return
+        if self.has_bias:
+            self.set_bias(self.bias + change[:, :, -1].reshape(-1))
+            change = change[:, :, :-1]
+        filters = _filters(self.layer)
+        fitted = filters + change.reshape(filters.shape)
+        self.layer.weight.copy_(_turned(self.layer, fitted))
 
 
 def _filters(layer: Layer) -> Tensor:
@@ -247,8 +254,7 @@ def _pairs(
         norm = found.norms.get(before[name]) if layer.bias is None else None
         pair = _LayerFit(layer, before[name], kept, calls, len(images), join, relu)
         pair.norm = None if norm is None else left[norm]
-        if pair.features <= MOST_FEATURES:
-            yield pair
+        yield pair
 
 
 def _portions(pairs: Sequence[_LayerFit]) -> Iterator[list[_LayerFit]]:
@@ -294,59 +300,17 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
 
 
 def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
-    """Fit one layer: its weights where it sees enough for that, otherwise its bias."""
-    noted = sum(len(rows) for _, _, rows in pair.answers)
-    if noted >= LEAST_ROWS_PER_FEATURE * pair.features:  # a wide one's squares take GiB
-        _fit_weights(pair, pruned, images)
-    elif pair.has_bias:
-        _fit_bias(pair, pruned, images)
-    pair.finish()
-
-
-def _fit_weights(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
-    """Collect the normal equations of one layer over all images, and solve them.
-
-    Where a ReLU follows they are solved once more, for what it passes on of the answers now.
-    """
-    squares: Tensor | float = 0.0  # X'X by group: (G, F, F)
-    products: Tensor | float = 0.0  # X'Y by group: (G, F, O)
-    rows, again = 0, False
+    """Fit one layer and, where a ReLU follows, once more to what that passes on of its answers."""
+    ridge = Ridge(sum(len(rows) for _, _, rows in pair.answers), pair.features)
 
     def add(x: Tensor, answer: Tensor, other: Tensor | None, noted: Tensor, places: Any) -> None:
-        nonlocal squares, products, rows
-        wanted = pair.wanted(noted, other, places, answer if again else None)
-        seen = _seen(pair, x, places)
-        if not again:
-            squares = squares + (seen.mT @ seen).double()
-        products = products + (seen.mT @ wanted).double()
-        rows += seen.shape[1]
+        ridge.add(_seen(pair, x, places), pair.lack(noted, other, places, answer, ridge.is_solved))
 
-    _show(pair, pruned, images, add)
-    if rows < LEAST_ROWS_PER_FEATURE * pair.features:
-        return
-    _solve(pair, torch.as_tensor(squares), torch.as_tensor(products))
-    if pair.rectifier is not None:
-        products, again = 0.0, True
+    for _ in range(1 if pair.rectifier is None else 2):
         _show(pair, pruned, images, add)
-        _solve(pair, torch.as_tensor(squares), torch.as_tensor(products))
-
-
-def _fit_bias(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:
-    """Add to the bias of one layer what its answers lack on average, as far as that is certain."""
-    lacks: list[Tensor] = []  # (rows, O)
-
-    def add(_x: Tensor, answer: Tensor, other: Tensor | None, noted: Tensor, places: Any) -> None:
-        wanted = pair.wanted(noted, other, places).transpose(0, 1).flatten(1)
-        lacks.append(wanted - pair.answered(answer, places))
-
-    _show(pair, pruned, images, add)
-    if sum(map(len, lacks)) < LEAST_ROWS_PER_FEATURE:
-        return
-    lack = torch.cat(lacks).double()
-    mean, doubt = lack.mean(0), lack.var(0) / len(lack)
-    sure = mean.square() / (mean.square() + doubt).clamp_min(1e-300)
-    if torch.isfinite(mean * sure).all():
-        pair.set_bias(pair.bias + mean * sure)
+        if ridge.rows:
+            pair.change(ridge.solve().mT)
+    pair.finish()
 
 
 def _show(
@@ -463,23 +427,3 @@ def _spread(layer: Any, x: Tensor, how: Sliding) -> Tensor:
         edge = how.dilation[axis] * (how.kernel[axis] - 1) - how.before[axis]
         padding += [edge, edge + more[axis]]
     return F.pad(spread, padding)
-
-
-def _solve(pair: _LayerFit, squares: Tensor, products: Tensor) -> None:
-    """Solve the normal equations and write the weights."""
-    layer = pair.layer
-    groups, features = squares.shape[:2]
-    filters = _filters(layer)
-    now = filters.reshape(groups, -1, filters[0].numel()).double()  # (G, O, F)
-    if pair.has_bias:
-        now = torch.cat([now, pair.bias.reshape(groups, -1, 1).double()], dim=2)
-    pull = RIDGE * squares.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)
-    eye = torch.eye(features, dtype=squares.dtype, device=squares.device)
-    ridge = pull[:, None, None] * eye
-    fitted = torch.linalg.solve(squares + ridge, products + ridge @ now.mT).mT  # (G, O, F)
-    if not torch.isfinite(fitted).all():
-        return
-    if pair.has_bias:
-        pair.set_bias(fitted[:, :, -1])
-        fitted = fitted[:, :, :-1]
-    layer.weight.copy_(_turned(layer, fitted.reshape(filters.shape)))

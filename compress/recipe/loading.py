@@ -307,7 +307,8 @@ def explained_problems(errors: Sequence[ErrorDetails]) -> Iterator[str]:
     """
     found: dict[str, list[ErrorDetails]] = {}
     for details in errors:
-        found.setdefault(_key_path(_followed(details["loc"])[0]), []).append(details)
+        if details["type"] != "default_factory_not_called":  # what that needs is reported itself
+            found.setdefault(_key_path(_followed(details["loc"])[0]), []).append(details)
     for path, forms in found.items():
         right_type = [each for each in forms if not each["type"].endswith(("_type", "_parsing"))]
         if not right_type and any(other.startswith((f"{path}[", f"{path}.")) for other in found):

@@ -144,6 +144,18 @@ class AugmentSettings(Settings):
     fixed: bool = Field(False, description="Augment an image alike in every epoch")
 
 
+def _rate(sgd: float) -> Any:
+    """Return the field of a peak learning rate: ``sgd``, with other optimizers a fiftieth of it.
+
+    Those divide by the size of gradients themselves, which is below one where networks are trained.
+    """
+    return Field(
+        default_factory=lambda given: sgd if given.get("optimizer") == "sgd" else sgd / 50,
+        gt=0,
+        description=f"Peak learning rate; if absent {sgd:g} with sgd, {sgd / 50:g} with others",
+    )
+
+
 class TrainSettings(Settings):
     """The training loop, whatever the loss."""
 
@@ -159,7 +171,7 @@ class TrainSettings(Settings):
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = Field(
         "sgd", description="Optimizer of the weights"
     )
-    lr: float = Field(0.05, gt=0, description="Peak learning rate")
+    lr: float = _rate(0.05)
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd")
     nesterov: bool = Field(True, description="Nesterov momentum, of sgd")
     weight_decay: float = Field(
@@ -204,10 +216,16 @@ class TrainSettings(Settings):
     )
 
 
+class FinetuneSettings(TrainSettings):
+    """Training of a network that knows its task: a cut one, say."""
+
+    lr: float = _rate(0.01)
+
+
 class QatSettings(TrainSettings):
     """Quantization-aware training: weights move a little, to make up for rounding."""
 
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate")
+    lr: float = _rate(1e-3)
 
     @model_validator(mode="before")
     @classmethod
@@ -215,7 +233,7 @@ class QatSettings(TrainSettings):
         return given.model_dump(exclude_unset=True) if isinstance(given, TrainSettings) else given
 
 
-class DistillSettings(TrainSettings):
+class DistillSettings(FinetuneSettings):
     """Training towards a teacher."""
 
     teacher: str | None = Field(None, description="MODEL; the recipe's original if absent")
@@ -271,7 +289,7 @@ class PruneSettings(Settings):
     rounds: int = Field(
         1, ge=1, description="Prune in so many rounds, with a short training between them"
     )
-    round_training: TrainSettings | None = Field(None, description="Training between the rounds")
+    round_training: FinetuneSettings | None = Field(None, description="Training between the rounds")
     sparsity_training: TrainSettings | None = Field(
         None, description="Group-sparsity training before the first cut"
     )
@@ -427,7 +445,7 @@ class Stage(Settings):
     prune: PruneSettings | None = Field(None, description="Cut channels")
     sparsify: SparsifySettings | None = Field(None, description="Zero single weights")
     distill: DistillSettings | None = Field(None, description="Train towards a teacher")
-    finetune: TrainSettings | None = Field(None, description="Train on the labels alone")
+    finetune: FinetuneSettings | None = Field(None, description="Train on the labels alone")
     quantize: QuantizeSettings | None = Field(None, description="Write int8 graphs")
 
     @model_validator(mode="before")

@@ -48,8 +48,9 @@ class Detection(Task):
 
     Reads what torchvision's detectors return (a list of boxes, scores and labels for each image),
     arrays of these names, boxes after NMS (B, M, 6) as x1, y1, x2, y2, score, class, and YOLO heads
-    before NMS (B, 4 + K, A) as centre, size and class scores, which get NMS here: the best class of
-    each place, or with ``multi_label`` all of them. ``background`` says that class 0 of a network
+    before NMS, which get it here: (B, 4 + K, A), centre, size and class scores, or (B, A, 5 + K)
+    with objectness before the scores, as YOLOv5 and YOLOX have it. Of a place the best class
+    counts, or with ``multi_label`` all of them. ``background`` says that class 0 of a network
     that returns boxes after NMS is none of the data's. With ``nms_in_graph`` exported files end in
     NMS and give (B, max_boxes, 6). Targets are dictionaries of "boxes"
     (M, 4) as x1, y1, x2, y2 in pixels of the input, "labels" (M,), and optionally "ignored" (M,):
@@ -231,15 +232,17 @@ class Detection(Task):
         fix = OTHER_ROWS if heads else f"{nearest_task(arrays.values())}, or check the network"
         if any(each.shape[1:] == (heads[0].shape[1], 4) for each in heads[1:]):
             heads, fix = [], QUERIES  # their scores may have the shape of boxes
-        if heads and heads[0].shape[2] == 6:
+        if heads and _is_after_nms(heads[0]):
             return [(r[:, :4], r[:, 4], r[:, 5].astype(np.int64) - shift) for r in heads[0]]
-        count = heads[0].shape[1] - 4 if heads else 0
+        head = _by_rows(heads[0], len(self.classes)) if heads else np.zeros((0, 0, 0))
+        count = head.shape[1] - 4
         if count > 0 and len(self.classes) in (0, count):
-            return [self._decoded(head) for head in heads[0]]
+            return [self._decoded(each) for each in head]
         raise EngineError(
             f"task detection does not fit the network's outputs: {shapes_told(arrays)}",
-            expected=f"boxes, scores and labels; (B, M, 6); or (B, {4 + len(self.classes)}, A), "
-            f"centre and size of boxes and scores of {len(self.classes)} classes",
+            expected=f"boxes, scores and labels; (B, M, 6); (B, {4 + len(self.classes)}, A), "
+            f"centre and size of boxes and scores of {len(self.classes)} classes; or "
+            f"(B, A, {5 + len(self.classes)}), with objectness between them",
             fix=fix,
         )
 
@@ -289,6 +292,21 @@ class Detection(Task):
                 for t, row in enumerate(hits[:, mine]):
                     out[r, k, t] = coco_average_precision(row == 1, weights * (row >= 0), positives)
         return out
+
+
+def _is_after_nms(head: Array) -> bool:
+    """Say whether rows of six end in a class: those before NMS end in the score of the only one."""
+    return head.shape[2] == 6 and bool((head[..., 5] % 1 == 0).all())
+
+
+def _by_rows(head: Array, classes: int) -> Array:
+    """Return boxes and scores as (B, 4 + K, A), where they are (B, A, 5 + K) with objectness."""
+    _, places, columns = head.shape
+    fits = columns == 5 + classes and places != 4 + classes if classes else places > columns > 5
+    scores = head[..., 4:5] * head[..., 5:]
+    if not fits or head[..., 4:].min(initial=0) < 0 or head[..., 4:].max(initial=0) > 1:
+        return head
+    return np.concatenate([head[..., :4], scores], 2).transpose(0, 2, 1)
 
 
 def box_iou(one: Array, two: Array) -> Array:

@@ -164,6 +164,30 @@ def test_the_published_schema_is_current():
     assert json.loads(Path("recipes/schema.json").read_text()) == loading.recipe_schema()
 
 
+@pytest.mark.parametrize(
+    ("stage", "lr"),
+    [
+        ("train: {epochs: 1}", 0.05),
+        ("finetune: {epochs: 1}", 0.01),  # the network knows its task: a large step would undo it
+        ("finetune: {epochs: 1, optimizer: adamw}", 2e-4),
+        ("distill: {optimizer: rmsprop}", 2e-4),
+        ("quantize: {qat: {epochs: 1}}", 1e-3),
+        ("quantize: {qat: {epochs: 1, optimizer: adam}}", 2e-5),
+        ("finetune: {optimizer: adamw, lr: 0.3}", 0.3),
+    ],
+)
+def test_a_learning_rate_that_is_not_given_suits_stage_and_optimizer(write, stage, lr):
+    (found,) = loading.load_recipe(write(NO_STAGE + f"stages:\n  - {stage}\n")).stages
+    assert getattr(found.settings, "qat", found.settings).lr == pytest.approx(lr)
+
+
+def test_a_wrong_optimizer_is_one_problem(write):
+    with pytest.raises(RecipeError) as error:
+        loading.load_recipe(write(NO_STAGE + "stages:\n  - finetune: {optimizer: sdg}\n"))
+    assert "optimizer" in str(error.value)
+    assert ".lr" not in str(error.value)
+
+
 def test_a_tracker_is_told_to_every_training_and_to_nothing_else(write):
     stages = """stages:
   - prune: {keep_macs: 0.5, round_training: {epochs: 1}}

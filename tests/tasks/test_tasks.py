@@ -434,6 +434,33 @@ def test_a_yolo_head_is_decoded_and_its_duplicates_removed():
     assert found["scores"] == pytest.approx([0.9, 0.6])
 
 
+@pytest.mark.parametrize("classes", [("a", "b", "c"), ("a",), ()])
+def test_rows_with_objectness_are_read_as_the_head_they_stand_for(classes):
+    """As YOLOv5 and YOLOX give them: centre, size, objectness and the score of each class."""
+    draw = np.random.default_rng(0)
+    rows = draw.uniform(0, 1, (2, 100, 5 + (len(classes) or 80)))
+    rows[..., :4] = draw.uniform(4, 60, (2, 100, 4))
+    head = np.concatenate([rows[..., :4], rows[..., 4:5] * rows[..., 5:]], 2).transpose(0, 2, 1)
+    task = load_task("detection", classes=classes)
+    both = (task.predict({"x": each}) for each in (rows, head))
+    for found, expected in zip(*both, strict=True):
+        for name, value in expected.items():
+            assert np.array_equal(found[name], value)
+
+
+@pytest.mark.parametrize("classes", [("a",), ()])
+def test_rows_after_nms_and_heads_of_few_places_stay_what_they_are(classes):
+    rows = np.zeros((1, 40, 6))
+    rows[0, 0] = [2, 3, 9, 8, 0.7, 0]  # not a score of 0 times 0.7
+    (found,) = load_task("detection", classes=classes).predict({"x": rows})
+    assert found["scores"] == pytest.approx([0.7])
+    assert found["boxes"].tolist() == [[2, 3, 9, 8]]
+    head = np.full((1, 84, 21), 0.5)
+    head[:, :4] = 30
+    (found,) = load_task("detection").predict({"x": head})
+    assert found["scores"] == pytest.approx([0.5]) and found["boxes"].tolist() == [[15, 15, 45, 45]]
+
+
 def test_networks_with_a_background_class_count_from_one():
     task = load_task({"detection": {"background": True}}, classes=("a", "b", "c"))
     shifted = [{**d, "labels": d["labels"] + 1} for d in case("detection").right["output_0"]]

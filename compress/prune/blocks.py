@@ -24,7 +24,8 @@ from compress.modules.inputs import copied, read_batches
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import EnoughSeen, Replay
-from compress.prune.reconstruction import Batches, Layer, Transposed, fitted_layers
+from compress.prune.reconstruction import Batches, fitted_layers
+from compress.prune.windows import Layer, Transposed
 
 MOST_LAYERS = 8  # of a block: more are fitted part by part
 IMAGES = 128  # of one step, at most

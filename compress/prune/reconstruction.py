@@ -8,23 +8,29 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compress.groups.plan import PrunePlan
 from compress.modules import evaluating
 from compress.modules.inputs import copied, read_batches
-from compress.modules.sliding import Sliding, by_dimension, sliding
 from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import EnoughSeen, Join, Rectifier, Replay, Sums, followers
 from compress.prune.ridge import ENOUGH, Ridge
+from compress.prune.windows import (
+    Layer,
+    Transposed,
+    filters_of,
+    is_linear_in_its_weight,
+    rows_of,
+    turned,
+    windows,
+)
 
 MOST_FEATURES = 12_288  # whose squares are taken: over 1 GiB; a wider layer is shown few samples
 ANSWERS_MIB = 256  # of the original's answers held at once
@@ -93,10 +99,6 @@ def refit(
     return rebase_batchnorm(pruned, batches if training_batches is None else training_batches)
 
 
-Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
-Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear | Transposed
-
-
 @dataclass
 class _LayerFit:
     """One layer in both networks, and what the original answered there at places drawn for it."""
@@ -118,7 +120,7 @@ class _LayerFit:
     @property
     def features(self) -> int:
         """Weights of one filter, its bias included."""
-        return _filters(self.layer)[0].numel() + self.has_bias
+        return filters_of(self.layer)[0].numel() + self.has_bias
 
     @property
     def has_bias(self) -> bool:
@@ -131,7 +133,7 @@ class _LayerFit:
         if self.layer.bias is not None:
             return self.layer.bias
         if self.shift is None:
-            return self.layer.weight.new_zeros(len(_filters(self.layer)))
+            return self.layer.weight.new_zeros(len(filters_of(self.layer)))
         return self.shift
 
     def set_bias(self, bias: Tensor) -> None:
@@ -161,7 +163,7 @@ class _LayerFit:
     @property
     def mib(self) -> float:
         """Size of the answers, at most."""
-        return self.rows * self.batches * self.calls * len(_filters(self.layer)) * 4 / 2**20
+        return self.rows * self.batches * self.calls * len(filters_of(self.layer)) * 4 / 2**20
 
     def note(self, _input: Tensor, answer: Tensor, other: Tensor | None) -> None:
         """Keep what the original answered, with what that is added to, at places drawn for this."""
@@ -174,9 +176,9 @@ class _LayerFit:
         kept = None
         if self.kept is not None:
             kept = torch.as_tensor(np.asarray(self.kept), device=answer.device)
-        rows = _rows(self.layer, answer, places, kept)
+        rows = rows_of(self.layer, answer, places, kept)
         if self.join is not None and other is not None:
-            rows = rows + _rows(self.layer, other, places, kept) * self.join.gain()
+            rows = rows + rows_of(self.layer, other, places, kept) * self.join.gain()
         self.answers.append((places, self.extent(answer), rows))
 
     def lack(
@@ -186,11 +188,11 @@ class _LayerFit:
 
         For a layer that ``is_again`` fitted only of what the ReLU behind it passes on.
         """
-        now = _rows(self.layer, answer, places, None)
+        now = rows_of(self.layer, answer, places, None)
         if self.shift is not None:
             now = now + self.shift
         if self.join is not None and other is not None:
-            now = now + _rows(self.layer, other, places, None) * self.join.gain()
+            now = now + rows_of(self.layer, other, places, None) * self.join.gain()
         is_known = self.join is None or other is not None
         if is_again and self.rectifier is not None and is_known:
             noted = self.rectifier.asked(noted, now)
@@ -204,30 +206,9 @@ class _LayerFit:
         if self.has_bias:
             self.set_bias(self.bias + change[:, :, -1].reshape(-1))
             change = change[:, :, :-1]
-        filters = _filters(self.layer)
+        filters = filters_of(self.layer)
         fitted = filters + change.reshape(filters.shape)
-        self.layer.weight.copy_(_turned(self.layer, fitted))
-
-
-def _filters(layer: Layer) -> Tensor:
-    """Return the weight by outputs: (O, ...), as a convolution with the same answers has it."""
-    return _turned(layer, layer.weight)
-
-
-def _turned(layer: Layer, weight: Tensor) -> Tensor:
-    """Return a transposed convolution's weight as a convolution's, or back; others as they are."""
-    is_transposed = isinstance(layer, Transposed)
-    return weight.transpose(0, 1).flip(*range(2, weight.ndim)) if is_transposed else weight
-
-
-def _rows(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Tensor:
-    """Return what is answered at some places, (rows, O), of all channels or of those kept."""
-    if isinstance(layer, nn.Linear):
-        rows = answer.flatten(0, -2)
-    else:
-        index: Any = [torch.as_tensor(place, device=answer.device) for place in places]
-        rows = answer[:, :, *index].transpose(1, 2).flatten(0, 1)
-    return rows if kept is None else rows[:, kept]
+        self.layer.weight.copy_(turned(self.layer, fitted))
 
 
 def _pairs(
@@ -285,16 +266,18 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
     modules = dict(model.named_modules())
     owners = Counter(id(weight) for m in modules.values() for weight in m._parameters.values())
     calls: Counter[str] = Counter()
+
+    def count(name: str, module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+        if inputs and is_linear_in_its_weight(module, inputs[0], answer):
+            calls.update([name])
+
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
-            # Only plain classes: a subclass may compute something else with its weight. A weight
-            # that is no parameter of its own is computed from others (spectral normalization).
-            is_plain = type(module) in get_args(Layer)
-            is_plain &= not isinstance(module, Transposed) or module.groups == 1
+            # A weight that is no parameter of its own is computed from others (parametrizations).
             weight = module._parameters.get("weight")
-            if is_plain and weight is not None and owners[id(weight)] == 1:
-                count = functools.partial(lambda name, *_: calls.update([name]), name)
-                hooks.enter_context(module.register_forward_hook(count))
+            if isinstance(module, Layer) and weight is not None and owners[id(weight)] == 1:
+                hook = functools.partial(count, name)
+                hooks.enter_context(module.register_forward_hook(hook))
         model(copied(image))
     return [(name, modules[name], count) for name, count in calls.items()]
 
@@ -381,49 +364,7 @@ def _run(
 
 def _seen(pair: _LayerFit, x: Tensor, places: Any) -> Tensor:
     """Return what the layer sees at some places of its output, by group: (G, rows, F)."""
-    layer = pair.layer
-    is_linear = isinstance(layer, nn.Linear)
-    seen = x.flatten(0, -2).unsqueeze(0) if is_linear else _windows(layer, x, places)
+    seen = windows(pair.layer, x, places)
     if pair.has_bias:
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], 1)], dim=2)
     return seen
-
-
-def _windows(layer: Any, x: Tensor, places: tuple[Any, ...]) -> Tensor:
-    """Return what a convolution sees at some places of its output: (G, B * places, F)."""
-    how, dimensions = sliding(layer), len(places)
-    if isinstance(layer, Transposed):
-        padded, strides = _spread(layer, x, how), (1,) * dimensions
-    else:
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        around = zip(reversed(how.before), reversed(how.after), strict=True)
-        padded, strides = F.pad(x, [*chain.from_iterable(around)], mode=mode), how.stride
-    index: list[Any] = [slice(None), slice(None)]
-    for axis, place in enumerate(places):
-        offsets = np.arange(how.kernel[axis]) * how.dilation[axis]
-        shape = [len(place)] + [1] * dimensions
-        shape[1 + axis] = len(offsets)
-        index.append(
-            torch.as_tensor(
-                (place[:, None] * strides[axis] + offsets).reshape(shape), device=x.device
-            )
-        )
-    window = padded[tuple(index)]  # (B, C, places, kernel...)
-    batch, channels, count = window.shape[:3]
-    window = window.reshape(batch, layer.groups, channels // layer.groups, count, -1)
-    return window.permute(1, 0, 3, 2, 4).reshape(layer.groups, batch * count, -1)
-
-
-def _spread(layer: Any, x: Tensor, how: Sliding) -> Tensor:
-    """Return the input over which a transposed convolution slides: zeros between and around."""
-    strides = how.stride
-    more = by_dimension(layer.output_padding, len(strides))
-    extent = [(side - 1) * step + 1 for side, step in zip(x.shape[2:], strides, strict=True)]
-    spread = x.new_zeros(*x.shape[:2], *extent)
-    every: list[slice] = [slice(None)] * 2 + [slice(None, None, step) for step in strides]
-    spread[tuple(every)] = x
-    padding: list[int] = []
-    for axis in reversed(range(len(extent))):
-        edge = how.dilation[axis] * (how.kernel[axis] - 1) - how.before[axis]
-        padding += [edge, edge + more[axis]]
-    return F.pad(spread, padding)

@@ -48,6 +48,35 @@ def changed(layer: nn.Module, **sizes: object) -> nn.Module:
     return layer
 
 
+class Same(nn.Conv2d):
+    """Pads as TensorFlow does: more behind than before, and by the size of the image."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        sides = zip(reversed(input.shape[2:]), reversed(self.stride), strict=True)
+        missing = [max(3 - (side % step or step), 0) for side, step in sides]
+        padded = nn.functional.pad(input, [n for m in missing for n in (m // 2, m - m // 2)])
+        return nn.functional.conv2d(padded, self.weight, self.bias, self.stride)
+
+
+class Standardized(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
+
+
+class Activated(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu_()
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+class Named(nn.Linear):
+    """Computes what any other linear layer does."""
+
+
 CONSUMERS: dict[str, Callable[[], nn.Module]] = {
     "plain": lambda: nn.Conv2d(6, 5, 3, padding=1),
     "strided": lambda: nn.Conv2d(6, 5, 3, stride=2, padding=(2, 1), bias=False),
@@ -68,6 +97,7 @@ CONSUMERS: dict[str, Callable[[], nn.Module]] = {
     "of another weight": lambda: changed(
         nn.Conv2d(6, 5, 1), weight=nn.Parameter(torch.randn(5, 6, 3, 3)), padding=1
     ),
+    "padded by itself": lambda: Same(6, 5, 3, stride=2),
     "transposed later": lambda: changed(
         nn.ConvTranspose2d(6, 5, 3), stride=2, padding=(1, 1), output_padding=(1, 1), dilation=1
     ),
@@ -84,6 +114,31 @@ def test_an_equal_channel_takes_over(consumer: str) -> None:
     assert refit(pruned, model, plan, images(16)) is pruned
     after = (pruned(x) - model(x)).abs().max()
     assert after < 0.06 * before  # the pull towards the old weights keeps it from being exactly 0
+
+
+@pytest.mark.parametrize("kind", [Standardized, Activated])
+def test_a_class_that_computes_something_else_with_its_weight_is_left_alone(
+    kind: type[nn.Conv2d],
+) -> None:
+    torch.manual_seed(0)
+    model = twins(nn.Conv2d(3, 6, 3), kind(6, 5, 3))
+    pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
+    weight = pruned.get_parameter("3.weight").clone()
+    refit(pruned, model, plan, images())
+    assert torch.equal(weight, pruned.get_parameter("3.weight"))
+
+
+@pytest.mark.parametrize(("kind", "is_fitted"), [(Named, True), (Doubled, False)])
+def test_derived_linear_layers_are_fitted_where_they_are_linear(
+    kind: type[nn.Linear], is_fitted: bool
+) -> None:
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), kind(6, 4))
+    model = twins(nn.Conv2d(3, 6, 3), head)
+    pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
+    weight = pruned.get_parameter("3.2.weight").clone()
+    refit(pruned, model, plan, images())
+    assert torch.equal(weight, pruned.get_parameter("3.2.weight")) != is_fitted
 
 
 def test_linear_layers_and_depthwise_ones_are_fitted_too() -> None:

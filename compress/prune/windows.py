@@ -1,0 +1,145 @@
+"""What a layer sees at each place of its answer, and whether its answer is made of that alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn import functional as F
+
+from compress.groups.calls import WatchedOps, op_name
+from compress.modules.sliding import Sliding, by_dimension, sliding
+
+Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Layer = Conv | nn.Linear | Transposed
+
+
+def is_linear_in_its_weight(module: nn.Module, x: Tensor, answer: Tensor) -> bool:
+    """Say whether what it answered to ``x`` is one product with its weight, plus its bias.
+
+    Of torch's own classes it is, but for transposed convolutions in groups, which are not read. A
+    class derived from them may do anything: it is where a single product with the weight as it is
+    comes last, behind any padding.
+    """
+    if type(module) in get_args(Layer):
+        return not isinstance(module, Transposed) or module.groups == 1
+    if isinstance(module, nn.Linear):
+        return torch.equal(F.linear(x, module.weight, module.bias), answer)
+    return isinstance(module, Conv) and _product(module, x, answer) is not None
+
+
+def filters_of(layer: Layer) -> Tensor:
+    """Return the weight by outputs: (O, ...), as a convolution with the same answers has it."""
+    return turned(layer, layer.weight)
+
+
+def turned(layer: Layer, weight: Tensor) -> Tensor:
+    """Return a transposed convolution's weight as a convolution's, or back; others as they are."""
+    is_transposed = isinstance(layer, Transposed)
+    return weight.transpose(0, 1).flip(*range(2, weight.ndim)) if is_transposed else weight
+
+
+def rows_of(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Tensor:
+    """Return what is answered at some places, (rows, O), of all channels or of those kept."""
+    if isinstance(layer, nn.Linear):
+        rows = answer.flatten(0, -2)
+    else:
+        index: Any = [torch.as_tensor(place, device=answer.device) for place in places]
+        rows = answer[:, :, *index].transpose(1, 2).flatten(0, 1)
+    return rows if kept is None else rows[:, kept]
+
+
+def windows(layer: Layer, x: Tensor, places: Sequence[Any] | None) -> Tensor:
+    """Return what a layer sees at some places, or all a linear layer sees: (G, rows, F)."""
+    if isinstance(layer, nn.Linear) or places is None:
+        return x.flatten(0, -2).unsqueeze(0)
+    padded, how = _slid_over(layer, x)
+    dimensions = len(places)
+    index: list[Any] = [slice(None), slice(None)]
+    for axis, place in enumerate(places):
+        offsets = np.arange(how.kernel[axis]) * how.dilation[axis]
+        shape = [len(place)] + [1] * dimensions
+        shape[1 + axis] = len(offsets)
+        index.append(
+            torch.as_tensor(
+                (place[:, None] * how.stride[axis] + offsets).reshape(shape), device=x.device
+            )
+        )
+    window = padded[tuple(index)]  # (B, C, places, kernel...)
+    batch, channels, count = window.shape[:3]
+    window = window.reshape(batch, layer.groups, channels // layer.groups, count, -1)
+    return window.permute(1, 0, 3, 2, 4).reshape(layer.groups, batch * count, -1)
+
+
+def _slid_over(layer: Any, x: Tensor) -> tuple[Tensor, Sliding]:
+    """Return what a kernel slides over, padding included, and how it does."""
+    if isinstance(layer, Transposed):
+        how = sliding(layer)
+        return _spread(layer, x, how), Sliding(
+            how.kernel, (1,) * len(how.kernel), how.dilation, (), ()
+        )
+    product = None if type(layer) in get_args(Conv) else _product(layer, x)
+    if product is not None:
+        (x, _, _, stride, padding, dilation, *_), mode = product, "constant"
+        kernel = tuple(layer.weight.shape[2:])
+        sides = (by_dimension(each, len(kernel)) for each in (stride, dilation, padding, padding))
+        how = Sliding(kernel, *sides)
+    else:
+        how = sliding(layer)
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    around = zip(reversed(how.before), reversed(how.after), strict=True)
+    return F.pad(x, [*chain.from_iterable(around)], mode=mode), how
+
+
+class _Last(WatchedOps):
+    """Keeps the last op of a forward, its arguments and its answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = ""
+        self.args: tuple[Any, ...] = ()
+        self.answer: Any = None
+
+    def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one op."""
+        self.name, self.args, self.answer = op_name(func), args, func(*args, **kwargs)
+        return self.answer
+
+
+def _product(layer: Any, x: Tensor, answer: Tensor | None = None) -> tuple[Any, ...] | None:
+    """Return the arguments of the convolution by its weight and bias that ends a layer's forward.
+
+    None where it ends in anything else, or its ``answer`` is another.
+    """
+    with _Last() as last:
+        try:
+            layer.forward(x)
+        except Exception:  # noqa: BLE001 - a class of somebody else's may want more
+            return None
+    if last.name != "convolution" or last.args[8] != layer.groups:
+        return None
+    if last.args[1] is not layer.weight or last.args[2] is not layer.bias:
+        return None
+    is_it = answer is None or torch.equal(last.answer, answer)
+    return last.args if is_it else None
+
+
+def _spread(layer: Any, x: Tensor, how: Sliding) -> Tensor:
+    """Return the input over which a transposed convolution slides: zeros between and around."""
+    strides = how.stride
+    more = by_dimension(layer.output_padding, len(strides))
+    extent = [(side - 1) * step + 1 for side, step in zip(x.shape[2:], strides, strict=True)]
+    spread = x.new_zeros(*x.shape[:2], *extent)
+    every: list[slice] = [slice(None)] * 2 + [slice(None, None, step) for step in strides]
+    spread[tuple(every)] = x
+    padding: list[int] = []
+    for axis in reversed(range(len(extent))):
+        edge = how.dilation[axis] * (how.kernel[axis] - 1) - how.before[axis]
+        padding += [edge, edge + more[axis]]
+    return F.pad(spread, padding)

@@ -25,11 +25,11 @@ from compress.prune.ridge import ENOUGH, Ridge
 from compress.prune.windows import (
     Layer,
     Transposed,
+    answered_rows,
     filters_of,
     is_linear_in_its_weight,
-    rows_of,
-    turned,
-    windows,
+    mirrored,
+    seen_rows,
 )
 
 MOST_FEATURES = 12_288  # whose squares are taken: over 1 GiB; a wider layer is shown few samples
@@ -176,9 +176,9 @@ class _LayerFit:
         kept = None
         if self.kept is not None:
             kept = torch.as_tensor(np.asarray(self.kept), device=answer.device)
-        rows = rows_of(self.layer, answer, places, kept)
+        rows = answered_rows(self.layer, answer, places, kept)
         if self.join is not None and other is not None:
-            rows = rows + rows_of(self.layer, other, places, kept) * self.join.gain()
+            rows = rows + answered_rows(self.layer, other, places, kept) * self.join.gain()
         self.answers.append((places, self.extent(answer), rows))
 
     def lack(
@@ -188,11 +188,11 @@ class _LayerFit:
 
         For a layer that ``is_again`` fitted only of what the ReLU behind it passes on.
         """
-        now = rows_of(self.layer, answer, places, None)
+        now = answered_rows(self.layer, answer, places, None)
         if self.shift is not None:
             now = now + self.shift
         if self.join is not None and other is not None:
-            now = now + rows_of(self.layer, other, places, None) * self.join.gain()
+            now = now + answered_rows(self.layer, other, places, None) * self.join.gain()
         is_known = self.join is None or other is not None
         if is_again and self.rectifier is not None and is_known:
             noted = self.rectifier.asked(noted, now)
@@ -208,7 +208,7 @@ class _LayerFit:
             change = change[:, :, :-1]
         filters = filters_of(self.layer)
         fitted = filters + change.reshape(filters.shape)
-        self.layer.weight.copy_(turned(self.layer, fitted))
+        self.layer.weight.copy_(mirrored(self.layer, fitted))
 
 
 def _pairs(
@@ -364,7 +364,7 @@ def _run(
 
 def _seen(pair: _LayerFit, x: Tensor, places: Any) -> Tensor:
     """Return what the layer sees at some places of its output, by group: (G, rows, F)."""
-    seen = windows(pair.layer, x, places)
+    seen = seen_rows(pair.layer, x, places)
     if pair.has_bias:
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], 1)], dim=2)
     return seen

@@ -36,16 +36,16 @@ def is_linear_in_its_weight(module: nn.Module, x: Tensor, answer: Tensor) -> boo
 
 def filters_of(layer: Layer) -> Tensor:
     """Return the weight by outputs: (O, ...), as a convolution with the same answers has it."""
-    return turned(layer, layer.weight)
+    return mirrored(layer, layer.weight)
 
 
-def turned(layer: Layer, weight: Tensor) -> Tensor:
+def mirrored(layer: Layer, weight: Tensor) -> Tensor:
     """Return a transposed convolution's weight as a convolution's, or back; others as they are."""
     is_transposed = isinstance(layer, Transposed)
     return weight.transpose(0, 1).flip(*range(2, weight.ndim)) if is_transposed else weight
 
 
-def rows_of(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Tensor:
+def answered_rows(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> Tensor:
     """Return what is answered at some places, (rows, O), of all channels or of those kept."""
     if isinstance(layer, nn.Linear):
         rows = answer.flatten(0, -2)
@@ -55,7 +55,7 @@ def rows_of(layer: Layer, answer: Tensor, places: Any, kept: Tensor | None) -> T
     return rows if kept is None else rows[:, kept]
 
 
-def windows(layer: Layer, x: Tensor, places: Sequence[Any] | None) -> Tensor:
+def seen_rows(layer: Layer, x: Tensor, places: Sequence[Any] | None) -> Tensor:
     """Return what a layer sees at some places, or all a linear layer sees: (G, rows, F)."""
     if isinstance(layer, nn.Linear) or places is None:
         return x.flatten(0, -2).unsqueeze(0)

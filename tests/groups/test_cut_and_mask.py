@@ -46,6 +46,39 @@ def test_any_cut_equals_its_masked_reference(name: str) -> None:
         assert prove(model, plan, inputs) < 1e-5, f"plan of seed {seed}"
 
 
+class Unpooling(nn.Module):
+    """As SegNet: values of the decoder go where the maxima of the encoder were."""
+
+    def __init__(self, conv: type[nn.Conv2d | nn.Conv3d], pool: Any, unpool: Any) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = conv(2, 6, 1), conv(6, 6, 1), conv(6, 2, 1)
+        self.pool, self.unpool = pool(2, return_indices=True), unpool(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, places = self.pool(self.first(x))
+        answer: Tensor = self.last(self.unpool(self.inner(x).relu(), places))
+        return answer
+
+
+@pytest.mark.parametrize(
+    ("layers", "side"),
+    [
+        ((nn.Conv2d, nn.MaxPool2d, nn.MaxUnpool2d), (8, 8)),
+        ((nn.Conv3d, nn.MaxPool3d, nn.MaxUnpool3d), (4, 4, 4)),
+        ((nn.Conv1d, nn.MaxPool1d, nn.MaxUnpool1d), (8,)),
+    ],
+)
+def test_places_of_maxima_are_cut_with_what_goes_there(layers: Any, side: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = Unpooling(*layers).eval(), torch.randn(2, 2, *side)
+    (group,) = trace(model, x).groups  # the encoder's channels and the decoder's, together
+    plan = make_prune_plan(trace(model, x), {group.name: np.array([0, 3, 4])})
+    assert prove(model, plan, (x,)) < 1e-5
+    small = apply_pruning(model, plan)
+    assert small.get_parameter("first.weight").shape[0] == 3
+    assert small.get_parameter("inner.weight").shape[:2] == (3, 3)
+
+
 @pytest.mark.parametrize("piece_bytes", [0, 2000], ids=["row by row", "in pieces"])
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_large_tensors_are_cut_in_pieces_to_the_same_result(

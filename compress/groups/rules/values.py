@@ -65,10 +65,10 @@ def same(tracer: Tracer, call: Call) -> None:
 
 
 @rule(
-    "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_unpool1d "
+    "avg_pool1d max_pool1d adaptive_avg_pool1d adaptive_max_pool1d "
     "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d reflection_pad1d "
     "replication_pad1d max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d "
-    "_adaptive_avg_pool2d adaptive_max_pool2d max_unpool2d upsample_nearest2d "
+    "_adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d "
     "_upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa "
     "_upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d max_pool3d "
     "max_pool3d_with_indices avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d "
@@ -83,6 +83,17 @@ def along_space(tracer: Tracer, call: Call) -> None:
     for out in call.outputs:
         if out.ndim == x.ndim:
             tracer.label(out, [*axes[: x.ndim - count], *(None,) * count])
+
+
+@rule("max_unpool2d max_unpool3d")
+def unpooled(tracer: Tracer, call: Call) -> None:
+    """Values go where the maxima of a pooling were, within their channel: both have the same."""
+    x, places = (tracer.axes(each) for each in call.args[:2])
+    count = 2 if "2d" in call.name else 3
+    tracer.freeze_each((*x[-count:], *places[-count:]), f"{call.name} works along it")
+    pairs = zip(x[:-count], places[:-count], strict=True)
+    both = [tracer.unify(*pair, f"{call.name} needs a place for each value") for pair in pairs]
+    tracer.label(call.outputs[0], [*both, *(None,) * count])
 
 
 @rule("constant_pad_nd")

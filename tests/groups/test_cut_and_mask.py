@@ -46,6 +46,31 @@ def test_any_cut_equals_its_masked_reference(name: str) -> None:
         assert prove(model, plan, inputs) < 1e-5, f"plan of seed {seed}"
 
 
+class UnequalChunks(nn.Module):
+    """Eight channels in parts of three, three and two, each changed on its own."""
+
+    def __init__(self, chunks: int) -> None:
+        super().__init__()
+        self.first, self.head, self.chunks = nn.Conv2d(2, 8, 3), nn.Linear(8, 3), chunks
+        self.inner = nn.ModuleList(nn.Conv2d(n, n, 1) for n in (3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *whole, last = self.first(x).relu().chunk(self.chunks, dim=1)
+        parts = [layer(part) for layer, part in zip(self.inner, whole, strict=True)]
+        answer: Tensor = self.head(torch.cat([*parts, last.sin()], 1).mean((2, 3)))
+        return answer
+
+
+def test_parts_of_a_chunk_shrink_alike_where_the_last_is_shorter() -> None:
+    torch.manual_seed(0)
+    model, x = UnequalChunks(3).eval(), torch.randn(2, 2, 6, 6)
+    (group,) = [each for each in trace(model, x).groups if "first" in each.name]
+    assert group.size == 2  # the third channel of the first two parts stays
+    plan = make_prune_plan(trace(model, x), {group.name: np.array([1])})
+    assert prove(model, plan, (x,)) < 1e-5
+    assert apply_pruning(model, plan).get_parameter("first.weight").shape[0] == 2 + 2 + 1
+
+
 class Unpooling(nn.Module):
     """As SegNet: values of the decoder go where the maxima of the encoder were."""
 

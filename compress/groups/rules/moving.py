@@ -51,7 +51,10 @@ def stack(tracer: Tracer, call: Call) -> None:
 
 @rule("split unsafe_split")
 def equal_parts(tracer: Tracer, call: Call) -> None:
-    """Parts of one size: their positions are tied, so that they stay equally long."""
+    """Parts of one size, the last perhaps shorter: the positions that all have are tied.
+
+    So they stay equally long and, of ``chunk``, as many, where what the last lacks stays.
+    """
     x, dim = call.args[0], call.argument(2, 0)
     axis = tracer.axes(x)[dim]
     if axis is not None:
@@ -59,12 +62,21 @@ def equal_parts(tracer: Tracer, call: Call) -> None:
         is_counted = call.raw.name in {"chunk", "tensor_split"}
         given = size if is_counted else call.raw.argument(1, "split_size")
         fixed = given is not None and not isinstance(given, TracedInt) and call.raw.name == "split"
-        if len(axis) % size or fixed:
-            tracer.freeze(axis, f"split {_CONSTANT}" if fixed else "it is split into unequal parts")
-        else:
-            rows = axis.reshape(-1, size)
+        last = len(axis) % size
+        rows = axis[: len(axis) - last].reshape(-1, size)
+        if fixed:
+            tracer.freeze(axis, f"split {_CONSTANT}")
+        elif not last:
             tracer.constraints.tie(rows)
             follow(tracer, given, rows[0], axis)
+        else:
+            is_full = call.raw.name == "chunk" and call.raw.argument(1, "chunks") == len(rows) + 1
+            common = last if is_full else 0
+            tracer.freeze(rows[:, common:].ravel(), "it is split into unequal parts")
+            if is_full:
+                tracer.constraints.tie(np.vstack([rows[:, :last], axis[-last:]]))
+            else:
+                tracer.freeze(axis[-last:], "it is split into unequal parts")
     _parts(tracer, call, dim)
 
 

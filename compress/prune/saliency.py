@@ -29,6 +29,7 @@ Place = tuple[str, int]  # a parameter and one of its dimensions
 
 LABELLED = ("gradients", "hessian")
 NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)
+GRADIENTS = 128  # at least: of few images each has fewer, and its answers are drawn several times
 IMAGES_PER_GRADIENT = 16
 PLACES = 16  # of each image that correlations are taken at
 
@@ -63,14 +64,18 @@ def scores(
             expected="batches of images (B, C, H, W) and labels (B,)",
             fix="Pass batches=, or use a criterion that needs none, such as l2",
         )
-    shown = list(batches or ()) if len(wanted) > 1 else batches or ()
+    shown = list(batches or ())
     answers = replace(answers, temperature=getattr(criterion, "temperature", 1.0))
     given = functools.partial(checked, loss) if loss is not None else None
+    count = sum(len(batch) for batch in read_batches(shown)) if wanted else 0
     images = getattr(criterion, "images_per_gradient", IMAGES_PER_GRADIENT)
     seen = Evidence()
     for need in wanted:
-        of = answers if need == "answers" else given
-        found = evidence(model, network, need, shown, of, images, answers.seed)
+        of, times = given, 1
+        if need == "answers":  # other ones are drawn each time; losses may be of several images
+            of, times = answers, max(1, GRADIENTS // max(1, count))
+            images = min(images, max(1, count // GRADIENTS))
+        found = evidence(model, network, need, shown * times, of, images, answers.seed)
         seen = replace(seen, **{field: value for field, value in vars(found).items() if value})
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     scales = frozenset(f"{n}.weight" for n, m in model.named_modules() if isinstance(m, NORMS))

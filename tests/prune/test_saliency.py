@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from compress.errors import DataError
 from compress.groups import trace
 from compress.prune.criteria import ChannelGroup
+from compress.prune.criteria.fisher import Fisher
 from compress.prune.loss import SampledAnswers
-from compress.prune.saliency import evidence
+from compress.prune.saliency import evidence, scores
 
 EXAMPLE = torch.zeros(1, 3, 6, 6)
 
@@ -95,6 +96,25 @@ def test_squared_products_of_drawn_answers_are_the_fisher_information(temperatur
     measured = found.square().mean(0)
     assert (measured - exact).norm() / exact.norm() < 0.1
     assert found.mean(0).abs().max() < 0.1 * found.abs().max()  # draws have no drift
+
+
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_few_images_are_scored_near_their_exact_fisher_information(count: int) -> None:
+    """Classes are drawn for each of them several times, and few share a gradient."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 6)
+    ).eval()  # fmt: skip
+    x = torch.randn(count, 3, 6, 6)
+    (found,) = scores(model, trace(model, EXAMPLE), Fisher(temperature=1.0), [(x,)])
+    gates = torch.ones(count, 12, requires_grad=True)
+    chances = model[2:](model[:2](x) * gates[:, :, None, None]).softmax(1)
+    exact = torch.zeros(count, 12)
+    for k in range(6):
+        (change,) = torch.autograd.grad(chances[:, k].log().sum(), gates, retain_graph=True)
+        exact += chances[:, k, None].detach() * change.square()
+    likeness = F.cosine_similarity(torch.as_tensor(found), exact.mean(0).double(), dim=0)
+    assert likeness > 0.97
 
 
 def test_drawn_answers_need_no_labels_and_follow_their_seed(model: nn.Module) -> None:

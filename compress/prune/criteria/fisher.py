@@ -23,8 +23,9 @@ class Fisher:
 
     Args:
         temperature: Divides the logits before classes are drawn.
-        images_per_gradient: Images that one gradient is averaged over. Draws are independent, so
-            that changes of several images do not cancel in the mean; few cost more and vary less.
+        images_per_gradient: Images that one gradient is averaged over, at most: where images are
+            few, they share it with fewer, and classes are drawn for them several times. Draws are
+            independent, so that changes of several images do not cancel in the mean.
 
     Source: Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018,
     https://arxiv.org/abs/1801.05787, with classes drawn as the Fisher information asks

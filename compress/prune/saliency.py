@@ -71,7 +71,8 @@ def scores(
     images = getattr(criterion, "images_per_gradient", IMAGES_PER_GRADIENT)
     seen = Evidence()
     for need in wanted:
-        of, times = given, 1
+        of: Loss | None = given
+        times = 1
         if need == "answers":  # other ones are drawn each time; losses may be of several images
             of, times = answers, max(1, GRADIENTS // max(1, count))
             images = min(images, max(1, count // GRADIENTS))

@@ -40,6 +40,7 @@ _SOUND_DB = 30.0  # what no remedy brings closer is handed over from here on, an
 _SAME_DB = 20.0  # far below what half precision or another order of sums costs
 _FEW_VALUES = 32  # of an output for one image, below which all images are judged together
 WHY = "the runtime computes it wrongly in int8"
+Remedy = Callable[[Workbench, QuantPlan], QuantPlan]
 
 
 @dataclass(frozen=True)
@@ -224,10 +225,12 @@ def _remedied(
 
     The first that is sound is the last: coarser remedies would cost more.
     """
+    made: dict[tuple[Remedy, ...], QuantPlan] = {(): plan}
     for remedies in _LADDER:
-        safer = plan
-        for remedy in remedies:
-            safer = remedy(bench, safer)
+        for count, remedy in enumerate(remedies):
+            if remedies[: count + 1] not in made:
+                made[remedies[: count + 1]] = remedy(bench, made[remedies[:count]])
+        safer = made[remedies]
         if safer == plan:  # it has nothing to change here
             continue
         written = write_qdq(confirmation.prepared, safer)
@@ -275,7 +278,7 @@ def _without_faulty(
 
     def is_right(floating: Sequence[str]) -> bool:
         left = confirmation.losses(
-            write_qdq(confirmation.prepared, _in_float(safer, floating)), runtime
+            write_qdq(confirmation.prepared, safer.keep_float(floating, WHY)), runtime
         )
         counter.advance()
         return _is_sound(left)
@@ -284,7 +287,7 @@ def _without_faulty(
         faulty = needed_in_float(layers, is_right)
     if faulty is None or len(faulty) > len(layers) / 2:
         return None
-    found = _in_float(safer, faulty)
+    found = safer.keep_float(faulty, WHY)
     shown = ", ".join(map(repr, faulty[:3])) + f" and {len(faulty) - 3} more" * (len(faulty) > 3)
     return found, write_qdq(confirmation.prepared, found), f"{shown} left in float"
 
@@ -360,17 +363,12 @@ def seven_bits(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 def transposed_in_float(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with all transposed convolutions in float, their biases as they were."""
     nodes = GraphIndex(bench.prepared).nodes
-    return _in_float(plan, [node.name for node in nodes if node.op_type == "ConvTranspose"])
+    return plan.keep_float([n.name for n in nodes if n.op_type == "ConvTranspose"], WHY)
 
 
 def ends_in_float(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with the last layers in float, their biases as they were."""
-    return _in_float(plan, last_layers(GraphIndex(bench.prepared)))
-
-
-def _in_float(plan: QuantPlan, layers: Sequence[str]) -> QuantPlan:
-    biases = {node: bias for node, bias in plan.biases.items() if node not in layers}
-    return plan.keep_float(layers, WHY).changed(biases=biases)
+    return plan.keep_float(last_layers(GraphIndex(bench.prepared)), WHY)
 
 
 def last_layers(graph: GraphIndex) -> list[str]:
@@ -384,17 +382,17 @@ def last_layers(graph: GraphIndex) -> list[str]:
     ]
 
 
-_SAID: dict[Callable[[Workbench, QuantPlan], QuantPlan], str] = {
+_SAID: dict[Remedy, str] = {
     with_headroom: "weights whose products overflow in 16 bits have longer steps",
     seven_bits: "weights have 7 bits, as int8 kernels of CPUs without VNNI need",
     transposed_in_float: "transposed convolutions are left in float",
     ends_in_float: "the last layers are left in float",
 }
-_LADDER = (
+_LADDER: tuple[tuple[Remedy, ...], ...] = (
     (with_headroom,),
-    (seven_bits,),
     (transposed_in_float,),
     (with_headroom, transposed_in_float),
+    (seven_bits,),
     (ends_in_float,),
     (with_headroom, ends_in_float),
     (seven_bits, ends_in_float),

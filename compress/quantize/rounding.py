@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
+from scipy.linalg import cholesky
 
 from compress.graph.model import GraphIndex, attribute
 from compress.qdq.placement import place
@@ -21,6 +22,8 @@ _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost 
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted
 _FEWEST_ROWS, _MOST_ROWS = 2048, 12_288
 _BLOCK = 64  # weights of an output that are rounded before the others hear of it
+_FINENESS = np.arange(127, 15, -1)  # steps from zero to the largest value
+_PRODUCTS = 20_000_000  # that the integers of a layer may take, for all scales that are tried
 _RIDGE = 0.02  # of the mean diagonal: how strongly each weight is held where it was
 
 
@@ -66,25 +69,35 @@ def fit_codes(
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return integers, (G, O, K), and scales, (G, O), with codes * scale near ``weight`` on ``x``.
 
-    ``x`` are inputs of each group, (G, K, P), ``weight`` its float weights, (G, O, K).
+    ``x`` are inputs of each group, (G, K, P), ``weight`` its float weights, (G, O, K). The scales
+    are largest/m, for m = 127 and, where they cost little, for less: few weights, as the nine of a
+    depthwise filter, may lie on a coarser grid by luck.
     """
     gram = np.stack([each @ each.T for each in x])  # of a matrix and itself, at half the price
     diagonal = np.einsum("gkk->gk", gram)  # a view
     diagonal += _RIDGE * diagonal.mean(1, keepdims=True) + 1e-12
-    scales = default_scales(weight.reshape(-1, weight.shape[2]), 0).reshape(weight.shape[:2])
-    return _round_with_feedback(weight, scales, gram), scales
+    finest = default_scales(weight.reshape(-1, weight.shape[2]), 0).reshape(weight.shape[:2])
+    grids = _FINENESS[: max(1, _PRODUCTS // (weight.size * weight.shape[2]))]
+    tried = np.asarray(finest[:, :, None] * (127 / grids), np.float32)  # (G, O, F)
+    repeated = np.repeat(weight, len(grids), axis=1)
+    codes, losses = _round_with_feedback(repeated, tried.reshape(len(x), -1), _roots(gram))
+    best = losses.reshape(tried.shape).argmin(2)[:, :, None]
+    codes = codes.reshape(*tried.shape, -1)
+    codes = np.take_along_axis(codes, best[..., None], 2)[:, :, 0]
+    return codes, np.take_along_axis(tried, best, 2)[:, :, 0]
 
 
 def _round_with_feedback(
-    weight: NDArray[np.float32], scales: NDArray[np.float32], gram: NDArray[np.float32]
-) -> NDArray[np.int8]:
-    """Return integers, (G, O, K); what rounding leaves over goes to the weights before.
+    weight: NDArray[np.float32], scales: NDArray[np.float32], lower: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return integers, (G, O, K), and the squared error of each output that they leave, (G, O).
 
-    Weights of a block see the errors behind it at once, in one product of matrices.
+    What rounding leaves over goes to the weights before. Weights of a block see the errors behind
+    it at once, in one product of matrices.
     """
-    lower = _roots(gram)
     codes = np.zeros(weight.shape, np.int8)
     left = np.zeros(weight.shape, np.float32)  # float weight less rounded one
+    losses = np.zeros(scales.shape, np.float32)
     for end in range(weight.shape[2], 0, -_BLOCK):
         start = max(end - _BLOCK, 0)
         behind = left[:, :, end:] @ lower[:, end:, start:end]
@@ -94,14 +107,17 @@ def _round_with_feedback(
             code = np.clip(np.rint((weight[:, :, k] + owed) / scales), -127, 127)
             codes[:, :, k] = code
             left[:, :, k] = weight[:, :, k] - code * scales
-    return codes
+            losses += np.square((left[:, :, k] + owed) * lower[:, k, k, None])
+    return codes, losses
 
 
 def _roots(gram: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return lower triangular L with L @ L.T = each of ``gram``, (G, K, K)."""
     try:
+        if len(gram) == 1:  # several times as fast for a large one
+            return np.asarray(cholesky(gram[0], lower=True, check_finite=False))[None]
         return np.linalg.cholesky(gram)
-    except np.linalg.LinAlgError:  # inputs so much alike that single precision does not tell
+    except np.linalg.LinAlgError:  # single precision does not tell some inputs apart
         return np.linalg.cholesky(gram.astype(np.float64)).astype(np.float32)
 
 
@@ -150,7 +166,6 @@ def _patches(
 
 
 _FEW = 256  # values of a channel; with more of them no step is better than the finest
-_FINENESS = np.arange(127, 15, -1)  # steps from zero to the largest value
 _TOGETHER = 65_536  # values that a processor's cache holds
 
 

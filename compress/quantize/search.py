@@ -54,13 +54,13 @@ def auto(bench: Workbench) -> QuantPlan:
             )
             if search.best is not ranges:
                 break
-        search.attempt("weight scales", _RANGES, search.best, bench.scaled)
-        rescaled = search.best
+        ranges = search.best
         what = "rounding with feedback and bias correction"
-        search.attempt(what, _ROUNDING, rescaled, partial(bench.rounded, feed=bench.tried))
-        if search.best is rescaled:  # what does less may do no harm
+        search.attempt(what, _ROUNDING, ranges, partial(bench.rounded, feed=bench.tried))
+        if search.best is ranges:  # what does less may do no harm
+            search.attempt("weight scales", _RANGES, ranges, bench.scaled)
             correct = partial(bench.corrected, feed=bench.tried)
-            search.attempt("bias correction", _BIASES, rescaled, correct)
+            search.attempt("bias correction", _BIASES, search.best, correct)
         return search.refitted()
 
 

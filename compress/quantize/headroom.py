@@ -12,6 +12,7 @@ from compress.graph.model import GraphIndex, attribute
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import broadcast_along, default_scales, encode, scale_axis, write_qdq
+from compress.quantize.images import Feed
 from compress.quantize.layerwise import QuantizedLayer, correct_biases, fewer, layers
 from compress.quantize.workbench import Workbench, first
 
@@ -29,6 +30,14 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
     Source: Intel, "Lower Numerical Precision Deep Learning Inference and Training", 2018.
     """
+    if plan.weights in bench.safe:
+        return plan
+    safe = refitted_with_headroom(bench, plan, bench.fitted)
+    return plan if safe.weights == plan.weights else safe
+
+
+def refitted_with_headroom(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    """As ``with_headroom``; biases that were corrected are corrected again at any rate."""
     weights = dict(plan.weights)
 
     def choose(
@@ -51,17 +60,18 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
         return np.asarray(codes * broadcast_along(scales, widened.axis, value.ndim), np.float32)
 
     if plan.biases:
-        safe = correct_biases(bench.prepared, plan, bench.fitted, bench.float_means, choose)
+        safe = correct_biases(bench.prepared, plan, feed, bench.float_means, choose)
     else:
         safe = plan
         graph = GraphIndex(apply_corrections(bench.prepared, plan))
         nodes = {node.name: node for node in graph.nodes if graph.weight(node)}
-        feed = fewer(bench.prepared, bench.fitted)
+        feed = fewer(bench.prepared, feed)
         if not bench.is_free:
             feed = first(feed, bench.images.fixed_batch or 1)
         for layer in layers(write_qdq(bench.prepared, plan, float_bias=True), feed, list(nodes)):
             choose(layer, graph, nodes[layer.node.name])
-    return plan if weights == plan.weights else safe.changed(weights=weights)
+    bench.safe.append(weights)
+    return safe.changed(weights=weights)
 
 
 def largest_codes(layer: QuantizedLayer) -> NDArray[np.float64] | None:

@@ -20,7 +20,7 @@ from compress.quantize.layerwise import FloatMeans, QuantizedLayer, correct_bias
 
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted
-_FEWEST_ROWS, _MOST_ROWS = 2048, 12_288
+_FEWEST_ROWS, _MOST_ROWS = 1024, 12_288
 _BLOCK = 64  # weights of an output that are rounded before the others hear of it
 _FINENESS = np.arange(127, 15, -1)  # steps from zero to the largest value
 _PRODUCTS = 20_000_000  # that the integers of a layer may take, for all scales that are tried

@@ -15,6 +15,7 @@ from compress.graph.model import GraphIndex
 from compress.measure.macs import node_macs
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
+from compress.quantize.headroom import refitted_with_headroom
 from compress.quantize.images import images_in
 from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
 from compress.quantize.workbench import Workbench
@@ -44,7 +45,8 @@ def auto(bench: Workbench) -> QuantPlan:
     refit = _BIASES * images_in(bench.all_images()) / images_in(bench.tried)
     with progress.task("Trying corrections", round(effort + refit)) as counter:
         search.counter = counter
-        for observer in () if bench.observer else ("percentile", "minmax"):
+        wider = ("percentile", "minmax") if bench.statistics.images >= _MANY else ("minmax",)
+        for observer in () if bench.observer else wider:
             if not search.widen(observer):
                 break
         ranges = search.best
@@ -125,23 +127,33 @@ class _Search:
             found = Trial(plan, self.bench.judge(plan))
             falls = found.falls_below(self.plain)
             kept = not falls and found.exceeds(self.best)
-            verdict = "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
+            verdict = (
+                "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
+            )
             self.notes += [f"{what}: {_told(found.found)}, {verdict}", *plan.notes]
             if kept:
                 self.best = found
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
 
     def refitted(self) -> QuantPlan:
-        """Return the best plan; biases that were corrected with a few images are so with all."""
-        best, feed = self.best, self.bench.all_images()
+        """Return the best plan; biases that were corrected with a few images are so with all.
+
+        Weights get the headroom that they need where products overflow.
+        """
+        best, bench, feed = self.best, self.bench, self.bench.all_images()
         plan = best.plan
-        if plan.biases:
-            corrected = self.bench.corrected(plan, feed)
-            found = Trial(corrected, self.bench.judge(corrected))
-            # on images it has seen now
-            if not found.falls_below(self.plain) and not best.exceeds(found):
-                plan = corrected
-                self.notes.append(f"biases corrected again with all {images_in(feed)} images")
+        if bench.overflows:
+            plan = refitted_with_headroom(bench, plan, feed)
+        elif plan.biases:
+            plan = bench.corrected(plan, feed)
+        found = Trial(plan, bench.judge(plan))  # on images it has seen now
+        if plan.weights != best.plan.weights:
+            told = _told(found.found)
+            self.notes.append(f"longer steps where products overflow in 16 bits: {told}")
+        elif found.falls_below(self.plain) or best.exceeds(found):
+            plan = best.plan
+        if plan is not best.plan and plan.biases:
+            self.notes.append(f"biases corrected again with all {images_in(feed)} images")
         return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
 
 

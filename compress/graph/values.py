@@ -122,13 +122,6 @@ class EditableGraph:
         """Fill in the shapes and types of values where inference finds them."""
         passes.ShapeInferencePass(check_type=False, strict_mode=False)(self.model)
 
-    def forget_shapes(self) -> None:
-        """Drop the shapes and types of what nodes make, but for the outputs of the graph."""
-        for node in self.nodes:
-            for value in node.outputs:
-                if not value.is_graph_output():
-                    value.type = value.shape = None
-
     def sweep(self) -> None:
         """Remove nodes and constants that nothing reads."""
         passes.RemoveUnusedNodesPass()(self.model)

@@ -95,8 +95,10 @@ class QuantPlan:
         return dataclasses.replace(self, **fields)
 
     def keep_float(self, nodes: Iterable[str], why: str) -> QuantPlan:
-        """Return a copy that leaves ``nodes`` in float."""
-        return self.changed(float_nodes={**self.float_nodes, **dict.fromkeys(nodes, why)})
+        """Return a copy that leaves ``nodes`` in float, with the biases that they had."""
+        floating = dict.fromkeys(nodes, why)
+        biases = {node: bias for node, bias in self.biases.items() if node not in floating}
+        return self.changed(float_nodes={**self.float_nodes, **floating}, biases=biases)
 
     def without_weights(self) -> QuantPlan:
         """Return a copy that knows nothing of the weights' values, for weights trained since."""

@@ -83,6 +83,7 @@ def write_qdq(
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
     rewritten = rewrite_for(prepared, target)
     placement = place(GraphIndex(rewritten), target, plan.float_nodes)  # corrections move nothing
+    del rewritten.graph.value_info[:]  # of a copy: what shapes there are is found anew
     graph = EditableGraph(rewritten)
     correct(graph, plan)
     written = _Writer(graph, plan, target, placement, float_bias).write()
@@ -180,7 +181,6 @@ class _Writer:
             real = add_pair(self.graph, self.values[tensor], [scale, zero])
             for name, position in readers[tensor]:
                 self.nodes[name].replace_input_with(position, real)
-        self.graph.forget_shapes()
         return self.graph.to_model()
 
     def quantizer_of(self, tensor: str) -> Quantizer:

@@ -19,7 +19,7 @@ from compress.graph.model import GraphIndex
 from compress.graph.preprocess import prepare, read_onnx
 from compress.qdq.plan import TARGETS, QuantPlan
 from compress.quantize.calibration import begin_below_zero, calibrate, observed_tensors
-from compress.quantize.confirm import Confirmation, check_prepared, confirmed
+from compress.quantize.confirm import Confirmation, check_prepared, confirmed, overflows
 from compress.quantize.equalization import scalable
 from compress.quantize.images import Batches, CalibrationImages
 from compress.quantize.nncf import plan_by_nncf
@@ -178,6 +178,7 @@ def quantize_targets(
             for target in outs:
                 own = statistics.of(observed_tensors(planned, [target]))
                 bench = Workbench(planned, images, own, target, observer, excluded)
+                bench.overflows = method == "auto" and overflows(target)
                 check = Confirmation(prepared, given | bench.held_back, images.fixed_batch)
                 try:
                     plan, written[target] = confirmed(bench, plan_by(method, bench), check)

@@ -5,22 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from compress import plugins, progress
 from compress.artifact import scratch
 from compress.errors import EngineError, QuantizationError
 from compress.graph.metadata import layout_of, picture_input
 from compress.graph.model import GraphIndex, tail
+from compress.graph.preprocess import prepare
 from compress.graph.shapes import dims_of
 from compress.qdq.placement import place
-from compress.qdq.plan import QuantPlan, WeightScales
+from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import default_scales, scale_axis, write_qdq
 from compress.quantize.headroom import with_headroom
@@ -40,6 +41,7 @@ _SOUND_DB = 30.0  # what no remedy brings closer is handed over from here on, an
 _SAME_DB = 20.0  # far below what half precision or another order of sums costs
 _FEW_VALUES = 32  # of an output for one image, below which all images are judged together
 WHY = "the runtime computes it wrongly in int8"
+Remedy = Callable[[Workbench, QuantPlan], QuantPlan]
 
 
 @dataclass(frozen=True)
@@ -162,16 +164,42 @@ def check_prepared(model: ModelProto, prepared: ModelProto, feed: Feed) -> None:
         )
 
 
+@cache
+def overflows(target: str) -> bool:
+    """Return whether the runtime for ``target`` adds products in 16 bits here, which overflow.
+
+    Asked of one layer whose weights and inputs all are large.
+    """
+    from compress.runtimes import runtime_class
+
+    runtime, _ = _runtime_for(target)
+    if runtime is None or runtime_class(runtime).opens == "engine":  # of a GPU
+        return False
+    weight = numpy_helper.from_array(np.ones((16, 16, 1, 1), np.float32), "weight")
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["n", 16, 8, 8]) for n in "xy"]
+    node = helper.make_node("Conv", ["x", "weight"], ["y"], name="layer")
+    graph = helper.make_graph([node], "layer", ends[:1], ends[1:], [weight])
+    opsets = [helper.make_opsetid("", 17)]
+    model = prepare(helper.make_model(graph, opset_imports=opsets, ir_version=8))
+    ranges = {"x": ActivationRange(0, 1, 1), "y": ActivationRange(0, 16, 16)}
+    images = np.random.default_rng(0).uniform(0.6, 1, (IMAGES, 16, 8, 8)).astype(np.float32)
+    written = write_qdq(model, QuantPlan(target, activations=ranges))
+    try:
+        return bool(Confirmation(model, {"x": images}, None).losses(written, runtime))
+    except EngineError:  # it is told of the network itself
+        return False
+
+
 def confirmed(
     bench: Workbench, plan: QuantPlan, confirmation: Confirmation
 ) -> tuple[QuantPlan, ModelProto]:
     """Return ``plan`` and its graph, once a runtime that it was made for has computed it rightly.
 
     Where it does not, it is asked again with weights whose products cannot overflow (kernels for
-    CPUs without VNNI add pairs of them in 16 bits), with 7 bits, with transposed convolutions in
-    float (OpenVINO's own were seen to lose 25 dB and more), with the last layers in float, with
-    several of these, then with the layers in float that a search finds to be at fault. A target
-    without a runtime that is installed here and has its hardware is noted as not asked.
+    CPUs without VNNI add pairs of them in 16 bits), with transposed convolutions in float
+    (OpenVINO's own were seen to lose 25 dB and more), with 7 bits, with the last layers in float,
+    with several of these, then with the layers in float that a search finds to be at fault. A
+    target without a runtime that is installed here and has its hardware is noted as not asked.
 
     Raises:
         QuantizationError: the runtime computes wrong answers all the same.
@@ -224,10 +252,12 @@ def _remedied(
 
     The first that is sound is the last: coarser remedies would cost more.
     """
+    made: dict[tuple[Remedy, ...], QuantPlan] = {(): plan}
     for remedies in _LADDER:
-        safer = plan
-        for remedy in remedies:
-            safer = remedy(bench, safer)
+        for count, remedy in enumerate(remedies):
+            if remedies[: count + 1] not in made:
+                made[remedies[: count + 1]] = remedy(bench, made[remedies[:count]])
+        safer = made[remedies]
         if safer == plan:  # it has nothing to change here
             continue
         written = write_qdq(confirmation.prepared, safer)
@@ -275,7 +305,7 @@ def _without_faulty(
 
     def is_right(floating: Sequence[str]) -> bool:
         left = confirmation.losses(
-            write_qdq(confirmation.prepared, _in_float(safer, floating)), runtime
+            write_qdq(confirmation.prepared, safer.keep_float(floating, WHY)), runtime
         )
         counter.advance()
         return _is_sound(left)
@@ -284,7 +314,7 @@ def _without_faulty(
         faulty = needed_in_float(layers, is_right)
     if faulty is None or len(faulty) > len(layers) / 2:
         return None
-    found = _in_float(safer, faulty)
+    found = safer.keep_float(faulty, WHY)
     shown = ", ".join(map(repr, faulty[:3])) + f" and {len(faulty) - 3} more" * (len(faulty) > 3)
     return found, write_qdq(confirmation.prepared, found), f"{shown} left in float"
 
@@ -360,17 +390,12 @@ def seven_bits(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 def transposed_in_float(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with all transposed convolutions in float, their biases as they were."""
     nodes = GraphIndex(bench.prepared).nodes
-    return _in_float(plan, [node.name for node in nodes if node.op_type == "ConvTranspose"])
+    return plan.keep_float([n.name for n in nodes if n.op_type == "ConvTranspose"], WHY)
 
 
 def ends_in_float(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     """Return ``plan`` with the last layers in float, their biases as they were."""
-    return _in_float(plan, last_layers(GraphIndex(bench.prepared)))
-
-
-def _in_float(plan: QuantPlan, layers: Sequence[str]) -> QuantPlan:
-    biases = {node: bias for node, bias in plan.biases.items() if node not in layers}
-    return plan.keep_float(layers, WHY).changed(biases=biases)
+    return plan.keep_float(last_layers(GraphIndex(bench.prepared)), WHY)
 
 
 def last_layers(graph: GraphIndex) -> list[str]:
@@ -384,17 +409,17 @@ def last_layers(graph: GraphIndex) -> list[str]:
     ]
 
 
-_SAID: dict[Callable[[Workbench, QuantPlan], QuantPlan], str] = {
+_SAID: dict[Remedy, str] = {
     with_headroom: "weights whose products overflow in 16 bits have longer steps",
     seven_bits: "weights have 7 bits, as int8 kernels of CPUs without VNNI need",
     transposed_in_float: "transposed convolutions are left in float",
     ends_in_float: "the last layers are left in float",
 }
-_LADDER = (
+_LADDER: tuple[tuple[Remedy, ...], ...] = (
     (with_headroom,),
-    (seven_bits,),
     (transposed_in_float,),
     (with_headroom, transposed_in_float),
+    (seven_bits,),
     (ends_in_float,),
     (with_headroom, ends_in_float),
     (seven_bits, ends_in_float),

@@ -12,7 +12,8 @@ from compress.graph.model import GraphIndex, attribute
 from compress.qdq.plan import QuantPlan, WeightScales, pack_codes, unpack_codes
 from compress.qdq.rewrite import apply_corrections
 from compress.qdq.writer import broadcast_along, default_scales, encode, scale_axis, write_qdq
-from compress.quantize.layerwise import QuantizedLayer, fewer, layers
+from compress.quantize.images import Feed
+from compress.quantize.layerwise import QuantizedLayer, correct_biases, fewer, layers
 from compress.quantize.workbench import Workbench, first
 
 LARGEST_SUM = 2**15 - 1 - 255  # of two products, less what rounding of both codes may add
@@ -29,24 +30,48 @@ def with_headroom(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
     Source: Intel, "Lower Numerical Precision Deep Learning Inference and Training", 2018.
     """
-    graph = GraphIndex(apply_corrections(bench.prepared, plan))
-    names = {node.name: node.input[1] for node in graph.nodes if graph.weight(node)}
-    written = write_qdq(bench.prepared, plan, float_bias=True)
-    weights = dict(plan.weights)
-    feed = fewer(bench.prepared, bench.fitted)
-    if not bench.is_free:
-        feed = first(feed, bench.images.fixed_batch or 1)
-    for layer in layers(written, feed, list(names)):
-        name, largest = names[layer.node.name], largest_codes(layer)
-        value = graph.constant(name)
-        if value is not None and largest is not None:
-            widened = _widened(layer.node, value, plan.weights.get(name), largest)
-            if widened is not None:
-                weights[name] = widened
-    safe = plan.changed(weights=weights)
-    if safe == plan:
+    if plan.weights in bench.safe:
         return plan
-    return bench.corrected(safe) if plan.biases else safe
+    safe = refitted_with_headroom(bench, plan, bench.fitted)
+    return plan if safe.weights == plan.weights else safe
+
+
+def refitted_with_headroom(bench: Workbench, plan: QuantPlan, feed: Feed) -> QuantPlan:
+    """As ``with_headroom``; biases that were corrected are corrected again at any rate."""
+    weights = dict(plan.weights)
+
+    def choose(
+        layer: QuantizedLayer, graph: GraphIndex, node: NodeProto
+    ) -> NDArray[np.float32] | None:
+        value, largest = graph.constant(node.input[1]), largest_codes(layer)
+        planned = plan.weights.get(node.input[1])
+        if value is None or largest is None:
+            return None
+        widened = _widened(node, value, planned, largest)
+        if widened is None:
+            return None
+        weights[node.input[1]] = widened
+        scales = np.asarray(widened.scales, np.float32)
+        codes = (
+            unpack_codes(widened.codes, value.shape)
+            if widened.codes
+            else encode(value, scales, widened.axis)
+        )
+        return np.asarray(codes * broadcast_along(scales, widened.axis, value.ndim), np.float32)
+
+    if plan.biases:
+        safe = correct_biases(bench.prepared, plan, feed, bench.float_means, choose)
+    else:
+        safe = plan
+        graph = GraphIndex(apply_corrections(bench.prepared, plan))
+        nodes = {node.name: node for node in graph.nodes if graph.weight(node)}
+        feed = fewer(bench.prepared, feed)
+        if not bench.is_free:
+            feed = first(feed, bench.images.fixed_batch or 1)
+        for layer in layers(write_qdq(bench.prepared, plan, float_bias=True), feed, list(nodes)):
+            choose(layer, graph, nodes[layer.node.name])
+    bench.safe.append(weights)
+    return safe.changed(weights=weights)
 
 
 def largest_codes(layer: QuantizedLayer) -> NDArray[np.float64] | None:

@@ -18,7 +18,7 @@ from compress.graph.model import GraphIndex, attribute, reads
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
 from compress.qdq.rewrite import apply_corrections, rewrite_for
-from compress.qdq.writer import write_qdq
+from compress.qdq.writer import broadcast_along, write_qdq
 from compress.quantize.calibration import ActivationFunction, activation_of, identity
 from compress.quantize.images import Feed, images_in
 from compress.quantize.sessions import session_of, with_outputs
@@ -191,6 +191,8 @@ _NEAR = 3e-4  # and within how many of them a mean is met
 
 
 FloatMeans = dict[int, dict[str, NDArray[np.float64]]]  # of each channel, by number of images
+# Another weight for a layer, or None; the layer in the float graph follows the Q/DQ one
+Choose = Callable[[QuantizedLayer, GraphIndex, NodeProto], NDArray[np.float32] | None]
 
 
 def correct_biases(
@@ -198,7 +200,7 @@ def correct_biases(
     plan: QuantPlan,
     feed: Feed,
     known: FloatMeans | None = None,
-    choose: Callable[[QuantizedLayer], NDArray[np.float32] | None] | None = None,
+    choose: Choose | None = None,
 ) -> QuantPlan:
     """Return ``plan`` with biases that undo the shift of means, layer by layer.
 
@@ -217,32 +219,29 @@ def correct_biases(
     corrected = apply_corrections(prepared, plan.changed(biases={}))
     graph = GraphIndex(rewrite_for(corrected, plan.target))
     own = {node.name for node in GraphIndex(prepared).nodes if node.op_type in _CORRECTED}
-    names = [n for n in place(graph, plan.target, plan.float_nodes).weights if n in own]
+    names = place(graph, plan.target, plan.float_nodes).weights
     nodes = {node.name: node for node in graph.nodes}
-    activations = {name: activation_of(graph, nodes[name]) for name in names}
+    activations = {name: activation_of(graph, nodes[name]) for name in names if name in own}
     known = {} if known is None else known
     images = images_in(feed)
     outputs = [a.output for a in activations.values()]
     if not known.get(images, {}).keys() >= set(outputs):
         known[images] = float_means(prepared, feed, outputs)
     factors = {step.producer: np.asarray(step.factors) for step in plan.equalization}
-    wanted = {
-        name: known[images][a.output] / factors.get(name, 1.0) for name, a in activations.items()
-    }
     biases = dict(plan.biases)
     written = write_qdq(prepared, plan, float_bias=True)
     with progress.task("Correcting biases", len(names)) as counter:
         for layer in layers(written, feed, names, outputs=choose is None):
-            activation = activations[layer.node.name]
-            output = layer.run(None if choose is None else choose(layer))
-            some = some_positions(output, images)
-            shift = find_shift(some, activation, wanted[layer.node.name])
-            shape = [1] * output.ndim
-            shape[1] = -1
-            output += shift.reshape(shape).astype(output.dtype)
+            name = layer.node.name
+            output = layer.run(None if choose is None else choose(layer, graph, nodes[name]))
+            if name in own:
+                activation = activations[name]
+                wanted = known[images][activation.output] / factors.get(name, 1.0)
+                shift = find_shift(some_positions(output, images), activation, wanted)
+                output += broadcast_along(shift.astype(output.dtype), 1, output.ndim)
+                old = 0.0 if layer.bias is None else layer.bias.reshape(-1).astype(np.float64)
+                biases[name] = tuple(float(b) for b in old + shift)
             layer.outgoing = output
-            old = 0.0 if layer.bias is None else layer.bias.reshape(-1).astype(np.float64)
-            biases[layer.node.name] = tuple(float(b) for b in old + shift)
             counter.advance()
     return plan.changed(biases=biases)
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
-from scipy.linalg.lapack import dtrtri
+from scipy.linalg import cholesky
 
 from compress.graph.model import GraphIndex, attribute
 from compress.qdq.placement import place
@@ -20,8 +20,10 @@ from compress.quantize.layerwise import FloatMeans, QuantizedLayer, correct_bias
 
 _LARGEST = 2304  # inputs of one output, beyond which the normal equations cost too much
 _ROWS = 16  # input patches for each weight of an output; with few, noise is fitted
-_FEWEST_ROWS, _MOST_ROWS = 2048, 12_288
+_FEWEST_ROWS, _MOST_ROWS = 1024, 12_288
 _BLOCK = 64  # weights of an output that are rounded before the others hear of it
+_FINENESS = np.arange(127, 15, -1)  # steps from zero to the largest value
+_PRODUCTS = 20_000_000  # that the integers of a layer may take, for all scales that are tried
 _RIDGE = 0.02  # of the mean diagonal: how strongly each weight is held where it was
 
 
@@ -30,8 +32,6 @@ def improve_rounding(
 ) -> QuantPlan:
     """Return ``plan`` with the integers of each convolution chosen anew, and biases to match.
 
-    ``plan`` itself where there is no convolution that this can be done for.
-
     The weights of an output are rounded one after the other, each rounding error being made good by
     the weights still to come, on the inputs that the quantized network gives the layer. What is
     aimed at is the float layer's answer to these same inputs: to aim at its answer to float inputs
@@ -39,86 +39,86 @@ def improve_rounding(
     corrected, so that the next one is fed as it will be: biases that were corrected before are
     found anew. ``known`` is as in ``correct_biases``.
 
-    Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1.
+    Source: Frantar et al., GPTQ, ICLR 2023, https://arxiv.org/abs/2210.17323, algorithm 1, from the
+    last weight to the first: so nothing is inverted (Chen et al., The Geometry of LLM Quantization,
+    2025, https://arxiv.org/abs/2507.18553).
     """
-    bare = plan.changed(biases={})
-    graph = GraphIndex(apply_corrections(prepared, bare))
-    nodes = {node.name: node for node in graph.nodes if _fits(graph, node)}
-    if not nodes:
-        return plan
-    rounded = {node.input[1] for node in nodes.values()}
-    weights = {name: scales for name, scales in plan.weights.items() if name not in rounded}
+    weights = dict(plan.weights)
     generator = np.random.default_rng(0)
 
-    def choose(layer: QuantizedLayer) -> NDArray[np.float32] | None:
-        node = nodes.get(layer.node.name)
-        value = None if node is None else graph.constant(node.input[1])
-        if node is None or value is None:
+    def choose(
+        layer: QuantizedLayer, graph: GraphIndex, node: NodeProto
+    ) -> NDArray[np.float32] | None:
+        value = graph.constant(node.input[1])
+        if value is None or not _fits(graph, node):
             return None
         groups = attribute(node, "group", 1)
-        at = _positions(node, value, layer.incoming.shape, generator)
-        x = _patches(node, value.shape, layer.incoming, at)
-        rows = value.reshape(groups, value.shape[0] // groups, -1).astype(np.float64)
-        codes, scales = fit_codes(x, rows)
-        flat = scales.reshape(-1).astype(np.float32)
+        x = _patches(node, value.shape, layer.incoming, generator)
+        codes, scales = fit_codes(x, value.reshape(groups, value.shape[0] // groups, -1))
+        flat = scales.reshape(-1)
         packed = pack_codes(codes.reshape(value.shape))
         weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
-        return np.asarray(
-            codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim), np.float32
-        )
+        return codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim)
 
-    bare = bare.changed(weights=dict(weights))
+    bare = plan.changed(biases={})
     return correct_biases(prepared, bare, feed, known, choose).changed(weights=weights)
 
 
 def fit_codes(
-    x: NDArray[np.float32], weight: NDArray[np.float64]
-) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    x: NDArray[np.float32], weight: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """Return integers, (G, O, K), and scales, (G, O), with codes * scale near ``weight`` on ``x``.
 
-    ``x`` are inputs of each group, (G, P, K), ``weight`` its float weights, (G, O, K).
+    ``x`` are inputs of each group, (G, K, P), ``weight`` its float weights, (G, O, K). The scales
+    are largest/m, for m = 127 and, where they cost little, for less: few weights, as the nine of a
+    depthwise filter, may lie on a coarser grid by luck.
     """
-    gram = (x.transpose(0, 2, 1) @ x).astype(np.float64)
+    gram = np.stack([each @ each.T for each in x])  # of a matrix and itself, at half the price
     diagonal = np.einsum("gkk->gk", gram)  # a view
     diagonal += _RIDGE * diagonal.mean(1, keepdims=True) + 1e-12
-    scales = default_scales(weight.reshape(-1, weight.shape[2]), 0).astype(np.float64)
-    scales = scales.reshape(weight.shape[:2])
-    return _round_with_feedback(weight, scales, gram), scales
+    finest = default_scales(weight.reshape(-1, weight.shape[2]), 0).reshape(weight.shape[:2])
+    grids = _FINENESS[: max(1, _PRODUCTS // (weight.size * weight.shape[2]))]
+    tried = np.asarray(finest[:, :, None] * (127 / grids), np.float32)  # (G, O, F)
+    repeated = np.repeat(weight, len(grids), axis=1)
+    codes, losses = _round_with_feedback(repeated, tried.reshape(len(x), -1), _roots(gram))
+    best = losses.reshape(tried.shape).argmin(2)[:, :, None]
+    codes = codes.reshape(*tried.shape, -1)
+    codes = np.take_along_axis(codes, best[..., None], 2)[:, :, 0]
+    return codes, np.take_along_axis(tried, best, 2)[:, :, 0]
 
 
 def _round_with_feedback(
-    weight: NDArray[np.float64], scales: NDArray[np.float64], gram: NDArray[np.float64]
-) -> NDArray[np.int8]:
-    """Return integers, (G, O, K); what rounding leaves over goes to the weights that follow.
+    weight: NDArray[np.float32], scales: NDArray[np.float32], lower: NDArray[np.float32]
+) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return integers, (G, O, K), and the squared error of each output that they leave, (G, O).
 
-    Weights of a block see the errors before it at once, in one product of matrices.
+    What rounding leaves over goes to the weights before. Weights of a block see the errors behind
+    it at once, in one product of matrices.
     """
-    upper = _upper_roots_of_inverses(gram)
-    left = weight.copy()
     codes = np.zeros(weight.shape, np.int8)
-    for start in range(0, weight.shape[2], _BLOCK):
-        end = min(start + _BLOCK, weight.shape[2])
-        errors = np.empty((*weight.shape[:2], end - start))
-        for k in range(start, end):
-            code = np.clip(np.rint(left[:, :, k] / scales), -127, 127)
-            codes[:, :, k] = code.astype(np.int8)
-            error = (left[:, :, k] - code * scales) / upper[:, None, k, k]
-            left[:, :, k + 1 : end] -= error[:, :, None] * upper[:, None, k, k + 1 : end]
-            errors[:, :, k - start] = error
-        left[:, :, end:] -= errors @ upper[:, start:end, end:]
-    return codes
+    left = np.zeros(weight.shape, np.float32)  # float weight less rounded one
+    losses = np.zeros(scales.shape, np.float32)
+    for end in range(weight.shape[2], 0, -_BLOCK):
+        start = max(end - _BLOCK, 0)
+        behind = left[:, :, end:] @ lower[:, end:, start:end]
+        for k in range(end - 1, start - 1, -1):
+            near = left[:, :, k + 1 : end] @ lower[:, k + 1 : end, k, None]
+            owed = (behind[:, :, k - start] + near[:, :, 0]) / lower[:, k, k, None]
+            code = np.clip(np.rint((weight[:, :, k] + owed) / scales), -127, 127)
+            codes[:, :, k] = code
+            left[:, :, k] = weight[:, :, k] - code * scales
+            losses += np.square((left[:, :, k] + owed) * lower[:, k, k, None])
+    return codes, losses
 
 
-def _upper_roots_of_inverses(gram: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return upper triangular U with U.T @ U = inverse of each of ``gram``, (G, K, K).
-
-    Nothing is inverted but triangles: the Cholesky factor of the matrix read backwards is, read
-    backwards, upper triangular: R with R @ R.T = gram, and U is its inverse.
-    """
-    backwards = np.linalg.cholesky(gram[:, ::-1, ::-1])[:, ::-1, ::-1]
-    if len(gram) == 1:  # large: no copy
-        return np.asarray(dtrtri(backwards[0])[0])[None]
-    return np.stack([dtrtri(each)[0] for each in backwards])
+def _roots(gram: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return lower triangular L with L @ L.T = each of ``gram``, (G, K, K)."""
+    try:
+        if len(gram) == 1:  # several times as fast for a large one
+            return np.asarray(cholesky(gram[0], lower=True, check_finite=False))[None]
+        return np.linalg.cholesky(gram)
+    except np.linalg.LinAlgError:  # single precision does not tell some inputs apart
+        return np.linalg.cholesky(gram.astype(np.float64)).astype(np.float32)
 
 
 def _fits(graph: GraphIndex, node: NodeProto) -> bool:
@@ -131,60 +131,41 @@ def _fits(graph: GraphIndex, node: NodeProto) -> bool:
     return padded and not shared and inputs <= _LARGEST and scale_axis(node, 4) == 0
 
 
-def _positions(
-    node: NodeProto, weight: NDArray[Any], shape: Sequence[int], generator: np.random.Generator
-) -> tuple[NDArray[np.int64], ...]:
-    """Return images, rows and columns of the outputs that are looked at, (P,) each."""
-    wanted = _ROWS * int(np.prod(weight.shape[1:]))
-    count = min(max(wanted, _FEWEST_ROWS), _MOST_ROWS)
-    height, width = _output_size(node, weight.shape, shape)
-    there = shape[0] * height * width
-    picks = np.arange(there) if there <= count else generator.integers(0, there, count)
-    return tuple(np.unravel_index(picks, (shape[0], height, width)))
-
-
-def _geometry(node: NodeProto) -> tuple[list[int], list[int], list[int]]:
-    return (
-        list(attribute(node, "pads", [0, 0, 0, 0])),
-        list(attribute(node, "strides", [1, 1])),
-        list(attribute(node, "dilations", [1, 1])),
-    )
-
-
-def _output_size(node: NodeProto, weight: Sequence[int], shape: Sequence[int]) -> tuple[int, int]:
-    pads, strides, dilations = _geometry(node)
+def _patches(
+    node: NodeProto,
+    weight: Sequence[int],
+    incoming: NDArray[np.float32],
+    generator: np.random.Generator,
+) -> NDArray[np.float32]:
+    """Return what the positions of some rows of the output see, (G, K, P), in their order."""
+    pads = attribute(node, "pads", [0, 0, 0, 0])
+    strides = attribute(node, "strides", [1, 1])
+    dilations = attribute(node, "dilations", [1, 1])
+    channels, (taps_y, taps_x) = incoming.shape[1], weight[2:]
     height, width = (
-        (shape[2 + d] + pads[d] + pads[2 + d] - dilations[d] * (weight[2 + d] - 1) - 1)
+        (incoming.shape[2 + d] + pads[d] + pads[2 + d] - dilations[d] * (weight[2 + d] - 1) - 1)
         // strides[d]
         + 1
         for d in (0, 1)
     )
-    return height, width
-
-
-def _patches(
-    node: NodeProto,
-    weight: Sequence[int],
-    incoming: NDArray[Any],
-    at: tuple[NDArray[np.int64], ...],
-) -> NDArray[np.float32]:
-    """Return what each output position sees, (G, P, K)."""
-    pads, strides, dilations = _geometry(node)
-    image, row, column = at
-    y = (row * strides[0] - pads[0])[:, None, None] + (np.arange(weight[2]) * dilations[0])[:, None]
-    x = (column * strides[1] - pads[1])[:, None, None] + np.arange(weight[3]) * dilations[1]
-    height, width = incoming.shape[2:]
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)  # padded images would be a copy
-    y, x = np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)
-    seen = incoming[image[:, None, None], :, y, x]  # (P, kh, kw, C)
-    seen[~inside] = 0
-    groups = attribute(node, "group", 1)
-    split = seen.transpose(0, 3, 1, 2).reshape(len(row), groups, -1)
-    return np.ascontiguousarray(split.transpose(1, 0, 2), np.float32)
+    wanted = int(np.clip(_ROWS * np.prod(weight[1:]), _FEWEST_ROWS, _MOST_ROWS))
+    rows = np.arange(len(incoming) * height)
+    if (some := -(-wanted // width)) < len(rows):
+        rows = np.sort(generator.choice(rows, some, replace=False))
+    image, row = np.divmod(rows, height)
+    y = (row * strides[0] - pads[0])[:, None] + np.arange(taps_y) * dilations[0]
+    seen = incoming[image[:, None], :, np.clip(y, 0, incoming.shape[2] - 1)]  # (R, kh, C, W)
+    seen[(y < 0) | (y >= incoming.shape[2])] = 0
+    seen = np.pad(seen, ((0, 0), (0, 0), (0, 0), (pads[1], pads[3])))
+    found = np.empty((channels, taps_y, taps_x, len(rows), width), np.float32)
+    for x in range(taps_x):
+        start = x * dilations[1]
+        columns = seen[..., start : start + (width - 1) * strides[1] + 1 : strides[1]]
+        found[:, :, x] = columns.transpose(2, 1, 0, 3)
+    return found.reshape(attribute(node, "group", 1), -1, len(rows) * width)
 
 
 _FEW = 256  # values of a channel; with more of them no step is better than the finest
-_FINENESS = np.arange(127, 15, -1)  # steps from zero to the largest value
 _TOGETHER = 65_536  # values that a processor's cache holds
 
 

@@ -15,13 +15,13 @@ from compress.graph.model import GraphIndex
 from compress.measure.macs import node_macs
 from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
+from compress.quantize.headroom import refitted_with_headroom
 from compress.quantize.images import images_in
 from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
 from compress.quantize.workbench import Workbench
 
 _GAIN_DB = 0.05  # less than this is noise
 _MANY = 128  # images, after which others hardly bring larger values
-_NEAR_DB = 1.0  # equalization that falls further behind is not tried with another strength
 Step = Callable[[QuantPlan], QuantPlan]
 # Effort of each attempt in passes over the images, for the time left.
 _RANGES, _BIASES, _ROUNDING = 1, 4, 7
@@ -41,28 +41,28 @@ def auto(bench: Workbench) -> QuantPlan:
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
-    effort = 8 * _RANGES + _BIASES + _ROUNDING
+    effort = 6 * _RANGES + _BIASES + _ROUNDING
     refit = _BIASES * images_in(bench.all_images()) / images_in(bench.tried)
     with progress.task("Trying corrections", round(effort + refit)) as counter:
         search.counter = counter
-        for observer in () if bench.observer else ("percentile", "minmax"):
+        wider = ("percentile", "minmax") if bench.statistics.images >= _MANY else ("minmax",)
+        for observer in () if bench.observer else wider:
             if not search.widen(observer):
                 break
-        freely = partial(bench.equalized, alpha=0.0)
-        search.attempt("equalization in front of depthwise layers", _RANGES, search.best, freely)
-        search.attempt("weight scales", _RANGES, search.best, bench.scaled)
         ranges = search.best
-        for alpha in (0.5, 0.25):  # judged before biases are corrected: a pass less for each
-            steps = (partial(bench.equalized, alpha=alpha), bench.scaled)
-            what = f"equalization {alpha:g}"
-            if not search.attempt(what, 2 * _RANGES, ranges, *steps, within_db=_NEAR_DB):
+        for alpha in (0.5, 0.25, 0.0):  # 0: in front of depthwise layers alone
+            search.attempt(
+                f"equalization {alpha:g}", _RANGES, ranges, partial(bench.equalized, alpha=alpha)
+            )
+            if search.best is not ranges:
                 break
-        rescaled = search.best
+        ranges = search.best
         what = "rounding with feedback and bias correction"
-        search.attempt(what, _ROUNDING, rescaled, partial(bench.rounded, feed=bench.tried))
-        if search.best is rescaled:  # what does less may do no harm
+        search.attempt(what, _ROUNDING, ranges, partial(bench.rounded, feed=bench.tried))
+        if search.best is ranges:  # what does less may do no harm
+            search.attempt("weight scales", _RANGES, ranges, bench.scaled)
             correct = partial(bench.corrected, feed=bench.tried)
-            search.attempt("bias correction", _BIASES, rescaled, correct)
+            search.attempt("bias correction", _BIASES, search.best, correct)
         return search.refitted()
 
 
@@ -116,47 +116,44 @@ class _Search:
         self.counter.advance(_RANGES, note=f"best {_told(self.best.found)}")
         return kept
 
-    def attempt(
-        self,
-        what: str,
-        effort: float,
-        start: Trial,
-        *steps: Step,
-        within_db: float = 0.0,
-    ) -> bool:
-        """Take further steps from ``start``; keep the result if it is the best so far.
+    def attempt(self, what: str, effort: float, start: Trial, step: Step) -> None:
+        """Take another step from ``start``; keep the result if it is the best so far.
 
-        Notes call it ``what``; ``effort`` is for the time left. Return whether the result was kept,
-        or falls behind the best by less than ``within_db``.
+        Notes call it ``what``; ``effort`` is for the time left.
         """
-        plan = start.plan.changed(notes=())
-        for step in steps:
-            before, plan = plan, step(plan)
-            if plan is before:  # nothing there to scale
-                self.counter.advance(effort)
-                return False
-        found = Trial(plan, self.bench.judge(plan))
-        falls = found.falls_below(self.plain)
-        kept = not falls and found.exceeds(self.best)
-        verdict = "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
-        self.notes += [f"{what}: {_told(found.found)}, {verdict}", *plan.notes]
-        near = kept or found.exceeds(self.best, -within_db)
-        if kept:
-            self.best = found
+        before = start.plan.changed(notes=())
+        plan = step(before)
+        if plan is not before:  # else nothing is there to scale
+            found = Trial(plan, self.bench.judge(plan))
+            falls = found.falls_below(self.plain)
+            kept = not falls and found.exceeds(self.best)
+            verdict = (
+                "kept" if kept else "not kept" + ": an output falls below plain ranges" * falls
+            )
+            self.notes += [f"{what}: {_told(found.found)}, {verdict}", *plan.notes]
+            if kept:
+                self.best = found
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
-        return near
 
     def refitted(self) -> QuantPlan:
-        """Return the best plan; biases that were corrected with a few images are so with all."""
-        best, feed = self.best, self.bench.all_images()
+        """Return the best plan; biases that were corrected with a few images are so with all.
+
+        Weights get the headroom that they need where products overflow.
+        """
+        best, bench, feed = self.best, self.bench, self.bench.all_images()
         plan = best.plan
-        if plan.biases:
-            corrected = self.bench.corrected(plan, feed)
-            found = Trial(corrected, self.bench.judge(corrected))
-            # on images it has seen now
-            if not found.falls_below(self.plain) and not best.exceeds(found):
-                plan = corrected
-                self.notes.append(f"biases corrected again with all {images_in(feed)} images")
+        if bench.overflows:
+            plan = refitted_with_headroom(bench, plan, feed)
+        elif plan.biases:
+            plan = bench.corrected(plan, feed)
+        found = Trial(plan, bench.judge(plan))  # on images it has seen now
+        if plan.weights != best.plan.weights:
+            told = _told(found.found)
+            self.notes.append(f"longer steps where products overflow in 16 bits: {told}")
+        elif found.falls_below(self.plain) or best.exceeds(found):
+            plan = best.plan
+        if plan is not best.plan and plan.biases:
+            self.notes.append(f"biases corrected again with all {images_in(feed)} images")
         return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
 
 
@@ -169,7 +166,7 @@ def _told(found: Closeness) -> str:
     return f"{together}{typical}"
 
 
-POOR_DB = 20.0  # of the weakest output: above it nothing is looked for
+POOR_DB = 15.0  # of the weakest output: above it nothing is looked for
 MOST_LAYERS = 3
 MOST_MACS_PCT = 15.0  # of one layer
 _WORTH_DB = 2.0  # of the weakest output, for which a layer is worth its time
@@ -183,7 +180,7 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
     Depthwise layers behind activations that no scale can be moved through, such as SiLU, are
     typical: a few channels take the range, and all others get a step or two. Runs of layers are
     left in float to see what they cost, and the best run is halved until one layer is left; up to
-    three are spared in this way, each for at least 2 dB. Where the weakest output has 20 dB and
+    three are spared in this way, each for at least 2 dB. Where the weakest output has 15 dB and
     more, ``plan`` is returned as it is.
     """
     if not bench.judge(plan).weakest_db < POOR_DB:

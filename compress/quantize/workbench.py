@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from compress.graph.model import GraphIndex
-from compress.qdq.plan import QuantPlan
+from compress.qdq.plan import QuantPlan, WeightScales
 from compress.qdq.writer import write_qdq
 from compress.quantize.calibration import Statistics, begin_below_zero, make_quant_plan
 from compress.quantize.equalization import equalize
@@ -38,6 +38,7 @@ class Workbench:
     target: str  # the runtime the plan is for
     observer: str | Mapping[str, Any] | None  # the user's choice, or None
     exclude: Mapping[str, str]  # nodes to leave in float, and why
+    overflows: bool = False  # whether the runtime adds products in 16 bits here
     fitted: Feed = field(default_factory=dict)
     held_back: Feed = field(default_factory=dict)
     tried: Feed = field(default_factory=dict)  # of ``fitted``
@@ -47,6 +48,7 @@ class Workbench:
     is_free: bool = True
     float_means: FloatMeans = field(default_factory=dict)
     known: list[tuple[QuantPlan, Closeness]] = field(default_factory=list)  # plans judged before
+    safe: list[Mapping[str, WeightScales]] = field(default_factory=list)  # that cannot overflow
     few: Feed = field(default_factory=dict)  # to screen on
     few_reference: list[NDArray[Any]] = field(default_factory=list)
 

@@ -1,7 +1,9 @@
 """No graph is handed over that its target's own runtime computes wrongly."""
 
 import importlib
+import platform
 import random
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -214,6 +216,18 @@ def test_overflow_that_is_no_fault_yet_is_avoided_where_that_helps(left, tmp_pat
     helps = left in ([], [(59, 43)])
     assert ("products overflow in 16 bits have longer steps: else" in plan.notes[-1]) == helps
     assert ("in onnxruntime itself: logits has" in plan.notes[-1]) != helps
+
+
+def test_a_runtime_is_known_to_overflow_before_it_is_asked_for_a_network(monkeypatch):
+    info = Path("/proc/cpuinfo")
+    if platform.machine() != "x86_64" or not info.exists():
+        pytest.skip("which instructions there are is not known")
+    assert not confirm.overflows("onnxruntime")  # its sessions are told not to
+    if "openvino" in confirm._runtime_for("openvino")[:1]:
+        assert confirm.overflows("openvino") == ("vnni" not in info.read_text())
+    lying(monkeypatch, lambda *asked: pytest.fail("a GPU was asked"))
+    monkeypatch.setattr(confirm, "_runtime_for", lambda target: ("tensorrt", {}))
+    assert not confirm.overflows.__wrapped__("tensorrt")
 
 
 def test_few_values_are_judged_over_all_images(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from compress.quantize import headroom
 from compress.quantize.confirm import seven_bits
 from compress.quantize.headroom import largest_codes, largest_sums, with_headroom
 from compress.quantize.layerwise import layers
+from compress.quantize.search import auto
 
 
 def saturating(codes, activations):
@@ -106,6 +107,20 @@ def test_no_pair_of_products_overflows_and_steps_are_shorter_than_with_seven_bit
         for name, plan in {"safe": safe, "seven": seven_bits(bench, plain)}.items()
     }
     assert steps["safe"] < 0.95 * steps["seven"]
+
+
+def test_auto_leaves_no_pair_that_overflows_where_it_is_known_to():
+    bench = bench_of(network(), target="openvino")
+    free = auto(bench)
+    bench.overflows = True
+    safe = auto(bench)
+    sums = [
+        any((saturating(c, x) != x @ c.T.astype(int)).any() for c, x in integers(bench, plan))
+        for plan in (free, safe)
+    ]
+    assert sums == [True, False]
+    assert any(note.startswith("longer steps where products overflow") for note in safe.notes)
+    assert with_headroom(bench, safe) is safe  # nothing is run for it
 
 
 def test_channels_that_cannot_overflow_keep_their_step():

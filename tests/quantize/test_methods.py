@@ -15,7 +15,14 @@ from compress.graph.model import GraphIndex
 from compress.pipeline.cautions import of_stage
 from compress.qdq import TARGETS, QuantPlan, prepare, write_qdq
 from compress.qdq.rewrite import apply_corrections
-from compress.quantize import api, calibrate, make_quant_plan, quantize_onnx, quantize_targets
+from compress.quantize import (
+    api,
+    calibrate,
+    make_quant_plan,
+    quantize_onnx,
+    quantize_targets,
+    rounding,
+)
 from compress.quantize.api import METHODS, plan_by
 from compress.quantize.calibration import activation_of, observed_tensors
 from compress.quantize.equalization import equalize, scalable
@@ -283,30 +290,47 @@ def test_rounding_with_feedback_answers_better_than_rounding_to_nearest():
     random = np.random.default_rng(0)
     x = random.standard_normal((1, 600, 12)) @ random.standard_normal((12, 12))
     weight = random.standard_normal((1, 5, 12))
-    codes, scales = fit_codes(x, weight)
+    codes, scales = fit_codes(x.transpose(0, 2, 1).astype(np.float32), weight)
     step = np.abs(weight).max(2)[..., None] / 127
-    assert np.abs(scales[..., None] - step).max() < 1e-7
-    feedback, nearest = codes * step, np.rint(weight / step) * step
+    steps = np.abs(weight).max(2) / scales  # from zero to the largest
+    assert np.allclose(steps, np.rint(steps), atol=1e-3) and steps.min() > 15
+    feedback, nearest = codes * scales[..., None], np.rint(weight / step) * step
     errors = [np.square(x[0] @ (w - weight)[0].T).mean() for w in (feedback, nearest)]
     assert errors[0] < 0.6 * errors[1]
 
 
-def test_rounding_in_blocks_equals_rounding_one_weight_after_the_other():
+def test_rounding_in_blocks_equals_rounding_one_weight_after_the_other(monkeypatch):
+    monkeypatch.setattr(rounding, "_PRODUCTS", 1)  # one scale
     random = np.random.default_rng(0)
     x = random.standard_normal((2, 600, 150)).astype(np.float32)
-    weight = random.standard_normal((2, 5, 150))
-    codes, scales = fit_codes(x, weight)
+    weight = random.standard_normal((2, 5, 150)).astype(np.float32)
+    codes, scales = fit_codes(x.transpose(0, 2, 1), weight)
     for group in range(2):
         gram = (x[group].T @ x[group]).astype(np.float64)
         gram += 0.02 * np.diag(gram).mean() * np.eye(150)
-        upper = np.linalg.cholesky(np.linalg.inv(gram)).T  # Frantar et al., algorithm 1
-        left, expected = weight[group].copy(), np.zeros((5, 150))
+        backwards = gram[::-1, ::-1]  # from the last weight to the first
+        upper = np.linalg.cholesky(np.linalg.inv(backwards)).T  # Frantar et al., algorithm 1
+        left, expected = weight[group, :, ::-1].astype(float), np.zeros((5, 150))
         for k in range(150):
             step = scales[group]
             expected[:, k] = np.clip(np.rint(left[:, k] / step), -127, 127)
             error = (left[:, k] - expected[:, k] * step) / upper[k, k]
             left[:, k:] -= error[:, None] * upper[k, k:]
-        assert (codes[group] == expected).mean() > 0.999  # ties may fall either way
+        assert (codes[group, :, ::-1] == expected).mean() > 0.995  # ties may fall either way
+
+
+def test_what_single_precision_cannot_solve_is_solved_in_double(monkeypatch):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((1, 30, 500)).astype(np.float32)
+    weight = random.standard_normal((1, 3, 30)).astype(np.float32)
+    expected, _ = fit_codes(x, weight)
+
+    def single(*asked, **options):
+        raise np.linalg.LinAlgError("Matrix is not positive definite")
+
+    monkeypatch.setattr(rounding, "cholesky", single)
+    codes, _ = fit_codes(x, weight)
+    assert (codes == expected).mean() > 0.95
 
 
 def test_a_plan_does_not_depend_on_the_number_of_cores(tmp_path, monkeypatch):
@@ -328,7 +352,7 @@ def test_a_plan_does_not_depend_on_the_number_of_cores(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("group", "stride", "dilation"), [(1, 1, 1), (8, 2, 1), (2, 1, 2)])
-def test_patches_times_weights_is_the_convolution(group, stride, dilation):
+def test_patches_times_weights_is_the_convolution(group, stride, dilation, monkeypatch):
     s = Sketch((8, 9, 9))
     s.conv("input", "logits", 8, 8, group=group, strides=[stride] * 2, dilations=[dilation] * 2)
     model = s.model()
@@ -336,11 +360,16 @@ def test_patches_times_weights_is_the_convolution(group, stride, dilation):
     output = run(model, feed)[0]
     node = model.graph.node[0]
     weight, bias = (onnx.numpy_helper.to_array(t) for t in model.graph.initializer)
-    at = tuple(np.array(index) for index in ([0, 1, 1], [0, 2, 1], [3, 0, 2]))
-    seen = _patches(node, weight.shape, feed["input"], at)  # (G, P, K)
+    seen = _patches(node, weight.shape, feed["input"], np.random.default_rng(0))  # (G, K, P)
     rows = weight.reshape(group, 8 // group, -1)
-    found = np.einsum("gpk,gok->pgo", seen, rows).reshape(3, 8) + bias
-    np.testing.assert_allclose(found, output[at[0], :, at[1], at[2]], rtol=1e-4, atol=1e-4)
+    found = np.einsum("gkp,gok->gop", seen, rows).reshape(8, -1) + bias[:, None]
+    expected = output.transpose(1, 0, 2, 3).reshape(8, -1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(rounding, "_MOST_ROWS", output.shape[3])  # of a row of an image
+    some = _patches(node, weight.shape, feed["input"], np.random.default_rng(0))
+    every = seen.reshape(*seen.shape[:2], -1, output.shape[3])
+    assert some.shape[2] == output.shape[3]
+    assert any(np.array_equal(some, every[:, :, row]) for row in range(every.shape[2]))
 
 
 @pytest.mark.parametrize("name", ["residual", "depthwise"])

@@ -50,9 +50,10 @@ def _picked(node: ir.Node | None) -> Picked | None:
     """Return which dimensions ``node`` hands on, in order, if it changes those of 1 alone."""
     if node is None or node.op_type not in _RESHAPES or node.domain not in ("", "ai.onnx"):
         return None
-    read, made = (value and value.shape for value in (node.inputs[0], node.outputs[0]))
-    if read is None or made is None:
+    given, result = node.inputs[0], node.outputs[0]
+    if given is None or given.shape is None or result.shape is None:
         return None
+    read, made = given.shape, result.shape
     kept, left = ([axis for axis, size in enumerate(shape) if size != 1] for shape in (read, made))
     pairs = [(read[old], made[new]) for old, new in zip(kept, left, strict=False)]
     known = [pair for pair in pairs if all(isinstance(size, int) and size for size in pair)]

@@ -23,7 +23,13 @@ from compress.cli.arguments import (
     Weights,
     with_options,
 )
-from compress.cli.options import Given, integers, load_dataset, recipe_of
+from compress.cli.options import (
+    Given,
+    integers,
+    load_dataset,
+    pictures_to_time,
+    recipe_of,
+)
 from compress.cli.output import GATE_FAILED, print_result, write_numbers
 from compress.errors import UsageError
 
@@ -64,7 +70,8 @@ def bench(
         runtimes=[plugins.reference(each) for each in runtime or ()],
         batches=integers(batch, "--batch", like="batch sizes: 1,8"),
         threads=threads,
-        dataset=load_dataset(given, artifacts) if data else None,
+        dataset=load_dataset(given, artifacts) if data else pictures_to_time(given, artifacts),
+        judged=data is not None,
     )
     write_numbers(json, found.to_json())
     print_result(found.table())

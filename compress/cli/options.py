@@ -101,6 +101,26 @@ def data_settings(given: Given) -> DataSettings:
         raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
 
 
+def pictures_to_time(given: Given, artifacts: Sequence[Path]) -> Dataset | None:
+    """Return random pictures as the options beside ``--data`` describe them; None without any.
+
+    Raises:
+        UsageError: an option is wrong, or neither they nor the files say a size.
+    """
+    from compress.data import random_pictures
+    from compress.evaluate.feeding import completed
+    from compress.report.run_folder import artifacts_in
+
+    if not present(given, "image_size", "mean", "std", "input_range", "color", "layout", "inputs"):
+        return None
+    files = [file for path in artifacts for file in artifacts_in(path)]
+    settings = completed(data_settings({**given, "data": "images"}), files)
+    try:
+        return random_pictures(settings)
+    except UsageError as error:
+        raise error.within(str(files[0])) from None
+
+
 def load_dataset(
     given: Given, artifacts: Sequence[Path] = (), *, any_labels: bool = False
 ) -> Dataset:

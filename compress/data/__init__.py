@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from compress import plugins
-from compress.data._images import LabelledImages, Names, Subset, file_images
+from compress.data._images import LabelledImages, MemoryImages, Names, Subset, file_images
 from compress.data._pictures import Fit
 from compress.data._targets import Target, target_tensors
 from compress.errors import DataError, UsageError
@@ -23,6 +23,7 @@ from compress.recipe.settings import FEWEST_CALIBRATION, DataSettings, data_refe
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 GREY_MEAN = GREY_STD = (0.5,)  # of images with one channel, where nobody says
+RANDOM_PICTURES = 8  # enough for a batch that does not hold one picture only
 NAMED = 12  # classes that are called by name in one line
 UNFITTED = {"resize": "squash", "crop": 1.0}  # images of the network's own size, as in arrays
 LARGEST_CALIBRATION_SHARE = 0.2  # of train: a set of 40 or more keeps the others for training
@@ -231,6 +232,24 @@ def load_pictures(settings: DataSettings, files: Sequence[Path]) -> Dataset:
     images = file_images(plugin, Path(), Names.of(map(str, files)), labels)
     source = Source(images, images, (), mean=(0.0,), std=(1.0,), target="none")
     return _dataset(settings, plugin, source, {"test": images})
+
+
+def random_pictures(settings: DataSettings) -> Dataset:
+    """Return random pixels as test images, of the size of ``settings``: to time networks with.
+
+    Raises:
+        UsageError: ``settings`` give no size.
+    """
+    if settings.image_size is None:
+        raise UsageError(
+            "nothing says how large its images are", fix="Give --image-size SIDE, or H,W"
+        )
+    sides = np.broadcast_to(settings.image_size, 2)
+    shape = (RANDOM_PICTURES, settings.channels or 3, *map(int, sides))
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images = MemoryImages(torch.from_numpy(pixels), np.zeros(len(pixels), np.int64))
+    source = Source(images, images, (), target="none")
+    return _dataset(settings, None, source, {"test": images})
 
 
 def _dataset(

@@ -16,6 +16,7 @@ from onnx_ir.passes import common as passes
 
 from compress.errors import EngineError, QuantizationError
 from compress.graph import files
+from compress.graph.convolutions import take_dilation, take_padding
 from compress.graph.fused import OF_ONE_CPU, unfused
 from compress.graph.model import (
     WEIGHTED,
@@ -25,6 +26,7 @@ from compress.graph.model import (
     fresh_name,
     layers_inside,
 )
+from compress.graph.ones import drop_reshapes
 from compress.graph.opsets import modern
 from compress.graph.rewrites import (
     is_spatial_mean,
@@ -53,7 +55,9 @@ _INT8_OPS = frozenset(
     | {"DynamicQuantizeLinear", "QGemm", "FakeQuantizeLearnablePerTensorAffine"}
 )
 _DONE = "compress.prepared"  # key in the metadata of a prepared graph
-_NO_EFFECT = frozenset({"Identity", "Dropout", "Cast"})  # a Cast where it changes no type
+# A Cast where it changes no type, a Slice where it takes all
+_NO_EFFECT = frozenset({"Identity", "Dropout", "Cast", "Slice"})
+_END = 2**31 - 1  # of a Slice: wherever that is
 
 
 def read_onnx(path: Path | str) -> ModelProto:
@@ -176,6 +180,8 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
     _fold_sizes(graph)
     _fold_constants(graph)
     _name_nodes(graph)
+    drop_reshapes(graph)
+    take_dilation(graph)
     cancel_transposes(graph)
     join_hard_swish(graph)
     for node in graph.of_type("MatMul"):
@@ -188,15 +194,19 @@ def _tidied(model: ModelProto, *, fold: bool) -> ModelProto:
         _fold_into_layer(graph, node, shared)
     graph.sweep()
     graph.infer_shapes()
-    for node in graph.of_type("ReduceMean"):
-        if is_spatial_mean(graph, node):
-            write_pool(graph, node)
+    for node in graph.of_type("Add", "Sub") if fold else ():
+        _write_as_batchnorm(graph, node)
     for node in graph.of_type("AveragePool"):
         say_plainly(node)
+    for node in graph.of_type("ReduceMean", "AveragePool"):
+        if is_spatial_mean(graph, node):
+            write_pool(graph, node)
+    drop_reshapes(graph)
     for node in graph.of_type("ConvTranspose"):
         pad_plainly(node)
     for node in graph.of_type("Pad"):
         pad_every_axis(graph, node)
+    take_padding(graph)
     keep_batch(graph)
     tidied = graph.to_model()
     del tidied.graph.value_info[:]
@@ -221,9 +231,20 @@ def _drop_no_effect(graph: EditableGraph) -> None:
         mask_read = any(mask.uses() or mask.is_graph_output() for mask in node.outputs[1:])
         if source is None or value.is_graph_output() or mask_read:
             continue
-        if node.op_type != "Cast" or source.dtype == attribute(node, "to"):
+        if (
+            node.op_type in ("Identity", "Dropout")
+            or (node.op_type == "Cast" and source.dtype == attribute(node, "to"))
+            or (node.op_type == "Slice" and _takes_all(node))
+        ):
             value.replace_all_uses_with(source)
             graph.body.remove(node, safe=True)
+
+
+def _takes_all(node: ir.Node) -> bool:
+    starts, ends, _, steps = (constant(value) for value in (*node.inputs[1:], None, None, None)[:4])
+    is_stepped = len(node.inputs) > 4 and (steps is None or bool((steps != 1).any()))
+    is_from_first = starts is not None and not starts.any()
+    return is_from_first and ends is not None and bool((ends >= _END).all()) and not is_stepped
 
 
 def _fold_sizes(graph: EditableGraph) -> None:
@@ -342,6 +363,38 @@ def _fold_into_layer(
     else:
         set_input(before, 2, graph.add_constant(f"{before.name}_bias", total))
     graph.take_over(node, before)
+
+
+def _write_as_batchnorm(graph: EditableGraph, node: ir.Node) -> None:
+    """Write factors and offsets of channels, which no layer could take, as BatchNormalization.
+
+    So DenseNets come from TensorFlow, with their BatchNorm in front of layers. Factors and offsets
+    of the images themselves stay float.
+    """
+    second = _affine_of(graph, node)
+    before = maker(node.inputs[second[2]]) if second is not None else None
+    first = _affine_of(graph, before) if before is not None else None
+    if second is None or before is None or first is None or before.op_type not in ("Mul", "Div"):
+        return
+    image = before.inputs[first[2]]
+    channels = (
+        image.shape[1] if image is not None and image.shape and len(image.shape) > 2 else None
+    )
+    source = maker(image)
+    is_input = source is None or (source.op_type == "Transpose" and maker(source.inputs[0]) is None)
+    if not isinstance(channels, int) or is_input or not is_read_once(before.outputs[0]):
+        return
+    factor, offset = first[0] * second[0], first[1] * second[0] + second[1]
+    if max(factor.size, offset.size) not in (1, channels) or second[0].size != second[1].size:
+        return
+    values = (factor, offset, np.zeros(channels), np.ones(channels))
+    given = [
+        graph.add_constant(
+            f"{node.name}_{name}", np.broadcast_to(value, channels).astype(np.float32)
+        )
+        for name, value in zip(("factor", "offset", "mean", "variance"), values, strict=True)
+    ]
+    graph.substitute(node, "BatchNormalization", [image, *given], epsilon=0.0)
 
 
 Affine = tuple[NDArray[Any], NDArray[Any], int]  # factor (C,) or (1,), offset, data input

@@ -99,8 +99,13 @@ def _is(value: ir.Value | None, number: float) -> bool:
 
 
 def is_spatial_mean(graph: EditableGraph, node: ir.Node) -> bool:
-    """Return whether a ReduceMean is one over all of an image: a GlobalAveragePool."""
+    """Return whether a ReduceMean or AveragePool is one over all of an image."""
     image, axes = node.inputs[0], attribute(node, "axes")
+    if node.op_type == "AveragePool":
+        sides = list(image.shape)[2:] if image is not None and image.shape else []
+        is_padded = attribute(node, "auto_pad", "NOTSET").startswith("SAME")
+        is_padded |= any(attribute(node, "pads", ()))
+        return len(sides) == 2 and sides == list(attribute(node, "kernel_shape")) and not is_padded
     given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
     axes = axes if given is None else given.tolist()
     if image is None or axes is None or graph.rank(image) != 4:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from compress.graph.model import attribute
+from compress.graph.ones import write_as_transposes
 from compress.graph.values import Array, EditableGraph, constant, maker, set_attribute, set_input
 
 _ALONE = frozenset(  # every number by itself, with limits that are numbers
@@ -31,6 +32,7 @@ def cancel_transposes(graph: EditableGraph) -> None:
     if count < 2:
         return
     before = graph.model.clone()
+    count += write_as_transposes(graph)
     for _ in range(_MOST_ROUNDS):
         graph.body.sort()
         moved = [_moved(graph, node) for node in graph.nodes if node.graph is graph.body]
@@ -135,6 +137,18 @@ def _pad(graph: EditableGraph, node: ir.Node, order: Order) -> bool:
     return _write_behind(graph, node, order)
 
 
+def _slice(graph: EditableGraph, node: ir.Node, order: Order) -> bool:
+    starts, axes = (constant(given) for given in (*node.inputs, None, None)[1:4:2])
+    is_counted = starts is not None and (len(node.inputs) < 4 or axes is not None)
+    if starts is None or not is_counted or _order_of(maker(node.inputs[0])) is None:
+        return False
+    axes = np.arange(starts.size) if axes is None else axes % len(order)
+    turned = np.array([order[axis] for axis in axes], np.int64)
+    set_input(node, 3, graph.add_constant(f"{node.outputs[0].name}_axes", turned))
+    _read_before(node, [0])
+    return _write_behind(graph, node, order)
+
+
 def _mean(graph: EditableGraph, node: ir.Node, order: Order) -> bool:
     """A mean over some dimensions; those that are left may be in order without a Transpose."""
     given = constant(node.inputs[1]) if len(node.inputs) > 1 else None
@@ -185,5 +199,6 @@ _RULES: dict[str, Callable[[EditableGraph, ir.Node, Order], bool]] = {
     **dict.fromkeys(_TOGETHER, _together),
     "Concat": _concat,
     "Pad": _pad,
+    "Slice": _slice,
     "ReduceMean": _mean,
 }

@@ -98,6 +98,7 @@ def bench_artifacts(
     threads: int | None = None,
     dataset: Dataset | None = None,
     timing: Timing | None = None,
+    judged: bool = True,
 ) -> Benched:
     """Measure artifacts side by side; the first is what the others are compared with.
 
@@ -106,8 +107,9 @@ def bench_artifacts(
         runtimes: Where ONNX files run, each on all of them; ONNX Runtime if empty.
         batches: Batch sizes, each timed in rounds of its own.
         threads: CPU threads; all cores if absent.
-        dataset: Real images to time with, and to take accuracy and agreement from.
+        dataset: Images to time with.
         timing: How long.
+        judged: Whether accuracy and agreement on the images are taken as well.
 
     Raises:
         UsageError: nothing to measure, or a batch size below 1.
@@ -126,7 +128,8 @@ def bench_artifacts(
             candidates.append(candidate)
         else:
             skipped[candidate.name] = reason
-    evaluations = {} if dataset is None else _evaluations(candidates, dataset, skipped)
+    real = dataset if judged else None
+    evaluations = {} if real is None else _evaluations(candidates, real, skipped)
     rows: list[dict[str, Any]] = []
     conditions: dict[str, Any] = {}
     for batch in batches:

@@ -74,7 +74,8 @@ def inputs_for(session: Any, batch: int, shapes: Any = None) -> list[np.ndarray]
         if shape is None or any(isinstance(size, str) for size in shape[1:]):
             raise EngineError(
                 f"the shape of input {spec.name!r} is not known: {shape}",
-                fix="Give images of that shape: --data images:FOLDER --image-size H,W, or an array",
+                fix="Give the size of its images, --image-size H,W, or an array of that shape, "
+                "--data FILE.npy",
             )
         dims = (batch if isinstance(shape[0], str) else shape[0], *shape[1:]) if shape else ()
         dtype = spec.dtype or "float32"

@@ -30,6 +30,8 @@ PROVIDERS = {
 # Source: ONNX Runtime, "Quantize ONNX models", on AVX2 and AVX-512 machines.
 EXACT_INT8 = ("session.x64quantprecision", "1")
 LOOP_SECONDS = 60.0  # after which a run of a graph with a Loop is ended: it may turn 2^62 times
+# What it says of sizes that lie beside the file with the weights: it looks for them inside alone
+OUTSIDE = "data from external tensors"
 LEVELS = {
     "none": "ORT_DISABLE_ALL",
     "basic": "ORT_ENABLE_BASIC",
@@ -143,6 +145,8 @@ class Onnxruntime(Runtime):
         try:
             session = ort.InferenceSession(model, options, providers=providers)
         except Exception as error:  # onnxruntime has no common error class
+            if isinstance(model, str) and OUTSIDE in str(error):
+                return self._session(files.load(path).SerializeToString(), options, path)
             raise onnxruntime_error(error, path) from error
         got = session.get_providers()
         if got[:1] != providers[:1]:  # it only warns, and takes the next one

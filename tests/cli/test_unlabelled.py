@@ -1,6 +1,7 @@
 """An ONNX file and a folder of pictures: what most people hold who want int8."""
 
 import json
+from functools import partial
 
 import numpy as np
 import onnx
@@ -10,9 +11,11 @@ from PIL import Image
 
 from compress.errors import RecipeError
 from compress.graph.metadata import metadata
+from compress.measure import Timing, benchmark
 from compress.packages import is_installed
 from compress.pipeline.task import prepared
 from compress.recipe.loading import validate_recipe
+from compress.runtimes._session import CheckedSession
 
 QUICK = ["--set", "measure.rounds=3", "--set", "measure.round_ms=5", "--method", "plain"]
 
@@ -282,6 +285,63 @@ def test_bench_takes_pictures(compress, tmp_path, pictures):
     (row,) = json.loads((tmp_path / "b.json").read_text())["results"]
     assert "top1_pct" not in row
     assert row["latency_ms_p50"] > 0
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "said"),
+    [
+        ({"size": ("h", "w")}, ("--image-size", "20,24"), {"x": [1, 20, 24, 3]}),
+        (
+            {"size": ("h", "w"), "layout": "NCHW"},
+            ("--image-size", "20"),
+            {"x": [1, 3, 20, 20]},
+        ),
+        (
+            {"threshold": True},
+            ("--input", "threshold=0.5"),
+            {"threshold": 0.5, "x": [1, 12, 16, 3]},
+        ),
+    ],
+    ids=["NHWC", "NCHW", "a threshold"],
+)
+def test_bench_without_pictures_makes_some_of_the_size_that_is_given(
+    compress, tmp_path, monkeypatch, made, options, said
+):
+    path = network(tmp_path / "x.onnx", **made)
+    fed = {}
+
+    def run(session, *arrays):
+        told = [list(array.shape) if array.ndim else array.item() for array in arrays]
+        fed.update(zip((spec.name for spec in session.inputs), told, strict=True))
+        return original(session, *arrays)
+
+    original = CheckedSession.run
+    monkeypatch.setattr(CheckedSession, "run", run)
+    quick = Timing(0.05, 0.01, 0.0, 3, 0.01, 0.05)
+    monkeypatch.setattr(
+        benchmark, "bench_artifacts", partial(benchmark.bench_artifacts, timing=quick)
+    )
+    code, _, err = compress("bench", path, *options, "--json", tmp_path / "b.json")
+    assert code == 0, err
+    assert fed == said
+    (row,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    assert row["peak_memory_mib"] >= 0
+    assert not {"outputs", "top1_pct"} & row.keys()
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "said"),
+    [
+        ({"size": ("h", "w")}, (), "Give the size of its images, --image-size H,W"),
+        ({"size": ("h", "w")}, ("--mean", "0.5"), "Give --image-size SIDE, or H,W"),
+        ({}, ("--image-size", "20,24"), "Leave --image-size out"),
+        ({}, ("--layout", "NCHW"), "Leave --layout out"),
+    ],
+)
+def test_bench_says_what_it_lacks(compress, tmp_path, made, options, said):
+    code, _, err = compress("bench", network(tmp_path / "x.onnx", **made), *options)
+    assert code == 2
+    assert said in err
 
 
 def test_int8_training_learns_from_the_original_where_there_are_no_labels(

@@ -255,7 +255,7 @@ def held(root: Path) -> Iterator[None]:
     Raises:
         RunError: another process runs there (the message has its pid), or nothing can be written.
     """
-    is_new = not root.exists()
+    made = [each for each in (root, *root.parents) if not each.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         descriptor = _opened(root / LOCK_FILE)
@@ -273,9 +273,9 @@ def held(root: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (root / LOCK_FILE).unlink(missing_ok=True)
         os.close(descriptor)
-        if is_new:
-            with contextlib.suppress(OSError):  # something is in it
-                root.rmdir()
+        with contextlib.suppress(OSError):  # something is in it
+            for folder in made:
+                folder.rmdir()
 
 
 def _opened(path: Path) -> int:

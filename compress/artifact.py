@@ -147,6 +147,18 @@ def check_no_folder(out: str | Path) -> None:
         raise RunError("is a folder", where=str(out), expected="the name of a file to write")
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
 def check_other_file(path: str | Path, out: str | Path) -> None:
     """Raise RunError where ``out`` is the file ``path``, which would be lost, or a folder."""
     check_no_folder(out)

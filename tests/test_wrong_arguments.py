@@ -103,7 +103,7 @@ def test_folders_are_no_files_to_write(file: Path, tmp_path: Path) -> None:
         lambda: compress.export_onnx(network(), EXAMPLE, "."),
     ):
         with pytest.raises(
-            compress.CompressError, match="is a folder. Expected the name of a file"
+            compress.CompressError, match=r"is a folder\. Expected the name of a file"
         ):
             write()
     assert not list((tmp_path / "folder").iterdir())
@@ -121,7 +121,7 @@ def test_calibration_images_are_tensors_as_well_and_never_absent(
     compress.quantize_onnx(file, BATCHES, tmp_path / "b.onnx")
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     with pytest.raises(
-        compress.CompressError, match="batches is of type NoneType. Expected a list"
+        compress.CompressError, match=r"batches is of type NoneType\. Expected a list"
     ):
         compress.quantize_onnx(file, None, tmp_path / "c.onnx")  # type: ignore[arg-type]
 

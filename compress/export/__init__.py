@@ -107,7 +107,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
                 proof.check_nms(graph, heads, nms)
                 _save(graph, written, facts)
     except CompressError as error:
-        raise error.within(name) from None
+        raise (error if error.where == name else error.within(name)) from None
     return target
 
 

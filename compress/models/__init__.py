@@ -76,7 +76,7 @@ def load_model(
     text = str(reference)
     folder = model_folder(Path(text))
     if folder is not None:
-        model = _load_saved(folder)
+        model = _load_saved(folder, num_classes)
     elif is_onnx(text):
         raise ModelError(
             "an ONNX file is not a network that can be trained or pruned",
@@ -243,9 +243,11 @@ def model_folder(path: Path) -> Path | None:
     return stages[-1].parent if stages else None
 
 
-def _load_saved(folder: Path) -> nn.Module:
+def _load_saved(folder: Path, num_classes: int | None = None) -> nn.Module:
+    """Return the network saved in ``folder``; ``num_classes``, if given, has to be its own."""
     description, plan = _read_description(folder)
-    model = _rebuild(description, plan, description["num_classes"])
+    classes = description["num_classes"] if num_classes is None else num_classes
+    model = _rebuild(description, plan, classes)
     path = folder / WEIGHTS_FILE
     _fill(model, read_safetensors(path), plan, where=str(path))
     if description.get("memory_format") == "channels_last":

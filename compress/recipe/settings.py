@@ -463,7 +463,7 @@ class Recipe(Settings):
     model: ModelSettings
     data: DataSettings
     task: Plugin | None = Field(None, description="What the network is for; the data's if absent")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     stages: tuple[Stage, ...] = ()
     targets: tuple[Target, ...] = ()
     gates: Gates = Gates()

@@ -141,6 +141,35 @@ def state_of(path: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns, now
 
 
+def check_no_folder(out: str | Path) -> None:
+    """Raise RunError where ``out``, a file that is going to be written, is a folder."""
+    if Path(out).is_dir():
+        raise RunError("is a folder", where=str(out), expected="the name of a file to write")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, unless it is there.
+
+    Raises:
+        RunError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(path, error) from None
+
+
+def check_other_file(path: str | Path, out: str | Path) -> None:
+    """Raise RunError where ``out`` is the file ``path``, which would be lost, or a folder."""
+    check_no_folder(out)
+    if Path(out).resolve() == Path(path).resolve():
+        raise RunError(
+            "is the file that is read, and would be lost",
+            where=str(out),
+            fix="Give the result a name of its own",
+        )
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it to ``path`` if the block succeeds.
@@ -149,8 +178,9 @@ def replacing(path: Path) -> Iterator[Path]:
     file is removed and the old file is as it was.
 
     Raises:
-        RunError: the disk is full or the folder cannot be written.
+        RunError: the disk is full, the folder cannot be written, or ``path`` is one.
     """
+    check_no_folder(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=path.suffix, dir=path.parent)

@@ -193,9 +193,9 @@ def parse(kind: str, reference: str | Mapping[str, Any]) -> tuple[str, dict[str,
     """
     if isinstance(reference, str):
         return reference, {}
-    if len(reference) != 1:
+    if not isinstance(reference, Mapping) or len(reference) != 1:
         raise UsageError(
-            f"{KINDS[kind]} {dict(reference)!r} does not name one plug-in",
+            f"{KINDS[kind]} {reference!r} does not name one plug-in",
             expected="a name, or one name with its options, as in {kd: {temperature: 4.0}}",
         )
     name, given = next(iter(reference.items()))

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import plugins
+from compress.artifact import check_no_folder
 from compress.trust import allow_all
 
 RECIPES, STAGES = "recipes", "stages"  # shown as plug-ins are, though they are none
@@ -44,8 +45,20 @@ Out = Annotated[
         "--out", help="Folder of the run; runs/NAME if absent, or NAME-2 where it is taken"
     ),
 ]
+
+
+def no_folder(path: Path | None) -> Path | None:
+    """Return the file that is going to be written; a folder is refused before any work is done."""
+    if path is not None:
+        check_no_folder(path)
+    return path
+
+
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Also write the numbers to this file; none if absent")
+    Path | None,
+    typer.Option(
+        "--json", callback=no_folder, help="Also write the numbers to this file; none if absent"
+    ),
 ]
 Fresh = Annotated[bool, typer.Option("--fresh/--resume", help="Start over, or continue a run")]
 Set = Annotated[

@@ -38,7 +38,9 @@ def export(
         int | None,
         typer.Option("--num-classes", help="Outputs of the classifier; its own if absent"),
     ] = None,
-    input_size: Annotated[str, typer.Option(help="C,H,W")] = "3,224,224",
+    input_size: Annotated[
+        str | None, typer.Option(help="C,H,W; a run's own, else 3,224,224, if absent")
+    ] = None,
     opset: Annotated[
         int | None, typer.Option(help="ONNX operator set; 20 if absent, which every runtime reads")
     ] = None,
@@ -68,10 +70,11 @@ def export(
 
     options = model_options(model, trust=trust)
     network = load_model(model, weights, num_classes, options=options)
-    size = integers(input_size, "--input-size", count=3, like=INPUT_SIZE)
-    example = torch.zeros(1, *size)
-    check_forward(network, example)
     folder = model_folder(Path(model))
+    example = torch.zeros(1, *_input_size(input_size, folder))
+    if out.suffix != ".onnx":
+        raise UsageError(f"--out {out}", expected="a name that ends in .onnx")
+    check_forward(network, example)
     path = export_onnx(
         network,
         example,
@@ -91,6 +94,16 @@ def export(
     )
 
 
+def _input_size(given: str | None, folder: Path | None) -> list[int]:
+    """Return channels, height and width: as given, or those of the run the network is from."""
+    from compress.evaluate.feeding import artifact_facts
+
+    if given is not None:
+        return integers(given, "--input-size", count=3, like=INPUT_SIZE)
+    facts = artifact_facts(folder) if folder is not None else {}
+    return [facts.get("channels", 3), *facts.get("image_size", (224, 224))]
+
+
 def build(
     file: Annotated[Path, typer.Argument(help="ONNX file, or the stage folder or run of one")],
     runtime: Annotated[str, chosen_from("runtimes", "See: compress list runtimes")],
@@ -102,11 +115,11 @@ def build(
     """Build an engine from an ONNX file."""
     from compress import plugins
     from compress.measure import size_mib
-    from compress.report.run_folder import one_artifact
+    from compress.report.run_folder import one_graph
     from compress.runtimes import build_engine
 
     smallest, usual, largest = integers(batch, "--batch", count=3, like=BATCH_RANGE)
-    with _fixed(one_artifact(file), input_size) as source:
+    with _fixed(one_graph(file), input_size) as source:
         path = build_engine(
             source,
             out,
@@ -181,10 +194,10 @@ def lint(
 ) -> None:
     """Check a Q/DQ file against a runtime's rules: what costs accuracy or speed; fix it."""
     from compress.qdq.lint import fix_onnx, lint_onnx
-    from compress.report.run_folder import one_artifact
+    from compress.report.run_folder import one_graph
     from compress.terminal import table
 
-    source = one_artifact(file)
+    source = one_graph(file)
     findings = lint_onnx(source, target)
     if fix:
         if out is None:
@@ -222,9 +235,9 @@ def split(
 ) -> None:
     """Split an ONNX file into a head for the edge and a tail for the server, and time both."""
     from compress.pipeline.split import split_onnx, split_table
-    from compress.report.run_folder import one_artifact
+    from compress.report.run_folder import one_graph
 
-    with _fixed(one_artifact(file), input_size) as source:
+    with _fixed(one_graph(file), input_size) as source:
         found = split_onnx(
             source,
             out,

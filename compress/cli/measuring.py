@@ -21,6 +21,7 @@ from compress.cli.arguments import (
     Trust,
     Verbose,
     Weights,
+    no_folder,
     with_options,
 )
 from compress.cli.options import (
@@ -119,12 +120,18 @@ def sensitivity(
     weights: Weights = None,
     num_classes: Classes = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Plot to write, .png or .svg; none if absent")
+        Path | None,
+        typer.Option(
+            "--out", callback=no_folder, help="Plot to write, .png or .svg; none if absent"
+        ),
     ] = None,
     json: Json = None,
 ) -> None:
     """Measure how much accuracy each layer loses when pruned or quantized."""
     from compress.pipeline.task import prepared
+
+    if out is not None and out.suffix not in (".png", ".svg"):
+        raise UsageError(f"--out {out}", expected="a name that ends in .png or .svg")
 
     if prune == quantize:
         raise UsageError("nothing says what to measure", expected="one of --prune and --quantize")

@@ -64,6 +64,11 @@ def data_part(given: Given) -> dict[str, Any]:
     for option in ("mean", "std", "input_range"):
         if given.get(option) is not None:
             part[option] = floats(given[option], f"--{option.replace('_', '-')}")
+    if len(part.get("input_range", "01")) != 2:
+        raise UsageError(
+            f"--input-range {given['input_range']!r}",
+            expected="2 numbers, black and white pixels as the network takes them: 0,255",
+        )
     if fitting := present(given, "resize", "interpolation", "crop"):
         part["options"] = part.get("options", {}) | fitting
     if given.get("inputs"):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import plugins
-from compress.errors import EngineError, UsageError
+from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.graph import files
 from compress.graph.metadata import CARRIED, FITTING, input_facts, layout_of, metadata
 from compress.runtimes import TensorSpec, build_record, open_session
@@ -131,7 +131,12 @@ def picture_of(specs: Sequence[TensorSpec], given: Mapping[str, Any] = {}) -> Te
 
     Raises:
         EngineError: there is none.
+        UnknownNameError: something is given for an input that is not there.
     """
+    names = [spec.name for spec in specs]
+    for name in given:
+        if name not in names:
+            raise UnknownNameError("input", name, names, where="--input")
     others = [spec for spec in specs if spec.name not in given]
     found = [spec for spec in others if spec.shape is None or len(spec.shape) == 4]
     if not found:

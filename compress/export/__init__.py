@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from torch import Tensor, nn
 
-from compress.artifact import replacing
+from compress.artifact import check_no_folder, replacing
 from compress.errors import CompressError, ExportError, boundary
 from compress.export import conversion, io_wrapping, proof
 from compress.export.conversion import DEFAULT_OPSET, Free
@@ -84,6 +84,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
     """
     target, name = Path(path), type(model).__name__
     opset = conversion.checked_opset(opset)
+    check_no_folder(target)
     try:
         module = conversion.frozen_copy(model, as_places(outputs))
         example = conversion.Example.of(example_input)
@@ -106,7 +107,7 @@ def export_onnx(  # noqa: PLR0913 - the published signature; each option stands 
                 proof.check_nms(graph, heads, nms)
                 _save(graph, written, facts)
     except CompressError as error:
-        raise error.within(name) from None
+        raise (error if error.where == name else error.within(name)) from None
     return target
 
 

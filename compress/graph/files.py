@@ -21,7 +21,7 @@ from onnx import (
     numpy_helper,
 )
 
-from compress.artifact import is_utf8, replacing, state_of
+from compress.artifact import is_utf8, make_folder, replacing, state_of
 from compress.errors import EngineError, boundary
 from compress.graph.lenient import sort_nodes, write_plainly
 from compress.graph.metadata import layout_of, picture_input, stamp
@@ -347,7 +347,7 @@ def copy(
     if sizes is not None:
         fix_sizes(model, sizes, where=str(source))
     stamp(model, facts)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     for location in sorted(_locations(_all_tensors(model))):
         with replacing(target.parent / location) as temporary:
             shutil.copyfile(source.parent / location, temporary)

@@ -165,6 +165,12 @@ def cut_by(model: nn.Module, plan: PrunePlan) -> nn.Module:
 
 def check_fit(model: nn.Module, plan: PrunePlan) -> None:
     """Raise PlanError where ``model`` lacks a tensor or module of the plan, or a shape differs."""
+    if not isinstance(plan, PrunePlan):
+        raise PlanError(
+            f"{type(plan).__name__} is no pruning plan",
+            expected="what compress.plan_pruning returns",
+            fix="Read a file with compress.PrunePlan.load(path)",
+        )
     tensors = dict(parameters_and_buffers(model))
     fix = "Use the network the plan was made for, not yet pruned, from the same constructor"
     numbers = {name: (len(index.values),) for name, index in plan.indices.items()}

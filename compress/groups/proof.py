@@ -55,6 +55,7 @@ def apply_pruning(model: nn.Module, plan: PrunePlan) -> nn.Module:
         PlanError: the plan was made for another network, or was changed: what it cuts does not
             belong together.
     """
+    check_fit(network_of(model), plan)
     if not plan.is_proved:
         _check_stored(network_of(model), plan)
     return cut_by(model, plan)
@@ -96,7 +97,6 @@ def _example_from(kept: Any) -> Any:
 
 
 def _check_stored(model: nn.Module, plan: PrunePlan) -> None:
-    check_fit(model, plan)
     kept = plan.about.get("example")
     if kept is None:
         logger.warning(

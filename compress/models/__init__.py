@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.errors import ModelError, PlanError
+from compress.errors import ModelError, PlanError, UsageError
 from compress.groups.plan import PrunePlan
 from compress.groups.proof import apply_pruning
 from compress.models.references import (
@@ -72,10 +72,11 @@ def load_model(
         UsageError: the reference is of no known form.
         ModelError: the network cannot be built, or the weights do not fit.
     """
+    _check_given(reference, weights, num_classes)
     text = str(reference)
     folder = model_folder(Path(text))
     if folder is not None:
-        model = _load_saved(folder)
+        model = _load_saved(folder, num_classes)
     elif is_onnx(text):
         raise ModelError(
             "an ONNX file is not a network that can be trained or pruned",
@@ -95,6 +96,27 @@ def load_model(
         fit(model, {**state, **kept}, where=str(weights))
     set_mode(model, training=False)
     return model
+
+
+def _check_given(reference: object, weights: object, num_classes: object) -> None:
+    """Raise UsageError where an argument of ``load_model`` is of a type that it cannot read."""
+    if not isinstance(reference, str | Path):
+        raise UsageError(
+            f"{type(reference).__name__} is no reference to a network",
+            expected="a text such as torchvision:NAME or path/file.py:factory, or a folder",
+            fix="A network that is built already needs no loading",
+        )
+    if weights is not None and not isinstance(weights, str | Path):
+        raise UsageError(
+            f"weights is of type {type(weights).__name__}",
+            expected="a file, or the name of published weights",
+            fix="A state dict goes into the network that is returned: model.load_state_dict(...)",
+        )
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
+        raise UsageError(
+            f"num_classes is {num_classes!r}",
+            expected="a whole number; 0 for a network of timm without its classifier",
+        )
 
 
 def load_for(
@@ -221,9 +243,11 @@ def model_folder(path: Path) -> Path | None:
     return stages[-1].parent if stages else None
 
 
-def _load_saved(folder: Path) -> nn.Module:
+def _load_saved(folder: Path, num_classes: int | None = None) -> nn.Module:
+    """Return the network saved in ``folder``; ``num_classes``, if given, has to be its own."""
     description, plan = _read_description(folder)
-    model = _rebuild(description, plan, description["num_classes"])
+    classes = description["num_classes"] if num_classes is None else num_classes
+    model = _rebuild(description, plan, classes)
     path = folder / WEIGHTS_FILE
     _fill(model, read_safetensors(path), plan, where=str(path))
     if description.get("memory_format") == "channels_last":

@@ -7,7 +7,7 @@ import copy
 import inspect
 import re
 import types
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -150,6 +150,16 @@ def own_storage(copied: nn.Module, except_for: Container[str]) -> None:
     for name, tensor in parameters_and_buffers(copied):
         if name not in except_for:
             tensor.data = tensor.data.clone()
+
+
+def breaks_channels_last(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Return whether the gradient of a convolution overwrites memory in channels last, on a CPU.
+
+    oneDNN's kernel for strided 1x1 convolutions of 2 to 7 channels does, on CPUs without AVX-512
+    (torch 2.15): first layers of RepVGG, MobileOne and FastViT ended the process.
+    """
+    channels, kernel = weight.shape[1], weight.shape[2:]
+    return weight.ndim == 4 and channels < 8 and max(kernel) == 1 and max(stride) > 1
 
 
 def memory_format_of(tensor: Tensor) -> torch.memory_format:

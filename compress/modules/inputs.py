@@ -64,10 +64,15 @@ def example_of(given: Any) -> Any:
     Raises:
         UsageError: it holds no tensor.
     """
-    if isinstance(given, Tensor):
-        return given
     if isinstance(given, np.ndarray):
-        return torch.from_numpy(given)
+        given = torch.from_numpy(given)
+    if isinstance(given, Tensor):
+        if not given.numel():
+            raise UsageError(
+                f"the example input of shape {tuple(given.shape)} is empty",
+                expected="an input for one image, (1, C, H, W)",
+            )
+        return given
     if isinstance(given, Sequence) and given and all(type(size) is int for size in given):
         return torch.randn(tuple(given), generator=torch.Generator().manual_seed(0))
     is_collection = isinstance(given, Mapping | tuple | list)

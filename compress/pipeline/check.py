@@ -72,6 +72,12 @@ def _refuse(problems: Sequence[str], where: str) -> None:
 def _problems(recipe: Recipe) -> Iterator[str]:
     yield from _complaint("model.name", partial(_check_model, recipe.model.name))
     yield from _missing_weights("model.weights", recipe.model.weights)
+    for key in ("weights", "num_classes") if models.is_onnx(recipe.model.name) else ():
+        if getattr(recipe.model, key) is not None:
+            yield (
+                f"model.{key}: changes nothing in the ONNX file {recipe.model.name}, which holds "
+                "its network and weights. Leave it out."
+            )
     images = {recipe.data.name: recipe.data.options}
     yield from _complaint("data.options", partial(plugins.read_reference, "data", images))
     if recipe.task is not None:

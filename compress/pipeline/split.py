@@ -15,7 +15,7 @@ import onnx
 from onnx import ModelProto
 
 from compress import progress
-from compress.artifact import replacing, write_json, write_text
+from compress.artifact import make_folder, replacing, write_json, write_text
 from compress.errors import CompressError, EngineError, ExportError, UsageError
 from compress.graph import files as onnx_file
 from compress.graph.shapes import dims_of, real_inputs
@@ -215,8 +215,8 @@ def split_onnx(  # noqa: PLR0913 - the public face: every option by its name
         graph, cuts = _cuts(model, at, int8=int8)
     except CompressError as error:
         raise error.within(str(source)) from None
-    folder.mkdir(parents=True, exist_ok=True)
     ends = tuple(trial.ends())
+    make_folder(folder)
     places = [
         trial.cost(cut, _write(graph, folder, cut, int8=int8))
         for cut in progress.track(cuts, "split")

@@ -117,7 +117,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     limits = _Limits(round_to, min_channels, max_cut, exclude)
     _check_choices(ranking=(ranking, Ranking), normalize=(normalize, Normalize),
                    answers=(answers, Answers))  # fmt: skip
-    if isinstance(criterion, str | Mapping):
+    if not callable(criterion):
         criterion = cast("Criterion", plugins.create("criteria", criterion, seed=seed))
     if normalize == "auto":
         normalize = "per_cost" if getattr(criterion, "estimates_loss", False) else "mean"

@@ -12,7 +12,7 @@ from onnx import ModelProto
 from onnx.numpy_helper import to_array
 from threadpoolctl import ThreadpoolController
 
-from compress.artifact import replacing
+from compress.artifact import check_other_file, replacing
 from compress.errors import CompressError, QuantizationError, UnknownNameError, boundary
 from compress.graph.metadata import usual_range
 from compress.graph.model import GraphIndex
@@ -157,6 +157,8 @@ def quantize_targets(
         if target not in TARGETS:
             raise UnknownNameError("target", target, TARGETS)
     check_method(method)
+    for out in outs.values():
+        check_other_file(path, out)
     plans: dict[str, QuantPlan] = {}
     written: dict[str, ModelProto] = {}
     try:

@@ -222,7 +222,16 @@ def fixed_batch(graph: GraphIndex) -> int | None:
 
 
 def first_batch(batches: Batches) -> Batch | None:
-    """Return the first batch, or None where there is none."""
+    """Return the first batch, or None where there is none.
+
+    Raises:
+        QuantizationError: these are no batches.
+    """
+    if not callable(batches) and not isinstance(batches, Iterable):
+        raise QuantizationError(
+            f"batches is of type {type(batches).__name__}",
+            expected="a list of float32 arrays (B, C, H, W)",
+        )
     return next(iter(batches() if callable(batches) else batches), None)
 
 
@@ -236,7 +245,7 @@ def by_name(batch: Batch, names: Sequence[str], index: int = 0) -> dict[str, Any
     """
     if isinstance(batch, Mapping):
         feed = dict(batch)
-    elif isinstance(batch, np.ndarray):
+    elif hasattr(batch, "__array__"):  # a tensor of torch as well
         feed = {names[0]: batch} if len(names) == 1 else {}
     else:
         feed = dict(zip(names, batch, strict=False))

@@ -12,7 +12,7 @@ from compress import plugins
 Fraction = Annotated[float, Field(gt=0, le=1)]  # of what is kept, in (0, 1]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Deviation = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Side = Annotated[int, Field(ge=4)]  # pixels
+Side = Annotated[int, Field(ge=4, le=32_768)]  # pixels; a typing error would take all memory
 FEWEST_CALIBRATION = 8  # images below which int8 ranges would mean nothing
 OWN = ".py:"  # in the name of what the user's own file gives
 Plugin = str | dict[str, dict[str, Any]]  # a name, or one name with its options
@@ -244,7 +244,7 @@ class DistillSettings(FinetuneSettings):
     )
     teacher_device: str | None = Field(None, description="Where the teacher runs, if elsewhere")
     teacher_image_size: int | None = Field(
-        None, ge=4, description="Side of its input, if different"
+        None, ge=4, le=32_768, description="Side of its input, if different"
     )
     losses: tuple[Plugin, ...] | None = Field(
         None, description="Distillation losses, summed; those that suit the task if absent"
@@ -481,7 +481,7 @@ class Recipe(Settings):
     model: ModelSettings
     data: DataSettings
     task: Plugin | None = Field(None, description="What the network is for; the data's if absent")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     stages: tuple[Stage, ...] = ()
     targets: tuple[Target, ...] = ()
     gates: Gates = Gates()

@@ -241,6 +241,26 @@ def one_artifact(path: Path) -> Path:
     return found[0]
 
 
+def one_graph(path: Path) -> Path:
+    """Return the one ONNX file that a path stands for: of a torch network, what lies beside it.
+
+    Raises:
+        RunError: it stands for several, or a folder holds none.
+    """
+    found = one_artifact(path)
+    if not found.is_dir():
+        return found
+    if not (found / "model.onnx").is_file():
+        is_network = (found / "model.json").is_file()
+        raise RunError(
+            "holds no ONNX file",
+            where=str(found),
+            expected="an ONNX file, or the folder of a stage or a run with one",
+            fix=f"Write it: compress export {found} --out net.onnx" if is_network else "",
+        )
+    return found / "model.onnx"
+
+
 LOCK_FILE = "run.lock"  # says who works in the folder; one that is left behind locks nothing
 
 
@@ -255,7 +275,7 @@ def held(root: Path) -> Iterator[None]:
     Raises:
         RunError: another process runs there (the message has its pid), or nothing can be written.
     """
-    is_new = not root.exists()
+    made = [each for each in (root, *root.parents) if not each.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
         descriptor = _opened(root / LOCK_FILE)
@@ -273,9 +293,9 @@ def held(root: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             (root / LOCK_FILE).unlink(missing_ok=True)
         os.close(descriptor)
-        if is_new:
-            with contextlib.suppress(OSError):  # something is in it
-                root.rmdir()
+        with contextlib.suppress(OSError):  # something is in it
+            for folder in made:
+                folder.rmdir()
 
 
 def _opened(path: Path) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkab
 import numpy as np
 
 from compress import plugins
-from compress.artifact import read_json, sha256, write_json
+from compress.artifact import check_other_file, read_json, sha256, write_json
 from compress.errors import EngineError, UsageError
 from compress.graph import files
 from compress.graph.metadata import input_facts
@@ -184,6 +184,7 @@ def build_engine(
     name, given = plugins.parse("runtimes", runtime)
     plugin = plugins.create("runtimes", {name: given | options})
     request = BuildRequest.checked(batch, precision)
+    check_other_file(source, target)
     facts = plugin.build(source, target, request)
     record = {
         "runtime": name,
@@ -271,8 +272,8 @@ def kind_of(path: Path) -> str | None:
 
 
 def _check_threads(threads: int | None) -> None:
-    if threads is not None and threads < 1:
-        raise UsageError(f"threads is {threads}", expected="1 or more")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise UsageError(f"threads is {threads!r}", expected="a whole number, 1 or more")
 
 
 def _given(**values: Any) -> dict[str, Any]:

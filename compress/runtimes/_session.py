@@ -42,7 +42,8 @@ class BuildRequest:
             UsageError: the batches are not in order, or the precision has no such name.
         """
         sizes = (batch,) * 3 if isinstance(batch, int) else tuple(batch)
-        if len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
+        whole = all(type(size) is int for size in sizes)
+        if not whole or len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2]:
             raise UsageError(
                 f"batch {batch} cannot be built for",
                 expected="MIN,OPT,MAX with 1 <= MIN <= OPT <= MAX",

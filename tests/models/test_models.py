@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from compress import models
-from compress.errors import ModelError, UnknownNameError, UsageError
+from compress.errors import CompressError, ModelError, UnknownNameError, UsageError
 from compress.groups.proof import apply_pruning
 from compress.models.cifar import resnet8, resnet20
 from compress.models.references import check_reference, class_option
@@ -393,6 +393,15 @@ def test_what_is_saved_out_of_a_wrapper_is_loaded(halved, tmp_path, wrap, classe
     _, small, plan = halved
     models.save_model(wrap(small), tmp_path, reference=SAVED, plan=plan, num_classes=classes)
     assert torch.equal(answers(models.load_model(tmp_path)), answers(small))
+
+
+def test_a_saved_network_has_its_own_number_of_classes(halved, tmp_path):
+    _, small, plan = halved
+    models.save_model(small, tmp_path, reference=SAVED, plan=plan)
+    own = answers(small).shape[1]
+    assert answers(models.load_model(tmp_path, num_classes=own)).shape[1] == own
+    with pytest.raises(CompressError, match=f"{own + 1}"):
+        models.load_model(tmp_path, num_classes=own + 1)
 
 
 @pytest.mark.parametrize("classes", [None, 7])

@@ -247,3 +247,15 @@ def test_check_takes_weights_of_losses_and_looks_at_options_of_data_and_task(her
         "stages[0].distill.losses: loss 'kd': weight -1",
     ):
         assert told in err
+
+
+@pytest.mark.parametrize("key", ["weights", "num_classes"])
+def test_options_that_change_nothing_in_an_onnx_file_are_refused(here, compress, key):
+    path = exported()
+    Path("w.safetensors").touch()
+    value = {"weights": "w.safetensors", "num_classes": "10"}[key]
+    option = f"--{key.replace('_', '-')}"
+    code, _, err = compress("quantize", path, "--data", "digits", option, value)
+    assert code == 2
+    assert f"model.{key}: changes nothing in the ONNX file" in err
+    assert not Path("runs").exists()

@@ -117,6 +117,8 @@ def test_a_missing_file_is_named(tmp_path):
         ("a: [", "is no valid YAML"),
         ("- 1", "holds list, not a recipe"),
         ("seed: 1\nseed: 2", "the key 'seed' is given twice"),
+        ("data: {image_size: 1000000}", "image_size: 1000000: Input should be less than or equal"),
+        ("seed: 4294967296", "seed: 4294967296: Input should be less than 4294967296"),
         ("!!python/object/apply:os.system [ls]", "is no valid YAML"),
     ],
 )

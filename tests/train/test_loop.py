@@ -697,6 +697,23 @@ def test_few_channels_train_in_nchw_on_a_cpu(
     assert fastest_format(model, settings(), torch.device("cuda")) is torch.channels_last
 
 
+def test_strided_1x1_convolutions_of_few_channels_train_in_nchw_on_a_cpu():
+    """oneDNN overwrites memory in their gradients, if in channels last: the process ended."""
+    stems = {
+        stem: nn.Sequential(nn.Conv2d(stem[0], 64, stem[1], stem[2]), nn.BatchNorm2d(64))
+        for stem in ((3, 1, 2), (6, 1, 4), (3, 1, 1), (3, 3, 2), (16, 1, 2))
+    }
+    cpu = torch.device("cpu")
+    in_nchw = {
+        stem
+        for stem, model in stems.items()
+        if fastest_format(model, settings(), cpu) is torch.contiguous_format
+    }
+    assert in_nchw == {(3, 1, 2), (6, 1, 4)}
+    compiled = fastest_format(stems[3, 1, 2], settings(compile=True), cpu)
+    assert compiled is torch.contiguous_format
+
+
 @pytest.mark.parametrize("widths", [(16, 32), (13, 27)])
 def test_images_and_weights_are_laid_out_alike(widths: tuple[int, ...]):
     seen: list[bool] = []

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.modules import breaks_channels_last
+
 Attributes = Mapping[str, Any]
 Value = Tensor | None
 Operator = Callable[..., Any]
@@ -24,6 +26,8 @@ def conv(a: Attributes, x: Tensor, weight: Tensor, bias: Value = None) -> Any:
     x, padding = _padded(a, x, rank, list(weight.shape[2:]), 0.0)
     function: Any = (F.conv1d, F.conv2d, F.conv3d)[rank - 1]
     stride, dilation = a.get("strides", [1] * rank), a.get("dilations", [1] * rank)
+    if breaks_channels_last(weight, stride):
+        x = x.contiguous()
     return function(x, weight, bias, stride, padding, dilation, a.get("group", 1))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -252,7 +252,8 @@ class Distiller(LayerComparison):
 
     Use it as a context manager. While it is open, hooks see what the student computes; after it
     both networks are as they were. A forward pass that the trainer makes itself is used again:
-    ``loss`` runs the student only where it has not just run on as many images.
+    ``loss`` runs the student only where it has not just run on as many images. Outside ``with``
+    nothing is watched between calls, and ``loss`` always runs the student.
 
     Args:
         student: The network that is trained, by whoever trains it.
@@ -270,24 +271,31 @@ class Distiller(LayerComparison):
     ) -> None:
         if student is teacher:
             raise UsageError("the student cannot be its own teacher", where="distiller")
-        if not losses:
-            raise UsageError("no losses are given", fix='losses=["cwd"], or [{"kd": {}}]')
+        if not losses or isinstance(losses, str | Mapping):
+            raise UsageError(
+                f"losses is {losses!r}",
+                where="distiller",
+                expected='a list of losses: ["cwd"], or [{"kd": {}}]',
+            )
         self.student, self._model, self._losses = student, teacher, tuple(losses)
         self._teacher: TorchTeacher | None = None
         self._open = contextlib.ExitStack()
         self._features: dict[Tap, Tensor] = {}
         self._outputs: list[Any] = []
+        self._is_open = False
         if example is not None:
             self._teacher = self._build(example[:1])
 
     def __enter__(self) -> Distiller:
         """Begin to watch the student."""
+        self._is_open = True
         if self._teacher is not None:
             self._watch()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Remove every hook, and leave the teacher as it was found."""
+        self._is_open = False
         self._open.close()
         if self._teacher is not None:
             self._teacher.close()
@@ -302,6 +310,13 @@ class Distiller(LayerComparison):
             TrainingError: layers cannot be paired, or a loss needs what the student does not
                 return in training.
         """
+        if not isinstance(images, Tensor):
+            raise UsageError(
+                f"images is of type {type(images).__name__}", expected="a tensor (B, C, H, W)"
+            )
+        if not self._is_open:
+            with self:
+                return self.loss(images)
         if self._teacher is None:
             self._teacher = self._build(images[:1])
             self._watch()

@@ -243,6 +243,7 @@ def by_name(batch: Batch, names: Sequence[str], index: int = 0) -> dict[str, Any
     Raises:
         QuantizationError: it holds other inputs; the message has its number, ``index``.
     """
+    feed: dict[str, Any]
     if isinstance(batch, Mapping):
         feed = dict(batch)
     elif hasattr(batch, "__array__"):  # a tensor of torch as well

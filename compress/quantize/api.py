@@ -153,12 +153,11 @@ def quantize_targets(
             is written.
         UnknownNameError: there is no such target, method, observer or node.
     """
-    for target in outs:
+    for target, out in outs.items():
         if target not in TARGETS:
             raise UnknownNameError("target", target, TARGETS)
-    check_method(method)
-    for out in outs.values():
         check_other_file(path, out)
+    check_method(method)
     plans: dict[str, QuantPlan] = {}
     written: dict[str, ModelProto] = {}
     try:

@@ -171,8 +171,7 @@ def quantize_targets(
             bound = set(GraphIndex(prepared).inputs) - set(graph.inputs)
             images = CalibrationImages(graph, batches, bound=bound, usual=usual_range(model))
             given = {name: to_array(graph.initializers[name]).copy() for name in bound}
-            few = next(images.feeds(images.fixed_batch or 2))
-            check_prepared(model, prepared, given | few)
+            check_prepared(model, prepared, given | next(images.feeds(images.fixed_batch or 2)))
             ranged = observed_tensors(planned, outs)
             scaled = scalable(graph, ranged, excluded) if method in EQUALIZING else ()
             statistics = calibrate(planned, images, targets=outs, by_channel=scaled)

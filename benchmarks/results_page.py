@@ -207,6 +207,22 @@ def pruning_curves(content: dict[str, Any]) -> mpl.figure.Figure:
     return figure
 
 
+def pruning_images(content: dict[str, Any]) -> mpl.figure.Figure:
+    """Top-1 before any training against the images that pruning is shown."""
+    points = content["points"]
+    figure, axes = pyplot.subplots(figsize=(8, 3.6))
+    for number, network in enumerate(dict.fromkeys(p["network"] for p in points)):
+        for arm in dict.fromkeys(p["arm"] for p in points):
+            own = [p for p in points if (p["network"], p["arm"]) == (network, arm)]
+            dots = sorted((p["images"], p["top1_pct"]) for p in own)
+            look = _style("obs" if arm == "compress" else arm, number) | {"marker": "osD"[number]}
+            axes.semilogx(*zip(*dots, strict=True), label=f"{network}, {arm}", **look)
+    axes.set_xlabel("images shown")
+    axes.set_ylabel("top-1, %, no training")
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
 def _style(arm: str, number: int) -> dict[str, Any]:
     """Return how a curve looks, the same for every network."""
     if arm == "obs":
@@ -230,6 +246,7 @@ CHARTS: dict[str, Callable[[dict[str, Any]], mpl.figure.Figure]] = {
     "kd_losses": kd_losses,
     "latency_pruning_resnet56": latency_pruning,
     "pruning_curves": pruning_curves,
+    "pruning_images": pruning_images,
 }
 
 

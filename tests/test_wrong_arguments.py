@@ -130,7 +130,7 @@ def test_a_distiller_outside_with_leaves_no_hooks() -> None:
     student, teacher = network(), network()
     told = compress.distiller(student, teacher, ["mse", {"hint": {"layers": "auto"}}])
     loss = told.loss(torch.from_numpy(BATCHES[0]))
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     again = told.loss(torch.from_numpy(BATCHES[0]))
     torch.testing.assert_close(again, loss)
     assert list(told.parameters())

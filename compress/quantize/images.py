@@ -247,7 +247,7 @@ def by_name(batch: Batch, names: Sequence[str], index: int = 0) -> dict[str, Any
     if isinstance(batch, Mapping):
         feed = dict(batch)
     elif hasattr(batch, "__array__"):  # a tensor of torch as well
-        feed = {names[0]: batch} if len(names) == 1 else {}
+        feed = {names[0]: np.asarray(batch)} if len(names) == 1 else {}
     else:
         feed = dict(zip(names, batch, strict=False))
     if set(feed) != set(names):

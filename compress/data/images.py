@@ -34,7 +34,9 @@ class Images(Pictures):
         files = picture_files(root)
         if len(files) < 2:
             raise DataError(
-                f"holds {len(files)} pictures" if root.exists() else "no such file or folder",
+                f"holds {'one picture' if files else 'no pictures'}"
+                if root.exists()
+                else "no such file or folder",
                 where=str(root),
                 expected=f"at least 2 pictures: *{', *'.join(sorted(ENDINGS))}",
             )

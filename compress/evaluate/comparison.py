@@ -243,11 +243,14 @@ def outputs_row(reference: Sequence[Prediction], candidate: Sequence[Prediction]
     """
     drifts = drifts_of(reference, candidate)
     found: dict[str, Any] = {"outputs": {name: each.to_json() for name, each in drifts.items()}}
-    first = next(iter(drifts))
+    first = next(iter(matched_outputs(list(reference[0]), list(candidate[0])).items()))
     ratios = [each["sqnr_db"] for each in found["outputs"].values() if "sqnr_db" in each]
     if ratios:
         found["sqnr_db"] = min(ratios)
-    answers = [[image[first] for image in each] for each in (reference, candidate)]
+    answers = [
+        [image[name] for image in each]
+        for name, each in zip(first, (reference, candidate), strict=True)
+    ]
     if len(drifts) == 1 and all(a.ndim == 1 and len(a) > 1 for a in answers[0]):
         same = sum(int(a.argmax() == b.argmax()) for a, b in zip(*answers, strict=True))
         images = len(answers[0])

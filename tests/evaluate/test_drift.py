@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import EngineError
-from compress.evaluate.comparison import Drift, compare_outputs
+from compress.evaluate.comparison import Drift, compare_outputs, outputs_row
 
 
 class Session:
@@ -110,3 +110,11 @@ def test_zeros_that_equal_zeros_are_told():
     zeros = np.zeros((2, 3), np.float32)
     assert Drift.between(zeros, zeros).to_json()["zero_reference"] == 1
     assert "zero_reference" not in Drift.between(zeros + 1, zeros + 1).to_json()
+
+
+def test_outputs_of_other_names_are_compared_by_position():
+    scores = [{"logits": np.array([0.0, 1.0, 3.0])}, {"logits": np.array([2.0, 1.0, 0.0])}]
+    other = [{"output_0": np.array([0.0, 1.0, 2.0])}, {"output_0": np.array([0.0, 2.0, 1.0])}]
+    found = outputs_row(scores, other)
+    assert list(found["outputs"]) == ["logits"]
+    assert found["agreement_pct"] == 50

@@ -58,7 +58,8 @@ def improve_rounding(
         flat = scales.reshape(-1)
         packed = pack_codes(codes.reshape(value.shape))
         weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
-        return codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim)
+        chosen = codes.reshape(value.shape) * broadcast_along(flat, 0, value.ndim)
+        return np.asarray(chosen, np.float32)
 
     bare = plan.changed(biases={})
     return correct_biases(prepared, bare, feed, known, choose).changed(weights=weights)

@@ -389,7 +389,7 @@ def test_auto_is_at_least_as_close_as_ranges_alone_and_says_what_it_kept(name, t
     assert mean_db(bench.judge(plan).each_db) >= mean_db(bench.judge(bench.ranges()).each_db) - 1e-3
     assert plan.method == "auto" and plan.trials[0].startswith("mse ranges:")
     tried = [trial for trial in plan.trials[1:] if " dB, " in trial]
-    assert len(tried) > 2 and all("kept" in trial for trial in tried)
+    assert len(tried) > 1 and all("kept" in trial for trial in tried)
     kept = [trial.partition(": ")[0] for trial in tried if trial.endswith(", kept")]
     assert plan.notes[0].startswith(", ".join(["mse ranges", *kept]) + ": ")
     assert f"({1 + len(kept)} of {1 + len(tried)} trials kept)" in plan.notes[0]

@@ -4,10 +4,10 @@
         [--images 4 16 64 256 1024] [--tested 2000]
 
 Needs COMPRESS_DATA (the folder with checkpoints/) and COMPRESS_CIFAR10 (cifar10.npz). Ours scores
-by obs, without labels, and refits on the same images; Torch-Pruning's global group L2 scores without
-images and has BatchNorm's statistics estimated anew on them. The images are the first ones of the
-training set. Networks are those of pruning_curves.py, which trains the depthwise one. Written to
-benchmarks/results/pruning_images.json after every cut; the same call goes on from there.
+by obs, without labels, and refits on the same images; Torch-Pruning's global group L2 scores
+without images and has BatchNorm's statistics estimated anew on them. The images are the first ones
+of the training set. Networks are those of pruning_curves.py, which trains the depthwise one.
+Written to benchmarks/results/pruning_images.json after every cut; the same call goes on from there.
 """
 
 from __future__ import annotations

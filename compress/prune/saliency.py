@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -67,17 +67,7 @@ def scores(
     shown = list(batches or ())
     answers = replace(answers, temperature=getattr(criterion, "temperature", 1.0))
     given = functools.partial(checked, loss) if loss is not None else None
-    count = sum(len(batch) for batch in read_batches(shown)) if wanted else 0
-    images = getattr(criterion, "images_per_gradient", IMAGES_PER_GRADIENT)
-    seen = Evidence()
-    for need in wanted:
-        of: Loss | None = given
-        times = 1
-        if need == "answers":  # other ones are drawn each time; losses may be of several images
-            of, times = answers, max(1, GRADIENTS // max(1, count))
-            images = min(images, max(1, count // GRADIENTS))
-        found = evidence(model, network, need, shown * times, of, images, answers.seed)
-        seen = replace(seen, **{field: value for field, value in vars(found).items() if value})
+    seen = _all_evidence(model, network, criterion, wanted, shown, answers, given)
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     scales = frozenset(f"{n}.weight" for n, m in model.named_modules() if isinstance(m, NORMS))
     norms: dict[tuple[str, int, int], Tensor] = {}
@@ -98,6 +88,29 @@ def scores(
             fix=f"Give trained weights{because if wanted else ', or use the criterion random'}",
         )
     return rows
+
+
+def _all_evidence(
+    model: nn.Module,
+    network: Network,
+    criterion: Criterion,
+    needs: Iterable[Need],
+    batches: Sequence[Any],
+    answers: SampledAnswers,
+    loss: Loss | None,
+) -> Evidence:
+    """Return the evidence for each need; of few images answers are drawn several times."""
+    images = getattr(criterion, "images_per_gradient", IMAGES_PER_GRADIENT)
+    count = sum(map(len, read_batches(batches)))
+    found = Evidence()
+    for need in needs:
+        shown, of, size = batches, loss, images
+        if need == "answers":  # not of losses of targets, which may be of several images
+            shown, of = [*batches] * max(1, GRADIENTS // max(1, count)), answers
+            size = min(images, max(1, count // GRADIENTS))
+        new = evidence(model, network, need, shown, of, size, answers.seed)
+        found = replace(found, **{field: value for field, value in vars(new).items() if value})
+    return found
 
 
 def takes_targets(criterion: Criterion | type[Any]) -> bool:

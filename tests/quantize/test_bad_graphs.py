@@ -51,21 +51,6 @@ def test_a_size_that_the_graph_cannot_take_names_node_and_sizes(tmp_path):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("kind", [np.float64], ids=str)
-def test_a_network_of_another_precision_is_to_be_converted_first(kind, tmp_path):
-    model = two_layers().model()
-    code = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind))
-    for tensor in model.graph.initializer:
-        value = onnx.numpy_helper.to_array(tensor)
-        if value.dtype == np.float32:
-            tensor.CopyFrom(onnx.numpy_helper.from_array(value.astype(kind), tensor.name))
-    for value in (*model.graph.input, *model.graph.output):
-        value.type.tensor_type.elem_type = code
-    feed = images(two_layers().model(), 16)["input"].astype(kind)
-    with pytest.raises(QuantizationError, match="Convert it to fp32 first"):
-        quantized(model, [feed], tmp_path)
-
-
 def test_missing_external_data_is_named(tmp_path):
     model = two_layers().model()
     options = {"save_as_external_data": True, "location": "weights.bin", "size_threshold": 0}

@@ -101,11 +101,11 @@ def _all_evidence(
 ) -> Evidence:
     """Return the evidence for each need; of few images answers are drawn several times."""
     images = getattr(criterion, "images_per_gradient", IMAGES_PER_GRADIENT)
-    count = sum(map(len, read_batches(batches)))
     found = Evidence()
     for need in needs:
         shown, of, size = batches, loss, images
         if need == "answers":  # not of losses of targets, which may be of several images
+            count = sum(map(len, read_batches(batches)))
             shown, of = [*batches] * max(1, GRADIENTS // max(1, count)), answers
             size = min(images, max(1, count // GRADIENTS))
         new = evidence(model, network, need, shown, of, size, answers.seed)

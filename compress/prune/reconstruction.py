@@ -267,7 +267,7 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
     owners = Counter(id(weight) for m in modules.values() for weight in m._parameters.values())
     calls: Counter[str] = Counter()
 
-    def count(name: str, module: nn.Module, inputs: tuple[Tensor, ...], answer: Tensor) -> None:
+    def count(name: str, module: nn.Module, inputs: tuple[Tensor, ...], answer: Any) -> None:
         if inputs and is_linear_in_its_weight(module, inputs[0], answer):
             calls.update([name])
 

@@ -20,7 +20,7 @@ Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = Conv | nn.Linear | Transposed
 
 
-def is_linear_in_its_weight(module: nn.Module, x: Tensor, answer: Tensor) -> bool:
+def is_linear_in_its_weight(module: nn.Module, x: Tensor, answer: Any) -> bool:
     """Say whether what it answered to ``x`` is one product with its weight, plus its bias.
 
     Of torch's own classes it is, but for transposed convolutions in groups, which are not read. A
@@ -29,8 +29,11 @@ def is_linear_in_its_weight(module: nn.Module, x: Tensor, answer: Tensor) -> boo
     """
     if type(module) in get_args(Layer):
         return not isinstance(module, Transposed) or module.groups == 1
+    if not isinstance(answer, Tensor):
+        return False
     if isinstance(module, nn.Linear):
-        return torch.equal(F.linear(x, module.weight, module.bias), answer)
+        fits = module.weight.ndim == 2 and x.shape[-1:] == module.weight.shape[1:]
+        return fits and torch.equal(F.linear(x, module.weight, module.bias), answer)
     return isinstance(module, Conv) and _product(module, x, answer) is not None
 
 

@@ -73,6 +73,23 @@ class Doubled(nn.Linear):
         return super().forward(input) * 2
 
 
+class Paired(nn.Linear):
+    """Gives its bias back apart, as parallel layers do."""
+
+    def forward(self, input: Tensor) -> Any:
+        return nn.functional.linear(input, self.weight), self.bias
+
+
+class PairedHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = Paired(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        answer, bias = self.last(x.mean((2, 3)))
+        return answer + bias
+
+
 class Named(nn.Linear):
     """Computes what any other linear layer does."""
 
@@ -139,6 +156,15 @@ def test_derived_linear_layers_are_fitted_where_they_are_linear(
     weight = pruned.get_parameter("3.2.weight").clone()
     refit(pruned, model, plan, images())
     assert torch.equal(weight, pruned.get_parameter("3.2.weight")) != is_fitted
+
+
+def test_a_layer_that_gives_several_things_is_left_alone() -> None:
+    torch.manual_seed(0)
+    model = twins(nn.Conv2d(3, 6, 3), PairedHead())
+    pruned, plan = without_channel_1(model, torch.randn(1, 3, 9, 9))
+    weight = pruned.get_parameter("3.last.weight").clone()
+    refit(pruned, model, plan, images())
+    assert torch.equal(weight, pruned.get_parameter("3.last.weight"))
 
 
 def test_linear_layers_and_depthwise_ones_are_fitted_too() -> None:

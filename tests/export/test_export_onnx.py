@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CompressError, ExportError
+from compress.errors import CompressError, ExportError, UsageError
 from compress.export import (
     Preprocess,
     conversion,

@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +158,18 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--networks", nargs="+", default=["resnet20", *TRAINED, "resnet56"])
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.8, 0.6, 0.4, 0.2])
-    parser.add_argument("--arms", nargs="+", default=arms(), choices=arms())
+def begun(parser: argparse.ArgumentParser, out: Path) -> tuple[Any, Dataset, dict[str, Any]]:
+    """Return the options, with those that all curves have, the data, and what is measured already.
+
+    Raises:
+        SystemExit: data is missing, or the file at hand is of another number of test images.
+    """
     parser.add_argument("--tested", type=int, default=2000, help="test images")
     parser.add_argument("--epochs", type=int, help="of networks that are trained here")
     parser.add_argument("--npz", default=os.environ.get("COMPRESS_CIFAR10"))
     parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA"))
     parser.add_argument("--cache", type=Path, default=Path("runs") / "benchmarks")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=out)
     given = parser.parse_args()
     if not given.npz or not given.data:
         raise SystemExit("set COMPRESS_DATA and COMPRESS_CIFAR10, or give --data and --npz")
@@ -175,6 +177,31 @@ def main() -> None:
     content: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
     if content.get("tested", given.tested) != given.tested:
         raise SystemExit(f"{given.out} was measured on {content['tested']} images: give --tested")
+    return given, dataset, content
+
+
+def write(
+    out: Path, tested: int, points: list[Any], text: Callable[[Any], str], **more: Any
+) -> None:
+    """Write the points measured so far, with date and machine, and their table."""
+    content = {
+        "tested": tested,
+        **more,
+        "points": points,
+        "date": time.strftime("%Y-%m-%d"),
+        **environment.describe_machine(Path(__file__).parent),
+    }
+    out.parent.mkdir(exist_ok=True)
+    out.write_text(json.dumps(content, indent=1) + "\n")
+    out.with_suffix(".md").write_text(text(content))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--networks", nargs="+", default=["resnet20", *TRAINED, "resnet56"])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.3, 0.8, 0.6, 0.4, 0.2])
+    parser.add_argument("--arms", nargs="+", default=arms(), choices=arms())
+    given, dataset, content = begun(parser, RESULTS)
     points = content.get("points", [])
     done = {(p["network"], p["arm"], p["asked"]) for p in points}
     for name in given.networks:
@@ -198,16 +225,7 @@ def main() -> None:
                 found["failed"] = f"{type(error).__name__}: {error}"[:200]
             points.append(found)
             print(found, flush=True)
-            content = {
-                "tested": given.tested,
-                "images": 128 * BATCHES,
-                "points": points,
-                "date": time.strftime("%Y-%m-%d"),
-                **environment.describe_machine(Path(__file__).parent),
-            }
-            given.out.parent.mkdir(exist_ok=True)
-            given.out.write_text(json.dumps(content, indent=1) + "\n")
-            given.out.with_suffix(".md").write_text(table(content))
+            write(given.out, given.tested, points, table, images=128 * BATCHES)
 
 
 if __name__ == "__main__":

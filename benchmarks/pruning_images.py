@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,8 @@ import pruning_curves as curves
 from torch import nn
 
 import compress
-from compress import environment
-from compress.data import Dataset, load_data
+from compress.data import Dataset
 from compress.prune import plan_pruning, recalibrate_batchnorm, refit
-from compress.recipe.settings import DataSettings
 
 RESULTS = Path(__file__).parent / "results" / "pruning_images.json"
 ARMS = ("compress", "torch-pruning, BatchNorm again")
@@ -69,19 +65,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56", "mobilenet"])
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--images", type=int, nargs="+", default=[4, 16, 64, 256, 1024])
-    parser.add_argument("--tested", type=int, default=2000, help="test images")
-    parser.add_argument("--epochs", type=int, help="of networks that are trained here")
-    parser.add_argument("--npz", default=os.environ.get("COMPRESS_CIFAR10"))
-    parser.add_argument("--data", default=os.environ.get("COMPRESS_DATA"))
-    parser.add_argument("--cache", type=Path, default=Path("runs") / "benchmarks")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args()
-    if not given.npz or not given.data:
-        raise SystemExit("set COMPRESS_DATA and COMPRESS_CIFAR10, or give --data and --npz")
-    dataset = load_data(DataSettings(name="npz", root=given.npz, validation=0.0))
-    content: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
-    if content.get("tested", given.tested) != given.tested:
-        raise SystemExit(f"{given.out} was measured on {content['tested']} images: give --tested")
+    given, dataset, content = curves.begun(parser, RESULTS)
     points = content.get("points", [])
     done = {(p["network"], p["keep"], p["arm"], p["images"]) for p in points}
     for name in given.networks:
@@ -98,15 +82,7 @@ def main() -> None:
             point["top1_pct"] = round(curves.top1_pct(small, dataset, given.tested), 2)
             points.append(point)
             print(point, flush=True)
-            content = {
-                "tested": given.tested,
-                "points": points,
-                "date": time.strftime("%Y-%m-%d"),
-                **environment.describe_machine(Path(__file__).parent),
-            }
-            given.out.parent.mkdir(exist_ok=True)
-            given.out.write_text(json.dumps(content, indent=1) + "\n")
-            given.out.with_suffix(".md").write_text(table(content))
+            curves.write(given.out, given.tested, points, table)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,9 @@ def data_settings(given: Given) -> DataSettings:
     try:
         return DataSettings(**data_part(given))
     except ValidationError as error:
-        first = error.errors()[0]
+        first = max(
+            error.errors(), key=lambda each: len(each["loc"])
+        )  # of the form that came nearest
         option = str(first["loc"][0]).replace("_", "-")
         raise UsageError(f"--{option} {first['input']!r}: {first['msg']}") from None
 

@@ -557,6 +557,7 @@ def test_check_compares_the_task_with_the_labels_and_the_stages(compress, recipe
     [
         ("8,b", "--image-size '8,b'. Expected pixels: 224, or height and width: 240,320"),
         ("8,8,8", "--image-size '8,8,8'. Expected pixels"),
+        ("0,8", "--image-size 0: Input should be greater than or equal to 4"),
     ],
 )
 def test_a_size_that_is_none_is_refused(compress, size, said):

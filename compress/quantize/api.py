@@ -179,7 +179,7 @@ def quantize_targets(
                 own = statistics.of(observed_tensors(planned, [target]))
                 bench = Workbench(planned, images, own, target, observer, excluded)
                 bench.overflows = method == "auto" and overflows(target)
-                check = Confirmation(prepared, given | bench.held_back, images.fixed_batch)
+                check = Confirmation(prepared, given | bench.for_runtime(), images.fixed_batch)
                 try:
                     plan, written[target] = confirmed(bench, plan_by(method, bench), check)
                 except QuantizationError as error:

@@ -33,6 +33,7 @@ from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
 
 IMAGES = 4  # that the runtime answers
+_SURE = 16  # and as many where an answer is but a few numbers: of two classes chance decides
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
 _GAIN_DB = 1.0  # by which a remedy brings each output closer
 _FINE_DB = 40.0  # and above this no layer is at fault
@@ -110,8 +111,12 @@ class Confirmation:
     def feeds(self) -> list[Feed]:
         """The inputs of one run each; a fixed batch is filled."""
         batch = self.fixed or 1
-        some = {n: v[: IMAGES * batch] if v.ndim > 1 else v for n, v in self.feed.items()}
-        return list(portions(some, batch))
+        answer = answers(self.prepared, self._first(batch), names=self.names)
+        few = any(value.size < _FEW_VALUES for value in answer)
+        return list(portions(self._first((_SURE if few else IMAGES) * batch), batch))
+
+    def _first(self, images: int) -> Feed:
+        return {n: v[:images] if v.ndim > 1 else v for n, v in self.feed.items()}
 
     def _in_runtime(
         self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str], runtime: str

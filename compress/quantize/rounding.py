@@ -52,9 +52,7 @@ def improve_rounding(
         value = graph.constant(node.input[1])
         if value is None or not _fits(graph, node):
             return None
-        groups = attribute(node, "group", 1)
-        x = _patches(node, value.shape, layer.incoming, generator)
-        codes, scales = fit_codes(x, value.reshape(groups, value.shape[0] // groups, -1))
+        codes, scales = fit_codes(*_inputs_and_rows(layer, node, value, generator))
         flat = scales.reshape(-1)
         packed = pack_codes(codes.reshape(value.shape))
         weights[node.input[1]] = WeightScales(0, tuple(float(s) for s in flat), packed)
@@ -63,6 +61,30 @@ def improve_rounding(
 
     bare = plan.changed(biases={})
     return correct_biases(prepared, bare, feed, known, choose).changed(weights=weights)
+
+
+def codes_at(
+    scales: NDArray[np.float32],
+    layer: QuantizedLayer,
+    node: NodeProto,
+    value: NDArray[np.float32],
+) -> NDArray[np.int8]:
+    """Return the integers of a layer's weight ``value``, (O, ...), for given ``scales``, (O,)."""
+    x, rows = _inputs_and_rows(layer, node, value, np.random.default_rng(0))
+    codes, _ = _round_with_feedback(rows, scales.reshape(rows.shape[:2]), _roots(_gram(x)))
+    return codes.reshape(value.shape)
+
+
+def _inputs_and_rows(
+    layer: QuantizedLayer,
+    node: NodeProto,
+    value: NDArray[np.float32],
+    generator: np.random.Generator,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return what a convolution reads, (G, K, P), and its weights, (G, O, K)."""
+    groups = attribute(node, "group", 1)
+    x = _patches(node, value.shape, layer.incoming, generator)
+    return x, value.reshape(groups, value.shape[0] // groups, -1)
 
 
 def fit_codes(
@@ -74,14 +96,11 @@ def fit_codes(
     are largest/m, for m = 127 and, where they cost little, for less: few weights, as the nine of a
     depthwise filter, may lie on a coarser grid by luck.
     """
-    gram = np.stack([each @ each.T for each in x])  # of a matrix and itself, at half the price
-    diagonal = np.einsum("gkk->gk", gram)  # a view
-    diagonal += _RIDGE * diagonal.mean(1, keepdims=True) + 1e-12
     finest = default_scales(weight.reshape(-1, weight.shape[2]), 0).reshape(weight.shape[:2])
     grids = _FINENESS[: max(1, _PRODUCTS // (weight.size * weight.shape[2]))]
     tried = np.asarray(finest[:, :, None] * (127 / grids), np.float32)  # (G, O, F)
     repeated = np.repeat(weight, len(grids), axis=1)
-    codes, losses = _round_with_feedback(repeated, tried.reshape(len(x), -1), _roots(gram))
+    codes, losses = _round_with_feedback(repeated, tried.reshape(len(x), -1), _roots(_gram(x)))
     best = losses.reshape(tried.shape).argmin(2)[:, :, None]
     codes = codes.reshape(*tried.shape, -1)
     codes = np.take_along_axis(codes, best[..., None], 2)[:, :, 0]
@@ -110,6 +129,14 @@ def _round_with_feedback(
             left[:, :, k] = weight[:, :, k] - code * scales
             losses += np.square((left[:, :, k] + owed) * lower[:, k, k, None])
     return codes, losses
+
+
+def _gram(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return x @ x.T of each group, (G, K, K), with a ridge."""
+    gram = np.stack([each @ each.T for each in x])  # of a matrix and itself, at half the price
+    diagonal = np.einsum("gkk->gk", gram)  # a view
+    diagonal += _RIDGE * diagonal.mean(1, keepdims=True) + 1e-12
+    return gram
 
 
 def _roots(gram: NDArray[np.float32]) -> NDArray[np.float32]:

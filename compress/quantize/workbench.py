@@ -105,6 +105,10 @@ class Workbench:
         """Return the images that were fitted to and those held back, together."""
         return {n: np.concatenate([a, self.held_back[n]]) for n, a in self.fitted.items()}
 
+    def for_runtime(self) -> Feed:
+        """Return all images, those that were held back first."""
+        return {n: np.concatenate([self.held_back[n], a]) for n, a in self.fitted.items()}
+
     def judge(self, plan: QuantPlan) -> Closeness:
         """Return how close the judged tensors come on the images that judge."""
         bare = plan.changed(method="", notes=())

@@ -10,10 +10,11 @@ from test_methods import bench_of
 from compress.graph.model import GraphIndex
 from compress.qdq.plan import unpack_codes
 from compress.qdq.writer import write_qdq
-from compress.quantize import headroom
+from compress.quantize import overflow
 from compress.quantize.confirm import seven_bits
-from compress.quantize.headroom import largest_codes, largest_sums, with_headroom
+from compress.quantize.headroom import with_headroom
 from compress.quantize.layerwise import layers
+from compress.quantize.overflow import LargestCodes, in_pairs, largest_codes, largest_sums
 from compress.quantize.search import auto
 
 
@@ -26,39 +27,57 @@ def saturating(codes, activations):
     return np.clip(pairs, -(2**15), 2**15 - 1).sum(-1)
 
 
+def in_one_row(op, codes):
+    """Return the weights of each output, (O, taps, C), in the order in which kernels multiply."""
+    return {
+        "Conv": lambda: codes.transpose(0, 2, 3, 1).reshape(6, -1, 5),
+        "Gemm": lambda: codes[:, None],
+        "MatMul": lambda: codes.T[:, None],
+        "ConvTranspose": lambda: codes.transpose(1, 2, 3, 0).reshape(6, -1, 5),
+    }[op]()
+
+
 @pytest.mark.parametrize("op", ["Conv", "Gemm", "MatMul", "ConvTranspose"])
-def test_the_largest_sum_is_that_of_every_pair(op):
+def test_no_sum_of_a_pair_is_larger_than_the_largest(op):
     rng = np.random.default_rng(0)
     shape = {"Conv": (6, 5, 3, 3), "Gemm": (6, 7), "MatMul": (7, 6), "ConvTranspose": (5, 6, 2, 2)}
     codes = rng.integers(-127, 128, shape[op]).astype(np.int8)
-    inputs = {"Conv": 5, "ConvTranspose": 5}.get(op, 7)
-    largest = rng.integers(0, 256, inputs).astype(float)
+    seen = rng.integers(0, 256, (50, {"Conv": 5, "ConvTranspose": 5}.get(op, 7)))
+    pairs = in_pairs(seen)  # (P, C / 2, 2)
     node = helper.make_node(op, ["x", "w"], ["y"], **({"transB": 1} if op == "Gemm" else {}))
-    rows = {
-        "Conv": lambda: codes.transpose(0, 2, 3, 1).reshape(6, -1),
-        "Gemm": lambda: codes,
-        "MatMul": lambda: codes.T,
-        "ConvTranspose": lambda: codes.transpose(1, 2, 3, 0).reshape(6, -1),
-    }[op]()
-    seen = np.tile(largest, rows.shape[1] // inputs)
-    expected = [
-        max(
-            (abs(row[k] * seen[k] + row[k + 1] * seen[k + 1]) for k in range(len(row) - 1)
-             if row[k] * row[k + 1] * seen[k] * seen[k + 1] > 0),
-            default=0,
-        )
-        for row in rows.astype(int)
-    ]  # fmt: skip
-    np.testing.assert_allclose(largest_sums(node, codes, largest), expected)
+    rows = in_pairs(in_one_row(op, codes).astype(int))  # (O, taps, C / 2, 2)
+    products = rows[:, :, None] * pairs
+    of_one_sign = rows.prod(-1)[:, :, None] > 0
+    real = (np.abs(products.sum(-1)) * of_one_sign).max((1, 2, 3))
+    apart = (np.abs(rows * pairs.max(0)).sum(-1) * (rows.prod(-1) > 0)).max((1, 2))
+
+    alone, together = pairs.max(0).astype(float)[None], pairs.sum(2).max(0).astype(float)[None]
+    told = largest_sums(node, codes, LargestCodes(alone, together))
+    assert (real <= told).all() and (told <= apart).all() and (told < apart).any()
+    separate = LargestCodes(alone, alone.sum(-1))
+    np.testing.assert_allclose(largest_sums(node, codes, separate), apart)
+
+
+def of(*codes):
+    """Return the largest codes of channels that are all large in one place, by group."""
+    alone = in_pairs(np.array(codes, float))
+    return LargestCodes(alone, alone.sum(-1))
 
 
 def test_groups_have_inputs_of_their_own_and_depthwise_layers_no_neighbours():
     codes = np.full((4, 2, 1, 1), 100, np.int8)
     node = helper.make_node("Conv", ["x", "w"], ["y"], group=2)
-    sums = largest_sums(node, codes, np.array([1.0, 2, 30, 40]))
+    sums = largest_sums(node, codes, of([1, 2], [30, 40]))
     assert sums.tolist() == [300, 300, 7000, 7000]
     node = helper.make_node("Conv", ["x", "w"], ["y"], group=8)
-    assert not largest_sums(node, np.full((8, 1, 3, 3), 127, np.int8), np.full(8, 255.0)).any()
+    channels = of(*[[255]] * 8)
+    assert not largest_sums(node, np.full((8, 1, 3, 3), 127, np.int8), channels).any()
+
+
+def test_the_second_and_the_third_input_are_no_pair():
+    codes = np.array([[0, 100, 100, 0], [100, 100, 0, 0]], np.int8).reshape(2, 4, 1, 1)
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    assert largest_sums(node, codes, of([255] * 4)).tolist() == [0, 51_000]
 
 
 def network():
@@ -136,8 +155,25 @@ def test_channels_that_cannot_overflow_keep_their_step():
         np.testing.assert_array_equal(codes[0][same], codes[1][same])
 
 
+def test_longer_steps_are_rounded_with_feedback_too():
+    bench = bench_of(network(), target="openvino")
+    safe = with_headroom(bench, bench.rounded(bench.ranges()))
+    written = write_qdq(bench.prepared, safe, float_bias=True)
+    (layer,) = layers(written, bench.fitted, ["second"])
+    chosen = safe.weights["second_w"]
+    scales = np.asarray(chosen.scales)[:, None, None, None]
+    value = GraphIndex(bench.prepared).constant("second_w")
+    codes = unpack_codes(chosen.codes, value.shape)
+    wanted = layer.run(value)
+    noise = [
+        np.square(layer.run((each * scales).astype(np.float32)) - wanted).sum()
+        for each in (codes, np.rint(value / scales))
+    ]
+    assert noise[0] < 0.7 * noise[1]
+
+
 def test_a_network_that_cannot_overflow_keeps_its_plan(monkeypatch):
-    monkeypatch.setattr(headroom, "LARGEST_SUM", 2**20)
+    monkeypatch.setattr(overflow, "LARGEST_SUM", 2**20)
     bench = bench_of(network(), target="openvino")
     plan = bench.ranges()
     assert with_headroom(bench, plan) is plan
@@ -151,7 +187,9 @@ def test_a_layer_that_reads_float_has_no_integers():
         x.node.name: largest_codes(x) for x in layers(written, bench.fitted, ["first", "second"])
     }
     assert found["first"] is None
-    assert found["second"].shape == (16,) and found["second"].max() > 200
+    alone, together = found["second"].alone, found["second"].together
+    assert alone.shape == (1, 8, 2) and together.shape == (1, 8) and alone.max() > 200
+    assert (together <= alone.sum(2)).all() and (together < 0.98 * alone.sum(2)).any()
 
 
 def test_a_graph_of_a_fixed_batch_is_asked_for_one():

@@ -256,6 +256,25 @@ def test_few_values_are_judged_over_all_images(tmp_path, monkeypatch):
     assert seen[0] == [] and len(seen[1]) == 1
 
 
+@pytest.mark.parametrize(("outputs", "asked"), [(("logits",), 16), (("features",), 4)])
+def test_answers_of_few_numbers_are_asked_for_on_more_images(outputs, asked, tmp_path, monkeypatch):
+    """Of four images with two scores each chance takes 4 dB: PP-OCR's classifier lost 3 by it."""
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "stem", 3, 8))
+    s.head(x, 8)
+    s.op("Identity", [x], "features")
+    seen = []
+
+    def answer(self, written, feeds, names, runtime):
+        seen.append(feeds)
+        return confirm.answers_each(written, feeds, names=names)
+
+    lying(monkeypatch, answer)
+    quantized(s.model(outputs), tmp_path)
+    (feeds,) = seen
+    assert len(feeds) == len({feed["input"].tobytes() for feed in feeds}) == asked
+
+
 @pytest.mark.parametrize(("amounts", "lost"), [((0, 0, 0, 9), 0), ((4, 4, 4, 4), 1)])
 def test_an_image_of_next_to_no_answer_is_no_defect(amounts, lost, monkeypatch):
     """A detector's scores for an image without objects: what they lose is nothing to the rest."""

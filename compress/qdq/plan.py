@@ -66,6 +66,23 @@ class Equalization:
 
 
 @dataclass(frozen=True)
+class InputGrid:
+    """Values that ``node`` reads: low + step * k in each channel, for k = 0..255."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    node: str  # a Conv
+    steps: tuple[Factor, ...]  # of each input channel
+    lows: tuple[Value, ...]  # of each input channel
+    zero: Annotated[int, Field(ge=0, le=255)]  # the k that becomes 0
+
+    @property
+    def step(self) -> float:
+        """The step that all channels are brought to."""
+        return sum(self.steps) / len(self.steps)
+
+
+@dataclass(frozen=True)
 class QuantPlan:
     """How one fp32 graph is quantized. Tensors and nodes are named as in the prepared graph."""
 
@@ -79,6 +96,8 @@ class QuantPlan:
     weights: Mapping[str, WeightScales] = field(default_factory=dict)
     # Corrected biases, by node
     biases: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    # Inputs that are brought to a grid that integers hold exactly
+    grids: tuple[InputGrid, ...] = ()
     # Rescalings between neighbouring layers, applied in this order
     equalization: tuple[Equalization, ...] = ()
     float_nodes: Mapping[str, str] = field(default_factory=dict)  # nodes left in float, and why
@@ -102,7 +121,7 @@ class QuantPlan:
 
     def without_weights(self) -> QuantPlan:
         """Return a copy that knows nothing of the weights' values, for weights trained since."""
-        return self.changed(weights={}, biases={}, equalization=())
+        return self.changed(weights={}, biases={}, equalization=(), grids=())
 
     def to_json(self) -> dict[str, Any]:
         """Return this plan as JSON-able data."""

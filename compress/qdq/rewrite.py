@@ -14,15 +14,17 @@ from compress.errors import QuantizationError
 from compress.graph.model import WEIGHTED, attribute, channel_axis
 from compress.graph.rewrites import is_convolution, write_convolution
 from compress.graph.values import EditableGraph, constant, is_never_negative, set_input
+from compress.qdq.grid import put_on_grid
 from compress.qdq.plan import QuantPlan
 
 
 def apply_corrections(model: ModelProto, plan: QuantPlan) -> ModelProto:
-    """Return ``model`` with neighbouring layers rescaled and biases replaced as ``plan`` says.
+    """Return ``model`` with inputs on their grids, layers rescaled and biases replaced.
 
     Raises:
         QuantizationError: the plan names a node that is not there or does not fit.
     """
+    model = put_on_grid(model, plan)
     if not plan.equalization and not plan.biases:
         return model
     graph = EditableGraph(model)

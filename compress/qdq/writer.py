@@ -16,6 +16,7 @@ from compress.graph.model import BIAS_LIMIT, SAME_SCALE, GraphIndex, channel_axi
 from compress.graph.preprocess import finished, prepare
 from compress.graph.values import EditableGraph, constant, maker, name_of
 from compress.graph.weightless import check_graph, infer_shapes
+from compress.qdq.grid import put_on_grid
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales, unpack_codes
 from compress.qdq.rewrite import correct, rewrite_for
@@ -81,7 +82,7 @@ def write_qdq(
 
 
 def _written(prepared: ModelProto, plan: QuantPlan, target: str, float_bias: bool) -> ModelProto:
-    rewritten = rewrite_for(prepared, target)
+    rewritten = rewrite_for(put_on_grid(prepared, plan), target)
     placement = place(GraphIndex(rewritten), target, plan.float_nodes)  # corrections move nothing
     del rewritten.graph.value_info[:]  # of a copy: what shapes there are is found anew
     graph = EditableGraph(rewritten)

@@ -41,7 +41,7 @@ def auto(bench: Workbench) -> QuantPlan:
     if math.isnan(search.best.found.weakest_db):  # nothing can be told apart
         return search.best.plan.changed(notes=tuple(search.notes))
     search.spare()
-    effort = 6 * _RANGES + _BIASES + _ROUNDING
+    effort = 7 * _RANGES + _BIASES + _ROUNDING
     refit = _BIASES * images_in(bench.all_images()) / images_in(bench.tried)
     with progress.task("Trying corrections", round(effort + refit)) as counter:
         search.counter = counter
@@ -49,6 +49,7 @@ def auto(bench: Workbench) -> QuantPlan:
         for observer in () if bench.observer else wider:
             if not search.widen(observer):
                 break
+        search.hold_pixels()
         ranges = search.best
         for alpha in (0.5, 0.25, 0.0):  # 0: in front of depthwise layers alone
             search.attempt(
@@ -87,7 +88,7 @@ class _Search:
 
     def __init__(self, bench: Workbench, plan: QuantPlan) -> None:
         self.bench = bench
-        self.best = self.plain = Trial(plan, bench.judge(plan))
+        self.best = self.plain = self.start = Trial(plan, bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
 
@@ -116,6 +117,19 @@ class _Search:
         self.counter.advance(_RANGES, note=f"best {_told(self.best.found)}")
         return kept
 
+    def hold_pixels(self) -> None:
+        """Let integers hold pixels exactly, whatever that brings by itself.
+
+        Weights rounded to nearest may then shift means more than before; to mend that is what
+        corrections are for. Where none of them is kept, the plan without it is there still.
+        """
+        self.start = self.best
+        plan = self.bench.exact(self.best.plan)
+        if plan is not self.best.plan:
+            self.best = self.plain = Trial(plan, self.bench.judge(plan))
+            self.notes.append(f"exact pixels: {_told(self.best.found)}, kept")
+        self.counter.advance(_RANGES, note=f"best {_told(self.best.found)}")
+
     def attempt(self, what: str, effort: float, start: Trial, step: Step) -> None:
         """Take another step from ``start``; keep the result if it is the best so far.
 
@@ -140,6 +154,9 @@ class _Search:
 
         Weights get the headroom that they need where products overflow.
         """
+        if self.start.exceeds(self.best):
+            self.best = self.start
+            self.notes.append("exact pixels brought nothing")
         best, bench, feed = self.best, self.bench, self.bench.all_images()
         plan = best.plan
         if bench.overflows:

@@ -18,6 +18,7 @@ from compress.quantize.equalization import equalize
 from compress.quantize.images import CalibrationImages, Feed, images_in
 from compress.quantize.layerwise import FloatMeans, correct_biases
 from compress.quantize.notes import float_parts, of_judging, of_sessions
+from compress.quantize.pixels import as_rounded, with_exact_pixels
 from compress.quantize.planning_graph import judged_tensors, with_free_batch
 from compress.quantize.rounding import improve_rounding, search_weight_scales
 from compress.quantize.sqnr import Closeness, answers, closeness
@@ -25,6 +26,7 @@ from compress.quantize.sqnr import Closeness, answers, closeness
 FITTED, HELD_BACK = 64, 64  # images that corrections are fitted to, and set aside for judging
 TRIED, JUDGED = 16, 32  # as many of these serve while corrections are tried; more if small
 _LARGE, _MORE = 3 * 224 * 224 // 4, 4  # values of an image, below which so many times as many do
+_HEARD_DB = 18.0  # that a noise may lie below another, which corrections make 8 dB smaller
 SCREENED = 4  # images on which many plans are compared, of which one is then judged
 
 
@@ -82,12 +84,27 @@ class Workbench:
 
     def equalized(self, plan: QuantPlan, alpha: float) -> QuantPlan:
         """Return ``plan`` with rescalings and the ranges of the rescaled graph."""
-        bare = plan.changed(weights={}, biases={}, equalization=())
+        bare = plan.changed(weights={}, biases={}, equalization=(), grids=())
         step, seen = equalize(self.prepared, bare, self.statistics, alpha)
         if step.equalization == plan.equalization:
             return plan
         observer = next(iter(plan.activations.values())).observer
-        return step.changed(activations=self.ranges(seen, observer).activations)
+        ranges = {**plan.activations, **self.ranges(seen, observer).activations}
+        return step.changed(activations=ranges, grids=plan.grids)
+
+    def exact(self, plan: QuantPlan) -> QuantPlan:
+        """Return ``plan`` with pixels held exactly, where what rounds them now can be heard."""
+        found = with_exact_pixels(self.prepared, plan, self.tried)
+        if found is plan:
+            return plan
+        seen = {name: as_rounded(plan, name, values) for name, values in self.judging.items()}
+        got = answers(self.prepared, seen, names=self.judged)
+        alone = closeness(self.reference, got, images_in(self.judging)).each_db
+        total = self.judge(plan).each_db
+        heard = any(
+            one < all_of_it + _HEARD_DB for one, all_of_it in zip(alone, total, strict=True)
+        )
+        return found if heard else plan
 
     def scaled(self, plan: QuantPlan) -> QuantPlan:
         """Return ``plan`` with searched weight scales."""

@@ -50,6 +50,9 @@ class Bench:
     def corrected(self, plan, feed):
         return self.step("bias", plan, feed)
 
+    def exact(self, plan):
+        return plan
+
     def equalized(self, plan, alpha):
         return plan.changed(method=f"{plan.method} equal{alpha:g}")
 
@@ -74,6 +77,17 @@ def test_equalization_is_chosen_before_biases_are_corrected():
     bench = Bench(mse=(20.0, 20.0), **better)
     assert auto(bench).method == "mse equal0.25 bias"
     assert bench.fed == [("round", 16), ("bias", 16), ("bias", 128)]
+
+
+@pytest.mark.parametrize(("rounded", "method"), [(23.0, "mse exact round"), (18.5, "mse")])
+def test_pixels_are_held_unless_nothing_makes_that_good(rounded, method):
+    class OfPixels(Bench):
+        def exact(self, plan):
+            return plan.changed(method=f"{plan.method} exact")
+
+    table = {"mse": (20.0, 20.0), "mse_exact": (18.0, 18.0), "mse_round": (22.0, 22.0)}
+    bench = OfPixels(**table, mse_exact_round=(rounded, rounded))
+    assert auto(bench).method == method
 
 
 def test_biases_are_not_corrected_alone_where_rounding_does_it():

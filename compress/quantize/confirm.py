@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any
 
@@ -33,7 +33,7 @@ from compress.quantize.workbench import Workbench
 from compress.runtimes import BuildRequest
 
 IMAGES = 4  # that the runtime answers
-_SURE = 16  # and as many where an answer is but a few numbers: of two classes chance decides
+_SURE = 16  # and as many where answers of few numbers say that it is wrong
 _LOST_DB = 3.0  # an integer kernel that rounds in another way loses less
 _GAIN_DB = 1.0  # by which a remedy brings each output closer
 _FINE_DB = 40.0  # and above this no layer is at fault
@@ -69,6 +69,7 @@ class Confirmation:
     prepared: ModelProto  # the fp32 graph, with all inputs of the file
     feed: Feed  # images, and the values of inputs that are none
     fixed: int | None  # the batch that the graph fixes, or None
+    images: int = IMAGES  # number of runs
 
     @cached_property
     def names(self) -> list[str]:
@@ -111,12 +112,8 @@ class Confirmation:
     def feeds(self) -> list[Feed]:
         """The inputs of one run each; a fixed batch is filled."""
         batch = self.fixed or 1
-        answer = answers(self.prepared, self._first(batch), names=self.names)
-        few = any(value.size < _FEW_VALUES for value in answer)
-        return list(portions(self._first((_SURE if few else IMAGES) * batch), batch))
-
-    def _first(self, images: int) -> Feed:
-        return {n: v[:images] if v.ndim > 1 else v for n, v in self.feed.items()}
+        some = {n: v[: self.images * batch] if v.ndim > 1 else v for n, v in self.feed.items()}
+        return list(portions(some, batch))
 
     def _in_runtime(
         self, written: ModelProto, feeds: Sequence[Feed], names: Sequence[str], runtime: str
@@ -214,7 +211,7 @@ def confirmed(
     if runtime is None:
         whys = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return plan.changed(notes=(*plan.notes, f"not judged in a runtime: {whys}")), written
-    noisier = _first_losses(confirmation, written, runtime, plan.target)
+    confirmation, noisier = _first_losses(confirmation, written, runtime, plan.target)
     lost = [output for output in noisier if output.is_lost]
     if not lost:
         notes = [f"in {runtime} itself: {_listed(noisier)}"] if noisier else []
@@ -326,15 +323,27 @@ def _without_faulty(
 
 def _first_losses(
     confirmation: Confirmation, written: ModelProto, runtime: str, target: str
-) -> list[NoisyOutput]:
-    """Return what ``runtime`` computes with more noise; raise QuantizationError if it cannot."""
+) -> tuple[Confirmation, list[NoisyOutput]]:
+    """Return what ``runtime`` computes with more noise, and the confirmation that says so.
+
+    It has more images where the first few say that something is wrong by a few numbers: of two
+    scores chance takes 4 dB.
+
+    Raises:
+        QuantizationError: the runtime cannot run the graph.
+    """
     try:
-        return confirmation.losses(written, runtime)
+        noisier = confirmation.losses(written, runtime)
+        few = any(value.size < _FEW_VALUES for value in confirmation.wanted[0])
+        if few and any(output.is_lost for output in noisier):
+            confirmation = replace(confirmation, images=_SURE)
+            noisier = confirmation.losses(written, runtime)
     except EngineError as error:
         raise QuantizationError(
             f"the int8 graph for {target} does not run in {runtime}: {error.what}",
             fix=f"Check that {runtime} runs the float file; if not, leave target {target} out",
         ) from error
+    return confirmation, noisier
 
 
 def _sizes_that_help(confirmation: Confirmation, graphs: Sequence[ModelProto], runtime: str) -> str:

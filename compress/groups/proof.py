@@ -190,7 +190,7 @@ def _answers(
         return answers
     with _Taken() as taken:  # nothing was found: what it is looked for in says more
         _answered(model, args, kwargs)
-    return answers + taken.values
+    return [*answers, *taken.values]
 
 
 def _answered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

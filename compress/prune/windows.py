@@ -72,23 +72,28 @@ def computed_from(layer: nn.Module) -> str | None:
 def set_computed(layer: nn.Module, wanted: Tensor) -> bool:
     """Change the parameters so that the layer computes the weight ``wanted``, if they can.
 
-    One has its shape, perhaps another a factor for each filter. Else all stay as they were.
+    One has its shape, perhaps another a factor for each filter, or buffers give one for all: the
+    vectors that a spectral norm is taken with. Else all stay as they were.
     """
-    own = {name: each for name, each in layer.named_parameters() if name != "bias"}
-    before = {name: each.clone() for name, each in own.items()}
     name = computed_from(layer)
+    own = dict(chain(layer.named_parameters(), layer.named_buffers()))
+    own = {key: each for key, each in own.items() if key != "bias" and each.is_floating_point()}
+    before = {key: each.clone() for key, each in own.items()}
     if name is None:
         return False
     own.pop(name).copy_(wanted)
     gains = [each for each in own.values() if each.numel() == len(wanted)]
-    if len(gains) == 1 and (found := computed_weight(layer)) is not None:
+    if gains and (found := computed_weight(layer)) is not None:
         filters, asked = found.flatten(1), wanted.flatten(1)
         factor = (filters * asked).sum(1) / (filters**2).sum(1).clamp_min(1e-30)
-        gains[0].mul_(factor.view_as(gains[0]))
+        if isinstance(gains[0], nn.Parameter):
+            gains[0].mul_(factor.view_as(gains[0]))
+        else:
+            gains[0].div_(factor.mean())
     found = computed_weight(layer)
     if found is not None and (found - wanted).norm() <= SAME * wanted.norm():
         return True
-    for key, each in layer.named_parameters():
+    for key, each in chain(layer.named_parameters(), layer.named_buffers()):
         if key in before:
             each.copy_(before[key])
     return False

@@ -286,15 +286,15 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
     calls: Counter[str] = Counter()
 
     def count(name: str, module: nn.Module, inputs: tuple[Tensor, ...], answer: Any) -> None:
-        if inputs and is_linear_in_its_weight(module, inputs[0], answer):
+        # Not before it runs: a weight that is computed may be that of before the cut until then.
+        is_known = bool(inputs) and computed_from(module) is not None
+        if is_known and is_linear_in_its_weight(module, inputs[0], answer):
             calls.update([name])
 
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
-            if not isinstance(module, Layer) or computed_from(module) is None:
-                continue
             own = (each for key, each in module.named_parameters() if key != "bias")
-            if all(owners[id(each)] == 1 for each in own):
+            if isinstance(module, Layer) and all(owners[id(each)] == 1 for each in own):
                 hook = functools.partial(count, name)
                 hooks.enter_context(module.register_forward_hook(hook))
         model(copied(image))

@@ -1392,6 +1392,24 @@ class Deformable(Stages):
 
 
 @zoo()
+class DeformableInGroups(Stages):
+    """Deformable convolutions of each channel alone, of many groups, and of few."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.ops import DeformConv2d
+
+        self.places = nn.Conv2d(24, 18, 3, padding=1)
+        self.bent = nn.ModuleList(DeformConv2d(24, 24, 3, padding=1, groups=n) for n in (24, 8, 2))
+
+    def between(self, x: Tensor) -> Tensor:
+        places = self.places(x)
+        for bent in self.bent:
+            x = bent(x, places).relu()
+        return x
+
+
+@zoo()
 class WrittenSlices(Stages):
     """The first channels are written in place, by an attribute, as in partial convolutions."""
 

@@ -73,7 +73,7 @@ _SHAPE_OPS = frozenset(
         "constant_pad_nd native_group_norm native_layer_norm zeros ones full empty rand "
         "randn new_zeros new_ones new_full new_empty arange empty_strided "
         "new_empty_strided unsafe_split unsafe_split_with_sizes as_strided narrow unfold "
-        "select linspace unbind"
+        "select linspace unbind torchvision::deform_conv2d"
     )
 )
 

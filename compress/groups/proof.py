@@ -25,7 +25,7 @@ from torch._ops import OpOverload
 from torch.utils._pytree import tree_map
 
 from compress.errors import PlanError, boundary
-from compress.groups.calls import FollowedCalls, WatchedOps
+from compress.groups.calls import TAKERS, FollowedCalls, WatchedCalls, WatchedOps
 from compress.groups.cut import check_fit, cut_by
 from compress.groups.forward import undisturbed
 from compress.groups.plan import KeptOnly, PrunePlan
@@ -181,12 +181,35 @@ def _answers(
     kwargs: dict[str, Any],
     outputs: Sequence[str] | None,
 ) -> list[Any]:
-    own, named = copied((args, kwargs))  # a network may write into its inputs
     # The least difference may reorder boxes after NMS.
-    model = model if outputs else on_batch(model, own, named)
+    model = model if outputs else on_batch(model, args, kwargs)
     set_mode(model, training=False)
-    found = chosen_outputs(leaves(model(*own, **named)), outputs)
-    return [_comparable(leaf) for _, leaf in found if leaf is not None]
+    found = chosen_outputs(leaves(_answered(model, args, kwargs)), outputs)
+    answers = [_comparable(leaf) for _, leaf in found if leaf is not None]
+    if any(not isinstance(each, Tensor) or each.numel() for each in answers):
+        return answers
+    with _Taken() as taken:  # nothing was found: what it is looked for in says more
+        _answered(model, args, kwargs)
+    return [*answers, *taken.values]
+
+
+def _answered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    own, named = copied((args, kwargs))  # a network may write into its inputs
+    return model(*own, **named)
+
+
+class _Taken(WatchedCalls):
+    """Keeps the tensors out of which the program takes their values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Tensor] = []
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make one call of the program."""
+        if getattr(func, "__name__", "") in TAKERS:
+            self.values.append(args[0].detach().clone())
+        return self.inside(func, args, kwargs)
 
 
 def _comparable(leaf: Any) -> Any:

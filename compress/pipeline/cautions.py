@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -36,6 +37,7 @@ SHUFFLES = 19  # of the labels: one in twenty useless networks beats all of them
 NEAR_CHANCE = 0.1  # of the way from guessing to no error at all, where guessing is easy
 EASY_PCT = 5.0  # guessing that is right more often than this
 POOR_DB = 10.0  # of an output: below it noise is a third as large as the answer, and more
+CUT_DB = 3.0  # less than this in front of int8 is half of the noise and more: it is not int8's
 
 BLOCK = 1024  # images looked at together
 SMALLEST = 32  # pixels: thumbnails of smaller images are alike by chance
@@ -258,19 +260,36 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
 
 
 def of_noise(variants: Sequence[Variant]) -> Iterator[str]:
-    """Yield which int8 networks answer far from the original, where no label tells more."""
+    """Yield which int8 networks answer far from the original, where no label tells more.
+
+    Where the float network that one was made of is as far, it was the cut.
+    """
+    in_float: dict[str, tuple[float, str]] = {}  # by runtime: that of the last float network
     for variant in variants:
+        told = [each for each in variant.results if each.worst_sqnr_db is not None]
         noisy = [
-            (result.worst_sqnr_db, result.runtime)
-            for result in variant.results
-            if result.precision == "int8" and result.worst_sqnr_db is not None
+            (db, result.runtime)
+            for result in told
+            if result.precision == "int8" and (db := result.worst_sqnr_db) is not None
         ]
-        if noisy and (worst := min(noisy))[0] < POOR_DB:
-            yield (
-                f"{variant.name} answers far from the original: its worst output has "
-                f"{worst[0]:.1f} dB on {worst[1]}. If these images show what the network is for, "
-                "prepared as it wants them, leave layers in float: quantize.exclude (--exclude)"
-            )
+        in_float |= {
+            each.runtime: (each.worst_sqnr_db or 0.0, variant.name)
+            for each in told
+            if each.precision == "fp32"
+        }
+        if not noisy or (worst := min(noisy))[0] >= POOR_DB:
+            continue
+        before, name = in_float.get(worst[1], (math.inf, ""))
+        fix = (
+            f"{name} has {before:.1f} dB in float: keep more, or train after the cut (distill)"
+            if before < worst[0] + CUT_DB
+            else "leave layers in float: quantize.exclude (--exclude)"
+        )
+        yield (
+            f"{variant.name} answers far from the original: its worst output has {worst[0]:.1f} dB "
+            f"on {worst[1]}. If these images show what the network is for, prepared as it wants "
+            f"them, {fix}"
+        )
 
 
 def of_slower(variants: Sequence[Variant], round_to: int = KERNEL_STEP) -> Iterator[str]:

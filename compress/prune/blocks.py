@@ -25,7 +25,7 @@ from compress.progress import track
 from compress.prune.batchnorm import rebase_batchnorm
 from compress.prune.forward_passes import EnoughSeen, Replay
 from compress.prune.reconstruction import Batches, fitted_layers
-from compress.prune.windows import Layer, Transposed
+from compress.prune.windows import Layer, Transposed, computed_from
 
 MOST_LAYERS = 8  # of a block: more are fitted part by part
 IMAGES = 128  # of one step, at most
@@ -209,7 +209,7 @@ def _kept(
         else:
             axis = int(reads != isinstance(layer, Transposed))
             whole = layer.weight.shape[axis]
-        kept = plan.tensors.get(f"{name}.weight", {}).get(axis)
+        kept = plan.tensors.get(f"{name}.{computed_from(layer)}", {}).get(axis)
         if kept is not None and whole == channels:
             return kept
     return None

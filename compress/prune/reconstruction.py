@@ -26,13 +26,17 @@ from compress.prune.windows import (
     Layer,
     Transposed,
     answered_rows,
+    computed_from,
+    computed_weight,
     filters_of,
     is_linear_in_its_weight,
     mirrored,
     seen_rows,
+    set_computed,
 )
 
 MOST_FEATURES = 12_288  # whose squares are taken: over 1 GiB; a wider layer is shown few samples
+ZERO = 1e-4  # of its weights' mean size: what the sum of a filter without one may be
 ANSWERS_MIB = 256  # of the original's answers held at once
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -60,8 +64,9 @@ def refit(
     those of training, without a change of the answers (``rebase_batchnorm``).
 
     A layer that several calls share is fitted to all of them. The fewer samples it sees for each
-    weight of a filter, the larger is r. Transposed convolutions in groups, and layers that share a
-    weight, stay as they are.
+    weight of a filter, the larger is r. A weight that a convolution computes of its parameters, as
+    standardized ones and those with a weight norm, is fitted where these can be set to give it.
+    Transposed convolutions in groups, and layers that share a weight, stay as they are.
 
     Args:
         pruned: What ``apply_pruning(original, plan)`` returned. Its weights are replaced.
@@ -116,6 +121,13 @@ class _LayerFit:
         default_factory=list
     )  # places in what extent, (rows, O)
     draw: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def __post_init__(self) -> None:
+        self.computed = computed_weight(self.layer)
+        filters = None if self.computed is None else self.computed.flatten(1)
+        sums = None if filters is None else filters.mean(1).abs() <= ZERO * filters.abs().mean(1)
+        # Standardized: filters sum to zero whatever the parameters are.
+        self.is_centered = sums is not None and bool(sums.all())
 
     @property
     def features(self) -> int:
@@ -203,12 +215,18 @@ class _LayerFit:
         """Add ``change`` (G, O / G, F), if it is finite, to the weights and the bias."""
         if not torch.isfinite(change).all():
             return
-        if self.has_bias:
-            self.set_bias(self.bias + change[:, :, -1].reshape(-1))
-            change = change[:, :, :-1]
-        filters = filters_of(self.layer)
-        fitted = filters + change.reshape(filters.shape)
-        self.layer.weight.copy_(mirrored(self.layer, fitted))
+        shift = change[:, :, -1].reshape(-1) if self.has_bias else None
+        change = change if shift is None else change[:, :, :-1]
+        filters = filters_of(self.layer) if self.computed is None else self.computed
+        fitted = filters + change.reshape(filters.shape).to(filters)
+        if self.computed is None:
+            self.layer.weight.copy_(mirrored(self.layer, fitted))
+        elif set_computed(self.layer, fitted):
+            self.computed = fitted
+        else:
+            return
+        if shift is not None:
+            self.set_bias(self.bias + shift)
 
 
 def _pairs(
@@ -225,7 +243,7 @@ def _pairs(
     left = {before[name]: m for name, m in pruned.named_modules() if name in before}
     for name, layer, calls in layers:
         axis = int(isinstance(layer, Transposed))
-        kept = plan.tensors.get(f"{name}.weight", {}).get(axis)
+        kept = plan.tensors.get(f"{name}.{computed_from(layer)}", {}).get(axis)
         join = found.joins.get(before[name])
         if join is not None and join.norm is not None:
             join = dataclasses.replace(join, norm=left[join.norm])
@@ -268,14 +286,15 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
     calls: Counter[str] = Counter()
 
     def count(name: str, module: nn.Module, inputs: tuple[Tensor, ...], answer: Any) -> None:
-        if inputs and is_linear_in_its_weight(module, inputs[0], answer):
+        # Not before it runs: a weight that is computed may be that of before the cut until then.
+        is_known = bool(inputs) and computed_from(module) is not None
+        if is_known and is_linear_in_its_weight(module, inputs[0], answer):
             calls.update([name])
 
     with contextlib.ExitStack() as hooks:
         for name, module in modules.items():
-            # A weight that is no parameter of its own is computed from others (parametrizations).
-            weight = module._parameters.get("weight")
-            if isinstance(module, Layer) and weight is not None and owners[id(weight)] == 1:
+            own = (each for key, each in module.named_parameters() if key != "bias")
+            if isinstance(module, Layer) and all(owners[id(each)] == 1 for each in own):
                 hook = functools.partial(count, name)
                 hooks.enter_context(module.register_forward_hook(hook))
         model(copied(image))
@@ -365,6 +384,8 @@ def _run(
 def _seen(pair: _LayerFit, x: Tensor, places: Any) -> Tensor:
     """Return what the layer sees at some places of its output, by group: (G, rows, F)."""
     seen = seen_rows(pair.layer, x, places)
+    if pair.is_centered:  # then no change has a sum either
+        seen = seen - seen.mean(2, keepdim=True)
     if pair.has_bias:
         seen = torch.cat([seen, seen.new_ones(*seen.shape[:2], 1)], dim=2)
     return seen

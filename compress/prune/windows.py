@@ -18,23 +18,85 @@ from compress.modules.sliding import Sliding, by_dimension, sliding
 Transposed = nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Layer = Conv | nn.Linear | Transposed
+SAME = 1e-3  # of a weight's norm: what it may differ by from the one that was asked for
 
 
 def is_linear_in_its_weight(module: nn.Module, x: Tensor, answer: Any) -> bool:
     """Say whether what it answered to ``x`` is one product with its weight, plus its bias.
 
     Of torch's own classes it is, but for transposed convolutions in groups, which are not read. A
-    class derived from them may do anything: it is where a single product with the weight as it is
-    comes last, behind any padding.
+    class derived from them may do anything: it is where a single product with the weight as it is,
+    or one that it computes of its parameters whatever it reads, comes last, behind any padding.
     """
-    if type(module) in get_args(Layer):
+    is_own = module._parameters.get("weight") is not None
+    if is_own and type(module) in get_args(Layer):
         return not isinstance(module, Transposed) or module.groups == 1
     if not isinstance(answer, Tensor):
         return False
     if isinstance(module, nn.Linear):
         fits = module.weight.ndim == 2 and x.shape[-1:] == module.weight.shape[1:]
-        return fits and torch.equal(F.linear(x, module.weight, module.bias), answer)
-    return isinstance(module, Conv) and _product(module, x, answer) is not None
+        return is_own and fits and torch.equal(F.linear(x, module.weight, module.bias), answer)
+    product = _product(module, x, answer) if isinstance(module, Conv) else None
+    if product is None:
+        return False
+    return product[1] is module._parameters.get("weight") or computed_weight(module) is not None
+
+
+def computed_weight(layer: nn.Module) -> Tensor | None:
+    """Return the weight that a convolution computes of its parameters, standardized ones say.
+
+    None where it takes its weight as it is, or computes it of what it reads.
+    """
+    if not isinstance(layer, Conv):
+        return None
+    weight = layer.weight
+    how = sliding(layer)
+    extent = [step * (side - 1) + 1 for side, step in zip(how.kernel, how.dilation, strict=True)]
+    size = (1, weight.shape[1] * layer.groups, *extent)
+    found = [_product(layer, weight.new_full(size, value), renew=True) for value in (0.0, 1.0)]
+    weights = [product[1] for product in found if product is not None]
+    if len(weights) < 2 or weights[0] is layer._parameters.get("weight"):
+        return None
+    return weights[0].detach() if torch.equal(*weights) else None
+
+
+def computed_from(layer: nn.Module) -> str | None:
+    """Return the name of the parameter that is, or alone has the shape of, a layer's weight."""
+    if layer._parameters.get("weight") is not None:
+        return "weight"
+    shape: Any = layer.weight.shape
+    names = [name for name, each in layer.named_parameters() if each.shape == shape]
+    return names[0] if len(names) == 1 else None
+
+
+def set_computed(layer: nn.Module, wanted: Tensor) -> bool:
+    """Change the parameters so that the layer computes the weight ``wanted``, if they can.
+
+    One has its shape, perhaps another a factor for each filter, or buffers give one for all: the
+    vectors that a spectral norm is taken with. Else all stay as they were.
+    """
+    name = computed_from(layer)
+    own = dict(chain(layer.named_parameters(), layer.named_buffers()))
+    own = {key: each for key, each in own.items() if key != "bias" and each.is_floating_point()}
+    before = {key: each.clone() for key, each in own.items()}
+    if name is None:
+        return False
+    own.pop(name).copy_(wanted)
+    gains = [each for each in own.values() if each.numel() == len(wanted)]
+    if gains and (found := computed_weight(layer)) is not None:
+        filters, asked = found.flatten(1), wanted.flatten(1)
+        factor = (filters * asked).sum(1) / (filters**2).sum(1).clamp_min(1e-30)
+        if isinstance(gains[0], nn.Parameter):
+            gains[0].mul_(factor.view_as(gains[0]))
+        else:
+            gains[0].div_(factor.mean())
+    found = computed_weight(layer)
+    if found is not None and (found - wanted).norm() <= SAME * wanted.norm():
+        return True
+    for key, each in chain(layer.named_parameters(), layer.named_buffers()):
+        if key in before:
+            each.copy_(before[key])
+    return False
 
 
 def filters_of(layer: Layer) -> Tensor:
@@ -115,19 +177,24 @@ class _Last(WatchedOps):
         return self.answer
 
 
-def _product(layer: Any, x: Tensor, answer: Tensor | None = None) -> tuple[Any, ...] | None:
-    """Return the arguments of the convolution by its weight and bias that ends a layer's forward.
+def _product(
+    layer: Any, x: Tensor, answer: Tensor | None = None, *, renew: bool = False
+) -> tuple[Any, ...] | None:
+    """Return the arguments of the convolution by a weight and its bias that ends a layer's forward.
 
-    None where it ends in anything else, or its ``answer`` is another.
+    None where it ends in anything else, or its ``answer`` is another. With ``renew`` hooks compute
+    the weight anew before.
     """
     with _Last() as last:
         try:
+            for hook in layer._forward_pre_hooks.values() if renew else ():
+                hook(layer, (x,))
             layer.forward(x)
         except Exception:  # noqa: BLE001 - a class of somebody else's may want more
             return None
     if last.name != "convolution" or last.args[8] != layer.groups:
         return None
-    if last.args[1] is not layer.weight or last.args[2] is not layer.bias:
+    if last.args[1].shape != layer.weight.shape or last.args[2] is not layer.bias:
         return None
     is_it = answer is None or torch.equal(last.answer, answer)
     return last.args if is_it else None

@@ -162,6 +162,8 @@ def _feeds_only(graph: GraphIndex, node: NodeProto, floating: set[str]) -> bool:
 
 
 def _why_float(graph: GraphIndex, node: NodeProto, target: str) -> str:
+    if graph.is_constant(node.input[0]):
+        return "what it reads is the same for every image"
     if graph.weight(node) is None:
         return "its weight is no float constant"
     if not graph.is_float(node.input[0]):

@@ -164,13 +164,14 @@ class _Search:
         elif plan.biases:
             plan = bench.corrected(plan, feed)
         found = Trial(plan, bench.judge(plan))  # on images it has seen now
-        if plan.weights != best.plan.weights:
-            told = _told(found.found)
-            self.notes.append(f"longer steps where products overflow in 16 bits: {told}")
-        elif found.falls_below(self.plain) or best.exceeds(found):
+        longer = plan.weights != best.plan.weights
+        if not longer and (found.falls_below(self.plain) or best.exceeds(found)):
             plan = best.plan
+        done = ["longer steps where products overflow in 16 bits"] * longer
         if plan is not best.plan and plan.biases:
-            self.notes.append(f"biases corrected again with all {images_in(feed)} images")
+            done.append(f"biases corrected again with all {images_in(feed)} images")
+        if done:
+            self.notes.append(f"{' and '.join(done)}: {_told(found.found)}, kept")
         return plan.changed(notes=tuple(dict.fromkeys(self.notes)))
 
 

@@ -186,6 +186,28 @@ def test_a_wrong_cut_fails_the_proof_though_its_shapes_are_right(tensor: str) ->
     assert prove(model, wrong, inputs) > 1e-3
 
 
+class FindsNothing(nn.Module):
+    """Returns boxes around what is above a threshold, as those that find text: none here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = zoo.conv_bn(3, 8)
+        self.last = nn.Conv2d(8, 1, 1)
+
+    def forward(self, x: Tensor) -> list[Any]:
+        scores = self.last(self.body(x)).sigmoid().detach().numpy()
+        return [np.argwhere(each > 2) for each in scores]
+
+
+def test_what_a_network_that_finds_nothing_looked_in_is_compared() -> None:
+    torch.manual_seed(0)
+    model, x = FindsNothing().eval(), torch.randn(2, 3, 16, 16)
+    network = trace(model, x)
+    plan = make_prune_plan(network, {"body.0": np.arange(0, 8, 2)})
+    assert prove(model, plan, x) < 1e-5
+    assert prove(model, _misaligned(plan, "body.0.weight"), x) > 1e-3
+
+
 @pytest.mark.parametrize("name", zoo.ZOO)
 def test_the_twin_is_zero_where_cut_and_unchanged_elsewhere(name: str) -> None:
     model, plan = zoo.build(name), random_plan(name, seed=2)

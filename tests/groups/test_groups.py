@@ -27,6 +27,7 @@ STAYS = {  # network -> layers, besides those that make an output, of which some
     "WidthAsserted": {"wide.0"},
     "WrittenWhereChosen": {"last"},
     "Deformable": {"places", "masks"},
+    "DeformableInGroups": {"places"},
 }
 
 
@@ -71,6 +72,7 @@ NO_LAYERS_COST = {"Attention", "FusedAttention", "RecurrentLstm", "RecurrentGru"
     "ScaledAttention",
     "ChannelTokens",
     "Deformable",
+    "DeformableInGroups",
 }  # products of activations, recurrent steps: the flop counter counts what no layer costs
 
 

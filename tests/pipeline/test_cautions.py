@@ -258,10 +258,14 @@ def test_int8_that_answers_far_from_the_original_is_said_to_do_so():
         )  # fmt: skip
         return Variant(name=name, stage="s", results=(result,))
 
-    rows = (
-        variant("pruned", "fp32", boxes=5.0),
+    rows = [
+        variant("pruned", "fp32", boxes=9.0),
         variant("int8-fine", "int8", boxes=31.0, scores=12.0),
         variant("int8-far", "int8", boxes=31.0, scores=5.4),
-    )
+    ]
     (line,) = cautions.of_noise(rows)
     assert line.startswith("int8-far answers far from the original: its worst output has 5.4 dB")
+    assert "leave layers in float" in line
+    rows[0] = variant("pruned", "fp32", boxes=6.0)  # as far before anything was int8
+    (line,) = cautions.of_noise(rows)
+    assert "pruned has 6.0 dB in float: keep more" in line and "exclude" not in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -63,6 +64,26 @@ class Standardized(nn.Conv2d):
         return self._conv_forward(input, self.weight - self.weight.mean(), self.bias)
 
 
+class ScaledStandardized(nn.Conv2d):
+    """Filters of mean 0 and a size that is learned apart, as those of NFNets."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) - 0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(self.weight, (1, 2, 3), keepdim=True)
+        weight = (self.weight - mean) / (variance + 1e-6).sqrt() * self.gain
+        return self._conv_forward(input, weight, self.bias)
+
+
+class Attentive(nn.Conv2d):
+    """A weight that is made of what the layer reads."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight * input.mean(), self.bias)
+
+
 class Activated(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu_()
@@ -115,25 +136,31 @@ CONSUMERS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(6, 5, 1), weight=nn.Parameter(torch.randn(5, 6, 3, 3)), padding=1
     ),
     "padded by itself": lambda: Same(6, 5, 3, stride=2),
+    "standardized": lambda: ScaledStandardized(6, 5, 3, stride=2),
+    "weight norm": lambda: torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 5, 3)),
+    "older weight norm": lambda: torch.nn.utils.weight_norm(nn.Conv2d(6, 5, 3)),
+    "spectral norm": lambda: torch.nn.utils.parametrizations.spectral_norm(nn.Conv2d(6, 5, 3)),
+    "older spectral norm": lambda: torch.nn.utils.spectral_norm(nn.Conv2d(6, 5, 3)),
     "transposed later": lambda: changed(
         nn.ConvTranspose2d(6, 5, 3), stride=2, padding=(1, 1), output_padding=(1, 1), dilation=1
     ),
 }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("consumer", CONSUMERS)
 def test_an_equal_channel_takes_over(consumer: str) -> None:
     torch.manual_seed(0)
     model = twins(nn.Conv2d(3, 6, 3), CONSUMERS[consumer]())
     x = torch.randn(2, 3, 9, 9)
     pruned, plan = without_channel_1(model, x[:1])
-    before = (pruned(x) - model(x)).abs().max()
+    before = (copy.deepcopy(pruned)(x) - model(x)).abs().max()  # it has not run itself
     assert refit(pruned, model, plan, images(16)) is pruned
     after = (pruned(x) - model(x)).abs().max()
     assert after < 0.06 * before  # the pull towards the old weights keeps it from being exactly 0
 
 
-@pytest.mark.parametrize("kind", [Standardized, Activated])
+@pytest.mark.parametrize("kind", [Standardized, Attentive, Activated])
 def test_a_class_that_computes_something_else_with_its_weight_is_left_alone(
     kind: type[nn.Conv2d],
 ) -> None:
@@ -418,19 +445,6 @@ def test_a_sum_is_found_again_with_several_images(network: type[nn.Module]) -> N
         refit(pruned, model, plan, batches)
         left = [(pruned(x) - model(x)).square().mean() for (x,) in batches]
     assert sum(left) < 0.5 * sum(lost)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_weights_that_are_computed_from_others_stay() -> None:
-    torch.manual_seed(0)
-    second = torch.nn.utils.spectral_norm(nn.Conv2d(6, 5, 3))
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), second).eval()
-    x = torch.randn(2, 3, 9, 9)
-    plan = compress.plan_pruning(model, x[:1], keep_channels=1.0)
-    pruned = compress.apply_pruning(model, plan)
-    refit(pruned, model, plan, images())
-    assert torch.equal(pruned.get_parameter("2.weight_orig"), model.get_parameter("2.weight_orig"))
-    torch.testing.assert_close(pruned(x), model(x), rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", [name for name, one in zoo.ZOO.items() if len(one.shapes) == 1])

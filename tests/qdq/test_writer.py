@@ -13,6 +13,7 @@ from compress.errors import QuantizationError, UnknownNameError
 from compress.graph.model import GraphIndex
 from compress.graph.preprocess import finished
 from compress.qdq import QuantPlan, WeightScales, prepare, write_qdq
+from compress.qdq.placement import place
 from compress.qdq.plan import TARGETS, ActivationRange
 from compress.quantize import calibrate, make_quant_plan
 from compress.quantize.sqnr import sqnr_db
@@ -281,6 +282,27 @@ def test_openvino_quantizes_nothing_that_only_float_ops_read():
     nodes = {node.name: node for node in graph.nodes}
     assert nodes["bn2"].input[0] == "sum" and graph.producer["sum"].input[0] == "stem"
     assert graph.producer[nodes["c1"].input[0]].op_type == "DequantizeLinear"
+
+
+def test_a_layer_that_reads_no_image_stays_float_and_says_so():
+    """A positional encoding, made of the size of the batch alone, weighed by a convolution."""
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["": 21]>
+        net (float[n, 3, 8, 8] x) => (float[n, 4, 8, 8] y)
+        <int64[3] size = {3, 8, 8}, float one = {1.0}> {
+            batch = Shape <start = 0, end = 1> (x)
+            shape = Concat <axis = 0> (batch, size)
+            places = Expand (one, shape)
+            encoding = Conv (places, w)
+            answer = Conv (x, w)
+            y = Add (answer, encoding)
+        }""")
+    weight = np.random.default_rng(0).normal(size=(4, 3, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    graph = GraphIndex(prepare(model))
+    (encoding,) = (node.name for node in graph.nodes if "encoding" in node.output)
+    assert place(graph, "openvino").left_float == {
+        encoding: "what it reads is the same for every image"
+    }
 
 
 def test_a_nearly_dead_channel_does_not_overflow_the_bias():

@@ -14,8 +14,10 @@ from compress.quantize import overflow
 from compress.quantize.confirm import seven_bits
 from compress.quantize.headroom import with_headroom
 from compress.quantize.layerwise import layers
+from compress.quantize.notes import decided
 from compress.quantize.overflow import LargestCodes, in_pairs, largest_codes, largest_sums
 from compress.quantize.search import auto
+from compress.quantize.sqnr import mean_db
 
 
 def saturating(codes, activations):
@@ -138,7 +140,10 @@ def test_auto_leaves_no_pair_that_overflows_where_it_is_known_to():
         for plan in (free, safe)
     ]
     assert sums == [True, False]
-    assert any(note.startswith("longer steps where products overflow") for note in safe.notes)
+    assert safe.notes[-1].startswith("longer steps where products overflow")
+    # The figure that is told is that of the file, not of what was tried before.
+    told = f"{mean_db(bench.judge(safe.changed(notes=())).each_db):.2f} dB"
+    assert f": {told}" in decided(safe.notes)[0] and told in safe.notes[-1]
     assert with_headroom(bench, safe) is safe  # nothing is run for it
 
 

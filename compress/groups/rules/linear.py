@@ -154,10 +154,17 @@ def deformable_convolution(tracer: Tracer, call: Call) -> None:
     tracer.freeze_each(space, "a convolution slides along it")
     if groups == 1:
         inputs = tracer.unify(inputs, taken, "its input channels are fixed")
-        if inputs is not None:
-            tracer.constraints.tie(inputs.reshape(parts, -1))
+    elif inputs is None or made is None:
+        tracer.freeze_each((inputs, made, taken), "its input channels are fixed")
+    elif inputs.size == groups:  # the number of groups is what the weight's shape makes of them
+        tracer.constraints.unify(made, np.repeat(inputs, len(made) // groups))
     else:
-        tracer.freeze_each((inputs, made, taken), "a deformable convolution has groups")
+        tracer.constraints.pairs += [
+            _aligned(inputs.reshape(groups, -1), taken),
+            _aligned(made.reshape(groups, -1), None),
+        ]
+    if inputs is not None:
+        tracer.constraints.tie(inputs.reshape(parts, -1))
     made = tracer.unify(made, tracer.axes(bias)[0], "its bias cannot be cut")
     _weighed(tracer, call, weight, made, inputs)
     tracer.label(out, (batch, made, None, None))

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from compress.report.numbers import factor, interval, number, points
-from compress.report.schema import SAME, ChangeRecord, Interval, Report, Result, Variant
+from compress.report.schema import (
+    BUSY_RESOLUTION_PCT,
+    SAME,
+    ChangeRecord,
+    Interval,
+    Report,
+    Result,
+    Variant,
+)
 from compress.statistics import excludes
 
 PRECISIONS = ("int8", "fp16", "fp32")  # the narrowest first
@@ -138,7 +146,10 @@ def _speed(before: Result, after: Result) -> str:
     if speedup is None:
         return ""
     if speed_differs(after) is False:
-        return f"no significant difference in speed ({factor(speedup)}{_ci(after.speedup_ci95)})"
+        bounds, same = after.speedup_ci95, f"{SAME} in speed"
+        if bounds is not None and excludes(bounds, 1.0):  # by less than the machine can tell
+            same = "no difference in speed that this machine can tell"
+        return f"{same} ({factor(speedup)}{_ci(bounds)})"
     if speedup >= 1:
         return f"{factor(speedup)} faster"
     return f"{factor(1 / speedup)} slower"
@@ -209,12 +220,23 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
     if not candidates:
         return ""
     milliseconds, name, result = min(candidates, key=lambda each: each[0])
-    if result is after:
+    is_good = any(each is after for *_, each in candidates)
+    if result is after or (is_good and not _is_faster(result, after)):
         return ""
     unit = next((g.unit for g in budgets if g.metric), "pct")
     spoken = f"point{'s' * (limit != 1)}" if unit == "pct" else unit
     within = "" if limit is None else f" that loses at most {limit:g} {spoken}".rstrip()
     return f"; the fastest variant{within} is {name} ({number(milliseconds)} ms)"
+
+
+def _is_faster(one: Result, other: Result) -> bool:
+    """Return whether the intervals of two latencies say that ``one`` is faster."""
+    if one.busy or other.busy:  # which moves both by more than their intervals say
+        share = 1 - BUSY_RESOLUTION_PCT / 100
+        return (one.latency_ms_p50 or 0) < share * (other.latency_ms_p50 or 0)
+    if one.latency_ms_p50_ci95 is None or other.latency_ms_p50_ci95 is None:
+        return True
+    return one.latency_ms_p50_ci95[1] < other.latency_ms_p50_ci95[0]
 
 
 def title(variant: Variant, result: Result) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compress.report.numbers import factor, interval, number, points
+from compress.report.numbers import factor, interval, number, points, signed
 from compress.report.schema import (
     BUSY_RESOLUTION_PCT,
     SAME,
@@ -16,6 +16,7 @@ from compress.report.schema import (
 )
 from compress.statistics import excludes
 
+BUDGETS = ("top1_drop_pct", "max_drop_pct", "max_drop", "metric_drop")  # gates of accuracy
 PRECISIONS = ("int8", "fp16", "fp32")  # the narrowest first
 
 
@@ -202,11 +203,7 @@ def _likeness(result: Result) -> str:
 
 def _better(report: Report, variant: Variant, after: Result) -> str:
     """Name the fastest variant within the accuracy gate where the last variant is not it."""
-    budgets = [
-        g
-        for g in report.gates
-        if g.name in ("top1_drop_pct", "max_drop_pct", "max_drop", "metric_drop")
-    ]
+    budgets = [g for g in report.gates if g.name in BUDGETS]
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}
     candidates = []
@@ -214,8 +211,8 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
         if result.latency_ms_p50 is None or variant.name in missed:
             continue
         change = accuracy_of(variant, result).change
-        is_within = limit is None or change is None or change.drop <= limit
-        if variant is report.original or is_within:
+        drop = 0.0 if variant is report.original or change is None else change.drop
+        if limit is None or drop <= limit:
             candidates.append((result.latency_ms_p50, title(variant, result), result))
     if not candidates:
         return ""
@@ -225,8 +222,8 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
         return ""
     unit = next((g.unit for g in budgets if g.metric), "pct")
     spoken = f"point{'s' * (limit != 1)}" if unit == "pct" else unit
-    within = "" if limit is None else f" that loses at most {limit:g} {spoken}".rstrip()
-    return f"; the fastest variant{within} is {name} ({number(milliseconds)} ms)"
+    most = "" if limit is None else f" that loses at most {limit:g} {spoken}".rstrip()
+    return f"; the fastest variant{signed(most)} is {name} ({number(milliseconds)} ms)"
 
 
 def _is_faster(one: Result, other: Result) -> bool:

@@ -176,6 +176,13 @@ def test_every_negative_number_has_the_same_minus_sign():
     assert ratio_db({"sqnr_db": -3.0}) == "−3.0"
 
 
+def test_a_gain_that_is_asked_for_is_no_loss_of_the_original():
+    gate = Gate(name="top1_drop_pct", limit=-1.0, measured=0.1, passed=False)
+    report = pair((gate,), latency_ms_p50=12.0, speedup=0.833, top1_change_pct=-0.1)
+    assert "the fastest" not in verdict(report)
+    assert "at most −1 points" in gate_sentence(gate)
+
+
 def test_a_faster_variant_beyond_the_accuracy_gate_is_not_recommended():
     gate = Gate(name="top1_drop_pct", limit=1.0, measured=5.0, passed=False)
     report = pair((gate,), latency_ms_p50=2.0, speedup=5.0, top1_change_pct=-5.0)

@@ -84,7 +84,7 @@ def details_of(
         ranges=tuple(
             found for name, plan in int8_plans(outcomes) for found in tensor_ranges(plan, name)
         ),
-        learning=tuple(curve for outcome in outcomes for curve in _learning(outcome)),
+        learning=tuple(curve for outcome in outcomes for curve in _learning(context, outcome)),
         sensitivity=measured.sensitivity,
         class_scores=tuple(each.scores() for each in taken),
         confusions=tuple(each.confusion() for each in taken),
@@ -111,10 +111,14 @@ def int8_plans(outcomes: Sequence[StageResult]) -> list[tuple[str, QuantPlan]]:
     ]
 
 
-def _learning(outcome: StageResult) -> Iterator[schema.Curve]:
+def _learning(context: RunContext, outcome: StageResult) -> Iterator[schema.Curve]:
     history = outcome.facts.get("training", {}).get("history", ())
+    called = {
+        name: ", ".join(filter(None, (kind.title or name, kind.unit.replace("pct", "%"))))
+        for name, kind in context.task.kinds.items()
+    }
     for variant in outcome.variants[:1]:
-        yield from learning_curves(variant.stage, history)
+        yield from learning_curves(variant.stage, history, called)
 
 
 def _skipped(

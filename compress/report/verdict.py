@@ -70,6 +70,14 @@ def speed_differs(result: Result) -> bool | None:
     return None if result.speedup_ci95 is None else excludes(result.speedup_ci95, 1.0)
 
 
+def same_speed(result: Result) -> str:
+    """Return in words that the speed does not differ from the original's; empty if it does."""
+    if speed_differs(result) is not False:
+        return ""
+    is_apart = result.speedup_ci95 is not None and excludes(result.speedup_ci95, 1.0)
+    return "no difference that this machine can tell" if is_apart else SAME
+
+
 def matching(variant: Variant, result: Result) -> Result | None:
     """Return the first result of ``variant`` in the setting of ``result``, or None.
 
@@ -147,10 +155,8 @@ def _speed(before: Result, after: Result) -> str:
     if speedup is None:
         return ""
     if speed_differs(after) is False:
-        bounds, same = after.speedup_ci95, f"{SAME} in speed"
-        if bounds is not None and excludes(bounds, 1.0):  # by less than the machine can tell
-            same = "no difference in speed that this machine can tell"
-        return f"{same} ({factor(speedup)}{_ci(bounds)})"
+        same = same_speed(after).replace("difference", "difference in speed")
+        return f"{same} ({factor(speedup)}{_ci(after.speedup_ci95)})"
     if speedup >= 1:
         return f"{factor(speedup)} faster"
     return f"{factor(1 / speedup)} slower"

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
 
@@ -17,7 +17,7 @@ import typer
 from compress.cli.arguments import ImageSize
 from compress.cli.options import Given, data_part
 from compress.cli.output import print_result
-from compress.errors import CompressError, ModelError, UsageError
+from compress.errors import CompressError, ModelError, RecipeError, UsageError
 from compress.trust import agree, allow, allow_all
 
 RECIPE = "compress.yaml"
@@ -41,6 +41,7 @@ class Proposal:
     tells_classes: bool
     targets: tuple[str, ...]
     keep_macs: float
+    round_to: int = 8  # most kernels are made for widths in multiples of it
 
     @property
     def batch_size(self) -> int:
@@ -101,11 +102,7 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
         UsageError: there is no network or no data to be found, or the recipe exists already.
         CompressError: network and data do not fit together.
     """
-    import yaml
-
     from compress.artifact import write_text
-    from compress.pipeline.check import preflight
-    from compress.recipe.loading import validate_recipe
 
     if not given["folder"].is_dir():
         raise UsageError(
@@ -117,9 +114,7 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
     if out.exists() and not given["force"]:
         raise UsageError(f"{out} is there already", fix="Give another --out, or --force")
     proposal = propose(given, ask)
-    text = recipe_text(proposal, out)
-    preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
-    write_text(out, text)
+    write_text(out, runnable_text(proposal, out))
     agree({"model": proposal.model})
     weights = f" with {proposal.weights}" if proposal.weights else ""
     return (
@@ -315,6 +310,29 @@ def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int
     return None
 
 
+def runnable_text(proposal: Proposal, out: Path) -> str:
+    """Return a recipe that was checked; widths are any where the network is too narrow for 8.
+
+    Raises:
+        RecipeError: it cannot be run.
+    """
+    import yaml
+
+    from compress.pipeline.check import preflight
+    from compress.recipe.loading import validate_recipe
+
+    for round_to in (8, 1):
+        text = recipe_text(replace(proposal, round_to=round_to), out)
+        try:
+            preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
+        except RecipeError:
+            if round_to == 1:
+                raise
+        else:
+            break
+    return text
+
+
 def recipe_text(proposal: Proposal, out: Path) -> str:
     """Return the recipe as YAML with comments."""
     import yaml
@@ -372,7 +390,8 @@ def _stages(proposal: Proposal) -> Sequence[str]:
     teacher = ", losses: [{kd: {temperature: 4.0}}]" if proposal.tells_classes else ""
     return [
         *first,
-        f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, round_to: 8}}",
+        f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, "
+        f"round_to: {proposal.round_to}}}",
         "  # the original teaches what is left of it" if proposal.tells_classes
         else "  # trains what is left on the labels",
         f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}}}",

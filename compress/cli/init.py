@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeGuard
 
 import typer
 
+from compress import progress
 from compress.cli.arguments import ImageSize
 from compress.cli.options import Given, data_part
 from compress.cli.output import print_result
@@ -141,8 +142,8 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     weights = given["weights"] or next(iter(files_in(folder, *WEIGHTS)), None)
     found = given["model"] or _fitting(folder, weights, dataset)
     model = _answer(ask, "network", given["model"], found, "--model")
-    if given["weights"] is None and weights is not None and not _fits(model, weights, dataset):
-        weights = None  # it belongs to another network
+    if given["weights"] is None and weights is not None:
+        weights = _used(model, weights, dataset)
     if given["image_size"] is None:
         dataset, part = _sized(model, weights, dataset, part)
     task = given["task"] or default_task(dataset.target)
@@ -254,22 +255,30 @@ def _fitting(folder: Path, weights: str | None, dataset: Any) -> str | None:
     networks = list(networks_in(folder))
     for with_weights in [weights, None] if weights else [None]:
         for reference in networks:
-            if _fits(reference, with_weights, dataset):
+            if _misfit(reference, with_weights, dataset) is None:
                 return reference
     return next(iter(files_in(folder, ".onnx")), None)
 
 
-def _fits(reference: str, weights: str | None, dataset: Any) -> bool:
-    """Return whether ``reference`` can be built and takes ``weights``."""
-    from compress.models import is_onnx, load_for
+def _used(model: str, weights: str, dataset: Any) -> str | None:
+    """Return a weight file that was found, or None and a warning where ``model`` takes it not."""
+    if model.endswith(".onnx"):
+        return None
+    reason = _misfit(model, weights, dataset)
+    if reason is not None:
+        progress.warn(f"the weights that lie here are not used. {reason}")
+    return weights if reason is None else None
 
-    if is_onnx(reference):
-        return False
+
+def _misfit(reference: str, weights: str | None, dataset: Any) -> CompressError | None:
+    """Return why ``reference`` cannot be built or does not take ``weights``; None if it does."""
+    from compress.models import load_for
+
     try:
         load_for(len(dataset.classes), reference, weights)
-    except CompressError:
-        return False
-    return True
+    except CompressError as error:
+        return error
+    return None
 
 
 def _sized(

@@ -169,8 +169,9 @@ def _layers_named(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
     """Run an ONNX file on one image, as the stages after it would."""
-    for stage in recipe.stages:  # all of them quantize
-        try_nodes(Path(recipe.model.name), stage.settings)
+    for stage in recipe.stages:
+        if stage.quantize is not None:
+            try_nodes(Path(recipe.model.name), stage.quantize)
     with open_session(Path(recipe.model.name)) as session:
         fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
         if not task.tells_classes:

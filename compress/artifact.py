@@ -22,7 +22,7 @@ from compress import progress
 from compress.errors import RunError, boundary, printable
 
 FULL_BYTES = 1 << 16  # what is written to find out whether there is room
-_FREE = "Free some space and run the same command with --resume"
+_FREE = "Free some space and give the same command again"
 FULL = {  # by the error's number: what it means, and what to do
     errno.ENOSPC: ("the disk is full", _FREE),
     errno.EDQUOT: ("your quota of the disk is used up", _FREE),

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 PATIENCE_S = 4.0  # a call into a library that takes longer is not waited for
+RETRY_S = 0.1  # until a signal that came during an import is looked at again
+IMPORT = "<frozen importlib._bootstrap>"  # the file of what runs while a module is imported
 ENDING = (signal.SIGINT, signal.SIGTERM)
 MESSAGE = "compress: interrupted; the same command continues where it stopped\n"
 
@@ -28,6 +30,7 @@ class Signals:
 
     active: bool = False
     deferring: bool = False
+    postponed: bool = False  # a module is being imported
     received: int | None = None
 
     @property
@@ -35,12 +38,23 @@ class Signals:
         """128 and the number of the signal, as shells count: 130 for Ctrl-C, 143 for SIGTERM."""
         return None if self.received is None else 128 + self.received
 
-    def handle(self, number: int, _frame: FrameType | None) -> None:
-        """Note a signal; end the work unless it is to stop at a place of its own."""
-        waits = self.deferring and self.received is None
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Note a signal; end the work unless it is to stop at a place of its own.
+
+        An import is not interrupted: libraries in C++ that import modules abort the process.
+        """
+        waits = self.deferring and (self.received is None or self.postponed)
         self.received = number
-        if not waits:
+        self.postponed = not waits and _is_importing(frame)
+        if not waits and not self.postponed:
             raise InterruptedBySignal(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    """Return whether a module is being imported where ``frame`` runs."""
+    while frame is not None and frame.f_code.co_filename != IMPORT:
+        frame = frame.f_back
+    return frame is not None
 
 
 _signals = Signals()
@@ -59,7 +73,7 @@ def ending_on_signals() -> Iterator[Signals]:
     """
     here, there = socket.socketpair()
     there.setblocking(False)
-    _signals.active, _signals.received = True, None
+    _signals.active, _signals.postponed, _signals.received = True, False, None
     wakeup = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
     before = {number: signal.signal(number, _signals.handle) for number in ENDING}
     threading.Thread(target=_end_by_force, args=(here,), daemon=True).start()
@@ -114,8 +128,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def _end_by_force(wakened: socket.socket) -> None:
-    """Wait for SIGINT or SIGTERM; end the process if it still runs ``PATIENCE_S`` later."""
-    with wakened, contextlib.suppress(TimeoutError):
+    """Wait for SIGINT or SIGTERM; end the process if it still runs ``PATIENCE_S`` later.
+
+    Until then it is told again of a signal that came during an import.
+    """
+    with wakened:
         number = 0
         while number not in ENDING:
             received = wakened.recv(1)
@@ -124,9 +141,21 @@ def _end_by_force(wakened: socket.socket) -> None:
             number = received[0]
         deadline = time.monotonic() + PATIENCE_S
         while (left := deadline - time.monotonic()) > 0:
-            wakened.settimeout(left)
-            if not wakened.recv(64):
-                return
+            wakened.settimeout(min(left, RETRY_S))
+            with contextlib.suppress(TimeoutError):
+                if not wakened.recv(64):
+                    return
+            if _signals.postponed:
+                _tell_again(number)
+                time.sleep(RETRY_S)  # until the main thread has looked at it
     sys.stderr.write(MESSAGE)
     sys.stderr.flush()
     os._exit(128 + number)
+
+
+def _tell_again(number: int) -> None:
+    """Send a signal to the main thread, whatever it waits for."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:
+        signal.raise_signal(number)

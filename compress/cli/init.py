@@ -8,16 +8,17 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeGuard
 
 import typer
 
+from compress import progress
 from compress.cli.arguments import ImageSize
 from compress.cli.options import Given, data_part
 from compress.cli.output import print_result
-from compress.errors import CompressError, ModelError, UsageError
+from compress.errors import CompressError, ModelError, RecipeError, UsageError
 from compress.trust import agree, allow, allow_all
 
 RECIPE = "compress.yaml"
@@ -41,6 +42,7 @@ class Proposal:
     tells_classes: bool
     targets: tuple[str, ...]
     keep_macs: float
+    round_to: int = 8  # most kernels are made for widths in multiples of it
 
     @property
     def batch_size(self) -> int:
@@ -101,11 +103,7 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
         UsageError: there is no network or no data to be found, or the recipe exists already.
         CompressError: network and data do not fit together.
     """
-    import yaml
-
     from compress.artifact import write_text
-    from compress.pipeline.check import preflight
-    from compress.recipe.loading import validate_recipe
 
     if not given["folder"].is_dir():
         raise UsageError(
@@ -117,9 +115,7 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
     if out.exists() and not given["force"]:
         raise UsageError(f"{out} is there already", fix="Give another --out, or --force")
     proposal = propose(given, ask)
-    text = recipe_text(proposal, out)
-    preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
-    write_text(out, text)
+    write_text(out, runnable_text(proposal, out))
     agree({"model": proposal.model})
     weights = f" with {proposal.weights}" if proposal.weights else ""
     return (
@@ -146,8 +142,8 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     weights = given["weights"] or next(iter(files_in(folder, *WEIGHTS)), None)
     found = given["model"] or _fitting(folder, weights, dataset)
     model = _answer(ask, "network", given["model"], found, "--model")
-    if given["weights"] is None and weights is not None and not _fits(model, weights, dataset):
-        weights = None  # it belongs to another network
+    if given["weights"] is None and weights is not None:
+        weights = _used(model, weights, dataset)
     if given["image_size"] is None:
         dataset, part = _sized(model, weights, dataset, part)
     task = given["task"] or default_task(dataset.target)
@@ -259,22 +255,30 @@ def _fitting(folder: Path, weights: str | None, dataset: Any) -> str | None:
     networks = list(networks_in(folder))
     for with_weights in [weights, None] if weights else [None]:
         for reference in networks:
-            if _fits(reference, with_weights, dataset):
+            if _misfit(reference, with_weights, dataset) is None:
                 return reference
     return next(iter(files_in(folder, ".onnx")), None)
 
 
-def _fits(reference: str, weights: str | None, dataset: Any) -> bool:
-    """Return whether ``reference`` can be built and takes ``weights``."""
-    from compress.models import is_onnx, load_for
+def _used(model: str, weights: str, dataset: Any) -> str | None:
+    """Return a weight file that was found, or None and a warning where ``model`` takes it not."""
+    if model.endswith(".onnx"):
+        return None
+    reason = _misfit(model, weights, dataset)
+    if reason is not None:
+        progress.warn(f"the weights that lie here are not used. {reason}")
+    return weights if reason is None else None
 
-    if is_onnx(reference):
-        return False
+
+def _misfit(reference: str, weights: str | None, dataset: Any) -> CompressError | None:
+    """Return why ``reference`` cannot be built or does not take ``weights``; None if it does."""
+    from compress.models import load_for
+
     try:
         load_for(len(dataset.classes), reference, weights)
-    except CompressError:
-        return False
-    return True
+    except CompressError as error:
+        return error
+    return None
 
 
 def _sized(
@@ -313,6 +317,29 @@ def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int
             check_forward(network, torch.zeros(1, dataset.channels, *size))
             return size
     return None
+
+
+def runnable_text(proposal: Proposal, out: Path) -> str:
+    """Return a recipe that was checked; widths are any where the network is too narrow for 8.
+
+    Raises:
+        RecipeError: it cannot be run.
+    """
+    import yaml
+
+    from compress.pipeline.check import preflight
+    from compress.recipe.loading import validate_recipe
+
+    for round_to in (8, 1):
+        text = recipe_text(replace(proposal, round_to=round_to), out)
+        try:
+            preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
+        except RecipeError:
+            if round_to == 1:
+                raise
+        else:
+            break
+    return text
 
 
 def recipe_text(proposal: Proposal, out: Path) -> str:
@@ -372,7 +399,8 @@ def _stages(proposal: Proposal) -> Sequence[str]:
     teacher = ", losses: [{kd: {temperature: 4.0}}]" if proposal.tells_classes else ""
     return [
         *first,
-        f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, round_to: 8}}",
+        f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, "
+        f"round_to: {proposal.round_to}}}",
         "  # the original teaches what is left of it" if proposal.tells_classes
         else "  # trains what is left on the labels",
         f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}}}",

@@ -6,7 +6,7 @@ import dataclasses
 import json as json_text
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -99,12 +99,12 @@ def _stage(name: str) -> str:
         raise UnknownNameError("stage", name, known)
     settings = known[name]
     lines = [f"Stage {name} of a recipe. {settings.__doc__ or ''}".strip(), "", "Options:"]
+    values: dict[str, Any] = {}  # some defaults follow from those before them
     for option, field in settings.model_fields.items():
-        default = (
-            "required"
-            if field.is_required()
-            else f"default {field.get_default(call_default_factory=True)!r}"
-        )
+        default = "required"
+        if not field.is_required():
+            values[option] = field.get_default(call_default_factory=True, validated_data=values)
+            default = f"default {values[option]!r}"
         lines.append(f"  {option} ({default}): {field.description or ''}".rstrip(": "))
     return "\n".join(lines)
 

@@ -77,7 +77,7 @@ def _unexpected(error: Exception) -> int:
         return USER_ERROR
     first = (str(error).splitlines() or [""])[0]
     sys.stderr.write(
-        f"compress: this should not happen: {type(error).__name__}: {first}. "
+        f"compress: this should not happen: {type(error).__name__}: {first.rstrip('.')}. "
         f"Please report it with the traceback, which is {_traceback_file(error)}\n"
     )
     return OUR_FAULT

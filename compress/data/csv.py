@@ -29,8 +29,9 @@ class Csv(Pictures):
     The first line names the columns. ``image``, ``label`` and ``split`` say which is which; common
     names are recognised ("image", "path", "file"; "label", "class"; "split"). Several columns of
     zeros and ones, ``label: "cat,dog"``, are several classes an image. Files are looked for from
-    the table's folder on, or from ``folder``. Without a split ``test`` of each class is held back,
-    by seed; a validation set without a test set is the test set.
+    the table's folder on, from the one beside it that has the first, or from ``folder``. Without a
+    split ``test`` of each class is held back, by seed; a validation set without a test set is the
+    test set.
     """
 
     root: str
@@ -53,7 +54,7 @@ class Csv(Pictures):
         names = [None] if self.label is None else [each.strip() for each in self.label.split(",")]
         labels = [_column(name, LABEL, columns, "label", table) for name in names]
         split = _column(self.split, SPLIT, columns, "split", table, required=False)
-        base = Path(self.folder) if self.folder else table.parent
+        base = Path(self.folder) if self.folder else _base(table, rows[0][image])
         files = [(base / row[image]).resolve() for row in rows]
         classes, numbers = _numbered(rows, labels, table)
         parts = _parts(rows, split, table)
@@ -102,6 +103,14 @@ def _read(table: Path) -> tuple[list[Row], list[str]]:
             "holds no lines", where=str(table), expected="names of columns, and a line an image"
         )
     return rows, list(reader.fieldnames or ())
+
+
+def _base(table: Path, first: str) -> Path:
+    """Return the folder that names of files begin in: the table's, or one beside it."""
+    if (table.parent / first).is_file():
+        return table.parent
+    beside = [each for each in sorted(table.parent.iterdir()) if (each / first).is_file()]
+    return beside[0] if len(beside) == 1 else table.parent
 
 
 def _column(

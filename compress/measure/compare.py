@@ -298,8 +298,8 @@ def _bisected(old: Candidate, new: Candidate, dataset: Dataset) -> Bisection:
 
 def _facts(answers: Comparison, title: str) -> Table:
     row = answers.row()
-    low, high = answers.top1_change_ci95
-    change = f"{answers.top1_change_pct:+.2f} points (95 % {low:+.2f} to {high:+.2f})"
+    bounds = numbers.interval(answers.top1_change_ci95, "points")
+    change = f"{numbers.points(answers.top1_change_pct)} points (95 % {bounds})"
     largest, mean = answers.logits.max_abs_diff, answers.logits.mean_abs_diff
     rows = [
         ("top-1", f"{change}: {answers.verdict}, p = {answers.top1_p_value:.3g}"),
@@ -308,7 +308,7 @@ def _facts(answers: Comparison, title: str) -> Table:
         ("was wrong, now right", f"{answers.won_pct:.2f} %"),
         ("logits, SQNR", f"{row['sqnr_db']:.1f} dB" if "sqnr_db" in row else "equal"),
         ("logits, difference", f"{largest:.3g} at most, {mean:.3g} on average"),
-        ("calibration error", f"{answers.ece_change_pct:+.2f} points"),
+        ("calibration error", f"{numbers.points(answers.ece_change_pct)} points"),
     ]
     return table(("", "value"), rows, title=title)
 
@@ -327,8 +327,8 @@ def _chain(steps: Sequence[ChainStep]) -> Table:
 def _classes(answers: Comparison) -> Table:
     rows = []
     for drop in answers.class_drops[:SHOWN]:
-        low, high = drop.drop_ci95
-        rows.append((drop.name, str(drop.images), f"{drop.drop_pct:.2f} ({low:.2f} to {high:.2f})"))
+        bounds = numbers.interval(drop.drop_ci95, "percent")
+        rows.append((drop.name, str(drop.images), f"{numbers.percent(drop.drop_pct)} ({bounds})"))
     headers = ("images", "recall lost, points (95 %)")
     return table(("class", *headers), rows, title="Classes that lost most", numbers=headers)
 

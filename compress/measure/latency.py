@@ -16,6 +16,7 @@ from compress import statistics
 from compress.errors import EngineError, UsageError
 from compress.measure.conditions import Conditions, EnergyMeter
 from compress.progress import track
+from compress.report.schema import BUSY_RESOLUTION_PCT
 from compress.runtimes import Session
 
 LARGEST_BLOCK = 200  # calls in a row; more of the same moment tell nothing new
@@ -37,7 +38,7 @@ class Timing:
     warmup_limit_seconds: float = 5.0  # then it is timed as it is, and called unstable
     stable_pct: float = 3.0  # largest change of the median from one warm-up window to the next
     resolution_pct: float = 2.0  # smallest difference that is told from none
-    busy_resolution_pct: float = 10.0  # the same where others took part of the processors
+    busy_resolution_pct: float = BUSY_RESOLUTION_PCT  # the same where others took processors
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import functools
 import logging
 import pathlib
 import pickle
@@ -91,6 +92,11 @@ def _prefixes(state: Mapping[str, Tensor], own: list[str]) -> list[str]:
     return ["", *(k[: -len(n)] for n in names for k in state if k.endswith(f".{n}"))]
 
 
+@functools.cache
+def _tell_once(line: str) -> None:
+    logger.warning(line)  # a network is loaded to be checked, and again by stages
+
+
 def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
     """Return the state_dict that a checkpoint holds, by the keys that trainers use."""
     if not isinstance(content, Mapping):
@@ -104,7 +110,7 @@ def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
     if named or (len(inside) == 1 and not tensors):
         chosen = named[0] if named else next(iter(inside))
         if len(named) > 1:
-            logger.warning("%s holds %s: %s is loaded", path, " and ".join(named), chosen)
+            _tell_once(f"{path} holds {' and '.join(named)}: {chosen} is loaded")
         return _state_in(inside[chosen], path)
     if tensors:
         return tensors

@@ -26,7 +26,7 @@ from compress.pipeline.context import RunContext
 from compress.quantize.notes import by_reason
 from compress.recipe.settings import Recipe, TrainSettings
 from compress.report import numbers
-from compress.report.schema import Variant
+from compress.report.schema import BUSY_RESOLUTION_PCT, Variant
 from compress.report.verdict import speed_differs, title
 from compress.train.batches import steps_in_epoch
 
@@ -336,7 +336,8 @@ def of_timing(conditions: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         if "busy" in state:
             yield (
                 f"busy machine while {place} was timed: {state['busy']}. Speeds that differ by "
-                "less than 10 % are not told apart there; measure again on an idle machine"
+                f"less than {BUSY_RESOLUTION_PCT:g} % are not told apart there; measure again on "
+                "an idle machine"
             )
 
 

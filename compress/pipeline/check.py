@@ -15,6 +15,7 @@ from compress.models.weights import is_weight_file
 from compress.modules.detectors import size_inside
 from compress.packages import is_installed, require
 from compress.pipeline import cautions
+from compress.pipeline.rehearsal import try_nodes, try_stage
 from compress.pipeline.task import build_original, prepared
 from compress.quantize.api import check_method
 from compress.recipe.loading import PLUGIN_KEYS
@@ -66,7 +67,7 @@ def try_network(recipe: Recipe, dataset: Dataset, task: Task, *, where: str) -> 
 
 def _refuse(problems: Sequence[str], where: str) -> None:
     if problems:
-        raise RecipeError("\n".join(f"{where}: {problem}" for problem in problems))
+        raise RecipeError("\n".join(f"{where}: {one}" if where else one for one in problems))
 
 
 def _problems(recipe: Recipe) -> Iterator[str]:
@@ -105,6 +106,8 @@ def _stage_problems(recipe: Recipe, stage: Stage, place: str) -> Iterator[str]:
             f"file {recipe.model.name}. Give the network that it was exported from; an ONNX file "
             "can be quantized, built, measured, compared and checked."
         )
+    if stage.prune is not None and (stage.prune.keep_latency or stage.prune.latency_ms):
+        yield from _complaint(f"{place}.runtime", partial(_check_timing, stage.prune.runtime))
     if stage.quantize is not None:
         yield from _complaint(f"{place}.method", partial(check_method, stage.quantize.method))
         if stage.quantize.data is not None:
@@ -151,6 +154,8 @@ def _network_problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[
             check_layer(model, name, key)
         except CompressError as error:
             yield str(error)
+    for place, stage in recipe.placed_stages():
+        yield from _complaint(place, partial(try_stage, stage, model, dataset, task))
 
 
 def _layers_named(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -164,6 +169,9 @@ def _layers_named(recipe: Recipe) -> Iterator[tuple[str, str]]:
 
 def _try_onnx(recipe: Recipe, dataset: Dataset, task: Task) -> None:
     """Run an ONNX file on one image, as the stages after it would."""
+    for stage in recipe.stages:
+        if stage.quantize is not None:
+            try_nodes(Path(recipe.model.name), stage.quantize)
     with open_session(Path(recipe.model.name)) as session:
         fed, one = Fed(session, dataset), dataset.pictures("test", 1, 1)
         if not task.tells_classes:
@@ -194,8 +202,24 @@ def _check_model(reference: str) -> None:
 
 
 def _check_target(target: Target) -> None:
-    """Check that the runtime is installed and has the options that it is given."""
+    """Check that the runtime is installed, has its options, and runs int8 graphs if it is to."""
     plugins.create("runtimes", target.reference)
     package = runtime_class(target.runtime).package
+    if target.precision == "int8" and runtime_class(target.runtime).int8_form is None:
+        known = [name for name in plugins.names("runtimes") if runtime_class(name).int8_form]
+        raise RecipeError(
+            f"{target.runtime} runs no int8 graph",
+            expected=f"one of: {', '.join(known)}",
+            fix="Ask it for precision fp32, or leave the target out",
+        )
     if not target.when_installed and not is_installed(package):
         raise MissingPackageError(unavailable(target.runtime) or f"{package} is not installed")
+
+
+def _check_timing(runtime: str) -> None:
+    """Check that latency can be measured here."""
+    if reason := unavailable(runtime):
+        raise RecipeError(
+            f"nothing can be timed on {runtime}: {reason}",
+            fix="Prune to keep_macs, or where that runtime is",
+        )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from compress import artifact, measure, models, plugins
 from compress.data import Dataset
@@ -139,17 +140,12 @@ def save_stage(
         options=settings.options if parent is None else None,
         num_classes=_classes_given(context) if parent is None else None,
     )
-    fixed = _exported(
+    fixed = export_network(
         model,
-        context.dataset.example,
+        context.dataset,
+        context.task,
         stage / ONNX_FILE,
         metadata=run_facts(context),
-        nms=context.task.ending(),
-        outputs=(
-            None
-            if context.task.tells_classes
-            else context.task.read_outputs(returned(model, context.dataset.example))
-        ),
         check_images=context.dataset.normalize(
             calibration.take(range(min(CHECK_IMAGES, len(calibration))))
         ),
@@ -169,17 +165,24 @@ def save_stage(
     return StageResult((variant,), facts)
 
 
-def _exported(model: nn.Module, example: Tensor, path: Path, **options: Any) -> str | None:
-    """Export for any batch; where the network's code does not let it, for that of the example.
+def export_network(
+    model: nn.Module, dataset: Dataset, task: Task, path: Path, **options: Any
+) -> str | None:
+    """Export ``model`` for any batch; where its code does not let it, for that of the example.
 
     Returns:
         Why the batch is fixed; None where it is free.
     """
+    example = dataset.example
+    outputs = None if task.tells_classes else task.read_outputs(returned(model, example))
+    write = partial(
+        export_onnx, model, example, path, nms=task.ending(), outputs=outputs, **options
+    )
     try:
-        export_onnx(model, example, path, **options)
+        write()
     except ExportError as error:
         with suppress(ExportError):
-            export_onnx(model, example, path, dynamic_batch=False, **options)
+            write(dynamic_batch=False)
             return error.what
         raise
     return None

@@ -84,7 +84,7 @@ def details_of(
         ranges=tuple(
             found for name, plan in int8_plans(outcomes) for found in tensor_ranges(plan, name)
         ),
-        learning=tuple(curve for outcome in outcomes for curve in _learning(outcome)),
+        learning=tuple(curve for outcome in outcomes for curve in _learning(context, outcome)),
         sensitivity=measured.sensitivity,
         class_scores=tuple(each.scores() for each in taken),
         confusions=tuple(each.confusion() for each in taken),
@@ -98,7 +98,7 @@ def details_of(
             for each in context.run.description()["artifacts"]
         ),
         methods=measure.methods_of(tells_classes=context.task.tells_classes),
-        skipped=_skipped(context, plan, variants[0]),
+        skipped=_skipped(context, plan, variants),
     )
 
 
@@ -111,17 +111,23 @@ def int8_plans(outcomes: Sequence[StageResult]) -> list[tuple[str, QuantPlan]]:
     ]
 
 
-def _learning(outcome: StageResult) -> Iterator[schema.Curve]:
+def _learning(context: RunContext, outcome: StageResult) -> Iterator[schema.Curve]:
     history = outcome.facts.get("training", {}).get("history", ())
+    called = {
+        name: ", ".join(filter(None, (kind.title or name, kind.unit.replace("pct", "%"))))
+        for name, kind in context.task.kinds.items()
+    }
     for variant in outcome.variants[:1]:
-        yield from learning_curves(variant.stage, history)
+        yield from learning_curves(variant.stage, history, called)
 
 
-def _skipped(context: RunContext, plan: PrunePlan | None, original: RunVariant) -> dict[str, str]:
+def _skipped(
+    context: RunContext, plan: PrunePlan | None, variants: Sequence[RunVariant]
+) -> dict[str, str]:
     """Return why a part of the details is absent, for those that a recipe has to ask for."""
     verbs = {stage.verb for stage in context.recipe.stages}
     reasons = {}
-    if (reason := no_sensitivity(context, original)) is not None:
+    if (reason := no_sensitivity(context, variants[0])) is not None:
         reasons["sensitivity"] = reason
     if not context.recipe.measure.explain_images:
         for part in ("attributions", "similarities"):
@@ -132,6 +138,8 @@ def _skipped(context: RunContext, plan: PrunePlan | None, original: RunVariant) 
         reasons |= dict.fromkeys(("ranges", "coverage"), "nothing was quantized")
     if not verbs & {"train", "finetune", "distill"}:
         reasons["learning"] = "nothing was trained"
+    if len(variants) == 1:
+        reasons["flips"] = "there is no other network to compare with"
     if not context.task.tells_classes:
         parts = ("class_scores", "confusions", "flips", "calibration")
         reasons |= dict.fromkeys(parts, "the network is not for one class an image")
@@ -156,7 +164,8 @@ def _answers(rows: Sequence[schema.Variant], judged: JudgedPredictions) -> list[
 
 
 def _last_plan(context: RunContext, variants: Sequence[RunVariant]) -> PrunePlan | None:
-    for variant in reversed(variants):
+    """Return the plan of the last cut; one that the original came with is another run's."""
+    for variant in reversed(variants[1:]):
         path = context.run.root / variant.stage / models.PLAN_FILE
         if path.is_file():
             return PrunePlan.load(path)

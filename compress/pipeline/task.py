@@ -88,6 +88,18 @@ def build_original(recipe: Recipe, dataset: Dataset, task: Task) -> nn.Module:
     return model
 
 
+def load_teacher(settings: DistillSettings, dataset: Dataset) -> nn.Module | str | None:
+    """Return the teacher that is named, a network or the path of an ONNX file; None if none is."""
+    if settings.teacher is None or models.is_onnx(settings.teacher):
+        return settings.teacher
+    return models.load_for(
+        len(dataset.classes),
+        settings.teacher,
+        settings.teacher_weights,
+        settings.teacher_num_classes,
+    )
+
+
 def prepared(recipe: Recipe) -> tuple[Dataset, Task]:
     """Return the images of ``recipe`` as its network takes them, and what the network is for.
 

@@ -406,13 +406,20 @@ CURVES = (  # key of a row, title, label of the y axis
 )
 
 
-def learning_curves(stage: str, history: Sequence[Mapping[str, Any]]) -> Iterator[Curve]:
-    """Yield a chart of each figure that ``history``, rows of metrics.jsonl, has two points of."""
+def learning_curves(
+    stage: str, history: Sequence[Mapping[str, Any]], called: Mapping[str, str] | None = None
+) -> Iterator[Curve]:
+    """Yield a chart of each figure that ``history``, rows of metrics.jsonl, has two points of.
+
+    ``called`` names metrics of the task: "PSNR, dB" for psnr.
+    """
+    names = called or {}
     known = {key for key, _, _ in CURVES}
     others = {key for row in history for key in row if key.startswith("validation_")} - known
     own = [
-        (key, "Validation images", key.removeprefix("validation_").replace("_", " "))
+        (key, "Validation images", names.get(name, name.replace("_", " ")))
         for key in sorted(others - {"validation_loss"})
+        for name in (key.removeprefix("validation_"),)
     ]
     for key, heading, label in (*CURVES, *own):
         points = [(row["epoch"], row[key]) for row in history if row.get(key) is not None]

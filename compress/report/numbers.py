@@ -19,7 +19,7 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
     places = max(0, digits - 1 - exponent)
-    return f"{value:,.{places}f}".replace("-", "−")
+    return signed(f"{value:,.{places}f}")
 
 
 def count(value: float | None) -> str:
@@ -38,12 +38,17 @@ def points(value: float | None) -> str:
         return ABSENT
     places = 2 if abs(value) < 9.995 else 1
     text = f"{value:+.{places}f}"
-    return text[1:] if float(text) == 0 else text.replace("-", "−")
+    return text[1:] if float(text) == 0 else signed(text)
 
 
 def percent(value: float | None) -> str:
     """Return a percentage with two decimals and no sign for it."""
-    return ABSENT if value is None else f"{value + 0.0:.2f}"  # -0.0 is 0
+    return ABSENT if value is None else signed(f"{value + 0.0:.2f}")  # -0.0 is 0
+
+
+def signed(text: str) -> str:
+    """Return a number with the minus sign that every number has here."""
+    return text.replace("-", "−")
 
 
 def interval(bounds: Interval | None, form: str = "number") -> str:
@@ -65,7 +70,7 @@ def share(row: Mapping[str, Any], key: str) -> str:
 def ratio_db(row: Mapping[str, Any]) -> str:
     """Return the signal-to-noise ratio of a row of differences, or why there is none."""
     if "sqnr_db" in row:
-        return f"{row['sqnr_db']:.1f}"
+        return signed(f"{row['sqnr_db']:.1f}")
     if row.get("not_finite"):
         return f"{row['not_finite']} not finite"
     if row.get("max_abs_diff") == 0:

@@ -19,7 +19,7 @@ def thumbnail(image: NDArray[np.uint8], side: int = 64, colours: int | None = No
     picture = from_pixels(image)
     picture.thumbnail((side, side))
     if colours is not None and picture.mode == "RGB":
-        picture = picture.quantize(colours)
+        picture = picture.quantize(colours, Image.Quantize.FASTOCTREE)  # small things keep theirs
     return png(picture)
 
 

@@ -83,7 +83,7 @@ def read_report(path: Path) -> Report:
         raise RunError(
             f"{place}: {first['msg']}",
             where=str(path),
-            fix="The file was changed or damaged: run the recipe again with --resume",
+            fix="The file was changed or damaged: run the recipe again",
         ) from None
 
 
@@ -170,7 +170,7 @@ def _unfinished(folder: Path) -> Iterator[str]:
     begun = [stage.name for stage in stages if stage.name not in finished]
     yield f"the run is not finished; finished stages: {_list(finished)}"
     if begun:
-        yield f"begun and not finished: {_list(begun)}; compress run with --resume goes on there"
+        yield f"begun and not finished: {_list(begun)}; the same command goes on there"
 
 
 def _list(names: list[str]) -> str:

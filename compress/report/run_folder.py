@@ -47,8 +47,8 @@ class RunFolder:
             fresh: Start over: what an earlier run of any recipe left there is removed.
 
         Raises:
-            RunError: the folder belongs to another recipe, holds something that is no run, or has a
-                name that no runtime can be told.
+            RunError: the folder belongs to another recipe, holds something that is no run, lacks
+                files of finished stages, or has a name that no runtime can be told.
         """
         if not artifact.is_utf8(root):
             raise RunError(
@@ -71,6 +71,7 @@ class RunFolder:
         written = root / RECIPE_FILE
         if begun and not fresh:
             folder._check_recipe(wanted)
+            folder._check_files()
             if _completed(folder.description()["recipe"]) == wanted:
                 if not written.is_file():  # it was killed between the two
                     artifact.write_text(written, dump(recipe))
@@ -93,8 +94,7 @@ class RunFolder:
         if not (self.root / RUN_FILE).is_file():
             expected = f"a folder with {RUN_FILE}"
             raise RunError("holds no run", where=str(self.root), expected=expected)
-        content: dict[str, Any] = artifact.read_json(self.root / RUN_FILE)
-        return content
+        return _record(self.root / RUN_FILE, "Start over with --fresh, or give another folder")
 
     def write_description(self, content: Mapping[str, Any]) -> None:
         """Replace run.json."""
@@ -109,8 +109,7 @@ class RunFolder:
         path = stage / DONE_FILE
         if not path.is_file():
             return None
-        content: dict[str, Any] = artifact.read_json(path)
-        return content
+        return _record(path, "Remove it, and the same command makes that stage again")
 
     def finish(self, stage: Path, result: Mapping[str, Any], artifacts: Iterable[Artifact]) -> None:
         """Record ``result`` of a stage and its files; from now on it is not run again."""
@@ -133,6 +132,21 @@ class RunFolder:
                 fix="Give another folder with --out, or start over with --fresh",
             )
 
+    def _check_files(self) -> None:
+        """Refuse a folder in which files of finished stages are missing or changed."""
+        for each in self.description()["artifacts"]:
+            if not (self.root / each["stage"] / DONE_FILE).is_file():
+                continue
+            problem = artifact.check_file(self.root, each["path"], each["sha256"])
+            if problem is not None:
+                raise RunError(
+                    f"{problem.problem}, and the run cannot go on",
+                    where=str(self.root / problem.path),
+                    expected=problem.expected,
+                    fix=f"Put it back as it was; or remove the folders from {each['stage']} on, "
+                    "and the same command makes them again",
+                )
+
     def _holds_something_else(self) -> bool:
         """Return whether anything is here besides what a run killed before run.json leaves."""
         return self.root.exists() and any(
@@ -151,6 +165,16 @@ class RunFolder:
         for path in reversed(stage_folders(self.root)):
             (path / DONE_FILE).unlink(missing_ok=True)
             shutil.rmtree(path)
+
+
+def _record(path: Path, fix: str) -> dict[str, Any]:
+    """Return what a file of a run holds; ``fix`` says what to do where it is damaged."""
+    try:
+        content: dict[str, Any] = artifact.read_json(path)
+    except RunError as error:
+        error.fix = fix
+        raise
+    return content
 
 
 def stage_folders(root: Path) -> list[Path]:

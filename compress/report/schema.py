@@ -12,6 +12,7 @@ from compress.statistics import excludes, undecided
 SCHEMA = 1  # later versions only add keys
 LEVEL = 0.05  # of significance
 SAME = "no significant difference"
+BUSY_RESOLUTION_PCT = 10.0  # speeds that differ by less are not told apart on a busy machine
 
 Interval = tuple[float, float]  # a 95 % confidence interval: low, high
 Class = Annotated[int, Field(ge=0, lt=2**24)]  # its number

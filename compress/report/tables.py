@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from compress.report import numbers as figures
-from compress.report.schema import SAME, ChangeRecord, Interval, Report, Result, Variant
-from compress.report.verdict import accuracy_of, speed_differs
+from compress.report.schema import ChangeRecord, Interval, Report, Result, Variant
+from compress.report.verdict import accuracy_of, same_speed
 
 Setting = tuple[str, str, int, int | None]  # runtime, device, batch, threads
 
@@ -291,7 +291,7 @@ _SPEED: tuple[tuple[Column, Fill], ...] = (
     (Column("Throughput", "images/s"), _fill("throughput_ips")),
     (
         Column("Speed-up", "", "the original's p50 over this one's, in the same setting"),
-        _fill("speedup", "factor", "speedup_ci95", lambda r: SAME * (speed_differs(r) is False)),
+        _fill("speedup", "factor", "speedup_ci95", same_speed),
     ),
     (
         Column("p50 on GPU", "ms", "without copies", is_optional=True),

@@ -176,7 +176,8 @@ def gate_sentence(gate: Gate, *, with_outcome: bool = True) -> str:
         name = name.replace("the primary metric", gate.title or gate.metric)
         unit = {"pct": " points", "": ""}.get(gate.unit or "", f" {gate.unit}")
     side = "at least" if unit in {"x", " %"} else "at most"
-    limit = f"{gate.limit:.4g}{unit.removesuffix('s') if gate.limit == 1 else unit}"
+    limit = numbers.signed(f"{gate.limit:.4g}")
+    limit += unit.removesuffix("s") if gate.limit == 1 else unit
     if gate.measured is None:
         measured = f"not measured because {gate.reason or 'no reason was recorded'}"
     elif gate.measured < 0 and name.startswith("loss of"):

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compress.report.numbers import factor, interval, number, points
-from compress.report.schema import SAME, ChangeRecord, Interval, Report, Result, Variant
+from compress.report.numbers import factor, interval, number, points, signed
+from compress.report.schema import (
+    BUSY_RESOLUTION_PCT,
+    SAME,
+    ChangeRecord,
+    Interval,
+    Report,
+    Result,
+    Variant,
+)
 from compress.statistics import excludes
 
+BUDGETS = ("top1_drop_pct", "max_drop_pct", "max_drop", "metric_drop")  # gates of accuracy
 PRECISIONS = ("int8", "fp16", "fp32")  # the narrowest first
 
 
@@ -59,6 +68,14 @@ def speed_differs(result: Result) -> bool | None:
     if result.verdict in {"faster", "slower", "no difference"}:
         return result.verdict != "no difference"
     return None if result.speedup_ci95 is None else excludes(result.speedup_ci95, 1.0)
+
+
+def same_speed(result: Result) -> str:
+    """Return in words that the speed does not differ from the original's; empty if it does."""
+    if speed_differs(result) is not False:
+        return ""
+    is_apart = result.speedup_ci95 is not None and excludes(result.speedup_ci95, 1.0)
+    return "no difference that this machine can tell" if is_apart else SAME
 
 
 def matching(variant: Variant, result: Result) -> Result | None:
@@ -138,7 +155,8 @@ def _speed(before: Result, after: Result) -> str:
     if speedup is None:
         return ""
     if speed_differs(after) is False:
-        return f"no significant difference in speed ({factor(speedup)}{_ci(after.speedup_ci95)})"
+        same = same_speed(after).replace("difference", "difference in speed")
+        return f"{same} ({factor(speedup)}{_ci(after.speedup_ci95)})"
     if speedup >= 1:
         return f"{factor(speedup)} faster"
     return f"{factor(1 / speedup)} slower"
@@ -191,11 +209,7 @@ def _likeness(result: Result) -> str:
 
 def _better(report: Report, variant: Variant, after: Result) -> str:
     """Name the fastest variant within the accuracy gate where the last variant is not it."""
-    budgets = [
-        g
-        for g in report.gates
-        if g.name in ("top1_drop_pct", "max_drop_pct", "max_drop", "metric_drop")
-    ]
+    budgets = [g for g in report.gates if g.name in BUDGETS]
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}
     candidates = []
@@ -203,18 +217,29 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
         if result.latency_ms_p50 is None or variant.name in missed:
             continue
         change = accuracy_of(variant, result).change
-        is_within = limit is None or change is None or change.drop <= limit
-        if variant is report.original or is_within:
+        drop = 0.0 if variant is report.original or change is None else change.drop
+        if limit is None or drop <= limit:
             candidates.append((result.latency_ms_p50, title(variant, result), result))
     if not candidates:
         return ""
     milliseconds, name, result = min(candidates, key=lambda each: each[0])
-    if result is after:
+    is_good = any(each is after for *_, each in candidates)
+    if result is after or (is_good and not _is_faster(result, after)):
         return ""
     unit = next((g.unit for g in budgets if g.metric), "pct")
     spoken = f"point{'s' * (limit != 1)}" if unit == "pct" else unit
-    within = "" if limit is None else f" that loses at most {limit:g} {spoken}".rstrip()
-    return f"; the fastest variant{within} is {name} ({number(milliseconds)} ms)"
+    most = "" if limit is None else f" that loses at most {limit:g} {spoken}".rstrip()
+    return f"; the fastest variant{signed(most)} is {name} ({number(milliseconds)} ms)"
+
+
+def _is_faster(one: Result, other: Result) -> bool:
+    """Return whether the intervals of two latencies say that ``one`` is faster."""
+    if one.busy or other.busy:  # which moves both by more than their intervals say
+        share = 1 - BUSY_RESOLUTION_PCT / 100
+        return (one.latency_ms_p50 or 0) < share * (other.latency_ms_p50 or 0)
+    if one.latency_ms_p50_ci95 is None or other.latency_ms_p50_ci95 is None:
+        return True
+    return one.latency_ms_p50_ci95[1] < other.latency_ms_p50_ci95[0]
 
 
 def title(variant: Variant, result: Result) -> str:

@@ -90,7 +90,8 @@ class Onnxruntime(Runtime):
     def how(self) -> str:
         """Return the providers that are here."""
         providers = _package().get_available_providers()
-        return ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
+        known = (name.removesuffix("ExecutionProvider") for name in providers)
+        return ", ".join(name for name in known if name != "Azure")  # which calls other machines
 
     def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
         """Write the graph as ONNX Runtime optimizes it for any CPU.

@@ -17,7 +17,8 @@ Image = NDArray[np.uint8]  # (H, W, 3)
 OPACITY = 0.5
 LETTERS = 28  # lines of text in the shorter side of an image, where that leaves them legible
 SMALLEST_FONT = 10  # pixels
-DARK = 110  # mean of a colour below which text on it is white
+DARK = 128  # brightness of a colour below which text on it is white
+BRIGHTNESS = (0.299, 0.587, 0.114)  # of red, green and blue, as eyes weigh them
 
 
 def captioned(
@@ -46,8 +47,9 @@ def boxed(
 ) -> Image:
     """Return ``image`` with boxes (M, 4) as x1, y1, x2, y2, one colour for each label.
 
-    A box wide enough for it has its name and score at its edge, others the score alone; names that
-    no box shows stand in the upper left corner. Without ``scores`` names stand alone.
+    A box wide enough for it has its name and score at its edge, others the score alone, and one
+    where that would cover another's nothing: the first come first. Names that no box shows stand in
+    the upper left corner. Without ``scores`` names stand alone.
     """
     from PIL import Image as Pillow
     from PIL import ImageDraw
@@ -61,15 +63,19 @@ def boxed(
         draw.rectangle(place, outline=tuple(colours[int(label)].tolist()), width=width)
     hidden = dict(zip(names, labels, strict=True))
     shown = [""] * len(labels) if scores is None else [f"{score:.2f}" for score in scores]
+    taken: list[tuple[float, ...]] = []
     for place, label, name, score in zip(places, labels, names, shown, strict=True):
-        text = f"{name} {score}".rstrip()
-        if draw.textlength(printable(text), font=font) + 4 > place[2] - place[0]:
-            text = score
-        else:
+        text = printable(f"{name} {score}".rstrip())
+        is_whole = draw.textlength(text, font=font) + 4 <= place[2] - place[0]
+        text = text if is_whole else score
+        top = max(0.0, place[1] - _height(font))
+        area = (place[0], top, place[0] + draw.textlength(text, font=font) + 4, top + _height(font))
+        if not text or any(_overlap(area, other) for other in taken):
+            continue
+        taken.append(area)
+        if is_whole:
             hidden.pop(name, None)
-        corner = (place[0], max(0.0, place[1] - _height(font)))
-        if text:
-            _label(draw, corner, text, font, colours[int(label)].tolist())
+        _label(draw, area[:2], text, font, colours[int(label)].tolist())
     lines, grounds = list(hidden), colours[np.array([*hidden.values()], np.int64)]
     return captioned(np.asarray(picture), lines, grounds)
 
@@ -102,6 +108,11 @@ def palette(count: int) -> Image:
     return (255 * np.array(colours).reshape(-1, 3)).astype(np.uint8)
 
 
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Return whether two areas x1, y1, x2, y2 share more than an edge."""
+    return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in (0, 1))
+
+
 def _font(image: Image) -> Any:
     """Return a font that can be read in an image of this size."""
     from PIL import ImageFont
@@ -121,5 +132,6 @@ def _label(
     text = printable(text).replace("\n", " ")
     length = draw.textlength(text, font=font)
     draw.rectangle((x, y, x + length + 4, y + _height(font)), fill=tuple(ground))
-    ink = (255, 255, 255) if sum(ground) < 3 * DARK else (0, 0, 0)
+    brightness = sum(part * weight for part, weight in zip(ground, BRIGHTNESS, strict=True))
+    ink = (255, 255, 255) if brightness < DARK else (0, 0, 0)
     draw.text((x + 2, y + _height(font) // 8), text, font=font, fill=ink)

@@ -13,6 +13,8 @@ import pytest
 import torch
 import yaml
 
+from compress.recipe.loading import stage_settings
+
 RECIPE = {
     "model": {"name": "compress.models.cifar:resnet8", "options": {"in_channels": 1, "width": 4}},
     "data": {"name": "digits", "calibration": 16},
@@ -121,6 +123,14 @@ def test_list_names_the_recipes_of_the_package(compress):
     assert code == 0
     assert " quickstart " in out
     assert "The main job in two minutes" in out
+
+
+def test_show_prints_the_options_of_every_stage(compress):
+    for name in stage_settings():
+        code, out, err = compress("show", f"stages/{name}")
+        assert (code, err) == (0, ""), name
+    code, out, _ = compress("show", "stages/train")
+    assert "  lr (default 0.05): Peak learning rate" in out
 
 
 def test_show_prints_the_options_of_a_stage(compress):

@@ -90,6 +90,15 @@ def test_the_checkpoint_says_which_network_and_the_network_which_size(here, comp
     assert "# the original teaches what is left of it" in text
     steps = 26 // recipe.stages[1].distill.batch_size
     assert steps >= 3
+    assert recipe.stages[0].prune.round_to == 1  # of 6 channels none is a multiple of 8
+
+
+def test_weights_that_are_not_used_are_told_with_the_reason(here, compress):
+    torch.save(load_model("net.py:wide"), "whole.pt")
+    code, out, err = compress("init", "--image-size", "20")
+    assert code == 0 and "with whole.pt" not in out
+    assert "the weights that lie here are not used. whole.pt: refused" in err
+    assert "Save its state_dict() again" in err
 
 
 def test_without_weights_the_network_is_trained_first(here, compress):

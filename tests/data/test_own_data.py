@@ -395,6 +395,16 @@ def test_a_table_names_files_and_classes(photos, comma):
     assert (shades > 128).tolist() == data.splits["test"].labels.astype(bool).tolist()
 
 
+def test_files_of_a_table_may_lie_in_a_folder_beside_it(photos):
+    root, files = photos
+    (root / "pictures").mkdir()
+    for number, file in enumerate(files):
+        file.rename(root / "pictures" / f"{number}.png")
+    rows = [[f"{n}.png", n > 11] for n in range(24)]
+    data = load(f"csv:{table(root / 'x.csv', [['filename', 'label'], *rows])}", image_size=8)
+    assert sum(sizes(data).values()) == 24
+
+
 def test_a_table_may_say_the_split_and_numbers_sort_as_numbers(photos):
     root, files = photos
     rows = [[f, i % 12, ("train", "val", "test")[i % 3 if i > 11 else 0]]

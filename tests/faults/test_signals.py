@@ -33,6 +33,29 @@ with interruption.ending_on_signals(), interruption.deferred():
     print("ready", flush=True)
     time.sleep(600)
 """
+IMPORTING = """
+import sys, time, importlib.abc, importlib.machinery
+from compress import interruption
+
+class Slow(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.machinery.ModuleSpec(name, self) if name == "slow" else None
+
+    def exec_module(self, module):
+        print("begun", flush=True)
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            pass
+        print("imported whole", end=", ", flush=True)
+
+sys.meta_path.insert(0, Slow())
+try:
+    with interruption.ending_on_signals():
+        import slow
+        time.sleep(600)
+except KeyboardInterrupt as ended:
+    print("then ended by", *ended.args)
+"""
 
 
 @pytest.fixture
@@ -107,6 +130,22 @@ def test_a_second_signal_does_not_wait():
         assert interruption.is_asked()
         os.kill(os.getpid(), signal.SIGTERM)
     assert signals.exit_code == 143
+
+
+def test_a_module_that_is_being_imported_is_not_torn():
+    """Libraries in C++ import as they go, and abort the process on an exception there."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTING],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "begun\n"
+    start = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=60)
+    assert told == "imported whole, then ended by 2\n"
+    assert time.monotonic() - start < interruption.PATIENCE_S
 
 
 def test_handlers_are_as_they_were_afterwards():

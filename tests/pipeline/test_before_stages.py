@@ -17,6 +17,7 @@ from compress import pipeline
 from compress.errors import RecipeError
 from compress.export import export_onnx
 from compress.models import load_model
+from compress.quantize import quantize_onnx
 from compress.recipe.loading import from_anywhere, validate_recipe
 from compress.report.run_folder import RunFolder, default_folder
 
@@ -109,6 +110,55 @@ def test_names_are_known_before_the_first_stage(here, stages, said):
         pipeline.run(chosen, "out")
     assert said in str(error.value)
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        (
+            {"prune": {"keep_macs": 0.5, "round_to": 1000}},
+            ".prune: keep_macs = 0.5 cannot be reached",
+        ),
+        ({"prune": {"keep_macs": 0.5, "outputs": ["5"]}}, ".prune: .*has no output '5'"),
+        ({"prune": {"keep_latency": 0.5, "outputs": ["5"]}}, ".prune: .*has no output '5'"),
+        ({"prune": {"keep_channels": {"9": 0.5}}}, ".prune: .*there is no layer '9'"),
+        (
+            {"prune": {"keep_latency": 0.5, "runtime": "nosuch"}},
+            ".prune.runtime: no such runtime 'nosuch'",
+        ),
+        ({"distill": {"teacher": "net.py:wide"}}, ".distill: .*the teacher has 12 class outputs"),
+        (
+            {"distill": {"teacher": "net.py:net", "teacher_weights": "other.pt"}},
+            ".distill: other.pt",
+        ),
+        (
+            {"distill": {"losses": [{"hint": {"layers": {"9": "2"}}}]}},
+            ".distill: the student: no such layer .*'9'",
+        ),
+        ({"quantize": {"exclude": ["fc"]}}, ".quantize: no such node 'fc'. .*node_linear"),
+    ],
+)
+def test_what_a_stage_would_refuse_is_found_before_the_training(here, stage, said):
+    Path("net.py").write_text(OWN + "\n\ndef wide(num_classes=10):\n    return net(12)\n")
+    torch.save({"0.weight": torch.zeros(1)}, "other.pt")
+    given = content("net.py:net", {"train": {}}, stage)
+    with pytest.raises(RecipeError, match=rf"stages\[1\]{said}"):
+        pipeline.run(validate_recipe(given, where="r"), "out")
+    assert not Path("out").exists()
+
+
+def test_a_file_in_int8_and_nodes_that_it_lacks_are_found_before_the_first_stage(here, compress):
+    path = exported()
+    images = [np.random.default_rng(0).normal(size=(8, 1, 8, 8)).astype(np.float32)]
+    quantize_onnx(path, images, "int8.onnx", method="plain")
+    for name, options, said in (
+        ("int8.onnx", (), "quantized already"),
+        (str(path), ("--exclude", "fc"), "no such node 'fc'"),
+        (str(path), ("--target", "pytorch"), "targets[0]: pytorch runs no int8 graph"),
+    ):
+        code, _, err = compress("quantize", name, "--data", "digits", "--out", "q", *options)
+        assert (code, said in err, "00-" in err) == (2, True, False), err
+        assert not Path("q").exists()
 
 
 def test_too_few_calibration_images_are_found_before_the_first_stage(here):

@@ -23,7 +23,7 @@ from compress.data._augment import CHANCES, Chance, augment_with_labels
 from compress.errors import CompressError, UsageError
 from compress.modules.objective import TaskLoss
 from compress.pipeline.report_images import drawn_changes
-from compress.pipeline.stages.prune import _reading
+from compress.pipeline.stages.prune import outputs_read
 from compress.recipe.loading import validate_recipe
 from compress.recipe.settings import AugmentSettings, PruneSettings, TrainSettings
 from compress.tasks import load_task
@@ -308,14 +308,13 @@ def test_changes_that_labels_cannot_follow_are_refused():
 def test_criteria_take_the_gradients_of_the_tasks_own_loss():
     """Labels of an embedding look like classes of its numbers, and are none."""
     task = load_task("embedding", classes=("a", "b"))
-    context: Any = SimpleNamespace(
-        task=task, dataset=SimpleNamespace(example=torch.zeros(1, 3, 16, 16))
-    )
+    example = torch.zeros(1, 3, 16, 16)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 2
 
     def read(criterion: str) -> dict[str, Any]:
-        return _reading(context, net, PruneSettings(criterion=criterion, keep_macs=0.5))
+        settings = PruneSettings(criterion=criterion, keep_macs=0.5)
+        return outputs_read(task, net, example, settings)
 
     loss = read("taylor")["loss"]
     expected = task.loss(net, images, labels)

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from compress.report import errors_by_class
-from compress.report.charts import NARROW, Dot, Scale, lines, pareto, scale, scatter
+from compress.report.charts import (
+    NARROW,
+    Dot,
+    Scale,
+    learning_curves,
+    lines,
+    pareto,
+    scale,
+    scatter,
+)
 from compress.report.html import html, in_float
 from compress.report.pictures import thumbnail
 from compress.report.schema import (
@@ -34,6 +43,7 @@ from compress.report.schema import (
     Variant,
 )
 from compress.report.tables import Cell, accuracies, compact, sizes, speeds
+from compress.report.verdict import same_speed
 
 PLACE = {"runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "batch": 1}
 NUMBERS = st.integers(1, 6).map(float)  # few values: ties are common
@@ -342,3 +352,19 @@ def test_a_class_that_is_none_is_a_number():
 def test_calibration_has_one_of_each_for_every_bin():
     with pytest.raises(ValueError, match="differ in their number of bins"):
         Calibration(variant="x", ece_pct=1.0, confidence_pct=(50.0,), accuracy_pct=(), images=(3,))
+
+
+def test_a_curve_of_a_tasks_metric_has_its_name_and_its_unit():
+    history = [{"epoch": n, "validation_psnr": 20.0 + n} for n in (1, 2)]
+    (curve,) = learning_curves("00-train", history, {"psnr": "PSNR, dB"})
+    assert (curve.title, curve.y_label) == ("Validation images, 00-train", "PSNR, dB")
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [((0.9, 1.1), "no significant difference"), ((0.97, 0.99), "no difference that this machine")],
+)
+def test_a_speed_that_cannot_be_told_says_why(interval, words):
+    result = Result(**PLACE, speedup=1.0, speedup_ci95=interval, verdict="no difference")
+    assert same_speed(result).startswith(words)
+    assert same_speed(result.model_copy(update={"verdict": "slower"})) == ""

@@ -112,7 +112,7 @@ def test_a_half_finished_run_tells_what_is_there_and_what_is_missing(tmp_path):
     assert report.verdict.startswith("Not finished: the run was stopped before it was measured")
     assert report.incomplete == (
         "the run is not finished; finished stages: 00-train",
-        "begun and not finished: 01-prune; compress run with --resume goes on there",
+        "begun and not finished: 01-prune; the same command goes on there",
     )
     write(report, tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()

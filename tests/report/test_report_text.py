@@ -13,7 +13,18 @@ from compress.pipeline.reporting import gates
 from compress.recipe.settings import Gates
 from compress.report import Report, summary, verdict, write
 from compress.report.html import html
-from compress.report.numbers import count, fact, factor, in_words, interval, number, points, reason
+from compress.report.numbers import (
+    count,
+    fact,
+    factor,
+    in_words,
+    interval,
+    number,
+    percent,
+    points,
+    ratio_db,
+    reason,
+)
 from compress.report.schema import Details, Flip, Gate, Line, Result, Variant
 from compress.report.tables import speeds
 from compress.report.text import escaped_line, gate_sentence, markdown, missing
@@ -135,6 +146,41 @@ def test_verdict_of_a_slower_variant_names_the_fastest_within_the_accuracy_gate(
     assert verdict(report).endswith(
         "; the fastest variant that loses at most 1 point is original (10.0 ms)."
     )
+
+
+@pytest.mark.parametrize(
+    ("small", "smaller", "busy", "is_told"),
+    [(5.0, 5.02, None, False), (5.0, 5.6, None, True), (5.0, 5.2, "others", False),
+     (5.0, 5.6, "others", True)],
+)  # fmt: skip
+def test_a_variant_is_called_the_fastest_where_it_can_be_told(small, smaller, busy, is_told):
+    report = pair(latency_ms_p50=small, latency_ms_p50_ci95=(small - 0.01, small + 0.01))
+    last = Result(**OTHER, latency_ms_p50=smaller, busy=busy, speedup=10.0 / smaller,
+                  latency_ms_p50_ci95=(smaller - 0.01, smaller + 0.01))  # fmt: skip
+    last = Variant(name="smaller", stage="distill", results=(last,))
+    report = report.model_copy(update={"variants": (*report.variants, last)})
+    assert ("the fastest variant is small (5.00 ms)" in verdict(report)) == is_told
+
+
+def test_an_interval_without_1_that_the_machine_cannot_tell_is_no_contradiction():
+    report = pair(latency_ms_p50=10.2, speedup=0.98, speedup_ci95=(0.97, 0.99),
+                  verdict="no difference", busy="others")  # fmt: skip
+    assert verdict(report).startswith(
+        "No difference in speed that this machine can tell (0.980x, 95 % CI 0.970..0.990)"
+    )
+
+
+def test_every_negative_number_has_the_same_minus_sign():
+    assert (number(-2.5), points(-2.5), percent(-2.5)) == ("−2.50", "−2.50", "−2.50")
+    assert interval((-1.0, 2.0), "percent") == "−1.00..2.00"
+    assert ratio_db({"sqnr_db": -3.0}) == "−3.0"
+
+
+def test_a_gain_that_is_asked_for_is_no_loss_of_the_original():
+    gate = Gate(name="top1_drop_pct", limit=-1.0, measured=0.1, passed=False)
+    report = pair((gate,), latency_ms_p50=12.0, speedup=0.833, top1_change_pct=-0.1)
+    assert "the fastest" not in verdict(report)
+    assert "at most −1 points" in gate_sentence(gate)
 
 
 def test_a_faster_variant_beyond_the_accuracy_gate_is_not_recommended():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress.artifact import Artifact
+from compress.artifact import Artifact, describe_file, write_text
 from compress.errors import RunError
 from compress.recipe.loading import load_recipe, validate_recipe
 from compress.report.run_folder import RunFolder
@@ -17,10 +17,33 @@ def test_a_finished_stage_is_remembered_with_its_files(tmp_path):
     folder = RunFolder.open(tmp_path / "run", recipe())
     stage = folder.stage(1, "prune")
     assert folder.result(stage) is None
-    folder.finish(stage, {"a": 1}, [Artifact("01-prune/x", "00", "01-prune")])
+    write_text(stage / "x", "whole")
+    folder.finish(stage, {"a": 1}, [describe_file(stage / "x", root=folder.root, stage=stage.name)])
     again = RunFolder.open(tmp_path / "run", recipe())
     assert again.result(stage) == {"a": 1}
     assert [each["path"] for each in again.description()["artifacts"]] == ["01-prune/x"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file: file.unlink(), "01-prune/x: missing, and the run cannot go on"),
+        (lambda file: file.write_text("wh"), "01-prune/x: changed, and the run cannot go on"),
+    ],
+)
+def test_a_run_whose_files_are_not_what_they_were_does_not_go_on(tmp_path, spoil, said):
+    folder = RunFolder.open(tmp_path, recipe())
+    stage = folder.stage(1, "prune")
+    write_text(stage / "x", "whole")
+    folder.finish(stage, {}, [describe_file(stage / "x", root=folder.root, stage=stage.name)])
+    spoil(stage / "x")
+    with pytest.raises(RunError, match=f"{said}.*remove the folders from 01-prune on"):
+        RunFolder.open(tmp_path, recipe())
+    (stage / "metrics.json").unlink()  # then the stage is made again
+    RunFolder.open(tmp_path, recipe())
+    (stage / "metrics.json").write_text("{")
+    with pytest.raises(RunError, match=r"Remove it, and the same command makes that stage again"):
+        folder.result(stage)
 
 
 def test_finishing_a_stage_again_replaces_its_files(tmp_path):

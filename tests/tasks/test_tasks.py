@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from compress import evaluate, plugins, statistics, tasks
@@ -14,7 +17,9 @@ from compress.data import load_data
 from compress.errors import DataError, EngineError, TrainingError, UnknownNameError, UsageError
 from compress.modules.objective import TaskLoss
 from compress.recipe.settings import DataSettings
+from compress.report.pictures import thumbnail
 from compress.tasks import detection, load_task
+from compress.tasks._drawing import boxed
 
 NAMES = [name for name in plugins.names("tasks") if plugins.plugin_class("tasks", name).kinds]
 IMAGES = 6
@@ -808,3 +813,28 @@ def test_an_interval_in_decibels_has_a_width_where_nothing_changed() -> None:
 def test_an_embedding_does_not_learn_from_mixed_classes():
     with pytest.raises(UsageError, match="mixup and cutmix mix them"):
         made("embedding").loss(nn.Identity(), torch.rand(4, 3), torch.rand(4, 2))
+
+
+def test_labels_of_boxes_do_not_cover_one_another_and_contrast_with_their_ground():
+    image = np.full((200, 200, 3), 200, np.uint8)
+    boxes = np.array([[20.0, 40, 180, 90], [26, 42, 180, 90]])
+    one, both = (
+        boxed(image, boxes[:n], np.ones(n, int), ["b"] * n, np.array([0.9, 0.8])[:n])
+        for n in (1, 2)
+    )
+    assert (one[26:40, 20:] == both[26:40, 20:]).all()  # above the boxes: the label of the first
+    for label, is_light in ((0, True), (1, True), (2, False)):  # red, blue, green
+        drawn = boxed(image, boxes[:1], np.array([label]), ["b"], np.array([0.9]))
+        least = drawn[28:40, 22:50].min(-1)
+        assert (least.max() > 200, least.min() < 20) == (is_light, not is_light), label
+
+
+def test_small_things_keep_their_colours_in_pictures_of_few():
+    random = np.random.default_rng(0)
+    image = np.kron(random.integers(90, 220, (16, 16, 3)), np.ones((8, 8, 1))).astype(np.uint8)
+    image[4:8, 4:60], image[40:44, 4:40] = (178, 35, 35), 0
+    shown = thumbnail(image, 128, 64).partition(",")[2]
+    with Image.open(io.BytesIO(base64.b64decode(shown))) as picture:
+        found = np.asarray(picture.convert("RGB")).astype(int)
+    assert abs(found[5, 20] - (178, 35, 35)).max() < 20
+    assert found[41, 20].max() < 20

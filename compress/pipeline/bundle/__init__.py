@@ -102,7 +102,7 @@ def _models(folder: Path) -> list[dict[str, Any]]:
         raise RunError(
             "no stage of this run has left a network",
             where=str(folder),
-            fix="Finish the run first: compress run RECIPE --resume",
+            fix="Finish the run first: give its command again",
         )
     for model in found:
         if not inside(folder, model["path"]).is_file():

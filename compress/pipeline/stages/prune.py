@@ -21,7 +21,7 @@ from compress.prune import sparsity
 from compress.prune.saliency import takes_targets
 from compress.recipe.settings import PruneSettings, SparsifySettings, TrainSettings
 from compress.report import schema
-from compress.tasks import OutputTask
+from compress.tasks import OutputTask, Task
 from compress.train import CrossEntropy, shown_batches
 
 
@@ -85,7 +85,7 @@ def _prune_in_rounds(
             exclude=settings.exclude,
             batches=batches,
             seed=context.recipe.seed,
-            **_reading(context, model, settings),
+            **outputs_read(context.task, model, example, settings),
         )
         differences.append(prove(model, plan, example))
         small = apply_pruning(model, plan)
@@ -144,17 +144,19 @@ def _shown_batches(
     )
 
 
-def _reading(context: RunContext, model: nn.Module, settings: PruneSettings) -> dict[str, Any]:
+def outputs_read(
+    task: Task, model: nn.Module, example: Tensor, settings: PruneSettings
+) -> dict[str, Any]:
     """Return which outputs count and what they are, as the recipe or its task says."""
-    if context.task.tells_classes:
+    if task.tells_classes:
         return {"outputs": settings.outputs}
     outputs = settings.outputs
     if outputs is None:
-        outputs = context.task.counted_outputs(returned(model, context.dataset.example))
-    found: dict[str, Any] = {"outputs": outputs, "answers": context.task.answers}
+        outputs = task.counted_outputs(returned(model, example))
+    found: dict[str, Any] = {"outputs": outputs, "answers": task.answers}
     criterion = plugins.plugin_class("criteria", plugins.parse("criteria", settings.criterion)[0])
-    if isinstance(context.task, OutputTask) and takes_targets(criterion):
-        found["loss"] = context.task.output_loss
+    if isinstance(task, OutputTask) and takes_targets(criterion):
+        found["loss"] = task.output_loss
     return found
 
 

@@ -20,7 +20,7 @@ from compress.pipeline.context import (
     save_stage,
     training_facts,
 )
-from compress.pipeline.task import build_original, load_original
+from compress.pipeline.task import build_original, load_original, load_teacher
 from compress.recipe.settings import DistillSettings, TrainSettings
 from compress.runtimes import open_session
 from compress.train import distill
@@ -73,7 +73,7 @@ def distill_student(
     """Train towards the recipe's original, or the teacher that the stage names."""
     parent = before[-1]
     student = context.network(parent)
-    teacher = _teacher(context, settings, before[0])
+    teacher = load_teacher(settings, context.dataset) or context.network(before[0])
     facts: dict[str, Any] = {}
     if settings.control:
         control = distill.does_teacher_help(
@@ -115,16 +115,3 @@ def _original_onnx(context: RunContext, source: Path, stage: Path) -> StageResul
         return StageResult(
             (variant,), facts | cautions.of_original(context, Fed(session, context.dataset))
         )
-
-
-def _teacher(context: RunContext, settings: DistillSettings, first: RunVariant) -> Any:
-    if settings.teacher is None:
-        return context.network(first)
-    if models.is_onnx(settings.teacher):
-        return settings.teacher
-    return models.load_for(
-        len(context.dataset.classes),
-        settings.teacher,
-        settings.teacher_weights,
-        settings.teacher_num_classes,
-    )

@@ -87,10 +87,7 @@ def build_objective(
         task = None
     answering = _teacher(teacher, dataset.example, settings)
     try:
-        order = None
-        if task is None:
-            order = class_order(dataset.classes, settings.teacher_classes, answering.classes)
-        terms = _terms(student, answering, dataset, settings, task)
+        order, terms = _matched(student, answering, dataset, settings, task)
         if settings.cache_teacher:
             answering = _cached(answering, terms, dataset, settings, folder, seed)
     except CompressError:
@@ -109,6 +106,31 @@ def build_objective(
     if len(dataset.splits.get("validation", ())) and (task is None or task.kinds):
         _compare(objective, student, dataset, task)
     return objective
+
+
+def check_objective(
+    student: nn.Module, teacher: Any, dataset: Dataset, settings: DistillSettings, task: Task
+) -> None:
+    """Raise what :func:`build_objective` would, before there is anything to train."""
+    answering = _teacher(teacher, dataset.example, settings)
+    try:
+        _matched(student, answering, dataset, settings, None if task.tells_classes else task)
+    finally:
+        answering.close()
+
+
+def _matched(
+    student: nn.Module,
+    answering: Teacher,
+    dataset: Dataset,
+    settings: DistillSettings,
+    task: Task | None,
+) -> tuple[Tensor | None, list[Term]]:
+    """Return the order of the teacher's classes, and the losses between the two networks."""
+    order = None
+    if task is None:
+        order = class_order(dataset.classes, settings.teacher_classes, answering.classes)
+    return order, _terms(student, answering, dataset, settings, task)
 
 
 def _terms(

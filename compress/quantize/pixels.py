@@ -74,7 +74,7 @@ def _is_first(graph: GraphIndex, node: NodeProto) -> bool:
     plain = node.op_type == "Conv" and attribute(node, "group", 1) == 1
     numbers = attribute(node, "auto_pad", b"NOTSET") in (b"NOTSET", b"VALID")
     biased = len(node.input) > 2 and node.input[2]
-    if not plain or not numbers or min(attribute(node, "pads", [0])) < 0:
+    if not plain or not numbers or min(attribute(node, "pads", ()), default=0) < 0:
         return False
     if graph.only_reader(node.input[0]) is None or (biased and graph.constant(biased) is None):
         return False

@@ -95,16 +95,14 @@ class Workbench:
     def exact(self, plan: QuantPlan) -> QuantPlan:
         """Return ``plan`` with pixels held exactly, where what rounds them now can be heard."""
         found = with_exact_pixels(self.prepared, plan, self.tried)
-        if found is plan:
-            return plan
+        read = {node.name: node.input[0] for node in self.prepared.graph.node}
+        if found is plan or any(read[grid.node] not in self.judging for grid in found.grids):
+            return found
         seen = {name: as_rounded(plan, name, values) for name, values in self.judging.items()}
         got = answers(self.prepared, seen, names=self.judged)
         alone = closeness(self.reference, got, images_in(self.judging)).each_db
-        total = self.judge(plan).each_db
-        heard = any(
-            one < all_of_it + _HEARD_DB for one, all_of_it in zip(alone, total, strict=True)
-        )
-        return found if heard else plan
+        pairs = zip(alone, self.judge(plan).each_db, strict=True)
+        return found if any(own < noise + _HEARD_DB for own, noise in pairs) else plan
 
     def scaled(self, plan: QuantPlan) -> QuantPlan:
         """Return ``plan`` with searched weight scales."""

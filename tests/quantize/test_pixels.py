@@ -176,3 +176,16 @@ def test_a_layer_without_bias_gets_one():
     (bias,) = (t for t in changed.graph.initializer if t.name == stem.input[2])
     assert numpy_helper.to_array(bias).shape == (8,)
     np.testing.assert_allclose(answer(changed, images), answer(prepared, images), atol=2e-5)
+
+
+def test_pixels_that_the_network_normalizes_itself_are_held_too(tmp_path):
+    s = Sketch((3, 16, 16))
+    mean, std = (s.constant(n, v.reshape(1, 3, 1, 1)) for n, v in (("mean", MEAN), ("std", STD)))
+    x = s.op("Div", [s.op("Sub", ["input", mean], "centred"), std], "normal")
+    s.conv(s.relu(s.conv(x, "stem", 3, 32)), "map", 32, 4)
+    onnx.save(s.model(outputs=["map"]), tmp_path / "net.onnx")
+    images = photos(32, mean=np.float32(0), std=np.float32(1))
+    plan = compress.quantize_onnx(tmp_path / "net.onnx", [images], tmp_path / "q.onnx")
+    assert [grid.node for grid in plan.grids] == ["stem"]
+    given, held = around_the_first_pair(onnx.load(tmp_path / "q.onnx"), images)
+    assert np.abs(given - held)[:, :, 1:-1, 1:-1].max() < 0.03 * plan.grids[0].step

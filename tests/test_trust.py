@@ -29,7 +29,8 @@ import torch
 
 class Net(torch.nn.Sequential):
     def __init__(self, num_classes=10):
-        super().__init__(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))
+        hidden, last = torch.nn.Linear(64, 8), torch.nn.Linear(8, num_classes)
+        super().__init__(torch.nn.Flatten(), hidden, torch.nn.ReLU(), last)
 
 class Own:
     pass

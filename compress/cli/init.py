@@ -25,6 +25,8 @@ RECIPE = "compress.yaml"
 WEIGHTS = (".safetensors", ".pt", ".pth", ".th")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 SIDES = (224, 256, 128, 64, 32, 150, 299, 160, 192, 112, 96, 48, 28)  # tried on networks
+COCO = ("annotations/instances_train*.json", "annotations/train*.json", "train/*.coco.json")
+FEWEST = 8  # pictures in a folder that make it one to quantize on
 PASSES = 20_000  # training images that an unknown job is given, over all epochs
 
 
@@ -38,7 +40,7 @@ class Proposal:
     summary: str  # of the data
     images: int  # of train
     task: str
-    primary: str
+    primary: str | None  # None where images have no labels
     tells_classes: bool
     targets: tuple[str, ...]
     keep_macs: float
@@ -136,14 +138,16 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
 
     folder = given["folder"]
     chosen = dict(given)
-    chosen["data"] = _answer(ask, "data", given["data"], next(data_in(folder), None), "--data")
+    lying = None if given["data"] else _one(list(data_in(folder)))
+    chosen["data"] = _answer(ask, "data", given["data"], lying, "--data KIND:PLACE")
     part = data_part(chosen)
     dataset = load_data(DataSettings(**part))
-    weights = given["weights"] or next(iter(files_in(folder, *WEIGHTS)), None)
-    found = given["model"] or _fitting(folder, weights, dataset)
-    model = _answer(ask, "network", given["model"], found, "--model")
-    if given["weights"] is None and weights is not None:
-        weights = _used(model, weights, dataset)
+    files = [given["weights"]] if given["weights"] else list(weights_in(folder))
+    found = given["model"] or _fitting(folder, files, dataset)
+    model = _answer(
+        ask, "network", given["model"], found, "--model FILE.py:NAME, torchvision:NAME, ..."
+    )
+    weights = given["weights"] or _used(model, files, dataset)
     if given["image_size"] is None:
         dataset, part = _sized(model, weights, dataset, part)
     task = given["task"] or default_task(dataset.target)
@@ -162,7 +166,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         summary=dataset.summary(),
         images=len(dataset.splits["train"]),
         task=task,
-        primary=primary_of(loaded).called,
+        primary=primary_of(loaded).called if loaded.kinds else None,
         tells_classes=loaded.tells_classes,
         targets=tuple(given["target"] or installed),
         keep_macs=keep,
@@ -182,21 +186,61 @@ def _answer(
     return found
 
 
+def _one(found: Sequence[str]) -> str | None:
+    """Return the first of the data that was found; None if there is none.
+
+    Raises:
+        UsageError: folders with classes lie side by side: several sets, or subclasses of one.
+    """
+    first = next(iter(found), None)
+    folders = [Path(each.partition(":")[2]) for each in found if each.startswith("imagefolder:")]
+    beside = [each for each in folders[1:] if each.parent == folders[0].parent != folders[0]]
+    if beside and first == f"imagefolder:{folders[0]}":
+        raise UsageError(
+            f"{first} and imagefolder:{beside[0]} both hold classes",
+            expected="one set of images",
+            fix=f"Name it: --data {first}, or --data imagefolder:{beside[0].parent} if its "
+            "folders are the classes",
+        )
+    return first
+
+
 def data_in(folder: Path) -> Iterator[str]:
-    """Yield references to the data that lies in ``folder`` or up to two folders below."""
+    """Yield references to the data that lies in ``folder`` or up to two folders below.
+
+    Pictures without labels come last.
+    """
     for root in _folders(folder):
         names = {path.name for path in root.iterdir()}
         train, judged = root / "train", {"val", "validation", "valid", "test"} & names
-        if train.is_dir() and (train / "images").is_dir() and (train / "masks").is_dir():
+        annotated = next((file for each in COCO for file in sorted(root.glob(each))), None)
+        if {"images", "masks"} <= names or {"images", "masks"} <= _names(train):
             yield f"masks:{root}"
         elif {"Annotations", "JPEGImages"} <= names:
             yield f"voc:{root}"
         elif "data.yaml" in names:
             yield f"yolo:{root / 'data.yaml'}"
-        elif (train.is_dir() and judged and _classes(train)) or _classes(root):
+        elif annotated is not None:
+            yield _coco(annotated, root)
+        elif (train.is_dir() and judged and _classes(train, nested=True)) or _classes(root):
             yield f"imagefolder:{root}"
         for ending, kind in ((".npz", "npz"), (".csv", "csv")):
             yield from (f"{kind}:{path}" for path in sorted(root.glob(f"*{ending}")))
+    for root in _folders(folder):
+        if sum(path.suffix.lower() in PICTURES for path in root.iterdir()) >= FEWEST:
+            yield f"images:{root}"
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _coco(train: Path, root: Path) -> str:
+    """Return the reference to an annotation file, and to that of the images to judge on."""
+    inside = str(train.relative_to(root))
+    others = (root / inside.replace("train", other) for other in ("val", "valid", "test"))
+    judged = next((file for file in others if file.is_file()), None)
+    return f"coco:root={train}" + (f",test={judged}" if judged else "")
 
 
 def _folders(folder: Path) -> Iterator[Path]:
@@ -212,12 +256,13 @@ def _folders(folder: Path) -> Iterator[Path]:
         ]
 
 
-def _classes(folder: Path) -> bool:
-    """Return whether at least two folders right below hold pictures."""
+def _classes(folder: Path, nested: bool = False) -> bool:
+    """Return whether at least two folders below hold pictures; ``nested``: at any depth."""
+    every = "**/*" if nested else "*"
     holding = 0
     for path in folder.iterdir():
         if path.is_dir():
-            holding += any(file.suffix.lower() in PICTURES for file in path.iterdir())
+            holding += any(file.suffix.lower() in PICTURES for file in path.glob(every))
     return holding > 1
 
 
@@ -225,6 +270,12 @@ def files_in(folder: Path, *endings: str) -> list[str]:
     """Return files right in ``folder`` with one of ``endings``, the newest first."""
     found = [path for path in folder.iterdir() if path.suffix in endings]
     return [str(path) for path in sorted(found, key=lambda path: -path.stat().st_mtime)]
+
+
+def weights_in(folder: Path) -> Iterator[str]:
+    """Yield weight files in ``folder``, then those up to two folders below, the newest first."""
+    for root in _folders(folder):
+        yield from files_in(root, *WEIGHTS)
 
 
 def networks_in(folder: Path) -> Iterator[str]:
@@ -250,24 +301,32 @@ def _returns(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
     )
 
 
-def _fitting(folder: Path, weights: str | None, dataset: Any) -> str | None:
-    """Return the network that the weights fit, or the first that can be built, or an ONNX file."""
+def _fitting(folder: Path, weights: Sequence[str], dataset: Any) -> str | None:
+    """Return the network that weights fit, or the first that can be built, or an ONNX file."""
     networks = list(networks_in(folder))
-    for with_weights in [weights, None] if weights else [None]:
+    for file in (*weights, None):
         for reference in networks:
-            if _misfit(reference, with_weights, dataset) is None:
+            if _misfit(reference, file, dataset) is None:
                 return reference
     return next(iter(files_in(folder, ".onnx")), None)
 
 
-def _used(model: str, weights: str, dataset: Any) -> str | None:
-    """Return a weight file that was found, or None and a warning where ``model`` takes it not."""
+def _used(model: str, weights: Sequence[str], dataset: Any) -> str | None:
+    """Return the first weight file that ``model`` takes, and say which are not used, and why."""
     if model.endswith(".onnx"):
         return None
-    reason = _misfit(model, weights, dataset)
-    if reason is not None:
+    reasons = {}
+    for file in weights:
+        reason = _misfit(model, file, dataset)
+        if reason is None:
+            others = [each for each in weights if each != file]
+            if others:
+                progress.warn(f"{file} is taken, not {', '.join(others)}: name others: --weights")
+            return file
+        reasons[file] = reason
+    for reason in reasons.values():
         progress.warn(f"the weights that lie here are not used. {reason}")
-    return weights if reason is None else None
+    return None
 
 
 def _misfit(reference: str, weights: str | None, dataset: Any) -> CompressError | None:
@@ -305,17 +364,22 @@ def _sized(
 
 
 def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int] | None:
-    """Return the data's own size if the network takes it, else the first usual one it takes."""
+    """Return the data's own size if the network takes it, else the first usual one it takes.
+
+    Of a network that resizes images inside it is the size that they have there.
+    """
     import torch
 
     from compress.models import check_forward, load_for
+    from compress.modules.detectors import size_inside
 
     network = load_for(len(dataset.classes), model, weights)
     own = tuple(dataset.image_size)
     for size in (own, *((side, side) for side in SIDES)):
         with contextlib.suppress(ModelError):
-            check_forward(network, torch.zeros(1, dataset.channels, *size))
-            return size
+            example = torch.zeros(1, dataset.channels, *size)
+            check_forward(network, example)
+            return size_inside(network, example) or size
     return None
 
 
@@ -371,11 +435,19 @@ def recipe_text(proposal: Proposal, out: Path) -> str:
             f"  - {{runtime: {name}, precision: int8, batch: 1, when_installed: true}}"
             for name in proposal.targets
         ),
-        "gates: # compress run exits with 1 where one of these is missed",
-        f"  metric_drop: 2.0 # largest loss of {proposal.primary}, in its unit",
-        "  # size_ratio: 3.0 # the original's file over the result's",
+        *_gates(proposal.primary),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _gates(primary: str | None) -> Sequence[str]:
+    if primary is None:
+        return ["gates: {} # without labels nothing is lost that could be told; size_ratio: 3.0"]
+    return [
+        "gates: # compress run exits with 1 where one of these is missed",
+        f"  metric_drop: 2.0 # largest loss of {primary}, in its unit",
+        "  # size_ratio: 3.0 # the original's file over the result's",
+    ]
 
 
 def _stages(proposal: Proposal) -> Sequence[str]:
@@ -388,20 +460,21 @@ def _stages(proposal: Proposal) -> Sequence[str]:
         ]
     training = f"epochs: {proposal.epochs}, batch_size: {proposal.batch_size}, optimizer: adamw"
     flip = "" if proposal.task == "detection" else ", augment: {flip: true}"
-    if not proposal.weights:
+    labelled = proposal.primary is not None
+    if not proposal.weights and labelled:
         first = [
             "  # no weights were found: the network is trained first",
             f"  - train: {{{training}, lr: 0.001, weight_decay: 0.01{flip}}}",
         ]
     else:
         first = []
-    after = "distill" if proposal.tells_classes else "finetune"
+    after = "distill" if proposal.tells_classes or not labelled else "finetune"
     teacher = ", losses: [{kd: {temperature: 4.0}}]" if proposal.tells_classes else ""
     return [
         *first,
         f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, "
         f"round_to: {proposal.round_to}}}",
-        "  # the original teaches what is left of it" if proposal.tells_classes
+        "  # the original teaches what is left of it" if after == "distill"
         else "  # trains what is left on the labels",
         f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}}}",
         *quantize,

@@ -43,7 +43,10 @@ class Imagefolder(Pictures):
             DataError: a folder is missing or empty, a class is absent, or an image is corrupt.
         """
         root = Path(self.root)
-        validation, test = self._folder(root, "val", "validation"), self._folder(root, "test")
+        validation, test = (
+            self._folder(root, "val", "validation", "valid"),
+            self._folder(root, "test"),
+        )
         train = self._folder(root, "train")
         if train is None and validation is None and test is None and _has_classes(root):
             classes = tuple(sorted(path.name for path in root.iterdir() if path.is_dir()))

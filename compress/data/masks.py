@@ -25,10 +25,11 @@ SAMPLED = 2048  # masks that are read to count the classes where they are not na
 class Masks(Pictures):
     """Images beside their class maps: train/images, train/masks, and the same in val and test.
 
-    A mask has its image's name and size, one class number for each pixel, and ``void`` where
-    nothing counts. ``classes`` names the classes in order; they are counted if absent. ``values``
-    are the classes' numbers in the files, in the order of ``classes``, where those are not 0, 1,
-    2, ...: black and white masks of two classes have ``values: [0, 255], void: null``.
+    images/train and masks/train do as well; of images and masks in no such parts every tenth is a
+    test image. A mask has its image's name and size, one class number for each pixel, and ``void``
+    where nothing counts. ``classes`` names the classes in order; they are counted if absent.
+    ``values`` are the classes' numbers in the files, in the order of ``classes``, where those are
+    not 0, 1, 2, ...: black and white masks of two classes have ``values: [0, 255], void: null``.
     """
 
     root: str
@@ -63,7 +64,8 @@ class Masks(Pictures):
         """
         root = Path(self.root)
         train, validation, test = (
-            self._pairs(root, *names) for names in (("train",), ("val", "validation"), ("test",))
+            self._pairs(root, *names)
+            for names in (("train",), ("val", "validation", "valid"), ("test",))
         )
         return masked_source(
             self,
@@ -77,27 +79,35 @@ class Masks(Pictures):
 
     @staticmethod
     def _pairs(root: Path, *names: str) -> Pairs:
-        part = next((root / name for name in names if (root / name).is_dir()), None)
-        if part is None:
-            if names == ("train",):
-                raise DataError(
-                    "has no folder train", where=str(root), expected="train/images, train/masks"
-                )
+        for name in names:
+            for part in (f"{name}/{{}}", f"{{}}/{name}"):
+                if (root / part.format("images")).is_dir():
+                    return _pairs(root / part.format("images"), root / part.format("masks"))
+        if names != ("train",):
             return []
-        images, masks = (
-            {f.stem: f for f in sorted((part / kind).glob("*")) if f.suffix.lower() in ENDINGS}
-            for kind in ("images", "masks")
+        if (root / "images").is_dir() and (root / "masks").is_dir():
+            return _pairs(root / "images", root / "masks")
+        raise DataError(
+            "has no folder train", where=str(root), expected="train/images, train/masks"
         )
-        alone = sorted(images.keys() ^ masks.keys())
-        if alone or not images:
-            raise DataError(
-                f"{alone[0]!r} has no {'mask' if alone[0] in images else 'image'}"
-                if alone
-                else "holds no images",
-                where=str(part),
-                expected="images and masks of the same names",
-            )
-        return [(file, masks[stem]) for stem, file in images.items()]
+
+
+def _pairs(images: Path, masks: Path) -> Pairs:
+    """Return the pictures of a folder with those of the same names in another."""
+    found, drawn = (
+        {f.stem: f for f in sorted(folder.glob("*")) if f.suffix.lower() in ENDINGS}
+        for folder in (images, masks)
+    )
+    alone = sorted(found.keys() ^ drawn.keys())
+    if alone or not found:
+        raise DataError(
+            f"{alone[0]!r} has no {'mask' if alone[0] in found else 'image'}"
+            if alone
+            else "holds no images",
+            where=str(images.parent),
+            expected="images and masks of the same names",
+        )
+    return [(file, drawn[stem]) for stem, file in found.items()]
 
 
 def masked_source(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.report import errors_by_class, numbers
 from compress.report.charts import LINES_NARROW, lines, pareto_charts, reliability
-from compress.report.schema import Calibration, Coverage, Details, Island, Record, Report
+from compress.report.schema import Calibration, Coverage, Island, Record, Report
 from compress.report.tables import accuracies, compact, is_labelled, sizes, speeds
 from compress.report.text import gate_sentence, missing
 from compress.report.verdict import comparisons, sizes_mib, verdicts
@@ -48,7 +48,7 @@ def html(report: Report) -> str:
             report.details.attributions[:ATTRIBUTIONS], "image", "before_map", "after_map"
         ),
         flips=_shown(report.details.flips[:FLIPS], "thumbnail"),
-        **_lost(report.details),
+        **_lost(report),
     )
 
 
@@ -90,10 +90,16 @@ def render(template: str, **content: Any) -> str:
     )
 
 
-def _lost(details: Details) -> dict[str, Any]:
+def _lost(report: Report) -> dict[str, Any]:
+    details = report.details
+    places = [variant.name for variant in report.variants]
     bins = [(part.variant, *_well_filled(part)) for part in details.calibration]
     bins = [*bins[:1], *bins[1:][-LINES:]]  # the original, and what it became in the end
     return {
+        "calibration": sorted(  # as variants stand in tables; in details the verdict's is last
+            details.calibration,
+            key=lambda part: places.index(part.variant) if part.variant in places else len(places),
+        ),
         "class_tables": errors_by_class.class_tables(details),
         "matrices": errors_by_class.matrices(details),
         "confused": errors_by_class.grown_confusions(details),

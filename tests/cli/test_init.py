@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 
 from compress.cli import app
+from compress.cli.init import data_in
 from compress.models import load_model
 from compress.recipe.loading import load_recipe
 
@@ -101,6 +102,70 @@ def test_weights_that_are_not_used_are_told_with_the_reason(here, compress):
     assert "Save its state_dict() again" in err
 
 
+def test_of_several_weights_those_that_fit_are_taken_and_the_others_told(here, compress):
+    Path("runs").mkdir()
+    torch.save(load_model("net.py:wide", num_classes=2).state_dict(), "runs/best.pt")
+    torch.save(load_model("net.py:Small", num_classes=7).state_dict(), "newer.pt")
+    code, out, err = compress("init", "--image-size", "20")
+    assert code == 0, err
+    assert "network net.py:wide with runs/best.pt" in out
+    assert "runs/best.pt is taken, not newer.pt" in err
+
+
+def test_subclasses_are_not_taken_for_the_classes(tmp_path, monkeypatch, compress):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(FILE)
+    for place in ("ants/small", "ants/large", "bees/small", "bees/large"):
+        pictures(tmp_path / "photos" / place)
+    code, _, err = compress("init")
+    assert code == 2
+    assert "imagefolder:photos/ants and imagefolder:photos/bees both hold classes" in err
+    assert "--data imagefolder:photos if its folders are the classes" in err
+    assert not Path("compress.yaml").exists()
+
+
+def pictures(folder, count=8):
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (24, 20), (number, 9, len(folder.name))).save(folder / f"{number}.png")
+
+
+@pytest.mark.parametrize(
+    ("folders", "files", "found"),
+    [
+        (("set/train/ants/2019", "set/train/bees/2019", "set/val/ants/1"), (), "imagefolder:set"),
+        (("set/images", "set/masks"), (), "masks:set"),
+        (("set/images/train", "set/images/val", "set/masks/train"), (), "masks:set"),
+        (
+            ("set/train2017", "set/val2017"),
+            ("captions_train2017", "instances_train2017", "instances_val2017"),
+            "coco:root=set/annotations/instances_train2017.json,"
+            "test=set/annotations/instances_val2017.json",
+        ),
+        (("photos/2019",), (), "images:photos/2019"),
+    ],
+)
+def test_kinds_of_data_are_known_by_their_folders(tmp_path, monkeypatch, folders, files, found):
+    monkeypatch.chdir(tmp_path)
+    for folder in folders:
+        pictures(Path(folder))
+    for name in files:
+        Path("set/annotations").mkdir(exist_ok=True)
+        Path("set/annotations", f"{name}.json").write_text("{}")
+    assert next(data_in(Path())) == found
+
+
+def test_pictures_without_labels_are_quantized_on(here, compress):
+    from compress.export import export_onnx
+
+    export_onnx(load_model("net.py:Small", num_classes=2), torch.zeros(1, 3, 20, 20), "net.onnx")
+    Path("net.py").unlink()
+    code, _, err = compress("init", "--data", "images:data", "--target", "openvino")
+    assert code == 0, err
+    recipe = load_recipe("compress.yaml")
+    assert (recipe.task, [stage.verb for stage in recipe.stages]) == ("fidelity", ["quantize"])
+
+
 def test_without_weights_the_network_is_trained_first(here, compress):
     assert compress("init", "--image-size", "20", "--keep-macs", "0.7")[0] == 0
     recipe = load_recipe("compress.yaml")
@@ -146,11 +211,11 @@ def test_it_asks_on_a_terminal_and_proposes_what_it_found(here, compress):
 def test_what_cannot_be_found_is_asked_for(tmp_path, monkeypatch, compress):
     monkeypatch.chdir(tmp_path)
     code, _, err = compress("init")
-    assert (code, err) == (2, "compress: no data was found here. Name it: --data.\n")
+    assert (code, err) == (2, "compress: no data was found here. Name it: --data KIND:PLACE.\n")
     np.savez("d.npz", x_train=np.zeros((40, 8, 8), np.uint8), y_train=np.arange(40) % 2,
              x_test=np.zeros((4, 8, 8), np.uint8), y_test=np.arange(4) % 2)  # fmt: skip
     code, _, err = compress("init")
-    assert (code, err) == (2, "compress: no network was found here. Name it: --model.\n")
+    assert code == 2 and "no network was found here. Name it: --model FILE.py:NAME" in err
     assert (
         compress("init", "--model", "compress.models.cifar:resnet8", "--data", "npz:d.npz")[0] == 2
     )

@@ -322,6 +322,26 @@ def test_bad_coco_annotations_are_refused_with_their_id(tmp_path, changed, messa
         load_data(coco(tmp_path, **changed))
 
 
+@pytest.mark.parametrize("parted", [True, False])
+def test_masks_beside_a_folder_of_images_are_read(tmp_path, parted):
+    as_usual = load_data(masks(tmp_path / "a"))
+    for kind in ("images", "masks"):
+        for part in ("train", "val", "test"):
+            place = tmp_path / "b" / kind / (part if parted else "")
+            place.mkdir(parents=True, exist_ok=True)
+            for file in (tmp_path / "a" / part / kind).iterdir():
+                file.rename(place / file.name)
+    settings = masks(tmp_path / "c").model_copy(update={"root": str(tmp_path / "b")})
+    found = load_data(settings)
+    counts = [
+        {name: len(split) for name, split in each.splits.items()} for each in (as_usual, found)
+    ]
+    assert (counts[0] == counts[1]) is parted
+    assert sum(counts[0].values()) == sum(counts[1].values())
+    image, target = next(found.batches("train", 1))
+    assert image.shape[-2:] == target.shape[-2:]
+
+
 def broken_mask(root: Path, how: str, name: str = "test/masks/im12.png") -> None:
     file = root / name
     if how == "value":

@@ -145,6 +145,17 @@ def test_the_chart_of_confidence_always_shows_the_original():
     assert drawn == {"original", "d", "e", "f"}
 
 
+def test_errors_of_confidence_are_told_in_the_order_of_the_variants():
+    bins = {"confidence_pct": (50.0,), "accuracy_pct": (40.0,), "images": (20,)}
+    names = ("original", "int8-openvino", "pruned")  # in details the verdict's is the last
+    parts = tuple(Calibration(variant=name, ece_pct=10.0, **bins) for name in names)
+    variants = tuple(
+        Variant(name=name, stage="s") for name in ("original", "pruned", "int8-openvino")
+    )
+    page = html(Report(variants=variants, details=Details(calibration=parts)))
+    assert "original 10.00 %, pruned 10.00 %, int8-openvino 10.00 %." in page
+
+
 def test_a_long_name_at_the_edge_of_a_phone_is_moved_inside():
     dots = [Dot("a", "int8-onnxruntime", 1.0, 90.0), Dot("b", "original", 9.0, 95.0)]
     chart = scatter(dots, NARROW)

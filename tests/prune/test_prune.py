@@ -242,13 +242,21 @@ def test_bad_input_says_what_is_wrong(
 
 
 def test_nothing_to_cut_says_why(model: nn.Module) -> None:
-    with pytest.raises(PlanError, match=r"no channel of this network can be cut: .*excluded as"):
+    with pytest.raises(PlanError, match=r"no channel of this network can be cut: .*excluded by"):
         layers = ["stem", "inner", "wide", "outer", "depthwise"]
         compress.plan_pruning(model, EXAMPLE, keep_macs=0.5, exclude=layers)
 
 
+def test_channels_that_a_shuffle_ties_to_one_another_are_told() -> None:
+    """Two in each of three groups: groups stay, so one that went would take the next along."""
+    first, last = nn.Conv2d(3, 6, 1, groups=3), nn.Conv2d(6, 6, 1, groups=3)
+    shuffled = nn.Sequential(first, nn.ChannelShuffle(3), last, nn.Flatten(), nn.Linear(6 * 64, 5))
+    with pytest.raises(PlanError, match=r"can be cut: 0: its channels are tied to one"):
+        compress.plan_pruning(shuffled, EXAMPLE, keep_macs=0.5)
+
+
 def test_a_budget_out_of_reach_says_why_layers_stay_whole(model: nn.Module) -> None:
-    with pytest.raises(PlanError, match=r"1 layers? stay.* because its channels are an output of"):
+    with pytest.raises(PlanError, match=r"1 layer stays whole \(1: its channels are an output of"):
         compress.plan_pruning(model, EXAMPLE, keep_macs=0.001)
 
 

@@ -215,7 +215,8 @@ def _with_excluded(
         logger.warning(
             "the network also leaves tensors on attributes, which get fewer channels: %s; return "
             "them to keep their channels",
-            ", ".join(network.side_outputs),
+            ", ".join(network.side_outputs[:5])
+            + (f" and {len(network.side_outputs) - 5} more" if network.side_outputs[5:] else ""),
         )
     return dataclasses.replace(network, frozen={**network.frozen, **why}), whole
 

@@ -249,10 +249,14 @@ def test_nothing_to_cut_says_why(model: nn.Module) -> None:
 
 def test_channels_that_a_shuffle_ties_to_one_another_are_told() -> None:
     """Two in each of three groups: groups stay, so one that went would take the next along."""
-    first, last = nn.Conv2d(3, 6, 1, groups=3), nn.Conv2d(6, 6, 1, groups=3)
-    shuffled = nn.Sequential(first, nn.ChannelShuffle(3), last, nn.Flatten(), nn.Linear(6 * 64, 5))
-    with pytest.raises(PlanError, match=r"can be cut: 0: its channels are tied to one"):
-        compress.plan_pruning(shuffled, EXAMPLE, keep_macs=0.5)
+    first, last = nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 6, 1, groups=3)
+    depthwise = nn.Conv2d(6, 6, 1, groups=6)
+    shuffled = [first, nn.ChannelShuffle(3), depthwise, last, nn.Flatten(), nn.Linear(6 * 64, 5)]
+    network = nn.Sequential(nn.Conv2d(3, 6, 1), *shuffled)
+    plan = compress.plan_pruning(network, EXAMPLE, keep_channels=0.5)
+    assert plan.frozen["1"] == "its channels are tied to one another and could only go all together"
+    with pytest.raises(PlanError, match=r"can be cut: 1: its channels are tied to one.*; 0: excl"):
+        compress.plan_pruning(network, EXAMPLE, keep_channels=0.5, exclude=["0", "4"])
 
 
 def test_a_budget_out_of_reach_says_why_layers_stay_whole(model: nn.Module) -> None:

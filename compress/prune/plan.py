@@ -209,7 +209,7 @@ def _with_excluded(
     why = {network.groups[number].name: reason for number, reason in whole.items()}
     if len(whole) == len(network.groups):
         raise PlanError(
-            f"no channel of this network can be cut: {_by_reason(why | network.frozen)}"
+            f"no channel of this network can be cut: {_by_reason({**why, **network.frozen})}"
         )
     if network.side_outputs:
         logger.warning(

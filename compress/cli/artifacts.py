@@ -206,7 +206,7 @@ def lint(
     elif out is not None:
         raise UsageError("--out without --fix would write nothing", fix="Give --fix as well")
     write_numbers(json, [finding.to_json() for finding in findings])
-    title = f"{len(findings)} findings for {target}"
+    title = f"{len(findings)} finding{'s' * (len(findings) != 1)} for {target}"
     if fix:
         title += f" left in {out}"
     rows = [(f.rule, f.node, f.message, "yes" if f.fixable else "") for f in findings]

@@ -183,7 +183,10 @@ class _Traced:
                 tracer.freeze_taken("that number is an output of the network")
         if not training:
             left = left_on_attributes(self._model, before)
-            self._left = {name: list(map(tracer.axes, tensors)) for name, tensors in left.items()}
+            self._left = {  # without what is computed of weights alone: no image is in it
+                name: [tracer.axes(each) for each in tensors if tracer.origin(each) is None]
+                for name, tensors in left.items()
+            }
         return tracer.record
 
     def _counted(self, found: list[tuple[str, Any]], training: bool) -> list[tuple[str, Any]]:

@@ -184,8 +184,9 @@ def _copy(model: nn.Module, tensor: Any) -> nn.Module:
     except (TypeError, RuntimeError, AttributeError) as error:
         raise PlanError(
             f"the network cannot be copied: {error}",
-            where=type(model).__name__,
-            fix="Remove what it keeps besides tensors and plain values (locks, files, handles)",
+            where=_uncopied(model, memo),
+            fix="Keep tensors, modules and plain values only (a dict's keys as a list; no locks, "
+            "files or handles)",
         ) from None
     for module in twin.modules():
         wrapped = isinstance(module.__dict__.get("forward"), types.FunctionType)
@@ -196,6 +197,19 @@ def _copy(model: nn.Module, tensor: Any) -> nn.Module:
                 if isinstance(hook, types.FunctionType):  # it may write into the network
                     hooks[key] = with_closure(hook, lambda _, held: memo.get(id(held), held))
     return twin
+
+
+def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
+    """Return the class of ``model`` and the first attribute that cannot be copied, if one is it."""
+    whole = type(model).__name__
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in ("_parameters", "_buffers", "_modules"):
+                try:
+                    copy.deepcopy(value, dict(memo))
+                except (TypeError, RuntimeError, AttributeError):
+                    return f"{whole}: {name}.{key}" if name else f"{whole}: {key}"
+    return whole
 
 
 def parameters_and_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

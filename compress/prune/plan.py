@@ -15,6 +15,7 @@ from torch import nn
 from compress import plugins
 from compress.errors import PlanError, UsageError, nearest
 from compress.groups import Network, trace
+from compress.groups.network import Group
 from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import example_shapes
 from compress.modules import network_of, with_gradients
@@ -196,22 +197,48 @@ def _check_counted(network: Network, budget: Budget) -> None:
 def _with_excluded(
     model: nn.Module, network: Network, names: tuple[str, ...]
 ) -> tuple[Network, dict[int, str]]:
-    """Return the network that says why excluded groups stay, and those with the name that does."""
-    excluded = {n: name for name in names for n in _groups_of(model, network, name, "exclude")}
-    groups = [(network.groups[number].name, name) for number, name in excluded.items()]
-    if len(excluded) == len(network.groups):
-        reasons = [f"{layer}: {reason}" for layer, reason in network.frozen.items()]
-        reasons += [f"{group}: excluded as {name!r}" for group, name in groups]
-        more = f"; and {len(reasons) - 5} more" if reasons[5:] else ""
-        raise PlanError(f"no channel of this network can be cut: {'; '.join(reasons[:5])}{more}")
+    """Return the network that says why groups stay whole, and those groups with their reasons.
+
+    They are those that ``names`` exclude, and those of one unit.
+    """
+    numbered = enumerate(network.groups)
+    whole = {number: _together(group) for number, group in numbered if group.size == 1}
+    for name in names:
+        found = _groups_of(model, network, name, "exclude")
+        whole |= dict.fromkeys(found, f"excluded by the name {name!r}")
+    why = {network.groups[number].name: reason for number, reason in whole.items()}
+    if len(whole) == len(network.groups):
+        raise PlanError(
+            f"no channel of this network can be cut: {_by_reason({**why, **network.frozen})}"
+        )
     if network.side_outputs:
         logger.warning(
             "the network also leaves tensors on attributes, which get fewer channels: %s; return "
             "them to keep their channels",
-            ", ".join(network.side_outputs),
+            ", ".join(network.side_outputs[:5])
+            + (f" and {len(network.side_outputs) - 5} more" if network.side_outputs[5:] else ""),
         )
-    why = {group: f"excluded by the name {name!r}" for group, name in groups}
-    return dataclasses.replace(network, frozen={**network.frozen, **why}), excluded
+    return dataclasses.replace(network, frozen={**network.frozen, **why}), whole
+
+
+def _by_reason(why: Mapping[str, str]) -> str:
+    """Return the layers that stay, under the reason that they share."""
+    layers: dict[str, list[str]] = {}
+    for layer, reason in why.items():
+        layers.setdefault(reason, []).append(layer)
+    shown = [
+        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: {reason}"
+        for reason, names in layers.items()
+    ]
+    more = f"; and {len(shown) - 5} more reasons" if shown[5:] else ""
+    return "; ".join(shown[:5]) + more
+
+
+def _together(group: Group) -> str:
+    """Return why the channels of a group of one unit stay."""
+    if group.width == 1:
+        return "it makes one channel"
+    return "its channels are tied to one another and could only go all together"
 
 
 def _groups_of(model: nn.Module, network: Network, layer: str, option: str) -> list[int]:
@@ -297,7 +324,7 @@ def _whole_layers(network: Network) -> str:
     """Return how many layers stay whole, and why most of them do, to end a sentence with."""
     for why, layers in Counter(network.frozen.values()).most_common(1):
         stay = "1 layer stays" if len(network.frozen) == 1 else f"{len(network.frozen)} layers stay"
-        return f"; {stay} whole, {layers} because {why}"
+        return f"; {stay} whole ({layers}: {why})"
     return ""
 
 

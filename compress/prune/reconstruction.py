@@ -37,6 +37,7 @@ from compress.prune.windows import (
 
 MOST_FEATURES = 12_288  # whose squares are taken: over 1 GiB; a wider layer is shown few samples
 ZERO = 1e-4  # of its weights' mean size: what the sum of a filter without one may be
+OTHER = 1.0625  # times the weights: others, with the answers of much the same network
 ANSWERS_MIB = 256  # of the original's answers held at once
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -298,7 +299,27 @@ def fitted_layers(model: nn.Module, image: Tensor) -> list[tuple[str, Layer, int
                 hook = functools.partial(count, name)
                 hooks.enter_context(module.register_forward_hook(hook))
         model(copied(image))
-    return [(name, modules[name], count) for name, count in calls.items()]
+    written = _written_anew(model, [(name, modules[name]) for name in calls], image)
+    return [(name, modules[name], count) for name, count in calls.items() if name not in written]
+
+
+def _written_anew(
+    model: nn.Module, layers: Iterable[tuple[str, nn.Module]], image: Tensor
+) -> set[str]:
+    """Return layers whose weights the network writes whenever it runs, as merged branches are.
+
+    What is fitted would be lost. Seen by other weights that are no longer there after a pass.
+    """
+    plain = {name: layer._parameters.get("weight") for name, layer in layers}
+    weights = {name: each for name, each in plain.items() if each is not None}
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    with torch.no_grad():
+        other = {name: weight.mul_(OTHER).clone() for name, weight in weights.items()}
+        model(copied(image))
+        found = {name for name, weight in weights.items() if not weight.equal(other[name])}
+        for name, weight in weights.items():
+            weight.copy_(before[name])
+    return found
 
 
 def _fit(pair: _LayerFit, pruned: Replay, images: Sequence[Tensor]) -> None:

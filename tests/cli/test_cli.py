@@ -545,6 +545,19 @@ def test_a_lint_that_finds_something_exits_with_1(compress, tmp_path):
     assert "uint8" in out
     code, out, _ = compress("lint", tmp_path / "cpu.onnx", "--target", "onnxruntime")
     assert code == 0
+    assert "0 findings for onnxruntime" in out
+
+
+def test_one_finding_is_one_finding(compress, tmp_path, monkeypatch):
+    """Not "1 findings"."""
+    import compress.qdq.lint as lint
+
+    one = lint.Finding("no-q", "conv", "a layer in float", fixable=False)
+    monkeypatch.setattr(lint, "lint_onnx", lambda *_: [one])
+    (tmp_path / "x.onnx").touch()
+    code, out, _ = compress("lint", tmp_path / "x.onnx", "--target", "tensorrt")
+    assert code == 1
+    assert "1 finding for tensorrt" in out
 
 
 def test_the_schema_can_be_written(compress, tmp_path):

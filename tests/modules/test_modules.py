@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from compress.errors import ModelError
+from compress.errors import ModelError, PlanError
 from compress.models import check_forward
 from compress.models.cifar import resnet8
 from compress.modules import (
@@ -208,6 +208,13 @@ def test_a_copy_is_what_deepcopy_makes_but_for_its_tensors(build, copied):
     if build in (resnet8, Listing):  # classes made anew compare by identity
         assert state(twin) == state(wanted)
     assert list(twin.state_dict()) == list(wanted.state_dict())
+
+
+def test_what_cannot_be_copied_is_named():
+    model = Listing()
+    model.first[0].keys = {"a": 1}.keys()
+    with pytest.raises(PlanError, match=r"Listing: first\.0\.keys: the network cannot be copied"):
+        full_copy(model)
 
 
 def test_nothing_that_can_change_is_shared():

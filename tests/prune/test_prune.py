@@ -242,13 +242,25 @@ def test_bad_input_says_what_is_wrong(
 
 
 def test_nothing_to_cut_says_why(model: nn.Module) -> None:
-    with pytest.raises(PlanError, match=r"no channel of this network can be cut: .*excluded as"):
+    with pytest.raises(PlanError, match=r"no channel of this network can be cut: .*excluded by"):
         layers = ["stem", "inner", "wide", "outer", "depthwise"]
         compress.plan_pruning(model, EXAMPLE, keep_macs=0.5, exclude=layers)
 
 
+def test_channels_that_a_shuffle_ties_to_one_another_are_told() -> None:
+    """Two in each of three groups: groups stay, so one that went would take the next along."""
+    first, last = nn.Conv2d(6, 6, 1, groups=3), nn.Conv2d(6, 6, 1, groups=3)
+    depthwise = nn.Conv2d(6, 6, 1, groups=6)
+    shuffled = [first, nn.ChannelShuffle(3), depthwise, last, nn.Flatten(), nn.Linear(6 * 64, 5)]
+    network = nn.Sequential(nn.Conv2d(3, 6, 1), *shuffled)
+    plan = compress.plan_pruning(network, EXAMPLE, keep_channels=0.5)
+    assert plan.frozen["1"] == "its channels are tied to one another and could only go all together"
+    with pytest.raises(PlanError, match=r"can be cut: 1: its channels are tied to one.*; 0: excl"):
+        compress.plan_pruning(network, EXAMPLE, keep_channels=0.5, exclude=["0", "4"])
+
+
 def test_a_budget_out_of_reach_says_why_layers_stay_whole(model: nn.Module) -> None:
-    with pytest.raises(PlanError, match=r"1 layers? stay.* because its channels are an output of"):
+    with pytest.raises(PlanError, match=r"1 layer stays whole \(1: its channels are an output of"):
         compress.plan_pruning(model, EXAMPLE, keep_macs=0.001)
 
 

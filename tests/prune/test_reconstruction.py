@@ -19,6 +19,7 @@ from compress.groups import trace
 from compress.groups.plan import make_prune_plan
 from compress.prune import refit
 from compress.prune.forward_passes import Rectifier
+from compress.prune.reconstruction import fitted_layers
 
 
 def twins(first: nn.Conv2d, second: nn.Module, between: nn.Module | None = None) -> nn.Module:
@@ -170,6 +171,18 @@ def test_a_class_that_computes_something_else_with_its_weight_is_left_alone(
     weight = pruned.get_parameter("3.weight").clone()
     refit(pruned, model, plan, images())
     assert torch.equal(weight, pruned.get_parameter("3.weight"))
+
+
+def test_a_weight_that_the_network_writes_itself_is_left_alone() -> None:
+    """What is fitted would be gone with the next pass, and layers behind fitted to it in vain."""
+    model = zoo.MergedWeight().eval()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    assert [name for name, _, _ in fitted_layers(model, torch.randn(2, 3, 9, 9))] == [
+        "deep.0",
+        "head",
+    ]
+    same = [torch.equal(each, before[n]) for n, each in model.named_parameters() if n[:2] != "me"]
+    assert all(same)
 
 
 @pytest.mark.parametrize(("kind", "is_fitted"), [(Named, True), (Doubled, False)])

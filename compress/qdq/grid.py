@@ -37,7 +37,8 @@ def put_on_grid(model: ModelProto, plan: QuantPlan) -> ModelProto:
     for grid in grids:
         node = nodes.get(grid.node)
         weight = constant(node.inputs[1]) if node is not None and node.op_type == "Conv" else None
-        if node is None or weight is None or weight.shape[1] != len(grid.steps):
+        fits = weight is not None and weight.shape[1] == len(grid.steps) == len(grid.lows)
+        if node is None or weight is None or not fits:
             raise QuantizationError(
                 f"the grid of the plan does not fit node {grid.node!r}",
                 expected="a Conv of as many input channels",

@@ -91,6 +91,7 @@ class _Search:
         self.best = self.plain = self.start = Trial(plan, bench.judge(plan))
         observer = next(iter(plan.activations.values())).observer
         self.notes = [f"{observer} ranges: {_told(self.best.found)}"]
+        self.said = 1  # notes before those of plans that are built on ``start``
 
     def spare(self) -> None:
         """Leave layers in float that spoil every plan; what is tried then is compared with that."""
@@ -123,7 +124,7 @@ class _Search:
         Weights rounded to nearest may then shift means more than before; to mend that is what
         corrections are for. Where none of them is kept, the plan without it is there still.
         """
-        self.start = self.best
+        self.start, self.said = self.best, len(self.notes)
         plan = self.bench.exact(self.best.plan)
         if plan is not self.best.plan:
             self.best = self.plain = Trial(plan, self.bench.judge(plan))
@@ -156,7 +157,8 @@ class _Search:
         """
         if self.start.exceeds(self.best):
             self.best = self.start
-            self.notes.append("exact pixels brought nothing")
+            since = (note.replace(", kept", ", not kept") for note in self.notes[self.said :])
+            self.notes[self.said :] = since
         best, bench, feed = self.best, self.bench, self.bench.all_images()
         plan = best.plan
         if bench.overflows:

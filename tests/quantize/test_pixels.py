@@ -158,6 +158,9 @@ def test_a_grid_of_another_network_is_refused():
     plan = QuantPlan("onnxruntime", grids=(InputGrid("stem", (0.1, 0.1), (0.0, 0.0), 0),))
     with pytest.raises(QuantizationError, match="does not fit node 'stem'"):
         apply_corrections(prepare(residual()), plan)
+    uneven = dataclasses.replace(plan.grids[0], steps=(0.1,) * 3)
+    with pytest.raises(QuantizationError, match="does not fit node 'stem'"):
+        apply_corrections(prepare(residual()), plan.changed(grids=(uneven,)))
     absent = dataclasses.replace(plan.grids[0], node="nowhere")
     with pytest.raises(QuantizationError, match="does not fit node 'nowhere'"):
         apply_corrections(prepare(residual()), plan.changed(grids=(absent,)))

@@ -19,7 +19,7 @@ from compress.quantize.api import plan_by
 from compress.quantize.calibration import activation_of
 from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, find_shift, some_positions
-from compress.quantize.notes import bearing_images, by_reason, of_judging
+from compress.quantize.notes import bearing_images, by_reason, decided, of_judging
 from compress.quantize.search import Trial, auto, spare_layers
 from compress.quantize.sqnr import Closeness, closeness
 from compress.quantize.workbench import Workbench
@@ -87,7 +87,9 @@ def test_pixels_are_held_unless_nothing_makes_that_good(rounded, method):
 
     table = {"mse": (20.0, 20.0), "mse_exact": (18.0, 18.0), "mse_round": (22.0, 22.0)}
     bench = OfPixels(**table, mse_exact_round=(rounded, rounded))
-    assert auto(bench).method == method
+    plan = auto(bench)
+    assert plan.method == method
+    assert ("exact pixels" in decided(plan.notes)[0]) == ("exact" in method)
 
 
 def test_biases_are_not_corrected_alone_where_rounding_does_it():

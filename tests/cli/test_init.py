@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from compress.cli import app
-from compress.cli.init import data_in
+from compress.cli.contents import data_in
 from compress.models import load_model
 from compress.recipe.loading import load_recipe
 

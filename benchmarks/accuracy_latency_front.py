@@ -64,7 +64,7 @@ def networks(
         peer = cifar.peer_cut(model, dataset, residual=True, keep_macs=share, round_to=WIDTHS)
         for name, network in ((OURS, small), (PEER, peer)):
             settings = cifar.TRAINING.model_copy(
-                update={"epochs": epochs, "lr": lr, "precision": "auto", "threads": None}
+                update={"epochs": epochs, "lr": lr, "threads": None}
             )
             train(network, dataset, settings, seed=0, device="cpu")
             yield {"pruned_by": name, "keep_macs": share, "epochs": epochs}, network

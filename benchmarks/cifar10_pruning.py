@@ -42,6 +42,7 @@ from compress.recipe.settings import AugmentSettings, DataSettings, DistillSetti
 from compress.statistics import accuracy_change_interval, mcnemar
 from compress.train import shown_batches, train
 from compress.train.distill import build_objective
+from compress.train.state import chosen_precision
 
 RESULTS = Path(__file__).parent / "results"
 CHECKPOINTS = {20: "resnet20-12fca82f.th", 56: "resnet56-4bfd9763.th"}
@@ -50,8 +51,8 @@ SCORING_BATCHES = 8  # of 128 images with labels, for criteria that need them
 REFIT_BATCHES = 8  # of 128 images, without labels
 RECALIBRATE_BATCHES = 16  # of 128 images, changed as in training
 TRAINING = DistillSettings(
-    schedule="one-cycle", weight_decay=5e-4, batch_size=128, precision="bf16",
-    augment=AugmentSettings(crop_padding=4, flip=True), threads=1, losses=("kd",),
+    schedule="one-cycle", weight_decay=5e-4, batch_size=128, threads=1, losses=("kd",),
+    augment=AugmentSettings(crop_padding=4, flip=True),
 )  # fmt: skip
 
 
@@ -277,8 +278,8 @@ def table(result: dict[str, Any]) -> str:
         "",
         f"Uncut: {result['original_top1_pct']:.2f} %. Fine-tuning of all arms: SGD with Nesterov "
         "momentum 0.9, one-cycle to the rate given, batch 128, weight decay 5e-4, crop + flip, "
-        "bf16; where taught, the uncut network's softened answers are matched as well (kd, "
-        "temperature 4, weight 1). "
+        f"{result.get('precision', 'bf16')}; where taught, the uncut network's softened answers "
+        "are matched as well (kd, temperature 4, weight 1). "
         f"'compress' scores by obs on {128 * SCORING_BATCHES} training images "
         f"and fits the cut network to the uncut one on {128 * REFIT_BATCHES}, both without labels, "
         "before fine-tuning; BatchNorm's statistics are estimated from images with the same crops "
@@ -348,6 +349,7 @@ def main() -> None:
         "network": f"ResNet-{given.depth}",
         "original_top1_pct": answers(model, dataset).correct.mean().item() * 100,
         "versions": {p: version(p) for p in ("torch", "torch-pruning", "compress")},
+        "precision": chosen_precision(TRAINING.precision, torch.device("cpu")),
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
     }
     schedule = Schedule(given.teach, given.epochs, given.epoch_images)

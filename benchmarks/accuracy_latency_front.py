@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=0.02, help="peak of the one-cycle schedule")
     parser.add_argument("--images", type=int, default=10_000, help="test images")
+    parser.add_argument("--out", type=Path, default=cifar.RESULTS, help="folder of the results")
     given = parser.parse_args()
     root = os.environ["COMPRESS_CIFAR10"]
     dataset = load_data(DataSettings(name="npz", root=root, validation=0.0))
@@ -193,7 +194,8 @@ def main() -> None:
         "network": f"ResNet-{given.depth}", "epochs": given.epochs, "lr": given.lr, "rows": rows,
         "provenance": environment.describe_machine(),
     }  # fmt: skip
-    file = cifar.RESULTS / f"accuracy_latency_front_resnet{given.depth}.json"
+    given.out.mkdir(exist_ok=True)
+    file = given.out / f"accuracy_latency_front_resnet{given.depth}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
     file.with_suffix(".md").write_text(table(result))
 

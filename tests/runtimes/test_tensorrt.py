@@ -122,9 +122,9 @@ def test_the_batch_of_a_state_may_be_its_second_dimension(batch: Any, tmp_path: 
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), source)
     sizes = (1, 2, 4) if batch == "batch" else 1
     assert build_engine(source, tmp_path / "x.engine", runtime="tensorrt-rtx", batch=sizes).exists()
-    with pytest.raises(EngineError, match="fixed batch 1, and batch 3,3,3" if batch == 1 else "^$"):
-        build_engine(source, tmp_path / "y.engine", runtime="tensorrt-rtx", batch=3)
-        raise EngineError("")  # a free batch takes any
+    if batch == 1:
+        with pytest.raises(EngineError, match="fixed batch 1, and batch 3,3,3"):
+            build_engine(source, tmp_path / "y.engine", runtime="tensorrt-rtx", batch=3)
 
 
 def test_a_free_image_size_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from compress import plugins
 from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.graph import files
+from compress.graph.batch import input_axes, leading
 from compress.graph.metadata import CARRIED, FITTING, input_facts, layout_of, metadata
 from compress.runtimes import TensorSpec, build_record, open_session
 
@@ -89,11 +90,11 @@ def arrays_for(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) ->
     """
     if dataset.parts:
         return _parts(specs, images, dataset)
-    picture = picture_of(specs, dataset.inputs)
+    picture, axes = picture_of(specs, dataset.inputs), _axes(specs)
     return [
         _picture(spec, images, dataset)
         if spec is picture
-        else _further(spec, dataset.inputs, len(images))
+        else _further(spec, dataset.inputs, len(images), axes.get(spec.name, 0))
         for spec in specs
     ]
 
@@ -104,7 +105,7 @@ def _parts(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
     for name, shape in dataset.parts.items():
         end = start + math.prod(shape)
         values[name], start = rows[:, start:end].reshape(-1, *shape), end
-    own = {spec.name for spec in specs}
+    own, axes = {spec.name for spec in specs}, _axes(specs)
     absent = sorted(own - values.keys() - dataset.inputs.keys())
     unknown = sorted(values.keys() - own)
     if absent or unknown:
@@ -114,16 +115,25 @@ def _parts(specs: Sequence[TensorSpec], images: Tensor, dataset: Dataset) -> lis
             fix="Write it with np.savez(FILE, **{NAME: ARRAY, ...}), a name for each input",
         )
     return [
-        values[spec.name].astype(spec.dtype or "float32", copy=False)
+        np.ascontiguousarray(
+            np.moveaxis(values[spec.name], 0, axes.get(spec.name, 0)), spec.dtype or "float32"
+        )
         if spec.name in values
-        else _further(spec, dataset.inputs, len(images))
+        else _further(spec, dataset.inputs, len(images), axes.get(spec.name, 0))
         for spec in specs
     ]
 
 
 def leading_input(specs: Sequence[TensorSpec], dataset: Dataset) -> TensorSpec:
     """Return the input that says how many rows a run takes: that of pictures, if there is one."""
-    return specs[0] if dataset.parts else picture_of(specs, dataset.inputs)
+    if not dataset.parts:
+        return picture_of(specs, dataset.inputs)
+    name = leading({spec.name: spec.shape for spec in specs if spec.name in dataset.parts})
+    return next((spec for spec in specs if spec.name == name), specs[0])
+
+
+def _axes(specs: Sequence[TensorSpec]) -> dict[str, int]:
+    return input_axes({spec.name: spec.shape for spec in specs})
 
 
 def picture_of(specs: Sequence[TensorSpec], given: Mapping[str, Any] = {}) -> TensorSpec:
@@ -265,8 +275,13 @@ def _check_sides(spec: TensorSpec, sides: tuple[int, ...], layout: str) -> None:
     )
 
 
-def _further(spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int) -> NDArray[Any]:
-    """Return what an input that is no picture gets: a value for all rows, or the same for each."""
+def _further(
+    spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int, axis: int
+) -> NDArray[Any]:
+    """Return what an input that is no picture gets: a value for all rows, or the same for each.
+
+    ``axis`` is its dimension that is the batch.
+    """
     if spec.name not in given:
         shown = ", ".join(map(str, spec.shape or ()))
         raise EngineError(
@@ -278,7 +293,7 @@ def _further(spec: TensorSpec, given: Mapping[str, NDArray[Any]], batch: int) ->
     if spec.shape is None:
         return value
     shape = tuple(
-        size if isinstance(size, int) else batch if dim == 0 else 0
+        size if isinstance(size, int) else batch if dim == axis else 0
         for dim, size in enumerate(spec.shape)
     )
     if value.ndim == len(shape):

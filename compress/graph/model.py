@@ -81,10 +81,14 @@ class GraphIndex:
     def is_parameter(self, name: str) -> bool:
         """Return whether the input ``name`` is one value for the whole batch, as a threshold is.
 
-        A scalar is, and a vector of fixed length: neither holds a row for each image.
+        A scalar is, and what has only fixed sizes where it is a vector or another input begins with
+        a free one: none holds a row for each image.
         """
         shape = self.shapes.get(name)
-        return shape is not None and (not shape or (len(shape) == 1 and shape[0] is not None))
+        if shape is None or None in shape:
+            return False
+        firsts = [(self.shapes.get(each) or (0,))[0] for each in self.inputs]
+        return len(shape) < 2 or None in firsts
 
     def is_float(self, name: str) -> bool:
         """Return whether ``name`` holds float32 values; what has no known type counts as such."""

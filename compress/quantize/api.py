@@ -25,6 +25,7 @@ from compress.quantize.images import Batches, CalibrationImages
 from compress.quantize.nncf import plan_by_nncf
 from compress.quantize.notes import decided
 from compress.quantize.planning_graph import planning_graph
+from compress.quantize.rows import Rows
 from compress.quantize.search import auto
 from compress.quantize.workbench import Workbench
 
@@ -164,14 +165,16 @@ def quantize_targets(
         where = boundary(QuantizationError, "cannot be quantized", where=str(path), fix=BROKEN)
         with where, _one_thread():
             model = read_onnx(path)
-            prepared = prepare(model)
+            rows = Rows.of(prepare(model))
+            prepared, batches = rows.first(rows.prepared), rows.first_of_each(batches)
             excluded = excluded_nodes(GraphIndex(prepared), exclude)
             planned = planning_graph(prepared, batches)
             graph = GraphIndex(planned)
             bound = set(GraphIndex(prepared).inputs) - set(graph.inputs)
             images = CalibrationImages(graph, batches, bound=bound, usual=usual_range(model))
             given = {name: to_array(graph.initializers[name]).copy() for name in bound}
-            check_prepared(model, prepared, given | next(images.feeds(images.fixed_batch or 2)))
+            some = next(images.feeds(images.fixed_batch or 2))
+            check_prepared(rows.first(model), prepared, given | some)
             ranged = observed_tensors(planned, outs)
             scaled = scalable(graph, ranged, excluded) if method in EQUALIZING else ()
             statistics = calibrate(planned, images, targets=outs, by_channel=scaled)
@@ -181,21 +184,26 @@ def quantize_targets(
                 bench.overflows = method == "auto" and overflows(target)
                 check = Confirmation(prepared, given | bench.for_runtime(), images.fixed_batch)
                 try:
-                    plan, written[target] = confirmed(bench, plan_by(method, bench), check)
+                    plans[target], written[target] = rows.put_back(
+                        *confirmed(bench, plan_by(method, bench), check)
+                    )
                 except QuantizationError as error:
                     if on_refusal is None or (not written and target == list(outs)[-1]):
                         raise
                     on_refusal(target, _within(path, error))
-                    continue
-                if not any(n.op_type == "DequantizeLinear" for n in written[target].graph.node):
-                    plan = plan.changed(activations={}, notes=(ALL_FLOAT, *plan.notes))
-                plans[target] = plan
     except QuantizationError as error:
         raise _within(path, error) from error.__cause__
     for target, model in written.items():
+        plans[target] = _said_if_float(plans[target], model)
         with replacing(Path(outs[target])) as temporary:
             onnx.save(model, str(temporary))
     return plans
+
+
+def _said_if_float(plan: QuantPlan, written: ModelProto) -> QuantPlan:
+    if any(node.op_type == "DequantizeLinear" for node in written.graph.node):
+        return plan
+    return plan.changed(activations={}, notes=(ALL_FLOAT, *plan.notes))
 
 
 def _within(path: Path | str, error: CompressError) -> CompressError:

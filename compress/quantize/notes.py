@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import NodeProto
 
-from compress.graph.model import GraphIndex, layers_inside
+from compress.graph.model import GraphIndex, bodies, graphs_in, layers_inside
 from compress.qdq.placement import place
 from compress.quantize.sqnr import sqnr_text
 from compress.report.numbers import staying
@@ -44,7 +45,14 @@ def float_parts(graph: GraphIndex, target: str) -> list[str]:
             found.append(f"{node.name} ({node.op_type}){STAYS}: no target has it in int8")
         elif inside:
             found.append(f"{node.name} ({node.op_type}){STAYS}, {inside} layers inside")
+        elif kinds := _recurrent_inside(node):
+            found.append(f"{node.name} ({node.op_type}){STAYS}, {', '.join(kinds)} inside")
     return found
+
+
+def _recurrent_inside(node: NodeProto) -> list[str]:
+    parts = (part for body in bodies(node) for part in graphs_in(body))
+    return sorted({child.op_type for part in parts for child in part.node} & _RECURRENT)
 
 
 def by_reason(notes: Iterable[str]) -> list[str]:

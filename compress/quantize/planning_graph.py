@@ -9,7 +9,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, numpy_helper
 
 from compress.errors import QuantizationError
-from compress.graph.model import SAME_SCALE, GraphIndex, captured, graphs_in
+from compress.graph.model import SAME_SCALE, GraphIndex, attribute, captured, graphs_in
 from compress.graph.shapes import dims_of
 from compress.graph.values import EditableGraph, constant, name_of
 from compress.graph.weightless import infer_shapes
@@ -112,12 +112,18 @@ def judged_tensors(prepared: ModelProto) -> list[str]:
 def joined_parts(graph: GraphIndex, tensor: str) -> list[str]:
     """Return the tensors that ``tensor`` joins, directly or through what only moves values."""
     node = graph.producer.get(tensor)
-    while node is not None and node.op_type in SAME_SCALE and node.input[0] in graph.producer:
+    while node is not None and _keeps_rows(node) and node.input[0] in graph.producer:
         node = graph.producer[node.input[0]]
     if node is None or node.op_type != "Concat":
         return [tensor]
     data = [name for name in graph.data_inputs(node) if name in graph.producer]
     return [part for name in dict.fromkeys(data) for part in joined_parts(graph, name)] or [tensor]
+
+
+def _keeps_rows(node: NodeProto) -> bool:
+    """Return whether ``node`` moves values alone, and the rows of images stay where they were."""
+    order = attribute(node, "perm") if node.op_type == "Transpose" else None
+    return node.op_type in SAME_SCALE and (not order or order[0] == 0)
 
 
 def _parameters(graph: GraphIndex, batches: Batches, first: Feed) -> Feed:

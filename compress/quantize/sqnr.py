@@ -64,8 +64,8 @@ def portions(feed: Feed, fixed: object = None) -> Iterator[Feed]:
 
     Values that are no images, as a threshold is, go with every batch.
     """
-    images = {name for name, array in feed.items() if array.ndim > 1}
-    count = max(len(feed[name]) for name in images)
+    count = max(len(array) for array in feed.values() if array.ndim > 1)
+    images = {name for name, array in feed.items() if array.ndim > 1 and len(array) == count}
     batch = fixed if isinstance(fixed, int) else 8
     for start in range(0, count // batch * batch if isinstance(fixed, int) else count, batch):
         rows = slice(start, start + batch)

@@ -16,6 +16,7 @@ from onnx import ModelProto, TensorProto, helper
 from compress import progress
 from compress.artifact import replacing, write_json
 from compress.errors import EngineError, UnknownNameError
+from compress.graph.batch import input_axes
 from compress.runtimes import _session, _trt_layers
 from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import Flavour, Log, gpu_capability, gpu_name
@@ -138,19 +139,22 @@ class Build:
 
     def _profile(self, builder: Any, network: Any, config: Any) -> None:
         profile, dynamic = builder.create_optimization_profile(), False
-        for index in range(network.num_inputs):
-            tensor = network.get_input(index)
-            first, *rest = (int(size) for size in tensor.shape)
-            if -1 in rest:
+        tensors = [network.get_input(index) for index in range(network.num_inputs)]
+        shapes = {each.name: [None if s == -1 else int(s) for s in each.shape] for each in tensors}
+        axes = input_axes(shapes)
+        for tensor in tensors:
+            sizes, axis = list(map(int, tensor.shape)), axes.get(tensor.name, 0)
+            first, after = sizes[axis], sizes[axis + 1 :]
+            wanted = [[*sizes[:axis], size, *after] for size in self.request.batch]
+            if -1 in wanted[0]:
                 raise EngineError(
-                    f"input {tensor.name!r} has a free dimension besides the batch: "
-                    f"{(first, *rest)}",
+                    f"input {tensor.name!r} has a free dimension besides the batch: {tuple(sizes)}",
                     where=str(self.source),
                     fix="Say the size of its images (--input-size C,H,W), or export it for one",
                 )
             if first == -1:
                 dynamic = True
-                profile.set_shape(tensor.name, *((size, *rest) for size in self.request.batch))
+                profile.set_shape(tensor.name, *wanted)
             elif (first, first, first) != self.request.batch:
                 raise EngineError(
                     f"input {tensor.name!r} has the fixed batch {first}, and batch "

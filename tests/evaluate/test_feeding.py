@@ -13,6 +13,7 @@ from compress.data import load_data
 from compress.data._images import decoded
 from compress.data._pictures import Fit
 from compress.errors import DataError, EngineError, UsageError
+from compress.evaluate import run_session
 from compress.evaluate.feeding import Fed, arrays_for, artifact_facts, completed, shapes_answered
 from compress.graph import files
 from compress.graph.metadata import layout_of, metadata, stamp, usual_range
@@ -325,6 +326,36 @@ def test_an_archive_feeds_each_input_by_its_name_whatever_their_order(tmp_path):
     test = [3, 7]  # every fourth
     flat = [rows[name][test].reshape(2, -1) for name in ("low", "high", "state")]
     np.testing.assert_array_equal(got, np.concatenate(flat, 1))
+
+
+@pytest.mark.parametrize("batch", ["n", 1])
+def test_an_archive_feeds_a_state_whose_batch_is_its_second_dimension(batch, tmp_path):
+    shapes = {"state": [2, batch, 3], "input": [batch, 5]}  # the state comes first
+    nodes = [
+        helper.make_node("Transpose", ["state"], ["turned"], perm=[1, 0, 2]),
+        helper.make_node("Flatten", ["turned"], ["flat"]),
+        helper.make_node("Concat", ["input", "flat"], ["y"], axis=1),
+    ]
+    inputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [batch, 11])
+    made = helper.make_model(
+        helper.make_graph(nodes, "g", inputs, [output]),
+        opset_imports=[helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    onnx.save(made, tmp_path / "m.onnx")
+    rng = np.random.default_rng(0)
+    rows = {
+        n: rng.normal(size=(8, *s)).astype(np.float32)
+        for n, s in (("input", (5,)), ("state", (2, 3)))
+    }
+    np.savez(tmp_path / "sounds.npz", **rows)
+    dataset = load_data(DataSettings(name="npz", root=str(tmp_path / "sounds.npz")))
+    test = [3, 7]  # every fourth
+    with open_session(tmp_path / "m.onnx") as session:
+        got = run_session(Fed(session, dataset), dataset.splits["test"].take([0, 1]).numpy())["y"]
+    want = np.concatenate([rows["input"][test], rows["state"][test].reshape(2, 6)], 1)
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 64), (2, 4, 8, 8)])

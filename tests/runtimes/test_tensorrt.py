@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from graphs import network, quantized, save
@@ -107,6 +108,23 @@ def test_a_graph_of_fixed_batch_takes_that_batch_only(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"fixed batch 2, and batch 1,1,8.*Use batch 2"):
         build_engine(source, tmp_path / "y.engine", runtime="tensorrt-rtx")
     assert not (tmp_path / "y.engine").exists()
+
+
+@pytest.mark.parametrize("batch", ["batch", 1])
+def test_the_batch_of_a_state_may_be_its_second_dimension(batch: Any, tmp_path: Path) -> None:
+    shapes: dict[str, list[Any]] = {"input": [batch, 4], "state": [2, batch, 4]}
+    ends = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()}
+    total = helper.make_tensor_value_info("sum", TensorProto.FLOAT, shapes["state"])
+    nodes = [helper.make_node("Add", ["input", "state"], ["sum"])]
+    graph = helper.make_graph(nodes, "g", [*ends.values()], [total])
+    opsets = [helper.make_opsetid("", 17)]
+    source = tmp_path / "x.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), source)
+    sizes = (1, 2, 4) if batch == "batch" else 1
+    assert build_engine(source, tmp_path / "x.engine", runtime="tensorrt-rtx", batch=sizes).exists()
+    if batch == 1:
+        with pytest.raises(EngineError, match="fixed batch 1, and batch 3,3,3"):
+            build_engine(source, tmp_path / "y.engine", runtime="tensorrt-rtx", batch=3)
 
 
 def test_a_free_image_size_is_refused(tmp_path: Path) -> None:

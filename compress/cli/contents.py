@@ -23,7 +23,7 @@ def data_in(folder: Path) -> Iterator[str]:
         names = {path.name for path in root.iterdir()}
         train, judged = root / "train", {"val", "validation", "valid", "test"} & names
         annotated = next((file for each in COCO for file in sorted(root.glob(each))), None)
-        if {"images", "masks"} <= names or {"images", "masks"} <= _names(train):
+        if _masked(root):
             yield f"masks:{root}"
         elif {"Annotations", "JPEGImages"} <= names:
             yield f"voc:{root}"
@@ -38,6 +38,21 @@ def data_in(folder: Path) -> Iterator[str]:
     for root in _folders(folder):
         if sum(path.suffix.lower() in PICTURES for path in root.iterdir()) >= FEWEST:
             yield f"images:{root}"
+
+
+def _masked(root: Path) -> bool:
+    """Return whether pictures lie beside folders of masks, here or in a part for training."""
+    from compress.data.masks import MASKS
+
+    for place in (root, root / "train", root / "training"):
+        found = _names(place)
+        if "images" in found and any(_holds_pictures(place / n) for n in found & {*MASKS}):
+            return True
+    return False
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in PICTURES for path in folder.glob("**/*"))
 
 
 def _names(folder: Path) -> set[str]:

@@ -17,7 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._pictures import Fit, ImageSize, Pictures, opened_picture, sides, to_8_bit
+from compress.data._pictures import (
+    Fit,
+    ImageSize,
+    Pictures,
+    opened_picture,
+    sides,
+    to_8_bit,
+    upright_size,
+)
 from compress.errors import DataError
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
@@ -266,6 +274,22 @@ def in_memory(images: LabelledImages) -> LabelledImages:
         return images
     files = images if isinstance(images, FileImages) else None
     return MemoryImages(images.take(range(len(images))), images.labels, files)
+
+
+def stored_sides(images: Any, most: int = 32) -> list[tuple[int, int]]:
+    """Return height and width of some images as their files have them; of others nothing."""
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(np.int64)
+    while isinstance(images, Subset):
+        chosen, images = images.indices[chosen], images.images
+    files = images.files if isinstance(images, MemoryImages) else images
+    if not isinstance(files, FileImages):
+        return []
+    found = []
+    for index in chosen:
+        path = files.folder / files.names[int(index)]
+        with opened_picture(path, where=str(path)) as picture:
+            found.append(upright_size(picture)[::-1])
+    return found
 
 
 def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) -> Tensor:

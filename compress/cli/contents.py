@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
+
+from compress import progress
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".th")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -72,12 +75,23 @@ def _folders(folder: Path) -> Iterator[Path]:
     level = [folder]
     for _ in range(3):
         yield from level
-        level = [
-            path
-            for each in level
-            for path in sorted(each.iterdir())
-            if path.is_dir() and path.name[0] not in "._" and not (path / "run.json").is_file()
-        ]
+        below = [path for each in level for path in sorted(each.iterdir()) if path.is_dir()]
+        level = [path for path in below if path.name[0] not in "._" and _is_open(path)]
+
+
+def _is_open(folder: Path) -> bool:
+    """Return whether a folder is to be searched: it is no run, and its permissions allow it."""
+    try:
+        next(folder.iterdir(), None)
+        return not (folder / "run.json").is_file()
+    except PermissionError:
+        _tell_once(f"{folder} is left out: its permissions do not allow to read it")
+        return False
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    progress.warn(line)  # a folder is searched for data, and again for weights
 
 
 def _classes(folder: Path, nested: bool = False) -> bool:

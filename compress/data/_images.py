@@ -6,7 +6,7 @@ import io
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from compress.data._pictures import (
     to_8_bit,
     upright_size,
 )
-from compress.errors import DataError
+from compress.errors import DataError, unreadable
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 T = TypeVar("T")
@@ -266,6 +266,23 @@ def _bounds(images: LabelledImages) -> tuple[NDArray[np.int64], int] | None:
 def file_images(kind: Pictures, folder: Path, names: Names, labels: Any) -> FileImages:
     """Return pictures in files as the options of their ``kind`` fit them."""
     return FileImages(folder, names, labels, kind.fit, kind.channels or 3, kind.workers)
+
+
+def files_below(folder: Path, endings: Collection[str]) -> Iterator[str]:
+    """Yield files with one of ``endings`` at any depth of a folder; links to folders are left out.
+
+    Raises:
+        DataError: a folder cannot be read: its images would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise unreadable(DataError, error)
+
+    for place, _, files in os.walk(folder, onerror=refuse):
+        for file in files:
+            if os.path.splitext(file)[1].lower() in endings:
+                yield os.path.join(place, file)
 
 
 def in_memory(images: LabelledImages) -> LabelledImages:

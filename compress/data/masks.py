@@ -11,7 +11,7 @@ import numpy as np
 
 from compress.data import Source
 from compress.data._annotated import pictures
-from compress.data._images import SPLITS, LabelledImages, with_test
+from compress.data._images import SPLITS, LabelledImages, files_below, with_test
 from compress.data._pictures import ENDINGS, Pictures, Rule
 from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import FittedMasks as MaskFiles
@@ -97,7 +97,7 @@ class Masks(Pictures):
 def _pairs(images: Path, masks: Path) -> Pairs:
     """Return the pictures of a folder with those of the same names in another."""
     found, drawn = (
-        {f.stem: f for f in sorted(folder.glob("*")) if f.suffix.lower() in ENDINGS}
+        {f.stem: f for f in sorted(map(Path, files_below(folder, ENDINGS))) if f.parent == folder}
         for folder in (images, masks)
     )
     alone = sorted(found.keys() ^ drawn.keys())

@@ -144,10 +144,21 @@ def boundary(
     except CompressError as error:
         error.where = error.where or where
         raise
+    except PermissionError as error:
+        raise unreadable(kind, error, where) from error
     except Exception as error:
         reason = reason_of(str(error))[:LONGEST_REASON]
         cause = reason if " " in reason else f"{type(error).__name__} {reason}".strip()
         raise kind(f"{what}: {cause}", where=where, fix=fix) from error
+
+
+def unreadable(kind: type[CompressError], error: OSError, where: str = "") -> CompressError:
+    """Return what the system says of a file or folder that it does not let us read."""
+    return kind(
+        f"cannot be read: {error.strerror or error}",
+        where=str(error.filename or where),
+        fix="Check its permissions",
+    )
 
 
 def reason_of(told: str) -> str:

@@ -1,12 +1,18 @@
-"""What all tests share: one thread for each test process, and a call of the command line."""
+"""What all tests share: one thread for each process, untimed examples, the command line."""
 
 import json
 import os
 import sys
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the suite runs several processes side by side
+# no example is timed: the machine may do other things, and first calls import packages
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture

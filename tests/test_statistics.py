@@ -20,7 +20,6 @@ def test_wilson_interval_equals_statsmodels(successes: int, total: int, level: f
     assert statistics.wilson_interval(successes, total, level) == pytest.approx(expected, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 500), st.data())
 def test_wilson_interval_holds_the_proportion_and_stays_in_the_unit(
     total: int, data: st.DataObject
@@ -49,7 +48,6 @@ def test_exact_mcnemar_equals_statsmodels(lost: int, won: int) -> None:
     assert statistics.mcnemar(lost, won, mid_p=False) == pytest.approx(min(1.0, expected))
 
 
-@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(0, 60))
 def test_mid_p_mcnemar_is_the_exact_one_less_half_of_each_tail_outcome(lost: int, won: int) -> None:
     from scipy.stats import binom
@@ -187,7 +185,7 @@ def test_ratio_interval_refuses_unpaired_and_non_positive_values() -> None:
         statistics.ratio_interval(np.ones((2, 1)), np.zeros((2, 1)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 300), st.sampled_from([5, 15]))
 def test_calibration_error_equals_torchmetrics(seed: int, total: int, bins: int) -> None:
     import torch

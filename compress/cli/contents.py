@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeGuard
+
+from compress import progress
 
 WEIGHTS = (".safetensors", ".pt", ".pth", ".th")
 PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -23,7 +26,7 @@ def data_in(folder: Path) -> Iterator[str]:
         names = {path.name for path in root.iterdir()}
         train, judged = root / "train", {"val", "validation", "valid", "test"} & names
         annotated = next((file for each in COCO for file in sorted(root.glob(each))), None)
-        if {"images", "masks"} <= names or {"images", "masks"} <= _names(train):
+        if _masked(root):
             yield f"masks:{root}"
         elif {"Annotations", "JPEGImages"} <= names:
             yield f"voc:{root}"
@@ -38,6 +41,21 @@ def data_in(folder: Path) -> Iterator[str]:
     for root in _folders(folder):
         if sum(path.suffix.lower() in PICTURES for path in root.iterdir()) >= FEWEST:
             yield f"images:{root}"
+
+
+def _masked(root: Path) -> bool:
+    """Return whether pictures lie beside folders of masks, here or in a part for training."""
+    from compress.data.masks import MASKS
+
+    for place in (root, root / "train", root / "training"):
+        found = _names(place)
+        if "images" in found and any(_holds_pictures(place / n) for n in found & {*MASKS}):
+            return True
+    return False
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return any(path.suffix.lower() in PICTURES for path in folder.glob("**/*"))
 
 
 def _names(folder: Path) -> set[str]:
@@ -57,12 +75,23 @@ def _folders(folder: Path) -> Iterator[Path]:
     level = [folder]
     for _ in range(3):
         yield from level
-        level = [
-            path
-            for each in level
-            for path in sorted(each.iterdir())
-            if path.is_dir() and path.name[0] not in "._" and not (path / "run.json").is_file()
-        ]
+        below = [path for each in level for path in sorted(each.iterdir()) if path.is_dir()]
+        level = [path for path in below if path.name[0] not in "._" and _is_open(path)]
+
+
+def _is_open(folder: Path) -> bool:
+    """Return whether a folder is to be searched: it is no run, and its permissions allow it."""
+    try:
+        next(folder.iterdir(), None)
+        return not (folder / "run.json").is_file()
+    except PermissionError:
+        _tell_once(f"{folder} is left out: its permissions do not allow to read it")
+        return False
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    progress.warn(line)  # a folder is searched for data, and again for weights
 
 
 def _classes(folder: Path, nested: bool = False) -> bool:

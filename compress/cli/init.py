@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from compress.trust import agree, allow, allow_all
 
 RECIPE = "compress.yaml"
 SIDES = (224, 256, 128, 64, 32, 150, 299, 160, 192, 112, 96, 48, 28)  # tried on networks
+NAME_IT = "Name it: --model FILE.py:NAME, torchvision:NAME, timm:NAME, ..."
 PASSES = 20_000  # training images that an unknown job is given, over all epochs
 
 
@@ -44,8 +46,9 @@ class Proposal:
 
     @property
     def batch_size(self) -> int:
-        """A power of two, with at least sixteen steps an epoch where there are enough images."""
-        return int(2 ** max(3, min(7, math.floor(math.log2(max(1, self.images / 16))))))
+        """A power of two, for at least sixteen steps an epoch; of few images 2 to 8, for eight."""
+        fitting = [math.floor(math.log2(max(1, self.images / steps))) for steps in (16, 8)]
+        return int(2 ** max(min(7, fitting[0]), min(3, max(1, fitting[1]))))
 
     @property
     def epochs(self) -> int:
@@ -140,9 +143,12 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     dataset = load_data(DataSettings(**part))
     files = [given["weights"]] if given["weights"] else list(weights_in(folder))
     found = given["model"] or _fitting(folder, files, dataset)
-    model = _answer(
-        ask, "network", given["model"], found, "--model FILE.py:NAME, torchvision:NAME, ..."
-    )
+    if found is None:
+        problem = _no_network(folder, files, dataset)
+        if ask is None:
+            raise problem
+        progress.warn(str(problem))
+    model = _answer(ask, "network", given["model"], found)
     weights = given["weights"] or _used(model, files, dataset)
     if given["image_size"] is None:
         dataset, part = _sized(model, weights, dataset, part)
@@ -154,7 +160,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         for name, runtime in runtimes.items()
         if runtime.opens == "onnx" and is_installed(runtime.package)
     ]
-    keep = given["keep_macs"] or float(_answer(ask, "share of the MACs to keep", None, "0.5", ""))
+    keep = given["keep_macs"] or float(_answer(ask, "share of the MACs to keep", None, "0.5"))
     return Proposal(
         model=model,
         weights=weights,
@@ -170,7 +176,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
 
 
 def _answer(
-    ask: Callable[[str, str], str] | None, what: str, told: Any, found: str | None, option: str
+    ask: Callable[[str, str], str] | None, what: str, told: Any, found: str | None, option: str = ""
 ) -> str:
     """Return what the user said, says now, or what was found."""
     if told is not None:
@@ -209,6 +215,25 @@ def _fitting(folder: Path, weights: Sequence[str], dataset: Any) -> str | None:
             if _misfit(reference, file, dataset) is None:
                 return reference
     return next(iter(files_in(folder, ".onnx")), None)
+
+
+def _no_network(folder: Path, weights: Sequence[str], dataset: Any) -> UsageError:
+    """Return what is missing: why networks here cannot be built, and code that weights are of."""
+    from compress.models.weights import read_weights
+
+    told = [str(_misfit(reference, None, dataset)) for reference in networks_in(folder)]
+    del told[2:]  # the others most likely lack the same
+    for file in weights[:2]:
+        try:
+            names = list(read_weights(Path(file)))
+            told.append(
+                f"{file} holds the weights of one, {len(names)} tensors from {names[0]} to "
+                f"{names[-1]}, and not its code."
+            )
+        except CompressError as error:
+            told.append(str(error))
+    what = "no network was found here"
+    return UsageError(f"{what}: {' '.join(told)}" if told else what, fix=NAME_IT)
 
 
 def _used(model: str, weights: Sequence[str], dataset: Any) -> str | None:
@@ -266,7 +291,8 @@ def _sized(
 def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int] | None:
     """Return the data's own size if the network takes it, else the first usual one it takes.
 
-    Of a network that resizes images inside it is the size that they have there.
+    Small pictures are not enlarged. Of a network that resizes images inside it is the size that
+    they have there.
     """
     import torch
 
@@ -275,12 +301,29 @@ def _torch_size(model: str, weights: str | None, dataset: Any) -> tuple[int, int
 
     network = load_for(len(dataset.classes), model, weights)
     own = tuple(dataset.image_size)
-    for size in (own, *((side, side) for side in SIDES)):
+    for size in (*_lying(dataset), own, *((side, side) for side in SIDES)):
         with contextlib.suppress(ModelError):
             example = torch.zeros(1, dataset.channels, *size)
             check_forward(network, example)
             return size_inside(network, example) or size
     return None
+
+
+def _lying(dataset: Any) -> Iterator[tuple[int, int]]:
+    """Yield sizes for small pictures: theirs if all have one, and one that 32 divides."""
+    from compress.data._images import stored_sides
+
+    found = stored_sides(dataset.splits["train"])
+    if not found:
+        return
+    height, width = (statistics.median(sides) for sides in zip(*found, strict=True))
+    if len(set(found)) > 1:
+        height = width = min(height, width)
+    if min(height, width) >= min(dataset.image_size):
+        return
+    if len(set(found)) == 1:
+        yield found[0]
+    yield 32 * math.ceil(height / 32), 32 * math.ceil(width / 32)
 
 
 def runnable_text(proposal: Proposal, out: Path) -> str:
@@ -325,7 +368,10 @@ def recipe_text(proposal: Proposal, out: Path) -> str:
         f"model: {flow(model)}",
         f"# {proposal.summary}",
         "data:",
-        *(f"  {key}: {flow(value).removesuffix('...').strip()}" for key, value in data.items()),
+        *(
+            f"  {key}: {flow(value).removesuffix('...').strip()}{_note(proposal, key)}"
+            for key, value in data.items()
+        ),
         f"task: {flow(proposal.task).removesuffix('...').strip()}",
         "seed: 0",
         "stages:",
@@ -338,6 +384,13 @@ def recipe_text(proposal: Proposal, out: Path) -> str:
         *_gates(proposal.primary),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _note(proposal: Proposal, key: str) -> str:
+    """Return what is to be said of a key of the data."""
+    if key == "image_size" and proposal.weights:
+        return " # that of its training, where that was another"
+    return ""
 
 
 def _gates(primary: str | None) -> Sequence[str]:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # Of whichever click this typer carries: the class with show(), which has no public name there.
 ClickException: Any = next(c for c in reversed(typer.BadParameter.__mro__) if hasattr(c, "show"))
 GATE_FAILED, USER_ERROR, OUR_FAULT, INTERRUPTED = 1, 2, 70, 130  # 70: EX_SOFTWARE of sysexits
-OF_THE_MACHINE = {*FULL, EACCES, EIO, EMFILE, ENAMETOOLONG, ENFILE, ENOMEM, EPERM, EROFS}
+CLOSED = {EACCES, ENAMETOOLONG, EPERM, EROFS}
+OF_THE_MACHINE = {*FULL, *CLOSED, EIO, EMFILE, ENFILE, ENOMEM}
 
 
 def exit_code(call: Callable[[], Any]) -> int:
@@ -68,10 +69,11 @@ def _unexpected(error: Exception) -> int:
         return USER_ERROR
     if isinstance(error, OSError) and error.errno in OF_THE_MACHINE:
         place = f"{error.filename}: " if error.filename else ""
+        fix = "Change the permissions or the path" if error.errno in CLOSED else "Make room"
         sys.stderr.write(
             printable(
-                f"compress: {place}{error.strerror}. Make room, change the permissions or the "
-                "path; a run keeps what is done, and the same command goes on.\n"
+                f"compress: {place}{error.strerror}. {fix}; a run keeps what is done, and the same "
+                "command goes on.\n"
             )
         )
         return USER_ERROR

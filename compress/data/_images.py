@@ -6,7 +6,7 @@ import io
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.data._pictures import Fit, ImageSize, Pictures, opened_picture, sides, to_8_bit
-from compress.errors import DataError
+from compress.data._pictures import (
+    Fit,
+    ImageSize,
+    Pictures,
+    opened_picture,
+    sides,
+    to_8_bit,
+    upright_size,
+)
+from compress.errors import DataError, unreadable
 
 LARGEST_IN_MEMORY_BYTES = 1 << 30
 T = TypeVar("T")
@@ -260,12 +268,45 @@ def file_images(kind: Pictures, folder: Path, names: Names, labels: Any) -> File
     return FileImages(folder, names, labels, kind.fit, kind.channels or 3, kind.workers)
 
 
+def files_below(folder: Path, endings: Collection[str]) -> Iterator[str]:
+    """Yield files with one of ``endings`` at any depth of a folder; links to folders are left out.
+
+    Raises:
+        DataError: a folder cannot be read: its images would be missing without a word.
+    """
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise unreadable(DataError, error)
+
+    for place, _, files in os.walk(folder, onerror=refuse):
+        for file in files:
+            if os.path.splitext(file)[1].lower() in endings:
+                yield os.path.join(place, file)
+
+
 def in_memory(images: LabelledImages) -> LabelledImages:
     """Return ``images`` read once where they fit in 1 GiB; else as they are."""
     if len(images) * math.prod(images.shape) > LARGEST_IN_MEMORY_BYTES:
         return images
     files = images if isinstance(images, FileImages) else None
     return MemoryImages(images.take(range(len(images))), images.labels, files)
+
+
+def stored_sides(images: Any, most: int = 32) -> list[tuple[int, int]]:
+    """Return height and width of some images as their files have them; of others nothing."""
+    chosen = np.linspace(0, len(images) - 1, min(most, len(images))).astype(np.int64)
+    while isinstance(images, Subset):
+        chosen, images = images.indices[chosen], images.images
+    files = images.files if isinstance(images, MemoryImages) else images
+    if not isinstance(files, FileImages):
+        return []
+    found = []
+    for index in chosen:
+        path = files.folder / files.names[int(index)]
+        with opened_picture(path, where=str(path)) as picture:
+            found.append(upright_size(picture)[::-1])
+    return found
 
 
 def in_parallel(one: Callable[[int], Tensor], indices: Indices, threads: int) -> Tensor:

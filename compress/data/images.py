@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from compress.data import Source, usual
-from compress.data._images import Names, every_fourth_held_out, file_images
+from compress.data._images import Names, every_fourth_held_out, file_images, files_below
 from compress.data._pictures import ENDINGS, Pictures
 from compress.errors import DataError
 
@@ -50,9 +50,4 @@ def picture_files(root: Path, folder: str = "") -> list[str]:
 
     Links to folders are left out.
     """
-    return sorted(
-        os.path.relpath(os.path.join(place, file), root)
-        for place, _, files in os.walk(root / folder)
-        for file in files
-        if os.path.splitext(file)[1].lower() in ENDINGS
-    )
+    return sorted(os.path.relpath(file, root) for file in files_below(root / folder, ENDINGS))

@@ -11,13 +11,14 @@ import numpy as np
 
 from compress.data import Source
 from compress.data._annotated import pictures
-from compress.data._images import LabelledImages, with_test
+from compress.data._images import SPLITS, LabelledImages, files_below, with_test
 from compress.data._pictures import ENDINGS, Pictures, Rule
 from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import FittedMasks as MaskFiles
 from compress.errors import DataError, UsageError
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
+MASKS = ("masks", "labels", "annotations")  # folders that hold them, by what people call them
 SAMPLED = 2048  # masks that are read to count the classes where they are not named
 
 
@@ -26,10 +27,11 @@ class Masks(Pictures):
     """Images beside their class maps: train/images, train/masks, and the same in val and test.
 
     images/train and masks/train do as well; of images and masks in no such parts every tenth is a
-    test image. A mask has its image's name and size, one class number for each pixel, and ``void``
-    where nothing counts. ``classes`` names the classes in order; they are counted if absent.
-    ``values`` are the classes' numbers in the files, in the order of ``classes``, where those are
-    not 0, 1, 2, ...: black and white masks of two classes have ``values: [0, 255], void: null``.
+    test image. The folder of masks may be called labels or annotations. A mask has its image's name
+    and size, one class number for each pixel, and ``void`` where nothing counts. ``classes`` names
+    the classes in order; they are counted if absent. ``values`` are the classes' numbers in the
+    files, in the order of ``classes``, where those are not 0, 1, 2, ...: black and white masks of
+    two classes have ``values: [0, 255], void: null``.
     """
 
     root: str
@@ -64,8 +66,8 @@ class Masks(Pictures):
         """
         root = Path(self.root)
         train, validation, test = (
-            self._pairs(root, *names)
-            for names in (("train",), ("val", "validation", "valid"), ("test",))
+            self._pairs(root, *(name for name, meant in SPLITS.items() if meant == part))
+            for part in ("train", "validation", "test")
         )
         return masked_source(
             self,
@@ -79,14 +81,14 @@ class Masks(Pictures):
 
     @staticmethod
     def _pairs(root: Path, *names: str) -> Pairs:
-        for name in names:
-            for part in (f"{name}/{{}}", f"{{}}/{name}"):
-                if (root / part.format("images")).is_dir():
-                    return _pairs(root / part.format("images"), root / part.format("masks"))
-        if names != ("train",):
+        parts = [part for name in names for part in (f"{name}/{{}}", f"{{}}/{name}")]
+        for part in (*parts, *(["{}"] if "train" in names else [])):
+            images, *drawn = (root / part.format(kind) for kind in ("images", *MASKS))
+            masks = next((folder for folder in drawn if folder.is_dir()), None)
+            if images.is_dir() and (masks or part != "{}"):
+                return _pairs(images, masks or drawn[0])
+        if "train" not in names:
             return []
-        if (root / "images").is_dir() and (root / "masks").is_dir():
-            return _pairs(root / "images", root / "masks")
         raise DataError(
             "has no folder train", where=str(root), expected="train/images, train/masks"
         )
@@ -95,7 +97,7 @@ class Masks(Pictures):
 def _pairs(images: Path, masks: Path) -> Pairs:
     """Return the pictures of a folder with those of the same names in another."""
     found, drawn = (
-        {f.stem: f for f in sorted(folder.glob("*")) if f.suffix.lower() in ENDINGS}
+        {f.stem: f for f in sorted(map(Path, files_below(folder, ENDINGS))) if f.parent == folder}
         for folder in (images, masks)
     )
     alone = sorted(found.keys() ^ drawn.keys())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from compress import progress
 from compress.data import Source
-from compress.data._images import SPLITS, LabelledImages, ShardImages, Subset
+from compress.data._images import SPLITS, LabelledImages, ShardImages, Subset, files_below
 from compress.data._pictures import Pictures
 from compress.errors import DataError
 
@@ -152,7 +152,7 @@ def _shards(root: str) -> list[Path]:
                 fix="Copy or mount the shards: they are read from where images lie in them",
             )
         path = Path(name.removeprefix("file:"))
-        paths += sorted(path.rglob("*.tar")) if path.is_dir() else [path]
+        paths += sorted(map(Path, files_below(path, {".tar"}))) if path.is_dir() else [path]
     missing = [str(path) for path in paths if not path.is_file()]
     if missing or not paths:
         found = f"{len(missing)} of {len(paths)} shards are not there: {', '.join(missing[:3])}"

@@ -10,6 +10,7 @@ import yaml
 
 from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures
+from compress.data._images import files_below
 from compress.data._pictures import ENDINGS
 from compress.errors import DataError
 
@@ -57,7 +58,7 @@ def _files(base: Path, given: Any, where: Path) -> list[Path]:
         return [file for each in given for file in _files(base, each, where)]
     place = base / str(given)
     if place.is_dir():
-        return sorted(f for f in place.rglob("*") if f.suffix.lower() in ENDINGS)
+        return sorted(map(Path, files_below(place, ENDINGS)))
     if place.is_file():
         lines = place.read_text(encoding="utf-8").split("\n")
         return [place.parent / line.strip() for line in lines if line.strip()]

@@ -22,7 +22,7 @@ from onnx import (
 )
 
 from compress.artifact import is_utf8, make_folder, replacing, state_of
-from compress.errors import EngineError, boundary
+from compress.errors import EngineError, boundary, unreadable
 from compress.graph.lenient import sort_nodes, write_plainly
 from compress.graph.metadata import layout_of, picture_input, stamp
 from compress.graph.model import bodies, graphs_in
@@ -125,6 +125,8 @@ def _parse(path: Path) -> ModelProto:
         raise EngineError("has a name that is not UTF-8", where=str(path), fix="Rename it")
     try:
         model = onnx.load(str(path), load_external_data=False)
+    except PermissionError as error:
+        raise unreadable(EngineError, error, str(path)) from None
     except Exception:  # noqa: BLE001 - protobuf and onnx raise several kinds
         raise EngineError(
             f"is no ONNX file, or only a part of one ({path.stat().st_size} bytes)",
@@ -167,6 +169,8 @@ def _check_external(tensors: list[TensorProto], path: Path) -> None:
         offset, length = (int(entry.get(key) or 0) for key in ("offset", "length"))
         needed = offset + length
         present = files[file] = file.stat().st_size if file.is_file() else 0
+        if present:
+            file.open("rb").close()  # onnx tells a file that may not be read badly
         if min(offset, length) < 0 or not present or present < needed:
             raise EngineError(
                 f"its weight {tensor.name!r} needs {needed} bytes of {location!r}, "

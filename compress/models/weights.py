@@ -146,6 +146,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     with boundary(ModelError, UNREADABLE, where=str(path)):
+        path.open("rb").close()  # safetensors calls a file that may not be read absent
         return load_file(path)
 
 

@@ -108,17 +108,20 @@ def opened_run(
     Raises:
         CompressError: the recipe cannot be run, or the folder is another run's.
     """
-    preflight(chosen, where=where, read_data=False)
-    dataset, task = prepared_data(chosen, where=where)
     root = Path(out or default_folder(chosen))
     with artifact.scratch():
         pass  # exporters and runtimes need one, and tell its absence badly
     with held(root) if processes.is_main else contextlib.nullcontext():
+        placed = loading.from_anywhere(chosen)
+        if processes.is_main:  # what the folder alone tells comes before images are read
+            RunFolder(root).check(placed, fresh=fresh)
+        preflight(chosen, where=where, read_data=False)
+        dataset, task = prepared_data(chosen, where=where)
         if not any(root.glob(f"00-*/{DONE_FILE}")):
             try_network(chosen, dataset, task, where=where)
             for line in cautions.of_splits(dataset):
                 progress.warn(line)
-        chosen = loading.from_anywhere(chosen)
+        chosen = placed
         if processes.is_main:
             RunFolder.open(root, chosen, fresh=fresh)
         processes.wait()

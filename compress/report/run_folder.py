@@ -50,28 +50,15 @@ class RunFolder:
             RunError: the folder belongs to another recipe, holds something that is no run, lacks
                 files of finished stages, or has a name that no runtime can be told.
         """
-        if not artifact.is_utf8(root):
-            raise RunError(
-                "has a name that is not UTF-8",
-                where=str(root),
-                fix="Give another folder with --out",
-            )
         folder = cls(root)
+        folder.check(recipe, fresh=fresh)
         begun = (root / RUN_FILE).is_file()
-        if not begun and folder._holds_something_else():
-            raise RunError(
-                "the folder is not empty and holds no run",
-                where=str(root),
-                fix="Give another folder with --out",
-            )
         artifact.remove_temporaries(root)
         if begun and fresh:
             folder._clear()
         wanted = to_json(recipe)
         written = root / RECIPE_FILE
         if begun and not fresh:
-            folder._check_recipe(wanted)
-            folder._check_files()
             if _completed(folder.description()["recipe"]) == wanted:
                 if not written.is_file():  # it was killed between the two
                     artifact.write_text(written, dump(recipe))
@@ -84,6 +71,29 @@ class RunFolder:
         folder.write_description(description)
         artifact.write_text(written, dump(recipe))
         return folder
+
+    def check(self, recipe: Recipe, *, fresh: bool = False) -> None:
+        """Refuse a folder that ``open`` would refuse; nothing is written.
+
+        Raises:
+            RunError: as ``open`` does.
+        """
+        if not artifact.is_utf8(self.root):
+            raise RunError(
+                "has a name that is not UTF-8",
+                where=str(self.root),
+                fix="Give another folder with --out",
+            )
+        begun = (self.root / RUN_FILE).is_file()
+        if not begun and self._holds_something_else():
+            raise RunError(
+                "the folder is not empty and holds no run",
+                where=str(self.root),
+                fix="Give another folder with --out",
+            )
+        if begun and not fresh:
+            self._check_recipe(to_json(recipe))
+            self._check_files()
 
     def description(self) -> dict[str, Any]:
         """Return what run.json holds.

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import nn
 
 from compress.cli import app
 from compress.cli.contents import data_in
@@ -136,6 +137,8 @@ def pictures(folder, count=8):
         (("set/train/ants/2019", "set/train/bees/2019", "set/val/ants/1"), (), "imagefolder:set"),
         (("set/images", "set/masks"), (), "masks:set"),
         (("set/images/train", "set/images/val", "set/masks/train"), (), "masks:set"),
+        (("set/images", "set/labels"), (), "masks:set"),
+        (("set/images/training", "set/annotations/training"), (), "masks:set"),
         (
             ("set/train2017", "set/val2017"),
             ("captions_train2017", "instances_train2017", "instances_val2017"),
@@ -179,6 +182,70 @@ def test_a_network_that_takes_one_size_is_given_it(here, compress):
     Path("net.py").write_text(FILE.replace("width * 9 * 9", "width * 15 * 15"))
     assert compress("init")[0] == 0
     assert load_recipe("compress.yaml").data.image_size == 32
+
+
+SAME_SIZE = """
+from torch import nn
+
+
+class Any(nn.Sequential):
+    def __init__(self, num_classes=2):
+        super().__init__(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(16, num_classes))
+
+
+class Halved(Any):
+    def forward(self, x):
+        if x.shape[2] % 4 or x.shape[3] % 4 or x.shape[2] < 32:
+            raise ValueError("not a multiple of 4")
+        return super().forward(x)
+"""
+
+
+@pytest.mark.parametrize(
+    ("network", "sizes", "proposed"),
+    [
+        ("Any", [(24, 20)], (20, 24)),
+        ("Halved", [(24, 20)], 32),
+        ("Any", [(50, 40), (40, 60)], 64),
+        ("Any", [(300, 250), (250, 300)], None),
+    ],
+)
+def test_small_pictures_are_not_enlarged(tmp_path, monkeypatch, compress, network, sizes, proposed):
+    monkeypatch.chdir(tmp_path)
+    Path("net.py").write_text(SAME_SIZE)
+    for name in ("dark", "light"):
+        Path("photos", name).mkdir(parents=True)
+        for number in range(20):
+            picture = Image.new("RGB", sizes[number % len(sizes)], (number, len(name), 0))
+            picture.save(Path("photos", name, f"{number}.png"))
+    code, _, err = compress("init", "--model", f"net.py:{network}")
+    assert code == 0, err
+    assert load_recipe("compress.yaml").data.image_size == proposed
+
+
+@pytest.mark.parametrize("images", [16, 26, 100, 128, 4000])
+def test_a_proposed_training_takes_enough_steps(images):
+    from compress.cli.init import Proposal
+    from compress.pipeline.cautions import FEW_STEPS
+
+    proposal = Proposal("m", None, {}, "", images, "classification", "top-1", True, (), 0.5)
+    assert proposal.batch_size >= 2
+    assert images // proposal.batch_size >= FEW_STEPS
+
+
+def test_what_is_missing_is_told_where_no_network_is_found(here, compress):
+    state = load_model("net.py:wide").state_dict()
+    Path("net.py").unlink()
+    torch.save({"epoch": 3, "state_dict": state}, "best.pt")
+    code, _, err = compress("init")
+    assert code == 2 and "best.pt holds the weights of one, 4 tensors from part.conv.weight" in err
+    assert "and not its code. Name it: --model FILE.py:NAME, torchvision:NAME" in err
+    Path("best.pt").unlink()
+    torch.save(nn.Linear(2, 2), "whole.pt")
+    Path("net.py").write_text(FILE.replace("from torch", "from absent_package"))
+    code, _, err = compress("init")
+    assert code == 2 and "absent_package" in err and "whole.pt: refused" in err
 
 
 def test_an_onnx_file_is_quantized_in_its_own_size(here, compress):

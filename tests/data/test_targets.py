@@ -322,12 +322,20 @@ def test_bad_coco_annotations_are_refused_with_their_id(tmp_path, changed, messa
         load_data(coco(tmp_path, **changed))
 
 
-@pytest.mark.parametrize("parted", [True, False])
-def test_masks_beside_a_folder_of_images_are_read(tmp_path, parted):
+@pytest.mark.parametrize(
+    ("parts", "called"),
+    [
+        (("train", "val", "test"), "masks"),
+        (("training", "validation", "testing"), "annotations"),
+        (("", "", ""), "labels"),
+    ],
+)
+def test_masks_beside_a_folder_of_images_are_read(tmp_path, parts, called):
     as_usual = load_data(masks(tmp_path / "a"))
-    for kind in ("images", "masks"):
-        for part in ("train", "val", "test"):
-            place = tmp_path / "b" / kind / (part if parted else "")
+    parted = any(parts)
+    for kind, folder in (("images", "images"), ("masks", called)):
+        for part, name in zip(("train", "val", "test"), parts, strict=True):
+            place = tmp_path / "b" / folder / name
             place.mkdir(parents=True, exist_ok=True)
             for file in (tmp_path / "a" / part / kind).iterdir():
                 file.rename(place / file.name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.errors import EngineError
@@ -34,7 +34,6 @@ def doubled(x: np.ndarray) -> np.ndarray:
     return 2 * x
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-4, 10))
 def test_sqnr_equals_its_formula(seed: int, noise: float) -> None:
     generator = np.random.default_rng(seed)

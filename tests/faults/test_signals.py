@@ -14,6 +14,8 @@ import yaml
 from compress import interruption
 from compress.artifact import sha256
 from compress.errors import RunError
+from compress.pipeline import run
+from compress.recipe.loading import validate_recipe
 from compress.report.run_folder import LOCK_FILE, held
 
 HOLDER = """
@@ -77,6 +79,22 @@ def test_a_second_run_is_refused_with_the_pid_of_the_first(holder, tmp_path):
     with refused, held(tmp_path / "run"):
         pass
     assert (tmp_path / "run" / LOCK_FILE).exists()
+
+
+def test_what_the_folder_tells_comes_before_images_are_read(holder, tmp_path):
+    data = {"name": "imagefolder", "root": str(tmp_path / "absent")}
+    recipe = validate_recipe({"model": {"name": "torchvision:resnet18"}, "data": data}, where="it")
+
+    def refused(out):
+        with pytest.raises(RunError) as error:
+            run(recipe, out)
+        return str(error.value)
+
+    assert "another run works in this folder" in refused(tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert "the folder is not empty and holds no run" in refused(tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
 
 def test_a_folder_reached_by_a_symlink_is_the_same_folder(holder, tmp_path):

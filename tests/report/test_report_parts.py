@@ -10,7 +10,7 @@ import re
 import made_up
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -59,7 +59,6 @@ def test_the_front_is_what_no_other_beats_in_both(points):
     assert front == set(points) - beaten
 
 
-@settings(deadline=None)  # the first example imports matplotlib
 @given(st.floats(-1e3, 1e3), st.floats(0.1, 1e6), st.integers(3, 9))
 def test_ticks_are_round_few_and_inside(low, width, count):
     ticks = Scale(low, low + width, 0.0, 300.0).ticks(count)

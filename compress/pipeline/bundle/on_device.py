@@ -29,6 +29,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 FLOAT_TOLERANCE = 0.02  # largest difference, relative to the largest logit; tf32 and fp16 fit
 INT8_AGREEMENT = 0.9  # smallest share of images with the same answer as on the host
+BOX = 4  # numbers of a box, before its scores
 INT8_SQNR_DB = 15.0  # smallest ratio of answers to their difference, where none names a class
 
 
@@ -252,17 +253,21 @@ def read_bundle() -> dict[str, Any]:
 
 
 def compare_with_host(
-    answers: Any, host: Any, labels: Any, precision: str, decided: bool = True
+    answers: Any, host: Any, labels: Any, precision: str, decided: bool = True, split: int = 0
 ) -> dict[str, Any]:
     """Return how far ``answers`` are from those of the host, and whether that is near enough.
 
-    Where answers are ``decided``, the largest along the second dimension names the class of an
-    image or a pixel: these are compared, and with ``labels`` (None: not known) as well.
+    ``split`` is where scores begin behind boxes in pixels, which are compared by themselves: beside
+    those they would not count. Where answers are ``decided``, the largest along the second
+    dimension names the class of an image or a pixel: these are compared, and with ``labels`` (None:
+    not known) as well.
     """
-    gap = float(np.abs(answers - host).max() / max(np.abs(host).max(), 1e-6))
-    noise = float(np.mean((answers.astype(np.float64) - host) ** 2))
-    sqnr = 10 * np.log10(
-        max(float(np.mean(host.astype(np.float64) ** 2)), 1e-30) / max(noise, 1e-30)
+    parts = [slice(split), slice(split, None)] if split else [slice(None)]
+    pairs = [(answers[:, p], host[:, p].astype(np.float64)) for p in parts if host[:, p].size]
+    gap = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)) for a, b in pairs)
+    sqnr = min(
+        10 * np.log10(max(np.mean(b**2), 1e-30) / max(np.mean((a - b) ** 2), 1e-30))
+        for a, b in pairs
     )
     agreement = float((answers.argmax(1) == host.argmax(1)).mean()) if decided else None
     alike = sqnr >= INT8_SQNR_DB if agreement is None else agreement >= INT8_AGREEMENT
@@ -308,6 +313,8 @@ def measured_networks(
     images = sample["images"]
     labels = sample["labels"] if "labels" in sample.files else None
     fitting = [m for m in bundle["models"] if m["target"] in (None, *kind.forms[:1])]
+    answer = bundle["answer"]
+    in_pixels = answer["form"] == "boxes" and not answer["options"]["nms_in_graph"]
     sessions: dict[str, Any] = {}
     results: list[dict[str, Any]] = []
     for model in fitting:
@@ -318,8 +325,9 @@ def measured_networks(
         answers = np.concatenate([session.run(images[i : i + batch])[0] for i in whole])
         host = sample["answers_" + model["name"]][: len(answers)]
         known = None if labels is None else labels[: len(answers)]
+        split = BOX if in_pixels and answers.shape[1] < answers.shape[2] else 0  # else by places
         found = compare_with_host(
-            answers, host, known, model["precision"], "decided" in sample.files
+            answers, host, known, model["precision"], "decided" in sample.files, split
         )
         sessions[model["name"]] = session
         results.append(dict(model, load_s=built, device=session.device, batch=batch, **found))
@@ -331,6 +339,22 @@ def measured_networks(
         result["latency_ms_p99"] = float(np.percentile(calls, 99) * 1e3)
         result["speedup"] = float(first / np.median(calls))
     return results
+
+
+def table_of(results: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the rows that are printed; what is known of no network has no column."""
+    shares = {"top1_pct": "top-1 %", "agreement_with_host_pct": "as on host %"}
+    if any(r["agreement_with_host_pct"] is None for r in results):
+        shares["sqnr_to_host_db"] = "to host, dB"
+    shares = {k: name for k, name in shares.items() if any(r[k] is not None for r in results)}
+    rows = [["network", "precision", "p50 ms", "p99 ms", "speedup", *shares.values(), ""]]
+    for r in results:
+        numbers = [f"{r[key]:.3f}" for key in ("latency_ms_p50", "latency_ms_p99")]
+        numbers.append(f"{r['speedup']:.2f}x")
+        told = ["-" if r[key] is None else f"{r[key]:.1f}" for key in shares]
+        verdict = "ok" if r["parity"] else "DIFFERS FROM THE HOST"
+        rows.append([r["name"], r["precision"], *numbers, *told, verdict])
+    return rows
 
 
 def main() -> int:
@@ -349,16 +373,7 @@ def main() -> int:
     except DeviceError as error:
         sys.stderr.write(str(error) + "\n")
         return 2
-    head = ["network", "precision", "p50 ms", "p99 ms", "speedup", "top-1 %", "as on host %", ""]
-    rows = [head]
-    for r in results:
-        numbers = [f"{r[key]:.3f}" for key in ("latency_ms_p50", "latency_ms_p99")]
-        numbers.append(f"{r['speedup']:.2f}x")
-        top1 = "-" if r["top1_pct"] is None else f"{r['top1_pct']:.1f}"
-        alike = r["agreement_with_host_pct"]
-        shares = [top1, "-" if alike is None else f"{alike:.1f}"]
-        verdict = "ok" if r["parity"] else "DIFFERS FROM THE HOST"
-        rows.append([r["name"], r["precision"], *numbers, *shares, verdict])
+    rows = table_of(results)
     print_line(f"{bundle['name']}: {kind.name} on {results[0]['device']}, batch {wanted.batch}")
     print_rows(rows)
     with open(os.path.join(HERE, "results.json"), "w", encoding="utf-8") as file:

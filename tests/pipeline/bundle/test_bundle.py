@@ -207,6 +207,25 @@ def test_parity_is_numbers_for_float_and_decisions_for_int8(
     assert on_device.compare_with_host(np.array(answers), host, labels, precision)["parity"] is near
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_scores_of_boxes_are_compared_by_themselves(precision: str) -> None:
+    host = np.concatenate([np.full((2, 4, 9), 300.0), np.full((2, 3, 9), 0.9)], axis=1)
+    lost = host * (np.arange(7) < 4)[:, None]  # as where a scale for pixels is taken for scores
+    for answers, near in ((host, True), (lost, False)):
+        found = on_device.compare_with_host(answers, host, None, precision, False, on_device.BOX)
+        assert found["parity"] is near
+
+
+def test_what_is_known_of_no_network_has_no_column() -> None:
+    row = {"name": "original", "precision": "fp32", "latency_ms_p50": 1, "latency_ms_p99": 2,
+           "speedup": 1, "parity": True, "top1_pct": None, "agreement_with_host_pct": None,
+           "sqnr_to_host_db": 61.23}  # fmt: skip
+    head, line = on_device.table_of([row])
+    assert head[5:] == ["to host, dB", ""] and line[5:] == ["61.2", "ok"]
+    head, line = on_device.table_of([row | {"top1_pct": 90, "agreement_with_host_pct": 99}])
+    assert head[5:] == ["top-1 %", "as on host %", ""] and line[5:] == ["90.0", "99.0", "ok"]
+
+
 def test_a_run_without_networks_is_refused(run: Path, tmp_path: Path) -> None:
     (run / "00-train" / "original.onnx").unlink()
     with pytest.raises(RunError, match=r"original\.onnx: is gone from the run"):

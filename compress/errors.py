@@ -188,6 +188,12 @@ def printable(text: str) -> str:
     )
 
 
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return "a, b and 3 more": the first ``most`` names, and how many are left out."""
+    given = list(names)
+    return ", ".join(given[:most]) + f" and {len(given) - most} more" * (len(given) > most)
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
     """Return up to ``count`` of ``known`` that look most like ``name``, best first."""
     return difflib.get_close_matches(str(name), list(known), n=count, cutoff=0.5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ Interval = tuple[float, float]
 
 SETTLED_POINTS = 1.0  # a larger loss that is not ruled out is no "no difference"
 LEVEL = 0.95  # share of samples whose interval holds the true value
+Z95 = NormalDist().inv_cdf((1 + LEVEL) / 2)  # standard deviations from the middle to its ends
+BINS = 15  # of confidence, of equal width
 RESAMPLES = 1000  # bootstrap draws: the ends of an interval move by 3 % of its width
 
 
-def wilson_interval(successes: int, total: int, level: float = 0.95) -> Interval:
-    """Return the Wilson score interval of a proportion, both ends in [0, 1].
+def wilson_interval(successes: int, total: int) -> Interval:
+    """Return the 95 % Wilson score interval of a proportion, both ends in [0, 1].
 
     Stays inside [0, 1] and keeps its coverage at proportions near 0 and 1, where the normal
     approximation does not.
@@ -31,24 +34,20 @@ def wilson_interval(successes: int, total: int, level: float = 0.95) -> Interval
     Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference,
     JASA 22, 1927.
     """
+    from scipy.stats import binomtest
+
     if not 0 <= successes <= total or total < 1:
         raise UsageError(f"{successes} of {total} is no proportion", expected="0 <= k <= n, n >= 1")
-    z = _normal_quantile(level)
-    share = successes / total
-    denominator = 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / denominator
-    half = z / denominator * (share * (1 - share) / total + z * z / (4 * total * total)) ** 0.5
-    low = 0.0 if successes == 0 else centre - half  # exact, where rounding would leave 1e-17
-    high = 1.0 if successes == total else centre + half
-    return low, high
+    interval = binomtest(successes, total).proportion_ci(LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
-def mcnemar(only_reference: int, only_candidate: int, *, mid_p: bool = True) -> float:
+def mcnemar(only_reference: int, only_candidate: int) -> float:
     """Return the two-sided p-value of McNemar's test on images that only one of two gets right.
 
     Under the null hypothesis each image on which exactly one of the two is right falls to either
     side like a fair coin. The exact binomial test is too careful when such images are few; mid-p
-    counts half of the observed outcome's own probability and is the better default.
+    counts half of the observed outcome's own probability.
 
     Source: Fagerland, Lydersen, Laake, The McNemar test for binary matched-pairs data: mid-p and
     asymptotic are better than exact conditional, BMC Medical Research Methodology 13:91, 2013.
@@ -60,12 +59,9 @@ def mcnemar(only_reference: int, only_candidate: int, *, mid_p: bool = True) -> 
         return 1.0
     fewer = min(only_reference, only_candidate)
     coin = binom(discordant, 0.5)
-    exact = min(1.0, 2 * float(coin.cdf(fewer)))
-    if not mid_p:
-        return exact
     if only_reference == only_candidate:
         return 1.0 - float(coin.pmf(fewer)) / 2
-    return exact - float(coin.pmf(fewer))
+    return min(1.0, 2 * float(coin.cdf(fewer))) - float(coin.pmf(fewer))
 
 
 def accuracy_change_interval(
@@ -92,10 +88,10 @@ def accuracy_change_interval(
         )
     lost = int((reference_correct & ~candidate_correct).sum())
     won = int((~reference_correct & candidate_correct).sum())
-    return _tango(lost, won, len(reference_correct), _normal_quantile(LEVEL))
+    return _tango(lost, won, len(reference_correct))
 
 
-def _tango(lost: int, won: int, total: int, z: float) -> Interval:
+def _tango(lost: int, won: int, total: int) -> Interval:
     from scipy.optimize import brentq
 
     def score(change: float) -> float:
@@ -108,8 +104,8 @@ def _tango(lost: int, won: int, total: int, z: float) -> Interval:
         return distance / math.sqrt(variance) if variance > 0 else math.copysign(1e9, distance)
 
     estimate, tiny = (won - lost) / total, 1e-12
-    low = brentq(lambda x: score(x) - z, -1.0, estimate - tiny) if estimate > -1 else -1.0
-    high = brentq(lambda x: score(x) + z, estimate + tiny, 1.0) if estimate < 1 else 1.0
+    low = brentq(lambda x: score(x) - Z95, -1.0, estimate - tiny) if estimate > -1 else -1.0
+    high = brentq(lambda x: score(x) + Z95, estimate + tiny, 1.0) if estimate < 1 else 1.0
     return float(low), float(high)
 
 
@@ -169,22 +165,20 @@ class CalibrationBins:
         return sum(n * abs(sure - right) for sure, right, n in parts) / sum(self.answers)
 
 
-def calibration_bins(
-    confidence: Floats, correct: NDArray[np.bool_], *, bins: int = 15
-) -> CalibrationBins:
-    """Return accuracy against confidence in the given answers, (N,) each, in so many bins.
+def calibration_bins(confidence: Floats, correct: NDArray[np.bool_]) -> CalibrationBins:
+    """Return accuracy against confidence in the given answers, (N,) each, in ``BINS`` bins.
 
     Raises:
         UsageError: there are no answers.
     """
     if len(confidence) == 0:
         raise UsageError("a calibration error needs at least one answer")
-    edges = np.linspace(0, 1, bins + 1)
-    part = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    answers = np.bincount(part, minlength=bins)
+    edges = np.linspace(0, 1, BINS + 1)
+    part = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, BINS - 1)
+    answers = np.bincount(part, minlength=BINS)
     used = answers > 0
-    sure = np.bincount(part, confidence, minlength=bins)[used] / answers[used]
-    right = np.bincount(part, correct.astype(np.float64), minlength=bins)[used] / answers[used]
+    sure = np.bincount(part, confidence, minlength=BINS)[used] / answers[used]
+    right = np.bincount(part, correct.astype(np.float64), minlength=BINS)[used] / answers[used]
     return CalibrationBins(
         tuple(sure.tolist()), tuple(right.tolist()), tuple(answers[used].tolist())
     )
@@ -235,11 +229,3 @@ def _quantiles(blocks: Floats, drawn: NDArray[np.int32], q: float) -> Floats:
 def _ends(values: Floats) -> Interval:
     low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
-
-
-def _normal_quantile(level: float) -> float:
-    from statistics import NormalDist
-
-    if not 0 < level < 1:
-        raise UsageError(f"{level} is no level of confidence", expected="between 0 and 1")
-    return NormalDist().inv_cdf((1 + level) / 2)

@@ -79,7 +79,7 @@ def add_engines(entries: Entries, files: dict[str, Path], work: Path, batch: int
                 entries.records[label] = build_record(engine)
                 if precision == "int8":
                     fusion = check_fusion(source, runtime, engine=engine)
-                    entries.records[label]["fusion"] = fusion.sentence()
+                    entries.records[label]["int8_share"] = round(fusion.int8_share, 4)
                 for graph in (False, True):
                     options = {runtime: {"cuda_graph": graph}}
                     entries.add(label + ", CUDA graph" * graph, engine, options)

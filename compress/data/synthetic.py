@@ -54,7 +54,6 @@ class Synthetic:
     of_network: ClassVar[bool] = True  # ``load`` is given what builds the network
 
     def __post_init__(self) -> None:
-        """Refuse numbers with which nothing could be made."""
         if self.images < 2 or self.steps < 1:
             raise ValueError(f"{self.images} images, {self.steps} steps: at least 2 and 1")
 
@@ -188,7 +187,6 @@ class _BatchNormMismatch(WatchedCalls):
         self.mismatches: list[Tensor] = []
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``func``; of a BatchNorm in eval mode, look at what it reads."""
         if func is F.batch_norm:
             given = inspect.signature(F.batch_norm).bind(*args, **kwargs).arguments
             if given["running_mean"] is not None and not given.get("training", False):

@@ -7,6 +7,7 @@ they explain ONNX files and engines of any runtime as well.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,21 +143,16 @@ def _last_layer_with_places(model: nn.Module, inputs: Tensor) -> str:
     """
     found: list[str] = []
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
             found.append(name)
 
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, out, name=name: note(name, out))
-        for name, module in model.named_modules()
-        if name
-    ]
-    try:
-        with torch.no_grad():
-            model(inputs[:1].clone())
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with contextlib.ExitStack() as hooks, torch.no_grad():
+        for name, module in model.named_modules():
+            if name:
+                hook = functools.partial(note, name)
+                hooks.enter_context(module.register_forward_hook(hook))
+        model(inputs[:1].clone())
     if not found:
         raise ModelError("has no layer with an output (N, C, H, W) of more than one place")
     return found[-1]
@@ -231,16 +227,12 @@ def similarities(one: Maps, other: Maps) -> NDArray[np.float64]:
     follows the scale of the logits, which compression changes. Two flat maps are alike (1); a flat
     map has nothing to do with one that is not (0).
     """
-    from scipy.stats import rankdata
+    from scipy.stats import spearmanr
 
     found = []
-    for first, second in zip(one, other, strict=True):
-        ranks = [rankdata(each) - (each.size + 1) / 2 for each in (first, second)]
-        lengths = [float(np.linalg.norm(rank)) for rank in ranks]
-        if min(lengths) == 0:
-            found.append(1.0 if max(lengths) == 0 else 0.0)
-        else:
-            found.append(float(ranks[0] @ ranks[1]) / (lengths[0] * lengths[1]))
+    for pair in zip(one, other, strict=True):
+        flat = [np.ptp(each) == 0 for each in pair]
+        found.append(float(all(flat)) if any(flat) else spearmanr(*pair, axis=None).statistic)
     return np.array(found)
 
 

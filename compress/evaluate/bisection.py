@@ -20,6 +20,7 @@ from compress.graph import files as onnx_file
 from compress.graph.model import reads
 from compress.graph.shapes import shapes_of
 from compress.progress import task
+from compress.runtimes import open_session
 
 MIB = 2**20
 PLAIN: Mapping[str, Any] = {"onnxruntime": {"optimization": "none"}}  # nothing fused: every tensor
@@ -211,8 +212,6 @@ def _compare_portion(
     names: Sequence[str],
     inputs: Sequence[tuple[NDArray[Any], ...]],
 ) -> dict[str, Drift]:
-    from compress.runtimes import open_session
-
     with scratch() as folder:
         files = []
         for label, graph in zip(("reference", "candidate"), graphs, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,16 +13,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import plugins
+from compress.data import Dataset
 from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.graph import files
 from compress.graph.batch import input_axes, leading
 from compress.graph.metadata import CARRIED, FITTING, input_facts, layout_of, metadata
-from compress.runtimes import TensorSpec, build_record, open_session
-
-if TYPE_CHECKING:
-    from compress.data import Dataset
-    from compress.recipe.settings import DataSettings
-    from compress.runtimes import Session
+from compress.recipe.settings import DataSettings
+from compress.runtimes import Session, TensorSpec, build_record, open_session
 
 FACTS = ("image_size", "channels", "mean", "std", "color", "layout")
 ONNX_NAME = "model.onnx"  # in a stage's folder

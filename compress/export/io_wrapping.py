@@ -123,9 +123,6 @@ def _append_softmax(graph: ir.Graph) -> None:
 
 
 def _constant(graph: ir.Graph, name: str, value: np.ndarray) -> ir.Value:
-    tensor = ir.tensor(value, name=name)
-    constant = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(value.shape), const_value=tensor
-    )
+    constant = ir.val(name, const_value=ir.tensor(value, name=name))
     graph.register_initializer(constant)
     return constant

@@ -294,15 +294,26 @@ def _check_loops(model: ModelProto, path: Path) -> bool:
 
 
 def _all_tensors(model: ModelProto) -> Iterator[TensorProto]:
-    yield from _tensors(model.graph)
-    for function in model.functions:
-        yield from _tensors_of_nodes(function)
-        for attribute in function.attribute_proto:
-            if attribute.HasField("t"):
-                yield attribute.t
-    for training in model.training_info:
-        yield from _tensors(training.initialization)
-        yield from _tensors(training.algorithm)
+    """Yield every tensor of a file, those of functions and of training included."""
+    training = [
+        part for each in model.training_info for part in (each.initialization, each.algorithm)
+    ]
+    wholes = (model.graph, *model.functions, *training)
+    for body in (inner for whole in wholes for inner in graphs_in(whole)):
+        sparse: list[SparseTensorProto] = []
+        attributes = [item for node in body.node for item in node.attribute]
+        if isinstance(body, FunctionProto):
+            attributes += body.attribute_proto
+        else:
+            yield from body.initializer
+            sparse += body.sparse_initializer
+        for item in attributes:
+            yield from ([item.t] if item.HasField("t") else [])
+            yield from item.tensors
+            sparse += [item.sparse_tensor] if item.HasField("sparse_tensor") else []
+            sparse += item.sparse_tensors
+        for part in sparse:
+            yield from (part.values, part.indices)
 
 
 def free_negative_sizes(graph: GraphProto) -> None:
@@ -311,26 +322,6 @@ def free_negative_sizes(graph: GraphProto) -> None:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.HasField("dim_value") and dim.dim_value < 1:
                 dim.dim_param = f"{value.name}_{axis}" if axis else "batch"
-
-
-def _tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    yield from _tensors_of_nodes(graph)
-
-
-def _tensors_of_nodes(body: GraphProto | FunctionProto) -> Iterator[TensorProto]:
-    for node in body.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                yield attribute.t
-            yield from attribute.tensors
-            sparse = [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else []
-            for part in (*sparse, *attribute.sparse_tensors):
-                yield from (part.values, part.indices)
-        for inner in bodies(node):
-            yield from _tensors(inner)
 
 
 def copy(

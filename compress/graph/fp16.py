@@ -9,7 +9,6 @@ scales, without its warning that it converts them back, and small scales are not
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from compress.errors import ExportError
 from compress.graph.model import WEIGHTED, attribute
 from compress.graph.values import EditableGraph, constant, has_body, maker
 
@@ -25,35 +23,32 @@ LARGEST = 65504.0  # of fp16
 SMALLEST = 2.0**-24  # subnormal of fp16
 MANY = 1024  # elements, from which a sum in half precision is not trusted
 
-NORMS = frozenset(
+HELD = frozenset(  # stay in fp32
+    # norms: squares overflow, small variances vanish
     {"BatchNormalization", "InstanceNormalization", "LayerNormalization", "GroupNormalization"}
     | {"LpNormalization", "MeanVarianceNormalization", "RMSNormalization", "LRN"}
-)
-STEEP = frozenset(
-    {"Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "Softplus", "Mish"}
-)
-SUMS = frozenset(
-    {"ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
+    # steep: small errors of the input grow, large values overflow
+    | {"Softmax", "LogSoftmax", "Exp", "Log", "Pow", "Sqrt", "Reciprocal", "Softplus", "Mish"}
+    # sums of many or large values
+    | {"ReduceSum", "ReduceSumSquare", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"}
     | {"ReduceProd", "CumSum", "LpPool", "GlobalLpPool"}
+    # whose type is an attribute
+    | {"Cast", "CastLike", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike"}
+    | {"RandomUniform", "RandomUniformLike", "Constant", "Range"}
+    # whose scale stays fp32
+    | {"QuantizeLinear", "DequantizeLinear"}
 )
 MEANS = frozenset({"ReduceMean", "GlobalAveragePool"})
-TYPED_BY_ATTRIBUTE = frozenset(
-    {"Cast", "CastLike", "ConstantOfShape", "EyeLike", "RandomNormal", "RandomNormalLike"}
-    | {"RandomUniform", "RandomUniformLike", "Constant", "Range"}
-)
 ANY_TYPE = frozenset({"Shape", "Size"})  # read what is there, whatever its type
 
 
-def to_half(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy of an fp32 graph, with or without Q/DQ nodes, with its float part in fp16.
 
-    Inputs and outputs stay fp32, and so do the nodes that ``keep`` names.
-
-    Raises:
-        ExportError: ``keep`` names a node that is not there.
+    Inputs and outputs stay fp32.
     """
     graph = EditableGraph(onnx.shape_inference.infer_shapes(model, data_prop=True))
-    held = _held(graph, keep)
+    held = _held(graph)
     casts = _Casts(graph)
     for node in graph.nodes:
         slots = set() if node in held else set(_slots(node))
@@ -70,20 +65,13 @@ def to_half(model: onnx.ModelProto, *, keep: Collection[str] = ()) -> onnx.Model
     return half
 
 
-def _held(graph: EditableGraph, keep: Collection[str]) -> dict[ir.Node, str]:
-    """Return the nodes that stay in fp32, and why."""
-    if absent := sorted(set(keep) - {node.name for node in graph.nodes}):
-        raise ExportError(
-            f"there is no node {absent[0]!r} to hold in fp32",
-            fix="Name nodes as they are called in the ONNX file",
-        )
-    held = {}
-    for node in graph.nodes:
-        why = "asked for" if node.name in keep else _why_held(node)
-        if not why and any(reader.graph is not graph.body for reader in _readers(node)):
-            why = "read by the body of an If or Loop"
-        if why:
-            held[node] = why
+def _held(graph: EditableGraph) -> set[ir.Node]:
+    """Return the nodes that stay in fp32: fragile ones, what bodies of If or Loop read."""
+    held = {
+        node
+        for node in graph.nodes
+        if _is_fragile(node) or any(each.graph is not graph.body for each in _readers(node))
+    }
     for node in graph.nodes:  # between held nodes two casts cost more than they save
         made = [made for value in node.inputs if (made := maker(value)) is not None]
         readers = _readers(node)
@@ -94,7 +82,7 @@ def _held(graph: EditableGraph, keep: Collection[str]) -> dict[ir.Node, str]:
         ):
             continue
         if all(each in held for each in (*made, *readers)):
-            held[node] = "between ops in fp32"
+            held.add(node)
     return held
 
 
@@ -102,34 +90,19 @@ def _readers(node: ir.Node) -> list[ir.Node]:
     return [reader for value in node.outputs for reader, _ in value.uses()]
 
 
-def _why_held(node: ir.Node) -> str:
-    kind = node.op_type
-    if kind in ("QuantizeLinear", "DequantizeLinear"):
-        return "its scale stays fp32"
-    if kind in NORMS:
-        return "a norm: squares overflow, small variances vanish"
-    if kind in STEEP:
-        return "steep: small errors of its input grow, large values overflow"
-    if kind in SUMS or (kind in MEANS and _elements(node) > MANY):
-        return "a sum of many or large values"
-    if kind in TYPED_BY_ATTRIBUTE:
-        return "its type is an attribute"
-    if has_body(node):
-        return "it has a body"
-    if not _slots(node):
-        return "it has no form in half precision"
-    return _too_large(node)
-
-
-def _too_large(node: ir.Node) -> str:
-    for value in node.inputs:
-        array = constant(value)
-        if value is None or array is None or array.dtype != np.float32 or not array.size:
-            continue
-        largest = float(np.abs(array.astype(np.float64)).max())
-        if largest > LARGEST and np.isfinite(array).all():
-            return f"constant {value.name!r} reaches {largest:.3g}"
-    return ""
+def _is_fragile(node: ir.Node) -> bool:
+    """Return whether a node has no form in half precision, or loses too much in it."""
+    is_sum = node.op_type in MEANS and _elements(node) > MANY
+    if node.op_type in HELD or is_sum or has_body(node) or not _slots(node):
+        return True
+    constants = (constant(value) for value in node.inputs)
+    return any(
+        array is not None
+        and array.dtype == np.float32
+        and np.isfinite(array).all()
+        and np.abs(array).max(initial=0.0) > LARGEST
+        for array in constants
+    )
 
 
 def _elements(node: ir.Node) -> float:

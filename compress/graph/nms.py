@@ -129,7 +129,6 @@ class _Tape:
         self.graph, self.count = graph, 0
 
     def ops(self, kind: str, inputs: list[ir.Value], outputs: int, **given: Any) -> Any:
-        """Append a node and return its outputs."""
         self.count += 1
         name = f"nms_{self.count}_{kind}"
         node = ir.node(kind, inputs, given, num_outputs=outputs, name=name)
@@ -139,29 +138,20 @@ class _Tape:
         return node.outputs
 
     def op(self, kind: str, inputs: list[ir.Value], **given: Any) -> ir.Value:
-        """Append a node and return its output."""
         return self.ops(kind, inputs, 1, **given)[0]  # type: ignore[no-any-return]
 
     def slice(self, value: ir.Value, start: int, stop: int, axis: int) -> ir.Value:
-        """Return a part of ``value``."""
         return self.op("Slice", [value, *map(self.integers, (start, stop, axis))])
 
     def integers(self, *values: int) -> ir.Value:
-        """Return a constant, int64."""
         return self._constant(np.array(values, np.int64))
 
     def number(self, value: float) -> ir.Value:
-        """Return a constant of one float32, (1,)."""
         return self._constant(np.array([value], np.float32))
 
     def _constant(self, array: NDArray[Any]) -> ir.Value:
         self.count += 1
-        tensor = ir.tensor(array, name=f"nms.{self.count}")
-        value = ir.Value(
-            name=tensor.name,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-            const_value=tensor,
-        )
+        name = f"nms.{self.count}"
+        value = ir.val(name, const_value=ir.tensor(array, name=name))
         self.graph.register_initializer(value)
         return value

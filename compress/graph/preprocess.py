@@ -18,6 +18,7 @@ from compress.errors import EngineError, QuantizationError
 from compress.graph import files
 from compress.graph.convolutions import take_dilation, take_padding
 from compress.graph.fused import OF_ONE_CPU, unfused
+from compress.graph.lenient import modern
 from compress.graph.model import (
     WEIGHTED,
     GraphIndex,
@@ -26,8 +27,6 @@ from compress.graph.model import (
     fresh_name,
     layers_inside,
 )
-from compress.graph.ones import drop_reshapes
-from compress.graph.opsets import modern
 from compress.graph.rewrites import (
     is_spatial_mean,
     join_hard_swish,
@@ -38,7 +37,7 @@ from compress.graph.rewrites import (
     write_pool,
 )
 from compress.graph.single import to_single
-from compress.graph.transposes import cancel_transposes
+from compress.graph.transposes import cancel_transposes, drop_reshapes
 from compress.graph.values import (
     EditableGraph,
     constant,

@@ -138,9 +138,7 @@ class EditableGraph:
         return ir.to_proto(self.model)
 
     def _initializer(self, name: str | None, array: Array) -> ir.Value:
-        tensor = ir.Tensor(np.asarray(array, order="C"), name=name)
-        kind, shape = ir.TensorType(tensor.dtype), ir.Shape(array.shape)
-        value = ir.Value(name=name, const_value=tensor, shape=shape, type=kind)
+        value = ir.val(name, const_value=ir.Tensor(np.asarray(array, order="C"), name=name))
         self.body.register_initializer(value)
         return value
 

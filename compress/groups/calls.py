@@ -245,7 +245,6 @@ class WatchedOps(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: OpOverload, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run one op."""
         return (self.run if self._inside_whole else self.op)(func, args, kwargs or {})
 
 
@@ -259,7 +258,6 @@ class WatchedCalls(TorchFunctionMode, abc.ABC):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Make one call of the program."""
         return self.call(func, args, kwargs or {})
 
     def inside(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -206,7 +206,6 @@ class _Taken(WatchedCalls):
         self.values: list[Tensor] = []
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make one call of the program."""
         if getattr(func, "__name__", "") in TAKERS:
             self.values.append(args[0].detach().clone())
         return self.inside(func, args, kwargs)
@@ -362,7 +361,6 @@ class _CountedOps(WatchedOps):
             )
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one op."""
         return self._counted(func, str(func), args, kwargs)
 
     def whole(self, name: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

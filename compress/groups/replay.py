@@ -174,7 +174,6 @@ class _ReplayCalls(FollowedCalls):
         self._replay = replay
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one call of the program."""
         result = super().call(func, args, kwargs)
         return self._replay.take(result) if getattr(func, "__name__", "") in TAKERS else result
 

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress import plugins
+from compress.data import Dataset
 from compress.errors import CompressError, EngineError
 from compress.evaluate import of_task
 from compress.evaluate.feeding import arrays_for
@@ -22,9 +23,6 @@ from compress.measure.probe import inputs_for
 from compress.report.run_folder import artifacts_in
 from compress.runtimes import DEFAULT, Session, kind_of, open_session
 from compress.tasks import Prediction
-
-if TYPE_CHECKING:
-    from compress.data import Dataset
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
 
 from compress import environment, evaluate, measure
+from compress.data import Dataset
 from compress.errors import CompressError, EngineError, UsageError
 from compress.evaluate import Evaluation
 from compress.measure import Timing
@@ -20,11 +23,6 @@ from compress.measure.artifacts import (
 from compress.report import numbers
 from compress.runtimes import unavailable
 from compress.terminal import table
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from compress.data import Dataset
 
 SHOWN = {  # figures of a row, and their columns
     "latency_ms_p50": "p50 ms",

@@ -6,11 +6,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
+from rich.table import Table
 
 from compress import evaluate
+from compress.data import Dataset
 from compress.errors import DataError, EngineError, UsageError
 from compress.evaluate import ClassEvaluation, Evaluation, comparison
 from compress.evaluate.bisection import PLAIN, Bisection, precision_of
@@ -30,11 +32,6 @@ from compress.report.run_folder import one_artifact
 from compress.runtimes import Session, open_session, runtime_class
 from compress.tasks import Kind, Primary, Task, default_task, load_task
 from compress.terminal import table
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from compress.data import Dataset
 
 BISECT_IMAGES = 8  # enough to tell noise from an error; more only takes longer
 WHY_NO_ANSWERS = "the images have no labels, or the networks do not name one class an image"

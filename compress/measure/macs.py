@@ -16,6 +16,7 @@ from compress.artifact import scratch
 from compress.errors import CompressError, ModelError, boundary
 from compress.graph import files
 from compress.graph.shapes import PRODUCTS, Shapes, macs, real_inputs, shapes_of
+from compress.runtimes import DEFAULT, open_session
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,7 +154,6 @@ def complete_shapes(
 def _values(model: onnx.ModelProto, names: list[str]) -> list[np.ndarray]:
     """Return what tensors are for random inputs."""
     from compress.measure.probe import inputs_for
-    from compress.runtimes import DEFAULT, open_session
 
     watched = deepcopy(model)
     watched.graph.ClearField("output")

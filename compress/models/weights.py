@@ -11,7 +11,7 @@ import pickle
 import re
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import artifact
-from compress.errors import ModelError, boundary, nearest
+from compress.errors import ModelError, boundary, listed, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def aligned(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     left_out = [key for key in state if not key.startswith(best) and key not in COUNTERS]
     if left_out:
         logger.warning(
-            "weights under %r are loaded; the file also holds %s", best, _listed(left_out)
+            "weights under %r are loaded; the file also holds %s", best, listed(left_out)
         )
     return {key.removeprefix(best): value for key, value in state.items() if key.startswith(best)}
 
@@ -115,7 +115,7 @@ def _state_in(content: Any, path: Path) -> dict[str, Tensor]:
     if tensors:
         return tensors
     raise ModelError(
-        f"holds the keys {_listed(content) or 'none'}, none of which is a state_dict",
+        f"holds the keys {listed(content) or 'none'}, none of which is a state_dict",
         where=str(path),
         expected=f"tensors by name, or those under one of {', '.join(STATE_KEYS)}",
     )
@@ -130,11 +130,6 @@ def _holds_tensors(value: Any, seen: set[int], depth: int = 3) -> bool:
         isinstance(each, Tensor) or (depth > 0 and _holds_tensors(each, seen, depth - 1))
         for each in value.values()
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    first = list(names)
-    return ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -208,7 +203,7 @@ def _nearest(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     shape = own[missing].shape
     alike = [key for key in state if key not in own and state[key].shape == shape]
     close = nearest(missing, alike, 1) or alike[:1] or nearest(missing, state, 1)
-    text = f"The file has {_listed(key for key in state if key not in own) or 'no other keys'}"
+    text = f"The file has {listed(key for key in state if key not in own) or 'no other keys'}"
     return f"{text}; nearest to {missing} is {close[0]}" if close else text
 
 

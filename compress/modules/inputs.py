@@ -28,7 +28,6 @@ class Inputs:
     target: Any = None
 
     def __len__(self) -> int:
-        """Return how many images there are."""
         leaves = tree_leaves((self.args, dict(self.kwargs)))
         nested = self.args[0] if self.args and isinstance(self.args[0], list) else None
         return len(nested) if nested else next(len(t) for t in leaves if _is_batched(t))

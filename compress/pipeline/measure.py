@@ -374,5 +374,4 @@ def sensitivity_chart(found: PruneSensitivity) -> schema.Curve:
         x_label="share of channels kept",
         y_label=f"validation {found.metric.title}",
         lines=tuple(lines),
-        variant=None,
     )

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from compress.artifact import read_json, replacing
-from compress.data import load_pictures
+from compress.data import Dataset, load_pictures
 from compress.data._annotated import image_size
 from compress.data._pictures import Fit, opened_picture, to_8_bit
 from compress.data.images import picture_files
@@ -26,16 +29,12 @@ from compress.evaluate.feeding import (
 )
 from compress.graph.metadata import CHANNELS
 from compress.measure.artifacts import runtime_of
+from compress.recipe.settings import DataSettings
 from compress.report import numbers
 from compress.report.run_folder import RUN_FILE, artifacts_in, one_artifact
 from compress.runtimes import DEFAULT, Session, open_session
 from compress.tasks import Prediction, Row, Task, default_task, load_task
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from compress.data import Dataset
-    from compress.recipe.settings import DataSettings
+from compress.terminal import table
 
 DRAWN_SIDE = 320  # pixels: pictures with a shorter side are enlarged before they are drawn on
 SHOWN_ROWS = 20  # of one image in the table; --json has all
@@ -73,11 +72,6 @@ class Answers:
 
     def table(self) -> RenderableType:
         """Return how it was fed, and one row for each thing that is told of each image."""
-        from rich.console import Group
-        from rich.text import Text
-
-        from compress.terminal import table
-
         told = [row for rows in self.rows for row in rows]
         columns = list(dict.fromkeys(key for row in told for key in row)) or ["answer"]
         headers = {name: name.replace("_pct", " %") for name in columns}
@@ -249,8 +243,6 @@ def _drawn(
     task: Task, predictions: Sequence[Prediction], files: Sequence[Path], fit: Fit, out: Path
 ) -> list[Path]:
     """Draw each prediction onto its picture, enlarged if it is small; return where."""
-    from PIL import Image
-
     written: list[Path] = []
     for prediction, file in zip(predictions, files, strict=True):
         with opened_picture(file, where=str(file)) as image:

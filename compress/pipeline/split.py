@@ -8,11 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto
+from rich.table import Table
 
 from compress import progress
 from compress.artifact import make_folder, replacing, write_json, write_text
@@ -23,9 +24,7 @@ from compress.measure import Timing, bench
 from compress.measure.probe import inputs_for
 from compress.pipeline.cutting import Cut, Cuttable, check_opset, front, quantize_between
 from compress.runtimes import Session, open_session
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from compress.terminal import table
 
 AUTO = "auto"
 LARGEST_DIFFERENCE = 1e-4  # between the two parts and the whole, as a share of the largest output
@@ -299,8 +298,6 @@ def _check_equal(difference: float, model: ModelProto, where: str) -> None:
 
 def split_table(split: Split) -> Table:
     """Return the places as a table for the terminal."""
-    from compress.terminal import table
-
     kept = "int8 at the cut" if split.int8 else "equal to the whole"
     caption = (
         f"{split.head} and {split.tail}: {kept}, difference {split.difference:.1g} of the largest "

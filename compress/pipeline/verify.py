@@ -6,7 +6,10 @@ import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from compress import artifact, environment
 from compress.artifact import FileProblem
@@ -22,9 +25,7 @@ from compress.report.reading import check_schema, read_report
 from compress.report.run_folder import LOCK_FILE, RUN_FILE, RunFolder, recorded_variants
 from compress.report.schema import Interval, Report, Result
 from compress.runtimes import unavailable
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
+from compress.terminal import table
 
 EQUAL, DIFFERS = "equal", "differs"
 FIGURES = {"top1_pct": "top-1, %", "agreement_pct": "same answers, %", "speedup": "speed-up"}
@@ -68,11 +69,6 @@ class Remeasured:
 
     def table(self) -> RenderableType:
         """Return the figures side by side, for the terminal."""
-        from rich.console import Group
-        from rich.text import Text
-
-        from compress.terminal import table
-
         rows = [
             (
                 check.variant,

@@ -188,7 +188,6 @@ class _Survey(Sums):
         self.unfit: set[str] = set()  # modules that cannot be replayed
 
     def enter(self, name: str, _module: nn.Module, _inputs: Any) -> None:
-        """Note that a module begins."""
         self.clock += 1
         self.entered.setdefault(name, self.clock)
         parents = tuple(parent for parent, _ in self.open if parent)
@@ -196,7 +195,6 @@ class _Survey(Sums):
         self.open.append((name, self.clock))
 
     def leave(self, name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        """Note that a module has ended, and what it returned."""
         self.clock += 1
         self.open.pop()
         call = self.calls[name][-1]
@@ -355,11 +353,9 @@ class _Watch(Sums):
         self._ops = 0
 
     def starts(self, layer: nn.Module, _inputs: Any) -> None:
-        """Note that a layer begins."""
         self._started[layer] = len(self._made)
 
     def ends(self, layer: nn.Module, _inputs: Any, answer: Tensor) -> None:
-        """Note what a layer has made."""
         self._paths[id(answer)] = _Path(layer, (id(answer),))
 
     def _normalizes(self, args: tuple[Any, ...], result: Any) -> None:
@@ -383,7 +379,6 @@ class _Watch(Sums):
                 self.joins.setdefault(path.layer, Join(number, other, path.norm))
 
     def op(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run one op and note what it reads and makes."""
         self._ops += 1
         read = _Read(self._ops, _top(func, args), str(func._schema.name).endswith("_"))
         for tensor in tensors_in((args, kwargs)):

@@ -24,7 +24,6 @@ from compress.groups.plan import PrunePlan, make_prune_plan
 from compress.groups.proof import apply_pruning
 from compress.modules import evaluating, full_copy
 from compress.modules.inputs import Example, call_inputs, copied
-from compress.modules.sliding import sliding
 from compress.progress import task
 from compress.prune.latency_table import (
     LatencyTable,
@@ -43,6 +42,7 @@ from compress.prune.selection import (
     latency_left,
     rounds_of,
 )
+from compress.prune.windows import sliding
 from compress.runtimes import Session, open_built, open_session, runtime_class
 
 AIM = 0.97  # of the limit: what the plan is made for

@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from compress import plugins
-from compress.errors import PlanError, UsageError, nearest
+from compress.errors import PlanError, UsageError, listed, nearest
 from compress.groups import Network, trace
 from compress.groups.network import Group
 from compress.groups.plan import PrunePlan, make_prune_plan
@@ -185,9 +185,8 @@ def _check_counted(network: Network, budget: Budget) -> None:
     ]
     if budget.kind != "macs" or not idle:
         return
-    more = f" and {len(idle) - 5} more" if len(idle) > 5 else ""
     raise PlanError(
-        f"keep_macs cannot be held: on the example input {', '.join(idle[:5])}{more} ran on empty "
+        f"keep_macs cannot be held: on the example input {listed(idle)} ran on empty "
         "tensors, so that their multiply-accumulates are unknown",
         fix="Give an example on which they compute something, such as an image with detections, or "
         "a budget in parameters or channels",
@@ -215,8 +214,7 @@ def _with_excluded(
         logger.warning(
             "the network also leaves tensors on attributes, which get fewer channels: %s; return "
             "them to keep their channels",
-            ", ".join(network.side_outputs[:5])
-            + (f" and {len(network.side_outputs) - 5} more" if network.side_outputs[5:] else ""),
+            listed(network.side_outputs),
         )
     return dataclasses.replace(network, frozen={**network.frozen, **why}), whole
 
@@ -226,10 +224,7 @@ def _by_reason(why: Mapping[str, str]) -> str:
     layers: dict[str, list[str]] = {}
     for layer, reason in why.items():
         layers.setdefault(reason, []).append(layer)
-    shown = [
-        f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if names[3:] else ''}: {reason}"
-        for reason, names in layers.items()
-    ]
+    shown = [f"{listed(names, 3)}: {reason}" for reason, names in layers.items()]
     more = f"; and {len(shown) - 5} more reasons" if shown[5:] else ""
     return "; ".join(shown[:5]) + more
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compress.errors import UsageError
 from compress.groups import Network
 from compress.modules import evaluating
-from compress.modules.inputs import Example, read_batches
+from compress.modules.inputs import read_batches
 from compress.modules.objective import Objective
 from compress.prune.criteria.lamp import shares_of_larger
 from compress.prune.loss import FittingLoss
@@ -50,9 +50,8 @@ class SparsityPlan:
         }
 
 
-def plan_sparsity(  # noqa: PLR0913 - the public face: every option by its name
+def plan_sparsity(
     model: nn.Module,
-    example_input: Example,
     *,
     keep_weights: float | None = None,
     pattern: Pattern = "unstructured",
@@ -63,12 +62,10 @@ def plan_sparsity(  # noqa: PLR0913 - the public face: every option by its name
 ) -> SparsityPlan:
     """Decide which single weights to zero.
 
-    Unstructured magnitude masks are NNCF's (``nncf.prune``, which divides magnitudes by the norm of
-    their layer to compare them globally). The others are made here.
+    Magnitudes are divided by the norm of their layer, to be compared globally, as NNCF does it.
 
     Args:
         model: A trained network. Not modified.
-        example_input: An input for one image.
         keep_weights: Share of the weights that stay, in (0, 1]; not for "2:4", which keeps half.
         pattern: "unstructured", or "2:4": of every four weights along the input channels the two
             with the highest score stay. Layers whose inputs are no multiple of four stay dense.
@@ -98,14 +95,11 @@ def plan_sparsity(  # noqa: PLR0913 - the public face: every option by its name
         )
     if keep_weights is not None:
         one_budget(keep_params=keep_weights)
-    keep = float(keep_weights or 1.0)
-    if pattern == "unstructured" and criterion in ("l1", "l2"):
-        return SparsityPlan(_masks_of_nncf(model, example_input, keep, ranking), pattern, criterion)
     found = _scores(model, criterion, batches, seed)
     if pattern == "2:4":
         masks = {name: _two_of_four(score) for name, score in found.items()}
     else:
-        masks = _largest(found, keep, ranking)
+        masks = _largest(found, float(keep_weights or 1.0), ranking)
     return SparsityPlan(masks, pattern, criterion)
 
 
@@ -166,37 +160,7 @@ def _scores(
             name: shares_of_larger(weight.double().square().flatten()).reshape(weight.shape)
             for name, weight in weights.items()
         }
-    return {name: weight.abs() for name, weight in weights.items()}
-
-
-def _masks_of_nncf(
-    model: nn.Module, example_input: Example, keep: float, ranking: Ranking
-) -> dict[str, Tensor]:
-    from compress.quantize.nncf import import_nncf
-
-    nncf = import_nncf()
-    where = "GLOBAL" if ranking == "global" else "LOCAL"
-    mode = getattr(nncf.PruneMode, f"UNSTRUCTURED_MAGNITUDE_{where}")
-    # NNCF adds a module of its own to the outermost one, which an nn.Sequential would try to call.
-    inside = _Inside(copy.deepcopy(model).eval())
-    wrapped = nncf.prune(inside, mode, ratio=1.0 - keep, examples_inputs=example_input)
-    masks = {}
-    for name, buffer in wrapped.named_buffers():
-        place, _, kind = name.partition("post_hooks.")[2].rpartition(".")
-        if kind == "binary_mask":  # place: "model:layer1:0:conv1:weight__0.0"
-            weight = place.rpartition("__")[0].replace(":", ".").removeprefix("model.")
-            masks[weight] = buffer.detach().bool()
-    return masks
-
-
-class _Inside(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Return what the model returns."""
-        return self.model(*inputs, **named)
+    return {name: weight.abs() / weight.norm().clamp_min(1e-30) for name, weight in weights.items()}
 
 
 def _largest(importance: Mapping[str, Tensor], keep: float, ranking: Ranking) -> dict[str, Tensor]:

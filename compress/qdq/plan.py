@@ -105,7 +105,6 @@ class QuantPlan:
     trials: tuple[str, ...] = ()  # what was tried on the way, and what it brought
 
     def __post_init__(self) -> None:
-        """Refuse an unknown target."""
         if self.target not in TARGETS:
             raise UnknownNameError("target", self.target, TARGETS)
 

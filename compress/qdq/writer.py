@@ -187,7 +187,7 @@ class _Writer:
     def quantizer_of(self, tensor: str) -> Quantizer:
         source = self.placement.source(tensor)
         ranges = [self._range(name) for name in self.joined.get(source, {source})]
-        return quantizer(_widest(ranges), self.target)
+        return quantizer(widest(ranges), self.target)
 
     def _range(self, tensor: str) -> ActivationRange:
         source = tensor
@@ -278,7 +278,8 @@ def _checked(tensor: str, value: Any) -> NDArray[np.float32]:
     return scales
 
 
-def _widest(ranges: Iterable[ActivationRange]) -> ActivationRange:
+def widest(ranges: Iterable[ActivationRange]) -> ActivationRange:
+    """Return one range that holds all of ``ranges``."""
     found = list(ranges)
     return ActivationRange(
         min(r.low for r in found), max(r.high for r in found), max(r.limit for r in found)

@@ -58,12 +58,11 @@ def meet_budget(
     *,
     max_drop: float,
     folder: Path,
-    costs: Mapping[str, float] | None = None,
     task: Task | None = None,
 ) -> BudgetResult:
     """Leave as few and as cheap layers in float as keep the loss of accuracy within a budget.
 
-    Layers are ranked by the noise that each makes alone, divided by what it costs in float. The
+    Layers are ranked by the noise that each makes alone, divided by its MACs. The
     shortest head of that ranking that meets the budget is found by doubling and bisection; then
     its layers are tried in int8 again, the most expensive first. The best graph so far is always
     on disk, and a run that was killed repeats no evaluation.
@@ -74,7 +73,6 @@ def meet_budget(
         batches: Labelled validation images, not those of calibration.
         max_drop: Largest loss of the primary metric, in its unit, on these images.
         folder: For ``model.<target>.onnx``, ``plan.<target>.json`` and ``budget.<target>.json``.
-        costs: What each node costs in float, any unit, such as measured latencies; MACs if absent.
         task: Whose primary metric counts; top-1 of one class an image if absent.
 
     Raises:
@@ -83,7 +81,7 @@ def meet_budget(
         RunError: the folder cannot be written.
     """
     judge = Judge(labelled_arrays(batches), task)
-    search = _BudgetSearch(model, plan, judge, max_drop, folder, dict(costs or {}))
+    search = _BudgetSearch(model, plan, judge, max_drop, folder)
     with progress.task("Accuracy budget") as counter:
         search.counter = counter
         if not search.fits(()):
@@ -114,13 +112,12 @@ class _BudgetSearch:
         judge: Judge,
         max_drop: float,
         folder: Path,
-        costs: dict[str, float],
     ) -> None:
         self.model, self.plan, self.judge = model, plan, judge
         self.limit, self.folder = max_drop, folder
         prepared = prepare(model)
-        self.costs = costs or {name: float(n) for name, n in layer_macs(prepared).items()}
-        self.total = sum(self.costs.values()) or 1.0
+        self.costs = layer_macs(prepared)
+        self.total = sum(self.costs.values()) or 1
         self.float_value = self._value(prepared)
         self.identity = _identity(model, plan, judge)
         self.trials: list[FloatTrial] = []
@@ -150,7 +147,7 @@ class _BudgetSearch:
             middle = (low + high) // 2
             low, high = (low, middle) if self.fits(ranked[:middle]) else (middle, high)
         chosen = list(ranked[:high])
-        for node in sorted(chosen, key=lambda name: -self.costs.get(name, 0.0)):
+        for node in sorted(chosen, key=lambda name: -self.costs.get(name, 0)):
             without = [name for name in chosen if name != node]
             if self.fits(without):
                 chosen = without
@@ -166,7 +163,7 @@ class _BudgetSearch:
     def _try(self, names: tuple[str, ...]) -> FloatTrial:
         before = self.best if self.trials else None
         candidate = FloatTrial(
-            names, 0.0, 0.0, sum(self.costs.get(n, 0.0) for n in names) / self.total
+            names, 0.0, 0.0, sum(self.costs.get(n, 0) for n in names) / self.total
         )
         written = write_qdq(self.model, self.plan_of(candidate))
         value = self.known[names] if names in self.known else self._value(written)
@@ -208,9 +205,9 @@ class _BudgetSearch:
         return self.judge.value(self.judge.outputs(model, float_qdq=float_qdq))
 
 
-def _ranked(found: QuantSensitivity, costs: Mapping[str, float]) -> list[str]:
+def _ranked(found: QuantSensitivity, costs: Mapping[str, int]) -> list[str]:
     """Return the layers by noise saved for each unit of cost, the best bargain first."""
-    cheapest = min((c for c in costs.values() if c > 0), default=1.0)
+    cheapest = min((c for c in costs.values() if c > 0), default=1)
 
     def bargain(node: str, sqnr_db: float) -> float:
         return float(10 ** (-sqnr_db / 10)) / max(costs.get(node, cheapest), cheapest)

@@ -76,7 +76,6 @@ def calibrate(
     targets: Iterable[str] = TARGETS,
     histograms: bool = True,
     by_channel: Collection[str] = (),
-    threads: int | None = None,
 ) -> Statistics:
     """Return what the images do to every tensor that one of ``targets`` quantizes.
 
@@ -89,7 +88,6 @@ def calibrate(
         targets: Whose tensors to observe.
         histograms: False keeps extremes only, for the minmax observer, and is cheaper.
         by_channel: Tensors with channels in dimension 1, each of which is observed on its own too.
-        threads: CPU threads; all cores if absent.
 
     Raises:
         QuantizationError: the images do not fit, or a value is NaN or infinite; the message names
@@ -103,7 +101,7 @@ def calibrate(
     names = observed_tensors(prepared, targets)
     seen = {name: Histogram(_through(graph, name)) for name in names}
     statistics = Statistics(seen, counted=histograms)
-    runner = _Runner(prepared, list(dict.fromkeys([*names, *by_channel])), threads)
+    runner = _Runner(prepared, list(dict.fromkeys([*names, *by_channel])))
     total = len(images.order) if images.stream is None else None
     with progress.task("Calibrating", total) as counter:
         for feed in images.feeds(runner.batch_size(images)):
@@ -142,11 +140,11 @@ def _through(graph: GraphIndex, tensor: str) -> Pointwise | None:
 class _Runner:
     """Runs the graph with the observed tensors as outputs, into buffers that are used again."""
 
-    def __init__(self, prepared: ModelProto, names: list[str], threads: int | None) -> None:
+    def __init__(self, prepared: ModelProto, names: list[str]) -> None:
         inputs = {value.name for value in prepared.graph.input}
         self.inputs = [name for name in names if name in inputs]
         self.names = [name for name in names if name not in inputs]
-        self.session = session_of(with_outputs(prepared, self.names), threads)
+        self.session = session_of(with_outputs(prepared, self.names))
         self.shapes = GraphIndex(prepared).shapes
         self.buffers: dict[tuple[Any, ...], dict[str, NDArray[Any]]] = {}  # by shapes of the inputs
 

@@ -74,9 +74,9 @@ class Trial:
     plan: QuantPlan
     found: Closeness
 
-    def exceeds(self, other: Trial, by_db: float = _GAIN_DB) -> bool:
+    def exceeds(self, other: Trial) -> bool:
         """Return whether the outputs are closer."""
-        return self.found.gain_over(other.found) > by_db
+        return self.found.gain_over(other.found) > _GAIN_DB
 
     def falls_below(self, plain: Trial) -> bool:
         """Return whether an output has more noise than with plain ranges."""

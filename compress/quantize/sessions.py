@@ -94,13 +94,9 @@ class GraphSession:
 
 
 def session_of(
-    model: ModelProto,
-    threads: int | None = None,
-    *,
-    float_qdq: bool = False,
-    optimized: bool = True,
+    model: ModelProto, *, float_qdq: bool = False, optimized: bool = True
 ) -> GraphSession:
-    """Return a session of any graph, of any size, on all cores if ``threads`` is absent.
+    """Return a session of any graph, of any size, on all cores.
 
     With ``float_qdq`` Q/DQ arithmetic is computed in float, not fused into integer kernels. Not
     ``optimized``, nothing at all is fused.
@@ -116,8 +112,6 @@ def session_of(
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it wastes a core
     if not optimized:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if threads:
-        options.intra_op_num_threads = threads
     if float_qdq:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     light, weights = _without_weights(model)

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.artifact import check_file, read_json
-from compress.errors import RunError
+from compress.errors import RunError, listed
 from compress.packages import DISTRIBUTION
 from compress.report.charts import learning_curves
 from compress.report.run_folder import (
@@ -101,7 +101,7 @@ def _damage(report: Report, folder: Path) -> list[str]:
         for finding in findings
         if finding.problem != "missing"
     ]
-    return [f"files are missing: {_list(absent)}", *wrong] if absent else wrong
+    return [f"files are missing: {listed(absent, LISTED)}", *wrong] if absent else wrong
 
 
 def check_schema(content: Any, path: Path) -> None:
@@ -168,11 +168,6 @@ def _unfinished(folder: Path) -> Iterator[str]:
     stages = stage_folders(folder)
     finished = [stage.name for stage in stages if (stage / DONE_FILE).is_file()]
     begun = [stage.name for stage in stages if stage.name not in finished]
-    yield f"the run is not finished; finished stages: {_list(finished)}"
+    yield f"the run is not finished; finished stages: {listed(finished, LISTED) or 'nothing'}"
     if begun:
-        yield f"begun and not finished: {_list(begun)}; the same command goes on there"
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(names[:LISTED]) or "nothing"
-    return f"{shown} and {len(names) - LISTED} more" if len(names) > LISTED else shown
+        yield f"begun and not finished: {listed(begun, LISTED)}; the same command goes on there"

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from compress.artifact import write_json, write_text
 from compress.errors import RunError
@@ -28,9 +31,6 @@ from compress.report.tables import (
 )
 from compress.report.text import bullets, escaped_line, section
 from compress.report.verdict import accuracy_of, comparisons, title
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 SIZE_MARGIN = 1.01  # a file that grew by less is no regression
 SPEED_MARGIN = 1.02  # nor a speed-up that fell by less: the bench calls it no difference
@@ -311,9 +311,6 @@ def comparison_json(reports: Sequence[Report], problems: Sequence[str]) -> dict[
 
 
 def _terminal(reports: Sequence[Report], problems: Sequence[str], out: Path) -> RenderableType:
-    from rich.console import Group
-    from rich.text import Text
-
     lines = [Text(f"! not comparable: {line}", style="red") for line in problems]
     for report in reports:
         lines.append(Text.assemble((report.name, "bold"), ": ", report.verdict))

@@ -140,7 +140,6 @@ class Result(Record):
     primary: str | None = None  # the metric that gates and the verdict use
     changes: dict[str, ChangeRecord] | None = None  # of the metrics, against the original
 
-    int8_macs_pct: float | None = None  # MACs that run in int8 kernels
     skipped: Reasons = {}  # field (or "latency", "memory", "accuracy") -> why it is absent
 
     @property
@@ -253,7 +252,6 @@ class Curve(Record):
     x_label: str  # with its unit
     y_label: str  # with its unit
     lines: tuple[Line, ...]
-    variant: str | None = None
 
 
 class Channels(Record):
@@ -277,14 +275,11 @@ class TensorRange(Record):
     """How one tensor is quantized."""
 
     tensor: str
-    kind: Literal["weight", "activation", "bias"]
+    kind: Literal["weight", "activation"]
     bits: int
     low: float  # of the real values the codes cover
     high: float
-    layer: str | None = None
     variant: str | None = None
-    saturated_pct: float | None = None
-    sqnr_db: float | None = None
 
 
 class Island(Record):
@@ -301,8 +296,6 @@ class Coverage(Record):
     variant: str
     runtime: str
     int8_macs_pct: float | None = None
-    int8_nodes: int | None = None
-    float_nodes: int | None = None
     reformats: int | None = None
     islands: tuple[Island, ...] = ()
 
@@ -484,7 +477,6 @@ class Provenance(Record):
     """Everything needed to judge the numbers and to make them again."""
 
     created: str | None = None  # ISO 8601, UTC
-    seconds: float | None = None  # the run took
     command: str | None = None  # reproduces the run
     commit: str | None = None
     seed: int | None = None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich import table as rich_table
+from rich.console import Group, RenderableType
+from rich.text import Text
 
 from compress.report import numbers
 from compress.report.schema import Gate, Report, Result, Variant
@@ -21,10 +25,6 @@ from compress.report.tables import (
     speeds,
 )
 from compress.report.verdict import accuracy_of, speed_differs, verdicts
-
-if TYPE_CHECKING:
-    from rich import table as rich_table
-    from rich.console import RenderableType
 
 SHOWN = frozenset({"size_mib", "peak_memory_mib"})  # sizes that the table has a column for
 _SPECIAL = str.maketrans({char: f"\\{char}" for char in "\\`*_{}[]<>#|~$&@"})
@@ -45,9 +45,6 @@ def summary(
         verbose: Tell what was tried, and why figures that no column shows were not measured.
         run: Where the files of the run are; ``folder`` if absent.
     """
-    from rich.console import Group
-    from rich.text import Text
-
     parts: list[RenderableType] = [*_tables(report)]
     details = (*report.trials, *missing(report)) if verbose else missing(report, SHOWN)
     parts += [Text(line, style="dim") for line in (*report.notes, *details)]
@@ -100,8 +97,6 @@ def _of(places: list[str], every: int) -> str:
 
 
 def _tables(report: Report) -> Iterator[RenderableType]:
-    from rich.text import Text
-
     for setting in settings(report):
         yield Text(setting_name(setting), style="dim")
         yield _table(report, setting)
@@ -112,10 +107,6 @@ def _tables(report: Report) -> Iterator[RenderableType]:
 
 def _table(report: Report, setting: Setting | None) -> rich_table.Table:
     """Return the rows of one setting; None: the variants without results."""
-    from rich import box
-    from rich import table as rich_table
-    from rich.text import Text
-
     table = rich_table.Table(
         box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, padding=(0, 1)
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class Workload:
     """The nodes of an ONNX graph, by what they are to a runtime that fuses them."""
 
     work: dict[str, Work]  # by node name
-    adds: tuple[str, ...]  # nodes that add two activations
     tensors: dict[str, int]  # element type of every tensor that is known
     nodes: frozenset[str]  # the names of all nodes
     makers: dict[str, str]  # the node that makes a tensor, by the tensor's name
@@ -71,7 +70,6 @@ def workload_of(model: ModelProto, *, needs_quantized_output: bool) -> Workload:
     """
     shapes, tensors = shapes_of(model, others=1)
     view = GraphIndex(model)
-    constants = _constants(model)
     work = {
         node.name: Work(
             node.name,
@@ -82,23 +80,9 @@ def workload_of(model: ModelProto, *, needs_quantized_output: bool) -> Workload:
         for node in model.graph.node
         if node.op_type in WEIGHTED
     }
-    adds = tuple(
-        node.name
-        for node in model.graph.node
-        if node.op_type in ("Add", "Sum") and not set(node.input) & constants
-    )
     nodes = frozenset(node.name for node in model.graph.node)
     makers = {output: node.name for output, node in view.producer.items()}
-    return Workload(work, adds, tensors, nodes, makers)
-
-
-def _constants(model: ModelProto) -> set[str]:
-    """Return the names of all tensors that do not depend on the input."""
-    known = {tensor.name for tensor in model.graph.initializer}
-    for node in model.graph.node:
-        if set(node.input) - {""} <= known:
-            known.update(node.output)
-    return known
+    return Workload(work, tensors, nodes, makers)
 
 
 def _doubt(graph: GraphIndex, node: NodeProto, needs_quantized_output: bool) -> str:
@@ -276,33 +260,14 @@ class Fusion:
     runtime: str
     macs: int  # of the whole graph, for a batch of one
     int8_macs: int
-    kernels: int
     float_layers: tuple[FloatLayer, ...]  # largest first
     islands: tuple[tuple[str, ...], ...]  # float kernels between int8 ones, by connected region
     reformats: tuple[str, ...]  # kernels that only move, cast or (de)quantize
-    unfused_adds: tuple[str, ...]  # residual Adds that are kernels of their own
-    adds: int
 
     @property
     def int8_share(self) -> float:
         """Return the share of multiply-accumulates in int8 kernels, 0 to 1."""
         return self.int8_macs / self.macs if self.macs else 0.0
-
-    def sentence(self) -> str:
-        """Return one sentence for a report."""
-        said = f"{100 * self.int8_share:.0f} % of MACs run in int8"
-        if not self.float_layers:
-            return said
-        shown = [
-            f"{layer.node} ({100 * layer.macs / max(self.macs, 1):.1f} %): {layer.reason}"
-            for layer in self.float_layers[:3]
-        ]
-        more = len(self.float_layers) - len(shown)
-        return f"{said}; not {'; '.join(shown)}" + (f"; and {more} more" if more else "")
-
-    def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON-able data."""
-        return asdict(self) | {"int8_share": self.int8_share, "sentence": self.sentence()}
 
 
 def check_fusion(
@@ -362,24 +327,13 @@ def summed(runtime: str, graph: Workload, found: list[Kernel]) -> Fusion:
         if node.node not in carrier or carrier[node.node].precision != "int8"
     ]
     floats.sort(key=lambda layer: -layer.macs)
-    adds = frozenset(graph.adds)
     return Fusion(
         runtime=runtime,
         macs=graph.macs,
         int8_macs=graph.macs - sum(layer.macs for layer in floats),
-        kernels=sum(not kernel.is_reformat for kernel in found),
         float_layers=tuple(floats),
         islands=tuple(islands(found)),
         reformats=tuple(kernel.name for kernel in found if kernel.is_reformat),
-        unfused_adds=tuple(
-            sorted(
-                name
-                for kernel in found
-                if not kernel.nodes & graph.work.keys()
-                for name in kernel.nodes & adds
-            )
-        ),
-        adds=len(adds),
     )
 
 

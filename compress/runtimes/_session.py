@@ -128,11 +128,9 @@ class CheckedSession:
             raw.close()
 
     def __enter__(self) -> Self:
-        """Return this session."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close this session."""
         self.close()
 
     def _check_slowly(self, arrays: tuple[np.ndarray, ...]) -> None:

@@ -11,9 +11,11 @@ import torch
 
 from compress.artifact import read_json
 from compress.errors import EngineError
+from compress.graph import files
 from compress.runtimes import _trt
-from compress.runtimes._session import Opens, TensorSpec
+from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 from compress.runtimes._trt import EngineHeader, Flavour, Log
+from compress.runtimes._trt_build import Build, BuildSettings
 
 
 class Buffers:
@@ -188,6 +190,21 @@ class TrtRuntime:
     def available(self) -> str | None:
         """Return why engines cannot run here, or None."""
         return self.flavour.unavailable()
+
+    def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
+        """Write an engine for the ONNX file ``source``.
+
+        Raises:
+            EngineError: the graph is damaged, or the builder cannot take it.
+        """
+        files.check_onnx(source)
+        own = {key: getattr(self, key) for key in vars(BuildSettings()) if hasattr(self, key)}
+        settings = BuildSettings(**own | {"timing_cache": self.timing_cache_file()})
+        return Build(self.flavour, settings, source, request).run(out)
+
+    def timing_cache_file(self) -> Path | None:
+        """Return where the builder keeps what it has timed, if it does."""
+        return None
 
     def open(self, path: Path) -> TrtSession:
         """Load an engine; it needs a GPU that it was built for.

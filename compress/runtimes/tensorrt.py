@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from compress.artifact import cache_folder
 from compress.errors import UsageError
-from compress.graph import files
-from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import TENSORRT, Flavour, gpu_name
-from compress.runtimes._trt_build import Build, BuildSettings
 from compress.runtimes._trt_session import TrtRuntime
 
 
@@ -51,24 +48,8 @@ class Tensorrt(TrtRuntime):
                 f"optimization_level is {level}", where="runtime 'tensorrt'", expected="0 to 5"
             )
 
-    def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
-        """Write an engine for the ONNX file ``source``.
-
-        Raises:
-            EngineError: the graph is damaged, or TensorRT cannot take it.
-        """
-        files.check_onnx(source)
-        settings = BuildSettings(
-            workspace_mib=self.workspace_mib,
-            optimization_level=self.optimization_level,
-            tf32=self.tf32,
-            hardware_compatible=self.hardware_compatible,
-            version_compatible=self.version_compatible,
-            timing_cache=self._timing_cache(),
-        )
-        return Build(TENSORRT, settings, source, request).run(out)
-
-    def _timing_cache(self) -> Path | None:
+    def timing_cache_file(self) -> Path | None:
+        """Return the file that is named; by default one for this GPU, driver and these flags."""
         if self.timing_cache == "none" or gpu_name() is None:
             return None
         if self.timing_cache != "auto":

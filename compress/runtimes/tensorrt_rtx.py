@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from compress.graph import files
-from compress.runtimes._session import BuildRequest
 from compress.runtimes._trt import TENSORRT_RTX, Flavour
-from compress.runtimes._trt_build import Build, BuildSettings
 from compress.runtimes._trt_session import TrtRuntime
 
 
@@ -37,18 +33,3 @@ class TensorrtRtx(TrtRuntime):
     extra: ClassVar[str] = "tensorrt-rtx"
     builds_without_device: ClassVar[bool] = True
     enables: ClassVar[str] = "engines for RTX GPUs, built on any x86-64 machine"
-
-    def build(self, source: Path, out: Path, request: BuildRequest) -> dict[str, Any]:
-        """Write an engine for the ONNX file ``source``.
-
-        Raises:
-            EngineError: the graph is damaged, or TensorRT-RTX cannot take it.
-        """
-        files.check_onnx(source)
-        settings = BuildSettings(
-            capabilities=tuple(self.capabilities),
-            workspace_mib=self.workspace_mib,
-            tf32=self.tf32,
-            version_compatible=self.version_compatible,
-        )
-        return Build(TENSORRT_RTX, settings, source, request).run(out)

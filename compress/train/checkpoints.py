@@ -107,11 +107,9 @@ class MetricsLog:
                     self._tracker[0](key, value, step=row["step"])
 
     def __enter__(self) -> Self:
-        """Return the log."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close the tracker."""
         if self._tracker is not None:
             self._tracker[1]()
 

@@ -7,7 +7,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from sketch import Sketch, run, sqnr_db
 
-from compress.errors import ExportError
 from compress.graph.fp16 import to_half
 
 FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
@@ -49,9 +48,9 @@ def test_given_model_is_left_as_it_was(network):
     assert network.SerializeToString(deterministic=True) == before
 
 
-def held_nodes(model, **options):
+def held_nodes(model):
     """Return the names of the nodes that compute in fp32 after conversion, by their types."""
-    half = to_half(model, **options)
+    half = to_half(model)
     types = types_of(half)
     nodes = (node for node in half.graph.node if node.op_type != "Cast")
     return {node.name for node in nodes if any(types.get(name) == FLOAT for name in node.output)}
@@ -164,10 +163,3 @@ def test_half_graphs_build_in_tensorrt_rtx_without_a_warning(network, kind):
     trt = pytest.importorskip("tensorrt_rtx")
     model = network if kind == "fp16" else foreign.by_compress(network, "tensorrt")
     assert foreign.build_messages(trt, to_half(model)) == []
-
-
-def test_unknown_node_to_keep_is_refused(network):
-    with pytest.raises(ExportError, match=r"there is no node 'conv_x' to hold in fp32"):
-        to_half(network, keep=["conv_x"])
-    name = next(node.name for node in network.graph.node if node.op_type == "Conv")
-    assert name in held_nodes(network, keep=[name])

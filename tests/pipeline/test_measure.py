@@ -108,15 +108,12 @@ def test_coverage_names_islands_and_float_layers_once():
         runtime="onnxruntime",
         macs=1000,
         int8_macs=900,
-        kernels=5,
         float_layers=(
             FloatLayer("conv", "Conv", 80, "fp32", "no int8 kernel"),
             FloatLayer("fc", "Gemm", 20, "fp32", "a float bias"),
         ),
         islands=(("conv", "relu"),),
         reformats=("cast",),
-        unfused_adds=(),
-        adds=0,
     )
     found = int8_coverage(fusion, "int8")
     assert found.int8_macs_pct == pytest.approx(90)

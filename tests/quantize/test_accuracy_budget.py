@@ -11,7 +11,7 @@ from sketch import run
 
 from compress.errors import DataError, RunError
 from compress.qdq import ActivationRange, QuantPlan, WeightScales, prepare, write_qdq
-from compress.quantize import calibrate, make_quant_plan
+from compress.quantize import accuracy_budget, calibrate, make_quant_plan
 from compress.quantize.accuracy_budget import _BudgetSearch, meet_budget
 from compress.quantize.sensitivity import (
     Seen,
@@ -178,7 +178,9 @@ def test_budget_that_cannot_be_met_says_so_and_leaves_the_best(
     assert QuantPlan.load(tmp_path / "plan.tensorrt.json") == met.plan
 
 
-def test_costs_decide_which_of_two_remedies_is_taken(network, statistics, labelled, tmp_path):
+def test_costs_decide_which_of_two_remedies_is_taken(
+    network, statistics, labelled, tmp_path, monkeypatch
+):
     """Layers that cost nothing in float are preferred to the one that costs all."""
     first, second = convs(network)[1], convs(network)[3]
     plan = make_quant_plan(statistics, target="tensorrt")
@@ -186,15 +188,9 @@ def test_costs_decide_which_of_two_remedies_is_taken(network, statistics, labell
         **with_spoiled_weight(network, plan, first).weights,
         **with_spoiled_weight(network, plan, second).weights,
     }
-    costs = {node.name: 1.0 for node in convs(network)} | {second.name: 1e9}
-    met = meet_budget(
-        network,
-        plan.changed(weights=both),
-        labelled,
-        max_drop=0.0,
-        folder=tmp_path,
-        costs=costs,
-    )
+    costs = {node.name: 1 for node in convs(network)} | {second.name: 10**9}
+    monkeypatch.setattr(accuracy_budget, "layer_macs", lambda _: costs)
+    met = meet_budget(network, plan.changed(weights=both), labelled, max_drop=0.0, folder=tmp_path)
     heads = [trial.float_nodes for trial in met.trials if len(trial.float_nodes) == 1]
     assert heads[0] != (second.name,)
 

@@ -181,7 +181,6 @@ def zero_weights(
     model = context.network(parent)
     plan = sparsity.plan_sparsity(
         model,
-        context.dataset.example,
         keep_weights=settings.keep_weights,
         pattern=settings.pattern,
         criterion=settings.criterion,

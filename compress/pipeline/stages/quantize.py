@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx
 from numpy.typing import NDArray
@@ -17,14 +17,14 @@ from compress.data import Dataset, load_data
 from compress.evaluate.feeding import arrays_for, completed
 from compress.pipeline.context import RunContext, RunVariant, StageResult, training_facts
 from compress.pipeline.task import as_torch
+from compress.qdq import QuantPlan, read_onnx
+from compress.quantize import quantize_targets
+from compress.quantize.accuracy_budget import meet_budget
+from compress.quantize.qat import Trained, train_quantized
 from compress.recipe.settings import QuantizeSettings, Recipe
 from compress.report import schema
 from compress.runtimes import DEFAULT, open_session, runtime_class
 from compress.train.distributed import join_processes
-
-if TYPE_CHECKING:
-    from compress.qdq import QuantPlan
-    from compress.quantize.qat import Trained
 
 CALIBRATION_BATCH = 32
 
@@ -33,8 +33,6 @@ def quantize_graphs(
     context: RunContext, settings: QuantizeSettings, stage: Path, before: tuple[RunVariant, ...]
 ) -> StageResult:
     """Write one int8 graph for each kind of runtime among the recipe's targets."""
-    from compress.quantize import quantize_targets
-
     parent = before[-1]
     forms = f"{context.relative(stage)}/forms"  # what is trained, which the first process tells
     if not context.is_main:
@@ -89,9 +87,6 @@ def _finished(
     Returns:
         The variant, its plan, what is recorded of its training, and its limit of loss.
     """
-    from compress.qdq import read_onnx
-    from compress.quantize.accuracy_budget import meet_budget
-
     out, source = stage / f"model.{form}.onnx", None
     training = gate = None
     if settings.qat is not None:
@@ -186,9 +181,6 @@ def _train_quantized(
     folder: Path,
 ) -> Trained:
     """Train with the rounding of ``plan``, or with that of the first process."""
-    from compress.qdq import QuantPlan, read_onnx
-    from compress.quantize.qat import train_quantized
-
     text = None if plan is None else json.dumps(plan.to_json())
     told = join_processes().first_tells(context.relative(folder), text)
     return train_quantized(

@@ -234,7 +234,6 @@ class CheckedOptions:
     """A dataclass whose options of a ``Literal`` type are checked when it is made."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError where an option is none of the strings of its type."""
         for name, kind in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(kind)
             if get_origin(kind) is Literal and value not in choices:

@@ -31,7 +31,6 @@ class Entropy:
     candidates: int = 64
 
     def __post_init__(self) -> None:
-        """Refuse too few codes or candidates."""
         if self.levels < 2 or self.candidates < 2:
             raise ValueError("levels and candidates must be at least 2")
 

@@ -40,7 +40,6 @@ class Mse:
     slack: float = 0.1
 
     def __post_init__(self) -> None:
-        """Refuse a search that has nothing to search."""
         if not 0 < self.smallest < 1 or self.steps < 3 or not self.slack >= 0:
             raise ValueError("smallest must be in (0, 1), steps at least 3, slack at least 0")
 

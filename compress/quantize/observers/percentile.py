@@ -20,7 +20,6 @@ class Percentile:
     percentile: float = 99.999
 
     def __post_init__(self) -> None:
-        """Refuse a percentile that keeps too little or more than everything."""
         if not 50 < self.percentile <= 100:
             raise ValueError(f"percentile {self.percentile} is not in (50, 100]")
 

@@ -161,7 +161,8 @@ class OnnxNetwork(nn.Module):
 
 
 def _attributes(node: NodeProto) -> dict[str, Any]:
-    return {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    return {"num_outputs": len(node.output), **given}  # before opset 18 a Split does not say it
 
 
 def _last_uses(nodes: Sequence[NodeProto]) -> dict[int, list[str]]:

@@ -1,4 +1,4 @@
-"""ONNX operators as differentiable torch functions: what the graphs of CNNs are made of.
+"""ONNX operators, from opset 13 on, as differentiable torch functions: what CNNs are made of.
 
 Each function takes the node's attributes and its inputs (None where one is left out) and returns a
 tensor, or a tuple of them. Integer tensors, which are shapes and indices, stay on the CPU.
@@ -112,13 +112,11 @@ def group_normalization(a: Attributes, x: Tensor, scale: Tensor, bias: Tensor) -
     return F.group_norm(x, groups, scale, bias, a.get("epsilon", 1e-5))
 
 
-def clip(a: Attributes, x: Tensor, low: Value = None, high: Value = None) -> Tensor:
+def clip(_: Attributes, x: Tensor, low: Value = None, high: Value = None) -> Tensor:
     """Limit values from below and above."""
-    lowest = a.get("min") if low is None else low
-    highest = a.get("max") if high is None else high
-    if lowest is None and highest is None:
+    if low is None and high is None:
         return x
-    return torch.clamp(x, _number(lowest), _number(highest))
+    return torch.clamp(x, _number(low), _number(high))
 
 
 def reduce(function: Callable[..., Tensor]) -> Operator:
@@ -150,15 +148,14 @@ def flatten(a: Attributes, x: Tensor) -> Tensor:
     return x.reshape(rows, -1)
 
 
-def squeeze(a: Attributes, x: Tensor, axes: Value = None) -> Tensor:
+def squeeze(_: Attributes, x: Tensor, axes: Value = None) -> Tensor:
     """Drop dimensions of size 1."""
-    dims = a.get("axes") if axes is None else axes.tolist()
-    return x.squeeze() if dims is None else x.squeeze(tuple(dims))
+    return x.squeeze() if axes is None else x.squeeze(tuple(axes.tolist()))
 
 
-def unsqueeze(a: Attributes, x: Tensor, axes: Value = None) -> Tensor:
+def unsqueeze(_: Attributes, x: Tensor, axes: Tensor) -> Tensor:
     """Insert dimensions of size 1."""
-    dims = a["axes"] if axes is None else axes.tolist()
+    dims = axes.tolist()
     rank = x.ndim + len(dims)
     for d in sorted(d % rank for d in dims):
         x = x.unsqueeze(d)
@@ -166,19 +163,12 @@ def unsqueeze(a: Attributes, x: Tensor, axes: Value = None) -> Tensor:
 
 
 def slice_(
-    a: Attributes,
-    x: Tensor,
-    starts: Value = None,
-    ends: Value = None,
-    axes: Value = None,
-    steps: Value = None,
+    _: Attributes, x: Tensor, starts: Tensor, ends: Tensor, axes: Value = None, steps: Value = None
 ) -> Tensor:
     """Take a range of some dimensions; a negative step counts down."""
-    first = a["starts"] if starts is None else starts.tolist()
-    last = a["ends"] if ends is None else ends.tolist()
-    dims = a.get("axes", list(range(len(first)))) if axes is None else axes.tolist()
-    strides = [1] * len(first) if steps is None else steps.tolist()
-    for start, end, d, step in zip(first, last, dims, strides, strict=True):
+    dims = range(len(starts)) if axes is None else axes.tolist()
+    strides = [1] * len(starts) if steps is None else steps.tolist()
+    for start, end, d, step in zip(starts.tolist(), ends.tolist(), dims, strides, strict=True):
         span = range(x.shape[d])[slice(start, end if abs(end) < 2**31 - 1 else None, step)]
         x = x.index_select(d, torch.tensor(list(span), device=x.device))
     return x
@@ -187,11 +177,9 @@ def slice_(
 def split_parts(a: Attributes, x: Tensor, sizes: Value = None) -> tuple[Tensor, ...]:
     """Cut into parts along one dimension."""
     axis = a.get("axis", 0)
-    parts = a.get("split") if sizes is None else sizes.tolist()
-    if parts is None:
-        each = -(-x.shape[axis] // a["num_outputs"])
-        return torch.split(x, each, axis)
-    return torch.split(x, [int(part) for part in parts], axis)
+    if sizes is None:
+        return torch.split(x, -(-x.shape[axis] // a["num_outputs"]), axis)
+    return torch.split(x, sizes.tolist(), axis)
 
 
 def gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
@@ -202,11 +190,9 @@ def gather(a: Attributes, x: Tensor, indices: Tensor) -> Tensor:
     return x.index_select(axis, flat).reshape(shape)
 
 
-def pad(
-    a: Attributes, x: Tensor, pads: Value = None, value: Value = None, axes: Value = None
-) -> Tensor:
+def pad(a: Attributes, x: Tensor, pads: Tensor, value: Value = None, axes: Value = None) -> Tensor:
     """Extend some dimensions by a constant, a mirror image or the edge."""
-    amounts = a["pads"] if pads is None else pads.tolist()
+    amounts = pads.tolist()
     dims = list(range(x.ndim)) if axes is None else [d % x.ndim for d in axes.tolist()]
     half = len(amounts) // 2
     begin = dict(zip(dims, amounts[:half], strict=True))

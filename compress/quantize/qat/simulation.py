@@ -16,7 +16,7 @@ from compress.graph.preprocess import prepare
 from compress.qdq.placement import Placement, place
 from compress.qdq.plan import ActivationRange, QuantPlan, WeightScales
 from compress.qdq.rewrite import apply_corrections, rewrite_for
-from compress.qdq.writer import RULES, default_scales, quantizer, scale_axis, write_qdq
+from compress.qdq.writer import RULES, default_scales, quantizer, scale_axis, widest, write_qdq
 from compress.quantize.qat.network import OnnxNetwork, Rounding
 
 
@@ -151,7 +151,6 @@ class SimulatedNetwork(OnnxNetwork):
     Args:
         model: The fp32 graph that the plan was made for, prepared or not. Not modified.
         plan: Ranges, scales, corrections (they are where training begins), layers left in float.
-        target: The runtime; the plan's own if absent.
         learned_scales: Train the scales as well (LSQ).
 
     Raises:
@@ -162,12 +161,11 @@ class SimulatedNetwork(OnnxNetwork):
         self,
         model: onnx.ModelProto,
         plan: QuantPlan,
-        target: str | None = None,
         *,
         learned_scales: bool = False,
     ) -> None:
-        target = target or plan.target
-        write_qdq(model, plan, target)  # whatever does not fit is said here, and in its words
+        target = plan.target
+        write_qdq(model, plan)  # whatever does not fit is said here, and in its words
         prepared = rewrite_for(apply_corrections(prepare(model), plan), target)
         super().__init__(prepared)
         self.plan, self.target, self.learned_scales = plan, target, learned_scales
@@ -180,8 +178,9 @@ class SimulatedNetwork(OnnxNetwork):
         for group in self.groups.values():
             if group not in self.keys:
                 self.keys[group] = f"scale_{len(self.keys)}"
+                found = widest(plan.activations[name] for name in group)
                 self.activations[self.keys[group]] = _quantizer(
-                    _widest(plan, group), target, learned=learned_scales
+                    found, target, learned=learned_scales
                 )
         self.kernels = nn.ModuleDict()
         self.kernel_keys: dict[str, str] = {}
@@ -190,11 +189,11 @@ class SimulatedNetwork(OnnxNetwork):
 
     def write(self) -> onnx.ModelProto:
         """Return the Q/DQ graph for the target, with weights and scales as they are now."""
-        return write_qdq(self.trained_model(), self.trained_plan(), self.target)
+        return write_qdq(self.trained_model(), self.trained_plan())
 
     def trained_plan(self) -> QuantPlan:
         """Return the plan of what was learned, to go with ``trained_model``."""
-        plan = self.plan.without_weights().changed(target=self.target)
+        plan = self.plan.without_weights()
         weights = {
             self.graph_nodes[name].input[1]: self._weight_scales(name)
             for name in self.placement.weights
@@ -286,13 +285,6 @@ def _group(placement: Placement, tensor: str) -> frozenset[str]:
     """Return the tensors whose common range ``tensor`` is quantized with."""
     source = placement.source(tensor)
     return frozenset(next((g for g in placement.joined if source in g), {source}))
-
-
-def _widest(plan: QuantPlan, group: frozenset[str]) -> ActivationRange:
-    ranges = [plan.activations[name] for name in group]
-    return ActivationRange(
-        min(r.low for r in ranges), max(r.high for r in ranges), max(r.limit for r in ranges)
-    )
 
 
 def _quantizer(found: ActivationRange, target: str, *, learned: bool) -> FakeQuantizer:

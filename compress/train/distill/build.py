@@ -353,7 +353,6 @@ class Control:
         return "hurts" if high < 0 else "no difference seen"
 
     def __str__(self) -> str:
-        """Return the finding in one sentence."""
         return (
             f"control of {self.epochs} epochs: {self.with_teacher_top1_pct:.2f} % with the "
             f"teacher, {self.without_teacher_top1_pct:.2f} % without, on {self.images} images: "

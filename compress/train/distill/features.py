@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,15 +56,11 @@ def tapped(model: nn.Module, taps: Iterable[Tap]) -> Iterator[dict[Tap, Tensor]]
         UnknownNameError: a tap names a layer that is not there.
     """
     seen: dict[Tap, Tensor] = {}
-    handles: list[Any] = []
-    try:
+    with contextlib.ExitStack() as hooks:
         for tap in taps:
             check_layer(model, tap.layer, type(model).__name__)
-            handles.append(_hook(model.get_submodule(tap.layer), tap, seen))
+            hooks.enter_context(_hook(model.get_submodule(tap.layer), tap, seen))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def survey(model: nn.Module, example: Tensor) -> Survey:
@@ -75,23 +72,16 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
     calls: list[tuple[str, tuple[int, ...], int]] = []
     alive: list[Any] = []  # so that no identity is used twice
 
-    def record(name: str) -> Any:
-        def hook(_: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor):
-                alive.append(output)
-                calls.append((name, tuple(output.shape), id(output)))
+    def record(name: str, _module: nn.Module, _given: Any, output: Any) -> None:
+        if isinstance(output, Tensor):
+            alive.append(output)
+            calls.append((name, tuple(output.shape), id(output)))
 
-        return hook
-
-    handles = [
-        layer.register_forward_hook(record(name)) for name, layer in model.named_modules() if name
-    ]
-    try:
-        with evaluating(model), torch.no_grad():
-            logits = logits_of(model(copied(example)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    for name, layer in model.named_modules():
+        if name:
+            layer.register_forward_hook(functools.partial(record, name))
+    with evaluating(model), torch.no_grad():
+        logits = logits_of(model(copied(example)))
     names = [name for name, *_ in calls]
     features = tuple(
         Feature(name, shape)
@@ -114,16 +104,8 @@ def survey(model: nn.Module, example: Tensor) -> Survey:
 
 def _hook(layer: nn.Module, tap: Tap, seen: dict[Tap, Tensor]) -> Any:
     if tap.side == "input":
-
-        def take_input(_: nn.Module, given: tuple[Any, ...]) -> None:
-            seen[tap] = given[0]
-
-        return layer.register_forward_pre_hook(take_input)
-
-    def take_output(_: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-        seen[tap] = output
-
-    return layer.register_forward_hook(take_output)
+        return layer.register_forward_pre_hook(lambda _, given: seen.update({tap: given[0]}))
+    return layer.register_forward_hook(lambda _module, _, output: seen.update({tap: output}))
 
 
 @dataclass(frozen=True)
@@ -135,7 +117,6 @@ class LayerPair:
     shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None  # without the batch
 
     def __str__(self) -> str:
-        """Return the pair as people read it."""
         if self.shapes is None:
             return f"input of {self.student.layer} - input of {self.teacher.layer}"
         mine, theirs = ("x".join(map(str, shape)) for shape in self.shapes)

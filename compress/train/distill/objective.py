@@ -365,8 +365,7 @@ class Distiller(LayerComparison):
     def _watch(self) -> None:
         """Keep what the student computes from now on, until the end."""
         self._features = self._open.enter_context(tapped(self.student, self.student_taps))
-        handle = self.student.register_forward_hook(self._note)
-        self._open.callback(handle.remove)
+        self._open.enter_context(self.student.register_forward_hook(self._note))
 
     def _note(self, _module: nn.Module, _given: Any, output: Any) -> None:
         self._outputs[:] = [output]
@@ -391,11 +390,8 @@ distiller = Distiller  # as a function is called
 def last_output(model: nn.Module) -> Iterator[list[Any]]:
     """Collect what ``model`` returns while the block runs."""
     seen: list[Any] = []
-    handle = model.register_forward_hook(lambda _module, _given, output: seen.append(output))
-    try:
+    with model.register_forward_hook(lambda _module, _given, output: seen.append(output)):
         yield seen
-    finally:
-        handle.remove()
 
 
 def main_answer(seen: Sequence[Any]) -> Tensor | None:

@@ -46,9 +46,8 @@ class Proposal:
 
     @property
     def batch_size(self) -> int:
-        """A power of two, for at least sixteen steps an epoch; of few images 2 to 8, for eight."""
-        fitting = [math.floor(math.log2(max(1, self.images / steps))) for steps in (16, 8)]
-        return int(2 ** max(min(7, fitting[0]), min(3, max(1, fitting[1]))))
+        """A power of two, with at least sixteen steps an epoch where there are enough images."""
+        return int(2 ** max(3, min(7, math.floor(math.log2(max(1, self.images / 16))))))
 
     @property
     def epochs(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.data import Source
 from compress.data._annotated import Annotation, BoxedPictures
-from compress.errors import DataError
+from compress.errors import DataError, unreadable
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,12 @@ class Coco(BoxedPictures):
 
 
 def _content(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise DataError("no such file", where=str(file), expected="annotations as COCO has them")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+    except PermissionError as error:
+        raise unreadable(DataError, error) from None
     except (OSError, ValueError) as error:
         raise DataError(f"is no readable JSON ({error})", where=str(file)) from None
     if not isinstance(content, dict):

@@ -30,7 +30,9 @@ from compress.report.schema import BUSY_RESOLUTION_PCT, Variant
 from compress.report.verdict import speed_differs, title
 from compress.train.batches import steps_in_epoch
 
-FEW_STEPS = 8  # of an epoch: fewer leave images out and hardly move the weights
+FEW_STEPS = 8  # of an epoch: fewer leave images out
+FEW_IN_ALL = 32  # steps of a whole training: fewer hardly move the weights
+SMALLEST_BATCH = 8  # statistics of BatchNorm over fewer images undo more than steps give
 LARGEST_OVERLAP = 0.1  # share of the test images that may be training images as well
 IMAGES = 128  # that the original is judged on before anything is done with it
 SHUFFLES = 19  # of the labels: one in twenty useless networks beats all of them
@@ -94,18 +96,21 @@ class Trust:
 
 
 def of_training(recipe: Recipe, dataset: Dataset) -> Iterator[str]:
-    """Yield a warning for each training with too few images."""
+    """Yield a warning for each training that takes too few steps, and what makes them enough."""
     for place, settings in recipe.parts():
         if not isinstance(settings, TrainSettings) or not settings.epochs:
             continue
         steps = steps_in_epoch(dataset, settings)
-        if steps < FEW_STEPS:
+        if steps < FEW_STEPS and steps * settings.epochs < FEW_IN_ALL:
             images = min(len(dataset.splits["train"]), settings.epoch_images or 1 << 62)
-            fitting = max(1, images // (2 * FEW_STEPS))
+            fitting = 1 << max(1, images // (2 * FEW_STEPS)).bit_length() - 1
+            fix = f"a smaller batch_size (--batch-size): {fitting}"
+            if fitting < SMALLEST_BATCH:
+                fix = f"more epochs (--epochs): {-(-FEW_IN_ALL // max(1, steps))}"
             yield (
                 f"{place}: {images} training images in batches of {settings.batch_size} are "
-                f"{steps} step{'s' * (steps != 1)} an epoch, which trains next to nothing. Set a "
-                f"smaller batch_size (--batch-size): {1 << fitting.bit_length() - 1}."
+                f"{steps} step{'s' * (steps != 1)} an epoch, which trains next to nothing. Set "
+                f"{fix}."
             )
 
 

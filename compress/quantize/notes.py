@@ -83,9 +83,12 @@ def of_sessions(target: str) -> list[str]:
 
 
 def of_judging(
-    names: Sequence[str], reference: Sequence[NDArray[Any]], each_db: Sequence[float]
+    names: Sequence[str], reference: Sequence[NDArray[Any]], each_db: Sequence[float], images: int
 ) -> list[str]:
-    """Return notes on outputs: their names, values in float, (B, ...), and SQNR, decibels."""
+    """Return notes on outputs: their names, values in float, SQNR in decibels, images judged on.
+
+    Values are (B, ...) of B images, but for those of regions inside them.
+    """
     found = []
     told = [db for db in each_db if not math.isnan(db)]
     if len(names) > 1 and told:
@@ -93,7 +96,6 @@ def of_judging(
         found.append(
             "SQNR by output: " + ", ".join(f"{name} {sqnr_text(db)}" for name, db in pairs)
         )
-    images = max(map(len, reference), default=0)
     if images < ENOUGH and told:
         found.append(
             f"judged on {images} images: an SQNR may be some dB off; give {2 * ENOUGH} or more"

@@ -150,7 +150,8 @@ class Workbench:
         """Return what else there is to say of ``plan``."""
         judged = []
         if self.judging:
-            judged = of_judging(self.judged, self.reference, self.judge(plan).each_db)
+            images = images_in(self.judging)
+            judged = of_judging(self.judged, self.reference, self.judge(plan).each_db, images)
         parts = float_parts(GraphIndex(self.prepared), self.target)
         return [*judged, *parts, *of_sessions(self.target)]
 

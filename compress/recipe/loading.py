@@ -28,7 +28,10 @@ PLUGIN_KEYS = {
     "observer": "observers",
     "runtime": "runtimes",
 }
-PATHS = (".model.name", ".weights", ".root", ".teacher", ".teacher_weights")  # may be paths
+PATHS = (  # may be paths
+    *(".model.name", ".weights", ".root", ".teacher", ".teacher_weights"),
+    *(f".data.options.{option}" for option in ("folder", "images", "test", "validation")),
+)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -180,7 +183,7 @@ def _absolute(part: Any, place: str = "") -> Any:
     file, colon, factory = part.rpartition(":")
     if colon and file.endswith(".py"):
         return f"{Path(file).resolve()}:{factory}" if Path(file).is_file() else part
-    is_path = place.endswith(PATHS) and Path(part).exists()
+    is_path = (place.endswith(PATHS) or ".data.inputs." in place) and Path(part).exists()
     return str(Path(part).resolve()) if is_path else part
 
 

@@ -208,6 +208,22 @@ def test_the_default_folder_gets_a_number_when_it_is_taken(here):
     assert default_folder(chosen[2]) == Path("runs/p-3"), "an interrupted run goes on"
 
 
+def test_paths_in_options_of_data_are_absolute_and_other_options_are_not(here):
+    for name in ("train.json", "val.json", "mean.npy"):
+        Path(name).write_text("{}")
+    for name in ("split", "photos"):
+        Path(name).mkdir()
+    options = {"test": "val.json", "images": "photos"}
+    inputs = {"mean.1": "mean.npy"}
+    data = {"name": "coco", "root": "train.json", "options": options, "inputs": inputs}
+    given = from_anywhere(validate_recipe(content("net.py:net", CUT, data=data), where="r")).data
+    assert given.options == {"test": str(here / "val.json"), "images": str(here / "photos")}
+    assert given.inputs == {"mean.1": str(here / "mean.npy")}
+    data = {"name": "csv", "root": "train.json", "options": {"split": "split", "folder": "photos"}}
+    given = from_anywhere(validate_recipe(content("net.py:net", CUT, data=data), where="r")).data
+    assert given.options == {"split": "split", "folder": str(here / "photos")}
+
+
 def test_a_run_works_from_any_directory_and_where_it_was_moved(here, monkeypatch):
     random = np.random.default_rng(0)
     pixels = random.integers(0, 255, (80, 8, 8, 1)).astype(np.uint8)

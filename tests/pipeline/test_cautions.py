@@ -174,6 +174,15 @@ def test_few_steps_an_epoch_are_told_with_a_batch_size_that_has_more():
     assert list(cautions.of_training(better, dataset)) == []
 
 
+def test_of_few_images_more_epochs_are_asked_for_and_no_small_batch():
+    dataset = load_data(DataSettings(name="digits")).with_fewer("train", 21)
+    (line,) = cautions.of_training(recipe({"train": {"epochs": 3, "batch_size": 8}}), dataset)
+    assert "batches of 8 are 2 steps an epoch" in line
+    proposed = int(line.removesuffix(".").rpartition("Set more epochs (--epochs): ")[2])
+    better = recipe({"train": {"epochs": proposed, "batch_size": 8}})
+    assert list(cautions.of_training(better, dataset)) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "place"),
     [

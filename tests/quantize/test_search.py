@@ -224,9 +224,12 @@ def test_a_detector_on_images_without_its_objects_is_told():
     boxes = rng.normal(size=(8, 20))
     scores = np.full((8, 20), 1e-4)
     scores[3, 7] = 0.5
-    told = of_judging(["boxes", "scores"], [boxes, scores], [20.0, 5.0])
+    told = of_judging(["boxes", "scores"], [boxes, scores], [20.0, 5.0], 8)
     assert "few hold what the network looks for" in told[-1] and "scores 1.0" in told[-1]
     assert "boxes" not in told[-1]
+    regions = np.eye(80)[:, :20]  # of a detector with two stages: of 80 regions, in 8 images
+    told = of_judging(["boxes", "regions"], [boxes, regions], [20.0, 5.0], 8)
+    assert "judged on 8 images" in told[-1]
 
 
 @pytest.mark.parametrize("kind", ["Relu", "Sigmoid"])

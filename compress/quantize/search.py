@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
-from copy import deepcopy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 from compress import progress
-from compress.errors import ModelError
-from compress.graph.model import GraphIndex
-from compress.measure.macs import node_macs
-from compress.qdq.placement import place
 from compress.qdq.plan import QuantPlan
+from compress.quantize.float_layers import FIRST_DB, first_layers, spare_layers
 from compress.quantize.headroom import refitted_with_headroom
 from compress.quantize.images import images_in
 from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
@@ -64,6 +59,7 @@ def auto(bench: Workbench) -> QuantPlan:
             search.attempt("weight scales", _RANGES, ranges, bench.scaled)
             correct = partial(bench.corrected, feed=bench.tried)
             search.attempt("bias correction", _BIASES, search.best, correct)
+        search.first_in_float()
         return search.refitted()
 
 
@@ -150,6 +146,24 @@ class _Search:
                 self.best = found
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
 
+    def first_in_float(self) -> None:
+        """Leave the layers that read the images in float where that brings half a decibel.
+
+        All others hear of their noise, and with a few channels they are about as fast in float.
+        """
+        names = first_layers(self.bench, self.best.plan)
+        if not names:
+            return
+        plan = self.best.plan.keep_float(names, "all others hear of its noise")
+        plan = plan.changed(grids=tuple(g for g in plan.grids if g.node not in names))
+        found = Trial(plan, self.bench.judge(plan))
+        gain = found.found.sure_gain_over(self.best.found)
+        kept = not found.falls_below(self.best) and gain > FIRST_DB
+        verdict = f"{'not ' * (not kept)}kept"
+        self.notes.append(f"{', '.join(names)} in float: {_told(found.found)}, {verdict}")
+        if kept:
+            self.best = found
+
     def refitted(self) -> QuantPlan:
         """Return the best plan; biases that were corrected with a few images are so with all.
 
@@ -184,96 +198,3 @@ def _told(found: Closeness) -> str:
         together = f"weakest output {sqnr_text(weakest_db(found.each_db))}, all together {together}"
     typical = "" if math.isnan(found.mean_db) else f", a typical image {found.mean_db:.2f} dB"
     return f"{together}{typical}"
-
-
-POOR_DB = 15.0  # of the weakest output: above it nothing is looked for
-MOST_LAYERS = 3
-MOST_MACS_PCT = 15.0  # of one layer
-_WORTH_DB = 2.0  # of the weakest output, for which a layer is worth its time
-_PARTS = 4
-TRIED = "to see what it costs"
-
-
-def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
-    """Return ``plan`` with the layers in float without which its weakest output is much closer.
-
-    Depthwise layers behind activations that no scale can be moved through, such as SiLU, are
-    typical: a few channels take the range, and all others get a step or two. Runs of layers are
-    left in float to see what they cost, and the best run is halved until one layer is left; up to
-    three are spared in this way, each for at least 2 dB. Where the weakest output has 15 dB and
-    more, ``plan`` is returned as it is.
-    """
-    if not bench.judge(plan).weakest_db < POOR_DB:
-        return plan
-    graph = GraphIndex(bench.prepared)
-    shares = _shares(bench)
-    with progress.task("Looking for layers that need float"):
-        for _ in range(MOST_LAYERS):
-            names = list(place(graph, bench.target, plan.float_nodes).weights)
-            found = _worst_layer(bench, plan, names)
-            if found is None:  # no run of layers costs enough
-                break
-            share = shares.get(next(n.output[0] for n in graph.nodes if n.name == found), 0.0)
-            better = plan.keep_float([found], TRIED)
-            before, after = bench.judge(plan), bench.judge(better)
-            gain = after.weakest_db - before.weakest_db
-            closer = gain >= _WORTH_DB and after.gain_over(before) >= _WORTH_DB / 2
-            if not closer or share > MOST_MACS_PCT:
-                break
-            cost = f", for {share:.2g} % of the MACs" if share else ""
-            why = f"an int8 network is {gain:.1f} dB closer without it{cost}"
-            plan = plan.keep_float([found], why)
-            if after.weakest_db >= POOR_DB:
-                break
-    return plan
-
-
-def _shares(bench: Workbench) -> dict[str, float]:
-    """Return the share of the MACs of each layer, percent, by its output, at the images' size.
-
-    Empty where they cannot be counted.
-    """
-    sized = deepcopy(bench.prepared)
-    del sized.graph.value_info[:]
-    for value in sized.graph.input:
-        image = bench.fitted.get(value.name)
-        dims = value.type.tensor_type.shape.dim[1:]
-        for dim, size in zip(dims, () if image is None else image.shape[1:], strict=False):
-            dim.dim_value = size
-    try:
-        macs = node_macs(sized)
-    except ModelError:
-        return {}
-    total = max(1, sum(macs.values()))
-    return {name: 100 * each / total for name, each in macs.items()}
-
-
-def _worst_layer(bench: Workbench, plan: QuantPlan, names: Sequence[str]) -> str | None:
-    """Return the layer whose being in float helps most, as far as halving tells.
-
-    None where no run of layers brings what one of them would have to.
-    """
-    if len(names) < 2:
-        return None
-
-    def without(part: Sequence[str]) -> float:
-        return bench.screened_db(plan.keep_float(part, TRIED))
-
-    plain = bench.screened_db(plan)
-    found = {tuple(part): without(part) for part in _split(names, _PARTS)}
-    while True:
-        best = max(found, key=lambda part: found[part])
-        if found[best] < plain + _WORTH_DB:
-            return None
-        if len(best) == 1:
-            return best[0]
-        one, other = _split(best, 2)
-        alone = without(one)  # what it does not bring is taken to be the other half's
-        found = {tuple(one): alone, tuple(other): found[best] - (alone - plain)}
-
-
-def _split(names: Sequence[str], count: int) -> list[Sequence[str]]:
-    """Return ``names`` in ``count`` runs of nearly the same length, none empty."""
-    count = min(count, len(names))
-    edges = [len(names) * part // count for part in range(count + 1)]
-    return [names[start:end] for start, end in itertools.pairwise(edges)]

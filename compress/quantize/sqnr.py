@@ -107,14 +107,16 @@ class Closeness:
         """Return how much closer the outputs are in the mean, decibels; each counts the same."""
         return self.mean_db - other.mean_db
 
+    def sure_gain_over(self, other: Closeness) -> float:
+        """Return ``gain_over`` less what chance explains of it, decibels."""
+        pairs = zip(self.by_image_db, other.by_image_db, strict=True)
+        sure = [_sure(mine - its) for mine, its in pairs if not math.isnan(its[0])]
+        return sum(sure) / len(sure) if sure else math.nan
+
     def falls_below(self, other: Closeness, by_db: float) -> bool:
         """Return whether an output loses more than ``by_db``, and more than chance explains."""
-        for mine, its in zip(self.by_image_db, other.by_image_db, strict=True):
-            lost = its - mine
-            error = lost.std(ddof=1) / math.sqrt(len(lost)) if len(lost) > 1 else 0.0
-            if lost.mean() - _ERRORS * error > by_db:
-                return True
-        return False
+        pairs = zip(self.by_image_db, other.by_image_db, strict=True)
+        return any(_sure(its - mine) > by_db for mine, its in pairs)
 
 
 def closeness(
@@ -164,6 +166,12 @@ def sqnr_text(value_db: float) -> str:
     if math.isnan(value_db):
         return "undefined SQNR: constant on these images"
     return f"{value_db:.2f} dB"
+
+
+def _sure(gains: NDArray[np.float64]) -> float:
+    """Return the mean over images, less what chance explains; of one image it says nothing."""
+    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return float(gains.mean() - _ERRORS * error)
 
 
 def _squares(want: NDArray[Any], got: NDArray[Any], rows: int) -> tuple[NDArray[np.float64], float]:

@@ -13,14 +13,15 @@ from test_methods import bench_of
 
 from compress.graph.model import GraphIndex
 from compress.qdq import prepare
-from compress.qdq.plan import ActivationRange, QuantPlan
-from compress.quantize import calibrate, search
+from compress.qdq.plan import ActivationRange, InputGrid, QuantPlan
+from compress.quantize import calibrate, float_layers, search
 from compress.quantize.api import plan_by
 from compress.quantize.calibration import activation_of
+from compress.quantize.float_layers import first_layers, spare_layers
 from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, find_shift, some_positions
 from compress.quantize.notes import bearing_images, by_reason, decided, of_judging
-from compress.quantize.search import Trial, auto, spare_layers
+from compress.quantize.search import Trial, auto
 from compress.quantize.sqnr import Closeness, closeness
 from compress.quantize.workbench import Workbench
 
@@ -29,6 +30,7 @@ class Bench:
     """Corrections that bring what a table says: SQNR of two outputs, by the steps taken."""
 
     def __init__(self, images=64, **each_db):
+        self.prepared, self.target = onnx.ModelProto(), "onnxruntime"
         self.observer, self.overflows, self.tried = None, False, {"x": np.zeros((16, 1))}
         self.statistics = SimpleNamespace(images=images)
         self.each = each_db
@@ -63,7 +65,8 @@ class Bench:
         return {"x": np.zeros((128, 1))}
 
     def judge(self, plan):
-        each = self.each.get(plan.method.replace(" ", "_").replace(".", ""), (10.0, 10.0))
+        steps = f"{plan.method}{' float' * bool(plan.float_nodes)}"
+        each = self.each.get(steps.replace(" ", "_").replace(".", ""), (10.0, 10.0))
         return Closeness(each, tuple(np.full(4, db) for db in each))
 
 
@@ -328,14 +331,53 @@ def test_sizes_that_the_file_leaves_free_are_those_of_the_images():
     assert spared.float_nodes["c"].endswith("% of the MACs")
 
 
+@pytest.mark.parametrize(("float_db", "kept"), [(20.5, True), (20.1, False), (19.0, False)])
+def test_the_first_layer_is_in_float_where_that_is_sure_to_help(float_db, kept, monkeypatch):
+    monkeypatch.setattr(search, "first_layers", lambda bench, plan: ["first"])
+    plan = auto(Bench(mse=(20.0, 20.0), mse_float=(float_db, float_db)))
+    assert ("first" in plan.float_nodes) is kept
+    (told,) = (note for note in plan.notes if note.startswith("first in float: "))
+    assert told.endswith(", kept") is kept
+
+
+def test_a_grid_of_the_first_layer_goes_with_its_integers(monkeypatch):
+    monkeypatch.setattr(search, "first_layers", lambda bench, plan: ["first"])
+    grids = tuple(InputGrid(name, (1.0,), (0.0,), 0) for name in ("first", "other"))
+    bench = Bench(mse=(20.0, 20.0), mse_float=(30.0, 30.0))
+    bench.exact = lambda plan: plan.changed(grids=grids)
+    assert auto(bench).grids == grids[1:]
+
+
+def test_first_layers_read_the_images_and_cost_little(monkeypatch):
+    bench = bench_of(GRAPHS["residual"]())
+    plan = bench.ranges()
+    monkeypatch.setattr(float_layers, "_FIRST_MACS_PCT", 100.0)
+    (first,) = first_layers(bench, plan)
+    graph = GraphIndex(bench.prepared)
+    assert first == next(node.name for node in graph.nodes if graph.weight(node))
+    assert first_layers(bench, plan.keep_float([first], "tried")) == []
+    monkeypatch.setattr(float_layers, "_FIRST_MACS_PCT", 0.1)
+    assert first_layers(bench, plan) == []
+
+
+def test_a_gain_is_sure_beyond_two_standard_errors():
+    one, other = np.array([21.0, 23.0, 22.0, 26.0]), np.array([20.0, 20.0, 21.0, 20.0])
+    lost = one - other  # 1, 3, 1, 6
+    expected = lost.mean() - 2 * lost.std(ddof=1) / 2
+    found = [Closeness((20.0,), (each,)) for each in (one, other)]
+    assert found[0].sure_gain_over(found[1]) == pytest.approx(expected)
+    undefined = [Closeness((math.nan,), (np.full(1, math.nan),))] * 2
+    assert math.isnan(undefined[0].sure_gain_over(undefined[1]))
+
+
 def test_nothing_is_looked_for_in_a_network_that_is_well(monkeypatch):
-    monkeypatch.setattr(search, "_worst_layer", lambda *asked: pytest.fail("was looked for"))
+    monkeypatch.setattr(float_layers, "_worst_layer", lambda *asked: pytest.fail("was looked for"))
     bench = bench_of(GRAPHS["residual"]())
     assert not plan_by("auto", bench).float_nodes
 
 
 def test_layers_that_help_nothing_are_not_spared(monkeypatch):
-    monkeypatch.setattr(search, "POOR_DB", 1000.0)
+    monkeypatch.setattr(float_layers, "POOR_DB", 1000.0)
     bench = bench_of(GRAPHS["residual"]())
     plan = bench.ranges()
     spared = spare_layers(bench, plan)
@@ -346,5 +388,5 @@ def test_layers_that_help_nothing_are_not_spared(monkeypatch):
 def test_runs_cover_all_names_once():
     names = [str(n) for n in range(11)]
     for count in (1, 2, 8, 11, 20):
-        runs = search._split(names, count)
+        runs = float_layers._split(names, count)
         assert [name for run in runs for name in run] == names and all(runs)

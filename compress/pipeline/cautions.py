@@ -26,7 +26,7 @@ from compress.pipeline.context import RunContext
 from compress.quantize.notes import by_reason
 from compress.recipe.settings import Recipe, TrainSettings
 from compress.report import numbers
-from compress.report.schema import BUSY_RESOLUTION_PCT, Variant
+from compress.report.schema import BUSY_RESOLUTION_PCT, Figure, Result, Variant
 from compress.report.verdict import speed_differs, title
 from compress.train.batches import steps_in_epoch
 
@@ -39,6 +39,7 @@ SHUFFLES = 19  # of the labels: one in twenty useless networks beats all of them
 NEAR_CHANCE = 0.1  # of the way from guessing to no error at all, where guessing is easy
 EASY_PCT = 5.0  # guessing that is right more often than this
 POOR_DB = 10.0  # of an output: below it noise is a third as large as the answer, and more
+LOST_DB = 1.0  # of SQNR: what another draw of images does not explain
 CUT_DB = 3.0  # less than this in front of int8 is half of the noise and more: it is not int8's
 
 BLOCK = 1024  # images looked at together
@@ -262,6 +263,49 @@ def _judged(context: RunContext, run: Any) -> dict[str, Any]:
         "images": len(labels),
         "unit": kind.unit,
     }
+
+
+def of_trained(variants: Sequence[Variant]) -> Iterator[str]:
+    """Yield which networks a training after a cut left worse than it found them.
+
+    Worse is a confidence interval wholly below the one before, or ``LOST_DB`` of SQNR, which has
+    none.
+    """
+    known = {variant.name: variant for variant in variants}
+    for variant in variants:
+        verb = variant.stage.rpartition("-")[2]
+        before = known.get(variant.parent or "")
+        if before is None or verb not in ("distill", "finetune"):
+            continue
+        for result in variant.results:
+            figure, old = result.figure, _same_place(result, before)
+            if figure is None or old is None or figure.name != old.name:
+                continue
+            if _is_worse(figure, old):
+                yield (
+                    f"{variant.name} answers worse than {before.name}, which it was trained from: "
+                    f"{figure.name} {numbers.number(figure.value)} {figure.unit} against "
+                    f"{numbers.number(old.value)} on {result.runtime}. Train for more epochs, with "
+                    f"larger batches or a lower rate, or leave {verb} out"
+                )
+                break
+
+
+def _same_place(result: Result, variant: Variant) -> Figure | None:
+    """Return the headline figure of ``variant`` where ``result`` was measured."""
+    place = (result.runtime, result.precision, result.batch)
+    found = (
+        each for each in variant.results if (each.runtime, each.precision, each.batch) == place
+    )
+    return next((each.figure for each in found), None)
+
+
+def _is_worse(figure: Figure, old: Figure) -> bool:
+    """Return whether ``figure`` is surely below ``old``, or above it where less is better."""
+    sign = 1 if figure.higher_is_better else -1
+    if figure.ci95 is None or old.ci95 is None:
+        return sign * (old.value - figure.value) > LOST_DB
+    return max(sign * bound for bound in figure.ci95) < min(sign * bound for bound in old.ci95)
 
 
 def of_noise(variants: Sequence[Variant]) -> Iterator[str]:

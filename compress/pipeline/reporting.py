@@ -55,6 +55,7 @@ def assemble(
             *cautions.of_data(context.dataset),
             *cautions.of_size(context.dataset, outcomes[0].facts.get("size_inside")),
             *dict.fromkeys(line for each in outcomes for line in cautions.of_stage(each.facts)),
+            *cautions.of_trained(rows),
             *cautions.of_noise(rows),
             *cautions.of_slower(rows, *(cut.round_to for cut in cuts[:1])),
             *cautions.of_timing(measured.conditions),

@@ -258,6 +258,62 @@ def test_a_cut_that_made_a_network_slower_is_told_the_widths_that_kernels_are_ma
     assert "round_to" not in line
 
 
+def judged(name, parent, stage, **measured):
+    result = Result(
+        runtime="onnxruntime", precision="fp32", device="cpu", batch=1, threads=1, **measured
+    )
+    return Variant(name=name, parent=parent, stage=stage, results=(result,))
+
+
+def of_images(top1_pct, half_pct):
+    return {"top1_pct": top1_pct, "top1_ci95": (top1_pct - half_pct, top1_pct + half_pct)}
+
+
+def of_outputs(sqnr_db):
+    return {"outputs": {"picture": {"sqnr_db": sqnr_db}}}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (of_images(90.8, 0.5), of_images(87.0, 0.6), "top-1 87.0 % against 90.8 on onnxruntime"),
+        (of_images(90.8, 0.5), of_images(90.3, 0.6), None),  # within the intervals
+        (of_images(80.0, 0.5), of_images(90.3, 0.6), None),
+        (of_outputs(20.8), of_outputs(15.9), "SQNR 15.9 dB against 20.8 on onnxruntime"),
+        (of_outputs(20.8), of_outputs(20.1), None),
+        (of_outputs(20.8), of_images(90.3, 0.6), None),  # of another kind
+    ],
+)
+def test_a_training_that_made_it_worse_is_said_to_have_done_so(before, after, said):
+    rows = [
+        judged("original", None, "00-original", **of_images(99.0, 0.1)),
+        judged("pruned", "original", "01-prune", **before),
+        judged("distilled", "pruned", "02-distill", **after),
+    ]
+    lines = list(cautions.of_trained(rows))
+    assert len(lines) == (said is not None)
+    for line in lines:
+        assert line.startswith("distilled answers worse than pruned, which it was trained from")
+        assert said in line and line.endswith("or leave distill out")
+    assert not list(cautions.of_trained(rows[:2])), "a cut is no training"
+
+
+def test_a_metric_of_which_less_is_better_is_worse_where_it_rises():
+    def of_error(value):
+        metric = {"value": value, "unit": "px", "ci95": (value - 0.1, value + 0.1)}
+        metric["higher_is_better"] = False
+        return {"metrics": {"error": metric}, "primary": "error"}
+
+    rows = [
+        judged("pruned", "original", "01-prune", **of_error(2.0)),
+        judged("finetuned", "pruned", "02-finetune", **of_error(3.0)),
+    ]
+    (line,) = cautions.of_trained(rows)
+    assert "error 3.00 px against 2.00" in line
+    better = judged("finetuned", "pruned", "02-finetune", **of_error(1.0))
+    assert not list(cautions.of_trained([rows[0], better]))
+
+
 def test_int8_that_answers_far_from_the_original_is_said_to_do_so():
     def variant(name, precision, **each_db):
         outputs = {key: {"sqnr_db": value} for key, value in each_db.items()}

@@ -48,7 +48,10 @@ from compress.modules.detectors import on_batch
 from compress.modules.inputs import Example, call_inputs, copied
 from compress.modules.outputs import chosen_outputs
 
-_PREPARED = re.compile(r"torch\.ao\.(quantization\.(fake_quantize|observer)|nn\..*quantized)")
+_PREPARED = re.compile(  # FloatFunctional adds and multiplies as any code, until it is prepared
+    r"torch\.ao\.(quantization\.(fake_quantize|observer)"
+    r"|nn\.(?!quantized\.modules\.functional_modules).*quantized)"
+)
 _ROUNDS = 60  # how often a program line may turn out to fix channel counts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,12 @@ class Rows:
     def inputs(self) -> list[str]:
         """All inputs, in the order of the file."""
         return GraphIndex(self.prepared).inputs
+
+    @cached_property
+    def shapes(self) -> dict[str, TensorShapeProto]:
+        """Shapes of inputs and outputs; the file itself need not say those of its outputs."""
+        values = (*self.prepared.graph.input, *self.prepared.graph.output)
+        return {value.name: value.type.tensor_type.shape for value in values}
 
     @classmethod
     def of(cls, prepared: ModelProto) -> Rows:
@@ -100,9 +107,10 @@ class Rows:
     def _turn(self, value: ValueInfoProto, *, is_input: bool) -> NodeProto:
         """Turn an input or output of a graph; return the Transpose between it and what it was."""
         name, shape = value.name, value.type.tensor_type.shape
-        order = [self.axes[name], *(a for a in range(len(shape.dim)) if a != self.axes[name])]
+        known = self.shapes[name]
+        order = [self.axes[name], *(a for a in range(len(known.dim)) if a != self.axes[name])]
         value.name = name + _TURNED
-        shape.CopyFrom(TensorShapeProto(dim=[shape.dim[axis] for axis in order]))
+        shape.CopyFrom(TensorShapeProto(dim=[known.dim[axis] for axis in order]))
         if not is_input:
             return helper.make_node("Transpose", [name], [value.name], value.name, perm=order)
         back = [int(axis) for axis in np.argsort(order)]

@@ -293,6 +293,29 @@ def test_a_network_prepared_for_pytorchs_quantization_is_refused_in_plain_words(
         trace(prepared(), torch.zeros(1, 3, 9, 9))
 
 
+class ReadyForQuantization(nn.Module):
+    """A float network in the form that PyTorch's quantization asks for, as torchvision has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant = torch.ao.quantization.QuantStub()
+        self.dequant = torch.ao.quantization.DeQuantStub()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.sum, self.head = torch.ao.nn.quantized.FloatFunctional(), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.quant(x))
+        return self.dequant(self.head(self.sum.add_relu(x, self.second(x))))
+
+
+def test_a_float_network_that_could_be_prepared_is_cut_as_any_other() -> None:
+    model, x = ReadyForQuantization().eval(), torch.randn(2, 3, 9, 9)
+    plan = compress.plan_pruning(model, x, criterion="l1", keep_macs=0.5)
+    small, masked = compress.apply_pruning(model, plan), compress.mask_pruning(model, plan)
+    torch.testing.assert_close(small(x), masked(x))
+    assert small.first.out_channels == small.second.out_channels == small.head.in_channels < 8
+
+
 def test_an_example_the_network_refuses_is_an_error() -> None:
     with pytest.raises(PlanError, match="Plain: the network does not run on the example input"):
         trace(zoo.build("Plain"), torch.zeros(1, 4, 16, 16))

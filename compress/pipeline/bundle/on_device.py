@@ -413,7 +413,7 @@ def print_rows(rows: list[list[str]]) -> None:
         print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())  # noqa: B905 - 3.8
 
 
-def compared(
+def parity_of(
     answers: Any, host: Any, labels: Any, precision: str, bundle: dict[str, Any]
 ) -> dict[str, Any]:
     """Return how far answers are from the host's: boxes as sets, all others place by place."""
@@ -445,7 +445,7 @@ def measured_networks(
         answers = np.concatenate([joined(session.outputs, outputs) for outputs in runs])
         host = sample["answers_" + model["name"]][: len(answers)]
         known = None if labels is None else labels[: len(answers)]
-        found = compared(answers, host, known, model["precision"], bundle)
+        found = parity_of(answers, host, known, model["precision"], bundle)
         sessions[model["name"]] = session
         results.append(dict(model, load_s=built, device=session.device, batch=batch, **found))
     spent = timed(sessions, images[:batch], seconds)

@@ -240,7 +240,7 @@ def test_boxes_are_sets_for_near_scores_come_in_any_order(form: str, precision: 
     host, here = head_of(), head_of()[:, :, order]
     if form == "rows":
         host, here = rows_of(host), rows_of(here)
-    found = on_device.compared(here, host, None, precision, BOXES)
+    found = on_device.parity_of(here, host, None, precision, BOXES)
     assert found["parity"]
     assert found["boxes"] == found["boxes_with_partner"] > 30
 
@@ -260,15 +260,15 @@ def test_boxes_are_sets_for_near_scores_come_in_any_order(form: str, precision: 
 )
 def test_boxes_that_differ_are_seen(change, precision: str) -> None:
     host = head_of()
-    assert not on_device.compared(change(host), host, None, precision, BOXES)["parity"]
+    assert not on_device.parity_of(change(host), host, None, precision, BOXES)["parity"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_without_boxes_here_and_there_is_nothing_to_differ(precision: str) -> None:
     none = head_of() * (np.arange(7) < 4)[:, None]
-    found = on_device.compared(none, none, None, precision, BOXES)
+    found = on_device.parity_of(none, none, None, precision, BOXES)
     assert found["parity"] and found["boxes"] == 0
-    assert not on_device.compared(head_of(), none, None, precision, BOXES)["parity"]
+    assert not on_device.parity_of(head_of(), none, None, precision, BOXES)["parity"]
 
 
 @pytest.mark.parametrize("form", ["head", "rows", "objectness", "of one class", "apart"])

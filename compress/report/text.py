@@ -153,7 +153,7 @@ def _numbers(variant: Variant, result: Result | None) -> tuple[str, ...]:
         numbers.number(result.size_mib or variant.size_mib),
         numbers.number(result.peak_memory_mib),
         numbers.number(result.latency_ms_p50),
-        f"{same}{numbers.factor(result.speedup)}",
+        f"{same}{numbers.factor(result.speedup, result.speedup_ci95)}",
     )
 
 

@@ -157,9 +157,10 @@ def _speed(before: Result, after: Result) -> str:
     if speed_differs(after) is False:
         same = same_speed(after).replace("difference", "difference in speed")
         return f"{same} ({factor(speedup)}{_ci(after.speedup_ci95)})"
+    bounds = after.speedup_ci95
     if speedup >= 1:
-        return f"{factor(speedup)} faster"
-    return f"{factor(1 / speedup)} slower"
+        return f"{factor(speedup, bounds)} faster"
+    return f"{factor(1 / speedup, bounds and (1 / bounds[1], 1 / bounds[0]))} slower"
 
 
 def _size(report: Report, variant: Variant, result: Result) -> str:

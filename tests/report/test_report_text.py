@@ -170,6 +170,20 @@ def test_an_interval_without_1_that_the_machine_cannot_tell_is_no_contradiction(
     )
 
 
+@pytest.mark.parametrize(
+    ("speedup", "bounds", "told", "shown"),
+    [
+        (50.5, (1.2, 72.4), "1.2..72x faster", "1.2..72x"),  # calls of 2 ms and of 110 ms
+        (0.2, (0.1, 0.5), "2.0..10x slower", "0.10..0.50x"),
+        (3.9, (3.2, 4.7), "3.90x faster", "3.90x"),
+    ],
+)
+def test_a_speed_up_that_no_one_number_tells_is_its_interval(speedup, bounds, told, shown):
+    report = pair(latency_ms_p50=10 / speedup, speedup=speedup, speedup_ci95=bounds)
+    assert verdict(report).startswith(told)
+    assert shown in rendered(report).split()
+
+
 def test_every_negative_number_has_the_same_minus_sign():
     assert (number(-2.5), points(-2.5), percent(-2.5)) == ("−2.50", "−2.50", "−2.50")
     assert interval((-1.0, 2.0), "percent") == "−1.00..2.00"

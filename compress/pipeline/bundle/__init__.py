@@ -21,6 +21,7 @@ from compress.artifact import inside, replacing
 from compress.data import UNFITTED, Dataset, load_data
 from compress.errors import RunError
 from compress.evaluate.feeding import arrays_for, artifact_facts, completed, picture_of
+from compress.pipeline.bundle import on_device
 from compress.recipe.settings import DataSettings
 from compress.report.html import without_unset
 from compress.report.run_folder import RunFolder, recorded_variants
@@ -29,7 +30,6 @@ from compress.tasks import Task, default_task, load_task
 
 __all__ = ["write_bundle"]
 
-DECIDED = ("classes", "class map")  # forms whose largest output of dimension 1 is the answer
 IMAGES = 64  # of the test split: enough to see a wrong engine, small enough to send
 KEYS = ("name", "file", "precision", "target")  # of a network, that the script needs
 SCRIPTS = {"run.py": "on_device.py", "predict.py": "on_device_predict.py"}
@@ -157,23 +157,21 @@ def _sample(folder: Path, models: list[dict[str, Any]], dataset: Dataset, task: 
                 )
             content["images"] = images
             content[f"answers_{model['name']}"] = _answers(session, images, model["path"])
-    if task.form in DECIDED:
-        content["decided"] = np.ones(1, bool)
-        if dataset.target == "class":
-            content["labels"] = split.labels[chosen]
+    if task.form in on_device.DECIDED and dataset.target == "class":
+        content["labels"] = split.labels[chosen]
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **content)
     return buffer.getvalue()
 
 
 def _answers(session: Session, images: NDArray[Any], where: str) -> NDArray[Any]:
-    """Return the first output for all images, in batches that the session takes."""
+    """Return what the script compares, for all images, in batches that the session takes."""
     shape = session.inputs[0].shape
     size = shape[0] if shape and isinstance(shape[0], int) else len(images)
-    parts = [
-        session.run(images[i : i + size])[0] for i in range(0, len(images) // size * size, size)
-    ]
-    answers = np.concatenate(parts)
+    names = [output.name for output in session.outputs]
+    whole = range(0, len(images) // size * size, size)
+    runs = (session.run(images[i : i + size]) for i in whole)
+    answers: NDArray[Any] = np.concatenate([on_device.joined(names, outputs) for outputs in runs])
     if len(answers) != len(images) // size * size:
         raise RunError(
             f"answers {len(images)} images with an output of shape {answers.shape}",

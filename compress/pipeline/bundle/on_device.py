@@ -27,10 +27,13 @@ from typing import Any
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+DECIDED = ("classes", "class map")  # answers whose largest along the second dimension is meant
 FLOAT_TOLERANCE = 0.02  # largest difference, relative to the largest logit; tf32 and fp16 fit
 INT8_AGREEMENT = 0.9  # smallest share of images with the same answer as on the host
-BOX = 4  # numbers of a box, before its scores
 INT8_SQNR_DB = 15.0  # smallest ratio of answers to their difference, where none names a class
+FLOAT_SQNR_DB = 34.0  # the same for boxes of a float network: 2 % of them, as FLOAT_TOLERANCE
+OVERLAP = 0.5  # smallest intersection over union of a box here and its partner on the host
+COUNTED = 0.1  # boxes of a score of this share of the host's best one must have a partner
 
 
 class DeviceError(Exception):
@@ -253,32 +256,137 @@ def read_bundle() -> dict[str, Any]:
 
 
 def compare_with_host(
-    answers: Any, host: Any, labels: Any, precision: str, decided: bool = True, split: int = 0
+    answers: Any, host: Any, labels: Any, precision: str, decided: bool = True
 ) -> dict[str, Any]:
     """Return how far ``answers`` are from those of the host, and whether that is near enough.
 
-    ``split`` is where scores begin behind boxes in pixels, which are compared by themselves: beside
-    those they would not count. Where answers are ``decided``, the largest along the second
-    dimension names the class of an image or a pixel: these are compared, and with ``labels`` (None:
-    not known) as well.
+    Where they are ``decided``, the largest along the second dimension names the class of an image
+    or a pixel: these are compared, and with ``labels`` (None: not known) as well.
     """
-    parts = [slice(split), slice(split, None)] if split else [slice(None)]
-    pairs = [(answers[:, p], host[:, p].astype(np.float64)) for p in parts if host[:, p].size]
-    gap = max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6)) for a, b in pairs)
-    sqnr = min(
-        10 * np.log10(max(np.mean(b**2), 1e-30) / max(np.mean((a - b) ** 2), 1e-30))
-        for a, b in pairs
-    )
+    gap, sqnr = distance(answers, host)
     agreement = float((answers.argmax(1) == host.argmax(1)).mean()) if decided else None
     alike = sqnr >= INT8_SQNR_DB if agreement is None else agreement >= INT8_AGREEMENT
     near = alike if precision == "int8" else gap <= FLOAT_TOLERANCE
     return {
         "difference_from_host": gap,
-        "sqnr_to_host_db": float(sqnr),
+        "sqnr_to_host_db": sqnr,
         "agreement_with_host_pct": None if agreement is None else 100 * agreement,
         "top1_pct": None if labels is None else 100 * float((answers.argmax(1) == labels).mean()),
         "parity": bool(near and np.isfinite(answers).all()),
     }
+
+
+def distance(answers: Any, host: Any) -> tuple[float, float]:
+    """Return the largest difference, relative to the largest number, and the SQNR in dB."""
+    host = np.asarray(host, np.float64)
+    off = np.abs(answers - host)
+    ratio = max(np.mean(host**2), 1e-30) / max(np.mean(off**2), 1e-30)
+    return float(off.max() / max(np.abs(host).max(), 1e-6)), float(10 * np.log10(ratio))
+
+
+def compare_boxes(
+    answers: list[Any], host: list[Any], precision: str, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what ``compare_with_host`` does, for boxes, scores and labels of each image.
+
+    They are sets: where scores are nearly equal, rounding changes the order in which boxes come. A
+    box has a partner where one of its class overlaps it; coordinates and scores are compared there.
+    """
+    best = max((there[1].max(initial=0) for there in host), default=0)
+    least = max(COUNTED * best, options["score_threshold"])
+    pairs, alone = [], 0
+    for here, there in zip(answers, host):  # noqa: B905 - 3.8
+        found = partners(there, here)
+        counted, counted_here = (
+            (each[1] >= least) & (np.arange(len(each[1])) < options["max_boxes"])
+            for each in (there, here)
+        )
+        single = np.setdiff1d(np.flatnonzero(counted_here), found)
+        alone += int((counted & (found < 0)).sum()) + len(single)
+        both = np.flatnonzero(found >= 0)
+        both = both[counted[both] | counted_here[found[both]]]
+        columns = [np.c_[each[0], each[1]] for each in (here, there)]
+        pairs.append((columns[0][found[both]], columns[1][both]))
+    mine, theirs = (np.concatenate(each) for each in zip(*pairs))  # noqa: B905 - 3.8
+    partnered = len(mine)
+    parts = [(mine[:, at], theirs[:, at]) for at in (slice(4), slice(4, 5))] if partnered else []
+    told = [distance(*part) for part in parts] or [(0.0, 0.0 if alone else 300.0)]
+    sqnr = min(each[1] for each in told)
+    enough = partnered >= INT8_AGREEMENT * (partnered + alone)
+    return {
+        "difference_from_host": max(each[0] for each in told),
+        "sqnr_to_host_db": sqnr,
+        "agreement_with_host_pct": None,
+        "top1_pct": None,
+        "boxes": partnered + alone,
+        "boxes_with_partner": partnered,
+        "parity": enough and sqnr >= (INT8_SQNR_DB if precision == "int8" else FLOAT_SQNR_DB),
+    }
+
+
+def partners(one: Any, two: Any) -> Any:
+    """Return which box of ``two`` overlaps each of ``one`` most, of its class; -1 for none."""
+    found = np.full(len(one[0]), -1)
+    free = np.ones(len(two[0]), bool)
+    for number, (box, label) in enumerate(zip(one[0], one[2])):  # noqa: B905 - 3.8
+        overlap = overlap_of(box, two[0]) * (free & (two[2] == label))
+        if overlap.max(initial=0) >= OVERLAP:
+            found[number] = overlap.argmax()
+            free[found[number]] = False
+    return found
+
+
+def overlap_of(box: Any, boxes: Any) -> Any:
+    """Return the intersection over union of a box with others."""
+    low, high = np.maximum(box[:2], boxes[:, :2]), np.minimum(box[2:], boxes[:, 2:])
+    both = np.clip(high - low, 0, None).prod(1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return both / np.maximum((box[2:] - box[:2]).prod() + areas - both, 1e-9)
+
+
+def joined(names: list[str], outputs: list[Any]) -> Any:
+    """Return the first output; where boxes, scores and labels stand apart, rows of all three."""
+    named = dict(zip(names, outputs))  # noqa: B905 - 3.8
+    if not {"boxes", "scores", "labels"} <= set(named) or named["boxes"].ndim != 3:
+        return outputs[0]
+    rows = [named["boxes"], named["scores"][..., None], named["labels"][..., None]]
+    return np.concatenate([each.astype(np.float32) for each in rows], -1)
+
+
+def detected(head: Any, classes: int, options: dict[str, Any]) -> Any:
+    """Return boxes, scores and labels of an image, best first; None where the form is not known.
+
+    Known are rows of six after NMS, and before it (4 + classes, places) or, with objectness,
+    (places, 5 + classes).
+    """
+    if head.shape[1] == 6 and (head[:, 5] % 1 == 0).all():  # x1, y1, x2, y2, score, class
+        order = np.argsort(-head[:, 4], kind="stable")
+        labels = head[order, 5].astype(np.int64) - int(options["background"])
+        return head[order, :4], head[order, 4], labels
+    places, columns = head.shape
+    known = columns == 5 + classes and places != 4 + classes if classes else places > columns > 5
+    if known and head[:, 4:].min(initial=0) >= 0 and head[:, 4:].max(initial=0) <= 1:
+        head = np.concatenate([head[:, :4], head[:, 4:5] * head[:, 5:]], 1).T
+    if head.shape[0] <= 4 or classes not in (0, head.shape[0] - 4):
+        return None
+    likely = head[4:].max(0) > options["score_threshold"]
+    centre, size = head[:2, likely].T, head[2:4, likely].T
+    boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).astype(np.float32)
+    scores, labels = head[4:, likely].max(0).astype(np.float32), head[4:, likely].argmax(0)
+    kept = best_of_overlapping(boxes, scores, labels, options)
+    return boxes[kept], scores[kept], labels[kept]
+
+
+def best_of_overlapping(boxes: Any, scores: Any, labels: Any, options: dict[str, Any]) -> Any:
+    """Return which boxes stay, best first: of one class none overlaps a better one by more."""
+    kept: list[Any] = []
+    order = np.argsort(-scores, kind="stable")
+    while len(order) and len(kept) < 2 * options["max_boxes"]:  # more than are told of
+        best, rest = order[0], order[1:]
+        kept.append(best)
+        near = overlap_of(boxes[best], boxes[rest]) > options["nms_iou"]
+        order = rest[~(near & (labels[rest] == labels[best]))]
+    return np.array(kept, np.int64)
 
 
 def timed(sessions: dict[str, Any], images: Any, seconds: float) -> dict[str, list[float]]:
@@ -305,6 +413,19 @@ def print_rows(rows: list[list[str]]) -> None:
         print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())  # noqa: B905 - 3.8
 
 
+def parity_of(
+    answers: Any, host: Any, labels: Any, precision: str, bundle: dict[str, Any]
+) -> dict[str, Any]:
+    """Return how far answers are from the host's: boxes as sets, all others place by place."""
+    form, options = bundle["answer"]["form"], bundle["answer"]["options"]
+    if form == "boxes" and answers.ndim == 3 and np.isfinite(answers).all():
+        classes = len(bundle["labels"])
+        here, there = ([detected(e, classes, options) for e in each] for each in (answers, host))
+        if all(each is not None for each in [*here, *there]):
+            return compare_boxes(here, there, precision, options)
+    return compare_with_host(answers, host, labels, precision, form in DECIDED)
+
+
 def measured_networks(
     bundle: dict[str, Any], kind: type[Any], batch: int, seconds: float
 ) -> list[dict[str, Any]]:
@@ -313,8 +434,6 @@ def measured_networks(
     images = sample["images"]
     labels = sample["labels"] if "labels" in sample.files else None
     fitting = [m for m in bundle["models"] if m["target"] in (None, *kind.forms[:1])]
-    answer = bundle["answer"]
-    in_pixels = answer["form"] == "boxes" and not answer["options"]["nms_in_graph"]
     sessions: dict[str, Any] = {}
     results: list[dict[str, Any]] = []
     for model in fitting:
@@ -322,13 +441,11 @@ def measured_networks(
         session = kind(os.path.join(HERE, model["file"]), batch)
         built = time.perf_counter() - started
         whole = range(0, len(images) // batch * batch, batch)
-        answers = np.concatenate([session.run(images[i : i + batch])[0] for i in whole])
+        runs = (session.run(images[i : i + batch]) for i in whole)
+        answers = np.concatenate([joined(session.outputs, outputs) for outputs in runs])
         host = sample["answers_" + model["name"]][: len(answers)]
         known = None if labels is None else labels[: len(answers)]
-        split = BOX if in_pixels and answers.shape[1] < answers.shape[2] else 0  # else by places
-        found = compare_with_host(
-            answers, host, known, model["precision"], "decided" in sample.files, split
-        )
+        found = parity_of(answers, host, known, model["precision"], bundle)
         sessions[model["name"]] = session
         results.append(dict(model, load_s=built, device=session.device, batch=batch, **found))
     spent = timed(sessions, images[:batch], seconds)
@@ -347,11 +464,14 @@ def table_of(results: list[dict[str, Any]]) -> list[list[str]]:
     if any(r["agreement_with_host_pct"] is None for r in results):
         shares["sqnr_to_host_db"] = "to host, dB"
     shares = {k: name for k, name in shares.items() if any(r[k] is not None for r in results)}
-    rows = [["network", "precision", "p50 ms", "p99 ms", "speedup", *shares.values(), ""]]
+    boxes = ["boxes with partner"] if any("boxes" in r for r in results) else []
+    rows = [["network", "precision", "p50 ms", "p99 ms", "speedup", *shares.values(), *boxes, ""]]
     for r in results:
         numbers = [f"{r[key]:.3f}" for key in ("latency_ms_p50", "latency_ms_p99")]
         numbers.append(f"{r['speedup']:.2f}x")
         told = ["-" if r[key] is None else f"{r[key]:.1f}" for key in shares]
+        if boxes:
+            told.append(f"{r['boxes_with_partner']} of {r['boxes']}" if "boxes" in r else "-")
         verdict = "ok" if r["parity"] else "DIFFERS FROM THE HOST"
         rows.append([r["name"], r["precision"], *numbers, *told, verdict])
     return rows

@@ -21,6 +21,7 @@ from run import (  # type: ignore[import-not-found]  # beside it in the bundle
     RUNTIMES,
     DeviceError,
     chosen_runtime,
+    detected,
     print_line,
     print_rows,
     read_bundle,
@@ -220,23 +221,15 @@ class Answer:
 
     def _detected(self) -> Any:
         """Return boxes, scores and labels, whatever form the outputs have."""
-        shift = int(self.options["background"])
         if {"boxes", "scores", "labels"} <= set(self.outputs):
             found = [self.outputs[name] for name in ("boxes", "scores", "labels")]
             boxes, scores, labels = found if found[0].ndim == 2 else [each[0] for each in found]
-            return boxes, scores, labels.astype(np.int64) - shift
+            return boxes, scores, labels.astype(np.int64) - int(self.options["background"])
         head = self._main(3, "boxes")
-        if head.shape[1] == 6:  # x1, y1, x2, y2, score, class
-            return head[:, :4], head[:, 4], head[:, 5].astype(np.int64) - shift
-        if head.shape[0] - 4 != (len(self.labels) or head.shape[0] - 4):
+        rows = detected(head, len(self.labels), self.options)
+        if rows is None:
             raise DeviceError("boxes of shape " + str(head.shape) + " are not known here")
-        scores, labels = head[4:].max(0), head[4:].argmax(0)
-        likely = scores > self.options["score_threshold"]
-        centre, size = head[:2, likely].T, head[2:4, likely].T
-        boxes = np.concatenate([centre - size / 2, centre + size / 2], 1).astype(np.float32)
-        scores, labels = scores[likely].astype(np.float32), labels[likely]
-        kept = best_of_overlapping(boxes, scores, labels, self.options["nms_iou"])
-        return boxes[kept], scores[kept], labels[kept]
+        return rows
 
     def _image(self) -> list[dict[str, Any]]:
         image = self._main(4, "image")
@@ -266,23 +259,6 @@ def told(arrays: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for name, each in arrays.items()
     ]
-
-
-def best_of_overlapping(boxes: Any, scores: Any, labels: Any, limit: float) -> Any:
-    """Return which boxes stay, best first: of one class none overlaps a better one by more."""
-    order = np.argsort(-scores, kind="stable")
-    areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    kept = []
-    while len(order):
-        best, rest = order[0], order[1:]
-        kept.append(best)
-        low = np.maximum(boxes[best, :2], boxes[rest, :2])
-        high = np.minimum(boxes[best, 2:], boxes[rest, 2:])
-        both = np.clip(high - low, 0, None).prod(1)
-        union = areas[best] + areas[rest] - both
-        same = (labels[rest] == labels[best]) & (both > limit * union)
-        order = rest[~same]
-    return np.array(kept, np.int64)
 
 
 def tell_nearest(answers: list[Answer], names: list[str]) -> None:

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from compress.errors import RunError
 from compress.packages import is_installed
 from compress.pipeline import bundle
 from compress.pipeline.bundle import on_device, write_bundle
+from compress.tasks.detection import Detection
 
 VARIANTS = [
     {"name": "original", "precision": "fp32", "target": None, "stage": "00-train"},
@@ -159,14 +161,19 @@ def test_a_damaged_file_is_found_before_anything_runs(unpacked: Path) -> None:
     assert "cannot read models/original.onnx" in on(unpacked).stderr
 
 
-def test_an_engine_that_answers_otherwise_exits_with_1(unpacked: Path) -> None:
-    sample = dict(np.load(unpacked / "sample.npz"))
-    sample["answers_original"] = sample["answers_original"] + 100
-    np.savez(unpacked / "sample.npz", **sample)
-    manifest = json.loads((unpacked / "bundle.json").read_text())
-    content = (unpacked / "sample.npz").read_bytes()
+def answered(folder: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change what the host answered, and the bundle's hash of it."""
+    sample = dict(np.load(folder / "sample.npz"))
+    sample["answers_original"] = change(sample["answers_original"])
+    np.savez(folder / "sample.npz", **sample)
+    manifest = json.loads((folder / "bundle.json").read_text())
+    content = (folder / "sample.npz").read_bytes()
     manifest["sha256"]["sample.npz"] = hashlib.sha256(content).hexdigest()
-    (unpacked / "bundle.json").write_text(json.dumps(manifest))
+    (folder / "bundle.json").write_text(json.dumps(manifest))
+
+
+def test_an_engine_that_answers_otherwise_exits_with_1(unpacked: Path) -> None:
+    answered(unpacked, lambda answers: answers + 100)
     done = on(unpacked, "--seconds", "0.05")
     assert done.returncode == 1
     assert "DIFFERS FROM THE HOST" in done.stdout
@@ -207,13 +214,94 @@ def test_parity_is_numbers_for_float_and_decisions_for_int8(
     assert on_device.compare_with_host(np.array(answers), host, labels, precision)["parity"] is near
 
 
+BOXES = {"answer": {"form": "boxes", "options": dataclasses.asdict(Detection())}, "labels": "abc"}
+
+
+def head_of(seed: int = 0) -> np.ndarray:
+    """Return what a head gives for two images, (2, 7, 30): boxes of every size and class."""
+    random = np.random.default_rng(seed)
+    centre, size = random.uniform(50, 250, (2, 2, 30)), random.uniform(10, 90, (2, 2, 30))
+    scores = random.uniform(0, 0.1, (2, 3, 30))
+    scores[:, np.arange(30) % 3, np.arange(30)] = random.uniform(0.3, 0.9, (2, 30))
+    return np.concatenate([centre, size, scores], 1).astype(np.float32)
+
+
+def rows_of(head: np.ndarray) -> np.ndarray:
+    """Return the same as rows of corners, score and class."""
+    centre, size, scores = head[:, :2], head[:, 2:4], head[:, 4:]
+    best = [scores.max(1, keepdims=True), scores.argmax(1)[:, None]]
+    return np.concatenate([centre - size / 2, centre + size / 2, *best], 1).transpose(0, 2, 1)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_scores_of_boxes_are_compared_by_themselves(precision: str) -> None:
-    host = np.concatenate([np.full((2, 4, 9), 300.0), np.full((2, 3, 9), 0.9)], axis=1)
-    lost = host * (np.arange(7) < 4)[:, None]  # as where a scale for pixels is taken for scores
-    for answers, near in ((host, True), (lost, False)):
-        found = on_device.compare_with_host(answers, host, None, precision, False, on_device.BOX)
-        assert found["parity"] is near
+@pytest.mark.parametrize("form", ["head", "rows"])
+def test_boxes_are_sets_for_near_scores_come_in_any_order(form: str, precision: str) -> None:
+    order = np.random.default_rng(1).permutation(30)
+    host, here = head_of(), head_of()[:, :, order]
+    if form == "rows":
+        host, here = rows_of(host), rows_of(here)
+    found = on_device.parity_of(here, host, None, precision, BOXES)
+    assert found["parity"]
+    assert found["boxes"] == found["boxes_with_partner"] > 30
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head: head * (np.arange(7) < 4)[:, None],  # scores lost, as by a scale for pixels
+        lambda head: np.where(np.arange(7)[:, None] < 4, head, 0.5 * head),
+        lambda head: head + 40 * (np.arange(7) < 2)[:, None],  # boxes elsewhere
+        lambda head: head[:, [0, 1, 2, 3, 5, 6, 4]],  # other classes
+        lambda head: head[:, :, :20],  # a third is not found
+        lambda head: np.concatenate([head, head_of(7)], 2),  # as many that are not there
+        lambda head: np.full_like(head, np.nan),
+    ],
+)
+def test_boxes_that_differ_are_seen(change, precision: str) -> None:
+    host = head_of()
+    assert not on_device.parity_of(change(host), host, None, precision, BOXES)["parity"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_without_boxes_here_and_there_is_nothing_to_differ(precision: str) -> None:
+    none = head_of() * (np.arange(7) < 4)[:, None]
+    found = on_device.parity_of(none, none, None, precision, BOXES)
+    assert found["parity"] and found["boxes"] == 0
+    assert not on_device.parity_of(head_of(), none, None, precision, BOXES)["parity"]
+
+
+@pytest.mark.parametrize("form", ["head", "rows", "objectness", "of one class", "apart"])
+def test_boxes_are_read_as_the_task_reads_them(form: str) -> None:
+    head, names, classes = head_of(), ["out"], 3
+    outputs = [head]
+    if form == "of one class":
+        classes, outputs = 1, [head[:, :5]]
+    elif form == "rows":
+        outputs = [rows_of(head)]
+    elif form == "objectness":
+        sure = np.full((2, 1, 30), 0.5, np.float32)
+        outputs = [np.concatenate([head[:, :4], sure, head[:, 4:]], 1).transpose(0, 2, 1)]
+    elif form == "apart":
+        rows = rows_of(head)
+        names, outputs = ["labels", "boxes", "scores"], [rows[..., 5], rows[..., :4], rows[..., 4]]
+    task = Detection(classes=list("abc")[:classes])
+    wanted = task.predict(dict(zip(names, outputs, strict=True)))
+    for image, answer in zip(on_device.joined(names, outputs), wanted, strict=True):
+        boxes, scores, labels = on_device.detected(image, classes, BOXES["answer"]["options"])
+        assert np.allclose(boxes, answer["boxes"], atol=1e-4)
+        assert np.allclose(scores, answer["scores"]) and (labels == answer["labels"]).all()
+
+
+def test_bundled_boxes_that_come_in_another_order_are_alike(tmp_path: Path) -> None:
+    picture_files(tmp_path / "pictures")
+    folder = bundled(tmp_path, "yolo", FACTS | {"task": "detection"})
+    answered(folder, lambda answers: answers[:, :, ::-1])
+    done = on(folder, "--seconds", "0.05")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "boxes with partner" in done.stdout
+    result = json.loads((folder / "results.json").read_text())["results"][0]
+    assert result["boxes"] == result["boxes_with_partner"] > 0
 
 
 def test_what_is_known_of_no_network_has_no_column() -> None:

@@ -18,9 +18,7 @@ POOR_DB = 15.0  # of the weakest output: above it nothing is looked for
 MOST_LAYERS = 3
 MOST_MACS_PCT = 15.0  # of one layer
 _WORTH_DB = 2.0  # of the weakest output, for which a layer is worth its time
-FIRST_DB = (
-    0.2  # of the outputs in the mean, beyond chance, for which the first layers are worth theirs
-)
+FIRST_DB = 0.2  # of all outputs, beyond chance, for which the first layers are worth theirs
 _FIRST_MACS_PCT = 10.0  # of all of them; so far 0.93 to 1.03 of the int8 network's time
 _PARTS = 4
 TRIED = "to see what it costs"

@@ -147,7 +147,7 @@ class _Search:
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
 
     def first_in_float(self) -> None:
-        """Leave the layers that read the images in float where that brings half a decibel.
+        """Leave the layers that read the images in float where it surely brings answers closer.
 
         All others hear of their noise, and with a few channels they are about as fast in float.
         """

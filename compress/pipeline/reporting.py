@@ -84,7 +84,7 @@ def gates(
     """Yield every gate of the recipe: the last variant of each runtime against the original.
 
     A gate that could not be measured is not passed, and says why; nor is one on the accuracy of a
-    network that was never trained.
+    network that was never trained, or on a speed-up that the timing leaves open.
     """
     original = rows[0]
     pairs, seen = list(_last_results(rows)), set[tuple[str, ...]]()
@@ -101,6 +101,8 @@ def gates(
                 value = None  # nothing was measured
             passed = value is not None and (value >= limit if name in AT_LEAST else value <= limit)
             reason = _unmeasured(name, result, variant) if value is None else None
+            if passed and name == "speedup" and (doubt := _doubt(limit, result)):
+                passed, reason = False, doubt
             if untrained is not None and name not in {"speedup", "size_ratio"}:
                 value, passed, reason = None, False, f"the original is untrained: {untrained}"
             yield schema.Gate(
@@ -114,6 +116,15 @@ def gates(
                 reason=reason,
                 **(_metric(result) if name == "metric_drop" else {}),
             )
+
+
+def _doubt(limit: float, result: schema.Result) -> str | None:
+    """Return why a speed-up above the limit may be chance: its wide interval reaches below it."""
+    bounds = result.speedup_ci95
+    if bounds is None or bounds[0] >= limit or not numbers.is_loose(bounds):
+        return None
+    told = numbers.factor(result.speedup, bounds)
+    return f"it may be anything from {told}: measure again on an idle machine"
 
 
 def _metric(result: schema.Result) -> dict[str, Any]:

@@ -102,9 +102,14 @@ def factor(value: float | None, bounds: Interval | None = None) -> str:
 
     On a busy machine some calls take a hundred times as long, and the median is of either kind.
     """
-    if value is not None and bounds is not None and bounds[1] > LOOSE * bounds[0]:
+    if value is not None and bounds is not None and is_loose(bounds):
         return f"{number(bounds[0], 2)}..{number(bounds[1], 2)}x"
     return ABSENT if value is None else f"{number(value)}x"
+
+
+def is_loose(bounds: Interval) -> bool:
+    """Return whether the interval of a ratio is so wide that no one number tells it."""
+    return bounds[1] > LOOSE * bounds[0]
 
 
 def staying(names: Sequence[str]) -> str:

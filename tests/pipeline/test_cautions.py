@@ -86,6 +86,21 @@ def test_a_new_head_that_nobody_trained_is_found(trained, tmp_path):
     assert "of its parameters are random values" in report.untrained
 
 
+@pytest.mark.parametrize(
+    ("bounds", "passed"),
+    [((1.2, 72.0), False), ((2.1, 72.0), True), ((1.4, 2.0), True), (None, True)],
+)
+def test_a_speed_up_that_the_timing_leaves_open_passes_no_gate(bounds, passed):
+    result = Result(
+        runtime="a", precision="fp32", device="cpu", batch=1, speedup=50.5, speedup_ci95=bounds
+    )
+    rows = [Variant(name=name, stage="s", size_mib=1.0, results=(result,)) for name in "ab"]
+    (gate,) = gates(Gates(speedup=1.5), rows)
+    assert (gate.passed, gate.measured) == (passed, 50.5)
+    told = "it may be anything from 1.2..72x: measure again on an idle machine"
+    assert gate.reason == (None if passed else told)
+
+
 def test_gates_on_accuracy_fail_where_the_original_knows_nothing():
     result = Result(
         runtime="a", precision="fp32", device="cpu", batch=1, speedup=2.0, top1_change_pct=0.0

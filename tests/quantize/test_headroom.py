@@ -11,7 +11,6 @@ from compress.graph.model import GraphIndex
 from compress.qdq.plan import unpack_codes
 from compress.qdq.writer import write_qdq
 from compress.quantize import headroom
-from compress.quantize.confirm import seven_bits
 from compress.quantize.headroom import (
     LargestCodes,
     in_pairs,
@@ -21,6 +20,7 @@ from compress.quantize.headroom import (
 )
 from compress.quantize.layerwise import layers
 from compress.quantize.notes import decided
+from compress.quantize.remedies import seven_bits
 from compress.quantize.search import auto
 from compress.quantize.sqnr import mean_db
 

@@ -279,8 +279,8 @@ def of_trained(variants: Sequence[Variant]) -> Iterator[str]:
                 yield (
                     f"{variant.name} answers worse than {before.name}, which it was trained from: "
                     f"{figure.name} {numbers.number(figure.value)} {figure.unit} against "
-                    f"{numbers.number(old.value)} on {result.runtime}. Train for more epochs, with "
-                    f"larger batches or a lower rate, or leave {verb} out"
+                    f"{numbers.number(old.value)} on {result.runtime}. Train for more epochs or at "
+                    f"a lower rate, or leave {verb} out"
                 )
                 break
 

@@ -22,7 +22,14 @@ class PlainConsole(Console):
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
     ) -> Iterable[Segment]:
-        """Yield what is drawn, with what a terminal would obey written as escapes."""
+        """Yield what is drawn, with what a terminal would obey written as escapes.
+
+        A sentence in a log or a pipe stays on its line, where people search for it.
+        """
+        options = options or self.options
+        is_whole_line = isinstance(renderable, Text) and options.max_width == self.width
+        if is_whole_line and not self.is_terminal:
+            options = options.update(no_wrap=True, overflow="ignore")
         for part in super().render(renderable, options):
             yield part if part.control else Segment(printable(part.text), part.style)
 

@@ -122,7 +122,8 @@ def print_result(content: str | RenderableType) -> None:
         return
     from compress.terminal import plain_console
 
-    plain_console().print(content)
+    console = plain_console()
+    console.print(content, crop=console.is_terminal)
 
 
 def write_numbers(path: Path | None, numbers: Any) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +151,7 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
     images = example.tensors[0].shape[0]
     fix = "Mend its forward" + ", or export with dynamic_batch=False (--fixed-batch)" * free.batch
     what = f"its forward pass fails on a batch of {images}"
-    with torch.inference_mode(), boundary(ExportError, what, fix=fix):
+    with torch.no_grad(), boundary(ExportError, what, fix=fix):
         answer = without_traces(module)(*example.args, **example.kwargs)
     names, order = _outputs(answer)
     module = without_traces(module)  # what tracing caches on it has no values
@@ -158,7 +159,7 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
         module = _Flat(module)
         if shapes is not None:  # of a forward that takes *args and **kwargs
             shapes = {"kwargs" if isinstance(shapes, dict) else "args": shapes}
-    with _quiet(), _AttentionOf4Dimensions():
+    with _quiet(), _AsRuntimesRead():
         try:
             program = torch.onnx.export(
                 module,
@@ -248,7 +249,7 @@ def module_outputs(module: nn.Module, example: Example) -> list[Tensor]:
 
     It is the second answer: of a network with a hidden state it differs from what was traced.
     """
-    with torch.inference_mode():
+    with torch.no_grad():
         dry = without_traces(module)
         tensors_of(dry(*example.args, **example.kwargs))
         return tensors_of(dry(*example.args, **example.kwargs))
@@ -278,29 +279,61 @@ class _Flat(nn.Module):
         return tuple(leaf for _, leaf in leaves(output) if isinstance(leaf, Tensor))
 
 
-class _AttentionOf4Dimensions(WatchedCalls):
-    """Attention over windows or single heads, seen as (B, heads, N, C): torch exports no other."""
+class _AsRuntimesRead(WatchedCalls):
+    """Calls that torch cannot export, or writes as what runtimes do not read, said in other ops."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call ``func``, attention with its leading dimensions folded into one batch."""
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        kwargs = kwargs | dict(zip(_ATTENTION, args, strict=False))
-        lead = kwargs["query"].shape[:-2]
-        if len(lead) == 2:
-            return func(**kwargs)
-        mask = kwargs.get("attn_mask")
-        if mask is not None and mask.dim() > 2:
-            kwargs["attn_mask"] = _of_4_dimensions(mask.expand(*lead, *mask.shape[-2:]))
-        for name in ("query", "key", "value"):
-            kwargs[name] = _of_4_dimensions(kwargs[name])
-        found = func(**kwargs)
-        return found.reshape(*lead, *found.shape[-2:])
+        """Call ``func``, or what computes the same."""
+        written = _WRITTEN.get(func)
+        return func(*args, **kwargs) if written is None else written(*args, **kwargs)
+
+
+def _attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention over windows or single heads, seen as (B, heads, N, C): torch exports no other."""
+    kwargs = kwargs | dict(zip(_ATTENTION, args, strict=False))
+    lead = kwargs["query"].shape[:-2]
+    if len(lead) == 2:
+        return F.scaled_dot_product_attention(**kwargs)
+    mask = kwargs.get("attn_mask")
+    if mask is not None and mask.dim() > 2:
+        kwargs["attn_mask"] = _of_4_dimensions(mask.expand(*lead, *mask.shape[-2:]))
+    for name in ("query", "key", "value"):
+        kwargs[name] = _of_4_dimensions(kwargs[name])
+    found = F.scaled_dot_product_attention(**kwargs)
+    return found.reshape(*lead, *found.shape[-2:])
 
 
 def _of_4_dimensions(tensor: Tensor) -> Tensor:
     """Return (..., heads, N, C) as (B, heads, N, C), one head where there is no such dimension."""
     return tensor.unsqueeze(1) if tensor.dim() == 3 else tensor.flatten(0, -4)
+
+
+def _pad(input: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Tensor:
+    """Circular padding as slices side by side: OpenVINO reads no Pad that wraps."""
+    if mode != "circular" or min(pad) < 0:
+        return F.pad(input, pad, mode, value)
+    for dim, before, after in zip(itertools.count(-1, -1), pad[::2], pad[1::2], strict=False):
+        end = input.narrow(dim, input.shape[dim] - before, before)
+        input = torch.cat([end, input, input.narrow(dim, 0, after)], dim)
+    return input
+
+
+def _renorm(input: Tensor, p: float, dim: int, maxnorm: float) -> Tensor:
+    """A limit on the norms along a dimension: torch's exporter crashes on the op."""
+    others = [d for d in range(input.dim()) if d != dim % input.dim()]
+    norm = torch.linalg.vector_norm(input, p, others, keepdim=True)
+    return input * torch.where(norm > maxnorm, maxnorm / (norm + 1e-7), 1.0)
+
+
+_WRITTEN: dict[Any, Callable[..., Tensor]] = {
+    # torch's exporter crashes on a network that computes its weights by ``weight.data = ...``
+    Tensor.data.__get__: Tensor.detach,  # type: ignore[attr-defined]
+    Tensor.data.__set__: Tensor.copy_,  # type: ignore[attr-defined]
+    F.scaled_dot_product_attention: _attention,
+    F.pad: _pad,
+    torch.renorm: _renorm,
+    Tensor.renorm: _renorm,
+}
 
 
 def _is_plain(answer: Any) -> bool:

@@ -133,12 +133,12 @@ def _attention(module: Any) -> dict[str, int]:
     return sizes | {"embed_dim": rows, "head_dim": rows // module.num_heads}
 
 
-_FOLLOWERS: tuple[tuple[type[nn.Module], Callable[[Any], dict[str, Any]]], ...] = (
+_FOLLOWERS: tuple[tuple[Any, Callable[[Any], dict[str, Any]]], ...] = (
     (nn.modules.conv._ConvNd, _conv),
     (nn.Linear, _linear),
     (nn.modules.batchnorm._NormBase, _batch_norm),
     (
-        nn.LayerNorm,
+        (nn.LayerNorm, nn.RMSNorm),
         lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},
     ),
     (nn.GroupNorm, lambda m: {} if m.weight is None else {"num_channels": len(m.weight)}),

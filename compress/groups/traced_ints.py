@@ -135,6 +135,7 @@ class TracedInt(int):
 _OWN = {"groups", "in_channels", "out_channels", "in_features", "out_features"} | {
     "num_features",
     "num_groups",
+    "normalized_shape",
 }
 
 

@@ -347,7 +347,8 @@ def chosen_precision(wanted: str, device: torch.device) -> str:
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
         return "bf16" if native else "fp16"
-    has = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    tell = getattr(torch.cpu, "get_capabilities", dict)  # torch 2.9 has none
+    has: Mapping[str, Any] = tell() if device.type == "cpu" else {}
     return "bf16" if has.get("avx512_bf16") or has.get("amx_bf16") else "fp32"
 
 

@@ -260,12 +260,11 @@ def gathered(tracer: Tracer, call: Call) -> None:
 def made(tracer: Tracer, call: Call) -> None:
     """Zeros, ones and the like: channels that can be cut if the program's size can follow."""
     out = call.outputs[0]
-    if call.raw.name in {
-        "feature_dropout",
-        "feature_alpha_dropout",
-    }:  # noise for each channel: its size is the input's
+    if call.raw.name in {"feature_dropout", "feature_alpha_dropout", "pad"}:
+        # noise for each channel, or room for a circular padding: its size is the input's
         axes = tracer.axes(call.raw.args[0])
-        tracer.label(out, [a if n > 1 else None for a, n in zip(axes, out.shape, strict=True)])
+        sizes = zip(axes, call.raw.args[0].shape, out.shape, strict=True)
+        tracer.label(out, [axis if size == now > 1 else None for axis, size, now in sizes])
         return
     given = call.raw.args[1 if call.name.startswith("new_") else 0 :]
     given = given or (call.raw.kwargs.get("size"),)

@@ -235,11 +235,20 @@ def layer_norm(tracer: Tracer, call: Call) -> None:
         for i, axis in enumerate(tracer.axes(vector), start):
             if x.shape[i] > 1:
                 axes[i] = tracer.unify(axes[i], axis, why)
+    _follow_normalized(tracer, call, axes[start:])
     tracer.label(call.outputs[0], axes)
     for out in call.outputs[1:]:
         tracer.label(out, [*axes[:start], *(None,) * (out.ndim - start)])
     if any(axis is not None for axis in axes[start:]):
         tracer.restrict(call)
+
+
+def _follow_normalized(tracer: Tracer, call: Call, axes: Sequence[Axis]) -> None:
+    """Let the sizes that a program says it normalizes follow those dimensions."""
+    sizes = call.raw.argument(1, "normalized_shape")
+    for size, axis in zip(sizes if isinstance(sizes, Sequence) else (), axes, strict=False):
+        if axis is not None:
+            follow(tracer, size, axis)
 
 
 @rule("native_group_norm")
@@ -277,6 +286,8 @@ def reduction(tracer: Tracer, call: Call) -> None:
     if isinstance(dim, bool) or dim is None or dim == [] or not x.ndim:
         dim = range(x.ndim)
     dims = [dim] if isinstance(dim, int) else dim
+    if call.raw.name == "rms_norm":  # which PyTorch computes by a mean
+        _follow_normalized(tracer, call, [tracer.axes(x)[d] for d in dims])
     _label_reduced(tracer, call, {d % x.ndim for d in dims})
 
 
@@ -310,7 +321,7 @@ def _label_without(tracer: Tracer, call: Call, dims: Container[int], leading: in
         tracer.label(out, [*(None,) * leading, *(axes if is_kept else left)])
 
 
-@rule("_softmax _log_softmax _safe_softmax softmax cumsum cumprod")
+@rule("_softmax _log_softmax _safe_softmax softmax cumsum cumprod logcumsumexp")
 def along(tracer: Tracer, call: Call) -> None:
     """Softmax and cumulative sums: shape and labels stay, values mix along one dimension."""
     x, dim = call.args[0], call.args[1]
@@ -318,6 +329,26 @@ def along(tracer: Tracer, call: Call) -> None:
     tracer.label(call.outputs[0], axes)
     if axes[dim % x.ndim] is not None:
         tracer.restrict(call)
+
+
+@rule("renorm")
+def renorm(tracer: Tracer, call: Call) -> None:
+    """Parts along one dimension are scaled by their own norm: a limit on the norm of filters."""
+    x, dim = call.args[0], call.args[2]
+    axes = tracer.axes(x)
+    tracer.label(call.outputs[0], axes)
+    if any(axis is not None for d, axis in enumerate(axes) if d != dim % x.ndim):
+        tracer.restrict(call)
+
+
+@rule("tril triu rot90")
+def plane(tracer: Tracer, call: Call) -> None:
+    """Triangles and turns of planes leave the channels along the other dimensions alone."""
+    axes: list[Axis] = list(tracer.axes(call.args[0]))
+    for dim in call.argument(2, (0, 1)) if call.name == "rot90" else (-2, -1):
+        tracer.freeze(axes[dim], f"{call.name} works along it")
+        axes[dim] = None
+    tracer.label(call.outputs[0], axes)
 
 
 @rule("_fft_r2c _fft_c2r _fft_c2c")
@@ -341,7 +372,7 @@ def complex_view(tracer: Tracer, call: Call) -> None:
         tracer.label(call.outputs[0], axes[:-1])
 
 
-@rule("topk sort argsort argmax argmin kthvalue mode")
+@rule("topk sort argsort argmax argmin kthvalue mode cummax cummin")
 def ordering(tracer: Tracer, call: Call) -> None:
     """Sorting and picking by value: positions along the dimension lose their names."""
     x = call.args[0]

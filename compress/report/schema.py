@@ -44,6 +44,10 @@ class Record(BaseModel):
         protected_namespaces=(),
     )
 
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able data; what was not measured is absent."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
 
 class MetricRecord(Record):
     """One metric of a task."""
@@ -514,7 +518,3 @@ class Report(Record):
     def variant(self, name: str) -> Variant | None:
         """Return the variant of that name, or None."""
         return next((variant for variant in self.variants if variant.name == name), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-able data; what was not measured is absent."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -22,6 +22,7 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 LONGEST_REASON = 300  # characters of another error's message
 UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # categories of Unicode
@@ -164,6 +165,12 @@ def unreadable(kind: type[CompressError], error: OSError, where: str = "") -> Co
 def reason_of(told: str) -> str:
     """Return the first line of a library's message, without codes and places in its C++."""
     return _IN_CPP.sub("", (told.strip().splitlines() or [""])[0])
+
+
+def first_problem(error: Any) -> str:
+    """Return the first thing that a ValidationError of pydantic says: "key.path: what"."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -256,7 +256,7 @@ def _dataset(
     settings: DataSettings, plugin: Any, source: Source, splits: Mapping[str, LabelledImages]
 ) -> Dataset:
     channels = source.test.shape[0]
-    mean, std = (None, None) if source.prepared else _given_normalization(settings)
+    mean, std = (None, None) if source.prepared else given_normalization(settings)
     return Dataset(
         name=settings.name,
         classes=source.classes,
@@ -273,7 +273,7 @@ def _dataset(
     )
 
 
-def _given_normalization(
+def given_normalization(
     settings: DataSettings,
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """Return mean and std of images in [0, 1] as far as the settings give them."""
@@ -315,7 +315,7 @@ def _told(fit: Fit | None) -> dict[str, Any]:
 
 def _options(settings: DataSettings) -> dict[str, Any]:
     known = plugins.options("data", settings.name)
-    mean, std = _given_normalization(settings)
+    mean, std = given_normalization(settings)
     if settings.root is not None and "root" not in known:
         raise UsageError(
             f"data {settings.name!r} takes no folder or file, and {settings.root!r} is given",

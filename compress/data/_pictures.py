@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from compress.data._plain_pictures import (
+    PADDING,
+    PicturePlacement,
+    UnknownWhiteError,
+    as_8_bit,
+    fitted,
+    frames_of,
+    placed,
+)
 from compress.errors import DataError, UsageError, boundary
 
 if TYPE_CHECKING:
@@ -24,11 +32,8 @@ ImageSize = int | tuple[int, int]  # side, or height and width, pixels
 CROP = 224 / 256  # of the short side, as ImageNet networks are evaluated
 DEFAULT_SIZE = 224
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
-PADDING = 114  # grey that letterboxes are filled with, 0..255, as YOLO networks are trained
 MOST_PIXELS = 89_478_485  # of one picture, 256 MiB as RGB: where Pillow begins to warn
-ANIMATED = {"GIF", "WEBP", "PNG", "TIFF"}  # of several frames; a photo's MPO has a main one
 _ORIENTATION = 0x0112  # EXIF: 5 to 8 swap width and height
-_DEEP_GREY = {"I;16", "I;16B", "I;16L", "I;16N"}
 
 
 @contextlib.contextmanager
@@ -58,9 +63,9 @@ def opened_picture(
                     expected=f"at most {MOST_PIXELS:,} pixels",
                     fix="Scale it down or cut it into parts",
                 )
-            if image.format in ANIMATED and getattr(image, "n_frames", 1) > 1:
+            if (frames := frames_of(image)) > 1:
                 raise DataError(
-                    f"holds {getattr(image, 'n_frames', 1)} frames or pages",
+                    f"holds {frames} frames or pages",
                     where=where,
                     expected="one picture",
                     fix="Save the one that is meant as a file of its own",
@@ -80,81 +85,18 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def to_8_bit(image: Image.Image, channels: int, *, where: str) -> Image.Image:
     """Return what ``opened_picture`` gave upright, as RGB of 8 bits, as grey with one channel.
 
-    16 bits are scaled to 8, floats from 0..1; what is transparent is shown on white; CMYK is
-    converted by the profile inside, if there is one.
-
     Raises:
         DataError: its numbers have no known white: 32-bit integers, floats beyond 0..1.
     """
-    from PIL import ImageOps
-
-    wanted = "L" if channels == 1 else "RGB"
-    upright: Image.Image = ImageOps.exif_transpose(image)
-    if upright.mode in _DEEP_GREY or upright.mode in {"I", "F"}:
-        upright = _scaled(upright, image.format or "", where)
-    elif upright.mode == "CMYK":
-        upright = _from_cmyk(upright)
-    elif "transparency" in upright.info or upright.mode in {"RGBA", "LA", "PA", "RGBa", "La"}:
-        upright = _on_white(upright)
-    return upright.convert(wanted)
-
-
-def _scaled(image: Image.Image, kind: str, where: str) -> Image.Image:
-    """Return deep grey scaled to 8 bits."""
-    from PIL import Image
-
-    values = np.asarray(image).astype(np.float64)
-    if image.mode == "F":
-        white = 1.0
-        told = "floating-point values"
-    else:  # older Pillow opens 16-bit PNG and PGM as 32 bits
-        is_16_bit = image.mode in _DEEP_GREY or kind in {"PNG", "PPM"}
-        white = 65535.0 if is_16_bit else 0.0
-        told = "32-bit integers"
-    if not white or not np.isfinite(values).all() or values.min() < 0 or values.max() > white:
+    try:
+        return as_8_bit(image, channels)
+    except UnknownWhiteError as error:
         raise DataError(
-            f"holds {told} from {values.min():g} to {values.max():g}: which is white is not known",
+            str(error),
             where=where,
             expected="8 or 16 bits for each channel, or floating-point values from 0 to 1",
             fix="Convert it, so that black is 0 and white the largest value",
-        )
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    layer = image.convert("RGBA")
-    white = Image.new("RGBA", layer.size, "white")
-    return Image.alpha_composite(white, layer)
-
-
-def _from_cmyk(image: Image.Image) -> Image.Image:
-    from PIL import ImageCms
-
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return image.convert("RGB")
-    inks, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-    converted: Image.Image | None = ImageCms.profileToProfile(image, inks, screen, outputMode="RGB")
-    return converted if converted is not None else image.convert("RGB")
-
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-
-@dataclass(frozen=True)
-class PicturePlacement:
-    """Where one picture lies in the network's input.
-
-    A point (x, y) of the picture is at ``(x * scale[1] + left, y * scale[0] + top)``.
-    """
-
-    resized: tuple[int, int]  # height and width after resizing, pixels
-    top: int  # of the resized picture in the input; negative where it is cropped
-    left: int
-    scale: tuple[float, float]  # vertical, horizontal
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -199,39 +141,12 @@ class Fit:
 
     def place(self, height: int, width: int) -> PicturePlacement:
         """Return where a picture of ``height`` x ``width`` pixels lies in the input."""
-        wanted = [round(side / self.share) for side in self.size]
-        if self.rule == "squash":
-            resized = (wanted[0], wanted[1])
-        else:
-            ratios = (wanted[0] / height, wanted[1] / width)
-            covers = self.rule == "short side"
-            scale = max(ratios) if covers else min(ratios)
-            sides = [int(scale * side + 1e-6) for side in (height, width)]
-            tight = ratios.index(scale)
-            sides[tight] = wanted[tight]
-            resized = (max(1, sides[0]), max(1, sides[1]))
-        top, left = (
-            round((want - have) / 2) for want, have in zip(self.size, resized, strict=True)
-        )
-        return PicturePlacement(resized, top, left, (resized[0] / height, resized[1] / width))
+        return placed(self.size, self.rule, self.share, height, width)
 
     def image(self, picture: Image.Image, fill: int | tuple[int, ...] | None = None) -> Image.Image:
         """Return ``picture`` resized, then cropped or padded to the size, with ``fill`` or grey."""
-        from PIL import Image as Pillow
-
-        height, width = self.size
         place = self.place(picture.height, picture.width)
-        small = picture.resize(
-            (place.resized[1], place.resized[0]),
-            Pillow.Resampling[self.interpolation.upper()],
-        )
-        if self.rule != "letterbox":
-            box = (-place.left, -place.top, width - place.left, height - place.top)
-            return small.crop(box)
-        grey = PADDING if len(picture.getbands()) == 1 else (PADDING,) * len(picture.getbands())
-        canvas = Pillow.new(picture.mode, (width, height), grey if fill is None else fill)
-        canvas.paste(small, (place.left, place.top))
-        return canvas
+        return fitted(picture, self.size, self.rule, place, self.interpolation, fill)
 
     def tensor(self, images: Tensor) -> Tensor:
         """Return (N, C, h, w) uint8 images of one size fitted to (N, C, H, W)."""

@@ -14,11 +14,9 @@ from compress import statistics
 from compress.errors import DataError, EngineError
 from compress.evaluate.predictions import Predictions, in_percent
 from compress.progress import track
-from compress.report.schema import Flip
+from compress.report.schema import LEVEL, SAME, Flip
 from compress.runtimes import Session
 from compress.tasks import Prediction
-
-SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -129,9 +127,9 @@ class Comparison:
 
         "no significant difference" is said only where a loss of more than a point is ruled out.
         """
-        if self.top1_p_value >= SIGNIFICANCE:
+        if self.top1_p_value >= LEVEL:
             open_loss = statistics.undecided(self.images, self.top1_change_ci95)
-            return open_loss or "no significant difference"
+            return open_loss or SAME
         return "more accurate" if self.top1_change_pct > 0 else "less accurate"
 
     def row(self) -> dict[str, Any]:
@@ -152,9 +150,7 @@ class Comparison:
             "images": self.images,
             **self.row(),
             "class_drops": [asdict(drop) for drop in self.class_drops],
-            "flips": [
-                flip.model_dump(exclude_none=True) | {"kind": flip.kind} for flip in self.flips
-            ],
+            "flips": [flip.to_json() | {"kind": flip.kind} for flip in self.flips],
         }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from compress import tasks
 from compress.evaluate.comparison import compare_predictions, outputs_row
 from compress.evaluate.predictions import Accuracy, Predictions, accuracy
+from compress.report.schema import MetricRecord
 
 
 class Evaluation:
@@ -54,7 +55,7 @@ class Evaluation:
         return tasks.values_of(self.task, self.scores)[self.primary]
 
     @cached_property
-    def metrics(self) -> dict[str, tasks.Metric]:
+    def metrics(self) -> dict[str, MetricRecord]:
         """Every metric with its 95 % interval."""
         return tasks.metrics(self.task, self.scores) if self.task.kinds else {}
 
@@ -76,16 +77,7 @@ class Evaluation:
             is_known = getattr(self.task, "inner", None) is not None
             return alike | (self._agreement_row(reference) if is_known else {})
         changes = tasks.compare_metrics(self.task, reference.scores, self.scores)
-        told = {
-            name: {
-                "value": change.value,
-                "ci95": list(change.ci95),
-                "unit": change.unit,
-                "drop": change.drop,
-                "verdict": change.verdict_of(self.images),
-            }
-            for name, change in changes.items()
-        }
+        told = {name: change.to_json() for name, change in changes.items()}
         return self._agreement_row(reference) | {"changes": told}
 
     def _agreement_row(self, reference: Evaluation) -> dict[str, Any]:

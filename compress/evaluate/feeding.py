@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from compress import plugins
-from compress.data import Dataset
+from compress.data import Dataset, given_normalization
 from compress.errors import EngineError, UnknownNameError, UsageError
 from compress.graph import files
 from compress.graph.batch import input_axes, leading
@@ -56,8 +56,8 @@ def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
     """
     known = settings.model_dump(exclude_none=True)
     known |= {key: settings.options[key] for key in FITTING if key in settings.options}
-    if settings.input_range is not None:
-        known |= {"mean": settings.mean or (0.0,), "std": settings.std or (1.0,)}
+    in_unit_range = zip(("mean", "std"), given_normalization(settings), strict=True)
+    known |= {key: value for key, value in in_unit_range if value is not None}
     said_by: dict[str, str] = dict.fromkeys(known, "the data's settings")
     found: dict[str, Any] = {}
     readable = plugins.options("data", settings.name)
@@ -66,8 +66,7 @@ def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
             if key not in FACTS and (key not in FITTING or key not in readable):
                 continue
             if key in known:
-                own = _in_unit_range(settings, key, known[key])
-                _check_same(key, own, value, said_by[key], path)
+                _check_same(key, known[key], value, said_by[key], path)
             elif key != "layout":  # the shape of each file's own input tells
                 known[key], said_by[key], found[key] = value, str(path), value
     if settings.input_range is not None:  # mean and std are the user's
@@ -183,15 +182,6 @@ class Fed:
         """Return one array for each output."""
         given = arrays_for(self._session.inputs, torch.from_numpy(images), self._dataset)
         return self._session.run(*given)
-
-
-def _in_unit_range(settings: DataSettings, key: str, value: Any) -> Any:
-    """Return a mean or std of the settings as that of images in [0, 1], as files keep it."""
-    if key not in ("mean", "std") or settings.input_range is None:
-        return value
-    black, white = settings.input_range
-    shift = black if key == "mean" else 0.0
-    return tuple((each - shift) / (white - black) for each in value)
 
 
 def _check_same(key: str, own: Any, said: Any, by: str, path: Path) -> None:

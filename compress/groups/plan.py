@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress import artifact
-from compress.errors import PlanError, RunError, UnknownNameError
+from compress.errors import PlanError, RunError, UnknownNameError, first_problem
 from compress.groups.network import KeptIndex, Network, Positions, Reduction, stays_at
 
 K = TypeVar("K")
@@ -99,10 +99,8 @@ class PrunePlan:
         try:
             return _read(_StoredPlan.model_validate(data))
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
             raise PlanError(
-                f"not a pruning plan: {place}: {first['msg']}",
+                f"not a pruning plan: {first_problem(error)}",
                 expected="the JSON that PrunePlan.save writes",
             ) from None
 

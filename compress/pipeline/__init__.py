@@ -196,5 +196,5 @@ def measured_once(context: RunContext, stage: Path, measure: Callable[[], Measur
         for engine, source in found.engines.items()
         for path in sorted(engine.parent.glob(f"{engine.stem}.*"))  # its weights, record, layers
     )
-    context.run.finish(stage, found.model_dump(mode="json", exclude_none=True), files)
+    context.run.finish(stage, found.to_json(), files)
     return found

@@ -23,7 +23,7 @@ from compress.pipeline.overlap import overlap
 from compress.quantize.notes import by_reason
 from compress.recipe.settings import Recipe, TrainSettings
 from compress.report import numbers
-from compress.report.schema import BUSY_RESOLUTION_PCT, Figure, Result, Variant
+from compress.report.schema import BUSY_RESOLUTION_PCT, Figure, Variant
 from compress.report.verdict import speed_differs, title
 from compress.train.batches import steps_in_epoch
 
@@ -272,7 +272,8 @@ def of_trained(variants: Sequence[Variant]) -> Iterator[str]:
         if before is None or verb not in ("distill", "finetune"):
             continue
         for result in variant.results:
-            figure, old = result.figure, _same_place(result, before)
+            same = before.result_like(result)
+            figure, old = result.figure, same.figure if same else None
             if figure is None or old is None or figure.name != old.name:
                 continue
             if _is_worse(figure, old):
@@ -283,15 +284,6 @@ def of_trained(variants: Sequence[Variant]) -> Iterator[str]:
                     f"a lower rate, or leave {verb} out"
                 )
                 break
-
-
-def _same_place(result: Result, variant: Variant) -> Figure | None:
-    """Return the headline figure of ``variant`` where ``result`` was measured."""
-    place = (result.runtime, result.precision, result.batch)
-    found = (
-        each for each in variant.results if (each.runtime, each.precision, each.batch) == place
-    )
-    return next((each.figure for each in found), None)
 
 
 def _is_worse(figure: Figure, old: Figure) -> bool:

@@ -228,32 +228,29 @@ def _sparsities(
             pattern=variant.sparsity,
             zero_weights_pct=measure.zero_weights_pct(context.path(variant)),
             runtimes={
-                result.runtime: _gain(result, _dense_results(variant, named))
-                for result in row.results
+                result.runtime: _gain(result, _dense(variant, named)) for result in row.results
             },
         )
 
 
-def _dense_results(
+def _dense(
     variant: RunVariant, named: Mapping[str, tuple[RunVariant, schema.Variant]]
-) -> tuple[str, tuple[schema.Result, ...]]:
-    """Return the nearest ancestor without zeroed weights, by name, and its results."""
+) -> schema.Variant:
+    """Return the nearest ancestor without zeroed weights, with its results."""
     while variant.sparsity is not None and variant.parent is not None:
         variant = named[variant.parent][0]
-    return variant.name, named[variant.name][1].results
+    return named[variant.name][1]
 
 
-def _gain(result: schema.Result, dense: tuple[str, tuple[schema.Result, ...]]) -> str:
+def _gain(result: schema.Result, dense: schema.Variant) -> str:
     """Return what a runtime does with zeros, and what was measured of it here."""
     word = runtime_class(result.runtime).zero_weights
-    name, rows = dense
-    key = (result.runtime, result.precision, result.batch, result.threads)
-    other = next((r for r in rows if (r.runtime, r.precision, r.batch, r.threads) == key), None)
+    other = dense.result_like(result)
     if other is None or not result.latency_ms_p50_ci95 or not other.latency_ms_p50_ci95:
         return f"{word} (not measured here against the same precision with dense weights)"
     (low, high), (other_low, other_high) = result.latency_ms_p50_ci95, other.latency_ms_p50_ci95
     verdict = "faster" if high < other_low else "slower" if low > other_high else "as fast"
     return (
-        f"{word}; measured here: {verdict} ({low:.3g} to {high:.3g} ms; {name}: {other_low:.3g} to "
-        f"{other_high:.3g})"
+        f"{word}; measured here: {verdict} ({low:.3g} to {high:.3g} ms; "
+        f"{dense.name}: {other_low:.3g} to {other_high:.3g})"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -130,7 +129,8 @@ def measure_again(root: Path) -> Remeasured:
         for entry, row in zip(entries, rows, strict=True):
             place = f"{entry.variant.name} on {target.runtime}, batch {target.batch}"
             skipped |= {f"{place}: {what}": why for what, why in row.skipped.items()}
-            before = _reported(report, entry.variant.name, row)
+            reported = report.variant(entry.variant.name)
+            before = reported.result_like(row) if reported else None
             if before is None:
                 skipped[place] = "the report has no such result"
             else:
@@ -159,13 +159,6 @@ def _elsewhere(report: Report) -> str:
         for key in sorted(before)
         if before[key] != now.get(key)
     )
-
-
-def _reported(report: Report, variant: str, row: Result) -> Result | None:
-    place = operator.attrgetter("runtime", "batch", "threads", "precision")
-    found = report.variant(variant)
-    results = found.results if found else ()
-    return next((result for result in results if place(result) == place(row)), None)
 
 
 def _checks(variant: str, before: Result, row: Result, elsewhere: str) -> Iterator[Check]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from compress.artifact import read_json, write_json
-from compress.errors import QuantizationError, UnknownNameError, boundary
+from compress.errors import QuantizationError, UnknownNameError, boundary, first_problem
 
 TARGETS = ("onnxruntime", "openvino", "tensorrt")
 VERSION = 1
@@ -143,9 +143,7 @@ class QuantPlan:
             try:
                 return _SCHEMA.validate_python(fields)
             except ValidationError as error:
-                first = error.errors(include_url=False)[0]
-                place = ".".join(map(str, first["loc"]))
-                raise QuantizationError(f"{what}: {place}: {first['msg']}", fix=fix) from None
+                raise QuantizationError(f"{what}: {first_problem(error)}", fix=fix) from None
 
     def save(self, path: Path | str) -> None:
         """Write this plan as JSON."""

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,7 +20,6 @@ from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 MOST_BRACKETS = 2000
 MOST_VALUES = 100_000  # of a recipe with its aliases written out
 TRACKERS = ("tensorboard", "mlflow")
-Part = TypeVar("Part", bound=Settings)
 TYPE_NAMES = {"str", "int", "float", "bool", "constrained-int", "constrained-float"}
 PLUGIN_KEYS = {
     "criterion": "criteria",
@@ -142,26 +141,18 @@ def tracked(recipe: Recipe, tracker: str | None) -> Recipe:
         return recipe
     if tracker not in TRACKERS:
         raise UnknownNameError("tracker", tracker, TRACKERS, where="--track")
-    if not any(isinstance(part, TrainSettings) for _, part in recipe.parts()):
+    trainings = [place for place, part in recipe.parts() if isinstance(part, TrainSettings)]
+    if not trainings:
         raise UsageError(
             "no stage trains a network, so there is nothing to log",
             where="--track",
             fix="Give --epochs",
         )
     require(tracker, extra="tracking", purpose=f"--track {tracker}")
-    return _tracked(recipe, tracker)
-
-
-def _tracked(part: Part, tracker: str) -> Part:
-    """Return a part of a recipe with the tracker in all settings of trainings below it."""
-    changes: dict[str, Any] = {"track": tracker} if isinstance(part, TrainSettings) else {}
-    for key in type(part).model_fields:
-        value = getattr(part, key)
-        if isinstance(value, Settings):
-            changes[key] = _tracked(value, tracker)
-        elif isinstance(value, tuple) and value and isinstance(value[0], Settings):
-            changes[key] = tuple(_tracked(each, tracker) for each in value)
-    return part.model_copy(update=changes)
+    content = to_json(recipe)
+    for place in trainings:
+        apply_override(content, f"{place}.track={tracker}")
+    return Recipe.model_validate(content)
 
 
 def from_anywhere(recipe: Recipe) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from compress.artifact import check_file, read_json
-from compress.errors import RunError, listed
+from compress.errors import RunError, first_problem, listed
 from compress.packages import DISTRIBUTION
 from compress.report.charts import learning_curves
 from compress.report.run_folder import (
@@ -78,10 +78,8 @@ def read_report(path: Path) -> Report:
     try:
         return Report.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
         raise RunError(
-            f"{place}: {first['msg']}",
+            first_problem(error),
             where=str(path),
             fix="The file was changed or damaged: run the recipe again",
         ) from None

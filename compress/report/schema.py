@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -43,6 +44,10 @@ class Record(BaseModel):
         populate_by_name=True,
         protected_namespaces=(),
     )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON-able data; what was not measured is absent."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class MetricRecord(Record):
@@ -212,6 +217,16 @@ class Variant(Record):
     size_mib: float | None = None  # of the artifact; what runs is in the results
     results: tuple[Result, ...] = ()
     skipped: Reasons = {}  # field or runtime -> why it is absent
+
+    def results_beside(self, result: Result) -> list[Result]:
+        """Return the results on the runtime of ``result``, of its batch and threads."""
+        place = operator.attrgetter("runtime", "batch", "threads")
+        return [each for each in self.results if place(each) == place(result)]
+
+    def result_like(self, result: Result) -> Result | None:
+        """Return that of ``results_beside`` in the same precision, or None."""
+        beside = self.results_beside(result)
+        return next((each for each in beside if each.precision == result.precision), None)
 
 
 class Gate(Record):
@@ -514,7 +529,3 @@ class Report(Record):
     def variant(self, name: str) -> Variant | None:
         """Return the variant of that name, or None."""
         return next((variant for variant in self.variants if variant.name == name), None)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return JSON-able data; what was not measured is absent."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -83,12 +83,7 @@ def matching(variant: Variant, result: Result) -> Result | None:
 
     That of the original is fp32, which speed-ups are told against.
     """
-    return next(_beside(variant, result), None)
-
-
-def _beside(variant: Variant, result: Result) -> Iterator[Result]:
-    setting = (result.runtime, result.batch, result.threads)
-    yield from (r for r in variant.results if (r.runtime, r.batch, r.threads) == setting)
+    return next(iter(variant.results_beside(result)), None)
 
 
 def sizes_mib(original: Variant, variant: Variant, result: Result) -> tuple[float, float] | None:
@@ -214,7 +209,7 @@ def _better(report: Report, variant: Variant, after: Result) -> str:
     limit = min((g.limit for g in budgets), default=None)
     missed = {g.variant for g in budgets if not g.passed and g.variant}
     candidates = []
-    for variant, result in ((v, r) for v in report.variants for r in _beside(v, after)):
+    for variant, result in ((v, r) for v in report.variants for r in v.results_beside(after)):
         if result.latency_ms_p50 is None or variant.name in missed:
             continue
         change = accuracy_of(variant, result).change

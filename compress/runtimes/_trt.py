@@ -141,10 +141,8 @@ class EngineHeader:
 
 def gpu_name() -> str | None:
     """Return the name and compute capability of the GPU here, "NVIDIA L4 (SM89)", or None."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return f"{torch.cuda.get_device_name()} (SM{major}{minor})"
+    capability = gpu_capability()
+    return capability and f"{torch.cuda.get_device_name()} ({capability})"
 
 
 def gpu_capability() -> str | None:

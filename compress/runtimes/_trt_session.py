@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from compress.artifact import read_json
 from compress.errors import EngineError
 from compress.graph import files
-from compress.runtimes import _trt
+from compress.runtimes import _trt, build_record
 from compress.runtimes._session import BuildRequest, Opens, TensorSpec
 from compress.runtimes._trt import EngineHeader, Flavour, Log
 from compress.runtimes._trt_build import Build, BuildSettings
@@ -222,8 +221,7 @@ def load_engine(flavour: Flavour, path: Path, *, cuda_graph: bool) -> TrtSession
         EngineError: it is damaged, of another version or GPU, or there is no GPU here.
         MissingPackageError: the flavour's package is not installed.
     """
-    record = path.with_name(f"{path.name}.json")
-    facts: dict[str, Any] = read_json(record) if record.is_file() else {}
+    facts = build_record(path)
     header = EngineHeader.read(path, expected_bytes=facts.get("bytes"))
     trt = flavour.package()
     check_fits(flavour, path, header, facts, installed=str(trt.__version__))

@@ -21,9 +21,7 @@ from compress.errors import UsageError
 from compress.tasks._metrics import (
     TOP1,
     Array,
-    Change,
     Kind,
-    Metric,
     Primary,
     agreement,
     class_metrics,
@@ -32,6 +30,7 @@ from compress.tasks._metrics import (
     metrics,
     values_of,
 )
+from compress.tasks._plain_answers import arrays_told
 from compress.tasks._scoring import (
     channels_first,
     check_repeated,
@@ -47,11 +46,9 @@ from compress.tasks._scoring import (
 __all__ = [
     "TOP1",
     "Array",
-    "Change",
     "Contribution",
     "Form",
     "Kind",
-    "Metric",
     "Prediction",
     "Primary",
     "Row",
@@ -233,21 +230,6 @@ class OutputTask(Task):
     def loss(self, model: nn.Module, images: Tensor, targets: Any) -> Tensor:
         """Return the training loss of a batch, a scalar."""
         return self.output_loss(model(images), targets)
-
-
-def arrays_told(arrays: Mapping[str, Any]) -> list[Row]:
-    """Return shape and range of each array, (nothing,) of an empty one."""
-    found = {name: np.asarray(value) for name, value in arrays.items()}
-    return [
-        {
-            "output": name,
-            "shape": "x".join(map(str, each.shape)) or "a number",
-            "lowest": float(each.min()) if each.size else None,
-            "mean": float(each.mean()) if each.size else None,
-            "highest": float(each.max()) if each.size else None,
-        }
-        for name, each in found.items()
-    ]
 
 
 def load_task(reference: str | Mapping[str, Any], **supplied: Any) -> Task:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from compress import statistics
 from compress.errors import DataError
+from compress.report.schema import SAME, ChangeRecord, MetricRecord
 from compress.statistics import Interval
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Array = NDArray[Any]
 
 RESAMPLES = 1000  # bootstrap draws
-SAME = 1e-9  # draws that differ by less, relative to the value, are equal
+EQUAL = 1e-9  # draws that differ by less, relative to the value, are equal
 Z_SQUARED = 1.96**2  # of a 95 % interval
 RECALLS = np.linspace(0.0, 1.0, 101)  # at which COCO reads the precision
 DRAWN_AT_ONCE = 2_000_000  # numbers of a matrix of bootstrap draws held in memory
@@ -69,56 +70,7 @@ class Primary:
 TOP1 = Primary()
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A measured metric with its 95 % interval over images (None where it needs more images)."""
-
-    value: float
-    ci95: Interval | None
-    unit: str = "pct"
-    higher_is_better: bool = True
-    title: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return this metric as JSON-able data."""
-        told: dict[str, Any] = {"value": self.value, "unit": self.unit}
-        if self.title:
-            told["title"] = self.title
-        if self.ci95 is not None:
-            told["ci95"] = list(self.ci95)
-        return told | ({} if self.higher_is_better else {"higher_is_better": False})
-
-
-@dataclass(frozen=True)
-class Change:
-    """Candidate less reference of one metric on the same images, with its paired interval."""
-
-    value: float
-    ci95: Interval
-    unit: str = "pct"
-    higher_is_better: bool = True
-
-    @property
-    def verdict(self) -> str:
-        """Return "no significant difference", "better" or "worse"."""
-        if not statistics.excludes(self.ci95, 0.0):
-            return "no significant difference"
-        return "better" if (self.value > 0) == self.higher_is_better else "worse"
-
-    def verdict_of(self, images: int) -> str:
-        """Return ``verdict``, or what so many images cannot rule out of a metric in percent."""
-        if statistics.excludes(self.ci95, 0.0) or self.unit != "pct":
-            return self.verdict
-        low, high = self.ci95 if self.higher_is_better else (-self.ci95[1], -self.ci95[0])
-        return statistics.undecided(images, (low, high)) or self.verdict
-
-    @property
-    def drop(self) -> float:
-        """How much worse the candidate is, in the metric's unit; negative where it is better."""
-        return -self.value if self.higher_is_better else self.value
-
-
-def metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metric]:
+def metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, MetricRecord]:
     """Return every metric with its bootstrap interval over images, of what each contributes.
 
     Raises:
@@ -127,35 +79,33 @@ def metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metric]:
     values = values_of(task, scores)
     drawn = _bootstrap(task, scores)
     return {
-        name: Metric(
+        name: _metric(
             values[name],
-            _inside(_interval(drawn[name], values[name], kind, len(scores), drawn[name]), kind),
-            kind.unit,
-            kind.higher_is_better,
-            kind.title,
+            _interval(drawn[name], values[name], kind, len(scores), drawn[name]),
+            kind,
         )
         for name, kind in task.kinds.items()
     }
 
 
-def class_metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, Metric | None]:
+def class_metrics(task: Task, scores: Sequence[Contribution]) -> dict[str, MetricRecord | None]:
     """Return the task's metric of each class with its interval; None for one that never occurs."""
     found = task.class_values(scores, np.ones((1, len(scores)), dtype=np.int64))
     if found is None:
         return {}
     parts = (task.class_values(scores, counts) for counts in _draws(len(scores)))
     drawn = np.concatenate([part for part in parts if part is not None])
-    kind, metrics = Kind(), dict[str, Metric | None]()
+    kind, metrics = Kind(), dict[str, MetricRecord | None]()
     for k, value in enumerate(found[0].tolist()):
         name = task.classes[k] if k < len(task.classes) else str(k)
         ends = _interval(drawn[:, k], value, kind, len(scores), drawn[:, k])
-        metrics[name] = None if np.isnan(value) else Metric(value, _inside(ends, kind))
+        metrics[name] = None if np.isnan(value) else _metric(value, ends, kind)
     return metrics
 
 
 def compare_metrics(
     task: Task, reference: Sequence[Contribution], candidate: Sequence[Contribution]
-) -> dict[str, Change]:
+) -> dict[str, ChangeRecord]:
     """Return candidate less reference of every metric, paired: both are drawn the same images.
 
     Raises:
@@ -169,7 +119,7 @@ def compare_metrics(
     before, after = values_of(task, reference), values_of(task, candidate)
     drawn = (_bootstrap(task, reference), _bootstrap(task, candidate))
     return {
-        name: Change(
+        name: change_of(
             after[name] - before[name],
             _interval(
                 drawn[1][name] - drawn[0][name],
@@ -177,10 +127,9 @@ def compare_metrics(
                 kind,
                 len(reference),
                 drawn[0][name],
-            )
-            or (-np.inf, np.inf),
-            kind.unit,
-            kind.higher_is_better,
+            ),
+            kind,
+            len(reference),
         )
         for name, kind in task.kinds.items()
     }
@@ -188,7 +137,7 @@ def compare_metrics(
 
 def agreement(
     task: Task, reference: Sequence[Prediction], candidate: Sequence[Prediction]
-) -> Metric:
+) -> MetricRecord:
     """Return the mean agreement of two networks' predictions for the same images.
 
     Raises:
@@ -203,7 +152,7 @@ def agreement(
     drawn = np.concatenate([counts @ each for counts in _draws(len(each))]) / len(each)
     kind = Kind(task.agreement_unit)
     ends = _interval(drawn, float(each.mean()), kind, len(each), drawn)
-    return Metric(float(each.mean()), _inside(ends, kind), task.agreement_unit)
+    return _metric(float(each.mean()), ends, kind)
 
 
 def mean_of(values: Sequence[float], counts: Array) -> Array:
@@ -263,7 +212,7 @@ def _interval(
     if not len(finite):
         return None
     low, high = (float(end) for end in np.quantile(finite, [0.025, 0.975]))
-    if high - low > SAME * max(1.0, abs(value)):
+    if high - low > EQUAL * max(1.0, abs(value)):
         return low, high
     known = spread[np.isfinite(spread)]
     scale = 100.0
@@ -273,11 +222,30 @@ def _interval(
     return value - reach, value + reach
 
 
-def _inside(interval: Interval | None, kind: Kind) -> Interval | None:
-    """Return an interval of percents cut to 0..100."""
-    if interval is None or kind.unit != "pct":
-        return interval
-    return max(0.0, interval[0]), min(100.0, interval[1])
+def _metric(value: float, interval: Interval | None, kind: Kind) -> MetricRecord:
+    """Return a metric; the interval of a percentage is cut to 0..100."""
+    if interval is not None and kind.unit == "pct":
+        interval = max(0.0, interval[0]), min(100.0, interval[1])
+    return MetricRecord(
+        value=value,
+        unit=kind.unit,
+        ci95=interval,
+        higher_is_better=None if kind.higher_is_better else False,
+        title=kind.title or None,
+    )
+
+
+def change_of(value: float, interval: Interval | None, kind: Kind, images: int) -> ChangeRecord:
+    """Return a change of a metric, and what it means: what so many images cannot rule out, too."""
+    bounds = interval or (-np.inf, np.inf)
+    if statistics.excludes(bounds, 0.0):
+        verdict = "better" if (value > 0) == kind.higher_is_better else "worse"
+    else:
+        gains = bounds if kind.higher_is_better else (-bounds[1], -bounds[0])
+        left_open = statistics.undecided(images, gains) if kind.unit == "pct" else None
+        verdict = left_open or SAME
+    drop = -value if kind.higher_is_better else value
+    return ChangeRecord(value=value, unit=kind.unit, ci95=interval, drop=drop, verdict=verdict)
 
 
 def average_precision(scores: Array, hits: Array, weights: Array) -> float:

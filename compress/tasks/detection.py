@@ -29,6 +29,13 @@ from compress.tasks import (
 )
 from compress.tasks._drawing import boxed
 from compress.tasks._metrics import coco_average_precision, mean_over
+from compress.tasks._plain_answers import (
+    CONFIDENT,
+    best_boxes,
+    boxes_in_picture,
+    boxes_told,
+    confident,
+)
 
 IOUS = np.linspace(0.5, 0.95, 10)
 QUERIES = (
@@ -39,7 +46,6 @@ OTHER_ROWS = (
     "Build the network for the classes of the data. Instance masks, key points and rotated boxes, "
     "which other heads of YOLO give beside the boxes, are not read: use their detector"
 )
-DRAWN_SCORE = 0.3  # boxes below it are not drawn, nor do they count for agreement
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Detection(Task):
     losses: ClassVar[tuple[str, ...]] = ("cwd",)
     class_metric: ClassVar[str] = "AP 50-95"
     legend: ClassVar[str] = (
-        f"Boxes of a score of {DRAWN_SCORE:g} or more; the difference shows those that were lost "
+        f"Boxes of a score of {CONFIDENT:g} or more; the difference shows those that were lost "
         "and those that are new."
     )
     loss_reads_outputs: ClassVar[bool] = False
@@ -141,7 +147,7 @@ class Detection(Task):
 
     def agreement(self, reference: Prediction, candidate: Prediction) -> float:
         """Return the F1 of boxes of equal class that overlap by half, percent."""
-        one, two = (_confident(each) for each in (reference, candidate))
+        one, two = (confident(each) for each in (reference, candidate))
         total = len(one["labels"]) + len(two["labels"])
         if not total:
             return 100.0
@@ -153,28 +159,15 @@ class Detection(Task):
 
     def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
         """Return the boxes in pixels of the picture."""
-        place = fit.place(*size)
-        moved = prediction["boxes"] - (place.left, place.top) * 2
-        back = moved / ((place.scale[1], place.scale[0]) * 2)
-        return prediction | {"boxes": np.clip(back, 0, (size[1], size[0]) * 2)}
+        return prediction | {"boxes": boxes_in_picture(prediction["boxes"], fit.place(*size), size)}
 
     def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
         """Return the boxes of each image that have a score of 0.3 or more, best first."""
-        return [
-            [
-                {
-                    "class": self.name_of(int(k)),
-                    "score": float(score),
-                    **dict(zip(("x1", "y1", "x2", "y2"), map(float, box), strict=True)),
-                }
-                for k, score, box in zip(seen["labels"], seen["scores"], seen["boxes"], strict=True)
-            ]
-            for seen in map(_confident, predictions)
-        ]
+        return [boxes_told(confident(each), self.name_of) for each in predictions]
 
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the boxes that have a score of 0.3 or more, or no score."""
-        seen = _confident(prediction) if "scores" in prediction else prediction
+        seen = confident(prediction) if "scores" in prediction else prediction
         names = [self.name_of(int(k)) for k in seen["labels"]]
         return boxed(image, seen["boxes"], seen["labels"], names, seen.get("scores"))
 
@@ -186,7 +179,7 @@ class Detection(Task):
 
     def draw_change(self, image: Any, reference: Prediction, candidate: Prediction) -> Any:
         """Return the image with the boxes that the candidate lost, and those that appeared."""
-        before, after = _confident(reference), _confident(candidate)
+        before, after = confident(reference), confident(candidate)
         parts = [("lost", _without(before, after)), ("new", _without(after, before))]
         boxes = np.concatenate([seen["boxes"] for _, seen in parts])
         kinds = np.repeat([0, 1], [len(seen["boxes"]) for _, seen in parts])
@@ -263,13 +256,7 @@ class Detection(Task):
                 "boxes or scores are not finite numbers",
                 fix="An fp16 network may have overflowed: keep its widest layers in fp32",
             )
-        order = np.argsort(-scores, kind="stable")
-        order = order[scores[order] > self.score_threshold][: self.max_boxes]
-        return {
-            "boxes": boxes[order].astype(np.float32).reshape(-1, 4),
-            "scores": scores[order].astype(np.float32),
-            "labels": labels[order].astype(np.int64),
-        }
+        return best_boxes(boxes, scores, labels, self.score_threshold, self.max_boxes)
 
     def _precisions(self, scores: Sequence[Contribution], counts: Array) -> Array:
         """Return the average precision of each sample, class and IoU, (R, K, 10)."""
@@ -344,13 +331,6 @@ def _matched(iou: Array, ignored: Array) -> Array:
 def _ignored(target: Target) -> Array:
     """Return which objects need not be found, (M,)."""
     return numeric(target.get("ignored", np.zeros(len(target["labels"]), bool))).astype(bool)
-
-
-def _confident(prediction: Prediction) -> Prediction:
-    """Return the boxes of a score of 0.3 or more; those without an area overlap nothing."""
-    has_area = (prediction["boxes"][:, 2:] > prediction["boxes"][:, :2]).all(1)
-    kept = has_area & (prediction["scores"] >= DRAWN_SCORE)
-    return {name: value[kept] for name, value in prediction.items()}
 
 
 def _without(one: Prediction, two: Prediction) -> Prediction:

@@ -22,11 +22,9 @@ from compress.tasks import (
     Prediction,
     Row,
     Target,
-    arrays_told,
     main_output,
 )
-
-NEAREST = 5  # images that are told of each
+from compress.tasks._plain_answers import arrays_told, nearest_told
 
 
 @dataclass(frozen=True)
@@ -116,14 +114,7 @@ class Embedding(OutputTask):
         """Return the nearest five of the other images by cosine; of an image alone, its vector."""
         if len(predictions) == 1:
             return [arrays_told(predictions[0])]
-        vectors = np.stack([each["embedding"] for each in predictions])
-        cosines = vectors @ vectors.T
-        np.fill_diagonal(cosines, -np.inf)
-        order = np.argsort(-cosines, axis=1, kind="stable")[:, : min(NEAREST, len(images) - 1)]
-        return [
-            [{"nearest": images[other], "cosine": float(cosines[row, other])} for other in others]
-            for row, others in enumerate(order)
-        ]
+        return nearest_told(np.stack([each["embedding"] for each in predictions]), images)
 
 
 def _share(right: Array, counts: Array) -> Array:

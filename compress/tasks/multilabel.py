@@ -25,6 +25,7 @@ from compress.tasks import (
 )
 from compress.tasks._drawing import captioned
 from compress.tasks._metrics import average_precision, mean_over
+from compress.tasks._plain_answers import classes_told
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,10 @@ class Multilabel(OutputTask):
 
     def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
         """Return the classes of each image, likeliest first: those present, else the likeliest."""
-        return [self._ranked(each["probabilities"], each["present"]) for each in predictions]
+        return [
+            classes_told(each["probabilities"], each["present"], self.name_of)
+            for each in predictions
+        ]
 
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the classes that are present, each with its probability if told."""
@@ -110,14 +114,3 @@ class Multilabel(OutputTask):
     def truth(self, target: Target) -> Prediction:
         """Return the classes that are there, without probabilities."""
         return {"present": np.asarray(target) > 0}
-
-    def _ranked(self, probabilities: Array, present: Array) -> list[Row]:
-        order = np.argsort(-probabilities, kind="stable")[: max(1, int(present.sum()))]
-        return [
-            {
-                "class": self.name_of(int(k)),
-                "probability": float(probabilities[k]),
-                "present": bool(present[k]),
-            }
-            for k in order
-        ]

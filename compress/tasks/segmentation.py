@@ -28,8 +28,8 @@ from compress.tasks import (
 )
 from compress.tasks._drawing import captioned, outlined, overlaid, palette
 from compress.tasks._metrics import mean_over
+from compress.tasks._plain_answers import UNSEEN, map_in_picture, map_told, sized
 
-UNSEEN = -1  # in a class map: pixels of the picture that the network was not shown
 LEGEND = 12  # classes that are named in a drawing
 AUXILIARY_WEIGHT = 0.5  # of the second head that torchvision's segmentation networks train
 
@@ -100,7 +100,7 @@ class Segmentation(OutputTask):
 
     def score(self, prediction: Prediction, target: Target) -> Contribution:
         """Return pixels of each class: predicted and true, predicted, and true, (3, K)."""
-        truth, found = np.asarray(target), self._sized(prediction["class_map"], np.shape(target))
+        truth, found = np.asarray(target), sized(prediction["class_map"], np.shape(target))
         counted = np.ones(truth.shape, bool) if self.ignore is None else truth != self.ignore
         truth, found = truth[counted].astype(np.int64), found[counted].astype(np.int64)
         size = max(len(self.classes), int(truth.max(initial=0)) + 1, int(found.max(initial=0)) + 1)
@@ -134,26 +134,15 @@ class Segmentation(OutputTask):
     def in_picture(self, prediction: Prediction, fit: Fit, size: tuple[int, int]) -> Prediction:
         """Return the class of each pixel of the picture; UNSEEN where the input was cropped."""
         place = fit.place(*size)
-        sized = self._sized(prediction["class_map"], fit.size).astype(np.int32)
-        rows, columns = (
-            np.floor((np.arange(length) + 0.5) * scale + first).astype(np.int64)
-            for length, scale, first in zip(size, place.scale, (place.top, place.left), strict=True)
-        )
-        seen = [
-            (each >= 0) & (each < side)
-            for each, side in zip((rows, columns), fit.size, strict=True)
-        ]
-        found = np.full(size, UNSEEN, np.int32)
-        found[np.ix_(*seen)] = sized[np.ix_(rows[seen[0]], columns[seen[1]])]
-        return {"class_map": found}
+        return {"class_map": map_in_picture(prediction["class_map"], fit.size, place, size)}
 
     def describe(self, predictions: Sequence[Prediction], images: Sequence[str]) -> list[list[Row]]:
         """Return the classes in each image with their share of the pixels, the largest first."""
-        return [self._shares(each["class_map"]) for each in predictions]
+        return [map_told(each["class_map"], self.name_of) for each in predictions]
 
     def draw(self, image: Any, prediction: Prediction) -> Any:
         """Return the image with the classes as colours over it, and their names."""
-        class_map = self._sized(prediction["class_map"], image.shape[:2])
+        class_map = sized(prediction["class_map"], image.shape[:2])
         found, pixels = np.unique(class_map[class_map != UNSEEN], return_counts=True)
         order = found[np.argsort(-pixels, kind="stable")][:LEGEND]
         return captioned(
@@ -167,7 +156,7 @@ class Segmentation(OutputTask):
     ) -> NDArray[np.uint8] | None:
         """Return the grey image with the new class where it changed, and a line around it."""
         size = image.shape[:2]
-        old, new = (self._sized(each["class_map"], size) for each in (reference, candidate))
+        old, new = (sized(each["class_map"], size) for each in (reference, candidate))
         return outlined(image, new, old != new)
 
     def truth(self, target: Target) -> Prediction:
@@ -181,28 +170,6 @@ class Segmentation(OutputTask):
             logits = F.interpolate(logits.float(), size, mode="bilinear", align_corners=False)
         void = -100 if self.ignore is None else self.ignore
         return F.cross_entropy(logits.float(), targets.long(), ignore_index=void)
-
-    def _shares(self, class_map: Array) -> list[Row]:
-        found, pixels = np.unique(class_map[class_map != UNSEEN], return_counts=True)
-        return [
-            {
-                "class": self.name_of(int(found[k])),
-                "pixels_pct": 100 * float(pixels[k] / pixels.sum()),
-            }
-            for k in np.argsort(-pixels, kind="stable")
-        ]
-
-    @staticmethod
-    def _sized(class_map: Array, shape: tuple[int, ...]) -> Array:
-        """Return a class map at the size of its mask, by the nearest pixel."""
-        if class_map.shape == tuple(shape):
-            return class_map
-        rows, columns = (
-            np.minimum((np.arange(want) + 0.5) * have / want, have - 1).astype(np.int64)
-            for want, have in zip(shape, class_map.shape, strict=True)
-        )
-        sized: Array = class_map[rows[:, None], columns]
-        return sized
 
     def _areas(self, scores: Sequence[Contribution], counts: Array) -> Array:
         size = max(each["areas"].shape[1] for each in scores)

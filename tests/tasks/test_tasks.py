@@ -18,8 +18,9 @@ from compress.errors import DataError, EngineError, TrainingError, UnknownNameEr
 from compress.modules.objective import TaskLoss
 from compress.recipe.settings import DataSettings
 from compress.report.pictures import thumbnail
-from compress.tasks import detection, load_task
+from compress.tasks import Kind, detection, load_task
 from compress.tasks._drawing import boxed
+from compress.tasks._metrics import change_of
 
 NAMES = [name for name in plugins.names("tasks") if plugins.plugin_class("tasks", name).kinds]
 IMAGES = 6
@@ -202,7 +203,7 @@ def test_comparing_with_itself_is_no_difference_and_with_better_is_better(name):
     it, task = case(name), made(name)
     worse, right = (scores(task, each, it.targets) for each in (it.outputs, it.right))
     same = tasks.compare_metrics(task, worse, worse)[task.primary]
-    assert same.value == 0 and same.verdict == "no significant difference"
+    assert same.value == 0 and not same.differs
     low, high = same.ci95
     assert low < 0 < high and low == pytest.approx(-high)
     change = tasks.compare_metrics(task, worse, right)[task.primary]
@@ -778,12 +779,12 @@ def test_outputs_without_labels_are_kept_as_they_are():
 
 
 def test_a_change_over_few_images_says_what_they_cannot_rule_out():
-    said = "30 images cannot rule out a loss of 9.0 points"
-    assert tasks.Change(-3.0, (-9.0, 2.0)).verdict_of(30) == said
-    assert tasks.Change(3.0, (-2.0, 9.0), higher_is_better=False).verdict_of(30) == said
-    assert tasks.Change(-3.0, (-9.0, -1.0)).verdict_of(30) == "worse"
-    assert tasks.Change(0.1, (-0.5, 0.6)).verdict_of(30) == "no significant difference"
-    assert tasks.Change(-1.0, (-9.0, 2.0), "dB").verdict_of(30) == "no significant difference"
+    said, error = "30 images cannot rule out a loss of 9.0 points", Kind(higher_is_better=False)
+    assert change_of(-3.0, (-9.0, 2.0), Kind(), 30).verdict == said
+    assert change_of(3.0, (-2.0, 9.0), error, 30).verdict == said
+    assert change_of(-3.0, (-9.0, -1.0), Kind(), 30).verdict == "worse"
+    assert change_of(0.1, (-0.5, 0.6), Kind(), 30).verdict == "no significant difference"
+    assert change_of(-1.0, (-9.0, 2.0), Kind("dB"), 30).verdict == "no significant difference"
 
 
 @pytest.mark.parametrize("images", [1, 20, 200])
@@ -796,7 +797,7 @@ def test_an_interval_has_a_width_where_all_images_agree(images: int) -> None:
     )
     change = tasks.compare_metrics(task, scores, scores)["top1"]
     assert change.value == 0 and change.ci95[0] < 0 < change.ci95[1]
-    assert change.verdict == "no significant difference"
+    assert not change.differs
     same = [{"label": np.int64(1)}] * images
     agreed = tasks.agreement(task, same, same)
     assert agreed.value == 100 and agreed.ci95 is not None and agreed.ci95[0] < 100

@@ -32,7 +32,13 @@ __all__ = ["write_bundle"]
 
 IMAGES = 64  # of the test split: enough to see a wrong engine, small enough to send
 KEYS = ("name", "file", "precision", "target")  # of a network, that the script needs
-SCRIPTS = {"run.py": "on_device.py", "predict.py": "on_device_predict.py"}
+PACKAGE = Path(__file__).parents[2]
+SCRIPTS = {  # by their names in the bundle
+    "run.py": "pipeline/bundle/on_device.py",
+    "predict.py": "pipeline/bundle/on_device_predict.py",
+    "pictures.py": "data/_plain_pictures.py",  # the same code here and on the device
+    "answers.py": "tasks/_plain_answers.py",
+}
 
 
 def write_bundle(run: str | Path, out: str | Path) -> Path:
@@ -63,7 +69,7 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         recipe.get("task") or said.get("task") or default_task(dataset.target), classes=labels
     )
     files: dict[str, bytes] = {
-        **{name: Path(__file__).with_name(file).read_bytes() for name, file in SCRIPTS.items()},
+        **{name: (PACKAGE / file).read_bytes() for name, file in SCRIPTS.items()},
         "recipe.yaml": yaml.safe_dump(without_unset(recipe), sort_keys=False).encode(),
         "labels.txt": "".join(f"{name}\n" for name in labels).encode(),
         "sample.npz": _sample(folder, models, dataset, task),

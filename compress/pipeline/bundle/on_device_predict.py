@@ -16,7 +16,19 @@ import sys
 from typing import Any
 
 import numpy as np
-from run import (  # type: ignore[import-not-found]  # beside it in the bundle
+from answers import (  # type: ignore[import-not-found]  # beside it in the bundle
+    arrays_told,
+    best_boxes,
+    boxes_in_picture,
+    boxes_told,
+    classes_told,
+    confident,
+    map_in_picture,
+    map_told,
+    nearest_told,
+)
+from pictures import as_8_bit, fitted, frames_of, placed  # type: ignore[import-not-found]
+from run import (  # type: ignore[import-not-found]
     HERE,
     RUNTIMES,
     DeviceError,
@@ -27,91 +39,20 @@ from run import (  # type: ignore[import-not-found]  # beside it in the bundle
     read_bundle,
 )
 
-CONFIDENT = 0.3  # boxes with a lower score are not told
-NEAREST = 5
-UNSEEN = -1  # in a class map: pixels that the network was not shown
-
 
 def read_picture(path: str, channels: int) -> Any:
     """Return the pixels of a picture, upright, RGB or grey, as a Pillow image of 8 bits."""
     try:
-        from PIL import Image, ImageOps
+        from PIL import Image
     except ImportError:
         raise DeviceError("reading pictures needs Pillow. Try: pip install pillow") from None
     try:
         with Image.open(path) as image:
-            if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+            if frames_of(image) > 1:
                 raise DeviceError(path + " holds several frames or pages; save one as a file")
-            upright = ImageOps.exif_transpose(image)
-            return _eight_bits(upright, image.format, path).convert("L" if channels == 1 else "RGB")
+            return as_8_bit(image, channels)
     except (OSError, ValueError, SyntaxError) as error:
         raise DeviceError(path + " is not a readable picture: " + str(error)) from None
-
-
-def _eight_bits(image: Any, kind: Any, path: str) -> Any:
-    """Return 16 bits and floats scaled to 8, what is transparent on white, CMYK as on a screen."""
-    from PIL import Image
-
-    if image.mode == "CMYK":
-        return _on_screen(image)
-    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    if image.mode[:1] not in ("I", "F"):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    is_deep = image.mode.startswith("I;16") or kind in ("PNG", "PPM")
-    white = 1.0 if image.mode == "F" else 65535.0 if is_deep else 0.0
-    if not white or not np.isfinite(values).all() or values.min() < 0 or values.max() > white:
-        raise DeviceError(path + ": which of its numbers is white is not known")
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
-
-
-def _on_screen(image: Any) -> Any:
-    import io
-
-    from PIL import ImageCms
-
-    profile = image.info.get("icc_profile")
-    if not profile:
-        return image.convert("RGB")
-    inks, screen = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, inks, screen, outputMode="RGB")
-
-
-class PictureFit:
-    """How a picture of ``height`` x ``width`` pixels lies in the network's input."""
-
-    def __init__(self, given: dict[str, Any], height: int, width: int) -> None:
-        self.size = tuple(given["image_size"])
-        self.rule, self.filter = given["resize"], given["interpolation"]
-        wanted = [round(side / given["crop"]) for side in self.size]
-        self.resized = (wanted[0], wanted[1])
-        if self.rule != "squash":
-            ratios = (wanted[0] / height, wanted[1] / width)
-            scale = max(ratios) if self.rule == "short side" else min(ratios)
-            sides = [int(scale * side + 1e-6) for side in (height, width)]
-            tight = ratios.index(scale)
-            sides[tight] = wanted[tight]
-            self.resized = (max(1, sides[0]), max(1, sides[1]))
-        self.top, self.left = (round((w - h) / 2) for w, h in zip(self.size, self.resized))  # noqa: B905
-        self.scale = (self.resized[0] / height, self.resized[1] / width)
-
-    def image(self, picture: Any) -> Any:
-        """Return the picture resized, then cropped or padded with grey, (H, W, C) uint8."""
-        from PIL import Image
-
-        height, width = self.size
-        filters = getattr(Image, "Resampling", Image)
-        small = picture.resize(self.resized[::-1], getattr(filters, self.filter.upper()))
-        if self.rule == "letterbox":
-            grey = 114 if picture.mode == "L" else (114, 114, 114)
-            canvas = Image.new(picture.mode, (width, height), grey)
-            canvas.paste(small, (self.left, self.top))
-        else:
-            box = (-self.left, -self.top, width - self.left, height - self.top)
-            canvas = small.crop(box)
-        return np.array(canvas, np.uint8).reshape(height, width, -1)
 
 
 def fed(pixels: Any, given: dict[str, Any], shape: Any, dtype: str) -> Any:
@@ -132,8 +73,9 @@ def fed(pixels: Any, given: dict[str, Any], shape: Any, dtype: str) -> Any:
 class Answer:
     """What the outputs for one picture say."""
 
-    def __init__(self, bundle: dict[str, Any], outputs: dict[str, Any], fit: PictureFit, size: Any):
-        self.outputs, self.fit, self.size = outputs, fit, size
+    def __init__(self, bundle: dict[str, Any], outputs: dict[str, Any], place: Any, shape: Any):
+        self.outputs, self.place, self.shape = outputs, place, shape
+        self.size = tuple(bundle["input"]["image_size"])  # of the network's input
         self.options, self.labels = bundle["answer"]["options"], bundle["labels"]
         self.rows = getattr(self, "_" + bundle["answer"]["form"].replace(" ", "_"))()
 
@@ -149,7 +91,7 @@ class Answer:
     def _name(self, label: int) -> str:
         return self.labels[label] if 0 <= label < len(self.labels) else str(label)
 
-    def _classes(self) -> list[dict[str, Any]]:
+    def _classes(self) -> Any:
         logits = self._main(2, "logits")
         powers = np.exp(logits.astype(np.float64) - float(logits.max()))
         is_done = (logits >= 0).all() and abs(float(logits.sum()) - 1) < 1e-3  # by a softmax in it
@@ -159,65 +101,25 @@ class Answer:
             for k in np.argsort(-logits, kind="stable")[:5]
         ]
 
-    def _several_classes(self) -> list[dict[str, Any]]:
+    def _several_classes(self) -> Any:
         logits = self._main(2, "logits").astype(np.float64)
         chances = 1 / (1 + np.exp(-np.clip(logits, -500, 500)))
-        present = chances > self.options["threshold"]
-        order = np.argsort(-chances, kind="stable")[: max(1, int(present.sum()))]
-        return [
-            {
-                "class": self._name(int(k)),
-                "probability": float(chances[k]),
-                "present": bool(present[k]),
-            }
-            for k in order
-        ]
+        return classes_told(chances, chances > self.options["threshold"], self._name)
 
-    def _class_map(self) -> list[dict[str, Any]]:
+    def _class_map(self) -> Any:
         logits = self._main(4, "out")
         rows, columns, last = logits.shape
         classes = len(self.labels) or (last if rows == columns else rows)
         is_last = rows != classes and last == classes
         found = logits.argmax(2 if is_last else 0)
-        axes = []
-        for axis in (0, 1):
-            first = (self.fit.top, self.fit.left)[axis]
-            place = np.arange(self.size[axis]) + 0.5
-            inside = np.floor(place * self.fit.scale[axis] + first).astype(np.int64)
-            side, have = self.fit.size[axis], found.shape[axis]
-            at = np.minimum((inside + 0.5) * have / side, have - 1).astype(np.int64)
-            axes.append((at, (inside >= 0) & (inside < side)))
-        (rows, seen_rows), (columns, seen_columns) = axes
-        self.map = np.full(self.size, UNSEEN, np.int32)
-        self.map[np.ix_(seen_rows, seen_columns)] = found[
-            np.ix_(rows[seen_rows], columns[seen_columns])
-        ]
-        labels, pixels = np.unique(self.map[self.map != UNSEEN], return_counts=True)
-        return [
-            {
-                "class": self._name(int(labels[k])),
-                "pixels_pct": 100 * float(pixels[k] / pixels.sum()),
-            }
-            for k in np.argsort(-pixels, kind="stable")
-        ]
+        self.map = map_in_picture(found, self.size, self.place, self.shape)
+        return map_told(self.map, self._name)
 
-    def _boxes(self) -> list[dict[str, Any]]:
-        boxes, scores, labels = self._detected()
-        order = np.argsort(-scores, kind="stable")
-        order = order[scores[order] >= CONFIDENT][: self.options["max_boxes"]]
-        offset = np.array([self.fit.left, self.fit.top] * 2)
-        scale = np.array([self.fit.scale[1], self.fit.scale[0]] * 2)
-        ends = np.array([self.size[1], self.size[0]] * 2)
-        placed = np.clip((boxes[order].astype(np.float32) - offset) / scale, 0, ends)
-        return [
-            {
-                "class": self._name(int(labels[k])),
-                "score": float(scores[k]),
-                **dict(zip(("x1", "y1", "x2", "y2"), map(float, box))),  # noqa: B905
-            }
-            for k, box in zip(order, placed)  # noqa: B905
-            if (box[2:] > box[:2]).all()
-        ]
+    def _boxes(self) -> Any:
+        least, most = self.options["score_threshold"], self.options["max_boxes"]
+        seen = best_boxes(*self._detected(), least, most)
+        seen["boxes"] = boxes_in_picture(seen["boxes"], self.place, self.shape)
+        return boxes_told(confident(seen), self._name)
 
     def _detected(self) -> Any:
         """Return boxes, scores and labels, whatever form the outputs have."""
@@ -231,44 +133,20 @@ class Answer:
             raise DeviceError("boxes of shape " + str(head.shape) + " are not known here")
         return rows
 
-    def _image(self) -> list[dict[str, Any]]:
+    def _image(self) -> Any:
         image = self._main(4, "image")
         if image.shape[0] not in (1, 3) and image.shape[2] in (1, 3):
             image = np.moveaxis(image, 2, 0)
         self.picture = np.clip(image, 0, self.options["peak"]).astype(np.float32)
-        return told({"image": self.picture})
+        return arrays_told({"image": self.picture})
 
-    def _embedding(self) -> list[dict[str, Any]]:
+    def _embedding(self) -> Any:
         vector = self._main(2, "embedding").astype(np.float32)
         self.vector = vector / np.maximum(np.linalg.norm(vector), 1e-12)
-        return told({"embedding": self.vector})
+        return arrays_told({"embedding": self.vector})
 
-    def _outputs(self) -> list[dict[str, Any]]:
-        return told({name: value[0] for name, value in self.outputs.items()})
-
-
-def told(arrays: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return shape and range of each array."""
-    return [
-        {
-            "output": name,
-            "shape": "x".join(map(str, each.shape)) or "a number",
-            "lowest": float(each.min()) if each.size else None,
-            "mean": float(each.mean()) if each.size else None,
-            "highest": float(each.max()) if each.size else None,
-        }
-        for name, each in arrays.items()
-    ]
-
-
-def tell_nearest(answers: list[Answer], names: list[str]) -> None:
-    """Tell of each embedding which of the other pictures are nearest, by cosine."""
-    vectors = np.stack([each.vector for each in answers])
-    cosines = vectors @ vectors.T
-    np.fill_diagonal(cosines, -np.inf)
-    for row, answer in enumerate(answers):
-        order = np.argsort(-cosines[row], kind="stable")[: min(NEAREST, len(names) - 1)]
-        answer.rows = [{"nearest": names[k], "cosine": float(cosines[row, k])} for k in order]
+    def _outputs(self) -> Any:
+        return arrays_told({name: value[0] for name, value in self.outputs.items()})
 
 
 def drawn(answer: Answer, picture: Any) -> Any:
@@ -302,15 +180,20 @@ def drawn(answer: Answer, picture: Any) -> Any:
 def answers_of(bundle: dict[str, Any], session: Any, paths: list[str]) -> list[tuple[Answer, Any]]:
     """Return what the network answers to each picture, and the picture."""
     given, found = bundle["input"], []
+    size = tuple(given["image_size"])
     for path in paths:
         picture = read_picture(path, given["channels"])
-        fit = PictureFit(given, picture.height, picture.width)
-        values = fed(fit.image(picture), given, session.shape, session.dtype)
+        shape = (picture.height, picture.width)
+        place = placed(size, given["resize"], given["crop"], *shape)
+        small = fitted(picture, size, given["resize"], place, given["interpolation"])
+        pixels = np.array(small, np.uint8).reshape(*size, -1)
+        values = fed(pixels, given, session.shape, session.dtype)
         outputs = dict(zip(session.outputs, session.run(values)))  # noqa: B905
-        size = (picture.height, picture.width)
-        found.append((Answer(bundle, outputs, fit, size), read_picture(path, 3)))
+        found.append((Answer(bundle, outputs, place, shape), read_picture(path, 3)))
     if len(paths) > 1 and hasattr(found[0][0], "vector"):
-        tell_nearest([answer for answer, _ in found], paths)
+        told = nearest_told(np.stack([answer.vector for answer, _ in found]), paths)
+        for (answer, _), rows in zip(found, told):  # noqa: B905
+            answer.rows = rows
     return found
 
 

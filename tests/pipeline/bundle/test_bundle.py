@@ -118,11 +118,13 @@ def on(folder: Path, *arguments: str, script: str = "run.py") -> subprocess.Comp
 def test_bundle_holds_what_a_device_needs_and_nothing_of_this_machine(unpacked: Path) -> None:
     names = {p.relative_to(unpacked).as_posix() for p in unpacked.rglob("*") if p.is_file()}
     assert names == {
+        "answers.py",
         "bundle.json",
         "labels.txt",
         "models/int8-onnxruntime.onnx",
         "models/int8-tensorrt.onnx",
         "models/original.onnx",
+        "pictures.py",
         "predict.py",
         "ranges/plan.tensorrt.json",
         "recipe.yaml",
@@ -488,7 +490,7 @@ def test_without_pillow_the_script_says_what_to_install(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("script", list(bundle.SCRIPTS.values()))
 def test_scripts_are_written_for_the_python_of_old_devices(script: str) -> None:
-    source = Path(bundle.__file__).with_name(script).read_text()
+    source = (bundle.PACKAGE / script).read_text()
     ast.parse(source, feature_version=(3, 8))
 
 

@@ -29,7 +29,8 @@ def auto(bench: Workbench) -> QuantPlan:
 
     Corrections are tried on a few images; biases are then corrected once more with all of them. To
     choose the integers of weights again as well took up to a quarter of the time and brought no
-    more than chance does (seven networks, 16 to 512 images).
+    more than chance does (seven networks, 16 to 512 images). Layer by layer a network runs with any
+    number of images at once: where its batch is fixed, nothing is fitted to them.
     """
     observed = bench.ranges()
     if not observed.activations:  # nothing that the target computes in int8
@@ -56,11 +57,13 @@ def auto(bench: Workbench) -> QuantPlan:
                 break
         ranges = search.best
         what = "rounding with feedback and bias correction"
-        search.attempt(what, _ROUNDING, ranges, partial(bench.rounded, feed=bench.tried))
+        if bench.is_free:
+            search.attempt(what, _ROUNDING, ranges, partial(bench.rounded, feed=bench.tried))
         if search.best is ranges:  # what does less may do no harm
             search.attempt("weight scales", _RANGES, ranges, bench.scaled)
             correct = partial(bench.corrected, feed=bench.tried)
-            search.attempt("bias correction", _BIASES, search.best, correct)
+            if bench.is_free:
+                search.attempt("bias correction", _BIASES, search.best, correct)
         search.first_in_float()
         return search.refitted()
 

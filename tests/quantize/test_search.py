@@ -32,6 +32,7 @@ class Bench:
     def __init__(self, images=64, **each_db):
         self.prepared, self.target = onnx.ModelProto(), "onnxruntime"
         self.observer, self.overflows, self.tried = None, False, {"x": np.zeros((16, 1))}
+        self.is_free = True
         self.statistics = SimpleNamespace(images=images)
         self.each = each_db
         self.fed: list[tuple[str, int]] = []

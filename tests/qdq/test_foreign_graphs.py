@@ -458,6 +458,18 @@ def test_channels_are_equalized_where_the_batch_is_fixed_too(target, tmp_path):
     assert found["auto"] > found["plain"] + 6
 
 
+def test_pixels_that_the_network_scales_are_looked_at_one_by_one_too(tmp_path):
+    s = Sketch((3, 8, 8))
+    scales = s.constant("scales", np.array([1, 2, 3], np.float32).reshape(1, 3, 1, 1))
+    x = s.relu(s.conv(s.op("Mul", ["input", scales], "scaled"), "stem", 3, 8, 3))
+    ones = s.constant("ones", np.ones((1, 8, 8, 8), np.float32))
+    s.head(s.op("Concat", [x, ones], "joined", axis=1), 16)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 3, 8, 8)).astype(np.float32) / 255
+    with pytest.warns(UserWarning, match="its nodes fix it to 1"):
+        plan, _ = judged(s.model(), [{"input": pixels}], tmp_path)
+    assert any("exact pixels" in note for note in (*plan.notes, *plan.trials))
+
+
 @pytest.mark.parametrize("count", [8, 9, 10])
 def test_eight_images_are_enough_for_a_fixed_batch(count, tmp_path):
     s = Sketch((3, 8, 8), batch=1)

@@ -70,6 +70,8 @@ METHODS: Mapping[str, Method] = {
     "rounding": rounding,
     "nncf": nncf,
 }
+FOR_FIXED_BATCHES = frozenset({"auto", "plain"})
+UNFITTED = "weights and biases are not fitted to images: the batch size is fixed in the graph"
 EQUALIZING = frozenset({"auto", "equalization"})  # they must know channels
 
 
@@ -87,17 +89,14 @@ def plan_by(method: str, bench: Workbench) -> QuantPlan:
         QuantizationError: it needs a free batch size, and the graph's cannot be freed.
     """
     check_method(method)
-    if not bench.is_free and method == "auto":
-        note = "ranges only: the batch size is fixed in the graph, and corrections need a free one"
-        made = plain(bench)
-        return made.changed(method=method, notes=(note, *bench.notes(made)))
-    if not bench.is_free and method != "plain":
+    if not bench.is_free and method not in FOR_FIXED_BATCHES:
         raise QuantizationError(
             f"method {method!r} needs a free batch size, and this graph fixes it",
-            fix="Export the network with a dynamic batch, or use method 'plain'",
+            fix="Export the network with a dynamic batch, or use method 'auto'",
         )
     made = METHODS[method](bench)
-    notes = (*decided(made.notes), *bench.notes(made))
+    unfitted = [] if bench.is_free or method == "plain" else [UNFITTED]
+    notes = (*decided(made.notes), *unfitted, *bench.notes(made))
     return made.changed(method=method, notes=notes, trials=made.notes)
 
 

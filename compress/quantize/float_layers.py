@@ -59,16 +59,21 @@ def spare_layers(bench: Workbench, plan: QuantPlan) -> QuantPlan:
 
 
 def first_layers(bench: Workbench, plan: QuantPlan) -> list[str]:
-    """Return the layers that read the images before any other does; none if they are costly."""
+    """Return the int8 layers that read the images, or what layers in float made of them.
+
+    None if these together, those in float too, are costly.
+    """
     graph = GraphIndex(bench.prepared)
-    fresh, found = set(graph.inputs), []
+    int8 = set(place(graph, bench.target, plan.float_nodes).weights)
+    fresh, rounded = set(graph.inputs), set[str]()
+    found = []
     for node in graph.nodes:
-        if fresh.intersection(node.input):
+        if rounded.intersection(node.input):
+            rounded.update(node.output)
+        elif fresh.intersection(node.input):
             if graph.weight(node):
                 found.append(node)
-            else:
-                fresh.update(node.output)
-    int8 = set(place(graph, bench.target, plan.float_nodes).weights)
+            (rounded if node.name in int8 else fresh).update(node.output)
     names = [node.name for node in found if node.name in int8]
     shares = _shares(bench) if names else {}
     cost = sum(shares.get(node.output[0], 0.0) for node in found)

@@ -15,7 +15,7 @@ from compress.qdq.placement import place
 from compress.qdq.plan import ActivationRange, InputGrid, QuantPlan
 from compress.qdq.writer import quantizer
 from compress.quantize.images import Feed
-from compress.quantize.sessions import session_of, with_outputs
+from compress.quantize.sqnr import answers
 
 _MOST = 8  # channels of an image
 _SIGNED_ZERO = 128  # of integers from -128 to 127
@@ -88,10 +88,7 @@ def _is_first(graph: GraphIndex, node: NodeProto) -> bool:
 
 
 def _values(prepared: ModelProto, tensor: str, feed: Feed) -> NDArray[Any]:
-    if tensor in feed:
-        return feed[tensor]
-    values: NDArray[Any] = session_of(with_outputs(prepared, [tensor])).run([tensor], feed)[0]
-    return values
+    return feed[tensor] if tensor in feed else answers(prepared, feed, names=[tensor])[0]
 
 
 def _grid_of(node: str, values: NDArray[Any], target: str) -> InputGrid | None:

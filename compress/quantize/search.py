@@ -16,6 +16,8 @@ from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
 from compress.quantize.workbench import Workbench
 
 _GAIN_DB = 0.05  # less than this is noise
+_WIDER_DB = 0.5  # of all outputs, that ranges may cost which clip less
+_FIRST = 2  # layers in a row that may stay in float at the beginning
 _MANY = 128  # images, after which others hardly bring larger values
 Step = Callable[[QuantPlan], QuantPlan]
 # Effort of each attempt in passes over the images, for the time left.
@@ -27,7 +29,8 @@ def auto(bench: Workbench) -> QuantPlan:
 
     Corrections are tried on a few images; biases are then corrected once more with all of them. To
     choose the integers of weights again as well took up to a quarter of the time and brought no
-    more than chance does (seven networks, 16 to 512 images).
+    more than chance does (seven networks, 16 to 512 images). Layer by layer a network runs with any
+    number of images at once: where its batch is fixed, nothing is fitted to them.
     """
     observed = bench.ranges()
     if not observed.activations:  # nothing that the target computes in int8
@@ -54,11 +57,13 @@ def auto(bench: Workbench) -> QuantPlan:
                 break
         ranges = search.best
         what = "rounding with feedback and bias correction"
-        search.attempt(what, _ROUNDING, ranges, partial(bench.rounded, feed=bench.tried))
+        if bench.is_free:
+            search.attempt(what, _ROUNDING, ranges, partial(bench.rounded, feed=bench.tried))
         if search.best is ranges:  # what does less may do no harm
             search.attempt("weight scales", _RANGES, ranges, bench.scaled)
             correct = partial(bench.corrected, feed=bench.tried)
-            search.attempt("bias correction", _BIASES, search.best, correct)
+            if bench.is_free:
+                search.attempt("bias correction", _BIASES, search.best, correct)
         search.first_in_float()
         return search.refitted()
 
@@ -101,13 +106,15 @@ class _Search:
     def widen(self, observer: str) -> bool:
         """Take ranges that clip less; of few images, unless an output loses more than by chance.
 
-        What few images look alike with, others tell apart: their largest values are larger.
+        What few images look alike with, others tell apart: their largest values are larger. That is
+        worth no more than ``_WIDER_DB``, however much the images that judge differ.
         """
         ranges = self.bench.ranges(observer=observer)
         plan = ranges.changed(float_nodes=self.best.plan.float_nodes)
         found = Trial(plan, self.bench.judge(plan))
         many = self.bench.statistics.images >= _MANY
-        kept = not found.falls_below(self.best) and (not many or found.exceeds(self.best))
+        gain = found.found.gain_over(self.best.found)
+        kept = not found.falls_below(self.best) and gain > (_GAIN_DB if many else -_WIDER_DB)
         self.notes.append(f"{observer} ranges: {_told(found.found)}, {'not ' * (not kept)}kept")
         if kept:
             self.best = self.plain = found
@@ -147,22 +154,25 @@ class _Search:
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
 
     def first_in_float(self) -> None:
-        """Leave the layers that read the images in float where it surely brings answers closer.
+        """Leave the first layers in float where that surely brings answers closer.
 
-        All others hear of their noise, and with a few channels they are about as fast in float.
+        All others hear of their noise, and with a few channels they are about as fast in float: the
+        layers that read the images, or these and those that read what they make.
         """
-        names = first_layers(self.bench, self.best.plan)
-        if not names:
-            return
-        plan = self.best.plan.keep_float(names, "all others hear of its noise")
-        plan = plan.changed(grids=tuple(g for g in plan.grids if g.node not in names))
-        found = Trial(plan, self.bench.judge(plan))
-        gain = found.found.sure_gain_over(self.best.found)
-        kept = not found.falls_below(self.best) and gain > FIRST_DB
-        verdict = f"{'not ' * (not kept)}kept"
-        self.notes.append(f"{', '.join(names)} in float: {_told(found.found)}, {verdict}")
-        if kept:
-            self.best = found
+        plan = self.best.plan
+        for _ in range(_FIRST):
+            names = first_layers(self.bench, plan)
+            if not names:
+                return
+            plan = plan.keep_float(names, "all others hear of its noise")
+            plan = plan.changed(grids=tuple(g for g in plan.grids if g.node not in names))
+            found = Trial(plan, self.bench.judge(plan))
+            gain = found.found.sure_gain_over(self.best.found)
+            kept = not found.falls_below(self.best) and gain > FIRST_DB
+            verdict = f"{'not ' * (not kept)}kept"
+            self.notes.append(f"{', '.join(names)} in float: {_told(found.found)}, {verdict}")
+            if kept:
+                self.best = found
 
     def refitted(self) -> QuantPlan:
         """Return the best plan; biases that were corrected with a few images are so with all.

@@ -430,9 +430,44 @@ def test_a_batch_that_nodes_inside_fix_is_taken_one_by_one(tmp_path):
         plan, written = judged(model, [images(model, 16)], tmp_path)
     feed = images(model, 1)
     assert sqnr_db(run(model, feed), run(written, feed, plain=True)) > 20
-    assert plan.notes[0] == (
-        "ranges only: the batch size is fixed in the graph, and corrections need a free one"
-    )
+    assert "weights and biases are not fitted to images: the batch size is fixed" in str(plan.notes)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_channels_are_equalized_where_the_batch_is_fixed_too(target, tmp_path):
+    s = Sketch((3, 8, 8))
+    x = s.relu(s.conv("input", "stem", 3, 8, 3))
+    x = s.relu(s.conv(x, "next", 8, 8, 3))
+    ones = s.constant("ones", np.ones((1, 8, 8, 8), np.float32))
+    s.head(s.op("Concat", [x, ones], "joined", axis=1), 16)
+    model = s.model()
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("stem_w", "stem_b"):
+            value[0] *= 300
+        elif tensor.name == "next_w":
+            value[:, 0] /= 300
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    found = {}
+    for method in ("plain", "auto"):
+        with pytest.warns(UserWarning, match="its nodes fix it to 1"):
+            _, written = judged(model, [images(model, 16)], tmp_path, target, method=method)
+        got = [run(written, images(model, 1, seed=k), plain=True) for k in range(4)]
+        want = [run(model, images(model, 1, seed=k)) for k in range(4)]
+        found[method] = sqnr_db(*([np.concatenate([y for (y,) in side])] for side in (want, got)))
+    assert found["auto"] > found["plain"] + 6
+
+
+def test_pixels_that_the_network_scales_are_looked_at_one_by_one_too(tmp_path):
+    s = Sketch((3, 8, 8))
+    scales = s.constant("scales", np.array([1, 2, 3], np.float32).reshape(1, 3, 1, 1))
+    x = s.relu(s.conv(s.op("Mul", ["input", scales], "scaled"), "stem", 3, 8, 3))
+    ones = s.constant("ones", np.ones((1, 8, 8, 8), np.float32))
+    s.head(s.op("Concat", [x, ones], "joined", axis=1), 16)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 3, 8, 8)).astype(np.float32) / 255
+    with pytest.warns(UserWarning, match="its nodes fix it to 1"):
+        plan, _ = judged(s.model(), [{"input": pixels}], tmp_path)
+    assert any("exact pixels" in note for note in (*plan.notes, *plan.trials))
 
 
 @pytest.mark.parametrize("count", [8, 9, 10])

@@ -358,9 +358,9 @@ def of_slower(variants: Sequence[Variant], round_to: int = KERNEL_STEP) -> Itera
             milliseconds, name, runtime = min(same)
             cut = (variant.macs or 0) < (variants[0].macs or 0) and round_to % KERNEL_STEP
             yield (
-                f"{variant.name} is {numbers.factor(1 / (result.speedup or 1.0))} slower than the "
-                f"original on {result.runtime}, batch {result.batch}; of all measured {name} on "
-                f"{runtime} is fastest ({numbers.number(milliseconds)} ms)"
+                f"{variant.name} is {numbers.slowdown(result.speedup or 1.0, result.speedup_ci95)} "
+                f"slower than the original on {result.runtime}, batch {result.batch}; of all "
+                f"measured {name} on {runtime} is fastest ({numbers.number(milliseconds)} ms)"
                 + (
                     f". Most kernels are made for widths in multiples of {KERNEL_STEP}: {ROUND}"
                     if cut

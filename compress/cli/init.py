@@ -37,6 +37,7 @@ class Proposal:
     data: dict[str, Any]
     summary: str  # of the data
     images: int  # of train
+    held_back: int  # images of validation
     task: str
     primary: str | None  # None where images have no labels
     tells_classes: bool
@@ -166,6 +167,7 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         data=part,
         summary=dataset.summary(),
         images=len(dataset.splits["train"]),
+        held_back=len(dataset.splits["validation"]),
         task=task,
         primary=primary_of(loaded).called if loaded.kinds else None,
         tells_classes=loaded.tells_classes,
@@ -422,12 +424,13 @@ def _stages(proposal: Proposal) -> Sequence[str]:
         first = []
     after = "distill" if proposal.tells_classes or not labelled else "finetune"
     teacher = ", losses: [{kd: {temperature: 4.0}}]" if proposal.tells_classes else ""
+    keep = ", keep: best" if not labelled and proposal.held_back else ""
     return [
         *first,
         f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, "
         f"round_to: {proposal.round_to}}}",
         "  # the original teaches what is left of it" if after == "distill"
         else "  # trains what is left on the labels",
-        f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}}}",
+        f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}{keep}}}",
         *quantize,
     ]  # fmt: skip

@@ -176,6 +176,7 @@ def of_size(dataset: Dataset, inside: Sequence[int] | None) -> Iterator[str]:
 def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the warnings that follow from what a stage recorded."""
     yield from trust_of(facts).cautions()
+    yield from facts.get("training", {}).get("notes", ())
     if why := facts.get("fixed_batch"):
         yield f"its files take one image at a time, another batch cannot be exported: {why}"
     if note := facts.get("calibration", {}).get("note"):
@@ -280,7 +281,7 @@ def of_trained(variants: Sequence[Variant]) -> Iterator[str]:
                     f"{variant.name} answers worse than {before.name}, which it was trained from: "
                     f"{figure.name} {numbers.number(figure.value)} {figure.unit} against "
                     f"{numbers.number(old.value)} on {result.runtime}. Train for more epochs or at "
-                    f"a lower rate, or leave {verb} out"
+                    f"a lower rate, with keep: best, or leave {verb} out"
                 )
                 break
 

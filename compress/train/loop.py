@@ -91,6 +91,7 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
         ):
             training = Training(model, dataset, settings, objective, processes, folder, seed, task)
             training.resume()
+            training.judge_start()
             _all_epochs(training, frozen)
             return training.result()
     finally:

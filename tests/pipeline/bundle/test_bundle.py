@@ -318,7 +318,7 @@ def test_what_is_known_of_no_network_has_no_column() -> None:
 
 def test_a_speed_up_has_the_interval_of_turns_drawn_in_pairs() -> None:
     random = np.random.default_rng(1)
-    busy = random.choice([1.0, 3.0], size=(200, 1), p=[0.7, 0.3])  # slows both networks alike
+    busy = random.choice([1.0, 3.0], size=(200, 1), p=[0.5, 0.5])  # slows both networks alike
     first, own = (mean * busy * random.uniform(0.9, 1.1, (200, on_device.CALLS)) for mean in (2, 1))
     low, high = on_device.speedup_interval([*first.flat], [*own.flat])
     wanted = statistics.ratio_interval(first, own)

@@ -160,7 +160,6 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         for name, runtime in runtimes.items()
         if runtime.opens == "onnx" and is_installed(runtime.package)
     ]
-    keep = given["keep_macs"] or float(_answer(ask, "share of the MACs to keep", None, "0.5"))
     return Proposal(
         model=model,
         weights=weights,
@@ -172,7 +171,9 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         primary=primary_of(loaded).called if loaded.kinds else None,
         tells_classes=loaded.tells_classes,
         targets=tuple(given["target"] or installed),
-        keep_macs=keep,
+        keep_macs=float(
+            given["keep_macs"] or _answer(ask, "share of the MACs to keep", None, "0.5")
+        ),
     )
 
 

@@ -128,11 +128,8 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
 def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     """Return the recipe's content from the options and what the folder holds."""
-    from compress import plugins
     from compress.data import load_data
-    from compress.packages import is_installed
     from compress.recipe.settings import DataSettings
-    from compress.runtimes import runtime_class
     from compress.tasks import default_task, load_task, primary_of
 
     folder = given["folder"]
@@ -154,12 +151,6 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         dataset, part = _sized(model, weights, dataset, part)
     task = given["task"] or default_task(dataset.target)
     loaded = load_task(task, classes=dataset.classes)
-    runtimes = {name: runtime_class(name) for name in plugins.names("runtimes")}
-    installed = [
-        name
-        for name, runtime in runtimes.items()
-        if runtime.opens == "onnx" and is_installed(runtime.package)
-    ]
     return Proposal(
         model=model,
         weights=weights,
@@ -170,11 +161,25 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         task=task,
         primary=primary_of(loaded).called if loaded.kinds else None,
         tells_classes=loaded.tells_classes,
-        targets=tuple(given["target"] or installed),
+        targets=tuple(given["target"] or _installed_runtimes()),
         keep_macs=float(
             given["keep_macs"] or _answer(ask, "share of the MACs to keep", None, "0.5")
         ),
     )
+
+
+def _installed_runtimes() -> list[str]:
+    """Return the runtimes that read ONNX files and are installed."""
+    from compress import plugins
+    from compress.packages import is_installed
+    from compress.runtimes import runtime_class
+
+    runtimes = {name: runtime_class(name) for name in plugins.names("runtimes")}
+    return [
+        name
+        for name, runtime in runtimes.items()
+        if runtime.opens == "onnx" and is_installed(runtime.package)
+    ]
 
 
 def _answer(

@@ -37,6 +37,7 @@ class Proposal:
     data: dict[str, Any]
     summary: str  # of the data
     images: int  # of train
+    held_back: int  # images of validation
     task: str
     primary: str | None  # None where images have no labels
     tells_classes: bool
@@ -127,11 +128,8 @@ def write_recipe(given: Given, ask: Callable[[str, str], str] | None) -> str:
 
 def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
     """Return the recipe's content from the options and what the folder holds."""
-    from compress import plugins
     from compress.data import load_data
-    from compress.packages import is_installed
     from compress.recipe.settings import DataSettings
-    from compress.runtimes import runtime_class
     from compress.tasks import default_task, load_task, primary_of
 
     folder = given["folder"]
@@ -153,25 +151,35 @@ def propose(given: Given, ask: Callable[[str, str], str] | None) -> Proposal:
         dataset, part = _sized(model, weights, dataset, part)
     task = given["task"] or default_task(dataset.target)
     loaded = load_task(task, classes=dataset.classes)
-    runtimes = {name: runtime_class(name) for name in plugins.names("runtimes")}
-    installed = [
-        name
-        for name, runtime in runtimes.items()
-        if runtime.opens == "onnx" and is_installed(runtime.package)
-    ]
-    keep = given["keep_macs"] or float(_answer(ask, "share of the MACs to keep", None, "0.5"))
     return Proposal(
         model=model,
         weights=weights,
         data=part,
         summary=dataset.summary(),
         images=len(dataset.splits["train"]),
+        held_back=len(dataset.splits["validation"]),
         task=task,
         primary=primary_of(loaded).called if loaded.kinds else None,
         tells_classes=loaded.tells_classes,
-        targets=tuple(given["target"] or installed),
-        keep_macs=keep,
+        targets=tuple(given["target"] or _installed_runtimes()),
+        keep_macs=float(
+            given["keep_macs"] or _answer(ask, "share of the MACs to keep", None, "0.5")
+        ),
     )
+
+
+def _installed_runtimes() -> list[str]:
+    """Return the runtimes that read ONNX files and are installed."""
+    from compress import plugins
+    from compress.packages import is_installed
+    from compress.runtimes import runtime_class
+
+    runtimes = {name: runtime_class(name) for name in plugins.names("runtimes")}
+    return [
+        name
+        for name, runtime in runtimes.items()
+        if runtime.opens == "onnx" and is_installed(runtime.package)
+    ]
 
 
 def _answer(
@@ -422,12 +430,13 @@ def _stages(proposal: Proposal) -> Sequence[str]:
         first = []
     after = "distill" if proposal.tells_classes or not labelled else "finetune"
     teacher = ", losses: [{kd: {temperature: 4.0}}]" if proposal.tells_classes else ""
+    keep = ", keep: best" if not labelled and proposal.held_back else ""
     return [
         *first,
         f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, "
         f"round_to: {proposal.round_to}}}",
         "  # the original teaches what is left of it" if after == "distill"
         else "  # trains what is left on the labels",
-        f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}}}",
+        f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}{keep}}}",
         *quantize,
     ]  # fmt: skip

@@ -61,14 +61,19 @@ def completed(settings: DataSettings, paths: Iterable[Path]) -> DataSettings:
     said_by: dict[str, str] = dict.fromkeys(known, "the data's settings")
     found: dict[str, Any] = {}
     readable = plugins.options("data", settings.name)
+    usual: Sequence[int] | None = None
     for path in paths:
-        for key, value in artifact_facts(path).items():
+        facts = artifact_facts(path)
+        usual = usual or facts.get("usual_size")
+        for key, value in facts.items():
             if key not in FACTS and (key not in FITTING or key not in readable):
                 continue
             if key in known:
                 _check_same(key, known[key], value, said_by[key], path)
             elif key != "layout":  # the shape of each file's own input tells
                 known[key], said_by[key], found[key] = value, str(path), value
+    if usual is not None and "image_size" not in known:
+        found["image_size"] = usual
     if settings.input_range is not None:  # mean and std are the user's
         found = {key: value for key, value in found.items() if key not in ("mean", "std")}
     fitting = {key: found.pop(key) for key in FITTING if key in found}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,16 +18,44 @@ FITTING = ("resize", "interpolation", "crop")  # how a picture is fitted to the 
 LARGEST_PIXEL = 256.0  # of images that are not normalized
 _KEPT = (*FITTING, "mean", "std", "labels", "task")
 CARRIED = (*_KEPT, "color", "input_range")  # that hold for any file of the same network
+_TASKS = {"detect": "detection", "classify": "classification"}  # Ultralytics' words for them
+_SEES = {"color": "RGB", "mean": [0.0] * 3, "std": [1.0] * 3, "resize": "letterbox", "crop": 1.0}
 
 
 def metadata(model: onnx.ModelProto) -> dict[str, Any]:
-    """Return what ``stamp`` and ``export_onnx`` noted in a file."""
-    facts = {}
+    """Return what ``stamp``, ``export_onnx`` or Ultralytics' exporter noted in a file."""
+    facts = _of_ultralytics({entry.key: entry.value for entry in model.metadata_props})
     for entry in model.metadata_props:
         if entry.key.startswith(PREFIX):
             with contextlib.suppress(ValueError):  # a mark of ours that is no JSON
                 facts[entry.key.removeprefix(PREFIX)] = json.loads(entry.value)
     return facts
+
+
+def _of_ultralytics(props: Mapping[str, str]) -> dict[str, Any]:
+    """Return names of classes, size and task in our words, and how all their detectors see.
+
+    Empty where another program wrote the file.
+    """
+    if not {"names", "stride"} <= props.keys():
+        return {}
+    noted: dict[str, Any] = {"task": props.get("task")}
+    for key in ("names", "imgsz"):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            noted[key] = ast.literal_eval(props.get(key, ""))
+    found: dict[str, Any] = {}
+    names, size = noted.get("names"), noted.get("imgsz")
+    if isinstance(names, dict) and sorted(map(str, names)) == sorted(map(str, range(len(names)))):
+        found["labels"] = [str(names[key]) for key in sorted(names, key=int)]
+    if (
+        isinstance(size, list)
+        and len(size) == 2
+        and all(isinstance(s, int) and s > 0 for s in size)
+    ):
+        found["usual_size"] = size
+    if noted["task"] in _TASKS:
+        found["task"] = _TASKS[noted["task"]]
+    return found | (_SEES if noted["task"] == "detect" else {})
 
 
 def as_text(value: Any) -> str:
@@ -48,13 +77,16 @@ def input_facts(model: onnx.ModelProto) -> dict[str, Any]:
     """Return what is known of the input that takes pictures; what is not said is absent.
 
     Keys are those of ``data`` in a recipe: image_size, channels, layout, color, mean and std (of
-    images in [0, 1]), resize, interpolation, crop; beside them labels and task.
+    images in [0, 1]), resize, interpolation, crop; beside them labels and task, and usual_size of
+    an input that takes any.
     """
     noted = metadata(model)
     found = _of_graph(model, noted.get("layout"))
     found |= {key: noted[key] for key in _KEPT if key in noted}
     if noted.get("color") in ("RGB", "BGR"):
         found["color"] = noted["color"]
+    if "usual_size" in noted and "layout" in found and "image_size" not in found:
+        found["usual_size"] = noted["usual_size"]
     return found
 
 

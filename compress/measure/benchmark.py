@@ -196,7 +196,7 @@ def _speedup(row: Mapping[str, Any]) -> str:
     if row["verdict"] in {"reference", "not compared"}:
         return str(row["verdict"])
     same = ", no difference" if row["verdict"] == "no difference" else ""
-    return f"{numbers.factor(row['speedup'])} ({numbers.interval(row['speedup_ci95'])}){same}"
+    return numbers.factor_within(row["speedup"], row["speedup_ci95"]) + same
 
 
 def _worst_output(row: Mapping[str, Any]) -> str:

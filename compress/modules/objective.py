@@ -15,6 +15,7 @@ from compress.errors import CompressError, TrainingError, boundary, is_out_of_me
 from compress.modules.outputs import heads_of
 
 if TYPE_CHECKING:
+    from compress.data import Dataset
     from compress.tasks import Task
 
 AUXILIARY_WEIGHT = 0.3  # of the heads that GoogLeNet and Inception train beside the last one
@@ -65,6 +66,10 @@ class Objective(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``."""
+
+    def fidelity_db(self, model: nn.Module, dataset: Dataset) -> float | None:
+        """Return the SQNR of validation outputs to a teacher's, dB; None where there is none."""
+        return None
 
     def close(self) -> None:
         """Leave everything as it was found; called once, also after an error."""

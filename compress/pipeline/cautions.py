@@ -176,6 +176,7 @@ def of_size(dataset: Dataset, inside: Sequence[int] | None) -> Iterator[str]:
 def of_stage(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the warnings that follow from what a stage recorded."""
     yield from trust_of(facts).cautions()
+    yield from facts.get("training", {}).get("notes", ())
     if why := facts.get("fixed_batch"):
         yield f"its files take one image at a time, another batch cannot be exported: {why}"
     if note := facts.get("calibration", {}).get("note"):
@@ -281,7 +282,7 @@ def of_trained(variants: Sequence[Variant]) -> Iterator[str]:
                     f"{variant.name} answers worse than {before.name}, which it was trained from: "
                     f"{figure.name} {numbers.number(figure.value)} {figure.unit} against "
                     f"{numbers.number(old.value)} on {result.runtime}. Train for more epochs or at "
-                    f"a lower rate, or leave {verb} out"
+                    f"a lower rate, with keep: best, or leave {verb} out"
                 )
                 break
 
@@ -350,9 +351,9 @@ def of_slower(variants: Sequence[Variant], round_to: int = KERNEL_STEP) -> Itera
             milliseconds, name, runtime = min(same)
             cut = (variant.macs or 0) < (variants[0].macs or 0) and round_to % KERNEL_STEP
             yield (
-                f"{variant.name} is {numbers.factor(1 / (result.speedup or 1.0))} slower than the "
-                f"original on {result.runtime}, batch {result.batch}; of all measured {name} on "
-                f"{runtime} is fastest ({numbers.number(milliseconds)} ms)"
+                f"{variant.name} is {numbers.slowdown(result.speedup or 1.0, result.speedup_ci95)} "
+                f"slower than the original on {result.runtime}, batch {result.batch}; of all "
+                f"measured {name} on {runtime} is fastest ({numbers.number(milliseconds)} ms)"
                 + (
                     f". Most kernels are made for widths in multiples of {KERNEL_STEP}: {ROUND}"
                     if cut

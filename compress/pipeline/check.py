@@ -31,11 +31,13 @@ from compress.recipe.settings import (
     Recipe,
     Stage,
     Target,
+    TrainSettings,
 )
 from compress.runtimes import open_session, runtime_class, unavailable
 from compress.tasks import Task
 from compress.train.distill.build import check_objective
 from compress.train.distill.objective import loss_of
+from compress.train.loop import check_validation
 from compress.train.optimizers import check_layer
 
 LAYER_KEYS = ("freeze_until", "layer_lr", "exclude")  # settings that name layers of the network
@@ -167,6 +169,9 @@ def _network_problems(recipe: Recipe, dataset: Dataset, task: Task) -> Iterator[
             check_layer(model, name, key)
         except CompressError as error:
             yield str(error)
+    for place, part in recipe.parts():
+        if isinstance(part, TrainSettings):
+            yield from _complaint(place, partial(check_validation, dataset, part))
     for place, stage in recipe.placed_stages():
         yield from _complaint(place, partial(try_stage, stage, model, dataset, task))
 

@@ -19,7 +19,7 @@ from compress.pipeline.measure import entries_on, measure_entries, places
 from compress.pipeline.task import prepared
 from compress.progress import track
 from compress.recipe import loading
-from compress.report.numbers import factor, interval, percent
+from compress.report.numbers import factor_within, interval, percent
 from compress.report.reading import check_schema, read_report
 from compress.report.run_folder import LOCK_FILE, RUN_FILE, RunFolder, recorded_variants
 from compress.report.schema import Interval, Report, Result
@@ -187,9 +187,10 @@ def _touch(one: Interval | None, other: Interval | None) -> str:
 
 
 def _figure(name: str, value: float, bounds: Interval | None) -> str:
-    is_speed = name == "speedup"
-    within = f" ({interval(bounds, 'number' if is_speed else 'percent')})" if bounds else ""
-    return f"{factor(value) if is_speed else percent(value)}{within}"
+    if name == "speedup":
+        return factor_within(value, bounds)
+    within = f" ({interval(bounds, 'percent')})" if bounds else ""
+    return f"{percent(value)}{within}"
 
 
 @dataclass(frozen=True)

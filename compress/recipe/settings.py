@@ -192,7 +192,9 @@ class TrainSettings(Settings):
         None, gt=0, lt=1, description="Decay of the exponential moving average (EMA) of the weights"
     )
     patience: int | None = Field(None, ge=1, description="Early stopping: epochs without gain")
-    keep: Literal["best", "last"] = Field("last", description="Which checkpoint is the result")
+    keep: Literal["best", "last"] = Field(
+        "last", description="Which checkpoint is the result; best: also that before training"
+    )
     augment: AugmentSettings = Field(
         AugmentSettings(), description="Random changes of training images"
     )

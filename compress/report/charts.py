@@ -311,7 +311,7 @@ def _facts(variant: Variant, result: Result, figure: Figure) -> list[str]:
     named = (
         ("p50", numbers.number(result.latency_ms_p50), "ms", result.latency_ms_p50_ci95, "number"),
         (figure.name, numbers.percent(figure.value), figure.unit, figure.ci95, "percent"),
-        ("speed-up", numbers.factor(result.speedup), "", result.speedup_ci95, "number"),
+        ("speed-up", numbers.factor_within(result.speedup, result.speedup_ci95), "", None, ""),
         ("file", numbers.number(result.size_mib or variant.size_mib), "MiB", None, "number"),
         ("peak memory", numbers.number(result.peak_memory_mib), "MiB", None, "number"),
     )

@@ -107,6 +107,22 @@ def factor(value: float | None, bounds: Interval | None = None) -> str:
     return ABSENT if value is None else f"{number(value)}x"
 
 
+def slowdown(speedup: float, bounds: Interval | None = None) -> str:
+    """Return the inverse of a speed-up as ``factor`` writes it: "2.00x"."""
+    return factor(1 / speedup, bounds and (1 / bounds[1], 1 / bounds[0]))
+
+
+def factor_within(value: float | None, bounds: Interval | None) -> str:
+    """Return a ratio and its interval: "3.91x (3.50..4.30)", or "1.2..72x"."""
+    ends = beside_factor(bounds)
+    return f"{factor(value, bounds)} ({ends})" if ends else factor(value, bounds)
+
+
+def beside_factor(bounds: Interval | None) -> str:
+    """Return the interval to write beside ``factor``; nothing where that is the interval."""
+    return "" if bounds is not None and is_loose(bounds) else interval(bounds)
+
+
 def is_loose(bounds: Interval) -> bool:
     """Return whether the interval of a ratio is so wide that no one number tells it."""
     return bounds[1] > LOOSE * bounds[0]

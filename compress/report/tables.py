@@ -55,14 +55,15 @@ class Cell:
         remark: str = "",
     ) -> Cell:
         """Return what shows a figure as a number, percent, points or factor, or a dash."""
+        if form == "factor":
+            told = figures.factor(value, bounds)
+            return cls(told, value, figures.beside_factor(bounds), remark)
         write = {
             "number": figures.number,
             "percent": figures.percent,
             "points": figures.points,
-            "factor": figures.factor,
         }[form]
-        spelled = figures.interval(bounds, "number" if form == "factor" else form)
-        return cls(write(value), value, spelled, remark)
+        return cls(write(value), value, figures.interval(bounds, form), remark)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compress.report.numbers import factor, interval, number, points, signed
+from compress.report.numbers import (
+    beside_factor,
+    factor,
+    interval,
+    number,
+    points,
+    signed,
+    slowdown,
+)
 from compress.report.schema import (
     BUSY_RESOLUTION_PCT,
     SAME,
@@ -149,13 +157,14 @@ def _speed(before: Result, after: Result) -> str:
         speedup = before.latency_ms_p50 / after.latency_ms_p50
     if speedup is None:
         return ""
+    bounds = after.speedup_ci95
     if speed_differs(after) is False:
         same = same_speed(after).replace("difference", "difference in speed")
-        return f"{same} ({factor(speedup)}{_ci(after.speedup_ci95)})"
-    bounds = after.speedup_ci95
+        ends = beside_factor(bounds)
+        return f"{same} ({factor(speedup, bounds)}{f', 95 % CI {ends}' if ends else ''})"
     if speedup >= 1:
         return f"{factor(speedup, bounds)} faster"
-    return f"{factor(1 / speedup, bounds and (1 / bounds[1], 1 / bounds[0]))} slower"
+    return f"{slowdown(speedup, bounds)} slower"
 
 
 def _size(report: Report, variant: Variant, result: Result) -> str:

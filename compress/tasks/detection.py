@@ -46,6 +46,7 @@ OTHER_ROWS = (
     "Build the network for the classes of the data. Instance masks, key points and rotated boxes, "
     "which other heads of YOLO give beside the boxes, are not read: use their detector"
 )
+CORNER = 8.0  # pixels; the last cell of the smallest image, 32 x 32, has its centre at 16 and more
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,8 @@ class Detection(Task):
         if heads and _is_after_nms(heads[0]):
             return [(r[:, :4], r[:, 4], r[:, 5].astype(np.int64) - shift) for r in heads[0]]
         head = _by_rows(heads[0], len(self.classes)) if heads else np.zeros((0, 0, 0))
+        if heads and head is not heads[0]:
+            _check_decoded(head)
         count = head.shape[1] - 4
         if count > 0 and len(self.classes) in (0, count):
             return [self._decoded(each) for each in head]
@@ -294,6 +297,23 @@ def _by_rows(head: Array, classes: int) -> Array:
     if not fits or head[..., 4:].min(initial=0) < 0 or head[..., 4:].max(initial=0) > 1:
         return head
     return np.concatenate([head[..., :4], scores], 2).transpose(0, 2, 1)
+
+
+def _check_decoded(head: Array) -> None:
+    """Refuse rows, (B, 4 + K, A), whose boxes are offsets in a grid or shares of the image.
+
+    Raises:
+        EngineError: all centres are near the corner, where those of pixels are all over the image.
+    """
+    reach = float(np.abs(head[:, :2]).max(initial=0))
+    if head.size and reach < CORNER:
+        raise EngineError(
+            f"no box has its centre further than {reach:.1f} from the corner: these are offsets in "
+            "cells of a grid, or shares of the image",
+            expected="centre and size in pixels of the input",
+            fix="Export the network so that it decodes them itself (YOLOX: export_onnx.py "
+            "--decode_in_inference), or give an own task: task: path/file.py:Class",
+        )
 
 
 def box_iou(one: Array, two: Array) -> Array:

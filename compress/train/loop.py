@@ -82,7 +82,7 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
             fix="Derive a class from it whose call returns your loss; the rest has defaults",
         )
     try:
-        _check_validation(dataset, settings)
+        check_validation(dataset, settings)
         processes = join_processes(device)
         _check_repeatable(objective, settings, processes)
         with (
@@ -91,6 +91,7 @@ def train(  # noqa: PLR0913  # what a training is about, each with its default
         ):
             training = Training(model, dataset, settings, objective, processes, folder, seed, task)
             training.resume()
+            training.judge_start()
             _all_epochs(training, frozen)
             return training.result()
     finally:
@@ -325,7 +326,12 @@ def _too_large(training: Training, batch: Batch) -> TrainingError:
     )
 
 
-def _check_validation(dataset: Dataset, settings: TrainSettings) -> None:
+def check_validation(dataset: Dataset, settings: TrainSettings) -> None:
+    """Check that there are validation images where the settings choose by them.
+
+    Raises:
+        UsageError: there are none.
+    """
     wanting = "keep: best" if settings.keep == "best" else "patience"
     needed = settings.keep == "best" or settings.patience is not None
     if needed and not len(dataset.splits.get("validation", ())):

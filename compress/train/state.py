@@ -24,7 +24,7 @@ from compress.modules import breaks_channels_last, evaluating
 from compress.modules.objective import Objective
 from compress.modules.outputs import logits_of
 from compress.recipe.settings import TrainSettings
-from compress.tasks import Task, primary_of
+from compress.tasks import Kind, Primary, Task, primary_of
 from compress.train import checkpoints
 from compress.train.batches import steps_in_epoch
 from compress.train.checkpoints import Row
@@ -71,7 +71,7 @@ class TrainResult:
     epochs: float  # done, fewer than asked for if it stopped early
     steps: int
     best_top1_pct: float | None  # of ``metric`` on validation images; None where there are none
-    best_epoch: int | None  # counted from 1
+    best_epoch: int | None  # counted from 1; 0: with keep: best, the network before training
     last_top1_pct: float | None
     images_per_second: float | None  # of training, without validation; median of the rows
     precision: str
@@ -94,7 +94,7 @@ class Training:
     task: Task | None  # None: one class an image
     epoch: int = 0  # whole epochs done
     step: int = 0  # steps done in the current epoch
-    best: tuple[float, int] | None = None  # value of the metric, epoch counted from 1
+    best: tuple[float, int] | None = None  # value of the metric, epoch counted from 1; 0 = start
     best_weights: dict[str, Tensor] = field(default_factory=dict)  # where no folder keeps them
     notes: list[str] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
@@ -103,7 +103,7 @@ class Training:
 
     def __post_init__(self) -> None:
         settings, device = self.settings, self.processes.device
-        self.metric = "top1_pct" if self.task is None else self.task.primary  # of validation
+        self.primary = FIDELITY if self._is_unlabelled else primary_of(self.task)
         self.precision = chosen_precision(settings.precision, device)
         self.memory_format = fastest_format(self.model, settings, device)
         self.steps = steps_in_epoch(self.dataset, settings)  # of an epoch
@@ -129,8 +129,11 @@ class Training:
     @property
     def stopped_early(self) -> bool:
         """Whether validation has not improved for as long as patience lasts."""
-        patience, best = self.settings.patience, self.best
-        return patience is not None and best is not None and self.epoch - best[1] >= patience
+        patience, scores = self.settings.patience, self._scores
+        if patience is None or not scores:
+            return False
+        drops = [self.primary.drop(scores[0], score) for score in scores]
+        return self.epoch - (1 + drops.index(min(drops))) >= patience
 
     @property
     def watched(self) -> nn.Module:
@@ -168,23 +171,22 @@ class Training:
         self.epoch, self.step = self.epoch + 1, 0
         self.processes.share_buffers(self.model)
         self.processes.share_buffers(self.watched)
-        if self.task is not None:
-            found = evaluate.primary_value(self.watched, self.dataset, self.task)
-            score: Score | None = None if found is None else (found, None)
-        else:
-            at_once = -(-self.settings.batch_size // self.parts)
-            score = validate(self.watched, self.dataset, self.processes, self.precision, at_once)
+        score = self._score()
         if score is None:
             return row
         value, loss = score
-        if self.best is None or primary_of(self.task).drop(self.best[0], value) < 0:
-            self.best = (value, self.epoch)
-            weights = self.watched.state_dict()
-            if self.folder is None and self.settings.keep == "best":
-                self.best_weights = {name: each.clone() for name, each in weights.items()}
-            self._write(checkpoints.BEST, {"model": weights})
-        scored = row | {f"validation_{self.metric}": value}
+        drop = 0.0 if self.best is None else self.primary.drop(self.best[0], value)
+        if self.best is None or drop < 0 or (drop == 0 and self.best[1] == 0):
+            self._keep(value)
+        scored = row | {self._key: value}
         return scored if loss is None else scored | {"validation_loss": loss}
+
+    def judge_start(self) -> None:
+        """Let the network as it came be the best so far, where the best is to be kept."""
+        if self.settings.keep == "best" and self.settings.epochs and not self.steps_done:
+            score = self._score()
+            if score is not None:
+                self._keep(score[0])
 
     def save(self) -> None:
         """Write a checkpoint that a training can go on from."""
@@ -227,6 +229,7 @@ class Training:
     def result(self) -> TrainResult:
         """Put the wanted weights into the network and return how it went."""
         model, folder = self.model, self.folder
+        self._tell_of_best()
         if self.settings.keep == "best" and self.best is not None:
             if folder is not None:
                 self.processes.wait()  # until the main process has written it
@@ -234,8 +237,7 @@ class Training:
             model.load_state_dict(self.best_weights)
         elif self.average is not None:
             model.load_state_dict(self.average.model.state_dict())
-        key = f"validation_{self.metric}"
-        scored = [row for row in self.rows if key in row]
+        scores = self._scores
         speeds = sorted(row["images_per_second"] for row in self.rows)
         return TrainResult(
             history=tuple(self.rows),
@@ -243,13 +245,64 @@ class Training:
             steps=self.steps_done,
             best_top1_pct=self.best[0] if self.best else None,
             best_epoch=self.best[1] if self.best else None,
-            last_top1_pct=scored[-1][key] if scored else None,
+            last_top1_pct=scores[-1] if scores else None,
             images_per_second=speeds[math.floor(len(speeds) / 2)] if speeds else None,
             precision=self.precision,
             stopped_early=self.epoch < self.settings.epochs and self.stopped_early,
-            metric=self.metric,
+            metric=self.primary.name,
             notes=(*self.objective.notes, *self.notes),
         )
+
+    @property
+    def _is_unlabelled(self) -> bool:
+        return self.task is not None and not self.task.kinds
+
+    @property
+    def _key(self) -> str:
+        """The name of what validation measures, in rows."""
+        return f"validation_{self.primary.name}"
+
+    @property
+    def _scores(self) -> list[float]:
+        """What validation measured after each epoch."""
+        return [row[self._key] for row in self.rows if self._key in row]
+
+    def _score(self) -> Score | None:
+        """Measure the watched network on validation images; None where nothing can be."""
+        if self.task is None:
+            at_once = -(-self.settings.batch_size // self.parts)
+            return validate(self.watched, self.dataset, self.processes, self.precision, at_once)
+        if self._is_unlabelled:
+            found = self.objective.fidelity_db(self.watched, self.dataset)
+        else:
+            found = evaluate.primary_value(self.watched, self.dataset, self.task)
+        return None if found is None else (found, None)
+
+    def _keep(self, value: float) -> None:
+        """Keep the watched network as the best so far."""
+        self.best = (value, self.epoch)
+        weights = self.watched.state_dict()
+        if self.folder is None and self.settings.keep == "best":
+            self.best_weights = {name: each.clone() for name, each in weights.items()}
+        self._write(checkpoints.BEST, {"model": weights})
+
+    def _tell_of_best(self) -> None:
+        """Note where ``keep: best`` keeps another network than one would think."""
+        if self.settings.keep != "best" or not self.rows:
+            return
+        note = "nothing could be measured to choose a checkpoint by: the last one is kept"
+        if self.best is not None:
+            if self.best[1]:
+                return
+            unit, drop = f" {self.primary.unit}".rstrip(), self.primary.drop
+            after = min(self._scores, key=lambda score: drop(0.0, score))
+            note = (
+                f"every epoch left the network worse than it came ({self.primary.called} "
+                f"{self.best[0]:.2f}{unit} on validation images, then {after:.2f} at best): it is "
+                "kept as it was before training"
+            )
+        logger.warning(note)
+        self.notes.append(note)
 
     def _load(self, path: Path) -> None:
         state = checkpoints.load_state(path)
@@ -296,6 +349,7 @@ class Training:
 
 
 VALIDATION_BATCH = 256  # at most
+FIDELITY = Primary("sqnr_db", Kind("dB", title="SQNR"))  # to the teacher, without labels
 
 
 Score = tuple[float, float | None]  # the metric on validation images, and the loss where known

@@ -169,6 +169,17 @@ def test_pictures_without_labels_are_quantized_on(here, compress):
     assert (recipe.task, [stage.verb for stage in recipe.stages]) == ("fidelity", ["quantize"])
 
 
+@pytest.mark.parametrize(("count", "keep"), [(40, "best"), (12, "last")])
+def test_without_labels_the_start_is_kept_where_distillation_worsens_it(
+    here, compress, count, keep
+):
+    pictures(Path("seen"), count)
+    assert compress("init", "--data", "images:seen", "--image-size", "20", "--yes")[0] == 0
+    recipe = load_recipe("compress.yaml")
+    assert [stage.verb for stage in recipe.stages] == ["prune", "distill", "quantize"]
+    assert recipe.stages[1].distill.keep == keep  # of 12 none is held back
+
+
 def test_without_weights_the_network_is_trained_first(here, compress):
     assert compress("init", "--image-size", "20", "--keep-macs", "0.7")[0] == 0
     recipe = load_recipe("compress.yaml")

@@ -237,6 +237,45 @@ def test_a_copy_takes_the_weights_beside_it_along(tmp_path):
         assert session.run(np.ones((1, 3, 8, 8), np.float32))[0].max() == 27
 
 
+ULTRALYTICS = {"names": "{0: 'cat', 1: 'dog'}", "stride": "32", "imgsz": "[96, 64]"}
+SEEN = {"mean": [0.0] * 3, "std": [1.0] * 3, "resize": "letterbox", "crop": 1.0, "color": "RGB"}
+
+
+@pytest.mark.parametrize(
+    ("props", "facts"),
+    [
+        (
+            {"task": "detect"},
+            {"labels": ["cat", "dog"], "task": "detection", "usual_size": [96, 64], **SEEN},
+        ),
+        ({"task": "classify", "imgsz": "["}, {"labels": ["cat", "dog"], "task": "classification"}),
+        ({"task": "pose", "names": "{0: 'x', 5: 'y'}"}, {"usual_size": [96, 64]}),
+        ({"names": "print(1)", "imgsz": "[0, -3]"}, {}),
+    ],
+)
+def test_what_ultralytics_exporter_notes_is_known(tmp_path, props, facts):
+    path = graph(tmp_path / "yolo.onnx", ["b", 3, "h", "w"])
+    model = onnx.load(path)
+    helper.set_model_props(model, ULTRALYTICS | props)
+    onnx.save(model, path)
+    known = {"layout": "NCHW", "channels": 3}
+    assert artifact_facts(path) == known | facts
+    settings = DataSettings(name="images", root=".")
+    size = facts.get("usual_size")
+    assert completed(settings, [path]).image_size == (size and tuple(size))
+    own = settings.model_copy(update={"image_size": (32, 32)})
+    assert completed(own, [path]).image_size == (32, 32), "the input takes any size"
+
+
+def test_a_fixed_size_counts_more_than_the_one_that_is_noted(tmp_path):
+    path = graph(tmp_path / "yolo.onnx", ["b", 3, 32, 32])
+    model = onnx.load(path)
+    helper.set_model_props(model, ULTRALYTICS)
+    onnx.save(model, path)
+    assert artifact_facts(path)["image_size"] == (32, 32)
+    assert "usual_size" not in artifact_facts(path)
+
+
 def test_the_usual_range_follows_from_mean_and_std(tmp_path):
     model = onnx.load(graph(tmp_path / "x.onnx", ["n", 3, 8, 8]))
     assert usual_range(model) is None

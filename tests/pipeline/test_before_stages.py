@@ -161,6 +161,15 @@ def test_a_file_in_int8_and_nodes_that_it_lacks_are_found_before_the_first_stage
         assert not Path("q").exists()
 
 
+@pytest.mark.parametrize("wanting", [{"keep": "best"}, {"patience": 2}])
+def test_validation_images_that_are_missing_are_found_before_the_first_stage(here, wanting):
+    none = {"data": {"name": "digits", "validation": 0}}
+    given = content("net.py:net", CUT, {"finetune": wanting}, **none)
+    with pytest.raises(RecipeError, match=r"stages\[1\].finetune: .*no images are held back"):
+        pipeline.run(validate_recipe(given, where="r"), "out")
+    assert not Path("out").exists()
+
+
 def test_too_few_calibration_images_are_found_before_the_first_stage(here):
     pixels, classes = np.zeros((32, 8, 8, 1), np.uint8), np.arange(32) % 10
     np.savez("few.npz", x_train=pixels[:12], y_train=classes[:12], x_test=pixels, y_test=classes)

@@ -313,6 +313,11 @@ def test_a_training_that_made_it_worse_is_said_to_have_done_so(before, after, sa
     assert not list(cautions.of_trained(rows[:2])), "a cut is no training"
 
 
+def test_what_a_training_noted_is_told():
+    facts = {"training": {"notes": ["every epoch left the network worse than it came"]}}
+    assert list(cautions.of_stage(facts)) == facts["training"]["notes"]
+
+
 def test_a_metric_of_which_less_is_better_is_worse_where_it_rises():
     def of_error(value):
         metric = {"value": value, "unit": "px", "ci95": (value - 0.1, value + 0.1)}

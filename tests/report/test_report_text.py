@@ -17,6 +17,7 @@ from compress.report.numbers import (
     count,
     fact,
     factor,
+    factor_within,
     in_words,
     interval,
     number,
@@ -182,6 +183,20 @@ def test_a_speed_up_that_no_one_number_tells_is_its_interval(speedup, bounds, to
     report = pair(latency_ms_p50=10 / speedup, speedup=speedup, speedup_ci95=bounds)
     assert verdict(report).startswith(told)
     assert shown in rendered(report).split()
+
+
+@pytest.mark.parametrize("slower", [False, True])
+def test_a_speed_up_that_no_one_number_tells_is_its_interval_in_every_format(slower):
+    value, bounds = (0.42, (0.41, 4.3)) if slower else (50.5, (1.2, 72.4))
+    told = "0.41..4.3x" if slower else "1.2..72x"
+    report = pair(latency_ms_p50=10 / value, speedup=value, speedup_ci95=bounds)
+    speed = speeds(report)
+    name = [column.name for column in speed.columns].index("Speed-up")
+    assert (speed.rows[-1][name].text, speed.rows[-1][name].bounds) == (told, "")
+    for page in (markdown(report), html(report), verdict(report)):
+        assert told in page and number(value) + "x" not in page
+    assert factor_within(value, bounds) == told
+    assert factor_within(3.9, (3.2, 4.7)) == "3.90x (3.20..4.70)"
 
 
 def test_every_negative_number_has_the_same_minus_sign():

@@ -440,6 +440,19 @@ def test_a_yolo_head_is_decoded_and_its_duplicates_removed():
     assert found["scores"] == pytest.approx([0.9, 0.6])
 
 
+def test_boxes_that_are_still_offsets_in_a_grid_are_refused():
+    """As YOLOX's exporter leaves them unless it is told to decode."""
+    draw = np.random.default_rng(0)
+    rows = np.concatenate([draw.normal(size=(1, 84, 4)), draw.random((1, 84, 6))], 2)
+    task = load_task("detection", classes="abcde")
+    with pytest.raises(EngineError, match=r"cells of a grid.*--decode_in_inference"):
+        task.predict({"output": rows})
+    cells = np.concatenate([np.indices((s, s)).reshape(2, -1).T * 64 / s for s in (8, 4, 2)])
+    rows[0, :, :2] += cells
+    rows[0, :, 2:4] = np.exp(rows[0, :, 2:4])
+    assert len(task.predict({"output": rows})[0]["scores"])
+
+
 @pytest.mark.parametrize("classes", [("a", "b", "c"), ("a",), ()])
 def test_rows_with_objectness_are_read_as_the_head_they_stand_for(classes):
     """As YOLOv5 and YOLOX give them: centre, size, objectness and the score of each class."""

@@ -23,7 +23,7 @@ from compress.recipe.settings import AugmentSettings, TrainSettings
 from compress.train import TrainResult, shown_batches, train
 from compress.train.batches import permutation, train_batches
 from compress.train.optimizers import rate_factor
-from compress.train.state import fastest_format
+from compress.train.state import Training, fastest_format
 
 DATA = dataset()
 
@@ -221,6 +221,51 @@ def test_best_weights_are_kept_on_request(tmp_path: Path):
         for images, target in DATA.batches("validation"):
             right += int((model(images).argmax(1) == target).sum())
         assert 100 * right / 48 == pytest.approx(result.best_top1_pct)
+
+
+class Unlearn(CrossEntropy):
+    """Takes away what the network knows."""
+
+    def __call__(self, model: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+        return -super().__call__(model, images, target)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema": 0.5}])
+def test_the_network_before_training_is_kept_where_every_epoch_left_it_worse(
+    tmp_path: Path, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+):
+    start, known = trained(epochs=8)
+    assert known.last_top1_pct == 100
+    for folder in (None, tmp_path):
+        model, result = trained(
+            copy.deepcopy(start), keep="best", lr=5, objective=Unlearn(), folder=folder, **changes
+        )
+        assert same_weights(model, start)
+        assert (result.best_epoch, result.best_top1_pct) == (0, 100.0)
+        assert max(row.get("validation_top1_pct", 0.0) for row in result.history) < 100
+        said = "every epoch left the network worse than it came (top-1 100.00 % on validation"
+        assert said in result.notes[-1] and said in caplog.text
+    objective = Unlearn()
+    again, repeated = trained(
+        plain(seed=5), keep="best", lr=5, objective=objective, folder=tmp_path, **changes
+    )
+    assert same_weights(again, start) and repeated.best_epoch == 0
+    last, _ = trained(copy.deepcopy(start), objective=objective, **changes)
+    assert not same_weights(last, start)
+
+
+def test_a_training_that_only_equals_the_start_is_kept():
+    start, _ = trained(epochs=8)
+    model, result = trained(copy.deepcopy(start), keep="best", lr=1e-6)
+    assert (result.best_epoch, result.best_top1_pct, result.notes) == (1, 100.0, ())
+    assert not same_weights(model, start)
+
+
+def test_patience_watches_the_epochs_and_not_the_start(monkeypatch: pytest.MonkeyPatch):
+    scores = iter([90.0, 50.0, 60.0, 70.0, 65.0, 64.0, 63.0])
+    monkeypatch.setattr(Training, "_score", lambda self: (next(scores), None))
+    _, result = trained(epochs=6, patience=2, keep="best")
+    assert (result.epochs, result.stopped_early, result.best_epoch) == (5, True, 0)
 
 
 def test_stops_early_when_validation_no_longer_improves():

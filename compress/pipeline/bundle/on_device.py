@@ -34,6 +34,9 @@ INT8_SQNR_DB = 15.0  # smallest ratio of answers to their difference, where none
 FLOAT_SQNR_DB = 34.0  # the same for boxes of a float network: 2 % of them, as FLOAT_TOLERANCE
 OVERLAP = 0.5  # smallest intersection over union of a box here and its partner on the host
 COUNTED = 0.1  # boxes of a score of this share of the host's best one must have a partner
+CALLS = 5  # timed before it is another network's turn
+DRAWS = 400  # of turns, for the interval of a speed-up
+LOOSE = 1.5  # upper over lower end of that interval, from which no one number tells it
 
 
 class DeviceError(Exception):
@@ -399,7 +402,7 @@ def timed(sessions: dict[str, Any], images: Any, seconds: float) -> dict[str, li
     while time.perf_counter() < end:
         for name, session in sessions.items():
             session.run(images)  # not counted: fills the caches after another network
-            for _ in range(5):
+            for _ in range(CALLS):
                 start = time.perf_counter()
                 session.run(images)
                 spent[name].append(time.perf_counter() - start)
@@ -455,7 +458,23 @@ def measured_networks(
         result["latency_ms_p50"] = float(np.median(calls) * 1e3)
         result["latency_ms_p99"] = float(np.percentile(calls, 99) * 1e3)
         result["speedup"] = float(first / np.median(calls))
+        result["speedup_ci95"] = speedup_interval(spent[fitting[0]["name"]], spent[result["name"]])
     return results
+
+
+def speedup_interval(first: list[float], own: list[float]) -> list[float]:
+    """Return the ends of the 95 % bootstrap interval of a speed-up, of turns drawn in pairs."""
+    pairs = np.stack([np.reshape(calls, (-1, CALLS)) for calls in (first, own)])
+    random = np.random.default_rng(0)
+    drawn = (pairs[:, random.integers(len(pairs[0]), size=len(pairs[0]))] for _ in range(DRAWS))
+    ratios = [float(np.divide(*np.median(each, axis=(1, 2)))) for each in drawn]
+    return [float(end) for end in np.percentile(ratios, (2.5, 97.5))]
+
+
+def speedup_of(result: dict[str, Any]) -> str:
+    """Return a speed-up as it is printed: its interval where no one number tells it."""
+    low, high = result["speedup_ci95"]
+    return f"{low:.2g}..{high:.2g}x" if high > LOOSE * low else f"{result['speedup']:.2f}x"
 
 
 def table_of(results: list[dict[str, Any]]) -> list[list[str]]:
@@ -468,7 +487,7 @@ def table_of(results: list[dict[str, Any]]) -> list[list[str]]:
     rows = [["network", "precision", "p50 ms", "p99 ms", "speedup", *shares.values(), *boxes, ""]]
     for r in results:
         numbers = [f"{r[key]:.3f}" for key in ("latency_ms_p50", "latency_ms_p99")]
-        numbers.append(f"{r['speedup']:.2f}x")
+        numbers.append(speedup_of(r))
         told = ["-" if r[key] is None else f"{r[key]:.1f}" for key in shares]
         if boxes:
             told.append(f"{r['boxes_with_partner']} of {r['boxes']}" if "boxes" in r else "-")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import plugins
+from compress.data import Dataset
 from compress.errors import TrainingError, UsageError
 from compress.evaluate import device_of
 from compress.modules import evaluating
@@ -24,6 +26,8 @@ from compress.train.distill.teachers import (
     TorchTeacher,
 )
 from compress.train.losses import Needs, Taps
+
+MOST_DB = 120.0  # of outputs that are equal, as far as single precision tells
 
 Computed = tuple[Tensor, dict[Tap, Tensor]]  # main output and features of a network
 
@@ -214,6 +218,28 @@ class DistillObjective(LayerComparison, Objective):
     def answer(self, images: Tensor) -> Tensor:
         """Return the teacher's logits in the student's class order, (B, K)."""
         return self._ordered(self.teacher(images, None, ())[0])
+
+    @torch.no_grad()
+    def fidelity_db(self, model: nn.Module, dataset: Dataset) -> float | None:
+        """Return how near the main outputs for validation images are to the teacher's, SQNR in dB.
+
+        None where there are no images, or outputs have no places in common.
+        """
+        if not len(dataset.splits.get("validation", ())):
+            return None
+        device, signal, noise = device_of(model), 0.0, 0.0
+        with evaluating(model):
+            for batch, _ in dataset.batches("validation"):
+                images = batch.to(device)
+                theirs, mine = self.answer(images).double(), logits_of(model(copied(images)))
+                if mine.shape != theirs.shape:
+                    return None
+                signal += float(theirs.square().sum())
+                noise += float((mine.double() - theirs).square().sum())
+        if not signal:
+            return None
+        ratio = 10 * math.log10(signal / noise) if 0 < noise < math.inf else MOST_DB
+        return min(MOST_DB, ratio) if math.isfinite(noise) else -MOST_DB
 
     def before(self, moment: TrainingProgress) -> None:
         """Take note of which images come next, and how far training is."""

@@ -20,10 +20,12 @@ from networks_of_tasks import FACTS, network
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
+from compress import statistics
 from compress.errors import RunError
 from compress.packages import is_installed
 from compress.pipeline import bundle
 from compress.pipeline.bundle import on_device, write_bundle
+from compress.report import numbers
 from compress.tasks.detection import Detection
 
 VARIANTS = [
@@ -308,12 +310,28 @@ def test_bundled_boxes_that_come_in_another_order_are_alike(tmp_path: Path) -> N
 
 def test_what_is_known_of_no_network_has_no_column() -> None:
     row = {"name": "original", "precision": "fp32", "latency_ms_p50": 1, "latency_ms_p99": 2,
-           "speedup": 1, "parity": True, "top1_pct": None, "agreement_with_host_pct": None,
-           "sqnr_to_host_db": 61.23}  # fmt: skip
+           "speedup": 1, "speedup_ci95": [1, 1], "parity": True, "top1_pct": None,
+           "agreement_with_host_pct": None, "sqnr_to_host_db": 61.23}  # fmt: skip
     head, line = on_device.table_of([row])
     assert head[5:] == ["to host, dB", ""] and line[5:] == ["61.2", "ok"]
     head, line = on_device.table_of([row | {"top1_pct": 90, "agreement_with_host_pct": 99}])
     assert head[5:] == ["top-1 %", "as on host %", ""] and line[5:] == ["90.0", "99.0", "ok"]
+
+
+def test_a_speed_up_has_the_interval_of_turns_drawn_in_pairs() -> None:
+    random = np.random.default_rng(1)
+    busy = random.choice([1.0, 3.0], size=(200, 1), p=[0.5, 0.5])  # slows both networks alike
+    first, own = (mean * busy * random.uniform(0.9, 1.1, (200, on_device.CALLS)) for mean in (2, 1))
+    low, high = on_device.speedup_interval([*first.flat], [*own.flat])
+    wanted = statistics.ratio_interval(first, own)
+    assert (low, high) == pytest.approx(wanted, rel=0.02)
+    assert low < 2 < high < 1.2 * low
+
+
+def test_a_speed_up_that_no_one_number_tells_is_printed_as_its_interval() -> None:
+    assert on_device.speedup_of({"speedup": 50.5, "speedup_ci95": [1.2, 72.4]}) == "1.2..72x"
+    assert on_device.speedup_of({"speedup": 3.9, "speedup_ci95": [3.2, 4.7]}) == "3.90x"
+    assert on_device.LOOSE == numbers.LOOSE
 
 
 def test_a_run_without_networks_is_refused(run: Path, tmp_path: Path) -> None:

@@ -18,10 +18,12 @@ from compress.data._images import MemoryImages, Subset
 from compress.errors import TrainingError, UnknownNameError, UsageError
 from compress.modules.objective import TrainingProgress
 from compress.recipe.settings import AugmentSettings, DistillSettings
-from compress.train import train
+from compress.tasks.fidelity import Fidelity
+from compress.train import TrainResult, train
 from compress.train.distill import build, build_objective
 from compress.train.distill.build import Control, does_teacher_help, shortened
 from compress.train.distill.features import Tap, pair_layers, survey, tapped
+from compress.train.distill.objective import MOST_DB
 from compress.train.losses import Taps
 
 
@@ -226,6 +228,39 @@ def test_adapters_are_trained_and_not_saved_with_the_student(tmp_path: Path):
     assert set(student.state_dict()) == names
     best = torch.load(tmp_path / "best.pt", weights_only=True)
     assert set(best["model"]) == names
+
+
+def test_without_labels_validation_is_the_sqnr_of_outputs_to_the_teachers(
+    caplog: pytest.LogCaptureFixture,
+):
+    student, teacher, task = net(1), net(2, width=6), Fidelity(of="classification")
+    chosen = settings(losses=("kd",), keep="best", epochs=2, lr=1e-4)
+
+    def run(network: nn.Module, chosen: DistillSettings) -> TrainResult:
+        made = build_objective(network, teacher, DATA, chosen, task=task)
+        return train(network, DATA, chosen, objective=made, task=task, device="cpu")
+
+    def by_hand(network: nn.Module) -> float:
+        images = torch.cat([images for images, _ in DATA.batches("validation")])
+        with torch.no_grad():
+            mine, theirs = (
+                each.eval()(images).numpy().astype(float) for each in (network, teacher)
+            )
+        return 10 * np.log10((theirs**2).sum() / ((mine - theirs) ** 2).sum())
+
+    before = by_hand(student)
+    result = run(student, chosen)
+    assert result.metric == "sqnr_db"
+    assert result.best_top1_pct == pytest.approx(by_hand(student), abs=1e-4)
+    assert result.best_top1_pct > before
+    start = copy.deepcopy(student)
+    result = run(student, chosen.model_copy(update={"lr": 50.0}))
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.parameters(), start.parameters(), strict=True)
+    )
+    assert result.best_epoch == 0 and "it came (SQNR" in result.notes[-1]
+    made = build_objective(teacher, copy.deepcopy(teacher), DATA, chosen, task=task)
+    assert made.fidelity_db(teacher, DATA) == MOST_DB
 
 
 @pytest.mark.parametrize("losses", [("kd", "hint"), ("crd",), ("mgd", "vid")])

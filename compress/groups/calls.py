@@ -268,6 +268,19 @@ class WatchedCalls(TorchFunctionMode, abc.ABC):
         return func(*args, **kwargs)
 
 
+def _rms_norm(
+    x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: Any = None
+) -> Tensor:
+    """The norm in single ops on every device: GPUs make one of it, which hides its mean."""
+    sizes = tuple(x.shape[x.ndim - len(normalized_shape) :])
+    if sizes != tuple(normalized_shape):
+        raise ValueError(f"an RMS norm over {tuple(normalized_shape)} does not fit {sizes}")
+    dims = list(range(-len(sizes), 0))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    x = x * torch.rsqrt(x.pow(2).mean(dims, keepdim=True) + eps)
+    return x if weight is None else x * weight
+
+
 class FollowedCalls(WatchedCalls):
     """Hands calls followed as a whole to ``ops``, also those inside PyTorch's functions."""
 
@@ -277,6 +290,8 @@ class FollowedCalls(WatchedCalls):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call of the program."""
+        if func is torch.rms_norm:
+            return _rms_norm(*args, **kwargs)
         if (name := whole_name(func, args)) is None:
             return self.inside(func, args, kwargs)
         with self._ops.inside_whole():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from compress import apply_pruning, export_onnx, plan_pruning
 from compress.groups import trace
+from compress.groups.calls import FollowedCalls, WatchedOps
 from compress.groups.proof import prove
 from compress.packages import is_installed
 
@@ -123,6 +124,19 @@ def test_it_is_cut_and_equals_the_masked_network(name: str) -> None:
     assert prove(model, plan, IMAGES) < 1e-5
     small = apply_pruning(model, plan)
     assert sum(p.numel() for p in small.parameters()) == plan.params_after < plan.params_before
+
+
+@pytest.mark.parametrize("weight", [None, torch.rand(5) + 0.5], ids=["bare", "weighted"])
+@pytest.mark.parametrize("eps", [None, 1e-3], ids=str)
+def test_an_rms_norm_that_is_followed_computes_that_of_torch(
+    weight: Tensor | None, eps: float | None
+) -> None:
+    x = torch.randn(2, 3, 5)
+    want = F.rms_norm(x, (5,), weight, eps)
+    with FollowedCalls(WatchedOps()):
+        torch.testing.assert_close(F.rms_norm(x, (5,), weight, eps), want)
+        with pytest.raises(ValueError, match="does not fit"):
+            F.rms_norm(x, (4,), weight, eps)
 
 
 @pytest.mark.parametrize("name", ["limited", "limited in place", "circular", "wider on one side"])

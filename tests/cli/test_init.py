@@ -243,7 +243,7 @@ def test_a_proposed_training_takes_enough_steps(images):
     from compress.recipe.loading import validate_recipe
     from compress.recipe.settings import DataSettings
 
-    proposal = Proposal("m", None, {}, "", images, "classification", "top-1", True, (), 0.5)
+    proposal = Proposal("m", None, {}, "", images, 0, "classification", "top-1", True, (), 0.5)
     settings = {"epochs": proposal.epochs, "batch_size": proposal.batch_size}
     content = {"model": {"name": "compress.models.cifar:resnet8"}, "data": {"name": "digits"},
                "stages": [{"train": settings}]}  # fmt: skip

@@ -213,7 +213,7 @@ def recipe_of(
     written = _content(name, given, stages, targets)
     for override in given["overrides"] or []:
         apply_override(written, override)
-    return validate_recipe(written, where=f"compress {name}")
+    return validate_recipe(written, where=name)
 
 
 def _content(

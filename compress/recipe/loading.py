@@ -63,11 +63,13 @@ def packaged_recipes() -> dict[str, Path]:
 def find_recipe(reference: str | Path) -> Path:
     """Return the file that ``reference`` stands for: a path, or the name of a packaged recipe.
 
+    A folder of that name does not hide the recipe: ``photos`` is both.
+
     Raises:
         RecipeError: it looks like a name, and no packaged recipe has it.
     """
     path = Path(reference)
-    if path.exists() or path.suffix or len(path.parts) != 1:
+    if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     known = packaged_recipes()
     if path.name not in known:

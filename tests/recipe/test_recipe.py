@@ -224,6 +224,12 @@ def test_trackers_that_cannot_log_are_refused(write, tracker, message):
     assert message in str(caught.value)
 
 
+def test_a_folder_of_the_same_name_does_not_hide_a_recipe_of_the_package(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert loading.find_recipe("photos") == loading.packaged_recipes()["photos"]
+
+
 def test_recipes_of_the_package_go_by_name():
     assert (
         loading.find_recipe("quickstart").read_text() == Path("recipes/quickstart.yaml").read_text()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from compress.artifact import inside, replacing
 from compress.data import UNFITTED, Dataset, load_data
-from compress.errors import RunError
+from compress.errors import RunError, UsageError
 from compress.evaluate.feeding import arrays_for, artifact_facts, completed, picture_of
 from compress.pipeline.bundle import on_device
 from compress.recipe.settings import DataSettings
@@ -30,6 +30,7 @@ from compress.tasks import Task, default_task, load_task
 
 __all__ = ["write_bundle"]
 
+ENDINGS = (".tar.gz", ".tgz")
 IMAGES = 64  # of the test split: enough to see a wrong engine, small enough to send
 KEYS = ("name", "file", "precision", "target")  # of a network, that the script needs
 PACKAGE = Path(__file__).parents[2]
@@ -53,11 +54,14 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
         whose ``predict.py`` answers pictures.
 
     Raises:
+        UsageError: ``out`` has another ending.
         RunError: the folder holds no run, a file of it is missing, or its networks take more than
             pictures or do not answer each by itself.
         DataError: the images of the run cannot be read here.
     """
     folder, target = Path(run), Path(out)
+    if not target.name.endswith(ENDINGS):
+        raise UsageError("is no name for a bundle", where=str(out), expected="FILE.tar.gz")
     recipe = RunFolder(folder).description()["recipe"]
     models = _models(folder)
     first = folder / models[0]["path"]
@@ -90,7 +94,7 @@ def write_bundle(run: str | Path, out: str | Path) -> Path:
     }
     files["bundle.json"] = (json.dumps(manifest, indent=2) + "\n").encode()
     root = target.name
-    for ending in (".gz", ".tgz", ".tar"):
+    for ending in ENDINGS:
         root = root.removesuffix(ending)
     with replacing(target) as temporary, tarfile.open(temporary, "w:gz") as archive:
         for name, content in sorted(files.items()):

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from compress import statistics
-from compress.errors import RunError
+from compress.errors import RunError, UsageError
 from compress.packages import is_installed
 from compress.pipeline import bundle
 from compress.pipeline.bundle import on_device, write_bundle
@@ -525,3 +525,10 @@ def test_names_of_classes_are_not_obeyed_on_the_device(tmp_path: Path) -> None:
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"nothing: holds no run\. Expected a folder with run\.json"):
         write_bundle(tmp_path / "nothing", tmp_path / "x.tar.gz")
+
+
+@pytest.mark.parametrize("name", ["bundle.zip", "bundle"])
+def test_a_name_that_is_no_tar_gz_is_refused(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"{name}: .*FILE\.tar\.gz"):
+        write_bundle(tmp_path / "run", tmp_path / name)
+    assert not list(tmp_path.iterdir())

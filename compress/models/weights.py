@@ -34,6 +34,7 @@ STATE_KEYS = (
 )
 _ASKS_FOR_CODE = re.compile(r"GLOBAL|Can only|Trying to").search  # in PyTorch's refusals
 UNREADABLE = "is not a readable weight file"
+_MADE_BY = "Give a file that torch.save or safetensors wrote"
 COUNTERS = {"n_averaged", "num_updates", "step", "initted", "decay"}  # of averages, no weights
 
 
@@ -54,7 +55,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ModelError("no such weight file", where=str(path))
-    with boundary(ModelError, UNREADABLE, where=str(path)):
+    with boundary(ModelError, UNREADABLE, where=str(path), fix=_MADE_BY):
         if path.suffix == ".safetensors":
             state = read_safetensors(path)
         else:
@@ -140,7 +141,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     from safetensors.torch import load_file
 
-    with boundary(ModelError, UNREADABLE, where=str(path)):
+    with boundary(ModelError, UNREADABLE, where=str(path), fix=_MADE_BY):
         path.open("rb").close()  # safetensors calls a file that may not be read absent
         return load_file(path)
 

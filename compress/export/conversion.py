@@ -8,6 +8,7 @@ import io
 import itertools
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +160,7 @@ def convert(module: nn.Module, example: Example, opset: int, free: Free) -> torc
         module = _Flat(module)
         if shapes is not None:  # of a forward that takes *args and **kwargs
             shapes = {"kwargs" if isinstance(shapes, dict) else "args": shapes}
-    with _quiet(), _AsRuntimesRead():
+    with _quiet(), _normalizing_unasked(), _AsRuntimesRead():
         try:
             program = torch.onnx.export(
                 module,
@@ -334,6 +335,31 @@ _WRITTEN: dict[Any, Callable[..., Tensor]] = {
     torch.renorm: _renorm,
     Tensor.renorm: _renorm,
 }
+
+
+@contextlib.contextmanager
+def _normalizing_unasked() -> Iterator[None]:
+    """Let torchvision normalize without asking whether a tensor holds a zero: no trace can say."""
+    functional = sys.modules.get("torchvision.transforms._functional_tensor")
+    if functional is None:
+        yield
+        return
+    before, functional.normalize = functional.normalize, _normalize  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        functional.normalize = before  # type: ignore[attr-defined]
+
+
+def _normalize(tensor: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tensor:
+    """Images (..., C, H, W) less ``mean``, over ``std``, both (C,), as torchvision does."""
+    if not isinstance(std, Tensor) and not all(std):
+        raise ValueError(f"std is {std}, by which nothing can be divided")
+    mean, std = (
+        torch.as_tensor(each, dtype=tensor.dtype, device=tensor.device).reshape(-1, 1, 1)
+        for each in (mean, std)
+    )
+    return tensor.sub_(mean).div_(std) if inplace else tensor.sub(mean).div(std)
 
 
 def _is_plain(answer: Any) -> bool:

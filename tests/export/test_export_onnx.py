@@ -14,6 +14,7 @@ import onnxruntime as ort  # noqa: TID253 - the oracle
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision import transforms  # noqa: TID253 - as people call it in a forward
 
 from compress.errors import CompressError, ExportError, UsageError
 from compress.export import (
@@ -541,6 +542,45 @@ def test_attention_of_any_rank_is_exported(
     answer = ort.InferenceSession(file).run(None, {"input": images.numpy()})[0]
     with torch.no_grad():
         np.testing.assert_allclose(answer, model(images).numpy(), atol=1e-5)
+
+
+class Normalizes(nn.Module):
+    """It normalizes its images by itself, through torchvision."""
+
+    def __init__(self, normalize: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(normalize, nn.Conv2d(3, 8, 3), nn.ReLU())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.body(images).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "normalize",
+    [
+        transforms.Normalize([0.4, 0.5, 0.6], [0.2, 0.3, 0.1]),
+        transforms.Normalize([0.5], [0.2], inplace=True),
+        transforms.Normalize(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.1])),
+        nn.Sequential(transforms.Resize(12), transforms.Normalize([0.5] * 3, [0.2] * 3)),
+    ],
+    ids=["lists", "in place", "tensors", "resized"],
+)
+def test_a_network_that_normalizes_through_torchvision_is_exported(
+    tmp_path: Path, normalize: nn.Module
+) -> None:
+    model, images = Normalizes(normalize).eval(), torch.rand(3, 3, 16, 16)
+    before = transforms._functional_tensor.normalize
+    file = export_onnx(model, images[:1], tmp_path / "net.onnx")
+    answer = ort.InferenceSession(file).run(None, {"input": images.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, model(images.clone()).numpy(), atol=1e-5)
+    assert transforms._functional_tensor.normalize is before
+
+
+def test_a_division_by_zero_is_named(tmp_path: Path) -> None:
+    model = Normalizes(transforms.Normalize([0.5] * 3, [0.2, 0.0, 0.2])).eval()
+    with pytest.raises(ExportError, match="zero"):
+        export_onnx(model, torch.rand(1, 3, 16, 16), tmp_path / "net.onnx")
 
 
 class SharedList(nn.Module):

@@ -583,6 +583,29 @@ def test_a_division_by_zero_is_named(tmp_path: Path) -> None:
         export_onnx(model, torch.rand(1, 3, 16, 16), tmp_path / "net.onnx")
 
 
+class Curves(nn.Module):
+    """It bends pixels of 0..1 again and again, as Zero-DCE does: others overflow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        bend = self.conv(images).tanh()
+        for _ in range(12):
+            images = images + bend * (images.pow(2) - images)
+        return images
+
+
+def test_inputs_for_which_torch_overflows_decide_nothing(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, images = Curves().eval(), torch.rand(2, 3, 16, 16)
+    file = export_onnx(model, images[:1], tmp_path / "net.onnx")
+    answer = ort.InferenceSession(file).run(None, {"input": images.numpy()})[0]
+    with torch.no_grad():
+        np.testing.assert_allclose(answer, model(images).numpy(), atol=1e-5)
+
+
 class SharedList(nn.Module):
     """It returns one list of feature maps in two places, as YOLOv10 does."""
 

@@ -339,7 +339,10 @@ _WRITTEN: dict[Any, Callable[..., Tensor]] = {
 
 @contextlib.contextmanager
 def _normalizing_unasked() -> Iterator[None]:
-    """Let torchvision normalize without asking whether a tensor holds a zero: no trace can say."""
+    """Let torchvision normalize without asking whether a tensor holds a zero: no trace can say.
+
+    The dry run before the trace has asked.
+    """
     functional = sys.modules.get("torchvision.transforms._functional_tensor")
     if functional is None:
         yield
@@ -353,8 +356,6 @@ def _normalizing_unasked() -> Iterator[None]:
 
 def _normalize(tensor: Tensor, mean: Any, std: Any, inplace: bool = False) -> Tensor:
     """Images (..., C, H, W) less ``mean``, over ``std``, both (C,), as torchvision does."""
-    if not isinstance(std, Tensor) and not all(std):
-        raise ValueError(f"std is {std}, by which nothing can be divided")
     mean, std = (
         torch.as_tensor(each, dtype=tensor.dtype, device=tensor.device).reshape(-1, 1, 1)
         for each in (mean, std)

@@ -68,8 +68,8 @@ def check_export(
     if not is_decided:
         raise ExportError(
             "ONNX Runtime and torch cannot be compared: on every input that was tried, rounding "
-            "decides what torch itself answers",
-            expected="an input whose answer does not change when its last digits do",
+            "decides what torch itself answers, or its answers overflow",
+            expected="an input with finite answers, which do not change when its last digits do",
             fix="Give images that the network was trained for (check_images=)",
         )
 

@@ -59,17 +59,6 @@ class OwnNorm(nn.Module):
         return F.layer_norm(x, self.normalized_shape, self.weight, None, 1e-6)
 
 
-class Of(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 class Limited(nn.Conv2d):
     """Its filters have a norm of at most one, as those of networks for EEG have."""
 
@@ -100,11 +89,11 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "limited": lambda: Net(nn.BatchNorm2d(16), Limited),
     "limited in place": lambda: Net(nn.BatchNorm2d(16), LimitedInPlace),
     "circular": lambda: Net(nn.BatchNorm2d(16), circular),
-    "wider on one side": lambda: Net(Of(lambda x: F.pad(x, (2, 1, 0, 3), mode="circular"))),
-    "largest so far": lambda: Net(Of(lambda x: x.cummax(2)[0])),
-    "sums of exponentials": lambda: Net(Of(lambda x: x.logcumsumexp(3))),
-    "triangle": lambda: Net(Of(torch.tril)),
-    "turned": lambda: Net(Of(lambda x: torch.rot90(x, 1, (2, 3)))),
+    "wider on one side": lambda: Net(zoo.Lambda(lambda x: F.pad(x, (2, 1, 0, 3), mode="circular"))),
+    "largest so far": lambda: Net(zoo.Lambda(lambda x: x.cummax(2)[0])),
+    "sums of exponentials": lambda: Net(zoo.Lambda(lambda x: x.logcumsumexp(3))),
+    "triangle": lambda: Net(zoo.Lambda(torch.tril)),
+    "turned": lambda: Net(zoo.Lambda(lambda x: torch.rot90(x, 1, (2, 3)))),
 }
 
 

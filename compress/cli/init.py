@@ -8,7 +8,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ from compress.cli.arguments import ImageSize
 from compress.cli.contents import data_in, files_in, networks_in, weights_in
 from compress.cli.options import Given, data_part
 from compress.cli.output import print_result
-from compress.errors import CompressError, ModelError, RecipeError, UsageError
+from compress.errors import CompressError, ModelError, UsageError
 from compress.trust import agree, allow, allow_all
 
 RECIPE = "compress.yaml"
@@ -43,7 +43,6 @@ class Proposal:
     tells_classes: bool
     targets: tuple[str, ...]
     keep_macs: float
-    round_to: int = 8  # most kernels are made for widths in multiples of it
 
     @property
     def batch_size(self) -> int:
@@ -334,7 +333,7 @@ def _lying(dataset: Any) -> Iterator[tuple[int, int]]:
 
 
 def runnable_text(proposal: Proposal, out: Path) -> str:
-    """Return a recipe that was checked; widths are any where the network is too narrow for 8.
+    """Return a recipe that was checked.
 
     Raises:
         RecipeError: it cannot be run.
@@ -344,15 +343,8 @@ def runnable_text(proposal: Proposal, out: Path) -> str:
     from compress.pipeline.check import preflight
     from compress.recipe.loading import validate_recipe
 
-    for round_to in (8, 1):
-        text = recipe_text(replace(proposal, round_to=round_to), out)
-        try:
-            preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
-        except RecipeError:
-            if round_to == 1:
-                raise
-        else:
-            break
+    text = recipe_text(proposal, out)
+    preflight(validate_recipe(yaml.safe_load(text), where=str(out)), where=str(out))
     return text
 
 
@@ -433,8 +425,7 @@ def _stages(proposal: Proposal) -> Sequence[str]:
     keep = ", keep: best" if not labelled and proposal.held_back else ""
     return [
         *first,
-        f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, "
-        f"round_to: {proposal.round_to}}}",
+        f"  - prune: {{criterion: obs, keep_macs: {proposal.keep_macs:g}, round_to: auto}}",
         "  # the original teaches what is left of it" if after == "distill"
         else "  # trains what is left on the labels",
         f"  - {after}: {{{training}, lr: 0.0003{teacher}{flip}{keep}}}",

@@ -127,7 +127,12 @@ def prune(
         chosen_from("runtimes", "Runtime that latency is measured on; onnxruntime if absent"),
     ] = None,
     round_to: Annotated[
-        int | None, typer.Option(help="Keep channels in multiples of this; 1 if absent")
+        str | None,
+        typer.Option(
+            metavar="<int>",
+            help="Keep channels in multiples of this, or auto: of 16, less where narrow; auto if "
+            "absent",
+        ),
     ] = None,
     outputs: Outputs = None,
 ) -> None:

@@ -40,7 +40,7 @@ LOST_DB = 1.0  # of SQNR: what another draw of images does not explain
 CUT_DB = 3.0  # less than this in front of int8 is half of the noise and more: it is not int8's
 
 KERNEL_STEP = 8  # channels that most kernels take at once; others are up to three times slower
-ROUND = f"prune with round_to: {KERNEL_STEP} (--round-to)"
+ROUND = "prune with round_to: auto (--round-to)"
 
 
 @dataclass(frozen=True)
@@ -328,7 +328,7 @@ def of_noise(variants: Sequence[Variant]) -> Iterator[str]:
         )
 
 
-def of_slower(variants: Sequence[Variant], round_to: int = KERNEL_STEP) -> Iterator[str]:
+def of_slower(variants: Sequence[Variant], round_to: int | str = "auto") -> Iterator[str]:
     """Yield what takes longer than the original in fp32, and what is fastest there.
 
     Args:
@@ -349,14 +349,15 @@ def of_slower(variants: Sequence[Variant], round_to: int = KERNEL_STEP) -> Itera
             if not same or not speed_differs(result):
                 continue
             milliseconds, name, runtime = min(same)
-            cut = (variant.macs or 0) < (variants[0].macs or 0) and round_to % KERNEL_STEP
+            cut = (variant.macs or 0) < (variants[0].macs or 0)
+            narrow = cut and isinstance(round_to, int) and round_to % KERNEL_STEP
             yield (
                 f"{variant.name} is {numbers.slowdown(result.speedup or 1.0, result.speedup_ci95)} "
                 f"slower than the original on {result.runtime}, batch {result.batch}; of all "
                 f"measured {name} on {runtime} is fastest ({numbers.number(milliseconds)} ms)"
                 + (
                     f". Most kernels are made for widths in multiples of {KERNEL_STEP}: {ROUND}"
-                    if cut
+                    if narrow
                     else ""
                 )
             )

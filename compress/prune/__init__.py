@@ -71,7 +71,8 @@ def prune_network(
         refit: Fit the weights that are left; needs batches.
         refit_steps: Then fit whole blocks together, in so many steps each; 0: do not.
         training_batches: Images as training will show them, for BatchNorm; ``batches`` if absent.
-        options: Of ``plan_pruning``: a budget (keep_macs, keep_params, ...), outputs, ...
+        options: Of ``plan_pruning``: a budget (keep_macs, keep_params, ...), outputs, ...;
+            ``round_to`` is "auto" if absent.
 
     Raises:
         UsageError: options that cannot be right.
@@ -88,7 +89,8 @@ def prune_network(
     if shown is not None and refit_steps:
         check_blocks(model, next(read_batches(shown)).args[0][:1])
     chosen = criterion if criterion is not None else "l2" if shown is None else "obs"
-    plan = plan_pruning(model, example_input, criterion=chosen, batches=shown, **options)
+    options = {"round_to": "auto", "criterion": chosen} | options
+    plan = plan_pruning(model, example_input, batches=shown, **options)
     original = network_of(model)
     small = apply_pruning(original, plan)
     if shown is not None and refit:

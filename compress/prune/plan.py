@@ -34,6 +34,7 @@ from compress.prune.selection import (
     Normalize,
     Quantity,
     Ranking,
+    RoundTo,
     candidate_counts,
     kept_units,
     normalized,
@@ -42,6 +43,9 @@ from compress.prune.selection import (
 )
 
 logger = logging.getLogger(__name__)
+# Channels that kernels compute at once: ONNX Runtime leaves blocks of 16 for a slower way where a
+# width is no multiple of 4.
+LEAST_BLOCK, MOST_BLOCK = 4, 16
 
 
 @with_gradients()
@@ -58,7 +62,7 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
     runtime: str = "onnxruntime",
     ranking: Ranking = "global",
     normalize: Normalize = "auto",
-    round_to: int = 1,
+    round_to: RoundTo = 1,
     min_channels: int = 1,
     max_cut: float = 1.0,
     exclude: Iterable[str] = (),
@@ -87,7 +91,9 @@ def plan_pruning(  # noqa: PLR0913 - the public face: every option by its name
             group's mean or maximum, "gaussian" standardizes, "none" compares them as they are,
             "per_cost" compares score per multiply-accumulate (or parameter) saved. "auto" is
             "per_cost" for criteria that estimate a change of the loss, "mean" for the others.
-        round_to: Kept channels of a group are a multiple of this, or all of them.
+        round_to: Kept channels of a group are a multiple of this, or all of them. "auto": of what
+            kernels take at once, 16 in groups of 128 and more, 8 and 4 in narrower ones; or a power
+            of two below that, so that no budget is out of reach.
         min_channels: Channels that every group keeps at least.
         max_cut: Largest share of a group's channels that may go, in (0, 1].
         exclude: Layers, or modules holding layers, whose output channels stay.
@@ -154,15 +160,29 @@ class _Limits:
     """What a plan must respect besides its budget."""
 
     def __init__(
-        self, round_to: int, min_channels: int, max_cut: float, exclude: Iterable[str]
+        self, round_to: RoundTo, min_channels: int, max_cut: float, exclude: Iterable[str]
     ) -> None:
-        for name, value in (("round_to", round_to), ("min_channels", min_channels)):
+        for name, value, word in (
+            ("round_to", round_to, ', or "auto"'),
+            ("min_channels", min_channels, ""),
+        ):
+            if word and value == "auto":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UsageError(f"{name} is {value!r}", expected="a whole number, at least 1")
+                raise UsageError(
+                    f"{name} is {value!r}", expected=f"a whole number, at least 1{word}"
+                )
         if not isinstance(max_cut, int | float) or not 0 < max_cut <= 1:
             raise UsageError(f"max_cut is {max_cut!r}", expected="a share above 0, at most 1")
         self.round_to, self.min_channels, self.max_cut = round_to, min_channels, max_cut
         self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+
+    def multiple(self, channels: int) -> int:
+        """Return what the kept ones of so many channels are a multiple of."""
+        if self.round_to != "auto":
+            return self.round_to
+        share = 1 << max(channels // 8, 1).bit_length() - 1
+        return min(max(share, LEAST_BLOCK), MOST_BLOCK, max(channels // 4, 1))
 
 
 def _check_choices(**options: tuple[object, Any]) -> None:
@@ -293,13 +313,15 @@ def _candidates(
     """Return the counts each group may keep; limits are in channels, counts in units."""
     candidates = []
     for number, (group, values) in enumerate(zip(network.groups, found, strict=True)):
-        step = limits.round_to // math.gcd(limits.round_to, group.width)
+        multiple = limits.multiple(group.size * group.width)
+        step = multiple // math.gcd(multiple, group.width)
         at_least = max(
             math.ceil(limits.min_channels / group.width),
             math.ceil(group.size * (1 - limits.max_cut) - 1e-9),
         )
         at_least = group.size if number in excluded else at_least
-        candidates.append(candidate_counts(values, step=step, at_least=at_least))
+        few = limits.round_to == "auto"  # so that no budget is out of reach
+        candidates.append(candidate_counts(values, step=step, at_least=at_least, below=few))
     return candidates
 
 

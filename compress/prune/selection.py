@@ -20,6 +20,7 @@ Quantity = Literal["macs", "params"]
 Counts = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 Ranking = Literal["global", "uniform"]
+RoundTo = int | Literal["auto"]
 Normalize = Literal["auto", "per_cost", "none", "mean", "max", "gaussian"]
 
 Kind = Literal["macs", "params", "channels", "latency", "latency_ms"]
@@ -214,15 +215,19 @@ class CandidateCounts:
         return int(self.levels[max(position, 0)])
 
 
-def candidate_counts(scores: Floats, *, step: int, at_least: int) -> CandidateCounts:
+def candidate_counts(
+    scores: Floats, *, step: int, at_least: int, below: bool = False
+) -> CandidateCounts:
     """Return the candidate counts of a group with ``scores``, (C,), higher = keep; ties in order.
 
-    Counts below the group's size are multiples of ``step``, the smallest that is ``at_least``.
+    Counts below the group's size are multiples of ``step``, the smallest that is ``at_least``; with
+    ``below`` also the powers of two below ``step``.
     """
     size = len(scores)
     order = np.argsort(-scores, kind="stable")
     lowest = -(-max(at_least, 1) // step) * step
-    levels = np.unique(np.append(np.arange(lowest, size, step), size))
+    fewer = [1 << k for k in range(step.bit_length()) if at_least <= 1 << k < min(step, size)]
+    levels = np.unique([*(fewer if below else ()), *range(lowest, size, step), size])
     return CandidateCounts(levels.astype(np.int64), order.astype(np.int64), scores[order])
 
 

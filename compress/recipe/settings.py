@@ -281,7 +281,10 @@ class PruneSettings(Settings):
     normalize: Literal["auto", "per_cost", "none", "mean", "max", "gaussian"] = Field(
         "auto", description="How scores are made comparable across groups"
     )
-    round_to: int = Field(1, ge=1, description="Keep channels in multiples of this")
+    round_to: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Keep channels in multiples of this; auto: of 16, of 8 or 4 in narrow layers",
+    )
     min_channels: int = Field(1, ge=1, description="Keep at least so many of every group")
     max_cut: Fraction = Field(1.0, description="Largest share of a group's channels that is cut")
     exclude: tuple[str, ...] = Field((), description="Layers that are not cut")

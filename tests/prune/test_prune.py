@@ -150,6 +150,20 @@ def test_round_to_counts_channels(model: nn.Module) -> None:
     assert plan.macs_after <= 0.5 * plan.macs_before
 
 
+def test_round_to_auto_keeps_what_kernels_take_at_once() -> None:
+    layers = [nn.Conv2d(i, o, 3) for i, o in ((3, 128), (128, 64), (64, 40), (40, 16), (16, 3))]
+    net = nn.Sequential(*layers)
+    multiples = {128: 16, 64: 8, 40: 4, 16: 4}
+    plan = compress.plan_pruning(net, (1, 3, 16, 16), keep_macs=0.5, round_to="auto")
+    assert 0.4 * plan.macs_before < plan.macs_after <= 0.5 * plan.macs_before
+    sizes = {name: plan.group_sizes[name] for name in kept(plan)}
+    for name, count in kept(plan).items():
+        below = count < multiples[sizes[name]] and count.bit_count() == 1
+        assert count % multiples[sizes[name]] == 0 or below
+    least = compress.plan_pruning(net, (1, 3, 16, 16), keep_macs=0.01, round_to="auto")
+    assert least.macs_after <= 0.01 * least.macs_before
+
+
 def test_min_channels_and_max_cut_protect_every_group(model: nn.Module) -> None:
     plan = compress.plan_pruning(model, EXAMPLE, keep_macs=0.3, min_channels=6)
     assert min(kept(plan).values()) >= 6
@@ -225,7 +239,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"keep_macs": 0.5, "exclude": ["stm"]}, "exclude: there is no layer 'stm'. Nearest names: st"),
     ({"keep_macs": 0.5, "ranking": "local"}, "ranking is 'local'. Expected one of: global, unif"),
     ({"keep_macs": 0.5, "normalize": "sum"}, "normalize is 'sum'. Expected one of: auto, per_cost"),
-    ({"keep_macs": 0.5, "round_to": 0}, "round_to is 0. Expected a whole number, at least 1"),
+    (
+        {"keep_macs": 0.5, "round_to": 0},
+        'round_to is 0. Expected a whole number, at least 1, or "auto"',
+    ),
     ({"keep_macs": 0.5, "max_cut": 0.0}, "max_cut is 0.0"),
     ({"keep_macs": 0.05, "max_cut": 0.5}, "keep_macs = 0.05 cannot be reached: with every group"),
     ({"keep_macs": 0.5, "criterion": "taylor", "batches": []}, "batches holds no images"),
@@ -290,8 +307,11 @@ def test_a_criterion_with_the_wrong_shape_is_named(model: nn.Module) -> None:
 def test_defaults_are_those_of_the_settings() -> None:
     fields = PruneSettings.model_fields
     for name, parameter in inspect.signature(compress.plan_pruning).parameters.items():
-        if name in fields and name != "criterion":
+        if name in fields and name not in ("criterion", "round_to"):
             assert parameter.default == fields[name].default, name
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 3))
+    _, plan = compress.prune(net, (1, 3, 8, 8), keep_macs=0.5)
+    assert plan.about["limits"]["round_to"] == fields["round_to"].default == "auto"
 
 
 class TestRecalibration:

@@ -341,6 +341,11 @@ def _quantize(graph: GraphIndex, placement: Placement, tensor: str, floating: se
         placement.readers.setdefault(tensor, set()).update(readers)
 
 
+def has_int8_kernel(graph: GraphIndex, node: NodeProto) -> bool:
+    """Return whether ``node`` can work on integers, by itself or inside the layer before it."""
+    return node.op_type in WEIGHTED | ACTIVATIONS or _has_kernel(graph, node)
+
+
 def _has_kernel(graph: GraphIndex, node: NodeProto) -> bool:
     if node.op_type not in (*_CHAIN, *ELEMENTWISE, *SAME_SCALE):
         return False

@@ -292,7 +292,7 @@ def _factors(
             np.maximum.at(size, labels, largest / largest.max())
     size *= 1 + _UNSEEN / max(seen.images, 1)
     for node in found.graph.nodes:
-        if node.name in found.layers and not _is_depthwise(found.graph, node):
+        if node.name in found.layers and not is_depthwise(found.graph, node):
             dense[scaled.get(node.input[0], [])] = True
     factors = np.clip(np.minimum(size, 1.0) ** np.where(dense, alpha, 1.0), _LEAST, 1.0)
     factors[0] = 1.0
@@ -309,7 +309,8 @@ def _note(plan: QuantPlan, found: ChannelLabels, factors: NDArray[np.float64]) -
     )
 
 
-def _is_depthwise(graph: GraphIndex, node: NodeProto) -> bool:
+def is_depthwise(graph: GraphIndex, node: NodeProto) -> bool:
+    """Return whether a layer with constant weights has one filter for each channel."""
     if node.op_type == "BatchNormalization":
         return True
     shape = graph.initializers[node.input[1]].dims

@@ -9,7 +9,13 @@ from functools import partial
 
 from compress import progress
 from compress.qdq.plan import QuantPlan
-from compress.quantize.float_layers import FIRST_DB, first_layers, spare_layers
+from compress.quantize.float_layers import (
+    APART_DB,
+    FIRST_DB,
+    depthwise_layers_apart,
+    first_layers,
+    spare_layers,
+)
 from compress.quantize.headroom import refitted_with_headroom
 from compress.quantize.images import images_in
 from compress.quantize.sqnr import Closeness, mean_db, sqnr_text, weakest_db
@@ -64,6 +70,7 @@ def auto(bench: Workbench) -> QuantPlan:
             correct = partial(bench.corrected, feed=bench.tried)
             if bench.is_free:
                 search.attempt("bias correction", _BIASES, search.best, correct)
+        search.apart_in_float()
         search.first_in_float()
         return search.refitted()
 
@@ -153,6 +160,27 @@ class _Search:
                 self.best = found
         self.counter.advance(effort, note=f"best {_told(self.best.found)}")
 
+    def apart_in_float(self) -> None:
+        """Leave depthwise layers between ops in float there where that surely helps.
+
+        Their noise is not that of their weights but of the one step for all channels that they
+        read, which no correction makes smaller.
+        """
+        if names := depthwise_layers_apart(self.bench, self.best.plan):
+            why = "one step for all channels of what it reads is too coarse"
+            plan = self.best.plan.keep_float(names, why)
+            self.try_in_float(f"depthwise layers ({len(names)})", plan, APART_DB)
+
+    def try_in_float(self, what: str, plan: QuantPlan, least_db: float) -> None:
+        """Keep ``plan``, with ``what`` in float, if it is surely closer by ``least_db``."""
+        found = Trial(plan, self.bench.judge(plan))
+        gain = found.found.sure_gain_over(self.best.found)
+        kept = not found.falls_below(self.best) and gain > least_db
+        verdict = f"{'not ' * (not kept)}kept"
+        self.notes.append(f"{what} in float: {_told(found.found)}, {verdict}")
+        if kept:
+            self.best = found
+
     def first_in_float(self) -> None:
         """Leave the first layers in float where that surely brings answers closer.
 
@@ -166,13 +194,7 @@ class _Search:
                 return
             plan = plan.keep_float(names, "all others hear of its noise")
             plan = plan.changed(grids=tuple(g for g in plan.grids if g.node not in names))
-            found = Trial(plan, self.bench.judge(plan))
-            gain = found.found.sure_gain_over(self.best.found)
-            kept = not found.falls_below(self.best) and gain > FIRST_DB
-            verdict = f"{'not ' * (not kept)}kept"
-            self.notes.append(f"{', '.join(names)} in float: {_told(found.found)}, {verdict}")
-            if kept:
-                self.best = found
+            self.try_in_float(", ".join(names), plan, FIRST_DB)
 
     def refitted(self) -> QuantPlan:
         """Return the best plan; biases that were corrected with a few images are so with all.

@@ -17,7 +17,7 @@ from compress.qdq.plan import ActivationRange, InputGrid, QuantPlan
 from compress.quantize import calibrate, float_layers, search
 from compress.quantize.api import plan_by
 from compress.quantize.calibration import activation_of
-from compress.quantize.float_layers import first_layers, spare_layers
+from compress.quantize.float_layers import depthwise_layers_apart, first_layers, spare_layers
 from compress.quantize.images import CalibrationImages
 from compress.quantize.layerwise import channel_means, find_shift, some_positions
 from compress.quantize.notes import bearing_images, by_reason, decided, of_judging
@@ -318,6 +318,51 @@ def test_the_layer_that_spoils_the_network_is_left_in_float(target):
     assert "c" in plan.float_nodes
     assert any(note.startswith("c") and "in float:" in note for note in plan.notes)
     assert bench.judge(plan).weakest_db > bench.judge(spared).weakest_db - 0.1
+
+
+def uneven(activation: str, scale: float):
+    """Six layers; a channel of what the third, a depthwise one, reads is ``scale`` times larger."""
+    s = Sketch((3, 8, 8))
+    x = s.op(activation, [s.conv("input", "a", 3, 8, 3)], "a_act")
+    x = s.op(activation, [s.conv(x, "b", 8, 8, 1)], "b_act")
+    x = s.op(activation, [s.conv(x, "c", 8, 8, 3, group=8)], "c_act")
+    for name in "de":
+        x = s.op(activation, [s.conv(x, name, 8, 8, 1)], f"{name}_act")
+    s.head(x, 8)
+    model = s.model()
+    for tensor in model.graph.initializer:
+        value = onnx.numpy_helper.to_array(tensor).copy()
+        if tensor.name in ("b_w", "b_b"):
+            value[0] *= scale
+        elif tensor.name == "c_w":
+            value[0] /= scale
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    return model
+
+
+@pytest.mark.parametrize("target", ["openvino", "tensorrt"])
+def test_depthwise_layers_between_float_ops_are_left_in_float(target, monkeypatch):
+    monkeypatch.setattr(search, "spare_layers", lambda bench, plan: plan)  # not by search
+    bench = bench_of(uneven("HardSwish", 16.0), target)
+    plan = auto(bench)
+    assert set(plan.float_nodes) >= {"c"}
+    monkeypatch.setattr(search, "depthwise_layers_apart", lambda bench, plan: [])
+    without = auto(bench)
+    assert "c" not in without.float_nodes
+    assert bench.judge(plan).mean_db > bench.judge(without).mean_db + 1.0
+
+
+def test_depthwise_layers_of_int8_chains_are_not_apart():
+    for activation, apart in (("HardSwish", ["c"]), ("Relu", [])):
+        bench = bench_of(uneven(activation, 1.0))
+        assert depthwise_layers_apart(bench, bench.ranges()) == apart
+        floating = bench.ranges().keep_float(["c"], "tried")
+        assert depthwise_layers_apart(bench, floating) == []
+
+
+def test_depthwise_layers_stay_int8_where_float_helps_little():
+    bench = bench_of(uneven("HardSwish", 1.0))
+    assert "c" not in auto(bench).float_nodes
 
 
 def test_sizes_that_the_file_leaves_free_are_those_of_the_images():

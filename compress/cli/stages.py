@@ -163,7 +163,10 @@ def sparsify(
     num_classes: Classes = None,
     keep_weights: Annotated[
         float | None,
-        typer.Option(help="Share of the weights to keep; not with --pattern 2:4, which keeps half"),
+        typer.Option(
+            help="Share of the weights to keep; 0.5 if absent; not with --pattern 2:4, which keeps "
+            "half"
+        ),
     ] = None,
     pattern: Annotated[
         str | None, typer.Option(help="unstructured or 2:4; unstructured if absent")
@@ -175,6 +178,8 @@ def sparsify(
     """Set single weights to zero (sparsity); fine-tune if --epochs is given."""
     given = ctx.params
     zero = present(given, "keep_weights", "pattern", "criterion")
+    if pattern in (None, "unstructured"):
+        zero = {"keep_weights": 0.5} | zero
     run_stages("sparsify", given, [{"sparsify": zero}, *training_after(given)])
 
 

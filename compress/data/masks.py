@@ -15,7 +15,7 @@ from compress.data._images import SPLITS, LabelledImages, files_below, with_test
 from compress.data._pictures import ENDINGS, Pictures, Rule
 from compress.data._targets import VOID, mask_classes, mask_values
 from compress.data._targets import FittedMasks as MaskFiles
-from compress.errors import DataError, UsageError
+from compress.errors import DataError, UsageError, absence
 
 Pairs = Sequence[tuple[Path, Path]]  # of image and mask
 MASKS = ("masks", "labels", "annotations")  # folders that hold them, by what people call them
@@ -65,6 +65,10 @@ class Masks(Pictures):
                 mask does not fit.
         """
         root = Path(self.root)
+        if not root.is_dir():
+            raise DataError(
+                absence(root, "folder"), where=str(root), expected="train/images, train/masks"
+            )
         train, validation, test = (
             self._pairs(root, *(name for name, meant in SPLITS.items() if meant == part))
             for part in ("train", "validation", "test")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from compress import plugins
-from compress.errors import RecipeError, UnknownNameError, UsageError, did_you_mean
+from compress.errors import RecipeError, UnknownNameError, UsageError, absence, did_you_mean
 from compress.packages import require
 from compress.recipe.settings import Recipe, Settings, Stage, TrainSettings
 
@@ -72,6 +72,8 @@ def find_recipe(reference: str | Path) -> Path:
     if path.is_file() or path.suffix or len(path.parts) != 1:
         return path
     known = packaged_recipes()
+    if path.name not in known and path.is_dir():
+        return path  # which is refused as what it is
     if path.name not in known:
         raise UnknownNameError("recipe", path.name, known)
     return known[path.name]
@@ -254,16 +256,18 @@ def _values_in(node: yaml.Node, counted: dict[int, float]) -> float:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file() and not path.is_fifo():
+        raise RecipeError(
+            absence(path),
+            where=str(path),
+            expected="a recipe, YAML",
+            fix="Those of the package go by name: compress list recipes",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        named = "Those of the package go by name: compress list recipes"
-        raise RecipeError(
-            f"the recipe cannot be read: {reason}",
-            where=str(path),
-            fix=named if isinstance(error, FileNotFoundError) else "",
-        ) from None
+        raise RecipeError(f"the recipe cannot be read: {reason}", where=str(path)) from None
     try:
         content = _content(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:

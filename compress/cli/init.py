@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from compress import progress
-from compress.cli.arguments import ImageSize
+from compress.cli.arguments import MODELS, ImageSize
 from compress.cli.contents import data_in, files_in, networks_in, weights_in
 from compress.cli.options import Given, data_part
 from compress.cli.output import print_result
@@ -66,9 +66,14 @@ def init(
     folder: Annotated[
         Path, typer.Argument(help="Folder with the network, weights and images")
     ] = Path(),
-    model: Annotated[str | None, typer.Option(help="MODEL; searched for if absent")] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights; searched for if absent")] = None,
-    data: Annotated[str | None, typer.Option(help="DATA; searched for if absent")] = None,
+    model: Annotated[
+        str | None, typer.Option(help=f"Network: {MODELS} or FILE.onnx; searched for if absent")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Weight file; searched for if absent")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Images, KIND:PLACE, as imagefolder:photos; searched for if absent"),
+    ] = None,
     image_size: ImageSize = None,
     task: Annotated[str | None, typer.Option(help="Task; that of the data if absent")] = None,
     keep_macs: Annotated[
@@ -78,7 +83,7 @@ def init(
         list[str] | None, typer.Option(help="Runtimes; the installed ones if absent")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Recipe to write; DIR/compress.yaml if absent")
+        Path | None, typer.Option("--out", help="Recipe to write; FOLDER/compress.yaml if absent")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Take every proposal, ask nothing")] = False,

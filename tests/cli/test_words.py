@@ -220,8 +220,8 @@ def test_a_shell_completes_commands_and_names(words, completed):
         ),
         (
             ["distill", "a.b:c", "--data", "digits"],
-            "compress: distill: Missing option '--teacher'. Expected MODEL to distill from. "
-            "See: compress distill --help.\n",
+            "compress: distill: Missing option '--teacher'. Expected network to distill from, "
+            "written as the first is. See: compress distill --help.\n",
         ),
         (["prune", "a.b:c", "--keepmacs", "1"], "No such option: --keepmacs (Possible options: "),
         (["prunee"], "compress: No such command 'prunee'"),

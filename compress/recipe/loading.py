@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -271,7 +272,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = _content(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"is no valid YAML: {error}", where=str(path)) from None
+        raise RecipeError(f"is no valid YAML: {_fault(error)}", where=str(path)) from None
     if not isinstance(content, dict):
         raise RecipeError(
             f"holds {type(content).__name__}, not a recipe",
@@ -281,11 +282,22 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _fault(error: Exception) -> str:
+    """Return what is wrong with a text, and where, on one line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return str(error)
+    return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(error, 'problem', '')}"
+
+
 def _step(place: Any, key: str, override: str) -> Any:
     if isinstance(place, list):
-        return place[_index(place, key, override)]
+        number = _index(place, key, override)
+        if isinstance(place[number], str):  # a stage without options: - quantize
+            place[number] = {place[number]: {}}
+        return place[number]
     if not isinstance(place, dict):
-        raise UsageError(f"--set {override}: {key!r} is below a plain value")
+        raise UsageError(f"--set {override}: {key!r} is asked of a plain value, which has no keys")
     if place.get(key) is None:
         place[key] = {}
     return place[key]
@@ -360,6 +372,7 @@ def _explain(path: str, details: ErrorDetails) -> str:
         hint = did_you_mean(str(value), choices) or "."
         return f"{path}: {value!r} is none of the choices{hint} Known: {told}."
     message = details["msg"].removeprefix("Value error, ")
+    message = re.sub(r"a valid dictionary or instance of \w+", "a mapping, {KEY: VALUE}", message)
     for pythons, ours in (("tuple", "list"), ("dictionary", "mapping")):
         message = message.replace(f"a valid {pythons}", f"a {ours}")
     shown = "" if isinstance(value, (dict, list)) or details["type"] == "value_error" else value

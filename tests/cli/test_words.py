@@ -85,6 +85,14 @@ SIZE = "Expected: Side of the network's input, or height and width, pixels."
             {"data": {"name": "digits", "image_size": [3, 32]}},
             ["r: data.image_size[0]: 3: Input should be greater than or equal to 4."],
         ),
+        (
+            {"model": "a.b:c"},
+            ["r: model: 'a.b:c': Input should be a mapping, {KEY: VALUE}."],
+        ),
+        (
+            {"targets": ["openvino"]},
+            ["r: targets[0]: 'openvino': Input should be a mapping, {KEY: VALUE}."],
+        ),
         ({"data": {"name": "digits", "mean": 0}}, ["r: data.mean: 0: Input should be a list."]),
         (
             {"stages": [{"prune": {"keep_channels": {"conv1": 2}}}]},

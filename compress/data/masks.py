@@ -136,7 +136,9 @@ def masked_source(
         DataError: there are no images, a mask is missing, or the numbers in them are no classes.
     """
     train, validation, test = with_test(train, validation, test)
-    names = tuple(classes or map(str, values or ())) or _counted(train, void)
+    names = tuple(classes or map(str, values or ())) or _counted(
+        train, void, told=hasattr(kind, "void")
+    )
     numbers = tuple(values or range(len(names)))
 
     def images(pairs: Pairs) -> LabelledImages:
@@ -152,8 +154,11 @@ def masked_source(
     )
 
 
-def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
-    """Return numbers as names of the classes that occur in the masks, or in a sample of many."""
+def _counted(pairs: Pairs, void: int | None, *, told: bool) -> tuple[str, ...]:
+    """Return numbers as names of the classes that occur in the masks, or in a sample of many.
+
+    ``told`` says that the kind of data has options for what numbers mean, which messages name.
+    """
     first: dict[int, str] = {}
     for _, file in pairs[:: -(-len(pairs) // SAMPLED)]:
         for value in np.unique(mask_values(file)).tolist():
@@ -167,4 +172,8 @@ def _counted(pairs: Pairs, void: int | None) -> tuple[str, ...]:
             fix=f"If {void} is a class, say so: data: {{masks: {{values: {[*first, void]}, void: "
             "null}}",
         )
-    return mask_classes(first, f", or their numbers in the files: values: {sorted(first)}")
+    options = (
+        f", or their numbers in the files: values: {sorted(first)}, or the one that counts for "
+        f"nothing: void: {max(first, default=0)}"
+    )
+    return mask_classes(first, options if told else "")
